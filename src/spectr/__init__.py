@@ -1,0 +1,56 @@
+"""SpectR: one language model and a folder of LoRA experts become one model that picks experts for every token.
+
+library = spectr.ExpertLibrary.open("experts/")
+routed = spectr.compose(model, library, router=spectr.Spectr(top_k=4))
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spectr.compose import Routed, compose
+    from spectr.errors import SpectrError
+    from spectr.layers import RoutedLinear, Trace, trace
+    from spectr.library import ExpertLibrary
+    from spectr.routers import Arrow, Oracle, Router, Spectr, Uniform, get_router, router_names
+
+_HOMES = {
+    "compose": ("Routed", "compose"),
+    "errors": ("SpectrError",),
+    "layers": ("RoutedLinear", "Trace", "trace"),
+    "library": ("ExpertLibrary",),
+    "routers": ("Arrow", "Oracle", "Router", "Spectr", "Uniform", "get_router", "router_names"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__version__ = version("spectr-lora")
+__all__ = [
+    "Arrow",
+    "ExpertLibrary",
+    "Oracle",
+    "Routed",
+    "RoutedLinear",
+    "Router",
+    "Spectr",
+    "SpectrError",
+    "Trace",
+    "Uniform",
+    "__version__",
+    "compose",
+    "get_router",
+    "router_names",
+    "trace",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'spectr' has no attribute '{name}'")
+    value = getattr(import_module(f"spectr.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

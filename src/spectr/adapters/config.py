@@ -1,0 +1,132 @@
+"""What ``adapter_config.json`` says: the scale of every module, and whether the adapter can be routed exactly."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spectr.errors import AdapterError
+
+CONFIG_FILE = "adapter_config.json"
+
+# Settings that change what the adapter computes to something that scale * B @ A * x does not express.
+_REFUSED: dict[str, str] = {
+    "use_dora": "DoRA rescales the base weight's columns",
+    "lora_bias": "the B matrix has a bias of its own",
+    "modules_to_save": "whole modules were trained beside the factors",
+    "target_parameters": "it adapts parameters of fused modules (such as mixture-of-experts weights)",
+    "trainable_token_indices": "it trains rows of the embedding",
+    "layer_replication": "it duplicates layers of the base model",
+    "use_qalora": "QA-LoRA pools the input of A",
+    "alora_invocation_tokens": "an activated LoRA starts at invocation tokens only",
+    "use_bdlora": "its factors are block-diagonal",
+    "arrow_config": "it is a router of other adapters",
+    "monteclora_config": "its factors are random variables",
+    "kasa_config": "KaSA changes the base weight",
+    "velora_config": "VeLoRA settings are not known to leave the forward pass alone",
+    "megatron_config": "it belongs to Megatron's parallel layers",
+}
+# Initialisations after which PEFT also changes the base model's weights.
+_CHANGES_BASE = re.compile(r"pissa|olora|corda|loftq|lora_ga", re.IGNORECASE)
+# Settings that leave the forward pass of an adapter that is loaded as it is alone.
+_HARMLESS = {
+    *("peft_type", "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode"),
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "fan_in_fan_out", "bias"),
+    *("use_rslora", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern"),
+    *("alpha_pattern", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    *(
+        "qalora_group_size",
+        "ensure_weight_tying",
+        "runtime_config",
+        "peft_version",
+        "tp_plan",
+        "parent_library",
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """The part of a LoRA configuration that routing needs."""
+
+    rank: int
+    alpha: float
+    rslora: bool
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
+    base_model: str | None
+
+    def rank_of(self, module: str) -> int:
+        """Rank of a module: the first matching entry of ``rank_pattern``, else ``r``."""
+        return int(_by_pattern(self.rank_pattern, module, self.rank))
+
+    def scale_of(self, module: str) -> float:
+        """``alpha / r``, or ``alpha / sqrt(r)`` for rsLoRA, with the module's own rank and alpha."""
+        rank, alpha = self.rank_of(module), _by_pattern(self.alpha_pattern, module, self.alpha)
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+
+def read_config(folder: Path, name: str) -> AdapterConfig:
+    """Read and judge an adapter's configuration.
+
+    Raises:
+        AdapterError: No or no readable ``adapter_config.json``, another ``peft_type``, or a setting that cannot be
+            routed exactly; every such setting is named.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise AdapterError(
+            f"expert '{name}': {folder} has no {CONFIG_FILE}",
+            expected="a folder as PEFT's save_pretrained writes it",
+            do="give the folder of one adapter",
+        )
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        assert isinstance(raw, dict)
+    except (ValueError, AssertionError) as error:
+        raise AdapterError(f"expert '{name}': {path} is not a JSON object", do="save or download it again") from error
+    faults = _faults(raw)
+    if faults:
+        raise AdapterError(
+            f"expert '{name}' cannot be routed exactly: {'; '.join(faults)}",
+            expected="a plain LoRA adapter, whose update is scale * B @ A",
+            do="retrain it as plain LoRA, or extract one from the merged model",
+        )
+    return AdapterConfig(
+        rank=raw["r"],
+        alpha=raw["lora_alpha"],
+        rslora=bool(raw.get("use_rslora")),
+        rank_pattern=raw.get("rank_pattern") or {},
+        alpha_pattern=raw.get("alpha_pattern") or {},
+        base_model=raw.get("base_model_name_or_path"),
+    )
+
+
+def _faults(raw: dict[str, Any]) -> list[str]:
+    if raw.get("peft_type") != "LORA":
+        return [f"peft_type is {raw.get('peft_type')!r}, not 'LORA'"]
+    faults = [f"{key} is set ({why})" for key, why in _REFUSED.items() if raw.get(key)]
+    if raw.get("bias", "none") != "none":
+        faults.append(f"bias is {raw['bias']!r} (biases of the base model were trained)")
+    if isinstance(raw.get("init_lora_weights"), str) and _CHANGES_BASE.match(raw["init_lora_weights"]):
+        faults.append(f"init_lora_weights is {raw['init_lora_weights']!r} (it also changes the base model's weights)")
+    unknown = sorted(key for key, value in raw.items() if value and key not in _HARMLESS and key not in _REFUSED)
+    faults += [f"{key} is set, which this version does not know to be harmless" for key in unknown]
+    checks: dict[str, Callable[[Any], bool]] = {
+        "r": lambda r: isinstance(r, int) and r > 0,
+        "lora_alpha": lambda alpha: isinstance(alpha, (int, float)) and math.isfinite(alpha),
+    }
+    return faults + [f"{key} is {raw.get(key)!r}" for key, right in checks.items() if not right(raw.get(key))]
+
+
+def _by_pattern(patterns: dict[str, Any], module: str, default: Any) -> Any:
+    """PEFT's rule: a key matches a module whose name ends with it, the key read as a regular expression."""
+    for key, value in patterns.items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default

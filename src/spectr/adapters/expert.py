@@ -1,0 +1,102 @@
+"""One expert: its factors by module name, read from a memory-mapped file when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from safetensors import safe_open
+from torch import Tensor
+
+from spectr.errors import AdapterError
+
+
+class Factors(NamedTuple):
+    """One module's low-rank update ``delta = scale * B @ A``."""
+
+    A: Float[Tensor, "rank inputs"]
+    B: Float[Tensor, "outputs rank"]
+    scale: float
+
+
+class FactorShape(NamedTuple):
+    """What is known about a module's factors without reading them."""
+
+    rank: int
+    inputs: int
+    outputs: int
+    scale: float
+    key_A: str
+    key_B: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expert:
+    """A LoRA adapter under a name.
+
+    Attributes:
+        name: Unique within a library.
+        weights: The safetensors file.
+        shapes: By module name (as in ``model.named_modules()``), in alphabetical order.
+        base_model: What the adapter says it was trained on.
+        origin: Where it came from: a folder or a Hub id.
+    """
+
+    name: str
+    weights: Path
+    shapes: Mapping[str, FactorShape]
+    base_model: str | None = None
+    origin: str = ""
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The different ranks, ascending."""
+        return tuple(sorted({shape.rank for shape in self.shapes.values()}))
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in all factors."""
+        return sum(shape.rank * (shape.inputs + shape.outputs) for shape in self.shapes.values())
+
+    @contextmanager
+    def open(self):
+        """Open the file and yield ``read(module) -> Factors``; tensors have the file's dtype, on the CPU.
+
+        ``read`` raises :class:`AdapterError` where a factor holds NaN or infinity.
+        """
+        with open_safetensors(self.weights, self.name) as file:
+
+            def read(module: str) -> Factors:
+                shape = self.shapes[module]
+                A, B = file.get_tensor(shape.key_A), file.get_tensor(shape.key_B)
+                for key, tensor in ((shape.key_A, A), (shape.key_B, B)):
+                    if not torch.isfinite(tensor).all():
+                        raise AdapterError(
+                            f"expert '{self.name}': {key} holds NaN or infinite numbers",
+                            expected="finite weights",
+                            do="train or download the adapter again",
+                        )
+                return Factors(A, B, shape.scale)
+
+            yield read
+
+
+def open_safetensors(path: Path, name: str):
+    """A memory-mapped safetensors file.
+
+    Raises:
+        AdapterError: The file is missing, cut short or corrupt.
+    """
+    try:
+        return safe_open(path, framework="pt")
+    except Exception as error:  # safetensors raises its own kinds, OSError among them
+        raise AdapterError(
+            f"expert '{name}': {path} cannot be read as safetensors ({error})",
+            expected="a complete safetensors file",
+            do="download or copy it again",
+        ) from error

@@ -1,0 +1,98 @@
+"""Reading an adapter folder into an :class:`Expert`, with everything checked that a file by itself can show."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from spectr.adapters.config import AdapterConfig, read_config
+from spectr.adapters.expert import Expert, FactorShape, open_safetensors
+from spectr.adapters.keys import pair_keys
+from spectr.adapters.source import locate_adapter
+from spectr.errors import AdapterError
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+_PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
+
+
+def read_adapter(source: str | Path, name: str, *, check_values: bool = True) -> Expert:
+    """An expert from a PEFT folder or a Hub id.
+
+    Args:
+        source: A folder, or ``org/repo``, ``org/repo/subfolder``, either with ``@revision``.
+        name: The expert's name.
+        check_values: Also read all weights and refuse NaN, infinity and an update that is zero everywhere.
+
+    Raises:
+        AdapterError: The adapter is missing, damaged, or cannot be routed exactly.
+    """
+    folder = locate_adapter(source, name)
+    config = read_config(folder, name)
+    weights = folder / WEIGHTS_FILE
+    if not weights.is_file():
+        raise _no_weights(folder, name)
+    with open_safetensors(weights, name) as file:
+        keys = list(file.keys())
+        pairs, faults = pair_keys(keys)
+        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in keys}
+    if not faults and not pairs:
+        faults = ["it holds no LoRA factors"]
+    table = {m: _factor_shape(m, sides, shapes, config, faults) for m, sides in pairs.items() if len(sides) == 2}
+    if faults:
+        shown = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
+        raise AdapterError(
+            f"expert '{name}' cannot be routed exactly: {shown}",
+            expected="pairs of 2-D factors A (r, in) and B (out, r) of linear layers",
+            do="retrain it as plain LoRA on linear layers",
+        )
+    expert = Expert(
+        name=name,
+        weights=weights,
+        shapes=dict(sorted(table.items())),
+        base_model=config.base_model,
+        origin=str(source),
+    )
+    if check_values:
+        _check_values(expert)
+    return expert
+
+
+def _factor_shape(
+    module: str,
+    sides: dict[str, str],
+    shapes: dict[str, tuple[int, ...]],
+    config: AdapterConfig,
+    faults: list[str],
+) -> FactorShape:
+    A, B = shapes[sides["A"]], shapes[sides["B"]]
+    rank = config.rank_of(module)
+    if len(A) != 2 or len(B) != 2:
+        faults.append(f"{module} has factors of shapes {A} and {B} (a convolution?)")
+    elif not A[0] == B[1] == rank:
+        faults.append(f"{module} has factors of shapes {A} and {B} where the configuration says rank {rank}")
+    return FactorShape(A[0], A[-1], B[0], config.scale_of(module), sides["A"], sides["B"])
+
+
+def _check_values(expert: Expert) -> None:
+    with expert.open() as read:
+        alive = [bool(A.any() and B.any() and scale) for A, B, scale in map(read, expert.shapes)]
+    if not any(alive):
+        raise AdapterError(
+            f"expert '{expert.name}' is zero in all of its {len(alive)} modules: it is the base model",
+            expected="an adapter that was trained",
+            do="leave it out, or save it again after training",
+        )
+
+
+def _no_weights(folder: Path, name: str) -> AdapterError:
+    pickles = [file for file in _PICKLES if (folder / file).exists()]
+    if pickles:
+        return AdapterError(
+            f"expert '{name}': {folder} holds its weights only as a pickle file ({pickles[0]}), which can run code",
+            expected=WEIGHTS_FILE,
+            do="if you trust it, load it with PEFT and save it again with safe_serialization=True",
+        )
+    return AdapterError(
+        f"expert '{name}': {folder} has no {WEIGHTS_FILE}",
+        expected="the weights beside the configuration",
+        do="copy or download the adapter again",
+    )

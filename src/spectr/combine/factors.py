@@ -1,0 +1,33 @@
+"""The chosen experts' factors merged first, then applied."""
+
+from __future__ import annotations
+
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import linear
+
+
+def merge_factors(
+    h_TP: Float[Tensor, "*T P"],
+    weights_TE: Float[Tensor, "*T E"],
+    B_OP: Float[Tensor, "O P"],
+    owner_P: Int[Tensor, " P"],
+) -> Float[Tensor, "*T O"]:
+    """``(sum_t w_t B_t) (sum_t w_t h_t)``: what the paper's experiments use. Needs equal ranks.
+
+    An expert's own term has the weight ``w_t^2`` (``1 / k^2``); the cross terms ``B_t h_u`` depend on the signs of the
+    singular vectors, for which see :func:`spectr.spectral.align`.
+
+    Args:
+        h_TP: ``A x`` of every expert.
+        weights_TE: Weight of every expert, zero where it is not chosen.
+        B_OP: Output factors of every expert.
+        owner_P: Which expert a column of ``B_OP`` belongs to.
+
+    Source: SpectR eq. 10 to 12.
+    """
+    weights_TE = weights_TE.to(h_TP.dtype)
+    h_TER = h_TP.unflatten(-1, (weights_TE.shape[-1], -1))
+    merged_TR = (weights_TE[..., None, :] @ h_TER).squeeze(-2)
+    weighted_TER = weights_TE[..., None] * merged_TR[..., None, :]
+    return linear(weighted_TER.flatten(-2), B_OP)

@@ -1,0 +1,218 @@
+"""Putting a library's experts into a model, and taking them out again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from spectr.errors import CompositionError
+from spectr.layers.linear import placement
+from spectr.layers.plan import make_plan
+from spectr.layers.routed import RoutedLinear
+from spectr.layers.swap import swap_module
+from spectr.library import ExpertLibrary
+from spectr.routers import Router, Spectr
+from spectr.spectral import Prepared, Stack, align
+
+Progress = Callable[[int, int], None]
+
+
+class Routed:
+    """A handle on a composed model: which experts it holds, and how to change that. Made by :func:`compose`.
+
+    Every change is checked first and made then: a call that raises has changed nothing.
+
+    Attributes:
+        model: The composed model, the very object that was given.
+        library: The experts that can be held.
+        router: Decides for each token.
+    """
+
+    def __init__(self, model: nn.Module, library: ExpertLibrary, router: Router, progress: Progress):
+        self.model, self.library, self.router = model, library, router
+        self._originals: dict[str, nn.Module] = {}
+        self._allowed: tuple[str, ...] | None = None
+        self._hold(router.resident(library.names), library, progress)
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """The experts that can be chosen now, in alphabetical order."""
+        return self._resident
+
+    @property
+    def layers(self) -> dict[str, RoutedLinear]:
+        """The routed layers by name, in the model's order."""
+        return {name: module for name, module in self.model.named_modules() if isinstance(module, RoutedLinear)}
+
+    def allow(self, experts: Iterable[str] | None) -> Routed:
+        """Restrict routing to some experts; ``None`` allows the whole library again.
+
+        What is not allowed leaves the model's memory: selections and outputs are those of a library that holds only
+        the allowed ones. Where fewer than the router's ``top_k`` are allowed, all of them are taken.
+
+        Raises:
+            CompositionError: No expert is named, or the router cannot work without those left out.
+            LibraryError: A name is not in the library.
+        """
+        names = None if experts is None else _allow_list(experts)
+        if names is not None:
+            self.library.check(*names)
+        self._hold(self._choose(self.library, names), self.library)
+        self._allowed = names
+        return self
+
+    def add(self, name: str, source: str | Path) -> Routed:
+        """Add an expert from a PEFT folder or Hub id while the model lives; the library on disk stays as it is.
+
+        Under a restriction (:meth:`allow`) it has to be allowed before it is used.
+
+        Raises:
+            LibraryError: The name is taken.
+            AdapterError: The adapter cannot be used.
+            CompositionError: It does not fit the model.
+        """
+        library = self.library.with_expert(name, source)
+        self._hold(self._choose(library, self._allowed), library)
+        return self
+
+    def discard(self, name: str) -> Routed:
+        """Forget an expert while the model lives; the library on disk stays as it is.
+
+        Raises:
+            LibraryError: There is no such expert.
+            CompositionError: It is the last one that is allowed, or the router cannot work without it.
+        """
+        library = self.library.without(name)
+        allowed = None if self._allowed is None else tuple(other for other in self._allowed if other != name)
+        if not (library.names if allowed is None else allowed):
+            raise CompositionError(f"'{name}' is the last expert", do="call remove() to get the base model back")
+        self._hold(self._choose(library, allowed), library)
+        self._allowed = allowed
+        return self
+
+    def remove(self) -> nn.Module:
+        """Give the model its own modules back, the very same objects, and return it."""
+        for name, original in self._originals.items():
+            swap_module(self.model, name, original)
+        self._originals, self._resident = {}, ()
+        return self.model
+
+    def _choose(self, library: ExpertLibrary, allowed: tuple[str, ...] | None) -> tuple[str, ...]:
+        """The experts to hold; the router's demands on a library are checked on the whole one, not on a restriction."""
+        resident = self.router.resident(library.names)
+        if allowed is None:
+            return resident
+        kept = tuple(name for name in resident if name in allowed)
+        if not kept:
+            raise CompositionError(
+                f"{self.router} needs {', '.join(resident)}, of which none is allowed",
+                expected="an allow-list with at least one of them",
+            )
+        return kept
+
+    def _hold(self, names: tuple[str, ...], library: ExpertLibrary, progress: Progress = lambda *_: None) -> None:
+        """Make ``names`` the experts that the layers hold: plan, check and prepare first, swap at the end."""
+        experts = {name: library[name] for name in names}
+        plan = make_plan(self.model, list(experts.values()), self.router)
+        held = self.layers
+        fresh: dict[str, RoutedLinear] = {}
+        with ExitStack() as files:
+            readers = {name: files.enter_context(expert.open()) for name, expert in experts.items()}
+            for done, (module, users) in enumerate(plan.modules.items(), start=1):
+                layer = held.get(module)
+                known = layer.stack().parts() if layer else {}
+                parts = {name: known[name] for name in users if name in known}
+                parts.update(
+                    _prepare({name: readers[name] for name in users if name not in parts}, module, self.router)
+                )
+                base = layer.base if layer else self.model.get_submodule(module)
+                device, dtype = placement(base, self.model)
+                placed = {name: _to(part, device, dtype) for name, part in parts.items()}
+                fresh[module] = RoutedLinear(base, Stack.of(placed), self.router)
+                progress(done, len(plan.modules))
+        for module in set(held) - set(fresh):
+            swap_module(self.model, module, self._originals.pop(module))
+        for module, layer in fresh.items():
+            self._originals.setdefault(module, layer.base)
+            swap_module(self.model, module, layer)
+        self._resident, self.library = names, library
+
+    def __repr__(self) -> str:
+        return f"Routed({len(self.layers)} layers, experts {', '.join(self.experts)}, {self.router})"
+
+
+def compose(
+    model: nn.Module,
+    library: ExpertLibrary | str | Path,
+    router: Router | None = None,
+    *,
+    progress: Progress = lambda *_: None,
+) -> Routed:
+    """Route a model's linear layers through a library's experts, in place.
+
+    ``model`` keeps its class, its parameters' names and all of its uses; only its linear layers that an expert adapts
+    are wrapped. Experts are prepared in float32 and cast to the dtype of the layer they join.
+
+    Args:
+        model: Any module with linear layers; transformers' models above all.
+        library: The experts, or the path of their folder.
+        router: Scores, selects and combines; :class:`Spectr` with its defaults if left out.
+        progress: Is told (done, total) layers.
+
+    Returns:
+        A handle to restrict, extend and undo.
+
+    Raises:
+        CompositionError: The model is composed already, the experts do not fit it, or the router does not fit the
+            library. Nothing was changed.
+        LibraryError: The library cannot be read.
+        AdapterError: An expert's files are damaged.
+    """
+    router = Spectr() if router is None else router
+    if not isinstance(router, Router):
+        raise CompositionError(
+            f"router={router!r} is no router",
+            expected="a router object, such as spectr.Spectr(top_k=4)",
+            do="for a router by name: spectr.get_router('arrow')",
+        )
+    if any(isinstance(module, RoutedLinear) for module in model.modules()):
+        raise CompositionError("this model is composed already", do="call remove() on its handle first")
+    library = library if isinstance(library, ExpertLibrary) else ExpertLibrary.open(library)
+    return Routed(model, library, router, progress)
+
+
+@torch.no_grad()
+def _prepare(readers: Mapping[str, Callable], module: str, router: Router) -> dict[str, Prepared]:
+    """Align the experts of one module, those of one rank in one batch, and let the router prepare each."""
+    factors = {name: read(module) for name, read in readers.items()}
+    groups: dict[int, list[str]] = {}
+    for name, pair in factors.items():
+        groups.setdefault(pair.A.shape[0], []).append(name)
+    prepared = {}
+    for names in groups.values():
+        A_NRI = torch.stack([factors[name].A.float() for name in names])
+        B_NOR = torch.stack([factors[name].B.float() for name in names])
+        scale_N = torch.tensor([factors[name].scale for name in names])
+        aligned = align(A_NRI, B_NOR, scale_N)
+        prepared.update({name: router.prepare(type(aligned)(*(t[i] for t in aligned))) for i, name in enumerate(names)})
+    return prepared
+
+
+def _to(part: Prepared, device: torch.device, dtype: torch.dtype) -> Prepared:
+    prototype = None if part.prototype is None else part.prototype.to(device, dtype)
+    return Prepared(part.A.to(device, dtype), part.B.to(device, dtype), prototype)
+
+
+def _allow_list(experts: Iterable[str]) -> tuple[str, ...]:
+    names = (experts,) if isinstance(experts, str) else tuple(experts)
+    if not names:
+        raise CompositionError(
+            "the allow-list is empty",
+            expected="at least one expert",
+            do="name experts, or allow(None) for all; remove() gives the base model back",
+        )
+    return tuple(sorted(set(names)))

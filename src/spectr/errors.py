@@ -1,0 +1,74 @@
+"""Errors that say what was given, what was expected and what to do.
+
+Everything a user can get wrong raises :class:`SpectrError` or one of its kin before anything is changed. A broken
+invariant of ours is an ``assert``, never one of these.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SpectrError(ValueError):
+    """A mistake that the user can mend.
+
+    Args:
+        given: What was found, with the path or name it was found under.
+        expected: What would have been right.
+        do: The next step, best as a command.
+    """
+
+    def __init__(self, given: str, *, expected: str | None = None, do: str | None = None):
+        self.given, self.expected, self.do = given, expected, do
+        lines = [given]
+        lines += [f"  expected: {expected}"] if expected else []
+        lines += [f"  to do: {do}"] if do else []
+        super().__init__("\n".join(lines))
+
+
+class AdapterError(SpectrError):
+    """An adapter that cannot be read, or cannot be routed exactly."""
+
+
+class LibraryError(SpectrError):
+    """An expert library that is missing, damaged, or does not allow what was asked."""
+
+
+class CompositionError(SpectrError):
+    """A model, library and router that do not go together."""
+
+
+class DataError(SpectrError):
+    """A task, template or data file that cannot be used."""
+
+
+class ModelError(SpectrError):
+    """A base model that cannot be found or loaded."""
+
+
+class MissingExtraError(SpectrError, ImportError):
+    """An optional dependency that the called feature needs."""
+
+    def __init__(self, feature: str, extra: str):
+        super().__init__(
+            f"{feature} needs the extra '{extra}', which is not installed",
+            do=f'pip install "spectr-lora[{extra}]"',
+        )
+
+
+def raise_together(title: str, problems: Iterable[SpectrError], kind: type[SpectrError] = SpectrError) -> None:
+    """Raise one error that carries every problem, the problem itself when there is one, nothing when there is none."""
+    found = list(problems)
+    if len(found) == 1:
+        raise found[0]
+    if found:
+        raise kind(f"{title}: {len(found)} problems\n" + "\n".join(f"- {problem}" for problem in found))
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A closing phrase for an unknown name: the nearest known one, and then all of them."""
+    options = sorted(known)
+    near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    return f"{hint}known: {', '.join(options) if options else 'none'}"

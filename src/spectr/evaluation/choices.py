@@ -1,0 +1,118 @@
+"""Multiple choice by log-likelihood of the whole choice, with everything that prompts share computed once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from spectr.models.text import encode_answer, encode_prompt, shared_prefix
+from spectr.tasks import Example
+
+Progress = Callable[[int], None]
+
+
+@torch.inference_mode()
+def choice_logprobs(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    length_normalised: bool = False,
+    batch_size: int = 16,
+    progress: Progress = lambda _: None,
+) -> list[Float[Tensor, choices]]:
+    """Log-likelihood of every choice of every example.
+
+    ``sum_i log p(choice_i | prompt, choice_<i)`` over the choice's tokens and the end-of-sequence token; divided by
+    their number on request. Prompts are run longest first, the tokens that all of them begin with once.
+
+    Args:
+        model: A causal language model of transformers, in evaluation mode.
+        tokenizer: Its tokenizer.
+        examples: Examples with choices.
+        length_normalised: Mean instead of sum.
+        batch_size: Prompts at a time.
+        progress: Is told how many examples were finished since the last call.
+
+    Returns:
+        One float32 tensor of shape (choices,) an example, in nats, in the order given.
+    """
+    prompts = [encode_prompt(tokenizer, example.prompt) for example in examples]
+    prefix = shared_prefix(prompts) if len(prompts) > 1 else []
+    device = next(model.parameters()).device
+    cache = _run(model, torch.tensor([prefix], device=device)).past_key_values if prefix else None
+    order = sorted(range(len(examples)), key=lambda i: -len(prompts[i]))
+    found: dict[int, Tensor] = {}
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        own = [prompts[i][len(prefix) :] for i in chosen]
+        choices = [[encode_answer(tokenizer, choice) for choice in examples[i].choices] for i in chosen]
+        scores = _batch_logprobs(model, own, choices, len(prefix), copy.deepcopy(cache), tokenizer.pad_token_id)
+        for i, score_C, ids in zip(chosen, scores, choices, strict=True):
+            lengths_C = torch.tensor([len(choice) for choice in ids])
+            found[i] = score_C / lengths_C if length_normalised else score_C
+        progress(len(chosen))
+    return [found[i] for i in range(len(examples))]
+
+
+def predict(logprobs: Sequence[Tensor]) -> list[int]:
+    """The likeliest choice of each example."""
+    return [int(score_C.argmax()) for score_C in logprobs]
+
+
+def accuracy(predictions: Sequence[int], examples: Sequence[Example]) -> float:
+    """Share of examples whose prediction is the label, from 0 to 1."""
+    return sum(p == e.label for p, e in zip(predictions, examples, strict=True)) / len(examples)
+
+
+def _run(model: nn.Module, input_ids: Tensor, **more: Any) -> Any:
+    return model(input_ids=input_ids, use_cache=True, logits_to_keep=1, **more)
+
+
+def _batch_logprobs(
+    model: nn.Module,
+    prompts: list[list[int]],
+    choices: list[list[list[int]]],
+    shared: int,
+    cache: Any,
+    pad: int,
+) -> list[Tensor]:
+    """Log-likelihoods of each prompt's choices, ``cache`` holding the ``shared`` tokens before every prompt."""
+    device = next(model.parameters()).device
+    width = max(map(len, prompts))
+    ids_BT = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
+    mask_BT = torch.tensor([[1] * shared + [0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    position_BT = mask_BT.cumsum(-1).sub(1).clamp(min=0)
+    if cache is not None:
+        cache.batch_repeat_interleave(len(prompts))
+    more = {"attention_mask": mask_BT, "position_ids": position_BT[:, shared:]}
+    out = _run(model, ids_BT, past_key_values=cache, **more)
+    first_BV = out.logits[:, -1].float().log_softmax(-1)
+
+    counts = [len(options) for options in choices]
+    flat = [option for options in choices for option in options]
+    owner_N = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor(counts)).to(device)
+    longest = max(map(len, flat))
+    choice_NT = torch.tensor([option + [pad] * (longest - len(option)) for option in flat], device=device)
+    real_NT = torch.tensor([[1] * len(option) + [0] * (longest - len(option)) for option in flat], device=device)
+    score_N = first_BV[owner_N].gather(1, choice_NT[:, :1]).squeeze(1)
+    if longest > 1:
+        out.past_key_values.batch_select_indices(owner_N)
+        mask_NT = torch.cat([mask_BT[owner_N], real_NT[:, :-1]], dim=1)
+        position_NT = mask_NT.cumsum(-1).sub(1)[:, -(longest - 1) :]
+        later = {
+            "attention_mask": mask_NT,
+            "position_ids": position_NT,
+            "past_key_values": out.past_key_values,
+        }
+        logits_NTV = model(input_ids=choice_NT[:, :-1], use_cache=True, **later).logits.float()
+        target_NT1 = choice_NT[:, 1:, None]
+        later_NT = logits_NTV.log_softmax(-1).gather(2, target_NT1).squeeze(2)
+        score_N = score_N + (later_NT * real_NT[:, 1:]).sum(-1)
+    return list(score_N.cpu().split(counts))

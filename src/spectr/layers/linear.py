@@ -1,0 +1,54 @@
+"""What counts as a linear layer, and where and in which dtype its experts have to be."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+_NOT_LINEAR = (nn.Embedding, nn.modules.conv._ConvNd, nn.Bilinear)
+
+
+class Features(NamedTuple):
+    """Numbers of inputs and outputs of a linear layer."""
+
+    inputs: int
+    outputs: int
+
+
+def features(module: nn.Module) -> Features | None:
+    """The sizes of anything that maps (..., inputs) to (..., outputs); ``None`` for other modules.
+
+    ``nn.Linear`` and all that carry ``in_features`` and ``out_features`` (quantised layers of bitsandbytes, GPTQ and
+    the like), and transformers' ``Conv1D`` (``nx`` and ``nf``).
+    """
+    if isinstance(module, _NOT_LINEAR):
+        return None
+    for inputs, outputs in (("in_features", "out_features"), ("nx", "nf")):
+        sizes = (getattr(module, inputs, None), getattr(module, outputs, None))
+        if all(isinstance(size, int) for size in sizes):
+            return Features(*sizes)  # pyright: ignore[reportArgumentType]
+    return None
+
+
+def placement(module: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype for the experts of a layer: those it computes in, wherever its weights are kept.
+
+    A layer that accelerate moves (its weight is on the meta device between calls) computes on its hook's execution
+    device; a quantised layer computes in its ``compute_dtype``, or the dtype of the model's floating parameters.
+    """
+    weight = getattr(module, "weight", None)
+    device = weight.device if isinstance(weight, Tensor) else next(model.parameters()).device
+    execution = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    if execution is not None:
+        device = torch.device(f"cuda:{execution}") if isinstance(execution, int) else torch.device(execution)
+    if isinstance(weight, Tensor) and weight.is_floating_point() and weight.element_size() > 1:
+        return device, weight.dtype
+    stated = getattr(module, "compute_dtype", None)
+    return device, stated if isinstance(stated, torch.dtype) else _model_dtype(model)
+
+
+def _model_dtype(model: nn.Module) -> torch.dtype:
+    kinds = (p.dtype for p in model.parameters() if p.is_floating_point() and p.element_size() > 1)
+    return next(kinds, torch.get_default_dtype())

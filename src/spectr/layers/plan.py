@@ -1,0 +1,110 @@
+"""Which layers will be routed, and everything that can be wrong with that, before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from spectr.adapters import Expert
+from spectr.combine import NEEDS_EQUAL_RANKS
+from spectr.errors import CompositionError, did_you_mean, raise_together
+from spectr.layers.linear import features
+from spectr.layers.routed import RoutedLinear
+from spectr.routers.base import Router
+
+_SHOWN = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The layers to route, in the model's order, each with the names of the experts that adapt it."""
+
+    modules: Mapping[str, tuple[str, ...]]
+
+
+def make_plan(model: nn.Module, experts: Sequence[Expert], router: Router) -> Plan:
+    """Match experts to a model's layers.
+
+    Raises:
+        CompositionError: Experts adapt modules that the model does not have, that are no linear layers, or that have
+            other sizes (an adapter for another base model); or ranks differ where the combination needs equal ones.
+            All faults of all experts at once.
+    """
+    layers = {name: module for name, module in model.named_modules() if name}
+    problems = [problem for expert in experts for problem in _faults(expert, layers)]
+    users: dict[str, list[str]] = {}
+    for expert in experts:
+        for module in expert.shapes:
+            users.setdefault(module, []).append(expert.name)
+    if router.combination in NEEDS_EQUAL_RANKS:
+        problems += _unequal_ranks(experts, users, router)
+    raise_together("the experts do not fit this model", problems, CompositionError)
+    return Plan(modules={name: tuple(sorted(users[name])) for name in layers if name in users})
+
+
+def _faults(expert: Expert, layers: Mapping[str, nn.Module]) -> list[CompositionError]:
+    missing, strange, unfit = [], [], []
+    for module, shape in expert.shapes.items():
+        layer = layers.get(module)
+        if layer is None:
+            missing.append(module)
+            continue
+        sizes = features(layer.base if isinstance(layer, RoutedLinear) else layer)
+        if sizes is None:
+            strange.append(f"{module} ({type(layer).__name__})")
+        elif sizes != (shape.inputs, shape.outputs):
+            unfit.append(f"{module} ({shape.inputs} -> {shape.outputs}, here {sizes.inputs} -> {sizes.outputs})")
+    base = f"; the adapter names {expert.base_model} as its base" if expert.base_model else ""
+    problems = []
+    if missing:
+        problems.append(
+            CompositionError(
+                f"expert '{expert.name}' adapts {_some(missing)} that this model does not have",
+                expected=f"modules of this model ({did_you_mean_module(missing[0], layers)}){base}",
+                do="load the base model that the adapter was trained on, in the same class",
+            )
+        )
+    if strange:
+        problems.append(
+            CompositionError(f"expert '{expert.name}' adapts {_some(strange)}, which are not linear layers")
+        )
+    if unfit:
+        problems.append(
+            CompositionError(
+                f"expert '{expert.name}' was made for layers of other sizes: {_some(unfit)}",
+                expected=f"an adapter for this base model{base}",
+                do="leave the expert out, or load its base model",
+            )
+        )
+    return problems
+
+
+def did_you_mean_module(name: str, layers: Mapping[str, nn.Module]) -> str:
+    """A hint at the name under which the model has such a module."""
+    last = name.rpartition(".")[2]
+    alike = [layer for layer in layers if layer.rpartition(".")[2] == last]
+    return f"it has {alike[0]}" if alike else did_you_mean(last, {layer.rpartition(".")[2] for layer in layers})
+
+
+def _unequal_ranks(experts: Sequence[Expert], users: Mapping[str, list[str]], router: Router) -> list[CompositionError]:
+    by_name = {expert.name: expert for expert in experts}
+    uneven = [
+        module for module, names in users.items() if len({by_name[name].shapes[module].rank for name in names}) > 1
+    ]
+    if not uneven:
+        return []
+    ranks = ", ".join(f"{expert.name} {'/'.join(map(str, expert.ranks))}" for expert in experts)
+    return [
+        CompositionError(
+            f"combine='{router.combination}' merges factors of unequal ranks ({ranks}; in {_some(uneven)})",
+            expected="experts of one rank",
+            do="use combine='outputs', or leave experts out",
+        )
+    ]
+
+
+def _some(names: Sequence[str]) -> str:
+    rest = f" and {len(names) - _SHOWN} more modules" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + rest

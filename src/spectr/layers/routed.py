@@ -1,0 +1,111 @@
+"""The routed linear layer: a base layer with the experts that adapt it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from spectr.combine import COMBINATIONS
+from spectr.routers.base import Router, segment_norms
+from spectr.spectral import Stack
+
+
+class Decision(NamedTuple):
+    """One module's routing of one call: ``h = A x``, float32 scores, and weights (zero where not chosen)."""
+
+    h_TP: Float[Tensor, "*T P"]
+    scores_TE: Float[Tensor, "*T E"]
+    weights_TE: Float[Tensor, "*T E"]
+
+
+class RoutedLinear(nn.Module):
+    """``y = base(x) + combine(select(score(x)))``.
+
+    It stands in for its base layer wherever the model looks: ``weight``, ``bias`` and sizes are the base layer's, and
+    so are the names in ``state_dict``, so that a composed model is saved and loaded like the plain one.
+
+    Args:
+        base: The layer as it was; never changed.
+        stack: Its experts, on the device and in the dtype to compute in.
+        router: Decides for each token.
+    """
+
+    def __init__(self, base: nn.Module, stack: Stack, router: Router):
+        super().__init__()
+        self.base = base
+        self.router = router
+        self.experts = stack.experts
+        self.ranks = stack.ranks
+        self.common_rank = stack.common_rank
+        self.select = router.selection
+        self.combine = COMBINATIONS[router.combination]
+        self.register_buffer("A_PI", stack.A_PI.contiguous(), persistent=False)
+        self.register_buffer("B_OP", stack.B_OP.contiguous(), persistent=False)
+        self.register_buffer("owner_P", stack.owner_P.to(stack.A_PI.device), persistent=False)
+        self.register_buffer("prototypes_EI", stack.prototypes_EI, persistent=False)
+        self.register_state_dict_post_hook(_without_base)
+        self.register_load_state_dict_pre_hook(_with_base)
+        self.train(base.training)
+
+    def route(self, x: Float[Tensor, "*T I"]) -> Decision:
+        """Score the experts for each token and choose. Tokens are all leading axes of ``x``."""
+        x = x.to(self.A_PI.device, self.A_PI.dtype)
+        h_TP = linear(x, self.A_PI)
+        norms_TE = segment_norms(h_TP, self.owner_P, len(self.experts), self.common_rank)
+        scores_TE = self.router.scores(x, norms_TE, self.prototypes_EI)
+        return Decision(h_TP, scores_TE, self.select(scores_TE))
+
+    def forward(self, x: Float[Tensor, "*T I"], *args: Any, **kwargs: Any) -> Float[Tensor, "*T O"]:
+        """The base layer's output plus the chosen experts' update."""
+        out = self.base(x, *args, **kwargs)
+        decision = self.route(x)
+        delta = self.combine(decision.h_TP, decision.weights_TE, self.B_OP, self.owner_P)
+        return out + delta.to(out.device, out.dtype)
+
+    def stack(self) -> Stack:
+        """The experts, as they are held now."""
+        return Stack(
+            experts=self.experts,
+            ranks=self.ranks,
+            A_PI=self.A_PI,
+            B_OP=self.B_OP,
+            prototypes_EI=self.prototypes_EI,
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight."""
+        return self.base.weight  # pyright: ignore[reportReturnType]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias."""
+        return self.base.bias  # pyright: ignore[reportReturnType]
+
+    @property
+    def in_features(self) -> int:
+        """Numbers a token brings."""
+        return self.A_PI.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Numbers a token takes along."""
+        return self.B_OP.shape[0]
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows beside the base layer."""
+        return f"experts={len(self.experts)}, ranks={sorted(set(self.ranks))}, router={self.router}"
+
+
+def _without_base(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    inner = prefix + "base."
+    for key in [key for key in state if key.startswith(inner)]:
+        state[prefix + key.removeprefix(inner)] = state.pop(key)
+
+
+def _with_base(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for key in [key for key in state if key.startswith(prefix) and not key.startswith(prefix + "base.")]:
+        state[prefix + "base." + key.removeprefix(prefix)] = state.pop(key)

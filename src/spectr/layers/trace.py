@@ -1,0 +1,164 @@
+"""Watching a routed model: what each layer chose for each token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from spectr.errors import CompositionError, did_you_mean
+from spectr.layers.routed import RoutedLinear
+
+
+@dataclass(kw_only=True, eq=False)
+class LayerTrace:
+    """One layer's decisions, one call of the layer after the other.
+
+    Attributes:
+        experts: The layer's experts, in the order of the last axis.
+        steps: Of each call (scores, weights), float32 on the CPU, (batch, tokens, experts) each.
+    """
+
+    experts: tuple[str, ...]
+    steps: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    @property
+    def scores(self) -> Float[Tensor, "B T E"]:
+        """Scores of all calls, joined along the tokens."""
+        return torch.cat([scores for scores, _ in self.steps], dim=1)
+
+    @property
+    def weights(self) -> Float[Tensor, "B T E"]:
+        """Weights of all calls, joined along the tokens; zero where an expert was not chosen."""
+        return torch.cat([weights for _, weights in self.steps], dim=1)
+
+    def chosen(self, batch: int, token: int) -> tuple[str, ...]:
+        """The experts that one token took, the largest weight first."""
+        weights_E = self.weights[batch, token]
+        return tuple(self.experts[i] for i in weights_E.argsort(descending=True, stable=True) if weights_E[i] > 0)
+
+
+@dataclass(kw_only=True, eq=False)
+class Trace(Mapping[str, LayerTrace]):
+    """What a model's layers chose while the trace was open: a mapping from layer names to :class:`LayerTrace`.
+
+    Attributes:
+        experts: All experts of the model, in alphabetical order.
+        inputs: Of each call of the model its ``input_ids``, (batch, tokens), where it was given some.
+        masks: Of each such call which of its tokens are no padding, (batch, tokens).
+    """
+
+    experts: tuple[str, ...]
+    layers: dict[str, LayerTrace] = field(default_factory=dict)
+    inputs: list[Tensor] = field(default_factory=list)
+    masks: list[Tensor] = field(default_factory=list)
+
+    @property
+    def input_ids(self) -> Int[Tensor, "B T"]:
+        """Token ids of all calls, joined along the tokens."""
+        return torch.cat(self.inputs, dim=1)
+
+    @property
+    def mask(self) -> Bool[Tensor, "B T"]:
+        """Which of :attr:`input_ids` are no padding."""
+        return torch.cat(self.masks, dim=1)
+
+    def weights(self, layers: Callable[[str], bool] = lambda _: True) -> Float[Tensor, "B T E"]:
+        """Mean weight of every expert of :attr:`experts` over the layers whose name passes, for each token.
+
+        A layer that does not hold an expert counts as weight zero for it. Layers that ran over other tokens than the
+        most of them did (an encoder beside a decoder) are left out.
+
+        Raises:
+            CompositionError: No layer's name passes, or nothing was traced.
+        """
+        found = [layer for name, layer in self.layers.items() if layers(name)]
+        if not found:
+            raise CompositionError("no routed layer was traced", do="run the model inside the with-block")
+        shapes = [layer.weights.shape[:2] for layer in found]
+        usual = max(set(shapes), key=shapes.count)
+        total = torch.zeros(*usual, len(self.experts))
+        for layer, shape in zip(found, shapes, strict=True):
+            if shape == usual:
+                total[..., [self.experts.index(name) for name in layer.experts]] += layer.weights
+        return total / shapes.count(usual)
+
+    def shares(self) -> dict[str, float]:
+        """Each expert's share of the work, averaged over the tokens that are no padding and all layers; from 0 to 1."""
+        weights = self.weights()
+        if self.masks and self.mask.shape == weights.shape[:2]:
+            mean_E = weights[self.mask].mean(0)
+        else:
+            mean_E = weights.flatten(0, 1).mean(0)
+        return dict(zip(self.experts, mean_E.tolist(), strict=True))
+
+    def __getitem__(self, layer: str) -> LayerTrace:
+        if layer not in self.layers:
+            raise CompositionError(f"no trace of a layer '{layer}'", do=did_you_mean(layer, self.layers))
+        return self.layers[layer]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+
+@contextmanager
+def trace(model: nn.Module) -> Iterator[Trace]:
+    """Record what the routed layers of a model choose while the block runs; the model computes as ever.
+
+    Layers are watched from outside, by hooks that route the same input once more, so that without a trace nothing is
+    spent on it.
+
+    Raises:
+        CompositionError: The model has no routed layers.
+    """
+    routed = {name: module for name, module in model.named_modules() if isinstance(module, RoutedLinear)}
+    if not routed:
+        raise CompositionError("this model has no routed layers", do="compose it first: spectr.compose(model, library)")
+    record = Trace(experts=tuple(sorted({name for layer in routed.values() for name in layer.experts})))
+    handles = [model.register_forward_pre_hook(_watch_input(record), with_kwargs=True)]
+    for name, layer in routed.items():
+        record.layers[name] = LayerTrace(experts=layer.experts)
+        handles.append(layer.register_forward_pre_hook(_watch_layer(record.layers[name])))
+    try:
+        yield record
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _watch_layer(record: LayerTrace) -> Callable[[nn.Module, Any], None]:
+    @torch.no_grad()
+    def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        assert isinstance(layer, RoutedLinear)
+        decision = layer.route(args[0])
+        record.steps.append((_three_axes(decision.scores_TE), _three_axes(decision.weights_TE)))
+
+    return hook
+
+
+def _watch_input(record: Trace) -> Callable[[nn.Module, Any, Any], None]:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if not (isinstance(ids, Tensor) and ids.ndim == 2 and not ids.is_floating_point()):
+            return
+        mask = kwargs.get("attention_mask")
+        real = torch.ones_like(ids, dtype=torch.bool)
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            real = mask[:, -ids.shape[1] :].bool()
+        record.inputs.append(ids.detach().cpu())
+        record.masks.append(real.detach().cpu())
+
+    return hook
+
+
+def _three_axes(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().float().cpu()
+    return tensor.reshape(1, *tensor.shape) if tensor.ndim == 2 else tensor.reshape(len(tensor), -1, tensor.shape[-1])

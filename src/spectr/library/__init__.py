@@ -1,0 +1,7 @@
+"""Experts on disk: PEFT folders and a manifest that says which of them count."""
+
+from spectr.library.library import ExpertLibrary
+from spectr.library.manifest import Entry, Manifest
+from spectr.library.store import LibraryStore
+
+__all__ = ["Entry", "ExpertLibrary", "LibraryStore", "Manifest"]

@@ -1,0 +1,118 @@
+"""A library of experts, as the rest of the program sees it: names in order, experts on request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from spectr.adapters import Expert, read_adapter
+from spectr.adapters.config import CONFIG_FILE
+from spectr.errors import LibraryError, SpectrError, did_you_mean, raise_together
+from spectr.library.manifest import MANIFEST_FILE
+from spectr.library.store import LibraryStore
+
+Reader = Callable[[], Expert]
+
+
+class ExpertLibrary:
+    """Experts by name, always in alphabetical order. Reading one opens its file; nothing else is loaded.
+
+    Make one with :meth:`open` or :meth:`from_adapters`.
+    """
+
+    def __init__(self, readers: Mapping[str, Reader], origin: str):
+        self._readers = dict(sorted(readers.items()))
+        self.origin = origin
+
+    @classmethod
+    def open(cls, path: str | Path) -> ExpertLibrary:
+        """The experts of a folder: a library that ``spectr library`` made, or just a folder of PEFT adapters.
+
+        A library of the first kind opens by its manifest alone, without touching the experts' files.
+
+        Raises:
+            LibraryError: The folder is missing or holds no experts, or the manifest is damaged.
+            AdapterError: Adapters of a plain folder that cannot be used; all of them at once.
+        """
+        root = Path(path).expanduser()
+        if not root.is_dir():
+            raise LibraryError(
+                f"there is no library folder {root}",
+                expected="a folder of experts",
+                do=f"make one: spectr library add {root} NAME ADAPTER",
+            )
+        if (root / MANIFEST_FILE).is_file():
+            store = LibraryStore(root)
+            return cls({entry.name: store.reader(entry) for entry in store.entries}, str(root))
+        adapters = {folder.name: folder for folder in sorted(root.iterdir()) if (folder / CONFIG_FILE).is_file()}
+        if not adapters:
+            here = " (it is itself an adapter: give its parent folder)" if (root / CONFIG_FILE).is_file() else ""
+            raise LibraryError(
+                f"{root} holds no experts{here}",
+                expected=f"a {MANIFEST_FILE}, or folders with {CONFIG_FILE}",
+                do=f"spectr library add {root} NAME ADAPTER",
+            )
+        return cls.from_adapters(adapters, origin=str(root))
+
+    @classmethod
+    def from_adapters(cls, adapters: Mapping[str, str | Path], origin: str = "adapters") -> ExpertLibrary:
+        """Experts from PEFT folders and Hub ids, by name; nothing is copied.
+
+        Raises:
+            AdapterError: Adapters that cannot be used; all of them at once.
+        """
+        if not adapters:
+            raise LibraryError("no adapters were given", do='name at least one: {"sql": "org/sql-lora"}')
+        experts, problems = {}, []
+        for name, source in adapters.items():
+            try:
+                experts[name] = read_adapter(source, name)
+            except SpectrError as problem:
+                problems.append(problem)
+        raise_together("the adapters cannot be used", problems, LibraryError)
+        return cls({name: (lambda expert=expert: expert) for name, expert in experts.items()}, origin)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the experts, in alphabetical order."""
+        return tuple(self._readers)
+
+    def with_expert(self, name: str, source: str | Path) -> ExpertLibrary:
+        """This library with one more expert; nothing on disk changes.
+
+        Raises:
+            LibraryError: The name is taken.
+            AdapterError: The adapter cannot be used.
+        """
+        if name in self._readers:
+            raise LibraryError(f"there already is an expert '{name}'", do="remove it first, or choose another name")
+        expert = read_adapter(source, name)
+        return ExpertLibrary({**self._readers, name: lambda: expert}, self.origin)
+
+    def without(self, name: str) -> ExpertLibrary:
+        """This library with one expert less; nothing on disk changes."""
+        self.check(name)
+        return ExpertLibrary({n: reader for n, reader in self._readers.items() if n != name}, self.origin)
+
+    def check(self, *names: str) -> None:
+        """Raise :class:`LibraryError` for names that the library does not have."""
+        unknown = [
+            LibraryError(f"unknown expert '{n}'", do=did_you_mean(n, self.names)) for n in names if n not in self
+        ]
+        raise_together("unknown experts", unknown, LibraryError)
+
+    def __getitem__(self, name: str) -> Expert:
+        self.check(name)
+        return self._readers[name]()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._readers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._readers)
+
+    def __len__(self) -> int:
+        return len(self._readers)
+
+    def __repr__(self) -> str:
+        return f"ExpertLibrary({self.origin!r}, {len(self)} experts: {', '.join(self.names[:12])})"

@@ -1,0 +1,114 @@
+"""The manifest: the one file that decides what a library holds."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from spectr.errors import LibraryError
+
+MANIFEST_FILE = "manifest.json"
+FORMAT = 1
+
+
+class Entry(BaseModel):
+    """One expert of a library on disk.
+
+    Attributes:
+        name: The expert's name.
+        folder: Its folder below the library, named after its content.
+        sha256: Hex digests of the folder's files.
+        ranks: The different ranks of its modules, ascending.
+        modules: How many modules it adapts.
+        targets: The different last parts of their names.
+        parameters: Numbers in its factors.
+        base_model: What it says it was trained on.
+        origin: Where it was added from.
+        added: When, in UTC.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    folder: str
+    sha256: dict[str, str]
+    ranks: tuple[int, ...]
+    modules: int
+    targets: tuple[str, ...]
+    parameters: int
+    base_model: str | None = None
+    origin: str = ""
+    added: str = ""
+
+
+class Manifest(BaseModel):
+    """All experts of a library, in alphabetical order."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: int = FORMAT
+    experts: tuple[Entry, ...] = ()
+
+    @model_validator(mode="after")
+    def _sorted_and_unique(self) -> Manifest:
+        names = [entry.name for entry in self.experts]
+        if names != sorted(set(names)):
+            raise ValueError("names of experts must be different and in alphabetical order")
+        if self.format != FORMAT:
+            raise ValueError(f"format {self.format} is not {FORMAT}: it was written by another version of spectr")
+        return self
+
+    def with_entry(self, entry: Entry) -> Manifest:
+        """This manifest with an expert more, or with one of that name replaced."""
+        others = [other for other in self.experts if other.name != entry.name]
+        return Manifest(experts=tuple(sorted([*others, entry], key=lambda e: e.name)))
+
+    def without(self, name: str) -> Manifest:
+        """This manifest with an expert less."""
+        return Manifest(experts=tuple(entry for entry in self.experts if entry.name != name))
+
+
+def read_manifest(root: Path) -> Manifest:
+    """Read a library's manifest.
+
+    Raises:
+        LibraryError: It is not JSON, or not a manifest of this format.
+    """
+    path = root / MANIFEST_FILE
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise LibraryError(
+            f"{path} is not a library manifest: {'.'.join(map(str, first['loc']))}: {first['msg']}",
+            expected=f"format {FORMAT}, as 'spectr library add' writes it",
+            do="restore the file, or build the library again with 'spectr library add'",
+        ) from error
+
+
+def write_manifest(root: Path, manifest: Manifest) -> None:
+    """Replace the manifest in one step: after a kill at any moment it is the old or the new one."""
+    descriptor, scratch = tempfile.mkstemp(dir=root, prefix=".manifest-")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            stream.write(manifest.model_dump_json(indent=1) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(scratch, 0o644)
+        os.replace(scratch, root / MANIFEST_FILE)
+    except BaseException:
+        Path(scratch).unlink(missing_ok=True)
+        raise
+    sync_folder(root)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside a folder last through a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,56 @@
+"""Loading a base model and its tokenizer, in the precision that this machine is quickest in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from spectr.errors import ModelError
+from spectr.models.fetch import DEFAULT_MODEL, fetch_default_model
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def pick_dtype(dtype: Dtype = "auto", device: str = "cpu") -> torch.dtype:
+    """The dtype of that name; ``auto`` is bfloat16 where the hardware multiplies it natively, else float32."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if device.startswith("cuda"):
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    native = capabilities.get("amx_tile") or capabilities.get("avx512_bf16")
+    return torch.bfloat16 if native else torch.float32
+
+
+def load_model(
+    name: str | None = None, *, dtype: Dtype = "auto", device: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model in evaluation mode, with its tokenizer.
+
+    Args:
+        name: Folder or Hub id. ``None`` or ``"smollm2"`` is the default model, fetched when it is not there yet.
+        dtype: Precision of the weights, see :func:`pick_dtype`.
+        device: ``"cpu"``, ``"cuda"``, ...; the accelerator where there is one.
+
+    Raises:
+        ModelError: There is no such model, or it cannot be loaded.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    path = fetch_default_model() if name in (None, DEFAULT_MODEL) else name
+    assert path is not None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=pick_dtype(dtype, device))
+    except (OSError, ValueError, KeyError) as error:
+        there = "that folder holds no model that transformers can load" if Path(path).exists() else "no such folder"
+        raise ModelError(
+            f"the model '{path}' could not be loaded: {str(error).splitlines()[0]}",
+            expected=f"a folder with a transformers model, or a Hub id that can be reached ({there})",
+            do="check --model; leave it out for the default model",
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.to(device).eval(), tokenizer  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,70 @@
+"""What a router is: three small axes (score, select, combine), prepared once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from spectr.selection import Selection
+from spectr.spectral import Aligned, Prepared
+
+
+@runtime_checkable
+class Router(Protocol):
+    """The interface that composing, tracing and serving know; anything that has it is a router.
+
+    ``prepare`` runs once for each expert and module, alone, so that an expert more or less changes nothing for the
+    others. ``scores`` runs for each token and is pure.
+    """
+
+    @property
+    def selection(self) -> Selection:
+        """From scores to weights."""
+        ...
+
+    @property
+    def combination(self) -> str:
+        """A key of :data:`spectr.combine.COMBINATIONS`."""
+        ...
+
+    def resident(self, experts: Sequence[str]) -> tuple[str, ...]:
+        """Those of a library's experts that the model has to hold.
+
+        Raises:
+            CompositionError: The router cannot work with these experts.
+        """
+        ...
+
+    def prepare(self, aligned: Aligned) -> Prepared:
+        """One expert's share of a module's stack, float32."""
+        ...
+
+    def scores(
+        self,
+        x_TI: Float[Tensor, "*T I"],
+        norms_TE: Float[Tensor, "*T E"],
+        prototypes_EI: Float[Tensor, "E I"] | None,
+    ) -> Float[Tensor, "*T E"]:
+        """Scores of all experts for each token, float32.
+
+        Args:
+            x_TI: The module's input.
+            norms_TE: ``||A_t x||_2`` of the prepared factors, float32.
+            prototypes_EI: The stack's prototypes, where ``prepare`` made some.
+        """
+        ...
+
+
+def segment_norms(
+    h_TP: Float[Tensor, "*T P"], owner_P: Tensor, experts: int, common_rank: int | None
+) -> Float[Tensor, "*T E"]:
+    """``||h_t||_2`` of each expert's own part of ``h``, in float32 whatever the dtype of ``h``."""
+    squares_TP = h_TP.float().square()
+    if common_rank is not None:
+        return squares_TP.unflatten(-1, (experts, common_rank)).sum(-1).sqrt()
+    member_PE = torch.nn.functional.one_hot(owner_P, experts).to(squares_TP.dtype)
+    return (squares_TP @ member_PE).sqrt()

@@ -1,0 +1,68 @@
+"""SpectR: an expert's score is the length of its own low-rank vector."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from spectr.routers.checks import check_combination, check_top_k
+from spectr.selection import TopK, Weighting
+from spectr.spectral import Aligned, Prepared
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spectr:
+    """Spectral routing: the ``top_k`` experts with the longest ``A*_t x``.
+
+    Attributes:
+        score: ``"spectral"``, the paper's: ``A* = S V^T``, so that the score is ``||delta_t x||``. ``"projection"``,
+            the authors' released code's: ``A* = V^T`` and ``B* = U S``, so that it is the length of the projection on
+            the expert's input subspace.
+        top_k: Experts for each token and module.
+        weights: ``"uniform"`` (``1 / k``) or ``"softmax"`` of the chosen scores.
+        temperature: Of the softmax.
+        combine: ``"outputs"`` (eq. 13) or ``"factors"`` (eq. 10 to 12, the paper's experiments).
+
+    Source: SpectR (Fleshman and Van Durme, 2025), eq. 2 to 13.
+    """
+
+    score: Literal["spectral", "projection"] = "spectral"
+    top_k: int = 4
+    weights: Weighting = "uniform"
+    temperature: float = 1.0
+    combine: str = "outputs"
+
+    def __post_init__(self) -> None:
+        check_combination(self.combine, score=(self.score, ("spectral", "projection")))
+        _ = self.selection
+
+    @property
+    def selection(self) -> TopK:
+        """See :class:`Router`."""
+        return TopK(k=self.top_k, weighting=self.weights, temperature=self.temperature)
+
+    @property
+    def combination(self) -> str:
+        """See :class:`Router`."""
+        return self.combine
+
+    def resident(self, experts: Sequence[str]) -> tuple[str, ...]:
+        """See :class:`Router`."""
+        check_top_k(self.top_k, experts)
+        return tuple(experts)
+
+    def prepare(self, aligned: Aligned) -> Prepared:
+        """See :class:`Router`."""
+        if self.score == "projection":
+            return Prepared(aligned.Vh, aligned.U * aligned.S)
+        return Prepared.spectral(aligned)
+
+    def scores(
+        self, x_TI: Float[Tensor, "*T I"], norms_TE: Float[Tensor, "*T E"], prototypes_EI: Tensor | None
+    ) -> Float[Tensor, "*T E"]:
+        """See :class:`Router`."""
+        return norms_TE

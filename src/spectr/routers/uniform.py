@@ -1,0 +1,54 @@
+"""Mu-routing: every expert, always."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from spectr.routers.checks import check_combination
+from spectr.selection import Everyone
+from spectr.spectral import Aligned, Prepared
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uniform:
+    """All experts that adapt a module, each with weight ``1 / E``.
+
+    Attributes:
+        combine: ``"outputs"`` or ``"factors"``.
+
+    Source: mu-routing (Ostapenko et al., 2024).
+    """
+
+    combine: str = "outputs"
+
+    def __post_init__(self) -> None:
+        check_combination(self.combine)
+
+    @property
+    def selection(self) -> Everyone:
+        """See :class:`Router`."""
+        return Everyone()
+
+    @property
+    def combination(self) -> str:
+        """See :class:`Router`."""
+        return self.combine
+
+    def resident(self, experts: Sequence[str]) -> tuple[str, ...]:
+        """See :class:`Router`."""
+        return tuple(experts)
+
+    def prepare(self, aligned: Aligned) -> Prepared:
+        """See :class:`Router`."""
+        return Prepared.spectral(aligned)
+
+    def scores(
+        self, x_TI: Float[Tensor, "*T I"], norms_TE: Float[Tensor, "*T E"], prototypes_EI: Tensor | None
+    ) -> Float[Tensor, "*T E"]:
+        """See :class:`Router`; all ones."""
+        return torch.ones_like(norms_TE)

@@ -1,0 +1,66 @@
+"""From scores to weights: which experts are taken, and how much of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from spectr.errors import CompositionError
+
+Weighting = Literal["uniform", "softmax"]
+
+
+class Selection(Protocol):
+    """Turns a token's scores into weights; where an expert is not taken its weight is zero."""
+
+    def __call__(self, scores_TE: Float[Tensor, "*T E"]) -> Float[Tensor, "*T E"]:
+        """Weights of the same shape as the float32 scores, summing to one over the experts."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Everyone:
+    """All experts that adapt the module, each with weight ``1 / E`` (mu-routing)."""
+
+    def __call__(self, scores_TE: Float[Tensor, "*T E"]) -> Float[Tensor, "*T E"]:
+        """See :class:`Selection`."""
+        return torch.full_like(scores_TE, 1 / scores_TE.shape[-1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopK:
+    """The ``k`` largest scores; where a module has fewer experts, all of them.
+
+    Attributes:
+        k: Experts for each token.
+        weighting: ``1 / k`` each, or the softmax of the chosen scores over ``temperature``.
+        temperature: Of the softmax, above zero.
+
+    Source: SpectR eq. 9, and the remark below eq. 11; Arrow (Ostapenko et al., 2024) for the softmax.
+    """
+
+    k: int
+    weighting: Weighting = "uniform"
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.k, int) or self.k < 1:
+            raise CompositionError(f"top_k={self.k}", expected="a whole number of at least 1")
+        if self.weighting not in ("uniform", "softmax"):
+            raise CompositionError(f"weights={self.weighting!r}", expected="'uniform' or 'softmax'")
+        if not self.temperature > 0:
+            raise CompositionError(f"temperature={self.temperature}", expected="a number above zero")
+
+    def __call__(self, scores_TE: Float[Tensor, "*T E"]) -> Float[Tensor, "*T E"]:
+        """See :class:`Selection`."""
+        k = min(self.k, scores_TE.shape[-1])
+        top_TK, index_TK = scores_TE.topk(k, dim=-1)
+        if self.weighting == "softmax":
+            weight_TK = (top_TK / self.temperature).softmax(-1)
+        else:
+            weight_TK = torch.full_like(top_TK, 1 / k)
+        return torch.zeros_like(scores_TE).scatter(-1, index_TK, weight_TK)

@@ -1,0 +1,10 @@
+"""Pure torch mathematics: spectral alignment, and stacks of aligned experts.
+
+Legend of shape suffixes, here and in all numerics: ``T`` tokens, ``E`` experts, ``R`` rank, ``P`` all ranks of a
+stack's experts one after the other, ``I`` inputs, ``O`` outputs, ``N`` a batch of factor pairs.
+"""
+
+from spectr.spectral.align import Aligned, align
+from spectr.spectral.stack import Prepared, Stack
+
+__all__ = ["Aligned", "Prepared", "Stack", "align"]

@@ -1,0 +1,76 @@
+"""The equations written down slowly and plainly, one token and one expert at a time: what the tests compare with.
+
+Nothing here is used by the program. Every function takes dense updates ``delta_t`` of shape (O, I) and a token ``x``
+of shape (I,), all float64, and forms everything in full.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def dense_svd(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``U, S, V^T`` of a dense update, cut to ``rank``; signs by the largest entry of each row of ``V^T``."""
+    U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
+    U, S, Vh = U[:, :rank].clone(), S[:rank], Vh[:rank].clone()
+    for r in range(rank):
+        if Vh[r, Vh[r].abs().argmax()] < 0:
+            Vh[r], U[:, r] = -Vh[r], -U[:, r]
+    return U, S, Vh
+
+
+def spectral_score(delta: Tensor, x: Tensor, rank: int) -> float:
+    """``||S V^T x||``, SpectR eq. 7 and 8."""
+    _, S, Vh = dense_svd(delta, rank)
+    return float((S * (Vh @ x)).norm())
+
+
+def projection_score(delta: Tensor, x: Tensor, rank: int) -> float:
+    """``||V^T x||``, as the authors' released code scores."""
+    _, _, Vh = dense_svd(delta, rank)
+    return float((Vh @ x).norm())
+
+
+def arrow_score(delta: Tensor, x: Tensor) -> float:
+    """``|v . x|`` with the top right singular vector ``v``, SpectR eq. 4 and 5."""
+    _, _, Vh = dense_svd(delta, 1)
+    return float((Vh[0] @ x).abs())
+
+
+def top_k(scores: list[float], k: int) -> list[int]:
+    """Numbers of the ``k`` largest scores, SpectR eq. 9."""
+    return sorted(range(len(scores)), key=lambda i: -scores[i])[:k]
+
+
+def uniform_weights(scores: list[float], k: int) -> list[float]:
+    """``1 / k`` for the chosen, 0 for the rest."""
+    chosen = top_k(scores, k)
+    return [1 / len(chosen) if i in chosen else 0.0 for i in range(len(scores))]
+
+
+def softmax_weights(scores: list[float], k: int, temperature: float) -> list[float]:
+    """Softmax of the chosen scores over the temperature, 0 for the rest."""
+    chosen = top_k(scores, k)
+    top = max(scores[i] for i in chosen)
+    powers = {i: torch.exp(torch.tensor((scores[i] - top) / temperature, dtype=torch.float64)).item() for i in chosen}
+    total = sum(powers.values())
+    return [powers[i] / total if i in chosen else 0.0 for i in range(len(scores))]
+
+
+def merge_outputs(deltas: list[Tensor], weights: list[float], x: Tensor) -> Tensor:
+    """``sum_t w_t delta_t x``, SpectR eq. 13."""
+    out = torch.zeros(deltas[0].shape[0], dtype=x.dtype)
+    for delta, weight in zip(deltas, weights, strict=True):
+        out = out + weight * (delta @ x)
+    return out
+
+
+def merge_factors(A: list[Tensor], B: list[Tensor], weights: list[float], x: Tensor) -> Tensor:
+    """``(sum_t w_t B_t) (sum_t w_t A_t x)``, SpectR eq. 10 to 12."""
+    merged_B = torch.zeros_like(B[0])
+    merged_h = torch.zeros(A[0].shape[0], dtype=x.dtype)
+    for A_t, B_t, weight in zip(A, B, weights, strict=True):
+        merged_B = merged_B + weight * B_t
+        merged_h = merged_h + weight * (A_t @ x)
+    return merged_B @ merged_h

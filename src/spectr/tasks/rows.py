@@ -1,0 +1,61 @@
+"""Rows of a data set: JSONL files and the Hub's datasets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from spectr.errors import DataError, MissingExtraError
+
+
+def read_rows(source: str, *, root: str | Path | None = None, limit: int | None = None) -> list[dict[str, Any]]:
+    """All rows of a source, or its first ``limit``.
+
+    Args:
+        source: Path of a JSONL file, or ``hub:<dataset>[:<config>]:<split>``.
+        root: Folder that a relative path starts from.
+        limit: Rows at most.
+
+    Raises:
+        DataError: The file is missing, empty or holds a line that is not a JSON object; or the Hub has no such data.
+    """
+    rows = _hub_rows(source) if source.startswith("hub:") else _jsonl_rows(Path(root or ".") / source)
+    if not rows:
+        raise DataError(f"{source} holds no rows", expected="one JSON object a line", do="check the file")
+    return rows[:limit]
+
+
+def _jsonl_rows(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise DataError(
+            f"no data file at {path}", do="give the folder that holds it with --data-root, or its full path"
+        )
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, line {number}: {error}", expected="one JSON object a line") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number}: a {type(row).__name__}", expected="a JSON object")
+        rows.append(row)
+    return rows
+
+
+def _hub_rows(source: str) -> list[dict[str, Any]]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingExtraError("reading a Hub dataset", "train") from error
+    parts = source.removeprefix("hub:").split(":")
+    if len(parts) not in (2, 3):
+        raise DataError(f"data source '{source}'", expected="hub:<dataset>:<split> or hub:<dataset>:<config>:<split>")
+    try:
+        return list(datasets.load_dataset(*parts[:-1], split=parts[-1]))  # pyright: ignore[reportReturnType]
+    except Exception as error:
+        raise DataError(
+            f"the Hub dataset {source} could not be loaded: {error}", do="check its name and the network"
+        ) from error

@@ -1,0 +1,106 @@
+"""From examples to batches: encoded once, ordered by the seed alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from spectr.models.text import encode_answer, encode_prompt, shared_prefix
+from spectr.tasks import Example
+
+_BUCKET = 32  # batches that are sorted by length together
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """Training examples as token ids.
+
+    Attributes:
+        prefix: Tokens that every example begins with; not repeated in ``prompts``.
+        prompts: The rest of each prompt.
+        answers: Each answer with its end-of-sequence token.
+        shortened: How many prompts were longer than allowed.
+    """
+
+    prefix: list[int]
+    prompts: list[list[int]]
+    answers: list[list[int]]
+    shortened: int
+
+    def length(self, index: int) -> int:
+        """Tokens of an example beside the shared ones."""
+        return len(self.prompts[index]) + len(self.answers[index])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One step's tokens, padded on the left. B examples, T tokens of their own after S shared ones.
+
+    Attributes:
+        input_ids: (B, T) int64.
+        attention_mask: (B, S + T) int64, 0 at padding.
+        position_ids: (B, T) int64.
+        labels: (B, A) int64, the last A targets; -100 where there is nothing to learn.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    labels: Tensor
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int) -> Encoded:
+    """Token ids of all examples; a prompt that is too long loses its middle."""
+    prompts = [encode_prompt(tokenizer, example.prompt) for example in examples]
+    answers = [encode_answer(tokenizer, example.answer)[:max_length] for example in examples]
+    room = [max(max_length - len(answer), 2) for answer in answers]
+    shortened = sum(len(prompt) > size for prompt, size in zip(prompts, room, strict=True))
+    prompts = [_without_middle(prompt, size) for prompt, size in zip(prompts, room, strict=True)]
+    prefix = shared_prefix(prompts)
+    own = [prompt[len(prefix) :] for prompt in prompts]
+    return Encoded(prefix=prefix, prompts=own, answers=answers, shortened=shortened)
+
+
+def batches(data: Encoded, *, batch_size: int, epochs: int, seed: int, pad: int) -> Iterator[Batch]:
+    """Every batch of the run, in an order that only the seed decides; examples of like length go together."""
+    for epoch in range(epochs):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        order = torch.randperm(len(data.prompts), generator=generator).tolist()
+        groups = [
+            chunk
+            for start in range(0, len(order), batch_size * _BUCKET)
+            for chunk in _chunks(sorted(order[start : start + batch_size * _BUCKET], key=data.length), batch_size)
+        ]
+        for index in torch.randperm(len(groups), generator=generator).tolist():
+            yield _collate(data, groups[index], pad)
+
+
+def count_steps(data: Encoded, *, batch_size: int, epochs: int) -> int:
+    """Optimiser steps of the run."""
+    return epochs * -(-len(data.prompts) // batch_size)
+
+
+def _collate(data: Encoded, chosen: list[int], pad: int) -> Batch:
+    rows = [data.prompts[i] + data.answers[i][:-1] for i in chosen]
+    width, kept = max(map(len, rows)), max(len(data.answers[i]) for i in chosen)
+    shared = [1] * len(data.prefix)
+    mask = torch.tensor([shared + [0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return Batch(
+        input_ids=torch.tensor([[pad] * (width - len(row)) + row for row in rows]),
+        attention_mask=mask,
+        position_ids=mask.cumsum(-1).sub(1).clamp(min=0)[:, len(shared) :],
+        labels=torch.tensor([[-100] * (kept - len(data.answers[i])) + data.answers[i] for i in chosen]),
+    )
+
+
+def _without_middle(prompt: list[int], size: int) -> list[int]:
+    return prompt if len(prompt) <= size else prompt[: size // 2] + prompt[len(prompt) - (size - size // 2) :]
+
+
+def _chunks(order: list[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(order), size):
+        yield order[start : start + size]

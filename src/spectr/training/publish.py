@@ -1,0 +1,91 @@
+"""Writing a trained expert: PEFT's two files, and a card for people and for programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from spectr.training.run import Report
+
+CARD = "README.md"
+CARD_DATA = "expert.json"
+
+
+def publish(model: PeftModel, out: Path, report: Report, note: str) -> None:
+    """Write adapter (bfloat16), configuration and card into ``out``; the configuration last, as it marks the end."""
+    from peft import get_peft_model_state_dict
+
+    scratch = out / ".partial"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    weights = {k: v.to(torch.bfloat16).contiguous().cpu() for k, v in get_peft_model_state_dict(model).items()}
+    save_file(weights, scratch / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = model.peft_config[model.active_adapter]
+    config.base_model_name_or_path = report.base_model
+    config.inference_mode = True
+    config.save_pretrained(str(scratch))
+    facts = {**asdict(report), "note": note, "versions": _versions()}
+    (scratch / CARD_DATA).write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (scratch / CARD).write_text(card(facts), encoding="utf-8")
+    for name in ("adapter_model.safetensors", CARD_DATA, CARD, "adapter_config.json"):
+        os.replace(scratch / name, out / name)
+    shutil.rmtree(scratch)
+
+
+def card(facts: dict[str, Any]) -> str:
+    """The expert's card in Markdown, with the front matter that the Hub reads."""
+    settings = facts["settings"]
+    rows = [("training examples", facts["train_examples"]), ("steps", facts["steps"])]
+    rows += [(name.replace("_", " "), value) for name, value in settings.items()]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    data = "\n".join(f"- {key}: `{value}`" for key, value in facts["data"].items()) or "- not stated"
+    tools = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
+    remark = f"\n{facts['note']}\n" if facts["note"] else ""
+    return f"""---
+base_model: {facts["base_model"]}
+library_name: peft
+tags: [lora, spectr]
+---
+# {facts["name"]}
+
+A LoRA expert for `{facts["base_model"]}`, trained with `spectr train`.
+{remark}
+## Accuracy
+{_accuracy(facts)}
+## Data
+{data}
+
+## Settings
+| setting | value |
+| --- | --- |
+{table}
+
+{tools}; {facts["seconds"]:.0f} s of training.
+"""
+
+
+def _accuracy(facts: dict[str, Any]) -> str:
+    before, after = facts["accuracy_before"], facts["accuracy_after"]
+    if after is None:
+        return "Not measured: no test data with choices was given.\n"
+    count = facts["test_examples"]
+    error = (after * (1 - after) / count) ** 0.5
+    line = f"{after:.1%} on {count} test examples (standard error {error:.1%}); the base model has {before:.1%}"
+    return line + (f", the majority class {facts['majority']:.1%}.\n" if facts["majority"] else ".\n")
+
+
+def _versions() -> dict[str, str]:
+    packages = ("spectr-lora", "torch", "transformers", "peft")
+    return {"python": platform.python_version(), **{package: version(package) for package in packages}}

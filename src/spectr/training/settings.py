@@ -1,0 +1,71 @@
+"""What is adjustable about training an expert."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from spectr.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """Settings of one training run; the defaults are the paper's (SpectR, section 4.1).
+
+    Attributes:
+        rank: LoRA rank ``r``.
+        alpha: LoRA alpha; the scale is ``alpha / rank``, or ``alpha / sqrt(rank)`` with ``rslora``.
+        dropout: LoRA dropout, from 0 to 1. On the tokens that all prompts share one mask serves the whole batch.
+        rslora: Rank-stabilised scale.
+        target_modules: PEFT's: ``"all-linear"``, or a regular expression, or names separated by commas.
+        batch_size: Examples a step.
+        learning_rate: AdamW's step size.
+        schedule: Over the whole run, after the warm-up.
+        warmup: Share of the steps that warm up linearly, from 0 to 1.
+        weight_decay: AdamW's.
+        max_grad_norm: Gradients are clipped to this length.
+        epochs: Passes over the examples.
+        examples: Training examples used at most, the first of the file; ``None`` for all.
+        max_length: Longer examples lose the middle of their prompt (counted and reported).
+        seed: Of the initial matrix, the order and the dropout.
+    """
+
+    rank: int = 8
+    alpha: int = 16
+    dropout: float = 0.05
+    rslora: bool = False
+    target_modules: str = "all-linear"
+    batch_size: int = 8
+    learning_rate: float = 1e-4
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: float = 0.0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    epochs: int = 1
+    examples: int | None = None
+    max_length: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        wrong = [
+            f"{name}={getattr(self, name)}"
+            for name in (
+                "rank",
+                "alpha",
+                "batch_size",
+                "learning_rate",
+                "epochs",
+                "max_length",
+                "max_grad_norm",
+            )
+            if not getattr(self, name) > 0
+        ]
+        wrong += [f"{name}={getattr(self, name)}" for name in ("dropout", "warmup") if not 0 <= getattr(self, name) < 1]
+        wrong += [f"examples={self.examples}"] if self.examples is not None and self.examples < 1 else []
+        wrong += [f"schedule={self.schedule!r}"] if self.schedule not in ("constant", "linear", "cosine") else []
+        if wrong:
+            raise DataError(
+                f"training settings out of range: {', '.join(wrong)}",
+                expected="positive sizes and rates; dropout and warmup from 0 to below 1; "
+                "schedule constant, linear or cosine",
+            )
