@@ -26,7 +26,7 @@ def choice_logprobs(
     length_normalised: bool = False,
     batch_size: int = 16,
     progress: Progress = lambda _: None,
-) -> list[Float[Tensor, choices]]:
+) -> list[Float[Tensor, " choices"]]:
     """Log-likelihood of every choice of every example.
 
     ``sum_i log p(choice_i | prompt, choice_<i)`` over the choice's tokens and the end-of-sequence token; divided by
@@ -47,13 +47,14 @@ def choice_logprobs(
     prefix = shared_prefix(prompts) if len(prompts) > 1 else []
     device = next(model.parameters()).device
     cache = _run(model, torch.tensor([prefix], device=device)).past_key_values if prefix else None
+    pad: int = tokenizer.pad_token_id  # pyright: ignore[reportAssignmentType]
     order = sorted(range(len(examples)), key=lambda i: -len(prompts[i]))
     found: dict[int, Tensor] = {}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         own = [prompts[i][len(prefix) :] for i in chosen]
         choices = [[encode_answer(tokenizer, choice) for choice in examples[i].choices] for i in chosen]
-        scores = _batch_logprobs(model, own, choices, len(prefix), copy.deepcopy(cache), tokenizer.pad_token_id)
+        scores = _batch_logprobs(model, own, choices, len(prefix), copy.deepcopy(cache), pad)
         for i, score_C, ids in zip(chosen, scores, choices, strict=True):
             lengths_C = torch.tensor([len(choice) for choice in ids])
             found[i] = score_C / lengths_C if length_normalised else score_C

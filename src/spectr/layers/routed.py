@@ -33,6 +33,11 @@ class RoutedLinear(nn.Module):
         router: Decides for each token.
     """
 
+    A_PI: Tensor
+    B_OP: Tensor
+    owner_P: Tensor
+    prototypes_EI: Tensor | None
+
     def __init__(self, base: nn.Module, stack: Stack, router: Router):
         super().__init__()
         self.base = base

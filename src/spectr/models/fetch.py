@@ -14,6 +14,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from spectr.errors import ModelError
 from spectr.hashing import file_sha256
@@ -121,7 +122,7 @@ def _convert(gguf: Path, target: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     packed = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    config = packed.config
+    config: Any = packed.config
     config._name_or_path = HUB_ID
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -129,5 +130,5 @@ def _convert(gguf: Path, target: Path) -> None:
     model = type(packed)(config)
     model.load_state_dict(packed.state_dict())
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
-    model.to(torch.bfloat16).save_pretrained(target)
+    model.bfloat16().save_pretrained(target)
     tokenizer.save_pretrained(target)

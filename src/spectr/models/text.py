@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,18 +19,18 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool
     if not (chat and tokenizer.chat_template):
         return tokenizer(prompt)["input_ids"]  # pyright: ignore[reportReturnType]
     turn = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    text: Any = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
 
 
 def encode_answer(tokenizer: PreTrainedTokenizerBase, answer: str, *, chat: bool = True) -> list[int]:
     """Token ids of an answer that follows a prompt, with the end-of-sequence token."""
     text = answer if chat and tokenizer.chat_template else " " + answer
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportAssignmentType]
+    ids: Any = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
 
 
-def shared_prefix(sequences: Sequence[Sequence[int]]) -> list[int]:
+def shared_prefix(sequences: Sequence[list[int]]) -> list[int]:
     """The longest common prefix that leaves every sequence at least one token of its own."""
     if not sequences:
         return []

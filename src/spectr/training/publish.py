@@ -32,7 +32,7 @@ def publish(model: PeftModel, out: Path, report: Report, note: str) -> None:
     scratch.mkdir()
     weights = {k: v.to(torch.bfloat16).contiguous().cpu() for k, v in get_peft_model_state_dict(model).items()}
     save_file(weights, scratch / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = model.peft_config[model.active_adapter]
+    config = model.peft_config["default"]
     config.base_model_name_or_path = report.base_model
     config.inference_mode = True
     config.save_pretrained(str(scratch))
