@@ -160,7 +160,8 @@ def compose(
     Args:
         model: Any module with linear layers; transformers' models above all.
         library: The experts, or the path of their folder.
-        router: Scores, selects and combines; :class:`Spectr` with its defaults if left out.
+        router: Scores, selects and combines; :class:`Spectr` with its defaults if left out (and ``top_k`` at
+            most the number of experts).
         progress: Is told (done, total) layers.
 
     Returns:
@@ -172,7 +173,8 @@ def compose(
         LibraryError: The library cannot be read.
         AdapterError: An expert's files are damaged.
     """
-    router = Spectr() if router is None else router
+    library = library if isinstance(library, ExpertLibrary) else ExpertLibrary.open(library)
+    router = Spectr(top_k=min(4, len(library))) if router is None else router
     if not isinstance(router, Router):
         raise CompositionError(
             f"router={router!r} is no router",
@@ -181,7 +183,6 @@ def compose(
         )
     if any(isinstance(module, RoutedLinear) for module in model.modules()):
         raise CompositionError("this model is composed already", do="call remove() on its handle first")
-    library = library if isinstance(library, ExpertLibrary) else ExpertLibrary.open(library)
     return Routed(model, library, router, progress)
 
 

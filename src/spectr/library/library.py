@@ -39,7 +39,7 @@ class ExpertLibrary:
             raise LibraryError(
                 f"there is no library folder {root}",
                 expected="a folder of experts",
-                do=f"make one: spectr library add {root} NAME ADAPTER",
+                do=f"make one: spectr library add NAME ADAPTER --library {root}",
             )
         if (root / MANIFEST_FILE).is_file():
             store = LibraryStore(root)
@@ -50,7 +50,7 @@ class ExpertLibrary:
             raise LibraryError(
                 f"{root} holds no experts{here}",
                 expected=f"a {MANIFEST_FILE}, or folders with {CONFIG_FILE}",
-                do=f"spectr library add {root} NAME ADAPTER",
+                do=f"spectr library add NAME ADAPTER --library {root}",
             )
         return cls.from_adapters(adapters, origin=str(root))
 

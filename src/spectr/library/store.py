@@ -118,7 +118,7 @@ class LibraryStore:
             path = self.root / entry.folder / file
             if not path.is_file():
                 return LibraryError(
-                    f"{path} is missing", do=f"spectr library add --replace {self.root} {entry.name} ..."
+                    f"{path} is missing", do=f"spectr library add {entry.name} ADAPTER --library {self.root} --replace"
                 )
             if file_sha256(path) != expected:
                 return LibraryError(

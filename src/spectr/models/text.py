@@ -27,7 +27,8 @@ def encode_answer(tokenizer: PreTrainedTokenizerBase, answer: str, *, chat: bool
     """Token ids of an answer that follows a prompt, with the end-of-sequence token."""
     text = answer if chat and tokenizer.chat_template else " " + answer
     ids: Any = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
+    end: Any = tokenizer.eos_token_id
+    return ids if end is None else [*ids, end]
 
 
 def shared_prefix(sequences: Sequence[list[int]]) -> list[int]:

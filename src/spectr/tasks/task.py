@@ -79,12 +79,21 @@ class Task(BaseModel):
         if not path.is_file():
             raise DataError(f"no task file at {path}", do="give the path of a YAML task file, or a shipped task's name")
         try:
-            return Task.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
             raise DataError(f"{path} is not valid YAML: {error}") from error
-        except ValidationError as error:
-            faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'task'}: {e['msg']}" for e in error.errors())
-            raise DataError(f"task file {path}: {faults}", do="see the shipped tasks for the form") from error
+        if not isinstance(content, dict):
+            raise DataError(f"{path} holds no fields", expected="YAML with name, version, prompt and choices")
+        return _validated(content, f"task file {path}")
+
+    @staticmethod
+    def of(**fields: Any) -> Task:
+        """A task from its fields.
+
+        Raises:
+            DataError: Fields are missing, unknown or wrong; all named at once.
+        """
+        return _validated(fields, "this task")
 
     @staticmethod
     def shipped(name: str) -> Task:
@@ -112,6 +121,14 @@ class Task(BaseModel):
                 do=f"correct the field '{self.label}' of the data",
             )
         return Example(prompt=prompt, answer=choices[label], choices=tuple(choices), label=label)
+
+
+def _validated(fields: dict[str, Any], what: str) -> Task:
+    try:
+        return Task.model_validate(fields)
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'task'}: {e['msg']}" for e in error.errors())
+        raise DataError(f"{what}: {faults}", do="see the shipped tasks for the form") from error
 
 
 @cache

@@ -1,0 +1,61 @@
+"""All commands in one application, and what becomes of errors."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from spectr import __version__
+from spectr.cli import chat, demo, generate, library, route, train
+from spectr.cli.console import errors, out
+from spectr.errors import SpectrError
+
+app = typer.Typer(
+    name="spectr",
+    help="One language model and a folder of LoRA experts become one model that composes the right experts for every "
+    "token at every layer.\n\nWithout flags every command uses the default model (SmolLM2-135M-Instruct), the nine "
+    "shipped experts, and SpectR routing. Start with: spectr demo",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("demo")(demo.demo)
+app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
+app.command("route")(route.route)
+app.command("train")(train.train)
+app.add_typer(library.app, name="library")
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: bool = typer.Option(False, "--version", help="Show the version and exit."),
+) -> None:
+    if version:
+        out.print(f"spectr {__version__}", highlight=False)
+        raise typer.Exit
+
+
+def run() -> None:
+    """Run the application; the entry point of the ``spectr`` command."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        app()
+    except SpectrError as error:
+        errors.print(f"[bold red]error:[/] {_escaped(error)}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        errors.print("stopped")
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(1)
+
+
+def _escaped(error: SpectrError) -> str:
+    from rich.markup import escape
+
+    return escape(str(error))

@@ -1,0 +1,107 @@
+"""``spectr chat``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from spectr.cli.console import errors, out
+from spectr.cli.generate import MaxNewTokens, Temperature
+from spectr.cli.options import (
+    AllowOption,
+    DtypeOption,
+    ExpertOption,
+    LibraryOption,
+    ModelOption,
+    RouterOption,
+    TopKOption,
+    make_router,
+    open_library,
+    open_model,
+    open_routed,
+)
+from spectr.errors import SpectrError
+
+if TYPE_CHECKING:
+    from spectr.compose import Routed
+
+HELP = "/experts lists them, /allow NAME ... restricts, /allow alone lifts that, /new starts over, /quit ends"
+
+
+def chat(
+    model: ModelOption = None,
+    library: LibraryOption = None,
+    router: RouterOption = "spectr",
+    top_k: TopKOption = None,
+    expert: ExpertOption = None,
+    allow: AllowOption = None,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Talk with the routed model; after each answer it says which experts did the work.
+
+    In the chat, /experts, /allow NAME ..., /new and /quit are commands.
+    """
+    experts = open_library(library)
+    chosen = make_router(router, experts, top_k=top_k, expert=expert)
+    experts.check(*(allow or []))
+    base, tokenizer = open_model(model, dtype)
+    if tokenizer.chat_template is None:
+        raise SpectrError("this model has no chat template", do="use spectr generate --no-chat")
+    routed = open_routed(base, experts, chosen, allow)
+    errors.print(f"[dim]{HELP}[/]", highlight=False)
+    turns: list[dict[str, str]] = []
+    while (line := _read()) is not None:
+        if line.startswith("/"):
+            if line.split()[0] in ("/quit", "/exit"):
+                break
+            turns = _command(line, routed, turns)
+        elif line:
+            turns.append({"role": "user", "content": line})
+            turns.append({"role": "assistant", "content": _answer(base, tokenizer, turns, max_new_tokens, temperature)})
+
+
+def _read() -> str | None:
+    try:
+        return out.input("[bold cyan]you[/] ").strip()
+    except (EOFError, KeyboardInterrupt):
+        return None
+
+
+def _command(line: str, routed: Routed, turns: list[dict[str, str]]) -> list[dict[str, str]]:
+    name, *words = line.split()
+    try:
+        if name == "/experts":
+            errors.print(", ".join(routed.experts), highlight=False)
+        elif name == "/allow":
+            errors.print(f"allowed: {', '.join(routed.allow(words or None).experts)}", highlight=False)
+        elif name == "/new":
+            return []
+        else:
+            errors.print(HELP, highlight=False)
+    except SpectrError as error:
+        errors.print(str(error), markup=False, highlight=False)
+    return turns
+
+
+def _answer(model: Any, tokenizer: Any, turns: list[dict[str, str]], max_new_tokens: int, temperature: float) -> str:
+    import torch
+    from transformers import TextStreamer
+
+    from spectr.layers import trace
+
+    batch = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    batch = batch.to(model.device)
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    with torch.inference_mode(), trace(model) as record:
+        ids = model.generate(
+            **batch,
+            max_new_tokens=max_new_tokens,
+            streamer=streamer,
+            pad_token_id=tokenizer.pad_token_id,
+            **sampling,
+        )
+    leaders = sorted(record.shares().items(), key=lambda item: -item[1])[:3]
+    errors.print("[dim]" + ", ".join(f"{name} {share:.0%}" for name, share in leaders) + "[/]", highlight=False)
+    return tokenizer.decode(ids[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)

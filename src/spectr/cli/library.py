@@ -1,0 +1,124 @@
+"""``spectr library``: experts on disk."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from spectr.cli.console import out, say
+from spectr.cli.options import JsonOption, LibraryOption
+from spectr.errors import LibraryError, raise_together
+from spectr.library import Entry, ExpertLibrary, LibraryStore
+from spectr.library.manifest import MANIFEST_FILE
+
+app = typer.Typer(help="Experts on disk: add, remove, list, show, verify.", no_args_is_help=True)
+WriteTo = Annotated[Path, typer.Option("--library", "-l", help="Folder of the library; made if it is not there.")]
+
+
+@app.command()
+def add(
+    name: Annotated[str, typer.Argument(help="The expert's name in the library.")],
+    adapter: Annotated[str, typer.Argument(help="A PEFT folder, or a Hub id: org/repo[/folder][@revision].")],
+    library: WriteTo,
+    replace: Annotated[bool, typer.Option(help="Put it in the place of an expert of that name.")] = False,
+) -> None:
+    """Check a LoRA adapter and copy it into a library.
+
+    [dim]spectr library add sql ./adapters/sql --library experts[/]
+    """
+    entry = LibraryStore(library).add(name, adapter, replace=replace)
+    out.print(f"added {entry.name}: {_ranks(entry)}, {entry.modules} modules, {entry.parameters:,} parameters")
+
+
+@app.command()
+def remove(name: Annotated[str, typer.Argument(help="The expert to delete.")], library: WriteTo) -> None:
+    """Take an expert out of a library and delete its files."""
+    if not library.is_dir():
+        raise LibraryError(f"there is no library folder {library}", do="check --library")
+    LibraryStore(library).remove(name)
+    out.print(f"removed {name}")
+
+
+@app.command("list")
+def list_experts(library: LibraryOption = None, as_json: JsonOption = False) -> None:
+    """List a library's experts."""
+    entries = _open(library).entries
+    if as_json:
+        sys.stdout.write(json.dumps([entry.model_dump() for entry in entries]) + "\n")
+        return
+    table = Table("expert", "rank", "modules", "parameters", "targets", "base model")
+    for entry in entries:
+        row = (entry.name, _ranks(entry), str(entry.modules), f"{entry.parameters:,}", ", ".join(entry.targets))
+        table.add_row(*row, entry.base_model or "not stated")
+    out.print(table)
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="The expert.")], library: LibraryOption = None, as_json: JsonOption = False
+) -> None:
+    """Show one expert: what the manifest says, and its card."""
+    store = _open(library)
+    entry = store.entry(name)
+    card = store.root / entry.folder / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    if as_json:
+        sys.stdout.write(json.dumps({**entry.model_dump(), "card": text}) + "\n")
+        return
+    table = Table(show_header=False)
+    for key, value in _facts(entry, store.root).items():
+        table.add_row(key, str(value))
+    out.print(table)
+    if text:
+        from rich.markdown import Markdown
+
+        out.print(Markdown(text.split("---\n", 2)[-1]))
+
+
+@app.command()
+def verify(library: LibraryOption = None, as_json: JsonOption = False) -> None:
+    """Check every expert's files against their hashes and read them; exit code 2 if anything is wrong."""
+    store = _open(library)
+    say(f"reading {len(store.entries)} experts in {store.root}")
+    faults = store.verify()
+    if as_json:
+        sys.stdout.write(json.dumps({name: fault and str(fault) for name, fault in faults.items()}) + "\n")
+    raise_together(f"{store.root} is damaged", [fault for fault in faults.values() if fault], LibraryError)
+    if not as_json:
+        out.print(f"all {len(faults)} experts are as they were added")
+
+
+def _open(path: Path | None) -> LibraryStore:
+    from spectr.shipped import shipped_experts
+
+    root = path or shipped_experts()
+    ExpertLibrary.open(root)
+    if not (root / MANIFEST_FILE).is_file():
+        raise LibraryError(
+            f"{root} is a plain folder of adapters, without a {MANIFEST_FILE}",
+            do="make a library of them with: spectr library add NAME ADAPTER --library DIR",
+        )
+    return LibraryStore(root)
+
+
+def _ranks(entry: Entry) -> str:
+    return "rank " + "/".join(map(str, entry.ranks))
+
+
+def _facts(entry: Entry, root: Path) -> dict[str, Any]:
+    return {
+        "expert": entry.name,
+        "folder": root / entry.folder,
+        "ranks": _ranks(entry),
+        "modules": f"{entry.modules} ({', '.join(entry.targets)})",
+        "parameters": f"{entry.parameters:,}",
+        "base model": entry.base_model or "not stated",
+        "origin": entry.origin,
+        "added": entry.added,
+        **{f"SHA-256 of {file}": digest for file, digest in entry.sha256.items()},
+    }

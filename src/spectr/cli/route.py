@@ -1,0 +1,134 @@
+"""``spectr route``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from spectr.cli.console import out
+from spectr.cli.generate import Chat, PromptArgument, read_prompt
+from spectr.cli.options import (
+    AllowOption,
+    CombineOption,
+    DtypeOption,
+    ExpertOption,
+    JsonOption,
+    LibraryOption,
+    ModelOption,
+    RouterOption,
+    RouterTemperatureOption,
+    TopKOption,
+    make_router,
+    open_library,
+    open_model,
+    open_routed,
+)
+from spectr.errors import DataError, did_you_mean
+
+if TYPE_CHECKING:
+    from spectr.plots import TokenRouting
+
+
+def route(
+    prompt: PromptArgument = None,
+    model: ModelOption = None,
+    library: LibraryOption = None,
+    router: RouterOption = "spectr",
+    top_k: TopKOption = None,
+    expert: ExpertOption = None,
+    combine: CombineOption = None,
+    router_temperature: RouterTemperatureOption = None,
+    allow: AllowOption = None,
+    answer_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", help="Also route an answer of up to so many tokens.", min=0)
+    ] = 0,
+    layer: Annotated[str | None, typer.Option(help='Show one layer in the terminal, as in --layer "layer 12".')] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with a tooltip per token and a layer switch.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Write a picture of layers by tokens.")] = None,
+    chat: Chat = True,
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Show which experts read each token of a text, in the colour of its first expert (the paper's Figure 4).
+
+    [dim]spectr route "Is this sentence acceptable? The boy eat apples." --html routing.html --png routing.png[/]
+    """
+    text = read_prompt(prompt)
+    experts = open_library(library)
+    chosen = make_router(router, experts, top_k=top_k, expert=expert, combine=combine, temperature=router_temperature)
+    experts.check(*(allow or []))
+    base, tokenizer = open_model(model, dtype)
+
+    from spectr.layers import trace
+    from spectr.models import encode_batch, generate_answers
+    from spectr.plots.tokens import token_routing
+
+    open_routed(base, experts, chosen, allow)
+    with trace(base) as record:
+        if answer_tokens:
+            generate_answers(base, tokenizer, [text], max_new_tokens=answer_tokens, chat=chat)
+        else:
+            base(**{key: value.to(base.device) for key, value in encode_batch(tokenizer, [text], chat=chat).items()})
+    routing = token_routing(record, tokenizer, title=" ".join(text.split())[:80])
+    shown = _group(routing, layer)
+    if as_json:
+        sys.stdout.write(json.dumps(_as_data(routing, str(chosen))) + "\n")
+    else:
+        _print(routing, shown)
+    if html:
+        from spectr.plots import write_page
+
+        page = write_page([routing], html, title="Experts at work, token by token", subtitle=str(chosen))
+        _tell(f"page: {page.resolve()}", as_json)
+    if png:
+        from spectr.plots import write_token_map
+
+        _tell(f"picture: {write_token_map(routing, png).resolve()}", as_json)
+
+
+def _tell(message: str, as_json: bool) -> None:
+    from spectr.cli.console import errors
+
+    (errors if as_json else out).print(message, highlight=False)
+
+
+def _group(routing: TokenRouting, layer: str | None) -> int:
+    if layer is None:
+        return 0
+    name = f"layer {layer}" if layer.isdigit() else layer
+    if name not in routing.layers:
+        raise DataError(f"unknown layer '{layer}'", do=did_you_mean(name, routing.layers))
+    return routing.layers.index(name)
+
+
+def _print(routing: TokenRouting, group: int) -> None:
+    from spectr.plots.palette import colours
+
+    palette = colours(routing.experts)
+    line = Text()
+    for token, weights_E in zip(routing.tokens, routing.weights[group], strict=True):
+        best = int(weights_E.argmax())
+        line.append(token, style=f"black on {palette[routing.experts[best]]}" if weights_E[best] > 0 else "")
+    out.print(line)
+    out.print()
+    for name, share in routing.leaders:
+        out.print(Text(f" {name:<14}", style=f"black on {palette[name]}"), f"{share:6.1%} of the work", highlight=False)
+    if group:
+        out.print(f"(colours: {routing.layers[group]}; shares: all layers)", style="dim", highlight=False)
+
+
+def _as_data(routing: TokenRouting, router: str) -> dict:
+    weights = [[[round(w, 4) for w in token] for token in layer] for layer in routing.weights.tolist()]
+    return {
+        "router": router,
+        "experts": routing.experts,
+        "tokens": routing.tokens,
+        "layers": routing.layers,
+        "shares": routing.shares,
+        "weights": weights,
+    }

@@ -1,0 +1,69 @@
+"""The demonstration: the base model and the routed model on one prompt of each task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from spectr.compose import compose
+from spectr.layers import trace
+from spectr.library import ExpertLibrary
+from spectr.models import encode_batch, encode_prompt, generate_answers, shared_prefix
+from spectr.plots.tokens import TokenRouting, token_routing
+from spectr.routers import Router
+from spectr.tasks import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demonstration:
+    """One task's prompt with both answers, and how the routed model read the prompt."""
+
+    task: str
+    prompt: str
+    expected: str
+    base_answer: str
+    routed_answer: str
+    routing: TokenRouting
+
+
+def demonstrate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    library: ExpertLibrary,
+    router: Router,
+    tasks: Sequence[Task],
+    *,
+    max_new_tokens: int = 20,
+    say: Callable[[str], None] = lambda _: None,
+) -> list[Demonstration]:
+    """Answer every task's sample with the base model, then with the routed one; the model is given back as it was."""
+    examples = [task.example(task.sample) for task in tasks if task.sample]
+    prompts = [example.prompt for example in examples]
+    say(f"the base model answers {len(prompts)} prompts")
+    before = generate_answers(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
+    say(f"composing it with {len(library)} experts")
+    routed = compose(model, library, router)
+    try:
+        say(f"the routed model answers ({len(routed.layers)} layers routed)")
+        after = generate_answers(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
+        say("looking at what each layer chose")
+        with trace(model) as record:
+            model(**encode_batch(tokenizer, prompts), use_cache=False, logits_to_keep=1)
+    finally:
+        routed.remove()
+    skip = len(shared_prefix([encode_prompt(tokenizer, prompt) for prompt in ("a", "b")]))
+    return [
+        Demonstration(
+            task=task.name,
+            prompt=example.prompt,
+            expected=example.answer,
+            base_answer=base_answer,
+            routed_answer=routed_answer,
+            routing=token_routing(record, tokenizer, title=task.name, batch=number, skip=skip),
+        )
+        for number, (task, example, base_answer, routed_answer) in enumerate(
+            zip([task for task in tasks if task.sample], examples, before, after, strict=True)
+        )
+    ]

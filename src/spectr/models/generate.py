@@ -1,0 +1,58 @@
+"""Answers to prompts, in one padded batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from spectr.models.text import encode_prompt
+
+
+def encode_batch(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, chat: bool = True
+) -> dict[str, torch.Tensor]:
+    """``input_ids`` and ``attention_mask``, both (batch, tokens), padded on the left."""
+    encoded = [encode_prompt(tokenizer, prompt, chat=chat) for prompt in prompts]
+    width = max(map(len, encoded))
+    pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return {
+        "input_ids": torch.tensor([[pad] * (width - len(ids)) + ids for ids in encoded]),
+        "attention_mask": torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in encoded]),
+    }
+
+
+def generate_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    chat: bool = True,
+    **more: Any,
+) -> list[str]:
+    """One answer for each prompt.
+
+    Args:
+        model: A causal language model, plain or composed.
+        tokenizer: Its tokenizer.
+        prompts: What the user says.
+        max_new_tokens: Length at most.
+        temperature: 0 takes the likeliest token; above, tokens are sampled.
+        seed: Of the sampling.
+        chat: Use the chat template, where there is one.
+        more: Goes to ``model.generate``.
+    """
+    batch = {key: value.to(model.device) for key, value in encode_batch(tokenizer, prompts, chat=chat).items()}
+    sampling: dict[str, Any] = {"do_sample": temperature > 0, "pad_token_id": tokenizer.pad_token_id}
+    if temperature > 0:
+        sampling["temperature"] = temperature
+    with torch.random.fork_rng(), torch.inference_mode():
+        torch.manual_seed(seed)
+        ids: Any = model.generate(**batch, max_new_tokens=max_new_tokens, **sampling, **more)  # pyright: ignore
+    answers = tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [str(answer).strip() for answer in answers]

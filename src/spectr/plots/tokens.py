@@ -1,0 +1,77 @@
+"""What the pictures show: for each token and layer, how much of each expert was taken."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from spectr.layers import Trace
+
+ALL_LAYERS = "all layers"
+_BLOCK = re.compile(r"\.(\d+)\.")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TokenRouting:
+    """Routing of one text.
+
+    Attributes:
+        title: What the text is.
+        tokens: Its tokens as text.
+        experts: Names, in alphabetical order.
+        layers: Names of the layer groups; the first is all of them.
+        weights: Mean weights, (layers, tokens, experts), float32, from 0 to 1.
+    """
+
+    title: str
+    tokens: tuple[str, ...]
+    experts: tuple[str, ...]
+    layers: tuple[str, ...]
+    weights: Float[Tensor, "L T E"]
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Each expert's share of the work over all tokens and layers, from 0 to 1."""
+        return dict(zip(self.experts, self.weights[0].mean(0).tolist(), strict=True))
+
+    @property
+    def leaders(self) -> tuple[tuple[str, float], ...]:
+        """Experts by their share, the largest first."""
+        return tuple(sorted(self.shares.items(), key=lambda item: -item[1]))
+
+
+def token_routing(
+    trace: Trace, tokenizer: PreTrainedTokenizerBase, *, title: str = "", batch: int = 0, skip: int = 0
+) -> TokenRouting:
+    """The routing of one text of a traced batch, without padding.
+
+    Args:
+        trace: A closed trace of a model that was given ``input_ids``.
+        tokenizer: Turns ids back into text.
+        title: What the text is.
+        batch: Its number in the batch.
+        skip: Tokens at the beginning to leave out, such as a system turn.
+    """
+    import torch
+
+    real_T = trace.mask[batch].clone()
+    real_T[real_T.nonzero()[:skip]] = False
+    groups = {ALL_LAYERS: list(trace)}
+    for name in trace:
+        block = _BLOCK.search(f".{name}.")
+        if block:
+            groups.setdefault(f"layer {block[1]}", []).append(name)
+    members = {group: frozenset(names) for group, names in groups.items()}
+    weights = torch.stack([trace.weights(names.__contains__)[batch][real_T] for names in members.values()])
+    ids = trace.input_ids[batch][real_T].tolist()
+    return TokenRouting(
+        title=title,
+        tokens=tuple(str(tokenizer.decode([token])) for token in ids),
+        experts=trace.experts,
+        layers=tuple(groups),
+        weights=weights,
+    )
