@@ -9,14 +9,14 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spectr.compose import Routed, compose
+    from spectr.composition import Routed, compose
     from spectr.errors import SpectrError
     from spectr.layers import RoutedLinear, Trace, trace
     from spectr.library import ExpertLibrary
     from spectr.routers import Arrow, Oracle, Router, Spectr, Uniform, get_router, router_names
 
 _HOMES = {
-    "compose": ("Routed", "compose"),
+    "composition": ("Routed", "compose"),
     "errors": ("SpectrError",),
     "layers": ("RoutedLinear", "Trace", "trace"),
     "library": ("ExpertLibrary",),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spectr.compose import compose
+from spectr.composition import compose
 from spectr.layers import trace
 from spectr.library import ExpertLibrary
 from spectr.models import encode_batch, encode_prompt, generate_answers, shared_prefix

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -14,6 +14,7 @@ from spectr.errors import CompositionError
 Weighting = Literal["uniform", "softmax"]
 
 
+@runtime_checkable
 class Selection(Protocol):
     """Turns a token's scores into weights; where an expert is not taken its weight is zero."""
 

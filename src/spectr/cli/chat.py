@@ -22,7 +22,7 @@ from spectr.cli.options import (
 from spectr.errors import SpectrError
 
 if TYPE_CHECKING:
-    from spectr.compose import Routed
+    from spectr.composition import Routed
 
 HELP = "/experts lists them, /allow NAME ... restricts, /allow alone lifts that, /new starts over, /quit ends"
 

@@ -14,7 +14,7 @@ from spectr.errors import MissingExtraError, SpectrError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from spectr.compose import Routed
+    from spectr.composition import Routed
     from spectr.library import ExpertLibrary
     from spectr.routers import Router
 
@@ -96,7 +96,7 @@ def open_routed(
     model: PreTrainedModel, library: ExpertLibrary, router: Router, allow: list[str] | None = None
 ) -> Routed:
     """The model composed with the library, with a progress bar."""
-    from spectr.compose import compose
+    from spectr.composition import compose
 
     with bar() as advance:
         routed = compose(

@@ -1,0 +1,44 @@
+# Two commands from nothing, on a Debian machine with Python 3.10 or later: "make demo" and "make test".
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --retries 10
+
+.PHONY: help demo test lint clean
+help:
+	@echo "make demo   install, fetch the base model, and show the base and the routed model side by side"
+	@echo "make test   install, then run linters, type checker and tests"
+	@echo "make lint   linters and type checker alone"
+	@echo "make clean  delete the environment and what the commands wrote"
+
+demo: $(VENV)/.demo
+	$(BIN)/spectr demo
+
+test: $(VENV)/.test lint
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# torch first and pinned: a range would pull a CUDA build of several gigabytes.
+$(VENV)/.torch: requirements/torch.txt
+	@echo "· making an environment in $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "· installing torch (CPU build)"
+	@$(PIP) -r requirements/torch.txt
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml requirements/constraints.txt
+	@echo "· installing spectr"
+	@$(PIP) -c requirements/constraints.txt -e ".[models,plots]"
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.torch pyproject.toml requirements/constraints.txt
+	@echo "· installing spectr with what its tests need"
+	@$(PIP) -c requirements/constraints.txt -e ".[dev]"
+	@touch $@ $(VENV)/.demo
+
+clean:
+	rm -rf $(VENV) out .pytest_cache .ruff_cache

