@@ -16,11 +16,11 @@ from text_model import make_model, make_tokenizer, save_experts
 @pytest.fixture(scope="module")
 def routings(tmp_path_factory):
     model, tokenizer = make_model(), make_tokenizer()
-    library = spectr.ExpertLibrary.open(save_experts(tmp_path_factory.mktemp("experts"), ("a</script>", "b", "c")))
+    library = spectr.ExpertLibrary.open(save_experts(tmp_path_factory.mktemp("experts"), ("a<b", "b", "c")))
     spectr.compose(model, library, spectr.Spectr(top_k=2))
     with trace(model) as record:
         model(**encode_batch(tokenizer, ["what is it", "the sky is blue <unk> yes"]))
-    return record, [token_routing(record, tokenizer, title=f"text {i}", batch=i, skip=1) for i in range(2)]
+    return record, [token_routing(record, tokenizer, title=f"</script> {i}", batch=i, skip=1) for i in range(2)]
 
 
 def test_padding_and_skipped_tokens_are_left_out(routings):
@@ -47,7 +47,8 @@ def test_the_page_is_self_contained_and_carries_the_weights(routings, tmp_path):
     assert "x &amp; y" in page
     assert not re.search(r"(src|href)\s*=|@import|url\(", page)
     data = json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.S)[1])
-    assert [expert["name"] for expert in data["experts"]] == ["a</script>", "b", "c"]
+    assert [expert["name"] for expert in data["experts"]] == ["a<b", "b", "c"]
+    assert data["texts"][1]["title"] == "</script> 1"
     assert data["texts"][1]["tokens"] == list(pictures[1].tokens)
     expected = (pictures[1].weights * 1000).round().int().tolist()
     assert data["texts"][1]["weights"] == expected
