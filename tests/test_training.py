@@ -8,11 +8,12 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-import spectr.training.run as run
 from spectr.adapters import read_adapter
 from spectr.errors import DataError
 from spectr.tasks import Example, Task
 from spectr.training import TrainingSettings, batches, encode, train_expert
+from spectr.training.fit import answer_loss
+from spectr.training.run import _with_adapter
 from text_model import make_model, make_tokenizer
 
 TASK = Task.of(name="colours", version=1, prompt="what is the colour of the {thing}", choices=("green", "blue"))
@@ -102,9 +103,9 @@ def test_the_loss_is_the_mean_cross_entropy_of_the_answers_tokens():
     examples = [*EXAMPLES[:2], Example(prompt="what is it", answer="a good film")]
     data = encode(tokenizer, examples, 512)
     assert len(data.prefix) > 0
-    model = run._with_adapter(make_model(), replace(SETTINGS, dropout=0.0)).train()
+    model = _with_adapter(make_model(), replace(SETTINGS, dropout=0.0)).train()
     [batch] = batches(data, batch_size=3, epochs=1, seed=0, pad=2)
-    loss = run._answer_loss(model, batch, torch.tensor([data.prefix]), torch.device("cpu"))
+    loss = answer_loss(model, batch, torch.tensor([data.prefix]), torch.device("cpu"))
     total, count = 0.0, 0
     for prompt, answer in zip(data.prompts, data.answers, strict=True):
         logits = model(torch.tensor([data.prefix + prompt + answer])).logits[0]
@@ -133,7 +134,7 @@ def test_a_long_prompt_loses_its_middle_and_is_counted():
 def test_a_finished_expert_is_not_overwritten(tmp_path):
     train(tmp_path / "e", replace(SETTINGS, epochs=1, examples=4))
     before = (tmp_path / "e" / "adapter_model.safetensors").read_bytes()
-    with pytest.raises(DataError, match="already holds an expert\n.*choose another --out"):
+    with pytest.raises(DataError, match=r"already holds an expert\n.*choose another --out"):
         train(tmp_path / "e")
     assert (tmp_path / "e" / "adapter_model.safetensors").read_bytes() == before
 

@@ -10,7 +10,10 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-WORDS = "is it the a good bad film red blue yes no what who why colour of sky grass green x y z true false".split()
+WORDS = [
+    *("is", "it", "the", "a", "of", "what", "no", "who", "why", "yes", "true", "false"),
+    *("good", "bad", "film", "red", "blue", "green", "colour", "sky", "grass", "x", "y", "z"),
+]
 SPECIAL = ["<unk>", "<s>", "</s>", "<|user|>", "<|bot|>"]
 TEMPLATE = (
     "{% for m in messages %}{{ '<|user|> ' if m['role'] == 'user' else '<|bot|> ' }}{{ m['content'] }} {% endfor %}"

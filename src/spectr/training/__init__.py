@@ -1,7 +1,8 @@
 """Training one LoRA expert on peft and transformers."""
 
 from spectr.training.data import Encoded, batches, encode
-from spectr.training.run import Report, train_expert
+from spectr.training.report import Report
+from spectr.training.run import train_expert
 from spectr.training.settings import TrainingSettings
 
 __all__ = ["Encoded", "Report", "TrainingSettings", "batches", "encode", "train_expert"]

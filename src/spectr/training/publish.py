@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from spectr.training.run import Report
+    from spectr.training.report import Report
 
 CARD = "README.md"
 CARD_DATA = "expert.json"

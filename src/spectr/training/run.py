@@ -1,31 +1,27 @@
-"""One training run: the loop, its evaluation before and after, and what it leaves on disk.
-
-The loop is our own and short, rather than transformers' Trainer, for three things that the Trainer does not do: the
-tokens that all prompts share are run once a batch and not once an example, logits are computed for the answer only,
-and every step draws its randomness from (seed, step), so that a run killed anywhere ends with the same weights.
-"""
+"""One training run: evaluation before and after, the adapter that is trained, and what is left on disk."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectr.errors import DataError, MissingExtraError
 from spectr.evaluation import accuracy, choice_logprobs, predict
 from spectr.tasks import Example
-from spectr.training.checkpoint import load_checkpoint, read_facts, save_checkpoint
-from spectr.training.data import Batch, Encoded, batches, count_steps, encode
+from spectr.training.checkpoint import read_facts
+from spectr.training.data import Encoded, encode
+from spectr.training.fit import Progress, fit, trainable
 from spectr.training.publish import publish
+from spectr.training.report import Report
 from spectr.training.settings import TrainingSettings
 
 try:
@@ -33,33 +29,7 @@ try:
 except ImportError as error:
     raise MissingExtraError("training", "train") from error
 
-Progress = Callable[[str, int, int, str], None]
 CHECKPOINT = "checkpoint.safetensors"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """What a run came to; also the data of the expert's card.
-
-    Attributes:
-        accuracy_before: The base model's, on the test examples, from 0 to 1; ``None`` without choices or test data.
-        accuracy_after: The expert's, measured on the weights as saved.
-        majority: Share of the most frequent label, where labels mean the same in every row.
-    """
-
-    name: str
-    base_model: str
-    settings: TrainingSettings
-    data: dict[str, Any]
-    train_examples: int
-    test_examples: int
-    steps: int
-    shortened_prompts: int
-    last_loss: float
-    accuracy_before: float | None
-    accuracy_after: float | None
-    majority: float | None
-    seconds: float
 
 
 def train_expert(
@@ -125,8 +95,8 @@ def train_expert(
         }
     peft_model = _with_adapter(model, settings)
     try:
-        facts = _fit(peft_model, encoded, settings, facts, out / CHECKPOINT, checkpoint_seconds, progress)
-        _round_to_bfloat16(_trainable(peft_model))
+        facts = fit(peft_model, encoded, settings, facts, out / CHECKPOINT, checkpoint_seconds, progress)
+        _round_to_bfloat16(trainable(peft_model))
         peft_model.eval()
         after = measure("expert on the test data") if measure else None
         report = Report(
@@ -151,84 +121,6 @@ def train_expert(
     return report
 
 
-def _fit(
-    model: PeftModel,
-    data: Encoded,
-    settings: TrainingSettings,
-    facts: dict[str, Any],
-    checkpoint: Path,
-    checkpoint_seconds: float,
-    progress: Progress,
-) -> dict[str, Any]:
-    parameters = _trainable(model)
-    total = count_steps(data, batch_size=settings.batch_size, epochs=settings.epochs)
-    optimizer = torch.optim.AdamW(
-        list(parameters.values()), lr=settings.learning_rate, weight_decay=settings.weight_decay
-    )
-    done, loss, before = facts["step"], facts["loss"], facts["seconds"]
-    if done:
-        load_checkpoint(checkpoint, parameters, optimizer, done)
-    scheduler = get_scheduler(settings.schedule, optimizer, round(settings.warmup * total), total)
-    for _ in range(done):
-        optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]  # these steps were made earlier
-        scheduler.step()
-    model.train()
-    began = saved = time.monotonic()
-    pad = model.config.pad_token_id if model.config.pad_token_id is not None else 0
-    stream = batches(data, batch_size=settings.batch_size, epochs=settings.epochs, seed=settings.seed, pad=pad)
-    for step, batch in enumerate(stream):
-        if step < done:
-            continue
-        loss = _step(model, batch, data.prefix, optimizer, parameters, settings, step)
-        scheduler.step()
-        facts = {**facts, "step": step + 1, "loss": loss, "seconds": before + time.monotonic() - began}
-        progress("training", step + 1, total, f"loss {loss:.3f}")
-        if time.monotonic() - saved > checkpoint_seconds or step + 1 == total:
-            save_checkpoint(checkpoint, parameters, optimizer, facts)
-            saved = time.monotonic()
-    return facts
-
-
-def _step(
-    model: PeftModel,
-    batch: Batch,
-    prefix: list[int],
-    optimizer: torch.optim.Optimizer,
-    parameters: Mapping[str, nn.Parameter],
-    settings: TrainingSettings,
-    step: int,
-) -> float:
-    device = next(iter(parameters.values())).device
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed * 1_000_003 + step)
-        loss = _answer_loss(model, batch, torch.tensor([prefix], dtype=torch.long, device=device), device)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
-    optimizer.step()
-    return loss.item()
-
-
-def _answer_loss(model: PeftModel, batch: Batch, prefix_1S: Tensor, device: torch.device) -> Tensor:
-    """Mean cross-entropy of the answers' tokens, in nats; the prefix is run once, for all of the batch."""
-    more: dict[str, Any] = {}
-    if prefix_1S.shape[1]:
-        cache = model(input_ids=prefix_1S, use_cache=True, logits_to_keep=1).past_key_values
-        cache.batch_repeat_interleave(len(batch.input_ids))
-        more["past_key_values"] = cache
-    # Positions as a tensor: the slice that an int makes is not contiguous, and the output layer is then 5 times slower.
-    width, kept = batch.input_ids.shape[1], batch.labels.shape[1]
-    logits_BAV = model(
-        input_ids=batch.input_ids.to(device),
-        attention_mask=batch.attention_mask.to(device),
-        position_ids=batch.position_ids.to(device),
-        logits_to_keep=torch.arange(width - kept, width, device=device),
-        use_cache=bool(more),
-        **more,
-    ).logits
-    return nn.functional.cross_entropy(logits_BAV.flatten(0, 1).float(), batch.labels.to(device).flatten())
-
-
 def _with_adapter(model: PreTrainedModel, settings: TrainingSettings) -> PeftModel:
     targets: Any = settings.target_modules
     if "," in targets:
@@ -244,10 +136,6 @@ def _with_adapter(model: PreTrainedModel, settings: TrainingSettings) -> PeftMod
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         return get_peft_model(model, config)  # pyright: ignore[reportReturnType]
-
-
-def _trainable(model: PeftModel) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in sorted(model.named_parameters()) if p.requires_grad}
 
 
 @torch.no_grad()

@@ -1,0 +1,110 @@
+"""The training loop.
+
+It is our own and short, rather than transformers' Trainer, for three things that the Trainer does not do: the tokens
+that all prompts share are run once a batch and not once an example, logits are computed for the answer only, and every
+step draws its randomness from (seed, step), so that a run killed anywhere ends with the same weights.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import get_scheduler
+
+from spectr.training.checkpoint import load_checkpoint, save_checkpoint
+from spectr.training.data import Batch, Encoded, batches, count_steps
+from spectr.training.settings import TrainingSettings
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+Progress = Callable[[str, int, int, str], None]
+
+
+def fit(
+    model: PeftModel,
+    data: Encoded,
+    settings: TrainingSettings,
+    facts: dict[str, Any],
+    checkpoint: Path,
+    checkpoint_seconds: float,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Train the model's trainable parameters from where ``facts`` says the run is; returns the facts at its end."""
+    parameters = trainable(model)
+    total = count_steps(data, batch_size=settings.batch_size, epochs=settings.epochs)
+    optimizer = torch.optim.AdamW(
+        list(parameters.values()), lr=settings.learning_rate, weight_decay=settings.weight_decay
+    )
+    done, loss, before = facts["step"], facts["loss"], facts["seconds"]
+    if done:
+        load_checkpoint(checkpoint, parameters, optimizer, done)
+    scheduler = get_scheduler(settings.schedule, optimizer, round(settings.warmup * total), total)
+    for _ in range(done):
+        optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]  # these steps were made earlier
+        scheduler.step()
+    model.train()
+    began = saved = time.monotonic()
+    pad = model.config.pad_token_id if model.config.pad_token_id is not None else 0
+    stream = batches(data, batch_size=settings.batch_size, epochs=settings.epochs, seed=settings.seed, pad=pad)
+    for step, batch in enumerate(stream):
+        if step < done:
+            continue
+        loss = _step(model, batch, data.prefix, optimizer, parameters, settings, step)
+        scheduler.step()
+        facts = {**facts, "step": step + 1, "loss": loss, "seconds": before + time.monotonic() - began}
+        progress("training", step + 1, total, f"loss {loss:.3f}")
+        if time.monotonic() - saved > checkpoint_seconds or step + 1 == total:
+            save_checkpoint(checkpoint, parameters, optimizer, facts)
+            saved = time.monotonic()
+    return facts
+
+
+def _step(
+    model: PeftModel,
+    batch: Batch,
+    prefix: list[int],
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    settings: TrainingSettings,
+    step: int,
+) -> float:
+    device = next(iter(parameters.values())).device
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed * 1_000_003 + step)
+        loss = answer_loss(model, batch, torch.tensor([prefix], dtype=torch.long, device=device), device)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
+    optimizer.step()
+    return loss.item()
+
+
+def answer_loss(model: PeftModel, batch: Batch, prefix_1S: Tensor, device: torch.device) -> Tensor:
+    """Mean cross-entropy of the answers' tokens, in nats; the prefix is run once, for all of the batch."""
+    more: dict[str, Any] = {}
+    if prefix_1S.shape[1]:
+        cache = model(input_ids=prefix_1S, use_cache=True, logits_to_keep=1).past_key_values
+        cache.batch_repeat_interleave(len(batch.input_ids))
+        more["past_key_values"] = cache
+    # Positions as a tensor: the slice that an int makes is not contiguous, and the output layer is then 5 times slower.
+    width, kept = batch.input_ids.shape[1], batch.labels.shape[1]
+    logits_BAV = model(
+        input_ids=batch.input_ids.to(device),
+        attention_mask=batch.attention_mask.to(device),
+        position_ids=batch.position_ids.to(device),
+        logits_to_keep=torch.arange(width - kept, width, device=device),
+        use_cache=bool(more),
+        **more,
+    ).logits
+    return nn.functional.cross_entropy(logits_BAV.flatten(0, 1).float(), batch.labels.to(device).flatten())
+
+
+def trainable(model: PeftModel) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, in alphabetical order."""
+    return {name: p for name, p in sorted(model.named_parameters()) if p.requires_grad}

@@ -1,0 +1,33 @@
+"""What a training run came to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from spectr.training.settings import TrainingSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a run came to; also the data of the expert's card.
+
+    Attributes:
+        accuracy_before: The base model's, on the test examples, from 0 to 1; ``None`` without choices or test data.
+        accuracy_after: The expert's, measured on the weights as saved.
+        majority: Share of the most frequent label, where labels mean the same in every row.
+    """
+
+    name: str
+    base_model: str
+    settings: TrainingSettings
+    data: dict[str, Any]
+    train_examples: int
+    test_examples: int
+    steps: int
+    shortened_prompts: int
+    last_loss: float
+    accuracy_before: float | None
+    accuracy_after: float | None
+    majority: float | None
+    seconds: float
