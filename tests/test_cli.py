@@ -185,7 +185,10 @@ MISTAKES = {
     "remove from nowhere": (("library", "remove", "x", "-l", "nowhere"), "there is no library folder nowhere"),
     "training without a template": (("train", "-o", "{out}"), "nothing says how a row becomes a prompt"),
     "unknown task": (("train", "-o", "{out}", "--task", "agnew"), "did you mean 'agnews'?"),
-    "task without data": (("train", "-o", "{out}", "--task", "agnews", "--data-root", "/no"), "no data file at /no/agnews"),
+    "task without data": (
+        ("train", "-o", "{out}", "--task", "agnews", "--data-root", "/no"),
+        "no data file at /no/agnews",
+    ),
     "two kinds of answer": (
         ("train", "-o", "{out}", "--prompt", "{{x}}", "--answer", "a", "--choices", "b,c"),
         "one kind of answer is needed",

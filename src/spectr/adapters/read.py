@@ -11,6 +11,7 @@ from spectr.adapters.source import locate_adapter
 from spectr.errors import AdapterError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+_FLOATS = ("F64", "F32", "F16", "BF16")
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 
 
@@ -33,10 +34,12 @@ def read_adapter(source: str | Path, name: str, *, check_values: bool = True) ->
     with open_safetensors(weights, name) as file:
         keys = list(file.keys())
         pairs, faults = pair_keys(keys)
-        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in keys}
+        slices = {key: file.get_slice(key) for key in keys}
+        shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
+        faults += [f"{k} has dtype {part.get_dtype()}" for k, part in slices.items() if part.get_dtype() not in _FLOATS]
     if not faults and not pairs:
         faults = ["it holds no LoRA factors"]
-    table = {m: _factor_shape(m, sides, shapes, config, faults) for m, sides in pairs.items() if len(sides) == 2}
+    found = {m: _factor_shape(m, sides, shapes, config, faults) for m, sides in pairs.items() if len(sides) == 2}
     if faults:
         shown = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
         raise AdapterError(
@@ -47,7 +50,7 @@ def read_adapter(source: str | Path, name: str, *, check_values: bool = True) ->
     expert = Expert(
         name=name,
         weights=weights,
-        shapes=dict(sorted(table.items())),
+        shapes={module: shape for module, shape in sorted(found.items()) if shape},
         base_model=config.base_model,
         origin=str(source),
     )
@@ -62,14 +65,15 @@ def _factor_shape(
     shapes: dict[str, tuple[int, ...]],
     config: AdapterConfig,
     faults: list[str],
-) -> FactorShape:
+) -> FactorShape | None:
     A, B = shapes[sides["A"]], shapes[sides["B"]]
     rank = config.rank_of(module)
     if len(A) != 2 or len(B) != 2:
         faults.append(f"{module} has factors of shapes {A} and {B} (a convolution?)")
-    elif not A[0] == B[1] == rank:
+        return None
+    if not A[0] == B[1] == rank:
         faults.append(f"{module} has factors of shapes {A} and {B} where the configuration says rank {rank}")
-    return FactorShape(A[0], A[-1], B[0], config.scale_of(module), sides["A"], sides["B"])
+    return FactorShape(A[0], A[1], B[0], config.scale_of(module), sides["A"], sides["B"])
 
 
 def _check_values(expert: Expert) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -17,7 +18,7 @@ def locate_adapter(source: str | Path, name: str) -> Path:
     Raises:
         AdapterError: There is no such folder, and no such repository that can be reached.
     """
-    folder = Path(source).expanduser()
+    folder = Path(os.path.expanduser(source))
     if folder.is_dir():
         return folder
     match = _HUB_ID.match(str(source))

@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-_NOT_LINEAR = (nn.Embedding, nn.modules.conv._ConvNd, nn.Bilinear)
+# The last one is the output projection of nn.MultiheadAttention, which reads its weight and never calls it: an expert
+# there would silently do nothing.
+_NOT_LINEAR = (nn.Embedding, nn.modules.conv._ConvNd, nn.Bilinear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
 class Features(NamedTuple):
@@ -21,7 +23,8 @@ def features(module: nn.Module) -> Features | None:
     """The sizes of anything that maps (..., inputs) to (..., outputs); ``None`` for other modules.
 
     ``nn.Linear`` and all that carry ``in_features`` and ``out_features`` (quantised layers of bitsandbytes, GPTQ and
-    the like), and transformers' ``Conv1D`` (``nx`` and ``nf``).
+    the like), and transformers' ``Conv1D`` (``nx`` and ``nf``). Not the output projection of ``nn.MultiheadAttention``,
+    which is never called.
     """
     if isinstance(module, _NOT_LINEAR):
         return None

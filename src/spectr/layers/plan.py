@@ -68,7 +68,11 @@ def _faults(expert: Expert, layers: Mapping[str, nn.Module]) -> list[Composition
         )
     if strange:
         problems.append(
-            CompositionError(f"expert '{expert.name}' adapts {_some(strange)}, which are not linear layers")
+            CompositionError(
+                f"expert '{expert.name}' adapts {_some(strange)}, which are not linear layers that can be routed",
+                expected="layers that the model calls, mapping (..., inputs) to (..., outputs)",
+                do="retrain it without these modules",
+            )
         )
     if unfit:
         problems.append(

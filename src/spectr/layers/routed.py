@@ -46,6 +46,7 @@ class RoutedLinear(nn.Module):
         self.ranks = stack.ranks
         self.common_rank = stack.common_rank
         self.select = router.selection
+        self._prepared_dtype = stack.A_PI.dtype
         self.combine = COMBINATIONS[router.combination]
         self.register_buffer("A_PI", stack.A_PI.contiguous(), persistent=False)
         self.register_buffer("B_OP", stack.B_OP.contiguous(), persistent=False)
@@ -55,6 +56,15 @@ class RoutedLinear(nn.Module):
         self.register_load_state_dict_pre_hook(_with_base)
         self.train(base.training)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """A new weight (as tying or resizing gives) goes to the base layer."""
+        self.base.register_parameter(name, param)
+
+    @property
+    def is_as_prepared(self) -> bool:
+        """Whether the experts are still in the dtype they were prepared in; a cast may have cost them digits."""
+        return self.A_PI.dtype == self._prepared_dtype
+
     def route(self, x: Float[Tensor, "*T I"]) -> Decision:
         """Score the experts for each token and choose. Tokens are all leading axes of ``x``."""
         x = x.to(self.A_PI.device, self.A_PI.dtype)
@@ -63,10 +73,10 @@ class RoutedLinear(nn.Module):
         scores_TE = self.router.scores(x, norms_TE, self.prototypes_EI)
         return Decision(h_TP, scores_TE, self.select(scores_TE))
 
-    def forward(self, x: Float[Tensor, "*T I"], *args: Any, **kwargs: Any) -> Float[Tensor, "*T O"]:
+    def forward(self, input: Float[Tensor, "*T I"], *args: Any, **kwargs: Any) -> Float[Tensor, "*T O"]:
         """The base layer's output plus the chosen experts' update."""
-        out = self.base(x, *args, **kwargs)
-        decision = self.route(x)
+        out = self.base(input, *args, **kwargs)
+        decision = self.route(input)
         delta = self.combine(decision.h_TP, decision.weights_TE, self.B_OP, self.owner_P)
         return out + delta.to(out.device, out.dtype)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -50,7 +51,7 @@ class Trace(Mapping[str, LayerTrace]):
     Attributes:
         experts: All experts of the model, in alphabetical order.
         inputs: Of each call of the model its ``input_ids``, (batch, tokens), where it was given some.
-        masks: Of each such call which of its tokens are no padding, (batch, tokens).
+        masks: Of each call (with ``input_ids`` or ``inputs_embeds``) which tokens are no padding, (batch, tokens).
     """
 
     experts: tuple[str, ...]
@@ -77,11 +78,14 @@ class Trace(Mapping[str, LayerTrace]):
         Raises:
             CompositionError: No layer's name passes, or nothing was traced.
         """
-        found = [layer for name, layer in self.layers.items() if layers(name)]
+        found = [layer for name, layer in self.layers.items() if layers(name) and layer.steps]
         if not found:
-            raise CompositionError("no routed layer was traced", do="run the model inside the with-block")
+            raise CompositionError(
+                "no routed layer was traced",
+                do="run the model inside the with-block; one that was compiled before has to run uncompiled",
+            )
         shapes = [layer.weights.shape[:2] for layer in found]
-        usual = max(set(shapes), key=shapes.count)
+        [(usual, _)] = Counter(shapes).most_common(1)
         total = torch.zeros(*usual, len(self.experts))
         for layer, shape in zip(found, shapes, strict=True):
             if shape == usual:
@@ -119,6 +123,7 @@ def trace(model: nn.Module) -> Iterator[Trace]:
     Raises:
         CompositionError: The model has no routed layers.
     """
+    model = getattr(model, "_orig_mod", model)  # of a compiled model: the module itself
     routed = {name: module for name, module in model.named_modules() if isinstance(module, RoutedLinear)}
     if not routed:
         raise CompositionError("this model has no routed layers", do="compose it first: spectr.compose(model, library)")
@@ -126,7 +131,7 @@ def trace(model: nn.Module) -> Iterator[Trace]:
     handles = [model.register_forward_pre_hook(_watch_input(record), with_kwargs=True)]
     for name, layer in routed.items():
         record.layers[name] = LayerTrace(experts=layer.experts)
-        handles.append(layer.register_forward_pre_hook(_watch_layer(record.layers[name])))
+        handles.append(layer.register_forward_pre_hook(_watch_layer(record.layers[name]), with_kwargs=True))
     try:
         yield record
     finally:
@@ -134,11 +139,11 @@ def trace(model: nn.Module) -> Iterator[Trace]:
             handle.remove()
 
 
-def _watch_layer(record: LayerTrace) -> Callable[[nn.Module, Any], None]:
+def _watch_layer(record: LayerTrace) -> Callable[[nn.Module, Any, Any], None]:
     @torch.no_grad()
-    def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def hook(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         assert isinstance(layer, RoutedLinear)
-        decision = layer.route(args[0])
+        decision = layer.route(args[0] if args else kwargs["input"])
         record.steps.append((_three_axes(decision.scores_TE), _three_axes(decision.weights_TE)))
 
     return hook
@@ -147,14 +152,16 @@ def _watch_layer(record: LayerTrace) -> Callable[[nn.Module, Any], None]:
 def _watch_input(record: Trace) -> Callable[[nn.Module, Any, Any], None]:
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
-        if not (isinstance(ids, Tensor) and ids.ndim == 2 and not ids.is_floating_point()):
+        given = kwargs.get("inputs_embeds") if ids is None else ids
+        if not isinstance(given, Tensor) or given.ndim != (3 if given.is_floating_point() else 2):
             return
         mask = kwargs.get("attention_mask")
-        real = torch.ones_like(ids, dtype=torch.bool)
+        real = torch.ones(given.shape[:2], dtype=torch.bool)
         if isinstance(mask, Tensor) and mask.ndim == 2:
-            real = mask[:, -ids.shape[1] :].bool()
-        record.inputs.append(ids.detach().cpu())
+            real = mask[:, -given.shape[1] :].bool()
         record.masks.append(real.detach().cpu())
+        if not given.is_floating_point():
+            record.inputs.append(given.detach().cpu())
 
     return hook
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from spectr.adapters import Expert, read_adapter
 from spectr.adapters.config import CONFIG_FILE
-from spectr.errors import LibraryError, SpectrError, did_you_mean, raise_together
+from spectr.errors import AdapterError, LibraryError, SpectrError, did_you_mean, raise_together
 from spectr.library.manifest import MANIFEST_FILE
 from spectr.library.store import LibraryStore
 
@@ -34,7 +35,7 @@ class ExpertLibrary:
             LibraryError: The folder is missing or holds no experts, or the manifest is damaged.
             AdapterError: Adapters of a plain folder that cannot be used; all of them at once.
         """
-        root = Path(path).expanduser()
+        root = Path(os.path.expanduser(path))
         if not root.is_dir():
             raise LibraryError(
                 f"there is no library folder {root}",
@@ -44,7 +45,8 @@ class ExpertLibrary:
         if (root / MANIFEST_FILE).is_file():
             store = LibraryStore(root)
             return cls({entry.name: store.reader(entry) for entry in store.entries}, str(root))
-        adapters = {folder.name: folder for folder in sorted(root.iterdir()) if (folder / CONFIG_FILE).is_file()}
+        visible = [folder for folder in sorted(root.absolute().iterdir()) if not folder.name.startswith(".")]
+        adapters = {folder.name: folder for folder in visible if (folder / CONFIG_FILE).is_file()}
         if not adapters:
             here = " (it is itself an adapter: give its parent folder)" if (root / CONFIG_FILE).is_file() else ""
             raise LibraryError(
@@ -69,7 +71,7 @@ class ExpertLibrary:
                 experts[name] = read_adapter(source, name)
             except SpectrError as problem:
                 problems.append(problem)
-        raise_together("the adapters cannot be used", problems, LibraryError)
+        raise_together("the adapters cannot be used", problems, AdapterError)
         return cls({name: (lambda expert=expert: expert) for name, expert in experts.items()}, origin)
 
     @property

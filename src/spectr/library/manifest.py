@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from spectr.errors import LibraryError
 
 MANIFEST_FILE = "manifest.json"
+SCRATCH_MANIFEST = ".manifest-"
 FORMAT = 1
 
 
@@ -52,13 +55,19 @@ class Manifest(BaseModel):
     format: int = FORMAT
     experts: tuple[Entry, ...] = ()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_this_format(cls, data: Any) -> Any:
+        found = data.get("format", FORMAT) if isinstance(data, dict) else FORMAT
+        if found != FORMAT:
+            raise ValueError(f"format {found} is not {FORMAT}: it was written by another version of spectr")
+        return data
+
     @model_validator(mode="after")
     def _sorted_and_unique(self) -> Manifest:
         names = [entry.name for entry in self.experts]
         if names != sorted(set(names)):
             raise ValueError("names of experts must be different and in alphabetical order")
-        if self.format != FORMAT:
-            raise ValueError(f"format {self.format} is not {FORMAT}: it was written by another version of spectr")
         return self
 
     def with_entry(self, entry: Entry) -> Manifest:
@@ -80,10 +89,13 @@ def read_manifest(root: Path) -> Manifest:
     path = root / MANIFEST_FILE
     try:
         return Manifest.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise LibraryError(f"{path} cannot be read: {error.strerror or error}", do="check its permissions") from error
     except ValidationError as error:
         first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
         raise LibraryError(
-            f"{path} is not a library manifest: {'.'.join(map(str, first['loc']))}: {first['msg']}",
+            f"{path} is not a library manifest: {place and place + ': '}{first['msg']}",
             expected=f"format {FORMAT}, as 'spectr library add' writes it",
             do="restore the file, or build the library again with 'spectr library add'",
         ) from error
@@ -91,7 +103,7 @@ def read_manifest(root: Path) -> Manifest:
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
     """Replace the manifest in one step: after a kill at any moment it is the old or the new one."""
-    descriptor, scratch = tempfile.mkstemp(dir=root, prefix=".manifest-")
+    descriptor, scratch = tempfile.mkstemp(dir=root, prefix=SCRATCH_MANIFEST)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
             stream.write(manifest.model_dump_json(indent=1) + "\n")
@@ -106,9 +118,10 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames inside a folder last through a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Make renames inside a folder last through a power cut, where the file system can."""
+    with suppress(OSError):  # the rename itself was made; not every file system syncs folders
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

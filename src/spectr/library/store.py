@@ -21,19 +21,28 @@ from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from spectr.adapters import Expert, read_adapter
 from spectr.adapters.config import CONFIG_FILE
 from spectr.adapters.read import WEIGHTS_FILE
 from spectr.errors import LibraryError, SpectrError, did_you_mean
 from spectr.hashing import file_sha256
-from spectr.library.manifest import MANIFEST_FILE, Entry, Manifest, read_manifest, sync_folder, write_manifest
+from spectr.library.manifest import (
+    MANIFEST_FILE,
+    SCRATCH_MANIFEST,
+    Entry,
+    Manifest,
+    read_manifest,
+    sync_folder,
+    write_manifest,
+)
 
-_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _KEPT_FILES = (CONFIG_FILE, WEIGHTS_FILE, "README.md", "expert.json")
 _INCOMING = ".incoming-"
 _DIGITS = 12
+_PATIENCE = 60  # seconds that a writer waits for another
 
 
 class LibraryStore:
@@ -44,7 +53,7 @@ class LibraryStore:
     """
 
     def __init__(self, root: str | Path):
-        self.root = Path(root).expanduser()
+        self.root = Path(os.path.expanduser(root))
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -69,7 +78,8 @@ class LibraryStore:
 
     def reader(self, entry: Entry) -> Callable[[], Expert]:
         """A function that reads the expert; its values were checked when it was added."""
-        return lambda: read_adapter(self.root / entry.folder, entry.name, check_values=False)
+        folder = (self.root / entry.folder).absolute()  # absolute, so that it is never taken for a Hub id
+        return lambda: read_adapter(folder, entry.name, check_values=False)
 
     def add(self, name: str, source: str | Path, *, replace: bool = False) -> Entry:
         """Copy an adapter into the library.
@@ -83,7 +93,7 @@ class LibraryStore:
             AdapterError: The adapter is missing, damaged, or cannot be routed exactly.
             LibraryError: The name is taken or not allowed, or the folder cannot be written. Nothing was changed.
         """
-        if not _NAME.match(name):
+        if not _NAME.fullmatch(name):
             raise LibraryError(
                 f"'{name}' cannot be an expert's name",
                 expected="up to 100 letters, digits, dots, dashes and underscores, a letter or digit first",
@@ -114,6 +124,14 @@ class LibraryStore:
         return {entry.name: self._fault(entry) for entry in self.entries}
 
     def _fault(self, entry: Entry) -> SpectrError | None:
+        try:
+            return self._changed_file(entry) or self._unreadable(entry)
+        except OSError as error:
+            return LibraryError(
+                f"expert '{entry.name}' cannot be read: {error}", do="check the permissions of its files"
+            )
+
+    def _changed_file(self, entry: Entry) -> SpectrError | None:
         for file, expected in entry.sha256.items():
             path = self.root / entry.folder / file
             if not path.is_file():
@@ -126,8 +144,11 @@ class LibraryStore:
                     expected=expected,
                     do=f"add the expert again from {entry.origin or 'its origin'}, with --replace",
                 )
+        return None
+
+    def _unreadable(self, entry: Entry) -> SpectrError | None:
         try:
-            read_adapter(self.root / entry.folder, entry.name)
+            read_adapter((self.root / entry.folder).absolute(), entry.name)
         except SpectrError as error:
             return error
         return None
@@ -137,10 +158,17 @@ class LibraryStore:
         """Hold the library's lock, with a fresh manifest; turn what the file system refuses into our error."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.root / ".lock", timeout=60):
+            with FileLock(self.root / ".lock", timeout=_PATIENCE):
                 self.__dict__.pop("manifest", None)
+                if not (self.root / MANIFEST_FILE).is_file():
+                    self._begin()
                 self._sweep()
                 yield
+        except Timeout as error:
+            raise LibraryError(
+                f"{self.root} has been in use by another writer for {_PATIENCE} s; nothing was changed",
+                do="try again when the other command has ended",
+            ) from error
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             raise LibraryError(
@@ -148,6 +176,18 @@ class LibraryStore:
                 expected="a folder that can be written, with room for the expert",
                 do="free some space and try again" if full else "check the path and its permissions",
             ) from error
+
+    def _begin(self) -> None:
+        """Make this folder a library, unless it holds adapters that a new manifest would hide."""
+        adapters = sorted(path.name for path in self.root.iterdir() if (path / CONFIG_FILE).is_file())
+        if adapters:
+            raise LibraryError(
+                f"{self.root} holds adapters ({', '.join(adapters[:5])}) but no {MANIFEST_FILE}: it is a plain folder "
+                "of adapters, or a library that lost its manifest",
+                expected="a library, or a folder without adapters",
+                do=f"make a new library and add them: spectr library add NAME {self.root / adapters[0]} --library NEW",
+            )
+        write_manifest(self.root, Manifest())
 
     def _copy_in(self, expert: Expert) -> Entry:
         source = expert.weights.parent
@@ -195,8 +235,13 @@ class LibraryStore:
         """Delete what killed or finished writers left: half-made copies, and folders of ours that do not count."""
         kept = {entry.folder for entry in self.entries}
         for path in self.root.iterdir():
-            if path.is_dir() and (path.name.startswith(_INCOMING) or (path.name not in kept and _is_ours(path))):
+            if path.name.startswith(SCRATCH_MANIFEST):
+                path.unlink(missing_ok=True)
+            elif path.is_dir() and path.name.startswith(_INCOMING):
                 shutil.rmtree(path, ignore_errors=True)
+            elif path.is_dir() and path.name not in kept and _is_ours(path):
+                doomed = path.rename(self.root / f"{_INCOMING}removed-{path.name}")  # half of it would not be ours
+                shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _digests(folder: Path) -> dict[str, str]:

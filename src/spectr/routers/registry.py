@@ -6,6 +6,7 @@ returns a router; the built-in ones go through the same table.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import entry_points
@@ -55,10 +56,11 @@ def get_router(name: str, **options: Any) -> Router:
             raise CompositionError(f"unknown router '{name}'", do=did_you_mean(name, router_names()))
         make = point.load()
     try:
-        return make(**options)
+        inspect.signature(make).bind(**options)
     except TypeError as error:
         fields = getattr(getattr(make, "func", make), "__dataclass_fields__", {})
         raise CompositionError(
             f"router '{name}' does not take these options: {', '.join(options) or 'none'}",
             expected=f"some of: {', '.join(fields)}" if fields else str(error),
         ) from error
+    return make(**options)

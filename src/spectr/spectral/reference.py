@@ -14,7 +14,7 @@ def dense_svd(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """``U, S, V^T`` of a dense update, cut to ``rank``; signs by the largest entry of each row of ``V^T``."""
     U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
     U, S, Vh = U[:, :rank].clone(), S[:rank], Vh[:rank].clone()
-    for r in range(rank):
+    for r in range(len(S)):
         if Vh[r, Vh[r].abs().argmax()] < 0:
             Vh[r], U[:, r] = -Vh[r], -U[:, r]
     return U, S, Vh

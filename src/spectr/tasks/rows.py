@@ -31,8 +31,14 @@ def _jsonl_rows(path: Path) -> list[dict[str, Any]]:
         raise DataError(
             f"no data file at {path}", do="give the folder that holds it with --data-root, or its full path"
         )
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: U+2028 and the like are legal in JSON
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8 ({error.reason} at byte {error.start})", do="convert it to UTF-8"
+        ) from error
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:

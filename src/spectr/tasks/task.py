@@ -62,6 +62,11 @@ class Task(BaseModel):
     def _one_kind_of_answer(self) -> Task:
         if (self.choices is None) == (self.answer is None):
             raise ValueError("a task has either 'choices' or a free-text 'answer' template, and one of them")
+        for template in (self.prompt, self.answer):
+            if template is not None and not _is_template(template):
+                raise ValueError(
+                    f"the template {template!r} has wrong braces: fields are {{name}}, a brace itself {{{{"
+                )
         if isinstance(self.choices, tuple) and (len(self.choices) < 2 or len(set(self.choices)) < len(self.choices)):
             raise ValueError("'choices' needs at least two, all different")
         if isinstance(self.choices, tuple) and not all(choice.strip() for choice in self.choices):
@@ -80,7 +85,7 @@ class Task(BaseModel):
             raise DataError(f"no task file at {path}", do="give the path of a YAML task file, or a shipped task's name")
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise DataError(f"{path} is not valid YAML: {error}") from error
         if not isinstance(content, dict):
             raise DataError(f"{path} holds no fields", expected="YAML with name, version, prompt and choices")
@@ -113,8 +118,13 @@ class Task(BaseModel):
         if self.answer is not None:
             return Example(prompt=prompt, answer=_fill(self.answer, row, self.name))
         choices: Any = _field(self.choices, row, self.name) if isinstance(self.choices, str) else self.choices
+        if not isinstance(choices, (list, tuple)) or len(choices) < 2 or not all(isinstance(c, str) for c in choices):
+            raise DataError(
+                f"task '{self.name}': the field '{self.choices}' of row {row.get('id', '?')} is {choices!r}",
+                expected="a list of two or more texts",
+            )
         label = _field(self.label, row, self.name)
-        if not isinstance(label, int) or not 0 <= label < len(choices):
+        if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < len(choices):
             raise DataError(
                 f"task '{self.name}': label {label!r} in row {row.get('id', '?')}",
                 expected=f"a whole number from 0 to {len(choices) - 1}",
@@ -147,6 +157,14 @@ def _field(name: str | None, row: dict[str, Any], task: str) -> Any:
             do=f"use one of the row's fields: {', '.join(sorted(row))}",
         )
     return row[name]
+
+
+def _is_template(template: str) -> bool:
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError:
+        return False
+    return all(name.isidentifier() for name in names)
 
 
 def _fill(template: str, row: dict[str, Any], task: str) -> str:

@@ -1,0 +1,62 @@
+"""Before anything else: no network, one thread, and shapes and types of the numerics checked while the tests run."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from pathlib import Path
+
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+# The modules whose signatures carry shapes. Elsewhere a wrong type has to reach our own error, not the checker's.
+CHECKED = (
+    "spectr.combine",
+    "spectr.evaluation",
+    "spectr.layers",
+    "spectr.routers",
+    "spectr.selection",
+    "spectr.spectral",
+)
+install_import_hook(list(CHECKED), "beartype.beartype")
+
+from adapters_on_disk import tree, write_adapter  # noqa: E402
+from spectr.library import LibraryStore  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def no_sync(monkeypatch) -> None:
+    """Nothing waits for the disk: no test cuts the power, and a kill loses nothing that the kernel has."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.fixture
+def adapter(tmp_path) -> Path:
+    """A valid adapter folder, written by hand."""
+    return write_adapter(tmp_path / "sources" / "adapter", seed=1)
+
+
+@pytest.fixture
+def other_adapter(tmp_path) -> Path:
+    """Another one, with other weights."""
+    return write_adapter(tmp_path / "sources" / "other", seed=2)
+
+
+@pytest.fixture
+def library(tmp_path, adapter, other_adapter) -> LibraryStore:
+    """A library on disk of two experts, 'law' and 'sql'."""
+    store = LibraryStore(tmp_path / "library")
+    store.add("sql", adapter)
+    store.add("law", other_adapter)
+    return store
+
+
+@pytest.fixture
+def unchanged(library):
+    """A check that every file of the library is as it was when the test began."""
+    before = tree(library.root)
+    return lambda: tree(library.root) == before

@@ -1,0 +1,559 @@
+"""A library on disk does what was asked or leaves everything as it was, and says why."""
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from adapters_on_disk import assert_says, load_with_peft, save_with_peft, tiny_llama, tree, write_adapter
+from spectr.errors import AdapterError, LibraryError, SpectrError
+from spectr.hashing import file_sha256
+from spectr.library import ExpertLibrary, LibraryStore
+
+pytestmark = pytest.mark.usefixtures("no_sync")
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+
+
+def names(root: Path) -> tuple[str, ...]:
+    return ExpertLibrary.open(root).names
+
+
+def folders(root: Path) -> set[str]:
+    return {path.name for path in root.iterdir() if path.is_dir()}
+
+
+def assert_sound(store: LibraryStore, *expected: str) -> None:
+    """A fresh look finds these experts, without a fault, and no folder that does not count."""
+    fresh = LibraryStore(store.root)
+    assert names(store.root) == expected
+    assert fresh.verify() == dict.fromkeys(expected)
+    assert folders(store.root) == {entry.folder for entry in fresh.entries}
+
+
+class TestRoundTrip:
+    def test_added_experts_are_listed_in_alphabetical_order(self, tmp_path, adapter, other_adapter):
+        store = LibraryStore(tmp_path / "new" / "library")
+        for name, source in [("sql", adapter), ("law", other_adapter), ("Zulu", adapter), ("9th", other_adapter)]:
+            store.add(name, source)
+        assert_sound(store, "9th", "Zulu", "law", "sql")
+        assert [entry.name for entry in store.entries] == ["9th", "Zulu", "law", "sql"]
+        library = ExpertLibrary.open(store.root)
+        assert list(library) == ["9th", "Zulu", "law", "sql"]
+        assert (len(library), "law" in library, "slq" in library) == (4, True, False)
+
+    def test_the_stored_files_are_the_originals(self, library, adapter):
+        (entry,) = [entry for entry in library.entries if entry.name == "sql"]
+        assert tree(library.root / entry.folder) == tree(adapter)
+        assert entry.sha256 == {file: file_sha256(adapter / file) for file in (CONFIG, WEIGHTS)}
+
+    def test_cards_are_kept_and_other_files_are_not(self, tmp_path, adapter):
+        for file in ("README.md", "expert.json", "optimizer.pt", "tokenizer.json"):
+            (adapter / file).write_text(f"this is {file}")
+        (adapter / "runs").mkdir()
+        store = LibraryStore(tmp_path / "library")
+        stored = tree(store.root / store.add("sql", adapter).folder)
+        assert stored == {f: tree(adapter)[f] for f in (CONFIG, WEIGHTS, "README.md", "expert.json")}
+
+    def test_the_original_is_left_alone(self, tmp_path, adapter):
+        before = tree(adapter)
+        store = LibraryStore(tmp_path / "library")
+        store.add("sql", adapter)
+        store.remove("sql")
+        assert tree(adapter) == before
+
+    def test_peft_loads_a_stored_expert_as_it_loads_the_original(self, tmp_path):
+        from peft import LoraConfig
+
+        config = LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj", "down_proj"], rank_pattern={"down_proj": 3})
+        original = save_with_peft(tmp_path / "a", tiny_llama(), config)
+        store = LibraryStore(tmp_path / "library")
+        entry = store.add("sql", original)
+        ids = torch.arange(6)[None]
+        with torch.no_grad():
+            bare = tiny_llama()(ids).logits
+            stored, expected = (
+                load_with_peft(folder, tiny_llama())(ids).logits for folder in (store.root / entry.folder, original)
+            )
+        assert torch.equal(stored, expected)
+        assert (stored - bare).abs().max() > 0.01
+        assert (entry.ranks, entry.modules, entry.targets) == ((2, 3), 4, ("down_proj", "q_proj"))
+        assert entry.parameters == 2 * (2 * (8 + 8) + 3 * (12 + 8))
+
+    def test_an_expert_from_the_library_has_the_originals_factors(self, library, adapter):
+        from safetensors.torch import load_file
+
+        original, expert = load_file(adapter / WEIGHTS), ExpertLibrary.open(library.root)["sql"]
+        with expert.open() as read:
+            for module, shape in expert.shapes.items():
+                A, B, scale = read(module)
+                assert torch.equal(A, original[shape.key_A])
+                assert torch.equal(B, original[shape.key_B])
+                assert scale == 2.0
+        assert (expert.name, len(expert.shapes)) == ("sql", 2)
+
+    def test_replacing_changes_that_expert_only(self, library, tmp_path):
+        law = library.entry("law")
+        new = library.add("sql", write_adapter(tmp_path / "new", seed=7), replace=True)
+        assert_sound(library, "law", "sql")
+        assert LibraryStore(library.root).entry("law") == law
+        assert LibraryStore(library.root).entry("sql") == new
+        assert tree(library.root / new.folder) == tree(tmp_path / "new")
+
+    def test_replacing_an_expert_that_is_not_there_adds_it(self, library, adapter):
+        library.add("med", adapter, replace=True)
+        assert_sound(library, "law", "med", "sql")
+
+    def test_replacing_with_the_same_content_changes_nothing(self, library, adapter):
+        before = library.entry("sql")
+        assert library.add("sql", adapter, replace=True).folder == before.folder
+        assert_sound(library, "law", "sql")
+
+    def test_the_same_content_under_two_names_is_two_experts(self, library, adapter):
+        library.add("twin", adapter)
+        library.remove("sql")
+        assert_sound(library, "law", "twin")
+
+    def test_removing_leaves_the_others(self, library):
+        library.remove("sql")
+        assert_sound(library, "law")
+        library.remove("law")
+        assert_sound(library)
+
+    def test_a_removed_expert_can_be_added_again(self, library, adapter):
+        before = tree(library.root / library.entry("sql").folder)
+        library.remove("sql")
+        assert tree(library.root / library.add("sql", adapter).folder) == before
+        assert_sound(library, "law", "sql")
+
+    def test_replacing_mends_a_damaged_expert(self, library, adapter):
+        weights = library.root / library.entry("sql").folder / WEIGHTS
+        weights.write_bytes(weights.read_bytes()[:-1])
+        library.add("sql", adapter, replace=True)
+        assert_sound(library, "law", "sql")
+
+    def test_a_store_sees_what_another_one_wrote_before_it_writes(self, library, adapter):
+        other = LibraryStore(library.root)
+        assert len(other.entries) == 2
+        library.add("med", adapter)
+        other.add("art", adapter)
+        assert_sound(library, "art", "law", "med", "sql")
+
+    @pytest.mark.parametrize("name", ["a", "A-1_b.c", "0", "x" * 100])
+    def test_allowed_names(self, tmp_path, adapter, name):
+        store = LibraryStore(tmp_path / "library")
+        store.add(name, adapter)
+        assert_sound(store, name)
+
+
+class TestOpening:
+    def test_a_plain_folder_of_adapters(self, tmp_path):
+        for number, name in enumerate(["sql", "law", "med"]):
+            write_adapter(tmp_path / name, seed=number)
+        (tmp_path / "notes").mkdir()
+        (tmp_path / "todo.txt").write_text("x")
+        before = tree(tmp_path)
+        library = ExpertLibrary.open(tmp_path)
+        assert library.names == ("law", "med", "sql")
+        assert library["law"].weights == tmp_path / "law" / WEIGHTS
+        assert tree(tmp_path) == before
+
+    def test_a_thousand_experts_open_without_their_files(self, tmp_path, library):
+        entry = json.loads((library.root / "manifest.json").read_text())["experts"][0]
+        entries = [{**entry, "name": f"e{i:04}", "folder": f"e{i:04}-absent"} for i in range(1000)]
+        (tmp_path / "manifest.json").write_text(json.dumps({"format": 1, "experts": entries}))
+        opened = ExpertLibrary.open(tmp_path)
+        assert opened.names == tuple(f"e{i:04}" for i in range(1000))
+        assert "e0999" in opened
+        with pytest.raises(AdapterError) as caught:
+            opened["e0500"]
+        assert_says(
+            caught.value,
+            given=("expert 'e0500'", f"{tmp_path / 'e0500-absent'}"),
+            expected="a folder with adapter_config.json",
+            do="check the path",
+        )
+
+    def test_one_expert_more_or_less_changes_nothing_on_disk(self, library, adapter, unchanged):
+        opened = ExpertLibrary.open(library.root)
+        assert opened.with_expert("med", adapter).names == ("law", "med", "sql")
+        assert opened.without("law").names == ("sql",)
+        assert opened.names == ("law", "sql")
+        assert unchanged()
+
+    def test_from_adapters_copies_nothing(self, adapter, other_adapter):
+        library = ExpertLibrary.from_adapters({"sql": adapter, "law": str(other_adapter)})
+        assert library.names == ("law", "sql")
+        assert library["sql"].weights == adapter / WEIGHTS
+
+    def test_a_representation_of_use(self, library):
+        assert repr(ExpertLibrary.open(library.root)) == f"ExpertLibrary('{library.root}', 2 experts: law, sql)"
+
+    @pytest.mark.parametrize("kind", ["missing", "file"])
+    def test_no_such_folder(self, tmp_path, kind):
+        root = tmp_path / "library"
+        if kind == "file":
+            root.write_text("x")
+        given = (f"there is no library folder {root}",)
+        with pytest.raises(LibraryError) as caught:
+            ExpertLibrary.open(root)
+        assert_says(caught.value, given=given, expected="a folder of experts", do="spectr library add")
+
+    def test_an_empty_folder(self, tmp_path):
+        with pytest.raises(LibraryError) as caught:
+            ExpertLibrary.open(tmp_path)
+        assert_says(
+            caught.value,
+            given=(f"{tmp_path} holds no experts",),
+            expected="a manifest.json, or folders with adapter_config.json",
+            do="spectr library add",
+        )
+
+    def test_an_adapter_given_in_place_of_a_library(self, adapter):
+        with pytest.raises(LibraryError) as caught:
+            ExpertLibrary.open(adapter)
+        given = (f"{adapter} holds no experts (it is itself an adapter: give its parent folder)",)
+        assert_says(caught.value, given=given, expected="a manifest.json, or folders", do="spectr library add")
+
+    def test_broken_adapters_of_a_plain_folder_are_reported_together(self, tmp_path):
+        write_adapter(tmp_path / "fine")
+        write_adapter(tmp_path / "dora", use_dora=True)
+        (write_adapter(tmp_path / "bare") / WEIGHTS).unlink()
+        with pytest.raises(SpectrError, match="2 problems") as caught:
+            ExpertLibrary.open(tmp_path)
+        assert f"expert 'bare': {tmp_path / 'bare'} has no {WEIGHTS}" in str(caught.value)
+        assert "expert 'dora' cannot be routed exactly: use_dora is set" in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("text", "shown"),
+        [
+            (b"", "Invalid JSON"),
+            (b'{"format": 1, "experts": [', "Invalid JSON"),
+            (b"\xff\xfe", "Invalid JSON"),
+            (b"[]", "should be an object"),
+            (b'{"format": 1, "experts": [{"name": "a"}]}', "experts.0.folder: Field required"),
+            (b'{"format": 1, "colour": 1}', "colour: Extra inputs are not permitted"),
+            (b'{"format": 2, "experts": []}', "format 2 is not 1: it was written by another version of spectr"),
+        ],
+    )
+    @pytest.mark.parametrize("use", ["open", "add", "remove", "verify"])
+    def test_a_damaged_manifest(self, library, adapter, use, text, shown):
+        (library.root / "manifest.json").write_bytes(text)
+        before = tree(library.root)
+        store = LibraryStore(library.root)
+        uses = {
+            "open": lambda: ExpertLibrary.open(library.root),
+            "add": lambda: store.add("med", adapter),
+            "remove": lambda: store.remove("sql"),
+            "verify": store.verify,
+        }
+        with pytest.raises(LibraryError) as caught:
+            uses[use]()
+        given = (f"{library.root / 'manifest.json'} is not a library manifest", shown)
+        assert_says(caught.value, given=given, expected="format 1", do="restore the file")
+        assert tree(library.root) == before
+
+    @pytest.mark.parametrize("order", [["b", "a"], ["a", "a"]])
+    def test_a_manifest_out_of_order(self, library, order):
+        path = library.root / "manifest.json"
+        manifest = json.loads(path.read_text())
+        manifest["experts"] = [{**entry, "name": n} for entry, n in zip(manifest["experts"], order, strict=True)]
+        path.write_text(json.dumps(manifest))
+        with pytest.raises(LibraryError) as caught:
+            ExpertLibrary.open(library.root)
+        given = ("names of experts must be different and in alphabetical order",)
+        assert_says(caught.value, given=given, expected="format 1", do="restore the file")
+
+
+class TestVerify:
+    def test_all_is_well(self, library):
+        assert library.verify() == {"law": None, "sql": None}
+
+    @pytest.mark.parametrize("file", [CONFIG, WEIGHTS])
+    @pytest.mark.parametrize("position", [0, -1])
+    def test_a_flipped_bit_is_found(self, library, adapter, file, position):
+        path = library.root / library.entry("sql").folder / file
+        content = bytearray(path.read_bytes())
+        content[position] ^= 1
+        path.write_bytes(content)
+        faults = LibraryStore(library.root).verify()
+        assert faults["law"] is None
+        assert_says(
+            faults["sql"],
+            given=(f"{path} is not the file that was added (its SHA-256 differs)",),
+            expected=file_sha256(adapter / file),
+            do=f"add the expert again from {adapter}, with --replace",
+        )
+
+    @pytest.mark.parametrize("file", [CONFIG, WEIGHTS])
+    def test_a_missing_file_is_found(self, library, file):
+        path = library.root / library.entry("law").folder / file
+        path.unlink()
+        faults = LibraryStore(library.root).verify()
+        assert faults["sql"] is None
+        assert_says(faults["law"], given=(f"{path} is missing",), expected=None, do="--replace")
+
+    def test_a_missing_folder_is_found(self, library):
+        shutil.rmtree(library.root / library.entry("law").folder)
+        assert_says(library.verify()["law"], given=("is missing",), expected=None, do="--replace")
+
+    def test_files_that_match_their_hashes_are_read_too(self, library):
+        """An expert that a manifest vouches for, yet that cannot be routed."""
+        folder = library.root / library.entry("sql").folder
+        write_adapter(folder, use_dora=True)
+        path = library.root / "manifest.json"
+        manifest = json.loads(path.read_text())
+        manifest["experts"][1]["sha256"] = {file: file_sha256(folder / file) for file in (CONFIG, WEIGHTS)}
+        path.write_text(json.dumps(manifest))
+        fault = LibraryStore(library.root).verify()["sql"]
+        assert_says(fault, given=("expert 'sql'", "use_dora is set"), expected="a plain LoRA adapter", do="retrain it")
+
+    def test_an_empty_library_has_no_faults(self, tmp_path):
+        assert LibraryStore(tmp_path / "nothing").verify() == {}
+
+
+class TestRefusals:
+    def test_a_name_that_is_taken(self, library, other_adapter, unchanged):
+        with pytest.raises(LibraryError) as caught:
+            library.add("sql", other_adapter)
+        given = (f"{library.root} already has an expert 'sql'",)
+        assert_says(caught.value, given=given, expected=None, do="choose another name, or say --replace")
+        assert unchanged()
+
+    def test_a_name_that_another_store_took_meanwhile(self, library, adapter):
+        other = LibraryStore(library.root)
+        assert len(other.entries) == 2
+        library.add("med", adapter)
+        before = tree(library.root)
+        with pytest.raises(LibraryError, match="already has an expert 'med'"):
+            other.add("med", adapter)
+        assert tree(library.root) == before
+
+    @pytest.mark.parametrize(
+        "name", ["", ".hidden", "-x", "_x", "a/b", "../a", "a b", "é", "a\0", "x" * 101, "manifest/"]
+    )
+    def test_a_name_that_is_not_allowed(self, library, adapter, unchanged, name):
+        with pytest.raises(LibraryError) as caught:
+            library.add(name, adapter)
+        assert_says(
+            caught.value,
+            given=(f"'{name}' cannot be an expert's name",),
+            expected="up to 100 letters, digits, dots, dashes and underscores, a letter or digit first",
+            do=None,
+        )
+        assert unchanged()
+
+    @pytest.mark.parametrize("use", ["remove", "entry", "getitem", "without", "check"])
+    def test_an_unknown_name(self, library, unchanged, use):
+        opened = ExpertLibrary.open(library.root)
+        uses = {
+            "remove": library.remove,
+            "entry": library.entry,
+            "getitem": opened.__getitem__,
+            "without": opened.without,
+            "check": opened.check,
+        }
+        with pytest.raises(LibraryError) as caught:
+            uses[use]("slq")
+        assert_says(caught.value, given=("expert 'slq'",), expected=None, do="did you mean 'sql'? known: law, sql")
+        assert unchanged()
+
+    def test_all_unknown_names_are_reported_at_once(self, library):
+        with pytest.raises(LibraryError) as caught:
+            ExpertLibrary.open(library.root).check("slq", "law", "zzz")
+        assert str(caught.value) == (
+            "unknown experts: 2 problems\n"
+            "- unknown expert 'slq'\n  to do: did you mean 'sql'? known: law, sql\n"
+            "- unknown expert 'zzz'\n  to do: known: law, sql"
+        )
+
+    def test_an_adapter_that_cannot_be_used(self, library, tmp_path, unchanged):
+        with pytest.raises(AdapterError, match="use_dora is set"):
+            library.add("dora", write_adapter(tmp_path / "dora", use_dora=True))
+        with pytest.raises(AdapterError, match="there is no folder"):
+            library.add("lost", tmp_path / "nowhere")
+        assert unchanged()
+
+    def test_with_expert_of_a_name_that_is_taken(self, library, adapter):
+        with pytest.raises(LibraryError) as caught:
+            ExpertLibrary.open(library.root).with_expert("sql", adapter)
+        given = ("there already is an expert 'sql'",)
+        assert_says(caught.value, given=given, expected=None, do="remove it first, or choose another name")
+
+    @pytest.mark.parametrize("below", ["", "further"])
+    def test_a_root_that_is_a_file(self, tmp_path, adapter, below):
+        (tmp_path / "library").write_text("precious")
+        root = tmp_path / "library" / below
+        with pytest.raises(LibraryError) as caught:
+            LibraryStore(root).add("sql", adapter)
+        assert_says(
+            caught.value,
+            given=(f"{root} cannot be written: ", "the library is as it was"),
+            expected="a folder that can be written",
+            do="check the path and its permissions",
+        )
+        assert (tmp_path / "library").read_text() == "precious"
+
+
+def refusing(monkeypatch, owner, attribute: str, number: int, *, at_call: int = 1, before=lambda *_: None) -> None:
+    """Let the n-th call of a function of the operating system fail, as its ``errno`` says."""
+    real, calls = getattr(owner, attribute), []
+
+    def call(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == at_call:
+            before(*args)
+            raise OSError(number, os.strerror(number))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, attribute, call)
+
+
+def write_half(reading, writing, *_) -> None:
+    writing.write(reading.read()[:-50])
+
+
+STEPS_OF_ADDING = {
+    "making the scratch folder": (tempfile, "mkdtemp", 1),
+    "copying the configuration": (shutil, "copyfileobj", 1),
+    "copying the weights": (shutil, "copyfileobj", 2),
+    "flushing the configuration": (os, "fsync", 1),
+    "flushing the weights": (os, "fsync", 2),
+    "moving the folder into place": (Path, "rename", 1),
+    "making the new manifest": (tempfile, "mkstemp", 1),
+    "flushing the manifest": (os, "fsync", 4),
+    "replacing the manifest": (os, "replace", 1),
+}
+
+
+class TestDiskTrouble:
+    @pytest.mark.parametrize(
+        ("replace", "number"), [(False, errno.ENOSPC), (True, errno.EACCES)], ids=["add, full", "replace, forbidden"]
+    )
+    @pytest.mark.parametrize("step", STEPS_OF_ADDING.values(), ids=STEPS_OF_ADDING.keys())
+    def test_adding_fails_at_any_step_and_changes_nothing(self, library, tmp_path, monkeypatch, step, replace, number):
+        owner, attribute, at_call = step
+        source = write_adapter(tmp_path / "new", seed=3)
+        name = "sql" if replace else "med"
+        before = tree(library.root)
+        half = write_half if attribute == "copyfileobj" else lambda *_: None
+        with monkeypatch.context() as patch:
+            refusing(patch, owner, attribute, number, at_call=at_call, before=half)
+            with pytest.raises(LibraryError) as caught:
+                library.add(name, source, replace=replace)
+        advice = {errno.ENOSPC: "free some space and try again", errno.EACCES: "check the path and its permissions"}
+        assert_says(
+            caught.value,
+            given=(f"{library.root} cannot be written: {os.strerror(number)}; the library is as it was",),
+            expected="a folder that can be written, with room for the expert",
+            do=advice[number],
+        )
+        after = tree(library.root)
+        assert {path: after[path] for path in before} == before
+        assert LibraryStore(library.root).verify() == {"law": None, "sql": None}
+        assert names(library.root) == ("law", "sql")
+        library.add(name, source, replace=replace)
+        assert_sound(library, *sorted({"law", "sql", name}))
+
+    @pytest.mark.parametrize(
+        "step", [(tempfile, "mkstemp", 1), (os, "fsync", 1), (os, "replace", 1)], ids=["make", "flush", "replace"]
+    )
+    def test_removing_fails_at_any_step_and_changes_nothing(self, library, monkeypatch, unchanged, step):
+        owner, attribute, at_call = step
+        with monkeypatch.context() as patch:
+            refusing(patch, owner, attribute, errno.ENOSPC, at_call=at_call)
+            with pytest.raises(LibraryError, match="No space left on device; the library is as it was"):
+                library.remove("sql")
+        assert unchanged()
+        assert_sound(library, "law", "sql")
+        library.remove("sql")
+        assert_sound(library, "law")
+
+    @pytest.mark.parametrize("use", ["add", "remove"])
+    def test_a_folder_that_cannot_be_locked(self, library, adapter, monkeypatch, unchanged, use):
+        (library.root / ".lock").unlink(missing_ok=True)
+        real = os.open
+
+        def forbidden(path, *args, **kwargs):
+            if str(path).endswith(".lock"):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return real(path, *args, **kwargs)
+
+        change = {"add": lambda: library.add("med", adapter), "remove": lambda: library.remove("sql")}[use]
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "open", forbidden)
+            with pytest.raises(LibraryError) as caught:
+                change()
+        assert_says(
+            caught.value,
+            given=(f"{library.root} cannot be written: Permission denied; the library is as it was",),
+            expected="a folder that can be written",
+            do="check the path and its permissions",
+        )
+        assert unchanged()
+
+    def test_a_root_that_cannot_be_made(self, tmp_path, adapter, monkeypatch):
+        refusing(monkeypatch, os, "mkdir", errno.EROFS)
+        with pytest.raises(LibraryError) as caught:
+            LibraryStore(tmp_path / "library").add("sql", adapter)
+        given = (f"{tmp_path / 'library'} cannot be written: Read-only file system",)
+        assert_says(caught.value, given=given, expected="a folder that can be written", do="check the path")
+
+    def test_a_source_that_changes_while_it_is_copied_is_not_added(self, library, tmp_path, monkeypatch, unchanged):
+        source = write_adapter(tmp_path / "new", seed=3)
+        real = shutil.copyfileobj
+
+        def garbled(reading, writing, *args):
+            real(reading, writing, *args)
+            if reading.name.endswith(WEIGHTS):
+                writing.truncate(60)
+
+        monkeypatch.setattr(shutil, "copyfileobj", garbled)
+        with pytest.raises(AdapterError, match="cannot be read as safetensors"):
+            library.add("med", source)
+        assert unchanged()
+
+
+class TestFoldersOfTheUser:
+    @pytest.mark.parametrize("name", ["notes", "backup-0123456789ab", "sql-0123456789ab", ".git"])
+    @pytest.mark.parametrize("content", ["adapter", "text", "empty"])
+    def test_are_never_deleted(self, library, tmp_path, name, content):
+        mine = library.root / name
+        mine.mkdir()
+        if content == "adapter":
+            write_adapter(mine, seed=9)
+        if content == "text":
+            (mine / "todo.txt").write_text("feed the cat")
+        (library.root / "todo.txt").write_text("feed the dog")
+        before = tree(mine)
+        library.add("med", write_adapter(tmp_path / "new", seed=3))
+        library.add("sql", tmp_path / "new", replace=True)
+        library.remove("law")
+        assert mine.is_dir()
+        assert tree(mine) == before
+        assert (library.root / "todo.txt").read_text() == "feed the dog"
+        assert names(library.root) == ("med", "sql")
+
+    def test_links_are_not_followed_when_cleaning_up(self, library, tmp_path, adapter):
+        outside = write_adapter(tmp_path / "outside")
+        (library.root / ".incoming-link").symlink_to(outside)
+        before = tree(outside)
+        library.add("med", adapter)
+        assert tree(outside) == before
+
+
+def test_what_killed_writers_left_is_swept_up(library, adapter):
+    scratch = library.root / ".incoming-abc"
+    scratch.mkdir()
+    (scratch / CONFIG).write_text("{")
+    orphan = library.entry("sql").folder.replace("sql", "gone")
+    shutil.copytree(library.root / library.entry("sql").folder, library.root / orphan)
+    assert names(library.root) == ("law", "sql")
+    library.add("med", adapter)
+    assert_sound(library, "law", "med", "sql")
