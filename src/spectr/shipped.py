@@ -8,7 +8,7 @@ from spectr.errors import LibraryError
 
 
 def shipped_experts() -> Path:
-    """Folder of the nine shipped experts, in an installed package or in a checkout of the repository.
+    """Folder of the shipped experts, in an installed package or in a checkout of the repository.
 
     Raises:
         LibraryError: This installation came without them.

@@ -15,7 +15,7 @@ from spectr.errors import SpectrError
 app = typer.Typer(
     name="spectr",
     help="One language model and a folder of LoRA experts become one model that composes the right experts for every "
-    "token at every layer.\n\nWithout flags every command uses the default model (SmolLM2-135M-Instruct), the nine "
+    "token at every layer.\n\nWithout flags every command uses the default model (SmolLM2-135M-Instruct), the "
     "shipped experts, and SpectR routing. Start with: spectr demo",
     no_args_is_help=True,
     rich_markup_mode="rich",

@@ -47,7 +47,7 @@ def demo(
     for column, ratio in (("task", 2), ("right answer", 3), ("base model", 5), ("routed model", 5), ("at work", 4)):
         table.add_column(column, ratio=ratio, overflow="fold")
     for row in shown:
-        workers = "  ".join(f"[{palette[n]}]{n}[/] {share:.0%}" for n, share in row.routing.leaders[:3])
+        workers = "\n".join(f"[{palette[n]}]{n}[/] {share:.1%}" for n, share in row.routing.leaders[:3])
         table.add_row(row.task, _first(row.expected), _first(row.base_answer), _first(row.routed_answer), workers)
     out.print(table)
     routings = [row.routing for row in shown]
@@ -57,7 +57,7 @@ def demo(
     out.print(f"heat map: {png.resolve()}\npage:     {page.resolve()}", highlight=False)
 
 
-def _first(text: str, limit: int = 90) -> str:
+def _first(text: str, limit: int = 60) -> str:
     from rich.markup import escape
 
     line = " ".join(text.split())

@@ -24,7 +24,7 @@ ModelOption = Annotated[
 ]
 LibraryOption = Annotated[
     Path | None,
-    typer.Option("--library", "-l", help="Folder of experts; the default is the nine shipped ones."),
+    typer.Option("--library", "-l", help="Folder of experts; the default is the shipped ones."),
 ]
 RouterOption = Annotated[
     str,

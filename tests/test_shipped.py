@@ -1,0 +1,56 @@
+"""The experts that come with the package."""
+
+import json
+
+import pytest
+import torch
+
+from spectr import ExpertLibrary, Spectr
+from spectr.layers import make_plan
+from spectr.library import LibraryStore
+from spectr.shipped import shipped_experts
+from spectr.tasks import shipped_tasks
+
+STORE = LibraryStore(shipped_experts())
+
+
+def card(entry) -> dict:
+    return json.loads((STORE.root / entry.folder / "expert.json").read_text(encoding="utf-8"))
+
+
+def test_all_are_as_they_were_added():
+    assert {name: fault for name, fault in STORE.verify().items() if fault} == {}
+
+
+def test_they_are_in_bfloat16_and_small_enough_to_ship():
+    assert sum(file.stat().st_size for file in STORE.root.rglob("*") if file.is_file()) < 50e6
+    library = ExpertLibrary.open(STORE.root)
+    for name in library:
+        with library[name].open() as read:
+            assert read(next(iter(library[name].shapes))).A.dtype is torch.bfloat16
+
+
+def test_they_fit_all_210_linear_layers_of_the_default_model():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=9, num_key_value_heads=3))
+    library = ExpertLibrary.open(STORE.root)
+    plan = make_plan(model, [library[name] for name in library], Spectr())
+    assert len(plan.modules) == 210
+    assert set(plan.modules.values()) == {library.names}
+
+
+@pytest.mark.parametrize("entry", STORE.entries, ids=lambda entry: entry.name)
+def test_each_is_better_than_the_base_model_and_the_majority_and_has_a_task(entry):
+    facts = card(entry)
+    assert entry.name in shipped_tasks()
+    assert facts["accuracy_after"] > facts["accuracy_before"]
+    if facts["majority"] is not None:
+        assert facts["accuracy_after"] > facts["majority"]
+
+
+def test_each_has_a_seed_of_its_own():
+    seeds = [card(entry)["settings"]["seed"] for entry in STORE.entries]
+    assert len(set(seeds)) == len(seeds)
