@@ -358,8 +358,8 @@ def test_a_third_partys_router_is_found_by_entry_point(monkeypatch):
         (lambda: Arrow(combine="sum"), "combine='sum'\n  expected: 'outputs' or 'factors'"),
         (lambda: Uniform(combine="sum"), "combine='sum'\n  expected: 'outputs' or 'factors'"),
         (lambda: Spectr(weights="equal"), "weights='equal'\n  expected: 'uniform' or 'softmax'"),
-        (lambda: Arrow(temperature=0.0), "temperature=0.0\n  expected: a number above zero"),
-        (lambda: Spectr(temperature=-1.0), "temperature=-1.0\n  expected: a number above zero"),
+        (lambda: Arrow(temperature=0.0), "temperature=0.0\n  expected: a finite number above zero"),
+        (lambda: Spectr(temperature=-1.0), "temperature=-1.0\n  expected: a finite number above zero"),
     ],
 )
 def test_settings_out_of_range_are_refused_when_the_router_is_made(make, message):
