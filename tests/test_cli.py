@@ -169,6 +169,15 @@ def test_train_then_use_the_expert(spectr, world, tmp_path):
     assert "Accuracy" in spectr("library", "show", "colours", "-l", library)[1]
 
 
+def test_a_path_that_cannot_be_written_is_named(spectr, given, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    code, _, message = spectr("route", "what", "--html", tmp_path / "file" / "page.html", *given)
+    assert code == 2
+    assert f"{tmp_path / 'file'}" in message
+    assert "check the path, its permissions and the free space" in message
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
 GENERATE = ("generate", "what")
 MISTAKES = {
     "missing library": ((*GENERATE, "-l", "nowhere"), "there is no library folder nowhere"),

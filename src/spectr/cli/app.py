@@ -53,6 +53,11 @@ def run() -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(1)
+    except OSError as error:  # what a path, its permissions or a full disk refuse, where nothing nearer has caught it
+        place = f"{error.filename}: " if error.filename else ""
+        errors.print(f"error: {place}{error.strerror or error}", markup=False, highlight=False, soft_wrap=True)
+        errors.print("  to do: check the path, its permissions and the free space", highlight=False)
+        sys.exit(2)
 
 
 def _escaped(error: SpectrError) -> str:

@@ -53,7 +53,13 @@ def list_experts(library: LibraryOption = None, as_json: JsonOption = False) -> 
         return
     table = Table("expert", "rank", "modules", "parameters", "targets", "base model")
     for entry in entries:
-        row = (entry.name, _ranks(entry), str(entry.modules), f"{entry.parameters:,}", ", ".join(entry.targets))
+        row = (
+            entry.name,
+            "/".join(map(str, entry.ranks)),
+            str(entry.modules),
+            f"{entry.parameters:,}",
+            ", ".join(entry.targets),
+        )
         table.add_row(*row, entry.base_model or "not stated")
     out.print(table)
 
