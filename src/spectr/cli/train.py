@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -66,10 +67,8 @@ def train(
     rows = read_rows(train_source, root=data_root, limit=examples)
     test_rows = read_rows(test_source, root=data_root, limit=test_limit) if test_source else []
     train_examples, test_examples = ([chosen.example(row) for row in part] for part in (rows, test_rows))
-    try:
-        import peft  # noqa: F401  # asked for before the model is loaded
-    except ImportError as error:
-        raise MissingExtraError("training", "train") from error
+    if find_spec("peft") is None:  # asked before the model is loaded
+        raise MissingExtraError("training", "train")
     base, tokenizer = open_model(model, dtype)
 
     from spectr.models import HUB_ID
