@@ -68,20 +68,54 @@ def test_the_model_is_given_back_as_it_was(tmp_path):
     assert torch.equal(model(ids).logits, before)
 
 
+def test_with_validation_the_best_epochs_weights_are_kept(tmp_path, monkeypatch):
+    """The first epoch is declared the best of three: its weights are those of a run of one epoch."""
+    import spectr.training.run
+
+    values = iter([0.5, 0.9, 0.7, 0.9, 0.5])  # base, three epochs, the expert on the test data
+    monkeypatch.setattr(spectr.training.run, "accuracy", lambda *_: next(values))
+    report = train(tmp_path / "kept", replace(SETTINGS, epochs=3), validation=EXAMPLES[:4])
+    monkeypatch.undo()
+    assert report.validation_accuracy == [0.9, 0.7, 0.9]
+    train(tmp_path / "one", replace(SETTINGS, epochs=1), test=())
+    train(tmp_path / "three", replace(SETTINGS, epochs=3), test=())
+    kept, one, three = (weights(tmp_path / name) for name in ("kept", "one", "three"))
+    assert all(torch.equal(kept[key], one[key]) for key in kept)
+    assert not all(torch.equal(kept[key], three[key]) for key in kept)
+    card = (tmp_path / "kept" / "README.md").read_text()
+    assert "On 4 rows held out of the training data: 90.0%, 70.0%, 90.0% after each epoch" in card
+    assert "the weights are those of epoch 1." in card
+
+
+def test_validation_measures_the_held_out_rows(tmp_path):
+    backwards = [replace(example, label=1 - example.label) for example in EXAMPLES[:8]]
+    report = train(tmp_path / "e", validation=backwards)
+    assert report.accuracy_after == 1.0
+    assert report.validation_accuracy[-1] == 0.0
+
+
+def test_validation_needs_choices(tmp_path):
+    with pytest.raises(DataError, match="no choices"):
+        train(tmp_path / "e", validation=[Example(prompt="what", answer="no")])
+    assert not (tmp_path / "e").exists()
+
+
 @pytest.mark.parametrize("killed_at", [1, 7, 19, 20])
 def test_a_killed_run_ends_with_the_same_weights(tmp_path, monkeypatch, killed_at):
     settings = replace(SETTINGS, dropout=0.2, schedule="linear", warmup=0.1)
-    train(tmp_path / "whole", settings)
+    train(tmp_path / "whole", settings, validation=EXAMPLES[:4])
 
     def dies(phase, done, total, remark):
         if phase == "training" and done == killed_at:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "cut", settings, progress=dies, checkpoint_seconds=0)
+        train(tmp_path / "cut", settings, validation=EXAMPLES[:4], progress=dies, checkpoint_seconds=0)
     assert not (tmp_path / "cut" / "adapter_config.json").exists()
     steps = []
-    report = train(tmp_path / "cut", settings, progress=lambda phase, done, *_: steps.append((phase, done)))
+    seen = lambda phase, done, *_: steps.append((phase, done))  # noqa: E731
+    report = train(tmp_path / "cut", settings, validation=EXAMPLES[:4], progress=seen)
+    assert len(report.validation_accuracy) == 2
     assert report.steps == 20
     assert ("training", 1) not in steps or killed_at == 1
     for key, tensor in weights(tmp_path / "whole").items():

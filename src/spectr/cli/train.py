@@ -34,6 +34,9 @@ def train(
     name: Annotated[str | None, typer.Option(help="The expert's name; by default the task's or the folder's.")] = None,
     model: ModelOption = None,
     dtype: DtypeOption = "float32",
+    validation: Annotated[
+        int, typer.Option(help="Hold out the first rows of the data, and keep the epoch that is best on them.", min=0)
+    ] = 0,
     test_limit: Annotated[int | None, typer.Option(help="Test rows used at most.", min=1)] = None,
     rank: Annotated[int, Setting] = 8,
     alpha: Annotated[int, Setting] = 16,
@@ -64,9 +67,11 @@ def train(
     train_source, test_source = data or chosen.train, test or chosen.test
     if train_source is None:
         raise DataError("no training data was named", do="give --data, or a task that names its own")
-    rows = read_rows(train_source, root=data_root, limit=examples)
+    rows = read_rows(train_source, root=data_root, limit=None if examples is None else validation + examples)
     test_rows = read_rows(test_source, root=data_root, limit=test_limit) if test_source else []
-    train_examples, test_examples = ([chosen.example(row) for row in part] for part in (rows, test_rows))
+    held_out, train_examples, test_examples = (
+        [chosen.example(row) for row in part] for part in (rows[:validation], rows[validation:], test_rows)
+    )
     if find_spec("peft") is None:  # asked before the model is loaded
         raise MissingExtraError("training", "train")
     base, tokenizer = open_model(model, dtype)
@@ -99,6 +104,7 @@ def train(
             base_model=model or HUB_ID,
             train=train_examples,
             test=test_examples,
+            validation=held_out,
             settings=settings,
             out=out_folder,
             data=_origin(chosen, train_source, test_source, data_root),

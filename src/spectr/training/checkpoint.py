@@ -22,10 +22,12 @@ def save_checkpoint(
     path: Path,
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
+    best: Mapping[str, Tensor],
     facts: dict[str, Any],
 ) -> None:
-    """Write parameters and AdamW's moments; ``facts`` (JSON) goes into the header."""
+    """Write parameters, AdamW's moments and the best epoch's weights; ``facts`` (JSON) goes into the header."""
     tensors = {f"parameter/{name}": parameter.detach() for name, parameter in parameters.items()}
+    tensors |= {f"best/{name}": tensor for name, tensor in best.items()}
     for name, parameter in parameters.items():
         for moment in _MOMENTS:
             tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment]
@@ -55,8 +57,8 @@ def read_facts(path: Path, fingerprint: str) -> dict[str, Any] | None:
 
 def load_checkpoint(
     path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, step: int
-) -> None:
-    """Put a checkpoint's tensors into the parameters and the optimiser."""
+) -> dict[str, Tensor]:
+    """Put a checkpoint's tensors into the parameters and the optimiser; returns the best epoch's weights, if any."""
     with safe_open(path, framework="pt") as file, torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(file.get_tensor(f"parameter/{name}"))
@@ -64,3 +66,5 @@ def load_checkpoint(
                 moment: file.get_tensor(f"{moment}/{name}").to(parameter.device) for moment in _MOMENTS
             }
             optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments}
+        names = [key for key in file.keys() if key.startswith("best/")]  # noqa: SIM118  # not a mapping
+        return {name.removeprefix("best/"): file.get_tensor(name) for name in names}

@@ -34,16 +34,20 @@ def fit(
     checkpoint: Path,
     checkpoint_seconds: float,
     progress: Progress,
+    validate: Callable[[str], float] | None = None,
 ) -> dict[str, Any]:
-    """Train the model's trainable parameters from where ``facts`` says the run is; returns the facts at its end."""
+    """Train the model's trainable parameters from where ``facts`` says the run is; returns the facts at its end.
+
+    With ``validate``, called after every epoch, the parameters end as those of the epoch with the highest value, the
+    earlier one of two that are equal.
+    """
     parameters = trainable(model)
     total = count_steps(data, batch_size=settings.batch_size, epochs=settings.epochs)
     optimizer = torch.optim.AdamW(
         list(parameters.values()), lr=settings.learning_rate, weight_decay=settings.weight_decay
     )
     done, loss, before = facts["step"], facts["loss"], facts["seconds"]
-    if done:
-        load_checkpoint(checkpoint, parameters, optimizer, done)
+    best = load_checkpoint(checkpoint, parameters, optimizer, done) if done else {}
     scheduler = get_scheduler(settings.schedule, optimizer, round(settings.warmup * total), total)
     for _ in range(done):
         optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]  # these steps were made earlier
@@ -59,9 +63,21 @@ def fit(
         scheduler.step()
         facts = {**facts, "step": step + 1, "loss": loss, "seconds": before + time.monotonic() - began}
         progress("training", step + 1, total, f"loss {loss:.3f}")
+        epoch, within = divmod(step + 1, total // settings.epochs)
+        if validate and not within:
+            values = facts["validation"]
+            model.eval()
+            value = validate(f"validation after epoch {epoch}")
+            model.train()
+            if value > max(values, default=-1.0):
+                best = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+            facts = {**facts, "validation": [*values, value]}
         if time.monotonic() - saved > checkpoint_seconds or step + 1 == total:
-            save_checkpoint(checkpoint, parameters, optimizer, facts)
+            save_checkpoint(checkpoint, parameters, optimizer, best, facts)
             saved = time.monotonic()
+    with torch.no_grad():
+        for name, tensor in best.items():
+            parameters[name].copy_(tensor)
     return facts
 
 

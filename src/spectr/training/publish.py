@@ -79,11 +79,24 @@ A LoRA expert for `{facts["base_model"]}`, trained with `spectr train`.
 def _accuracy(facts: dict[str, Any]) -> str:
     before, after = facts["accuracy_before"], facts["accuracy_after"]
     if after is None:
-        return "Not measured: no test data with choices was given.\n"
+        return "Not measured: no test data with choices was given.\n" + _validation(facts)
     count = facts["test_examples"]
     error = (after * (1 - after) / count) ** 0.5
     line = f"{after:.1%} on {count} test examples (standard error {error:.1%}); the base model has {before:.1%}"
-    return line + (f", the majority class {facts['majority']:.1%}.\n" if facts["majority"] else ".\n")
+    return (
+        line + (f", the majority class {facts['majority']:.1%}.\n" if facts["majority"] else ".\n") + _validation(facts)
+    )
+
+
+def _validation(facts: dict[str, Any]) -> str:
+    values = facts["validation_accuracy"]
+    if not values:
+        return ""
+    listed = ", ".join(f"{value:.1%}" for value in values)
+    return (
+        f"\nOn {facts['validation_examples']} rows held out of the training data: {listed} after each epoch in turn; "
+        f"the weights are those of epoch {values.index(max(values)) + 1}.\n"
+    )
 
 
 def _versions() -> dict[str, str]:

@@ -13,6 +13,7 @@ class Report:
     """What a run came to; also the data of the expert's card.
 
     Attributes:
+        validation_accuracy: After each epoch, from 0 to 1; the weights are those of the best, the first of equals.
         accuracy_before: The base model's, on the test examples, from 0 to 1; ``None`` without choices or test data.
         accuracy_after: The expert's, measured on the weights as saved.
         majority: Share of the most frequent label, where labels mean the same in every row.
@@ -24,9 +25,11 @@ class Report:
     data: dict[str, Any]
     train_examples: int
     test_examples: int
+    validation_examples: int
     steps: int
     shortened_prompts: int
     last_loss: float
+    validation_accuracy: list[float]
     accuracy_before: float | None
     accuracy_after: float | None
     majority: float | None

@@ -40,6 +40,7 @@ def train_expert(
     base_model: str,
     train: Sequence[Example],
     test: Sequence[Example] = (),
+    validation: Sequence[Example] = (),
     settings: TrainingSettings,
     out: str | Path,
     data: dict[str, Any] | None = None,
@@ -56,7 +57,9 @@ def train_expert(
         name: The expert's name.
         base_model: What the adapter's configuration names as its base.
         train: Training examples.
-        test: Examples to measure accuracy on, before and after; needs choices.
+        test: Examples to measure accuracy on, before and after; without choices nothing is measured.
+        validation: Examples with choices to measure accuracy on after every epoch. The weights of the best epoch are
+            kept, so that nothing need be decided by the test examples.
         settings: See :class:`TrainingSettings`.
         out: Folder to write, which must not hold an expert yet.
         data: Origin of the examples (paths, hashes), for the card and to tell one run from another.
@@ -69,21 +72,25 @@ def train_expert(
         What the card says.
 
     Raises:
-        DataError: ``out`` holds an expert or the checkpoint of another run, or there is nothing to train on.
+        DataError: ``out`` holds an expert or the checkpoint of another run, there is nothing to train on, or the
+            validation examples have no choices.
     """
     out = Path(out)
     if (out / "adapter_config.json").exists():
         raise DataError(f"{out} already holds an expert", do="choose another --out, or delete that folder")
     if not train:
         raise DataError("there are no training examples", do="check the data file and the limit on examples")
+    if validation and not validation[0].choices:
+        raise DataError("validation compares accuracies, and these examples have no choices", do="leave validation out")
     train = train[: settings.examples]
     encoded = encode(tokenizer, train, settings.max_length)
-    fingerprint = _fingerprint(asdict(settings), data, base_model, encoded)
+    fingerprint = _fingerprint(asdict(settings), data, base_model, encoded, len(validation))
     out.mkdir(parents=True, exist_ok=True)
     facts = read_facts(out / CHECKPOINT, fingerprint)
 
     scored = bool(test) and bool(test[0].choices)
     measure = _meter(model, tokenizer, test, length_normalised, progress) if scored else None
+    validate = _meter(model, tokenizer, validation, length_normalised, progress) if validation else None
     if facts is None:
         before = measure("base model on the test data") if measure else None
         facts = {
@@ -92,10 +99,11 @@ def train_expert(
             "before": before,
             "seconds": 0.0,
             "loss": float("nan"),
+            "validation": [],
         }
     peft_model = _with_adapter(model, settings)
     try:
-        facts = fit(peft_model, encoded, settings, facts, out / CHECKPOINT, checkpoint_seconds, progress)
+        facts = fit(peft_model, encoded, settings, facts, out / CHECKPOINT, checkpoint_seconds, progress, validate)
         _round_to_bfloat16(trainable(peft_model))
         peft_model.eval()
         after = measure("expert on the test data") if measure else None
@@ -106,9 +114,11 @@ def train_expert(
             data=data or {},
             train_examples=len(train),
             test_examples=len(test),
+            validation_examples=len(validation),
             steps=facts["step"],
             shortened_prompts=encoded.shortened,
             last_loss=facts["loss"],
+            validation_accuracy=facts["validation"],
             accuracy_before=facts["before"],
             accuracy_after=after,
             majority=_majority(test),
@@ -171,6 +181,7 @@ def _majority(test: Sequence[Example]) -> float | None:
     return max(Counter(example.label for example in test).values()) / len(test)
 
 
-def _fingerprint(settings: dict[str, Any], data: Any, base_model: str, encoded: Encoded) -> str:
+def _fingerprint(settings: dict[str, Any], data: Any, base_model: str, encoded: Encoded, validation: int) -> str:
     tokens = hashlib.sha256(json.dumps([encoded.prefix, encoded.prompts, encoded.answers]).encode()).hexdigest()
-    return hashlib.sha256(json.dumps([settings, data, base_model, tokens], sort_keys=True).encode()).hexdigest()
+    parts = [settings, data, base_model, tokens, validation]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
