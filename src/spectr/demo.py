@@ -35,6 +35,7 @@ def demonstrate(
     router: Router,
     tasks: Sequence[Task],
     *,
+    allow: Sequence[str] | None = None,
     max_new_tokens: int = 20,
     say: Callable[[str], None] = lambda _: None,
 ) -> list[Demonstration]:
@@ -46,6 +47,8 @@ def demonstrate(
     say(f"composing it with {len(library)} experts")
     routed = compose(model, library, router)
     try:
+        if allow:
+            routed.allow(allow)
         say(f"the routed model answers ({len(routed.layers)} layers routed)")
         after = generate_answers(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
         say("looking at what each layer chose")

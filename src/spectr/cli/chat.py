@@ -6,19 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from spectr.cli.console import errors, out
 from spectr.cli.generate import MaxNewTokens, Temperature
-from spectr.cli.options import (
-    AllowOption,
-    DtypeOption,
-    ExpertOption,
-    LibraryOption,
-    ModelOption,
-    RouterOption,
-    TopKOption,
-    make_router,
-    open_library,
-    open_model,
-    open_routed,
-)
+from spectr.cli.options import Routing, with_routing
 from spectr.errors import SpectrError
 
 if TYPE_CHECKING:
@@ -27,28 +15,21 @@ if TYPE_CHECKING:
 HELP = "/experts lists them, /allow NAME ... restricts, /allow alone lifts that, /new starts over, /quit ends"
 
 
+@with_routing
 def chat(
-    model: ModelOption = None,
-    library: LibraryOption = None,
-    router: RouterOption = "spectr",
-    top_k: TopKOption = None,
-    expert: ExpertOption = None,
-    allow: AllowOption = None,
+    routing: Routing,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
-    dtype: DtypeOption = "auto",
 ) -> None:
     """Talk with the routed model; after each answer it says which experts did the work.
 
     In the chat, /experts, /allow NAME ..., /new and /quit are commands.
     """
-    experts = open_library(library)
-    chosen = make_router(router, experts, top_k=top_k, expert=expert)
-    experts.check(*(allow or []))
-    base, tokenizer = open_model(model, dtype)
+    library, router = routing.experts()
+    base, tokenizer = routing.base()
     if tokenizer.chat_template is None:
         raise SpectrError("this model has no chat template", do="use spectr generate --no-chat")
-    routed = open_routed(base, experts, chosen, allow)
+    routed = routing.compose(base, library, router)
     errors.print(f"[dim]{HELP}[/]", highlight=False)
     turns: list[dict[str, str]] = []
     while (line := _read()) is not None:

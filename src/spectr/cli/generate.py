@@ -9,22 +9,7 @@ from typing import Annotated
 import typer
 
 from spectr.cli.console import errors, out
-from spectr.cli.options import (
-    AllowOption,
-    CombineOption,
-    DtypeOption,
-    ExpertOption,
-    JsonOption,
-    LibraryOption,
-    ModelOption,
-    RouterOption,
-    RouterTemperatureOption,
-    TopKOption,
-    make_router,
-    open_library,
-    open_model,
-    open_routed,
-)
+from spectr.cli.options import JsonOption, Routing, with_routing
 from spectr.errors import DataError
 
 PromptArgument = Annotated[str | None, typer.Argument(help="The prompt; read from standard input if left out or -.")]
@@ -45,21 +30,14 @@ def read_prompt(prompt: str | None) -> str:
     return prompt.strip("\n")
 
 
+@with_routing
 def generate(
+    routing: Routing,
     prompt: PromptArgument = None,
-    model: ModelOption = None,
-    library: LibraryOption = None,
-    router: RouterOption = "spectr",
-    top_k: TopKOption = None,
-    expert: ExpertOption = None,
-    combine: CombineOption = None,
-    router_temperature: RouterTemperatureOption = None,
-    allow: AllowOption = None,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     chat: Chat = True,
-    dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Answer one prompt with the routed model.
@@ -67,15 +45,13 @@ def generate(
     [dim]spectr generate "Is the sentiment of this movie review positive or negative?  a dull , lifeless film"[/]
     """
     text = read_prompt(prompt)
-    experts = open_library(library)
-    chosen = make_router(router, experts, top_k=top_k, expert=expert, combine=combine, temperature=router_temperature)
-    experts.check(*(allow or []))
-    base, tokenizer = open_model(model, dtype)
+    library, router = routing.experts()
+    base, tokenizer = routing.base()
 
     from spectr.layers import trace
     from spectr.models import generate_answers
 
-    open_routed(base, experts, chosen, allow)
+    routing.compose(base, library, router)
     with trace(base) as record:
         [answer] = generate_answers(
             base, tokenizer, [text], max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, chat=chat
@@ -83,7 +59,7 @@ def generate(
     shares = sorted(record.shares().items(), key=lambda item: -item[1])
     if as_json:
         sys.stdout.write(
-            json.dumps({"prompt": text, "answer": answer, "router": str(chosen), "experts": dict(shares)}) + "\n"
+            json.dumps({"prompt": text, "answer": answer, "router": str(router), "experts": dict(shares)}) + "\n"
         )
         return
     out.print(answer, markup=False, highlight=False)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -26,42 +29,107 @@ LibraryOption = Annotated[
     Path | None,
     typer.Option("--library", "-l", help="Folder of experts; the default is the shipped ones."),
 ]
-RouterOption = Annotated[
-    str,
-    typer.Option(
-        "--router",
-        "-r",
-        help="spectr, spectr-paper, spectr-softmax, spectr-projection, spectr-code, arrow, mu, oracle, or one that a "
-        "package added.",
-    ),
-]
-TopKOption = Annotated[
-    int | None, typer.Option("--top-k", "-k", help="Experts for each token and layer; the default is 4.", min=1)
-]
-ExpertOption = Annotated[str | None, typer.Option("--expert", "-e", help="The oracle's expert.")]
-RouterTemperatureOption = Annotated[
-    float | None, typer.Option("--router-temperature", help="Temperature of the softmax over scores.")
-]
-CombineOption = Annotated[str | None, typer.Option("--combine", help="outputs or factors.")]
-AllowOption = Annotated[
-    list[str] | None, typer.Option("--allow", "-a", help="Only these experts may be chosen; give it once for each.")
-]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
 
+_PANEL = "Routing"
 
-def make_router(name: str, library: ExpertLibrary, **options: Any) -> Router:
-    """The router of that name with the options that were given, checked against the library.
 
-    Without ``top_k`` it takes at most as many experts as there are.
-    """
-    from spectr.routers import get_router
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Routing:
+    """Base model, experts and router, as every command that routes is given them; see :func:`with_routing`."""
 
-    router = get_router(name, **{key: value for key, value in options.items() if value is not None})
-    if options.get("top_k") is None and getattr(router, "top_k", 0) > len(library):
-        router = dataclasses.replace(router, top_k=len(library))  # pyright: ignore[reportArgumentType]
-    router.resident(library.names)
-    return router
+    model: ModelOption = None
+    library: LibraryOption = None
+    router: Annotated[
+        str,
+        typer.Option(
+            "--router",
+            "-r",
+            help="spectr, spectr-paper, spectr-softmax, spectr-projection, spectr-code, arrow, mu, oracle, or one that "
+            "a package added.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = "spectr"
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            "--top-k", "-k", help="Experts for each token and layer; the default is 4.", min=1, rich_help_panel=_PANEL
+        ),
+    ] = None
+    expert: Annotated[
+        str | None, typer.Option("--expert", "-e", help="The oracle's expert.", rich_help_panel=_PANEL)
+    ] = None
+    combine: Annotated[str | None, typer.Option(help="outputs or factors.", rich_help_panel=_PANEL)] = None
+    router_temperature: Annotated[
+        float | None, typer.Option(help="Temperature of the softmax over scores.", rich_help_panel=_PANEL)
+    ] = None
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow", "-a", help="Only these experts may be chosen; give it once for each.", rich_help_panel=_PANEL
+        ),
+    ] = None
+    dtype: DtypeOption = "auto"
+
+    def experts(self) -> tuple[ExpertLibrary, Router]:
+        """The library and the router, checked against each other before any model is loaded.
+
+        Without ``top_k`` the router takes at most as many experts as there are.
+        """
+        from spectr.routers import get_router
+
+        library = open_library(self.library)
+        options = {
+            "top_k": self.top_k,
+            "expert": self.expert,
+            "combine": self.combine,
+            "temperature": self.router_temperature,
+        }
+        router = get_router(self.router, **{key: value for key, value in options.items() if value is not None})
+        if self.top_k is None and getattr(router, "top_k", 0) > len(library):
+            router = dataclasses.replace(router, top_k=len(library))  # pyright: ignore[reportArgumentType]
+        router.resident(library.names)
+        library.check(*(self.allow or []))
+        return library, router
+
+    def base(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The base model and its tokenizer."""
+        return open_model(self.model, self.dtype)
+
+    def compose(self, model: PreTrainedModel, library: ExpertLibrary, router: Router) -> Routed:
+        """The model composed with the experts that are allowed, with a progress bar."""
+        from spectr.composition import compose
+
+        with bar() as advance:
+            routed = compose(
+                model, library, router, progress=lambda done, total: advance("preparing layers", done, total, "")
+            )
+            return routed.allow(self.allow) if self.allow else routed
+
+
+def with_routing(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command that takes ``routing: Routing`` the options that make one, after its own."""
+    signature, hints = inspect.signature(command), get_type_hints(command, include_extras=True)
+    shared = get_type_hints(Routing, include_extras=True)
+    defaults = {field.name: field.default for field in dataclasses.fields(Routing)}
+    own = [
+        parameter.replace(annotation=hints[name])
+        for name, parameter in signature.parameters.items()
+        if name != "routing"
+    ]
+    added = [
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=shared[name])
+        for name, default in defaults.items()
+    ]
+
+    @wraps(command)
+    def called(**given: Any) -> None:
+        command(Routing(**{name: given.pop(name) for name in defaults}), **given)
+
+    called.__signature__ = inspect.Signature([*own, *added])  # pyright: ignore[reportAttributeAccessIssue]
+    called.__annotations__ = {}  # typer reads the signature
+    return called
 
 
 def open_library(path: Path | None) -> ExpertLibrary:
@@ -90,18 +158,3 @@ def open_model(name: str | None, dtype: str) -> tuple[PreTrainedModel, PreTraine
         fetch_default_model(say)
     say(f"loading {name or 'SmolLM2-135M-Instruct'}")
     return load_model(name, dtype=dtype)  # pyright: ignore[reportArgumentType]
-
-
-def open_routed(
-    model: PreTrainedModel, library: ExpertLibrary, router: Router, allow: list[str] | None = None
-) -> Routed:
-    """The model composed with the library, with a progress bar."""
-    from spectr.composition import compose
-
-    with bar() as advance:
-        routed = compose(
-            model, library, router, progress=lambda done, total: advance("preparing layers", done, total, "")
-        )
-        if allow:
-            routed.allow(allow)
-    return routed

@@ -12,38 +12,17 @@ from rich.text import Text
 
 from spectr.cli.console import out
 from spectr.cli.generate import Chat, PromptArgument, read_prompt
-from spectr.cli.options import (
-    AllowOption,
-    CombineOption,
-    DtypeOption,
-    ExpertOption,
-    JsonOption,
-    LibraryOption,
-    ModelOption,
-    RouterOption,
-    RouterTemperatureOption,
-    TopKOption,
-    make_router,
-    open_library,
-    open_model,
-    open_routed,
-)
+from spectr.cli.options import JsonOption, Routing, with_routing
 from spectr.errors import DataError, did_you_mean
 
 if TYPE_CHECKING:
     from spectr.plots import TokenRouting
 
 
+@with_routing
 def route(
+    routing: Routing,
     prompt: PromptArgument = None,
-    model: ModelOption = None,
-    library: LibraryOption = None,
-    router: RouterOption = "spectr",
-    top_k: TopKOption = None,
-    expert: ExpertOption = None,
-    combine: CombineOption = None,
-    router_temperature: RouterTemperatureOption = None,
-    allow: AllowOption = None,
     answer_tokens: Annotated[
         int, typer.Option("--max-new-tokens", "-n", help="Also route an answer of up to so many tokens.", min=0)
     ] = 0,
@@ -51,7 +30,6 @@ def route(
     html: Annotated[Path | None, typer.Option(help="Write a page with a tooltip per token and a layer switch.")] = None,
     png: Annotated[Path | None, typer.Option(help="Write a picture of layers by tokens.")] = None,
     chat: Chat = True,
-    dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Show which experts read each token of a text, in the colour of its first expert (the paper's Figure 4).
@@ -59,36 +37,34 @@ def route(
     [dim]spectr route "Is this sentence acceptable? The boy eat apples." --html routing.html --png routing.png[/]
     """
     text = read_prompt(prompt)
-    experts = open_library(library)
-    chosen = make_router(router, experts, top_k=top_k, expert=expert, combine=combine, temperature=router_temperature)
-    experts.check(*(allow or []))
-    base, tokenizer = open_model(model, dtype)
+    library, router = routing.experts()
+    base, tokenizer = routing.base()
 
     from spectr.layers import trace
     from spectr.models import encode_batch, generate_answers
     from spectr.plots.tokens import token_routing
 
-    open_routed(base, experts, chosen, allow)
+    routing.compose(base, library, router)
     with trace(base) as record:
         if answer_tokens:
             generate_answers(base, tokenizer, [text], max_new_tokens=answer_tokens, chat=chat)
         else:
             base(**{key: value.to(base.device) for key, value in encode_batch(tokenizer, [text], chat=chat).items()})
-    routing = token_routing(record, tokenizer, title=" ".join(text.split())[:80])
-    shown = _group(routing, layer)
+    found = token_routing(record, tokenizer, title=" ".join(text.split())[:80])
+    shown = _group(found, layer)
     if as_json:
-        sys.stdout.write(json.dumps(_as_data(routing, str(chosen))) + "\n")
+        sys.stdout.write(json.dumps(_as_data(found, str(router))) + "\n")
     else:
-        _print(routing, shown)
+        _print(found, shown)
     if html:
         from spectr.plots import write_page
 
-        page = write_page([routing], html, title="Experts at work, token by token", subtitle=str(chosen))
+        page = write_page([found], html, title="Experts at work, token by token", subtitle=str(router))
         _tell(f"page: {page.resolve()}", as_json)
     if png:
         from spectr.plots import write_token_map
 
-        _tell(f"picture: {write_token_map(routing, png).resolve()}", as_json)
+        _tell(f"picture: {write_token_map(found, png).resolve()}", as_json)
 
 
 def _tell(message: str, as_json: bool) -> None:

@@ -1,0 +1,5 @@
+"""``python -m spectr``."""
+
+from spectr.cli import main
+
+main()
