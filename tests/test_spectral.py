@@ -180,7 +180,7 @@ def stack_of(ranks):
     parts = {}
     for seed, (name, rank) in enumerate(ranks.items()):
         A, B = random_factors(rank, 6, 5, seed)
-        parts[name] = Prepared(A, B, A[0])
+        parts[name] = Prepared(A, B, A[0], A[:, 1].clone())
     return parts, Stack.of(parts)
 
 
@@ -193,6 +193,7 @@ def test_a_stack_holds_its_experts_in_alphabetical_order_one_after_the_other():
     assert torch.equal(stack.A_PI, torch.cat([parts["ant"].A, parts["bee"].A, parts["zoo"].A]))
     assert torch.equal(stack.B_OP, torch.cat([parts["ant"].B, parts["bee"].B, parts["zoo"].B], dim=1))
     assert torch.equal(stack.prototypes_EI[2], parts["zoo"].prototype)
+    assert torch.equal(stack.centers_P, torch.cat([parts[name].center for name in ("ant", "bee", "zoo")]))
 
 
 def test_parts_of_a_stack_are_what_it_was_made_of():
@@ -215,5 +216,6 @@ def test_only_keeps_the_named_experts_and_none_for_nobody():
 def test_a_stack_moves_all_of_its_tensors():
     _, stack = stack_of({"zoo": 2, "ant": 3})
     moved = stack.to(torch.device("cpu"), torch.bfloat16)
-    assert {moved.A_PI.dtype, moved.B_OP.dtype, moved.prototypes_EI.dtype} == {torch.bfloat16}
+    tensors = (moved.A_PI, moved.B_OP, moved.prototypes_EI, moved.centers_P)
+    assert {tensor.dtype for tensor in tensors} == {torch.bfloat16}
     assert torch.equal(moved.B_OP, stack.B_OP.bfloat16())

@@ -9,24 +9,27 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from spectr.calibration import calibrate
     from spectr.composition import Routed, compose
     from spectr.errors import SpectrError
     from spectr.layers import RoutedLinear, Trace, trace
     from spectr.library import ExpertLibrary
-    from spectr.routers import Arrow, Oracle, Router, Spectr, Uniform, get_router, router_names
+    from spectr.routers import Arrow, Calibrated, Oracle, Router, Spectr, Uniform, get_router, router_names
 
 _HOMES = {
+    "calibration": ("calibrate",),
     "composition": ("Routed", "compose"),
     "errors": ("SpectrError",),
     "layers": ("RoutedLinear", "Trace", "trace"),
     "library": ("ExpertLibrary",),
-    "routers": ("Arrow", "Oracle", "Router", "Spectr", "Uniform", "get_router", "router_names"),
+    "routers": ("Arrow", "Calibrated", "Oracle", "Router", "Spectr", "Uniform", "get_router", "router_names"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __version__ = version("spectr-lora")
 __all__ = [
     "Arrow",
+    "Calibrated",
     "ExpertLibrary",
     "Oracle",
     "Routed",
@@ -37,6 +40,7 @@ __all__ = [
     "Trace",
     "Uniform",
     "__version__",
+    "calibrate",
     "compose",
     "get_router",
     "router_names",

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from spectr.adapters import Expert
 from spectr.errors import CompositionError
 from spectr.layers.linear import placement
 from spectr.layers.plan import make_plan
+from spectr.layers.prompt import PromptDecision
 from spectr.layers.routed import RoutedLinear
 from spectr.layers.swap import swap_module
-from spectr.library import ExpertLibrary
-from spectr.routers import Router, Spectr
+from spectr.library import Calibration, ExpertLibrary
+from spectr.routers import PromptRouter, Router, Spectr
 from spectr.spectral import Prepared, Stack, align
 
 Progress = Callable[[int, int], None]
@@ -29,8 +31,11 @@ class Routed:
     Attributes:
         model: The composed model, the very object that was given.
         library: The experts that can be held.
-        router: Decides for each token.
+        router: Decides for each token, or for each prompt.
+        prompt: How a prompt is decided on, where the router does that; else ``None``.
     """
+
+    prompt: PromptDecision | None = None
 
     def __init__(self, model: nn.Module, library: ExpertLibrary, router: Router, progress: Progress):
         self.model, self.library, self.router = model, library, router
@@ -100,6 +105,7 @@ class Routed:
         for name, original in self._originals.items():
             swap_module(self.model, name, original)
         self._originals, self._resident, self._removed = {}, (), True
+        self._watch_prompts(())
         return self.model
 
     def _choose(self, library: ExpertLibrary, allowed: tuple[str, ...] | None) -> tuple[str, ...]:
@@ -121,6 +127,8 @@ class Routed:
             raise CompositionError("this handle was removed from its model", do="compose the model again")
         experts = {name: library[name] for name in names}
         plan = make_plan(self.model, list(experts.values()), self.router)
+        calibrated = getattr(self.router, "calibrated", False)
+        calibration = _calibration(library, list(experts.values())) if calibrated else None
         held = self.layers
         fresh: dict[str, RoutedLinear] = {}
         with ExitStack() as files:
@@ -129,12 +137,11 @@ class Routed:
                 layer = held.get(module)
                 known = layer.stack().parts() if layer and layer.is_as_prepared else {}
                 parts = {name: known[name] for name in users if name in known}
-                parts.update(
-                    _prepare({name: readers[name] for name in users if name not in parts}, module, self.router)
-                )
+                missing = {name: readers[name] for name in users if name not in parts}
+                parts.update(prepare_module(missing, module, self.router, calibration))
                 base = layer.base if layer else self.model.get_submodule(module)
                 device, dtype = placement(base, self.model)
-                placed = {name: _to(part, device, dtype) for name, part in parts.items()}
+                placed = {name: part.to(device, dtype) for name, part in parts.items()}
                 fresh[module] = RoutedLinear(base, Stack.of(placed), self.router)
                 progress(done, len(plan.modules))
         for module in set(held) - set(fresh):
@@ -143,6 +150,15 @@ class Routed:
             self._originals.setdefault(module, layer.base)
             swap_module(self.model, module, layer)
         self._resident, self.library = names, library
+        self._watch_prompts(names)
+
+    def _watch_prompts(self, names: tuple[str, ...]) -> None:
+        if self.prompt is not None:
+            self.prompt.close()
+            self.prompt = None
+        if names and isinstance(self.router, PromptRouter) and self.router.level == "prompt":
+            opening = self.library.calibration.opening if self.library.calibration else ()
+            self.prompt = PromptDecision(self.model, self.layers, self.router, names, opening)
 
     def __repr__(self) -> str:
         return f"Routed({len(self.layers)} layers, experts {', '.join(self.experts)}, {self.router})"
@@ -192,7 +208,9 @@ def compose(
 
 
 @torch.no_grad()
-def _prepare(readers: Mapping[str, Callable], module: str, router: Router) -> dict[str, Prepared]:
+def prepare_module(
+    readers: Mapping[str, Callable], module: str, router: Router, calibration: Calibration | None = None
+) -> dict[str, Prepared]:
     """Align the experts of one module, those of one rank in one batch, and let the router prepare each."""
     factors = {name: read(module) for name, read in readers.items()}
     groups: dict[int, list[str]] = {}
@@ -205,12 +223,23 @@ def _prepare(readers: Mapping[str, Callable], module: str, router: Router) -> di
         scale_N = torch.tensor([factors[name].scale for name in names])
         aligned = align(A_NRI, B_NOR, scale_N)
         prepared.update({name: router.prepare(type(aligned)(*(t[i] for t in aligned))) for i, name in enumerate(names)})
+    if calibration is not None:
+        prepared = {name: part.calibrated(*calibration.of(name, module)) for name, part in prepared.items()}
     return prepared
 
 
-def _to(part: Prepared, device: torch.device, dtype: torch.dtype) -> Prepared:
-    prototype = None if part.prototype is None else part.prototype.to(device, dtype)
-    return Prepared(part.A.to(device, dtype), part.B.to(device, dtype), prototype)
+def _calibration(library: ExpertLibrary, experts: Sequence[Expert]) -> Calibration:
+    """The library's calibration, which has to cover all experts."""
+    calibration = library.calibration
+    missing = [expert.name for expert in experts if calibration is None or not calibration.covers(expert)]
+    if missing or calibration is None:
+        raise CompositionError(
+            f"not calibrated: {', '.join(missing)}",
+            expected="experts whose answers to the base model's own texts are known",
+            do=f"spectr library calibrate --library {library.origin}, or "
+            "library.with_calibration(spectr.calibrate(model, library, tokenizer))",
+        )
+    return calibration
 
 
 def _allow_list(experts: Iterable[str]) -> tuple[str, ...]:

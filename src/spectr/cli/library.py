@@ -10,13 +10,14 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from spectr.cli.console import out, say
-from spectr.cli.options import JsonOption, LibraryOption
+from spectr.cli.console import bar, out, say
+from spectr.cli.options import DtypeOption, JsonOption, LibraryOption, ModelOption, open_library, open_model
 from spectr.errors import LibraryError, raise_together
 from spectr.library import Entry, ExpertLibrary, LibraryStore
 from spectr.library.manifest import MANIFEST_FILE
+from spectr.tasks.rows import read_lines
 
-app = typer.Typer(help="Experts on disk: add, remove, list, show, verify.", no_args_is_help=True)
+app = typer.Typer(help="Experts on disk: add, remove, list, show, verify, calibrate.", no_args_is_help=True)
 WriteTo = Annotated[Path, typer.Option("--library", "-l", help="Folder of the library; made if it is not there.")]
 
 
@@ -84,6 +85,49 @@ def show(
         from rich.markdown import Markdown
 
         out.print(Markdown(text.split("---\n", 2)[-1]))
+
+
+@app.command()
+def calibrate(
+    library: Annotated[Path, typer.Option("--library", "-l", help="Folder of experts; the calibration goes there.")],
+    model: ModelOption = None,
+    texts: Annotated[
+        Path | None, typer.Option(help="Your own unlabelled texts, one a line; else the model writes some itself.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="How many texts the model writes.", min=1)] = 12,
+    tokens: Annotated[int, typer.Option(help="Length of each at most.", min=1)] = 64,
+    seed: Annotated[int, typer.Option(help="Of its writing.")] = 0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure experts anew that are calibrated already.")] = False,
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Measure how the experts answer to texts of the base model's own, for the router "calibrated".
+
+    No data and no training: the model writes a few texts from an empty prompt. An expert that was added later is
+    measured alone, on the same texts.
+
+    [dim]spectr library calibrate --library experts[/]
+    """
+    experts = open_library(library)
+    lines = read_lines(texts) if texts else None
+    _ = experts.calibration  # a damaged file is told before the model is loaded
+    base, tokenizer = open_model(model, dtype)
+
+    from spectr.calibration import calibrate
+
+    with bar() as advance:
+        result = calibrate(
+            base,
+            experts,
+            tokenizer,
+            texts=lines,
+            samples=samples,
+            tokens=tokens,
+            seed=seed,
+            fresh=fresh,
+            progress=lambda done, total: advance("calibrating", done, total, ""),
+        )
+    path = result.save(library)
+    out.print(f"calibrated {len(experts)} experts on {result.settings['tokens']} tokens: {path}", highlight=False)
 
 
 @app.command()

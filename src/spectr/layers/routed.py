@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -19,6 +21,16 @@ class Decision(NamedTuple):
     h_TP: Float[Tensor, "*T P"]
     scores_TE: Float[Tensor, "*T E"]
     weights_TE: Float[Tensor, "*T E"]
+
+
+class Held(NamedTuple):
+    """A decision that holds until the next prompt: the stack of the experts that take part, and their weights."""
+
+    A_PI: Float[Tensor, "P I"]
+    B_OP: Float[Tensor, "O P"]
+    owner_P: Int[Tensor, " P"]
+    weights_B1E: Float[Tensor, "B 1 E"]
+    all_weights_B1E: Float[Tensor, "B 1 F"]
 
 
 class RoutedLinear(nn.Module):
@@ -37,6 +49,9 @@ class RoutedLinear(nn.Module):
     B_OP: Tensor
     owner_P: Tensor
     prototypes_EI: Tensor | None
+    centers_P: Tensor | None
+    held: Held | None = None
+    listen: Callable[[Tensor], None] | None = None
 
     def __init__(self, base: nn.Module, stack: Stack, router: Router):
         super().__init__()
@@ -52,6 +67,7 @@ class RoutedLinear(nn.Module):
         self.register_buffer("B_OP", stack.B_OP.contiguous(), persistent=False)
         self.register_buffer("owner_P", stack.owner_P.to(stack.A_PI.device), persistent=False)
         self.register_buffer("prototypes_EI", stack.prototypes_EI, persistent=False)
+        self.register_buffer("centers_P", stack.centers_P, persistent=False)
         self.register_state_dict_post_hook(_without_base)
         self.register_load_state_dict_pre_hook(_with_base)
         self.train(base.training)
@@ -69,16 +85,53 @@ class RoutedLinear(nn.Module):
         """Score the experts for each token and choose. Tokens are all leading axes of ``x``."""
         x = x.to(self.A_PI.device, self.A_PI.dtype)
         h_TP = linear(x, self.A_PI)
-        norms_TE = segment_norms(h_TP, self.owner_P, len(self.experts), self.common_rank)
+        scored_TP = h_TP if self.centers_P is None else h_TP - self.centers_P
+        norms_TE = segment_norms(scored_TP, self.owner_P, len(self.experts), self.common_rank)
         scores_TE = self.router.scores(x, norms_TE, self.prototypes_EI)
         return Decision(h_TP, scores_TE, self.select(scores_TE))
 
     def forward(self, input: Float[Tensor, "*T I"], *args: Any, **kwargs: Any) -> Float[Tensor, "*T O"]:
         """The base layer's output plus the chosen experts' update."""
         out = self.base(input, *args, **kwargs)
-        decision = self.route(input)
-        delta = self.combine(decision.h_TP, decision.weights_TE, self.B_OP, self.owner_P)
+        if self.listen is not None:
+            self.listen(self.route(input).scores_TE)
+            return out
+        if self.held is not None:
+            held = self.held
+            h_TP = linear(input.to(held.A_PI.device, held.A_PI.dtype), held.A_PI)
+            weights_TE = held.weights_B1E.expand(*h_TP.shape[:-1], -1)
+            delta = self.combine(h_TP, weights_TE, held.B_OP, held.owner_P)
+        else:
+            decision = self.route(input)
+            delta = self.combine(decision.h_TP, decision.weights_TE, self.B_OP, self.owner_P)
         return out + delta.to(out.device, out.dtype)
+
+    def hold(self, weights_BE: Float[Tensor, "B E"] | None) -> None:
+        """Give every token of row ``b`` these weights of the layer's experts from now on; ``None`` routes again.
+
+        Only the experts that some row takes are computed. One row serves batches of any size.
+        """
+        if weights_BE is None:
+            self.held = None
+            return
+        taken_E = (weights_BE != 0).any(0)
+        rows_P = taken_E.to(self.owner_P.device)[self.owner_P].nonzero().squeeze(1)
+        ranks = torch.tensor([rank for rank, taken in zip(self.ranks, taken_E.tolist(), strict=True) if taken])
+        owner_P = torch.repeat_interleave(torch.arange(len(ranks)), ranks.long()).to(self.owner_P.device)
+        self.held = Held(
+            A_PI=self.A_PI[rows_P],
+            B_OP=self.B_OP[:, rows_P],
+            owner_P=owner_P,
+            weights_B1E=weights_BE[:, None, taken_E].to(self.A_PI.device),
+            all_weights_B1E=weights_BE[:, None].to(self.A_PI.device),
+        )
+
+    def explain(self, x: Float[Tensor, "*T I"]) -> Decision:
+        """What is in force for these tokens: the router's decision, with the weights that are held, if any are."""
+        decision = self.route(x)
+        if self.held is None:
+            return decision
+        return decision._replace(weights_TE=self.held.all_weights_B1E.expand_as(decision.scores_TE))
 
     def stack(self) -> Stack:
         """The experts, as they are held now."""
@@ -88,6 +141,7 @@ class RoutedLinear(nn.Module):
             A_PI=self.A_PI,
             B_OP=self.B_OP,
             prototypes_EI=self.prototypes_EI,
+            centers_P=self.centers_P,
         )
 
     @property

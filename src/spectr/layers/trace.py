@@ -143,7 +143,9 @@ def _watch_layer(record: LayerTrace) -> Callable[[nn.Module, Any, Any], None]:
     @torch.no_grad()
     def hook(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         assert isinstance(layer, RoutedLinear)
-        decision = layer.route(args[0] if args else kwargs["input"])
+        if layer.listen is not None:  # asked about a prompt, before it is read
+            return
+        decision = layer.explain(args[0] if args else kwargs["input"])
         record.steps.append((_three_axes(decision.scores_TE), _three_axes(decision.weights_TE)))
 
     return hook

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property, partial
 from pathlib import Path
 
 from spectr.adapters import Expert, read_adapter
 from spectr.adapters.config import CONFIG_FILE
 from spectr.errors import AdapterError, LibraryError, SpectrError, did_you_mean, raise_together
+from spectr.library.calibration import Calibration
 from spectr.library.manifest import MANIFEST_FILE
 from spectr.library.store import LibraryStore
 
@@ -21,9 +23,12 @@ class ExpertLibrary:
     Make one with :meth:`open` or :meth:`from_adapters`.
     """
 
-    def __init__(self, readers: Mapping[str, Reader], origin: str):
+    def __init__(
+        self, readers: Mapping[str, Reader], origin: str, calibration: Callable[[], Calibration | None] = lambda: None
+    ):
         self._readers = dict(sorted(readers.items()))
         self.origin = origin
+        self._read_calibration = calibration
 
     @classmethod
     def open(cls, path: str | Path) -> ExpertLibrary:
@@ -44,7 +49,8 @@ class ExpertLibrary:
             )
         if (root / MANIFEST_FILE).is_file():
             store = LibraryStore(root)
-            return cls({entry.name: store.reader(entry) for entry in store.entries}, str(root))
+            readers = {entry.name: store.reader(entry) for entry in store.entries}
+            return cls(readers, str(root), partial(Calibration.load, root))
         visible = [folder for folder in sorted(root.absolute().iterdir()) if not folder.name.startswith(".")]
         adapters = {folder.name: folder for folder in visible if (folder / CONFIG_FILE).is_file()}
         if not adapters:
@@ -54,7 +60,8 @@ class ExpertLibrary:
                 expected=f"a {MANIFEST_FILE}, or folders with {CONFIG_FILE}",
                 do=f"spectr library add NAME ADAPTER --library {root}",
             )
-        return cls.from_adapters(adapters, origin=str(root))
+        plain = cls.from_adapters(adapters, origin=str(root))
+        return cls(plain._readers, plain.origin, partial(Calibration.load, root))
 
     @classmethod
     def from_adapters(cls, adapters: Mapping[str, str | Path], origin: str = "adapters") -> ExpertLibrary:
@@ -89,12 +96,26 @@ class ExpertLibrary:
         if name in self._readers:
             raise LibraryError(f"there already is an expert '{name}'", do="remove it first, or choose another name")
         expert = read_adapter(source, name)
-        return ExpertLibrary({**self._readers, name: lambda: expert}, self.origin)
+        return ExpertLibrary({**self._readers, name: lambda: expert}, self.origin, self._read_calibration)
 
     def without(self, name: str) -> ExpertLibrary:
         """This library with one expert less; nothing on disk changes."""
         self.check(name)
-        return ExpertLibrary({n: reader for n, reader in self._readers.items() if n != name}, self.origin)
+        kept = {n: reader for n, reader in self._readers.items() if n != name}
+        return ExpertLibrary(kept, self.origin, self._read_calibration)
+
+    @cached_property
+    def calibration(self) -> Calibration | None:
+        """What is known of the experts on calibration texts, or ``None``; read when first asked for.
+
+        Raises:
+            LibraryError: The file is damaged.
+        """
+        return self._read_calibration()
+
+    def with_calibration(self, calibration: Calibration) -> ExpertLibrary:
+        """This library with a calibration; nothing on disk changes."""
+        return ExpertLibrary(self._readers, self.origin, lambda: calibration)
 
     def check(self, *names: str) -> None:
         """Raise :class:`LibraryError` for names that the library does not have."""

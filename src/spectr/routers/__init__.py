@@ -1,10 +1,21 @@
 """Routers: how a token's experts are scored and chosen. Each is a small frozen dataclass that is its configuration."""
 
 from spectr.routers.arrow import Arrow
-from spectr.routers.base import Router
+from spectr.routers.base import PromptRouter, Router
+from spectr.routers.calibrated import Calibrated
 from spectr.routers.oracle import Oracle
 from spectr.routers.registry import get_router, router_names
 from spectr.routers.spectr import Spectr
 from spectr.routers.uniform import Uniform
 
-__all__ = ["Arrow", "Oracle", "Router", "Spectr", "Uniform", "get_router", "router_names"]
+__all__ = [
+    "Arrow",
+    "Calibrated",
+    "Oracle",
+    "PromptRouter",
+    "Router",
+    "Spectr",
+    "Uniform",
+    "get_router",
+    "router_names",
+]

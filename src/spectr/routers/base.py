@@ -19,6 +19,9 @@ class Router(Protocol):
 
     ``prepare`` runs once for each expert and module, alone, so that an expert more or less changes nothing for the
     others. ``scores`` runs for each token and is pure.
+
+    A router with an attribute ``calibrated`` that is true is given calibrated shares, for which the library has to be
+    calibrated (:func:`spectr.calibrate`): ``norms_TE`` are then ``||A_t (x - m)||_2`` over their root mean square.
     """
 
     @property
@@ -56,6 +59,29 @@ class Router(Protocol):
             norms_TE: ``||A_t x||_2`` of the prepared factors, float32.
             prototypes_EI: The stack's prototypes, where ``prepare`` made some.
         """
+        ...
+
+
+@runtime_checkable
+class PromptRouter(Router, Protocol):
+    """A router that decides once for a whole prompt; what tokens and modules say is pooled and then held.
+
+    Before a prompt is read, the base model reads it once alone (the probe). Every module's scores become evidence,
+    whose mean over tokens and modules decides.
+    """
+
+    @property
+    def level(self) -> str:
+        """``"prompt"``; with ``"token"`` the router is used like any other."""
+        ...
+
+    @property
+    def probe_tokens(self) -> int:
+        """Tokens of a prompt that the probe reads at most."""
+        ...
+
+    def evidence(self, scores_TE: Float[Tensor, "*T E"]) -> Float[Tensor, "*T E"]:
+        """What one module's scores of one token say for each of its experts, float32; 1 says nothing."""
         ...
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from spectr.errors import CompositionError, did_you_mean
 from spectr.routers.arrow import Arrow
 from spectr.routers.base import Router
+from spectr.routers.calibrated import Calibrated
 from spectr.routers.oracle import Oracle
 from spectr.routers.spectr import Spectr
 from spectr.routers.uniform import Uniform
@@ -27,6 +28,8 @@ _BUILT_IN: dict[str, Callable[..., Router]] = {
     "spectr-softmax": partial(Spectr, weights="softmax"),
     "spectr-projection": partial(Spectr, score="projection"),
     "spectr-code": partial(Spectr, score="projection", combine="factors"),
+    "calibrated": Calibrated,
+    "calibrated-token": partial(Calibrated, level="token", top_k=4),
     "arrow": Arrow,
     "mu": Uniform,
     "uniform": Uniform,

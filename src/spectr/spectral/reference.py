@@ -38,6 +38,19 @@ def arrow_score(delta: Tensor, x: Tensor) -> float:
     return float((Vh[0] @ x).abs())
 
 
+def calibrated_score(delta: Tensor, x: Tensor, texts: list[Tensor]) -> float:
+    """``||delta (x - m)|| / sqrt(mean ||delta (y - m)||^2)`` with ``m`` the mean of the calibration inputs ``y``."""
+    mean = torch.stack(texts).mean(0)
+    squares = [float((delta @ (y - mean)).norm()) ** 2 for y in texts]
+    return float((delta @ (x - mean)).norm()) / (sum(squares) / len(squares)) ** 0.5
+
+
+def soft_vote(scores: list[float], temperature: float) -> list[float]:
+    """Softmax of the logarithms of all scores over the temperature, times their number."""
+    powers = [score ** (1 / temperature) for score in scores]
+    return [len(scores) * power / sum(powers) for power in powers]
+
+
 def top_k(scores: list[float], k: int) -> list[int]:
     """Numbers of the ``k`` largest scores, SpectR eq. 9."""
     return sorted(range(len(scores)), key=lambda i: -scores[i])[:k]

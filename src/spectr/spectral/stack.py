@@ -19,11 +19,25 @@ class Prepared(NamedTuple):
     A: Float[Tensor, "R I"]
     B: Float[Tensor, "O R"]
     prototype: Float[Tensor, " I"] | None = None
+    center: Float[Tensor, " R"] | None = None
 
     @staticmethod
     def spectral(aligned: Aligned) -> Prepared:
         """``A* = S V^T`` and ``B* = U``, SpectR eq. 3."""
         return Prepared(aligned.S[:, None] * aligned.Vh, aligned.U)
+
+    def calibrated(self, mean_I: Float[Tensor, " I"], rms: float) -> Prepared:
+        """The same update with ``A / rms`` and ``B rms``, so that ``||A (x - m)||`` has the root mean square 1.
+
+        ``A m`` is kept as ``center``. An expert that does nothing here (``rms`` 0) stays as it is.
+        """
+        scale = rms if rms > 0 else 1.0
+        A = self.A / scale
+        return self._replace(A=A, B=self.B * scale, center=A @ mean_I)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Prepared:
+        """The share on a device and in a dtype."""
+        return Prepared(*(None if tensor is None else tensor.to(device, dtype) for tensor in self))  # pyright: ignore
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -36,6 +50,7 @@ class Stack:
         A_PI: Input factors, (P, I).
         B_OP: Output factors, (O, P).
         prototypes_EI: One vector an expert, (E, I), where the router scores by those.
+        centers_P: ``A m`` of the mean input ``m``, where scores are calibrated.
     """
 
     experts: tuple[str, ...]
@@ -43,6 +58,7 @@ class Stack:
     A_PI: Float[Tensor, "P I"]
     B_OP: Float[Tensor, "O P"]
     prototypes_EI: Float[Tensor, "E I"] | None = None
+    centers_P: Float[Tensor, " P"] | None = None
 
     @staticmethod
     def of(prepared: Mapping[str, Prepared]) -> Stack:
@@ -50,12 +66,14 @@ class Stack:
         names = sorted(prepared)
         parts = [prepared[name] for name in names]
         prototypes = [part.prototype for part in parts if part.prototype is not None]
+        centers = [part.center for part in parts if part.center is not None]
         return Stack(
             experts=tuple(names),
             ranks=tuple(part.A.shape[0] for part in parts),
             A_PI=torch.cat([part.A for part in parts]),
             B_OP=torch.cat([part.B for part in parts], dim=1),
             prototypes_EI=torch.stack(prototypes) if prototypes else None,
+            centers_P=torch.cat(centers) if centers else None,
         )
 
     @property
@@ -71,8 +89,11 @@ class Stack:
     def parts(self) -> dict[str, Prepared]:
         """The experts taken apart again, by name; views, not copies."""
         A, B = self.A_PI.split(self.ranks), self.B_OP.split(self.ranks, dim=1)
-        prototypes = [None] * len(self.experts) if self.prototypes_EI is None else list(self.prototypes_EI)
-        return {name: Prepared(a, b, v) for name, a, b, v in zip(self.experts, A, B, prototypes, strict=True)}
+        nothing = [None] * len(self.experts)
+        prototypes = nothing if self.prototypes_EI is None else list(self.prototypes_EI)
+        centers = nothing if self.centers_P is None else self.centers_P.split(self.ranks)
+        columns = zip(A, B, prototypes, centers, strict=True)
+        return dict(zip(self.experts, (Prepared(*share) for share in columns), strict=True))
 
     def only(self, names: Iterable[str]) -> Stack | None:
         """The stack of those of its experts that are named; ``None`` where none is left."""
@@ -81,11 +102,4 @@ class Stack:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Stack:
         """The stack on a device and in a dtype."""
-        prototypes = None if self.prototypes_EI is None else self.prototypes_EI.to(device, dtype)
-        return Stack(
-            experts=self.experts,
-            ranks=self.ranks,
-            A_PI=self.A_PI.to(device, dtype),
-            B_OP=self.B_OP.to(device, dtype),
-            prototypes_EI=prototypes,
-        )
+        return Stack.of({name: part.to(device, dtype) for name, part in self.parts().items()})

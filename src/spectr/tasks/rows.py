@@ -31,14 +31,8 @@ def _jsonl_rows(path: Path) -> list[dict[str, Any]]:
         raise DataError(
             f"no data file at {path}", do="give the folder that holds it with --data-root, or its full path"
         )
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: U+2028 and the like are legal in JSON
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 ({error.reason} at byte {error.start})", do="convert it to UTF-8"
-        ) from error
     rows = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
         try:
@@ -49,6 +43,30 @@ def _jsonl_rows(path: Path) -> list[dict[str, Any]]:
             raise DataError(f"{path}, line {number}: a {type(row).__name__}", expected="a JSON object")
         rows.append(row)
     return rows
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """The lines of a text file that are not empty.
+
+    Raises:
+        DataError: The file is missing, empty or not UTF-8.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"no text file at {path}", do="check the path")
+    lines = [line.strip() for line in _lines(path) if line.strip()]
+    if not lines:
+        raise DataError(f"{path} holds no text", expected="one text a line")
+    return lines
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").split("\n")  # not splitlines: U+2028 and the like are legal in JSON
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8 ({error.reason} at byte {error.start})", do="convert it to UTF-8"
+        ) from error
 
 
 def _hub_rows(source: str) -> list[dict[str, Any]]:

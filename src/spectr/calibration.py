@@ -1,0 +1,171 @@
+"""Calibrating a library: how its experts answer to texts that the base model writes by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from spectr.composition import prepare_module
+from spectr.errors import CompositionError, DataError
+from spectr.hashing import file_sha256
+from spectr.layers.plan import make_plan
+from spectr.layers.routed import RoutedLinear
+from spectr.library import Calibration, ExpertLibrary
+from spectr.models.samples import encode_texts, self_samples
+from spectr.routers import Spectr
+
+Progress = Callable[[int, int], None]
+_AT_ONCE = 64  # experts measured in one pass
+
+
+@torch.no_grad()
+def calibrate(
+    model: Any,
+    library: ExpertLibrary,
+    tokenizer: Any,
+    *,
+    texts: Sequence[str] | None = None,
+    samples: int = 12,
+    tokens: int = 64,
+    seed: int = 0,
+    fresh: bool = False,
+    progress: Progress = lambda *_: None,
+) -> Calibration:
+    """Measure, per module, the mean input ``m`` and each expert's ``c_t = sqrt(mean ||A*_t (x - m)||^2)``.
+
+    No labels and no training. Where the library is calibrated already, only the experts that it does not cover are
+    measured, on the same texts; nothing else changes for the others. The model is left as it is.
+
+    Args:
+        model: The base model, not composed.
+        library: Experts; ``library.with_calibration(...)`` then routes with the result, ``.save(folder)`` keeps it.
+        tokenizer: The model's.
+        texts: Unlabelled texts of your own, each as a user would send it. By default the base model writes its own
+            from an empty user turn.
+        samples: How many texts the model writes.
+        tokens: Length of each at most.
+        seed: Of its writing.
+        fresh: Measure everything anew, on new texts.
+        progress: Is told (passes done, passes in all).
+
+    Raises:
+        CompositionError: The model is composed or is no decoder-only one, or experts do not fit it.
+        DataError: ``texts`` is empty.
+    """
+    if any(isinstance(module, RoutedLinear) for module in model.modules()):
+        raise CompositionError("this model is composed", do="calibrate the base model: call remove() first")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise CompositionError(
+            "this model has an encoder and a decoder", expected="a decoder-only language model, to write its own texts"
+        )
+    if texts is not None and not any(text.strip() for text in texts):
+        raise DataError("there are no texts to calibrate on", do="give some, or leave texts out")
+    known = None if fresh or texts is not None else library.calibration
+    experts = {name: library[name] for name in library}
+    plan = make_plan(model, list(experts.values()), Spectr(top_k=1))
+    new = [name for name, expert in experts.items() if known is None or not known.covers(expert)]
+    total = 2 + -(-len(new) // _AT_ONCE)
+    if known is None:
+        ids, counted, real, opening = (
+            encode_texts(tokenizer, texts)
+            if texts is not None
+            else self_samples(model, tokenizer, samples=samples, tokens=tokens, seed=seed)
+        )
+        settings = {
+            "base_model": str(getattr(model.config, "name_or_path", "")).rpartition("/")[2],
+            "source": "self-samples" if texts is None else "texts",
+            "samples": len(ids),
+            "tokens": int(counted.sum()),
+            "seed": seed if texts is None else None,
+            "opening": opening,
+        }
+        known = Calibration(means={}, rms={}, sha256={}, input_ids=ids, counted=counted, real=real, settings=settings)
+    progress(1, total)
+    unseen = [module for module in plan.modules if module not in known.means]
+    means = {**known.means, **_mean_inputs(model, unseen, known)}
+    progress(2, total)
+    rms: dict[str, dict[str, float]] = {}
+    for done, chunk in enumerate(_chunks(new, _AT_ONCE), start=3):
+        with ExitStack() as files:
+            readers = {name: files.enter_context(experts[name].open()) for name in chunk}
+            factors = {
+                module: {name: readers[name] for name in users if name in readers}
+                for module, users in plan.modules.items()
+            }
+            rms |= _root_mean_squares(model, factors, means, known)
+        progress(done, total)
+    fresh_part = Calibration(
+        means=means,
+        rms=rms,
+        sha256={name: file_sha256(experts[name].weights) for name in new},
+        input_ids=known.input_ids,
+        counted=known.counted,
+        real=known.real,
+        settings=known.settings,
+    )
+    return known.joined(fresh_part)
+
+
+def _mean_inputs(model: nn.Module, modules: Sequence[str], known: Calibration) -> dict[str, Float[Tensor, " I"]]:
+    sums: dict[str, Tensor] = {}
+
+    def see(module: str, x_TI: Tensor) -> None:
+        sums[module] = x_TI.double().mean(0).float()
+
+    _read(model, modules, known, see)
+    return sums
+
+
+def _root_mean_squares(
+    model: nn.Module,
+    factors: Mapping[str, Mapping[str, Callable]],
+    means: Mapping[str, Tensor],
+    known: Calibration,
+) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
+
+    def see(module: str, x_TI: Tensor) -> None:
+        centred_TI = x_TI.float() - means[module].to(x_TI.device)
+        for name, part in prepare_module(factors[module], module, Spectr(top_k=1)).items():
+            h_TR = centred_TI @ part.A.to(x_TI.device).mT
+            found.setdefault(name, {})[module] = h_TR.double().square().sum(-1).mean().sqrt().item()
+
+    _read(model, [module for module, readers in factors.items() if readers], known, see)
+    return found
+
+
+def _read(model: Any, modules: Sequence[str], known: Calibration, see: Callable[[str, Tensor], None]) -> None:
+    """Run the texts through the model; ``see`` is given each module and its inputs at the counted tokens."""
+    if not modules:
+        return
+    device = next(model.parameters()).device
+    counted_BT = known.counted.to(device)
+    with _watched(model, modules, lambda module, x: see(module, x[counted_BT.to(x.device)])):
+        model(input_ids=known.input_ids.to(device), attention_mask=known.real.long().to(device), use_cache=False)
+
+
+@contextmanager
+def _watched(model: nn.Module, modules: Sequence[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, kwargs, name=name: see(name, args[0] if args else kwargs["input"]), with_kwargs=True
+        )
+        for name in modules
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _chunks(names: Sequence[str], size: int) -> Iterator[list[str]]:
+    stream = iter(names)
+    while chunk := list(islice(stream, size)):
+        yield chunk

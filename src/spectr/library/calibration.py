@@ -1,0 +1,146 @@
+"""What is known of experts on calibration texts: one safetensors file beside the experts."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import isnan
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from spectr.adapters import Expert
+from spectr.errors import LibraryError
+from spectr.hashing import file_sha256
+from spectr.library.manifest import SCRATCH_MANIFEST
+
+CALIBRATION_FILE = "calibration.safetensors"
+_FORMAT = "1"
+
+
+class Statistics(NamedTuple):
+    """One expert at one module: the mean input, and ``sqrt(mean ||A* (x - mean)||^2)`` over the texts' tokens."""
+
+    mean_I: Float[Tensor, " I"]
+    rms: float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Calibration:
+    """How a base model's modules and a library's experts behave on texts without labels.
+
+    Attributes:
+        means: By module the mean input over the texts' counted tokens, float32, (inputs,).
+        rms: By expert and module ``sqrt(mean ||A* (x - m)||^2)`` with ``A* = S V^T``.
+        sha256: By expert the hash of its weights, to notice another one under the same name.
+        input_ids: The texts, (texts, tokens), int64, so that experts that come later see the same ones.
+        counted: Which of these tokens the statistics are over, (texts, tokens).
+        real: Which of these tokens are no padding, (texts, tokens).
+        settings: Base model, seed and the rest, for the record.
+    """
+
+    means: Mapping[str, Float[Tensor, " I"]]
+    rms: Mapping[str, Mapping[str, float]]
+    sha256: Mapping[str, str]
+    input_ids: Int[Tensor, "N T"]
+    counted: Bool[Tensor, "N T"]
+    real: Bool[Tensor, "N T"]
+    settings: Mapping[str, Any]
+
+    @property
+    def opening(self) -> tuple[int, ...]:
+        """Token ids that the base model's chat template puts before every prompt."""
+        return tuple(self.settings.get("opening", ()))
+
+    def covers(self, expert: Expert) -> bool:
+        """Whether this very expert, by its weights, was calibrated in all of its modules."""
+        known = self.rms.get(expert.name, {})
+        return self.sha256.get(expert.name) == file_sha256(expert.weights) and set(expert.shapes) <= set(known)
+
+    def of(self, expert: str, module: str) -> Statistics:
+        """The statistics of one expert at one module."""
+        return Statistics(self.means[module], self.rms[expert][module])
+
+    def joined(self, other: Calibration) -> Calibration:
+        """This one with the experts and modules of another on the same texts."""
+        return replace(
+            self,
+            means={**self.means, **other.means},
+            rms={**self.rms, **other.rms},
+            sha256={**self.sha256, **other.sha256},
+        )
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the file into a library's folder, whole or not at all."""
+        modules, experts = sorted(self.means), sorted(self.rms)
+        tensors = {f"mean/{module}": self.means[module].float().contiguous() for module in modules}
+        for expert in experts:
+            values = [self.rms[expert].get(module, float("nan")) for module in modules]
+            tensors[f"rms/{expert}"] = torch.tensor(values, dtype=torch.float32)
+        tensors |= {"input_ids": self.input_ids, "counted": self.counted, "real": self.real}
+        facts = {"settings": dict(self.settings), "sha256": dict(self.sha256)}
+        target = Path(folder) / CALIBRATION_FILE
+        handle, scratch = tempfile.mkstemp(dir=folder, prefix=f"{SCRATCH_MANIFEST}calibration-")
+        os.close(handle)
+        try:
+            save_file(
+                {key: tensor.contiguous() for key, tensor in tensors.items()},
+                scratch,
+                metadata={"format": _FORMAT, "facts": json.dumps(facts, sort_keys=True)},
+            )
+            os.chmod(scratch, 0o644)
+            os.replace(scratch, target)
+        except BaseException:
+            os.unlink(scratch)
+            raise
+        return target
+
+    @staticmethod
+    def load(folder: str | Path) -> Calibration | None:
+        """The calibration of a library's folder; ``None`` where there is none.
+
+        Raises:
+            LibraryError: The file is damaged or of another version.
+        """
+        path = Path(folder) / CALIBRATION_FILE
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise ValueError(f"format {metadata.get('format')!r} is not {_FORMAT!r}")
+                facts = json.loads(metadata["facts"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
+        except Exception as error:  # safetensors raises its own kinds
+            raise LibraryError(
+                f"{path} cannot be read ({error})",
+                expected="a calibration that this version wrote",
+                do="delete it and calibrate again: spectr library calibrate",
+            ) from error
+        means = {key.removeprefix("mean/"): tensor for key, tensor in tensors.items() if key.startswith("mean/")}
+        modules = sorted(means)
+        rms = {
+            key.removeprefix("rms/"): {
+                module: value for module, value in zip(modules, tensor.tolist(), strict=True) if not isnan(value)
+            }
+            for key, tensor in tensors.items()
+            if key.startswith("rms/")
+        }
+        return Calibration(
+            means=means,
+            rms=rms,
+            sha256=facts["sha256"],
+            input_ids=tensors["input_ids"],
+            counted=tensors["counted"],
+            real=tensors["real"],
+            settings=facts["settings"],
+        )

@@ -1,0 +1,76 @@
+"""Texts to calibrate on: what a model writes from nothing, or a user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from spectr.models.text import encode_prompt, shared_prefix
+
+
+class Texts(NamedTuple):
+    """Texts as tokens: ids, which count, which are no padding, and what the chat template opens every prompt with."""
+
+    input_ids: Int[Tensor, "N T"]
+    counted: Bool[Tensor, "N T"]
+    real: Bool[Tensor, "N T"]
+    opening: list[int]
+
+
+@torch.no_grad()
+def self_samples(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, samples: int, tokens: int, seed: int
+) -> Texts:
+    """Texts that the model samples from an empty user turn; what it wrote itself counts."""
+    start = encode_prompt(tokenizer, "") or [_begin(tokenizer)]
+    ids = torch.tensor([start] * samples, device=model.device)
+    pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        written: Any = model.generate(  # pyright: ignore[reportCallIssue]
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            repetition_penalty=1.0,
+            max_new_tokens=tokens,
+            min_new_tokens=1,
+            pad_token_id=pad,
+        )
+    ends = (written[:, len(start) :] == tokenizer.eos_token_id).int()
+    before_end = ends.cumsum(1) - ends == 0  # the end itself included
+    real = torch.cat([torch.ones_like(ids, dtype=torch.bool), before_end], dim=1)
+    counted = real.clone()
+    counted[:, : len(start)] = False
+    return Texts(written.cpu(), counted.cpu(), real.cpu(), _opening(tokenizer))
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: int = 512) -> Texts:
+    """A user's texts, each a prompt cut after ``limit`` tokens; all but the template's opening counts."""
+    opening = _opening(tokenizer)
+    rows = [encode_prompt(tokenizer, text)[: len(opening) + limit] for text in texts if text.strip()]
+    width = max(map(len, rows))
+    pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
+    real = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows])
+    counted = real.clone()
+    counted[:, : len(opening)] = False
+    return Texts(ids, counted, real, opening)
+
+
+def _opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    if not tokenizer.chat_template:
+        return []
+    return shared_prefix([encode_prompt(tokenizer, prompt) for prompt in ("a", "1", "\u4e2d")])
+
+
+def _begin(tokenizer: PreTrainedTokenizerBase) -> int:
+    start: Any = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return start

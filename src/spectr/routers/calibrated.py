@@ -1,0 +1,85 @@
+"""Self-calibrated routing: how much more than usual an expert answers to an input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from spectr.errors import CompositionError
+from spectr.routers.checks import check_combination, check_top_k
+from spectr.selection import TopK, Weighting
+from spectr.spectral import Aligned, Prepared
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrated:
+    """``||A*_t (x - m)|| / c_t``: the spectral score less what is the same for every input.
+
+    ``m`` is a module's mean input and ``c_t`` the root mean square of ``||A*_t (x - m)||``, both over texts that the
+    base model wrote itself (:func:`spectr.calibrate`), so that an expert's size buys it nothing. For a prompt the
+    softmax over experts of the scores' logarithm over ``pool_temperature`` is averaged over tokens and modules.
+
+    Attributes:
+        level: ``"prompt"`` decides once for each prompt and holds the decision while the answer is written;
+            ``"token"`` decides for each token and module, as the paper does.
+        top_k: Experts for each prompt, or for each token and module.
+        weights: ``"uniform"`` (``1 / k``) or ``"softmax"`` of the chosen evidence (prompt) or scores (token).
+        temperature: Of that softmax.
+        pool_temperature: Of the soft votes.
+        probe_tokens: Tokens of a prompt that are read for the decision at most.
+        combine: ``"outputs"`` or ``"factors"``.
+
+    Source: ours; see docs/routers.md.
+    """
+
+    calibrated: ClassVar[bool] = True
+
+    level: Literal["prompt", "token"] = "prompt"
+    top_k: int = 1
+    weights: Weighting = "uniform"
+    temperature: float = 1.0
+    pool_temperature: float = 0.3
+    probe_tokens: int = 256
+    combine: str = "outputs"
+
+    def __post_init__(self) -> None:
+        check_combination(self.combine, level=(self.level, ("prompt", "token")))
+        if not self.pool_temperature > 0:
+            raise CompositionError(f"pool_temperature={self.pool_temperature}", expected="a number above zero")
+        if self.probe_tokens < 1:
+            raise CompositionError(f"probe_tokens={self.probe_tokens}", expected="at least 1")
+        _ = self.selection
+
+    @property
+    def selection(self) -> TopK:
+        """See :class:`Router`."""
+        return TopK(k=self.top_k, weighting=self.weights, temperature=self.temperature)
+
+    @property
+    def combination(self) -> str:
+        """See :class:`Router`."""
+        return self.combine
+
+    def resident(self, experts: Sequence[str]) -> tuple[str, ...]:
+        """See :class:`Router`."""
+        check_top_k(self.top_k, experts)
+        return tuple(experts)
+
+    def prepare(self, aligned: Aligned) -> Prepared:
+        """See :class:`Router`."""
+        return Prepared.spectral(aligned)
+
+    def scores(
+        self, x_TI: Float[Tensor, "*T I"], norms_TE: Float[Tensor, "*T E"], prototypes_EI: Tensor | None
+    ) -> Float[Tensor, "*T E"]:
+        """See :class:`Router`."""
+        return norms_TE
+
+    def evidence(self, scores_TE: Float[Tensor, "*T E"]) -> Float[Tensor, "*T E"]:
+        """See :class:`PromptRouter`: the soft vote, times the number of experts."""
+        logits_TE = scores_TE.clamp(min=1e-12).log() / self.pool_temperature
+        return logits_TE.softmax(-1) * scores_TE.shape[-1]

@@ -1,0 +1,426 @@
+"""Self-calibrated routing: the statistics, the score, the decision for a prompt, and how it is held."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from models import build, close, dense_deltas, greedy, logits, peft_adapter, peft_library, types_unchecked
+from spectr import Calibrated, ExpertLibrary, Oracle, Spectr, calibrate, compose, get_router, trace
+from spectr.errors import CompositionError, DataError, LibraryError
+from spectr.hashing import file_sha256
+from spectr.library import Calibration
+from spectr.models import encode_batch, encode_prompt
+from spectr.spectral import reference
+from text_model import make_model, make_tokenizer
+
+RANKS = {"ants": 4, "bees": 2, "cats": 8}
+TEXTS = ["what is the sky", "the film is good", "who is it", "red blue green of the grass"]
+PROMPTS = ["what is it", "a good film of the sky is the x y z", "no"]
+Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("experts")
+    peft_library(make_model(), root, RANKS)
+    return root
+
+
+@pytest.fixture(scope="module")
+def library(root):
+    plain = ExpertLibrary.open(root)
+    return plain.with_calibration(calibrate(make_model(), plain, make_tokenizer(), texts=TEXTS))
+
+
+def routed_model(library, router=None, **options):
+    model = make_model()
+    return model, compose(model, library, router or Calibrated(**options))
+
+
+def ids_of(prompt):
+    return torch.tensor([encode_prompt(make_tokenizer(), prompt)])
+
+
+@torch.no_grad()
+def inputs_of(model, modules, ids):
+    """What each module is given, (tokens, inputs) in float64."""
+    seen = {}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(lambda _, x, name=name: seen.update({name: x[0][0]}))
+        for name in modules
+    ]
+    model(input_ids=ids)
+    for handle in handles:
+        handle.remove()
+    return {name: x.double() for name, x in seen.items()}
+
+
+def inputs_of_texts(library, modules):
+    """All counted inputs of the calibration texts, one unpadded text after the other."""
+    rows = {name: [] for name in modules}
+    for text in TEXTS:
+        for name, x_TI in inputs_of(make_model(), modules, ids_of(text)).items():
+            rows[name] += list(x_TI[len(library.calibration.opening) :])
+    return rows
+
+
+# The statistics
+
+
+def test_means_and_root_mean_squares_are_those_of_the_dense_updates(root, library):
+    rows = inputs_of_texts(library, [Q, DOWN])
+    for module in (Q, DOWN):
+        mean = torch.stack(rows[module]).mean(0)
+        for name in RANKS:
+            delta = dense_deltas(root / name)[module]
+            slow = (sum(float((delta @ (x - mean)).norm()) ** 2 for x in rows[module]) / len(rows[module])) ** 0.5
+            found = library.calibration.of(name, module)
+            close(found.mean_I.double(), mean)
+            assert found.rms == pytest.approx(slow, rel=1e-4)
+
+
+def test_self_samples_depend_on_the_seed_alone_and_count_what_the_model_wrote(root):
+    plain = ExpertLibrary.open(root)
+    one, same, other = (calibrate(make_model(), plain, make_tokenizer(), seed=seed, samples=3) for seed in (1, 1, 2))
+    assert torch.equal(one.input_ids, same.input_ids)
+    assert one.rms == same.rms
+    assert not torch.equal(one.input_ids[:, :20], other.input_ids[:, :20])
+    start = len(encode_prompt(make_tokenizer(), ""))
+    assert not one.counted[:, :start].any()
+    assert one.counted[:, start].all()
+    assert one.settings["source"] == "self-samples"
+    assert one.settings["tokens"] == int(one.counted.sum())
+
+
+def test_calibrating_leaves_the_model_and_the_random_state_alone(root):
+    model, ids = make_model(), ids_of("what is it")
+    before, state = logits(model, ids), torch.random.get_rng_state()
+    calibrate(model, ExpertLibrary.open(root), make_tokenizer(), samples=2)
+    assert torch.equal(logits(model, ids), before)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_an_expert_that_is_added_is_measured_alone_on_the_same_texts(root, library, tmp_path):
+    peft_adapter(make_model(), tmp_path / "dogs", seed=9, rank=4)
+    larger = library.with_expert("dogs", tmp_path / "dogs")
+    grown = calibrate(make_model(), larger, make_tokenizer())
+    assert torch.equal(grown.input_ids, library.calibration.input_ids)
+    for name in RANKS:
+        assert grown.rms[name] is library.calibration.rms[name]
+    whole = calibrate(make_model(), larger, make_tokenizer(), texts=TEXTS)
+    assert grown.rms["dogs"] == pytest.approx(whole.rms["dogs"])
+
+
+def test_a_calibration_is_saved_and_loaded_as_it_is(library, tmp_path):
+    known = library.calibration
+    known.save(tmp_path)
+    loaded = Calibration.load(tmp_path)
+    assert {name: dict(values) for name, values in loaded.rms.items()} == {
+        name: pytest.approx(values) for name, values in known.rms.items()
+    }
+    assert all(torch.equal(loaded.means[module], known.means[module]) for module in known.means)
+    assert torch.equal(loaded.input_ids, known.input_ids)
+    assert (loaded.sha256, loaded.settings) == (known.sha256, known.settings)
+    assert [path.name for path in tmp_path.iterdir()] == ["calibration.safetensors"]
+
+
+def test_a_library_without_calibration_has_none(tmp_path):
+    assert Calibration.load(tmp_path) is None
+
+
+@pytest.mark.parametrize("damage", ["cut short", "another version"])
+def test_a_damaged_calibration_says_what_to_do(library, tmp_path, damage):
+    path = library.calibration.save(tmp_path)
+    if damage == "cut short":
+        path.write_bytes(path.read_bytes()[:-7])
+    else:
+        save_file({"x": torch.zeros(1)}, path, metadata={"format": "0"})
+    with pytest.raises(LibraryError, match="delete it and calibrate again"):
+        Calibration.load(tmp_path)
+
+
+# The score
+
+
+@pytest.mark.parametrize("module", [Q, DOWN])
+def test_the_score_is_that_of_the_reference(root, library, module):
+    model, _ = routed_model(library)
+    texts = inputs_of_texts(library, [module])[module]
+    x = inputs_of(make_model(), [module], ids_of("is the grass blue"))[module]
+    layer = model.get_submodule(module)
+    scores_TE = layer.route(x.float()).scores_TE
+    for number, name in enumerate(layer.experts):
+        delta = dense_deltas(root / name)[module]
+        slow = [reference.calibrated_score(delta, token, texts) for token in x]
+        close(scores_TE[:, number].double(), torch.tensor(slow, dtype=torch.float64), 1e-4)
+
+
+def test_the_update_itself_is_not_changed_by_the_calibration(library):
+    model, _ = routed_model(library, level="token", top_k=3)
+    plain, _ = routed_model(library, Spectr(top_k=3))
+    close(logits(model, ids_of(PROMPTS[1])), logits(plain, ids_of(PROMPTS[1])))
+
+
+def scaled(root, folder, name, factor):
+    """A copy of an adapter whose update is ``factor`` times as large."""
+    folder.mkdir()
+    config = json.loads((root / name / "adapter_config.json").read_text())
+    config["lora_alpha"] *= factor
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(load_file(root / name / "adapter_model.safetensors"), folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_an_experts_size_buys_it_nothing(root, library, tmp_path):
+    sources = {name: root / name for name in RANKS} | {"bees": scaled(root, tmp_path / "bees", "bees", 100)}
+    loud = ExpertLibrary.from_adapters(sources)
+    loud = loud.with_calibration(calibrate(make_model(), loud, make_tokenizer(), texts=TEXTS))
+    batch = encode_batch(make_tokenizer(), PROMPTS)
+    (_, plain), (_, louder) = (
+        routed_model(library, top_k=3, weights="softmax"),
+        routed_model(loud, top_k=3, weights="softmax"),
+    )
+    close(louder.prompt.decide(**batch), plain.prompt.decide(**batch), 1e-4)
+
+
+# The decision
+
+
+def slow_evidence(root, library, prompt, tokens=None, temperature=0.3):
+    """Mean soft vote of each expert, over all modules and the tokens after the opening."""
+    modules = list(dense_deltas(root / "ants"))
+    texts = inputs_of_texts(library, modules)
+    total = torch.zeros(len(RANKS), dtype=torch.float64)
+    deltas = {name: dense_deltas(root / name) for name in RANKS}
+    begin = len(library.calibration.opening)
+    inputs = inputs_of(make_model(), modules, ids_of(prompt))
+    for module in modules:
+        used = inputs[module][begin:tokens]
+        for x in used:
+            scores = [reference.calibrated_score(deltas[name][module], x, texts[module]) for name in RANKS]
+            total += torch.tensor(reference.soft_vote(scores, temperature), dtype=torch.float64) / len(used)
+    return total / len(modules)
+
+
+@pytest.mark.parametrize("tokens", [None, 4])
+def test_the_decision_is_that_of_the_reference(root, library, tokens):
+    _, routed = routed_model(library, top_k=3, weights="softmax", probe_tokens=tokens or 256)
+    weights_BE = routed.prompt.decide(input_ids=ids_of(PROMPTS[1]))
+    slow = slow_evidence(root, library, PROMPTS[1], tokens).softmax(0)
+    close(weights_BE[0].double(), slow, 1e-4)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_and_companions_change_no_decision(library, side):
+    _, routed = routed_model(library, top_k=3, weights="softmax")
+    rows = [encode_prompt(make_tokenizer(), prompt) for prompt in PROMPTS]
+    width = max(map(len, rows))
+    pads = [[2] * (width - len(row)) for row in rows]
+    left = side == "left"
+    ids = torch.tensor([pad + row if left else row + pad for row, pad in zip(rows, pads, strict=True)])
+    mask = torch.tensor(
+        [[0] * len(p) + [1] * len(r) if left else [1] * len(r) + [0] * len(p) for r, p in zip(rows, pads, strict=True)]
+    )
+    together = routed.prompt.decide(input_ids=ids, attention_mask=mask)
+    for row, prompt in zip(together, PROMPTS, strict=True):
+        close(row, routed.prompt.decide(input_ids=ids_of(prompt))[0])
+
+
+def test_the_decision_holds_for_every_token_and_layer(library):
+    model, routed = routed_model(library)
+    batch = encode_batch(make_tokenizer(), PROMPTS)
+    chosen_BE = routed.prompt.decide(**batch)
+    with trace(model) as record:
+        model(**batch)
+    assert len(record.inputs) == 1
+    for layer in record.values():
+        assert torch.equal(layer.weights, chosen_BE[:, None].expand_as(layer.weights))
+
+
+def test_with_one_expert_the_model_is_that_experts_own(library):
+    model, routed = routed_model(library)
+    for prompt in PROMPTS:
+        [weights_E] = routed.prompt.decide(input_ids=ids_of(prompt))
+        expert = routed.experts[int(weights_E.argmax())]
+        alone, _ = routed_model(library, Oracle(expert=expert))
+        close(logits(model, ids_of(prompt)), logits(alone, ids_of(prompt)))
+        assert torch.equal(greedy(model, ids_of(prompt)), greedy(alone, ids_of(prompt)))
+        assert torch.equal(greedy(model, ids_of(prompt), num_beams=2), greedy(alone, ids_of(prompt), num_beams=2))
+
+
+def test_a_batch_serves_each_row_by_its_own_experts(library):
+    model, _ = routed_model(library, top_k=2, weights="softmax")
+    batch = encode_batch(make_tokenizer(), PROMPTS)
+    together = model(**batch).logits
+    for row, prompt in zip(together, PROMPTS, strict=True):
+        ids = ids_of(prompt)
+        close(row[-ids.shape[1] :], logits(model, ids)[0], 1e-4)
+
+
+def test_a_call_that_goes_on_with_a_cache_keeps_the_decision_and_a_new_prompt_does_not(library):
+    model, routed = routed_model(library, top_k=3, weights="softmax")
+    cache = model(input_ids=ids_of(PROMPTS[0]), use_cache=True).past_key_values
+    held = routed.prompt.weights_BE
+    model(input_ids=ids_of("z z z z"), past_key_values=cache, use_cache=True)
+    assert routed.prompt.weights_BE is held
+    model(input_ids=ids_of(PROMPTS[1]))
+    assert not torch.equal(routed.prompt.weights_BE, held)
+
+
+def test_a_cache_that_was_filled_before_composing_is_refused(library):
+    model = make_model()
+    cache = model(input_ids=ids_of("what"), use_cache=True).past_key_values
+    compose(model, library, Calibrated())
+    with pytest.raises(CompositionError, match="read the prompt again, without that cache"):
+        model(input_ids=ids_of("is it"), past_key_values=cache)
+
+
+def test_a_pinned_decision_outlives_prompts(library):
+    model, routed = routed_model(library)
+    routed.prompt.hold(torch.tensor([[0.0, 0.0, 1.0]]))
+    alone, _ = routed_model(library, Oracle(expert="cats"))
+    for prompt in PROMPTS:
+        close(logits(model, ids_of(prompt)), logits(alone, ids_of(prompt)))
+    routed.prompt.hold(None)
+    model(input_ids=ids_of(PROMPTS[0]))
+    assert torch.equal(routed.prompt.weights_BE, routed.prompt.decide(input_ids=ids_of(PROMPTS[0])))
+
+
+def test_the_opening_has_no_say(root, library):
+    """Without knowing the opening the decision is another one."""
+    _, knowing = routed_model(library, top_k=3, weights="softmax")
+    blind = replace(library.calibration, settings={**library.calibration.settings, "opening": []})
+    _, unknowing = routed_model(library.with_calibration(blind), top_k=3, weights="softmax")
+    ids = ids_of(PROMPTS[0])
+    assert len(library.calibration.opening) == 1
+    assert not torch.allclose(knowing.prompt.decide(input_ids=ids), unknowing.prompt.decide(input_ids=ids), atol=1e-4)
+    bare = ids[:, :1]  # nothing but the opening: then it is all there is to go by
+    close(knowing.prompt.decide(input_ids=bare), unknowing.prompt.decide(input_ids=bare))
+
+
+def test_an_expert_of_few_layers_is_judged_by_these(root, tmp_path):
+    sources = {"ants": root / "ants", "few": peft_adapter(make_model(), tmp_path / "few", 7, targets=["q_proj"])}
+    partial = ExpertLibrary.from_adapters(sources)
+    partial = partial.with_calibration(calibrate(make_model(), partial, make_tokenizer(), texts=TEXTS))
+    model, routed = routed_model(partial, top_k=2, weights="softmax")
+    evidence = routed.prompt.decide(input_ids=ids_of(PROMPTS[1]))[0].log()
+    shared = [routed.layers[f"model.layers.{layer}.self_attn.q_proj"] for layer in (0, 1)]
+    votes = []
+    begin = len(partial.calibration.opening)
+    for layer, x in zip(
+        shared,
+        inputs_of(make_model(), [f"model.layers.{n}.self_attn.q_proj" for n in (0, 1)], ids_of(PROMPTS[1])).values(),
+        strict=True,
+    ):
+        scores_TE = layer.route(x.float()).scores_TE[begin:]
+        votes.append(torch.tensor([reference.soft_vote(row.tolist(), 0.3) for row in scores_TE]).mean(0))
+    few = torch.stack(votes).mean(0)[1]
+    modules = len(routed.layers)
+    ants = (torch.stack(votes).sum(0)[0] + (modules - 2)) / modules  # alone, a vote is 1
+    assert float(evidence[1] - evidence[0]) == pytest.approx(float(few - ants), abs=1e-4)
+    routed.prompt.hold(torch.tensor([[0.0, 1.0]]))
+    alone, _ = routed_model(partial, Oracle(expert="few"))
+    close(logits(model, ids_of(PROMPTS[0])), logits(alone, ids_of(PROMPTS[0])))
+
+
+# The life of a composed model
+
+
+def test_allowing_some_decides_among_these(library):
+    model, routed = routed_model(library)
+    routed.allow(["bees"])
+    alone, _ = routed_model(library, Oracle(expert="bees"))
+    close(logits(model, ids_of(PROMPTS[0])), logits(alone, ids_of(PROMPTS[0])))
+    routed.allow(None)
+    assert routed.prompt.experts == tuple(RANKS)
+
+
+def test_allowing_some_gives_the_decisions_of_a_library_of_those(root, library):
+    small = ExpertLibrary.from_adapters({name: root / name for name in ("ants", "cats")})
+    small = small.with_calibration(library.calibration)
+    _, whole = routed_model(library, top_k=2, weights="softmax")
+    _, part = routed_model(small, top_k=2, weights="softmax")
+    batch = encode_batch(make_tokenizer(), PROMPTS)
+    assert torch.equal(whole.allow(["ants", "cats"]).prompt.decide(**batch), part.prompt.decide(**batch))
+
+
+def test_removing_takes_the_hook_away_too(library):
+    model, before = make_model(), logits(make_model(), ids_of(PROMPTS[0]))
+    routed = compose(model, library, Calibrated())
+    assert model._forward_pre_hooks
+    routed.remove()
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert torch.equal(logits(model, ids_of(PROMPTS[0])), before)
+    assert routed.prompt is None
+
+
+def test_an_expert_that_is_not_calibrated_is_named_and_nothing_is_changed(root, library, tmp_path):
+    peft_adapter(make_model(), tmp_path / "dogs", seed=9, rank=4)
+    larger = library.with_expert("dogs", tmp_path / "dogs")
+    model = make_model()
+    with pytest.raises(CompositionError, match=re.escape("not calibrated: dogs")) as caught:
+        compose(model, larger, Calibrated())
+    assert "spectr library calibrate --library" in str(caught.value)
+    assert not model._forward_pre_hooks
+    with pytest.raises(CompositionError, match="not calibrated: ants, bees, cats"):
+        compose(model, ExpertLibrary.open(root), Calibrated())
+
+
+def test_other_weights_under_the_same_name_are_not_calibrated(root, library, tmp_path):
+    peft_adapter(make_model(), tmp_path / "bees", seed=77, rank=2)
+    sources = {name: root / name for name in RANKS} | {"bees": tmp_path / "bees"}
+    changed = ExpertLibrary.from_adapters(sources).with_calibration(library.calibration)
+    with pytest.raises(CompositionError, match="not calibrated: bees"):
+        compose(make_model(), changed, Calibrated())
+
+
+def test_what_cannot_be_calibrated_is_refused(root, library):
+    with pytest.raises(CompositionError, match="call remove"):
+        calibrate(routed_model(library)[0], library, make_tokenizer())
+    with pytest.raises(DataError, match="no texts"):
+        calibrate(make_model(), library, make_tokenizer(), texts=[" "])
+
+
+@pytest.mark.parametrize("wrong", [{"level": "word"}, {"pool_temperature": 0}, {"probe_tokens": 0}, {"combine": "sum"}])
+def test_options_out_of_range_are_named(wrong):
+    [name] = wrong
+    with types_unchecked(), pytest.raises(CompositionError, match=f"{name}="):
+        Calibrated(**wrong)
+
+
+def test_the_router_is_known_by_name():
+    assert get_router("calibrated") == Calibrated()
+    assert get_router("calibrated-token", top_k=2) == Calibrated(level="token", top_k=2)
+
+
+def test_an_encoder_decides_for_its_decoder(tmp_path):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=40, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    model = build(T5ForConditionalGeneration, config)
+    plain = peft_library(model, tmp_path, {"ants": 4, "bees": 4}, targets=["q", "v"])
+    modules = {module for name in plain for module in plain[name].shapes}
+    made_up = Calibration(
+        means={module: torch.zeros(32) for module in modules},
+        rms={name: dict.fromkeys(modules, 1.0) for name in plain},
+        sha256={name: file_sha256(plain[name].weights) for name in plain},
+        input_ids=torch.zeros(1, 1, dtype=torch.long),
+        counted=torch.ones(1, 1, dtype=torch.bool),
+        real=torch.ones(1, 1, dtype=torch.bool),
+        settings={},
+    )
+    routed = compose(model, plain.with_calibration(made_up), Calibrated())
+    ids = torch.tensor([[5, 9, 12, 1]])
+    [weights_E] = routed.prompt.decide(input_ids=ids)
+    expert = routed.experts[int(weights_E.argmax())]
+    text = greedy(model, ids)
+    routed.remove()
+    compose(model, plain, Oracle(expert=expert))
+    assert torch.equal(text, greedy(model, ids))
