@@ -44,7 +44,6 @@ class PromptDecision:
         self._pinned = False
         self._handle = self.entry.register_forward_pre_hook(self._on_call, with_kwargs=True)
 
-    @torch.no_grad()
     def decide(self, *args: Any, **kwargs: Any) -> Float[Tensor, "B E"]:
         """Read a prompt with the base model alone and return the experts' weights, without holding them.
 
@@ -52,6 +51,11 @@ class PromptDecision:
             args: As the model (or its encoder) is called.
             kwargs: Likewise.
         """
+        return self.router.selection(self.evidence(*args, **kwargs))
+
+    @torch.no_grad()
+    def evidence(self, *args: Any, **kwargs: Any) -> Float[Tensor, "B E"]:
+        """What speaks for each expert: its mean evidence over the prompt's tokens and the modules that it adapts."""
         given, mask_BT = _bounded(self.entry, args, kwargs, self.router.probe_tokens)
         counted_BT = None if mask_BT is None else _without_opening(given.get("input_ids"), mask_BT, self.opening)
         gathered: dict[str, Tensor] = {}
@@ -62,7 +66,7 @@ class PromptDecision:
         finally:
             for layer in self.layers.values():
                 layer.listen = None
-        return self.router.selection(_pooled(gathered, self.layers, self.experts))
+        return _pooled(gathered, self.layers, self.experts)
 
     def hold(self, weights_BE: Float[Tensor, "B E"] | None, *, pin: bool = True) -> None:
         """Have all layers hold these weights; pinned, until ``hold(None)`` and whatever is read meanwhile."""

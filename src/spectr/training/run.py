@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -143,7 +144,8 @@ def _with_adapter(model: PreTrainedModel, settings: TrainingSettings) -> PeftMod
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # PEFT's matter
         torch.manual_seed(settings.seed)
         return get_peft_model(model, config)  # pyright: ignore[reportReturnType]
 

@@ -1,0 +1,141 @@
+"""``spectr evaluate`` and ``spectr report``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from spectr.cli.console import bar, out, say
+from spectr.cli.options import (
+    DtypeOption,
+    JsonOption,
+    LibraryOption,
+    ModelOption,
+    open_library,
+    open_model,
+)
+from spectr.errors import DataError, did_you_mean
+
+if TYPE_CHECKING:
+    from spectr.evaluation.experiments import Result
+    from spectr.tasks import Example, Task
+
+ORDER = ("quality", "similarity", "routing", "multitask", "costs")
+Folder = Annotated[Path, typer.Option("--out", "-o", help="Folder of the results; a killed run goes on there.")]
+
+
+def evaluate(
+    experiment: Annotated[str, typer.Argument(help=f"{', '.join(ORDER)}, or all.")],
+    folder: Folder = Path("out/evaluation"),
+    model: ModelOption = None,
+    library: LibraryOption = None,
+    task: Annotated[
+        list[str] | None, typer.Option("--task", help="A shipped task or a task file; the default is all shipped ones.")
+    ] = None,
+    data_root: Annotated[
+        Path | None, typer.Option(envvar="SPECTR_DATA", help="Folder that relative paths of data start from.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Test examples of each task at most.", min=2)] = None,
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Run one of the paper's experiments, or all: a table, a figure, and results with their origin as JSON.
+
+    Examples that were scored are kept, so that a run that was killed goes on where it stopped.
+
+    [dim]spectr evaluate routing --data-root data --limit 50[/]
+    """
+    if experiment not in (*ORDER, "all"):
+        raise DataError(f"unknown experiment '{experiment}'", do=did_you_mean(experiment, (*ORDER, "all")))
+    experts = open_library(library)
+    tasks = _tasks(task, data_root, limit) if experiment not in ("similarity", "costs") else {}
+    if tasks and not any((about.expert or name) in experts for name, (about, _) in tasks.items()):
+        raise DataError(
+            f"none of the tasks ({', '.join(tasks)}) belongs to an expert of {experts.origin} "
+            f"({', '.join(experts.names)})",
+            do="name a task file whose 'expert' is in the library",
+        )
+    _ = experts.calibration
+    base, tokenizer = open_model(model, dtype)
+
+    from spectr.evaluation.experiments import EXPERIMENTS, Bench
+
+    for name in ORDER if experiment == "all" else (experiment,):
+        with bar() as advance:
+            bench = Bench(
+                model=base, tokenizer=tokenizer, library=experts, tasks=tasks, folder=folder, progress=advance
+            )
+            result = EXPERIMENTS[name](bench)
+        path = result.save(folder)
+        if as_json:
+            sys.stdout.write(path.read_text(encoding="utf-8").replace("\n", " ") + "\n")
+        else:
+            _show(result)
+        say(f"results: {path.resolve()}")
+
+
+def report(
+    folder: Folder = Path("out/evaluation"),
+    page: Annotated[Path | None, typer.Option(help="The page; by default report.html in that folder.")] = None,
+) -> None:
+    """Draw all results of a folder into one self-contained HTML page.
+
+    [dim]spectr evaluate all --data-root data --limit 50 && spectr report[/]
+    """
+    from spectr.evaluation.experiments import Result
+    from spectr.plots.report import write_report
+
+    found = [folder / f"{name}.json" for name in ORDER if (folder / f"{name}.json").is_file()]
+    if not found:
+        raise DataError(f"{folder} holds no results", do="run spectr evaluate all first, with the same --out")
+    results: list[Result] = []
+    for path in found:
+        try:
+            results.append(Result.load(path))
+        except (json.JSONDecodeError, TypeError) as error:
+            raise DataError(
+                f"{path} is no result of spectr evaluate ({error})", do="delete it and run again"
+            ) from error
+    model = results[-1].origin.get("model", "")
+    where = write_report(
+        results,
+        page or folder / "report.html",
+        title=f"SpectR on {model}: {len(results[-1].origin.get('experts', {}))} experts",
+        command="spectr evaluate all; spectr report",
+    )
+    out.print(f"report: {where.resolve()}", highlight=False)
+
+
+def _tasks(names: list[str] | None, root: Path | None, limit: int | None) -> dict[str, tuple[Task, list[Example]]]:
+    from spectr.tasks import Task, read_rows, shipped_tasks
+
+    tasks = (
+        [Task.load(name) if name.endswith((".yaml", ".yml")) else Task.shipped(name) for name in names]
+        if names
+        else list(shipped_tasks().values())
+    )
+    found: dict[str, tuple[Task, list[Example]]] = {}
+    for task in tasks:
+        if task.test is None:
+            raise DataError(f"task '{task.name}' names no test data", do="add 'test' to its file")
+        if task.choices is None:
+            raise DataError(f"task '{task.name}' has no choices", expected="a task whose answers can be compared")
+        rows: list[dict[str, Any]] = read_rows(task.test, root=root, limit=limit)
+        found[task.name] = (task, [task.example(row) for row in rows])
+    return found
+
+
+def _show(result: Result) -> None:
+    table = Table(title=f"{result.title} ({result.source})")
+    for number, column in enumerate(result.columns):
+        table.add_column(str(column), justify="left" if number == 0 else "right")
+    for row in result.rows:
+        table.add_row(*map(str, row))
+    out.print(table)
+    for note in result.notes:
+        out.print(f"[dim]{note}[/]", highlight=False)

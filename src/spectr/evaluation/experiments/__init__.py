@@ -1,0 +1,18 @@
+"""The paper's experiments, one file each; a new one is a file and a line here."""
+
+from spectr.evaluation.experiments.base import Bench, Result
+from spectr.evaluation.experiments.costs import costs
+from spectr.evaluation.experiments.multitask import multitask
+from spectr.evaluation.experiments.quality import quality
+from spectr.evaluation.experiments.routing import routing
+from spectr.evaluation.experiments.similarity import similarity
+
+EXPERIMENTS = {
+    "quality": quality,
+    "similarity": similarity,
+    "routing": routing,
+    "multitask": multitask,
+    "costs": costs,
+}
+
+__all__ = ["EXPERIMENTS", "Bench", "Result"]

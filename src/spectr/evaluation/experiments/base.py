@@ -1,0 +1,161 @@
+"""What experiments share: the bench that they work on, and the form of their results."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from spectr.composition import Routed, compose
+from spectr.evaluation.score import Measurement, score_examples
+from spectr.hashing import file_sha256
+from spectr.library import ExpertLibrary
+from spectr.routers import Router, get_router
+from spectr.tasks import Example, Task
+
+Progress = Callable[[str, int, int, str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One experiment's outcome: tables for people and all that a plot needs, in JSON's own types.
+
+    Attributes:
+        name: The experiment.
+        title: What it shows, for a heading.
+        source: Where in the paper it belongs.
+        columns: Headings of the table.
+        rows: Its cells: texts and numbers.
+        data: What the plot shows.
+        notes: What a reader should know.
+        origin: Model, experts, data, versions, seeds.
+    """
+
+    name: str
+    title: str
+    source: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    data: Mapping[str, Any] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    origin: Mapping[str, Any] = field(default_factory=dict)
+
+    def save(self, folder: Path) -> Path:
+        """Write ``NAME.json`` into a folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{self.name}.json"
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
+        return path
+
+    @staticmethod
+    def load(path: Path) -> Result:
+        """Read what :meth:`save` wrote."""
+        return Result(**json.loads(path.read_text(encoding="utf-8")))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Base model, experts and tasks that an experiment works on.
+
+    Attributes:
+        model: The base model, not composed; experiments leave it so.
+        tokenizer: Its tokenizer.
+        library: The experts.
+        tasks: Each with the examples that are used of it.
+        folder: For records that let a killed run go on.
+        progress: Is told (phase, done, total, remark).
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    library: ExpertLibrary
+    tasks: Mapping[str, tuple[Task, Sequence[Example]]]
+    folder: Path
+    progress: Progress = lambda *_: None
+
+    @property
+    def owned(self) -> dict[str, tuple[Task, Sequence[Example]]]:
+        """The tasks whose expert is in the library."""
+        return {name: pair for name, pair in self.tasks.items() if (pair[0].expert or name) in self.library}
+
+    def expert_of(self, task: str) -> str:
+        """The expert that belongs to a task."""
+        return self.tasks[task][0].expert or task
+
+    @contextmanager
+    def routed(self, router: Router) -> Iterator[Routed]:
+        """The model composed while the block runs."""
+        routed = compose(self.model, self.library, router)
+        try:
+            yield routed
+        finally:
+            routed.remove()
+
+    def accuracy(self, task: str, method: str, routed: Routed | None = None) -> Measurement:
+        """A task's accuracy with the model as it is now; examples that a killed run scored are not scored again."""
+        about, examples = self.tasks[task]
+        phase, done = f"{task}: {method}", 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            self.progress(phase, done, len(examples), "")
+
+        records = score_examples(
+            self.model,
+            self.tokenizer,
+            examples,
+            length_normalised=about.length_normalised,
+            decision=routed.prompt if routed else None,
+            keep=self.folder / "records" / f"{task}--{method}.jsonl",
+            origin={**self.origin(), "router": str(routed.router) if routed else None, "task": about.version},
+            progress=advance,
+        )
+        return Measurement.of([float(record["right"]) for record in records])
+
+    def origin(self) -> dict[str, Any]:
+        """Model, experts, tasks and versions that results depend on."""
+        calibration = self.library.calibration
+        return {
+            "model": Path(str(self.model.config.name_or_path)).name,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "device": self.model.device.type,
+            "experts": {name: file_sha256(self.library[name].weights)[:16] for name in self.library},
+            "calibration": dict(calibration.settings) | {"opening": None} if calibration else None,
+            "tasks": {
+                name: f"v{task.version}, {len(examples)} examples" for name, (task, examples) in self.tasks.items()
+            },
+            "versions": {
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("spectr-lora", "torch", "transformers")},
+            },
+        }
+
+
+def routers_that_fit(names: Sequence[tuple[str, dict[str, Any]]], library: ExpertLibrary) -> list[tuple[str, Router]]:
+    """Routers with a label each; those that ask for more experts than there are, or for a calibration, are left out."""
+    found = []
+    for name, options in names:
+        router = get_router(name, **options)
+        k = getattr(router, "top_k", 1)
+        if k > len(library) or (getattr(router, "calibrated", False) and library.calibration is None):
+            continue
+        found.append((_label(name, options), router))
+    return found
+
+
+def _label(name: str, options: Mapping[str, Any]) -> str:
+    return ", ".join([name, *(f"{key.replace('top_k', 'k')} {value}" for key, value in options.items())])
+
+
+def percent(measurement: Measurement) -> str:
+    """A share in percent with its standard error."""
+    return f"{measurement.value:.1%} ± {measurement.error:.1%}"

@@ -1,0 +1,95 @@
+"""What routing costs: storage, memory and arithmetic, the formula beside the measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from spectr.evaluation.experiments.base import Bench, Result, routers_that_fit
+from spectr.layers import RoutedLinear
+
+ROUTERS: list[tuple[str, dict[str, Any]]] = [
+    ("arrow", {"top_k": 4}),
+    ("spectr", {"top_k": 4}),
+    ("mu", {}),
+    ("calibrated", {}),
+]
+_TOKENS = 64
+
+
+@torch.inference_mode()
+def costs(bench: Bench) -> Result:
+    """Storage of the library, memory and multiply-adds that each router adds for one token.
+
+    Source: SpectR, section 5.
+    """
+    experts = [bench.library[name] for name in bench.library]
+    stored = sum(expert.weights.stat().st_size for expert in experts)
+    ids = torch.arange(_TOKENS, device=bench.model.device)[None] % bench.model.config.get_text_config().vocab_size
+    base = _flops(lambda: bench.model(input_ids=ids, use_cache=False, logits_to_keep=1))
+    plain = sum(p.numel() * p.element_size() for p in bench.model.parameters())
+    rows = [["base model", f"{plain / 1e6:.1f}", "", f"{base / _TOKENS / 1e6:.1f}", "", ""]]
+    data = {}
+    for done, (label, router) in enumerate(routers_that_fit(ROUTERS, bench.library), start=1):
+        with bench.routed(router) as routed:
+            layers = routed.layers
+            held = sum(b.numel() * b.element_size() for layer in layers.values() for b in layer.buffers(recurse=False))
+            if routed.prompt:
+                probe = _flops(lambda r=routed: r.prompt.decide(input_ids=ids))  # pyright: ignore[reportOptionalMemberAccess]
+                routed.prompt.hold(routed.prompt.decide(input_ids=ids))
+            else:
+                probe = 0
+            added = _flops(lambda: bench.model(input_ids=ids, use_cache=False, logits_to_keep=1)) - base
+            formula = sum(_formula(layer) for layer in layers.values())
+        row = {"memory": held, "flops": added / _TOKENS, "formula": formula, "probe": probe / _TOKENS}
+        data[label] = row
+        rows.append(
+            [
+                label,
+                f"{held / 1e6:.1f}",
+                f"{formula / 1e6:.2f}",
+                f"{row['flops'] / 1e6:.2f}",
+                f"{added / base:.1%}",
+                f"{row['probe'] / 1e6:.1f}" if probe else "",
+            ]
+        )
+        bench.progress("costs", done, len(ROUTERS), label)
+    return Result(
+        name="costs",
+        title="What routing costs",
+        source="SpectR, section 5",
+        columns=[
+            "model",
+            "memory, MB (routed: added)",
+            "added by formula, MFLOP a token",
+            "measured, MFLOP a token",
+            "of the base model",
+            "once a prompt token, MFLOP",
+        ],
+        rows=rows,
+        data={"stored": stored, "base": base / _TOKENS, "routers": data, "memory": plain},
+        notes=[
+            f"The library takes {stored / 1e6:.1f} MB on disk for {len(experts)} experts.",
+            "Formula: 2 P I for all scores and 2 O P for the updates of a module with I inputs, O outputs and P ranks "
+            "in all, as it is computed now (the weights of experts that were not chosen are zero, their products are "
+            "made); for prototypes 2 E I more; for a held decision with the chosen experts' ranks alone. One "
+            "multiply-add counts as 2. Attention's own cost is in the base model's measurement.",
+        ],
+        origin=bench.origin(),
+    )
+
+
+def _flops(run: Callable[[], Any]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return int(counter.get_total_flops())
+
+
+def _formula(layer: RoutedLinear) -> int:
+    if layer.held is not None:
+        return 2 * (layer.held.A_PI.numel() + layer.held.B_OP.numel())
+    prototypes = 0 if layer.prototypes_EI is None else layer.prototypes_EI.numel()
+    return 2 * (layer.A_PI.numel() + layer.B_OP.numel() + prototypes)

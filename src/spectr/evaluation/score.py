@@ -1,0 +1,189 @@
+"""Scoring tasks with one model: example by example, kept on disk, so that a run that was killed goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from spectr.evaluation.choices import choice_logprobs, predict
+from spectr.layers.prompt import PromptDecision, pinned
+from spectr.models.generate import encode_batch
+from spectr.tasks import Example
+
+Progress = Callable[[int], None]
+_CHUNK = 32  # examples that are kept at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """A mean with its standard error over examples, both from 0 to 1, and how many examples."""
+
+    value: float
+    error: float
+    count: int
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Measurement:
+        """The mean of values that are drawn independently; the error divides by n - 1."""
+        count = len(values)
+        mean = sum(values) / count
+        spread = sum((value - mean) ** 2 for value in values) / max(count - 1, 1)
+        return Measurement(value=mean, error=sqrt(spread / count), count=count)
+
+
+def score_examples(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    length_normalised: bool = False,
+    decision: PromptDecision | None = None,
+    keep: Path | None = None,
+    origin: dict[str, Any] | None = None,
+    progress: Progress = lambda _: None,
+) -> list[dict[str, Any]]:
+    """Each example's log-likelihoods, prediction and whether it is right, in the order given.
+
+    Args:
+        model: Plain or composed.
+        tokenizer: Its tokenizer.
+        examples: With choices.
+        length_normalised: Mean instead of sum over a choice's tokens.
+        decision: Of a model that is routed by prompts (``routed.prompt``); its experts are recorded as well.
+        keep: JSONL file to write records to as they are made, and to read those of a killed run from.
+        origin: What else decides the results (model, router, experts, data); with it a file is told from one of
+            another run, which is then begun anew.
+        progress: Is told how many examples were finished since the last call.
+    """
+    key = _key(examples, length_normalised, origin)
+    done = _kept(keep, key) if keep else {}
+    progress(len(done))
+    order = sorted(set(range(len(examples))) - set(done), key=lambda i: (-len(examples[i].prompt), i))
+    with _appending(keep, key, fresh=not done) as write:
+        for chosen in _chunks(order):
+            for number, record in zip(
+                chosen,
+                _records(model, tokenizer, [examples[i] for i in chosen], length_normalised, decision),
+                strict=True,
+            ):
+                done[number] = record
+                write({"number": number, **record})
+            progress(len(chosen))
+    return [done[i] for i in range(len(examples))]
+
+
+def routed_logprobs(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    decision: PromptDecision,
+    *,
+    length_normalised: bool = False,
+) -> tuple[list[Tensor], Tensor]:
+    """Log-likelihoods of a model that is routed by prompts, and its weights, (examples, experts).
+
+    All decisions come first; then the prompts that were decided alike are scored together, with one shared prefix.
+    """
+    weights_NE = torch.cat(
+        [
+            decision.decide(**_on(model, encode_batch(tokenizer, [example.prompt for example in examples[i : i + 16]])))
+            for i in range(0, len(examples), 16)
+        ]
+    )
+    groups: dict[tuple[float, ...], list[int]] = {}
+    for number, row in enumerate(weights_NE.tolist()):
+        groups.setdefault(tuple(row), []).append(number)
+    found: dict[int, Tensor] = {}
+    for row, members in groups.items():
+        with pinned(decision, torch.tensor([row])):
+            chosen = [examples[i] for i in members]
+            scores = choice_logprobs(model, tokenizer, chosen, length_normalised=length_normalised)
+        found.update(zip(members, scores, strict=True))
+    return [found[i] for i in range(len(examples))], weights_NE
+
+
+def _records(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    length_normalised: bool,
+    decision: PromptDecision | None,
+) -> Iterator[dict[str, Any]]:
+    more: list[dict[str, Any]] = [{} for _ in examples]
+    if decision is None:
+        scores = choice_logprobs(model, tokenizer, examples, length_normalised=length_normalised)
+    else:
+        scores, weights_NE = routed_logprobs(model, tokenizer, examples, decision, length_normalised=length_normalised)
+        for part, row in zip(more, weights_NE.tolist(), strict=True):
+            part["experts"] = {name: round(w, 4) for name, w in zip(decision.experts, row, strict=True) if w}
+    for example, score_C, prediction, part in zip(examples, scores, predict(scores), more, strict=True):
+        yield {
+            "label": example.label,
+            "prediction": prediction,
+            "right": prediction == example.label,
+            "logprobs": [round(value, 5) for value in score_C.tolist()],
+            **part,
+        }
+
+
+def _on(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    device = next(model.parameters()).device
+    return {key: value.to(device) for key, value in batch.items()}
+
+
+def _key(examples: Sequence[Example], length_normalised: bool, origin: dict[str, Any] | None) -> str:
+    content = [[[e.prompt, list(e.choices), e.label] for e in examples], length_normalised, origin]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _kept(path: Path, key: str) -> dict[int, dict[str, Any]]:
+    """The whole records of a file with this key; a last line that a kill cut short is left out."""
+    if not path.is_file():
+        return {}
+    lines = path.read_text(encoding="utf-8").split("\n")
+    try:
+        if json.loads(lines[0]).get("key") != key:
+            return {}
+    except json.JSONDecodeError:
+        return {}
+    done = {}
+    for line in lines[1:-1]:  # what follows the last line feed is not whole
+        record = json.loads(line)
+        done[record.pop("number")] = record
+    return done
+
+
+@contextmanager
+def _appending(path: Path | None, key: str, *, fresh: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Append records to a file, a line each; it is begun anew where there is nothing to go on with."""
+    if path is None:
+        yield lambda _: None
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if fresh:
+        path.write_text(json.dumps({"key": key}) + "\n", encoding="utf-8")
+    else:  # a last line that was cut short goes
+        text = path.read_text(encoding="utf-8")
+        path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
+    with path.open("a", encoding="utf-8") as file:
+
+        def write(record: dict[str, Any]) -> None:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+
+        yield write
+
+
+def _chunks(order: list[int]) -> Iterator[list[int]]:
+    for start in range(0, len(order), _CHUNK):
+        yield order[start : start + _CHUNK]

@@ -1,0 +1,154 @@
+"""The figures of the experiments, as matplotlib draws them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from spectr.errors import MissingExtraError
+from spectr.plots.palette import colours
+
+try:
+    import matplotlib as mpl
+    from matplotlib.axes import Axes
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+except ImportError as error:
+    raise MissingExtraError("drawing pictures", "plots") from error
+
+if TYPE_CHECKING:
+    from spectr.evaluation.experiments import Result
+
+_GREY = "#8a8f98"
+
+
+def figure(result: Result) -> Figure:
+    """The picture that belongs to an experiment's result."""
+    return _DRAW[result.name](dict(result.data))
+
+
+def as_svg(drawn: Figure) -> str:
+    """A figure as SVG text, to be put into a page as it is."""
+    stream = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": "spectr"}):  # the same picture gives the same text
+        FigureCanvasSVG(drawn)
+        drawn.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+    return stream.getvalue()[stream.getvalue().index("<svg") :]
+
+
+def _quality(data: dict[str, Any]) -> Figure:
+    tasks = data["tasks"]
+    drawn = Figure(figsize=(2 + 0.75 * len(tasks), 3.6), layout="constrained")
+    axes = drawn.subplots()
+    place = np.arange(len(tasks))
+    for shift, key, label, colour in ((-0.2, "base", "base model", _GREY), (0.2, "expert", "own expert", "#4a7fd6")):
+        values, errors = np.array(data[key]) * 100, np.array(data[f"{key}_error"]) * 100
+        axes.bar(place + shift, values, 0.38, yerr=errors, capsize=2, label=label, color=colour)
+    known = [(i, share) for i, share in enumerate(data["majority"]) if share is not None]
+    for number, (i, share) in enumerate(known):
+        label = None if number else "majority class"
+        axes.plot([i - 0.42, i + 0.42], [share * 100] * 2, color="black", lw=1.2, ls=":", label=label)
+    axes.set_xticks(place, tasks, rotation=30, ha="right")
+    _percent(axes, "accuracy, %")
+    return drawn
+
+
+def _similarity(data: dict[str, Any]) -> Figure:
+    names, mean = data["experts"], np.array(data["mean"])
+    drawn = Figure(figsize=(3.6 + 0.45 * len(names) + 4, 1.8 + 0.42 * len(names)), layout="constrained")
+    left, right = drawn.subplots(1, 2)
+    shown = mean.copy()
+    np.fill_diagonal(shown, np.nan)
+    limit = max(float(np.nanmax(np.abs(shown))), 1e-6)
+    image = left.imshow(shown, cmap="PuOr", vmin=-limit, vmax=limit)
+    left.set_xticks(range(len(names)), names, rotation=40, ha="right")
+    left.set_yticks(range(len(names)), names)
+    left.set_title("mean cosine of the updates", fontsize=10)
+    drawn.colorbar(image, ax=left, shrink=0.8)
+    palette = colours(list(data["by_kind"]))
+    for kind, blocks in data["by_kind"].items():
+        depth = [int(block) for block in blocks]
+        right.plot(depth, list(blocks.values()), marker=".", lw=1, label=kind, color=palette[kind])
+    right.set_xlabel("layer")
+    right.set_ylabel("mean cosine of all pairs")
+    right.set_title("by layer and kind of module", fontsize=10)
+    right.legend(fontsize=7, ncols=2)
+    right.grid(alpha=0.3)
+    return drawn
+
+
+def _routing(data: dict[str, Any]) -> Figure:
+    tasks, routers = data["tasks"], list(data["per_task"])
+    drawn = Figure(figsize=(4 + 0.9 * len(tasks), 3.8), layout="constrained")
+    left, right = drawn.subplots(1, 2, width_ratios=[3, 2])
+    palette = colours(routers)
+    place, width = np.arange(len(tasks)), 0.8 / len(routers)
+    for number, router in enumerate(routers):
+        shares = [data["per_task"][router][task]["prompts"] * 100 for task in tasks]
+        left.bar(place + (number - (len(routers) - 1) / 2) * width, shares, width, label=router, color=palette[router])
+        top_4 = [data["per_task"][router][task]["top_4"] * 100 for task in tasks]
+        right.scatter([data["nearest"][task] for task in tasks], top_4, s=18, color=palette[router], label=router)
+    left.axhline(100 / len(data["experts"]), color="black", ls=":", lw=1)
+    left.set_xticks(place, tasks, rotation=30, ha="right")
+    left.set_title("prompts whose expert is found", fontsize=10)
+    _percent(left, "prompts, %")
+    left.set_ylim(0, 105)
+    right.set_xlabel("cosine to the nearest other expert")
+    right.set_title("right expert among four, by task similarity", fontsize=10)
+    right.set_ylabel("tokens and modules, %")
+    right.grid(alpha=0.3)
+    return drawn
+
+
+def _multitask(data: dict[str, Any]) -> Figure:
+    methods = data["methods"]
+    names = list(methods)
+    drawn = Figure(figsize=(8, 1.2 + 0.3 * len(names)), layout="constrained")
+    axes = drawn.subplots()
+    shares = [methods[name]["share"] * 100 for name in names]
+    errors = [methods[name]["error"] * 100 for name in names]
+    kinds = [_GREY if name in ("base", "its own expert") else "#4a7fd6" for name in names]
+    kinds = ["#e69f00" if name.startswith("calibrated") else kind for name, kind in zip(names, kinds, strict=True)]
+    axes.barh(range(len(names)), shares, xerr=errors, color=kinds, capsize=2)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.axvline(100, color="black", ls=":", lw=1)
+    for number, share in enumerate(shares):
+        axes.text(2, number, f"{share:.1f}", va="center", color="white", fontsize=8)
+    axes.set_xlabel("accuracy as a share of the own expert's, mean over tasks, %")
+    return drawn
+
+
+def _costs(data: dict[str, Any]) -> Figure:
+    routers = data["routers"]
+    drawn = Figure(figsize=(7, 1.2 + 0.5 * len(routers)), layout="constrained")
+    axes = drawn.subplots()
+    place = np.arange(len(routers))
+    for shift, key, label, colour in ((-0.2, "formula", "formula", _GREY), (0.2, "flops", "measured", "#4a7fd6")):
+        axes.barh(
+            place + shift, [row[key] / data["base"] * 100 for row in routers.values()], 0.38, label=label, color=colour
+        )
+    axes.set_yticks(place, list(routers))
+    axes.invert_yaxis()
+    axes.set_xlabel("arithmetic added for each token, % of the base model's")
+    axes.legend(fontsize=8)
+    return drawn
+
+
+def _percent(axes: Axes, label: str) -> None:
+    axes.set_ylabel(label)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.legend(fontsize=7)
+
+
+_DRAW: dict[str, Callable[[dict[str, Any]], Figure]] = {
+    "quality": _quality,
+    "similarity": _similarity,
+    "routing": _routing,
+    "multitask": _multitask,
+    "costs": _costs,
+}

@@ -1,0 +1,58 @@
+"""One self-contained HTML page with the results of all experiments."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spectr.plots.figures import as_svg, figure
+
+if TYPE_CHECKING:
+    from spectr.evaluation.experiments import Result
+
+_STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#1d2330;background:#fff}
+h1{margin-bottom:.2rem} h2{margin-top:3rem;border-top:1px solid #dde1e8;padding-top:1.2rem}
+table{border-collapse:collapse;font-size:13px;display:block;overflow-x:auto}
+th,td{padding:.25rem .6rem;border-bottom:1px solid #e6e9ef;text-align:right;white-space:nowrap}
+th:first-child,td:first-child{text-align:left} .source,.notes,footer{color:#5b6472;font-size:13px}
+svg{max-width:100%;height:auto} pre{background:#f4f6f9;padding:.8rem;overflow-x:auto;font-size:12px}
+"""
+
+
+def write_report(results: Sequence[Result], path: str | Path, *, title: str, command: str) -> Path:
+    """Write the page; it loads nothing from anywhere.
+
+    Args:
+        results: Of the experiments, in the order to show.
+        path: The file to write.
+        title: Heading.
+        command: What makes it again.
+    """
+    parts = [
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{_STYLE}</style>",
+        f"<h1>{html.escape(title)}</h1><p class=source>Made by <code>{html.escape(command)}</code></p>",
+        *(_section(result) for result in results),
+    ]
+    if results:
+        origin = json.dumps(results[-1].origin, indent=1)
+        parts.append(f"<h2>Origin</h2><pre>{html.escape(origin)}</pre>")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(parts) + "\n</html>\n", encoding="utf-8")
+    return path
+
+
+def _section(result: Result) -> str:
+    head = "".join(f"<th>{html.escape(str(column))}</th>" for column in result.columns)
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in result.rows
+    )
+    notes = "".join(f"<p class=notes>{html.escape(note)}</p>" for note in result.notes)
+    return (
+        f"<h2>{html.escape(result.title)}</h2><p class=source>{html.escape(result.source)}</p>"
+        f"{as_svg(figure(result))}<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>{notes}"
+    )
