@@ -75,7 +75,7 @@ def costs(bench: Bench) -> Result:
             f"The library takes {stored / 1e6:.1f} MB on disk for {len(experts)} experts.",
             "Formula: 2 P I for all scores and 2 O P for the updates of a module with I inputs, O outputs and P ranks "
             "in all, as it is computed now (the weights of experts that were not chosen are zero, their products are "
-            "made); for prototypes 2 E I more; for a held decision with the chosen experts' ranks alone. One "
+            "made); for prototypes 2 E I more, for unequal ranks 2 P E; for a held decision with the chosen experts' ranks alone. One "
             "multiply-add counts as 2. Attention's own cost is in the base model's measurement.",
         ],
         origin=bench.origin(),
@@ -92,4 +92,5 @@ def _formula(layer: RoutedLinear) -> int:
     if layer.held is not None:
         return 2 * (layer.held.A_PI.numel() + layer.held.B_OP.numel())
     prototypes = 0 if layer.prototypes_EI is None else layer.prototypes_EI.numel()
-    return 2 * (layer.A_PI.numel() + layer.B_OP.numel() + prototypes)
+    summing = 0 if layer.common_rank else len(layer.A_PI) * len(layer.experts)
+    return 2 * (layer.A_PI.numel() + layer.B_OP.numel() + prototypes + summing)
