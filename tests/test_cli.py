@@ -52,6 +52,17 @@ def test_help_names_every_command_and_the_first_step(spectr):
         assert command in text
 
 
+COMMANDS = ["demo", "generate", "chat", "route", "train", "evaluate", "report", "library"]
+COMMANDS += [f"library {name}" for name in ("add", "remove", "list", "show", "verify", "calibrate")]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(spectr, command):
+    code, text, notes = spectr(*command.split(), "--help")
+    assert (code, notes) == (0, "")
+    assert f"spectr {command}" in text
+
+
 def test_version(spectr):
     from spectr import __version__
 
@@ -179,12 +190,28 @@ def test_a_path_that_cannot_be_written_is_named(spectr, given, tmp_path):
 
 
 GENERATE = ("generate", "what")
+COLOURS = ("--choices",)
+TRAIN = ("--data", "{rows}", "--prompt", "what is the colour of the {{thing}}", *COLOURS, "green,blue")
 MISTAKES = {
     "missing library": ((*GENERATE, "-l", "nowhere"), "there is no library folder nowhere"),
     "unknown router": ((*GENERATE, "-l", "{adapters}", "-r", "arow"), "did you mean 'arrow'?"),
     "top-k too large": ((*GENERATE, "-l", "{adapters}", "-k", "7"), "top_k=7, but the library has 3 experts"),
     "unknown expert": ((*GENERATE, "-l", "{adapters}", "-a", "blu"), "did you mean 'blue'?"),
-    "oracle without expert": ((*GENERATE, "-l", "{adapters}", "-r", "oracle"), "does not take these options"),
+    "oracle without expert": ((*GENERATE, "-l", "{adapters}", "-r", "oracle"), "router 'oracle' needs expert"),
+    "a picture of no kind": (("route", "what", "-l", "{adapters}", "--png", "x.xyz"), "x.xyz does not end in .png"),
+    "a page that is a folder": (("route", "what", "-l", "{adapters}", "--html", "{folder}"), "is a folder"),
+    "a model folder without a model": ((*GENERATE, "-l", "{adapters}", "-m", "{adapters}"), "has no config.json"),
+    "a model of no Hub": ((*GENERATE, "-l", "{adapters}", "-m", "no/such-model"), "the Hub did not give it"),
+    "a file for a library": ((*GENERATE, "-l", "{file}"), "is a file"),
+    "a file for an adapter": (("library", "add", "x", "{file}", "-l", "new"), "is a file"),
+    "training into others' files": (("train", "-o", "{files}", *TRAIN), "holds other files (mine.txt)"),
+    "training into a file": (("train", "-o", "{file}", *TRAIN), "is a file"),
+    "all rows held out": (("train", "-o", "{out}", *TRAIN, "--validation", "40"), "holds out all of the 40 rows"),
+    "a field that is not there": (
+        ("train", "-o", "{out}", "--data", "{rows}", *COLOURS, "green,red", "--prompt", "{{nothing}}"),
+        "row 1: task 'out' needs the field 'nothing'",
+    ),
+    "a rank of zero": (("train", "-o", "{out}", *TRAIN, "--rank", "0"), "out of range: rank=0"),
     "missing model": ((*GENERATE, "-l", "{adapters}", "-m", "/no/model"), "the model '/no/model' could not be loaded"),
     "bad dtype": ((*GENERATE, "-l", "{adapters}", "-m", "{model}", "--dtype", "int3"), "--dtype int3"),
     "empty prompt": (("generate", " ", "-l", "{adapters}"), "the prompt is empty"),
@@ -208,7 +235,13 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_gets_one_clear_message_and_exit_code_2(spectr, world, tmp_path, monkeypatch, mistake):
     words, message = MISTAKES[mistake]
-    places = {"adapters": world / "adapters", "model": world / "model", "out": tmp_path / "out"}
+    places = {name: world / name for name in ("adapters", "model")}
+    places |= {"out": tmp_path / "out", "rows": save_rows(tmp_path / "rows.jsonl")}
+    places |= {"file": tmp_path / "a-file", "files": tmp_path / "files", "folder": tmp_path / "folder.html"}
+    places["file"].write_text("mine")
+    places["files"].mkdir()
+    (places["files"] / "mine.txt").write_text("mine")
+    places["folder"].mkdir()
     monkeypatch.chdir(tmp_path)
     code, text, notes = spectr(*(word.format(**places) if "{" in word else word for word in words))
     assert code == 2

@@ -149,14 +149,21 @@ class TestOpening:
         opened = ExpertLibrary.open(tmp_path)
         assert opened.names == tuple(f"e{i:04}" for i in range(1000))
         assert "e0999" in opened
-        with pytest.raises(AdapterError) as caught:
+        with pytest.raises(LibraryError) as caught:
             opened["e0500"]
         assert_says(
             caught.value,
-            given=("expert 'e0500'", f"{tmp_path / 'e0500-absent'}"),
+            given=(f"{tmp_path} is damaged", "expert 'e0500'", f"{tmp_path / 'e0500-absent'}"),
             expected="a folder with adapter_config.json",
-            do="check the path",
+            do=f"spectr library verify -l {tmp_path}",
         )
+
+    @pytest.mark.parametrize("folder", ["../elsewhere", "/etc", "a/b", "..", ""])
+    def test_a_folder_outside_the_library_is_refused(self, tmp_path, library, folder):
+        entry = json.loads((library.root / "manifest.json").read_text())["experts"][0]
+        (tmp_path / "manifest.json").write_text(json.dumps({"format": 1, "experts": [{**entry, "folder": folder}]}))
+        with pytest.raises(LibraryError, match="is no folder of this library"):
+            ExpertLibrary.open(tmp_path)
 
     def test_one_expert_more_or_less_changes_nothing_on_disk(self, library, adapter, unchanged):
         opened = ExpertLibrary.open(library.root)
@@ -173,15 +180,19 @@ class TestOpening:
     def test_a_representation_of_use(self, library):
         assert repr(ExpertLibrary.open(library.root)) == f"ExpertLibrary('{library.root}', 2 experts: law, sql)"
 
-    @pytest.mark.parametrize("kind", ["missing", "file"])
-    def test_no_such_folder(self, tmp_path, kind):
+    def test_no_such_folder(self, tmp_path):
         root = tmp_path / "library"
-        if kind == "file":
-            root.write_text("x")
-        given = (f"there is no library folder {root}",)
         with pytest.raises(LibraryError) as caught:
             ExpertLibrary.open(root)
+        given = (f"there is no library folder {root}",)
         assert_says(caught.value, given=given, expected="a folder of experts", do="spectr library add")
+
+    def test_a_file_is_no_folder(self, tmp_path):
+        (tmp_path / "library").write_text("x")
+        with pytest.raises(LibraryError) as caught:
+            ExpertLibrary.open(tmp_path / "library")
+        given = (f"{tmp_path / 'library'} is a file",)
+        assert_says(caught.value, given=given, expected="a folder of experts", do="check --library")
 
     def test_an_empty_folder(self, tmp_path):
         with pytest.raises(LibraryError) as caught:

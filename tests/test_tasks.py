@@ -161,7 +161,7 @@ class TestExample:
     def test_a_field_that_the_row_does_not_have(self, fields, row, absent):
         with pytest.raises(DataError) as caught:
             Task.model_validate(fields).example(row)
-        given = (f"task '{fields['name']}' names the field '{absent}', which row 5 does not have",)
+        given = (f"task '{fields['name']}' needs the field '{absent}', which row 5 does not have",)
         do = f"use one of the row's fields: {', '.join(sorted(row))}"
         assert_says(caught.value, given=given, expected=None, do=do)
 
@@ -171,7 +171,7 @@ class TestExample:
             Task.model_validate({**CHOICE, "label": "gold"}).example({"text": "x", "gold": label, "id": "r-9"})
         assert_says(
             caught.value,
-            given=(f"task 'mood': label {label!r} in row r-9",),
+            given=(f"task 'mood': label {label!r} of row r-9",),
             expected="a whole number from 0 to 1",
             do="correct the field 'gold' of the data",
         )
@@ -180,7 +180,7 @@ class TestExample:
         row = {"text": "x", "label": 2, "ends": ["a", "b"]}
         with pytest.raises(DataError) as caught:
             Task.model_validate({**CHOICE, "choices": "ends"}).example(row)
-        given = ("task 'mood': label 2 in row ?",)
+        given = ("task 'mood': label 2",)
         assert_says(caught.value, given=given, expected="a whole number from 0 to 1", do="correct the field 'label'")
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from spectr.adapters import read_adapter
 from spectr.errors import DataError
 from spectr.tasks import Example, Task
-from spectr.training import TrainingSettings, batches, encode, train_expert
+from spectr.training import TrainingSettings, batches, checkpoint_step, encode, train_expert
 from spectr.training.fit import answer_loss
 from spectr.training.run import _with_adapter
 from text_model import make_model, make_tokenizer
@@ -196,3 +196,37 @@ def test_settings_out_of_range_are_named(wrong):
 def test_no_examples_is_an_error(tmp_path):
     with pytest.raises(DataError, match="no training examples"):
         train(tmp_path / "e", train=[])
+
+
+def test_ctrl_c_saves_and_the_run_goes_on(tmp_path):
+    """The signal itself, as a terminal sends it, with no checkpoint due for an hour."""
+    import signal
+
+    train(tmp_path / "whole")
+
+    def presses(phase, done, total, remark):
+        if phase == "training" and done == 7:
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "cut", progress=presses, checkpoint_seconds=3600)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert checkpoint_step(tmp_path / "cut") == 7
+    train(tmp_path / "cut")
+    for key, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(weights(tmp_path / "cut")[key], tensor), key
+
+
+def test_files_of_others_are_left_alone(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(DataError, match=r"holds other files \(README.md\)"):
+        train(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_modules_that_are_not_there_are_named_and_nothing_is_made(tmp_path):
+    with pytest.raises(DataError, match=r"target_modules='nope'(.|\n)*down_proj"):
+        train(tmp_path / "e", replace(SETTINGS, target_modules="nope"))
+    assert not (tmp_path / "e").exists()

@@ -9,6 +9,11 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from spectr import evaluation as evaluation
+    from spectr import models as models
+    from spectr import plots as plots
+    from spectr import tasks as tasks
+    from spectr import training as training
     from spectr.calibration import calibrate
     from spectr.composition import Routed, compose
     from spectr.errors import SpectrError
@@ -24,6 +29,7 @@ _HOMES = {
     "library": ("ExpertLibrary",),
     "routers": ("Arrow", "Calibrated", "Oracle", "Router", "Spectr", "Uniform", "get_router", "router_names"),
 }
+_MODULES = ("evaluation", "models", "plots", "tasks", "training")
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __version__ = version("spectr-lora")
@@ -49,6 +55,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"spectr.{name}")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'spectr' has no attribute '{name}'")
     value = getattr(import_module(f"spectr.{_HOME_OF[name]}"), name)
@@ -57,4 +65,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted({*__all__, *_MODULES})

@@ -7,6 +7,7 @@ invariant of ours is an ``assert``, never one of these.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -68,7 +69,7 @@ def raise_together(title: str, problems: Iterable[SpectrError], kind: type[Spect
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A closing phrase for an unknown name: the nearest known one, and then all of them."""
-    options = sorted(known)
+    options = sorted(known, key=lambda text: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", text)])
     near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
     hint = f"did you mean '{near[0]}'? " if near else ""
     return f"{hint}known: {', '.join(options) if options else 'none'}"

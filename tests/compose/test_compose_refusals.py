@@ -94,6 +94,14 @@ def test_all_faults_of_all_experts_come_in_one_error(model, tmp_path):
     assert "unequal ranks" in str(error)
 
 
+def test_experts_with_the_same_fault_are_named_together(model, tmp_path):
+    for name in ("ants", "bees", "cats"):
+        module_adapter(tmp_path / name, {"nowhere.q_proj": (32, 32)}, rank=2)
+    library = ExpertLibrary.open(tmp_path)
+    error = unharmed(model, lambda: compose(model, library, Spectr(top_k=1)), CompositionError, "each adapts nowhere")
+    assert str(error).startswith("experts ants, bees, cats: each adapts")
+
+
 def test_an_empty_allow_list_is_refused(library, model):
     routed = compose(model, library, Spectr(top_k=2))
     unharmed(model, lambda: routed.allow([]), CompositionError, "allow-list is empty(.|\n)*allow\\(None\\)")

@@ -21,6 +21,10 @@ def locate_adapter(source: str | Path, name: str) -> Path:
     folder = Path(os.path.expanduser(source))
     if folder.is_dir():
         return folder
+    if folder.is_file():
+        raise AdapterError(
+            f"expert '{name}': {source} is a file", expected="a folder with adapter_config.json", do="give its folder"
+        )
     match = _HUB_ID.match(str(source))
     if not match or folder.is_absolute() or str(source).startswith("."):
         raise AdapterError(

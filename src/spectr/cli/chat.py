@@ -59,7 +59,8 @@ def _command(line: str, routed: Routed, turns: list[dict[str, str]]) -> list[dic
         elif name == "/new":
             return []
         else:
-            errors.print(HELP, highlight=False)
+            known = "" if name == "/help" else f"unknown command {name}; "
+            errors.print(known + HELP, markup=False, highlight=False)
     except SpectrError as error:
         errors.print(str(error), markup=False, highlight=False)
     return turns

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from spectr.cli.console import out, say
-from spectr.cli.options import Routing, with_routing
+from spectr.cli.options import Routing, check_target, with_routing
 
 
 @with_routing
@@ -21,6 +21,7 @@ def demo(
 
     Writes a heat map as PNG and a page as HTML that shows, for every token and layer, the experts at work.
     """
+    check_target(folder / "routing.png", ".png")
     library, router = routing.experts()
     base, tokenizer = routing.base()
 

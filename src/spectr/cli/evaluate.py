@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -112,7 +112,7 @@ def report(
 
 
 def _tasks(names: list[str] | None, root: Path | None, limit: int | None) -> dict[str, tuple[Task, list[Example]]]:
-    from spectr.tasks import Task, read_rows, shipped_tasks
+    from spectr.tasks import Task, read_examples, shipped_tasks
 
     tasks = (
         [Task.load(name) if name.endswith((".yaml", ".yml")) else Task.shipped(name) for name in names]
@@ -125,8 +125,7 @@ def _tasks(names: list[str] | None, root: Path | None, limit: int | None) -> dic
             raise DataError(f"task '{task.name}' names no test data", do="add 'test' to its file")
         if task.choices is None:
             raise DataError(f"task '{task.name}' has no choices", expected="a task whose answers can be compared")
-        rows: list[dict[str, Any]] = read_rows(task.test, root=root, limit=limit)
-        found[task.name] = (task, [task.example(row) for row in rows])
+        found[task.name] = (task, read_examples(task, task.test, root=root, limit=limit))
     return found
 
 

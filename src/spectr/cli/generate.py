@@ -36,7 +36,7 @@ def generate(
     prompt: PromptArgument = None,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     chat: Chat = True,
     as_json: JsonOption = False,
 ) -> None:

@@ -24,7 +24,9 @@ WriteTo = Annotated[Path, typer.Option("--library", "-l", help="Folder of the li
 @app.command()
 def add(
     name: Annotated[str, typer.Argument(help="The expert's name in the library.")],
-    adapter: Annotated[str, typer.Argument(help="A PEFT folder, or a Hub id: org/repo[/folder][@revision].")],
+    adapter: Annotated[
+        str, typer.Argument(help="A PEFT folder, or a Hub id: org/repo, org/repo/folder, either with @revision.")
+    ],
     library: WriteTo,
     replace: Annotated[bool, typer.Option(help="Put it in the place of an expert of that name.")] = False,
 ) -> None:
@@ -37,7 +39,10 @@ def add(
 
 
 @app.command()
-def remove(name: Annotated[str, typer.Argument(help="The expert to delete.")], library: WriteTo) -> None:
+def remove(
+    name: Annotated[str, typer.Argument(help="The expert to delete.")],
+    library: Annotated[Path, typer.Option("--library", "-l", help="Folder of the library.")],
+) -> None:
     """Take an expert out of a library and delete its files."""
     if not library.is_dir():
         raise LibraryError(f"there is no library folder {library}", do="check --library")
@@ -96,7 +101,7 @@ def calibrate(
     ] = None,
     samples: Annotated[int, typer.Option(help="How many texts the model writes.", min=1)] = 12,
     tokens: Annotated[int, typer.Option(help="Length of each at most.", min=1)] = 64,
-    seed: Annotated[int, typer.Option(help="Of its writing.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of its writing.")] = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure experts anew that are calibrated already.")] = False,
     dtype: DtypeOption = "auto",
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from spectr.cli.console import bar, say
-from spectr.errors import MissingExtraError, SpectrError
+from spectr.errors import DataError, MissingExtraError, SpectrError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,7 +30,16 @@ LibraryOption = Annotated[
     Path | None,
     typer.Option("--library", "-l", help="Folder of experts; the default is the shipped ones."),
 ]
-DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def _known_dtype(dtype: str) -> str:
+    if dtype not in _DTYPES:
+        raise SpectrError(f"--dtype {dtype}", expected="auto, float32, bfloat16 or float16")
+    return dtype
+
+
+DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.", callback=_known_dtype)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
 
 _PANEL = "Routing"
@@ -46,8 +56,9 @@ class Routing:
         typer.Option(
             "--router",
             "-r",
-            help="spectr, spectr-paper, spectr-softmax, spectr-projection, spectr-code, arrow, mu, oracle, or one that "
-            "a package added.",
+            help="How experts are chosen: spectr, spectr-paper, spectr-softmax, spectr-projection, spectr-code, "
+            "calibrated, calibrated-token, arrow, mu (or uniform), oracle, or one that a package added. "
+            "See docs/routers.md.",
             rich_help_panel=_PANEL,
         ),
     ] = "spectr"
@@ -58,9 +69,16 @@ class Routing:
         ),
     ] = None
     expert: Annotated[
-        str | None, typer.Option("--expert", "-e", help="The oracle's expert.", rich_help_panel=_PANEL)
+        str | None,
+        typer.Option("--expert", "-e", help="The expert that the router oracle always takes.", rich_help_panel=_PANEL),
     ] = None
-    combine: Annotated[str | None, typer.Option(help="outputs or factors.", rich_help_panel=_PANEL)] = None
+    combine: Annotated[
+        str | None,
+        typer.Option(
+            help="How the chosen are put together: outputs (their mean output) or factors (as in the paper's tables).",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
     router_temperature: Annotated[
         float | None, typer.Option(help="Temperature of the softmax over scores.", rich_help_panel=_PANEL)
     ] = None
@@ -132,6 +150,22 @@ def with_routing(command: Callable[..., None]) -> Callable[..., None]:
     return called
 
 
+def check_target(path: Path | None, suffix: str) -> None:
+    """Raise :class:`DataError` where a file that is to be written could not be, before any work is done."""
+    if path is None:
+        return
+    if path.suffix.lower() != suffix:
+        raise DataError(f"{path} does not end in {suffix}", do=f"name it {path.with_suffix(suffix)}")
+    if path.is_dir():
+        raise DataError(f"{path} is a folder", expected=f"a file to write, ending in {suffix}")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise DataError(
+            f"{path} cannot be written: {above} is no folder that can be written to",
+            do="check the path, its permissions and the free space",
+        )
+
+
 def open_library(path: Path | None) -> ExpertLibrary:
     """The library at that path, or the shipped one."""
     from spectr.library import ExpertLibrary
@@ -150,8 +184,6 @@ def open_model(name: str | None, dtype: str) -> tuple[PreTrainedModel, PreTraine
         raise
     except ImportError as error:
         raise MissingExtraError("running a model", "models") from error
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise SpectrError(f"--dtype {dtype}", expected="auto, float32, bfloat16 or float16")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if name in (None, DEFAULT_MODEL):

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from spectr.cli.console import out
 from spectr.cli.generate import Chat, PromptArgument, read_prompt
-from spectr.cli.options import JsonOption, Routing, with_routing
+from spectr.cli.options import JsonOption, Routing, check_target, with_routing
 from spectr.errors import DataError, did_you_mean
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ def route(
     [dim]spectr route "Is this sentence acceptable? The boy eat apples." --html routing.html --png routing.png[/]
     """
     text = read_prompt(prompt)
+    check_target(html, ".html")
+    check_target(png, ".png")
     library, router = routing.experts()
     base, tokenizer = routing.base()
 

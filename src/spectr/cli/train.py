@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,12 +17,19 @@ from spectr.errors import DataError, MissingExtraError
 if TYPE_CHECKING:
     from spectr.tasks import Task
 
-Setting = typer.Option(rich_help_panel="Settings (the paper's are the defaults)")
+_PANEL = "Settings (the paper's are the defaults)"
+
+
+def _setting(text: str) -> Any:
+    return typer.Option(help=text, rich_help_panel=_PANEL)
 
 
 def train(
     out_folder: Annotated[Path, typer.Option("--out", "-o", help="Folder for the expert; a killed run goes on there.")],
-    task: Annotated[str | None, typer.Option(help="A shipped task's name, or the path of a task file.")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="A shipped task's name, or a task file; its data are looked for below --data-root."),
+    ] = None,
     data: Annotated[
         str | None, typer.Option(help="Training rows: a JSONL file, or hub:<dataset>[:<config>]:<split>.")
     ] = None,
@@ -30,7 +39,10 @@ def train(
     ] = None,
     prompt: Annotated[str | None, typer.Option(help='Template over the fields of a row: "Topic of: {title}"')] = None,
     answer: Annotated[str | None, typer.Option(help="Template of the answer, for free text.")] = None,
-    choices: Annotated[str | None, typer.Option(help='Answers by label number: "World,Sports,Business"')] = None,
+    choices: Annotated[
+        str | None,
+        typer.Option(help='Answers, in the order of the numbers in the field "label" of a row: "World,Sports"'),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="The expert's name; by default the task's or the folder's.")] = None,
     model: ModelOption = None,
     dtype: DtypeOption = "float32",
@@ -38,46 +50,50 @@ def train(
         int, typer.Option(help="Hold out the first rows of the data, and keep the epoch that is best on them.", min=0)
     ] = 0,
     test_limit: Annotated[int | None, typer.Option(help="Test rows used at most.", min=1)] = None,
-    rank: Annotated[int, Setting] = 8,
-    alpha: Annotated[int, Setting] = 16,
-    dropout: Annotated[float, Setting] = 0.05,
-    rslora: Annotated[bool, Setting] = False,
-    target_modules: Annotated[str, Setting] = "all-linear",
-    batch_size: Annotated[int, Setting] = 8,
-    learning_rate: Annotated[float, Setting] = 1e-4,
-    schedule: Annotated[str, Setting] = "constant",
-    warmup: Annotated[float, Setting] = 0.0,
-    weight_decay: Annotated[float, Setting] = 0.0,
-    epochs: Annotated[int, Setting] = 1,
-    examples: Annotated[int | None, Setting] = None,
-    max_length: Annotated[int, Setting] = 512,
-    seed: Annotated[int, Setting] = 0,
+    rank: Annotated[int, _setting("LoRA rank r.")] = 8,
+    alpha: Annotated[int, _setting("LoRA alpha; the scale is alpha / r.")] = 16,
+    dropout: Annotated[float, _setting("LoRA dropout.")] = 0.05,
+    rslora: Annotated[bool, _setting("Scale alpha / sqrt(r) instead.")] = False,
+    target_modules: Annotated[
+        str, _setting("all-linear, names separated by commas, or a regular expression.")
+    ] = "all-linear",
+    batch_size: Annotated[int, _setting("Examples a step.")] = 8,
+    learning_rate: Annotated[float, _setting("AdamW's; 5e-4 to 1e-3 suits small models.")] = 1e-4,
+    schedule: Annotated[str, _setting("constant, linear or cosine, after the warm-up.")] = "constant",
+    warmup: Annotated[float, _setting("Share of the steps that warm up, from 0 to 1.")] = 0.0,
+    weight_decay: Annotated[float, _setting("AdamW's.")] = 0.0,
+    epochs: Annotated[int, _setting("Passes over the examples.")] = 1,
+    examples: Annotated[int | None, _setting("Training examples used at most, the first of the data.")] = None,
+    max_length: Annotated[int, _setting("Tokens; a longer prompt loses its middle.")] = 512,
+    seed: Annotated[int, _setting("Of the initial weights, the order and the dropout.")] = 0,
 ) -> None:
     """Train a LoRA expert: from a task, or from JSONL rows or a Hub dataset with a prompt template.
 
-    Loss on the answer only. Writes a PEFT adapter with a card. A run that was killed goes on where it stopped, and ends
-    with the same weights, when it is started again with the same settings.
+    Loss on the answer only. Writes a PEFT adapter with a card. A checkpoint is kept every minute and at Ctrl-C: a run
+    that was stopped goes on from there when it is started again, and ends with the same weights.
 
-    [dim]spectr train --task agnews --data-root data --out runs/agnews[/]
-    [dim]spectr train --data rows.jsonl --prompt "{question}" --answer "{reply}" --out runs/mine[/]
+    [dim]spectr train --data rows.jsonl --prompt "Is this positive? {text}" --choices "no,yes" --out runs/mine[/]
+    [dim]spectr train --data rows.jsonl --prompt "{question}" --answer "{reply}" --out runs/replies[/]
     """
-    from spectr.tasks import read_rows
+    from spectr.tasks import read_examples
 
     chosen = _task(task, prompt, answer, choices, name or out_folder.name)
     train_source, test_source = data or chosen.train, test or chosen.test
     if train_source is None:
         raise DataError("no training data was named", do="give --data, or a task that names its own")
-    rows = read_rows(train_source, root=data_root, limit=None if examples is None else validation + examples)
-    test_rows = read_rows(test_source, root=data_root, limit=test_limit) if test_source else []
-    held_out, train_examples, test_examples = (
-        [chosen.example(row) for row in part] for part in (rows[:validation], rows[validation:], test_rows)
-    )
-    if find_spec("peft") is None:  # asked before the model is loaded
+    limit = None if examples is None else validation + examples
+    rows = read_examples(chosen, train_source, root=data_root, limit=limit)
+    if validation >= len(rows):
+        raise DataError(
+            f"--validation {validation} holds out all of the {len(rows)} rows that there are",
+            do="hold out fewer, or give more data",
+        )
+    test_examples = read_examples(chosen, test_source, root=data_root, limit=test_limit) if test_source else []
+    if find_spec("peft") is None:
         raise MissingExtraError("training", "train")
-    base, tokenizer = open_model(model, dtype)
 
     from spectr.models import HUB_ID
-    from spectr.training import TrainingSettings, train_expert
+    from spectr.training import TrainingSettings, check_folder, train_expert
 
     settings = TrainingSettings(
         rank=rank,
@@ -95,16 +111,18 @@ def train(
         max_length=max_length,
         seed=seed,
     )
-    say(f"training '{name or chosen.name}' on {len(train_examples)} examples")
-    with bar() as advance:
+    check_folder(out_folder)  # all of this before a model is loaded
+    base, tokenizer = open_model(model, dtype)
+    say(f"training '{name or chosen.name}' on {len(rows) - validation} examples")
+    with bar() as advance, _told_where_it_stopped(out_folder):
         report = train_expert(
             base,
             tokenizer,
             name=name or chosen.name,
             base_model=model or HUB_ID,
-            train=train_examples,
+            train=rows[validation:],
             test=test_examples,
-            validation=held_out,
+            validation=rows[:validation],
             settings=settings,
             out=out_folder,
             data=_origin(chosen, train_source, test_source, data_root),
@@ -119,6 +137,18 @@ def train(
             highlight=False,
         )
     out.print(f"expert: {out_folder.resolve()}", highlight=False)
+
+
+@contextmanager
+def _told_where_it_stopped(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        from spectr.training import checkpoint_step
+
+        step = checkpoint_step(folder)
+        say(f"stopped after step {step}; the same command goes on from there" if step else "nothing was saved yet")
+        raise
 
 
 def _task(task: str | None, prompt: str | None, answer: str | None, choices: str | None, name: str) -> Task:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 
@@ -33,7 +34,7 @@ def make_plan(model: nn.Module, experts: Sequence[Expert], router: Router) -> Pl
             All faults of all experts at once.
     """
     layers = {name: module for name, module in model.named_modules() if name}
-    problems = [problem for expert in experts for problem in _faults(expert, layers)]
+    problems = _told_together({expert.name: _faults(expert, layers) for expert in experts})
     users: dict[str, list[str]] = {}
     for expert in experts:
         for module in expert.shapes:
@@ -44,7 +45,15 @@ def make_plan(model: nn.Module, experts: Sequence[Expert], router: Router) -> Pl
     return Plan(modules={name: tuple(sorted(users[name])) for name in layers if name in users})
 
 
-def _faults(expert: Expert, layers: Mapping[str, nn.Module]) -> list[CompositionError]:
+class _Fault(NamedTuple):
+    """What is wrong with an expert, in words that follow its name."""
+
+    what: str
+    expected: str
+    do: str
+
+
+def _faults(expert: Expert, layers: Mapping[str, nn.Module]) -> list[_Fault]:
     missing, strange, unfit = [], [], []
     for module, shape in expert.shapes.items():
         layer = layers.get(module)
@@ -57,32 +66,48 @@ def _faults(expert: Expert, layers: Mapping[str, nn.Module]) -> list[Composition
         elif sizes != (shape.inputs, shape.outputs):
             unfit.append(f"{module} ({shape.inputs} -> {shape.outputs}, here {sizes.inputs} -> {sizes.outputs})")
     base = f"; the adapter names {expert.base_model} as its base" if expert.base_model else ""
-    problems = []
+    found = []
     if missing:
-        problems.append(
-            CompositionError(
-                f"expert '{expert.name}' adapts {_some(missing)} that this model does not have",
-                expected=f"modules of this model ({did_you_mean_module(missing[0], layers)}){base}",
-                do="load the base model that the adapter was trained on, in the same class",
+        found.append(
+            _Fault(
+                f"adapts {_some(missing)} that this model does not have",
+                f"modules of this model ({did_you_mean_module(missing[0], layers)}){base}",
+                "load the base model that the adapter was trained on, in the same class",
             )
         )
     if strange:
-        problems.append(
-            CompositionError(
-                f"expert '{expert.name}' adapts {_some(strange)}, which are not linear layers that can be routed",
-                expected="layers that the model calls, mapping (..., inputs) to (..., outputs)",
-                do="retrain it without these modules",
+        found.append(
+            _Fault(
+                f"adapts {_some(strange)}, which are not linear layers that can be routed",
+                "layers that the model calls, mapping (..., inputs) to (..., outputs)",
+                "retrain it without these modules",
             )
         )
     if unfit:
-        problems.append(
-            CompositionError(
-                f"expert '{expert.name}' was made for layers of other sizes: {_some(unfit)}",
-                expected=f"an adapter for this base model{base}",
-                do="leave the expert out, or load its base model",
+        found.append(
+            _Fault(
+                f"was made for layers of other sizes: {_some(unfit)}",
+                f"an adapter for this base model{base}",
+                "leave the expert out, or load its base model",
             )
         )
-    return problems
+    return found
+
+
+def _told_together(faults: Mapping[str, Sequence[_Fault]]) -> list[CompositionError]:
+    """One error for each different fault, naming all experts that have it."""
+    names: dict[_Fault, list[str]] = {}
+    for name, found in faults.items():
+        for fault in found:
+            names.setdefault(fault, []).append(name)
+    return [
+        CompositionError(
+            f"expert '{who[0]}' {fault.what}" if len(who) == 1 else f"experts {', '.join(who)}: each {fault.what}",
+            expected=fault.expected,
+            do=fault.do,
+        )
+        for fault, who in names.items()
+    ]
 
 
 def did_you_mean_module(name: str, layers: Mapping[str, nn.Module]) -> str:

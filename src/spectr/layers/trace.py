@@ -16,7 +16,7 @@ from spectr.errors import CompositionError, did_you_mean
 from spectr.layers.routed import RoutedLinear
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False, repr=False)
 class LayerTrace:
     """One layer's decisions, one call of the layer after the other.
 
@@ -38,13 +38,16 @@ class LayerTrace:
         """Weights of all calls, joined along the tokens; zero where an expert was not chosen."""
         return torch.cat([weights for _, weights in self.steps], dim=1)
 
+    def __repr__(self) -> str:
+        return f"LayerTrace({len(self.experts)} experts, {len(self.steps)} calls)"
+
     def chosen(self, batch: int, token: int) -> tuple[str, ...]:
         """The experts that one token took, the largest weight first."""
         weights_E = self.weights[batch, token]
         return tuple(self.experts[i] for i in weights_E.argsort(descending=True, stable=True) if weights_E[i] > 0)
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False, repr=False)
 class Trace(Mapping[str, LayerTrace]):
     """What a model's layers chose while the trace was open: a mapping from layer names to :class:`LayerTrace`.
 
@@ -100,6 +103,10 @@ class Trace(Mapping[str, LayerTrace]):
         else:
             mean_E = weights.flatten(0, 1).mean(0)
         return dict(zip(self.experts, mean_E.tolist(), strict=True))
+
+    def __repr__(self) -> str:
+        steps = max((len(layer.steps) for layer in self.layers.values()), default=0)
+        return f"Trace({len(self)} layers, {len(self.experts)} experts, {steps} calls)"
 
     def __getitem__(self, layer: str) -> LayerTrace:
         if layer not in self.layers:

@@ -41,6 +41,8 @@ class ExpertLibrary:
             AdapterError: Adapters of a plain folder that cannot be used; all of them at once.
         """
         root = Path(os.path.expanduser(path))
+        if root.is_file():
+            raise LibraryError(f"{root} is a file", expected="a folder of experts", do="check --library")
         if not root.is_dir():
             raise LibraryError(
                 f"there is no library folder {root}",

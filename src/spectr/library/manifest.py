@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from spectr.errors import LibraryError
 
@@ -45,6 +45,13 @@ class Entry(BaseModel):
     base_model: str | None = None
     origin: str = ""
     added: str = ""
+
+    @field_validator("folder")
+    @classmethod
+    def _inside(cls, folder: str) -> str:
+        if folder in ("", ".", "..") or set(folder) & set("/\\"):
+            raise ValueError(f"{folder!r} is no folder of this library")
+        return folder
 
 
 class Manifest(BaseModel):

@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from spectr.adapters import Expert, read_adapter
 from spectr.adapters.config import CONFIG_FILE
 from spectr.adapters.read import WEIGHTS_FILE
-from spectr.errors import LibraryError, SpectrError, did_you_mean
+from spectr.errors import AdapterError, LibraryError, SpectrError, did_you_mean
 from spectr.hashing import file_sha256
 from spectr.library.manifest import (
     MANIFEST_FILE,
@@ -79,7 +79,18 @@ class LibraryStore:
     def reader(self, entry: Entry) -> Callable[[], Expert]:
         """A function that reads the expert; its values were checked when it was added."""
         folder = (self.root / entry.folder).absolute()  # absolute, so that it is never taken for a Hub id
-        return lambda: read_adapter(folder, entry.name, check_values=False)
+
+        def read() -> Expert:
+            try:
+                return read_adapter(folder, entry.name, check_values=False)
+            except AdapterError as error:
+                raise LibraryError(
+                    f"{self.root} is damaged: {error.given}",
+                    expected=error.expected,
+                    do=f"see all that is wrong: spectr library verify -l {self.root}",
+                ) from error
+
+        return read
 
     def add(self, name: str, source: str | Path, *, replace: bool = False) -> Entry:
         """Copy an adapter into the library.

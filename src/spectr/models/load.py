@@ -41,6 +41,7 @@ def load_model(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     path = fetch_default_model() if name in (None, DEFAULT_MODEL) else name
     assert path is not None
+    _check_reachable(str(path))
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=pick_dtype(dtype, device))
@@ -54,3 +55,30 @@ def load_model(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.to(device).eval(), tokenizer  # pyright: ignore[reportArgumentType]
+
+
+def _check_reachable(path: str) -> None:
+    """One quick look before transformers tries, with many retries."""
+    if Path(path).is_dir():
+        if not (Path(path) / "config.json").is_file():
+            raise ModelError(
+                f"the model '{path}' could not be loaded: that folder has no config.json",
+                expected="a folder with a transformers model",
+                do="check --model; leave it out for the default model",
+            )
+        return
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+
+    try:
+        if isinstance(try_to_load_from_cache(path, "config.json"), str):
+            return
+        if constants.HF_HUB_OFFLINE:
+            raise OSError("the Hub is switched off (HF_HUB_OFFLINE)")
+        HfApi().model_info(path, timeout=10)
+    except Exception as error:  # the client raises its own, httpx's and OS errors
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(
+            f"the model '{path}' could not be loaded: it is no folder here, and the Hub did not give it ({why})",
+            expected="a folder with a transformers model, or a Hub id that can be reached",
+            do="check --model and the network; leave --model out for the default model",
+        ) from error

@@ -27,13 +27,13 @@ def write_heat_map(routings: Sequence[TokenRouting], path: str | Path, *, title:
     share = np.array([[routing.shares[name] for name in experts] for routing in routings])
     figure = Figure(figsize=(1.9 + 0.72 * len(experts), 1.5 + 0.42 * len(routings)), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(share * 100, cmap="YlGnBu", aspect="auto")
+    image = axes.imshow(share * 100, cmap="YlGnBu", aspect="auto", vmin=0)
     axes.set_xticks(range(len(experts)), experts, rotation=40, ha="right")
     axes.set_yticks(range(len(routings)), [routing.title for routing in routings])
     axes.set_xlabel("expert")
     axes.set_ylabel("prompt")
     for row, column in np.ndindex(share.shape):
-        dark = share[row, column] > share.min() + 0.6 * (share.max() - share.min())
+        dark = share[row, column] > 0.6 * share.max()
         text = f"{share[row, column] * 100:.1f}"
         axes.text(column, row, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
     figure.colorbar(image, label="share of the work, %")

@@ -58,8 +58,17 @@ def get_router(name: str, **options: Any) -> Router:
         if point is None:
             raise CompositionError(f"unknown router '{name}'", do=did_you_mean(name, router_names()))
         make = point.load()
+    signature = inspect.signature(make)
+    needed = [p.name for p in signature.parameters.values() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    missing = [option for option in needed if option not in options]
+    if missing and not set(options) - set(signature.parameters):
+        raise CompositionError(
+            f"router '{name}' needs {' and '.join(missing)}",
+            do=" ".join(f"--{option.replace('_', '-')} ..." for option in missing)
+            + f", or get_router('{name}', {', '.join(f'{option}=...' for option in missing)})",
+        )
     try:
-        inspect.signature(make).bind(**options)
+        signature.bind(**options)
     except TypeError as error:
         fields = getattr(getattr(make, "func", make), "__dataclass_fields__", {})
         raise CompositionError(

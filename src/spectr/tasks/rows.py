@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spectr.errors import DataError, MissingExtraError
+from spectr.tasks.task import Example, Task
 
 
 def read_rows(source: str, *, root: str | Path | None = None, limit: int | None = None) -> list[dict[str, Any]]:
@@ -43,6 +44,23 @@ def _jsonl_rows(path: Path) -> list[dict[str, Any]]:
             raise DataError(f"{path}, line {number}: a {type(row).__name__}", expected="a JSON object")
         rows.append(row)
     return rows
+
+
+def read_examples(
+    task: Task, source: str, *, root: str | Path | None = None, limit: int | None = None
+) -> list[Example]:
+    """The examples that a task makes of a source's rows.
+
+    Raises:
+        DataError: As :func:`read_rows` does; or a row lacks a field or its label is out of range, with its number.
+    """
+    found = []
+    for number, row in enumerate(read_rows(source, root=root, limit=limit), start=1):
+        try:
+            found.append(task.example(row))
+        except DataError as error:
+            raise DataError(f"{source}, row {number}: {error}") from error
+    return found
 
 
 def read_lines(path: str | Path) -> list[str]:

@@ -120,13 +120,13 @@ class Task(BaseModel):
         choices: Any = _field(self.choices, row, self.name) if isinstance(self.choices, str) else self.choices
         if not isinstance(choices, (list, tuple)) or len(choices) < 2 or not all(isinstance(c, str) for c in choices):
             raise DataError(
-                f"task '{self.name}': the field '{self.choices}' of row {row.get('id', '?')} is {choices!r}",
+                f"task '{self.name}': the field '{self.choices}'{_of(row)} is {choices!r}",
                 expected="a list of two or more texts",
             )
         label = _field(self.label, row, self.name)
         if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < len(choices):
             raise DataError(
-                f"task '{self.name}': label {label!r} in row {row.get('id', '?')}",
+                f"task '{self.name}': label {label!r}{_of(row)}",
                 expected=f"a whole number from 0 to {len(choices) - 1}",
                 do=f"correct the field '{self.label}' of the data",
             )
@@ -137,7 +137,8 @@ def _validated(fields: dict[str, Any], what: str) -> Task:
     try:
         return Task.model_validate(fields)
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'task'}: {e['msg']}" for e in error.errors())
+        found = [(".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")) for e in error.errors()]
+        faults = "; ".join(f"{place}: {message}" if place else message for place, message in found)
         raise DataError(f"{what}: {faults}", do="see the shipped tasks for the form") from error
 
 
@@ -153,10 +154,15 @@ def shipped_tasks() -> dict[str, Task]:
 def _field(name: str | None, row: dict[str, Any], task: str) -> Any:
     if name not in row:
         raise DataError(
-            f"task '{task}' names the field '{name}', which row {row.get('id', '?')} does not have",
-            do=f"use one of the row's fields: {', '.join(sorted(row))}",
+            f"task '{task}' needs the field '{name}', which {_of(row).removeprefix(' of ') or 'the row'} does not have",
+            do=f"use one of the row's fields: {', '.join(sorted(row))}"
+            + ("; 'label' is the number of the right choice, from 0" if name == "label" else ""),
         )
     return row[name]
+
+
+def _of(row: dict[str, Any]) -> str:
+    return f" of row {row['id']}" if "id" in row else ""
 
 
 def _is_template(template: str) -> bool:

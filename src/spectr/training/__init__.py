@@ -2,7 +2,16 @@
 
 from spectr.training.data import Encoded, batches, encode
 from spectr.training.report import Report
-from spectr.training.run import train_expert
+from spectr.training.run import check_folder, checkpoint_step, train_expert
 from spectr.training.settings import TrainingSettings
 
-__all__ = ["Encoded", "Report", "TrainingSettings", "batches", "encode", "train_expert"]
+__all__ = [
+    "Encoded",
+    "Report",
+    "TrainingSettings",
+    "batches",
+    "check_folder",
+    "checkpoint_step",
+    "encode",
+    "train_expert",
+]

@@ -31,13 +31,14 @@ def save_checkpoint(
     for name, parameter in parameters.items():
         for moment in _MOMENTS:
             tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment]
+    path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".partial")
     save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, scratch, metadata={"facts": json.dumps(facts)})
     os.replace(scratch, path)
 
 
-def read_facts(path: Path, fingerprint: str) -> dict[str, Any] | None:
-    """The checkpoint's facts, or ``None`` where there is no checkpoint.
+def read_facts(path: Path, fingerprint: str | None = None) -> dict[str, Any] | None:
+    """The checkpoint's facts, or ``None`` where there is no checkpoint; without a fingerprint of any run.
 
     Raises:
         DataError: The checkpoint belongs to a run with other settings, data or base model.
@@ -46,7 +47,7 @@ def read_facts(path: Path, fingerprint: str) -> dict[str, Any] | None:
         return None
     with safe_open(path, framework="pt") as file:
         facts = json.loads(file.metadata()["facts"])
-    if facts["fingerprint"] != fingerprint:
+    if fingerprint is not None and facts["fingerprint"] != fingerprint:
         raise DataError(
             f"{path} is the checkpoint of a run with other settings, data or base model",
             expected="the same settings, to go on with that run",

@@ -18,6 +18,7 @@ from transformers import get_scheduler
 
 from spectr.training.checkpoint import load_checkpoint, save_checkpoint
 from spectr.training.data import Batch, Encoded, batches, count_steps
+from spectr.training.interrupt import deferred_interrupt
 from spectr.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def fit(
     """Train the model's trainable parameters from where ``facts`` says the run is; returns the facts at its end.
 
     With ``validate``, called after every epoch, the parameters end as those of the epoch with the highest value, the
-    earlier one of two that are equal.
+    earlier one of two that are equal. Ctrl-C ends the step, saves a checkpoint and raises ``KeyboardInterrupt``.
     """
     parameters = trainable(model)
     total = count_steps(data, batch_size=settings.batch_size, epochs=settings.epochs)
@@ -56,25 +57,28 @@ def fit(
     began = saved = time.monotonic()
     pad = model.config.pad_token_id if model.config.pad_token_id is not None else 0
     stream = batches(data, batch_size=settings.batch_size, epochs=settings.epochs, seed=settings.seed, pad=pad)
-    for step, batch in enumerate(stream):
-        if step < done:
-            continue
-        loss = _step(model, batch, data.prefix, optimizer, parameters, settings, step)
-        scheduler.step()
-        facts = {**facts, "step": step + 1, "loss": loss, "seconds": before + time.monotonic() - began}
-        progress("training", step + 1, total, f"loss {loss:.3f}")
-        epoch, within = divmod(step + 1, total // settings.epochs)
-        if validate and not within:
-            values = facts["validation"]
-            model.eval()
-            value = validate(f"validation after epoch {epoch}")
-            model.train()
-            if value > max(values, default=-1.0):
-                best = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-            facts = {**facts, "validation": [*values, value]}
-        if time.monotonic() - saved > checkpoint_seconds or step + 1 == total:
-            save_checkpoint(checkpoint, parameters, optimizer, best, facts)
-            saved = time.monotonic()
+    with deferred_interrupt() as interrupted:
+        for step, batch in enumerate(stream):
+            if step < done:
+                continue
+            loss = _step(model, batch, data.prefix, optimizer, parameters, settings, step)
+            scheduler.step()
+            facts = {**facts, "step": step + 1, "loss": loss, "seconds": before + time.monotonic() - began}
+            progress("training", step + 1, total, f"loss {loss:.3f}")
+            epoch, within = divmod(step + 1, total // settings.epochs)
+            if validate and not within:
+                values = facts["validation"]
+                model.eval()
+                value = validate(f"validation after epoch {epoch}")
+                model.train()
+                if value > max(values, default=-1.0):
+                    best = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+                facts = {**facts, "validation": [*values, value]}
+            if time.monotonic() - saved > checkpoint_seconds or step + 1 == total or interrupted():
+                save_checkpoint(checkpoint, parameters, optimizer, best, facts)
+                saved = time.monotonic()
+            if interrupted():
+                raise KeyboardInterrupt
     with torch.no_grad():
         for name, tensor in best.items():
             parameters[name].copy_(tensor)

@@ -29,7 +29,7 @@ def publish(model: PeftModel, out: Path, report: Report, note: str) -> None:
 
     scratch = out / ".partial"
     shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
+    scratch.mkdir(parents=True)
     weights = {k: v.to(torch.bfloat16).contiguous().cpu() for k, v in get_peft_model_state_dict(model).items()}
     save_file(weights, scratch / "adapter_model.safetensors", metadata={"format": "pt"})
     config = model.peft_config["default"]

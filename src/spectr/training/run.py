@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectr.errors import DataError, MissingExtraError
 from spectr.evaluation import accuracy, choice_logprobs, predict
+from spectr.layers import features
 from spectr.tasks import Example
 from spectr.training.checkpoint import read_facts
 from spectr.training.data import Encoded, encode
@@ -31,6 +33,8 @@ except ImportError as error:
     raise MissingExtraError("training", "train") from error
 
 CHECKPOINT = "checkpoint.safetensors"
+_FOLDER = "a new folder, or that of a run to go on with"
+_OWN = (CHECKPOINT, "checkpoint.partial", ".partial")
 
 
 def train_expert(
@@ -73,12 +77,11 @@ def train_expert(
         What the card says.
 
     Raises:
-        DataError: ``out`` holds an expert or the checkpoint of another run, there is nothing to train on, or the
-            validation examples have no choices.
+        DataError: ``out`` holds an expert, other files or the checkpoint of another run, no module matches
+            ``target_modules``, there is nothing to train on, or the validation examples have no choices.
     """
     out = Path(out)
-    if (out / "adapter_config.json").exists():
-        raise DataError(f"{out} already holds an expert", do="choose another --out, or delete that folder")
+    check_folder(out)
     if not train:
         raise DataError("there are no training examples", do="check the data file and the limit on examples")
     if validation and not validation[0].choices:
@@ -86,7 +89,6 @@ def train_expert(
     train = train[: settings.examples]
     encoded = encode(tokenizer, train, settings.max_length)
     fingerprint = _fingerprint(asdict(settings), data, base_model, encoded, len(validation))
-    out.mkdir(parents=True, exist_ok=True)
     facts = read_facts(out / CHECKPOINT, fingerprint)
 
     scored = bool(test) and bool(test[0].choices)
@@ -132,6 +134,33 @@ def train_expert(
     return report
 
 
+def checkpoint_step(out: str | Path) -> int:
+    """The step that the run of a folder would go on from; 0 where nothing was saved."""
+    facts = read_facts(Path(out) / CHECKPOINT)
+    return facts["step"] if facts else 0
+
+
+def check_folder(out: str | Path) -> None:
+    """Raise :class:`DataError` unless an expert can be written to this folder without touching what is not its own."""
+    out = Path(out)
+    if (out / "adapter_config.json").exists():
+        raise DataError(f"{out} already holds an expert", do="choose another --out, or delete that folder")
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out} is a file", expected=_FOLDER, do="choose another --out")
+    others = sorted(path.name for path in out.iterdir() if path.name not in _OWN) if out.is_dir() else []
+    if others:
+        raise DataError(
+            f"{out} holds other files ({', '.join(others[:4])}{', ...' if len(others) > 4 else ''})",
+            expected=_FOLDER,
+            do=f"choose another --out, such as {out / 'expert'}",
+        )
+    ancestor = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not (ancestor.is_dir() and os.access(ancestor, os.W_OK)):
+        raise DataError(
+            f"{out} cannot be made: {ancestor} is not a folder that can be written", do="choose another --out"
+        )
+
+
 def _with_adapter(model: PreTrainedModel, settings: TrainingSettings) -> PeftModel:
     targets: Any = settings.target_modules
     if "," in targets:
@@ -147,7 +176,14 @@ def _with_adapter(model: PreTrainedModel, settings: TrainingSettings) -> PeftMod
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # PEFT's matter
         torch.manual_seed(settings.seed)
-        return get_peft_model(model, config)  # pyright: ignore[reportReturnType]
+        try:
+            return get_peft_model(model, config)  # pyright: ignore[reportReturnType]
+        except ValueError as error:  # its NoMatchingPeftModuleError among them
+            linear = sorted({name.rpartition(".")[2] for name, part in model.named_modules() if features(part)})
+            raise DataError(
+                f"target_modules={settings.target_modules!r}: {error}",
+                expected=f"all-linear, or some of: {', '.join(linear)}",
+            ) from error
 
 
 @torch.no_grad()

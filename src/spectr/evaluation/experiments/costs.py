@@ -75,8 +75,8 @@ def costs(bench: Bench) -> Result:
             f"The library takes {stored / 1e6:.1f} MB on disk for {len(experts)} experts.",
             "Formula: 2 P I for all scores and 2 O P for the updates of a module with I inputs, O outputs and P ranks "
             "in all, as it is computed now (the weights of experts that were not chosen are zero, their products are "
-            "made); for prototypes 2 E I more, for unequal ranks 2 P E; for a held decision with the chosen experts' ranks alone. One "
-            "multiply-add counts as 2. Attention's own cost is in the base model's measurement.",
+            "made); for prototypes 2 E I more, for unequal ranks 2 P E; held, the chosen experts' P alone. "
+            "One multiply-add counts as 2. Attention's own cost is in the base model's measurement.",
         ],
         origin=bench.origin(),
     )
