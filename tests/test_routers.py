@@ -24,7 +24,7 @@ from models import (
     types_unchecked,
     write_adapter,
 )
-from spectr import Arrow, ExpertLibrary, Oracle, Spectr, Uniform, compose
+from spectr import Arrow, Calibrated, ExpertLibrary, Oracle, Spectr, Uniform, compose
 from spectr.errors import CompositionError
 from spectr.routers import Router, get_router, registry, router_names
 from spectr.spectral import reference
@@ -290,6 +290,8 @@ BY_NAME = {
     "spectr-projection": Spectr(score="projection"),
     "spectr-softmax": Spectr(weights="softmax"),
     "uniform": Uniform(),
+    "calibrated": Calibrated(),
+    "calibrated-token": Calibrated(level="token", top_k=4),
 }
 
 
@@ -324,7 +326,7 @@ def test_an_unknown_option_is_answered_with_those_that_are_known(name):
 def test_a_missing_option_is_asked_for():
     with pytest.raises(CompositionError, match="router 'oracle'") as caught:
         get_router("oracle")
-    assert "expert" in caught.value.expected
+    assert caught.value.do == "--expert ..., or get_router('oracle', expert=...)"
 
 
 def test_a_third_partys_router_is_found_by_entry_point(monkeypatch):
