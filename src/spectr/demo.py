@@ -18,7 +18,7 @@ from spectr.tasks import Task
 
 @dataclass(frozen=True, kw_only=True)
 class Demonstration:
-    """One task's prompt with both answers, and how the routed model read the prompt."""
+    """One task's prompt with both answers, how the routed model read it, and the task's expert, if it is there."""
 
     task: str
     prompt: str
@@ -26,6 +26,17 @@ class Demonstration:
     base_answer: str
     routed_answer: str
     routing: TokenRouting
+    expert: str | None = None
+
+    @property
+    def base_is_right(self) -> bool:
+        """Whether the base model's answer begins with the right one."""
+        return _begins(self.base_answer, self.expected)
+
+    @property
+    def routed_is_right(self) -> bool:
+        """Whether the routed model's answer begins with the right one."""
+        return _begins(self.routed_answer, self.expected)
 
 
 def demonstrate(
@@ -65,8 +76,13 @@ def demonstrate(
             base_answer=base_answer,
             routed_answer=routed_answer,
             routing=token_routing(record, tokenizer, title=task.name, batch=number, skip=skip),
+            expert=expert if (expert := task.expert or task.name) in library else None,
         )
         for number, (task, example, base_answer, routed_answer) in enumerate(
             zip([task for task in tasks if task.sample], examples, before, after, strict=True)
         )
     ]
+
+
+def _begins(answer: str, expected: str) -> bool:
+    return " ".join(answer.split()).lower().startswith(" ".join(expected.split()).lower())

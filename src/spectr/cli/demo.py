@@ -38,13 +38,26 @@ def demo(
         table.add_column(column, ratio=ratio, overflow="fold")
     for row in shown:
         workers = "\n".join(f"[{palette[n]}]{n}[/] {share:.1%}" for n, share in row.routing.leaders[:3])
-        table.add_row(row.task, _first(row.expected), _first(row.base_answer), _first(row.routed_answer), workers)
+        task = row.task if row.expert else f"{row.task}\n[dim](no expert)[/]"
+        before, after = _marked(row.base_answer, row.base_is_right), _marked(row.routed_answer, row.routed_is_right)
+        table.add_row(task, _first(row.expected), before, after, workers)
     out.print(table)
+    before, after = sum(row.base_is_right for row in shown), sum(row.routed_is_right for row in shown)
+    out.print(
+        f"Begin with the right answer: {before} of {len(shown)} by the base model, {after} by the routed one. "
+        "One prompt a task shows how it works; spectr evaluate measures how well.",
+        highlight=False,
+    )
     routings = [row.routing for row in shown]
     title = f"Experts at work on one prompt of each task ({routing.router})"
     png = write_heat_map(routings, folder / "routing.png", title=title)
     page = write_page(routings, folder / "routing.html", title=title, subtitle=str(router))
     out.print(f"heat map: {png.resolve()}\npage:     {page.resolve()}", highlight=False)
+
+
+def _marked(text: str, right: bool) -> str:
+    mark = "[green]\u2713[/]" if right else "[red]\u2717[/]"
+    return f"{mark} {_first(text)}"
 
 
 def _first(text: str, limit: int = 60) -> str:
