@@ -23,6 +23,7 @@ def demo(
     """
     check_target(folder / "routing.png", ".png")
     library, router = routing.experts()
+    name = routing.router_name(library)
     base, tokenizer = routing.base()
 
     from spectr.demo import demonstrate
@@ -31,9 +32,7 @@ def demo(
 
     shown = demonstrate(base, tokenizer, library, router, list(shipped_tasks().values()), allow=routing.allow, say=say)
     palette = colours(library.names)
-    table = Table(
-        title=f"{routing.router}, top {getattr(router, 'top_k', len(library))}, {len(library)} experts", expand=True
-    )
+    table = Table(title=f"{name}, top {getattr(router, 'top_k', len(library))}, {len(library)} experts", expand=True)
     for column, ratio in (("task", 2), ("right answer", 3), ("base model", 5), ("routed model", 5), ("at work", 4)):
         table.add_column(column, ratio=ratio, overflow="fold")
     for row in shown:
@@ -49,7 +48,7 @@ def demo(
         highlight=False,
     )
     routings = [row.routing for row in shown]
-    title = f"Experts at work on one prompt of each task ({routing.router})"
+    title = f"Experts at work on one prompt of each task ({name})"
     png = write_heat_map(routings, folder / "routing.png", title=title)
     page = write_page(routings, folder / "routing.html", title=title, subtitle=str(router))
     out.print(f"heat map: {png.resolve()}\npage:     {page.resolve()}", highlight=False)

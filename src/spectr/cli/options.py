@@ -56,16 +56,16 @@ class Routing:
         typer.Option(
             "--router",
             "-r",
-            help="How experts are chosen: spectr, spectr-paper, spectr-softmax, spectr-projection, spectr-code, "
+            help="How experts are chosen. auto: calibrated where the library is, else spectr. Or spectr, spectr-paper, spectr-softmax, spectr-projection, spectr-code, "
             "calibrated, calibrated-token, arrow, mu (or uniform), oracle, or one that a package added. "
             "See docs/routers.md.",
             rich_help_panel=_PANEL,
         ),
-    ] = "spectr"
+    ] = "auto"
     top_k: Annotated[
         int | None,
         typer.Option(
-            "--top-k", "-k", help="Experts for each token and layer; the default is 4.", min=1, rich_help_panel=_PANEL
+            "--top-k", "-k", help="Experts for each token and layer, or each prompt.", min=1, rich_help_panel=_PANEL
         ),
     ] = None
     expert: Annotated[
@@ -104,12 +104,20 @@ class Routing:
             "combine": self.combine,
             "temperature": self.router_temperature,
         }
-        router = get_router(self.router, **{key: value for key, value in options.items() if value is not None})
+        router = get_router(
+            self.router_name(library), **{key: value for key, value in options.items() if value is not None}
+        )
         if self.top_k is None and getattr(router, "top_k", 0) > len(library):
             router = dataclasses.replace(router, top_k=len(library))  # pyright: ignore[reportArgumentType]
         router.resident(library.names)
         library.check(*(self.allow or []))
         return library, router
+
+    def router_name(self, library: ExpertLibrary) -> str:
+        """The router that was asked for, or the one that "auto" stands for with this library."""
+        if self.router != "auto":
+            return self.router
+        return "calibrated" if _is_calibrated(library) else "spectr"
 
     def base(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The base model and its tokenizer."""
@@ -124,6 +132,11 @@ class Routing:
                 model, library, router, progress=lambda done, total: advance("preparing layers", done, total, "")
             )
             return routed.allow(self.allow) if self.allow else routed
+
+
+def _is_calibrated(library: ExpertLibrary) -> bool:
+    calibration = library.calibration
+    return calibration is not None and all(calibration.covers(library[name]) for name in library)
 
 
 def with_routing(command: Callable[..., None]) -> Callable[..., None]:
