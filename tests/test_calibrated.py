@@ -202,7 +202,7 @@ def slow_evidence(root, library, prompt, tokens=None, temperature=0.3):
     begin = len(library.calibration.opening)
     inputs = inputs_of(make_model(), modules, ids_of(prompt))
     for module in modules:
-        used = inputs[module][begin:tokens]
+        used = inputs[module][begin : tokens and begin + tokens]
         for x in used:
             scores = [reference.calibrated_score(deltas[name][module], x, texts[module]) for name in RANKS]
             total += torch.tensor(reference.soft_vote(scores, temperature), dtype=torch.float64) / len(used)
@@ -303,6 +303,25 @@ def test_the_opening_has_no_say(root, library):
     assert not torch.allclose(knowing.prompt.decide(input_ids=ids), unknowing.prompt.decide(input_ids=ids), atol=1e-4)
     bare = ids[:, :1]  # nothing but the opening: then it is all there is to go by
     close(knowing.prompt.decide(input_ids=bare), unknowing.prompt.decide(input_ids=bare))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_of_a_conversation_the_last_turn_decides(library, side):
+    """Two conversations of unequal length in one batch, against the last questions alone."""
+    tokenizer = make_tokenizer()
+    _, routed = routed_model(library, top_k=3, weights="softmax")
+
+    def conversation(*contents):
+        roles = ["user", "assistant"] * len(contents)
+        turns = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
+        return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
+
+    rows = [conversation("who is it", "no", PROMPTS[1]), conversation("red", "yes", "z z", "no no no", PROMPTS[0])]
+    tokenizer.padding_side = side
+    batch = tokenizer.pad({"input_ids": rows}, return_tensors="pt")
+    together = routed.prompt.decide(**batch)
+    for row, prompt in zip(together, (PROMPTS[1], PROMPTS[0]), strict=True):
+        close(row, routed.prompt.decide(input_ids=ids_of(prompt))[0])
 
 
 def test_an_expert_of_few_layers_is_judged_by_these(root, tmp_path):

@@ -72,7 +72,7 @@ def calibrate(
     new = [name for name, expert in experts.items() if known is None or not known.covers(expert)]
     total = 2 + -(-len(new) // _AT_ONCE)
     if known is None:
-        ids, counted, real, opening = (
+        ids, counted, real, opening, turn = (
             encode_texts(tokenizer, texts)
             if texts is not None
             else self_samples(model, tokenizer, samples=samples, tokens=tokens, seed=seed)
@@ -84,6 +84,7 @@ def calibrate(
             "tokens": int(counted.sum()),
             "seed": seed if texts is None else None,
             "opening": opening,
+            "turn": turn,
         }
         known = Calibration(means={}, rms={}, sha256={}, input_ids=ids, counted=counted, real=real, settings=settings)
     progress(1, total)

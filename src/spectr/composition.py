@@ -13,7 +13,7 @@ from spectr.adapters import Expert
 from spectr.errors import CompositionError
 from spectr.layers.linear import placement
 from spectr.layers.plan import make_plan
-from spectr.layers.prompt import PromptDecision
+from spectr.layers.prompt import Opening, PromptDecision
 from spectr.layers.routed import RoutedLinear
 from spectr.layers.swap import swap_module
 from spectr.library import Calibration, ExpertLibrary
@@ -157,7 +157,8 @@ class Routed:
             self.prompt.close()
             self.prompt = None
         if names and isinstance(self.router, PromptRouter) and self.router.level == "prompt":
-            opening = self.library.calibration.opening if self.library.calibration else ()
+            known = self.library.calibration
+            opening = Opening(known.opening, known.turn) if known else None
             self.prompt = PromptDecision(self.model, self.layers, self.router, names, opening)
 
     def __repr__(self) -> str:

@@ -39,7 +39,7 @@ def chat(
             turns = _command(line, routed, turns)
         elif line:
             turns.append({"role": "user", "content": line})
-            answer = _answer(base, tokenizer, routed, turns, max_new_tokens, temperature)
+            answer = _answer(base, tokenizer, turns, max_new_tokens, temperature)
             turns.append({"role": "assistant", "content": answer})
 
 
@@ -70,7 +70,6 @@ def _command(line: str, routed: Routed, turns: list[dict[str, str]]) -> list[dic
 def _answer(
     model: Any,
     tokenizer: Any,
-    routed: Routed,
     turns: list[dict[str, str]],
     max_new_tokens: int,
     temperature: float,
@@ -79,15 +78,11 @@ def _answer(
     from transformers import TextStreamer
 
     from spectr.layers import trace
-    from spectr.models import encode_batch
 
     batch = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     batch = batch.to(model.device)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    if routed.prompt is not None:  # on what is asked now, not on what was asked before
-        asked = encode_batch(tokenizer, [turns[-1]["content"]])
-        routed.prompt.hold(routed.prompt.decide(**{key: value.to(model.device) for key, value in asked.items()}))
     with torch.inference_mode(), trace(model) as record:
         ids = model.generate(
             **batch,

@@ -56,9 +56,9 @@ class Routing:
         typer.Option(
             "--router",
             "-r",
-            help="How experts are chosen. auto: calibrated where the library is, else spectr. Or spectr, spectr-paper, spectr-softmax, spectr-projection, spectr-code, "
-            "calibrated, calibrated-token, arrow, mu (or uniform), oracle, or one that a package added. "
-            "See docs/routers.md.",
+            help="How experts are chosen. auto: calibrated where the library is, else spectr. Or spectr, spectr-paper, "
+            "spectr-softmax, spectr-projection, spectr-code, calibrated, calibrated-token, arrow, mu (or uniform), "
+            "oracle, or one that a package added. See docs/routers.md.",
             rich_help_panel=_PANEL,
         ),
     ] = "auto"

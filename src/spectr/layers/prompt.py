@@ -5,15 +5,40 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from spectr.errors import CompositionError
 from spectr.layers.routed import RoutedLinear
 from spectr.routers.base import PromptRouter
+
+
+class Opening(NamedTuple):
+    """What a chat template writes around a user's words, as token ids; both are empty without a template.
+
+    Attributes:
+        first: Before the first user turn, the system turn included; it has no say.
+        later: Between an assistant's answer and the next user turn.
+    """
+
+    first: tuple[int, ...] = ()
+    later: tuple[int, ...] = ()
+
+    def last_turn(self, ids: list[int]) -> list[int]:
+        """A conversation less all turns before the user's last; anything else as it is."""
+        size = len(self.later)
+        last = len(ids) - size - 1  # something has to follow
+        begins = (i for i in range(last, -1, -1) if size and tuple(ids[i : i + size]) == self.later)
+        begin = next(begins, None)
+        return ids if begin is None else [*self.first, *ids[begin + size :]]
+
+    def length(self, ids: list[int]) -> int:
+        """How many tokens at the beginning have no say."""
+        size = len(self.first)
+        return size if len(ids) > size and tuple(ids[:size]) == self.first else 0
 
 
 class PromptDecision:
@@ -27,7 +52,8 @@ class PromptDecision:
         layers: Its routed layers by name.
         router: Turns scores into evidence, and evidence into weights.
         experts: All experts, in alphabetical order.
-        opening: Token ids that every prompt begins with (a chat template's); they have no say.
+        opening: What the chat template writes around a user's words. Its part before the first turn has no say, and
+            of a conversation the user's last turn alone decides.
     """
 
     def __init__(
@@ -36,10 +62,10 @@ class PromptDecision:
         layers: Mapping[str, RoutedLinear],
         router: PromptRouter,
         experts: Sequence[str],
-        opening: Sequence[int] = (),
+        opening: Opening | None = None,
     ):
         self.entry, self.layers, self.router = _entry(model), dict(layers), router
-        self.experts, self.opening = tuple(experts), tuple(opening)
+        self.experts, self.opening = tuple(experts), opening or Opening()
         self.weights_BE: Tensor | None = None
         self._pinned = False
         self._handle = self.entry.register_forward_pre_hook(self._on_call, with_kwargs=True)
@@ -56,8 +82,7 @@ class PromptDecision:
     @torch.no_grad()
     def evidence(self, *args: Any, **kwargs: Any) -> Float[Tensor, "B E"]:
         """What speaks for each expert: its mean evidence over the prompt's tokens and the modules that it adapts."""
-        given, mask_BT = _bounded(self.entry, args, kwargs, self.router.probe_tokens)
-        counted_BT = None if mask_BT is None else _without_opening(given.get("input_ids"), mask_BT, self.opening)
+        given, counted_BT = _probe(self.entry, args, kwargs, self.router.probe_tokens, self.opening)
         gathered: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
             layer.listen = _listener(gathered, name, self.router, counted_BT)
@@ -113,42 +138,39 @@ def _goes_on(kwargs: Mapping[str, Any]) -> bool:
     return cache is not None and int(cache.get_seq_length()) > 0
 
 
-def _bounded(
-    entry: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], limit: int
+def _probe(
+    entry: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], limit: int, opening: Opening
 ) -> tuple[dict[str, Any], Tensor | None]:
-    """The call's arguments with the first ``limit`` real tokens of each row alone, and which of these are real."""
+    """What the base model is to read for a decision, and which of these tokens have a say, (batch, tokens).
+
+    Of token ids the user's last turn, its first ``limit`` tokens, padded on the right; of embeddings the first
+    ``limit`` alone. Anything else is read whole, as it is.
+    """
     parameters = inspect.signature(entry.forward).parameters
     given = {**dict(zip(parameters, args, strict=False)), **kwargs}
     key = next((key for key in ("input_ids", "inputs_embeds") if given.get(key) is not None), None)
-    if key is None:  # no text: all of it, as it is
+    if key is None:
         return given, None
-    tokens = given[key]
-    mask = given.get("attention_mask")
+    tokens, mask = given[key], given.get("attention_mask")
     real_BT = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
     if isinstance(mask, Tensor) and mask.ndim == 2:
         real_BT = mask.to(tokens.device).bool()
-    kept_BT = real_BT & (real_BT.cumsum(1) <= limit)
-    order_BT = (~kept_BT).int().argsort(dim=1, stable=True)[:, : int(kept_BT.sum(1).max())]
-    rows_B1 = torch.arange(len(tokens), device=tokens.device)[:, None]
-    mask_BT = kept_BT[rows_B1, order_BT]
-    probe: dict[str, Any] = {key: tokens[rows_B1, order_BT], "attention_mask": mask_BT.long()}
+    rows = [row[real_T] for row, real_T in zip(tokens, real_BT, strict=True)]
+    skipped = [0] * len(rows)
+    if key == "input_ids":
+        turns = [opening.last_turn(row.tolist()) for row in rows]
+        skipped = [opening.length(turn) for turn in turns]
+        rows = [torch.tensor(turn, device=tokens.device, dtype=tokens.dtype) for turn in turns]
+    rows = [row[: skip + limit] for row, skip in zip(rows, skipped, strict=True)]
+    place_T = torch.arange(max(map(len, rows)), device=tokens.device)
+    length_B1 = torch.tensor([len(row) for row in rows], device=tokens.device)[:, None]
+    mask_BT = place_T < length_B1
+    counted_BT = mask_BT & (place_T >= torch.tensor(skipped, device=tokens.device)[:, None])
+    padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    probe: dict[str, Any] = {key: padded, "attention_mask": mask_BT.long()}
     probe |= {"use_cache": False} if "use_cache" in parameters else {}
     probe |= {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
-    return probe, mask_BT
-
-
-def _without_opening(
-    input_ids: Tensor | None, mask_BT: Bool[Tensor, "B T"], opening: Sequence[int]
-) -> Bool[Tensor, "B T"]:
-    """The real tokens less the opening, in rows that begin with it and have more than that."""
-    size = len(opening)
-    if input_ids is None or not size or input_ids.shape[1] <= size:
-        return mask_BT
-    expected = torch.tensor(opening, device=input_ids.device)
-    begins_B = (input_ids[:, :size] == expected).all(1) & (mask_BT.sum(1) > size)
-    counted_BT = mask_BT.clone()
-    counted_BT[:, :size] &= ~begins_B[:, None]
-    return counted_BT
+    return probe, counted_BT
 
 
 def _listener(

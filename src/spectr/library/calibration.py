@@ -57,8 +57,13 @@ class Calibration:
 
     @property
     def opening(self) -> tuple[int, ...]:
-        """Token ids that the base model's chat template puts before every prompt."""
+        """Token ids that the base model's chat template puts before a first user turn."""
         return tuple(self.settings.get("opening", ()))
+
+    @property
+    def turn(self) -> tuple[int, ...]:
+        """Token ids that it puts between an answer and the next user turn."""
+        return tuple(self.settings.get("turn", ()))
 
     def covers(self, expert: Expert) -> bool:
         """Whether this very expert, by its weights, was calibrated in all of its modules."""

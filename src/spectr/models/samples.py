@@ -14,12 +14,13 @@ from spectr.models.text import encode_prompt, shared_prefix
 
 
 class Texts(NamedTuple):
-    """Texts as tokens: ids, which count, which are no padding, and what the chat template opens every prompt with."""
+    """Texts as tokens: ids, which count, which are no padding; and what the chat template puts before user turns."""
 
     input_ids: Int[Tensor, "N T"]
     counted: Bool[Tensor, "N T"]
     real: Bool[Tensor, "N T"]
     opening: list[int]
+    turn: list[int]
 
 
 @torch.no_grad()
@@ -49,7 +50,7 @@ def self_samples(
     real = torch.cat([torch.ones_like(ids, dtype=torch.bool), before_end], dim=1)
     counted = real.clone()
     counted[:, : len(start)] = False
-    return Texts(written.cpu(), counted.cpu(), real.cpu(), _opening(tokenizer))
+    return Texts(written.cpu(), counted.cpu(), real.cpu(), _opening(tokenizer), _turn(tokenizer))
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: int = 512) -> Texts:
@@ -62,13 +63,24 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit
     real = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows])
     counted = real.clone()
     counted[:, : len(opening)] = False
-    return Texts(ids, counted, real, opening)
+    return Texts(ids, counted, real, opening, _turn(tokenizer))
 
 
 def _opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if not tokenizer.chat_template:
         return []
     return shared_prefix([encode_prompt(tokenizer, prompt) for prompt in ("a", "1", "\u4e2d")])
+
+
+def _turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What stands between an assistant's answer and the user's next words."""
+    if not tokenizer.chat_template:
+        return []
+    turns = [("user", "first"), ("assistant", "second"), ("user", "third")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    between = text.partition("second")[2].partition("third")[0]
+    return tokenizer(between, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
 
 
 def _begin(tokenizer: PreTrainedTokenizerBase) -> int:

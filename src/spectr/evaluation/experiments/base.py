@@ -129,7 +129,7 @@ class Bench:
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": self.model.device.type,
             "experts": {name: file_sha256(self.library[name].weights)[:16] for name in self.library},
-            "calibration": dict(calibration.settings) | {"opening": None} if calibration else None,
+            "calibration": dict(calibration.settings) | {"opening": None, "turn": None} if calibration else None,
             "tasks": {
                 name: f"v{task.version}, {len(examples)} examples" for name, (task, examples) in self.tasks.items()
             },
