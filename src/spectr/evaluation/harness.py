@@ -1,0 +1,100 @@
+"""A composed model as a model of EleutherAI's lm-evaluation-harness, under the name "spectr".
+
+``lm_eval --model spectr --model_args library=experts,router=calibrated --tasks ...`` where the harness reads the entry
+points of ``lm_eval.models``; with releases that do not, ``python -m spectr.evaluation.harness`` in place of
+``lm_eval``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from spectr.composition import compose
+from spectr.errors import MissingExtraError
+from spectr.layers.prompt import pinned
+from spectr.library import ExpertLibrary
+from spectr.models import load_model
+from spectr.routers import get_router
+from spectr.shipped import shipped_experts
+
+try:
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+except ImportError as error:
+    raise MissingExtraError("lm-evaluation-harness", "harness") from error
+
+_AT_ONCE = 16  # prompts that are decided on together
+
+Request = tuple[tuple[str, str], list[int], list[int]]
+
+
+@register_model("spectr")
+class SpectrLM(HFLM):
+    """The harness' own model of transformers, composed.
+
+    A router that decides for whole prompts decides on the context alone; what is scored has no say.
+
+    Args:
+        base: Folder or Hub id of the base model; the default is SmolLM2-135M-Instruct.
+        library: Folder of experts; the default is the shipped ones.
+        router: A router's name, or "base" for the base model alone.
+        top_k: Of the router, if it is to be another than its own.
+        expert: The oracle's.
+        dtype: auto, float32, bfloat16 or float16.
+        device: Where to run; the accelerator where there is one.
+        more: Goes to the harness' ``HFLM``, such as ``batch_size``.
+    """
+
+    def __init__(
+        self,
+        base: str | None = None,
+        library: str | None = None,
+        router: str = "spectr",
+        top_k: int | None = None,
+        expert: str | None = None,
+        dtype: str = "auto",
+        device: str | None = None,
+        **more: Any,
+    ):
+        experts = ExpertLibrary.open(library or shipped_experts())
+        given = {"top_k": top_k, "expert": expert}
+        chosen = None
+        if router != "base":
+            chosen = get_router(router, **{key: value for key, value in given.items() if value is not None})
+            chosen.resident(experts.names)  # before a model is loaded
+        model, tokenizer = load_model(base, dtype=dtype, device=device)  # pyright: ignore[reportArgumentType]
+        super().__init__(pretrained=model, tokenizer=tokenizer, **more)
+        self.routed = None if chosen is None else compose(model, experts, chosen)
+
+    def _loglikelihood_tokens(
+        self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        decision = self.routed.prompt if self.routed else None
+        if decision is None:
+            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+        contexts = sorted({tuple(context) for _, context, _ in requests}, key=lambda ids: (-len(ids), ids))
+        chosen: dict[tuple[int, ...], tuple[float, ...]] = {}
+        for start in range(0, len(contexts), _AT_ONCE):
+            some = contexts[start : start + _AT_ONCE]
+            width = max(map(len, some))
+            ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in some], device=self.device)
+            mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in some], device=self.device)
+            weights_BE = decision.decide(input_ids=ids, attention_mask=mask)
+            chosen.update(zip(some, map(tuple, weights_BE.tolist()), strict=True))
+        groups: dict[tuple[float, ...], list[int]] = {}
+        for number, (_, context, _) in enumerate(requests):
+            groups.setdefault(chosen[tuple(context)], []).append(number)
+        found: dict[int, tuple[float, bool]] = {}
+        for row, members in groups.items():
+            with pinned(decision, torch.tensor([row])):
+                scores = super()._loglikelihood_tokens([requests[i] for i in members], disable_tqdm, override_bs)
+            found.update(zip(members, scores, strict=True))
+        return [found[i] for i in range(len(requests))]
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()

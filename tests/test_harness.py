@@ -1,0 +1,77 @@
+"""The lm-evaluation-harness as a differential peer: on the same prompts its numbers are ours."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
+
+from spectr import ExpertLibrary, calibrate, compose, get_router
+from spectr.errors import CompositionError
+from spectr.evaluation import choice_logprobs
+from spectr.evaluation.harness import SpectrLM
+from spectr.evaluation.score import routed_logprobs
+from spectr.tasks import Example
+from text_model import make_model, make_tokenizer, save_experts, save_model
+
+CHOICES = ("yes", "no", "a good film")
+PROMPTS = ["what is it", "is the grass blue", "who", "a good film of the sky is the x", "is it red", "the z of y"]
+EXAMPLES = [Example(prompt=prompt, answer="yes", choices=CHOICES, label=0) for prompt in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("world")
+    save_model(root / "model")
+    save_experts(root / "experts", ("amber", "blue", "cyan"))
+    library = ExpertLibrary.open(root / "experts")
+    calibrate(make_model(), library, make_tokenizer(), samples=3).save(root / "experts")
+    return root
+
+
+def requests():
+    """As a task of the harness would ask: the rendered chat, then each choice with the end of the sequence."""
+    tokenizer = make_tokenizer()
+    found = []
+    for example in EXAMPLES:
+        turn = [{"role": "user", "content": example.prompt}]
+        context = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)).rstrip()
+        for choice in example.choices:
+            found.append(Instance("loglikelihood", {}, (context, f" {choice} </s>"), len(found)))
+    return found
+
+
+def ours(world, router):
+    model, tokenizer = make_model(), make_tokenizer()
+    if router == "base":
+        return choice_logprobs(model, tokenizer, EXAMPLES)
+    routed = compose(model, ExpertLibrary.open(world / "experts"), get_router(router, top_k=1))
+    if routed.prompt is None:
+        return choice_logprobs(model, tokenizer, EXAMPLES)
+    scores, weights_NE = routed_logprobs(model, tokenizer, EXAMPLES, routed.prompt)
+    assert len({int(row.argmax()) for row in weights_NE}) > 1
+    return scores
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("router", ["base", "spectr", "calibrated"])
+def test_its_numbers_are_ours(world, router):
+    more = {} if router == "base" else {"top_k": 1}
+    model = get_model("spectr")(
+        base=str(world / "model"),
+        library=str(world / "experts"),
+        router=router,
+        dtype="float32",
+        device="cpu",
+        batch_size=4,
+        **more,
+    )
+    assert isinstance(model, SpectrLM)
+    theirs = torch.tensor([value for value, _ in model.loglikelihood(requests(), disable_tqdm=True)])
+    torch.testing.assert_close(theirs.view(len(EXAMPLES), -1), torch.stack(ours(world, router)), atol=1e-4, rtol=1e-5)
+
+
+def test_a_mistake_is_told_before_a_model_is_loaded(world):
+    with pytest.raises(CompositionError, match="did you mean 'arrow'"):
+        SpectrLM(base="/no/model", library=str(world / "experts"), router="arow")
