@@ -176,7 +176,15 @@ def test_every_experiment_gives_a_table_a_picture_and_the_model_back(library, ta
 
     model = make_model()
     before = model(torch.tensor([[1, 5, 9]])).logits
-    bench = Bench(model=model, tokenizer=make_tokenizer(), library=library, tasks=tasks, folder=tmp_path)
+    other = [Example(prompt=f"the {e.prompt}", answer=e.answer, choices=e.choices, label=e.label) for e in EXAMPLES[:4]]
+    bench = Bench(
+        model=model,
+        tokenizer=make_tokenizer(),
+        library=library,
+        tasks=tasks,
+        reworded={task: [EXAMPLES[:4], other] for task in tasks},
+        folder=tmp_path,
+    )
     result = EXPERIMENTS[name](bench)
     assert torch.equal(model(torch.tensor([[1, 5, 9]])).logits, before)
     loaded = Result.load(result.save(tmp_path))
@@ -186,6 +194,33 @@ def test_every_experiment_gives_a_table_a_picture_and_the_model_back(library, ta
     drawing = as_svg(figure(loaded))
     assert drawing.startswith("<svg")
     assert drawing == as_svg(figure(loaded))
+
+
+def test_examples_are_dealt_out_among_the_paraphrases(library, tasks, tmp_path):
+    bench = Bench(
+        model=make_model(),
+        tokenizer=make_tokenizer(),
+        library=library,
+        tasks=tasks,
+        reworded={"ants": [EXAMPLES[:4], EXAMPLES[2:6]], "bees": []},
+        folder=tmp_path,
+    )
+    dealt = bench.dealt().tasks
+    assert set(dealt) == {"ants"}
+    assert dealt["ants"][1] == [EXAMPLES[0], EXAMPLES[3], EXAMPLES[2], EXAMPLES[5]]
+
+
+def test_a_changed_expert_is_the_same_update(library, tmp_path):
+    """Rank 64 changes nothing, a hundred times the size changes that alone."""
+    from spectr.evaluation.experiments.robustness import _CASES, _changed
+
+    plain = dense_deltas(library["ants"].weights.parent)
+    for number, (case, factor) in enumerate(zip(list(_CASES)[:2], (100, 1), strict=True)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        changed = dense_deltas(_changed(library, "ants", folder, _CASES[case]))
+        for module, delta in plain.items():
+            close(changed[module], factor * delta, 1e-4)
 
 
 def test_the_oracle_is_the_measure_of_the_multitask_table(library, tasks, tmp_path):

@@ -260,3 +260,14 @@ class TestRows:
             read_rows("hub:org/d:train")
         given = ("reading a Hub dataset needs the extra 'train'",)
         assert_says(caught.value, given=given, expected=None, do='pip install "spectr-lora[train]"')
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_paraphrases_of_shipped_tasks_ask_the_same_rows(name):
+    task = Task.shipped(name)
+    assert len(set(task.paraphrases)) == 3
+    plain = task.example(task.sample)
+    for number in range(3):
+        other = task.reworded(number).example(task.sample)
+        assert other.prompt != plain.prompt
+        assert (other.choices, other.label, other.answer) == (plain.choices, plain.label, plain.answer)

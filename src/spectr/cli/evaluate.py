@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from spectr.evaluation.experiments import Result
     from spectr.tasks import Example, Task
 
-ORDER = ("quality", "similarity", "routing", "multitask", "costs")
+ORDER = ("quality", "similarity", "routing", "wording", "robustness", "multitask", "costs")
 Folder = Annotated[Path, typer.Option("--out", "-o", help="Folder of the results; a killed run goes on there.")]
 
 
@@ -53,7 +53,12 @@ def evaluate(
     if experiment not in (*ORDER, "all"):
         raise DataError(f"unknown experiment '{experiment}'", do=did_you_mean(experiment, (*ORDER, "all")))
     experts = open_library(library)
-    tasks = _tasks(task, data_root, limit) if experiment not in ("similarity", "costs") else {}
+    chosen = _tasks(task) if experiment not in ("similarity", "costs") else []
+    tasks = {about.name: (about, _examples(about, data_root, limit)) for about in chosen}
+    reworded = {
+        about.name: [_examples(about.reworded(i), data_root, limit) for i in range(len(about.paraphrases))]
+        for about in chosen
+    }
     if tasks and not any((about.expert or name) in experts for name, (about, _) in tasks.items()):
         raise DataError(
             f"none of the tasks ({', '.join(tasks)}) belongs to an expert of {experts.origin} "
@@ -68,7 +73,13 @@ def evaluate(
     for name in ORDER if experiment == "all" else (experiment,):
         with bar() as advance:
             bench = Bench(
-                model=base, tokenizer=tokenizer, library=experts, tasks=tasks, folder=folder, progress=advance
+                model=base,
+                tokenizer=tokenizer,
+                library=experts,
+                tasks=tasks,
+                reworded=reworded,
+                folder=folder,
+                progress=advance,
             )
             result = EXPERIMENTS[name](bench)
         path = result.save(folder)
@@ -111,22 +122,22 @@ def report(
     out.print(f"report: {where.resolve()}", highlight=False)
 
 
-def _tasks(names: list[str] | None, root: Path | None, limit: int | None) -> dict[str, tuple[Task, list[Example]]]:
-    from spectr.tasks import Task, read_examples, shipped_tasks
+def _tasks(names: list[str] | None) -> list[Task]:
+    from spectr.tasks import Task, shipped_tasks
 
-    tasks = (
-        [Task.load(name) if name.endswith((".yaml", ".yml")) else Task.shipped(name) for name in names]
-        if names
-        else list(shipped_tasks().values())
-    )
-    found: dict[str, tuple[Task, list[Example]]] = {}
-    for task in tasks:
-        if task.test is None:
-            raise DataError(f"task '{task.name}' names no test data", do="add 'test' to its file")
-        if task.choices is None:
-            raise DataError(f"task '{task.name}' has no choices", expected="a task whose answers can be compared")
-        found[task.name] = (task, read_examples(task, task.test, root=root, limit=limit))
-    return found
+    if not names:
+        return list(shipped_tasks().values())
+    return [Task.load(name) if name.endswith((".yaml", ".yml")) else Task.shipped(name) for name in names]
+
+
+def _examples(task: Task, root: Path | None, limit: int | None) -> list[Example]:
+    from spectr.tasks import read_examples
+
+    if task.test is None:
+        raise DataError(f"task '{task.name}' names no test data", do="add 'test' to its file")
+    if task.choices is None:
+        raise DataError(f"task '{task.name}' has no choices", expected="a task whose answers can be compared")
+    return read_examples(task, task.test, root=root, limit=limit)
 
 
 def _show(result: Result) -> None:

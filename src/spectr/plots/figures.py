@@ -122,6 +122,42 @@ def _multitask(data: dict[str, Any]) -> Figure:
     return drawn
 
 
+def _wording(data: dict[str, Any]) -> Figure:
+    tasks, routers = data["tasks"], list(data["per_task"])
+    drawn = Figure(figsize=(2.5 + 0.9 * len(tasks), 3.6), layout="constrained")
+    axes = drawn.subplots()
+    palette = colours(routers)
+    place, width = np.arange(len(tasks)), 0.8 / len(routers)
+    for number, router in enumerate(routers):
+        shares = [data["per_task"][router][task] * 100 for task in tasks]
+        axes.bar(place + (number - (len(routers) - 1) / 2) * width, shares, width, label=router, color=palette[router])
+    axes.set_xticks(place, tasks, rotation=30, ha="right")
+    axes.set_ylim(0, 105)
+    _percent(axes, "prompts whose expert is found, %")
+    return drawn
+
+
+def _robustness(data: dict[str, Any]) -> Figure:
+    cases = data["cases"]
+    routers = list(next(iter(cases.values())))
+    drawn = Figure(figsize=(9, 3.2), layout="constrained")
+    palette = colours(routers)
+    pairs = (("found", "prompts whose expert is found, %"), ("stolen", "prompts that the odd one took, %"))
+    for axes, (key, label) in zip(drawn.subplots(1, 2), pairs, strict=True):
+        place, width = np.arange(len(cases)), 0.8 / len(routers)
+        for number, router in enumerate(routers):
+            shares = [case[router][key] * 100 for case in cases.values()]
+            shift = (number - (len(routers) - 1) / 2) * width
+            axes.bar(place + shift, shares, width, label=router, color=palette[router])
+        names = [
+            case.replace("NAME", data["expert"]).replace(" in ", "\nin ").replace(" a h", "\na h") for case in cases
+        ]
+        axes.set_xticks(place, names, fontsize=8)
+        axes.set_ylim(0, 105)
+        _percent(axes, label)
+    return drawn
+
+
 def _costs(data: dict[str, Any]) -> Figure:
     routers = data["routers"]
     drawn = Figure(figsize=(7, 1.2 + 0.5 * len(routers)), layout="constrained")
@@ -149,6 +185,8 @@ _DRAW: dict[str, Callable[[dict[str, Any]], Figure]] = {
     "quality": _quality,
     "similarity": _similarity,
     "routing": _routing,
+    "wording": _wording,
+    "robustness": _robustness,
     "multitask": _multitask,
     "costs": _costs,
 }

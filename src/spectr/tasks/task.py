@@ -40,6 +40,7 @@ class Task(BaseModel):
         train: Training rows: a path below the data folder, or ``hub:<dataset>[:<config>]:<split>``.
         test: Test rows, likewise.
         sample: One made-up row with its label, for demonstrations without data.
+        paraphrases: The prompt in other words, likewise templates; no expert is to be trained on them.
         note: What a reader of its figures should know.
     """
 
@@ -56,13 +57,14 @@ class Task(BaseModel):
     train: str | None = None
     test: str | None = None
     sample: dict[str, Any] | None = None
+    paraphrases: tuple[str, ...] = ()
     note: str = ""
 
     @model_validator(mode="after")
     def _one_kind_of_answer(self) -> Task:
         if (self.choices is None) == (self.answer is None):
             raise ValueError("a task has either 'choices' or a free-text 'answer' template, and one of them")
-        for template in (self.prompt, self.answer):
+        for template in (self.prompt, self.answer, *self.paraphrases):
             if template is not None and not _is_template(template):
                 raise ValueError(
                     f"the template {template!r} has wrong braces: fields are {{name}}, a brace itself {{{{"
@@ -107,6 +109,10 @@ class Task(BaseModel):
         if name not in tasks:
             raise DataError(f"unknown task '{name}'", do=did_you_mean(name, tasks))
         return tasks[name]
+
+    def reworded(self, number: int) -> Task:
+        """The task with a paraphrase, counted from 0, for its prompt."""
+        return self.model_copy(update={"prompt": self.paraphrases[number], "paraphrases": ()})
 
     def example(self, row: dict[str, Any]) -> Example:
         """Render a row.

@@ -4,13 +4,17 @@ from spectr.evaluation.experiments.base import Bench, Result
 from spectr.evaluation.experiments.costs import costs
 from spectr.evaluation.experiments.multitask import multitask
 from spectr.evaluation.experiments.quality import quality
+from spectr.evaluation.experiments.robustness import robustness
 from spectr.evaluation.experiments.routing import routing
 from spectr.evaluation.experiments.similarity import similarity
+from spectr.evaluation.experiments.wording import wording
 
 EXPERIMENTS = {
     "quality": quality,
     "similarity": similarity,
     "routing": routing,
+    "wording": wording,
+    "robustness": robustness,
     "multitask": multitask,
     "costs": costs,
 }

@@ -70,6 +70,7 @@ class Bench:
         tokenizer: Its tokenizer.
         library: The experts.
         tasks: Each with the examples that are used of it.
+        reworded: By task the same examples in each of its paraphrases.
         folder: For records that let a killed run go on.
         progress: Is told (phase, done, total, remark).
     """
@@ -79,12 +80,22 @@ class Bench:
     library: ExpertLibrary
     tasks: Mapping[str, tuple[Task, Sequence[Example]]]
     folder: Path
+    reworded: Mapping[str, Sequence[Sequence[Example]]] = field(default_factory=dict)
     progress: Progress = lambda *_: None
 
     @property
     def owned(self) -> dict[str, tuple[Task, Sequence[Example]]]:
         """The tasks whose expert is in the library."""
         return {name: pair for name, pair in self.tasks.items() if (pair[0].expert or name) in self.library}
+
+    def dealt(self) -> Bench:
+        """This bench with every example in one of its task's paraphrases, in turn."""
+        dealt = {
+            name: (task, [self.reworded[name][i % len(self.reworded[name])][i] for i in range(len(examples))])
+            for name, (task, examples) in self.tasks.items()
+            if self.reworded.get(name)
+        }
+        return dataclasses.replace(self, tasks=dealt)
 
     def expert_of(self, task: str) -> str:
         """The expert that belongs to a task."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from spectr.evaluation.experiments.base import Bench, Result, percent, routers_that_fit
 from spectr.evaluation.finding import find_experts
@@ -21,12 +22,17 @@ ROUTERS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+def opening_length(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens the chat template puts before every prompt."""
+    return len(shared_prefix([encode_prompt(tokenizer, text) for text in ("a", "1", "\u4e2d")]))
+
+
 def routing(bench: Bench) -> Result:
     """Top-1 and top-4 routing accuracy per task and router, and against the similarity of tasks.
 
     Source: SpectR, Tables 1 and 4, Figure 5.
     """
-    skip = len(shared_prefix([encode_prompt(bench.tokenizer, text) for text in ("a", "1", "\u4e2d")]))
+    skip = opening_length(bench.tokenizer)
     tasks = bench.owned
     columns = ["router", "tokens, first", "tokens, first four", "prompts, by vote", "prompts, first two"]
     rows, per_task, winners = [], {}, {}
