@@ -1,6 +1,8 @@
 """Before anything else: no network, one thread, and shapes and types of the numerics checked while the tests run."""
 
+import io
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -60,3 +62,24 @@ def unchanged(library):
     """A check that every file of the library is as it was when the test began."""
     before = tree(library.root)
     return lambda: tree(library.root) == before
+
+
+@pytest.fixture
+def spectr(monkeypatch, capsys):
+    """Run a command line; gives its exit code, standard output and standard error."""
+
+    from spectr.cli import main
+
+    def call(*words, stdin=None):
+        monkeypatch.setattr(sys, "argv", ["spectr", *map(str, words)])
+        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin or ""))
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        text = capsys.readouterr()
+        return code, text.out, text.err
+
+    return call

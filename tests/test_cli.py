@@ -1,12 +1,9 @@
 """The command line as its user meets it: what is printed where, exit codes, and the obvious mistakes."""
 
-import io
 import json
-import sys
 
 import pytest
 
-from spectr.cli import main
 from text_model import save_experts, save_model, save_rows
 
 NAMES = ("amber", "blue", "cyan")
@@ -18,25 +15,6 @@ def world(tmp_path_factory):
     save_model(root / "model")
     save_experts(root / "adapters", NAMES)
     return root
-
-
-@pytest.fixture
-def spectr(world, monkeypatch, capsys):
-    """Run a command line; gives its exit code, standard output and standard error."""
-
-    def call(*words, stdin=None):
-        monkeypatch.setattr(sys, "argv", ["spectr", *map(str, words)])
-        monkeypatch.setenv("COLUMNS", "200")
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin or ""))
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        text = capsys.readouterr()
-        return code, text.out, text.err
-
-    return call
 
 
 @pytest.fixture

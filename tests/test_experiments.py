@@ -246,26 +246,6 @@ def test_the_formula_of_costs_is_what_is_measured(library, tmp_path):
 # The commands
 
 
-@pytest.fixture
-def spectr(monkeypatch, capsys):
-    import sys
-
-    from spectr.cli import main
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["spectr", *map(str, words)])
-        monkeypatch.setenv("COLUMNS", "200")
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        text = capsys.readouterr()
-        return code, text.out, text.err
-
-    return call
-
-
 def test_calibrate_evaluate_and_report_from_the_command_line(spectr, tmp_path):
     from text_model import save_experts, save_model, save_rows
 
