@@ -36,7 +36,7 @@ def demo(
     for column, ratio in (("task", 2), ("right answer", 3), ("base model", 5), ("routed model", 5), ("at work", 4)):
         table.add_column(column, ratio=ratio, overflow="fold")
     for row in shown:
-        workers = "\n".join(f"[{palette[n]}]{n}[/] {share:.1%}" for n, share in row.routing.leaders[:3])
+        workers = "\n".join(f"[{palette[n]}]{n}[/] {share:.1%}" for n, share in row.routing.leaders[:3] if share)
         task = row.task if row.expert else f"{row.task}\n[dim](no expert)[/]"
         before, after = _marked(row.base_answer, row.base_is_right), _marked(row.routed_answer, row.routed_is_right)
         table.add_row(task, _first(row.expected), before, after, workers)
