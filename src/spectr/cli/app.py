@@ -16,7 +16,7 @@ app = typer.Typer(
     name="spectr",
     help="One language model and a folder of LoRA experts become one model that composes the right experts for every "
     "token at every layer.\n\nWithout flags every command uses the default model (SmolLM2-135M-Instruct), the "
-    "shipped experts, and SpectR routing. Start with: spectr demo",
+    "shipped experts, and the router that their calibration allows. Start with: spectr demo",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
