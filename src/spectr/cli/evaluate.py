@@ -20,6 +20,7 @@ from spectr.cli.options import (
     open_model,
 )
 from spectr.errors import DataError, did_you_mean
+from spectr.routers import router_names
 
 if TYPE_CHECKING:
     from spectr.evaluation.experiments import Result
@@ -40,6 +41,9 @@ def evaluate(
     data_root: Annotated[
         Path | None, typer.Option(envvar="SPECTR_DATA", help="Folder that relative paths of data start from.")
     ] = None,
+    router: Annotated[
+        list[str] | None, typer.Option("--router", "-r", help="Compare only these; give it once for each.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Test examples of each task at most.", min=2)] = None,
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
@@ -52,6 +56,9 @@ def evaluate(
     """
     if experiment not in (*ORDER, "all"):
         raise DataError(f"unknown experiment '{experiment}'", do=did_you_mean(experiment, (*ORDER, "all")))
+    unknown = [name for name in router or () if name not in router_names()]
+    if unknown:
+        raise DataError(f"unknown router '{unknown[0]}'", do=did_you_mean(unknown[0], router_names()))
     experts = open_library(library)
     chosen = _tasks(task) if experiment not in ("similarity", "costs") else []
     tasks = {about.name: (about, _examples(about, data_root, limit)) for about in chosen}
@@ -79,6 +86,7 @@ def evaluate(
                 tasks=tasks,
                 reworded=reworded,
                 folder=folder,
+                only=tuple(router or ()),
                 progress=advance,
             )
             result = EXPERIMENTS[name](bench)

@@ -72,6 +72,7 @@ class Bench:
         tasks: Each with the examples that are used of it.
         reworded: By task the same examples in each of its paraphrases.
         folder: For records that let a killed run go on.
+        only: Names of the routers to compare; all of an experiment's if empty.
         progress: Is told (phase, done, total, remark).
     """
 
@@ -81,6 +82,7 @@ class Bench:
     tasks: Mapping[str, tuple[Task, Sequence[Example]]]
     folder: Path
     reworded: Mapping[str, Sequence[Sequence[Example]]] = field(default_factory=dict)
+    only: Sequence[str] = ()
     progress: Progress = lambda *_: None
 
     @property
@@ -151,10 +153,12 @@ class Bench:
         }
 
 
-def routers_that_fit(names: Sequence[tuple[str, dict[str, Any]]], library: ExpertLibrary) -> list[tuple[str, Router]]:
+def routers_that_fit(names: Sequence[tuple[str, dict[str, Any]]], bench: Bench) -> list[tuple[str, Router]]:
     """Routers with a label each; those that ask for more experts than there are, or for a calibration, are left out."""
-    found = []
+    found, library = [], bench.library
     for name, options in names:
+        if bench.only and name not in bench.only:
+            continue
         router = get_router(name, **options)
         k = getattr(router, "top_k", 1)
         if k > len(library) or (getattr(router, "calibrated", False) and library.calibration is None):

@@ -33,7 +33,7 @@ def costs(bench: Bench) -> Result:
     plain = sum(p.numel() * p.element_size() for p in bench.model.parameters())
     rows = [["base model", f"{plain / 1e6:.1f}", "", f"{base / _TOKENS / 1e6:.1f}", "", ""]]
     data = {}
-    for done, (label, router) in enumerate(routers_that_fit(ROUTERS, bench.library), start=1):
+    for done, (label, router) in enumerate(routers_that_fit(ROUTERS, bench), start=1):
         with bench.routed(router) as routed:
             layers = routed.layers
             held = sum(b.numel() * b.element_size() for layer in layers.values() for b in layer.buffers(recurse=False))

@@ -37,7 +37,7 @@ def multitask(bench: Bench) -> Result:
         with bench.routed(Oracle(expert=bench.expert_of(task))) as routed:
             own[task] = bench.accuracy(task, "its own expert", routed)
     found = {"base": {task: bench.accuracy(task, "base") for task in tasks}}
-    for label, router in routers_that_fit(METHODS, bench.library):
+    for label, router in routers_that_fit(METHODS, bench):
         with bench.routed(router) as routed:
             found[label] = {task: bench.accuracy(task, label, routed) for task in tasks}
     found["its own expert"] = own

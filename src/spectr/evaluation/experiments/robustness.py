@@ -40,7 +40,7 @@ def robustness(bench: Bench) -> Result:
             if bench.library.calibration is not None:
                 library = library.with_calibration(calibrate(bench.model, library, bench.tokenizer))
             changed = dataclasses.replace(bench, library=library)
-            for label, router in routers_that_fit(ROUTERS, library):
+            for label, router in routers_that_fit(ROUTERS, changed):
                 right, stolen = [], []
                 with changed.routed(router) as routed:
                     for done, (task, (_, examples)) in enumerate(tasks.items(), start=1):

@@ -36,7 +36,7 @@ def routing(bench: Bench) -> Result:
     tasks = bench.owned
     columns = ["router", "tokens, first", "tokens, first four", "prompts, by vote", "prompts, first two"]
     rows, per_task, winners = [], {}, {}
-    for label, router in routers_that_fit(ROUTERS, bench.library):
+    for label, router in routers_that_fit(ROUTERS, bench):
         findings = {}
         with bench.routed(router) as routed:
             for done, (task, (_, examples)) in enumerate(tasks.items(), start=1):

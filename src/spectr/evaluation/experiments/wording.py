@@ -19,7 +19,7 @@ def wording(bench: Bench) -> Result:
     bench = bench.dealt()
     skip, tasks = opening_length(bench.tokenizer), bench.owned
     rows, per_task = [], {}
-    for label, router in routers_that_fit(ROUTERS, bench.library):
+    for label, router in routers_that_fit(ROUTERS, bench):
         found = {}
         with bench.routed(router) as routed:
             for done, (task, (_, examples)) in enumerate(tasks.items(), start=1):
