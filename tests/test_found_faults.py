@@ -80,7 +80,7 @@ def test_a_missing_expert_of_a_library_is_not_looked_for_on_the_hub(library, mon
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the Hub"))
     monkeypatch.chdir(library.root.parent)
     shutil.rmtree(library.root / library.entry("sql").folder)
-    with pytest.raises(AdapterError, match="there is no folder"):
+    with pytest.raises(LibraryError, match="there is no folder"):
         ExpertLibrary.open(library.root.name)["sql"]
 
 
