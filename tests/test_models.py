@@ -68,7 +68,7 @@ def test_a_model_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ModelError, match="could not be loaded: it is no folder here"):
         load_model(str(tmp_path / "nothing"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelError, match="that folder has no config.json"):
+    with pytest.raises(ModelError, match=r"that folder has no config\.json"):
         load_model(str(tmp_path / "empty"))
 
 
