@@ -113,7 +113,10 @@ def test_a_killed_run_ends_with_the_same_weights(tmp_path, monkeypatch, killed_a
         train(tmp_path / "cut", settings, validation=EXAMPLES[:4], progress=dies, checkpoint_seconds=0)
     assert not (tmp_path / "cut" / "adapter_config.json").exists()
     steps = []
-    seen = lambda phase, done, *_: steps.append((phase, done))  # noqa: E731
+
+    def seen(phase, done, *_):
+        steps.append((phase, done))
+
     report = train(tmp_path / "cut", settings, validation=EXAMPLES[:4], progress=seen)
     assert len(report.validation_accuracy) == 2
     assert report.steps == 20

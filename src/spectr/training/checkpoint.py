@@ -67,5 +67,5 @@ def load_checkpoint(
                 moment: file.get_tensor(f"{moment}/{name}").to(parameter.device) for moment in _MOMENTS
             }
             optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments}
-        names = [key for key in file.keys() if key.startswith("best/")]  # noqa: SIM118  # not a mapping
+        names = [key for key in list(file.keys()) if key.startswith("best/")]
         return {name.removeprefix("best/"): file.get_tensor(name) for name in names}
