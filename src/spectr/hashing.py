@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 from pathlib import Path
 
 
@@ -13,3 +14,14 @@ def file_sha256(path: str | Path) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def known_sha256(path: str | Path) -> str:
+    """The same, remembered while the file's size and time of change stay: for checks that are made again and again."""
+    state = Path(path).stat()
+    return _remembered(Path(path).absolute(), state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=16384)
+def _remembered(path: Path, _size: int, _changed: int) -> str:
+    return file_sha256(path)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from spectr.adapters import Expert
 from spectr.errors import LibraryError
-from spectr.hashing import file_sha256
+from spectr.hashing import known_sha256
 from spectr.library.manifest import SCRATCH_MANIFEST
 
 CALIBRATION_FILE = "calibration.safetensors"
@@ -68,7 +68,7 @@ class Calibration:
     def covers(self, expert: Expert) -> bool:
         """Whether this very expert, by its weights, was calibrated in all of its modules."""
         known = self.rms.get(expert.name, {})
-        return self.sha256.get(expert.name) == file_sha256(expert.weights) and set(expert.shapes) <= set(known)
+        return set(expert.shapes) <= set(known) and self.sha256.get(expert.name) == known_sha256(expert.weights)
 
     def of(self, expert: str, module: str) -> Statistics:
         """The statistics of one expert at one module."""
@@ -124,7 +124,7 @@ class Calibration:
                 if metadata.get("format") != _FORMAT:
                     raise ValueError(f"format {metadata.get('format')!r} is not {_FORMAT!r}")
                 facts = json.loads(metadata["facts"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
+                tensors = {key: file.get_tensor(key) for key in list(file.keys())}
         except Exception as error:  # safetensors raises its own kinds
             raise LibraryError(
                 f"{path} cannot be read ({error})",

@@ -1,0 +1,130 @@
+"""Calibrating: the statistics, how they are kept, and what is refused."""
+
+from __future__ import annotations
+
+import re
+import shutil
+
+import pytest
+import torch
+from calibrating import DOWN, RANKS, TEXTS, Q, ids_of, inputs_of_texts, routed_model
+from safetensors.torch import load_file, save_file
+
+from models import close, dense_deltas, logits, peft_adapter
+from spectr import Calibrated, ExpertLibrary, calibrate, compose
+from spectr.errors import CompositionError, DataError, LibraryError
+from spectr.library import Calibration
+from spectr.models import encode_prompt
+from text_model import make_model, make_tokenizer
+
+# The statistics
+
+
+def test_means_and_root_mean_squares_are_those_of_the_dense_updates(root, library):
+    rows = inputs_of_texts(library, [Q, DOWN])
+    for module in (Q, DOWN):
+        mean = torch.stack(rows[module]).mean(0)
+        for name in RANKS:
+            delta = dense_deltas(root / name)[module]
+            slow = (sum(float((delta @ (x - mean)).norm()) ** 2 for x in rows[module]) / len(rows[module])) ** 0.5
+            found = library.calibration.of(name, module)
+            close(found.mean_I.double(), mean)
+            assert found.rms == pytest.approx(slow, rel=1e-4)
+
+
+def test_self_samples_depend_on_the_seed_alone_and_count_what_the_model_wrote(root):
+    plain = ExpertLibrary.open(root)
+    one, same, other = (calibrate(make_model(), plain, make_tokenizer(), seed=seed, samples=3) for seed in (1, 1, 2))
+    assert torch.equal(one.input_ids, same.input_ids)
+    assert one.rms == same.rms
+    assert not torch.equal(one.input_ids[:, :20], other.input_ids[:, :20])
+    start = len(encode_prompt(make_tokenizer(), ""))
+    assert not one.counted[:, :start].any()
+    assert one.counted[:, start].all()
+    assert one.settings["source"] == "self-samples"
+    assert one.settings["tokens"] == int(one.counted.sum())
+
+
+def test_calibrating_leaves_the_model_and_the_random_state_alone(root):
+    model, ids = make_model(), ids_of("what is it")
+    before, state = logits(model, ids), torch.random.get_rng_state()
+    calibrate(model, ExpertLibrary.open(root), make_tokenizer(), samples=2)
+    assert torch.equal(logits(model, ids), before)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_an_expert_that_is_added_is_measured_alone_on_the_same_texts(root, library, tmp_path):
+    peft_adapter(make_model(), tmp_path / "dogs", seed=9, rank=4)
+    larger = library.with_expert("dogs", tmp_path / "dogs")
+    grown = calibrate(make_model(), larger, make_tokenizer())
+    assert torch.equal(grown.input_ids, library.calibration.input_ids)
+    for name in RANKS:
+        assert grown.rms[name] is library.calibration.rms[name]
+    whole = calibrate(make_model(), larger, make_tokenizer(), texts=TEXTS)
+    assert grown.rms["dogs"] == pytest.approx(whole.rms["dogs"])
+
+
+def test_a_calibration_is_saved_and_loaded_as_it_is(library, tmp_path):
+    known = library.calibration
+    known.save(tmp_path)
+    loaded = Calibration.load(tmp_path)
+    assert {name: dict(values) for name, values in loaded.rms.items()} == {
+        name: pytest.approx(values) for name, values in known.rms.items()
+    }
+    assert all(torch.equal(loaded.means[module], known.means[module]) for module in known.means)
+    assert torch.equal(loaded.input_ids, known.input_ids)
+    assert (loaded.sha256, loaded.settings) == (known.sha256, known.settings)
+    assert [path.name for path in tmp_path.iterdir()] == ["calibration.safetensors"]
+
+
+def test_a_library_without_calibration_has_none(tmp_path):
+    assert Calibration.load(tmp_path) is None
+
+
+@pytest.mark.parametrize("damage", ["cut short", "another version"])
+def test_a_damaged_calibration_says_what_to_do(library, tmp_path, damage):
+    path = library.calibration.save(tmp_path)
+    if damage == "cut short":
+        path.write_bytes(path.read_bytes()[:-7])
+    else:
+        save_file({"x": torch.zeros(1)}, path, metadata={"format": "0"})
+    with pytest.raises(LibraryError, match="delete it and calibrate again"):
+        Calibration.load(tmp_path)
+
+
+def test_an_expert_that_is_not_calibrated_is_named_and_nothing_is_changed(root, library, tmp_path):
+    peft_adapter(make_model(), tmp_path / "dogs", seed=9, rank=4)
+    larger = library.with_expert("dogs", tmp_path / "dogs")
+    model = make_model()
+    with pytest.raises(CompositionError, match=re.escape("not calibrated: dogs")) as caught:
+        compose(model, larger, Calibrated())
+    assert "spectr library calibrate --library" in str(caught.value)
+    assert not model._forward_pre_hooks
+    with pytest.raises(CompositionError, match="not calibrated: ants, bees, cats"):
+        compose(model, ExpertLibrary.open(root), Calibrated())
+
+
+def test_other_weights_under_the_same_name_are_not_calibrated(root, library, tmp_path):
+    peft_adapter(make_model(), tmp_path / "bees", seed=77, rank=2)
+    sources = {name: root / name for name in RANKS} | {"bees": tmp_path / "bees"}
+    changed = ExpertLibrary.from_adapters(sources).with_calibration(library.calibration)
+    with pytest.raises(CompositionError, match="not calibrated: bees"):
+        compose(make_model(), changed, Calibrated())
+
+
+def test_weights_that_change_in_place_are_noticed(root, library, tmp_path):
+    """Hashes are remembered, but not beyond a change of the file."""
+    shutil.copytree(root, tmp_path / "copy")
+    own = ExpertLibrary.open(tmp_path / "copy").with_calibration(library.calibration)
+    assert own.calibration.covers(own["bees"])
+    tensors = load_file(own["bees"].weights)
+    save_file({key: tensor * 1.5 for key, tensor in tensors.items()}, own["bees"].weights)
+    assert not own.calibration.covers(own["bees"])
+
+
+def test_what_cannot_be_calibrated_is_refused(root, library):
+    with pytest.raises(CompositionError, match="call remove"):
+        calibrate(routed_model(library)[0], library, make_tokenizer())
+    with pytest.raises(DataError, match="no texts"):
+        calibrate(make_model(), library, make_tokenizer(), texts=[" "])
