@@ -11,10 +11,10 @@ import torch
 from models import close, dense_deltas, peft_adapter, peft_library
 from spectr import Calibrated, ExpertLibrary, Oracle, Spectr, calibrate, compose, trace
 from spectr.errors import DataError
-from spectr.evaluation import choice_logprobs
+from spectr.evaluation import choice_logprobs, routed_logprobs
 from spectr.evaluation.experiments import EXPERIMENTS, Bench, Result
 from spectr.evaluation.finding import find_experts
-from spectr.evaluation.score import Measurement, routed_logprobs, score_examples
+from spectr.evaluation.score import Measurement, score_examples
 from spectr.evaluation.similarity import cosines, mean_cosines
 from spectr.models import encode_batch
 from spectr.tasks import Example, Task

@@ -9,9 +9,8 @@ from lm_eval.api.registry import get_model
 
 from spectr import ExpertLibrary, calibrate, compose, get_router
 from spectr.errors import CompositionError
-from spectr.evaluation import choice_logprobs
+from spectr.evaluation import choice_logprobs, routed_logprobs
 from spectr.evaluation.harness import SpectrLM
-from spectr.evaluation.score import routed_logprobs
 from spectr.tasks import Example
 from text_model import make_model, make_tokenizer, save_experts, save_model
 

@@ -1,5 +1,5 @@
 """Scoring a model's answers."""
 
-from spectr.evaluation.choices import accuracy, choice_logprobs, predict
+from spectr.evaluation.choices import accuracy, choice_logprobs, predict, routed_logprobs
 
-__all__ = ["accuracy", "choice_logprobs", "predict"]
+__all__ = ["accuracy", "choice_logprobs", "predict", "routed_logprobs"]

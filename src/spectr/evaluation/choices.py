@@ -11,6 +11,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from spectr.errors import DataError
+from spectr.layers.prompt import PromptDecision, decides_by_prompt, pinned
+from spectr.models.generate import encode_batch
 from spectr.models.text import encode_answer, encode_prompt, shared_prefix
 from spectr.tasks import Example
 
@@ -42,7 +45,67 @@ def choice_logprobs(
 
     Returns:
         One float32 tensor of shape (choices,) an example, in nats, in the order given.
+
+    Raises:
+        DataError: The model is routed by prompts; :func:`routed_logprobs` is for that.
     """
+    if decides_by_prompt(model):
+        raise DataError(
+            "this model decides for whole prompts, and their shared beginning is no prompt",
+            do="score it with routed_logprobs(model, tokenizer, examples, routed.prompt)",
+        )
+    return _logprobs(model, tokenizer, examples, length_normalised, batch_size, progress)
+
+
+@torch.inference_mode()
+def routed_logprobs(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    decision: PromptDecision,
+    *,
+    length_normalised: bool = False,
+) -> tuple[list[Tensor], Tensor]:
+    """Log-likelihoods of a model that is routed by prompts, and its weights, (examples, experts).
+
+    All decisions come first; then the prompts that were decided alike are scored together, with one shared prefix.
+    """
+    weights_NE = torch.cat(
+        [
+            decision.decide(**_on(model, encode_batch(tokenizer, [example.prompt for example in examples[i : i + 16]])))
+            for i in range(0, len(examples), 16)
+        ]
+    )
+    groups: dict[tuple[float, ...], list[int]] = {}
+    for number, row in enumerate(weights_NE.tolist()):
+        groups.setdefault(tuple(row), []).append(number)
+    found: dict[int, Tensor] = {}
+    for row, members in groups.items():
+        with pinned(decision, torch.tensor([row])):
+            chosen = [examples[i] for i in members]
+            scores = _logprobs(model, tokenizer, chosen, length_normalised)
+        found.update(zip(members, scores, strict=True))
+    return [found[i] for i in range(len(examples))], weights_NE
+
+
+def predict(logprobs: Sequence[Tensor]) -> list[int]:
+    """The likeliest choice of each example."""
+    return [int(score_C.argmax()) for score_C in logprobs]
+
+
+def accuracy(predictions: Sequence[int], examples: Sequence[Example]) -> float:
+    """Share of examples whose prediction is the label, from 0 to 1."""
+    return sum(p == e.label for p, e in zip(predictions, examples, strict=True)) / len(examples)
+
+
+def _logprobs(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    length_normalised: bool,
+    batch_size: int = 16,
+    progress: Progress = lambda _: None,
+) -> list[Tensor]:
     prompts = [encode_prompt(tokenizer, example.prompt) for example in examples]
     prefix = shared_prefix(prompts) if len(prompts) > 1 else []
     device = next(model.parameters()).device
@@ -62,14 +125,9 @@ def choice_logprobs(
     return [found[i] for i in range(len(examples))]
 
 
-def predict(logprobs: Sequence[Tensor]) -> list[int]:
-    """The likeliest choice of each example."""
-    return [int(score_C.argmax()) for score_C in logprobs]
-
-
-def accuracy(predictions: Sequence[int], examples: Sequence[Example]) -> float:
-    """Share of examples whose prediction is the label, from 0 to 1."""
-    return sum(p == e.label for p, e in zip(predictions, examples, strict=True)) / len(examples)
+def _on(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    device = next(model.parameters()).device
+    return {key: value.to(device) for key, value in batch.items()}
 
 
 def _run(model: nn.Module, input_ids: Tensor, **more: Any) -> Any:

@@ -62,8 +62,12 @@ def find_experts(
         batch: dict[str, Any] = encode_batch(tokenizer, prompts[start : start + _BATCH])
         batch = {key: value.to(next(model.parameters()).device) for key, value in batch.items()}
         evidence_BE = routed.prompt.evidence(**batch) if routed.prompt else None
+        if routed.prompt and evidence_BE is not None:  # read once, not once more by the call below
+            routed.prompt.hold(routed.router.selection(evidence_BE))
         with trace(model) as record:
             model(**batch, use_cache=False, logits_to_keep=1)
+        if routed.prompt:
+            routed.prompt.hold(None)
         real_BT = record.mask & (record.mask.cumsum(1) > skip)
         for row in range(len(real_BT)):
             votes, hits = Counter[str](), torch.zeros(2, dtype=torch.float64)

@@ -11,13 +11,11 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from spectr.evaluation.choices import choice_logprobs, predict
-from spectr.layers.prompt import PromptDecision, pinned
-from spectr.models.generate import encode_batch
+from spectr.evaluation.choices import choice_logprobs, predict, routed_logprobs
+from spectr.layers.prompt import PromptDecision
 from spectr.tasks import Example
 
 Progress = Callable[[int], None]
@@ -82,36 +80,6 @@ def score_examples(
     return [done[i] for i in range(len(examples))]
 
 
-def routed_logprobs(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    decision: PromptDecision,
-    *,
-    length_normalised: bool = False,
-) -> tuple[list[Tensor], Tensor]:
-    """Log-likelihoods of a model that is routed by prompts, and its weights, (examples, experts).
-
-    All decisions come first; then the prompts that were decided alike are scored together, with one shared prefix.
-    """
-    weights_NE = torch.cat(
-        [
-            decision.decide(**_on(model, encode_batch(tokenizer, [example.prompt for example in examples[i : i + 16]])))
-            for i in range(0, len(examples), 16)
-        ]
-    )
-    groups: dict[tuple[float, ...], list[int]] = {}
-    for number, row in enumerate(weights_NE.tolist()):
-        groups.setdefault(tuple(row), []).append(number)
-    found: dict[int, Tensor] = {}
-    for row, members in groups.items():
-        with pinned(decision, torch.tensor([row])):
-            chosen = [examples[i] for i in members]
-            scores = choice_logprobs(model, tokenizer, chosen, length_normalised=length_normalised)
-        found.update(zip(members, scores, strict=True))
-    return [found[i] for i in range(len(examples))], weights_NE
-
-
 def _records(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -134,11 +102,6 @@ def _records(
             "logprobs": [round(value, 5) for value in score_C.tolist()],
             **part,
         }
-
-
-def _on(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    device = next(model.parameters()).device
-    return {key: value.to(device) for key, value in batch.items()}
 
 
 def _key(examples: Sequence[Example], length_normalised: bool, origin: dict[str, Any] | None) -> str:

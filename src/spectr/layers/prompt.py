@@ -112,6 +112,14 @@ class PromptDecision:
                 raise CompositionError(
                     "the cache was filled before the model was composed", do="read the prompt again, without that cache"
                 )
+            given = next(
+                (t for t in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None), None
+            )
+            if isinstance(given, Tensor) and len(given) != len(self.weights_BE):
+                raise CompositionError(
+                    f"the cache goes on with {len(given)} rows, and {len(self.weights_BE)} were decided on",
+                    do="decide on all rows and hold that: prompt.hold(prompt.decide(...))",
+                )
             return
         self.hold(self.decide(*args, **kwargs), pin=False)
 
@@ -124,6 +132,13 @@ def pinned(decision: PromptDecision, weights_BE: Float[Tensor, "B E"]) -> Iterat
         yield
     finally:
         decision.hold(None)
+
+
+def decides_by_prompt(model: nn.Module) -> bool:
+    """Whether a model is composed with a router that decides for whole prompts."""
+    routers = (module.router for module in model.modules() if isinstance(module, RoutedLinear))
+    router = next(routers, None)
+    return isinstance(router, PromptRouter) and router.level == "prompt"
 
 
 def _entry(model: nn.Module) -> nn.Module:

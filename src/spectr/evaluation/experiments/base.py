@@ -15,9 +15,11 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectr.composition import Routed, compose
+from spectr.evaluation.finding import Finding, find_experts
 from spectr.evaluation.score import Measurement, score_examples
-from spectr.hashing import file_sha256
+from spectr.hashing import known_sha256
 from spectr.library import ExpertLibrary
+from spectr.models.text import encode_prompt, shared_prefix
 from spectr.routers import Router, get_router
 from spectr.tasks import Example, Task
 
@@ -112,6 +114,16 @@ class Bench:
         finally:
             routed.remove()
 
+    def find(self, routed: Routed, phase: str) -> dict[str, list[Finding]]:
+        """By task, for each of its prompts, whether the model as it is routed now finds the task's expert."""
+        skip = len(shared_prefix([encode_prompt(self.tokenizer, text) for text in ("a", "1", "\u4e2d")]))
+        found = {}
+        for done, (task, (_, examples)) in enumerate(self.owned.items(), start=1):
+            prompts = [example.prompt for example in examples]
+            found[task] = find_experts(self.model, routed, self.tokenizer, prompts, self.expert_of(task), skip=skip)
+            self.progress(phase, done, len(self.owned), task)
+        return found
+
     def accuracy(self, task: str, method: str, routed: Routed | None = None) -> Measurement:
         """A task's accuracy with the model as it is now; examples that a killed run scored are not scored again."""
         about, examples = self.tasks[task]
@@ -141,7 +153,7 @@ class Bench:
             "model": Path(str(self.model.config.name_or_path)).name,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": self.model.device.type,
-            "experts": {name: file_sha256(self.library[name].weights)[:16] for name in self.library},
+            "experts": {name: known_sha256(self.library[name].weights)[:16] for name in self.library},
             "calibration": dict(calibration.settings) | {"opening": None, "turn": None} if calibration else None,
             "tasks": {
                 name: f"v{task.version}, {len(examples)} examples" for name, (task, examples) in self.tasks.items()

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from spectr.calibration import calibrate
 from spectr.evaluation.experiments.base import Bench, Result, percent, routers_that_fit
-from spectr.evaluation.finding import find_experts
 from spectr.evaluation.score import Measurement
 from spectr.library import ExpertLibrary
 
@@ -23,12 +22,7 @@ _LARGE, _RANK = 100.0, 64
 
 
 def robustness(bench: Bench) -> Result:
-    """Routing beside an expert of a hundred times the size, one padded to rank 64, and a random one.
-
-    Raises:
-        DataError: An expert cannot be read.
-    """
-    tasks = bench.owned
+    """Routing where the first expert is made a hundred times as large, or has rank 64, or a random one is added."""
     rows, data = [], {}
     first = bench.library.names[0]
     for case, change in _CASES.items():
@@ -41,17 +35,11 @@ def robustness(bench: Bench) -> Result:
                 library = library.with_calibration(calibrate(bench.model, library, bench.tokenizer))
             changed = dataclasses.replace(bench, library=library)
             for label, router in routers_that_fit(ROUTERS, changed):
-                right, stolen = [], []
                 with changed.routed(router) as routed:
-                    for done, (task, (_, examples)) in enumerate(tasks.items(), start=1):
-                        prompts = [example.prompt for example in examples]
-                        own = bench.expert_of(task)
-                        for finding in find_experts(bench.model, routed, bench.tokenizer, prompts, own):
-                            right.append(float(finding.place == 1))
-                            if own != name:
-                                stolen.append(float(finding.winner == name))
-                        bench.progress(f"{case}: {label}", done, len(tasks), task)
-                found, taken = Measurement.of(right), Measurement.of(stolen)
+                    findings = changed.find(routed, f"{case.replace('NAME', first)}: {label}")
+                others = {task: some for task, some in findings.items() if bench.expert_of(task) != name}
+                found = Measurement.of([float(f.place == 1) for some in findings.values() for f in some])
+                taken = Measurement.of([float(f.winner == name) for some in others.values() for f in some])
                 rows.append([case.replace("NAME", first), label, percent(found), percent(taken)])
                 data.setdefault(case, {})[label] = {"found": found.value, "stolen": taken.value}
     return Result(

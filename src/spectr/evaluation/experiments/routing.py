@@ -5,13 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from spectr.evaluation.experiments.base import Bench, Result, percent, routers_that_fit
-from spectr.evaluation.finding import find_experts
 from spectr.evaluation.score import Measurement
 from spectr.evaluation.similarity import cosines, mean_cosines
-from spectr.models.text import encode_prompt, shared_prefix
 
 ROUTERS: list[tuple[str, dict[str, Any]]] = [
     ("arrow", {"top_k": 4}),
@@ -22,29 +19,17 @@ ROUTERS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def opening_length(tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many tokens the chat template puts before every prompt."""
-    return len(shared_prefix([encode_prompt(tokenizer, text) for text in ("a", "1", "\u4e2d")]))
-
-
 def routing(bench: Bench) -> Result:
     """Top-1 and top-4 routing accuracy per task and router, and against the similarity of tasks.
 
     Source: SpectR, Tables 1 and 4, Figure 5.
     """
-    skip = opening_length(bench.tokenizer)
     tasks = bench.owned
     columns = ["router", "tokens, first", "tokens, first four", "prompts, by vote", "prompts, first two"]
     rows, per_task, winners = [], {}, {}
     for label, router in routers_that_fit(ROUTERS, bench):
-        findings = {}
         with bench.routed(router) as routed:
-            for done, (task, (_, examples)) in enumerate(tasks.items(), start=1):
-                prompts = [example.prompt for example in examples]
-                findings[task] = find_experts(
-                    bench.model, routed, bench.tokenizer, prompts, bench.expert_of(task), skip=skip
-                )
-                bench.progress(f"routing: {label}", done, len(tasks), task)
+            findings = bench.find(routed, f"routing: {label}")
         flat = [finding for some in findings.values() for finding in some]
         measured = [
             Measurement.of([finding.top_1 for finding in flat]),

@@ -2,48 +2,35 @@
 
 from __future__ import annotations
 
-import torch
-
 from spectr.evaluation.experiments.base import Bench, Result, percent, routers_that_fit
-from spectr.evaluation.experiments.routing import ROUTERS, opening_length
-from spectr.evaluation.finding import find_experts
+from spectr.evaluation.experiments.routing import ROUTERS
 from spectr.evaluation.score import Measurement
 from spectr.routers import Oracle
 
 
 def wording(bench: Bench) -> Result:
-    """Routing of prompts in their own words and in each paraphrase, and accuracy against the right expert's.
+    """Routing of prompts in paraphrases of their tasks, and accuracy against the right expert's.
 
     The examples of a task are dealt out among its paraphrases, so that every row of data is asked once.
     """
     bench = bench.dealt()
-    skip, tasks = opening_length(bench.tokenizer), bench.owned
+    tasks, own = bench.owned, {}
+    for task in tasks:
+        with bench.routed(Oracle(expert=bench.expert_of(task))) as routed:
+            own[task] = bench.accuracy(task, "its own expert, reworded", routed)
     rows, per_task = [], {}
     for label, router in routers_that_fit(ROUTERS, bench):
-        found = {}
         with bench.routed(router) as routed:
-            for done, (task, (_, examples)) in enumerate(tasks.items(), start=1):
-                prompts = [example.prompt for example in examples]
-                found[task] = find_experts(
-                    bench.model, routed, bench.tokenizer, prompts, bench.expert_of(task), skip=skip
-                )
-                bench.progress(f"wording: {label}", done, len(tasks), task)
-            scored = (
-                {task: bench.accuracy(task, f"{label}, reworded", routed) for task in tasks} if routed.prompt else {}
-            )
+            found = bench.find(routed, f"wording: {label}")
+            share = ""
+            if routed.prompt:
+                scored = {task: bench.accuracy(task, f"{label}, reworded", routed) for task in tasks}
+                share = f"{sum(scored[t].value / max(own[t].value, 1e-9) for t in tasks) / len(tasks):.1%}"
         flat = [finding for some in found.values() for finding in some]
         first = Measurement.of([float(finding.place == 1) for finding in flat])
         second = Measurement.of([float(finding.place <= 2) for finding in flat])
         per_task[label] = {task: sum(f.place == 1 for f in some) / len(some) for task, some in found.items()}
-        rows.append([label, percent(first), percent(second), scored])
-    own = {}
-    for task in tasks:
-        with bench.routed(Oracle(expert=bench.expert_of(task))) as routed:
-            own[task] = bench.accuracy(task, "its own expert, reworded", routed)
-    for row in rows:
-        scored = row[3]
-        shares = torch.tensor([scored[task].value / max(own[task].value, 1e-9) for task in scored])
-        row[3] = f"{float(shares.mean()):.1%}" if scored else ""
+        rows.append([label, percent(first), percent(second), share])
     return Result(
         name="wording",
         title="The same tasks in other words",
