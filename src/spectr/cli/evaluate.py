@@ -12,6 +12,7 @@ from rich.table import Table
 
 from spectr.cli.console import bar, out, say
 from spectr.cli.options import (
+    DataRootOption,
     DtypeOption,
     JsonOption,
     LibraryOption,
@@ -38,9 +39,7 @@ def evaluate(
     task: Annotated[
         list[str] | None, typer.Option("--task", help="A shipped task or a task file; the default is all shipped ones.")
     ] = None,
-    data_root: Annotated[
-        Path | None, typer.Option(envvar="SPECTR_DATA", help="Folder that relative paths of data start from.")
-    ] = None,
+    data_root: DataRootOption = None,
     router: Annotated[
         list[str] | None, typer.Option("--router", "-r", help="Compare only these; give it once for each.")
     ] = None,
@@ -72,6 +71,9 @@ def evaluate(
             f"({', '.join(experts.names)})",
             do="name a task file whose 'expert' is in the library",
         )
+    idle = [name for name, (about, _) in tasks.items() if (about.expert or name) not in experts]
+    if idle:
+        say(f"left out, as the library has no expert for them: {', '.join(idle)}")
     _ = experts.calibration
     base, tokenizer = open_model(model, dtype)
 

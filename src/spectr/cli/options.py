@@ -40,6 +40,10 @@ def _known_dtype(dtype: str) -> str:
 
 
 DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.", callback=_known_dtype)]
+DataRootOption = Annotated[
+    Path | None,
+    typer.Option("--data-root", envvar="SPECTR_DATA", help="Folder that relative paths of data start from."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
 
 _PANEL = "Routing"

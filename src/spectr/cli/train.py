@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spectr.cli.console import bar, out, say
-from spectr.cli.options import DtypeOption, ModelOption, open_model
+from spectr.cli.options import DataRootOption, DtypeOption, ModelOption, open_model
 from spectr.errors import DataError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -34,9 +34,7 @@ def train(
         str | None, typer.Option(help="Training rows: a JSONL file, or hub:<dataset>[:<config>]:<split>.")
     ] = None,
     test: Annotated[str | None, typer.Option(help="Test rows, for the accuracy before and after.")] = None,
-    data_root: Annotated[
-        Path | None, typer.Option(envvar="SPECTR_DATA", help="Folder that relative paths of data start from.")
-    ] = None,
+    data_root: DataRootOption = None,
     prompt: Annotated[str | None, typer.Option(help='Template over the fields of a row: "Topic of: {title}"')] = None,
     answer: Annotated[str | None, typer.Option(help="Template of the answer, for free text.")] = None,
     choices: Annotated[
