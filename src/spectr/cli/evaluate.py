@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -91,7 +92,8 @@ def evaluate(
                 only=tuple(router or ()),
                 progress=advance,
             )
-            result = EXPERIMENTS[name](bench)
+            made = EXPERIMENTS[name](bench)
+        result = dataclasses.replace(made, origin={**made.origin, "command": _command(name, limit, router)})
         path = result.save(folder)
         if as_json:
             sys.stdout.write(path.read_text(encoding="utf-8").replace("\n", " ") + "\n")
@@ -127,9 +129,14 @@ def report(
         results,
         page or folder / "report.html",
         title=f"SpectR on {model}: {len(results[-1].origin.get('experts', {}))} experts",
-        command="spectr evaluate all; spectr report",
     )
     out.print(f"report: {where.resolve()}", highlight=False)
+
+
+def _command(experiment: str, limit: int | None, routers: list[str] | None) -> str:
+    """What gives this result again, beside data, model and library."""
+    words = ["spectr", "evaluate", experiment, *(["--limit", str(limit)] if limit else [])]
+    return " ".join([*words, *(f"-r {name}" for name in routers or ())])
 
 
 def _tasks(names: list[str] | None) -> list[Task]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,7 @@ def _quality(data: dict[str, Any]) -> Figure:
         axes.plot([i - 0.42, i + 0.42], [share * 100] * 2, color="black", lw=1.2, ls=":", label=label)
     axes.set_xticks(place, tasks, rotation=30, ha="right")
     _percent(axes, "accuracy, %")
+    _legend_below(drawn, axes)
     return drawn
 
 
@@ -95,6 +97,7 @@ def _routing(data: dict[str, Any]) -> Figure:
     left.set_xticks(place, tasks, rotation=30, ha="right")
     left.set_title("prompts whose expert is found", fontsize=10)
     _percent(left, "prompts, %")
+    _legend_below(drawn, left)
     left.set_ylim(0, 105)
     right.set_xlabel("cosine to the nearest other expert")
     right.set_title("right expert among four, by task similarity", fontsize=10)
@@ -134,6 +137,7 @@ def _wording(data: dict[str, Any]) -> Figure:
     axes.set_xticks(place, tasks, rotation=30, ha="right")
     axes.set_ylim(0, 105)
     _percent(axes, "prompts whose expert is found, %")
+    _legend_below(drawn, axes)
     return drawn
 
 
@@ -149,12 +153,11 @@ def _robustness(data: dict[str, Any]) -> Figure:
             shares = [case[router][key] * 100 for case in cases.values()]
             shift = (number - (len(routers) - 1) / 2) * width
             axes.bar(place + shift, shares, width, label=router, color=palette[router])
-        names = [
-            case.replace("NAME", data["expert"]).replace(" in ", "\nin ").replace(" a h", "\na h") for case in cases
-        ]
-        axes.set_xticks(place, names, fontsize=8)
+        names = [case.replace("NAME", data["expert"]) for case in cases]
+        axes.set_xticks(place, ["\n".join(textwrap.wrap(name, 18)) for name in names], fontsize=8)
         axes.set_ylim(0, 105)
         _percent(axes, label)
+    _legend_below(drawn, drawn.axes[0])
     return drawn
 
 
@@ -174,11 +177,16 @@ def _costs(data: dict[str, Any]) -> Figure:
     return drawn
 
 
+def _legend_below(drawn: Figure, axes: Axes) -> None:
+    """One legend for the whole figure, where it covers nothing."""
+    handles, labels = axes.get_legend_handles_labels()
+    drawn.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+
+
 def _percent(axes: Axes, label: str) -> None:
     axes.set_ylabel(label)
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
-    axes.legend(fontsize=7)
 
 
 _DRAW: dict[str, Callable[[dict[str, Any]], Figure]] = {

@@ -18,28 +18,24 @@ body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;paddin
 h1{margin-bottom:.2rem} h2{margin-top:3rem;border-top:1px solid #dde1e8;padding-top:1.2rem}
 table{border-collapse:collapse;font-size:13px;display:block;overflow-x:auto}
 th,td{padding:.25rem .6rem;border-bottom:1px solid #e6e9ef;text-align:right;white-space:nowrap}
-th:first-child,td:first-child{text-align:left} .source,.notes,footer{color:#5b6472;font-size:13px}
+th:first-child,td:first-child{text-align:left} .source,.notes,summary{color:#5b6472;font-size:13px}
 svg{max-width:100%;height:auto} pre{background:#f4f6f9;padding:.8rem;overflow-x:auto;font-size:12px}
 """
 
 
-def write_report(results: Sequence[Result], path: str | Path, *, title: str, command: str) -> Path:
+def write_report(results: Sequence[Result], path: str | Path, *, title: str) -> Path:
     """Write the page; it loads nothing from anywhere.
 
     Args:
         results: Of the experiments, in the order to show.
         path: The file to write.
         title: Heading.
-        command: What makes it again.
     """
     parts = [
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{_STYLE}</style>",
-        f"<h1>{html.escape(title)}</h1><p class=source>Made by <code>{html.escape(command)}</code></p>",
+        f"<h1>{html.escape(title)}</h1>",
         *(_section(result) for result in results),
     ]
-    if results:
-        origin = json.dumps(results[-1].origin, indent=1)
-        parts.append(f"<h2>Origin</h2><pre>{html.escape(origin)}</pre>")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(parts) + "\n</html>\n", encoding="utf-8")
@@ -53,6 +49,8 @@ def _section(result: Result) -> str:
     )
     notes = "".join(f"<p class=notes>{html.escape(note)}</p>" for note in result.notes)
     return (
-        f"<h2>{html.escape(result.title)}</h2><p class=source>{html.escape(result.source)}</p>"
+        f"<h2>{html.escape(result.title)}</h2><p class=source>{html.escape(result.source)}; "
+        f"<code>{html.escape(result.origin.get('command', ''))}</code></p>"
         f"{as_svg(figure(result))}<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>{notes}"
+        f"<details><summary>Origin</summary><pre>{html.escape(json.dumps(result.origin, indent=1))}</pre></details>"
     )
