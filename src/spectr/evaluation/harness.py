@@ -67,6 +67,8 @@ class SpectrLM(HFLM):
         if router != "base":
             chosen = get_router(router, **{key: value for key, value in given.items() if value is not None})
             chosen.resident(experts.names)  # before a model is loaded
+        if device and device.startswith("cuda") and not torch.cuda.is_available():
+            device = None  # the harness' default wherever it runs
         model, tokenizer = load_model(base, dtype=dtype, device=device)  # pyright: ignore[reportArgumentType]
         super().__init__(pretrained=model, tokenizer=tokenizer, **more)
         self.routed = None if chosen is None else compose(model, experts, chosen)
