@@ -227,3 +227,16 @@ def test_a_mistake_gets_one_clear_message_and_exit_code_2(spectr, world, tmp_pat
     assert message in notes
     assert "Traceback" not in notes
     assert not (tmp_path / "out").exists()
+
+
+def test_where_nobody_watches_progress_is_lines(capsys, monkeypatch):
+    """In a log file: one at a phase's end, and one now and then in between."""
+    from spectr.cli import console
+
+    clock = iter([0.0, 1.0, 16.0, 17.0, 18.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    with console.bar() as advance:
+        for done in (1, 2, 3, 4):
+            advance("reading", done, 4, "")
+        advance("writing", 1, 2, "slow")
+    assert [line.strip("· ") for line in capsys.readouterr().err.splitlines()] == ["reading: 3 of 4", "reading: 4 of 4"]

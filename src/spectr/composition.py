@@ -156,7 +156,7 @@ class Routed:
         if self.prompt is not None:
             self.prompt.close()
             self.prompt = None
-        if names and isinstance(self.router, PromptRouter) and self.router.level == "prompt":
+        if names and isinstance(self.router, PromptRouter) and self.router.level != "token":
             known = self.library.calibration
             opening = Opening(known.opening, known.turn) if known else None
             self.prompt = PromptDecision(self.model, self.layers, self.router, names, opening)

@@ -68,7 +68,7 @@ def test_an_experts_size_buys_it_nothing(root, library, tmp_path):
 # The decision
 
 
-def slow_evidence(root, library, prompt, tokens=None, temperature=0.3):
+def slow_evidence(root, library, prompt, tokens=None, temperature=0.2):
     """Mean soft vote of each expert, over all modules and the tokens after the opening."""
     modules = list(dense_deltas(root / "ants"))
     texts = inputs_of_texts(library, modules)
@@ -230,7 +230,7 @@ def test_an_expert_of_few_layers_is_judged_by_these(root, tmp_path):
         strict=True,
     ):
         scores_TE = layer.route(x.float()).scores_TE[begin:]
-        votes.append(torch.tensor([reference.soft_vote(row.tolist(), 0.3) for row in scores_TE]).mean(0))
+        votes.append(torch.tensor([reference.soft_vote(row.tolist(), 0.2) for row in scores_TE]).mean(0))
     few = torch.stack(votes).mean(0)[1]
     modules = len(routed.layers)
     ants = (torch.stack(votes).sum(0)[0] + (modules - 2)) / modules  # alone, a vote is 1
@@ -271,7 +271,10 @@ def test_removing_takes_the_hook_away_too(library):
     assert routed.prompt is None
 
 
-@pytest.mark.parametrize("wrong", [{"level": "word"}, {"pool_temperature": 0}, {"probe_tokens": 0}, {"combine": "sum"}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"level": "word"}, {"pool_temperature": 0}, {"prior_strength": -1}, {"probe_tokens": 0}, {"combine": "sum"}],
+)
 def test_options_out_of_range_are_named(wrong):
     [name] = wrong
     with types_unchecked(), pytest.raises(CompositionError, match=f"{name}="):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -11,6 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 out = Console(soft_wrap=True)
 errors = Console(stderr=True)
 
+Advance = Callable[[str, int, int, str], None]
+_QUIET_SECONDS = 15.0  # between two lines of one phase, where nobody watches
+
 
 def say(message: str) -> None:
     """One line about what happens now, on standard error."""
@@ -18,8 +22,14 @@ def say(message: str) -> None:
 
 
 @contextmanager
-def bar() -> Iterator[Callable[[str, int, int, str], None]]:
-    """A progress bar on standard error; yields ``advance(phase, done, total, remark)``."""
+def bar() -> Iterator[Advance]:
+    """Progress on standard error; yields ``advance(phase, done, total, remark)``.
+
+    Bars in a terminal; elsewhere (a log file, CI) a line at the end of each phase and every 15 seconds in between.
+    """
+    if not errors.is_terminal:
+        yield _lines()
+        return
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), TextColumn("{task.fields[remark]}"), console=errors) as progress:
         tasks = {}
@@ -30,3 +40,16 @@ def bar() -> Iterator[Callable[[str, int, int, str], None]]:
             progress.update(tasks[phase], completed=done, total=total, remark=remark)
 
         yield advance
+
+
+def _lines() -> Advance:
+    told: dict[str, float] = {}
+
+    def advance(phase: str, done: int, total: int, remark: str = "") -> None:
+        now = time.monotonic()
+        began = told.setdefault(phase, now)
+        if done == total or now - began >= _QUIET_SECONDS:
+            say(f"{phase}: {done} of {total}{f' ({remark})' if remark else ''}")
+            told[phase] = now
+
+    return advance

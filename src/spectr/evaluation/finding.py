@@ -63,7 +63,7 @@ def find_experts(
         batch = {key: value.to(next(model.parameters()).device) for key, value in batch.items()}
         evidence_BE = routed.prompt.evidence(**batch) if routed.prompt else None
         if routed.prompt and evidence_BE is not None:  # read once, not once more by the call below
-            routed.prompt.hold(routed.router.selection(evidence_BE))
+            routed.prompt.hold(routed.prompt.router.verdict(evidence_BE))
         with trace(model) as record:
             model(**batch, use_cache=False, logits_to_keep=1)
         if routed.prompt:

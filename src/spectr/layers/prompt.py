@@ -71,13 +71,15 @@ class PromptDecision:
         self._handle = self.entry.register_forward_pre_hook(self._on_call, with_kwargs=True)
 
     def decide(self, *args: Any, **kwargs: Any) -> Float[Tensor, "B E"]:
-        """Read a prompt with the base model alone and return the experts' weights, without holding them.
+        """Read a prompt with the base model alone and return what is to be held of it, without holding it.
+
+        The experts' weights; or, of a router that decides for each token with the prompt as prior, the prior.
 
         Args:
             args: As the model (or its encoder) is called.
             kwargs: Likewise.
         """
-        return self.router.selection(self.evidence(*args, **kwargs))
+        return self.router.verdict(self.evidence(*args, **kwargs))
 
     @torch.no_grad()
     def evidence(self, *args: Any, **kwargs: Any) -> Float[Tensor, "B E"]:
@@ -94,10 +96,11 @@ class PromptDecision:
         return _pooled(gathered, self.layers, self.experts)
 
     def hold(self, weights_BE: Float[Tensor, "B E"] | None, *, pin: bool = True) -> None:
-        """Have all layers hold these weights; pinned, until ``hold(None)`` and whatever is read meanwhile."""
+        """Have all layers hold these weights, or this prior; pinned, until ``hold(None)``."""
         for layer in self.layers.values():
+            take = layer.hold if self.router.level == "prompt" else layer.inform
             chosen = [self.experts.index(name) for name in layer.experts]
-            layer.hold(None if weights_BE is None else weights_BE[:, chosen])
+            take(None if weights_BE is None else weights_BE[:, chosen])
         self.weights_BE, self._pinned = weights_BE, pin and weights_BE is not None
 
     def close(self) -> None:
@@ -135,10 +138,10 @@ def pinned(decision: PromptDecision, weights_BE: Float[Tensor, "B E"]) -> Iterat
 
 
 def decides_by_prompt(model: nn.Module) -> bool:
-    """Whether a model is composed with a router that decides for whole prompts."""
+    """Whether a model is composed with a router that reads a prompt before it answers."""
     routers = (module.router for module in model.modules() if isinstance(module, RoutedLinear))
     router = next(routers, None)
-    return isinstance(router, PromptRouter) and router.level == "prompt"
+    return isinstance(router, PromptRouter) and router.level != "token"
 
 
 def _entry(model: nn.Module) -> nn.Module:

@@ -51,6 +51,7 @@ class RoutedLinear(nn.Module):
     prototypes_EI: Tensor | None
     centers_P: Tensor | None
     held: Held | None = None
+    prior_B1E: Tensor | None = None
     listen: Callable[[Tensor], None] | None = None
 
     def __init__(self, base: nn.Module, stack: Stack, router: Router):
@@ -90,6 +91,14 @@ class RoutedLinear(nn.Module):
         scores_TE = self.router.scores(x, norms_TE, self.prototypes_EI)
         return Decision(h_TP, scores_TE, self.select(scores_TE))
 
+    def decide(self, x: Float[Tensor, "*T I"]) -> Decision:
+        """As :meth:`route`, the scores times the prompt's prior where there is one."""
+        decision = self.route(x)
+        if self.prior_B1E is None:
+            return decision
+        scores_TE = decision.scores_TE * self.prior_B1E
+        return Decision(decision.h_TP, scores_TE, self.select(scores_TE))
+
     def forward(self, input: Float[Tensor, "*T I"], *args: Any, **kwargs: Any) -> Float[Tensor, "*T O"]:
         """The base layer's output plus the chosen experts' update."""
         out = self.base(input, *args, **kwargs)
@@ -102,7 +111,7 @@ class RoutedLinear(nn.Module):
             weights_TE = held.weights_B1E.expand(*h_TP.shape[:-1], -1)
             delta = self.combine(h_TP, weights_TE, held.B_OP, held.owner_P)
         else:
-            decision = self.route(input)
+            decision = self.decide(input)
             delta = self.combine(decision.h_TP, decision.weights_TE, self.B_OP, self.owner_P)
         return out + delta.to(out.device, out.dtype)
 
@@ -126,9 +135,13 @@ class RoutedLinear(nn.Module):
             all_weights_B1E=weights_BE[:, None].to(self.A_PI.device),
         )
 
+    def inform(self, prior_BE: Float[Tensor, "B E"] | None) -> None:
+        """Multiply the scores of every token of row ``b`` by these from now on; ``None`` ends that."""
+        self.prior_B1E = None if prior_BE is None else prior_BE[:, None].to(self.A_PI.device)
+
     def explain(self, x: Float[Tensor, "*T I"]) -> Decision:
         """What is in force for these tokens: the router's decision, with the weights that are held, if any are."""
-        decision = self.route(x)
+        decision = self.decide(x)
         if self.held is None:
             return decision
         return decision._replace(weights_TE=self.held.all_weights_B1E.expand_as(decision.scores_TE))

@@ -64,7 +64,7 @@ class Router(Protocol):
 
 @runtime_checkable
 class PromptRouter(Router, Protocol):
-    """A router that decides once for a whole prompt; what tokens and modules say is pooled and then held.
+    """A router that reads a whole prompt first; what its tokens and modules say is pooled and then held.
 
     Before a prompt is read, the base model reads it once alone (the probe). Every module's scores become evidence,
     whose mean over tokens and modules decides.
@@ -72,7 +72,8 @@ class PromptRouter(Router, Protocol):
 
     @property
     def level(self) -> str:
-        """``"prompt"``; with ``"token"`` the router is used like any other."""
+        """``"prompt"``: the verdict is the experts' weights, for all tokens. ``"prior"``: it multiplies each token's
+        scores. ``"token"``: no prompt is read, the router is used like any other."""
         ...
 
     @property
@@ -82,6 +83,10 @@ class PromptRouter(Router, Protocol):
 
     def evidence(self, scores_TE: Float[Tensor, "*T E"]) -> Float[Tensor, "*T E"]:
         """What one module's scores of one token say for each of its experts, float32; 1 says nothing."""
+        ...
+
+    def verdict(self, evidence_BE: Float[Tensor, "B E"]) -> Float[Tensor, "B E"]:
+        """From the mean evidence of each prompt to its experts' weights, or to the prior."""
         ...
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -25,11 +26,13 @@ class Calibrated:
 
     Attributes:
         level: ``"prompt"`` decides once for each prompt and holds the decision while the answer is written;
-            ``"token"`` decides for each token and module, as the paper does.
+            ``"token"`` decides for each token and module, as the paper does; ``"prior"`` does that too, with each
+            score multiplied by the prompt's evidence to the power ``prior_strength``.
         top_k: Experts for each prompt, or for each token and module.
         weights: ``"uniform"`` (``1 / k``) or ``"softmax"`` of the chosen evidence (prompt) or scores (token).
         temperature: Of that softmax.
         pool_temperature: Of the soft votes.
+        prior_strength: 0 is ``level="token"``; the larger, the more the prompt decides.
         probe_tokens: Tokens of a prompt that are read for the decision at most.
         combine: ``"outputs"`` or ``"factors"``.
 
@@ -38,18 +41,21 @@ class Calibrated:
 
     calibrated: ClassVar[bool] = True
 
-    level: Literal["prompt", "token"] = "prompt"
+    level: Literal["prompt", "token", "prior"] = "prompt"
     top_k: int = 1
     weights: Weighting = "uniform"
     temperature: float = 1.0
-    pool_temperature: float = 0.3
+    pool_temperature: float = 0.2
+    prior_strength: float = 8.0
     probe_tokens: int = 256
     combine: str = "outputs"
 
     def __post_init__(self) -> None:
-        check_combination(self.combine, level=(self.level, ("prompt", "token")))
+        check_combination(self.combine, level=(self.level, ("prompt", "token", "prior")))
         if not self.pool_temperature > 0:
             raise CompositionError(f"pool_temperature={self.pool_temperature}", expected="a number above zero")
+        if not 0 <= self.prior_strength < math.inf:
+            raise CompositionError(f"prior_strength={self.prior_strength}", expected="a finite number of at least zero")
         if self.probe_tokens < 1:
             raise CompositionError(f"probe_tokens={self.probe_tokens}", expected="at least 1")
         _ = self.selection
@@ -83,3 +89,7 @@ class Calibrated:
         """See :class:`PromptRouter`: the soft vote, times the number of experts."""
         logits_TE = scores_TE.clamp(min=1e-12).log() / self.pool_temperature
         return logits_TE.softmax(-1) * scores_TE.shape[-1]
+
+    def verdict(self, evidence_BE: Float[Tensor, "B E"]) -> Float[Tensor, "B E"]:
+        """See :class:`PromptRouter`."""
+        return self.selection(evidence_BE) if self.level == "prompt" else evidence_BE**self.prior_strength

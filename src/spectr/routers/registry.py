@@ -29,6 +29,7 @@ _BUILT_IN: dict[str, Callable[..., Router]] = {
     "spectr-projection": partial(Spectr, score="projection"),
     "spectr-code": partial(Spectr, score="projection", combine="factors"),
     "calibrated": Calibrated,
+    "calibrated-prior": partial(Calibrated, level="prior"),
     "calibrated-token": partial(Calibrated, level="token", top_k=4),
     "arrow": Arrow,
     "mu": Uniform,
