@@ -58,13 +58,24 @@ class MissingExtraError(SpectrError, ImportError):
         )
 
 
-def raise_together(title: str, problems: Iterable[SpectrError], kind: type[SpectrError] = SpectrError) -> None:
-    """Raise one error that carries every problem, the problem itself when there is one, nothing when there is none."""
+def raise_together(
+    title: str, problems: Iterable[SpectrError], kind: type[SpectrError] = SpectrError, *, most: int | None = None
+) -> None:
+    """Raise one error that carries every problem, the problem itself when there is one, nothing when there is none.
+
+    Args:
+        title: What they are problems of.
+        problems: What is wrong.
+        kind: Of the error that carries several.
+        most: Problems that are told in full; of the others only the number is. By default all are told.
+    """
     found = list(problems)
     if len(found) == 1:
         raise found[0]
     if found:
-        raise kind(f"{title}: {len(found)} problems\n" + "\n".join(f"- {problem}" for problem in found))
+        told = [str(problem) for problem in found[:most]]
+        told += [f"and {len(found) - len(told)} more"] if len(found) > len(told) else []
+        raise kind(f"{title}: {len(found)} problems\n" + "\n".join(f"- {line}" for line in told))
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -16,16 +16,18 @@ from spectr.cli.options import (
     DataRootOption,
     DtypeOption,
     JsonOption,
+    LettersOption,
     LibraryOption,
     ModelOption,
     open_library,
     open_model,
 )
-from spectr.errors import DataError, did_you_mean
+from spectr.errors import DataError, LibraryError, did_you_mean, raise_together
 from spectr.routers import router_names
 
 if TYPE_CHECKING:
     from spectr.evaluation.experiments import Result
+    from spectr.library import ExpertLibrary
     from spectr.tasks import Example, Task
 
 ORDER = ("quality", "similarity", "routing", "wording", "robustness", "multitask", "costs")
@@ -41,6 +43,7 @@ def evaluate(
         list[str] | None, typer.Option("--task", help="A shipped task or a task file; the default is all shipped ones.")
     ] = None,
     data_root: DataRootOption = None,
+    letters: LettersOption = False,
     router: Annotated[
         list[str] | None, typer.Option("--router", "-r", help="Compare only these; give it once for each.")
     ] = None,
@@ -60,7 +63,9 @@ def evaluate(
     if unknown:
         raise DataError(f"unknown router '{unknown[0]}'", do=did_you_mean(unknown[0], router_names()))
     experts = open_library(library)
-    chosen = _tasks(task) if experiment not in ("similarity", "costs") else []
+    chosen = _tasks(task, letters) if experiment not in ("similarity", "costs") else []
+    if task:
+        _check_experts(chosen, experts)
     tasks = {about.name: (about, _examples(about, data_root, limit)) for about in chosen}
     reworded = {
         about.name: [_examples(about.reworded(i), data_root, limit) for i in range(len(about.paraphrases))]
@@ -75,12 +80,13 @@ def evaluate(
     idle = [name for name, (about, _) in tasks.items() if (about.expert or name) not in experts]
     if idle:
         say(f"left out, as the library has no expert for them: {', '.join(idle)}")
+    names = _names(experiment, any(reworded.values()), letters)
     _ = experts.calibration
     base, tokenizer = open_model(model, dtype)
 
     from spectr.evaluation.experiments import EXPERIMENTS, Bench
 
-    for name in ORDER if experiment == "all" else (experiment,):
+    for name in names:
         with bar() as advance:
             bench = Bench(
                 model=base,
@@ -92,8 +98,10 @@ def evaluate(
                 only=tuple(router or ()),
                 progress=advance,
             )
+            bench.check()
             made = EXPERIMENTS[name](bench)
-        result = dataclasses.replace(made, origin={**made.origin, "command": _command(name, limit, router)})
+        command = _command(name, limit, router, letters, data_root)
+        result = dataclasses.replace(made, origin={**made.origin, "command": command})
         path = result.save(folder)
         if as_json:
             sys.stdout.write(path.read_text(encoding="utf-8").replace("\n", " ") + "\n")
@@ -133,28 +141,62 @@ def report(
     out.print(f"report: {where.resolve()}", highlight=False)
 
 
-def _command(experiment: str, limit: int | None, routers: list[str] | None) -> str:
+def _command(
+    experiment: str, limit: int | None, routers: list[str] | None, letters: bool, data_root: str | None
+) -> str:
     """What gives this result again, beside data, model and library."""
     words = ["spectr", "evaluate", experiment, *(["--limit", str(limit)] if limit else [])]
+    words += [*(["--letters"] if letters else []), *(["--data-root", "hub"] if data_root == "hub" else [])]
     return " ".join([*words, *(f"-r {name}" for name in routers or ())])
 
 
-def _tasks(names: list[str] | None) -> list[Task]:
+def _tasks(names: list[str] | None, letters: bool) -> list[Task]:
     from spectr.tasks import Task, shipped_tasks
 
-    if not names:
-        return list(shipped_tasks().values())
-    return [Task.load(name) if name.endswith((".yaml", ".yml")) else Task.shipped(name) for name in names]
+    found = list(shipped_tasks().values())
+    if names:
+        found = [Task.load(name) if name.endswith((".yaml", ".yml")) else Task.shipped(name) for name in names]
+    return [task.lettered() for task in found] if letters else found
 
 
-def _examples(task: Task, root: Path | None, limit: int | None) -> list[Example]:
-    from spectr.tasks import read_examples
+def _check_experts(tasks: list[Task], experts: ExpertLibrary) -> None:
+    """Raise :class:`LibraryError` unless the library has the expert of each task that was named."""
+    absent = [
+        LibraryError(
+            f"task '{task.name}' belongs to the expert '{task.expert or task.name}', which {experts.origin} does not "
+            "have",
+            expected=f"one of {', '.join(experts.names)}",
+            do=f"add it with spectr library add {task.expert or task.name} ADAPTER, or name another 'expert' in the "
+            "task's file",
+        )
+        for task in tasks
+        if (task.expert or task.name) not in experts
+    ]
+    raise_together("tasks without an expert", absent, LibraryError)
 
-    if task.test is None:
+
+def _names(experiment: str, reworded: bool, letters: bool) -> list[str]:
+    """The experiments to run; "wording" needs tasks that have paraphrases."""
+    names: list[str] = [*ORDER] if experiment == "all" else [experiment]
+    if "wording" not in names or reworded:
+        return names
+    why = "lettered options have no paraphrases" if letters else "none of these tasks has paraphrases"
+    if experiment == "wording":
+        raise DataError(
+            f"wording asks in other words, and {why}",
+            do="leave out --letters" if letters else "add 'paraphrases' to a task's file",
+        )
+    say(f"wording is left out, as {why}")
+    return [name for name in names if name != "wording"]
+
+
+def _examples(task: Task, root: str | None, limit: int | None) -> list[Example]:
+    from spectr.tasks import data_source, read_examples
+
+    source = data_source(task, "test", root)
+    if source is None:
         raise DataError(f"task '{task.name}' names no test data", do="add 'test' to its file")
-    if task.choices is None:
-        raise DataError(f"task '{task.name}' has no choices", expected="a task whose answers can be compared")
-    return read_examples(task, task.test, root=root, limit=limit)
+    return read_examples(task, source, root=root, limit=limit)
 
 
 def _show(result: Result) -> None:

@@ -41,8 +41,16 @@ def _known_dtype(dtype: str) -> str:
 
 DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.", callback=_known_dtype)]
 DataRootOption = Annotated[
-    Path | None,
-    typer.Option("--data-root", envvar="SPECTR_DATA", help="Folder that relative paths of data start from."),
+    str | None,
+    typer.Option(
+        "--data-root",
+        envvar="SPECTR_DATA",
+        help='Folder that relative paths of data start from; or "hub": take each task\'s data from the Hub.',
+    ),
+]
+LettersOption = Annotated[
+    bool,
+    typer.Option("--letters", help="List the options as letters: the answer is a letter, not the label's word."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
 

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from spectr.cli.console import bar, out, say
-from spectr.cli.options import DataRootOption, DtypeOption, ModelOption, open_model
+from spectr.cli.options import DataRootOption, DtypeOption, LettersOption, ModelOption, open_model
 from spectr.errors import DataError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -28,13 +28,14 @@ def train(
     out_folder: Annotated[Path, typer.Option("--out", "-o", help="Folder for the expert; a killed run goes on there.")],
     task: Annotated[
         str | None,
-        typer.Option(help="A shipped task's name, or a task file; its data are looked for below --data-root."),
+        typer.Option(help="A shipped task's name, or a task file; --data-root says where its data are."),
     ] = None,
     data: Annotated[
         str | None, typer.Option(help="Training rows: a JSONL file, or hub:<dataset>[:<config>]:<split>.")
     ] = None,
     test: Annotated[str | None, typer.Option(help="Test rows, for the accuracy before and after.")] = None,
     data_root: DataRootOption = None,
+    letters: LettersOption = False,
     prompt: Annotated[str | None, typer.Option(help='Template over the fields of a row: "Topic of: {title}"')] = None,
     answer: Annotated[str | None, typer.Option(help="Template of the answer, for free text.")] = None,
     choices: Annotated[
@@ -76,7 +77,8 @@ def train(
     from spectr.tasks import read_examples
 
     chosen = _task(task, prompt, answer, choices, name or out_folder.name)
-    train_source, test_source = data or chosen.train, test or chosen.test
+    chosen = chosen.lettered() if letters else chosen
+    train_source, test_source = data or _source(chosen, "train", data_root), test or _source(chosen, "test", data_root)
     if train_source is None:
         raise DataError("no training data was named", do="give --data, or a task that names its own")
     limit = None if examples is None else validation + examples
@@ -168,10 +170,16 @@ def _task(task: str | None, prompt: str | None, answer: str | None, choices: str
     return Task.of(name=name, version=1, prompt=prompt, answer=answer, choices=listed)
 
 
-def _origin(task: Task, train: str, test: str | None, root: Path | None) -> dict[str, Any]:
+def _source(task: Task, part: Literal["train", "test"], root: str | None) -> str | None:
+    from spectr.tasks import data_source
+
+    return data_source(task, part, root) if task.hub or getattr(task, part) else None
+
+
+def _origin(task: Task, train: str, test: str | None, root: str | None) -> dict[str, Any]:
     from spectr.hashing import file_sha256
 
-    origin: dict[str, Any] = {"task": f"{task.name} v{task.version}"}
+    origin: dict[str, Any] = {"task": task.title}
     for what, source in (("train", train), ("test", test)):
         if source:
             origin[what] = source

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from spectr.errors import DataError
+from spectr.evaluation.encode import Encoding, encode_examples
 from spectr.layers.prompt import PromptDecision, decides_by_prompt, pinned
-from spectr.models.generate import encode_batch
-from spectr.models.text import encode_answer, encode_prompt, shared_prefix
+from spectr.models.generate import pad_batch
+from spectr.models.text import context_length, shared_prefix
 from spectr.tasks import Example
 
 Progress = Callable[[int], None]
@@ -33,7 +34,8 @@ def choice_logprobs(
     """Log-likelihood of every choice of every example.
 
     ``sum_i log p(choice_i | prompt, choice_<i)`` over the choice's tokens and the end-of-sequence token; divided by
-    their number on request. Prompts are run longest first, the tokens that all of them begin with once.
+    their number on request. Prompts are run longest first, the tokens that all of them begin with once. A prompt that
+    leaves no room for the longest choice in the model's context loses its beginning.
 
     Args:
         model: A causal language model of transformers, in evaluation mode.
@@ -47,14 +49,16 @@ def choice_logprobs(
         One float32 tensor of shape (choices,) an example, in nats, in the order given.
 
     Raises:
-        DataError: The model is routed by prompts; :func:`routed_logprobs` is for that.
+        DataError: The model is routed by prompts (:func:`routed_logprobs` is for that), or a choice has no tokens or
+            more than the context.
     """
     if decides_by_prompt(model):
         raise DataError(
             "this model decides for whole prompts, and their shared beginning is no prompt",
             do="score it with routed_logprobs(model, tokenizer, examples, routed.prompt)",
         )
-    return _logprobs(model, tokenizer, examples, length_normalised, batch_size, progress)
+    encoded = encode_examples(tokenizer, examples, context_length(model))
+    return _logprobs(model, tokenizer, encoded, length_normalised, batch_size, progress)
 
 
 @torch.inference_mode()
@@ -70,10 +74,11 @@ def routed_logprobs(
 
     All decisions come first; then the prompts that were decided alike are scored together, with one shared prefix.
     """
+    encoded = encode_examples(tokenizer, examples, context_length(model))
     weights_NE = torch.cat(
         [
-            decision.decide(**_on(model, encode_batch(tokenizer, [example.prompt for example in examples[i : i + 16]])))
-            for i in range(0, len(examples), 16)
+            decision.decide(**_on(model, pad_batch(tokenizer, [one.prompt for one in encoded[i : i + 16]])))
+            for i in range(0, len(encoded), 16)
         ]
     )
     groups: dict[tuple[float, ...], list[int]] = {}
@@ -82,8 +87,7 @@ def routed_logprobs(
     found: dict[int, Tensor] = {}
     for row, members in groups.items():
         with pinned(decision, torch.tensor([row])):
-            chosen = [examples[i] for i in members]
-            scores = _logprobs(model, tokenizer, chosen, length_normalised)
+            scores = _logprobs(model, tokenizer, [encoded[i] for i in members], length_normalised)
         found.update(zip(members, scores, strict=True))
     return [found[i] for i in range(len(examples))], weights_NE
 
@@ -101,28 +105,28 @@ def accuracy(predictions: Sequence[int], examples: Sequence[Example]) -> float:
 def _logprobs(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
+    encoded: Sequence[Encoding],
     length_normalised: bool,
     batch_size: int = 16,
     progress: Progress = lambda _: None,
 ) -> list[Tensor]:
-    prompts = [encode_prompt(tokenizer, example.prompt) for example in examples]
+    prompts = [one.prompt for one in encoded]
     prefix = shared_prefix(prompts) if len(prompts) > 1 else []
     device = next(model.parameters()).device
     cache = _run(model, torch.tensor([prefix], device=device)).past_key_values if prefix else None
     pad: int = tokenizer.pad_token_id  # pyright: ignore[reportAssignmentType]
-    order = sorted(range(len(examples)), key=lambda i: -len(prompts[i]))
+    order = sorted(range(len(encoded)), key=lambda i: -len(prompts[i]))
     found: dict[int, Tensor] = {}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         own = [prompts[i][len(prefix) :] for i in chosen]
-        choices = [[encode_answer(tokenizer, choice) for choice in examples[i].choices] for i in chosen]
+        choices = [encoded[i].choices for i in chosen]
         scores = _batch_logprobs(model, own, choices, len(prefix), copy.deepcopy(cache), pad)
         for i, score_C, ids in zip(chosen, scores, choices, strict=True):
             lengths_C = torch.tensor([len(choice) for choice in ids])
             found[i] = score_C / lengths_C if length_normalised else score_C
         progress(len(chosen))
-    return [found[i] for i in range(len(examples))]
+    return [found[i] for i in range(len(encoded))]
 
 
 def _on(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:

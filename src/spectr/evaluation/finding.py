@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from spectr.composition import Routed
 from spectr.layers import trace
 from spectr.models.generate import encode_batch
+from spectr.models.text import context_length
 
 _BATCH = 16
 
@@ -57,9 +58,9 @@ def find_experts(
 
     Source: SpectR, section 4.3 (Tables 1 and 4).
     """
-    found = []
+    found, limit = [], context_length(model)
     for start in range(0, len(prompts), _BATCH):
-        batch: dict[str, Any] = encode_batch(tokenizer, prompts[start : start + _BATCH])
+        batch: dict[str, Any] = encode_batch(tokenizer, prompts[start : start + _BATCH], limit=limit)
         batch = {key: value.to(next(model.parameters()).device) for key, value in batch.items()}
         evidence_BE = routed.prompt.evidence(**batch) if routed.prompt else None
         if routed.prompt and evidence_BE is not None:  # read once, not once more by the call below

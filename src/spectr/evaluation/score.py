@@ -14,9 +14,15 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from spectr.errors import DataError
+from spectr.evaluation.answers import answer_records, decided
 from spectr.evaluation.choices import choice_logprobs, predict, routed_logprobs
+from spectr.evaluation.encode import encode_examples
+from spectr.evaluation.metrics import text_metric
 from spectr.layers.prompt import PromptDecision
+from spectr.models.text import context_length
 from spectr.tasks import Example
+from spectr.tasks.check import CHOICE_METRICS
 
 Progress = Callable[[int], None]
 _CHUNK = 32  # examples that are kept at once
@@ -44,43 +50,72 @@ def score_examples(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     *,
+    metric: str = "accuracy",
     length_normalised: bool = False,
+    max_new_tokens: int = 64,
     decision: PromptDecision | None = None,
     keep: Path | None = None,
     origin: dict[str, Any] | None = None,
+    name: str | None = None,
     progress: Progress = lambda _: None,
 ) -> list[dict[str, Any]]:
-    """Each example's log-likelihoods, prediction and whether it is right, in the order given.
+    """A record of each example, in the order given; :func:`score_of` is its score.
+
+    Of choices a record holds log-likelihoods, prediction and whether it is right; of free text the answer, which is
+    generated greedily, and its score. Where a prompt lost its beginning, as there was no room for it in the model's
+    context, ``lost`` is the number of tokens.
 
     Args:
         model: Plain or composed.
         tokenizer: Its tokenizer.
-        examples: With choices.
+        examples: With choices, or of free text.
+        metric: accuracy for choices; for free text one of :func:`text_metric`.
         length_normalised: Mean instead of sum over a choice's tokens.
+        max_new_tokens: Length at most of a free-text answer.
         decision: Of a model that is routed by prompts (``routed.prompt``); its experts are recorded as well.
         keep: JSONL file to write records to as they are made, and to read those of a killed run from.
         origin: What else decides the results (model, router, experts, data); with it a file is told from one of
             another run, which is then begun anew.
+        name: Of the task, for errors.
         progress: Is told how many examples were finished since the last call.
+
+    Raises:
+        DataError: Examples cannot be scored by this metric, or not with this model (see :func:`encode_examples`);
+            nothing was scored then.
     """
-    key = _key(examples, length_normalised, origin)
+    choose = metric in CHOICE_METRICS
+    if choose != all(example.choices for example in examples):
+        raise DataError(
+            f"metric '{metric}' and {'examples without' if choose else 'examples with'} choices",
+            expected="accuracy for choices, another metric for free text",
+        )
+    room = 0 if choose else max_new_tokens
+    lost = [e.lost for e in encode_examples(tokenizer, examples, context_length(model), max_new_tokens=room, name=name)]
+    measure = None if choose else text_metric(metric)
+    key = _key(examples, length_normalised, origin, [] if choose else [metric, max_new_tokens])
     done = _kept(keep, key) if keep else {}
     progress(len(done))
     order = sorted(set(range(len(examples))) - set(done), key=lambda i: (-len(examples[i].prompt), i))
-    with _appending(keep, key, fresh=not done) as write:
+    with _appending(keep, key, origin, fresh=not done) as write:
         for chosen in _chunks(order):
-            for number, record in zip(
-                chosen,
-                _records(model, tokenizer, [examples[i] for i in chosen], length_normalised, decision),
-                strict=True,
-            ):
-                done[number] = record
-                write({"number": number, **record})
+            some = [examples[i] for i in chosen]
+            if measure is None:
+                made = _choice_records(model, tokenizer, some, length_normalised, decision)
+            else:
+                made = answer_records(model, tokenizer, some, measure, max_new_tokens, decision)
+            for number, record in zip(chosen, made, strict=True):
+                done[number] = record | ({"lost": lost[number]} if lost[number] else {})
+                write({"number": number, **done[number]})
             progress(len(chosen))
     return [done[i] for i in range(len(examples))]
 
 
-def _records(
+def score_of(record: dict[str, Any]) -> float:
+    """A record's score, from 0 to 1: of choices whether the prediction is right."""
+    return float(record["score"] if "score" in record else record["right"])
+
+
+def _choice_records(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
@@ -92,8 +127,7 @@ def _records(
         scores = choice_logprobs(model, tokenizer, examples, length_normalised=length_normalised)
     else:
         scores, weights_NE = routed_logprobs(model, tokenizer, examples, decision, length_normalised=length_normalised)
-        for part, row in zip(more, weights_NE.tolist(), strict=True):
-            part["experts"] = {name: round(w, 4) for name, w in zip(decision.experts, row, strict=True) if w}
+        more = [{"experts": decided(decision, row)} for row in weights_NE.tolist()]
     for example, score_C, prediction, part in zip(examples, scores, predict(scores), more, strict=True):
         yield {
             "label": example.label,
@@ -104,8 +138,9 @@ def _records(
         }
 
 
-def _key(examples: Sequence[Example], length_normalised: bool, origin: dict[str, Any] | None) -> str:
+def _key(examples: Sequence[Example], length_normalised: bool, origin: dict[str, Any] | None, text: list[Any]) -> str:
     content = [[[e.prompt, list(e.choices), e.label] for e in examples], length_normalised, origin]
+    content += [text, [e.answer for e in examples]] if text else []
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -127,14 +162,16 @@ def _kept(path: Path, key: str) -> dict[int, dict[str, Any]]:
 
 
 @contextmanager
-def _appending(path: Path | None, key: str, *, fresh: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
+def _appending(
+    path: Path | None, key: str, origin: dict[str, Any] | None, *, fresh: bool
+) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Append records to a file, a line each; it is begun anew where there is nothing to go on with."""
     if path is None:
         yield lambda _: None
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     if fresh:
-        path.write_text(json.dumps({"key": key}) + "\n", encoding="utf-8")
+        path.write_text(json.dumps({"key": key, "origin": origin}) + "\n", encoding="utf-8")
     else:  # a last line that was cut short goes
         text = path.read_text(encoding="utf-8")
         path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")

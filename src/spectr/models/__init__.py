@@ -1,19 +1,21 @@
 """Base models: fetching the default one, loading any other, and going from text to tokens and back."""
 
 from spectr.models.fetch import DEFAULT_MODEL, HUB_ID, fetch_default_model
-from spectr.models.generate import encode_batch, generate_answers
+from spectr.models.generate import encode_batch, generate_answers, pad_batch
 from spectr.models.load import load_model, pick_dtype
-from spectr.models.text import encode_answer, encode_prompt, shared_prefix
+from spectr.models.text import context_length, encode_answer, encode_prompt, shared_prefix
 
 __all__ = [
     "DEFAULT_MODEL",
     "HUB_ID",
+    "context_length",
     "encode_answer",
     "encode_batch",
     "encode_prompt",
     "fetch_default_model",
     "generate_answers",
     "load_model",
+    "pad_batch",
     "pick_dtype",
     "shared_prefix",
 ]

@@ -12,10 +12,14 @@ from spectr.models.text import encode_prompt
 
 
 def encode_batch(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, chat: bool = True
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, chat: bool = True, limit: int | None = None
 ) -> dict[str, torch.Tensor]:
+    """``input_ids`` and ``attention_mask``, both (batch, tokens), of :func:`encode_prompt`, padded on the left."""
+    return pad_batch(tokenizer, [encode_prompt(tokenizer, prompt, chat=chat, limit=limit) for prompt in prompts])
+
+
+def pad_batch(tokenizer: PreTrainedTokenizerBase, encoded: Sequence[list[int]]) -> dict[str, torch.Tensor]:
     """``input_ids`` and ``attention_mask``, both (batch, tokens), padded on the left."""
-    encoded = [encode_prompt(tokenizer, prompt, chat=chat) for prompt in prompts]
     width = max(map(len, encoded))
     pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return {
@@ -33,6 +37,7 @@ def generate_answers(
     temperature: float = 0.0,
     seed: int = 0,
     chat: bool = True,
+    limit: int | None = None,
     **more: Any,
 ) -> list[str]:
     """One answer for each prompt.
@@ -45,9 +50,11 @@ def generate_answers(
         temperature: 0 takes the likeliest token; above, tokens are sampled.
         seed: Of the sampling.
         chat: Use the chat template, where there is one.
+        limit: Tokens of a prompt at most; see :func:`encode_prompt`.
         more: Goes to ``model.generate``.
     """
-    batch = {key: value.to(model.device) for key, value in encode_batch(tokenizer, prompts, chat=chat).items()}
+    encoded = encode_batch(tokenizer, prompts, chat=chat, limit=limit)
+    batch = {key: value.to(model.device) for key, value in encoded.items()}
     sampling: dict[str, Any] = {"do_sample": temperature > 0, "pad_token_id": tokenizer.pad_token_id}
     if temperature > 0:
         sampling["temperature"] = temperature

@@ -7,15 +7,44 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from spectr.errors import DataError
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool = True) -> list[int]:
+
+def context_length(model: Any) -> int | None:
+    """Tokens that a model of transformers reads at most; ``None`` where its configuration names no such number."""
+    config = model.config.get_text_config()
+    length = getattr(config, "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool = True, limit: int | None = None
+) -> list[int]:
     """Token ids of a prompt, up to where the model's answer begins.
 
     Args:
         tokenizer: The base model's own.
         prompt: What the user says.
         chat: Wrap it in the tokenizer's chat template as one user turn, where there is a template.
+        limit: Tokens at most. A longer prompt loses its beginning: the chat template's opening stays, the first of the
+            user's own tokens go.
+
+    Raises:
+        DataError: The limit leaves no room for any of the user's own tokens.
     """
+    ids = _encode(tokenizer, prompt, chat)
+    if limit is None or len(ids) <= limit:
+        return ids
+    opening = len(shared_prefix([_encode(tokenizer, text, chat) for text in ("a", "1", "\u4e2d")]))
+    if limit <= opening:
+        raise DataError(
+            f"there is room for {max(limit, 0)} tokens of a prompt, and the chat template's opening takes {opening}",
+            do="shorten the answers (max_new_tokens, or the choices), or take a model with a longer context",
+        )
+    return ids[:opening] + ids[opening - limit :]
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> list[int]:
     if not (chat and tokenizer.chat_template):
         return tokenizer(prompt)["input_ids"]  # pyright: ignore[reportReturnType]
     turn = [{"role": "user", "content": prompt}]

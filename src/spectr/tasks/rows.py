@@ -3,47 +3,37 @@
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from spectr.errors import DataError, MissingExtraError
+from spectr.errors import DataError, MissingExtraError, raise_together
+from spectr.tasks import template
 from spectr.tasks.task import Example, Task
 
+HUB = "hub"
+_SHOWN = 5  # problems of a file that are told in full
 
-def read_rows(source: str, *, root: str | Path | None = None, limit: int | None = None) -> list[dict[str, Any]]:
+
+def read_rows(
+    source: str, *, root: str | Path | None = None, limit: int | None = None, shuffle: bool = False
+) -> list[dict[str, Any]]:
     """All rows of a source, or its first ``limit``.
 
     Args:
         source: Path of a JSONL file, or ``hub:<dataset>[:<config>]:<split>``.
-        root: Folder that a relative path starts from.
+        root: Folder that a relative path starts from; "hub" stands for none.
         limit: Rows at most.
+        shuffle: Take a Hub dataset's rows in a random order, always the same one.
 
     Raises:
-        DataError: The file is missing, empty or holds a line that is not a JSON object; or the Hub has no such data.
+        DataError: The file is missing, empty or holds lines that are no JSON objects, all named; or the Hub has no
+            such data.
     """
-    rows = _hub_rows(source) if source.startswith("hub:") else _jsonl_rows(Path(root or ".") / source)
-    if not rows:
-        raise DataError(f"{source} holds no rows", expected="one JSON object a line", do="check the file")
-    return rows[:limit]
-
-
-def _jsonl_rows(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise DataError(
-            f"no data file at {path}", do="give the folder that holds it with --data-root, or its full path"
-        )
-    rows = []
-    for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: {error}", expected="one JSON object a line") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number}: a {type(row).__name__}", expected="a JSON object")
-        rows.append(row)
-    return rows
+    rows = list(_rows(source, root, limit, shuffle))
+    raise_together(source, (row for row in rows if isinstance(row, DataError)), DataError, most=_SHOWN)
+    return [row for row in rows if not isinstance(row, DataError)]
 
 
 def read_examples(
@@ -51,16 +41,43 @@ def read_examples(
 ) -> list[Example]:
     """The examples that a task makes of a source's rows.
 
+    Of the task's own Hub data the rows come in a random order, always the same one, as some are sorted by label.
+
     Raises:
-        DataError: As :func:`read_rows` does; or a row lacks a field or its label is out of range, with its number.
+        DataError: As :func:`read_rows` does; or rows lack a field or have a label out of range. All that is wrong with
+            the file, with the rows' numbers.
     """
-    found = []
-    for number, row in enumerate(read_rows(source, root=root, limit=limit), start=1):
+    ours = task.hub is not None and source in (task.hub.train, task.hub.test)
+    found, problems = [], []
+    for number, row in enumerate(_rows(source, root, limit, shuffle=ours), start=1):
         try:
-            found.append(task.example(row))
+            if isinstance(row, DataError):
+                raise row
+            found.append(task.example(_from_hub(task, row, ours) if source.startswith("hub:") else row))
         except DataError as error:
-            raise DataError(f"{source}, row {number}: {error}") from error
+            place = "" if error is row else f"{source}, row {number}: "
+            problems.append(DataError(place + error.given, expected=error.expected, do=error.do))
+    raise_together(source, problems, DataError, most=_SHOWN)
     return found
+
+
+def data_source(task: Task, part: Literal["train", "test"], root: str | Path | None = None) -> str | None:
+    """Where a task's rows are: as its file says, or on the Hub where the data folder is "hub".
+
+    Raises:
+        DataError: They are wanted from the Hub, and the task names none there.
+    """
+    own = getattr(task, part)
+    if root != HUB or (own or "").startswith("hub:"):
+        return own
+    source = getattr(task.hub, part, None)
+    if source is None:
+        raise DataError(
+            f"task '{task.name}' names no {part} data on the Hub",
+            expected=f"'hub: {{{part}: \"hub:<dataset>:<split>\"}}' in its file",
+            do="add it, or give a folder as --data-root",
+        )
+    return source
 
 
 def read_lines(path: str | Path) -> list[str]:
@@ -78,6 +95,42 @@ def read_lines(path: str | Path) -> list[str]:
     return lines
 
 
+def _rows(
+    source: str, root: str | Path | None, limit: int | None, shuffle: bool
+) -> Iterator[dict[str, Any] | DataError]:
+    """Rows, and in the place of each that is none what is wrong with it."""
+    count = 0
+    if source.startswith("hub:"):
+        rows = iter(_hub_rows(source, limit, shuffle))
+    else:
+        rows = _jsonl_rows(Path("." if root in (None, HUB) else root) / source)  # pyright: ignore[reportArgumentType]
+    for count, row in enumerate(rows, start=1):
+        yield row
+        if count == limit:
+            return
+    if count == 0:
+        raise DataError(f"{source} holds no rows", expected="one JSON object a line", do="check the file")
+
+
+def _jsonl_rows(path: Path) -> Iterator[dict[str, Any] | DataError]:
+    if not path.is_file():
+        raise DataError(
+            f"no data file at {path}", do="give the folder that holds it with --data-root, or its full path"
+        )
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            yield DataError(f"{path}, line {number}: {error}", expected="one JSON object a line")
+            continue
+        if isinstance(row, dict):
+            yield row
+        else:
+            yield DataError(f"{path}, line {number}: a {type(row).__name__}", expected="a JSON object")
+
+
 def _lines(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="utf-8").split("\n")  # not splitlines: U+2028 and the like are legal in JSON
@@ -87,7 +140,7 @@ def _lines(path: Path) -> list[str]:
         ) from error
 
 
-def _hub_rows(source: str) -> list[dict[str, Any]]:
+def _hub_rows(source: str, limit: int | None, shuffle: bool) -> list[dict[str, Any]]:
     try:
         import datasets
     except ImportError as error:
@@ -96,8 +149,22 @@ def _hub_rows(source: str) -> list[dict[str, Any]]:
     if len(parts) not in (2, 3):
         raise DataError(f"data source '{source}'", expected="hub:<dataset>:<split> or hub:<dataset>:<config>:<split>")
     try:
-        return list(datasets.load_dataset(*parts[:-1], split=parts[-1]))  # pyright: ignore[reportReturnType]
+        rows: Any = datasets.load_dataset(*parts[:-1], split=parts[-1])
     except Exception as error:
         raise DataError(
             f"the Hub dataset {source} could not be loaded: {error}", do="check its name and the network"
         ) from error
+    order = list(range(len(rows)))
+    if shuffle:
+        random.Random(0).shuffle(order)
+    return [rows[i] for i in order[:limit]]
+
+
+def _from_hub(task: Task, row: dict[str, Any], ours: bool) -> dict[str, Any]:
+    """A Hub row as the task's templates want it: the fields that it lacks, and its label as a number."""
+    fields = task.hub.fields if ours and task.hub else {}
+    row = {**row, **{name: template.fill(text, row, task.name) for name, text in fields.items()}}
+    label = row.get(task.label)
+    if isinstance(label, str) and label.isdecimal():
+        row[task.label] = int(label)
+    return row

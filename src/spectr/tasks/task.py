@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from spectr.errors import DataError, did_you_mean
+from spectr.tasks import template
+from spectr.tasks.check import faults, known_metric
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +28,37 @@ class Example:
     label: int | None = None
 
 
+class HubData(BaseModel):
+    """Where a task's rows are on the Hub.
+
+    Attributes:
+        train: Training rows, ``hub:<dataset>[:<config>]:<split>``.
+        test: Test rows, likewise; of a split whose labels are public.
+        fields: Fields that the task's templates name and the Hub's rows lack, as templates over the Hub's fields.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    train: str | None = None
+    test: str | None = None
+    fields: dict[str, str] = {}
+
+    @field_validator("train", "test")
+    @classmethod
+    def _is_a_hub_source(cls, source: str | None) -> str | None:
+        if source is not None and not (source.startswith("hub:") and source.count(":") in (2, 3)):
+            raise ValueError(f"'{source}' is not of the form hub:<dataset>[:<config>]:<split>")
+        return source
+
+    @field_validator("fields")
+    @classmethod
+    def _are_templates(cls, fields: dict[str, str]) -> dict[str, str]:
+        wrong = [fault for text in fields.values() if (fault := template.fault(text))]
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        return fields
+
+
 class Task(BaseModel):
     """How rows become examples.
 
@@ -35,10 +69,16 @@ class Task(BaseModel):
         prompt: Template over the row's fields, as in ``{title}``; constant text first, so that it can be shared.
         choices: Answers by label number, or the name of the row's field that lists them. ``None`` for free text.
         answer: Template of a free-text answer; only where there are no choices.
+        metric: What an answer is measured by: accuracy of choices; exact_match (the default), rouge1, rouge2 or rougeL
+            of free text.
+        max_new_tokens: Length at most of a free-text answer.
         length_normalised: Whether a choice is scored by its mean instead of its total log-likelihood.
+        letters: The prompt with lettered options, which go where it says ``{options}``; the answer is then a letter.
+        form: Which of the two the task is in: choices as words, or as letters. See :meth:`lettered`.
         label: The row's field with the label number.
         train: Training rows: a path below the data folder, or ``hub:<dataset>[:<config>]:<split>``.
         test: Test rows, likewise.
+        hub: The same data on the Hub.
         sample: One made-up row with its label, for demonstrations without data.
         paraphrases: The prompt in other words, likewise templates; no expert is to be trained on them.
         note: What a reader of its figures should know.
@@ -51,28 +91,37 @@ class Task(BaseModel):
     prompt: str
     choices: tuple[str, ...] | str | None = None
     answer: str | None = None
+    metric: str = "accuracy"
+    max_new_tokens: int = Field(64, ge=1)
     expert: str | None = None
     length_normalised: bool = False
+    letters: str | None = None
+    form: Literal["words", "letters"] = "words"
     label: str = "label"
     train: str | None = None
     test: str | None = None
+    hub: HubData | None = None
     sample: dict[str, Any] | None = None
     paraphrases: tuple[str, ...] = ()
     note: str = ""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _metric_of_its_answers(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict) or fields.get("metric") is not None:
+            return fields
+        return {**fields, "metric": "accuracy" if fields.get("answer") is None else "exact_match"}
+
+    @field_validator("metric")
+    @classmethod
+    def _metric_is_known(cls, metric: str) -> str:
+        return known_metric(metric)
+
     @model_validator(mode="after")
-    def _one_kind_of_answer(self) -> Task:
-        if (self.choices is None) == (self.answer is None):
-            raise ValueError("a task has either 'choices' or a free-text 'answer' template, and one of them")
-        for template in (self.prompt, self.answer, *self.paraphrases):
-            if template is not None and not _is_template(template):
-                raise ValueError(
-                    f"the template {template!r} has wrong braces: fields are {{name}}, a brace itself {{{{"
-                )
-        if isinstance(self.choices, tuple) and (len(self.choices) < 2 or len(set(self.choices)) < len(self.choices)):
-            raise ValueError("'choices' needs at least two, all different")
-        if isinstance(self.choices, tuple) and not all(choice.strip() for choice in self.choices):
-            raise ValueError("'choices' holds an empty answer")
+    def _fields_go_together(self) -> Task:
+        found = faults(dict(self))
+        if found:
+            raise ValueError("; ".join(found))
         return self
 
     @staticmethod
@@ -110,33 +159,78 @@ class Task(BaseModel):
             raise DataError(f"unknown task '{name}'", do=did_you_mean(name, tasks))
         return tasks[name]
 
+    @property
+    def title(self) -> str:
+        """Name, version and form, for origins: "agnews v1" or "agnews v1, lettered"."""
+        return f"{self.name} v{self.version}" + (", lettered" if self.form == "letters" else "")
+
     def reworded(self, number: int) -> Task:
         """The task with a paraphrase, counted from 0, for its prompt."""
         return self.model_copy(update={"prompt": self.paraphrases[number], "paraphrases": ()})
 
-    def example(self, row: dict[str, Any]) -> Example:
+    def lettered(self) -> Task:
+        """The task in its other form: the options listed as letters, the answer a letter. It has no paraphrases.
+
+        Raises:
+            DataError: The task has no template for that.
+        """
+        if self.letters is None:
+            raise DataError(
+                f"task '{self.name}' has no form with lettered options",
+                expected="a template 'letters' with {options} in its file",
+                do="add it, or leave out --letters",
+            )
+        return self.model_copy(update={"form": "letters", "paraphrases": (), "length_normalised": False})
+
+    def example(self, row: Mapping[str, Any]) -> Example:
         """Render a row.
 
         Raises:
             DataError: A field that the templates name is absent, or the label is not the number of a choice.
         """
-        prompt = _fill(self.prompt, row, self.name)
         if self.answer is not None:
-            return Example(prompt=prompt, answer=_fill(self.answer, row, self.name))
-        choices: Any = _field(self.choices, row, self.name) if isinstance(self.choices, str) else self.choices
+            filled = (template.fill(text, row, self.name) for text in (self.prompt, self.answer))
+            return Example(prompt=next(filled), answer=next(filled))
+        choices, prompt = self._choices(row), self.prompt
+        if self.form == "letters":
+            assert self.letters is not None
+            choices, row, prompt = *_as_letters(choices, row, self.name), self.letters
+        text = template.fill(prompt, row, self.name)
+        label = self._label(row, len(choices))
+        return Example(prompt=text, answer=choices[label], choices=choices, label=label)
+
+    def _choices(self, row: Mapping[str, Any]) -> tuple[str, ...]:
+        choices: Any = self.choices
+        if isinstance(choices, str):
+            choices = template.field(choices, row, self.name)
         if not isinstance(choices, (list, tuple)) or len(choices) < 2 or not all(isinstance(c, str) for c in choices):
             raise DataError(
-                f"task '{self.name}': the field '{self.choices}'{_of(row)} is {choices!r}",
+                f"task '{self.name}': the field '{self.choices}'{template.of(row)} is {choices!r}",
                 expected="a list of two or more texts",
             )
-        label = _field(self.label, row, self.name)
-        if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < len(choices):
+        return tuple(choices)
+
+    def _label(self, row: Mapping[str, Any], count: int) -> int:
+        label = template.field(self.label, row, self.name)
+        if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < count:
             raise DataError(
-                f"task '{self.name}': label {label!r}{_of(row)}",
-                expected=f"a whole number from 0 to {len(choices) - 1}",
+                f"task '{self.name}': label {label!r}{template.of(row)}",
+                expected=f"a whole number from 0 to {count - 1}",
                 do=f"correct the field '{self.label}' of the data",
             )
-        return Example(prompt=prompt, answer=choices[label], choices=tuple(choices), label=label)
+        return label
+
+
+def _as_letters(choices: tuple[str, ...], row: Mapping[str, Any], task: str) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The letters, and the row with the options that they stand for."""
+    if len(choices) > len(string.ascii_uppercase):
+        raise DataError(
+            f"task '{task}': {len(choices)} choices{template.of(row)}",
+            expected=f"at most {len(string.ascii_uppercase)}, as many as there are letters",
+        )
+    letters = tuple(string.ascii_uppercase[: len(choices)])
+    options = "\n".join(f"{letter}. {choice}" for letter, choice in zip(letters, choices, strict=True))
+    return letters, {**row, "options": options}
 
 
 def _validated(fields: dict[str, Any], what: str) -> Task:
@@ -144,8 +238,10 @@ def _validated(fields: dict[str, Any], what: str) -> Task:
         return Task.model_validate(fields)
     except ValidationError as error:
         found = [(".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")) for e in error.errors()]
-        faults = "; ".join(f"{place}: {message}" if place else message for place, message in found)
-        raise DataError(f"{what}: {faults}", do="see the shipped tasks for the form") from error
+        told = [f"{place}: {message}" if place else message for place, message in found]
+        if all(place for place, _ in found):  # with a wrong field, pydantic does not come to what is between fields
+            told += faults(fields)
+        raise DataError(f"{what}: {'; '.join(told)}", do="see the shipped tasks for the form") from error
 
 
 @cache
@@ -155,30 +251,3 @@ def shipped_tasks() -> dict[str, Task]:
     files = sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
     tasks = [Task.model_validate(yaml.safe_load(f.read_text(encoding="utf-8"))) for f in files]
     return {task.name: task for task in tasks}
-
-
-def _field(name: str | None, row: dict[str, Any], task: str) -> Any:
-    if name not in row:
-        raise DataError(
-            f"task '{task}' needs the field '{name}', which {_of(row).removeprefix(' of ') or 'the row'} does not have",
-            do=f"use one of the row's fields: {', '.join(sorted(row))}"
-            + ("; 'label' is the number of the right choice, from 0" if name == "label" else ""),
-        )
-    return row[name]
-
-
-def _of(row: dict[str, Any]) -> str:
-    return f" of row {row['id']}" if "id" in row else ""
-
-
-def _is_template(template: str) -> bool:
-    try:
-        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-    except ValueError:
-        return False
-    return all(name.isidentifier() for name in names)
-
-
-def _fill(template: str, row: dict[str, Any], task: str) -> str:
-    names = [name for _, name, _, _ in string.Formatter().parse(template) if name]
-    return template.format(**{name: _field(name, row, task) for name in names})

@@ -15,11 +15,14 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectr.composition import Routed, compose
+from spectr.errors import DataError, SpectrError, raise_together
+from spectr.evaluation.encode import encode_examples
 from spectr.evaluation.finding import Finding, find_experts
-from spectr.evaluation.score import Measurement, score_examples
+from spectr.evaluation.metrics import text_metric
+from spectr.evaluation.score import Measurement, score_examples, score_of
 from spectr.hashing import known_sha256
 from spectr.library import ExpertLibrary
-from spectr.models.text import encode_prompt, shared_prefix
+from spectr.models.text import context_length, encode_prompt, shared_prefix
 from spectr.routers import Router, get_router
 from spectr.tasks import Example, Task
 
@@ -125,7 +128,10 @@ class Bench:
         return found
 
     def accuracy(self, task: str, method: str, routed: Routed | None = None) -> Measurement:
-        """A task's accuracy with the model as it is now; examples that a killed run scored are not scored again."""
+        """A task's accuracy (or its other metric) with the model as it is now.
+
+        Examples that a killed run scored are not scored again.
+        """
         about, examples = self.tasks[task]
         phase, done = f"{task}: {method}", 0
 
@@ -138,13 +144,52 @@ class Bench:
             self.model,
             self.tokenizer,
             examples,
+            metric=about.metric,
             length_normalised=about.length_normalised,
+            max_new_tokens=about.max_new_tokens,
             decision=routed.prompt if routed else None,
-            keep=self.folder / "records" / f"{task}--{method}.jsonl",
+            keep=self.folder / "records" / f"{task}{_form(about)}--{method}.jsonl",
             origin={**self.origin(), "router": str(routed.router) if routed else None, "task": about.version},
+            name=task,
             progress=advance,
         )
-        return Measurement.of([float(record["right"]) for record in records])
+        return Measurement.of([score_of(record) for record in records])
+
+    def check(self) -> None:
+        """Raise :class:`DataError` where a task's examples cannot be scored with this model, for all tasks at once."""
+        problems = []
+        for name, (task, _) in self.owned.items():
+            try:
+                self._lost(name)
+                if task.choices is None:
+                    text_metric(task.metric)
+            except SpectrError as error:
+                problems.append(error)
+        raise_together("the tasks cannot be scored with this model", problems, DataError)
+
+    def remarks(self) -> list[str]:
+        """What a reader of the accuracies should know of the tasks: their metric, their form, what was cut."""
+        found = []
+        for name, (task, _) in self.owned.items():
+            if task.metric != "accuracy":
+                found.append(f"{name} is free text, measured by {task.metric}.")
+            lost = sum(map(bool, self._lost(name)))
+            if lost:
+                found.append(
+                    f"{lost} {'prompt' if lost == 1 else 'prompts'} of {name} left no room for the answer in the "
+                    f"model's {context_length(self.model)} tokens and lost their beginning."
+                )
+        lettered = [name for name, (task, _) in self.owned.items() if task.form == "letters"]
+        found += [f"Options are lettered, the answer is a letter: {', '.join(lettered)}."] if lettered else []
+        return found
+
+    def _lost(self, task: str) -> list[int]:
+        """Tokens that each prompt of a task loses."""
+        about, examples = self.tasks[task]
+        room = about.max_new_tokens if about.choices is None else 0
+        context = context_length(self.model)
+        encoded = encode_examples(self.tokenizer, examples, context, max_new_tokens=room, name=task)
+        return [one.lost for one in encoded]
 
     def origin(self) -> dict[str, Any]:
         """Model, experts, tasks and versions that results depend on."""
@@ -156,7 +201,8 @@ class Bench:
             "experts": {name: known_sha256(self.library[name].weights)[:16] for name in self.library},
             "calibration": dict(calibration.settings) | {"opening": None, "turn": None} if calibration else None,
             "tasks": {
-                name: f"v{task.version}, {len(examples)} examples" for name, (task, examples) in self.tasks.items()
+                name: f"v{task.version}{_form(task)}, {len(examples)} examples"
+                for name, (task, examples) in self.tasks.items()
             },
             "versions": {
                 "python": platform.python_version(),
@@ -177,6 +223,11 @@ def routers_that_fit(names: Sequence[tuple[str, dict[str, Any]]], bench: Bench) 
             continue
         found.append((_label(name, options), router))
     return found
+
+
+def _form(task: Task) -> str:
+    """What sets a task apart from choices in words: ", lettered", ", rougeL", or nothing."""
+    return (", lettered" if task.form == "letters" else "") + (f", {task.metric}" if task.metric != "accuracy" else "")
 
 
 def _label(name: str, options: Mapping[str, Any]) -> str:

@@ -66,6 +66,7 @@ def multitask(bench: Bench) -> Result:
         notes=[
             "Accuracy by task, and the mean over tasks of accuracy divided by that of the task's own expert on the "
             "same examples. ± one standard error over examples, the expert's own accuracy taken as given.",
+            *bench.remarks(),
         ],
         origin=bench.origin(),
     )

@@ -21,9 +21,9 @@ def quality(bench: Bench) -> Result:
             own[task] = bench.accuracy(task, "its own expert", routed)
     majority = {
         task: max(Counter(e.label for e in examples).values()) / len(examples)
-        if len({e.choices for e in examples}) == 1
+        if about.choices is not None and len({e.choices for e in examples}) == 1
         else None
-        for task, (_, examples) in tasks.items()
+        for task, (about, examples) in tasks.items()
     }
     rows = []
     for task in tasks:
@@ -44,6 +44,6 @@ def quality(bench: Bench) -> Result:
             "expert_error": [own[t].error for t in tasks],
             "majority": [majority[t] for t in tasks],
         },
-        notes=["± one standard error over examples."],
+        notes=["± one standard error over examples.", *bench.remarks()],
         origin=bench.origin(),
     )

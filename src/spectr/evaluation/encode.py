@@ -1,0 +1,88 @@
+"""Examples as token ids that fit into a model's context."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from spectr.errors import DataError, raise_together
+from spectr.models.text import encode_answer, encode_prompt
+from spectr.tasks import Example
+
+_SHOWN = 5  # problems that are told in full
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """One example.
+
+    Attributes:
+        prompt: Its token ids, without what there was no room for.
+        choices: Of each choice, with the end-of-sequence token; none for free text.
+        lost: Tokens at the prompt's beginning that there was no room for.
+    """
+
+    prompt: list[int]
+    choices: list[list[int]]
+    lost: int = 0
+
+
+def encode_examples(
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    context: int | None,
+    *,
+    max_new_tokens: int = 0,
+    name: str | None = None,
+) -> list[Encoding]:
+    """Token ids of examples. A prompt that leaves no room for the answer loses its beginning.
+
+    Args:
+        tokenizer: The model's.
+        examples: With choices, or of free text.
+        context: Tokens that the model reads at most; ``None`` for any number.
+        max_new_tokens: Room that is kept for a free-text answer; for choices it is the longest one's length.
+        name: Of the task, for errors.
+
+    Raises:
+        DataError: Choices have no tokens, or choices or answers leave no room for a prompt; all of these are named.
+    """
+    place = f"task '{name}', example" if name else "example"
+    encoded, problems = [], []
+    for number, example in enumerate(examples, start=1):
+        try:
+            encoded.append(_encode(tokenizer, example, context, max_new_tokens))
+        except DataError as error:
+            problems.append(DataError(f"{place} {number}: {error.given}", expected=error.expected, do=error.do))
+    raise_together(f"task '{name}'" if name else "the examples", problems, DataError, most=_SHOWN)
+    return encoded
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, example: Example, context: int | None, max_new_tokens: int) -> Encoding:
+    choices = [encode_answer(tokenizer, choice) for choice in example.choices]
+    ends = 0 if tokenizer.eos_token_id is None else 1
+    for choice, ids in zip(example.choices, choices, strict=True):
+        if len(ids) == ends:
+            raise DataError(
+                f"the choice {choice!r} has no tokens",
+                expected="choices of one token or more in this model's vocabulary",
+                do="correct the choices of the task or of the row",
+            )
+        if context is not None and len(ids) >= context:
+            raise DataError(
+                f"the choice {_short(choice)} has {len(ids)} tokens",
+                expected=f"choices that leave room for a prompt in the model's context of {context} tokens",
+                do="shorten it, leave the row out, or take a model with a longer context",
+            )
+    prompt = encode_prompt(tokenizer, example.prompt)
+    if context is None:
+        return Encoding(prompt=prompt, choices=choices)
+    room = context - max(map(len, choices), default=max_new_tokens)
+    kept = encode_prompt(tokenizer, example.prompt, limit=room)
+    return Encoding(prompt=kept, choices=choices, lost=len(prompt) - len(kept))
+
+
+def _short(text: str) -> str:
+    return repr(text) if len(text) <= 40 else f"{text[:40]!r}..."
