@@ -184,6 +184,9 @@ def test_every_experiment_gives_a_table_a_picture_and_the_model_back(library, ta
         tasks=tasks,
         reworded={task: [EXAMPLES[:4], other] for task in tasks},
         folder=tmp_path,
+        seeds=(0, 1),
+        ranks={4: library.without("bees"), 8: library.without("bees")},
+        companions=[("bees in place of ants", "ants", library["bees"].weights.parent)],
     )
     result = EXPERIMENTS[name](bench)
     assert torch.equal(model(torch.tensor([[1, 5, 9]])).logits, before)
@@ -274,7 +277,9 @@ def test_calibrate_evaluate_and_report_from_the_command_line(spectr, tmp_path):
         assert "colours" in (out / f"{experiment}.json").read_text()
     code, text, _ = spectr("report", "--out", out)
     assert code == 0
+    assert "The routers side by side" in text
     page = (out / "report.html").read_text()
+    assert page.index("The routers side by side") < page.index("What each expert is worth")
     assert "Which router finds the right expert" in page
     assert not re.search(r"""(src|href)=["']?https?:""", page)
 

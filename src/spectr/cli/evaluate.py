@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from spectr.cli.asked import ORDER, Asked
 from spectr.cli.console import bar, out, say
 from spectr.cli.options import (
     DataRootOption,
@@ -22,16 +23,14 @@ from spectr.cli.options import (
     open_library,
     open_model,
 )
-from spectr.errors import DataError, LibraryError, did_you_mean, raise_together
+from spectr.errors import DataError, did_you_mean
 from spectr.routers import router_names
 
 if TYPE_CHECKING:
     from spectr.evaluation.experiments import Result
-    from spectr.library import ExpertLibrary
-    from spectr.tasks import Example, Task
 
-ORDER = ("quality", "similarity", "routing", "wording", "robustness", "multitask", "costs")
 Folder = Annotated[Path, typer.Option("--out", "-o", help="Folder of the results; a killed run goes on there.")]
+_OTHERS = "Other experts"
 
 
 def evaluate(
@@ -48,6 +47,17 @@ def evaluate(
         list[str] | None, typer.Option("--router", "-r", help="Compare only these; give it once for each.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Test examples of each task at most.", min=2)] = None,
+    seeds: Annotated[
+        int, typer.Option(help="Measure calibrated routers with so many calibrations of their own; 0: the library's.")
+    ] = 0,
+    ranks: Annotated[
+        Path | None,
+        typer.Option(help='Of "ranks": a folder of adapters EXPERT-rRANK, as sst2-r16.', rich_help_panel=_OTHERS),
+    ] = None,
+    companion: Annotated[
+        list[str] | None,
+        typer.Option(help='Of "robustness": an adapter in an expert\'s place, EXPERT=FOLDER.', rich_help_panel=_OTHERS),
+    ] = None,
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -56,51 +66,46 @@ def evaluate(
     Examples that were scored are kept, so that a run that was killed goes on where it stopped.
 
     [dim]spectr evaluate routing --data-root data --limit 50[/]
+    [dim]spectr evaluate quality --data-root hub --task sst2[/]
     """
-    if experiment not in (*ORDER, "all"):
-        raise DataError(f"unknown experiment '{experiment}'", do=did_you_mean(experiment, (*ORDER, "all")))
     unknown = [name for name in router or () if name not in router_names()]
     if unknown:
         raise DataError(f"unknown router '{unknown[0]}'", do=did_you_mean(unknown[0], router_names()))
-    experts = open_library(library)
-    chosen = _tasks(task, letters) if experiment not in ("similarity", "costs") else []
-    if task:
-        _check_experts(chosen, experts)
-    tasks = {about.name: (about, _examples(about, data_root, limit)) for about in chosen}
-    reworded = {
-        about.name: [_examples(about.reworded(i), data_root, limit) for i in range(len(about.paraphrases))]
-        for about in chosen
-    }
-    if tasks and not any((about.expert or name) in experts for name, (about, _) in tasks.items()):
-        raise DataError(
-            f"none of the tasks ({', '.join(tasks)}) belongs to an expert of {experts.origin} "
-            f"({', '.join(experts.names)})",
-            do="name a task file whose 'expert' is in the library",
-        )
-    idle = [name for name, (about, _) in tasks.items() if (about.expert or name) not in experts]
-    if idle:
-        say(f"left out, as the library has no expert for them: {', '.join(idle)}")
-    names = _names(experiment, any(reworded.values()), letters)
-    _ = experts.calibration
+    asked = Asked.read(
+        experiment,
+        open_library(library),
+        tasks=task or (),
+        data_root=data_root,
+        letters=letters,
+        limit=limit,
+        ranks=ranks,
+        companions=companion or (),
+    )
+    for remark in asked.remarks:
+        say(remark)
+    _ = asked.library.calibration
     base, tokenizer = open_model(model, dtype)
 
     from spectr.evaluation.experiments import EXPERIMENTS, Bench
 
-    for name in names:
+    for name in asked.experiments:
         with bar() as advance:
             bench = Bench(
                 model=base,
                 tokenizer=tokenizer,
-                library=experts,
-                tasks=tasks,
-                reworded=reworded,
+                library=asked.library,
+                tasks=asked.tasks,
+                reworded=asked.reworded,
                 folder=folder,
                 only=tuple(router or ()),
+                seeds=tuple(range(seeds)),
+                ranks=asked.ranks,
+                companions=asked.companions,
                 progress=advance,
             )
             bench.check()
             made = EXPERIMENTS[name](bench)
-        command = _command(name, limit, router, letters, data_root)
+        command = _command(name, limit, router, letters, data_root, seeds, ranks, companion)
         result = dataclasses.replace(made, origin={**made.origin, "command": command})
         path = result.save(folder)
         if as_json:
@@ -119,6 +124,7 @@ def report(
     [dim]spectr evaluate all --data-root data --limit 50 && spectr report[/]
     """
     from spectr.evaluation.experiments import Result
+    from spectr.evaluation.summary import summary
     from spectr.plots.report import write_report
 
     found = [folder / f"{name}.json" for name in ORDER if (folder / f"{name}.json").is_file()]
@@ -132,9 +138,12 @@ def report(
             raise DataError(
                 f"{path} is no result of spectr evaluate ({error})", do="delete it and run again"
             ) from error
+    together = summary(results)
+    if together:
+        _show(together)
     model = results[-1].origin.get("model", "")
     where = write_report(
-        results,
+        [*([together] if together else []), *results],
         page or folder / "report.html",
         title=f"SpectR on {model}: {len(results[-1].origin.get('experts', {}))} experts",
     )
@@ -142,61 +151,24 @@ def report(
 
 
 def _command(
-    experiment: str, limit: int | None, routers: list[str] | None, letters: bool, data_root: str | None
+    experiment: str,
+    limit: int | None,
+    routers: list[str] | None,
+    letters: bool,
+    data_root: str | None,
+    seeds: int,
+    ranks: Path | None,
+    companions: list[str] | None,
 ) -> str:
-    """What gives this result again, beside data, model and library."""
+    """What gives this result again, beside a folder of data, model and library."""
     words = ["spectr", "evaluate", experiment, *(["--limit", str(limit)] if limit else [])]
     words += [*(["--letters"] if letters else []), *(["--data-root", "hub"] if data_root == "hub" else [])]
+    words += ["--seeds", str(seeds)] if seeds else []
+    words += ["--ranks", ranks.name] if ranks and experiment == "ranks" else []
+    for given in companions or () if experiment == "robustness" else ():
+        expert, _, folder = given.partition("=")
+        words += ["--companion", f"{expert}={Path(folder).name}"]
     return " ".join([*words, *(f"-r {name}" for name in routers or ())])
-
-
-def _tasks(names: list[str] | None, letters: bool) -> list[Task]:
-    from spectr.tasks import Task, shipped_tasks
-
-    found = list(shipped_tasks().values())
-    if names:
-        found = [Task.load(name) if name.endswith((".yaml", ".yml")) else Task.shipped(name) for name in names]
-    return [task.lettered() for task in found] if letters else found
-
-
-def _check_experts(tasks: list[Task], experts: ExpertLibrary) -> None:
-    """Raise :class:`LibraryError` unless the library has the expert of each task that was named."""
-    absent = [
-        LibraryError(
-            f"task '{task.name}' belongs to the expert '{task.expert or task.name}', which {experts.origin} does not "
-            "have",
-            expected=f"one of {', '.join(experts.names)}",
-            do=f"add it with spectr library add {task.expert or task.name} ADAPTER, or name another 'expert' in the "
-            "task's file",
-        )
-        for task in tasks
-        if (task.expert or task.name) not in experts
-    ]
-    raise_together("tasks without an expert", absent, LibraryError)
-
-
-def _names(experiment: str, reworded: bool, letters: bool) -> list[str]:
-    """The experiments to run; "wording" needs tasks that have paraphrases."""
-    names: list[str] = [*ORDER] if experiment == "all" else [experiment]
-    if "wording" not in names or reworded:
-        return names
-    why = "lettered options have no paraphrases" if letters else "none of these tasks has paraphrases"
-    if experiment == "wording":
-        raise DataError(
-            f"wording asks in other words, and {why}",
-            do="leave out --letters" if letters else "add 'paraphrases' to a task's file",
-        )
-    say(f"wording is left out, as {why}")
-    return [name for name in names if name != "wording"]
-
-
-def _examples(task: Task, root: str | None, limit: int | None) -> list[Example]:
-    from spectr.tasks import data_source, read_examples
-
-    source = data_source(task, "test", root)
-    if source is None:
-        raise DataError(f"task '{task.name}' names no test data", do="add 'test' to its file")
-    return read_examples(task, source, root=root, limit=limit)
 
 
 def _show(result: Result) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from spectr.composition import Routed
+from spectr.evaluation.score import Measurement
 from spectr.layers import trace
 from spectr.models.generate import encode_batch
 from spectr.models.text import context_length
@@ -24,8 +25,9 @@ class Finding:
     """One prompt: shares from 0 to 1 of its tokens and modules, and where the right expert came in the vote.
 
     Attributes:
-        top_1: Share of tokens and modules where the right expert has the largest score.
-        top_4: Share where it is among the four largest.
+        top_1: Share of tokens and modules where the right expert has the largest score; where the decision is one for
+            the whole prompt, 1 or 0.
+        top_4: Share where it is among the four largest; likewise.
         place: Its place in the vote of all tokens and modules (or in the router's own evidence), from 1.
         winner: The expert with the most votes.
     """
@@ -63,6 +65,10 @@ def find_experts(
         batch: dict[str, Any] = encode_batch(tokenizer, prompts[start : start + _BATCH], limit=limit)
         batch = {key: value.to(next(model.parameters()).device) for key, value in batch.items()}
         evidence_BE = routed.prompt.evidence(**batch) if routed.prompt else None
+        if evidence_BE is not None and routed.prompt and routed.prompt.router.level == "prompt":
+            rows = [dict(zip(routed.experts, row, strict=True)) for row in evidence_BE.tolist()]
+            found += [_finding(row, expert) for row in rows]
+            continue
         if routed.prompt and evidence_BE is not None:  # read once, not once more by the call below
             routed.prompt.hold(routed.prompt.router.verdict(evidence_BE))
         with trace(model) as record:
@@ -88,6 +94,29 @@ def find_experts(
     return found
 
 
-def _finding(evidence: dict[str, float], expert: str, hits: Tensor) -> Finding:
+def over_runs(
+    runs: Sequence[Mapping[str, Sequence[Finding]]],
+    value: Callable[[Finding], float],
+    tasks: Collection[str] | None = None,
+) -> Measurement:
+    """A value's mean over prompts, each prompt's being its mean over the runs; the error is over prompts.
+
+    Args:
+        runs: Findings by task of the same prompts; several of a router that depends on a seed.
+        value: What is averaged.
+        tasks: Only these.
+    """
+    names = [task for task in runs[0] if tasks is None or task in tasks]
+    prompts = [
+        sum(value(finding) for finding in findings) / len(findings)
+        for task in names
+        for findings in zip(*(run[task] for run in runs), strict=True)
+    ]
+    return Measurement.of(prompts)
+
+
+def _finding(evidence: dict[str, float], expert: str, hits: Tensor | None = None) -> Finding:
     ranking = sorted(evidence, key=lambda name: (-evidence[name], name))
-    return Finding(top_1=float(hits[0]), top_4=float(hits[1]), place=ranking.index(expert) + 1, winner=ranking[0])
+    place = ranking.index(expert) + 1
+    top_1, top_4 = (float(place <= 1), float(place <= 4)) if hits is None else map(float, hits)
+    return Finding(top_1=top_1, top_4=top_4, place=place, winner=ranking[0])

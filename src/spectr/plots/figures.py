@@ -17,6 +17,7 @@ try:
     from matplotlib.axes import Axes
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch, Rectangle
 except ImportError as error:
     raise MissingExtraError("drawing pictures", "plots") from error
 
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
     from spectr.evaluation.experiments import Result
 
 _GREY = "#8a8f98"
+_FAMILIES = [
+    f"{name}{weights}"
+    for weights in ("", ", weights softmax")
+    for name in ("spectr", "spectr-paper", "spectr-projection", "spectr-code")
+]
 
 
 def figure(result: Result) -> Figure:
@@ -89,7 +95,7 @@ def _routing(data: dict[str, Any]) -> Figure:
     palette = colours(routers)
     place, width = np.arange(len(tasks)), 0.8 / len(routers)
     for number, router in enumerate(routers):
-        shares = [data["per_task"][router][task]["prompts"] * 100 for task in tasks]
+        shares = [data["per_task"][router][task]["first"] * 100 for task in tasks]
         left.bar(place + (number - (len(routers) - 1) / 2) * width, shares, width, label=router, color=palette[router])
         top_4 = [data["per_task"][router][task]["top_4"] * 100 for task in tasks]
         right.scatter([data["nearest"][task] for task in tasks], top_4, s=18, color=palette[router], label=router)
@@ -108,20 +114,113 @@ def _routing(data: dict[str, Any]) -> Figure:
 
 def _multitask(data: dict[str, Any]) -> Figure:
     methods = data["methods"]
-    names = list(methods)
-    drawn = Figure(figsize=(8, 1.2 + 0.3 * len(names)), layout="constrained")
-    axes = drawn.subplots()
-    shares = [methods[name]["share"] * 100 for name in names]
-    errors = [methods[name]["error"] * 100 for name in names]
+    shown = {name: m for name, m in methods.items() if m["family"] not in _FAMILIES or m["k"] in (None, 4)}
+    drawn = Figure(figsize=(11, 1.6 + 0.28 * len(shown)), layout="constrained")
+    left, right = drawn.subplots(1, 2, width_ratios=[3, 2], sharex=False)
+    names = list(shown)
+    shares = [shown[name]["share"] * 100 for name in names]
     kinds = [_GREY if name in ("base", "its own expert") else "#4a7fd6" for name in names]
     kinds = ["#e69f00" if name.startswith("calibrated") else kind for name, kind in zip(names, kinds, strict=True)]
-    axes.barh(range(len(names)), shares, xerr=errors, color=kinds, capsize=2)
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.axvline(100, color="black", ls=":", lw=1)
+    errors = [shown[name]["error"] * 100 for name in names]
+    left.barh(range(len(names)), shares, xerr=errors, color=kinds, capsize=2)
+    left.set_yticks(range(len(names)), names, fontsize=8)
+    left.invert_yaxis()
+    left.axvline(100, color="black", ls=":", lw=1)
     for number, share in enumerate(shares):
-        axes.text(2, number, f"{share:.1f}", va="center", color="white", fontsize=8)
-    axes.set_xlabel("accuracy as a share of the own expert's, mean over tasks, %")
+        left.text(2, number, f"{share:.1f}", va="center", color="white", fontsize=8)
+    left.set_xlabel("accuracy as a share of the own expert's, mean over tasks, %")
+    families = [family for family in _FAMILIES if any(m["family"] == family for m in methods.values())]
+    palette = colours([family.partition(",")[0] for family in families])
+    for family in families:
+        alone = (
+            family.replace("-paper", "").replace("-code", "-projection").partition(",")[0]
+        )  # with k = 1 all the same
+        line = sorted(
+            (m["k"], m["share"] * 100, m["error"] * 100)
+            for m in methods.values()
+            if m["family"] == family or (m["k"] == 1 and m["family"] == alone)
+        )
+        k, share, error = zip(*line, strict=True)
+        style = {"ls": "--" if "softmax" in family else "-", "color": palette[family.partition(",")[0]]}
+        right.errorbar(k, share, yerr=error, marker=".", lw=1, capsize=2, label=family, **style)
+    right.axhline(100, color="black", ls=":", lw=1)
+    right.set_xlabel("experts for each token (k)")
+    right.grid(alpha=0.3)
+    right.legend(fontsize=7)
+    return drawn
+
+
+def _tokens(data: dict[str, Any]) -> Figure:
+    """Rows of text for each router, every token on the colour of its expert."""
+    palette, width, rows = colours(data["experts"]), 100, []
+    for router, weights in data["weights"].items():
+        rows.append([(router, None, 0.0)])
+        line, used = [], 0
+        for token, row in zip(data["tokens"], weights, strict=True):
+            best = max(range(len(row)), key=row.__getitem__)
+            text = token.replace("\n", "\u23ce").replace("$", r"\$") or " "
+            if line and used + len(token) > width:
+                rows.append(line)
+                line, used = [], 0
+            line.append((text, palette[data["experts"][best]], row[best]))
+            used += len(token)
+        rows.append(line)
+    drawn = Figure(figsize=(11, 0.6 + 0.27 * len(rows)))
+    axes = drawn.add_axes((0.01, 0.02, 0.98, 0.9))
+    axes.set_xlim(0, width * 1.02)
+    axes.set_ylim(len(rows), 0)
+    axes.axis("off")
+    strongest = max(max(row) for weights in data["weights"].values() for row in weights)
+    for number, line in enumerate(rows):
+        place = 0.0
+        for text, colour, weight in line:
+            if colour is None:
+                axes.text(0, number + 0.7, text, fontsize=9, fontweight="bold")
+                continue
+            strength = 0.15 + 0.85 * weight / max(strongest, 1e-9)
+            axes.add_patch(Rectangle((place, number + 0.05), len(text), 0.9, color=colour, alpha=strength, lw=0))
+            axes.text(place + len(text) / 2, number + 0.7, text, fontsize=8, family="monospace", ha="center")
+            place += len(text)
+    handles = [Patch(color=palette[name], label=name) for name in data["experts"]]
+    drawn.legend(handles=handles, loc="upper right", ncols=len(handles), fontsize=7, frameon=False)
+    return drawn
+
+
+def _ranks(data: dict[str, Any]) -> Figure:
+    routers = data["routers"]
+    drawn = Figure(figsize=(9, 3.4), layout="constrained")
+    palette = colours(list(routers))
+    pairs = ((0, "tokens and modules, %"), (2, "prompts, by vote, %"))
+    for axes, (place, label) in zip(drawn.subplots(1, 2), pairs, strict=True):
+        for router, by_rank in routers.items():
+            ranks = sorted(map(int, by_rank))
+            values = np.array([by_rank[str(rank)] for rank in ranks]) * 100
+            style = {"marker": ".", "lw": 1.2, "capsize": 2, "color": palette[router], "label": router}
+            axes.errorbar(ranks, values[:, place], yerr=values[:, place + 1], **style)
+        axes.axhline(data["chance"] * 100, color="black", ls=":", lw=1)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ranks, [str(rank) for rank in ranks])
+        axes.set_ylim(0, 105)
+        axes.set_xlabel("rank of the experts")
+        _percent(axes, label)
+    _legend_below(drawn, drawn.axes[0])
+    return drawn
+
+
+def _mixed(data: dict[str, Any]) -> Figure:
+    routers = data["routers"]
+    drawn = Figure(figsize=(8, 3.2), layout="constrained")
+    axes = drawn.subplots()
+    palette = colours(list(routers))
+    place, width = np.arange(3), 0.8 / max(len(routers), 1)
+    for number, (router, values) in enumerate(routers.items()):
+        shares, errors = np.array(values).T * 100
+        shift = (number - (len(routers) - 1) / 2) * width
+        axes.bar(place + shift, shares, width, yerr=errors, capsize=2, label=router, color=palette[router])
+    axes.set_xticks(place, ["both experts are\nthe first two", "one of them is", "their share of the work"])
+    axes.set_ylim(0, 105)
+    _percent(axes, "%")
+    _legend_below(drawn, axes)
     return drawn
 
 
@@ -144,7 +243,7 @@ def _wording(data: dict[str, Any]) -> Figure:
 def _robustness(data: dict[str, Any]) -> Figure:
     cases = data["cases"]
     routers = list(next(iter(cases.values())))
-    drawn = Figure(figsize=(9, 3.2), layout="constrained")
+    drawn = Figure(figsize=(5 + 1.2 * len(cases), 3.4), layout="constrained")
     palette = colours(routers)
     pairs = (("found", "prompts whose expert is found, %"), ("stolen", "prompts that the odd one took, %"))
     for axes, (key, label) in zip(drawn.subplots(1, 2), pairs, strict=True):
@@ -153,8 +252,7 @@ def _robustness(data: dict[str, Any]) -> Figure:
             shares = [case[router][key] * 100 for case in cases.values()]
             shift = (number - (len(routers) - 1) / 2) * width
             axes.bar(place + shift, shares, width, label=router, color=palette[router])
-        names = [case.replace("NAME", data["expert"]) for case in cases]
-        axes.set_xticks(place, ["\n".join(textwrap.wrap(name, 18)) for name in names], fontsize=8)
+        axes.set_xticks(place, ["\n".join(textwrap.wrap(name, 16)) for name in cases], fontsize=7)
         axes.set_ylim(0, 105)
         _percent(axes, label)
     _legend_below(drawn, drawn.axes[0])
@@ -192,9 +290,12 @@ def _percent(axes: Axes, label: str) -> None:
 _DRAW: dict[str, Callable[[dict[str, Any]], Figure]] = {
     "quality": _quality,
     "similarity": _similarity,
+    "tokens": _tokens,
     "routing": _routing,
-    "wording": _wording,
-    "robustness": _robustness,
+    "ranks": _ranks,
     "multitask": _multitask,
+    "wording": _wording,
+    "mixed": _mixed,
+    "robustness": _robustness,
     "costs": _costs,
 }

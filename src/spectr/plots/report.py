@@ -47,10 +47,12 @@ def _section(result: Result) -> str:
     rows = "".join(
         "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in result.rows
     )
+    picture = as_svg(figure(result)) if result.data else ""
+    command = result.origin.get("command") or "; ".join(result.origin.get("commands", []))
     notes = "".join(f"<p class=notes>{html.escape(note)}</p>" for note in result.notes)
     return (
         f"<h2>{html.escape(result.title)}</h2><p class=source>{html.escape(result.source)}; "
-        f"<code>{html.escape(result.origin.get('command', ''))}</code></p>"
-        f"{as_svg(figure(result))}<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>{notes}"
+        f"<code>{html.escape(command)}</code></p>"
+        f"{picture}<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>{notes}"
         f"<details><summary>Origin</summary><pre>{html.escape(json.dumps(result.origin, indent=1))}</pre></details>"
     )

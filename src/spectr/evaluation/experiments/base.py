@@ -14,14 +14,16 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from spectr.calibration import calibrate
+from spectr.combine import NEEDS_EQUAL_RANKS
 from spectr.composition import Routed, compose
 from spectr.errors import DataError, SpectrError, raise_together
 from spectr.evaluation.encode import encode_examples
-from spectr.evaluation.finding import Finding, find_experts
+from spectr.evaluation.finding import Finding, find_experts, over_runs
 from spectr.evaluation.metrics import text_metric
 from spectr.evaluation.score import Measurement, score_examples, score_of
 from spectr.hashing import known_sha256
-from spectr.library import ExpertLibrary
+from spectr.library import Calibration, ExpertLibrary
 from spectr.models.text import context_length, encode_prompt, shared_prefix
 from spectr.routers import Router, get_router
 from spectr.tasks import Example, Task
@@ -78,6 +80,9 @@ class Bench:
         reworded: By task the same examples in each of its paraphrases.
         folder: For records that let a killed run go on.
         only: Names of the routers to compare; all of an experiment's if empty.
+        seeds: Of the calibrations that calibrated routers are measured with; the library's own alone if empty.
+        ranks: By rank a library of the same tasks' experts.
+        companions: Adapters that "robustness" puts in the place of experts: (case, expert, folder).
         progress: Is told (phase, done, total, remark).
     """
 
@@ -88,6 +93,9 @@ class Bench:
     folder: Path
     reworded: Mapping[str, Sequence[Sequence[Example]]] = field(default_factory=dict)
     only: Sequence[str] = ()
+    seeds: Sequence[int] = ()
+    ranks: Mapping[int, ExpertLibrary] = field(default_factory=dict)
+    companions: Sequence[tuple[str, str, Path]] = ()
     progress: Progress = lambda *_: None
 
     @property
@@ -119,19 +127,73 @@ class Bench:
 
     def find(self, routed: Routed, phase: str) -> dict[str, list[Finding]]:
         """By task, for each of its prompts, whether the model as it is routed now finds the task's expert."""
-        skip = len(shared_prefix([encode_prompt(self.tokenizer, text) for text in ("a", "1", "\u4e2d")]))
         found = {}
         for done, (task, (_, examples)) in enumerate(self.owned.items(), start=1):
             prompts = [example.prompt for example in examples]
-            found[task] = find_experts(self.model, routed, self.tokenizer, prompts, self.expert_of(task), skip=skip)
+            expert = self.expert_of(task)
+            found[task] = find_experts(self.model, routed, self.tokenizer, prompts, expert, skip=self.opening)
             self.progress(phase, done, len(self.owned), task)
         return found
 
-    def accuracy(self, task: str, method: str, routed: Routed | None = None) -> Measurement:
-        """A task's accuracy (or its other metric) with the model as it is now.
+    @property
+    def opening(self) -> int:
+        """How many tokens the chat template puts before every prompt."""
+        return len(shared_prefix([encode_prompt(self.tokenizer, text) for text in ("a", "1", "\u4e2d")]))
 
-        Examples that a killed run scored are not scored again.
-        """
+    def find_over_seeds(self, router: Router, phase: str) -> list[dict[str, list[Finding]]]:
+        """As :meth:`find`, once; of a calibrated router once for each of the seeds."""
+        runs = []
+        for bench in self._over_seeds(router):
+            with bench.routed(router) as routed:
+                runs.append(bench.find(routed, phase))
+        return runs
+
+    def scores_over_seeds(self, router: Router, method: str) -> dict[str, list[float]]:
+        """By task each example's score; of a calibrated router its mean over the seeds."""
+        runs = []
+        for bench in self._over_seeds(router):
+            with bench.routed(router) as routed:
+                runs.append({task: bench.scores(task, method, routed) for task in self.owned})
+        return {
+            task: [sum(values) / len(values) for values in zip(*(run[task] for run in runs), strict=True)]
+            for task in self.owned
+        }
+
+    def seeds_in_words(self) -> str:
+        """What is to be said of the seeds, where there are any."""
+        if not self.seeds or self.library.calibration is None:
+            return ""
+        return f"Calibrated routers: mean over calibration seeds {', '.join(map(str, self.seeds))}."
+
+    def _over_seeds(self, router: Router) -> Iterator[Bench]:
+        """This bench as it is; for a calibrated router with the calibration of each seed, which are kept."""
+        if not self.seeds or not getattr(router, "calibrated", False):
+            yield self
+            return
+        for seed in self.seeds:
+            folder = self.folder / f"calibration-seed-{seed}"
+            folder.mkdir(parents=True, exist_ok=True)
+            own, kept = self.library.calibration, Calibration.load(folder)
+            if own is not None and own.settings.get("seed") == seed:
+                kept = own
+            elif kept is None or not all(kept.covers(self.library[name]) for name in self.library):
+                kept = calibrate(
+                    self.model,
+                    self.library,
+                    self.tokenizer,
+                    seed=seed,
+                    fresh=True,
+                    progress=lambda done, total, s=seed: self.progress(f"calibrating, seed {s}", done, total, ""),
+                )
+                kept.save(folder)
+            yield dataclasses.replace(self, library=self.library.with_calibration(kept), folder=folder)
+
+    def accuracy(self, task: str, method: str, routed: Routed | None = None) -> Measurement:
+        """A task's accuracy (or its other metric) with the model as it is now."""
+        return Measurement.of(self.scores(task, method, routed))
+
+    def scores(self, task: str, method: str, routed: Routed | None = None) -> list[float]:
+        """Each example's score with the model as it is now; what a killed run scored is not scored again."""
         about, examples = self.tasks[task]
         phase, done = f"{task}: {method}", 0
 
@@ -153,7 +215,7 @@ class Bench:
             name=task,
             progress=advance,
         )
-        return Measurement.of([score_of(record) for record in records])
+        return [score_of(record) for record in records]
 
     def check(self) -> None:
         """Raise :class:`DataError` where a task's examples cannot be scored with this model, for all tasks at once."""
@@ -212,8 +274,8 @@ class Bench:
 
 
 def routers_that_fit(names: Sequence[tuple[str, dict[str, Any]]], bench: Bench) -> list[tuple[str, Router]]:
-    """Routers with a label each; those that ask for more experts than there are, or for a calibration, are left out."""
-    found, library = [], bench.library
+    """Routers with a label each; left out are those that ask for more experts, a calibration, or equal ranks."""
+    found, library, uneven = [], bench.library, _has_unequal_ranks(bench.library)
     for name, options in names:
         if bench.only and name not in bench.only:
             continue
@@ -221,8 +283,18 @@ def routers_that_fit(names: Sequence[tuple[str, dict[str, Any]]], bench: Bench) 
         k = getattr(router, "top_k", 1)
         if k > len(library) or (getattr(router, "calibrated", False) and library.calibration is None):
             continue
+        if uneven and router.combination in NEEDS_EQUAL_RANKS:
+            continue
         found.append((_label(name, options), router))
     return found
+
+
+def _has_unequal_ranks(library: ExpertLibrary) -> bool:
+    ranks: dict[str, set[int]] = {}
+    for name in library:
+        for module, shape in library[name].shapes.items():
+            ranks.setdefault(module, set()).add(shape.rank)
+    return any(len(some) > 1 for some in ranks.values())
 
 
 def _form(task: Task) -> str:
@@ -232,6 +304,15 @@ def _form(task: Task) -> str:
 
 def _label(name: str, options: Mapping[str, Any]) -> str:
     return ", ".join([name, *(f"{key.replace('top_k', 'k')} {value}" for key, value in options.items())])
+
+
+def seeds_note(label: str, runs: Sequence[Mapping[str, Sequence[Finding]]], bench: Bench) -> list[str]:
+    """What is to be said of a router that was measured once for each seed."""
+    if len(runs) < 2:
+        return []
+    each = [over_runs([run], lambda finding: finding.place == 1).value for run in runs]
+    seeds = ", ".join(f"{seed}: {value:.1%}" for seed, value in zip(bench.seeds, each, strict=True))
+    return [f"{label} is the mean over calibration seeds, each prompt found at once by seed {seeds}."]
 
 
 def percent(measurement: Measurement) -> str:

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
-from spectr.evaluation.experiments.base import Bench, Result, routers_that_fit
+from spectr.evaluation.experiments.base import Bench, Result, percent, routers_that_fit
 from spectr.evaluation.score import Measurement
+from spectr.evaluation.shares import mean_share
 from spectr.routers import Oracle
 
+_KS = (2, 4, 8)
+_FAMILY = ("spectr", "spectr-paper", "spectr-projection", "spectr-code")
 METHODS: list[tuple[str, dict[str, Any]]] = [
     ("mu", {}),
     ("arrow", {"top_k": 4}),
-    ("spectr-paper", {"top_k": 4}),
+    # With one expert, weights and combination make no difference.
     ("spectr", {"top_k": 1}),
-    ("spectr", {"top_k": 2}),
-    ("spectr", {"top_k": 4}),
-    ("spectr", {"top_k": 8}),
-    ("spectr-softmax", {"top_k": 4}),
-    ("spectr-projection", {"top_k": 4}),
-    ("spectr-code", {"top_k": 4}),
+    ("spectr-projection", {"top_k": 1}),
+    *((name, {"top_k": k}) for name in _FAMILY for k in _KS),
+    *((name, {"weights": "softmax", "top_k": k}) for name in _FAMILY for k in _KS),
     ("calibrated-token", {"top_k": 1}),
     ("calibrated-token", {"top_k": 4}),
-    ("calibrated", {"top_k": 1}),
+    ("calibrated-prior", {"top_k": 1}),
     ("calibrated", {"top_k": 2}),
+    ("calibrated", {}),
 ]
 
 
@@ -32,47 +33,42 @@ def multitask(bench: Bench) -> Result:
     Source: SpectR, Table 2.
     """
     tasks = bench.owned
-    own: dict[str, Measurement] = {}
+    own: dict[str, list[float]] = {}
     for task in tasks:
         with bench.routed(Oracle(expert=bench.expert_of(task))) as routed:
-            own[task] = bench.accuracy(task, "its own expert", routed)
-    found = {"base": {task: bench.accuracy(task, "base") for task in tasks}}
+            own[task] = bench.scores(task, "its own expert", routed)
+    found = {"base": {task: bench.scores(task, "base") for task in tasks}}
+    methods: dict[str, dict[str, Any]] = {}
     for label, router in routers_that_fit(METHODS, bench):
-        with bench.routed(router) as routed:
-            found[label] = {task: bench.accuracy(task, label, routed) for task in tasks}
+        found[label] = bench.scores_over_seeds(router, label)
+        methods[label] = {"k": getattr(router, "top_k", None), "family": label.partition(", k ")[0]}
     found["its own expert"] = own
     rows = []
     for label, by_task in found.items():
-        share, error = _normalised(by_task, own)
-        rows.append([label, f"{share:.1%} ± {error:.1%}", *(f"{by_task[task].value:.1%}" for task in tasks)])
+        share = mean_share(by_task, own)
+        accuracy = {task: Measurement.of(values) for task, values in by_task.items()}
+        methods[label] = {
+            "k": None,
+            "family": label,
+            **methods.get(label, {}),
+            "share": share.value,
+            "error": share.error,
+            "accuracy": {task: m.value for task, m in accuracy.items()},
+            "accuracy_error": {task: m.error for task, m in accuracy.items()},
+        }
+        rows.append([label, percent(share), *(f"{accuracy[task].value:.1%}" for task in tasks)])
     return Result(
         name="multitask",
         title="One model for all tasks",
         source="SpectR, Table 2",
         columns=["method", "mean share of the own expert's accuracy", *tasks],
         rows=rows,
-        data={
-            "tasks": list(tasks),
-            "methods": {
-                label: {
-                    "share": _normalised(by_task, own)[0],
-                    "error": _normalised(by_task, own)[1],
-                    "accuracy": {task: m.value for task, m in by_task.items()},
-                    "accuracy_error": {task: m.error for task, m in by_task.items()},
-                }
-                for label, by_task in found.items()
-            },
-        },
+        data={"tasks": list(tasks), "methods": {label: methods[label] for label in found}},
         notes=[
             "Accuracy by task, and the mean over tasks of accuracy divided by that of the task's own expert on the "
-            "same examples. ± one standard error over examples, the expert's own accuracy taken as given.",
+            "same examples. ± one standard error of that share, over the differences between method and expert example "
+            f"by example. {bench.seeds_in_words()}",
             *bench.remarks(),
         ],
         origin=bench.origin(),
     )
-
-
-def _normalised(by_task: dict[str, Measurement], own: dict[str, Measurement]) -> tuple[float, float]:
-    shares = [by_task[task].value / max(own[task].value, 1e-9) for task in own]
-    errors = [by_task[task].error / max(own[task].value, 1e-9) for task in own]
-    return sum(shares) / len(shares), sum(error**2 for error in errors) ** 0.5 / len(errors)

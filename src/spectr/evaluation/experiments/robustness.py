@@ -14,7 +14,7 @@ from torch import Tensor
 
 from spectr.calibration import calibrate
 from spectr.evaluation.experiments.base import Bench, Result, percent, routers_that_fit
-from spectr.evaluation.score import Measurement
+from spectr.evaluation.finding import over_runs
 from spectr.library import ExpertLibrary
 
 ROUTERS = [("arrow", {"top_k": 4}), ("spectr", {"top_k": 4}), ("calibrated", {})]
@@ -22,36 +22,53 @@ _LARGE, _RANK = 100.0, 64
 
 
 def robustness(bench: Bench) -> Result:
-    """Routing where the first expert is made a hundred times as large, or has rank 64, or a random one is added."""
-    rows, data = [], {}
+    """Routing where an expert is made a hundred times as large, or has rank 64, or a random one is added.
+
+    And where an expert is replaced by each of the bench's companions, such as one that was trained for longer.
+    """
+    rows, data, odd = [], {}, {}
     first = bench.library.names[0]
-    for case, change in _CASES.items():
-        with tempfile.TemporaryDirectory() as folder:
-            name = "random" if case == "a random expert" else first
-            source = _changed(bench.library, first, Path(folder), change)
-            library = bench.library if name == "random" else bench.library.without(first)
+    with tempfile.TemporaryDirectory() as folder:
+        cases = [(case.replace("NAME", first), *_made(bench.library, first, Path(folder), case)) for case in _CASES]
+        for case, name, source in [*bench.companions, *cases]:
+            library = bench.library.without(name) if name in bench.library else bench.library
             library = library.with_expert(name, source)
             if bench.library.calibration is not None:
                 library = library.with_calibration(calibrate(bench.model, library, bench.tokenizer))
             changed = dataclasses.replace(bench, library=library)
+            odd[case] = name
             for label, router in routers_that_fit(ROUTERS, changed):
                 with changed.routed(router) as routed:
-                    findings = changed.find(routed, f"{case.replace('NAME', first)}: {label}")
-                others = {task: some for task, some in findings.items() if bench.expert_of(task) != name}
-                found = Measurement.of([float(f.place == 1) for some in findings.values() for f in some])
-                taken = Measurement.of([float(f.winner == name) for some in others.values() for f in some])
-                rows.append([case.replace("NAME", first), label, percent(found), percent(taken)])
-                data.setdefault(case, {})[label] = {"found": found.value, "stolen": taken.value}
+                    runs = [changed.find(routed, f"{case}: {label}")]
+                found = over_runs(runs, lambda finding: finding.place == 1)
+                others = [task for task in runs[0] if bench.expert_of(task) != name]
+                taken = over_runs(runs, lambda finding, name=name: finding.winner == name, others)
+                mine = [task for task in runs[0] if bench.expert_of(task) == name]
+                kept = over_runs(runs, lambda finding: finding.place == 1, mine) if mine else None
+                rows.append([case, label, percent(found), percent(kept) if kept else "", percent(taken)])
+                data.setdefault(case, {})[label] = {
+                    "found": found.value,
+                    "stolen": taken.value,
+                    "own": kept.value if kept else None,
+                }
     return Result(
         name="robustness",
         title="Odd companions",
         source="ours",
-        columns=["library", "router", "prompts, by vote", "prompts of others that it took"],
+        columns=["library", "router", "prompts, by vote", "its own prompts", "prompts of others that it took"],
         rows=rows,
-        data={"cases": data, "expert": first},
+        data={"cases": data, "odd": odd},
         notes=["One expert of the library is changed, or one is added. ± one standard error over prompts."],
         origin=bench.origin(),
     )
+
+
+def _made(library: ExpertLibrary, first: str, folder: Path, case: str) -> tuple[str, Path]:
+    """Name and adapter folder of a case's odd expert."""
+    name = "random" if case == "a random expert" else first
+    place = folder / f"{list(_CASES).index(case)}"
+    place.mkdir()
+    return name, _changed(library, first, place, _CASES[case])
 
 
 def _larger(tensors: dict[str, Tensor], config: dict) -> None:
@@ -77,7 +94,7 @@ def _random(tensors: dict[str, Tensor], config: dict) -> None:
 
 _CASES: dict[str, Callable[[dict[str, Tensor], dict], None]] = {
     "NAME a hundred times as large": _larger,
-    "NAME in factors of rank 64": _higher_rank,
+    "NAME, the same update in factors of rank 64": _higher_rank,
     "a random expert": _random,
 }
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from spectr.evaluation.experiments.base import Bench, Result, percent, routers_that_fit
-from spectr.evaluation.score import Measurement
+from spectr.evaluation.experiments.base import Bench, Result, percent, routers_that_fit, seeds_note
+from spectr.evaluation.finding import over_runs
 from spectr.evaluation.similarity import cosines, mean_cosines
 
 ROUTERS: list[tuple[str, dict[str, Any]]] = [
@@ -24,44 +24,33 @@ def routing(bench: Bench) -> Result:
 
     Source: SpectR, Tables 1 and 4, Figure 5.
     """
-    tasks = bench.owned
-    columns = ["router", "tokens, first", "tokens, first four", "prompts, by vote", "prompts, first two"]
-    rows, per_task, winners = [], {}, {}
+    tasks, names, notes = bench.owned, bench.library.names, []
+    rows, per_task, winners, summary = [], {}, {}, {}
     for label, router in routers_that_fit(ROUTERS, bench):
-        with bench.routed(router) as routed:
-            findings = bench.find(routed, f"routing: {label}")
-        flat = [finding for some in findings.values() for finding in some]
-        measured = [
-            Measurement.of([finding.top_1 for finding in flat]),
-            Measurement.of([finding.top_4 for finding in flat]),
-            Measurement.of([float(finding.place == 1) for finding in flat]),
-            Measurement.of([float(finding.place <= 2) for finding in flat]),
-        ]
-        rows.append([label, *map(percent, measured)])
+        runs = bench.find_over_seeds(router, f"routing: {label}")
+        measured = {what: over_runs(runs, value) for what, value in _VALUES.items()}
+        rows.append([label, *map(percent, measured.values())])
+        summary[label] = {what: [m.value, m.error] for what, m in measured.items()}
+        notes += seeds_note(label, runs, bench)
         per_task[label] = {
-            task: {
-                "top_1": sum(f.top_1 for f in some) / len(some),
-                "top_4": sum(f.top_4 for f in some) / len(some),
-                "prompts": sum(f.place == 1 for f in some) / len(some),
-            }
-            for task, some in findings.items()
+            task: {what: over_runs(runs, value, [task]).value for what, value in _VALUES.items()} for task in tasks
         }
         winners[label] = {
-            task: {name: sum(f.winner == name for f in some) / len(some) for name in bench.library.names}
-            for task, some in findings.items()
+            task: {name: over_runs(runs, lambda f, name=name: f.winner == name, [task]).value for name in names}
+            for task in tasks
         }
-    mean_EE, names = mean_cosines(cosines(bench.library)), bench.library.names
-    nearest = (mean_EE - 2 * torch.eye(len(names))).amax(1)
-    count = len(bench.library)
+    nearest = (mean_cosines(cosines(bench.library)) - 2 * torch.eye(len(names))).amax(1)
+    count = len(names)
     return Result(
         name="routing",
         title="Which router finds the right expert",
         source="SpectR, Tables 1 and 4, Figure 5",
-        columns=columns,
+        columns=["router", "tokens, first", "tokens, first four", "prompts, by vote", "prompts, first two"],
         rows=rows,
         data={
             "tasks": list(tasks),
             "experts": list(names),
+            "summary": summary,
             "per_task": per_task,
             "winners": winners,
             "nearest": {task: float(nearest[names.index(bench.expert_of(task))]) for task in tasks},
@@ -70,8 +59,18 @@ def routing(bench: Bench) -> Result:
             f"By chance: {1 / count:.1%} first, {min(4, count) / count:.1%} among four, {min(2, count) / count:.1%} "
             "among two.",
             "Tokens: mean over a prompt's tokens after the chat template's opening and over all modules, then over "
-            "prompts. Prompts: the expert with the most first places over all tokens and modules; for 'calibrated' the "
-            "one that it decides for. ± one standard error over prompts.",
+            "prompts. Prompts: the expert with the most first places over all tokens and modules. 'calibrated' decides "
+            "once for the prompt, by its evidence, and that holds for all of its tokens. ± one standard error over "
+            "prompts.",
+            *notes,
         ],
         origin=bench.origin(),
     )
+
+
+_VALUES: dict[str, Any] = {
+    "top_1": lambda finding: finding.top_1,
+    "top_4": lambda finding: finding.top_4,
+    "first": lambda finding: finding.place == 1,
+    "two": lambda finding: finding.place <= 2,
+}

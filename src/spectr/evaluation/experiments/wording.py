@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from spectr.evaluation.experiments.base import Bench, Result, percent, routers_that_fit
-from spectr.evaluation.experiments.routing import ROUTERS
-from spectr.evaluation.score import Measurement
+from typing import Any
+
+from spectr.evaluation.experiments.base import Bench, Result, percent, routers_that_fit, seeds_note
+from spectr.evaluation.finding import over_runs
+from spectr.evaluation.shares import mean_share
 from spectr.routers import Oracle
+
+ROUTERS: list[tuple[str, dict[str, Any]]] = [
+    ("arrow", {"top_k": 4}),
+    ("spectr", {"top_k": 4}),
+    ("calibrated", {}),
+]
 
 
 def wording(bench: Bench) -> Result:
@@ -14,34 +22,41 @@ def wording(bench: Bench) -> Result:
     The examples of a task are dealt out among its paraphrases, so that every row of data is asked once.
     """
     bench = bench.dealt()
-    tasks, own = bench.owned, {}
+    tasks, own, notes = bench.owned, {}, []
     for task in tasks:
         with bench.routed(Oracle(expert=bench.expert_of(task))) as routed:
-            own[task] = bench.accuracy(task, "its own expert, reworded", routed)
-    rows, per_task = [], {}
+            own[task] = bench.scores(task, "its own expert, reworded", routed)
+    rows, per_task, summary = [], {}, {}
     for label, router in routers_that_fit(ROUTERS, bench):
-        with bench.routed(router) as routed:
-            found = bench.find(routed, f"wording: {label}")
-            share = ""
-            if routed.prompt:
-                scored = {task: bench.accuracy(task, f"{label}, reworded", routed) for task in tasks}
-                share = f"{sum(scored[t].value / max(own[t].value, 1e-9) for t in tasks) / len(tasks):.1%}"
-        flat = [finding for some in found.values() for finding in some]
-        first = Measurement.of([float(finding.place == 1) for finding in flat])
-        second = Measurement.of([float(finding.place <= 2) for finding in flat])
-        per_task[label] = {task: sum(f.place == 1 for f in some) / len(some) for task, some in found.items()}
-        rows.append([label, percent(first), percent(second), share])
+        runs = bench.find_over_seeds(router, f"wording: {label}")
+        first = over_runs(runs, lambda finding: finding.place == 1)
+        second = over_runs(runs, lambda finding: finding.place <= 2)
+        share = mean_share(bench.scores_over_seeds(router, f"{label}, reworded"), own)
+        per_task[label] = {task: over_runs(runs, lambda finding: finding.place == 1, [task]).value for task in tasks}
+        summary[label] = {
+            "first": [first.value, first.error],
+            "two": [second.value, second.error],
+            "share": [share.value, share.error],
+        }
+        rows.append([label, *map(percent, (first, second, share))])
+        notes += seeds_note(label, runs, bench)
     return Result(
         name="wording",
         title="The same tasks in other words",
         source="ours",
         columns=["router", "prompts, by vote", "prompts, first two", "share of the right expert's accuracy"],
         rows=rows,
-        data={"tasks": list(tasks), "per_task": per_task, "own": {task: m.value for task, m in own.items()}},
+        data={
+            "tasks": list(tasks),
+            "summary": summary,
+            "per_task": per_task,
+            "own": {task: sum(values) / len(values) for task, values in own.items()},
+        },
         notes=[
-            "Every prompt in one of three paraphrases of its task, none of which an expert was trained on. ± one "
-            "standard error over prompts. Accuracy where the router decides for whole prompts, against the right "
-            "expert's on the same words.",
+            "Every prompt in one of the paraphrases of its task, none of which an expert was trained on. Accuracy as a "
+            "share of the right expert's on the same words, mean over tasks. ± one standard error over prompts, for "
+            "shares over the differences between method and expert example by example.",
+            *notes,
         ],
         origin=bench.origin(),
     )

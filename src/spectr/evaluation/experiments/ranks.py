@@ -1,0 +1,65 @@
+"""Routing against the rank of the experts: libraries of the same tasks' experts, each of one rank."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from spectr.calibration import calibrate
+from spectr.errors import DataError
+from spectr.evaluation.experiments.base import Bench, Result, percent, routers_that_fit
+from spectr.evaluation.finding import over_runs
+
+ROUTERS: list[tuple[str, dict[str, Any]]] = [
+    ("arrow", {"top_k": 1}),
+    ("spectr", {"top_k": 1}),
+    ("spectr-projection", {"top_k": 1}),
+    ("calibrated", {}),
+]
+
+
+def ranks(bench: Bench) -> Result:
+    """How often the right expert is found, by rank, among experts that were trained alike but for it.
+
+    Source: SpectR, Figure 6.
+
+    Raises:
+        DataError: No library of experts of a rank was given.
+    """
+    if not bench.ranks:
+        raise DataError(
+            "there are no experts of other ranks",
+            expected="--ranks FOLDER, with adapters named EXPERT-rRANK in it, such as sst2-r16",
+            do="train some: spectr train --task sst2 --rank 16 --out runs/ranks/sst2-r16",
+        )
+    rows, data = [], {}
+    for rank, library in sorted(bench.ranks.items()):
+        known = library.with_calibration(
+            calibrate(
+                bench.model,
+                library,
+                bench.tokenizer,
+                progress=lambda done, total, r=rank: bench.progress(f"ranks: calibrating rank {r}", done, total, ""),
+            )
+        )
+        among = dataclasses.replace(bench, library=known)
+        for label, router in routers_that_fit(ROUTERS, among):
+            with among.routed(router) as routed:
+                runs = [among.find(routed, f"ranks: rank {rank}, {label}")]
+            tokens, prompts = over_runs(runs, lambda f: f.top_1), over_runs(runs, lambda f: f.place == 1)
+            rows.append([rank, label, percent(tokens), percent(prompts)])
+            data.setdefault(label, {})[str(rank)] = [tokens.value, tokens.error, prompts.value, prompts.error]
+    experts = sorted({name for library in bench.ranks.values() for name in library})
+    return Result(
+        name="ranks",
+        title="Routing against the rank of the experts",
+        source="SpectR, Figure 6",
+        columns=["rank", "router", "tokens, first", "prompts, by vote"],
+        rows=rows,
+        data={"routers": data, "chance": 1 / len(experts)},
+        notes=[
+            f"Libraries of {len(experts)} experts ({', '.join(experts)}), all of one rank, trained alike but for the "
+            f"rank. By chance {1 / len(experts):.1%}. ± one standard error over prompts."
+        ],
+        origin=bench.origin(),
+    )

@@ -1,0 +1,35 @@
+"""Accuracy as a share of the fine-tuned expert's on the same examples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import sqrt
+
+from spectr.evaluation.score import Measurement
+
+
+def mean_share(method: Mapping[str, Sequence[float]], own: Mapping[str, Sequence[float]]) -> Measurement:
+    """Mean over tasks of ``mean(method) / mean(own)``, with a paired standard error.
+
+    The error is that of a ratio of means of pairs (delta method): for each task ``r = mean(m) / mean(o)`` has the
+    variance ``var(m_i - r o_i) / (n mean(o)^2)``. Where a method answers like the expert it is 0: that there is no
+    difference is certain, however uncertain the accuracy of both is. Tasks that the expert never gets right are left
+    out.
+
+    Args:
+        method: By task the score of each example, from 0 to 1.
+        own: The expert's, of the same examples in the same order.
+    """
+    ratios, variances, count = [], [], 0
+    for task, expert in own.items():
+        n, reference = len(expert), sum(expert) / len(expert)
+        if not reference:
+            continue
+        ratio = sum(method[task]) / n / reference
+        residues = [m - ratio * o for m, o in zip(method[task], expert, strict=True)]
+        ratios.append(ratio)
+        variances.append(sum(value**2 for value in residues) / max(n - 1, 1) / n / reference**2)
+        count += n
+    if not ratios:
+        return Measurement(value=float("nan"), error=float("nan"), count=0)
+    return Measurement(value=sum(ratios) / len(ratios), error=sqrt(sum(variances)) / len(ratios), count=count)

@@ -1,0 +1,72 @@
+"""The routers side by side: one table out of the results of several experiments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from spectr.evaluation.experiments.base import Result
+
+_COLUMNS = ("routing", "first"), ("wording", "first"), ("wording", "two"), ("multitask", "share"), ("wording", "share")
+_HEADINGS = (
+    "router",
+    "finds the right expert",
+    "in other words",
+    "among the first two",
+    "accuracy, share of the right expert's",
+    "the same in other words",
+    "most that an odd companion took",
+)
+
+
+def summary(results: Sequence[Result]) -> Result | None:
+    """Routers that "routing" measured, with what the other experiments say of them; ``None`` without "routing"."""
+    found = {result.name: result for result in results}
+    if "routing" not in found:
+        return None
+    routers = [name for name in found["routing"].data.get("summary", {}) if any(_other(found, name))]
+    rows = []
+    for router in routers or found["routing"].data.get("summary", {}):
+        cells = [_cell(_value(found, experiment, router, what)) for experiment, what in _COLUMNS]
+        rows.append([router, *cells, _taken(found, router)])
+    used = [name for name in ("routing", "wording", "multitask", "robustness") if name in found]
+    notes = [
+        f"Out of the experiments below: {', '.join(used)}. ± one standard error; where a router was measured with "
+        "several calibration seeds, the mean over them. Shares of accuracy are against the right expert on the same "
+        "examples, with the error of the difference.",
+        *[note for name in ("routing", "wording") if name in found for note in found[name].notes if " seed" in note],
+    ]
+    return Result(
+        name="summary",
+        title="The routers side by side",
+        source="prompts, in percent",
+        columns=_HEADINGS,
+        rows=rows,
+        notes=notes,
+        origin={"commands": [found[name].origin.get("command", "") for name in used]},
+    )
+
+
+def _other(found: Mapping[str, Result], router: str) -> list[Any]:
+    return [_value(found, "multitask", router, "share"), _value(found, "wording", router, "first")]
+
+
+def _value(found: Mapping[str, Result], experiment: str, router: str, what: str) -> tuple[float, float] | None:
+    if experiment not in found:
+        return None
+    data = found[experiment].data
+    if experiment == "multitask":
+        method = data["methods"].get(router)
+        return (method["share"], method["error"]) if method else None
+    values = data["summary"].get(router, {}).get(what)
+    return tuple(values) if values else None
+
+
+def _taken(found: Mapping[str, Result], router: str) -> str:
+    cases = found["robustness"].data["cases"].values() if "robustness" in found else ()
+    shares = [case[router]["stolen"] for case in cases if router in case]
+    return f"{max(shares):.1%}" if shares else ""
+
+
+def _cell(value: tuple[float, float] | None) -> str:
+    return "" if value is None else f"{value[0]:.1%} ± {value[1]:.1%}"
