@@ -123,12 +123,16 @@ def _jsonl_rows(path: Path) -> Iterator[dict[str, Any] | DataError]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            yield DataError(f"{path}, line {number}: {error}", expected="one JSON object a line")
+            yield DataError(
+                f"{path}, line {number}: {error}", expected="one JSON object a line", do="correct that line"
+            )
             continue
         if isinstance(row, dict):
             yield row
         else:
-            yield DataError(f"{path}, line {number}: a {type(row).__name__}", expected="a JSON object")
+            yield DataError(
+                f"{path}, line {number}: a {type(row).__name__}", expected="a JSON object", do="correct that line"
+            )
 
 
 def _lines(path: Path) -> list[str]:
