@@ -41,7 +41,7 @@ def read_examples(
 ) -> list[Example]:
     """The examples that a task makes of a source's rows.
 
-    Of the task's own Hub data the rows come in a random order, always the same one, as some are sorted by label.
+    Of the task's own Hub data the rows come in a random order, always the same one: a data set may be sorted by label.
 
     Raises:
         DataError: As :func:`read_rows` does; or rows lack a field or have a label out of range. All that is wrong with
