@@ -176,6 +176,13 @@ class TestExample:
             do="correct the field 'gold' of the data",
         )
 
+    @pytest.mark.parametrize("ends", ["ab", ["a"], ["a", 1], None])
+    def test_a_rows_own_choices_that_are_none(self, ends):
+        with pytest.raises(DataError) as caught:
+            Task.model_validate({**CHOICE, "choices": "ends"}).example({"text": "x", "label": 0, "ends": ends})
+        given = (f"task 'mood': the field 'ends' is {ends!r}",)
+        assert_says(caught.value, given=given, expected="a list of two or more texts", do="correct that field")
+
     def test_a_label_beyond_the_rows_own_choices(self):
         row = {"text": "x", "label": 2, "ends": ["a", "b"]}
         with pytest.raises(DataError) as caught:
@@ -215,7 +222,9 @@ class TestRows:
         path.write_text('{"a": 1}\n\n{"a": 2\n')
         with pytest.raises(DataError) as caught:
             read_rows(str(path))
-        assert_says(caught.value, given=(f"{path}, line 3: ",), expected="one JSON object a line", do=None)
+        assert_says(
+            caught.value, given=(f"{path}, line 3: ",), expected="one JSON object a line", do="correct that line"
+        )
 
     @pytest.mark.parametrize(("line", "kind"), [("[1]", "list"), ("3", "int"), ('"x"', "str"), ("null", "NoneType")])
     def test_a_line_that_is_not_an_object_is_named_by_its_number(self, tmp_path, line, kind):
@@ -223,7 +232,9 @@ class TestRows:
         path.write_text(f'{{"a": 1}}\n{line}\n')
         with pytest.raises(DataError) as caught:
             read_rows(str(path))
-        assert_says(caught.value, given=(f"{path}, line 2: a {kind}",), expected="a JSON object", do=None)
+        assert_says(
+            caught.value, given=(f"{path}, line 2: a {kind}",), expected="a JSON object", do="correct that line"
+        )
 
     @pytest.mark.parametrize("source", ["hub:imdb", "hub:a:b:c:d"])
     def test_a_hub_source_of_another_form(self, hub, source):

@@ -22,7 +22,7 @@ from spectr.evaluation.metrics import text_metric
 from spectr.layers.prompt import PromptDecision
 from spectr.models.text import context_length
 from spectr.tasks import Example
-from spectr.tasks.check import CHOICE_METRICS
+from spectr.tasks.check import CHOICE_METRICS, TEXT_METRICS
 
 Progress = Callable[[int], None]
 _CHUNK = 32  # examples that are kept at once
@@ -88,6 +88,7 @@ def score_examples(
         raise DataError(
             f"metric '{metric}' and {'examples without' if choose else 'examples with'} choices",
             expected="accuracy for choices, another metric for free text",
+            do=f"name another metric: {', '.join(TEXT_METRICS if choose else CHOICE_METRICS)}",
         )
     room = 0 if choose else max_new_tokens
     lost = [e.lost for e in encode_examples(tokenizer, examples, context_length(model), max_new_tokens=room, name=name)]

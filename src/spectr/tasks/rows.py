@@ -41,7 +41,7 @@ def read_examples(
 ) -> list[Example]:
     """The examples that a task makes of a source's rows.
 
-    Of the task's own Hub data the rows come in a random order, always the same one, as some are sorted by label.
+    Of the task's own Hub data the rows come in a random order, always the same one: a data set may be sorted by label.
 
     Raises:
         DataError: As :func:`read_rows` does; or rows lack a field or have a label out of range. All that is wrong with
@@ -123,12 +123,16 @@ def _jsonl_rows(path: Path) -> Iterator[dict[str, Any] | DataError]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            yield DataError(f"{path}, line {number}: {error}", expected="one JSON object a line")
+            yield DataError(
+                f"{path}, line {number}: {error}", expected="one JSON object a line", do="correct that line"
+            )
             continue
         if isinstance(row, dict):
             yield row
         else:
-            yield DataError(f"{path}, line {number}: a {type(row).__name__}", expected="a JSON object")
+            yield DataError(
+                f"{path}, line {number}: a {type(row).__name__}", expected="a JSON object", do="correct that line"
+            )
 
 
 def _lines(path: Path) -> list[str]:

@@ -207,6 +207,7 @@ class Task(BaseModel):
             raise DataError(
                 f"task '{self.name}': the field '{self.choices}'{template.of(row)} is {choices!r}",
                 expected="a list of two or more texts",
+                do="correct that field of the data, or name another one as 'choices'",
             )
         return tuple(choices)
 
@@ -227,6 +228,7 @@ def _as_letters(choices: tuple[str, ...], row: Mapping[str, Any], task: str) -> 
         raise DataError(
             f"task '{task}': {len(choices)} choices{template.of(row)}",
             expected=f"at most {len(string.ascii_uppercase)}, as many as there are letters",
+            do="leave out --letters",
         )
     letters = tuple(string.ascii_uppercase[: len(choices)])
     options = "\n".join(f"{letter}. {choice}" for letter, choice in zip(letters, choices, strict=True))
