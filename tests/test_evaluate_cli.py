@@ -106,6 +106,21 @@ def test_mistakes_get_one_message(spectr, world, tmp_path, words, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_choice_without_tokens_is_named_before_anything_is_scored(spectr, world, tmp_path):
+    rows = [{"thing": "sky", "ends": ["green", "blue"], "label": 1}, {"thing": "sky", "ends": [" ", "no"], "label": 1}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = tmp_path / "second.yaml"
+    task.write_text(
+        f"name: second\nversion: 1\nexpert: blue\nprompt: what\nchoices: ends\ntest: {tmp_path}/rows.jsonl\n"
+    )
+    code, _, notes = evaluate(
+        spectr, world, "quality", "--task", "words.yaml", "--task", task, "--out", tmp_path / "out"
+    )
+    assert code == 2
+    assert "task 'second', example 2: the choice ' ' has no tokens" in notes
+    assert not (tmp_path / "out").exists()
+
+
 def test_without_task_those_whose_expert_is_absent_are_left_out(spectr, world, tmp_path, monkeypatch):
     import spectr.tasks as package
 
