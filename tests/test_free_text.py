@@ -311,4 +311,4 @@ def test_quality_and_multitask_serve_both_kinds(tmp_path, library):
     assert {"answer", "reference", "score"} <= set(json.loads(line))
     methods = EXPERIMENTS["multitask"](given).data["methods"]
     assert methods["base"]["accuracy"]["bees"] == pytest.approx(result.data["base"][1])
-    assert {"spectr, k 2", "calibrated, k 1"} <= set(methods)
+    assert {"spectr, k 2", "calibrated, k 2"} <= set(methods)
