@@ -59,7 +59,8 @@ def test_letters_from_the_command_line(spectr, world, tmp_path):
     assert {"both--base.jsonl", "both, lettered--base.jsonl"} <= records
     code, text, notes = evaluate(spectr, world, "all", "--task", "both.yaml", "--out", tmp_path, "--letters")
     assert code == 0, text
-    assert "wording is left out, as lettered options have no paraphrases" in notes
+    assert "wording is left out" in notes
+    assert "lettered options have no paraphrases" in notes
 
 
 def test_training_with_letters_says_so_on_the_card(spectr, world, tmp_path):
@@ -103,6 +104,21 @@ def test_mistakes_get_one_message(spectr, world, tmp_path, words, message):
     code, text, notes = evaluate(spectr, world, *words, "--out", tmp_path / "out")
     assert (code, text) == (2, "")
     assert message in " ".join(notes.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_choice_without_tokens_is_named_before_anything_is_scored(spectr, world, tmp_path):
+    rows = [{"thing": "sky", "ends": ["green", "blue"], "label": 1}, {"thing": "sky", "ends": [" ", "no"], "label": 1}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = tmp_path / "second.yaml"
+    task.write_text(
+        f"name: second\nversion: 1\nexpert: blue\nprompt: what\nchoices: ends\ntest: {tmp_path}/rows.jsonl\n"
+    )
+    code, _, notes = evaluate(
+        spectr, world, "quality", "--task", "words.yaml", "--task", task, "--out", tmp_path / "out"
+    )
+    assert code == 2
+    assert "task 'second', example 2: the choice ' ' has no tokens" in notes
     assert not (tmp_path / "out").exists()
 
 

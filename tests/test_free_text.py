@@ -17,6 +17,7 @@ from spectr.errors import DataError, MissingExtraError
 from spectr.evaluation import choice_logprobs, routed_logprobs, text_metric
 from spectr.evaluation.encode import encode_examples
 from spectr.evaluation.experiments import EXPERIMENTS, Bench
+from spectr.evaluation.finding import find_experts
 from spectr.evaluation.score import score_examples, score_of
 from spectr.models import context_length, encode_answer, encode_prompt, generate_answers
 from spectr.tasks import Example, Task
@@ -216,14 +217,25 @@ def test_choices_are_scored_on_what_is_left_of_the_prompt():
     assert [record.get("lost") for record in records] == [len(encode_prompt(tokenizer, LONG)) - 12, None, None]
 
 
-def test_a_decision_for_a_long_prompt_is_that_for_what_is_left(library):
+def test_a_decision_for_a_long_prompt_is_that_for_what_is_left(library, monkeypatch):
     model, tokenizer = short_model(12), make_tokenizer()
     routed = compose(model, library, Calibrated())
     long = Example(prompt=LONG, answer="yes", choices=("yes", "no"), label=0)
+    seen, decide = [], routed.prompt.decide
+    monkeypatch.setattr(routed.prompt, "decide", lambda **given: seen.append(given["input_ids"]) or decide(**given))
     _, [row] = routed_logprobs(model, tokenizer, [long], routed.prompt)
-    left = torch.tensor([encode_prompt(tokenizer, LONG, limit=10)])
-    [expected] = routed.prompt.decide(input_ids=left, attention_mask=torch.ones_like(left))
+    left = torch.tensor([encode_prompt(tokenizer, LONG, limit=12 - 2)])
+    assert torch.equal(seen[0], left)
+    [expected] = decide(input_ids=left, attention_mask=torch.ones_like(left))
     assert torch.equal(row, expected)
+
+
+def test_experts_are_looked_for_within_the_context(library):
+    model, tokenizer, widths = short_model(12), make_tokenizer(), []
+    routed = compose(model, library, Spectr(top_k=2))
+    model.register_forward_pre_hook(lambda _, args, given: widths.append(given["input_ids"].shape[1]), with_kwargs=True)
+    find_experts(model, routed, tokenizer, [LONG, "who"], "bees")
+    assert widths == [12]
 
 
 def test_an_answer_has_its_room():
@@ -299,4 +311,4 @@ def test_quality_and_multitask_serve_both_kinds(tmp_path, library):
     assert {"answer", "reference", "score"} <= set(json.loads(line))
     methods = EXPERIMENTS["multitask"](given).data["methods"]
     assert methods["base"]["accuracy"]["bees"] == pytest.approx(result.data["base"][1])
-    assert {"spectr, k 2", "calibrated, k 1"} <= set(methods)
+    assert {"spectr, k 2", "calibrated, k 2"} <= set(methods)
