@@ -58,7 +58,10 @@ def robustness(bench: Bench) -> Result:
         columns=["library", "router", "prompts, by vote", "its own prompts", "prompts of others that it took"],
         rows=rows,
         data={"cases": data, "odd": odd},
-        notes=["One expert of the library is changed, or one is added. ± one standard error over prompts."],
+        notes=[
+            "One expert of the library is changed, or one is added. ± one standard error over prompts.",
+            *bench.remarks(),
+        ],
         origin=bench.origin(),
     )
 

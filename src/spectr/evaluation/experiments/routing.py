@@ -63,6 +63,7 @@ def routing(bench: Bench) -> Result:
             "once for the prompt, by its evidence, and that holds for all of its tokens. ± one standard error over "
             "prompts.",
             *notes,
+            *bench.remarks(),
         ],
         origin=bench.origin(),
     )

@@ -57,6 +57,7 @@ def wording(bench: Bench) -> Result:
             "share of the right expert's on the same words, mean over tasks. ± one standard error over prompts, for "
             "shares over the differences between method and expert example by example.",
             *notes,
+            *bench.remarks(),
         ],
         origin=bench.origin(),
     )
