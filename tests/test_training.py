@@ -233,3 +233,24 @@ def test_modules_that_are_not_there_are_named_and_nothing_is_made(tmp_path):
     with pytest.raises(DataError, match=r"target_modules='nope'(.|\n)*down_proj"):
         train(tmp_path / "e", replace(SETTINGS, target_modules="nope"))
     assert not (tmp_path / "e").exists()
+
+
+def test_free_text_is_measured_by_its_metric(tmp_path):
+    words = ("green", "blue")
+    task = Task.of(name="colours", version=1, prompt="what is the colour of the {thing}", answer="{colour}")
+    examples = [task.example({"thing": row["thing"], "colour": words[row["label"]]}) for row in ROWS]
+    more = {"metric": "exact_match", "max_new_tokens": 3}
+    report = train(tmp_path / "e", replace(SETTINGS, epochs=4), train=examples, test=examples[:4], **more)
+    assert report.metric == "exact_match"
+    assert report.accuracy_before == 0.0
+    assert report.accuracy_after == 1.0
+    text = (tmp_path / "e" / "README.md").read_text()
+    assert "exact_match 100.0% on 4 test examples; the base model has 0.0%." in text
+
+
+def test_an_unknown_metric_is_told_before_anything_is_trained(tmp_path):
+    task = Task.of(name="colours", version=1, prompt="{thing}", answer="{thing}")
+    examples = [task.example(row) for row in ROWS]
+    with pytest.raises(DataError, match="metric 'blue' does not measure free text"):
+        train(tmp_path / "e", train=examples, test=examples[:4], metric="blue")
+    assert not (tmp_path / "e").exists()

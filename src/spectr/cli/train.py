@@ -127,12 +127,14 @@ def train(
             out=out_folder,
             data=_origin(chosen, train_source, test_source, data_root),
             length_normalised=chosen.length_normalised,
+            metric=chosen.metric,
+            max_new_tokens=chosen.max_new_tokens,
             note=chosen.note,
             progress=advance,
         )
     if report.accuracy_after is not None:
         out.print(
-            f"accuracy {report.accuracy_after:.1%} on {report.test_examples} test rows; the base model had "
+            f"{report.metric} {report.accuracy_after:.1%} on {report.test_examples} test rows; the base model had "
             f"{report.accuracy_before:.1%}",
             highlight=False,
         )

@@ -79,8 +79,10 @@ A LoRA expert for `{facts["base_model"]}`, trained with `spectr train`.
 def _accuracy(facts: dict[str, Any]) -> str:
     before, after = facts["accuracy_before"], facts["accuracy_after"]
     if after is None:
-        return "Not measured: no test data with choices was given.\n" + _validation(facts)
+        return "Not measured: no test data was given.\n" + _validation(facts)
     count = facts["test_examples"]
+    if facts["metric"] != "accuracy":
+        return f"{facts['metric']} {after:.1%} on {count} test examples; the base model has {before:.1%}.\n"
     error = (after * (1 - after) / count) ** 0.5
     line = f"{after:.1%} on {count} test examples (standard error {error:.1%}); the base model has {before:.1%}"
     return (

@@ -14,7 +14,8 @@ class Report:
 
     Attributes:
         validation_accuracy: After each epoch, from 0 to 1; the weights are those of the best, the first of equals.
-        accuracy_before: The base model's, on the test examples, from 0 to 1; ``None`` without choices or test data.
+        metric: What the accuracies are: ``"accuracy"`` of choices, or a metric of free text.
+        accuracy_before: The base model's, on the test examples, from 0 to 1; ``None`` without test data.
         accuracy_after: The expert's, measured on the weights as saved.
         majority: Share of the most frequent label, where labels mean the same in every row.
     """
@@ -22,6 +23,7 @@ class Report:
     name: str
     base_model: str
     settings: TrainingSettings
+    metric: str
     data: dict[str, Any]
     train_examples: int
     test_examples: int

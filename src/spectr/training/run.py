@@ -18,6 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectr.errors import DataError, MissingExtraError
 from spectr.evaluation import accuracy, choice_logprobs, predict
+from spectr.evaluation.metrics import text_metric
+from spectr.evaluation.score import Measurement, score_examples, score_of
 from spectr.layers import features
 from spectr.tasks import Example
 from spectr.training.checkpoint import read_facts
@@ -50,6 +52,8 @@ def train_expert(
     out: str | Path,
     data: dict[str, Any] | None = None,
     length_normalised: bool = False,
+    metric: str = "accuracy",
+    max_new_tokens: int = 64,
     note: str = "",
     checkpoint_seconds: float = 60.0,
     progress: Progress = lambda *_: None,
@@ -62,13 +66,15 @@ def train_expert(
         name: The expert's name.
         base_model: What the adapter's configuration names as its base.
         train: Training examples.
-        test: Examples to measure accuracy on, before and after; without choices nothing is measured.
+        test: Examples to measure on, before and after.
         validation: Examples with choices to measure accuracy on after every epoch. The weights of the best epoch are
             kept, so that nothing need be decided by the test examples.
         settings: See :class:`TrainingSettings`.
         out: Folder to write, which must not hold an expert yet.
         data: Origin of the examples (paths, hashes), for the card and to tell one run from another.
         length_normalised: How choices are scored.
+        metric: Of examples without choices; see :func:`spectr.evaluation.metrics.text_metric`.
+        max_new_tokens: Length at most of an answer that is measured by it.
         note: A remark for the card.
         checkpoint_seconds: Time between checkpoints.
         progress: Is told (phase, done, total, remark).
@@ -91,9 +97,13 @@ def train_expert(
     fingerprint = _fingerprint(asdict(settings), data, base_model, encoded, len(validation))
     facts = read_facts(out / CHECKPOINT, fingerprint)
 
-    scored = bool(test) and bool(test[0].choices)
-    measure = _meter(model, tokenizer, test, length_normalised, progress) if scored else None
-    validate = _meter(model, tokenizer, validation, length_normalised, progress) if validation else None
+    measure = validate = None
+    if test and test[0].choices:
+        measure = _meter(model, tokenizer, test, length_normalised, progress)
+    elif test:
+        measure = _text_meter(model, tokenizer, test, metric, max_new_tokens, progress)
+    if validation:
+        validate = _meter(model, tokenizer, validation, length_normalised, progress)
     if facts is None:
         before = measure("base model on the test data") if measure else None
         facts = {
@@ -114,6 +124,7 @@ def train_expert(
             name=name,
             base_model=base_model,
             settings=settings,
+            metric="accuracy" if not test or test[0].choices else metric,
             data=data or {},
             train_examples=len(train),
             test_examples=len(test),
@@ -209,6 +220,30 @@ def _meter(
 
         scores = choice_logprobs(model, tokenizer, test, length_normalised=length_normalised, progress=advance)
         return accuracy(predict(scores), test)
+
+    return measure
+
+
+def _text_meter(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    test: Sequence[Example],
+    metric: str,
+    max_new_tokens: int,
+    progress: Progress,
+) -> Callable[[str], float]:
+    text_metric(metric)  # before anything is trained
+
+    def measure(phase: str) -> float:
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            progress(phase, done, len(test), "")
+
+        records = score_examples(model, tokenizer, test, metric=metric, max_new_tokens=max_new_tokens, progress=advance)
+        return Measurement.of([score_of(record) for record in records]).value
 
     return measure
 
