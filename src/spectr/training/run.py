@@ -211,13 +211,7 @@ def _meter(
     progress: Progress,
 ) -> Callable[[str], float]:
     def measure(phase: str) -> float:
-        done = 0
-
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            progress(phase, done, len(test), "")
-
+        advance = _counting(phase, len(test), progress)
         scores = choice_logprobs(model, tokenizer, test, length_normalised=length_normalised, progress=advance)
         return accuracy(predict(scores), test)
 
@@ -233,19 +227,24 @@ def _text_meter(
     progress: Progress,
 ) -> Callable[[str], float]:
     text_metric(metric)  # before anything is trained
+    given: dict[str, Any] = {"metric": metric, "max_new_tokens": max_new_tokens}
 
     def measure(phase: str) -> float:
-        done = 0
-
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            progress(phase, done, len(test), "")
-
-        records = score_examples(model, tokenizer, test, metric=metric, max_new_tokens=max_new_tokens, progress=advance)
+        records = score_examples(model, tokenizer, test, progress=_counting(phase, len(test), progress), **given)
         return Measurement.of([score_of(record) for record in records]).value
 
     return measure
+
+
+def _counting(phase: str, total: int, progress: Progress) -> Callable[[int], None]:
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(phase, done, total, "")
+
+    return advance
 
 
 def _majority(test: Sequence[Example]) -> float | None:
