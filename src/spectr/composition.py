@@ -128,7 +128,7 @@ class Routed:
         experts = {name: library[name] for name in names}
         plan = make_plan(self.model, list(experts.values()), self.router)
         calibrated = getattr(self.router, "calibrated", False)
-        calibration = _calibration(library, list(experts.values())) if calibrated else None
+        calibration = needed_calibration(library, list(experts.values())) if calibrated else None
         held = self.layers
         fresh: dict[str, RoutedLinear] = {}
         with ExitStack() as files:
@@ -229,8 +229,12 @@ def prepare_module(
     return prepared
 
 
-def _calibration(library: ExpertLibrary, experts: Sequence[Expert]) -> Calibration:
-    """The library's calibration, which has to cover all experts."""
+def needed_calibration(library: ExpertLibrary, experts: Sequence[Expert]) -> Calibration:
+    """The library's calibration, which has to cover these experts.
+
+    Raises:
+        CompositionError: Some were not calibrated, or have other weights by now.
+    """
     calibration = library.calibration
     missing = [expert.name for expert in experts if calibration is None or not calibration.covers(expert)]
     if missing or calibration is None:

@@ -26,6 +26,7 @@ ORDER = (
     "robustness",
     "costs",
 )
+COMPARING = frozenset(ORDER) - {"quality", "similarity"}  # experiments that have routers to choose from
 _RANKED = re.compile(r"(.+)-r(\d+)")
 
 
@@ -72,9 +73,10 @@ class Asked:
         """
         if experiment not in (*ORDER, "all"):
             raise DataError(f"unknown experiment '{experiment}'", do=did_you_mean(experiment, (*ORDER, "all")))
-        chosen = _tasks(tasks, letters) if experiment not in ("similarity", "costs") else []
+        chosen = _tasks(tasks, letters)
         if tasks:
             _check_experts(chosen, library)
+        chosen = [] if experiment in ("similarity", "costs") else chosen
         read = {about.name: (about, _examples(about, data_root, limit)) for about in chosen}
         reworded = {
             about.name: [_examples(about.reworded(i), data_root, limit) for i in range(len(about.paraphrases))]

@@ -45,7 +45,7 @@ def chat(
 
 def _read() -> str | None:
     try:
-        return out.input("[bold cyan]you[/] ").strip()
+        return out.input("[bold cyan]you[/] " if out.is_terminal else "").strip()
     except (EOFError, KeyboardInterrupt):
         return None
 

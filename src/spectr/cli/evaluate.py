@@ -6,12 +6,12 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from spectr.cli.asked import ORDER, Asked
+from spectr.cli.asked import COMPARING, ORDER, Asked
 from spectr.cli.console import bar, out, say
 from spectr.cli.options import (
     DataRootOption,
@@ -83,6 +83,20 @@ def evaluate(
     )
     for remark in asked.remarks:
         say(remark)
+    if router and not set(asked.experiments) & COMPARING:
+        say(f"--router makes no difference: {experiment} compares no routers")
+    given = {
+        "data-root": data_root,
+        "model": model,
+        "library": library,
+        "task": task,
+        "letters": letters,
+        "router": router,
+        "limit": limit,
+        "seeds": seeds,
+        "ranks": ranks,
+        "companion": companion,
+    }
     _ = asked.library.calibration
     base, tokenizer = open_model(model, dtype)
 
@@ -105,8 +119,9 @@ def evaluate(
             )
             bench.check()
             made = EXPERIMENTS[name](bench)
-        command = _command(name, limit, router, letters, data_root, seeds, ranks, companion)
-        result = dataclasses.replace(made, origin={**made.origin, "command": command})
+        result = dataclasses.replace(made, origin={**made.origin, "command": _command(name, given)})
+        if _replaces_other(folder / f"{name}.json", result):
+            say(f"the result of another run of {name} in {folder} is replaced")
         path = result.save(folder)
         if as_json:
             sys.stdout.write(path.read_text(encoding="utf-8").replace("\n", " ") + "\n")
@@ -150,25 +165,27 @@ def report(
     out.print(f"report: {where.resolve()}", highlight=False)
 
 
-def _command(
-    experiment: str,
-    limit: int | None,
-    routers: list[str] | None,
-    letters: bool,
-    data_root: str | None,
-    seeds: int,
-    ranks: Path | None,
-    companions: list[str] | None,
-) -> str:
-    """What gives this result again, beside a folder of data, model and library."""
-    words = ["spectr", "evaluate", experiment, *(["--limit", str(limit)] if limit else [])]
-    words += [*(["--letters"] if letters else []), *(["--data-root", "hub"] if data_root == "hub" else [])]
-    words += ["--seeds", str(seeds)] if seeds else []
-    words += ["--ranks", ranks.name] if ranks and experiment == "ranks" else []
-    for given in companions or () if experiment == "robustness" else ():
-        expert, _, folder = given.partition("=")
-        words += ["--companion", f"{expert}={Path(folder).name}"]
-    return " ".join([*words, *(f"-r {name}" for name in routers or ())])
+def _command(experiment: str, given: dict[str, Any]) -> str:
+    """What gives this result again; of folders and files only the last part of their path."""
+    words = ["spectr", "evaluate", experiment]
+    of_others = {"ranks": "ranks", "companion": "robustness"}
+    for option, value in given.items():
+        if not value or of_others.get(option, experiment) != experiment:
+            continue
+        for one in value if isinstance(value, list) else [value]:
+            name, equals, path = str(one).rpartition("=")
+            words += [f"--{option}"] if one is True else [f"--{option}", name + equals + Path(path).name]
+    return " ".join(words)
+
+
+def _replaces_other(path: Path, result: Result) -> bool:
+    """Whether a result on disk is of other tasks, experts or settings."""
+    if not path.is_file():
+        return False
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["origin"] != json.loads(json.dumps(result.origin))
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return True
 
 
 def _show(result: Result) -> None:

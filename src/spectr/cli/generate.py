@@ -26,7 +26,7 @@ def read_prompt(prompt: str | None) -> str:
         prompt = sys.stdin.read()
     assert prompt is not None
     if not prompt.strip():
-        raise DataError("the prompt is empty", do='spectr generate "your question"')
+        raise DataError("the prompt is empty", do="give some text")
     return prompt.strip("\n")
 
 

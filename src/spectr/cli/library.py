@@ -10,10 +10,12 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from spectr.adapters.read import WEIGHTS_FILE
 from spectr.cli.console import bar, out, say
 from spectr.cli.options import DtypeOption, JsonOption, LibraryOption, ModelOption, open_library, open_model
-from spectr.errors import LibraryError, raise_together
+from spectr.errors import LibraryError, SpectrError, raise_together
 from spectr.library import Entry, ExpertLibrary, LibraryStore
+from spectr.library.calibration import CALIBRATION_FILE
 from spectr.library.manifest import MANIFEST_FILE
 from spectr.tasks.rows import read_lines
 
@@ -36,6 +38,7 @@ def add(
     """
     entry = LibraryStore(library).add(name, adapter, replace=replace)
     out.print(f"added {entry.name}: {_ranks(entry)}, {entry.modules} modules, {entry.parameters:,} parameters")
+    say(f"not calibrated yet; when all are added: spectr library calibrate --library {library}")
 
 
 @app.command()
@@ -53,11 +56,12 @@ def remove(
 @app.command("list")
 def list_experts(library: LibraryOption = None, as_json: JsonOption = False) -> None:
     """List a library's experts."""
-    entries = _open(library).entries
+    store = _open(library)
+    entries, known = store.entries, ExpertLibrary.open(store.root).calibration
     if as_json:
         sys.stdout.write(json.dumps([entry.model_dump() for entry in entries]) + "\n")
         return
-    table = Table("expert", "rank", "modules", "parameters", "targets", "base model")
+    table = Table("expert", "rank", "modules", "parameters", "targets", "base model", "calibrated")
     for entry in entries:
         row = (
             entry.name,
@@ -66,7 +70,8 @@ def list_experts(library: LibraryOption = None, as_json: JsonOption = False) -> 
             f"{entry.parameters:,}",
             ", ".join(entry.targets),
         )
-        table.add_row(*row, entry.base_model or "not stated")
+        calibrated = "yes" if known and known.sha256.get(entry.name) == entry.sha256.get(WEIGHTS_FILE) else "no"
+        table.add_row(*row, entry.base_model or "not stated", calibrated)
     out.print(table)
 
 
@@ -140,12 +145,12 @@ def verify(library: LibraryOption = None, as_json: JsonOption = False) -> None:
     """Check every expert's files against their hashes and read them; exit code 2 if anything is wrong."""
     store = _open(library)
     say(f"reading {len(store.entries)} experts in {store.root}")
-    faults = store.verify()
+    faults = {**store.verify(), CALIBRATION_FILE: _calibration_fault(store.root)}
     if as_json:
         sys.stdout.write(json.dumps({name: fault and str(fault) for name, fault in faults.items()}) + "\n")
     raise_together(f"{store.root} is damaged", [fault for fault in faults.values() if fault], LibraryError)
     if not as_json:
-        out.print(f"all {len(faults)} experts are as they were added")
+        out.print(f"all {len(store.entries)} experts are as they were added")
 
 
 def _open(path: Path | None) -> LibraryStore:
@@ -159,6 +164,14 @@ def _open(path: Path | None) -> LibraryStore:
             do="make a library of them with: spectr library add NAME ADAPTER --library DIR",
         )
     return LibraryStore(root)
+
+
+def _calibration_fault(root: Path) -> SpectrError | None:
+    try:
+        _ = ExpertLibrary.open(root).calibration
+    except SpectrError as error:
+        return error
+    return None
 
 
 def _ranks(entry: Entry) -> str:

@@ -39,6 +39,11 @@ def _known_dtype(dtype: str) -> str:
     return dtype
 
 
+def _split(names: list[str] | None) -> list[str] | None:
+    """Experts that were given one by one, or several with commas."""
+    return [name.strip() for text in names for name in text.split(",")] if names else None
+
+
 DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.", callback=_known_dtype)]
 DataRootOption = Annotated[
     str | None,
@@ -69,8 +74,8 @@ class Routing:
             "--router",
             "-r",
             help="How experts are chosen. auto: calibrated where the library is, else spectr. Or spectr, spectr-paper, "
-            "spectr-softmax, spectr-projection, spectr-code, calibrated, calibrated-token, arrow, mu (or uniform), "
-            "oracle, or one that a package added. See docs/routers.md.",
+            "spectr-softmax, spectr-projection, spectr-code, calibrated, calibrated-token, calibrated-prior, arrow, "
+            "mu (or uniform), oracle, or one that a package added. See docs/routers.md.",
             rich_help_panel=_PANEL,
         ),
     ] = "auto"
@@ -97,7 +102,11 @@ class Routing:
     allow: Annotated[
         list[str] | None,
         typer.Option(
-            "--allow", "-a", help="Only these experts may be chosen; give it once for each.", rich_help_panel=_PANEL
+            "--allow",
+            "-a",
+            help="Only these experts may be chosen: once for each, or with commas.",
+            rich_help_panel=_PANEL,
+            callback=_split,
         ),
     ] = None
     dtype: DtypeOption = "auto"
@@ -107,9 +116,15 @@ class Routing:
 
         Without ``top_k`` the router takes at most as many experts as there are.
         """
+        from spectr.composition import needed_calibration
         from spectr.routers import get_router
 
         library = open_library(self.library)
+        if self.expert and self.router != "oracle":
+            raise SpectrError(
+                f"--expert {self.expert} is for the router that always takes it",
+                do=f"-r oracle -e {self.expert}, or --allow {self.expert}",
+            )
         options = {
             "top_k": self.top_k,
             "expert": self.expert,
@@ -123,7 +138,23 @@ class Routing:
             router = dataclasses.replace(router, top_k=len(library))  # pyright: ignore[reportArgumentType]
         router.resident(library.names)
         library.check(*(self.allow or []))
+        if getattr(router, "calibrated", False):
+            needed_calibration(library, [library[name] for name in self.allow or library])
+        self._tell(library, router)
         return library, router
+
+    def _tell(self, library: ExpertLibrary, router: Router) -> None:
+        """What a user would not expect of the router that stands in for "auto", or of its number of experts."""
+        if self.router == "auto" and not _is_calibrated(library):
+            known = library.calibration
+            new = [name for name in library if known is None or not known.covers(library[name])]
+            say(
+                f"router: spectr, token by token, as {_some(new)} not calibrated; for the far better one: "
+                f"spectr library calibrate --library {library.origin}"
+            )
+        there, k = len(self.allow or library), getattr(router, "top_k", 0)
+        if k > 1 and k >= there:
+            say(f"{'all' if there > 1 else 'one'} of {there} work on every token: the router takes up to {k}")
 
     def router_name(self, library: ExpertLibrary) -> str:
         """The router that was asked for, or the one that "auto" stands for with this library."""
@@ -144,6 +175,11 @@ class Routing:
                 model, library, router, progress=lambda done, total: advance("preparing layers", done, total, "")
             )
             return routed.allow(self.allow) if self.allow else routed
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"{shown} {'is' if len(names) == 1 else 'are'}"
 
 
 def _is_calibrated(library: ExpertLibrary) -> bool:

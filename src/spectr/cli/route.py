@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from spectr.cli.console import out
+from spectr.cli.console import out, say
 from spectr.cli.generate import Chat, PromptArgument, read_prompt
 from spectr.cli.options import JsonOption, Routing, check_target, with_routing
 from spectr.errors import DataError, did_you_mean
@@ -46,7 +46,7 @@ def route(
     from spectr.models import encode_batch, generate_answers
     from spectr.plots.tokens import token_routing
 
-    routing.compose(base, library, router)
+    routed = routing.compose(base, library, router)
     with trace(base) as record:
         if answer_tokens:
             generate_answers(base, tokenizer, [text], max_new_tokens=answer_tokens, chat=chat)
@@ -58,6 +58,8 @@ def route(
         sys.stdout.write(json.dumps(_as_data(found, str(router))) + "\n")
     else:
         _print(found, shown)
+        if routed.prompt and routed.prompt.router.level == "prompt":
+            say("decided once for the whole prompt: spectr route -r spectr shows a choice for every token and layer")
     if html:
         from spectr.plots import write_page
 

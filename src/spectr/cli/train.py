@@ -112,6 +112,8 @@ def train(
         seed=seed,
     )
     check_folder(out_folder)  # all of this before a model is loaded
+    if test_source == train_source:
+        say("the test rows are training rows: the accuracy says nothing about new ones")
     base, tokenizer = open_model(model, dtype)
     say(f"training '{name or chosen.name}' on {len(rows) - validation} examples")
     with bar() as advance, _told_where_it_stopped(out_folder):

@@ -36,6 +36,9 @@ def summary(results: Sequence[Result]) -> Result | None:
         "examples, with the error of the difference.",
         *[note for name in ("routing", "wording") if name in found for note in found[name].notes if " seed" in note],
     ]
+    setups = {name: (found[name].origin.get("experts"), found[name].origin.get("model")) for name in used}
+    if len({str(setup) for setup in setups.values()}) > 1:
+        notes.insert(0, "Take care: these experiments ran with different experts or models.")
     return Result(
         name="summary",
         title="The routers side by side",

@@ -9,12 +9,18 @@ from pathlib import Path
 
 from spectr.adapters import Expert, read_adapter
 from spectr.adapters.config import CONFIG_FILE
+from spectr.adapters.read import WEIGHTS_FILE
 from spectr.errors import AdapterError, LibraryError, SpectrError, did_you_mean, raise_together
 from spectr.library.calibration import Calibration
 from spectr.library.manifest import MANIFEST_FILE
 from spectr.library.store import LibraryStore
 
 Reader = Callable[[], Expert]
+
+
+def _holds_adapter(folder: Path) -> bool:
+    """Whether a folder is meant as an adapter: it has a configuration, or weights that lack one."""
+    return any((folder / file).is_file() for file in (CONFIG_FILE, WEIGHTS_FILE))
 
 
 class ExpertLibrary:
@@ -54,7 +60,7 @@ class ExpertLibrary:
             readers = {entry.name: store.reader(entry) for entry in store.entries}
             return cls(readers, str(root), partial(Calibration.load, root))
         visible = [folder for folder in sorted(root.absolute().iterdir()) if not folder.name.startswith(".")]
-        adapters = {folder.name: folder for folder in visible if (folder / CONFIG_FILE).is_file()}
+        adapters = {folder.name: folder for folder in visible if _holds_adapter(folder)}
         if not adapters:
             here = " (it is itself an adapter: give its parent folder)" if (root / CONFIG_FILE).is_file() else ""
             raise LibraryError(

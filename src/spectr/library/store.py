@@ -102,7 +102,8 @@ class LibraryStore:
 
         Raises:
             AdapterError: The adapter is missing, damaged, or cannot be routed exactly.
-            LibraryError: The name is taken or not allowed, or the folder cannot be written. Nothing was changed.
+            LibraryError: The name is taken or not allowed, the expert's modules have other sizes than those of the
+                experts that are there, or the folder cannot be written. Nothing was changed.
         """
         if not _NAME.fullmatch(name):
             raise LibraryError(
@@ -116,9 +117,30 @@ class LibraryStore:
                     f"{self.root} already has an expert '{name}'",
                     do="choose another name, or say --replace (replace=True)",
                 )
+            self._check_sizes(expert)
             entry = self._copy_in(expert)
             self._commit(self.manifest.with_entry(entry))
         return entry
+
+    def _check_sizes(self, expert: Expert) -> None:
+        """Raise :class:`LibraryError` where the expert is for another base model than the first one that is there."""
+        other = next((entry for entry in self.entries if entry.name != expert.name), None)
+        if other is None:
+            return
+        try:
+            there = self.reader(other)().shapes
+        except LibraryError:  # a damaged expert is no reason to refuse another one
+            return
+        for module, shape in expert.shapes.items():
+            known = there.get(module)
+            if known and (known.inputs, known.outputs) != (shape.inputs, shape.outputs):
+                raise LibraryError(
+                    f"'{expert.name}' does not go with '{other.name}' of {self.root}: {module} is {shape.inputs} -> "
+                    f"{shape.outputs}, and {known.inputs} -> {known.outputs} there",
+                    expected=f"experts of one base model ({other.base_model or 'not stated'} there, "
+                    f"{expert.base_model or 'not stated'} here)",
+                    do="keep it in a library of its own: another --library",
+                )
 
     def remove(self, name: str) -> None:
         """Take an expert out of the library and delete its files.

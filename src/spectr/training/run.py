@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -92,6 +92,7 @@ def train_expert(
         raise DataError("there are no training examples", do="check the data file and the limit on examples")
     if validation and not validation[0].choices:
         raise DataError("validation compares accuracies, and these examples have no choices", do="leave validation out")
+    _with_adapter(model, settings).unload()  # a wrong target is told before anything is measured
     train = train[: settings.examples]
     encoded = encode(tokenizer, train, settings.max_length)
     fingerprint = _fingerprint(asdict(settings), data, base_model, encoded, len(validation))
@@ -166,10 +167,14 @@ def check_folder(out: str | Path) -> None:
             do=f"choose another --out, such as {out / 'expert'}",
         )
     ancestor = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    if not (ancestor.is_dir() and os.access(ancestor, os.W_OK)):
+    try:  # asking for the right to write is not enough: root has it on read-only file systems
+        with tempfile.TemporaryDirectory(dir=ancestor):
+            pass
+    except OSError as error:
         raise DataError(
-            f"{out} cannot be made: {ancestor} is not a folder that can be written", do="choose another --out"
-        )
+            f"{out} cannot be made: {ancestor} is not a folder that can be written ({error.strerror})",
+            do="choose another --out",
+        ) from error
 
 
 def _with_adapter(model: PreTrainedModel, settings: TrainingSettings) -> PeftModel:

@@ -231,7 +231,8 @@ class Bench:
 
     def remarks(self) -> list[str]:
         """What a reader of the accuracies should know of the tasks: their metric, their form, what was cut."""
-        found = []
+        counts = {name: len(examples) for name, (_, examples) in self.owned.items()}
+        found = [f"Examples: {', '.join(f'{name} {count}' for name, count in counts.items())}."]
         for name, (task, _) in self.owned.items():
             if task.metric != "accuracy":
                 found.append(f"{name} is free text, measured by {task.metric}.")
@@ -316,5 +317,7 @@ def seeds_note(label: str, runs: Sequence[Mapping[str, Sequence[Finding]]], benc
 
 
 def percent(measurement: Measurement) -> str:
-    """A share in percent with its standard error."""
+    """A share in percent with its standard error; where there is none, as all are alike, with their number."""
+    if measurement.error == 0 and measurement.value in (0.0, 1.0):
+        return f"{measurement.value:.0%} of {measurement.count}"
     return f"{measurement.value:.1%} ± {measurement.error:.1%}"
