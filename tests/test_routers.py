@@ -291,6 +291,7 @@ BY_NAME = {
     "spectr-softmax": Spectr(weights="softmax"),
     "uniform": Uniform(),
     "calibrated": Calibrated(),
+    "calibrated-prior": Calibrated(level="prior"),
     "calibrated-token": Calibrated(level="token", top_k=4),
 }
 
