@@ -31,7 +31,7 @@ def calibrate(
     tokenizer: Any,
     *,
     texts: Sequence[str] | None = None,
-    samples: int = 12,
+    samples: int = 24,
     tokens: int = 64,
     seed: int = 0,
     fresh: bool = False,
@@ -46,8 +46,8 @@ def calibrate(
         model: The base model, not composed.
         library: Experts; ``library.with_calibration(...)`` then routes with the result, ``.save(folder)`` keeps it.
         tokenizer: The model's.
-        texts: Unlabelled texts of your own, each as a user would send it. By default the base model writes its own
-            from an empty user turn.
+        texts: Unlabelled texts of your own, each as a user would send it. By default the base model writes its own:
+            it is given the chat template up to where a user speaks, and goes on from there.
         samples: How many texts the model writes.
         tokens: Length of each at most.
         seed: Of its writing.
@@ -72,7 +72,7 @@ def calibrate(
     new = [name for name, expert in experts.items() if known is None or not known.covers(expert)]
     total = 2 + -(-len(new) // _AT_ONCE)
     if known is None:
-        ids, counted, real, opening, turn = (
+        ids, counted, real, opening, turn, closing = (
             encode_texts(tokenizer, texts)
             if texts is not None
             else self_samples(model, tokenizer, samples=samples, tokens=tokens, seed=seed)
@@ -85,6 +85,7 @@ def calibrate(
             "seed": seed if texts is None else None,
             "opening": opening,
             "turn": turn,
+            "closing": closing,
         }
         known = Calibration(means={}, rms={}, sha256={}, input_ids=ids, counted=counted, real=real, settings=settings)
     progress(1, total)

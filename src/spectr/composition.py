@@ -158,8 +158,9 @@ class Routed:
             self.prompt = None
         if names and isinstance(self.router, PromptRouter) and self.router.level != "token":
             known = self.library.calibration
-            opening = Opening(known.opening, known.turn) if known else None
-            self.prompt = PromptDecision(self.model, self.layers, self.router, names, opening)
+            opening = Opening(known.opening, known.turn, known.closing) if known else None
+            usual = {"input_ids": known.input_ids, "attention_mask": known.real.long()} if known else None
+            self.prompt = PromptDecision(self.model, self.layers, self.router, names, opening, usual)
 
     def __repr__(self) -> str:
         return f"Routed({len(self.layers)} layers, experts {', '.join(self.experts)}, {self.router})"

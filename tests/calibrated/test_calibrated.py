@@ -68,20 +68,27 @@ def test_an_experts_size_buys_it_nothing(root, library, tmp_path):
 # The decision
 
 
-def slow_evidence(root, library, prompt, tokens=None, temperature=0.2):
-    """Mean soft vote of each expert, over all modules and the tokens after the opening."""
+def slow_reading(root, library, prompt, tokens=None):
+    """Each expert's mean vote over the modules, of the tokens between the template's opening and its closing."""
     modules = list(dense_deltas(root / "ants"))
     texts = inputs_of_texts(library, modules)
     total = torch.zeros(len(RANKS), dtype=torch.float64)
     deltas = {name: dense_deltas(root / name) for name in RANKS}
-    begin = len(library.calibration.opening)
+    begin, closing = len(library.calibration.opening), len(library.calibration.closing)
+    assert (begin, closing) == (1, 1)
     inputs = inputs_of(make_model(), modules, ids_of(prompt))
     for module in modules:
-        used = inputs[module][begin : tokens and begin + tokens]
-        for x in used:
-            scores = [reference.calibrated_score(deltas[name][module], x, texts[module]) for name in RANKS]
-            total += torch.tensor(reference.soft_vote(scores, temperature), dtype=torch.float64) / len(used)
+        used = inputs[module][begin:-closing][:tokens]
+        scores = [[reference.calibrated_score(deltas[name][module], x, texts[module]) for name in RANKS] for x in used]
+        votes = [reference.soft_vote(row, 0.2) for row in scores]
+        total += torch.tensor(reference.certain_mean(votes, 4.0), dtype=torch.float64)
     return total / len(modules)
+
+
+def slow_evidence(root, library, prompt, tokens=None):
+    """What a prompt says beyond what the calibration's texts say."""
+    usual = torch.stack([slow_reading(root, library, text, tokens) for text in TEXTS]).mean(0)
+    return slow_reading(root, library, prompt, tokens) - usual + 1
 
 
 @pytest.mark.parametrize("tokens", [None, 4])
@@ -193,7 +200,22 @@ def test_the_opening_has_no_say(root, library):
     assert len(library.calibration.opening) == 1
     assert not torch.allclose(knowing.prompt.decide(input_ids=ids), unknowing.prompt.decide(input_ids=ids), atol=1e-4)
     bare = ids[:, :1]  # nothing but the opening: then it is all there is to go by
-    close(knowing.prompt.decide(input_ids=bare), unknowing.prompt.decide(input_ids=bare))
+    assert knowing.prompt.evidence(input_ids=bare).isfinite().all()
+
+
+def test_the_closing_has_no_say(library):
+    """Where the answer begins a prompt says what it says without that; a text without a template loses nothing."""
+    _, routed = routed_model(library, top_k=3, weights="softmax")
+    ids = ids_of(PROMPTS[1])
+    assert tuple(ids[0, -1:].tolist()) == library.calibration.closing
+    close(routed.prompt.evidence(input_ids=ids), routed.prompt.evidence(input_ids=ids[:, :-1]))
+    assert not torch.allclose(routed.prompt.evidence(input_ids=ids), routed.prompt.evidence(input_ids=ids[:, :-2]))
+
+
+def test_the_calibrations_own_texts_say_nothing_on_average(library):
+    _, routed = routed_model(library)
+    mean_E = torch.cat([routed.prompt.evidence(input_ids=ids_of(text)) for text in TEXTS]).mean(0)
+    close(mean_E, torch.ones(len(RANKS)), 1e-4)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -220,21 +242,21 @@ def test_an_expert_of_few_layers_is_judged_by_these(root, tmp_path):
     partial = ExpertLibrary.from_adapters(sources)
     partial = partial.with_calibration(calibrate(make_model(), partial, make_tokenizer(), texts=TEXTS))
     model, routed = routed_model(partial, top_k=2, weights="softmax")
-    evidence = routed.prompt.decide(input_ids=ids_of(PROMPTS[1]))[0].log()
-    shared = [routed.layers[f"model.layers.{layer}.self_attn.q_proj"] for layer in (0, 1)]
-    votes = []
-    begin = len(partial.calibration.opening)
-    for layer, x in zip(
-        shared,
-        inputs_of(make_model(), [f"model.layers.{n}.self_attn.q_proj" for n in (0, 1)], ids_of(PROMPTS[1])).values(),
-        strict=True,
-    ):
-        scores_TE = layer.route(x.float()).scores_TE[begin:]
-        votes.append(torch.tensor([reference.soft_vote(row.tolist(), 0.2) for row in scores_TE]).mean(0))
-    few = torch.stack(votes).mean(0)[1]
-    modules = len(routed.layers)
-    ants = (torch.stack(votes).sum(0)[0] + (modules - 2)) / modules  # alone, a vote is 1
-    assert float(evidence[1] - evidence[0]) == pytest.approx(float(few - ants), abs=1e-4)
+    evidence = routed.prompt.evidence(input_ids=ids_of(PROMPTS[1]))[0]
+    shared = [f"model.layers.{n}.self_attn.q_proj" for n in (0, 1)]
+
+    def reading(prompt):
+        votes = []
+        for module, x in inputs_of(make_model(), shared, ids_of(prompt)).items():
+            scores_TE = routed.layers[module].route(x.float()).scores_TE[1:-1]
+            rows = [reference.soft_vote(row.tolist(), 0.2) for row in scores_TE]
+            votes.append(torch.tensor(reference.certain_mean(rows, 4.0)))
+        few, modules = torch.stack(votes).mean(0)[1], len(routed.layers)
+        ants = (torch.stack(votes).sum(0)[0] + (modules - 2)) / modules  # alone, a vote is 1
+        return torch.stack([ants, few])
+
+    slow = reading(PROMPTS[1]) - torch.stack([reading(text) for text in TEXTS]).mean(0) + 1
+    close(evidence, slow, 1e-4)
     routed.prompt.hold(torch.tensor([[0.0, 1.0]]))
     alone, _ = routed_model(partial, Oracle(expert="few"))
     close(logits(model, ids_of(PROMPTS[0])), logits(alone, ids_of(PROMPTS[0])))
@@ -273,7 +295,14 @@ def test_removing_takes_the_hook_away_too(library):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"level": "word"}, {"pool_temperature": 0}, {"prior_strength": -1}, {"probe_tokens": 0}, {"combine": "sum"}],
+    [
+        {"level": "word"},
+        {"pool_temperature": 0},
+        {"prior_strength": -1},
+        {"certainty_weight": -1},
+        {"probe_tokens": 0},
+        {"combine": "sum"},
+    ],
 )
 def test_options_out_of_range_are_named(wrong):
     [name] = wrong

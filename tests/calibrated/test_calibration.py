@@ -37,10 +37,13 @@ def test_self_samples_depend_on_the_seed_alone_and_count_what_the_model_wrote(ro
     one, same, other = (calibrate(make_model(), plain, make_tokenizer(), seed=seed, samples=3) for seed in (1, 1, 2))
     assert torch.equal(one.input_ids, same.input_ids)
     assert one.rms == same.rms
-    assert not torch.equal(one.input_ids[:, :20], other.input_ids[:, :20])
-    start = len(encode_prompt(make_tokenizer(), ""))
-    assert not one.counted[:, :start].any()
-    assert one.counted[:, start].all()
+    assert one.input_ids.tolist() != other.input_ids.tolist()
+    tokenizer, size = make_tokenizer(), len(one.opening)
+    assert not one.counted[:, :size].any()
+    assert torch.equal(one.counted[:, size:], one.real[:, size:])
+    for ids, real in zip(one.input_ids, one.real, strict=True):  # each is a whole user turn
+        text = tokenizer.decode(ids[real][size : -len(one.closing)])
+        assert encode_prompt(tokenizer, text) == ids[real].tolist()
     assert one.settings["source"] == "self-samples"
     assert one.settings["tokens"] == int(one.counted.sum())
 

@@ -104,7 +104,7 @@ def calibrate(
     texts: Annotated[
         Path | None, typer.Option(help="Your own unlabelled texts, one a line; else the model writes some itself.")
     ] = None,
-    samples: Annotated[int, typer.Option(help="How many texts the model writes.", min=1)] = 12,
+    samples: Annotated[int, typer.Option(help="How many texts the model writes.", min=1)] = 24,
     tokens: Annotated[int, typer.Option(help="Length of each at most.", min=1)] = 64,
     seed: Annotated[int, typer.Option(help="Seed of its writing.")] = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure experts anew that are calibrated already.")] = False,

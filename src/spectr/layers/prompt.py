@@ -22,10 +22,12 @@ class Opening(NamedTuple):
     Attributes:
         first: Before the first user turn, the system turn included; it has no say.
         later: Between an assistant's answer and the next user turn.
+        last: After the last user turn, where the answer begins; it has no say either.
     """
 
     first: tuple[int, ...] = ()
     later: tuple[int, ...] = ()
+    last: tuple[int, ...] = ()
 
     def last_turn(self, ids: list[int]) -> list[int]:
         """A conversation less all turns before the user's last; anything else as it is."""
@@ -40,6 +42,12 @@ class Opening(NamedTuple):
         size = len(self.first)
         return size if len(ids) > size and tuple(ids[:size]) == self.first else 0
 
+    def closing(self, ids: list[int]) -> int:
+        """How many tokens at the end have no say; something is left in between."""
+        size = len(self.last)
+        ends = bool(size) and len(ids) > self.length(ids) + size and tuple(ids[-size:]) == self.last
+        return size if ends else 0
+
 
 class PromptDecision:
     """Pools what a composed model's layers say about a prompt, decides, and has the layers hold the decision.
@@ -52,8 +60,9 @@ class PromptDecision:
         layers: Its routed layers by name.
         router: Turns scores into evidence, and evidence into weights.
         experts: All experts, in alphabetical order.
-        opening: What the chat template writes around a user's words. Its part before the first turn has no say, and
-            of a conversation the user's last turn alone decides.
+        opening: What the chat template writes around a user's words. It has no say, and of a conversation the user's
+            last turn alone decides.
+        usual: Texts (``input_ids``, ``attention_mask``) whose evidence counts as nothing: the calibration's.
     """
 
     def __init__(
@@ -63,10 +72,12 @@ class PromptDecision:
         router: PromptRouter,
         experts: Sequence[str],
         opening: Opening | None = None,
+        usual: Mapping[str, Tensor] | None = None,
     ):
         self.entry, self.layers, self.router = _entry(model), dict(layers), router
         self.experts, self.opening = tuple(experts), opening or Opening()
         self.weights_BE: Tensor | None = None
+        self._usual, self._usual_E = usual, None
         self._pinned = False
         self._handle = self.entry.register_forward_pre_hook(self._on_call, with_kwargs=True)
 
@@ -83,7 +94,17 @@ class PromptDecision:
 
     @torch.no_grad()
     def evidence(self, *args: Any, **kwargs: Any) -> Float[Tensor, "B E"]:
-        """What speaks for each expert: its mean evidence over the prompt's tokens and the modules that it adapts."""
+        """What speaks for each expert: its mean evidence over the prompt's tokens and the modules that it adapts.
+
+        Less its mean over the usual texts, plus one: 1 says nothing.
+        """
+        if self._usual_E is None and self._usual is not None:
+            device = next(self.entry.parameters()).device
+            self._usual_E = self._read(**{key: t.to(device) for key, t in self._usual.items()}).mean(0)
+        evidence_BE = self._read(*args, **kwargs)
+        return evidence_BE if self._usual_E is None else evidence_BE - self._usual_E + 1
+
+    def _read(self, *args: Any, **kwargs: Any) -> Float[Tensor, "B E"]:
         given, counted_BT = _probe(self.entry, args, kwargs, self.router.probe_tokens, self.opening)
         gathered: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
@@ -174,12 +195,14 @@ def _probe(
     if isinstance(mask, Tensor) and mask.ndim == 2:
         real_BT = mask.to(tokens.device).bool()
     rows = [row[real_T] for row, real_T in zip(tokens, real_BT, strict=True)]
-    skipped = [0] * len(rows)
+    skipped, closing = [0] * len(rows), [0] * len(rows)
     if key == "input_ids":
         turns = [opening.last_turn(row.tolist()) for row in rows]
         skipped = [opening.length(turn) for turn in turns]
+        closing = [opening.closing(turn) for turn in turns]
         rows = [torch.tensor(turn, device=tokens.device, dtype=tokens.dtype) for turn in turns]
-    rows = [row[: skip + limit] for row, skip in zip(rows, skipped, strict=True)]
+    ends = [len(row) - size for row, size in zip(rows, closing, strict=True)]
+    rows = [row[: min(skip + limit, end)] for row, skip, end in zip(rows, skipped, ends, strict=True)]
     place_T = torch.arange(max(map(len, rows)), device=tokens.device)
     length_B1 = torch.tensor([len(row) for row in rows], device=tokens.device)[:, None]
     mask_BT = place_T < length_B1
@@ -201,7 +224,8 @@ def _listener(
         counted = torch.ones(evidence_BTE.shape[:2], dtype=torch.bool) if counted_BT is None else counted_BT
         if counted.shape != evidence_BTE.shape[:2]:
             return
-        share_BT = counted.to(evidence_BTE) / counted.sum(1, keepdim=True).clamp(min=1).to(evidence_BTE)
+        weight_BT = counted.to(evidence_BTE) * router.certainty(evidence_BTE)
+        share_BT = weight_BT / weight_BT.sum(1, keepdim=True).clamp(min=1e-30)
         gathered[name] = torch.einsum("bte,bt->be", evidence_BTE, share_BT).cpu()
 
     return listen

@@ -65,6 +65,11 @@ class Calibration:
         """Token ids that it puts between an answer and the next user turn."""
         return tuple(self.settings.get("turn", ()))
 
+    @property
+    def closing(self) -> tuple[int, ...]:
+        """Token ids that it puts after a user's last turn, where the answer begins."""
+        return tuple(self.settings.get("closing", ()))
+
     def covers(self, expert: Expert) -> bool:
         """Whether this very expert, by its weights, was calibrated in all of its modules."""
         known = self.rms.get(expert.name, {})

@@ -14,21 +14,27 @@ from spectr.models.text import encode_prompt, shared_prefix
 
 
 class Texts(NamedTuple):
-    """Texts as tokens: ids, which count, which are no padding; and what the chat template puts before user turns."""
+    """Texts as tokens: ids, which count, which are no padding; and what the chat template puts around user turns."""
 
     input_ids: Int[Tensor, "N T"]
     counted: Bool[Tensor, "N T"]
     real: Bool[Tensor, "N T"]
     opening: list[int]
     turn: list[int]
+    closing: list[int]
 
 
 @torch.no_grad()
 def self_samples(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, samples: int, tokens: int, seed: int
 ) -> Texts:
-    """Texts that the model samples from an empty user turn; what it wrote itself counts."""
-    start = encode_prompt(tokenizer, "") or [_begin(tokenizer)]
+    """What the model writes where a user would: the chat template up to a user's words, sampled on.
+
+    Without a template it goes on from the beginning of a text.
+
+    Source: Xu et al., 2024 (Magpie), who draw instructions for training so.
+    """
+    start = _opening(tokenizer) or [_begin(tokenizer)]
     ids = torch.tensor([start] * samples, device=model.device)
     pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with torch.random.fork_rng():
@@ -45,12 +51,8 @@ def self_samples(
             min_new_tokens=1,
             pad_token_id=pad,
         )
-    ends = (written[:, len(start) :] == tokenizer.eos_token_id).int()
-    before_end = ends.cumsum(1) - ends == 0  # the end itself included
-    real = torch.cat([torch.ones_like(ids, dtype=torch.bool), before_end], dim=1)
-    counted = real.clone()
-    counted[:, : len(start)] = False
-    return Texts(written.cpu(), counted.cpu(), real.cpu(), _opening(tokenizer), _turn(tokenizer))
+    texts = [tokenizer.decode(row, skip_special_tokens=True).strip() for row in written[:, len(start) :]]
+    return encode_texts(tokenizer, [text for text in texts if text] or ["?"])
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: int = 512) -> Texts:
@@ -63,13 +65,21 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit
     real = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows])
     counted = real.clone()
     counted[:, : len(opening)] = False
-    return Texts(ids, counted, real, opening, _turn(tokenizer))
+    return Texts(ids, counted, real, opening, _turn(tokenizer), _closing(tokenizer))
 
 
 def _opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if not tokenizer.chat_template:
         return []
     return shared_prefix([encode_prompt(tokenizer, prompt) for prompt in ("a", "1", "\u4e2d")])
+
+
+def _closing(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What stands after a user's words, up to where the answer begins."""
+    if not tokenizer.chat_template:
+        return []
+    backwards = [encode_prompt(tokenizer, prompt)[::-1] for prompt in ("a", "1", "\u4e2d")]
+    return shared_prefix(backwards)[::-1]
 
 
 def _turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:

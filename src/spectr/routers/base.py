@@ -67,7 +67,7 @@ class PromptRouter(Router, Protocol):
     """A router that reads a whole prompt first; what its tokens and modules say is pooled and then held.
 
     Before a prompt is read, the base model reads it once alone (the probe). Every module's scores become evidence,
-    whose mean over tokens and modules decides.
+    whose mean over tokens and modules decides, less what the same experts have on the calibration's texts.
     """
 
     @property
@@ -83,6 +83,10 @@ class PromptRouter(Router, Protocol):
 
     def evidence(self, scores_TE: Float[Tensor, "*T E"]) -> Float[Tensor, "*T E"]:
         """What one module's scores of one token say for each of its experts, float32; 1 says nothing."""
+        ...
+
+    def certainty(self, evidence_TE: Float[Tensor, "*T E"]) -> Float[Tensor, "*T"]:
+        """How much each token's evidence counts in its module's mean, above zero."""
         ...
 
     def verdict(self, evidence_BE: Float[Tensor, "B E"]) -> Float[Tensor, "B E"]:

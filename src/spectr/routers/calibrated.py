@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -21,8 +22,10 @@ class Calibrated:
     """``||A*_t (x - m)|| / c_t``: the spectral score less what is the same for every input.
 
     ``m`` is a module's mean input and ``c_t`` the root mean square of ``||A*_t (x - m)||``, both over texts that the
-    base model wrote itself (:func:`spectr.calibrate`), so that an expert's size buys it nothing. For a prompt the
-    softmax over experts of the scores' logarithm over ``pool_temperature`` is averaged over tokens and modules.
+    base model wrote itself (:func:`spectr.calibrate`), so that an expert's size buys it nothing. For a prompt every
+    token votes at every module, by the softmax over experts of the scores' logarithm over ``pool_temperature``; a vote
+    counts ``exp(-certainty_weight * entropy)``; the means over tokens and modules, less what the same experts get on
+    the calibration's texts, are the evidence.
 
     Attributes:
         level: ``"prompt"`` decides once for each prompt and holds the decision while the answer is written;
@@ -32,6 +35,7 @@ class Calibrated:
         weights: ``"uniform"`` (``1 / k``) or ``"softmax"`` of the chosen evidence (prompt) or scores (token).
         temperature: Of that softmax.
         pool_temperature: Of the soft votes.
+        certainty_weight: How much more a one-sided vote counts; 0 counts all alike.
         prior_strength: 0 is ``level="token"``; the larger, the more the prompt decides.
         probe_tokens: Tokens of a prompt that are read for the decision at most.
         combine: ``"outputs"`` or ``"factors"``.
@@ -46,6 +50,7 @@ class Calibrated:
     weights: Weighting = "uniform"
     temperature: float = 1.0
     pool_temperature: float = 0.2
+    certainty_weight: float = 4.0
     prior_strength: float = 8.0
     probe_tokens: int = 256
     combine: str = "outputs"
@@ -54,8 +59,9 @@ class Calibrated:
         check_combination(self.combine, level=(self.level, ("prompt", "token", "prior")))
         if not self.pool_temperature > 0:
             raise CompositionError(f"pool_temperature={self.pool_temperature}", expected="a number above zero")
-        if not 0 <= self.prior_strength < math.inf:
-            raise CompositionError(f"prior_strength={self.prior_strength}", expected="a finite number of at least zero")
+        for name in ("prior_strength", "certainty_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise CompositionError(f"{name}={getattr(self, name)}", expected="a finite number of at least zero")
         if self.probe_tokens < 1:
             raise CompositionError(f"probe_tokens={self.probe_tokens}", expected="at least 1")
         _ = self.selection
@@ -90,6 +96,13 @@ class Calibrated:
         logits_TE = scores_TE.clamp(min=1e-12).log() / self.pool_temperature
         return logits_TE.softmax(-1) * scores_TE.shape[-1]
 
+    def certainty(self, evidence_TE: Float[Tensor, "*T E"]) -> Float[Tensor, "*T"]:
+        """See :class:`PromptRouter`: ``exp(-certainty_weight * entropy)`` of the vote, in nats."""
+        vote_TE = evidence_TE / evidence_TE.shape[-1]
+        return (self.certainty_weight * torch.special.xlogy(vote_TE, vote_TE).sum(-1)).exp()
+
     def verdict(self, evidence_BE: Float[Tensor, "B E"]) -> Float[Tensor, "B E"]:
         """See :class:`PromptRouter`."""
-        return self.selection(evidence_BE) if self.level == "prompt" else evidence_BE**self.prior_strength
+        if self.level == "prompt":
+            return self.selection(evidence_BE)
+        return evidence_BE.clamp(min=1e-3) ** self.prior_strength

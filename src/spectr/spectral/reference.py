@@ -6,6 +6,8 @@ of shape (I,), all float64, and forms everything in full.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -49,6 +51,15 @@ def soft_vote(scores: list[float], temperature: float) -> list[float]:
     """Softmax of the logarithms of all scores over the temperature, times their number."""
     powers = [score ** (1 / temperature) for score in scores]
     return [len(scores) * power / sum(powers) for power in powers]
+
+
+def certain_mean(votes: list[list[float]], weight: float) -> list[float]:
+    """Mean of soft votes, each counting ``exp(-weight * entropy)`` (nats)."""
+    shares = [[value / len(vote) for value in vote] for vote in votes]
+    entropies = [-sum(share * math.log(share) for share in vote if share > 0) for vote in shares]
+    counts = [math.exp(-weight * entropy) for entropy in entropies]
+    columns = zip(*votes, strict=True)
+    return [sum(c * v for c, v in zip(counts, column, strict=True)) / sum(counts) for column in columns]
 
 
 def top_k(scores: list[float], k: int) -> list[int]:
