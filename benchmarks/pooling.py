@@ -38,14 +38,14 @@ class Prompt(NamedTuple):
 
 
 class Usual(NamedTuple):
-    """Log scores on the calibration's own tokens: mean and deviation, (M, E), and how much texts differ, (M,)."""
+    """Log scores on the calibration's texts, (N, M, E) each: what says nothing. ``written`` says who wrote them."""
 
-    mean_ME: Tensor
-    deviation_ME: Tensor
-    spread_M: Tensor
+    texts: list[Tensor]
+    written: str
 
 
-Pooling = Callable[[Tensor, Usual], Tensor]
+Pooling = Callable[[Tensor], Tensor]  # (N, M, E) log scores -> (E,) evidence
+Making = Callable[[Usual], Pooling]
 
 
 def main() -> None:
@@ -64,12 +64,13 @@ def main() -> None:
         if arguments.keep:
             torch.save(([tuple(p) for p in prompts], tuple(usual)), arguments.keep)
     table = Table("pooling", "own words", "other words", "among two")
-    for name, pool in POOLINGS.items():
-        places = [(place(pool(p.log_NME.float(), usual), p.right), p.own_words) for p in prompts]
+    for name, make in POOLINGS.items():
+        pool = make(usual)
+        places = [(place(pool(p.log_NME.float()), p.right), p.own_words) for p in prompts]
         own, other = [p for p, mine in places if mine], [p for p, mine in places if not mine]
         table.add_row(name, share(own, 1), share(other, 1), share(other, 2))
     Console().print(table)
-    Console().print(f"{len(prompts)} prompts of training rows, calibration seed {arguments.seed}")
+    Console().print(f"{len(prompts)} prompts of training rows; calibrated on texts that {usual.written}")
 
 
 def place(evidence_E: Tensor, right: int) -> int:
@@ -90,18 +91,16 @@ def collect(arguments: argparse.Namespace) -> tuple[list[Prompt], Usual]:
     known = library.calibration
     assert known is not None
     routed = compose(model, library, Calibrated())
+    skip, closing = len(known.opening), len(known.closing)
     found = []
     for example, task, own in track(list(rows(arguments)), "reading prompts"):
         ids = torch.tensor([encode_prompt(tokenizer, example.prompt)[:256]])
-        log_NME = scores(routed, ids)[len(known.opening) :]
-        found.append(Prompt(log_NME, library.names.index(task), own))
-    texts = []
-    for ids, counted, real in zip(known.input_ids, known.counted, known.real, strict=True):
-        size = int(real.sum())
-        texts.append(scores(routed, ids[None, :size])[counted[:size]])
-    log_TME = torch.cat(texts).float()
-    spread_M = torch.stack([text.float().mean(0) for text in texts]).std(0).mean(-1)
-    return found, Usual(log_TME.mean(0), log_TME.std(0), spread_M)
+        found.append(Prompt(scores(routed, ids)[skip:-closing], library.names.index(task), own))
+    texts = [
+        scores(routed, ids[None, :size])[skip:-closing].float()
+        for ids, size in zip(known.input_ids, known.real.sum(1).tolist(), strict=True)
+    ]
+    return found, Usual(texts, f"the model wrote with seed {arguments.seed}")
 
 
 def rows(arguments: argparse.Namespace) -> Iterator[tuple[Example, str, bool]]:
@@ -129,56 +128,72 @@ def scores(routed, ids: Tensor) -> Tensor:
     return torch.stack(gathered, dim=1)
 
 
-def hard(log_NME: Tensor, _: Usual) -> Tensor:
+def vote(log_NME: Tensor, temperature: float = 0.2) -> Tensor:
+    return (log_NME / temperature).softmax(-1)
+
+
+def certain(strength: float, temperature: float = 0.2, part: slice = slice(None)) -> Pooling:
+    """Mean over modules of the mean vote, each vote counting exp(-strength x entropy)."""
+
+    def pool(log_NME: Tensor) -> Tensor:
+        vote_NME = vote(log_NME[:, part], temperature)
+        weight_NM = (strength * torch.special.xlogy(vote_NME, vote_NME).sum(-1)).exp()
+        return (torch.einsum("nme,nm->me", vote_NME, weight_NM) / weight_NM.sum(0)[:, None]).mean(0)
+
+    return pool
+
+
+def as_is(pool: Pooling) -> Making:
+    return lambda _: pool
+
+
+def less_usual(pool: Pooling, much: float = 1.0) -> Making:
+    """Less what the calibration's texts get."""
+
+    def make(usual: Usual) -> Pooling:
+        usual_E = torch.stack([pool(text) for text in usual.texts]).mean(0)
+        return lambda log_NME: pool(log_NME) - much * usual_E
+
+    return make
+
+
+def over_deviation(pool: Pooling) -> Making:
+    """The z-score of a prompt's evidence among that of the calibration's texts."""
+
+    def make(usual: Usual) -> Pooling:
+        evidence_KE = torch.stack([pool(text) for text in usual.texts])
+        return lambda log_NME: (pool(log_NME) - evidence_KE.mean(0)) / evidence_KE.std(0)
+
+    return make
+
+
+def centred(usual: Usual) -> Pooling:
+    mean_ME = torch.cat(usual.texts).mean(0)
+    return lambda log_NME: vote(log_NME - mean_ME).mean((0, 1))
+
+
+def hard(log_NME: Tensor) -> Tensor:
     return torch.nn.functional.one_hot(log_NME.argmax(-1), log_NME.shape[-1]).float().mean((0, 1))
 
 
-def soft(temperature: float, part: Callable[[Tensor], Tensor] = lambda x: x) -> Pooling:
-    """The mean over tokens and modules of the softmax over experts; ``part`` leaves some of these out."""
-    return lambda log_NME, _: (part(log_NME) / temperature).softmax(-1).mean((0, 1))
-
-
-def weighed(power: float) -> Pooling:
-    """Modules whose scores differ more (power 1) or less (-1) from one calibration text to the next count more."""
-
-    def pool(log_NME: Tensor, usual: Usual) -> Tensor:
-        weight_M = usual.spread_M**power
-        return torch.einsum("me,m->e", (log_NME / 0.2).softmax(-1).mean(0), weight_M / weight_M.sum())
-
-    return pool
-
-
-def certain(strength: float) -> Pooling:
-    """Votes that are nearly one-sided count more."""
-
-    def pool(log_NME: Tensor, _: Usual) -> Tensor:
-        vote_NME = (log_NME / 0.2).softmax(-1)
-        entropy_NM = -(vote_NME.clamp(min=1e-9).log() * vote_NME).sum(-1)
-        return torch.einsum("nme,nm->e", vote_NME, (-strength * entropy_NM).exp())
-
-    return pool
-
-
-POOLINGS: dict[str, Pooling] = {
-    "hard votes": hard,
-    **{f"soft votes, T {t}": soft(t) for t in (0.1, 0.15, 0.2, 0.25, 0.3, 0.5, 1.0)},
-    "T 0.2, first half of the modules": soft(0.2, lambda x: x[:, : x.shape[1] // 2]),
-    "T 0.2, second half of the modules": soft(0.2, lambda x: x[:, x.shape[1] // 2 :]),
-    "T 0.2, without the template's last five tokens": soft(0.2, lambda x: x[:-5]),
-    "T 0.2, the template's last five tokens alone": soft(0.2, lambda x: x[-5:]),
-    "T 0.2, first 16 tokens": soft(0.2, lambda x: x[:16]),
-    "T 0.2, modules that differ between texts count more": weighed(1.0),
-    "T 0.2, modules that differ between texts count less": weighed(-1.0),
-    "T 0.2, certain votes count more (exp of -1 x entropy)": certain(1.0),
-    "T 0.2, certain votes count more (exp of -4 x entropy)": certain(4.0),
-    "mean of the logs": lambda x, _: x.mean((0, 1)),
-    "mean score": lambda x, _: x.exp().mean((0, 1)),
-    "mean fourth power of the score": lambda x, _: (4 * x).exp().mean((0, 1)),
-    "tokens averaged first (logs), then soft votes of modules": lambda x, _: (x.mean(0) / 0.1).softmax(-1).mean(0),
-    "modules averaged first (logs), then soft votes of tokens": lambda x, _: (x.mean(1) / 0.1).softmax(-1).mean(0),
-    "geometric mean of soft votes, T 0.2": lambda x, _: (x / 0.2).log_softmax(-1).mean((0, 1)),
-    "logs less their usual mean, T 0.2": lambda x, u: ((x - u.mean_ME) / 0.2).softmax(-1).mean((0, 1)),
-    "z-scores of the logs, T 1": lambda x, u: ((x - u.mean_ME) / u.deviation_ME).softmax(-1).mean((0, 1)),
+POOLINGS: dict[str, Making] = {
+    "hard votes": as_is(hard),
+    **{f"soft votes, T {t}": as_is(certain(0.0, t)) for t in (0.1, 0.2, 0.3, 0.5)},
+    "certain votes count more (1)": as_is(certain(1.0)),
+    "certain votes count more (4)": as_is(certain(4.0)),
+    "hard votes, less usual": less_usual(hard),
+    **{f"soft votes, T {t}, less usual": less_usual(certain(0.0, t)) for t in (0.1, 0.2, 0.3, 0.5)},
+    **{f"certain votes ({g:g}), less usual": less_usual(certain(g)) for g in (1.0, 2.0, 4.0, 6.0, 8.0)},
+    **{f"certain votes (4), T {t}, less usual": less_usual(certain(4.0, t)) for t in (0.1, 0.3)},
+    "certain votes (4), less half of usual": less_usual(certain(4.0), 0.5),
+    "certain votes (4), z-score": over_deviation(certain(4.0)),
+    "first half of the modules, (4), less usual": less_usual(certain(4.0, part=slice(0, 105))),
+    "second half of the modules, (4), less usual": less_usual(certain(4.0, part=slice(105, None))),
+    "logs less their usual mean": centred,
+    "mean of the logs, less usual": less_usual(lambda x: x.mean((0, 1))),
+    "mean fourth power of the score": as_is(lambda x: (4 * x).exp().mean((0, 1))),
+    "tokens averaged first, less usual": less_usual(lambda x: vote(x.mean(0)).mean(0)),
+    "modules averaged first, less usual": less_usual(lambda x: vote(x.mean(1)).mean(0)),
 }
 
 if __name__ == "__main__":
