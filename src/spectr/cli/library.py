@@ -112,7 +112,7 @@ def calibrate(
 ) -> None:
     """Measure how the experts answer to texts of the base model's own, for the router "calibrated".
 
-    No data and no training: the model writes a few texts from an empty prompt. An expert that was added later is
+    No data and no training: the model writes a few texts as a user would. An expert that was added later is
     measured alone, on the same texts.
 
     [dim]spectr library calibrate --library experts[/]
