@@ -23,7 +23,7 @@ from spectr.hashing import known_sha256
 from spectr.library.manifest import SCRATCH_MANIFEST
 
 CALIBRATION_FILE = "calibration.safetensors"
-_FORMAT = "1"
+_FORMAT = "2"  # 1 was calibrated on texts of another kind
 
 
 class Statistics(NamedTuple):
