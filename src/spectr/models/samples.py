@@ -51,7 +51,7 @@ def self_samples(
             min_new_tokens=1,
             pad_token_id=pad,
         )
-    texts = [tokenizer.decode(row, skip_special_tokens=True).strip() for row in written[:, len(start) :]]
+    texts = [str(tokenizer.decode(row, skip_special_tokens=True)).strip() for row in written[:, len(start) :]]
     return encode_texts(tokenizer, [text for text in texts if text] or ["?"])
 
 
