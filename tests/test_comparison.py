@@ -10,7 +10,7 @@ from spectr.cli.asked import ORDER, Asked
 from spectr.errors import SpectrError
 from spectr.evaluation.experiments import EXPERIMENTS, Result
 from spectr.evaluation.finding import Finding, over_runs
-from spectr.evaluation.shares import mean_share
+from spectr.evaluation.shares import in_words, mean_share
 from spectr.evaluation.summary import summary
 from spectr.library import ExpertLibrary
 from text_model import save_experts, save_rows
@@ -20,6 +20,8 @@ def test_a_method_that_answers_like_the_expert_has_no_error():
     own = {"a": [1.0, 0.0, 1.0, 1.0], "b": [0.0, 1.0]}
     found = mean_share(own, own)
     assert (found.value, found.error, found.count) == (1.0, 0.0, 6)
+    assert in_words(found) == "100%, the same on all 6"
+    assert in_words(mean_share({**own, "b": [0.0, 0.0]}, own)) == "50.0% ± 0.0%"
 
 
 def test_the_share_is_a_mean_of_ratios():

@@ -8,6 +8,13 @@ from math import sqrt
 from spectr.evaluation.score import Measurement
 
 
+def in_words(share: Measurement) -> str:
+    """A share in percent with its error; where nothing differs, on how many examples."""
+    if share.value == 1 and share.error == 0:
+        return f"100%, the same on all {share.count}"
+    return f"{share.value:.1%} ± {share.error:.1%}"
+
+
 def mean_share(method: Mapping[str, Sequence[float]], own: Mapping[str, Sequence[float]]) -> Measurement:
     """Mean over tasks of ``mean(method) / mean(own)``, with a paired standard error.
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from spectr.evaluation.experiments.base import Bench, Result, percent, routers_that_fit
+from spectr.evaluation.experiments.base import Bench, Result, routers_that_fit
 from spectr.evaluation.score import Measurement
-from spectr.evaluation.shares import mean_share
+from spectr.evaluation.shares import in_words, mean_share
 from spectr.routers import Oracle
 
 _KS = (2, 4, 8)
@@ -56,7 +56,7 @@ def multitask(bench: Bench) -> Result:
             "accuracy": {task: m.value for task, m in accuracy.items()},
             "accuracy_error": {task: m.error for task, m in accuracy.items()},
         }
-        rows.append([label, percent(share), *(f"{accuracy[task].value:.1%}" for task in tasks)])
+        rows.append([label, in_words(share), *(f"{accuracy[task].value:.1%}" for task in tasks)])
     return Result(
         name="multitask",
         title="One model for all tasks",

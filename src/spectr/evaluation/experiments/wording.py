@@ -6,7 +6,7 @@ from typing import Any
 
 from spectr.evaluation.experiments.base import Bench, Result, percent, routers_that_fit, seeds_note
 from spectr.evaluation.finding import over_runs
-from spectr.evaluation.shares import mean_share
+from spectr.evaluation.shares import in_words, mean_share
 from spectr.routers import Oracle
 
 ROUTERS: list[tuple[str, dict[str, Any]]] = [
@@ -38,7 +38,7 @@ def wording(bench: Bench) -> Result:
             "two": [second.value, second.error],
             "share": [share.value, share.error],
         }
-        rows.append([label, *map(percent, (first, second, share))])
+        rows.append([label, percent(first), percent(second), in_words(share)])
         notes += seeds_note(label, runs, bench)
     return Result(
         name="wording",
