@@ -72,4 +72,6 @@ def _taken(found: Mapping[str, Result], router: str) -> str:
 
 
 def _cell(value: tuple[float, float] | None) -> str:
-    return "" if value is None else f"{value[0]:.1%} ± {value[1]:.1%}"
+    if value is None:
+        return ""
+    return "100%" if tuple(value) == (1.0, 0.0) else f"{value[0]:.1%} ± {value[1]:.1%}"
