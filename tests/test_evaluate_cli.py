@@ -72,18 +72,20 @@ def test_training_with_letters_says_so_on_the_card(spectr, world, tmp_path):
 
 def test_data_from_the_hub_by_one_setting(spectr, world, tmp_path, monkeypatch):
     class Hub:
-        asked: list = []  # noqa: RUF012
+        def __init__(self):
+            self.asked = []
 
         def load_dataset(self, *names, split):
             self.asked.append((*names, split))
             return [{"sentence": "the film is good", "label": i % 2} for i in range(4)]
 
-    monkeypatch.setitem(sys.modules, "datasets", Hub())
+    hub = Hub()
+    monkeypatch.setitem(sys.modules, "datasets", hub)
     words = ("train", "--task", "sst2", "--data-root", "hub", "-o", tmp_path / "e", "--model", world / "model")
     code, text, _ = spectr(*words)
     assert code == 0
     assert "on 4 test rows" in text
-    assert Hub.asked == [("nyu-mll/glue", "sst2", "train"), ("nyu-mll/glue", "sst2", "validation")]
+    assert hub.asked == [("nyu-mll/glue", "sst2", "train"), ("nyu-mll/glue", "sst2", "validation")]
     card = json.loads((tmp_path / "e" / "expert.json").read_text())
     assert card["data"]["train"] == "hub:nyu-mll/glue:sst2:train"
 

@@ -21,13 +21,15 @@ def hub(monkeypatch):
     """Stands for the package 'datasets': rows by the names that they are asked for with."""
 
     class Hub:
-        rows: dict = {}  # noqa: RUF012
+        def __init__(self):
+            self.rows = {}
 
         def load_dataset(self, *names, split):
             return self.rows[(*names, split)]
 
-    monkeypatch.setitem(sys.modules, "datasets", Hub())
-    return Hub.rows
+    stand_in = Hub()
+    monkeypatch.setitem(sys.modules, "datasets", stand_in)
+    return stand_in.rows
 
 
 class TestMetric:
