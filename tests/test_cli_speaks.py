@@ -52,6 +52,12 @@ def test_an_allow_list_with_commas(spectr, given):
     assert "all of 3" in notes
 
 
+def test_an_empty_allow_list(spectr, given):
+    code, _, notes = spectr("generate", "what", "-a", " , ", *given)
+    assert code == 2
+    assert "the allow-list is empty" in notes
+
+
 def test_an_expert_without_the_oracle(spectr, given):
     code, _, notes = spectr("generate", "what", "-e", "blue", *given)
     assert code == 2

@@ -41,7 +41,14 @@ def _known_dtype(dtype: str) -> str:
 
 def _split(names: list[str] | None) -> list[str] | None:
     """Experts that were given one by one, or several with commas."""
-    return [name.strip() for text in names for name in text.split(",")] if names else None
+    if not names:
+        return None
+    found = [name.strip() for text in names for name in text.split(",") if name.strip()]
+    if not found:
+        raise SpectrError(
+            "the allow-list is empty", expected="at least one expert", do="name some, or leave --allow out"
+        )
+    return found
 
 
 DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.", callback=_known_dtype)]
