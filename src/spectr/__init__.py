@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from spectr.errors import SpectrError
     from spectr.layers import RoutedLinear, Trace, trace
     from spectr.library import ExpertLibrary
-    from spectr.routers import Arrow, Calibrated, Oracle, Router, Spectr, Uniform, get_router, router_names
+    from spectr.routers import Arrow, Calibrated, Oracle, Phatgoose, Router, Spectr, Uniform, get_router, router_names
 
 _HOMES = {
     "calibration": ("calibrate",),
@@ -27,7 +27,17 @@ _HOMES = {
     "errors": ("SpectrError",),
     "layers": ("RoutedLinear", "Trace", "trace"),
     "library": ("ExpertLibrary",),
-    "routers": ("Arrow", "Calibrated", "Oracle", "Router", "Spectr", "Uniform", "get_router", "router_names"),
+    "routers": (
+        "Arrow",
+        "Calibrated",
+        "Oracle",
+        "Phatgoose",
+        "Router",
+        "Spectr",
+        "Uniform",
+        "get_router",
+        "router_names",
+    ),
 }
 _MODULES = ("evaluation", "models", "plots", "tasks", "training")
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -38,6 +48,7 @@ __all__ = [
     "Calibrated",
     "ExpertLibrary",
     "Oracle",
+    "Phatgoose",
     "Routed",
     "RoutedLinear",
     "Router",

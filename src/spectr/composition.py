@@ -7,9 +7,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from spectr.adapters import Expert
+from spectr.adapters import Expert, has_gates, read_gates
 from spectr.errors import CompositionError
 from spectr.layers.linear import placement
 from spectr.layers.plan import make_plan
@@ -21,6 +21,7 @@ from spectr.routers import PromptRouter, Router, Spectr
 from spectr.spectral import Prepared, Stack, align
 
 Progress = Callable[[int, int], None]
+Gates = Mapping[str, Mapping[str, Tensor]]
 
 
 class Routed:
@@ -129,6 +130,7 @@ class Routed:
         plan = make_plan(self.model, list(experts.values()), self.router)
         calibrated = getattr(self.router, "calibrated", False)
         calibration = needed_calibration(library, list(experts.values())) if calibrated else None
+        gates = needed_gates(library, list(experts.values())) if getattr(self.router, "gated", False) else None
         held = self.layers
         fresh: dict[str, RoutedLinear] = {}
         with ExitStack() as files:
@@ -138,7 +140,7 @@ class Routed:
                 known = layer.stack().parts() if layer and layer.is_as_prepared else {}
                 parts = {name: known[name] for name in users if name in known}
                 missing = {name: readers[name] for name in users if name not in parts}
-                parts.update(prepare_module(missing, module, self.router, calibration))
+                parts.update(prepare_module(missing, module, self.router, calibration, gates))
                 base = layer.base if layer else self.model.get_submodule(module)
                 device, dtype = placement(base, self.model)
                 placed = {name: part.to(device, dtype) for name, part in parts.items()}
@@ -211,7 +213,11 @@ def compose(
 
 @torch.no_grad()
 def prepare_module(
-    readers: Mapping[str, Callable], module: str, router: Router, calibration: Calibration | None = None
+    readers: Mapping[str, Callable],
+    module: str,
+    router: Router,
+    calibration: Calibration | None = None,
+    gates: Gates | None = None,
 ) -> dict[str, Prepared]:
     """Align the experts of one module, those of one rank in one batch, and let the router prepare each."""
     factors = {name: read(module) for name, read in readers.items()}
@@ -227,6 +233,8 @@ def prepare_module(
         prepared.update({name: router.prepare(type(aligned)(*(t[i] for t in aligned))) for i, name in enumerate(names)})
     if calibration is not None:
         prepared = {name: part.calibrated(*calibration.of(name, module)) for name, part in prepared.items()}
+    if gates is not None:
+        prepared = {name: part.gated(gates[name][module]) for name, part in prepared.items()}
     return prepared
 
 
@@ -246,6 +254,23 @@ def needed_calibration(library: ExpertLibrary, experts: Sequence[Expert]) -> Cal
             "library.with_calibration(spectr.calibrate(model, library, tokenizer))",
         )
     return calibration
+
+
+def needed_gates(library: ExpertLibrary, experts: Sequence[Expert]) -> Gates:
+    """The trained gates of these experts, by expert and module, float32.
+
+    Raises:
+        CompositionError: Some have none.
+        AdapterError: A file of gates is damaged.
+    """
+    missing = [expert.name for expert in experts if not has_gates(expert)]
+    if missing:
+        raise CompositionError(
+            f"no gates were trained for: {', '.join(missing)}",
+            expected="experts with gates of their own, as PHATGOOSE routes by them",
+            do=f"spectr train gates {missing[0]} --library {library.origin} --task TASK --data-root DATA, for each",
+        )
+    return {expert.name: read_gates(expert) for expert in experts}
 
 
 def _allow_list(experts: Iterable[str]) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from spectr.errors import AdapterError
 
 _HUB_ID = re.compile(r"^(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<subfolder>[\w./-]+?))?(?:@(?P<revision>[\w./-]+))?$")
-_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md", "expert.json")
+_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md", "expert.json", "gates.safetensors")
 
 
 def locate_adapter(source: str | Path, name: str) -> Path:

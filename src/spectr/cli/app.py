@@ -8,7 +8,7 @@ import sys
 import typer
 
 from spectr import __version__
-from spectr.cli import chat, demo, evaluate, generate, library, route, train
+from spectr.cli import chat, demo, evaluate, gates, generate, library, route, train
 from spectr.cli.console import errors, out
 from spectr.errors import SpectrError
 
@@ -26,9 +26,10 @@ app.command("demo")(demo.demo)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("route")(route.route)
-app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("report")(evaluate.report)
+train.app.command("gates")(gates.gates)
+app.add_typer(train.app, name="train")
 app.add_typer(library.app, name="library")
 
 

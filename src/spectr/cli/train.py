@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from spectr.cli.console import bar, out, say
 from spectr.cli.options import DataRootOption, DtypeOption, LettersOption, ModelOption, open_model
+from spectr.cli.rows import chosen_task, origin_of, setting, source_of, told_where_it_stopped
 from spectr.errors import DataError, MissingExtraError
 
 if TYPE_CHECKING:
-    from spectr.tasks import Task
+    pass
 
-_PANEL = "Settings (the paper's are the defaults)"
-
-
-def _setting(text: str) -> Any:
-    return typer.Option(help=text, rich_help_panel=_PANEL)
+app = typer.Typer(help="Train a LoRA expert, or gates for experts that are there.")
 
 
+@app.callback(invoke_without_command=True)
 def train(
-    out_folder: Annotated[Path, typer.Option("--out", "-o", help="Folder for the expert; a killed run goes on there.")],
+    context: typer.Context,
+    out_folder: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for the expert; a killed run goes on there.")
+    ] = None,
     task: Annotated[
         str | None,
         typer.Option(help="A shipped task's name, or a task file; --data-root says where its data are."),
@@ -49,22 +48,22 @@ def train(
         int, typer.Option(help="Hold out the first rows of the data, and keep the epoch that is best on them.", min=0)
     ] = 0,
     test_limit: Annotated[int | None, typer.Option(help="Test rows used at most.", min=1)] = None,
-    rank: Annotated[int, _setting("LoRA rank r.")] = 8,
-    alpha: Annotated[int, _setting("LoRA alpha; the scale is alpha / r.")] = 16,
-    dropout: Annotated[float, _setting("LoRA dropout.")] = 0.05,
-    rslora: Annotated[bool, _setting("Scale alpha / sqrt(r) instead.")] = False,
+    rank: Annotated[int, setting("LoRA rank r.")] = 8,
+    alpha: Annotated[int, setting("LoRA alpha; the scale is alpha / r.")] = 16,
+    dropout: Annotated[float, setting("LoRA dropout.")] = 0.05,
+    rslora: Annotated[bool, setting("Scale alpha / sqrt(r) instead.")] = False,
     target_modules: Annotated[
-        str, _setting("all-linear, names separated by commas, or a regular expression.")
+        str, setting("all-linear, names separated by commas, or a regular expression.")
     ] = "all-linear",
-    batch_size: Annotated[int, _setting("Examples a step.")] = 8,
-    learning_rate: Annotated[float, _setting("AdamW's; 5e-4 to 1e-3 suits small models.")] = 1e-4,
-    schedule: Annotated[str, _setting("constant, linear or cosine, after the warm-up.")] = "constant",
-    warmup: Annotated[float, _setting("Share of the steps that warm up, from 0 to 1.")] = 0.0,
-    weight_decay: Annotated[float, _setting("AdamW's.")] = 0.0,
-    epochs: Annotated[int, _setting("Passes over the examples.")] = 1,
-    examples: Annotated[int | None, _setting("Training examples used at most, the first of the data.")] = None,
-    max_length: Annotated[int, _setting("Tokens; a longer prompt loses its middle.")] = 512,
-    seed: Annotated[int, _setting("Of the initial weights, the order and the dropout.")] = 0,
+    batch_size: Annotated[int, setting("Examples a step.")] = 8,
+    learning_rate: Annotated[float, setting("AdamW's; 5e-4 to 1e-3 suits small models.")] = 1e-4,
+    schedule: Annotated[str, setting("constant, linear or cosine, after the warm-up.")] = "constant",
+    warmup: Annotated[float, setting("Share of the steps that warm up, from 0 to 1.")] = 0.0,
+    weight_decay: Annotated[float, setting("AdamW's.")] = 0.0,
+    epochs: Annotated[int, setting("Passes over the examples.")] = 1,
+    examples: Annotated[int | None, setting("Training examples used at most, the first of the data.")] = None,
+    max_length: Annotated[int, setting("Tokens; a longer prompt loses its middle.")] = 512,
+    seed: Annotated[int, setting("Of the initial weights, the order and the dropout.")] = 0,
 ) -> None:
     """Train a LoRA expert: from a task, or from JSONL rows or a Hub dataset with a prompt template.
 
@@ -73,12 +72,19 @@ def train(
 
     [dim]spectr train --data rows.jsonl --prompt "Is this positive? {text}" --choices "no,yes" --out runs/mine[/]
     [dim]spectr train --data rows.jsonl --prompt "{question}" --answer "{reply}" --out runs/replies[/]
+
+    For the router "phatgoose", of experts that are there: [bold]spectr train gates[/].
     """
+    if context.invoked_subcommand:
+        return
+    if out_folder is None:
+        raise DataError("nothing says where the expert goes", do="give a folder: --out runs/mine")
     from spectr.tasks import read_examples
 
-    chosen = _task(task, prompt, answer, choices, name or out_folder.name)
+    chosen = chosen_task(task, prompt, answer, choices, name or out_folder.name)
     chosen = chosen.lettered() if letters else chosen
-    train_source, test_source = data or _source(chosen, "train", data_root), test or _source(chosen, "test", data_root)
+    train_source = data or source_of(chosen, "train", data_root)
+    test_source = test or source_of(chosen, "test", data_root)
     if train_source is None:
         raise DataError("no training data was named", do="give --data, or a task that names its own")
     limit = None if examples is None else validation + examples
@@ -116,7 +122,7 @@ def train(
         say("the test rows are training rows: the accuracy says nothing about new ones")
     base, tokenizer = open_model(model, dtype)
     say(f"training '{name or chosen.name}' on {len(rows) - validation} examples")
-    with bar() as advance, _told_where_it_stopped(out_folder):
+    with bar() as advance, told_where_it_stopped(out_folder):
         report = train_expert(
             base,
             tokenizer,
@@ -127,7 +133,7 @@ def train(
             validation=rows[:validation],
             settings=settings,
             out=out_folder,
-            data=_origin(chosen, train_source, test_source, data_root),
+            data=origin_of(chosen, train_source, test_source, data_root),
             length_normalised=chosen.length_normalised,
             metric=chosen.metric,
             max_new_tokens=chosen.max_new_tokens,
@@ -141,53 +147,3 @@ def train(
             highlight=False,
         )
     out.print(f"expert: {out_folder.resolve()}", highlight=False)
-
-
-@contextmanager
-def _told_where_it_stopped(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        from spectr.training import checkpoint_step
-
-        step = checkpoint_step(folder)
-        say(f"stopped after step {step}; the same command goes on from there" if step else "nothing was saved yet")
-        raise
-
-
-def _task(task: str | None, prompt: str | None, answer: str | None, choices: str | None, name: str) -> Task:
-    from spectr.tasks import Task
-
-    if task is None and prompt is None:
-        raise DataError(
-            "nothing says how a row becomes a prompt",
-            do='give --task agnews (or a task file), or --prompt "..." with --answer "..." or --choices "a,b"',
-        )
-    if task is not None:
-        if prompt or answer or choices:
-            raise DataError("--task comes with its own templates", do="leave out --prompt, --answer and --choices")
-        return Task.load(task) if task.endswith((".yaml", ".yml")) else Task.shipped(task)
-    if (answer is None) == (choices is None):
-        raise DataError("one kind of answer is needed", do='give --answer "{field}" or --choices "no,yes", not both')
-    listed = tuple(choice.strip() for choice in choices.split(",")) if choices else None
-    assert prompt is not None
-    return Task.of(name=name, version=1, prompt=prompt, answer=answer, choices=listed)
-
-
-def _source(task: Task, part: Literal["train", "test"], root: str | None) -> str | None:
-    from spectr.tasks import data_source
-
-    return data_source(task, part, root) if task.hub or getattr(task, part) else None
-
-
-def _origin(task: Task, train: str, test: str | None, root: str | None) -> dict[str, Any]:
-    from spectr.hashing import file_sha256
-
-    origin: dict[str, Any] = {"task": task.title}
-    for what, source in (("train", train), ("test", test)):
-        if source:
-            origin[what] = source
-            path = Path(root or ".") / source
-            if path.is_file():
-                origin[f"{what} sha256"] = file_sha256(path)
-    return origin

@@ -15,15 +15,18 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
+from jaxtyping import Float
+from torch import Tensor
 
-from spectr.adapters import Expert, read_adapter
+from spectr.adapters import GATES_FILE, Expert, read_adapter, read_gates, write_gates
 from spectr.adapters.config import CONFIG_FILE
 from spectr.adapters.read import WEIGHTS_FILE
 from spectr.errors import AdapterError, LibraryError, SpectrError, did_you_mean
@@ -39,7 +42,7 @@ from spectr.library.manifest import (
 )
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
-_KEPT_FILES = (CONFIG_FILE, WEIGHTS_FILE, "README.md", "expert.json")
+_KEPT_FILES = (CONFIG_FILE, WEIGHTS_FILE, "README.md", "expert.json", GATES_FILE)
 _INCOMING = ".incoming-"
 _DIGITS = 12
 _PATIENCE = 60  # seconds that a writer waits for another
@@ -111,6 +114,7 @@ class LibraryStore:
                 expected="up to 100 letters, digits, dots, dashes and underscores, a letter or digit first",
             )
         expert = read_adapter(source, name)
+        read_gates(expert)
         with self._writing():
             if not replace and any(entry.name == name for entry in self.entries):
                 raise LibraryError(
@@ -121,6 +125,25 @@ class LibraryStore:
             entry = self._copy_in(expert)
             self._commit(self.manifest.with_entry(entry))
         return entry
+
+    def add_gates(self, name: str, gates: Mapping[str, Float[Tensor, " I"]], facts: Mapping[str, Any]) -> Entry:
+        """Put PHATGOOSE gates beside an expert's weights, in the place of older ones.
+
+        Args:
+            name: The expert.
+            gates: By module one vector, (inputs,).
+            facts: How they were made, for the record (JSON).
+
+        Raises:
+            LibraryError: There is no such expert, or the folder cannot be written. Nothing was changed.
+            AdapterError: The gates do not fit the expert.
+        """
+        with self._writing():
+            before = self.entry(name)
+            entry = self._copy_in(self.reader(before)(), lambda folder: write_gates(folder / GATES_FILE, gates, facts))
+            kept = {"origin": before.origin, "added": before.added}
+            self._commit(self.manifest.with_entry(entry.model_copy(update=kept)))
+        return self.entry(name)
 
     def _check_sizes(self, expert: Expert) -> None:
         """Raise :class:`LibraryError` where the expert is for another base model than the first one that is there."""
@@ -181,7 +204,7 @@ class LibraryStore:
 
     def _unreadable(self, entry: Entry) -> SpectrError | None:
         try:
-            read_adapter((self.root / entry.folder).absolute(), entry.name)
+            read_gates(read_adapter((self.root / entry.folder).absolute(), entry.name))
         except SpectrError as error:
             return error
         return None
@@ -222,15 +245,17 @@ class LibraryStore:
             )
         write_manifest(self.root, Manifest())
 
-    def _copy_in(self, expert: Expert) -> Entry:
+    def _copy_in(self, expert: Expert, alter: Callable[[Path], None] = lambda _: None) -> Entry:
         source = expert.weights.parent
         scratch = Path(tempfile.mkdtemp(dir=self.root, prefix=_INCOMING))
         try:
             for file in _KEPT_FILES:
                 if (source / file).is_file():
                     _copy_to_disk(source / file, scratch / file)
+            alter(scratch)
             digests = _digests(scratch)
-            read_adapter(scratch, expert.name)  # what counts is the copy, should the source change under our hands
+            # What counts is the copy, should the source change under our hands.
+            read_gates(read_adapter(scratch, expert.name))
             folder = self.root / f"{expert.name}-{_content_digits(digests)}"
             self._put_in_place(scratch, folder, digests)
         except BaseException:

@@ -4,6 +4,7 @@ from spectr.routers.arrow import Arrow
 from spectr.routers.base import PromptRouter, Router
 from spectr.routers.calibrated import Calibrated
 from spectr.routers.oracle import Oracle
+from spectr.routers.phatgoose import Phatgoose
 from spectr.routers.registry import get_router, router_names
 from spectr.routers.spectr import Spectr
 from spectr.routers.uniform import Uniform
@@ -12,6 +13,7 @@ __all__ = [
     "Arrow",
     "Calibrated",
     "Oracle",
+    "Phatgoose",
     "PromptRouter",
     "Router",
     "Spectr",

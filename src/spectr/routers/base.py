@@ -22,6 +22,8 @@ class Router(Protocol):
 
     A router with an attribute ``calibrated`` that is true is given calibrated shares, for which the library has to be
     calibrated (:func:`spectr.calibrate`): ``norms_TE`` are then ``||A_t (x - m)||_2`` over their root mean square.
+    One with an attribute ``gated`` that is true is given each expert's trained gate as its prototype
+    (:meth:`spectr.spectral.Prepared.gated`).
     """
 
     @property

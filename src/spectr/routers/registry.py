@@ -17,6 +17,7 @@ from spectr.routers.arrow import Arrow
 from spectr.routers.base import Router
 from spectr.routers.calibrated import Calibrated
 from spectr.routers.oracle import Oracle
+from spectr.routers.phatgoose import Phatgoose
 from spectr.routers.spectr import Spectr
 from spectr.routers.uniform import Uniform
 
@@ -32,6 +33,7 @@ _BUILT_IN: dict[str, Callable[..., Router]] = {
     "calibrated-prior": partial(Calibrated, level="prior"),
     "calibrated-token": partial(Calibrated, level="token", top_k=4),
     "arrow": Arrow,
+    "phatgoose": Phatgoose,
     "mu": Uniform,
     "uniform": Uniform,
     "oracle": Oracle,

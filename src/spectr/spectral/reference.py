@@ -40,6 +40,15 @@ def arrow_score(delta: Tensor, x: Tensor) -> float:
     return float((Vh[0] @ x).abs())
 
 
+def gate_score(gate: Tensor, x: Tensor) -> float:
+    """``LN(x) . LN(v) / sqrt(I)`` with LayerNorm without affine, PHATGOOSE (Muqeeth et al., 2024)."""
+
+    def normed(y: Tensor) -> Tensor:
+        return (y - y.mean()) / (y.var(unbiased=False) + 1e-5).sqrt()
+
+    return float(normed(x) @ normed(gate)) / math.sqrt(len(x))
+
+
 def calibrated_score(delta: Tensor, x: Tensor, texts: list[Tensor]) -> float:
     """``||delta (x - m)|| / sqrt(mean ||delta (y - m)||^2)`` with ``m`` the mean of the calibration inputs ``y``."""
     mean = torch.stack(texts).mean(0)

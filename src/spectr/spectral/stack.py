@@ -35,6 +35,10 @@ class Prepared(NamedTuple):
         A = self.A / scale
         return self._replace(A=A, B=self.B * scale, center=A @ mean_I)
 
+    def gated(self, gate_I: Float[Tensor, " I"]) -> Prepared:
+        """The same update with a trained gate as its prototype: ``LN(v)``, LayerNorm without affine."""
+        return self._replace(prototype=torch.nn.functional.layer_norm(gate_I.float(), gate_I.shape))
+
     def to(self, device: torch.device, dtype: torch.dtype) -> Prepared:
         """The share on a device and in a dtype."""
         return Prepared(*(None if tensor is None else tensor.to(device, dtype) for tensor in self))  # pyright: ignore

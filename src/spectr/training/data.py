@@ -40,6 +40,8 @@ class Encoded:
 class Batch:
     """One step's tokens, padded on the left. B examples, T tokens of their own after S shared ones.
 
+    For a model with an encoder and a decoder padded on the right, prompts in ``input_ids`` and answers in ``labels``.
+
     Attributes:
         input_ids: (B, T) int64.
         attention_mask: (B, S + T) int64, 0 at padding.
@@ -53,20 +55,35 @@ class Batch:
     labels: Tensor
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int) -> Encoded:
-    """Token ids of all examples; a prompt that is too long loses its middle."""
+def encode(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int, *, share: bool = True
+) -> Encoded:
+    """Token ids of all examples; a prompt that is too long loses its middle.
+
+    Args:
+        tokenizer: The model's.
+        examples: Prompts and answers.
+        max_length: Tokens of both at most.
+        share: Take the tokens that all prompts begin with apart, to be run once a batch.
+    """
     prompts = [encode_prompt(tokenizer, example.prompt) for example in examples]
     answers = [encode_answer(tokenizer, example.answer)[:max_length] for example in examples]
     room = [max(max_length - len(answer), 2) for answer in answers]
     shortened = sum(len(prompt) > size for prompt, size in zip(prompts, room, strict=True))
     prompts = [_without_middle(prompt, size) for prompt, size in zip(prompts, room, strict=True)]
-    prefix = shared_prefix(prompts)
+    prefix = shared_prefix(prompts) if share else []
     own = [prompt[len(prefix) :] for prompt in prompts]
     return Encoded(prefix=prefix, prompts=own, answers=answers, shortened=shortened)
 
 
-def batches(data: Encoded, *, batch_size: int, epochs: int, seed: int, pad: int) -> Iterator[Batch]:
-    """Every batch of the run, in an order that only the seed decides; examples of like length go together."""
+def batches(
+    data: Encoded, *, batch_size: int, epochs: int, seed: int, pad: int, two_sided: bool = False
+) -> Iterator[Batch]:
+    """Every batch of the run, in an order that only the seed decides; examples of like length go together.
+
+    ``two_sided`` is for models with an encoder and a decoder: prompts alone are the input.
+    """
+    collate = _collate_two_sided if two_sided else _collate
     for epoch in range(epochs):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(len(data.prompts), generator=generator).tolist()
@@ -76,7 +93,7 @@ def batches(data: Encoded, *, batch_size: int, epochs: int, seed: int, pad: int)
             for chunk in _chunks(sorted(order[start : start + batch_size * _BUCKET], key=data.length), batch_size)
         ]
         for index in torch.randperm(len(groups), generator=generator).tolist():
-            yield _collate(data, groups[index], pad)
+            yield collate(data, groups[index], pad)
 
 
 def count_steps(data: Encoded, *, batch_size: int, epochs: int) -> int:
@@ -94,6 +111,18 @@ def _collate(data: Encoded, chosen: list[int], pad: int) -> Batch:
         attention_mask=mask,
         position_ids=mask.cumsum(-1).sub(1).clamp(min=0)[:, len(shared) :],
         labels=torch.tensor([[-100] * (kept - len(data.answers[i])) + data.answers[i] for i in chosen]),
+    )
+
+
+def _collate_two_sided(data: Encoded, chosen: list[int], pad: int) -> Batch:
+    rows, answers = [data.prompts[i] for i in chosen], [data.answers[i] for i in chosen]
+    width, kept = max(map(len, rows)), max(map(len, answers))
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    return Batch(
+        input_ids=torch.tensor([row + [pad] * (width - len(row)) for row in rows]),
+        attention_mask=mask,
+        position_ids=mask.cumsum(-1).sub(1).clamp(min=0),
+        labels=torch.tensor([answer + [-100] * (kept - len(answer)) for answer in answers]),
     )
 
 

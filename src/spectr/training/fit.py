@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,31 +20,32 @@ from transformers import get_scheduler
 from spectr.training.checkpoint import load_checkpoint, save_checkpoint
 from spectr.training.data import Batch, Encoded, batches, count_steps
 from spectr.training.interrupt import deferred_interrupt
-from spectr.training.settings import TrainingSettings
-
-if TYPE_CHECKING:
-    from peft import PeftModel
+from spectr.training.settings import GateSettings, TrainingSettings
 
 Progress = Callable[[str, int, int, str], None]
 
 
 def fit(
-    model: PeftModel,
+    model: Any,
     data: Encoded,
-    settings: TrainingSettings,
+    settings: TrainingSettings | GateSettings,
+    total: int,
     facts: dict[str, Any],
     checkpoint: Path,
     checkpoint_seconds: float,
     progress: Progress,
     validate: Callable[[str], float] | None = None,
 ) -> dict[str, Any]:
-    """Train the model's trainable parameters from where ``facts`` says the run is; returns the facts at its end.
+    """Train the model's trainable parameters for ``total`` steps in all, from where ``facts`` says the run is.
+
+    Returns the facts at its end.
 
     With ``validate``, called after every epoch, the parameters end as those of the epoch with the highest value, the
     earlier one of two that are equal. Ctrl-C ends the step, saves a checkpoint and raises ``KeyboardInterrupt``.
     """
     parameters = trainable(model)
-    total = count_steps(data, batch_size=settings.batch_size, epochs=settings.epochs)
+    per_epoch = count_steps(data, batch_size=settings.batch_size, epochs=1)
+    two_sided = bool(getattr(model.config, "is_encoder_decoder", False))
     optimizer = torch.optim.AdamW(
         list(parameters.values()), lr=settings.learning_rate, weight_decay=settings.weight_decay
     )
@@ -56,16 +58,17 @@ def fit(
     model.train()
     began = saved = time.monotonic()
     pad = model.config.pad_token_id if model.config.pad_token_id is not None else 0
-    stream = batches(data, batch_size=settings.batch_size, epochs=settings.epochs, seed=settings.seed, pad=pad)
+    order: dict[str, Any] = {"batch_size": settings.batch_size, "epochs": -(-total // per_epoch), "seed": settings.seed}
+    stream = batches(data, **order, pad=pad, two_sided=two_sided)
     with deferred_interrupt() as interrupted:
-        for step, batch in enumerate(stream):
+        for step, batch in enumerate(islice(stream, total)):
             if step < done:
                 continue
             loss = _step(model, batch, data.prefix, optimizer, parameters, settings, step)
             scheduler.step()
             facts = {**facts, "step": step + 1, "loss": loss, "seconds": before + time.monotonic() - began}
             progress("training", step + 1, total, f"loss {loss:.3f}")
-            epoch, within = divmod(step + 1, total // settings.epochs)
+            epoch, within = divmod(step + 1, per_epoch)
             if validate and not within:
                 values = facts["validation"]
                 model.eval()
@@ -86,12 +89,12 @@ def fit(
 
 
 def _step(
-    model: PeftModel,
+    model: Any,
     batch: Batch,
     prefix: list[int],
     optimizer: torch.optim.Optimizer,
     parameters: Mapping[str, nn.Parameter],
-    settings: TrainingSettings,
+    settings: TrainingSettings | GateSettings,
     step: int,
 ) -> float:
     device = next(iter(parameters.values())).device
@@ -105,8 +108,11 @@ def _step(
     return loss.item()
 
 
-def answer_loss(model: PeftModel, batch: Batch, prefix_1S: Tensor, device: torch.device) -> Tensor:
+def answer_loss(model: Any, batch: Batch, prefix_1S: Tensor, device: torch.device) -> Tensor:
     """Mean cross-entropy of the answers' tokens, in nats; the prefix is run once, for all of the batch."""
+    if model.config.is_encoder_decoder:
+        given = {key: getattr(batch, key).to(device) for key in ("input_ids", "attention_mask", "labels")}
+        return model(**given).loss
     more: dict[str, Any] = {}
     if prefix_1S.shape[1]:
         cache = model(input_ids=prefix_1S, use_cache=True, logits_to_keep=1).past_key_values
@@ -126,6 +132,6 @@ def answer_loss(model: PeftModel, batch: Batch, prefix_1S: Tensor, device: torch
     return nn.functional.cross_entropy(logits_BAV.flatten(0, 1).float(), batch.labels.to(device).flatten())
 
 
-def trainable(model: PeftModel) -> dict[str, nn.Parameter]:
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that are trained, in alphabetical order."""
     return {name: p for name, p in sorted(model.named_parameters()) if p.requires_grad}

@@ -23,7 +23,7 @@ from spectr.evaluation.score import Measurement, score_examples, score_of
 from spectr.layers import features
 from spectr.tasks import Example
 from spectr.training.checkpoint import read_facts
-from spectr.training.data import Encoded, encode
+from spectr.training.data import Encoded, count_steps, encode
 from spectr.training.fit import Progress, fit, trainable
 from spectr.training.publish import publish
 from spectr.training.report import Report
@@ -117,7 +117,9 @@ def train_expert(
         }
     peft_model = _with_adapter(model, settings)
     try:
-        facts = fit(peft_model, encoded, settings, facts, out / CHECKPOINT, checkpoint_seconds, progress, validate)
+        total = count_steps(encoded, batch_size=settings.batch_size, epochs=settings.epochs)
+        where = (out / CHECKPOINT, checkpoint_seconds)
+        facts = fit(peft_model, encoded, settings, total, facts, *where, progress, validate)
         _round_to_bfloat16(trainable(peft_model))
         peft_model.eval()
         after = measure("expert on the test data") if measure else None

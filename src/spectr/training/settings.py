@@ -1,4 +1,4 @@
-"""What is adjustable about training an expert."""
+"""What is adjustable about training an expert, or its gates."""
 
 from __future__ import annotations
 
@@ -68,4 +68,44 @@ class TrainingSettings:
                 f"training settings out of range: {', '.join(wrong)}",
                 expected="positive sizes and rates; dropout and warmup from 0 to below 1; "
                 "schedule constant, linear or cosine",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateSettings:
+    """Settings of one training of gates; the defaults are the authors' but for the batch, which they do not fix.
+
+    Attributes:
+        steps: Optimiser steps.
+        batch_size: Examples a step.
+        learning_rate: AdamW's.
+        schedule: After the warm-up.
+        warmup: Share of the steps that warm up linearly, from 0 to below 1.
+        weight_decay: AdamW's.
+        max_grad_norm: Gradients are clipped to this length.
+        max_length: Longer examples lose the middle of their prompt.
+        seed: Of the order.
+
+    Source: PHATGOOSE (Muqeeth et al., 2024), section 4.
+    """
+
+    steps: int = 100
+    batch_size: int = 8
+    learning_rate: float = 5e-3
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: float = 0.06
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    max_length: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        sizes = ("steps", "batch_size", "learning_rate", "max_grad_norm", "max_length")
+        wrong = [f"{name}={getattr(self, name)}" for name in sizes if not getattr(self, name) > 0]
+        wrong += [f"warmup={self.warmup}"] if not 0 <= self.warmup < 1 else []
+        wrong += [f"schedule={self.schedule!r}"] if self.schedule not in ("constant", "linear", "cosine") else []
+        if wrong:
+            raise DataError(
+                f"settings of the gates out of range: {', '.join(wrong)}",
+                expected="positive sizes and rates; warmup from 0 to below 1; schedule constant, linear or cosine",
             )

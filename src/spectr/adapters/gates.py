@@ -1,0 +1,65 @@
+"""PHATGOOSE gates beside an adapter: one vector for each module, in one safetensors file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from spectr.adapters.expert import Expert
+from spectr.errors import AdapterError
+
+GATES_FILE = "gates.safetensors"
+_FORMAT = "1"
+
+
+def read_gates(expert: Expert) -> dict[str, Float[Tensor, " I"]]:
+    """The gates of an expert, by module, float32; empty where none were trained.
+
+    Raises:
+        AdapterError: The file is damaged, or does not have one finite vector of the right size for each module.
+    """
+    path = expert.weights.parent / GATES_FILE
+    if not path.is_file():
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {key: file.get_tensor(key).float() for key in list(file.keys())}
+    except Exception as error:  # safetensors raises its own kinds, OSError among them
+        raise _damaged(expert, f"{path} cannot be read as safetensors ({error})") from error
+    wrong = sorted(set(expert.shapes) ^ set(found))
+    wrong += [
+        module
+        for module, shape in expert.shapes.items()
+        if module in found and (found[module].shape != (shape.inputs,) or not torch.isfinite(found[module]).all())
+    ]
+    if wrong:
+        rest = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise _damaged(expert, f"{path} does not fit the adapter in {', '.join(wrong[:3])}{rest}")
+    return found
+
+
+def has_gates(expert: Expert) -> bool:
+    """Whether gates lie beside the expert's weights."""
+    return (expert.weights.parent / GATES_FILE).is_file()
+
+
+def write_gates(path: Path, gates: Mapping[str, Float[Tensor, " I"]], facts: Mapping[str, Any]) -> None:
+    """Write gates in bfloat16; ``facts`` (JSON) say in the file's header how they were made."""
+    tensors = {module: gate.detach().to(torch.bfloat16).contiguous().cpu() for module, gate in sorted(gates.items())}
+    save_file(tensors, path, metadata={"format": _FORMAT, "facts": json.dumps(dict(facts), sort_keys=True)})
+
+
+def _damaged(expert: Expert, what: str) -> AdapterError:
+    return AdapterError(
+        f"expert '{expert.name}': {what}",
+        expected="one finite vector of the module's number of inputs for each module of the adapter",
+        do=f"delete it and train the gates again: spectr train gates {expert.name}",
+    )

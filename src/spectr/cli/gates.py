@@ -1,0 +1,137 @@
+"""``spectr train gates``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from spectr.cli.console import bar, out, say
+from spectr.cli.options import DataRootOption, DtypeOption, LettersOption, ModelOption, open_library, open_model
+from spectr.cli.rows import chosen_task, origin_of, setting, source_of, told_where_it_stopped
+from spectr.errors import DataError, SpectrError, raise_together
+
+if TYPE_CHECKING:
+    from spectr.adapters import Expert
+    from spectr.tasks import Example
+
+
+def gates(
+    names: Annotated[list[str] | None, typer.Argument(help="The experts; all that have no gates if left out.")] = None,
+    library: Annotated[
+        Path | None, typer.Option("--library", "-l", help="Folder of experts; the gates go there, beside the weights.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Task whose data trained the expert; by default the shipped one of its name.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Training rows: a JSONL file, or hub:<dataset>[:<config>]:<split>.")
+    ] = None,
+    data_root: DataRootOption = None,
+    letters: LettersOption = False,
+    prompt: Annotated[str | None, typer.Option(help='Template over the fields of a row: "Topic of: {title}"')] = None,
+    answer: Annotated[str | None, typer.Option(help="Template of the answer, for free text.")] = None,
+    choices: Annotated[str | None, typer.Option(help='Answers, in the order of the label\'s numbers: "no,yes"')] = None,
+    model: ModelOption = None,
+    dtype: DtypeOption = "float32",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Train gates anew where there are some.")] = False,
+    steps: Annotated[int, setting("Optimiser steps.")] = 100,
+    batch_size: Annotated[int, setting("Examples a step.")] = 8,
+    learning_rate: Annotated[float, setting("AdamW's.")] = 5e-3,
+    warmup: Annotated[float, setting("Share of the steps that warm up, from 0 to 1.")] = 0.06,
+    weight_decay: Annotated[float, setting("AdamW's.")] = 0.0,
+    examples: Annotated[int | None, setting("Training examples used at most, the first of the data.")] = None,
+    max_length: Annotated[int, setting("Tokens; a longer prompt loses its middle.")] = 512,
+    seed: Annotated[int, setting("Of the order.")] = 0,
+) -> None:
+    """Train PHATGOOSE gates for finished experts, on the data that each was trained on.
+
+    One vector a layer, with the base model and the expert frozen: a few minutes for an expert on two cores. A run that
+    was stopped goes on when it is started again.
+
+    [dim]spectr train gates --library experts --data-root data[/]
+    [dim]spectr train gates mood -l experts --data rows.jsonl --prompt "Is this positive? {text}" --choices no,yes[/]
+    """
+    if library is None:
+        raise DataError("nothing says which library the gates go into", do="give its folder: --library experts")
+    from spectr.adapters import has_gates
+
+    experts = open_library(library)
+    experts.check(*(names or ()))
+    chosen = [name for name in (names or experts) if fresh or not has_gates(experts[name])]
+    if not chosen:
+        out.print("all of these experts have gates; --fresh trains them anew")
+        return
+    own = any((task, data, prompt, answer, choices))
+    if own and len(chosen) > 1:
+        raise DataError(
+            f"one task's data for {len(chosen)} experts ({', '.join(chosen)})", do="name the expert that it belongs to"
+        )
+
+    from spectr.tasks import shipped_tasks
+
+    def rows_of(name: str) -> tuple[list[Example], dict[str, Any]]:
+        if not own and name not in shipped_tasks():
+            raise DataError(
+                f"no shipped task has the name of the expert '{name}'",
+                do="name its data: --task FILE, or --data ROWS with --prompt and --choices (or --answer)",
+            )
+        about = chosen_task(task or (None if own and prompt else name), prompt, answer, choices, name)
+        about = about.lettered() if letters else about
+        source = data or source_of(about, "train", data_root)
+        if source is None:
+            raise DataError(f"no training data was named for '{name}'", do="give --data, or a task that names its own")
+        from spectr.tasks import read_examples
+
+        rows = read_examples(about, source, root=data_root, limit=examples)
+        return rows, origin_of(about, source, None, data_root)
+
+    from spectr.training.settings import GateSettings
+
+    settings = GateSettings(
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        max_length=max_length,
+        seed=seed,
+    )
+    found, problems = {}, []
+    for name in chosen:  # all data are read before a model is loaded
+        try:
+            found[name] = rows_of(name)
+        except SpectrError as error:
+            problems.append(error)
+    raise_together("the gates' training data", problems, DataError)
+    base, tokenizer = open_model(model, dtype)
+
+    from spectr.training.gates import forget, train_gates
+
+    for number, (name, (rows, origin)) in enumerate(found.items(), start=1):
+        say(f"gates of '{name}' ({number} of {len(found)}): {steps} steps on {len(rows)} examples")
+        work = library / f".gates-{name}"
+        with bar() as advance, told_where_it_stopped(work):
+            expert = experts[name]
+            vectors, facts = train_gates(
+                base, tokenizer, expert, train=rows, settings=settings, work=work, data=origin, progress=advance
+            )
+        keep_gates(library, expert, vectors, facts)
+        forget(work)
+    out.print(f"gates of {', '.join(found)}: {library.resolve()}", highlight=False)
+
+
+def keep_gates(library: Path, expert: Expert, gates: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Put gates beside an expert: of a library through its manifest, of a plain folder into the adapter's own."""
+    from spectr.adapters import GATES_FILE, write_gates
+    from spectr.library import LibraryStore
+    from spectr.library.manifest import MANIFEST_FILE
+
+    if (library / MANIFEST_FILE).is_file():
+        LibraryStore(library).add_gates(expert.name, gates, facts)
+        return
+    place = expert.weights.parent / GATES_FILE
+    scratch = place.with_suffix(".partial")
+    write_gates(scratch, gates, facts)
+    scratch.replace(place)

@@ -1,0 +1,70 @@
+"""PHATGOOSE: an expert's score is what its trained gate says of the token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import layer_norm, linear
+
+from spectr.routers.checks import check_combination, check_top_k
+from spectr.selection import TopK, Weighting
+from spectr.spectral import Aligned, Prepared
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phatgoose:
+    """``LN(x) . LN(v_t) / sqrt(I)`` with the gates ``v_t`` that ``spectr train gates`` trained; softmax of the top k.
+
+    LayerNorm is without affine. The softmax over the chosen is that over all experts, renormalised.
+
+    Attributes:
+        top_k: Experts for each token and module.
+        weights: ``"softmax"`` of the chosen scores, or ``"uniform"``.
+        temperature: Of the softmax.
+        combine: A key of :data:`spectr.combine.COMBINATIONS`.
+
+    Source: PHATGOOSE (Muqeeth et al., 2024), section 3.
+    """
+
+    gated: ClassVar[bool] = True
+
+    top_k: int = 2
+    weights: Weighting = "softmax"
+    temperature: float = 1.0
+    combine: str = "outputs"
+
+    def __post_init__(self) -> None:
+        check_combination(self.combine)
+        _ = self.selection
+
+    @property
+    def selection(self) -> TopK:
+        """See :class:`Router`."""
+        return TopK(k=self.top_k, weighting=self.weights, temperature=self.temperature)
+
+    @property
+    def combination(self) -> str:
+        """See :class:`Router`."""
+        return self.combine
+
+    def resident(self, experts: Sequence[str]) -> tuple[str, ...]:
+        """See :class:`Router`."""
+        check_top_k(self.top_k, experts)
+        return tuple(experts)
+
+    def prepare(self, aligned: Aligned) -> Prepared:
+        """See :class:`Router`."""
+        return Prepared.spectral(aligned)
+
+    def scores(
+        self, x_TI: Float[Tensor, "*T I"], norms_TE: Float[Tensor, "*T E"], prototypes_EI: Tensor | None
+    ) -> Float[Tensor, "*T E"]:
+        """See :class:`Router`; the prototypes are the gates after their LayerNorm."""
+        assert prototypes_EI is not None
+        inputs = x_TI.shape[-1]
+        normed_TI = layer_norm(x_TI.float(), (inputs,))
+        return linear(normed_TI, prototypes_EI.float()) / inputs**0.5

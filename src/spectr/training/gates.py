@@ -1,0 +1,158 @@
+"""PHATGOOSE gates: for a finished expert one vector a module, trained with the base model and the expert frozen."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from spectr.adapters import Expert, Factors
+from spectr.errors import DataError
+from spectr.hashing import known_sha256
+from spectr.layers.linear import placement
+from spectr.layers.plan import make_plan
+from spectr.layers.routed import RoutedLinear
+from spectr.layers.swap import swap_module
+from spectr.routers import Oracle
+from spectr.tasks import Example
+from spectr.training.checkpoint import read_facts
+from spectr.training.data import encode
+from spectr.training.fit import Progress, fit, trainable
+from spectr.training.settings import GateSettings
+
+
+class GatedLinear(nn.Module):
+    """``W x + sigmoid(v . x) c B A x``, of which only ``v`` is trained; zero at the start.
+
+    Args:
+        base: The layer ``W``.
+        factors: The expert's, frozen.
+        device: Where to compute.
+        dtype: Of the layer; the gate itself is float32.
+
+    Source: PHATGOOSE (Muqeeth et al., 2024), section 3.
+    """
+
+    A_RI: Tensor
+    B_OR: Tensor
+
+    def __init__(self, base: nn.Module, factors: Factors, device: torch.device, dtype: torch.dtype):
+        super().__init__()
+        self.base = base
+        self.register_buffer("A_RI", factors.A.to(device, dtype), persistent=False)
+        self.register_buffer("B_OR", (factors.B.float() * factors.scale).to(device, dtype), persistent=False)
+        self.gate = nn.Parameter(torch.zeros(factors.A.shape[1], device=device))
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight: some models ask for its dtype."""
+        return self.base.weight  # pyright: ignore[reportReturnType]
+
+    def forward(self, input: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
+        """The base layer's output plus the gated update."""
+        x = input.to(self.A_RI.dtype)
+        open_T1 = torch.sigmoid(x.float() @ self.gate)[..., None]
+        out = self.base(input)
+        return out + (open_T1.to(x.dtype) * linear(linear(x, self.A_RI), self.B_OR)).to(out.dtype)
+
+
+def train_gates(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    expert: Expert,
+    *,
+    train: Sequence[Example],
+    settings: GateSettings,
+    work: str | Path,
+    data: dict[str, Any] | None = None,
+    checkpoint_seconds: float = 60.0,
+    progress: Progress = lambda *_: None,
+) -> tuple[dict[str, Float[Tensor, " I"]], dict[str, Any]]:
+    """Train an expert's gates on its own data and loss; goes on where a killed run stopped.
+
+    Args:
+        model: The base model, decoder-only or with an encoder and a decoder; left as it was.
+        tokenizer: Its tokenizer.
+        expert: Finished, and frozen here.
+        train: Its training examples.
+        settings: See :class:`GateSettings`.
+        work: Folder for the checkpoint; emptied at the end by :func:`forget`.
+        data: Origin of the examples, for the record and to tell one run from another.
+        checkpoint_seconds: Time between checkpoints.
+        progress: Is told (phase, done, total, remark).
+
+    Returns:
+        By module the gate, float32, (inputs,); and how it was made.
+
+    Raises:
+        DataError: There are no examples, or ``work`` holds the checkpoint of another run.
+        CompositionError: The expert does not fit the model.
+    """
+    if not train:
+        raise DataError("there are no training examples", do="check the data file")
+    two_sided = bool(getattr(model.config, "is_encoder_decoder", False))
+    encoded = encode(tokenizer, train, settings.max_length, share=not two_sided)
+    content = [encoded.prefix, encoded.prompts, encoded.answers, known_sha256(expert.weights), asdict(settings), data]
+    fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    checkpoint = checkpoint_of(work)
+    start = {"fingerprint": fingerprint, "step": 0, "loss": float("nan"), "seconds": 0.0, "validation": []}
+    facts = read_facts(checkpoint, fingerprint) or start
+    with _gated(model, expert):
+        facts = fit(model, encoded, settings, settings.steps, facts, checkpoint, checkpoint_seconds, progress)
+        gates = {name.removesuffix(".gate"): gate.detach().clone() for name, gate in trainable(model).items()}
+    made = {
+        "settings": asdict(settings),
+        "data": data or {},
+        "examples": len(train),
+        "expert_sha256": known_sha256(expert.weights),
+        "last_loss": facts["loss"],
+        "seconds": round(facts["seconds"], 1),
+    }
+    return gates, made
+
+
+def checkpoint_of(work: str | Path) -> Path:
+    """The checkpoint of a run in this folder."""
+    return Path(work) / "checkpoint.safetensors"
+
+
+def forget(work: str | Path) -> None:
+    """Delete a finished run's checkpoint, and its folder if that is empty then."""
+    checkpoint_of(work).unlink(missing_ok=True)
+    folder = Path(work)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+@contextmanager
+def _gated(model: nn.Module, expert: Expert) -> Iterator[None]:
+    """The model with the expert behind gates, which alone are trained; afterwards as it was."""
+    plan = make_plan(model, [expert], Oracle(expert=expert.name))
+    originals = {name: model.get_submodule(name) for name in plan.modules}
+    if any(isinstance(module, RoutedLinear) for module in originals.values()):
+        raise DataError("this model is composed", do="train gates on the base model: call remove() first")
+    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    training = model.training
+    try:
+        with expert.open() as read:
+            for name, base in originals.items():
+                swap_module(model, name, GatedLinear(base, read(name), *placement(base, model)))
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for name, base in originals.items():
+            swap_module(model, name, base)
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        model.train(training)
