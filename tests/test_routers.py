@@ -24,7 +24,7 @@ from models import (
     types_unchecked,
     write_adapter,
 )
-from spectr import Arrow, Calibrated, ExpertLibrary, Oracle, Spectr, Uniform, compose
+from spectr import Arrow, Calibrated, ExpertLibrary, Lag, Oracle, Phatgoose, Seqr, Spectr, Uniform, compose
 from spectr.errors import CompositionError
 from spectr.routers import Router, get_router, registry, router_names
 from spectr.spectral import reference
@@ -54,6 +54,7 @@ ROUTERS = [
     Uniform(),
     Oracle(expert="c"),
 ]
+UNKNOWN_COMBINATION = "unknown combination combine='sum'\n  to do: known: dare, dare-ties, factors, outputs, ties"
 CASES = [(router, EQUAL) for router in ROUTERS + FACTOR_ROUTERS] + [(router, UNEQUAL) for router in ROUTERS]
 
 
@@ -283,7 +284,10 @@ def test_arrow_is_pefts_arrow(llama, tmp_path, top_k, temperature):
 
 BY_NAME = {
     "arrow": Arrow(),
+    "lag": Lag(),
     "mu": Uniform(),
+    "phatgoose": Phatgoose(),
+    "seqr": Seqr(),
     "spectr": Spectr(),
     "spectr-code": Spectr(score="projection", combine="factors"),
     "spectr-paper": Spectr(combine="factors"),
@@ -357,9 +361,9 @@ def test_a_third_partys_router_is_found_by_entry_point(monkeypatch):
         (lambda: Spectr(top_k=0), "top_k=0\n  expected: a whole number of at least 1"),
         (lambda: Arrow(top_k=-2), "top_k=-2\n  expected: a whole number of at least 1"),
         (lambda: Spectr(score="cosine"), "score='cosine'\n  expected: 'spectral' or 'projection'"),
-        (lambda: Spectr(combine="sum"), "combine='sum'\n  expected: 'outputs' or 'factors'"),
-        (lambda: Arrow(combine="sum"), "combine='sum'\n  expected: 'outputs' or 'factors'"),
-        (lambda: Uniform(combine="sum"), "combine='sum'\n  expected: 'outputs' or 'factors'"),
+        (lambda: Spectr(combine="sum"), UNKNOWN_COMBINATION),
+        (lambda: Arrow(combine="sum"), UNKNOWN_COMBINATION),
+        (lambda: Uniform(combine="sum"), UNKNOWN_COMBINATION),
         (lambda: Spectr(weights="equal"), "weights='equal'\n  expected: 'uniform' or 'softmax'"),
         (lambda: Arrow(temperature=0.0), "temperature=0.0\n  expected: a finite number above zero"),
         (lambda: Spectr(temperature=-1.0), "temperature=-1.0\n  expected: a finite number above zero"),

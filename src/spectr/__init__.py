@@ -19,7 +19,19 @@ if TYPE_CHECKING:
     from spectr.errors import SpectrError
     from spectr.layers import RoutedLinear, Trace, trace
     from spectr.library import ExpertLibrary
-    from spectr.routers import Arrow, Calibrated, Oracle, Phatgoose, Router, Spectr, Uniform, get_router, router_names
+    from spectr.routers import (
+        Arrow,
+        Calibrated,
+        Lag,
+        Oracle,
+        Phatgoose,
+        Router,
+        Seqr,
+        Spectr,
+        Uniform,
+        get_router,
+        router_names,
+    )
 
 _HOMES = {
     "calibration": ("calibrate",),
@@ -30,9 +42,11 @@ _HOMES = {
     "routers": (
         "Arrow",
         "Calibrated",
+        "Lag",
         "Oracle",
         "Phatgoose",
         "Router",
+        "Seqr",
         "Spectr",
         "Uniform",
         "get_router",
@@ -47,11 +61,13 @@ __all__ = [
     "Arrow",
     "Calibrated",
     "ExpertLibrary",
+    "Lag",
     "Oracle",
     "Phatgoose",
     "Routed",
     "RoutedLinear",
     "Router",
+    "Seqr",
     "Spectr",
     "SpectrError",
     "Trace",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spectr.adapters import Expert, has_gates, read_gates
+from spectr.combine import drop, get_combination
 from spectr.errors import CompositionError
 from spectr.layers.linear import placement
 from spectr.layers.plan import make_plan
@@ -131,13 +132,14 @@ class Routed:
         calibrated = getattr(self.router, "calibrated", False)
         calibration = needed_calibration(library, list(experts.values())) if calibrated else None
         gates = needed_gates(library, list(experts.values())) if getattr(self.router, "gated", False) else None
+        shares_A = getattr(self.router, "shares_A", False)  # whether they do depends on all that are there
         held = self.layers
         fresh: dict[str, RoutedLinear] = {}
         with ExitStack() as files:
             readers = {name: files.enter_context(expert.open()) for name, expert in experts.items()}
             for done, (module, users) in enumerate(plan.modules.items(), start=1):
                 layer = held.get(module)
-                known = layer.stack().parts() if layer and layer.is_as_prepared else {}
+                known = layer.stack().parts() if layer and layer.is_as_prepared and not shares_A else {}
                 parts = {name: known[name] for name in users if name in known}
                 missing = {name: readers[name] for name in users if name not in parts}
                 parts.update(prepare_module(missing, module, self.router, calibration, gates))
@@ -231,6 +233,12 @@ def prepare_module(
         scale_N = torch.tensor([factors[name].scale for name in names])
         aligned = align(A_NRI, B_NOR, scale_N)
         prepared.update({name: router.prepare(type(aligned)(*(t[i] for t in aligned))) for i, name in enumerate(names)})
+    if getattr(router, "shares_A", False):
+        scaled = {name: pair.B.float() * pair.scale for name, pair in factors.items()}
+        prepared = {n: part.rooted(factors[n].A.float(), scaled[n]) for n, part in prepared.items()}
+    rate = get_combination(router.combination).drop_rate
+    if rate:
+        prepared = {n: part._replace(B=drop(part.B, rate, f"{module}/{n}")) for n, part in prepared.items()}
     if calibration is not None:
         prepared = {name: part.calibrated(*calibration.of(name, module)) for name, part in prepared.items()}
     if gates is not None:

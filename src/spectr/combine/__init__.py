@@ -1,14 +1,72 @@
 """From weights to the update of a module's output: how the chosen experts are put together.
 
-A combination is a function ``(h_TP, weights_TE, experts) -> delta_TO`` with ``h = A x`` of all experts.
+A combination is a function ``(h_TP, weights_TE, B_OP, owner_P) -> delta_TO`` with ``h = A x`` of all experts, and the
+share of an expert's output factor that is dropped when it is prepared. By name: ``outputs``, ``factors``, ``ties``,
+``dare``, ``dare-ties``; after a colon what is adjustable, ``ties:0.5`` or ``dare-ties:0.5:0.9``.
 """
 
-from collections.abc import Callable
+from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+from torch import Tensor
+
+from spectr.combine.dare import drop
 from spectr.combine.factors import merge_factors
 from spectr.combine.outputs import merge_outputs
+from spectr.combine.ties import merge_ties
+from spectr.errors import CompositionError, did_you_mean
 
-COMBINATIONS: dict[str, Callable] = {"outputs": merge_outputs, "factors": merge_factors}
 NEEDS_EQUAL_RANKS = frozenset({"factors"})
+_DENSITY, _RATE = 0.2, 0.5
+_ARGUMENTS = {"outputs": (), "factors": (), "ties": (_DENSITY,), "dare": (_RATE,), "dare-ties": (_DENSITY, _RATE)}
+_MEANING = {"ties": "ties:DENSITY", "dare": "dare:RATE", "dare-ties": "dare-ties:DENSITY:RATE"}
+COMBINATIONS = tuple(_ARGUMENTS)
 
-__all__ = ["COMBINATIONS", "NEEDS_EQUAL_RANKS", "merge_factors", "merge_outputs"]
+
+class Combination(NamedTuple):
+    """How the chosen experts are put together; ``drop_rate`` of the output factors goes beforehand."""
+
+    merge: Callable[..., Tensor]
+    drop_rate: float = 0.0
+
+
+def get_combination(name: str) -> Combination:
+    """A combination by name.
+
+    Raises:
+        CompositionError: The name is unknown, or a number after it is out of range.
+    """
+    kind, *numbers = name.split(":")
+    if kind not in _ARGUMENTS:
+        raise CompositionError(f"unknown combination combine={name!r}", do=did_you_mean(kind, COMBINATIONS))
+    defaults = _ARGUMENTS[kind]
+    try:
+        given = tuple(float(number) for number in numbers)
+    except ValueError:
+        given = (-1.0,)
+    values = (*given, *defaults[len(given) :])
+    density = values[0] if "ties" in kind else 1.0
+    rate = values[-1] if "dare" in kind else 0.0
+    if len(values) > len(defaults) or not (0 < density <= 1 and 0 <= rate < 1):
+        raise CompositionError(
+            f"combine={name!r}",
+            expected=f"{_MEANING.get(kind, kind)}: a density above 0 and at most 1, a rate from 0 to below 1",
+        )
+    if "ties" in kind:
+        return Combination(partial(merge_ties, density=density), rate)
+    return Combination(merge_factors if kind == "factors" else merge_outputs, rate)
+
+
+__all__ = [
+    "COMBINATIONS",
+    "NEEDS_EQUAL_RANKS",
+    "Combination",
+    "drop",
+    "get_combination",
+    "merge_factors",
+    "merge_outputs",
+    "merge_ties",
+]

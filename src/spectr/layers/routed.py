@@ -10,8 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from spectr.combine import COMBINATIONS
-from spectr.routers.base import Router, segment_norms
+from spectr.combine import get_combination, merge_outputs
+from spectr.layers.grouped import grouped_inputs, grouped_outputs
+from spectr.routers.base import Router, ShortlistRouter, segment_norms
 from spectr.spectral import Stack
 
 
@@ -50,6 +51,7 @@ class RoutedLinear(nn.Module):
     owner_P: Tensor
     prototypes_EI: Tensor | None
     centers_P: Tensor | None
+    mix_PR: Tensor | None
     held: Held | None = None
     prior_B1E: Tensor | None = None
     listen: Callable[[Tensor], None] | None = None
@@ -63,12 +65,15 @@ class RoutedLinear(nn.Module):
         self.common_rank = stack.common_rank
         self.select = router.selection
         self._prepared_dtype = stack.A_PI.dtype
-        self.combine = COMBINATIONS[router.combination]
+        self.combine = get_combination(router.combination).merge
+        self.shortlists = isinstance(router, ShortlistRouter)
+        self.sums_in_groups = self.shortlists and self.combine is merge_outputs
         self.register_buffer("A_PI", stack.A_PI.contiguous(), persistent=False)
         self.register_buffer("B_OP", stack.B_OP.contiguous(), persistent=False)
         self.register_buffer("owner_P", stack.owner_P.to(stack.A_PI.device), persistent=False)
         self.register_buffer("prototypes_EI", stack.prototypes_EI, persistent=False)
         self.register_buffer("centers_P", stack.centers_P, persistent=False)
+        self.register_buffer("mix_PR", stack.mix_PR, persistent=False)
         self.register_state_dict_post_hook(_without_base)
         self.register_load_state_dict_pre_hook(_with_base)
         self.train(base.training)
@@ -85,10 +90,22 @@ class RoutedLinear(nn.Module):
     def route(self, x: Float[Tensor, "*T I"]) -> Decision:
         """Score the experts for each token and choose. Tokens are all leading axes of ``x``."""
         x = x.to(self.A_PI.device, self.A_PI.dtype)
+        if self.shortlists:
+            return self._route_among(x)
         h_TP = linear(x, self.A_PI)
+        if self.mix_PR is not None:
+            h_TP = linear(h_TP, self.mix_PR)
         scored_TP = h_TP if self.centers_P is None else h_TP - self.centers_P
         norms_TE = segment_norms(scored_TP, self.owner_P, len(self.experts), self.common_rank)
         scores_TE = self.router.scores(x, norms_TE, self.prototypes_EI)
+        return Decision(h_TP, scores_TE, self.select(scores_TE))
+
+    def _route_among(self, x: Float[Tensor, "*T I"]) -> Decision:
+        """As :meth:`route`, where each token has a shortlist: the other experts are not computed for it."""
+        taken_TE = self.router.candidates(x, self.prototypes_EI)  # pyright: ignore[reportAttributeAccessIssue]
+        h_TP = grouped_inputs(x, self.A_PI, self.ranks, taken_TE)
+        norms_TE = segment_norms(h_TP, self.owner_P, len(self.experts), self.common_rank)
+        scores_TE = self.router.scores(x, norms_TE, self.prototypes_EI).masked_fill(~taken_TE, -torch.inf)
         return Decision(h_TP, scores_TE, self.select(scores_TE))
 
     def decide(self, x: Float[Tensor, "*T I"]) -> Decision:
@@ -112,7 +129,10 @@ class RoutedLinear(nn.Module):
             delta = self.combine(h_TP, weights_TE, held.B_OP, held.owner_P)
         else:
             decision = self.decide(input)
-            delta = self.combine(decision.h_TP, decision.weights_TE, self.B_OP, self.owner_P)
+            if self.sums_in_groups:
+                delta = grouped_outputs(decision.h_TP, decision.weights_TE, self.B_OP, self.ranks)
+            else:
+                delta = self.combine(decision.h_TP, decision.weights_TE, self.B_OP, self.owner_P)
         return out + delta.to(out.device, out.dtype)
 
     def hold(self, weights_BE: Float[Tensor, "B E"] | None) -> None:
@@ -128,7 +148,7 @@ class RoutedLinear(nn.Module):
         ranks = torch.tensor([rank for rank, taken in zip(self.ranks, taken_E.tolist(), strict=True) if taken])
         owner_P = torch.repeat_interleave(torch.arange(len(ranks)), ranks.long()).to(self.owner_P.device)
         self.held = Held(
-            A_PI=self.A_PI[rows_P],
+            A_PI=self.A_PI[rows_P] if self.mix_PR is None else self.mix_PR[rows_P] @ self.A_PI,
             B_OP=self.B_OP[:, rows_P],
             owner_P=owner_P,
             weights_B1E=weights_BE[:, None, taken_E].to(self.A_PI.device),
@@ -155,6 +175,7 @@ class RoutedLinear(nn.Module):
             B_OP=self.B_OP,
             prototypes_EI=self.prototypes_EI,
             centers_P=self.centers_P,
+            mix_PR=self.mix_PR,
         )
 
     @property

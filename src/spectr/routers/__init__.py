@@ -1,21 +1,26 @@
 """Routers: how a token's experts are scored and chosen. Each is a small frozen dataclass that is its configuration."""
 
 from spectr.routers.arrow import Arrow
-from spectr.routers.base import PromptRouter, Router
+from spectr.routers.base import PromptRouter, Router, ShortlistRouter
 from spectr.routers.calibrated import Calibrated
+from spectr.routers.lag import Lag
 from spectr.routers.oracle import Oracle
 from spectr.routers.phatgoose import Phatgoose
 from spectr.routers.registry import get_router, router_names
+from spectr.routers.seqr import Seqr
 from spectr.routers.spectr import Spectr
 from spectr.routers.uniform import Uniform
 
 __all__ = [
     "Arrow",
     "Calibrated",
+    "Lag",
     "Oracle",
     "Phatgoose",
     "PromptRouter",
     "Router",
+    "Seqr",
+    "ShortlistRouter",
     "Spectr",
     "Uniform",
     "get_router",

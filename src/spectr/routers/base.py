@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from spectr.selection import Selection
@@ -23,7 +23,8 @@ class Router(Protocol):
     A router with an attribute ``calibrated`` that is true is given calibrated shares, for which the library has to be
     calibrated (:func:`spectr.calibrate`): ``norms_TE`` are then ``||A_t (x - m)||_2`` over their root mean square.
     One with an attribute ``gated`` that is true is given each expert's trained gate as its prototype
-    (:meth:`spectr.spectral.Prepared.gated`).
+    (:meth:`spectr.spectral.Prepared.gated`). One with an attribute ``shares_A`` that is true has the input factor that
+    all experts of a module share computed once (:meth:`spectr.spectral.Prepared.rooted`).
     """
 
     @property
@@ -33,7 +34,7 @@ class Router(Protocol):
 
     @property
     def combination(self) -> str:
-        """A key of :data:`spectr.combine.COMBINATIONS`."""
+        """A name that :func:`spectr.combine.get_combination` knows."""
         ...
 
     def resident(self, experts: Sequence[str]) -> tuple[str, ...]:
@@ -60,6 +61,20 @@ class Router(Protocol):
             x_TI: The module's input.
             norms_TE: ``||A_t x||_2`` of the prepared factors, float32.
             prototypes_EI: The stack's prototypes, where ``prepare`` made some.
+        """
+        ...
+
+
+@runtime_checkable
+class ShortlistRouter(Router, Protocol):
+    """A router that scores only some experts for each token; the rest are not computed for it."""
+
+    def candidates(self, x_TI: Float[Tensor, "*T I"], prototypes_EI: Float[Tensor, "E I"]) -> Bool[Tensor, "*T E"]:
+        """Which experts are scored for each token.
+
+        Args:
+            x_TI: The module's input.
+            prototypes_EI: The stack's prototypes, which ``prepare`` made.
         """
         ...
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from spectr.combine import COMBINATIONS
+from spectr.combine import get_combination
 from spectr.errors import CompositionError
 
 
 def check_combination(combine: str, **choices: tuple[str, tuple[str, ...]]) -> None:
     """Raise :class:`CompositionError` for an unknown combination, or another argument outside its choices."""
-    for name, (value, known) in {"combine": (combine, tuple(COMBINATIONS)), **choices}.items():
+    get_combination(combine)
+    for name, (value, known) in choices.items():
         if value not in known:
             raise CompositionError(f"{name}={value!r}", expected=" or ".join(map(repr, known)))
 

@@ -25,7 +25,7 @@ class Phatgoose:
         top_k: Experts for each token and module.
         weights: ``"softmax"`` of the chosen scores, or ``"uniform"``.
         temperature: Of the softmax.
-        combine: A key of :data:`spectr.combine.COMBINATIONS`.
+        combine: ``"outputs"``, or another of :data:`spectr.combine.COMBINATIONS`.
 
     Source: PHATGOOSE (Muqeeth et al., 2024), section 3.
     """

@@ -16,8 +16,10 @@ from spectr.errors import CompositionError, did_you_mean
 from spectr.routers.arrow import Arrow
 from spectr.routers.base import Router
 from spectr.routers.calibrated import Calibrated
+from spectr.routers.lag import Lag
 from spectr.routers.oracle import Oracle
 from spectr.routers.phatgoose import Phatgoose
+from spectr.routers.seqr import Seqr
 from spectr.routers.spectr import Spectr
 from spectr.routers.uniform import Uniform
 
@@ -34,6 +36,8 @@ _BUILT_IN: dict[str, Callable[..., Router]] = {
     "calibrated-token": partial(Calibrated, level="token", top_k=4),
     "arrow": Arrow,
     "phatgoose": Phatgoose,
+    "lag": Lag,
+    "seqr": Seqr,
     "mu": Uniform,
     "uniform": Uniform,
     "oracle": Oracle,

@@ -49,6 +49,13 @@ def gate_score(gate: Tensor, x: Tensor) -> float:
     return float(normed(x) @ normed(gate)) / math.sqrt(len(x))
 
 
+def shortlisted(deltas: list[Tensor], x: Tensor, count: int, ranks: list[int]) -> list[float]:
+    """LAG: spectral scores of the ``count`` experts with the largest Arrow scores, minus infinity for the rest."""
+    first = top_k([arrow_score(delta, x) for delta in deltas], count)
+    pairs = enumerate(zip(deltas, ranks, strict=True))
+    return [spectral_score(delta, x, rank) if i in first else -math.inf for i, (delta, rank) in pairs]
+
+
 def calibrated_score(delta: Tensor, x: Tensor, texts: list[Tensor]) -> float:
     """``||delta (x - m)|| / sqrt(mean ||delta (y - m)||^2)`` with ``m`` the mean of the calibration inputs ``y``."""
     mean = torch.stack(texts).mean(0)
@@ -107,3 +114,22 @@ def merge_factors(A: list[Tensor], B: list[Tensor], weights: list[float], x: Ten
         merged_B = merged_B + weight * B_t
         merged_h = merged_h + weight * (A_t @ x)
     return merged_B @ merged_h
+
+
+def merge_ties(deltas: list[Tensor], weights: list[float], x: Tensor, density: float) -> Tensor:
+    """TIES of what each expert with a weight adds to one token, entry by entry."""
+    updates = [delta @ x for delta in deltas]
+    size = len(updates[0])
+    kept = max(1, math.ceil(density * size))
+    trimmed = []
+    for update in updates:
+        largest = sorted(range(size), key=lambda i, u=update: -abs(float(u[i])))[:kept]
+        trimmed.append([float(update[i]) if i in largest else 0.0 for i in range(size)])
+    out = torch.zeros(size, dtype=x.dtype)
+    for i in range(size):
+        votes = [(weight * update[i], weight) for update, weight in zip(trimmed, weights, strict=True)]
+        total = sum(vote for vote, _ in votes)
+        agreeing = [(vote, weight) for vote, weight in votes if vote * total > 0]
+        if agreeing:
+            out[i] = sum(vote for vote, _ in agreeing) / sum(weight for _, weight in agreeing)
+    return out

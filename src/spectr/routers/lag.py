@@ -1,0 +1,78 @@
+"""LAG: Arrow's prototypes make a shortlist, the spectral score chooses from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.functional import linear
+
+from spectr.errors import CompositionError
+from spectr.routers.checks import check_combination, check_top_k
+from spectr.selection import TopK, Weighting
+from spectr.spectral import Aligned, Prepared
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lag:
+    """The ``shortlist`` largest ``|v_t . x|``, and among these experts the ``top_k`` largest ``||A*_t x||``.
+
+    Experts that are not on a token's shortlist have the score minus infinity, and are not computed for it.
+
+    Attributes:
+        shortlist: Experts that a token's spectral score is made for; all, where a module has fewer.
+        top_k: Experts for each token and module.
+        weights: ``"uniform"`` (``1 / k``) or ``"softmax"`` of the chosen scores.
+        temperature: Of the softmax.
+        combine: ``"outputs"``, or another of :data:`spectr.combine.COMBINATIONS`.
+
+    Source: LoRA-Augmented Generation (Fleshman and Van Durme, 2025).
+    """
+
+    shortlist: int = 20
+    top_k: int = 1
+    weights: Weighting = "uniform"
+    temperature: float = 1.0
+    combine: str = "outputs"
+
+    def __post_init__(self) -> None:
+        check_combination(self.combine)
+        _ = self.selection
+        if self.shortlist < self.top_k:
+            raise CompositionError(
+                f"shortlist={self.shortlist} and top_k={self.top_k}", expected="a shortlist of at least top_k experts"
+            )
+
+    @property
+    def selection(self) -> TopK:
+        """See :class:`Router`."""
+        return TopK(k=self.top_k, weighting=self.weights, temperature=self.temperature)
+
+    @property
+    def combination(self) -> str:
+        """See :class:`Router`."""
+        return self.combine
+
+    def resident(self, experts: Sequence[str]) -> tuple[str, ...]:
+        """See :class:`Router`."""
+        check_top_k(self.top_k, experts)
+        return tuple(experts)
+
+    def prepare(self, aligned: Aligned) -> Prepared:
+        """See :class:`Router`."""
+        return Prepared.spectral(aligned)._replace(prototype=aligned.Vh[0])
+
+    def candidates(self, x_TI: Float[Tensor, "*T I"], prototypes_EI: Float[Tensor, "E I"]) -> Bool[Tensor, "*T E"]:
+        """Which experts are on each token's shortlist."""
+        likeness_TE = linear(x_TI, prototypes_EI).float().abs()
+        index_TK = likeness_TE.topk(min(self.shortlist, likeness_TE.shape[-1]), dim=-1).indices
+        return torch.zeros_like(likeness_TE, dtype=torch.bool).scatter(-1, index_TK, True)
+
+    def scores(
+        self, x_TI: Float[Tensor, "*T I"], norms_TE: Float[Tensor, "*T E"], prototypes_EI: Tensor | None
+    ) -> Float[Tensor, "*T E"]:
+        """See :class:`Router`."""
+        return norms_TE
