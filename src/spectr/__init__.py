@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from spectr import evaluation as evaluation
+    from spectr import guidance as guidance
     from spectr import models as models
     from spectr import plots as plots
     from spectr import tasks as tasks
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from spectr.routers import (
         Arrow,
         Calibrated,
+        Glider,
         Lag,
         Oracle,
         Phatgoose,
@@ -42,6 +44,7 @@ _HOMES = {
     "routers": (
         "Arrow",
         "Calibrated",
+        "Glider",
         "Lag",
         "Oracle",
         "Phatgoose",
@@ -53,7 +56,7 @@ _HOMES = {
         "router_names",
     ),
 }
-_MODULES = ("evaluation", "models", "plots", "tasks", "training")
+_MODULES = ("evaluation", "guidance", "models", "plots", "tasks", "training")
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __version__ = version("spectr-lora")
@@ -61,6 +64,7 @@ __all__ = [
     "Arrow",
     "Calibrated",
     "ExpertLibrary",
+    "Glider",
     "Lag",
     "Oracle",
     "Phatgoose",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +14,26 @@ from spectr.adapters import Expert, has_gates, read_gates
 from spectr.combine import drop, get_combination
 from spectr.errors import CompositionError
 from spectr.layers.linear import placement
+from spectr.layers.opening import Opening
 from spectr.layers.plan import make_plan
-from spectr.layers.prompt import Opening, PromptDecision
+from spectr.layers.probe import Probe
+from spectr.layers.prompt import PromptDecision, Reader, entry_of
 from spectr.layers.routed import RoutedLinear
 from spectr.layers.swap import swap_module
 from spectr.library import Calibration, ExpertLibrary
-from spectr.routers import PromptRouter, Router, Spectr
+from spectr.routers import GuidedRouter, ProbingRouter, PromptRouter, Router, Spectr
 from spectr.spectral import Prepared, Stack, align
 
 Progress = Callable[[int, int], None]
 Gates = Mapping[str, Mapping[str, Tensor]]
+
+
+class Guide(Protocol):
+    """Compares prompts with descriptions; :class:`spectr.guidance.QueryGuide` is one."""
+
+    def reader(self, descriptions: Mapping[str, str], experts: Sequence[str]) -> Reader:
+        """A function that is called as the model is and returns ``cos(e_t, q)``, (batch, experts)."""
+        ...
 
 
 class Routed:
@@ -35,12 +46,15 @@ class Routed:
         library: The experts that can be held.
         router: Decides for each token, or for each prompt.
         prompt: How a prompt is decided on, where the router does that; else ``None``.
+        guide: Compares prompts with the experts' descriptions, where the router is guided; else ``None``.
     """
 
     prompt: PromptDecision | None = None
 
-    def __init__(self, model: nn.Module, library: ExpertLibrary, router: Router, progress: Progress):
-        self.model, self.library, self.router = model, library, router
+    def __init__(
+        self, model: nn.Module, library: ExpertLibrary, router: Router, progress: Progress, guide: Guide | None = None
+    ):
+        self.model, self.library, self.router, self.guide = model, library, router, guide
         self._originals: dict[str, nn.Module] = {}
         self._allowed: tuple[str, ...] | None = None
         self._removed = False
@@ -161,10 +175,18 @@ class Routed:
             self.prompt.close()
             self.prompt = None
         if names and isinstance(self.router, PromptRouter) and self.router.level != "token":
+            entry = entry_of(self.model)
+            self.prompt = PromptDecision(entry, self.layers, self.router, names, self._reader(entry, names))
+
+    def _reader(self, entry: nn.Module, names: tuple[str, ...]) -> Reader:
+        """How a prompt is read: through the layers, or by the guide."""
+        if isinstance(self.router, ProbingRouter):
             known = self.library.calibration
             opening = Opening(known.opening, known.turn, known.closing) if known else None
             usual = {"input_ids": known.input_ids, "attention_mask": known.real.long()} if known else None
-            self.prompt = PromptDecision(self.model, self.layers, self.router, names, opening, usual)
+            return Probe(entry, self.layers, self.router, names, opening, usual)
+        assert self.guide is not None
+        return self.guide.reader(self.library.descriptions, names)
 
     def __repr__(self) -> str:
         return f"Routed({len(self.layers)} layers, experts {', '.join(self.experts)}, {self.router})"
@@ -176,6 +198,7 @@ def compose(
     router: Router | None = None,
     *,
     progress: Progress = lambda *_: None,
+    guide: Guide | None = None,
 ) -> Routed:
     """Route a model's linear layers through a library's experts, in place.
 
@@ -189,6 +212,8 @@ def compose(
         router: Scores, selects and combines; :class:`Spectr` with its defaults if left out (and ``top_k`` at
             most the number of experts).
         progress: Is told (done, total) layers.
+        guide: Compares prompts with the library's descriptions, for :class:`Glider`; see
+            :class:`spectr.guidance.QueryGuide`.
 
     Returns:
         A handle to restrict, extend and undo.
@@ -210,7 +235,14 @@ def compose(
         )
     if any(isinstance(module, RoutedLinear) for module in model.modules()):
         raise CompositionError("this model is composed already", do="call remove() on its handle first")
-    return Routed(model, library, router, progress)
+    if isinstance(router, GuidedRouter):
+        needed_descriptions(library)
+        if guide is None:
+            raise CompositionError(
+                f"{router} compares prompts with descriptions, and there is no guide",
+                do="compose(..., guide=spectr.guidance.QueryGuide.of(model, tokenizer))",
+            )
+    return Routed(model, library, router, progress, guide)
 
 
 @torch.no_grad()
@@ -262,6 +294,17 @@ def needed_calibration(library: ExpertLibrary, experts: Sequence[Expert]) -> Cal
             "library.with_calibration(spectr.calibrate(model, library, tokenizer))",
         )
     return calibration
+
+
+def needed_descriptions(library: ExpertLibrary) -> None:
+    """Raise :class:`CompositionError` unless every expert of the library is described in words."""
+    missing = [name for name in library if name not in library.descriptions]
+    if missing:
+        raise CompositionError(
+            f"not described: {', '.join(missing)}",
+            expected="a sentence for each expert that says what it is for, as GLIDER compares prompts with these",
+            do=f"spectr library describe --library {library.origin}, or library.with_descriptions({{...}})",
+        )
 
 
 def needed_gates(library: ExpertLibrary, experts: Sequence[Expert]) -> Gates:

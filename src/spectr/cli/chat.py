@@ -29,7 +29,7 @@ def chat(
     base, tokenizer = routing.base()
     if tokenizer.chat_template is None:
         raise SpectrError("this model has no chat template", do="use spectr generate --no-chat")
-    routed = routing.compose(base, library, router)
+    routed = routing.compose(base, tokenizer, library, router)
     errors.print(f"[dim]{HELP}[/]", highlight=False)
     turns: list[dict[str, str]] = []
     while (line := _read()) is not None:

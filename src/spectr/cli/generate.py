@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from spectr.cli.console import errors, out
+from spectr.cli.describe import tell_guide
 from spectr.cli.options import JsonOption, Routing, with_routing
 from spectr.errors import DataError
 
@@ -51,11 +52,12 @@ def generate(
     from spectr.layers import trace
     from spectr.models import generate_answers
 
-    routing.compose(base, library, router)
+    routed = routing.compose(base, tokenizer, library, router)
     with trace(base) as record:
         [answer] = generate_answers(
             base, tokenizer, [text], max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, chat=chat
         )
+    tell_guide(routed)
     shares = sorted(record.shares().items(), key=lambda item: -item[1])
     if as_json:
         sys.stdout.write(

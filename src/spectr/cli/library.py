@@ -12,6 +12,7 @@ from rich.table import Table
 
 from spectr.adapters.read import WEIGHTS_FILE
 from spectr.cli.console import bar, out, say
+from spectr.cli.describe import describe
 from spectr.cli.options import DtypeOption, JsonOption, LibraryOption, ModelOption, open_library, open_model
 from spectr.errors import LibraryError, SpectrError, raise_together
 from spectr.library import Entry, ExpertLibrary, LibraryStore
@@ -19,7 +20,8 @@ from spectr.library.calibration import CALIBRATION_FILE
 from spectr.library.manifest import MANIFEST_FILE
 from spectr.tasks.rows import read_lines
 
-app = typer.Typer(help="Experts on disk: add, remove, list, show, verify, calibrate.", no_args_is_help=True)
+app = typer.Typer(help="Experts on disk: add, remove, list, show, verify, calibrate, describe.", no_args_is_help=True)
+app.command()(describe)
 WriteTo = Annotated[Path, typer.Option("--library", "-l", help="Folder of the library; made if it is not there.")]
 
 

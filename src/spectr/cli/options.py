@@ -82,7 +82,8 @@ class Routing:
             "-r",
             help="How experts are chosen. auto: calibrated where the library is, else spectr. Or spectr, spectr-paper, "
             "spectr-softmax, spectr-projection, spectr-code, calibrated, calibrated-token, calibrated-prior, arrow, "
-            "mu (or uniform), oracle, or one that a package added. See docs/routers.md.",
+            "lag, seqr, phatgoose, glider, glider-global, glider-spectr, mu (or uniform), oracle, or one that a "
+            "package added. See docs/routers.md.",
             rich_help_panel=_PANEL,
         ),
     ] = "auto"
@@ -99,7 +100,8 @@ class Routing:
     combine: Annotated[
         str | None,
         typer.Option(
-            help="How the chosen are put together: outputs (their mean output) or factors (as in the paper's tables).",
+            help="How the chosen are put together: outputs (their mean output), factors (as in the paper's tables), "
+            "ties, dare or dare-ties (ties:0.5 keeps half of the entries, dare:0.9 drops nine tenths).",
             rich_help_panel=_PANEL,
         ),
     ] = None
@@ -116,6 +118,20 @@ class Routing:
             callback=_split,
         ),
     ] = None
+    writer: Annotated[
+        str | None,
+        typer.Option(
+            help="Who writes GLIDER's instruction for a prompt: folder or Hub id of a model, http(s)://host/v1#MODEL "
+            "of an OpenAI-compatible endpoint, or none to compare the prompt itself; by default the base model.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
+    embedder: Annotated[
+        str | None,
+        typer.Option(
+            help="GLIDER's model of sentence-transformers; by default all-MiniLM-L6-v2.", rich_help_panel=_PANEL
+        ),
+    ] = None
     dtype: DtypeOption = "auto"
 
     def experts(self) -> tuple[ExpertLibrary, Router]:
@@ -123,8 +139,8 @@ class Routing:
 
         Without ``top_k`` the router takes at most as many experts as there are.
         """
-        from spectr.composition import needed_calibration
-        from spectr.routers import get_router
+        from spectr.composition import needed_calibration, needed_descriptions, needed_gates
+        from spectr.routers import GuidedRouter, get_router
 
         library = open_library(self.library)
         if self.expert and self.router != "oracle":
@@ -147,6 +163,12 @@ class Routing:
         library.check(*(self.allow or []))
         if getattr(router, "calibrated", False):
             needed_calibration(library, [library[name] for name in self.allow or library])
+        if getattr(router, "gated", False):
+            needed_gates(library, [library[name] for name in self.allow or library])
+        if isinstance(router, GuidedRouter):
+            needed_descriptions(library)
+        elif self.writer or self.embedder:
+            say("--writer and --embedder make no difference: this router compares no descriptions")
         self._tell(library, router)
         return library, router
 
@@ -173,13 +195,24 @@ class Routing:
         """The base model and its tokenizer."""
         return open_model(self.model, self.dtype)
 
-    def compose(self, model: PreTrainedModel, library: ExpertLibrary, router: Router) -> Routed:
+    def compose(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, library: ExpertLibrary, router: Router
+    ) -> Routed:
         """The model composed with the experts that are allowed, with a progress bar."""
+        from spectr.cli.describe import make_guide
         from spectr.composition import compose
+        from spectr.routers import GuidedRouter
 
+        guide = None
+        if isinstance(router, GuidedRouter):
+            guide = make_guide(model, tokenizer, self.writer, self.embedder, self.dtype)
         with bar() as advance:
             routed = compose(
-                model, library, router, progress=lambda done, total: advance("preparing layers", done, total, "")
+                model,
+                library,
+                router,
+                progress=lambda done, total: advance("preparing layers", done, total, ""),
+                guide=guide,
             )
             return routed.allow(self.allow) if self.allow else routed
 

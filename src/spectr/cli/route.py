@@ -46,7 +46,7 @@ def route(
     from spectr.models import encode_batch, generate_answers
     from spectr.plots.tokens import token_routing
 
-    routed = routing.compose(base, library, router)
+    routed = routing.compose(base, tokenizer, library, router)
     with trace(base) as record:
         if answer_tokens:
             generate_answers(base, tokenizer, [text], max_new_tokens=answer_tokens, chat=chat)

@@ -16,6 +16,7 @@ from spectr.evaluation.score import Measurement
 from spectr.layers import trace
 from spectr.models.generate import encode_batch
 from spectr.models.text import context_length
+from spectr.routers import ProbingRouter
 
 _BATCH = 16
 
@@ -88,7 +89,7 @@ def find_experts(
                 total += len(scores_TE)
                 votes.update(layer.experts[i] for i in order_TE[:, 0].tolist())
             evidence = {name: float(votes[name]) for name in record.experts}
-            if evidence_BE is not None:
+            if evidence_BE is not None and isinstance(routed.router, ProbingRouter):
                 evidence = dict(zip(routed.experts, evidence_BE[row].tolist(), strict=True))
             found.append(_finding(evidence, expert, hits / max(total, 1)))
     return found

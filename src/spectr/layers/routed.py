@@ -55,6 +55,7 @@ class RoutedLinear(nn.Module):
     held: Held | None = None
     prior_B1E: Tensor | None = None
     listen: Callable[[Tensor], None] | None = None
+    asleep: bool = False
 
     def __init__(self, base: nn.Module, stack: Stack, router: Router):
         super().__init__()
@@ -109,11 +110,11 @@ class RoutedLinear(nn.Module):
         return Decision(h_TP, scores_TE, self.select(scores_TE))
 
     def decide(self, x: Float[Tensor, "*T I"]) -> Decision:
-        """As :meth:`route`, the scores times the prompt's prior where there is one."""
+        """As :meth:`route`, the scores informed by the prompt's prior where there is one."""
         decision = self.route(x)
         if self.prior_B1E is None:
             return decision
-        scores_TE = decision.scores_TE * self.prior_B1E
+        scores_TE = self.router.informed(decision.scores_TE, self.prior_B1E)  # pyright: ignore[reportAttributeAccessIssue]
         return Decision(decision.h_TP, scores_TE, self.select(scores_TE))
 
     def forward(self, input: Float[Tensor, "*T I"], *args: Any, **kwargs: Any) -> Float[Tensor, "*T O"]:
@@ -121,6 +122,7 @@ class RoutedLinear(nn.Module):
         out = self.base(input, *args, **kwargs)
         if self.listen is not None:
             self.listen(self.route(input).scores_TE)
+        if self.asleep:
             return out
         if self.held is not None:
             held = self.held
@@ -156,7 +158,7 @@ class RoutedLinear(nn.Module):
         )
 
     def inform(self, prior_BE: Float[Tensor, "B E"] | None) -> None:
-        """Multiply the scores of every token of row ``b`` by these from now on; ``None`` ends that."""
+        """Inform the scores of every token of row ``b`` by this prior from now on; ``None`` ends that."""
         self.prior_B1E = None if prior_BE is None else prior_BE[:, None].to(self.A_PI.device)
 
     def explain(self, x: Float[Tensor, "*T I"]) -> Decision:

@@ -135,7 +135,7 @@ def trace(model: nn.Module) -> Iterator[Trace]:
     if not routed:
         raise CompositionError("this model has no routed layers", do="compose it first: spectr.compose(model, library)")
     record = Trace(experts=tuple(sorted({name for layer in routed.values() for name in layer.experts})))
-    handles = [model.register_forward_pre_hook(_watch_input(record), with_kwargs=True)]
+    handles = [model.register_forward_pre_hook(_watch_input(record, list(routed.values())), with_kwargs=True)]
     for name, layer in routed.items():
         record.layers[name] = LayerTrace(experts=layer.experts)
         handles.append(layer.register_forward_pre_hook(_watch_layer(record.layers[name]), with_kwargs=True))
@@ -150,7 +150,7 @@ def _watch_layer(record: LayerTrace) -> Callable[[nn.Module, Any, Any], None]:
     @torch.no_grad()
     def hook(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         assert isinstance(layer, RoutedLinear)
-        if layer.listen is not None:  # asked about a prompt, before it is read
+        if layer.asleep:  # asked about a prompt, before it is read
             return
         decision = layer.explain(args[0] if args else kwargs["input"])
         record.steps.append((_three_axes(decision.scores_TE), _three_axes(decision.weights_TE)))
@@ -158,8 +158,10 @@ def _watch_layer(record: LayerTrace) -> Callable[[nn.Module, Any, Any], None]:
     return hook
 
 
-def _watch_input(record: Trace) -> Callable[[nn.Module, Any, Any], None]:
+def _watch_input(record: Trace, routed: list[RoutedLinear]) -> Callable[[nn.Module, Any, Any], None]:
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if routed[0].asleep:  # the base model writes something of its own
+            return
         ids = kwargs.get("input_ids", args[0] if args else None)
         given = kwargs.get("inputs_embeds") if ids is None else ids
         if not isinstance(given, Tensor) or given.ndim != (3 if given.is_floating_point() else 2):

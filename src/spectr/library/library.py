@@ -6,12 +6,14 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 from spectr.adapters import Expert, read_adapter
 from spectr.adapters.config import CONFIG_FILE
 from spectr.adapters.read import WEIGHTS_FILE
 from spectr.errors import AdapterError, LibraryError, SpectrError, did_you_mean, raise_together
 from spectr.library.calibration import Calibration
+from spectr.library.descriptions import read_descriptions
 from spectr.library.manifest import MANIFEST_FILE
 from spectr.library.store import LibraryStore
 
@@ -30,11 +32,15 @@ class ExpertLibrary:
     """
 
     def __init__(
-        self, readers: Mapping[str, Reader], origin: str, calibration: Callable[[], Calibration | None] = lambda: None
+        self,
+        readers: Mapping[str, Reader],
+        origin: str,
+        calibration: Callable[[], Calibration | None] = lambda: None,
+        descriptions: Callable[[], Mapping[str, str]] = dict,
     ):
         self._readers = dict(sorted(readers.items()))
         self.origin = origin
-        self._read_calibration = calibration
+        self._read_calibration, self._read_descriptions = calibration, descriptions
 
     @classmethod
     def open(cls, path: str | Path) -> ExpertLibrary:
@@ -58,7 +64,7 @@ class ExpertLibrary:
         if (root / MANIFEST_FILE).is_file():
             store = LibraryStore(root)
             readers = {entry.name: store.reader(entry) for entry in store.entries}
-            return cls(readers, str(root), partial(Calibration.load, root))
+            return cls(readers, str(root), partial(Calibration.load, root), partial(read_descriptions, root))
         visible = [folder for folder in sorted(root.absolute().iterdir()) if not folder.name.startswith(".")]
         adapters = {folder.name: folder for folder in visible if _holds_adapter(folder)}
         if not adapters:
@@ -69,7 +75,7 @@ class ExpertLibrary:
                 do=f"spectr library add NAME ADAPTER --library {root}",
             )
         plain = cls.from_adapters(adapters, origin=str(root))
-        return cls(plain._readers, plain.origin, partial(Calibration.load, root))
+        return plain._but(calibration=partial(Calibration.load, root), descriptions=partial(read_descriptions, root))
 
     @classmethod
     def from_adapters(cls, adapters: Mapping[str, str | Path], origin: str = "adapters") -> ExpertLibrary:
@@ -104,13 +110,13 @@ class ExpertLibrary:
         if name in self._readers:
             raise LibraryError(f"there already is an expert '{name}'", do="remove it first, or choose another name")
         expert = read_adapter(source, name)
-        return ExpertLibrary({**self._readers, name: lambda: expert}, self.origin, self._read_calibration)
+        return self._but(readers={**self._readers, name: lambda: expert})
 
     def without(self, name: str) -> ExpertLibrary:
         """This library with one expert less; nothing on disk changes."""
         self.check(name)
         kept = {n: reader for n, reader in self._readers.items() if n != name}
-        return ExpertLibrary(kept, self.origin, self._read_calibration)
+        return self._but(readers=kept)
 
     @cached_property
     def calibration(self) -> Calibration | None:
@@ -123,7 +129,29 @@ class ExpertLibrary:
 
     def with_calibration(self, calibration: Calibration) -> ExpertLibrary:
         """This library with a calibration; nothing on disk changes."""
-        return ExpertLibrary(self._readers, self.origin, lambda: calibration)
+        return self._but(calibration=lambda: calibration)
+
+    @cached_property
+    def descriptions(self) -> Mapping[str, str]:
+        """What experts are for, in words, by name; read when first asked for.
+
+        Raises:
+            LibraryError: The file is damaged.
+        """
+        return self._read_descriptions()
+
+    def with_descriptions(self, descriptions: Mapping[str, str]) -> ExpertLibrary:
+        """This library with other descriptions; nothing on disk changes."""
+        return self._but(descriptions=lambda: descriptions)
+
+    def _but(self, **changed: Any) -> ExpertLibrary:
+        kept = {
+            "readers": self._readers,
+            "origin": self.origin,
+            "calibration": self._read_calibration,
+            "descriptions": self._read_descriptions,
+        }
+        return ExpertLibrary(**{**kept, **changed})
 
     def check(self, *names: str) -> None:
         """Raise :class:`LibraryError` for names that the library does not have."""

@@ -65,7 +65,12 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit
     real = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows])
     counted = real.clone()
     counted[:, : len(opening)] = False
-    return Texts(ids, counted, real, opening, _turn(tokenizer), _closing(tokenizer))
+    return Texts(ids, counted, real, *template_parts(tokenizer))
+
+
+def template_parts(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], list[int]]:
+    """What the chat template writes before a first user turn, before a later one, and after the last."""
+    return _opening(tokenizer), _turn(tokenizer), _closing(tokenizer)
 
 
 def _opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -1,8 +1,9 @@
 """Routers: how a token's experts are scored and chosen. Each is a small frozen dataclass that is its configuration."""
 
 from spectr.routers.arrow import Arrow
-from spectr.routers.base import PromptRouter, Router, ShortlistRouter
+from spectr.routers.base import GuidedRouter, ProbingRouter, PromptRouter, Router, ShortlistRouter
 from spectr.routers.calibrated import Calibrated
+from spectr.routers.glider import Glider
 from spectr.routers.lag import Lag
 from spectr.routers.oracle import Oracle
 from spectr.routers.phatgoose import Phatgoose
@@ -14,9 +15,12 @@ from spectr.routers.uniform import Uniform
 __all__ = [
     "Arrow",
     "Calibrated",
+    "Glider",
+    "GuidedRouter",
     "Lag",
     "Oracle",
     "Phatgoose",
+    "ProbingRouter",
     "PromptRouter",
     "Router",
     "Seqr",

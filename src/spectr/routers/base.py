@@ -81,17 +81,30 @@ class ShortlistRouter(Router, Protocol):
 
 @runtime_checkable
 class PromptRouter(Router, Protocol):
-    """A router that reads a whole prompt first; what its tokens and modules say is pooled and then held.
+    """A router for which a whole prompt is read before it is answered; the verdict is held."""
+
+    @property
+    def level(self) -> str:
+        """``"prompt"``: the verdict is the experts' weights, for all tokens. ``"prior"``: it informs each token's
+        scores. ``"token"``: no prompt is read, the router is used like any other."""
+        ...
+
+    def verdict(self, evidence_BE: Float[Tensor, "B E"]) -> Float[Tensor, "B E"]:
+        """From what speaks for each expert to its weight, or to the prior."""
+        ...
+
+    def informed(self, scores_TE: Float[Tensor, "*T E"], prior_B1E: Float[Tensor, "B 1 E"]) -> Float[Tensor, "*T E"]:
+        """A token's scores with the prompt's prior."""
+        ...
+
+
+@runtime_checkable
+class ProbingRouter(PromptRouter, Protocol):
+    """A router whose evidence comes from its own scores, pooled over the prompt.
 
     Before a prompt is read, the base model reads it once alone (the probe). Every module's scores become evidence,
     whose mean over tokens and modules decides, less what the same experts have on the calibration's texts.
     """
-
-    @property
-    def level(self) -> str:
-        """``"prompt"``: the verdict is the experts' weights, for all tokens. ``"prior"``: it multiplies each token's
-        scores. ``"token"``: no prompt is read, the router is used like any other."""
-        ...
 
     @property
     def probe_tokens(self) -> int:
@@ -106,8 +119,14 @@ class PromptRouter(Router, Protocol):
         """How much each token's evidence counts in its module's mean, above zero."""
         ...
 
-    def verdict(self, evidence_BE: Float[Tensor, "B E"]) -> Float[Tensor, "B E"]:
-        """From the mean evidence of each prompt to its experts' weights, or to the prior."""
+
+@runtime_checkable
+class GuidedRouter(PromptRouter, Protocol):
+    """A router whose evidence comes from a guide: how like the prompt each expert's description is."""
+
+    @property
+    def guided(self) -> bool:
+        """True."""
         ...
 
 

@@ -16,6 +16,7 @@ from spectr.errors import CompositionError, did_you_mean
 from spectr.routers.arrow import Arrow
 from spectr.routers.base import Router
 from spectr.routers.calibrated import Calibrated
+from spectr.routers.glider import Glider
 from spectr.routers.lag import Lag
 from spectr.routers.oracle import Oracle
 from spectr.routers.phatgoose import Phatgoose
@@ -36,6 +37,9 @@ _BUILT_IN: dict[str, Callable[..., Router]] = {
     "calibrated-token": partial(Calibrated, level="token", top_k=4),
     "arrow": Arrow,
     "phatgoose": Phatgoose,
+    "glider": Glider,
+    "glider-global": partial(Glider, local=None),
+    "glider-spectr": partial(Glider, local=Spectr(top_k=1)),
     "lag": Lag,
     "seqr": Seqr,
     "mu": Uniform,

@@ -1,0 +1,128 @@
+"""Descriptions of experts in words: ``spectr library describe``, and what commands that route by them need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from spectr.cli.console import bar, out, say
+from spectr.cli.options import DataRootOption, DtypeOption, ModelOption, open_library, open_model
+from spectr.cli.rows import chosen_task, source_of
+from spectr.errors import DataError, SpectrError, raise_together
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from spectr.composition import Routed
+    from spectr.guidance import QueryGuide
+    from spectr.models.writer import Writer
+
+
+def describe(
+    library: Annotated[Path, typer.Option("--library", "-l", help="Folder of experts; descriptions.yaml goes there.")],
+    names: Annotated[
+        list[str] | None, typer.Argument(help="The experts; all that are not described if left out.")
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(help="The description itself, of one expert, instead of writing one.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Task that the expert belongs to; by default the shipped one of its name.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Rows to show: a JSONL file, or hub:<dataset>[:<config>]:<split>.")
+    ] = None,
+    data_root: DataRootOption = None,
+    prompt: Annotated[str | None, typer.Option(help='Template over the fields of a row: "Topic of: {title}"')] = None,
+    answer: Annotated[str | None, typer.Option(help="Template of the answer, for free text.")] = None,
+    choices: Annotated[str | None, typer.Option(help='Answers, in the order of the label\'s numbers: "no,yes"')] = None,
+    examples: Annotated[int, typer.Option(help="Rows that the writer is shown.", min=1)] = 3,
+    writer: Annotated[
+        str | None,
+        typer.Option(help="Who writes: a model, or http(s)://host/v1#MODEL; by default the model of --model."),
+    ] = None,
+    model: ModelOption = None,
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Describe experts in words, for the router "glider": a language model looks at a few rows of each.
+
+    The texts are in descriptions.yaml, to be read and corrected: a small model writes poor ones.
+
+    [dim]spectr library describe --library experts --data-root data --writer http://localhost:8000/v1#my-model[/]
+    [dim]spectr library describe sql --library experts --text "Turn a question into an SQL query."[/]
+    """
+    from spectr.library.descriptions import write_descriptions
+
+    experts = open_library(library)
+    experts.check(*(names or ()))
+    known = dict(experts.descriptions)
+    chosen = names or [name for name in experts if name not in known]
+    if not chosen:
+        out.print("all of these experts are described; name those that are to be described anew")
+        return
+    own = any((task, data, prompt, answer, choices, text))
+    if own and len(chosen) > 1:
+        raise DataError(f"one text or task for {len(chosen)} experts ({', '.join(chosen)})", do="name one expert")
+    if text:
+        path = write_descriptions(library, {**known, chosen[0]: " ".join(text.split())})
+        out.print(f"{chosen[0]}: {path}", highlight=False)
+        return
+    from spectr.tasks import read_examples
+
+    shown, problems = {}, []
+    for name in chosen:
+        try:
+            about = chosen_task(task or (None if own and prompt else name), prompt, answer, choices, name)
+            source = data or source_of(about, "train", data_root)
+            if source is None:
+                raise DataError(f"no data was named for '{name}'", do="give --data, or a task that names its own")
+            shown[name] = read_examples(about, source, root=data_root, limit=examples)
+        except SpectrError as error:
+            problems.append(error)
+    raise_together("rows to describe experts by", problems, DataError)
+
+    from spectr.guidance import describe as written
+
+    write = open_writer(writer or model, dtype)
+    with bar() as advance:
+        for done, (name, rows) in enumerate(shown.items(), start=1):
+            known[name] = written(write, rows)
+            advance("describing", done, len(shown), name)
+    path = write_descriptions(library, known)
+    for name in shown:
+        out.print(f"{name}: {known[name]}", highlight=False, markup=False)
+    say(f"written to {path}; correct it there")
+
+
+def open_writer(name: str | None, dtype: str) -> Writer:
+    """A writer: of an endpoint (``http://host/v1#MODEL``), a folder or a Hub id; by default the default model."""
+    from spectr.models.writer import EndpointWriter, LocalWriter
+
+    if name and name.startswith(("http://", "https://")):
+        url, _, model = name.partition("#")
+        return EndpointWriter(url, model)
+    return LocalWriter(*open_model(name, dtype))
+
+
+def make_guide(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, writer: str | None, embedder: str | None, dtype: str
+) -> QueryGuide:
+    """What compares prompts with descriptions; without a writer the base model writes, "none" writes nothing."""
+    from spectr.guidance import QueryGuide
+    from spectr.models.embed import load_embedder
+    from spectr.models.writer import LocalWriter
+
+    embed = load_embedder(embedder)
+    if writer == "none":
+        return QueryGuide(tokenizer, embed)
+    return QueryGuide(tokenizer, embed, open_writer(writer, dtype) if writer else LocalWriter(model, tokenizer))
+
+
+def tell_guide(routed: Routed) -> None:
+    """Say what guiding by descriptions has cost, apart from the routing itself."""
+    from spectr.guidance import QueryGuide
+
+    if isinstance(routed.guide, QueryGuide):
+        say(f"global routing: {routed.guide.spent}")

@@ -1,0 +1,49 @@
+"""What a chat template writes around a user's words."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Opening(NamedTuple):
+    """What a chat template writes around a user's words, as token ids; both are empty without a template.
+
+    Attributes:
+        first: Before the first user turn, the system turn included; it has no say.
+        later: Between an assistant's answer and the next user turn.
+        last: After the last user turn, where the answer begins; it has no say either.
+    """
+
+    first: tuple[int, ...] = ()
+    later: tuple[int, ...] = ()
+    last: tuple[int, ...] = ()
+
+    def last_turn(self, ids: list[int]) -> list[int]:
+        """A conversation less all turns before the user's last; anything else as it is."""
+        size = len(self.later)
+        last = len(ids) - size - 1  # something has to follow
+        begins = (i for i in range(last, -1, -1) if size and tuple(ids[i : i + size]) == self.later)
+        begin = next(begins, None)
+        return ids if begin is None else [*self.first, *ids[begin + size :]]
+
+    def length(self, ids: list[int]) -> int:
+        """How many tokens at the beginning have no say."""
+        size = len(self.first)
+        return size if len(ids) > size and tuple(ids[:size]) == self.first else 0
+
+    def closing(self, ids: list[int]) -> int:
+        """How many tokens at the end have no say; something is left in between."""
+        size = len(self.last)
+        ends = bool(size) and len(ids) > self.length(ids) + size and tuple(ids[-size:]) == self.last
+        return size if ends else 0
+
+    def last_words(self, ids: list[int]) -> list[int]:
+        """What the user said last, without the template."""
+        turn = self.last_turn(ids)
+        return turn[self.length(turn) : len(turn) - self.closing(turn)]
+
+    def first_words(self, ids: list[int]) -> list[int]:
+        """What the user said first, without the template."""
+        said, size = ids[self.length(ids) :], len(self.last)
+        ends = (i for i in range(1, len(said)) if size and tuple(said[i : i + size]) == self.last)
+        return said[: next(ends, len(said))]

@@ -1,0 +1,140 @@
+"""Asking a composed model's layers about a prompt: the base model reads it once, alone."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from spectr.errors import CompositionError
+from spectr.layers.opening import Opening
+from spectr.layers.routed import RoutedLinear
+from spectr.routers.base import ProbingRouter
+
+
+class Probe:
+    """Pools what the layers' scores say of a prompt: each expert's mean evidence over tokens and modules.
+
+    Args:
+        entry: The module that reads prompts.
+        layers: Its routed layers by name.
+        router: Turns scores into evidence.
+        experts: All experts, in alphabetical order.
+        opening: What the chat template writes around a user's words. It has no say, and of a conversation the user's
+            last turn alone decides.
+        usual: Texts (``input_ids``, ``attention_mask``) whose evidence counts as nothing: the calibration's.
+    """
+
+    def __init__(
+        self,
+        entry: nn.Module,
+        layers: Mapping[str, RoutedLinear],
+        router: ProbingRouter,
+        experts: Sequence[str],
+        opening: Opening | None = None,
+        usual: Mapping[str, Tensor] | None = None,
+    ):
+        self.entry, self.layers, self.router = entry, dict(layers), router
+        self.experts, self.opening = tuple(experts), opening or Opening()
+        self._usual, self._usual_E = usual, None
+
+    @torch.no_grad()
+    def __call__(self, *args: Any, **kwargs: Any) -> Float[Tensor, "B E"]:
+        """What speaks for each expert, less its mean over the usual texts, plus one: 1 says nothing.
+
+        Args:
+            args: As the model (or its encoder) is called.
+            kwargs: Likewise.
+        """
+        if self._usual_E is None and self._usual is not None:
+            device = next(self.entry.parameters()).device
+            self._usual_E = self._read(**{key: t.to(device) for key, t in self._usual.items()}).mean(0)
+        evidence_BE = self._read(*args, **kwargs)
+        return evidence_BE if self._usual_E is None else evidence_BE - self._usual_E + 1
+
+    def _read(self, *args: Any, **kwargs: Any) -> Float[Tensor, "B E"]:
+        given, counted_BT = _probe(self.entry, args, kwargs, self.router.probe_tokens, self.opening)
+        gathered: dict[str, Tensor] = {}
+        for name, layer in self.layers.items():
+            layer.listen = _listener(gathered, name, self.router, counted_BT)
+        try:
+            self.entry.forward(**given)  # not the call: whoever watches the model's calls is not to see this one
+        finally:
+            for layer in self.layers.values():
+                layer.listen = None
+        return _pooled(gathered, self.layers, self.experts)
+
+
+def _probe(
+    entry: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], limit: int, opening: Opening
+) -> tuple[dict[str, Any], Tensor | None]:
+    """What the base model is to read for a decision, and which of these tokens have a say, (batch, tokens).
+
+    Of token ids the user's last turn, its first ``limit`` tokens, padded on the right; of embeddings the first
+    ``limit`` alone. Anything else is read whole, as it is.
+    """
+    parameters = inspect.signature(entry.forward).parameters
+    given = {**dict(zip(parameters, args, strict=False)), **kwargs}
+    key = next((key for key in ("input_ids", "inputs_embeds") if given.get(key) is not None), None)
+    if key is None:
+        return given, None
+    tokens, mask = given[key], given.get("attention_mask")
+    real_BT = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        real_BT = mask.to(tokens.device).bool()
+    rows = [row[real_T] for row, real_T in zip(tokens, real_BT, strict=True)]
+    skipped, closing = [0] * len(rows), [0] * len(rows)
+    if key == "input_ids":
+        turns = [opening.last_turn(row.tolist()) for row in rows]
+        skipped = [opening.length(turn) for turn in turns]
+        closing = [opening.closing(turn) for turn in turns]
+        rows = [torch.tensor(turn, device=tokens.device, dtype=tokens.dtype) for turn in turns]
+    ends = [len(row) - size for row, size in zip(rows, closing, strict=True)]
+    rows = [row[: min(skip + limit, end)] for row, skip, end in zip(rows, skipped, ends, strict=True)]
+    place_T = torch.arange(max(map(len, rows)), device=tokens.device)
+    length_B1 = torch.tensor([len(row) for row in rows], device=tokens.device)[:, None]
+    mask_BT = place_T < length_B1
+    counted_BT = mask_BT & (place_T >= torch.tensor(skipped, device=tokens.device)[:, None])
+    padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    probe: dict[str, Any] = {key: padded, "attention_mask": mask_BT.long()}
+    probe |= {"use_cache": False} if "use_cache" in parameters else {}
+    probe |= {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+    return probe, counted_BT
+
+
+def _listener(
+    gathered: dict[str, Tensor], name: str, router: ProbingRouter, counted_BT: Tensor | None
+) -> Callable[[Tensor], None]:
+    def listen(scores_TE: Tensor) -> None:
+        if scores_TE.ndim < 3:  # tokens of all rows in one axis: nobody can tell whose they are
+            return
+        evidence_BTE = router.evidence(scores_TE.flatten(1, -2))
+        counted = torch.ones(evidence_BTE.shape[:2], dtype=torch.bool) if counted_BT is None else counted_BT
+        if counted.shape != evidence_BTE.shape[:2]:
+            return
+        weight_BT = counted.to(evidence_BTE) * router.certainty(evidence_BTE)
+        share_BT = weight_BT / weight_BT.sum(1, keepdim=True).clamp(min=1e-30)
+        gathered[name] = torch.einsum("bte,bt->be", evidence_BTE, share_BT).cpu()
+
+    return listen
+
+
+def _pooled(
+    gathered: Mapping[str, Tensor], layers: Mapping[str, RoutedLinear], experts: Sequence[str]
+) -> Float[Tensor, "B E"]:
+    """Each expert's mean evidence over the modules that it adapts."""
+    if not gathered:
+        raise CompositionError(
+            "no layer could say anything about this prompt", do="use level='token', or name the experts yourself"
+        )
+    rows = len(next(iter(gathered.values())))
+    total_BE, count_E = torch.zeros(rows, len(experts)), torch.zeros(len(experts))
+    for name, evidence_BE in gathered.items():
+        chosen = [experts.index(expert) for expert in layers[name].experts]
+        total_BE[:, chosen] += evidence_BE
+        count_E[chosen] += 1
+    return total_BE / count_E.clamp(min=1)

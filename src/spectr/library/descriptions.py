@@ -1,0 +1,60 @@
+"""What experts are for, in words: one text file beside them, to be read and edited by people."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+
+from spectr.errors import LibraryError
+
+DESCRIPTIONS_FILE = "descriptions.yaml"
+_HEAD = "# What each expert is for; GLIDER compares prompts with these. Edit freely.\n"
+
+
+def read_descriptions(folder: str | Path) -> dict[str, str]:
+    """The descriptions of a library's folder, by expert; empty where there are none.
+
+    Raises:
+        LibraryError: The file is not a mapping from experts to texts.
+    """
+    path = Path(folder) / DESCRIPTIONS_FILE
+    if not path.is_file():
+        return {}
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise LibraryError(
+            f"{path} is not YAML ({error})",
+            do="correct it (a text with a colon goes in quotes), or delete it and describe again",
+        ) from error
+    found = {} if found is None else found
+    wrong = (
+        [str(key) for key, value in found.items() if not (isinstance(value, str) and value.strip())]
+        if isinstance(found, dict)
+        else ["all of it"]
+    )
+    if wrong:
+        raise LibraryError(
+            f"{path} has no text for: {', '.join(wrong)}", expected="a line 'expert: text' for each", do="correct it"
+        )
+    return {str(name): " ".join(text.split()) for name, text in found.items()}
+
+
+def write_descriptions(folder: str | Path, descriptions: Mapping[str, str]) -> Path:
+    """Write a library's descriptions, whole or not at all."""
+    target = Path(folder) / DESCRIPTIONS_FILE
+    text = _HEAD + yaml.safe_dump(dict(sorted(descriptions.items())), allow_unicode=True, width=100)
+    handle, scratch = tempfile.mkstemp(dir=folder, prefix=".manifest-descriptions-")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        os.chmod(scratch, 0o644)
+        os.replace(scratch, target)
+    except BaseException:
+        os.unlink(scratch)
+        raise
+    return target
