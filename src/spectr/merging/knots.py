@@ -14,6 +14,8 @@ from spectr.merging.method import Site, check_settings, ones
 from spectr.merging.ties import elect_and_mean, trim
 from spectr.spectral import align
 
+_ROUNDING = 1e-6  # entries below this share of the largest singular value are rounding of float32
+
 
 @dataclass(frozen=True, kw_only=True)
 class Knots:
@@ -48,9 +50,14 @@ class Knots:
 
     def merge(self, deltas: Sequence[LowRank], site: Site) -> LowRank:
         """See :class:`spectr.merging.Method`."""
-        inputs = deltas[0].A.shape[1]
-        U, S, Vh = align(torch.block_diag(*(delta.A for delta in deltas)), LowRank.joined(deltas).B, 1.0)
-        parts = (S[:, None] * Vh).split(inputs, dim=1)
+        U, S, _ = align(torch.block_diag(*(delta.A for delta in deltas)), LowRank.joined(deltas).B, 1.0)
+        U = U[:, S > 0]  # the density is a share of what there is, however many ranks the factors have
+        if not U.shape[1]:
+            return LowRank.zero(U.shape[0], deltas[0].A.shape[1])
+        # S V_t^T = U^T delta_t, in which an expert that leaves the module alone is zero to the bit: the rounding of an
+        # SVD would have signs, and count in the mean.
+        parts = [(U.mT @ delta.B) @ delta.A for delta in deltas]
+        parts = [part * (part.abs() > _ROUNDING * S[0]) for part in parts]
         if self.inner == "ties":
             merged = elect_and_mean([trim(part, self.density) for part in parts])
         else:

@@ -17,15 +17,17 @@ from spectr.merging.method import Site, check_settings, ones
 def trim(delta: Float[Tensor, "M N"], density: float) -> Float[Tensor, "M N"]:
     """The ``density`` of the entries that are largest in magnitude, at least one of them; the others zero.
 
+    Entries as large as the smallest of those that stay do so too.
+
     Args:
         delta: Any matrix.
         density: Share of the entries, above 0, at most 1.
     """
     if density == 1:
         return delta
-    flat = delta.reshape(-1)
-    top = flat.abs().topk(max(1, int(density * flat.numel()))).indices
-    return torch.zeros_like(flat).index_copy(0, top, flat[top]).reshape(delta.shape)
+    sizes = delta.abs()
+    cut = sizes.numel() - max(1, int(density * sizes.numel()))
+    return delta * (sizes >= sizes.reshape(-1).kthvalue(cut + 1).values)
 
 
 def elect_and_mean(deltas: Sequence[Float[Tensor, "M N"]]) -> Float[Tensor, "M N"]:
