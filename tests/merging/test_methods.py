@@ -293,6 +293,17 @@ def test_methods_by_name():
     assert get_method("dare-ties", density=0.4, seed=7) == DareTies(density=0.4, seed=7)
 
 
+def test_a_package_can_add_a_method_by_entry_point(monkeypatch):
+    from importlib.metadata import EntryPoint
+
+    from spectr.merging import registry
+
+    point = EntryPoint(name="soup", value="spectr.merging.linear:Average", group=registry.ENTRY_POINTS)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point] if group == registry.ENTRY_POINTS else [])
+    assert "soup" in method_names()
+    assert get_method("soup") == Average()
+
+
 REFUSALS = {
     "unknown": (lambda: get_method("tie"), "unknown method 'tie'", "did you mean 'ties'?"),
     "a setting of another": (lambda: get_method("ties", seed=1), "method 'ties' has no seed", "density, scale"),

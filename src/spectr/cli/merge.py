@@ -132,7 +132,7 @@ def _into_base(library: ExpertLibrary, recipe: Recipe, out_folder: Path, model: 
     base, tokenizer = open_model(model, dtype)
 
     from spectr.merging import merge_into, save_merged_model
-    from spectr.models import HUB_ID
+    from spectr.models import DEFAULT_MODEL, HUB_ID
 
     with bar() as advance:
         merged = merge_into(
@@ -143,7 +143,8 @@ def _into_base(library: ExpertLibrary, recipe: Recipe, out_folder: Path, model: 
             progress=lambda done, total: advance("merging modules", done, total, ""),
         )
     say("writing the model")
-    save_merged_model(base, tokenizer, merged, library, out_folder, base_model=model or HUB_ID)
+    name = HUB_ID if model in (None, DEFAULT_MODEL) else model
+    save_merged_model(base, tokenizer, merged, library, out_folder, base_model=name)
     table = Table("model", "smallest", "median", "largest", title=_title(recipe, len(merged.change)))
     table.add_row("change of a weight", *_spread(merged.change, "{:.2%}"))
     table.add_row("energy kept", *["100.0%"] * 3)
