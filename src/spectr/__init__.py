@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from spectr import evaluation as evaluation
     from spectr import guidance as guidance
+    from spectr import merging as merging
     from spectr import models as models
     from spectr import plots as plots
     from spectr import tasks as tasks
@@ -56,7 +57,7 @@ _HOMES = {
         "router_names",
     ),
 }
-_MODULES = ("evaluation", "guidance", "models", "plots", "tasks", "training")
+_MODULES = ("evaluation", "guidance", "merging", "models", "plots", "tasks", "training")
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __version__ = version("spectr-lora")

@@ -40,6 +40,10 @@ class CompositionError(SpectrError):
     """A model, library and router that do not go together."""
 
 
+class MergeError(SpectrError):
+    """Experts that cannot be merged as asked."""
+
+
 class DataError(SpectrError):
     """A task, template or data file that cannot be used."""
 

@@ -1,0 +1,66 @@
+"""Writing an adapter as PEFT does, with a rank of its own for every module."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from safetensors.torch import save_file
+from torch import Tensor
+
+from spectr.adapters.config import CONFIG_FILE
+from spectr.adapters.expert import Expert
+from spectr.adapters.read import WEIGHTS_FILE
+
+Pair = tuple[Float[Tensor, "outputs rank"], Float[Tensor, "rank inputs"]]
+
+
+def write_adapter(folder: Path, factors: Mapping[str, Pair], settings: Mapping[str, Any]) -> None:
+    """Write the two files of a LoRA adapter whose update is ``B @ A``: the scale is 1 in every module.
+
+    Args:
+        folder: Is there; the files in it are replaced.
+        factors: ``(B, A)`` by module name, any floating dtype, ranks of at least 1; at least one module.
+        settings: More of PEFT's settings, such as those that :func:`common_settings` finds.
+    """
+    tensors: dict[str, Tensor] = {}
+    for module, (B, A) in factors.items():
+        tensors[f"base_model.model.{module}.lora_A.weight"] = A.contiguous().cpu()
+        tensors[f"base_model.model.{module}.lora_B.weight"] = B.contiguous().cpu()
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    config = {**_lora_config({module: A.shape[0] for module, (_, A) in factors.items()}), **settings}
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def common_settings(experts: Iterable[Expert]) -> dict[str, Any]:
+    """What an adapter made of experts has to say of the base model, where they agree: its name and kind."""
+    raw = [json.loads((e.weights.parent / CONFIG_FILE).read_text(encoding="utf-8")) for e in experts]
+    found: dict[str, Any] = {}
+    for key, default in (("base_model_name_or_path", None), ("task_type", None), ("fan_in_fan_out", False)):
+        values = [config.get(key) or default for config in raw]
+        found[key] = values[0] if all(value == values[0] for value in values) else default
+    return found
+
+
+def _lora_config(ranks: Mapping[str, int]) -> dict[str, Any]:
+    largest = max(ranks.values())
+    # PEFT reads a key as a regular expression that may match the end of a name: "^" holds it to the whole name, so that
+    # "encoder.q" does not give its rank to "decoder.encoder.q", in whatever order the keys are.
+    smaller = {f"^{re.escape(module)}": rank for module, rank in ranks.items() if rank != largest}
+    return {
+        "peft_type": "LORA",
+        "r": largest,
+        "lora_alpha": largest,
+        "rank_pattern": smaller,
+        "alpha_pattern": smaller,
+        "target_modules": sorted(ranks),
+        "use_rslora": False,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }

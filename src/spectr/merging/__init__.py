@@ -1,0 +1,44 @@
+"""Several experts become one, before anything runs: an adapter as PEFT reads it, or the base model's own weights.
+
+recipe = Recipe(experts=("agnews", "sst2"), method=Ties(density=0.2), weights=(1.0, 0.5))
+merged = merge_adapter(library, recipe, rank=16)
+save_merged_adapter(merged, library, "runs/merged")
+
+All maths is on the products ``delta_t = scale_t B_t A_t``, module by module, in float32.
+"""
+
+from spectr.merging.base import MergedBase, merge_into
+from spectr.merging.dare import Dare, DareTies
+from spectr.merging.knots import Knots
+from spectr.merging.linear import Average, GenKnowSub, Linear
+from spectr.merging.lowrank import LowRank
+from spectr.merging.merge import MergedAdapter, merge_adapter, merged_modules
+from spectr.merging.method import Method, Site
+from spectr.merging.publish import save_merged_adapter, save_merged_model
+from spectr.merging.recipe import Recipe, make_recipe
+from spectr.merging.registry import get_method, method_names
+from spectr.merging.ties import Ties
+
+__all__ = [
+    "Average",
+    "Dare",
+    "DareTies",
+    "GenKnowSub",
+    "Knots",
+    "Linear",
+    "LowRank",
+    "MergedAdapter",
+    "MergedBase",
+    "Method",
+    "Recipe",
+    "Site",
+    "Ties",
+    "get_method",
+    "make_recipe",
+    "merge_adapter",
+    "merge_into",
+    "merged_modules",
+    "method_names",
+    "save_merged_adapter",
+    "save_merged_model",
+]

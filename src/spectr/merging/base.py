@@ -1,0 +1,143 @@
+"""A merge added to the base model's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from spectr.errors import MergeError, SpectrError, raise_together
+from spectr.layers.plan import make_plan
+from spectr.layers.routed import RoutedLinear
+from spectr.library import ExpertLibrary
+from spectr.merging.lowrank import LowRank
+from spectr.merging.merge import Progress, merged_modules
+from spectr.merging.recipe import Recipe, expert_faults, noted
+from spectr.routers import Uniform
+
+_SHOWN = 3
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MergedBase:
+    """A base model with a merge in its weights.
+
+    Attributes:
+        recipe: How it was made.
+        change: By module name ``||delta|| / ||W||`` (Frobenius).
+        before: The weights that were there, while :meth:`undo` has to be possible.
+    """
+
+    recipe: Recipe
+    change: Mapping[str, float]
+    before: Mapping[nn.Module, Tensor]
+
+    def undo(self) -> None:
+        """Give the layers the very weights back that they had.
+
+        Raises:
+            MergeError: The merge was made with ``undoable=False``.
+        """
+        if not self.before:
+            raise MergeError("the weights from before were not kept", do="merge with undoable=True, or load the model")
+        for layer, weight in self.before.items():
+            _weight(layer).data = weight
+
+
+@torch.no_grad()
+def merge_into(
+    model: nn.Module,
+    library: ExpertLibrary,
+    recipe: Recipe,
+    *,
+    undoable: bool = True,
+    progress: Progress = lambda done, total: None,
+) -> MergedBase:
+    """Add the merge of experts to a model's weights, in place: the exact update, with no limit on its rank.
+
+    The sum is taken in float32 and rounded to the dtype of the weight. Both layouts of a weight are known, (outputs,
+    inputs) and that of transformers' ``Conv1D``.
+
+    Args:
+        model: Any module with the experts' linear layers; not changed where an error is raised before the first sum.
+        library: Holds the experts.
+        recipe: Which of them, and how.
+        undoable: Keep the weights from before, as long as the result lives.
+        progress: Is told after each module how many are done, and of how many.
+
+    Raises:
+        MergeError: Experts are unknown, or the model's layers cannot take an update.
+        CompositionError: The experts are not for this model.
+    """
+    raise_together("the experts cannot be merged into this model", into_faults(model, library, recipe), MergeError)
+    change: dict[str, float] = {}
+    before: dict[nn.Module, Tensor] = {}
+    for module, delta, _ in merged_modules(library, recipe, progress):
+        layer = model.get_submodule(module)
+        weight = _weight(layer)
+        update = _in_layout(layer, delta.dense() if isinstance(delta, LowRank) else delta).to(weight.device)
+        change[module] = float(update.norm() / weight.float().norm())
+        if undoable:
+            before[layer] = weight.data
+        weight.data = (weight.to(torch.promote_types(weight.dtype, torch.float32)) + update).to(weight.dtype)
+    return MergedBase(recipe=recipe, change=change, before=before)
+
+
+def into_faults(model: nn.Module, library: ExpertLibrary, recipe: Recipe) -> list[SpectrError]:
+    """All that stands against adding a merge to a model's weights."""
+    names = [*recipe.experts, *recipe.subtract]
+    faults = expert_faults(library, names)
+    if faults:
+        return faults
+    if any(isinstance(module, RoutedLinear) for module in model.modules()):
+        return [MergeError("the model is composed with experts", do="call routed.remove() first")]
+    with noted(faults):
+        make_plan(model, [library[name] for name in names], Uniform())
+    return faults or list(_weight_faults(model, sorted({m for name in names for m in library[name].shapes})))
+
+
+def _weight_faults(model: nn.Module, modules: list[str]) -> Iterator[MergeError]:
+    holders: dict[int, set[str]] = {}
+    for name, layer in model.named_modules():
+        for parameter in layer.parameters(recurse=False):
+            holders.setdefault(id(parameter), set()).add(name)
+    layers = {name: model.get_submodule(name) for name in modules}
+    packed = [name for name, layer in layers.items() if not _takes_sum(layer)]
+    if packed:
+        yield MergeError(
+            f"the weights of {_some(packed)} cannot be added to: they are quantised, or not in memory",
+            expected="weights in float32, bfloat16 or float16",
+            do="load the model unquantised and on one device, or merge into an adapter",
+        )
+    tied = [name for name in layers if name not in packed and len(holders[id(_weight(layers[name]))]) > 1]
+    if tied:
+        others = sorted(holders[id(_weight(layers[tied[0]]))] - {tied[0]})
+        yield MergeError(
+            f"{_some(tied)} shares its weight with {_some(others)}, which the merge would change too",
+            expected="layers with a weight of their own",
+            do="untie the weights, or merge into an adapter",
+        )
+
+
+def _takes_sum(layer: nn.Module) -> bool:
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, nn.Parameter) or weight.is_meta or weight.ndim != 2:
+        return False
+    return weight.is_floating_point() and weight.element_size() > 1
+
+
+def _weight(layer: nn.Module) -> nn.Parameter:
+    weight = layer.weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
+
+
+def _in_layout(layer: nn.Module, delta: Tensor) -> Tensor:
+    """The update (outputs, inputs) as the layer keeps its weight: transformers' ``Conv1D`` keeps (inputs, outputs)."""
+    return delta if isinstance(getattr(layer, "in_features", None), int) else delta.mT
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

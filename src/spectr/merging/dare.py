@@ -1,0 +1,94 @@
+"""DARE: drop entries of each update at random, and make up for them in the others."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from spectr.merging.lowrank import LowRank
+from spectr.merging.method import Site, check_settings, ones, shares
+from spectr.merging.ties import elect_and_mean
+
+
+def drop(delta: Float[Tensor, "M N"], density: float, *, seed: int, expert: str, module: str) -> Float[Tensor, "M N"]:
+    """Each entry stays with probability ``density`` and is divided by it, else it is zero: the same on average.
+
+    Args:
+        delta: Any matrix.
+        density: ``1 - p`` with the paper's drop rate ``p``; above 0, at most 1.
+        seed: Of the mask, which depends on seed, expert and module alone: never on the other experts.
+        expert: Its name.
+        module: Its name.
+    """
+    digest = hashlib.sha256("\0".join((str(seed), expert, module)).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    mask = torch.rand(delta.shape, generator=generator) < density
+    return delta * mask / density
+
+
+def _dropped(deltas: Sequence[LowRank], site: Site, density: float, seed: int) -> list[Tensor]:
+    named = zip(site.experts, deltas, strict=True)
+    return [drop(delta.dense(), density, seed=seed, expert=name, module=site.module) for name, delta in named]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dare:
+    """``delta = sum_t w_t drop(delta_t)``.
+
+    Attributes:
+        density: Share of each update's entries that stay; the paper's drop rate is ``1 - density``.
+        seed: Of the random masks.
+
+    Source: DARE (Yu et al., 2024), before averaging or task arithmetic. It searches drop rates from 0.1 to 0.9 and
+    fixes none; 0.8 is what the authors of KnOTS use for LoRA experts of Llama-3-8B.
+    """
+
+    name: ClassVar[str] = "dare"
+    density: float = 0.2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_settings(self, density=self.density)
+
+    def weights(self, given: Sequence[float] | None, count: int) -> tuple[float, ...]:
+        """See :class:`spectr.merging.Method`; 1 / E each where none are given."""
+        return shares(given, count)
+
+    def merge(self, deltas: Sequence[LowRank], site: Site) -> Float[Tensor, "O I"]:
+        """See :class:`spectr.merging.Method`."""
+        return torch.stack(_dropped(deltas, site, self.density, self.seed)).sum(0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DareTies:
+    """``delta = scale * elect_and_mean(drop(w_t delta_t))``: the dropping stands in for TIES's trimming.
+
+    Attributes:
+        density: Share of each update's entries that stay; the paper's drop rate is ``1 - density``.
+        scale: Lambda of TIES.
+        seed: Of the random masks.
+
+    Source: DARE (Yu et al., 2024) with TIES-Merging (Yadav et al., 2023); the drop rate as in :class:`Dare`.
+    """
+
+    name: ClassVar[str] = "dare-ties"
+    density: float = 0.2
+    scale: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_settings(self, density=self.density, scale=self.scale)
+
+    def weights(self, given: Sequence[float] | None, count: int) -> tuple[float, ...]:
+        """See :class:`spectr.merging.Method`; 1 each where none are given."""
+        return ones(given, count)
+
+    def merge(self, deltas: Sequence[LowRank], site: Site) -> Float[Tensor, "O I"]:
+        """See :class:`spectr.merging.Method`."""
+        return self.scale * elect_and_mean(_dropped(deltas, site, self.density, self.seed))

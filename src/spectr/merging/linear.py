@@ -1,0 +1,83 @@
+"""Merges that are sums of updates: exact in factors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from spectr.errors import MergeError
+from spectr.merging.lowrank import LowRank
+from spectr.merging.method import Site, ones, shares
+
+
+@dataclass(frozen=True, kw_only=True)
+class Average:
+    """``delta = (1 / E) sum_t delta_t``, as mu-routing computes it for every token.
+
+    Source: model soups (Wortsman et al., 2022), of updates.
+    """
+
+    name: ClassVar[str] = "average"
+
+    def weights(self, given: Sequence[float] | None, count: int) -> tuple[float, ...]:
+        """See :class:`spectr.merging.Method`."""
+        if given is not None:
+            raise MergeError("method 'average' takes no weights", do="leave them out, or use the method 'linear'")
+        return shares(None, count)
+
+    def merge(self, deltas: Sequence[LowRank], site: Site) -> LowRank:
+        """See :class:`spectr.merging.Method`."""
+        return LowRank.joined(deltas)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear:
+    """``delta = sum_t w_t delta_t``.
+
+    Source: task arithmetic (Ilharco et al., 2023).
+    """
+
+    name: ClassVar[str] = "linear"
+
+    def weights(self, given: Sequence[float] | None, count: int) -> tuple[float, ...]:
+        """See :class:`spectr.merging.Method`."""
+        if given is None:
+            raise MergeError(
+                "method 'linear' needs weights",
+                expected=f"{count} number{'s' * (count != 1)}, one for each expert",
+                do=f"--weights {','.join(['1'] * count)}, or use the method 'average'",
+            )
+        return tuple(given)
+
+    def merge(self, deltas: Sequence[LowRank], site: Site) -> LowRank:
+        """See :class:`spectr.merging.Method`."""
+        return LowRank.joined(deltas)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenKnowSub:
+    """``delta = delta_t - strength * delta_general`` for one expert; what to subtract is the recipe's.
+
+    The subtraction is one of updates. That of the factors, ``(B_t - B_g)(A_t - A_g)``, has cross terms that belong to
+    no expert, and gives another result for the same updates in other factors.
+
+    Source: GenKnowSub (Bagherifard et al., 2025); negation of task vectors (Ilharco et al., 2023).
+    """
+
+    name: ClassVar[str] = "genknowsub"
+    needs_general: ClassVar[bool] = True
+
+    def weights(self, given: Sequence[float] | None, count: int) -> tuple[float, ...]:
+        """See :class:`spectr.merging.Method`."""
+        if count != 1:
+            raise MergeError(
+                f"method 'genknowsub' was given {count} experts",
+                expected="one expert",
+                do="to subtract from each before merging them, use another method with --subtract",
+            )
+        return ones(given, count)
+
+    def merge(self, deltas: Sequence[LowRank], site: Site) -> LowRank:
+        """See :class:`spectr.merging.Method`."""
+        return LowRank.joined(deltas)

@@ -1,0 +1,146 @@
+"""Experts through a recipe, one module at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from spectr.adapters import Expert, Factors
+from spectr.errors import MergeError, SpectrError, raise_together
+from spectr.library import ExpertLibrary
+from spectr.merging.lowrank import LowRank, cut_dense, cut_factors
+from spectr.merging.method import Site
+from spectr.merging.recipe import Recipe, expert_faults
+
+Progress = Callable[[int, int], None]
+_Read = Callable[[str], Factors]
+
+
+class MergedModule(NamedTuple):
+    """What became of one module: its name, the merged update, and the sum of the ranks that went in."""
+
+    module: str
+    delta: LowRank | Tensor
+    rank: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MergedAdapter:
+    """A merge as one adapter.
+
+    Attributes:
+        recipe: How it was made.
+        deltas: Factors by module name, in alphabetical order; a module whose merged update is zero is left out.
+        energy: By module name, the share of ``||delta||^2`` (Frobenius) that the factors keep of the exact merge.
+    """
+
+    recipe: Recipe
+    deltas: Mapping[str, LowRank]
+    energy: Mapping[str, float]
+
+
+def merge_adapter(
+    library: ExpertLibrary,
+    recipe: Recipe,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    progress: Progress = lambda done, total: None,
+) -> MergedAdapter:
+    """Merge experts into one adapter, in memory.
+
+    Sums of updates (average, linear, genknowsub) and KnOTS have exact factors, whose rank is the sum of the experts'.
+    The other methods give dense updates, of which the best approximation of a rank is kept.
+
+    Args:
+        library: Holds the experts.
+        recipe: Which of them, and how.
+        rank: Largest rank of a module. ``None``: all of an exact merge; of a dense one as many directions as the
+            experts' ranks in that module have in sum.
+        energy: Keep the fewest directions whose share of ``||delta||^2`` is at least this; ``rank`` still limits them.
+        progress: Is told after each module how many are done, and of how many.
+
+    Raises:
+        MergeError: Experts are unknown or of different base models, a size is out of range, or the merge is zero.
+        AdapterError: An expert's file cannot be read.
+    """
+    faults = [*size_faults(rank, energy), *expert_faults(library, [*recipe.experts, *recipe.subtract])]
+    raise_together("the experts cannot be merged", faults, MergeError)
+    deltas, kept = {}, {}
+    for module, delta, full_rank in merged_modules(library, recipe, progress):
+        if isinstance(delta, LowRank):
+            cut = cut_factors(delta, rank, energy)
+        else:
+            cut = cut_dense(delta, full_rank if rank is None and energy is None else rank, energy)
+        if cut.delta.rank:
+            deltas[module], kept[module] = cut
+    if not deltas:
+        raise MergeError(
+            f"the merge of {', '.join(recipe.experts)} is zero everywhere: it is the base model",
+            do="check weights, and what is subtracted",
+        )
+    return MergedAdapter(recipe=recipe, deltas=deltas, energy=kept)
+
+
+def size_faults(rank: int | None, energy: float | None) -> list[SpectrError]:
+    """What is wrong with the sizes of an adapter that is to be."""
+    faults: list[SpectrError] = []
+    if rank is not None and rank < 1:
+        faults.append(MergeError(f"rank={rank}", expected="a rank of at least 1"))
+    if energy is not None and not 0 < energy <= 1:
+        faults.append(MergeError(f"energy={energy}", expected="a share of the energy above 0, at most 1"))
+    return faults
+
+
+@torch.no_grad()
+def merged_modules(
+    library: ExpertLibrary, recipe: Recipe, progress: Progress = lambda done, total: None
+) -> Iterator[MergedModule]:
+    """Every module that an expert of the recipe adapts, merged, in alphabetical order; one at a time in memory.
+
+    Yields:
+        Name, exact update (factors, or dense (outputs, inputs) float32), and the sum of ranks.
+    """
+    experts = [library[name] for name in recipe.experts]
+    generals = [library[name] for name in recipe.subtract]
+    sizes = {m: (s.outputs, s.inputs) for e in (*experts, *generals) for m, s in e.shapes.items()}
+    with _opened(experts) as read_experts, _opened(generals) as read_generals:
+        for done, module in enumerate(sorted(sizes), start=1):
+            general = [_update(e, read, module, sizes[module]) for e, read in zip(generals, read_generals, strict=True)]
+            own = [_update(e, read, module, sizes[module]) for e, read in zip(experts, read_experts, strict=True)]
+            updates = _weighted(own, general, recipe)
+            merged = recipe.method.merge(updates, Site(module, recipe.experts))
+            yield MergedModule(module, merged, sum(update.rank for update in updates))
+            progress(done, len(sizes))
+
+
+@contextmanager
+def _opened(experts: list[Expert]) -> Iterator[list[_Read]]:
+    with ExitStack() as files:
+        yield [files.enter_context(expert.open()) for expert in experts]
+
+
+def _update(expert: Expert, read: _Read, module: str, size: tuple[int, int]) -> LowRank:
+    if module not in expert.shapes:
+        return LowRank.zero(*size)
+    A, B, scale = read(module)
+    return LowRank(B.float() * scale, A.float())
+
+
+def _weighted(own: list[LowRank], general: list[LowRank], recipe: Recipe) -> list[LowRank]:
+    """``w_t (delta_t - strength * mean(general))`` for each expert."""
+    taken = [update.times(-recipe.strength / len(general)) for update in general]
+    pairs = zip(own, recipe.effective_weights, strict=True)
+    return [LowRank.joined([update, *taken]).times(weight) for update, weight in pairs]
+
+
+def spread(values: Mapping[str, float]) -> tuple[float, float, float]:
+    """Smallest, middle and largest of some numbers; NaN where there are none."""
+    ordered = sorted(values.values()) or [math.nan]
+    return ordered[0], ordered[len(ordered) // 2], ordered[-1]

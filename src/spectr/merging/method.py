@@ -1,0 +1,78 @@
+"""What a method of merging is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+from jaxtyping import Float
+from torch import Tensor
+
+from spectr.errors import MergeError
+from spectr.merging.lowrank import LowRank
+
+
+class Site(NamedTuple):
+    """Where updates meet: a module, and the experts that they belong to, in their order."""
+
+    module: str
+    experts: tuple[str, ...]
+
+
+class Method(Protocol):
+    """A way to make one update out of several, module by module. Implementations are frozen dataclasses.
+
+    Attributes:
+        name: What :func:`spectr.merging.get_method` knows it by.
+    """
+
+    name: ClassVar[str]
+
+    def weights(self, given: Sequence[float] | None, count: int) -> tuple[float, ...]:
+        """The number that each expert's update is multiplied by before :meth:`merge` sees it.
+
+        Args:
+            given: What was asked for, as many as there are experts; ``None`` for the method's own.
+            count: Number of experts.
+
+        Raises:
+            MergeError: The method takes no weights, or needs them, or merges another number of experts.
+        """
+        ...
+
+    def merge(self, deltas: Sequence[LowRank], site: Site) -> LowRank | Float[Tensor, "O I"]:
+        """One module's merged update.
+
+        Args:
+            deltas: The experts' updates, weighted, float32; of rank 0 where an expert leaves the module alone.
+            site: Module and experts.
+
+        Returns:
+            Factors where the method has exact ones, else the dense update.
+        """
+        ...
+
+
+def ones(given: Sequence[float] | None, count: int) -> tuple[float, ...]:
+    """Weights as given, else 1 each."""
+    return tuple(given) if given is not None else (1.0,) * count
+
+
+def shares(given: Sequence[float] | None, count: int) -> tuple[float, ...]:
+    """Weights as given, else 1 / count each."""
+    return tuple(given) if given is not None else (1.0 / count,) * count
+
+
+def check_settings(method: Method, **settings: Any) -> None:
+    """Raise :class:`MergeError` for a ``density`` or ``scale`` that is out of range; all of them at once."""
+    wrong = [f"{key}={value}" for key, value in settings.items() if not _RIGHT[key](value)]
+    if wrong:
+        raise MergeError(
+            f"settings of '{method.name}' out of range: {', '.join(wrong)}",
+            expected=" and ".join(_EXPECTED[key.split("=")[0]] for key in wrong),
+        )
+
+
+_RIGHT = {"density": lambda d: 0 < d <= 1, "scale": lambda s: math.isfinite(s) and s != 0}
+_EXPECTED = {"density": "a density above 0, at most 1", "scale": "a finite scale other than 0"}

@@ -1,0 +1,204 @@
+"""Merges as folders: an adapter, or a whole model, each with a card for people and one for programs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spectr.adapters.config import CONFIG_FILE
+from spectr.adapters.read import WEIGHTS_FILE
+from spectr.adapters.write import common_settings, write_adapter
+from spectr.errors import MergeError, SpectrError, raise_together
+from spectr.hashing import file_sha256, known_sha256
+from spectr.library import ExpertLibrary
+from spectr.merging.base import MergedBase
+from spectr.merging.merge import MergedAdapter, spread
+from spectr.merging.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+CARD = "README.md"
+ADAPTER_FACTS = "expert.json"  # the name under which libraries and the Hub's reader keep an expert's facts
+MODEL_FACTS = "merge.json"
+
+
+def save_merged_adapter(
+    merged: MergedAdapter, library: ExpertLibrary, out: str | Path, name: str | None = None
+) -> Path:
+    """Write an adapter folder as PEFT does, with a card and the origin in JSON.
+
+    Args:
+        merged: The merge.
+        library: What it was made of, for the origin.
+        out: A folder that is empty or not there yet.
+        name: For the card; the folder's by default.
+
+    Returns:
+        The folder.
+
+    Raises:
+        MergeError: The folder cannot be written, or holds something.
+    """
+    out = Path(out)
+    settings = common_settings(library[expert] for expert in merged.recipe.experts)
+    with _new_folder(out) as folder:
+        write_adapter(folder, merged.deltas, settings)
+        facts = {
+            **origin(library, merged.recipe),
+            "base_model": settings["base_model_name_or_path"],
+            "energy": dict(merged.energy),
+            "ranks": {module: delta.rank for module, delta in merged.deltas.items()},
+            "sha256": {file: file_sha256(folder / file) for file in (WEIGHTS_FILE, CONFIG_FILE)},
+        }
+        _write_facts(folder, ADAPTER_FACTS, facts, _adapter_card(name or out.absolute().name, facts))
+    return out
+
+
+def save_merged_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    merged: MergedBase,
+    library: ExpertLibrary,
+    out: str | Path,
+    base_model: str,
+) -> Path:
+    """Write a model that has a merge in its weights, with its tokenizer, a card and the origin in JSON.
+
+    Args:
+        model: As :func:`merge_into` left it; saved in its dtype, as safetensors.
+        tokenizer: Its tokenizer.
+        merged: What was merged into it.
+        library: What that was made of, for the origin.
+        out: A folder that is empty or not there yet.
+        base_model: What the model was before.
+
+    Returns:
+        The folder.
+
+    Raises:
+        MergeError: The folder cannot be written, or holds something.
+    """
+    out = Path(out)
+    with _new_folder(out) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        weights = sorted(path.name for path in folder.glob("*.safetensors"))
+        facts = {
+            **origin(library, merged.recipe),
+            "base_model": base_model,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "change": dict(merged.change),
+            "sha256": {file: file_sha256(folder / file) for file in weights},
+        }
+        _write_facts(folder, MODEL_FACTS, facts, _model_card(out.absolute().name, facts))
+    return out
+
+
+def folder_faults(out: Path) -> list[SpectrError]:
+    """What stands against writing a new folder there."""
+    if out.is_file():
+        return [MergeError(f"{out} is a file", expected="a folder to make", do="choose another --out")]
+    if out.is_dir() and any(out.iterdir()):
+        return [MergeError(f"{out} is in use", expected="an empty folder, or none yet", do="choose another --out")]
+    above = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    try:  # asking for the right to write is not enough: root has it on read-only file systems
+        with tempfile.TemporaryDirectory(dir=above):
+            return []
+    except OSError as error:
+        return [
+            MergeError(
+                f"{out} cannot be made: {above} is not a folder that can be written ({error.strerror})",
+                do="choose another --out",
+            )
+        ]
+
+
+def origin(library: ExpertLibrary, recipe: Recipe) -> dict[str, Any]:
+    """What a merge was made of: experts with the hashes of their weights, method with its settings, versions."""
+
+    def source(expert_name: str) -> dict[str, Any]:
+        expert = library[expert_name]
+        known = {"expert": expert_name, "origin": expert.origin, "base_model": expert.base_model}
+        return {**known, "sha256": known_sha256(expert.weights)}
+
+    weights = recipe.effective_weights
+    return {
+        "merge": {"method": recipe.method.name, **vars(recipe.method)},
+        "experts": [{**source(n), "weight": w} for n, w in zip(recipe.experts, weights, strict=True)],
+        "subtracted": [source(expert) for expert in recipe.subtract],
+        "strength": recipe.strength if recipe.subtract else None,
+        "versions": {package: version(package) for package in ("spectr-lora", "torch")},
+    }
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into that becomes ``out`` when all is written, and is gone when something fails."""
+    raise_together("the merge cannot be written", folder_faults(out), MergeError)
+    above = out.absolute().parent
+    above.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=above, prefix=".merging-"))
+    try:
+        yield scratch
+        scratch.chmod(0o755)
+        if out.is_dir():
+            out.rmdir()
+        scratch.rename(out)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def _write_facts(folder: Path, file: str, facts: Mapping[str, Any], card: str) -> None:
+    (folder / file).write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / CARD).write_text(card, encoding="utf-8")
+
+
+def _adapter_card(name: str, facts: Mapping[str, Any]) -> str:
+    low, middle, high = spread(facts["energy"])
+    ranks = sorted(set(facts["ranks"].values()))
+    told = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    kept = f"Share of the exact merge that its factors keep (squared Frobenius norm): {low:.1%} to {high:.1%}, "
+    body = f"{len(facts['ranks'])} modules, {told}, scale 1. {kept}median {middle:.1%}."
+    return _card(name, facts, "library_name: peft", "lora, spectr, merge", f"A LoRA adapter. {body}")
+
+
+def _model_card(name: str, facts: Mapping[str, Any]) -> str:
+    low, middle, high = spread(facts["change"])
+    change = f"{low:.2%} to {high:.2%} of the weight's norm, median {middle:.2%}"
+    body = f"A whole model in {facts['dtype']}: {len(facts['change'])} layers changed by {change}."
+    return _card(name, facts, "library_name: transformers", "spectr, merge", body)
+
+
+def _card(name: str, facts: Mapping[str, Any], kind: str, tags: str, body: str) -> str:
+    rows = "\n".join(f"| {e['expert']} | {e['weight']:g} | `{e['sha256'][:12]}` |" for e in facts["experts"])
+    settings = ", ".join(f"{key} {value}" for key, value in facts["merge"].items() if key != "method")
+    method = facts["merge"]["method"] + (f" ({settings})" if settings else "")
+    taken = ", ".join(e["expert"] for e in facts["subtracted"])
+    taken = f"\nSubtracted from each first: {facts['strength']:g} times the mean of {taken}.\n" if taken else ""
+    base = f"base_model: {facts['base_model']}\n" if facts["base_model"] else ""
+    return f"""---
+{base}{kind}
+tags: [{tags}]
+---
+# {name}
+
+Made with `spectr merge` from {len(facts["experts"])} experts{_for(facts["base_model"])}. {body}
+
+| expert | weight | SHA-256 of its weights |
+| --- | --- | --- |
+{rows}
+{taken}
+Method: {method}. {", ".join(f"{package} {number}" for package, number in facts["versions"].items())}.
+"""
+
+
+def _for(base_model: str | None) -> str:
+    return f" for `{base_model}`" if base_model else ""

@@ -1,0 +1,169 @@
+"""What is to be merged, how, and all that can be wrong with that."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from spectr.adapters import Expert
+from spectr.errors import MergeError, SpectrError, did_you_mean, raise_together
+from spectr.library import ExpertLibrary
+from spectr.merging.method import Method
+from spectr.merging.registry import get_method
+from spectr.merging.ties import Ties
+
+_SHOWN = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Which experts become one, and how.
+
+    Attributes:
+        experts: Their names, in the order of the weights.
+        method: Merges them.
+        weights: One number an expert; the method's own where there are none.
+        subtract: General experts, of which the mean update is subtracted from each expert's before anything else.
+        strength: Lambda of that: ``delta_t - strength * mean(delta_general)``.
+    """
+
+    experts: tuple[str, ...]
+    method: Method = field(default_factory=Ties)
+    weights: tuple[float, ...] | None = None
+    subtract: tuple[str, ...] = ()
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        faults = recipe_faults(self.experts, self.method, self.weights, self.subtract, self.strength)
+        raise_together("the experts cannot be merged like that", faults, MergeError)
+
+    @property
+    def effective_weights(self) -> tuple[float, ...]:
+        """One number an expert, the method's own where none were given."""
+        return self.method.weights(self.weights, len(self.experts))
+
+
+def make_recipe(
+    library: ExpertLibrary | None,
+    experts: Sequence[str],
+    method: str = Ties.name,
+    options: Mapping[str, Any] | None = None,
+    *,
+    weights: Sequence[float] | None = None,
+    subtract: Sequence[str] = (),
+    strength: float = 1.0,
+    problems: Iterable[SpectrError] = (),
+) -> Recipe:
+    """A recipe from a method's name and its options, all checked at once.
+
+    Args:
+        library: Has to know the experts; ``None`` where it could not be opened.
+        experts: Names.
+        method: Name of a method.
+        options: Its settings.
+        weights: As in :class:`Recipe`.
+        subtract: As in :class:`Recipe`.
+        strength: As in :class:`Recipe`.
+        problems: What is wrong with the rest of the request, to be told along.
+
+    Raises:
+        MergeError: All that is wrong.
+    """
+    found = list(problems)
+    made: Method | None = None
+    with noted(found):
+        made = get_method(method, **(options or {}))
+    numbers = tuple(weights) if weights is not None else None
+    found += recipe_faults(experts, made, numbers, subtract, strength)
+    found += expert_faults(library, [*experts, *subtract]) if library is not None else []
+    raise_together("nothing was merged", found, MergeError)
+    assert made is not None
+    return Recipe(experts=tuple(experts), method=made, weights=numbers, subtract=tuple(subtract), strength=strength)
+
+
+@contextmanager
+def noted(problems: list[SpectrError]) -> Iterator[None]:
+    """Put a :class:`SpectrError` of the block into a list, to be raised with others."""
+    try:
+        yield
+    except SpectrError as problem:
+        problems.append(problem)
+
+
+def recipe_faults(
+    experts: Sequence[str],
+    method: Method | None,
+    weights: Sequence[float] | None,
+    subtract: Sequence[str],
+    strength: float,
+) -> list[SpectrError]:
+    """What is wrong with a recipe by itself; ``method`` is ``None`` where that is wrong already."""
+    faults: list[SpectrError] = []
+    if not experts:
+        faults.append(MergeError("no experts were named", expected="at least one expert"))
+    faults += _name_faults(experts, subtract)
+    if weights is not None:
+        faults += _weight_faults(experts, weights)
+    if not (math.isfinite(strength) and strength != 0):
+        faults.append(MergeError(f"strength={strength}", expected="a finite number other than 0"))
+    if method is not None and experts:
+        with noted(faults):
+            method.weights(weights, len(experts))
+    if getattr(method, "needs_general", False) and not subtract:
+        faults.append(MergeError("method 'genknowsub' needs a general expert", do="name one: --subtract GENERAL"))
+    return faults
+
+
+def _name_faults(experts: Sequence[str], subtract: Sequence[str]) -> Iterator[MergeError]:
+    for names, what in ((experts, "merged"), (subtract, "subtracted")):
+        twice = sorted({name for name in names if list(names).count(name) > 1})
+        if twice:
+            yield MergeError(
+                f"{what} more than once: {', '.join(twice)}", do="name each expert once, and give it a weight"
+            )
+    both = sorted(set(experts) & set(subtract))
+    if both:
+        yield MergeError(f"both merged and subtracted: {', '.join(both)}", do="leave it out of one of them")
+
+
+def _weight_faults(experts: Sequence[str], weights: Sequence[float]) -> Iterator[MergeError]:
+    if experts and len(weights) != len(experts):
+        yield MergeError(
+            f"{len(weights)} weight{'s' * (len(weights) != 1)} for {len(experts)} experts",
+            expected="one number for each expert, in the same order",
+            do=f"give {len(experts)}: {', '.join(experts[:_SHOWN])}{', ...' if len(experts) > _SHOWN else ''}",
+        )
+    if not all(map(math.isfinite, weights)) or not any(weights):
+        yield MergeError(f"weights {', '.join(map(str, weights))}", expected="finite numbers that are not all 0")
+
+
+def expert_faults(library: ExpertLibrary, names: Iterable[str]) -> list[SpectrError]:
+    """Names that the library does not have, experts that cannot be read, and modules whose sizes differ."""
+    faults: list[SpectrError] = []
+    experts: list[Expert] = []
+    for name in dict.fromkeys(names):
+        if name not in library:
+            faults.append(MergeError(f"unknown expert '{name}'", do=did_you_mean(name, library.names)))
+            continue
+        with noted(faults):
+            experts.append(library[name])
+    return faults + list(_size_faults(experts))
+
+
+def _size_faults(experts: Sequence[Expert]) -> Iterator[MergeError]:
+    first: dict[str, Expert] = {}
+    for expert in experts:
+        for module, shape in expert.shapes.items():
+            other = first.setdefault(module, expert)
+            theirs = other.shapes[module]
+            if (shape.inputs, shape.outputs) != (theirs.inputs, theirs.outputs):
+                yield MergeError(
+                    f"experts '{other.name}' and '{expert.name}' are for different base models: {module} is "
+                    f"{theirs.inputs} -> {theirs.outputs} in one, {shape.inputs} -> {shape.outputs} in the other",
+                    expected="experts of one base model",
+                    do="leave one of them out",
+                )
+                break
