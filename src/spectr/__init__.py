@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from spectr import evaluation as evaluation
+    from spectr import extraction as extraction
     from spectr import models as models
     from spectr import plots as plots
     from spectr import tasks as tasks
@@ -29,7 +30,7 @@ _HOMES = {
     "library": ("ExpertLibrary",),
     "routers": ("Arrow", "Calibrated", "Oracle", "Router", "Spectr", "Uniform", "get_router", "router_names"),
 }
-_MODULES = ("evaluation", "models", "plots", "tasks", "training")
+_MODULES = ("evaluation", "extraction", "models", "plots", "tasks", "training")
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __version__ = version("spectr-lora")

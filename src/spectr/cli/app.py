@@ -8,7 +8,7 @@ import sys
 import typer
 
 from spectr import __version__
-from spectr.cli import chat, demo, evaluate, generate, library, route, train
+from spectr.cli import chat, demo, evaluate, extract, generate, library, route, train
 from spectr.cli.console import errors, out
 from spectr.errors import SpectrError
 
@@ -27,6 +27,8 @@ app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("route")(route.route)
 app.command("train")(train.train)
+app.command("extract")(extract.extract)
+app.command("rerank")(extract.rerank)
 app.command("evaluate")(evaluate.evaluate)
 app.command("report")(evaluate.report)
 app.add_typer(library.app, name="library")
