@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from torch import Tensor
 
 from spectr.errors import ExtractionError, SpectrError, raise_together
@@ -101,14 +101,18 @@ def measure(
 ) -> tuple[Difference, ...]:
     """The norms of all differences, read block by block and summed in float64.
 
+    A tensor that is the base's, rounded to the fine-tuned checkpoint's dtype, has not changed.
+
     Raises:
         ExtractionError: NaN or infinite numbers in either checkpoint; all such tensors at once.
     """
     found, faults = [], []
     for done, pair in enumerate(pairs, start=1):
-        change, size = 0.0, 0.0
-        for W, d in _blocks(pair, base, tuned):
-            size, change = size + _square(W), change + _square(d)
+        change, size, same = 0.0, 0.0, True
+        for old, new in zip(base(pair.base), tuned(pair.tuned), strict=True):
+            size, change = size + _square(old), change + _square(new.float() - old.float())
+            same = same and torch.equal(old.to(new.dtype), new)
+        change = 0.0 if same and math.isfinite(size) else change
         if not (math.isfinite(change) and math.isfinite(size)):
             faults.append(f"{pair.name} ({'fine-tuned model' if math.isfinite(size) else 'base'})")
         found.append(Difference(pair=pair, change=math.sqrt(change), size=math.sqrt(size)))
@@ -125,16 +129,10 @@ def difference(pair: Pair, base: Rows, tuned: Rows) -> Float[Tensor, "O I"]:
     assert pair.linear is not None
     delta = torch.empty(pair.shape)
     start = 0
-    for _, d in _blocks(pair, base, tuned):
-        delta[start : start + len(d)] = d
-        start += len(d)
-    return delta.mT if pair.linear.transposed else delta
-
-
-def _blocks(pair: Pair, base: Rows, tuned: Rows) -> Iterator[tuple[Shaped[Tensor, "..."], Shaped[Tensor, "..."]]]:
     for old, new in zip(base(pair.base), tuned(pair.tuned), strict=True):
-        W = old.float()
-        yield W, new.float() - W
+        delta[start : start + len(new)] = new.float() - old.float()
+        start += len(new)
+    return delta.mT if pair.linear.transposed else delta
 
 
 def _square(block: Tensor) -> float:

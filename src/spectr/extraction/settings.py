@@ -24,7 +24,8 @@ class Truncation:
 
     Attributes:
         rank: So many in every module.
-        energy: In each module the fewest that hold this share of the squared Frobenius norm, above 0 and up to 1.
+        energy: In each module the fewest that hold this share of the squared Frobenius norm, above 0 and up to 1; with
+            1 all that are not zero.
         max_rank: With ``energy``, the most that a module gets.
 
     Raises:
@@ -69,7 +70,7 @@ class Truncation:
         """
         alive = int((_NULL * S_R[0] < S_R).sum())
         wanted = self.most
-        if self.energy is not None:
+        if self.energy is not None and self.energy < 1:
             held_R = S_R.double().square().cumsum(0)
             wanted = min(wanted, int((held_R < self.energy * total).sum()) + 1)
         return max(1, min(wanted, alive))

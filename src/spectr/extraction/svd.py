@@ -25,7 +25,7 @@ class Truncated(NamedTuple):
 def exact_svd(delta_OI: Float[Tensor, "O I"]) -> Truncated:
     """All singular directions, R = min(O, I). Float32 in, float32 out."""
     U, S, Vh = torch.linalg.svd(delta_OI, full_matrices=False)
-    return Truncated(U, S, Vh)
+    return Truncated(U=U, S=S, Vh=Vh)
 
 
 def randomised_svd(
@@ -51,7 +51,7 @@ def randomised_svd(
 
     Source: Halko, Martinsson and Tropp (2011), algorithms 4.4 and 5.1.
     """
-    width = sketch_width(*delta_OI.shape, rank, oversampling)
+    width = sketch_width(delta_OI.shape[0], delta_OI.shape[1], rank, oversampling)
     generator = torch.Generator().manual_seed(seed)
     G_IQ = torch.randn(delta_OI.shape[1], width, generator=generator)
     Q_OQ = torch.linalg.qr(delta_OI @ G_IQ).Q
@@ -59,7 +59,7 @@ def randomised_svd(
         Z_IQ = torch.linalg.qr(delta_OI.mT @ Q_OQ).Q
         Q_OQ = torch.linalg.qr(delta_OI @ Z_IQ).Q
     u_QQ, S_Q, Vh_QI = torch.linalg.svd(Q_OQ.mT @ delta_OI, full_matrices=False)
-    return Truncated((Q_OQ @ u_QQ)[:, :rank], S_Q[:rank], Vh_QI[:rank])
+    return Truncated(U=(Q_OQ @ u_QQ)[:, :rank], S=S_Q[:rank], Vh=Vh_QI[:rank])
 
 
 def sketch_width(outputs: int, inputs: int, rank: int, oversampling: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ try:
     from matplotlib.axes import Axes
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 except ImportError as error:
     raise MissingExtraError("drawing pictures", "plots") from error
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 _DPI = 160
 _UNCHANGED = "#e3e5e8"
+_LEAST_RANGE = 5.0  # of a colour scale, so that differences that do not matter look alike
 _NUMBERED = 40  # layers up to which the cells are wide enough for numbers
 
 
@@ -45,8 +48,10 @@ def energy_figure(report: Report) -> Figure:
         axes.set_yticks(range(len(kinds)), kinds, fontsize=8)
         step = 1 if len(columns) <= _NUMBERED else 5
         axes.set_xticks(range(0, len(columns), step), labels[::step], fontsize=7)
-    drawn.axes[len(maps) - 1].set_xlabel("layer" + (" (\u2013: outside the layers)" if None in columns else ""))
-    drawn.suptitle(_title(report, ranks), fontsize=10)
+    notes = ["\u2013: outside the layers"] if None in columns else []
+    notes += ["grey: no change there"] if len(cells) < len(kinds) * len(columns) else []
+    drawn.axes[len(maps) - 1].set_xlabel("layer" + (f" ({'; '.join(notes)})" if notes else ""), fontsize=9)
+    drawn.suptitle(textwrap.fill(_title(report, ranks), int(12 * width)), fontsize=10)
     return drawn
 
 
@@ -95,15 +100,19 @@ def _rank(modules: list[Kept]) -> float:
 def _heat_map(
     drawn: Figure, axes: Axes, grid: np.ndarray, label: str, colours: str, text: Callable[[float], str] | None
 ) -> None:
-    low, high = np.nanmin(grid), np.nanmax(grid)
-    low = low if high > low else high - 1
+    low, high = float(np.nanmin(grid)), float(np.nanmax(grid))
+    low = min(low, high - _LEAST_RANGE)
     shades = mpl.colormaps[colours].with_extremes(bad=_UNCHANGED)
     image = axes.imshow(np.ma.masked_invalid(grid), cmap=shades, vmin=low, vmax=high, aspect="auto")
     axes.set_xticks(np.arange(grid.shape[1] + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(grid.shape[0] + 1) - 0.5, minor=True)
     axes.grid(which="minor", color="white", lw=0.6)
     axes.tick_params(which="both", length=0)
-    drawn.colorbar(image, ax=axes, label=label, pad=0.01)
+    axes.spines[:].set_visible(False)
+    scale = drawn.colorbar(image, ax=axes, pad=0.01, ticks=MaxNLocator(nbins=6, integer=True))
+    scale.set_label(label, fontsize=8)
+    scale.ax.tick_params(labelsize=7)
+    scale.outline.set_visible(False)
     if text is None:
         return
     for row, column in np.argwhere(~np.isnan(grid)):
