@@ -30,7 +30,7 @@ def test_help_names_every_command_and_the_first_step(spectr):
         assert command in text
 
 
-COMMANDS = ["demo", "generate", "chat", "route", "train", "evaluate", "report", "library"]
+COMMANDS = ["demo", "generate", "chat", "route", "train", "extract", "rerank", "evaluate", "report", "library"]
 COMMANDS += [f"library {name}" for name in ("add", "remove", "list", "show", "verify", "calibrate")]
 
 

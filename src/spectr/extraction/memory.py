@@ -79,6 +79,6 @@ def _too_large(
         f"{shown_bytes(factors)} of it for the factors of all modules"
         + (f"; {others} more modules do not fit either" if others else ""),
         expected=f"at most {shown_bytes(settings.max_memory)}, as was allowed",
-        do=f"allow more (--max-memory {need / (1 << 30):.2g}, in GiB)"
+        do=f"allow more (--max-memory {1.01 * need / (1 << 30):.3g}, in GiB)"
         + (", or let --method auto choose" if method == "exact" else ", or ask for a lower rank"),
     )
