@@ -115,7 +115,7 @@ def test_too_little_memory_names_the_largest_module(refused):
     error = refused(max_memory=1000)
     assert_says(
         error,
-        given=("model.layers.0.mlp.gate_proj (48 x 32) needs", "by the exact SVD", "13 more modules do not fit"),
+        given=("model.layers.0.mlp.gate_proj (48 x 32) needs", "by the randomised SVD", "13 more modules do not fit"),
         expected="at most 1000.0 bytes",
         do="--max-memory",
     )

@@ -115,23 +115,24 @@ def _factorise(
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], list[Kept]]:
     factors, modules = {}, []
     for done, one in enumerate(changed, start=1):
-        assert one.pair.linear is not None
-        module = one.pair.linear.module
-        svd = _svd(difference(one.pair, old, new), methods.methods[module], settings, module)
-        rank, share = truncate(svd, settings.truncation, one.change**2)
-        factors[module] = split(svd, rank, DTYPES[settings.dtype])
-        modules.append(
-            Kept(
-                module=module,
-                rank=rank,
-                share=share,
-                change=one.change,
-                relative=one.relative,
-                method=methods.methods[module],
-            )
-        )
-        progress("factorising", done, len(changed), module)
+        kept, pair = _kept(one, methods, old, new, settings)
+        factors[kept.module] = pair
+        modules.append(kept)
+        progress("factorising", done, len(changed), kept.module)
     return factors, modules
+
+
+def _kept(
+    one: Difference, methods: Plan, old: Rows, new: Rows, settings: Extraction
+) -> tuple[Kept, tuple[Tensor, Tensor]]:
+    """One module; its SVD must be gone before the next one's begins, hence a function."""
+    assert one.pair.linear is not None
+    module = one.pair.linear.module
+    method = methods.methods[module]
+    svd = _svd(difference(one.pair, old, new), method, settings, module)
+    rank, share = truncate(svd, settings.truncation, one.change**2)
+    kept = Kept(module=module, rank=rank, share=share, change=one.change, relative=one.relative, method=method)
+    return kept, split(svd, rank, DTYPES[settings.dtype])
 
 
 def _svd(delta: Tensor, method: str, settings: Extraction, module: str) -> Truncated:

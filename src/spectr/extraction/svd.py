@@ -68,9 +68,9 @@ def sketch_width(outputs: int, inputs: int, rank: int, oversampling: int) -> int
 
 
 def exact_bytes(outputs: int, inputs: int) -> int:
-    """What :func:`exact_svd` takes at most beside its input: copy, U, V^T and LAPACK's workspace of ``gesdd``."""
+    """What :func:`exact_svd` takes at most beside its input: copies, U, V^T, workspace of LAPACK's ``gesdd``."""
     short = min(outputs, inputs)
-    return _FLOAT * (2 * outputs * inputs + 6 * short * short + 32 * (outputs + inputs))
+    return _FLOAT * (3 * outputs * inputs + 6 * short * short + 32 * (outputs + inputs))
 
 
 def randomised_bytes(outputs: int, inputs: int, width: int) -> int:
