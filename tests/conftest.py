@@ -17,6 +17,7 @@ from jaxtyping import install_import_hook
 CHECKED = (
     "spectr.combine",
     "spectr.evaluation",
+    "spectr.extraction.svd",
     "spectr.layers",
     "spectr.merging.dare",
     "spectr.merging.lowrank",

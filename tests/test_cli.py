@@ -30,8 +30,9 @@ def test_help_names_every_command_and_the_first_step(spectr):
         assert command in text
 
 
-COMMANDS = ["demo", "generate", "chat", "route", "train", "merge", "evaluate", "report", "library"]
-COMMANDS += [f"library {name}" for name in ("add", "remove", "list", "show", "verify", "calibrate")]
+COMMANDS = ["demo", "generate", "chat", "route", "train", "train gates", "merge", "extract", "rerank", "evaluate"]
+COMMANDS += ["report", "library"]
+COMMANDS += [f"library {name}" for name in ("add", "remove", "list", "show", "verify", "calibrate", "describe")]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from spectr import evaluation as evaluation
+    from spectr import extraction as extraction
     from spectr import guidance as guidance
     from spectr import merging as merging
     from spectr import models as models
@@ -57,7 +58,7 @@ _HOMES = {
         "router_names",
     ),
 }
-_MODULES = ("evaluation", "guidance", "merging", "models", "plots", "tasks", "training")
+_MODULES = ("evaluation", "extraction", "guidance", "merging", "models", "plots", "tasks", "training")
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __version__ = version("spectr-lora")

@@ -52,6 +52,10 @@ class ModelError(SpectrError):
     """A base model that cannot be found or loaded."""
 
 
+class ExtractionError(SpectrError):
+    """Two checkpoints, or an expert, that no expert of the asked kind can be taken from."""
+
+
 class MissingExtraError(SpectrError, ImportError):
     """An optional dependency that the called feature needs."""
 

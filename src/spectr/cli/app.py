@@ -8,7 +8,7 @@ import sys
 import typer
 
 from spectr import __version__
-from spectr.cli import chat, demo, evaluate, gates, generate, library, merge, route, train
+from spectr.cli import chat, demo, evaluate, extract, gates, generate, library, merge, route, train
 from spectr.cli.console import errors, out
 from spectr.errors import SpectrError
 
@@ -26,8 +26,9 @@ app.command("demo")(demo.demo)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("route")(route.route)
-app.command("train")(train.train)
 app.command("merge")(merge.merge)
+app.command("extract")(extract.extract)
+app.command("rerank")(extract.rerank)
 app.command("evaluate")(evaluate.evaluate)
 app.command("report")(evaluate.report)
 train.app.command("gates")(gates.gates)

@@ -1,8 +1,17 @@
 """Pictures of routing: data for them, one HTML page, PNG files."""
 
+from spectr.plots.energy import write_energy_map
 from spectr.plots.html import write_page
 from spectr.plots.palette import colours
 from spectr.plots.png import write_heat_map, write_token_map
 from spectr.plots.tokens import TokenRouting, token_routing
 
-__all__ = ["TokenRouting", "colours", "token_routing", "write_heat_map", "write_page", "write_token_map"]
+__all__ = [
+    "TokenRouting",
+    "colours",
+    "token_routing",
+    "write_energy_map",
+    "write_heat_map",
+    "write_page",
+    "write_token_map",
+]

@@ -1,0 +1,192 @@
+"""``spectr extract`` and ``spectr rerank``: experts out of other weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from spectr.cli.console import bar, out, say
+from spectr.cli.options import LibraryOption, check_target, open_library
+from spectr.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from spectr.adapters import Expert
+    from spectr.extraction import Report
+
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the expert; it must not be there yet.")]
+Rank = Annotated[int | None, typer.Option(help="Ranks of every module.")]
+Energy = Annotated[
+    float | None, typer.Option(help="Instead: the fewest ranks that hold this share of each module's squared norm.")
+]
+MaxRank = Annotated[int, typer.Option(help="With --energy, the most ranks of a module.")]
+Name = Annotated[str | None, typer.Option(help="The expert's name; by default the folder's.")]
+Written = Annotated[str, typer.Option("--dtype", help="Of the expert's weights: bfloat16 or float32.")]
+Png = Annotated[Path | None, typer.Option(help="Write a picture: what is kept, layers by kinds of module.")]
+Svg = Annotated[Path | None, typer.Option(help="The same picture as SVG, for a paper.")]
+
+_LEFT_SHOWN = 5
+
+
+def extract(
+    fine_tuned: Annotated[str, typer.Argument(help="The fine-tuned model: a folder (safetensors) or a Hub id.")],
+    out_folder: Out,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "--base", "-b", help="What it was fine-tuned from, likewise; the default is SmolLM2-135M-Instruct."
+        ),
+    ] = None,
+    rank: Rank = None,
+    energy: Energy = None,
+    max_rank: MaxRank = 128,
+    method: Annotated[
+        str, typer.Option(help="Of the SVD: exact, randomised, or auto (exact where it fits and is quick).")
+    ] = "auto",
+    oversampling: Annotated[int, typer.Option(help="Of the randomised SVD: directions beside those wanted.")] = 10,
+    power_iterations: Annotated[int, typer.Option(help="Of the randomised SVD: passes that sharpen it.")] = 2,
+    seed: Annotated[int, typer.Option(help="Of the randomised SVD.")] = 0,
+    max_memory: Annotated[float, typer.Option(help="GiB that tensors may take at any time.")] = 4.0,
+    dtype: Written = "bfloat16",
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse where anything has changed that LoRA cannot carry.")
+    ] = False,
+    name: Name = None,
+    png: Png = None,
+    svg: Svg = None,
+) -> None:
+    """Make a LoRA expert out of a fully fine-tuned model and its base, without training.
+
+    The expert holds the first singular directions of what the fine-tuning changed in each linear layer. Both models are
+    read piece by piece and never loaded.
+
+    [dim]spectr extract ./fine-tuned --base ./base --rank 16 --out runs/expert --png energy.png[/]
+    """
+    from spectr.extraction import Extraction
+    from spectr.extraction import extract as run
+
+    settings = Extraction(
+        rank=rank,
+        energy=energy,
+        max_rank=max_rank,
+        method=method,  # pyright: ignore[reportArgumentType]
+        oversampling=oversampling,
+        power_iterations=power_iterations,
+        seed=seed,
+        max_memory=int(max_memory * (1 << 30)),
+        dtype=dtype,
+        strict=strict,
+    )
+    draw = _pictures(png, svg)
+    folder, base_model = _base(base)
+    with bar() as advance:
+        report = run(fine_tuned, folder, out_folder, settings, name=name, base_model=base_model, progress=advance)
+    _show(report, out_folder, draw)
+
+
+def rerank(
+    expert: Annotated[str, typer.Argument(help="An expert's name in the library, an adapter's folder, or a Hub id.")],
+    out_folder: Out,
+    library: LibraryOption = None,
+    rank: Rank = None,
+    energy: Energy = None,
+    max_rank: MaxRank = 128,
+    dtype: Written = "bfloat16",
+    name: Name = None,
+    png: Png = None,
+    svg: Svg = None,
+) -> None:
+    """Give an expert fewer ranks: the nearest smaller one, computed exactly from its factors.
+
+    [dim]spectr rerank sst2 --rank 4 --out runs/small[/]
+    """
+    from spectr.extraction import Truncation
+    from spectr.extraction import rerank as run
+
+    truncation = Truncation(rank=rank, energy=energy, max_rank=max_rank)
+    draw = _pictures(png, svg)
+    found = _expert(expert, library)
+    with bar() as advance:
+        report = run(found, out_folder, truncation, dtype=dtype, name=name, progress=advance)
+    _show(report, out_folder, draw)
+
+
+def _base(base: str | None) -> tuple[str | Path, str]:
+    """Where the base is, and what the expert calls it."""
+    if base is not None:
+        return base, base
+    try:
+        from spectr.models import HUB_ID, fetch_default_model
+    except MissingExtraError:
+        raise
+    except ImportError as error:
+        raise MissingExtraError("extracting experts", "models") from error
+    return fetch_default_model(say), HUB_ID
+
+
+def _expert(name: str, library: Path | None) -> Expert:
+    from spectr.adapters import read_adapter
+
+    if library is None and ("/" in name or Path(name).is_dir()):
+        return read_adapter(name, Path(name).name)
+    return open_library(library)[name]
+
+
+def _pictures(png: Path | None, svg: Path | None) -> Callable[[Report], None]:
+    """What draws them; that it can is checked before any work is done."""
+    check_target(png, ".png")
+    check_target(svg, ".svg")
+    wanted = [path for path in (png, svg) if path]
+    if not wanted:
+        return lambda report: None
+    from spectr.plots import write_energy_map
+
+    def draw(report: Report) -> None:
+        for path in wanted:
+            out.print(f"picture: {write_energy_map(report, path).resolve()}", highlight=False)
+
+    return draw
+
+
+def _show(report: Report, folder: Path, draw: Callable[[Report], None]) -> None:
+    out.print(_table(report))
+    for remark in report.remarks:
+        say(remark)
+    if report.left:
+        say(_left(report))
+    draw(report)
+    out.print(
+        f"{report.share:.2%} of the squared norm kept in {len(report.modules)} modules; expert: {folder.resolve()}",
+        highlight=False,
+    )
+
+
+def _table(report: Report) -> Table:
+    from spectr.extraction import summary
+    from spectr.extraction.write import percent, whole
+
+    rows = summary(report)
+    known = any(row.relative for row in rows)
+    table = Table("modules", "number", "kept, % (least / median / most)", "rank (least / median / most)")
+    if known:
+        table.add_column("change / weight (median)")
+    for kind, count, share, rank, relative in rows:
+        change = [f"{relative.median:.1e}" if relative else ""] if known else []
+        table.add_row(kind, str(count), percent(share), whole(rank), *change)
+    return table
+
+
+def _left(report: Report) -> str:
+    shown = sorted(report.left, key=lambda one: -one.change)[:_LEFT_SHOWN]
+    named = [
+        f"{one.name} ({one.kind}{'' if one.relative is None else f', change / size {one.relative:.1e}'})"
+        for one in shown
+    ]
+    rest = f" and {len(report.left) - len(shown)} more, see the card" if len(report.left) > len(shown) else ""
+    return (
+        f"left out, as LoRA cannot carry it: {', '.join(named)}{rest}; {report.left_share:.2%} of the squared norm of "
+        "all that has changed"
+    )

@@ -1,0 +1,209 @@
+"""What differs between a fine-tuned checkpoint and its base, and everything that can be wrong with the two."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from spectr.errors import ExtractionError, SpectrError, raise_together
+from spectr.extraction.architecture import Architecture, Linear
+from spectr.extraction.checkpoint import Checkpoint, Rows
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_SHOWN = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """One parameter in both checkpoints.
+
+    Attributes:
+        name: transformers' name of it.
+        base: The tensor's name in the base checkpoint.
+        tuned: In the fine-tuned one.
+        shape: In both.
+        linear: The layer whose weight it is, where an expert can adapt it.
+        kind: Else what it is.
+    """
+
+    name: str
+    base: str
+    tuned: str
+    shape: tuple[int, ...]
+    linear: Linear | None = None
+    kind: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """How far a parameter has moved: Frobenius norms of the difference and of the base's weight."""
+
+    pair: Pair
+    change: float
+    size: float
+
+    @property
+    def relative(self) -> float | None:
+        """``||d|| / ||W||``; ``None`` where W is zero."""
+        return self.change / self.size if self.size else None
+
+
+def pair_up(base: Checkpoint, tuned: Checkpoint, architecture: Architecture) -> tuple[Pair, ...]:
+    """Match the tensors of two checkpoints, by their headers alone.
+
+    A parameter that is tied to another one and is not in the file by itself is that other one. Tensors that are no
+    parameters of the architecture are compared too where both have them as floating numbers (they may be the weights of
+    fused experts, or buffers); those that only one has are left to :func:`unmatched`.
+
+    Raises:
+        ExtractionError: Sizes that differ, parameters that a checkpoint lacks, dtypes that are no plain floating
+            numbers; all of them at once.
+    """
+    names = [_by_parameter(checkpoint, architecture) for checkpoint in (base, tuned)]
+    wanted = [*architecture.linear, *architecture.kinds]
+    wanted = [name for name in wanted if name not in architecture.tied or any(name in found for found in names)]
+    strange = [name for name in names[0] if name not in wanted and name in names[1]]
+    where = [{name: _find(name, found, architecture) for name in wanted + strange} for found in names]
+    faults = [_lacking(what, found) for what, found in zip(("base", "fine-tuned"), where, strict=True)]
+    pairs, unequal, odd = [], [], []
+    for name in wanted + strange:
+        ours, theirs = where[0][name], where[1][name]
+        if ours is None or theirs is None:
+            continue
+        old, new = base.tensors[ours], tuned.tensors[theirs]
+        if old.dtype not in _FLOATS or new.dtype not in _FLOATS:
+            odd += [] if name in strange else [f"{name} is {new.dtype} (base: {old.dtype})"]
+        elif old.shape != new.shape:
+            unequal.append(f"{name} is {_shape(new.shape)} (base: {_shape(old.shape)})")
+        else:
+            kind = architecture.kinds.get(name, "no parameter of the architecture")
+            linear = architecture.linear.get(name)
+            pairs.append(Pair(name=name, base=ours, tuned=theirs, shape=old.shape, linear=linear, kind=kind))
+    faults += [_unequal(unequal), _odd(odd), _misfit(pairs)]
+    raise_together("the two checkpoints do not go together", [f for f in faults if f], ExtractionError)
+    return tuple(pairs)
+
+
+def unmatched(base: Checkpoint, tuned: Checkpoint, architecture: Architecture) -> tuple[str, ...]:
+    """Floating tensors that only the fine-tuned checkpoint has, such as the head of a reward model."""
+    known = {*_by_parameter(base, architecture), *architecture.linear, *architecture.kinds}
+    names = _by_parameter(tuned, architecture)
+    return tuple(name for name, key in names.items() if name not in known and tuned.tensors[key].dtype in _FLOATS)
+
+
+def measure(
+    pairs: tuple[Pair, ...], base: Rows, tuned: Rows, progress: Callable[[int, int], None] = lambda done, total: None
+) -> tuple[Difference, ...]:
+    """The norms of all differences, read block by block and summed in float64.
+
+    A tensor that is the base's, rounded to the fine-tuned checkpoint's dtype, has not changed.
+
+    Raises:
+        ExtractionError: NaN or infinite numbers in either checkpoint; all such tensors at once.
+    """
+    found, faults = [], []
+    for done, pair in enumerate(pairs, start=1):
+        change, size, same = 0.0, 0.0, True
+        for old, new in zip(base(pair.base), tuned(pair.tuned), strict=True):
+            size, change = size + _square(old), change + _square(new.float() - old.float())
+            same = same and torch.equal(old.to(new.dtype), new)
+        change = 0.0 if same and math.isfinite(size) else change
+        if not (math.isfinite(change) and math.isfinite(size)):
+            faults.append(f"{pair.name} ({'fine-tuned model' if math.isfinite(size) else 'base'})")
+        found.append(Difference(pair=pair, change=math.sqrt(change), size=math.sqrt(size)))
+        progress(done, len(pairs))
+    if faults:
+        raise ExtractionError(
+            f"NaN or infinite numbers in {_some(faults)}", expected="finite weights", do="download or train it again"
+        )
+    return tuple(found)
+
+
+def difference(pair: Pair, base: Rows, tuned: Rows) -> Float[Tensor, "O I"]:
+    """``W_tuned - W_base`` of a linear layer as (outputs, inputs), float32, filled block by block."""
+    assert pair.linear is not None
+    delta = torch.empty(pair.shape)
+    start = 0
+    for old, new in zip(base(pair.base), tuned(pair.tuned), strict=True):
+        delta[start : start + len(new)] = new.float() - old.float()
+        start += len(new)
+    return delta.mT if pair.linear.transposed else delta
+
+
+def _square(block: Tensor) -> float:
+    return float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2
+
+
+def _by_parameter(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, str]:
+    return {architecture.place(key): key for key in sorted(checkpoint.tensors)}
+
+
+def _find(name: str, found: Mapping[str, str], architecture: Architecture) -> str | None:
+    """A parameter's tensor: its own, or that of a parameter it is tied to."""
+    twins = [architecture.tied.get(name), *(other for other, first in architecture.tied.items() if first == name)]
+    return next((found[option] for option in (name, *twins) if option in found), None)
+
+
+def _lacking(what: str, where: Mapping[str, str | None]) -> SpectrError | None:
+    missing = [name for name, key in where.items() if key is None]
+    if not missing:
+        return None
+    return ExtractionError(
+        f"the {what} checkpoint lacks {_some(missing)}",
+        expected="every parameter of the base's architecture in both checkpoints",
+        do="check that the folder is whole, and that the one was fine-tuned from the other",
+    )
+
+
+def _unequal(named: list[str]) -> SpectrError | None:
+    if not named:
+        return None
+    vocabulary = all("embed" in name or "lm_head" in name or "wte" in name for name in named)
+    return ExtractionError(
+        f"other sizes: {_some(named)}",
+        expected="a model that was fine-tuned from this very base"
+        + (", with its vocabulary as it was" if vocabulary else ""),
+        do="resize the fine-tuned model's embeddings to the base's vocabulary and save it again"
+        if vocabulary
+        else "give the base that it was fine-tuned from: --base",
+    )
+
+
+def _odd(named: list[str]) -> SpectrError | None:
+    if not named:
+        return None
+    return ExtractionError(
+        f"not plain floating numbers: {_some(named)}",
+        expected="F32, BF16, F16 or F64",
+        do="dequantise the model, save it and extract from that",
+    )
+
+
+def _misfit(pairs: list[Pair]) -> SpectrError | None:
+    wrong = []
+    for pair in pairs:
+        if pair.linear:
+            sizes = (pair.linear.outputs, pair.linear.inputs)
+            right = sizes[::-1] if pair.linear.transposed else sizes
+            wrong += [f"{pair.name} is {_shape(pair.shape)} (there: {_shape(right)})"] if pair.shape != right else []
+    if not wrong:
+        return None
+    return ExtractionError(
+        f"the base's weights have other sizes than its config.json says: {_some(wrong)}",
+        expected="configuration and weights of one model",
+        do="download or save the base again",
+    )
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "a number"
+
+
+def _some(names: list[str]) -> str:
+    rest = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + rest

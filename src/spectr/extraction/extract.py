@@ -1,0 +1,221 @@
+"""A LoRA expert out of a fully fine-tuned model: the first singular directions of what the fine-tuning changed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectr.errors import ExtractionError
+from spectr.extraction.architecture import Architecture, read_architecture
+from spectr.extraction.checkpoint import Checkpoint, Rows, locate_model, read_checkpoint
+from spectr.extraction.compare import Difference, difference, measure, pair_up, unmatched
+from spectr.extraction.memory import Plan, plan
+from spectr.extraction.report import Kept, Left, Report
+from spectr.extraction.settings import DTYPES, Extraction, Truncation
+from spectr.extraction.svd import Truncated, exact_svd, randomised_svd
+from spectr.extraction.write import check_target, rank_settings, targets, versions, write_expert
+from spectr.hashing import file_sha256
+
+Progress = Callable[[str, int, int, str], None]
+_COARSE = {"BF16": 8, "F16": 11, "F32": 24, "F64": 53}  # bits of precision
+_SHOWN = 5
+
+
+def extract(
+    tuned: str | Path,
+    base: str | Path,
+    out: str | Path,
+    settings: Extraction,
+    *,
+    name: str | None = None,
+    base_model: str | None = None,
+    progress: Progress = lambda phase, done, total, remark: None,
+) -> Report:
+    """Write a LoRA expert that holds the nearest low-rank matrix to each linear layer's change.
+
+    ``d = W_tuned - W_base = U S V^T``; the expert is ``B = U_r sqrt(S_r)``, ``A = sqrt(S_r) V_r^T`` with scale 1. Both
+    models are read block by block; neither is ever loaded. Everything is checked before anything is written.
+
+    Args:
+        tuned: The fine-tuned model: a folder with safetensors weights, in one file or many, or a Hub id.
+        base: What it was fine-tuned from, likewise.
+        out: The expert's folder; it must not be there yet.
+        settings: Ranks, method and memory.
+        name: The expert's name, by default the folder's.
+        base_model: What the expert says its base is, by default ``base``.
+        progress: Called with phase, done, total and a remark.
+
+    Returns:
+        What was kept and what was left out, module by module.
+
+    Raises:
+        ModelError: A model is missing, damaged, or no causal language model that transformers knows.
+        ExtractionError: The two do not go together, do not differ, differ only in what LoRA cannot carry (or at all in
+            such, where ``settings.strict``), or do not fit the memory.
+
+    Source: Ilharco et al. (2023), task vectors; Fleshman and Van Durme (2024), RE-Adapt and its low-rank LoRE-Adapt.
+    """
+    out = Path(out)
+    check_target(out)
+    old, new = read_checkpoint(locate_model(base)), read_checkpoint(locate_model(tuned))
+    architecture = read_architecture(old.folder)
+    pairs = pair_up(old, new, architecture)
+    with old.open() as old_rows, new.open() as new_rows:
+        found = measure(pairs, old_rows, new_rows, lambda done, total: progress("comparing", done, total, ""))
+        left = _left(found, unmatched(old, new, architecture))
+        changed = _changed(found, left, settings)
+        methods = plan([linear for one in changed if (linear := one.pair.linear)], settings)
+        factors, modules = _factorise(changed, methods, old_rows, new_rows, settings, progress)
+    report = Report(
+        name=name or out.absolute().name,
+        base_model=base_model or str(base),
+        modules=tuple(modules),
+        left=left,
+        remarks=_remarks(old, new, modules, settings),
+        origin=_origin(tuned, base, old, new, methods, settings, progress),
+    )
+    write_expert(out, factors, _config(modules, architecture, report), report)
+    return report
+
+
+def _left(found: Sequence[Difference], added: Sequence[str]) -> tuple[Left, ...]:
+    changed = [one for one in found if one.change and one.pair.linear is None]
+    left = [Left(name=d.pair.name, kind=d.pair.kind, relative=d.relative, change=d.change) for d in changed]
+    return (*left, *(Left(name=name, kind="tensor that the base lacks", relative=None) for name in added))
+
+
+def _changed(found: Sequence[Difference], left: Sequence[Left], settings: Extraction) -> list[Difference]:
+    """The linear layers that differ."""
+    changed = [one for one in found if one.change and one.pair.linear]
+    if not changed and not left:
+        raise ExtractionError(
+            f"the two models are the same: none of {len(found)} tensors differs",
+            expected="a model that was fine-tuned from the base",
+            do="check the two paths",
+        )
+    if left and (settings.strict or not changed):
+        shown = [f"{one.name} ({one.kind}{'' if one.relative is None else f', {one.relative:.1e}'})" for one in left]
+        rest = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
+        raise ExtractionError(
+            f"{len(left)} parameters have changed that LoRA cannot carry: {', '.join(shown[:_SHOWN])}{rest}",
+            expected="changes in weights of linear layers only" if changed else "a change in a linear layer",
+            do="leave them out: without --strict" if changed else "there is nothing to extract from these two",
+        )
+    return changed
+
+
+def _factorise(
+    changed: Sequence[Difference], methods: Plan, old: Rows, new: Rows, settings: Extraction, progress: Progress
+) -> tuple[dict[str, tuple[Tensor, Tensor]], list[Kept]]:
+    factors, modules = {}, []
+    for done, one in enumerate(changed, start=1):
+        kept, pair = _kept(one, methods, old, new, settings)
+        factors[kept.module] = pair
+        modules.append(kept)
+        progress("factorising", done, len(changed), kept.module)
+    return factors, modules
+
+
+def _kept(
+    one: Difference, methods: Plan, old: Rows, new: Rows, settings: Extraction
+) -> tuple[Kept, tuple[Tensor, Tensor]]:
+    """One module; its SVD must be gone before the next one's begins, hence a function."""
+    assert one.pair.linear is not None
+    module = one.pair.linear.module
+    method = methods.methods[module]
+    svd = _svd(difference(one.pair, old, new), method, settings, module)
+    rank, share = truncate(svd, settings.truncation, one.change**2)
+    kept = Kept(module=module, rank=rank, share=share, change=one.change, relative=one.relative, method=method)
+    return kept, split(svd, rank, DTYPES[settings.dtype])
+
+
+def _svd(delta: Tensor, method: str, settings: Extraction, module: str) -> Truncated:
+    if method == "exact":
+        return exact_svd(delta)
+    return randomised_svd(
+        delta,
+        settings.truncation.most,
+        oversampling=settings.oversampling,
+        power_iterations=settings.power_iterations,
+        seed=module_seed(settings.seed, module),
+    )
+
+
+def module_seed(seed: int, module: str) -> int:
+    """A module's own seed: its random numbers don't depend on which other modules there are."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {module}".encode()).digest()[:6], "big")
+
+
+def truncate(svd: Truncated, truncation: Truncation, total: float) -> tuple[int, float]:
+    """The rank to keep, and the share of ``total`` (a squared norm) that it holds."""
+    rank = truncation.choose(svd.S, total)
+    return rank, min(1.0, float(svd.S[:rank].double().square().sum()) / total)
+
+
+def split(svd: Truncated, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``A = sqrt(S) V^T`` and ``B = U sqrt(S)`` of the first directions: factors of one size, with scale 1."""
+    root_R = svd.S[:rank].sqrt()
+    A, B = root_R[:, None] * svd.Vh[:rank], svd.U[:, :rank] * root_R
+    return A.to(dtype), B.to(dtype)
+
+
+def _remarks(old: Checkpoint, new: Checkpoint, modules: Sequence[Kept], settings: Extraction) -> tuple[str, ...]:
+    remarks = []
+    coarse = [min((_COARSE.get(t.dtype, 53), t.dtype) for t in one.tensors.values()) for one in (old, new)]
+    if coarse[1][0] < coarse[0][0]:
+        remarks.append(
+            f"The fine-tuned model is stored as {coarse[1][1]}, the base as {coarse[0][1]}: the rounding is part of "
+            "the difference, and of what is not kept."
+        )
+    short = [] if settings.energy is None else [one for one in modules if one.share < settings.energy - 1e-6]
+    if short:
+        remarks.append(
+            f"{len(short)} of {len(modules)} modules stay below the share of {settings.energy:g}: they would need more "
+            f"than {settings.max_rank} ranks."
+        )
+    return tuple(remarks)
+
+
+def _origin(
+    tuned: str | Path,
+    base: str | Path,
+    old: Checkpoint,
+    new: Checkpoint,
+    methods: Plan,
+    settings: Extraction,
+    progress: Progress,
+) -> dict[str, Any]:
+    files = [(what, one.folder, file) for what, one in (("base", old), ("fine-tuned", new)) for file in one.files]
+    hashes = {}
+    for done, (what, folder, file) in enumerate(files, start=1):
+        hashes[f"{what} {file} sha256"] = file_sha256(folder / file)
+        progress("hashing", done, len(files), "")
+    return {
+        "made": "extracted from a fully fine-tuned model with `spectr extract`",
+        "source": {"fine-tuned": str(tuned), "base": str(base), **hashes},
+        "settings": asdict(settings),
+        "memory_needed": methods.need,
+        "versions": versions(),
+    }
+
+
+def _config(modules: Sequence[Kept], architecture: Architecture, report: Report) -> dict[str, Any]:
+    names = [one.module for one in modules]
+    transposed = {layer.module for layer in architecture.linear.values() if layer.transposed}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": report.base_model,
+        "inference_mode": True,
+        "bias": "none",
+        "lora_dropout": 0.0,
+        "fan_in_fan_out": any(name in transposed for name in names),
+        "target_modules": targets(names, architecture.modules),
+        **rank_settings({one.module: one.rank for one in modules}),
+    }

@@ -1,0 +1,152 @@
+"""What an extraction found and kept, module by module."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+_BLOCK = re.compile(r"\.(\d+)\.")
+_NUMBER = re.compile(r"\.\d+(?=\.|$)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """One module of the expert.
+
+    Attributes:
+        module: Its name in the model.
+        rank: Directions kept.
+        share: Of the update's squared Frobenius norm that they hold, from 0 to 1.
+        change: The Frobenius norm of the whole update.
+        relative: The same over the norm of the base's weight, where that is known and not zero.
+        method: ``exact``, ``randomised``, or ``factors`` for an expert that was re-ranked.
+    """
+
+    module: str
+    rank: int
+    share: float
+    change: float
+    relative: float | None
+    method: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Left:
+    """A parameter that has changed and that no LoRA expert can carry.
+
+    ``relative`` is ``||d|| / ||W||``, or ``None`` where the base has nothing there to compare with.
+    """
+
+    name: str
+    kind: str
+    relative: float | None
+    change: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """An expert that was made from other weights.
+
+    Attributes:
+        name: The expert's.
+        base_model: Its base, as it was given.
+        modules: What it holds, in the model's order.
+        left: What it cannot hold.
+        remarks: What its reader should know.
+        origin: Sources, hashes, settings, versions.
+    """
+
+    name: str
+    base_model: str | None
+    modules: tuple[Kept, ...]
+    left: tuple[Left, ...]
+    remarks: tuple[str, ...]
+    origin: Mapping[str, Any]
+
+    @property
+    def share(self) -> float:
+        """Share of the squared norm kept, over all modules of the expert together."""
+        total = sum(kept.change**2 for kept in self.modules)
+        return sum(kept.share * kept.change**2 for kept in self.modules) / total
+
+    @property
+    def left_share(self) -> float:
+        """What :attr:`left` makes of the squared norm of all that has changed."""
+        left = sum(one.change**2 for one in self.left)
+        return left / (left + sum(kept.change**2 for kept in self.modules))
+
+
+class Place(NamedTuple):
+    """Where a module stands in the model; ``layer`` is ``None`` outside the numbered layers."""
+
+    kind: str
+    layer: int | None
+
+
+def places(modules: Iterable[str]) -> dict[str, Place]:
+    """Kind and layer of each module: ``model.layers.3.self_attn.q_proj`` is ``q_proj`` of layer 3.
+
+    Kinds get their parent's name too where the last part alone is ambiguous (``attn.c_proj``, ``mlp.c_proj``); further
+    numbers, as those of a mixture's experts, become ``*``.
+    """
+    found = {}
+    for module in modules:
+        block = _BLOCK.search(f".{module}.")
+        path = f".{module}."[block.end() - 1 : -1] if block else f".{module}"
+        found[module] = Place(_NUMBER.sub(".*", path)[1:] or module, int(block[1]) if block else None)
+    short: dict[str, set[str]] = {}
+    for kind, _ in found.values():
+        short.setdefault(kind.rpartition(".")[2], set()).add(kind)
+    return {
+        module: Place(last if len(short[last := kind.rpartition(".")[2]]) == 1 else kind, layer)
+        for module, (kind, layer) in found.items()
+    }
+
+
+class Spread(NamedTuple):
+    """The smallest, the middle and the largest of some numbers."""
+
+    least: float
+    median: float
+    most: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread:
+        """Of numbers that are there."""
+        numbers = sorted(values)
+        return cls(numbers[0], statistics.median(numbers), numbers[-1])
+
+
+class KindSummary(NamedTuple):
+    """All modules of one kind."""
+
+    kind: str
+    modules: int
+    share: Spread
+    rank: Spread
+    relative: Spread | None
+
+
+def summary(report: Report) -> tuple[KindSummary, ...]:
+    """The modules by kind, in the model's order, and all of them at the end where there are several kinds."""
+    where = places(kept.module for kept in report.modules)
+    groups: dict[str, list[Kept]] = {}
+    for kept in report.modules:
+        groups.setdefault(where[kept.module].kind, []).append(kept)
+    if len(groups) > 1:
+        groups["all"] = list(report.modules)
+    return tuple(_of_kind(kind, modules) for kind, modules in groups.items())
+
+
+def _of_kind(kind: str, modules: list[Kept]) -> KindSummary:
+    relative = [kept.relative for kept in modules if kept.relative is not None]
+    return KindSummary(
+        kind=kind,
+        modules=len(modules),
+        share=Spread.of(kept.share for kept in modules),
+        rank=Spread.of(kept.rank for kept in modules),
+        relative=Spread.of(relative) if relative else None,
+    )

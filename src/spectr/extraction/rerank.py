@@ -1,0 +1,113 @@
+"""An expert at other ranks: the exact truncated SVD of its updates, from the factors alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from spectr.adapters import Expert
+from spectr.adapters.config import CONFIG_FILE
+from spectr.errors import ExtractionError
+from spectr.extraction.extract import split, truncate
+from spectr.extraction.report import Kept, Report
+from spectr.extraction.settings import DTYPES, Truncation
+from spectr.extraction.svd import Truncated
+from spectr.extraction.write import check_target, rank_settings, versions, write_expert
+from spectr.hashing import file_sha256
+from spectr.spectral import align
+
+
+def rerank(
+    expert: Expert,
+    out: str | Path,
+    truncation: Truncation,
+    *,
+    dtype: str = "bfloat16",
+    name: str | None = None,
+    progress: Callable[[str, int, int, str], None] = lambda phase, done, total, remark: None,
+) -> Report:
+    """Write an expert with fewer ranks: the nearest one in the Frobenius norm, module by module.
+
+    The SVD comes from the factors (:func:`spectr.spectral.align`); their product is never formed. The scale goes into
+    the factors. No module gets more ranks than its update has: more would be padding with zeros. An expert that
+    would not get smaller anywhere is refused.
+
+    Args:
+        expert: From a library, or from :func:`spectr.adapters.read_adapter`.
+        out: The new expert's folder; it must not be there yet.
+        truncation: How many ranks.
+        dtype: Of the factors that are written: ``bfloat16`` or ``float32``.
+        name: The new expert's name, by default the folder's.
+        progress: Called with phase, done, total and a remark.
+
+    Returns:
+        What was kept, module by module.
+
+    Raises:
+        ExtractionError: No module gets smaller, the dtype is another one, or the folder cannot be written.
+        AdapterError: A factor holds NaN or infinity.
+    """
+    out = Path(out)
+    check_target(out)
+    if dtype not in DTYPES:
+        raise ExtractionError(f"dtype is '{dtype}'", expected=" or ".join(DTYPES))
+    factors, modules = _truncated(expert, truncation, dtype, progress)
+    _check_smaller(expert, modules, truncation)
+    report = Report(
+        name=name or out.absolute().name,
+        base_model=expert.base_model,
+        modules=tuple(modules),
+        left=(),
+        remarks=(),
+        origin=_origin(expert, truncation, dtype),
+    )
+    write_expert(out, factors, _config(expert, {one.module: one.rank for one in modules}), report)
+    return report
+
+
+def _truncated(
+    expert: Expert, truncation: Truncation, dtype: str, progress: Callable[[str, int, int, str], None]
+) -> tuple[dict[str, tuple[Tensor, Tensor]], list[Kept]]:
+    factors, modules = {}, []
+    with expert.open() as read:
+        for done, module in enumerate(expert.shapes, start=1):
+            svd = Truncated(*align(*read(module)))
+            total = float(svd.S.double().square().sum())
+            rank, share = truncate(svd, truncation, total) if total else (1, 1.0)
+            factors[module] = split(svd, rank, DTYPES[dtype])
+            change = total**0.5
+            modules.append(Kept(module=module, rank=rank, share=share, change=change, relative=None, method="factors"))
+            progress("truncating", done, len(expert.shapes), module)
+    return factors, modules
+
+
+def _check_smaller(expert: Expert, modules: list[Kept], truncation: Truncation) -> None:
+    if any(one.rank < expert.shapes[one.module].rank for one in modules):
+        return
+    asked = f"rank {truncation.rank}" if truncation.rank else f"a share of {truncation.energy:g}"
+    raise ExtractionError(
+        f"'{expert.name}' gets smaller nowhere at {asked}: its ranks are {', '.join(map(str, expert.ranks))}",
+        expected="fewer ranks than that; more would only add zeros",
+        do="ask for a lower rank or a smaller share of the energy, or use the expert as it is",
+    )
+
+
+def _config(expert: Expert, ranks: Mapping[str, int]) -> dict[str, Any]:
+    """The expert's own configuration, which says which modules it adapts, with the new ranks."""
+    old = json.loads((expert.weights.parent / CONFIG_FILE).read_text(encoding="utf-8"))
+    return {**old, **rank_settings(ranks), "init_lora_weights": True, "inference_mode": True}
+
+
+def _origin(expert: Expert, truncation: Truncation, dtype: str) -> dict[str, Any]:
+    digest = file_sha256(expert.weights)
+    return {
+        "made": "truncated from another expert with `spectr rerank`",
+        "source": {"expert": expert.name, "from": expert.origin, f"{expert.weights.name} sha256": digest},
+        "settings": {**asdict(truncation), "dtype": dtype},
+        "versions": versions(),
+    }

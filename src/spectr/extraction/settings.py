@@ -1,0 +1,144 @@
+"""What is asked of an extraction: how many ranks, by which method, within how much memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from spectr.errors import ExtractionError, SpectrError, raise_together
+
+GIB = 1 << 30
+Method = Literal["auto", "exact", "randomised"]
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_NULL = 1e-6  # singular values below this share of the largest one are rounding of float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Truncation:
+    """How many singular directions of an update are kept.
+
+    Attributes:
+        rank: So many in every module.
+        energy: In each module the fewest that hold this share of the squared Frobenius norm, above 0 and up to 1; with
+            1 all that are not zero.
+        max_rank: With ``energy``, the most that a module gets.
+
+    Raises:
+        ExtractionError: Not exactly one of ``rank`` and ``energy``, or numbers out of range; all at once.
+
+    Source: Eckart and Young (1936): no other matrix of that rank is nearer in the Frobenius norm.
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+    max_rank: int = 128
+
+    def __post_init__(self) -> None:
+        raise_together("these settings cannot be used", self.faults(), ExtractionError)
+
+    def faults(self) -> list[SpectrError]:
+        """What is wrong with the numbers."""
+        found: list[SpectrError] = []
+        if (self.rank is None) == (self.energy is None):
+            given = "neither a rank nor a share of energy" if self.rank is None else "both a rank and a share of energy"
+            found.append(ExtractionError(given, expected="one of the two", do="--rank 16, or --energy 0.9"))
+        for name, value in (("rank", self.rank), ("max_rank", self.max_rank)):
+            if value is not None and value < 1:
+                found.append(ExtractionError(f"{name} is {value}", expected="1 or more"))
+        if self.energy is not None and not 0 < self.energy <= 1:
+            found.append(ExtractionError(f"energy is {self.energy}", expected="a share above 0 and up to 1"))
+        return found
+
+    @property
+    def most(self) -> int:
+        """The largest rank that a module can get."""
+        return self.max_rank if self.rank is None else self.rank
+
+    def choose(self, S_R: Float[Tensor, "R"], total: float) -> int:
+        """The rank for one module.
+
+        Directions whose singular value is zero (to float32 rounding) are never kept, but one always is.
+
+        Args:
+            S_R: Singular values, descending.
+            total: The squared Frobenius norm of the whole update.
+        """
+        alive = int((_NULL * S_R[0] < S_R).sum())
+        wanted = self.most
+        if self.energy is not None and self.energy < 1:
+            held_R = S_R.double().square().cumsum(0)
+            wanted = min(wanted, int((held_R < self.energy * total).sum()) + 1)
+        return max(1, min(wanted, alive))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extraction:
+    """Settings of :func:`spectr.extraction.extract`.
+
+    Attributes:
+        rank: See :class:`Truncation`; so are ``energy`` and ``max_rank``.
+        energy: As above.
+        max_rank: As above.
+        method: ``exact`` computes each whole SVD; ``randomised`` only its first directions; ``auto`` takes the exact
+            one where it fits the memory and the smaller side of the matrix is at most 2048, beyond which it takes
+            minutes for a module.
+        oversampling: Of the randomised SVD: directions that it looks at beside those that are wanted.
+        power_iterations: Of the randomised SVD: passes that sharpen a spectrum which decays slowly.
+        seed: Of the randomised SVD; each module's random numbers depend on it and on the module's name alone.
+        max_memory: Bytes that tensors may take at any time (see docs/extraction.md), Python and torch not counted.
+        dtype: Of the factors that are written: ``bfloat16`` or ``float32``.
+        strict: Refuse where anything has changed that a LoRA expert cannot carry.
+
+    Raises:
+        ExtractionError: Settings out of range; all at once.
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+    max_rank: int = 128
+    method: Method = "auto"
+    oversampling: int = 10
+    power_iterations: int = 2
+    seed: int = 0
+    max_memory: int = 4 * GIB
+    dtype: str = "bfloat16"
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        raise_together("these settings cannot be used", self._faults(), ExtractionError)
+
+    @property
+    def truncation(self) -> Truncation:
+        """The part that says how many ranks."""
+        return Truncation(rank=self.rank, energy=self.energy, max_rank=self.max_rank)
+
+    def _faults(self) -> list[SpectrError]:
+        found = _truncation_faults(self.rank, self.energy, self.max_rank)
+        for name, value, known in (("method", self.method, get_args(Method)), ("dtype", self.dtype, DTYPES)):
+            if value not in known:
+                found.append(ExtractionError(f"{name} is '{value}'", expected=" or ".join(known)))
+        for name in ("oversampling", "power_iterations", "seed"):
+            if getattr(self, name) < 0:
+                found.append(ExtractionError(f"{name} is {getattr(self, name)}", expected="0 or more"))
+        if self.max_memory <= 0:
+            found.append(ExtractionError(f"max_memory is {self.max_memory}", expected="a number of bytes above 0"))
+        return found
+
+
+def _truncation_faults(rank: int | None, energy: float | None, max_rank: int) -> list[SpectrError]:
+    try:
+        Truncation(rank=rank, energy=energy, max_rank=max_rank)
+    except SpectrError as fault:
+        return [fault]
+    return []
+
+
+def shown_bytes(count: float) -> str:
+    """A number of bytes for people: 12.3 MiB."""
+    power = min(3, max(0, int(math.log(max(count, 1), 1024))))
+    return f"{count / 1024**power:.1f} {('bytes', 'KiB', 'MiB', 'GiB')[power]}"
