@@ -11,7 +11,7 @@ from spectr.errors import SpectrError
 from spectr.evaluation.experiments import EXPERIMENTS, Result
 from spectr.evaluation.finding import Finding, over_runs
 from spectr.evaluation.shares import in_words, mean_share
-from spectr.evaluation.summary import summary
+from spectr.evaluation.summary import summary, tradeoff
 from spectr.library import ExpertLibrary
 from text_model import save_experts, save_rows
 
@@ -90,6 +90,23 @@ def test_without_routing_there_is_no_summary():
     assert summary([result("costs")]) is None
 
 
+def test_quality_against_cost_puts_experiments_together():
+    row = {"flops": 5.0, "formula": 5, "probe": 0}
+    costs = result("costs", base=100.0, routers={"r": row, "cheap": {**row, "flops": 1.0}, "only here": row})
+    held = {
+        "r": {"share": 0.9, "error": 0.01},
+        "cheap": {"share": 1.0, "error": 0.0},
+        "base": {"share": 0.5, "error": 0.1},
+    }
+    gains = {"r": {"gain": 0.02, "error": 0.01}}
+    found = tradeoff([costs, result("multitask", methods=held), result("heldout", methods=gains)])
+    assert found is not None
+    assert found.rows == [["r", "5.0%", "90.0% ± 1.0%", "+2.0 ± 1.0"], ["cheap", "1.0%", "100%", ""]]
+    assert found.data["points"]["r"] == {"cost": 0.05, "held_in": [0.9, 0.01], "held_out": [0.02, 0.01]}
+    assert found.data["base"] == 0.5
+    assert tradeoff([costs]) is None
+
+
 # What the command is asked
 
 
@@ -117,9 +134,9 @@ def ask(world, experiment, tasks=("amber", "blue"), **more):
 
 def test_all_leaves_out_what_lacks_its_needs_and_says_so(world):
     asked = ask(world, "all", tasks=["amber"])
-    assert set(ORDER) - set(asked.experiments) == {"wording", "mixed", "ranks"}
+    assert set(ORDER) - set(asked.experiments) == {"wording", "mixed", "ranks", "heldout"}
     told = {remark.split(":")[0] for remark in asked.remarks}
-    assert told == {"wording is left out", "mixed is left out", "ranks is left out"}
+    assert told == {f"{name} is left out" for name in ("wording", "mixed", "ranks", "heldout")}
 
 
 @pytest.mark.parametrize(

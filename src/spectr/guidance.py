@@ -87,6 +87,9 @@ class QueryGuide:
         self.instructions: dict[str, str] = {}
         self._vectors: dict[str, Tensor] = {}
 
+    def __str__(self) -> str:
+        return f"QueryGuide(write={self.write}, per={self.per})"
+
     @staticmethod
     def of(model: Any, tokenizer: Any, **options: Any) -> QueryGuide:
         """The base model itself writes, and the default embedder embeds."""

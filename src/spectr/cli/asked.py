@@ -21,12 +21,14 @@ ORDER = (
     "routing",
     "ranks",
     "multitask",
+    "heldout",
     "wording",
     "mixed",
     "robustness",
+    "agreement",
     "costs",
 )
-COMPARING = frozenset(ORDER) - {"quality", "similarity"}  # experiments that have routers to choose from
+COMPARING = frozenset(ORDER) - {"quality", "similarity", "agreement"}  # experiments that have routers to choose from
 _RANKED = re.compile(r"(.+)-r(\d+)")
 
 
@@ -39,6 +41,7 @@ class Asked:
         library: The experts.
         tasks: Each with its examples.
         reworded: By task the same examples in each of its paraphrases.
+        held_out: As ``tasks``, of which the library has no expert.
         ranks: By rank a library of experts.
         companions: (case, expert, adapter folder) of each adapter that takes an expert's place.
         remarks: What was left out, and why.
@@ -48,6 +51,7 @@ class Asked:
     library: ExpertLibrary
     tasks: Mapping[str, tuple[Task, Sequence[Example]]]
     reworded: Mapping[str, Sequence[Sequence[Example]]]
+    held_out: Mapping[str, tuple[Task, Sequence[Example]]]
     ranks: Mapping[int, ExpertLibrary]
     companions: Sequence[tuple[str, str, Path]]
     remarks: Sequence[str]
@@ -73,6 +77,17 @@ class Asked:
         """
         if experiment not in (*ORDER, "all"):
             raise DataError(f"unknown experiment '{experiment}'", do=did_you_mean(experiment, (*ORDER, "all")))
+        if experiment == "heldout":
+            return Asked(
+                experiments=[experiment],
+                library=library,
+                tasks={},
+                reworded={},
+                held_out=_held_out(tasks, library, data_root, limit),
+                ranks={},
+                companions=(),
+                remarks=(),
+            )
         chosen = _tasks(tasks, letters)
         if tasks:
             _check_experts(chosen, library)
@@ -94,6 +109,12 @@ class Asked:
         why = {"wording": _no_paraphrases(letters) if not any(reworded.values()) else None}
         why["mixed"] = None if len(owned) > 1 or not read else _ONE_TASK
         why["ranks"] = None if ranks else _NO_RANKS
+        held_out: dict[str, tuple[Task, Sequence[Example]]] = {}
+        if experiment == "all":
+            try:
+                held_out = _held_out((), library, data_root, limit)
+            except SpectrError as error:
+                why["heldout"] = (error.given, "")
         names: list[str] = [*ORDER] if experiment == "all" else [experiment]
         for name in [name for name in names if why.get(name)]:
             reason, do = why[name] or ("", "")
@@ -106,6 +127,7 @@ class Asked:
             library=library,
             tasks=read,
             reworded=reworded,
+            held_out=held_out,
             ranks=_ranks(ranks) if ranks and "ranks" in names else {},
             companions=_companions(companions, library),
             remarks=remarks,
@@ -132,6 +154,33 @@ def _tasks(names: Sequence[str], letters: bool) -> list[Task]:
     if names:
         found = [Task.load(name) if name.endswith((".yaml", ".yml")) else Task.shipped(name) for name in names]
     return [task.lettered() for task in found] if letters else found
+
+
+def _held_out(
+    names: Sequence[str], library: ExpertLibrary, root: str | None, limit: int | None
+) -> dict[str, tuple[Task, Sequence[Example]]]:
+    """The held-out tasks that were named, or those that come with the package and have no expert in the library."""
+    from spectr.tasks import Task, heldout_tasks
+
+    if names:
+        tasks = [Task.load(name) if name.endswith((".yaml", ".yml")) else Task.shipped(name) for name in names]
+    else:
+        tasks = [task for task in heldout_tasks().values() if (task.expert or task.name) not in library]
+    owned = [task.name for task in tasks if (task.expert or task.name) in library]
+    if owned:
+        raise DataError(
+            f"{library.origin} has an expert of its own for {', '.join(owned)}",
+            expected="tasks that no expert was trained on",
+            do="name other tasks, or a library without these experts",
+        )
+    found, problems = {}, []
+    for task in tasks:
+        try:
+            found[task.name] = (task, _examples(task, root, limit))
+        except SpectrError as error:
+            problems.append(error)
+    raise_together("held-out tasks", problems, DataError)
+    return found
 
 
 def _check_experts(tasks: Sequence[Task], library: ExpertLibrary) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -118,6 +121,15 @@ def make_guide(
     if writer == "none":
         return QueryGuide(tokenizer, embed)
     return QueryGuide(tokenizer, embed, open_writer(writer, dtype) if writer else LocalWriter(model, tokenizer))
+
+
+def guide_maker(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, writer: str | None, dtype: str
+) -> Callable[[], QueryGuide] | None:
+    """What makes a guide when one is needed first, always the same one; ``None`` where nothing can embed."""
+    if find_spec("sentence_transformers") is None:
+        return None
+    return cache(lambda: make_guide(model, tokenizer, writer, None, dtype))
 
 
 def tell_guide(routed: Routed) -> None:

@@ -50,6 +50,12 @@ def evaluate(
     seeds: Annotated[
         int, typer.Option(help="Measure calibrated routers with so many calibrations of their own; 0: the library's.")
     ] = 0,
+    writer: Annotated[
+        str | None,
+        typer.Option(
+            help="Who writes GLIDER's instructions: a model, http(s)://host/v1#MODEL, none; or the base model."
+        ),
+    ] = None,
     ranks: Annotated[
         Path | None,
         typer.Option(help='Of "ranks": a folder of adapters EXPERT-rRANK, as sst2-r16.', rich_help_panel=_OTHERS),
@@ -94,13 +100,17 @@ def evaluate(
         "router": router,
         "limit": limit,
         "seeds": seeds,
+        "writer": writer,
         "ranks": ranks,
         "companion": companion,
     }
     _ = asked.library.calibration
     base, tokenizer = open_model(model, dtype)
 
+    from spectr.cli.describe import guide_maker
     from spectr.evaluation.experiments import EXPERIMENTS, Bench
+
+    guide = guide_maker(base, tokenizer, writer, dtype)
 
     for name in asked.experiments:
         with bar() as advance:
@@ -115,6 +125,8 @@ def evaluate(
                 seeds=tuple(range(seeds)),
                 ranks=asked.ranks,
                 companions=asked.companions,
+                held_out=asked.held_out,
+                guide=guide,
                 progress=advance,
             )
             bench.check()
@@ -139,7 +151,7 @@ def report(
     [dim]spectr evaluate all --data-root data --limit 50 && spectr report[/]
     """
     from spectr.evaluation.experiments import Result
-    from spectr.evaluation.summary import summary
+    from spectr.evaluation.summary import summary, tradeoff
     from spectr.plots.report import write_report
 
     found = [folder / f"{name}.json" for name in ORDER if (folder / f"{name}.json").is_file()]
@@ -153,12 +165,12 @@ def report(
             raise DataError(
                 f"{path} is no result of spectr evaluate ({error})", do="delete it and run again"
             ) from error
-    together = summary(results)
-    if together:
-        _show(together)
+    together = [result for result in (summary(results), tradeoff(results)) if result]
+    for result in together:
+        _show(result)
     model = results[-1].origin.get("model", "")
     where = write_report(
-        [*([together] if together else []), *results],
+        [*together, *results],
         page or folder / "report.html",
         title=f"SpectR on {model}: {len(results[-1].origin.get('experts', {}))} experts",
     )

@@ -40,3 +40,20 @@ def mean_share(method: Mapping[str, Sequence[float]], own: Mapping[str, Sequence
     if not ratios:
         return Measurement(value=float("nan"), error=float("nan"), count=0)
     return Measurement(value=sum(ratios) / len(ratios), error=sqrt(sum(variances)) / len(ratios), count=count)
+
+
+def mean_difference(method: Mapping[str, Sequence[float]], other: Mapping[str, Sequence[float]]) -> Measurement:
+    """Mean over tasks of ``mean(method) - mean(other)``, with a paired standard error.
+
+    Args:
+        method: By task the score of each example, from 0 to 1.
+        other: The same examples in the same order.
+    """
+    each = [
+        Measurement.of([m - o for m, o in zip(method[task], scores, strict=True)]) for task, scores in other.items()
+    ]
+    return Measurement(
+        value=sum(m.value for m in each) / len(each),
+        error=sqrt(sum(m.error**2 for m in each)) / len(each),
+        count=sum(m.count for m in each),
+    )

@@ -50,6 +50,44 @@ def summary(results: Sequence[Result]) -> Result | None:
     )
 
 
+def tradeoff(results: Sequence[Result]) -> Result | None:
+    """Quality against cost, held-in and held-out, of the routers that "costs" and "multitask" both measured."""
+    found = {result.name: result for result in results}
+    if not {"costs", "multitask"} <= set(found):
+        return None
+    costs, held_in = found["costs"].data, found["multitask"].data["methods"]
+    held_out = found["heldout"].data["methods"] if "heldout" in found else {}
+    points, rows = {}, []
+    for label, cost in costs["routers"].items():
+        if label not in held_in:
+            continue
+        inside, outside = held_in[label], held_out.get(label)
+        points[label] = {
+            "cost": cost["flops"] / costs["base"],
+            "held_in": [inside["share"], inside["error"]],
+            "held_out": [outside["gain"], outside["error"]] if outside else None,
+        }
+        gained = f"{100 * outside['gain']:+.1f} ± {100 * outside['error']:.1f}" if outside else ""
+        share = _cell((inside["share"], inside["error"]))
+        rows.append([label, f"{points[label]['cost']:.1%}", share, gained])
+    used = [name for name in ("costs", "multitask", "heldout") if name in found]
+    headings = ("router", "arithmetic added to a token", "held-in, share of the own expert's accuracy")
+    return Result(
+        name="tradeoff",
+        title="Quality against cost",
+        source="out of the experiments below",
+        columns=[*headings, "held-out, points over the base model"],
+        rows=rows,
+        data={"points": points, "base": held_in["base"]["share"]},
+        notes=[
+            "Arithmetic by token while an answer is written, as a share of the base model's. What is spent once, "
+            "before an answer (the calibrated routers' probe, GLIDER's instruction), is in 'costs'. ± one standard "
+            "error."
+        ],
+        origin={"commands": [found[name].origin.get("command", "") for name in used]},
+    )
+
+
 def _other(found: Mapping[str, Result], router: str) -> list[Any]:
     return [_value(found, "multitask", router, "share"), _value(found, "wording", router, "first")]
 

@@ -34,6 +34,9 @@ class LocalWriter:
         self.model, self.tokenizer, self.max_new_tokens, self.batch_size = model, tokenizer, max_new_tokens, batch_size
         self.written = 0
 
+    def __str__(self) -> str:
+        return f"LocalWriter({os.path.basename(str(self.model.config.name_or_path))}, {self.max_new_tokens} tokens)"
+
     def __call__(self, prompts: Sequence[str]) -> list[str]:
         """One text for each prompt."""
         texts: list[str] = []
@@ -61,6 +64,9 @@ class EndpointWriter:
             raise MissingExtraError("asking an endpoint", "glider") from error
         self.url, self.model, self.max_new_tokens, self.written = url, model, max_new_tokens, 0
         self.client = OpenAI(base_url=url, api_key=api_key or os.environ.get("OPENAI_API_KEY") or "none")
+
+    def __str__(self) -> str:
+        return f"EndpointWriter({self.url}, {self.model}, {self.max_new_tokens} tokens)"
 
     def __call__(self, prompts: Sequence[str]) -> list[str]:
         """One text for each prompt.

@@ -7,24 +7,19 @@ import textwrap
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import matplotlib as mpl
 import numpy as np
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
 
-from spectr.errors import MissingExtraError
+from spectr.plots.axes import GREY, legend_below, percent
+from spectr.plots.family import agreement, heldout, tradeoff
 from spectr.plots.palette import colours
-
-try:
-    import matplotlib as mpl
-    from matplotlib.axes import Axes
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch, Rectangle
-except ImportError as error:
-    raise MissingExtraError("drawing pictures", "plots") from error
 
 if TYPE_CHECKING:
     from spectr.evaluation.experiments import Result
 
-_GREY = "#8a8f98"
 _FAMILIES = [
     f"{name}{weights}"
     for weights in ("", ", weights softmax")
@@ -51,7 +46,7 @@ def _quality(data: dict[str, Any]) -> Figure:
     drawn = Figure(figsize=(2 + 0.75 * len(tasks), 3.6), layout="constrained")
     axes = drawn.subplots()
     place = np.arange(len(tasks))
-    for shift, key, label, colour in ((-0.2, "base", "base model", _GREY), (0.2, "expert", "own expert", "#4a7fd6")):
+    for shift, key, label, colour in ((-0.2, "base", "base model", GREY), (0.2, "expert", "own expert", "#4a7fd6")):
         values, errors = np.array(data[key]) * 100, np.array(data[f"{key}_error"]) * 100
         axes.bar(place + shift, values, 0.38, yerr=errors, capsize=2, label=label, color=colour)
     known = [(i, share) for i, share in enumerate(data["majority"]) if share is not None]
@@ -59,8 +54,8 @@ def _quality(data: dict[str, Any]) -> Figure:
         label = None if number else "majority class"
         axes.plot([i - 0.42, i + 0.42], [share * 100] * 2, color="black", lw=1.2, ls=":", label=label)
     axes.set_xticks(place, tasks, rotation=30, ha="right")
-    _percent(axes, "accuracy, %")
-    _legend_below(drawn, axes)
+    percent(axes, "accuracy, %")
+    legend_below(drawn, axes)
     return drawn
 
 
@@ -102,8 +97,8 @@ def _routing(data: dict[str, Any]) -> Figure:
     left.axhline(100 / len(data["experts"]), color="black", ls=":", lw=1)
     left.set_xticks(place, tasks, rotation=30, ha="right")
     left.set_title("prompts whose expert is found", fontsize=10)
-    _percent(left, "prompts, %")
-    _legend_below(drawn, left)
+    percent(left, "prompts, %")
+    legend_below(drawn, left)
     left.set_ylim(0, 105)
     right.set_xlabel("cosine to the nearest other expert")
     right.set_title("right expert among four, by task similarity", fontsize=10)
@@ -119,7 +114,7 @@ def _multitask(data: dict[str, Any]) -> Figure:
     left, right = drawn.subplots(1, 2, width_ratios=[3, 2], sharex=False)
     names = list(shown)
     shares = [shown[name]["share"] * 100 for name in names]
-    kinds = [_GREY if name in ("base", "its own expert") else "#4a7fd6" for name in names]
+    kinds = [GREY if name in ("base", "its own expert") else "#4a7fd6" for name in names]
     kinds = ["#e69f00" if name.startswith("calibrated") else kind for name, kind in zip(names, kinds, strict=True)]
     errors = [shown[name]["error"] * 100 for name in names]
     left.barh(range(len(names)), shares, xerr=errors, color=kinds, capsize=2)
@@ -202,8 +197,8 @@ def _ranks(data: dict[str, Any]) -> Figure:
         axes.set_xticks(ranks, [str(rank) for rank in ranks])
         axes.set_ylim(0, 105)
         axes.set_xlabel("rank of the experts")
-        _percent(axes, label)
-    _legend_below(drawn, drawn.axes[0])
+        percent(axes, label)
+    legend_below(drawn, drawn.axes[0])
     return drawn
 
 
@@ -219,8 +214,8 @@ def _mixed(data: dict[str, Any]) -> Figure:
         axes.bar(place + shift, shares, width, yerr=errors, capsize=2, label=router, color=palette[router])
     axes.set_xticks(place, ["both experts are\nthe first two", "one of them is", "their share of the work"])
     axes.set_ylim(0, 105)
-    _percent(axes, "%")
-    _legend_below(drawn, axes)
+    percent(axes, "%")
+    legend_below(drawn, axes)
     return drawn
 
 
@@ -235,8 +230,8 @@ def _wording(data: dict[str, Any]) -> Figure:
         axes.bar(place + (number - (len(routers) - 1) / 2) * width, shares, width, label=router, color=palette[router])
     axes.set_xticks(place, tasks, rotation=30, ha="right")
     axes.set_ylim(0, 105)
-    _percent(axes, "prompts whose expert is found, %")
-    _legend_below(drawn, axes)
+    percent(axes, "prompts whose expert is found, %")
+    legend_below(drawn, axes)
     return drawn
 
 
@@ -254,8 +249,8 @@ def _robustness(data: dict[str, Any]) -> Figure:
             axes.bar(place + shift, shares, width, label=router, color=palette[router])
         axes.set_xticks(place, ["\n".join(textwrap.wrap(name, 16)) for name in cases], fontsize=7)
         axes.set_ylim(0, 105)
-        _percent(axes, label)
-    _legend_below(drawn, drawn.axes[0])
+        percent(axes, label)
+    legend_below(drawn, drawn.axes[0])
     return drawn
 
 
@@ -264,7 +259,7 @@ def _costs(data: dict[str, Any]) -> Figure:
     drawn = Figure(figsize=(7, 1.2 + 0.5 * len(routers)), layout="constrained")
     axes = drawn.subplots()
     place = np.arange(len(routers))
-    for shift, key, label, colour in ((-0.2, "formula", "formula", _GREY), (0.2, "flops", "measured", "#4a7fd6")):
+    for shift, key, label, colour in ((-0.2, "formula", "formula", GREY), (0.2, "flops", "measured", "#4a7fd6")):
         axes.barh(
             place + shift, [row[key] / data["base"] * 100 for row in routers.values()], 0.38, label=label, color=colour
         )
@@ -275,18 +270,6 @@ def _costs(data: dict[str, Any]) -> Figure:
     return drawn
 
 
-def _legend_below(drawn: Figure, axes: Axes) -> None:
-    """One legend for the whole figure, where it covers nothing."""
-    handles, labels = axes.get_legend_handles_labels()
-    drawn.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
-
-
-def _percent(axes: Axes, label: str) -> None:
-    axes.set_ylabel(label)
-    axes.grid(axis="y", alpha=0.3)
-    axes.set_axisbelow(True)
-
-
 _DRAW: dict[str, Callable[[dict[str, Any]], Figure]] = {
     "quality": _quality,
     "similarity": _similarity,
@@ -294,6 +277,9 @@ _DRAW: dict[str, Callable[[dict[str, Any]], Figure]] = {
     "routing": _routing,
     "ranks": _ranks,
     "multitask": _multitask,
+    "heldout": heldout,
+    "tradeoff": tradeoff,
+    "agreement": agreement,
     "wording": _wording,
     "mixed": _mixed,
     "robustness": _robustness,

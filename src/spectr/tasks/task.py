@@ -154,7 +154,7 @@ class Task(BaseModel):
     @staticmethod
     def shipped(name: str) -> Task:
         """One of the tasks that come with the package, by name."""
-        tasks = shipped_tasks()
+        tasks = {**heldout_tasks(), **shipped_tasks()}
         if name not in tasks:
             raise DataError(f"unknown task '{name}'", do=did_you_mean(name, tasks))
         return tasks[name]
@@ -248,8 +248,18 @@ def _validated(fields: dict[str, Any], what: str) -> Task:
 
 @cache
 def shipped_tasks() -> dict[str, Task]:
-    """The tasks that come with the package, by name, in alphabetical order."""
-    folder = resources.files("spectr.tasks") / "shipped"
+    """The tasks that come with the package and have an expert there, by name, in alphabetical order."""
+    return _tasks_in("shipped")
+
+
+@cache
+def heldout_tasks() -> dict[str, Task]:
+    """The tasks that come with the package and that none of its experts was trained on, likewise."""
+    return _tasks_in("heldout")
+
+
+def _tasks_in(part: str) -> dict[str, Task]:
+    folder = resources.files("spectr.tasks") / part
     files = sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
     tasks = [Task.model_validate(yaml.safe_load(f.read_text(encoding="utf-8"))) for f in files]
     return {task.name: task for task in tasks}

@@ -1,7 +1,9 @@
 """The paper's experiments, one file each; a new one is a file and a line here."""
 
+from spectr.evaluation.experiments.agreement import agreement
 from spectr.evaluation.experiments.base import Bench, Result
 from spectr.evaluation.experiments.costs import costs
+from spectr.evaluation.experiments.heldout import heldout
 from spectr.evaluation.experiments.mixed import mixed
 from spectr.evaluation.experiments.multitask import multitask
 from spectr.evaluation.experiments.quality import quality
@@ -19,9 +21,11 @@ EXPERIMENTS = {
     "routing": routing,
     "ranks": ranks,
     "multitask": multitask,
+    "heldout": heldout,
     "wording": wording,
     "mixed": mixed,
     "robustness": robustness,
+    "agreement": agreement,
     "costs": costs,
 }
 

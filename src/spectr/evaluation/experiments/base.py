@@ -14,9 +14,10 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from spectr.adapters import GATES_FILE, has_gates
 from spectr.calibration import calibrate
 from spectr.combine import NEEDS_EQUAL_RANKS
-from spectr.composition import Routed, compose
+from spectr.composition import Guide, Routed, compose
 from spectr.errors import DataError, SpectrError, raise_together
 from spectr.evaluation.encode import encode_examples
 from spectr.evaluation.finding import Finding, find_experts, over_runs
@@ -25,7 +26,7 @@ from spectr.evaluation.score import Measurement, score_examples, score_of
 from spectr.hashing import known_sha256
 from spectr.library import Calibration, ExpertLibrary
 from spectr.models.text import context_length, encode_prompt, shared_prefix
-from spectr.routers import Router, get_router
+from spectr.routers import GuidedRouter, Router, get_router
 from spectr.tasks import Example, Task
 
 Progress = Callable[[str, int, int, str], None]
@@ -82,6 +83,9 @@ class Bench:
         only: Names of the routers to compare; all of an experiment's if empty.
         seeds: Of the calibrations that calibrated routers are measured with; the library's own alone if empty.
         ranks: By rank a library of the same tasks' experts.
+        held_out: As ``tasks``, of which the library has no expert; for "heldout".
+        ownerless: Whether ``tasks`` may have no expert in the library.
+        guide: Makes what compares prompts with descriptions, for guided routers; called once.
         companions: Adapters that "robustness" puts in the place of experts: (case, expert, folder).
         progress: Is told (phase, done, total, remark).
     """
@@ -96,11 +100,16 @@ class Bench:
     seeds: Sequence[int] = ()
     ranks: Mapping[int, ExpertLibrary] = field(default_factory=dict)
     companions: Sequence[tuple[str, str, Path]] = ()
+    held_out: Mapping[str, tuple[Task, Sequence[Example]]] = field(default_factory=dict)
+    ownerless: bool = False
+    guide: Callable[[], Guide] | None = None
     progress: Progress = lambda *_: None
 
     @property
     def owned(self) -> dict[str, tuple[Task, Sequence[Example]]]:
-        """The tasks whose expert is in the library."""
+        """The tasks whose expert is in the library; all of them, where they need none."""
+        if self.ownerless:
+            return dict(self.tasks)
         return {name: pair for name, pair in self.tasks.items() if (pair[0].expert or name) in self.library}
 
     def dealt(self) -> Bench:
@@ -119,7 +128,8 @@ class Bench:
     @contextmanager
     def routed(self, router: Router) -> Iterator[Routed]:
         """The model composed while the block runs."""
-        routed = compose(self.model, self.library, router)
+        guide = self.guide() if self.guide is not None and isinstance(router, GuidedRouter) else None
+        routed = compose(self.model, self.library, router, guide=guide)
         try:
             yield routed
         finally:
@@ -211,11 +221,22 @@ class Bench:
             max_new_tokens=about.max_new_tokens,
             decision=routed.prompt if routed else None,
             keep=self.folder / "records" / f"{task}{_form(about)}--{method}.jsonl",
-            origin={**self.origin(), "router": str(routed.router) if routed else None, "task": about.version},
+            origin={**self.origin(), **self._needed_by(routed), "task": about.version},
             name=task,
             progress=advance,
         )
         return [score_of(record) for record in records]
+
+    def _needed_by(self, routed: Routed | None) -> dict[str, Any]:
+        """What a router's results depend on beside the experts' weights."""
+        facts: dict[str, Any] = {"router": str(routed.router) if routed else None}
+        if routed and getattr(routed.router, "gated", False):
+            files = {name: self.library[name].weights.parent / GATES_FILE for name in routed.experts}
+            facts["gates"] = {name: known_sha256(file)[:16] for name, file in files.items()}
+        if routed and isinstance(routed.router, GuidedRouter):
+            facts["descriptions"] = dict(self.library.descriptions)
+            facts["guide"] = str(routed.guide)
+        return facts
 
     def check(self) -> None:
         """Raise :class:`DataError` where a task's examples cannot be scored with this model, for all tasks at once."""
@@ -275,19 +296,39 @@ class Bench:
 
 
 def routers_that_fit(names: Sequence[tuple[str, dict[str, Any]]], bench: Bench) -> list[tuple[str, Router]]:
-    """Routers with a label each; left out are those that ask for more experts, a calibration, or equal ranks."""
-    found, library, uneven = [], bench.library, _has_unequal_ranks(bench.library)
+    """Routers with a label each, less those for which the library lacks something (:func:`unfit_in_words`)."""
+    chosen = [(_label(name, options), get_router(name, **options)) for name, options in names if _is_asked(name, bench)]
+    return [(label, router) for label, router in chosen if _lacks(router, bench) is None]
+
+
+def unfit_in_words(names: Sequence[tuple[str, dict[str, Any]]], bench: Bench) -> list[str]:
+    """What is to be said of routers that were left out: which, and what the library lacks for them."""
+    found: dict[str, list[str]] = {}
     for name, options in names:
-        if bench.only and name not in bench.only:
-            continue
-        router = get_router(name, **options)
-        k = getattr(router, "top_k", 1)
-        if k > len(library) or (getattr(router, "calibrated", False) and library.calibration is None):
-            continue
-        if uneven and router.combination in NEEDS_EQUAL_RANKS:
-            continue
-        found.append((_label(name, options), router))
-    return found
+        lack = _lacks(get_router(name, **options), bench) if _is_asked(name, bench) else None
+        if lack:
+            found.setdefault(lack, []).append(_label(name, options))
+    return [f"Left out for lack of {lack}: {'; '.join(labels)}." for lack, labels in found.items()]
+
+
+def _is_asked(name: str, bench: Bench) -> bool:
+    return not bench.only or name in bench.only
+
+
+def _lacks(router: Router, bench: Bench) -> str | None:
+    """What a router needs and this bench does not have."""
+    library = bench.library
+    if getattr(router, "top_k", 1) > len(library):
+        return "experts"
+    if getattr(router, "calibrated", False) and library.calibration is None:
+        return "a calibration"
+    if router.combination in NEEDS_EQUAL_RANKS and _has_unequal_ranks(library):
+        return "equal ranks"
+    if getattr(router, "gated", False) and not all(has_gates(library[name]) for name in library):
+        return "trained gates"
+    if isinstance(router, GuidedRouter) and (bench.guide is None or set(library.names) - set(library.descriptions)):
+        return "descriptions, or of a model that embeds them"
+    return None
 
 
 def _has_unequal_ranks(library: ExpertLibrary) -> bool:

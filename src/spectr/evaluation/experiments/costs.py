@@ -6,18 +6,23 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from spectr.evaluation.experiments.base import Bench, Result, routers_that_fit
+from spectr.evaluation.experiments.base import Bench, Result, routers_that_fit, unfit_in_words
 from spectr.layers import RoutedLinear
 
 ROUTERS: list[tuple[str, dict[str, Any]]] = [
     ("arrow", {"top_k": 4}),
     ("spectr", {"top_k": 4}),
+    ("lag", {"shortlist": 3, "top_k": 1}),
+    ("phatgoose", {}),
+    ("glider", {}),
     ("mu", {}),
+    ("calibrated-prior", {"top_k": 1}),
     ("calibrated", {}),
 ]
-_TOKENS = 64
+SAMPLE_TOKENS = 64
 
 
 @torch.inference_mode()
@@ -28,23 +33,23 @@ def costs(bench: Bench) -> Result:
     """
     experts = [bench.library[name] for name in bench.library]
     stored = sum(expert.weights.stat().st_size for expert in experts)
-    ids = torch.arange(_TOKENS, device=bench.model.device)[None] % bench.model.config.get_text_config().vocab_size
-    base = _flops(lambda: bench.model(input_ids=ids, use_cache=False, logits_to_keep=1))
+    ids = sample_ids(bench)
+    base = count_flops(lambda: bench.model(input_ids=ids, use_cache=False, logits_to_keep=1))
     plain = sum(p.numel() * p.element_size() for p in bench.model.parameters())
-    rows = [["base model", f"{plain / 1e6:.1f}", "", f"{base / _TOKENS / 1e6:.1f}", "", ""]]
+    rows = [["base model", f"{plain / 1e6:.1f}", "", f"{base / SAMPLE_TOKENS / 1e6:.1f}", "", ""]]
     data = {}
     for done, (label, router) in enumerate(routers_that_fit(ROUTERS, bench), start=1):
         with bench.routed(router) as routed:
             layers = routed.layers
             held = sum(b.numel() * b.element_size() for layer in layers.values() for b in layer.buffers(recurse=False))
             if routed.prompt:
-                probe = _flops(lambda r=routed: r.prompt.decide(input_ids=ids))  # pyright: ignore[reportOptionalMemberAccess]
+                probe = count_flops(lambda r=routed: r.prompt.decide(input_ids=ids))  # pyright: ignore[reportOptionalMemberAccess]
                 routed.prompt.hold(routed.prompt.decide(input_ids=ids))
             else:
                 probe = 0
-            added = _flops(lambda: bench.model(input_ids=ids, use_cache=False, logits_to_keep=1)) - base
+            added = count_flops(lambda: bench.model(input_ids=ids, use_cache=False, logits_to_keep=1)) - base
             formula = sum(_formula(layer) for layer in layers.values())
-        row = {"memory": held, "flops": added / _TOKENS, "formula": formula, "probe": probe / _TOKENS}
+        row = {"memory": held, "flops": added / SAMPLE_TOKENS, "formula": formula, "probe": probe / SAMPLE_TOKENS}
         data[label] = row
         rows.append(
             [
@@ -67,30 +72,53 @@ def costs(bench: Bench) -> Result:
             "added by formula, MFLOP a token",
             "measured, MFLOP a token",
             "of the base model",
-            "once a prompt token, MFLOP",
+            "once a prompt, MFLOP by its token",
         ],
         rows=rows,
-        data={"stored": stored, "base": base / _TOKENS, "routers": data, "memory": plain},
+        data={"stored": stored, "base": base / SAMPLE_TOKENS, "routers": data, "memory": plain},
         notes=[
             f"The library takes {stored / 1e6:.1f} MB on disk for {len(experts)} experts.",
             "Formula: 2 P I for all scores and 2 O P for the updates of a module with I inputs, O outputs and P ranks "
             "in all, as it is computed now (the weights of experts that were not chosen are zero, their products are "
             "made); for prototypes 2 E I more, for unequal ranks 2 P E; held, the chosen experts' P alone. "
+            "LAG: 2 E I, and 2 R I for each of its shortlist and 2 R O for each chosen expert. "
             "One multiply-add counts as 2. Attention's own cost is in the base model's measurement.",
+            "Once a prompt: what is spent before the answer, by token of a prompt of "
+            f"{SAMPLE_TOKENS}: the probe of the calibrated routers, and GLIDER's instruction, which the base model "
+            "writes, whatever the prompt's length (its embedding, by another model, is not counted). Before a model's "
+            "first prompt the calibrated routers also read the calibration's texts once, "
+            f"{_usual_tokens(bench)} tokens here.",
+            *unfit_in_words(ROUTERS, bench),
         ],
         origin=bench.origin(),
     )
 
 
-def _flops(run: Callable[[], Any]) -> int:
+def sample_ids(bench: Bench) -> Tensor:
+    """Tokens to count operations on, (1, SAMPLE_TOKENS)."""
+    words = bench.model.config.get_text_config().vocab_size
+    return torch.arange(SAMPLE_TOKENS, device=bench.model.device)[None] % words
+
+
+def count_flops(run: Callable[[], Any]) -> int:
+    """Operations that a call makes; one multiply-add counts as 2."""
     with FlopCounterMode(display=False) as counter:
         run()
     return int(counter.get_total_flops())
 
 
 def _formula(layer: RoutedLinear) -> int:
+    if layer.shortlists:
+        scored, taken = layer.router.shortlist, layer.router.top_k  # pyright: ignore[reportAttributeAccessIssue]
+        count, rank = len(layer.experts), len(layer.owner_P) / len(layer.experts)  # of unequal ranks their mean
+        chosen = rank * (min(scored, count) * layer.in_features + min(taken, count) * layer.out_features)
+        return round(2 * (count * layer.in_features + chosen))
     if layer.held is not None:
         return 2 * (layer.held.A_PI.numel() + layer.held.B_OP.numel())
     prototypes = 0 if layer.prototypes_EI is None else layer.prototypes_EI.numel()
     summing = 0 if layer.common_rank else len(layer.A_PI) * len(layer.experts)
     return 2 * (layer.A_PI.numel() + layer.B_OP.numel() + prototypes + summing)
+
+
+def _usual_tokens(bench: Bench) -> int:
+    return int(bench.library.calibration.real.sum()) if bench.library.calibration else 0

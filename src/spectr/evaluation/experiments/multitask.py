@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from spectr.evaluation.experiments.base import Bench, Result, routers_that_fit
+from spectr.evaluation.experiments.base import Bench, Result, routers_that_fit, unfit_in_words
 from spectr.evaluation.score import Measurement
 from spectr.evaluation.shares import in_words, mean_share
 from spectr.routers import Oracle
@@ -19,6 +19,12 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("spectr-projection", {"top_k": 1}),
     *((name, {"top_k": k}) for name in _FAMILY for k in _KS),
     *((name, {"weights": "softmax", "top_k": k}) for name in _FAMILY for k in _KS),
+    ("spectr", {"combine": "ties", "top_k": 4}),
+    ("lag", {"shortlist": 3, "top_k": 1}),
+    ("phatgoose", {}),
+    ("glider", {}),
+    ("glider-global", {}),
+    ("glider-spectr", {}),
     ("calibrated-token", {"top_k": 1}),
     ("calibrated-token", {"top_k": 4}),
     ("calibrated-prior", {"top_k": 1}),
@@ -68,6 +74,7 @@ def multitask(bench: Bench) -> Result:
             "Accuracy by task, and the mean over tasks of accuracy divided by that of the task's own expert on the "
             "same examples. ± one standard error of that share, over the differences between method and expert example "
             f"by example. {bench.seeds_in_words()}",
+            *unfit_in_words(METHODS, bench),
             *bench.remarks(),
         ],
         origin=bench.origin(),

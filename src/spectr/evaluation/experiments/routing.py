@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from spectr.evaluation.experiments.base import Bench, Result, percent, routers_that_fit, seeds_note
+from spectr.evaluation.experiments.base import Bench, Result, percent, routers_that_fit, seeds_note, unfit_in_words
 from spectr.evaluation.finding import over_runs
 from spectr.evaluation.similarity import cosines, mean_cosines
 
@@ -14,6 +14,9 @@ ROUTERS: list[tuple[str, dict[str, Any]]] = [
     ("arrow", {"top_k": 4}),
     ("spectr", {"top_k": 4}),
     ("spectr-projection", {"top_k": 4}),
+    ("lag", {"shortlist": 3, "top_k": 1}),
+    ("phatgoose", {}),
+    ("glider", {}),
     ("calibrated-token", {"top_k": 1}),
     ("calibrated", {}),
 ]
@@ -63,6 +66,7 @@ def routing(bench: Bench) -> Result:
             "once for the prompt, by its evidence, and that holds for all of its tokens. ± one standard error over "
             "prompts.",
             *notes,
+            *unfit_in_words(ROUTERS, bench),
             *bench.remarks(),
         ],
         origin=bench.origin(),

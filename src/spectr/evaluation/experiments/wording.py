@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from spectr.evaluation.experiments.base import Bench, Result, percent, routers_that_fit, seeds_note
+from spectr.evaluation.experiments.base import Bench, Result, percent, routers_that_fit, seeds_note, unfit_in_words
 from spectr.evaluation.finding import over_runs
 from spectr.evaluation.shares import in_words, mean_share
 from spectr.routers import Oracle
@@ -12,6 +12,9 @@ from spectr.routers import Oracle
 ROUTERS: list[tuple[str, dict[str, Any]]] = [
     ("arrow", {"top_k": 4}),
     ("spectr", {"top_k": 4}),
+    ("lag", {"shortlist": 3, "top_k": 1}),
+    ("phatgoose", {}),
+    ("glider", {}),
     ("calibrated", {}),
 ]
 
@@ -57,6 +60,7 @@ def wording(bench: Bench) -> Result:
             "share of the right expert's on the same words, mean over tasks. ± one standard error over prompts, for "
             "shares over the differences between method and expert example by example.",
             *notes,
+            *unfit_in_words(ROUTERS, bench),
             *bench.remarks(),
         ],
         origin=bench.origin(),

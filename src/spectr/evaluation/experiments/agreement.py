@@ -1,0 +1,134 @@
+"""Cheaper ways to the spectral choice: how often LAG and SEQR choose as the full score does, and the cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.functional import linear
+
+from spectr.evaluation.experiments.base import Bench, Result
+from spectr.evaluation.experiments.costs import SAMPLE_TOKENS, count_flops, sample_ids
+from spectr.layers import RoutedLinear
+from spectr.library import ExpertLibrary
+from spectr.models.generate import encode_batch
+from spectr.models.text import context_length
+from spectr.routers import Lag, Router, Seqr, Spectr
+
+_SIZES = (1, 2, 3, 4, 6, 8, 16, 32)
+Check = Callable[[RoutedLinear, Tensor], dict[str, Tensor]]
+
+
+@torch.inference_mode()
+def agreement(bench: Bench) -> Result:
+    """For LAG by length of its shortlist, and for SEQR among experts that share their input factor.
+
+    Source: LoRA-Augmented Generation and SEQR (both Fleshman and Van Durme, 2025).
+    """
+    experts = len(bench.library)
+    sizes = [size for size in _SIZES if size < experts]
+    bench.progress("agreement", 0, 2, "LAG")
+    hits = _agreeing(bench, Lag(shortlist=experts), lambda layer, x: _shortlisted(layer, x, sizes))
+    full = _added(bench, Spectr(top_k=1))
+    rows, data = [], {}
+    for size in sizes:
+        flops = _added(bench, Lag(shortlist=size))
+        share = hits[str(size)]
+        rows.append([f"lag, shortlist {size}", f"{share:.1%}", f"{flops / 1e6:.2f}", f"{flops / full:.2f}"])
+        data[f"lag, shortlist {size}"] = {"agreement": share, "flops": flops / full}
+    rows.append(["spectr, k 1", "", f"{full / 1e6:.2f}", "1.00"])
+    bench.progress("agreement", 1, 2, "SEQR")
+    with tempfile.TemporaryDirectory() as folder:
+        shared = dataclasses.replace(bench, library=_with_one_A(bench.library, Path(folder)))
+        found = _agreeing(shared, Seqr(), _by_the_whole_factor)
+        flops, whole = _added(shared, Seqr()), _added(shared, Spectr(top_k=1))
+    rows.append(["seqr, experts that share A", f"{found['first']:.1%}", f"{flops / 1e6:.2f}", f"{flops / whole:.2f}"])
+    data["seqr, experts that share A"] = {"agreement": found["first"], "flops": flops / whole}
+    bench.progress("agreement", 2, 2, "")
+    return Result(
+        name="agreement",
+        title="Cheaper ways to the same choice",
+        source="LAG and SEQR (Fleshman and Van Durme, 2025)",
+        columns=["router", "same first choice as the full score", "added, MFLOP a token", "of SpectR's"],
+        rows=rows,
+        data={"routers": data, "experts": experts},
+        notes=[
+            "Share of tokens and modules, over the tasks' prompts, where the expert with the largest ||delta_t x|| is "
+            "chosen too. Every layer is asked about the inputs that it has under the full score. "
+            f"Arithmetic measured on {SAMPLE_TOKENS} tokens, scores and updates together, one expert a token.",
+            "SEQR needs experts that share A: here each has its own B with the first expert's A, which says nothing of "
+            "their quality and is no use for answers. Its score is the full one, so that it agrees but for rounding.",
+            *bench.remarks(),
+        ],
+        origin=bench.origin(),
+    )
+
+
+def _agreeing(bench: Bench, router: Router, check: Check) -> dict[str, float]:
+    """Shares of tokens and modules for which each of a layer's checks holds."""
+    total, held = 0, {}
+    counted: Tensor | None = None
+
+    def hook(layer: Any, args: tuple[Tensor, ...]) -> None:
+        nonlocal total
+        assert counted is not None
+        for name, agrees in check(layer, args[0]).items():
+            held[name] = held.get(name, 0) + int(agrees[counted].sum())
+        total += int(counted.sum())
+
+    with bench.routed(router) as routed:
+        handles = [layer.register_forward_pre_hook(hook) for layer in routed.layers.values()]
+        for _, examples in bench.owned.values():
+            prompts = [example.prompt for example in examples]
+            batch = encode_batch(bench.tokenizer, prompts, limit=context_length(bench.model))
+            batch = {key: value.to(bench.model.device) for key, value in batch.items()}
+            counted = batch["attention_mask"].bool()
+            bench.model(**batch, use_cache=False, logits_to_keep=1)
+        for handle in handles:
+            handle.remove()
+    return {name: count / total for name, count in held.items()}
+
+
+def _shortlisted(layer: RoutedLinear, x: Tensor, sizes: list[int]) -> dict[str, Tensor]:
+    assert layer.prototypes_EI is not None
+    first_T1 = layer.route(x).scores_TE.argmax(-1, keepdim=True)
+    order_TE = linear(x, layer.prototypes_EI).abs().argsort(dim=-1, descending=True)
+    return {str(size): (order_TE[..., :size] == first_T1).any(-1) for size in sizes}
+
+
+def _by_the_whole_factor(layer: RoutedLinear, x: Tensor) -> dict[str, Tensor]:
+    factor_PI = layer.A_PI if layer.mix_PR is None else layer.mix_PR @ layer.A_PI
+    squares_TE = torch.stack([linear(x, A_RI).square().sum(-1) for A_RI in factor_PI.split(layer.ranks)], dim=-1)
+    return {"first": layer.route(x).scores_TE.argmax(-1) == squares_TE.argmax(-1)}
+
+
+def _added(bench: Bench, router: Router) -> float:
+    """Operations that routing adds for one token."""
+    ids = sample_ids(bench)
+
+    def run() -> None:
+        bench.model(input_ids=ids, use_cache=False, logits_to_keep=1)
+
+    base = count_flops(run)
+    with bench.routed(router):
+        return (count_flops(run) - base) / SAMPLE_TOKENS
+
+
+def _with_one_A(library: ExpertLibrary, folder: Path) -> ExpertLibrary:
+    first = load_file(library[library.names[0]].weights)
+    for name in library:
+        weights = library[name].weights
+        tensors = load_file(weights)
+        for key in [key for key in tensors if "lora_A" in key and key in first]:
+            if tensors[key].shape == first[key].shape:
+                tensors[key] = first[key]
+        (folder / name).mkdir()
+        save_file(tensors, folder / name / weights.name)
+        (folder / name / "adapter_config.json").write_bytes((weights.parent / "adapter_config.json").read_bytes())
+    return ExpertLibrary.open(folder)

@@ -1,0 +1,82 @@
+"""Held-out tasks: what a library is worth on tasks that none of its experts was trained on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from spectr.errors import DataError
+from spectr.evaluation.experiments.base import Bench, Result, percent, routers_that_fit, unfit_in_words
+from spectr.evaluation.score import Measurement
+from spectr.evaluation.shares import mean_difference
+from spectr.routers import Oracle
+
+METHODS: list[tuple[str, dict[str, Any]]] = [
+    ("mu", {}),
+    ("arrow", {"top_k": 4}),
+    ("spectr", {"top_k": 4}),
+    ("lag", {"shortlist": 3, "top_k": 1}),
+    ("phatgoose", {}),
+    ("glider", {}),
+    ("calibrated-prior", {"top_k": 1}),
+    ("calibrated", {}),
+]
+Scores = Mapping[str, Sequence[float]]
+
+
+def heldout(bench: Bench) -> Result:
+    """Zero-shot accuracy of the base model, the routers, and the best single expert chosen in hindsight.
+
+    Source: the setting of PHATGOOSE (Muqeeth et al., 2024), section 4; the tasks are ours.
+    """
+    if not bench.held_out:
+        raise DataError("no held-out tasks were given", do="spectr evaluate heldout --task FILE, or --data-root DATA")
+    bench = dataclasses.replace(bench, tasks=bench.held_out, ownerless=True, reworded={})
+    tasks, experts = list(bench.tasks), bench.library.names
+    base = {task: bench.scores(task, "base") for task in tasks}
+    found: dict[str, Scores] = {"base": base}
+    for label, router in routers_that_fit(METHODS, bench):
+        found[label] = bench.scores_over_seeds(router, label)
+    alone: dict[str, Scores] = {}
+    for expert in experts:
+        with bench.routed(Oracle(expert=expert)) as routed:
+            alone[expert] = {task: bench.scores(task, f"{expert} alone", routed) for task in tasks}
+    best = {task: max(experts, key=lambda expert, task=task: sum(alone[expert][task])) for task in tasks}
+    single = max(experts, key=lambda expert: sum(sum(alone[expert][task]) / len(base[task]) for task in tasks))
+    found[f"best single expert in hindsight ({single})"] = alone[single]
+    found["best expert of each task in hindsight"] = {task: alone[best[task]][task] for task in tasks}
+    rows, methods = [], {}
+    for label, scores in found.items():
+        accuracy = {task: Measurement.of(scores[task]) for task in tasks}
+        gain = mean_difference(scores, base)
+        mean = sum(m.value for m in accuracy.values()) / len(tasks)
+        told = "" if label == "base" else f"{100 * gain.value:+.1f} ± {100 * gain.error:.1f}"
+        rows.append([label, f"{mean:.1%}", told, *(percent(accuracy[task]) for task in tasks)])
+        methods[label] = {
+            "mean": mean,
+            "gain": gain.value,
+            "error": gain.error,
+            "accuracy": {task: m.value for task, m in accuracy.items()},
+        }
+    return Result(
+        name="heldout",
+        title="Tasks that no expert was trained on",
+        source="the setting of PHATGOOSE, section 4",
+        columns=["method", "mean accuracy", "points over the base model", *tasks],
+        rows=rows,
+        data={"tasks": tasks, "methods": methods, "experts_alone": _means(alone), "best": best},
+        notes=[
+            "Zero-shot. ± one standard error over examples; of the points over the base model, over the differences "
+            "example by example. In hindsight: the experts that were best on these very examples, which no one can "
+            "know beforehand; with nine to choose from, the best of them is flattered by chance. "
+            f"Best by task: {', '.join(f'{task} {expert}' for task, expert in best.items())}.",
+            *unfit_in_words(METHODS, bench),
+            *bench.remarks(),
+        ],
+        origin=bench.origin(),
+    )
+
+
+def _means(alone: Mapping[str, Scores]) -> dict[str, dict[str, float]]:
+    return {name: {task: sum(s) / len(s) for task, s in scores.items()} for name, scores in alone.items()}
