@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from spectr.adapters import GATES_FILE
 from spectr.adapters.read import WEIGHTS_FILE
 from spectr.cli.console import bar, out, say
 from spectr.cli.describe import describe
@@ -17,9 +18,11 @@ from spectr.cli.options import DtypeOption, JsonOption, LibraryOption, ModelOpti
 from spectr.errors import LibraryError, SpectrError, raise_together
 from spectr.library import Entry, ExpertLibrary, LibraryStore
 from spectr.library.calibration import CALIBRATION_FILE
+from spectr.library.descriptions import DESCRIPTIONS_FILE
 from spectr.library.manifest import MANIFEST_FILE
 from spectr.tasks.rows import read_lines
 
+_BESIDE = f"{CALIBRATION_FILE}, {DESCRIPTIONS_FILE}"
 app = typer.Typer(help="Experts on disk: add, remove, list, show, verify, calibrate, describe.", no_args_is_help=True)
 app.command()(describe)
 WriteTo = Annotated[Path, typer.Option("--library", "-l", help="Folder of the library; made if it is not there.")]
@@ -59,11 +62,14 @@ def remove(
 def list_experts(library: LibraryOption = None, as_json: JsonOption = False) -> None:
     """List a library's experts."""
     store = _open(library)
-    entries, known = store.entries, ExpertLibrary.open(store.root).calibration
+    entries, opened = store.entries, ExpertLibrary.open(store.root)
+    known, words = opened.calibration, opened.descriptions
     if as_json:
         sys.stdout.write(json.dumps([entry.model_dump() for entry in entries]) + "\n")
         return
-    table = Table("expert", "rank", "modules", "parameters", "targets", "base model", "calibrated")
+    table = Table(
+        "expert", "rank", "modules", "parameters", "targets", "base model", "calibrated", "gates", "described"
+    )
     for entry in entries:
         row = (
             entry.name,
@@ -73,7 +79,8 @@ def list_experts(library: LibraryOption = None, as_json: JsonOption = False) -> 
             ", ".join(entry.targets),
         )
         calibrated = "yes" if known and known.sha256.get(entry.name) == entry.sha256.get(WEIGHTS_FILE) else "no"
-        table.add_row(*row, entry.base_model or "not stated", calibrated)
+        more = ("yes" if has else "no" for has in (GATES_FILE in entry.sha256, entry.name in words))
+        table.add_row(*row, entry.base_model or "not stated", calibrated, *more)
     out.print(table)
 
 
@@ -147,7 +154,7 @@ def verify(library: LibraryOption = None, as_json: JsonOption = False) -> None:
     """Check every expert's files against their hashes and read them; exit code 2 if anything is wrong."""
     store = _open(library)
     say(f"reading {len(store.entries)} experts in {store.root}")
-    faults = {**store.verify(), CALIBRATION_FILE: _calibration_fault(store.root)}
+    faults = {**store.verify(), _BESIDE: _fault_beside(store.root)}
     if as_json:
         sys.stdout.write(json.dumps({name: fault and str(fault) for name, fault in faults.items()}) + "\n")
     raise_together(f"{store.root} is damaged", [fault for fault in faults.values() if fault], LibraryError)
@@ -168,9 +175,10 @@ def _open(path: Path | None) -> LibraryStore:
     return LibraryStore(root)
 
 
-def _calibration_fault(root: Path) -> SpectrError | None:
+def _fault_beside(root: Path) -> SpectrError | None:
     try:
-        _ = ExpertLibrary.open(root).calibration
+        library = ExpertLibrary.open(root)
+        _ = library.calibration, library.descriptions
     except SpectrError as error:
         return error
     return None
