@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from models import SIZES, TEXT, TOKENS, VOCAB, build, close, greedy, peft_library, peft_model, tokens
-from spectr import ExpertLibrary, Oracle, Spectr, compose, trace
+from spectr import ExpertLibrary, Lag, Oracle, Seqr, Spectr, compose, trace
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RANKS = {"ants": 4, "bees": 4, "cats": 2, "dogs": 8}
@@ -233,3 +233,21 @@ def test_composing_leaves_the_weights_of_the_base_alone(libraries):
         after = plain.state_dict()
         assert list(after) == list(before)
         assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+FAMILY = [Lag(shortlist=2, top_k=1), Seqr(), Spectr(top_k=2, combine="ties:0.5"), Spectr(top_k=2, combine="dare-ties")]
+
+
+@pytest.mark.parametrize("router", FAMILY, ids=str)
+@pytest.mark.parametrize("name", TEXTS)
+def test_the_family_routes_decoders_and_encoder_decoders(name, libraries, router):
+    family = FAMILIES[name]
+    model, handle = routed(name, libraries, router)
+    with trace(model) as record:
+        out = forward(model, family.kind)
+    plain = forward(family.build(), family.kind)
+    assert (out - plain).abs().max() > 1e-3
+    for layer in record.values():
+        assert ((layer.weights > 0).sum(-1) == router.top_k).all()
+    assert torch.equal(greedy(model, ids, new=5), greedy(model, ids, new=5, use_cache=False))
+    assert torch.equal(forward(handle.remove(), family.kind), plain)

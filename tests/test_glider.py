@@ -8,9 +8,10 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import torch
+from transformers import T5Config, T5ForConditionalGeneration
 from typer.testing import CliRunner
 
-from models import types_unchecked
+from models import random_factors, types_unchecked, write_adapter
 from spectr import Arrow, Calibrated, ExpertLibrary, Glider, Lag, Phatgoose, Spectr, compose, trace
 from spectr.cli import describe as describing
 from spectr.cli.app import app
@@ -340,3 +341,22 @@ def test_an_embedder_that_is_not_there(tmp_path):
 
     with pytest.raises(DataError, match=r"the sentence embedder .* cannot be loaded"):
         load_embedder(str(tmp_path / "nothing"))
+
+
+def test_a_model_with_an_encoder_is_guided_by_what_its_encoder_reads(tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": 40}
+        model = T5ForConditionalGeneration(T5Config(**sizes, pad_token_id=2, decoder_start_token_id=2)).eval()
+    factors = {"encoder.block.0.layer.0.SelfAttention.q": 1, "decoder.block.0.layer.0.SelfAttention.q": 2}
+    for seed, name in enumerate(NAMES):
+        made = {module: random_factors(2, 16, 16, 10 * seed + more) for module, more in factors.items()}
+        write_adapter(tmp_path / name, made)
+    library = ExpertLibrary.open(tmp_path).with_descriptions(DESCRIPTIONS)
+    routed, guide = guided(model, library, Glider(local=Spectr(), alpha=1e4, top_k=1))
+    ids = torch.tensor([make_tokenizer()("green grass")["input_ids"]])
+    with trace(model) as record:
+        model.generate(input_ids=ids, max_new_tokens=3)
+    assert guide.spent.prompts == 1
+    assert record.shares()["grass"] == 1
+    assert routed.prompt.weights_BE.shape == (1, 3)

@@ -11,7 +11,9 @@ from spectr import ExpertLibrary, calibrate, compose, get_router
 from spectr.errors import CompositionError
 from spectr.evaluation import choice_logprobs, routed_logprobs
 from spectr.evaluation.harness import SpectrLM
+from spectr.library.descriptions import write_descriptions
 from spectr.tasks import Example
+from test_glider import embed
 from text_model import make_model, make_tokenizer, save_experts, save_model
 
 CHOICES = ("yes", "no", "a good film")
@@ -70,6 +72,17 @@ def test_its_numbers_are_ours(world, router, device):
     assert isinstance(model, SpectrLM)
     theirs = torch.tensor([value for value, _ in model.loglikelihood(requests(), disable_tqdm=True)])
     torch.testing.assert_close(theirs.view(len(EXAMPLES), -1), torch.stack(ours(world, router)), atol=1e-4, rtol=1e-5)
+
+
+def test_a_guided_router_brings_its_guide(world, monkeypatch):
+    words = {"amber": "red", "blue": "blue sky", "cyan": "green"}
+    write_descriptions(world / "experts", words)
+    monkeypatch.setattr("spectr.guidance.load_embedder", lambda: embed)
+    given = {"base": str(world / "model"), "library": str(world / "experts"), "dtype": "float32", "batch_size": 4}
+    model = SpectrLM(router="glider-global", **given)
+    found = torch.tensor([value for value, _ in model.loglikelihood(requests(), disable_tqdm=True)])
+    assert torch.isfinite(found).all()
+    assert model.routed.guide.spent.prompts == len(EXAMPLES)
 
 
 def test_a_mistake_is_told_before_a_model_is_loaded(world):

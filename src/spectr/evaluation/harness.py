@@ -16,10 +16,11 @@ import torch
 
 from spectr.composition import compose
 from spectr.errors import MissingExtraError
+from spectr.guidance import QueryGuide
 from spectr.layers.prompt import pinned
 from spectr.library import ExpertLibrary
 from spectr.models import load_model
-from spectr.routers import get_router
+from spectr.routers import GuidedRouter, get_router
 from spectr.shipped import shipped_experts
 
 try:
@@ -71,7 +72,8 @@ class SpectrLM(HFLM):
             device = None  # the harness' default wherever it runs
         model, tokenizer = load_model(base, dtype=dtype, device=device)  # pyright: ignore[reportArgumentType]
         super().__init__(pretrained=model, tokenizer=tokenizer, **more)
-        self.routed = None if chosen is None else compose(model, experts, chosen)
+        guide = QueryGuide.of(model, tokenizer) if isinstance(chosen, GuidedRouter) else None
+        self.routed = None if chosen is None else compose(model, experts, chosen, guide=guide)
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
