@@ -194,7 +194,7 @@ def test_a_hub_id_fetches_only_the_adapters_files(tmp_path, monkeypatch, source,
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     expert = read_adapter(source, "sql")
     inside = f"{subfolder}/" if subfolder else ""
-    files = ["adapter_config.json", "adapter_model.safetensors", "README.md", "expert.json"]
+    files = ["adapter_config.json", "adapter_model.safetensors", "README.md", "expert.json", "gates.safetensors"]
     assert calls == [(repo, revision, [inside + file for file in files])]
     assert expert.origin == source
     assert expert.weights == Path(tmp_path, subfolder or "", "adapter_model.safetensors")

@@ -24,7 +24,7 @@ from models import (
     types_unchecked,
     write_adapter,
 )
-from spectr import Arrow, Calibrated, ExpertLibrary, Lag, Oracle, Phatgoose, Seqr, Spectr, Uniform, compose
+from spectr import Arrow, Calibrated, ExpertLibrary, Glider, Lag, Oracle, Phatgoose, Seqr, Spectr, Uniform, compose
 from spectr.errors import CompositionError
 from spectr.routers import Router, get_router, registry, router_names
 from spectr.spectral import reference
@@ -284,6 +284,9 @@ def test_arrow_is_pefts_arrow(llama, tmp_path, top_k, temperature):
 
 BY_NAME = {
     "arrow": Arrow(),
+    "glider": Glider(),
+    "glider-global": Glider(local=None),
+    "glider-spectr": Glider(local=Spectr(top_k=1)),
     "lag": Lag(),
     "mu": Uniform(),
     "phatgoose": Phatgoose(),

@@ -8,7 +8,7 @@ import yaml
 
 from adapters_on_disk import assert_says
 from spectr.errors import DataError
-from spectr.tasks import Example, Task, read_rows, shipped_tasks
+from spectr.tasks import Example, Task, heldout_tasks, read_rows, shipped_tasks
 
 SHIPPED = ("agnews", "cola", "dbpedia", "hellaswag", "mnli", "mrpc", "qnli", "qqp", "sst2")
 CHOICE = {"name": "mood", "version": 1, "prompt": "Is it good?\n{text}", "choices": ["no", "yes"]}
@@ -75,7 +75,7 @@ class TestShipped:
     def test_an_unknown_name(self):
         with pytest.raises(DataError) as caught:
             Task.shipped("agnew")
-        do = "did you mean 'agnews'? known: " + ", ".join(SHIPPED)
+        do = "did you mean 'agnews'? known: " + ", ".join(sorted([*SHIPPED, *heldout_tasks()]))
         assert_says(caught.value, given=("unknown task 'agnew'",), expected=None, do=do)
 
 
