@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from spectr import ExpertLibrary, Spectr
+from spectr.adapters import read_gates
 from spectr.layers import make_plan
 from spectr.library import LibraryStore
 from spectr.shipped import shipped_experts
@@ -54,3 +55,14 @@ def test_each_is_better_than_the_base_model_and_the_majority_and_has_a_task(entr
 def test_each_has_a_seed_of_its_own():
     seeds = [card(entry)["settings"]["seed"] for entry in STORE.entries]
     assert len(set(seeds)) == len(seeds)
+
+
+def test_each_has_gates_that_differ_from_all_others_and_a_description():
+    library = ExpertLibrary.open(STORE.root)
+    gates = {name: read_gates(library[name]) for name in library}
+    assert set(library.descriptions) == set(library.names)
+    for module in gates["sst2"]:
+        stacked = torch.stack([gates[name][module] for name in library])
+        assert (stacked.abs().amax(1) > 0).all()
+        cosines = torch.nn.functional.cosine_similarity(stacked[:, None], stacked[None], dim=-1)
+        assert (cosines.fill_diagonal_(0) < 0.999).all()
