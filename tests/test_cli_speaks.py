@@ -85,7 +85,7 @@ def test_list_says_who_is_calibrated_and_add_says_what_is_next(spectr, world, tm
     shown = ("--model", world / "model", "--dtype", "float32")
     assert spectr("library", "calibrate", "-l", library, "--samples", 2, "--tokens", 4, *shown)[0] == 0
     spectr("library", "add", "blue", world / "adapters" / "blue", "-l", library)
-    rows = {line.split("│")[1].strip(): line.split("│")[-4].strip() for line in _table(spectr, library)}
+    rows = {line.split("│")[1].strip(): line.split("│")[5].strip() for line in _table(spectr, library)}
     assert rows == {"amber": "yes", "blue": "no"}
 
 

@@ -316,6 +316,14 @@ def test_the_commands_describe_and_route(tmp_path, url, monkeypatch):
     assert found["sky"].startswith("small read")
     assert found["who"] == "who is it"
     assert "all of these experts are described" in run("library", "describe", "-l", experts).output
+    for words, told in (
+        (("--text", "x"), "--text describes one expert"),
+        (("sky", "--text", " "), "--text is empty"),
+        (("sky", *given[2:], "--writer", "none"), "--writer none writes nothing"),
+        (("sky", *given[2:], "--writer", url), "the model's name after the address"),
+        (("sky", *given[2:], "--writer", tmp_path / "no"), f"--writer {tmp_path / 'no'}"),
+    ):
+        assert told in str(run("library", "describe", "-l", experts, *words).exception), words
     monkeypatch.setattr("spectr.models.embed.load_embedder", lambda name=None, **_: embed)
     words = ("generate", "blue sky", "-l", experts, "-m", tmp_path / "model", "--json", "-n", 2)
     shown = run(*words, "-r", "glider", "--writer", "none")

@@ -319,7 +319,8 @@ def needed_gates(library: ExpertLibrary, experts: Sequence[Expert]) -> Gates:
         raise CompositionError(
             f"no gates were trained for: {', '.join(missing)}",
             expected="experts with gates of their own, as PHATGOOSE routes by them",
-            do=f"spectr train gates {missing[0]} --library {library.origin} --task TASK --data-root DATA, for each",
+            do=f"spectr train gates --library {library.origin} --data-root DATA; the routers glider-spectr and "
+            "glider-global need none",
         )
     return {expert.name: read_gates(expert) for expert in experts}
 

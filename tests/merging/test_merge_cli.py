@@ -124,3 +124,20 @@ def test_all_mistakes_are_told_at_once(spectr, world, tmp_path):
     assert "nothing was merged: 6 problems" in notes
     for phrase in ("is in use", "rank=0", "unknown method", "1 weight for 2", "unknown expert 'ambr'", "'dog'"):
         assert phrase in notes
+
+
+def test_options_that_make_no_difference_are_told(spectr, world, tmp_path):
+    words = ("merge", "amber", "blue", "-l", world / "adapters", "--out", tmp_path / "out")
+    code, _, notes = spectr(*words, "--model", "m", "--dtype", "bfloat16", "--strength", 0.5)
+    assert code == 2
+    for option, of in (("--model", "--into-base"), ("--dtype", "--into-base"), ("--strength", "--subtract")):
+        assert f"{option} makes no difference without {of}" in " ".join(notes.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_others_can_read_an_adapter(spectr, world, tmp_path):
+    code, _, notes = spectr("merge", "amber", "blue", "-l", world / "adapters", "--out", tmp_path / "out")
+    assert code == 0
+    assert "spectr library add out" in " ".join(notes.split())
+    modes = {path.stat().st_mode & 0o044 for path in (tmp_path / "out").iterdir()}
+    assert modes == {0o044}

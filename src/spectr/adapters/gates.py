@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from spectr.adapters.expert import Expert
 from spectr.errors import AdapterError
+from spectr.saving import save_readable
 
 GATES_FILE = "gates.safetensors"
 _FORMAT = "1"
@@ -54,7 +54,7 @@ def has_gates(expert: Expert) -> bool:
 def write_gates(path: Path, gates: Mapping[str, Float[Tensor, " I"]], facts: Mapping[str, Any]) -> None:
     """Write gates in bfloat16; ``facts`` (JSON) say in the file's header how they were made."""
     tensors = {module: gate.detach().to(torch.bfloat16).contiguous().cpu() for module, gate in sorted(gates.items())}
-    save_file(tensors, path, metadata={"format": _FORMAT, "facts": json.dumps(dict(facts), sort_keys=True)})
+    save_readable(tensors, path, {"format": _FORMAT, "facts": json.dumps(dict(facts), sort_keys=True)})
 
 
 def _damaged(expert: Expert, what: str) -> AdapterError:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float
-from safetensors.torch import save_file
 from torch import Tensor
 
 from spectr.adapters.config import CONFIG_FILE
 from spectr.adapters.expert import Expert
 from spectr.adapters.read import WEIGHTS_FILE
+from spectr.saving import save_readable
 
 Pair = tuple[Float[Tensor, "outputs rank"], Float[Tensor, "rank inputs"]]
 
@@ -31,7 +31,7 @@ def write_adapter(folder: Path, factors: Mapping[str, Pair], settings: Mapping[s
     for module, (B, A) in factors.items():
         tensors[f"base_model.model.{module}.lora_A.weight"] = A.contiguous().cpu()
         tensors[f"base_model.model.{module}.lora_B.weight"] = B.contiguous().cpu()
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    save_readable(tensors, folder / WEIGHTS_FILE, {"format": "pt"})
     config = {**_lora_config({module: A.shape[0] for module, (_, A) in factors.items()}), **settings}
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

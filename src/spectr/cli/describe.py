@@ -13,7 +13,7 @@ import typer
 from spectr.cli.console import bar, out, say
 from spectr.cli.options import DataRootOption, DtypeOption, ModelOption, open_library, open_model
 from spectr.cli.rows import chosen_task, source_of
-from spectr.errors import DataError, SpectrError, raise_together
+from spectr.errors import DataError, ModelError, SpectrError, raise_together
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -61,6 +61,12 @@ def describe(
     experts = open_library(library)
     experts.check(*(names or ()))
     known = dict(experts.descriptions)
+    if text is not None and not text.strip():
+        raise DataError("--text is empty", do="say what the expert is for")
+    if text is not None and len(names or ()) != 1:
+        raise DataError("--text describes one expert", do="name it: spectr library describe NAME --text ...")
+    if writer == "none":
+        raise DataError("--writer none writes nothing", do="name a model or an endpoint, or give --text")
     chosen = names or [name for name in experts if name not in known]
     if not chosen:
         out.print("all of these experts are described; name those that are to be described anew")
@@ -105,8 +111,13 @@ def open_writer(name: str | None, dtype: str) -> Writer:
 
     if name and name.startswith(("http://", "https://")):
         url, _, model = name.partition("#")
+        if not model:
+            raise DataError(f"--writer {name}", expected="the model's name after the address: http://host/v1#MODEL")
         return EndpointWriter(url, model)
-    return LocalWriter(*open_model(name, dtype))
+    try:
+        return LocalWriter(*open_model(name, dtype))
+    except ModelError as error:
+        raise ModelError(f"--writer {name}: {error.given}", expected=error.expected, do="check --writer") from error
 
 
 def make_guide(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from spectr.adapters import Expert
     from spectr.extraction import Report
 
-Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the expert; it must not be there yet.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the expert; made, or empty.")]
 Rank = Annotated[int | None, typer.Option(help="Ranks of every module.")]
 Energy = Annotated[
     float | None, typer.Option(help="Instead: the fewest ranks that hold this share of each module's squared norm.")
@@ -116,7 +116,9 @@ def rerank(
 
 def _base(base: str | None) -> tuple[str | Path, str]:
     """Where the base is, and what the expert calls it."""
-    if base is not None:
+    from spectr.models import HUB_ID
+
+    if base is not None and base != HUB_ID:
         return base, base
     try:
         from spectr.models import HUB_ID, fetch_default_model

@@ -87,6 +87,13 @@ def gates(
         rows = read_examples(about, source, root=data_root, limit=examples)
         return rows, origin_of(about, source, None, data_root)
 
+    found, problems = {}, []
+    for name in chosen:  # all data are read before a model is loaded
+        try:
+            found[name] = rows_of(name)
+        except SpectrError as error:
+            problems.append(error)
+    raise_together("the gates' training data", problems, DataError)
     from spectr.training.settings import GateSettings
 
     settings = GateSettings(
@@ -98,13 +105,6 @@ def gates(
         max_length=max_length,
         seed=seed,
     )
-    found, problems = {}, []
-    for name in chosen:  # all data are read before a model is loaded
-        try:
-            found[name] = rows_of(name)
-        except SpectrError as error:
-            problems.append(error)
-    raise_together("the gates' training data", problems, DataError)
     base, tokenizer = open_model(model, dtype)
 
     from spectr.training.gates import forget, train_gates

@@ -67,21 +67,23 @@ def list_experts(library: LibraryOption = None, as_json: JsonOption = False) -> 
     if as_json:
         sys.stdout.write(json.dumps([entry.model_dump() for entry in entries]) + "\n")
         return
-    table = Table(
-        "expert", "rank", "modules", "parameters", "targets", "base model", "calibrated", "gates", "described"
-    )
+    same = {entry.targets for entry in entries}, {entry.base_model for entry in entries}
+    shared = all(len(values) == 1 for values in same)  # told once, below the table
+    table = Table("expert", "rank", "modules", "parameters", "calibrated", "gates", "described")
+    for column in () if shared else ("targets", "base model"):
+        table.add_column(column)
     for entry in entries:
-        row = (
-            entry.name,
-            "/".join(map(str, entry.ranks)),
-            str(entry.modules),
-            f"{entry.parameters:,}",
-            ", ".join(entry.targets),
-        )
-        calibrated = "yes" if known and known.sha256.get(entry.name) == entry.sha256.get(WEIGHTS_FILE) else "no"
-        more = ("yes" if has else "no" for has in (GATES_FILE in entry.sha256, entry.name in words))
-        table.add_row(*row, entry.base_model or "not stated", calibrated, *more)
+        row = (entry.name, "/".join(map(str, entry.ranks)), str(entry.modules), f"{entry.parameters:,}")
+        calibrated = bool(known) and known.sha256.get(entry.name) == entry.sha256.get(WEIGHTS_FILE)
+        has = ("yes" if it else "no" for it in (calibrated, GATES_FILE in entry.sha256, entry.name in words))
+        more = () if shared else (", ".join(entry.targets), entry.base_model or "not stated")
+        table.add_row(*row, *has, *more)
     out.print(table)
+    if shared:
+        say(f"all for {entries[0].base_model or 'a base model that is not stated'}: {', '.join(entries[0].targets)}")
+    strangers = sorted(set(words) - set(opened.names))
+    if strangers:
+        say(f"{DESCRIPTIONS_FILE} also describes what is not there: {', '.join(strangers)}")
 
 
 @app.command()
@@ -97,7 +99,12 @@ def show(
         sys.stdout.write(json.dumps({**entry.model_dump(), "card": text}) + "\n")
         return
     table = Table(show_header=False)
-    for key, value in _facts(entry, store.root).items():
+    opened = ExpertLibrary.open(store.root)
+    known = opened.calibration
+    calibrated = bool(known) and known.covers(opened[name])
+    kept = {"description": opened.descriptions.get(name, "none"), "calibrated": "yes" if calibrated else "no"}
+    kept["gates"] = "yes" if GATES_FILE in entry.sha256 else "no"
+    for key, value in {**kept, **_facts(entry, store.root)}.items():
         table.add_row(key, str(value))
     out.print(table)
     if text:

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from spectr.cli.console import bar, out, say
-from spectr.cli.options import DtypeOption, LibraryOption, ModelOption, open_library, open_model
+from spectr.cli.options import LibraryOption, ModelOption, known_dtype, open_library, open_model
 from spectr.errors import MergeError, SpectrError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def merge(
         str | None,
         typer.Option(help="General expert (or several, with commas: their mean) to subtract from each expert first."),
     ] = None,
-    strength: Annotated[float, typer.Option(help="How much of it to subtract.")] = 1.0,
+    strength: Annotated[float | None, typer.Option(help="How much of it to subtract; 1.0 by default.")] = None,
     rank: Annotated[int | None, typer.Option(help="Largest rank of the adapter.")] = None,
     energy: Annotated[
         float | None, typer.Option(help="Share of the merge to keep, from 0 to 1: the smallest ranks that do.")
@@ -40,7 +40,9 @@ def merge(
         bool, typer.Option("--into-base", help="Write a whole model with the merge in its weights, not an adapter.")
     ] = False,
     model: ModelOption = None,
-    dtype: DtypeOption = "float32",
+    dtype: Annotated[
+        str | None, typer.Option(help="Of --into-base: float32 (the default), bfloat16, float16 or auto.")
+    ] = None,
     density: Annotated[
         float | None, typer.Option(help="Share of the entries that stay.", rich_help_panel=_PANEL)
     ] = None,
@@ -68,11 +70,13 @@ def merge(
         options={key: value for key, value in options.items() if value is not None},
         weights=weights,
         subtract=_names([subtract] if subtract else []),
-        strength=strength,
+        strength=1.0 if strength is None else strength,
         size=(rank, energy, into_base),
+        idle=_idle({"--model": model, "--dtype": dtype}, "--into-base", into_base)
+        + _idle({"--strength": strength}, "--subtract", bool(subtract)),
     )
     if into_base:
-        _into_base(chosen, recipe, out_folder, model, dtype)
+        _into_base(chosen, recipe, out_folder, model, known_dtype(dtype or "float32"))
     else:
         _into_adapter(chosen, recipe, out_folder, rank, energy)
 
@@ -83,6 +87,7 @@ def _checked(
     *,
     weights: str | None,
     size: tuple[int | None, float | None, bool],
+    idle: list[SpectrError],
     **request: Any,
 ) -> tuple[ExpertLibrary, Recipe]:
     """Library and recipe, with everything told that is wrong with the request before anything is read or written."""
@@ -92,7 +97,7 @@ def _checked(
     from spectr.merging.recipe import noted
 
     rank, energy, into_base = size
-    problems: list[SpectrError] = [*folder_faults(out_folder), *size_faults(rank, energy)]
+    problems: list[SpectrError] = [*folder_faults(out_folder), *size_faults(rank, energy), *idle]
     if into_base and (rank is not None or energy is not None):
         problems.append(MergeError("--into-base has no rank to limit", do="leave out --rank and --energy"))
     chosen, numbers = None, None
@@ -103,6 +108,14 @@ def _checked(
     recipe = make_recipe(chosen, weights=numbers, problems=problems, **request)
     assert chosen is not None
     return chosen, recipe
+
+
+def _idle(given: dict[str, Any], of: str, used: bool) -> list[SpectrError]:
+    """Options that make no difference without another one."""
+    wrong = [option for option, value in given.items() if value is not None and not used]
+    return [
+        MergeError(f"{option} makes no difference without {of}", do=f"leave it out, or add {of}") for option in wrong
+    ]
 
 
 def _into_adapter(
@@ -126,6 +139,7 @@ def _into_adapter(
     table.add_row("energy kept", *_spread(merged.energy, "{:.1%}"))
     out.print(table)
     out.print(f"adapter of {parameters:,} parameters: {out_folder.resolve()}", highlight=False)
+    say(f"to route with it: spectr library add {out_folder.name} {out_folder} --library DIR")
 
 
 def _into_base(library: ExpertLibrary, recipe: Recipe, out_folder: Path, model: str | None, dtype: str) -> None:
@@ -143,7 +157,7 @@ def _into_base(library: ExpertLibrary, recipe: Recipe, out_folder: Path, model: 
             progress=lambda done, total: advance("merging modules", done, total, ""),
         )
     say("writing the model")
-    name = HUB_ID if model in (None, DEFAULT_MODEL) else model
+    name = HUB_ID if model in (None, DEFAULT_MODEL, HUB_ID) else model
     save_merged_model(base, tokenizer, merged, library, out_folder, base_model=name)
     table = Table("model", "smallest", "median", "largest", title=_title(recipe, len(merged.change)))
     table.add_row("change of a weight", *_spread(merged.change, "{:.2%}"))

@@ -33,7 +33,8 @@ LibraryOption = Annotated[
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def _known_dtype(dtype: str) -> str:
+def known_dtype(dtype: str) -> str:
+    """A precision by name, checked."""
     if dtype not in _DTYPES:
         raise SpectrError(f"--dtype {dtype}", expected="auto, float32, bfloat16 or float16")
     return dtype
@@ -51,7 +52,7 @@ def _split(names: list[str] | None) -> list[str] | None:
     return found
 
 
-DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.", callback=_known_dtype)]
+DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.", callback=known_dtype)]
 DataRootOption = Annotated[
     str | None,
     typer.Option(
@@ -280,14 +281,14 @@ def open_model(name: str | None, dtype: str) -> tuple[PreTrainedModel, PreTraine
     try:
         from transformers.utils import logging
 
-        from spectr.models import DEFAULT_MODEL, fetch_default_model, load_model
+        from spectr.models import DEFAULT_MODEL, HUB_ID, fetch_default_model, load_model
     except MissingExtraError:
         raise
     except ImportError as error:
         raise MissingExtraError("running a model", "models") from error
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    if name in (None, DEFAULT_MODEL):
+    if name in (None, DEFAULT_MODEL, HUB_ID):
         fetch_default_model(say)
     say(f"loading {name or 'SmolLM2-135M-Instruct'}")
     return load_model(name, dtype=dtype)  # pyright: ignore[reportArgumentType]

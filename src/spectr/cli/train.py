@@ -16,7 +16,7 @@ from spectr.errors import DataError, MissingExtraError
 if TYPE_CHECKING:
     pass
 
-app = typer.Typer(help="Train a LoRA expert, or gates for experts that are there.")
+app = typer.Typer()
 
 
 @app.callback(invoke_without_command=True)

@@ -22,7 +22,12 @@ from spectr.errors import CompositionError, did_you_mean
 NEEDS_EQUAL_RANKS = frozenset({"factors"})
 _DENSITY, _RATE = 0.2, 0.5
 _ARGUMENTS = {"outputs": (), "factors": (), "ties": (_DENSITY,), "dare": (_RATE,), "dare-ties": (_DENSITY, _RATE)}
-_MEANING = {"ties": "ties:DENSITY", "dare": "dare:RATE", "dare-ties": "dare-ties:DENSITY:RATE"}
+_DENSITIES, _RATES = "DENSITY, what is kept, above 0 and at most 1", "RATE, what is dropped, from 0 to below 1"
+_MEANING = {
+    "ties": f"ties:{_DENSITIES}",
+    "dare": f"dare:{_RATES}",
+    "dare-ties": f"dare-ties:DENSITY:RATE; {_DENSITIES}; {_RATES}",
+}
 COMBINATIONS = tuple(_ARGUMENTS)
 
 
@@ -53,7 +58,7 @@ def get_combination(name: str) -> Combination:
     if len(values) > len(defaults) or not (0 < density <= 1 and 0 <= rate < 1):
         raise CompositionError(
             f"combine={name!r}",
-            expected=f"{_MEANING.get(kind, kind)}: a density above 0 and at most 1, a rate from 0 to below 1",
+            expected=_MEANING.get(kind, f"no number after {kind}"),
         )
     if "ties" in kind:
         return Combination(partial(merge_ties, density=density), rate)

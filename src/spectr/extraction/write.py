@@ -14,13 +14,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from spectr.adapters.config import CONFIG_FILE
 from spectr.adapters.read import WEIGHTS_FILE
 from spectr.errors import ExtractionError
 from spectr.extraction.report import Report, Spread, summary
+from spectr.saving import save_readable
 
 CARD, CARD_DATA = "README.md", "expert.json"
 
@@ -61,7 +61,7 @@ def write_expert(
         for module, (A, B) in factors.items():
             tensors[f"base_model.model.{module}.lora_A.weight"] = A.contiguous()
             tensors[f"base_model.model.{module}.lora_B.weight"] = B.contiguous()
-        save_file(tensors, scratch / WEIGHTS_FILE, metadata={"format": "pt"})
+        save_readable(tensors, scratch / WEIGHTS_FILE, {"format": "pt"})
         (scratch / CONFIG_FILE).write_text(_json(config), encoding="utf-8")
         (scratch / CARD_DATA).write_text(_json(asdict(report)), encoding="utf-8")
         (scratch / CARD).write_text(card(report), encoding="utf-8")

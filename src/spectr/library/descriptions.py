@@ -12,7 +12,10 @@ import yaml
 from spectr.errors import LibraryError
 
 DESCRIPTIONS_FILE = "descriptions.yaml"
-_HEAD = "# What each expert is for; GLIDER compares prompts with these. Edit freely.\n"
+_HEAD = (
+    "# What each expert is for; GLIDER compares prompts with these. Edit the texts; other comments are lost when\n"
+    "# spectr library describe writes.\n"
+)
 
 
 def read_descriptions(folder: str | Path) -> dict[str, str]:
@@ -47,7 +50,7 @@ def read_descriptions(folder: str | Path) -> dict[str, str]:
 def write_descriptions(folder: str | Path, descriptions: Mapping[str, str]) -> Path:
     """Write a library's descriptions, whole or not at all."""
     target = Path(folder) / DESCRIPTIONS_FILE
-    text = _HEAD + yaml.safe_dump(dict(sorted(descriptions.items())), allow_unicode=True, width=100)
+    text = _HEAD + yaml.safe_dump(dict(sorted(descriptions.items())), allow_unicode=True, width=10_000)
     handle, scratch = tempfile.mkstemp(dir=folder, prefix=".manifest-descriptions-")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as stream:

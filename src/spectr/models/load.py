@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from spectr.errors import ModelError
-from spectr.models.fetch import DEFAULT_MODEL, fetch_default_model
+from spectr.models.fetch import DEFAULT_MODEL, HUB_ID, fetch_default_model
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -31,7 +31,8 @@ def load_model(
     """A causal language model in evaluation mode, with its tokenizer.
 
     Args:
-        name: Folder or Hub id. ``None`` or ``"smollm2"`` is the default model, fetched when it is not there yet.
+        name: Folder or Hub id. ``None``, ``"smollm2"`` or its Hub id is the default model, fetched when it is not
+            there yet.
         dtype: Precision of the weights, see :func:`pick_dtype`.
         device: ``"cpu"``, ``"cuda"``, ...; the accelerator where there is one.
 
@@ -39,7 +40,7 @@ def load_model(
         ModelError: There is no such model, or it cannot be loaded.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    path = fetch_default_model() if name in (None, DEFAULT_MODEL) else name
+    path = fetch_default_model() if name in (None, DEFAULT_MODEL, HUB_ID) else name
     assert path is not None
     _check_reachable(str(path))
     try:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
+
+from spectr.saving import save_readable
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -31,7 +32,7 @@ def publish(model: PeftModel, out: Path, report: Report, note: str) -> None:
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     weights = {k: v.to(torch.bfloat16).contiguous().cpu() for k, v in get_peft_model_state_dict(model).items()}
-    save_file(weights, scratch / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_readable(weights, scratch / "adapter_model.safetensors", {"format": "pt"})
     config = model.peft_config["default"]
     config.base_model_name_or_path = report.base_model
     config.inference_mode = True
