@@ -180,7 +180,8 @@ def test_a_routed_layer_scores_by_the_gates(tmp_path):
 def test_experts_without_gates_are_named_with_the_command(tmp_path):
     save_experts(tmp_path / "plain", ("one", "two"))
     model = make_model()
-    with pytest.raises(CompositionError, match=r"no gates were trained for: one, two(.|\n)*spectr train gates --library"):
+    told = r"no gates were trained for: one, two(.|\n)*spectr train gates --library"
+    with pytest.raises(CompositionError, match=told):
         compose(model, ExpertLibrary.open(tmp_path / "plain"), Phatgoose(top_k=1))
 
 
