@@ -82,7 +82,7 @@ def tradeoff(results: Sequence[Result]) -> Result | None:
         notes=[
             "Arithmetic by token while an answer is written, as a share of the base model's. What is spent once, "
             "before an answer (the calibrated routers' probe, GLIDER's instruction), is in 'costs'. ± one standard "
-            "error."
+            "error. In the picture equal costs stand side by side."
         ],
         origin={"commands": [found[name].origin.get("command", "") for name in used]},
     )

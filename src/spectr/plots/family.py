@@ -45,7 +45,8 @@ def agreement(data: dict[str, Any]) -> Figure:
         place = (row["flops"], row["agreement"] * 100)
         axes.plot(*place, marker="o", color="#4a7fd6" if kind == "lag" else "#e69f00", ls="")
         words = f"{kind.upper()}\n{more.removeprefix('shortlist ') if kind == 'lag' else 'shared A'}"
-        axes.annotate(words, place, xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8)
+        side = {"xytext": (0, 6), "ha": "center"} if kind == "lag" else {"xytext": (8, -8), "ha": "left"}
+        axes.annotate(words, place, textcoords="offset points", fontsize=8, **side)
     axes.axhline(100, color="black", ls=":", lw=1)
     axes.axvline(1, color="black", ls=":", lw=1)
     axes.set_xlabel("arithmetic added, as a share of SpectR's")
@@ -61,13 +62,14 @@ def tradeoff(data: dict[str, Any]) -> Figure:
     drawn = Figure(figsize=(11, 4.2), layout="constrained")
     palette = colours(list(points))
     inside, outside = drawn.subplots(1, 2)
+    place = _apart({name: point["cost"] * 100 for name, point in points.items()})
     for axes, key in ((inside, "held_in"), (outside, "held_out")):
         for name, point in points.items():
             if point[key] is None:
                 continue
             value, error = (number * 100 for number in point[key])
             style = {"marker": "o", "ms": 6, "capsize": 3, "color": palette[name], "label": name}
-            axes.errorbar(point["cost"] * 100, value, yerr=error, **style)
+            axes.errorbar(place[name], value, yerr=error, **style)
         axes.set_xlabel("arithmetic added to a token, % of the base model's")
         axes.grid(alpha=0.3)
         axes.set_xlim(left=0)
@@ -78,3 +80,12 @@ def tradeoff(data: dict[str, Any]) -> Figure:
     outside.set_ylabel("held-out: points over the base model")
     legend_below(drawn, inside)
     return drawn
+
+
+def _apart(costs: dict[str, float], step: float = 0.45) -> dict[str, float]:
+    """Places on an axis that are at least ``step`` apart, in the order of the costs."""
+    placed: dict[str, float] = {}
+    for name in sorted(costs, key=costs.__getitem__):
+        last = max(placed.values(), default=-step)
+        placed[name] = max(costs[name], last + step)
+    return placed
