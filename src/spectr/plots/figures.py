@@ -35,7 +35,9 @@ def figure(result: Result) -> Figure:
 def as_svg(drawn: Figure) -> str:
     """A figure as SVG text, to be put into a page as it is."""
     stream = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": "spectr"}):  # the same picture gives the same text
+    # The same picture gives the same text; words stay words, which are smaller than outlines and can be searched.
+    settings = {"svg.hashsalt": "spectr", "svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans"]}
+    with mpl.rc_context(settings):  # pyright: ignore[reportArgumentType]
         FigureCanvasSVG(drawn)
         drawn.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
     return stream.getvalue()[stream.getvalue().index("<svg") :]
