@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from lm_eval.api.instance import Instance
@@ -88,3 +91,12 @@ def test_a_guided_router_brings_its_guide(world, monkeypatch):
 def test_a_mistake_is_told_before_a_model_is_loaded(world):
     with pytest.raises(CompositionError, match="did you mean 'arrow'"):
         SpectrLM(base="/no/model", library=str(world / "experts"), router="arow")
+
+
+@pytest.mark.parametrize(("name", "known"), [("lm_eval", True), ("other", False)])
+def test_the_harness_own_command_knows_the_model(tmp_path, name, known):
+    """A fresh process that was started as ``lm_eval`` finds the model before anything of ours is imported."""
+    script = tmp_path / name
+    script.write_text("from lm_eval.api.registry import model_registry\nprint('spectr' in model_registry)\n")
+    said = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == str(known)
