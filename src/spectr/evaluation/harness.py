@@ -1,8 +1,8 @@
 """A composed model as a model of EleutherAI's lm-evaluation-harness, under the name "spectr".
 
-``lm_eval --model spectr --model_args library=experts,router=calibrated --tasks ...`` where the harness reads the entry
-points of ``lm_eval.models``; with releases that do not, a start-up file tells it (``src/harness_hook``); ``python -m spectr.evaluation.harness`` takes
-the same arguments.
+``lm_eval --model spectr --model_args library=experts,router=calibrated --tasks ...``: by an entry point of the group
+``lm_eval.models``, and with releases that read none by a start-up file (``src/harness_hook``).
+``python -m spectr.evaluation.harness`` takes the same arguments.
 """
 
 # The harness' decorator hides the class that HFLM is from the type checker.
