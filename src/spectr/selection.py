@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from spectr.errors import CompositionError
@@ -57,12 +57,15 @@ class TopK:
         if not (isinstance(self.temperature, (int, float)) and 0 < self.temperature < math.inf):
             raise CompositionError(f"temperature={self.temperature}", expected="a finite number above zero")
 
-    def __call__(self, scores_TE: Float[Tensor, "*T E"]) -> Float[Tensor, "*T E"]:
-        """See :class:`Selection`."""
+    def choose(self, scores_TE: Float[Tensor, "*T E"]) -> tuple[Int[Tensor, "*T K"], Float[Tensor, "*T K"]]:
+        """The chosen experts of each token, and their weights."""
         k = min(self.k, scores_TE.shape[-1])
         top_TK, index_TK = scores_TE.topk(k, dim=-1)
         if self.weighting == "softmax":
-            weight_TK = (top_TK / self.temperature).softmax(-1)
-        else:
-            weight_TK = torch.full_like(top_TK, 1 / k)
-        return torch.zeros_like(scores_TE).scatter(-1, index_TK, weight_TK)
+            return index_TK, (top_TK / self.temperature).softmax(-1)
+        return index_TK, torch.full_like(top_TK, 1 / k)
+
+    def __call__(self, scores_TE: Float[Tensor, "*T E"]) -> Float[Tensor, "*T E"]:
+        """See :class:`Selection`."""
+        index_TK, weights_TK = self.choose(scores_TE)
+        return torch.zeros_like(scores_TE).scatter_(-1, index_TK, weights_TK)

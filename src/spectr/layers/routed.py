@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 
 from spectr.combine import get_combination, merge_outputs
 from spectr.layers.grouped import grouped_inputs, grouped_outputs
+from spectr.layers.outputs import add_masked, gathered_sum, gathering_pays, spread
 from spectr.routers.base import Router, ShortlistRouter, segment_norms
 from spectr.spectral import Stack
 
@@ -31,6 +32,7 @@ class Held(NamedTuple):
     B_OP: Float[Tensor, "O P"]
     owner_P: Int[Tensor, " P"]
     weights_B1E: Float[Tensor, "B 1 E"]
+    weights_B1P: Float[Tensor, "B 1 P"]
     all_weights_B1E: Float[Tensor, "B 1 F"]
 
 
@@ -49,6 +51,7 @@ class RoutedLinear(nn.Module):
     A_PI: Tensor
     B_OP: Tensor
     owner_P: Tensor
+    member_EP: Tensor
     prototypes_EI: Tensor | None
     centers_P: Tensor | None
     mix_PR: Tensor | None
@@ -67,11 +70,15 @@ class RoutedLinear(nn.Module):
         self.select = router.selection
         self._prepared_dtype = stack.A_PI.dtype
         self.combine = get_combination(router.combination).merge
+        self.sums = self.combine is merge_outputs
         self.shortlists = isinstance(router, ShortlistRouter)
-        self.sums_in_groups = self.shortlists and self.combine is merge_outputs
+        gathers = self.sums and not self.shortlists
+        self.gathers = gathers and gathering_pays(router.selection, len(self.experts), self.common_rank)
         self.register_buffer("A_PI", stack.A_PI.contiguous(), persistent=False)
-        self.register_buffer("B_OP", stack.B_OP.contiguous(), persistent=False)
+        self.register_buffer("B_OP", stack.B_OP.mT.contiguous().mT, persistent=False)  # an expert's rows lie together
         self.register_buffer("owner_P", stack.owner_P.to(stack.A_PI.device), persistent=False)
+        member_PE = torch.nn.functional.one_hot(stack.owner_P, len(self.experts))
+        self.register_buffer("member_EP", member_PE.mT.contiguous().to(stack.A_PI), persistent=False)
         self.register_buffer("prototypes_EI", stack.prototypes_EI, persistent=False)
         self.register_buffer("centers_P", stack.centers_P, persistent=False)
         self.register_buffer("mix_PR", stack.mix_PR, persistent=False)
@@ -90,32 +97,33 @@ class RoutedLinear(nn.Module):
 
     def route(self, x: Float[Tensor, "*T I"]) -> Decision:
         """Score the experts for each token and choose. Tokens are all leading axes of ``x``."""
-        x = x.to(self.A_PI.device, self.A_PI.dtype)
-        if self.shortlists:
-            return self._route_among(x)
-        h_TP = linear(x, self.A_PI)
-        if self.mix_PR is not None:
-            h_TP = linear(h_TP, self.mix_PR)
-        scored_TP = h_TP if self.centers_P is None else h_TP - self.centers_P
-        norms_TE = segment_norms(scored_TP, self.owner_P, len(self.experts), self.common_rank)
-        scores_TE = self.router.scores(x, norms_TE, self.prototypes_EI)
-        return Decision(h_TP, scores_TE, self.select(scores_TE))
-
-    def _route_among(self, x: Float[Tensor, "*T I"]) -> Decision:
-        """As :meth:`route`, where each token has a shortlist: the other experts are not computed for it."""
-        taken_TE = self.router.candidates(x, self.prototypes_EI)  # pyright: ignore[reportAttributeAccessIssue]
-        h_TP = grouped_inputs(x, self.A_PI, self.ranks, taken_TE)
-        norms_TE = segment_norms(h_TP, self.owner_P, len(self.experts), self.common_rank)
-        scores_TE = self.router.scores(x, norms_TE, self.prototypes_EI).masked_fill(~taken_TE, -torch.inf)
+        h_TP, scores_TE = self._score(x)
         return Decision(h_TP, scores_TE, self.select(scores_TE))
 
     def decide(self, x: Float[Tensor, "*T I"]) -> Decision:
         """As :meth:`route`, the scores informed by the prompt's prior where there is one."""
-        decision = self.route(x)
+        h_TP, scores_TE = self._informed(x)
+        return Decision(h_TP, scores_TE, self.select(scores_TE))
+
+    def _score(self, x: Float[Tensor, "*T I"]) -> tuple[Float[Tensor, "*T P"], Float[Tensor, "*T E"]]:
+        """``A x`` and the scores. Of experts that are not on a token's shortlist, zero and minus infinity."""
+        x = x.to(self.A_PI.device, self.A_PI.dtype)
+        if self.shortlists:
+            taken_TE = self.router.candidates(x, self.prototypes_EI)  # pyright: ignore[reportAttributeAccessIssue]
+            h_TP = grouped_inputs(x, self.A_PI, self.ranks, taken_TE)
+            norms_TE = segment_norms(h_TP, self.ranks, self.member_EP)
+            return h_TP, self.router.scores(x, norms_TE, self.prototypes_EI).masked_fill(~taken_TE, -torch.inf)
+        h_TP = linear(x, self.A_PI)
+        if self.mix_PR is not None:
+            h_TP = linear(h_TP, self.mix_PR)
+        scored_TP = h_TP if self.centers_P is None else h_TP - self.centers_P
+        return h_TP, self.router.scores(x, segment_norms(scored_TP, self.ranks, self.member_EP), self.prototypes_EI)
+
+    def _informed(self, x: Float[Tensor, "*T I"]) -> tuple[Float[Tensor, "*T P"], Float[Tensor, "*T E"]]:
+        h_TP, scores_TE = self._score(x)
         if self.prior_B1E is None:
-            return decision
-        scores_TE = self.router.informed(decision.scores_TE, self.prior_B1E)  # pyright: ignore[reportAttributeAccessIssue]
-        return Decision(decision.h_TP, scores_TE, self.select(scores_TE))
+            return h_TP, scores_TE
+        return h_TP, self.router.informed(scores_TE, self.prior_B1E)  # pyright: ignore[reportAttributeAccessIssue]
 
     def forward(self, input: Float[Tensor, "*T I"], *args: Any, **kwargs: Any) -> Float[Tensor, "*T O"]:
         """The base layer's output plus the chosen experts' update."""
@@ -125,17 +133,35 @@ class RoutedLinear(nn.Module):
         if self.asleep:
             return out
         if self.held is not None:
-            held = self.held
-            h_TP = linear(input.to(held.A_PI.device, held.A_PI.dtype), held.A_PI)
-            weights_TE = held.weights_B1E.expand(*h_TP.shape[:-1], -1)
-            delta = self.combine(h_TP, weights_TE, held.B_OP, held.owner_P)
-        else:
-            decision = self.decide(input)
-            if self.sums_in_groups:
-                delta = grouped_outputs(decision.h_TP, decision.weights_TE, self.B_OP, self.ranks)
-            else:
-                delta = self.combine(decision.h_TP, decision.weights_TE, self.B_OP, self.owner_P)
-        return out + delta.to(out.device, out.dtype)
+            return self._add_held(out, input, self.held)
+        h_TP, scores_TE = self._informed(input)
+        if self.gathers:
+            index_TK, weights_TK = self.select.choose(scores_TE)  # pyright: ignore[reportAttributeAccessIssue]
+            return _add(out, gathered_sum(h_TP, index_TK, weights_TK, self.B_OP, self.ranks[0]))
+        weights_TE = self.select(scores_TE)
+        if not self.sums:
+            return _add(out, self.combine(h_TP, weights_TE, self.B_OP, self.owner_P))
+        if self.shortlists:
+            return _add(out, grouped_outputs(h_TP, weights_TE, self.B_OP, self.ranks))
+        return self._add_masked(out, h_TP, spread(weights_TE, self.ranks, self.member_EP), self.B_OP)
+
+    def _add_held(self, out: Float[Tensor, "*T O"], x: Float[Tensor, "*T I"], held: Held) -> Float[Tensor, "*T O"]:
+        h_TP = linear(x.to(held.A_PI.device, held.A_PI.dtype), held.A_PI)
+        if self.sums:
+            return self._add_masked(out, h_TP, held.weights_B1P, held.B_OP)
+        weights_TE = held.weights_B1E.expand(*h_TP.shape[:-1], -1)
+        return _add(out, self.combine(h_TP, weights_TE, held.B_OP, held.owner_P))
+
+    def _add_masked(self, out: Tensor, h_TP: Tensor, weights_TP: Tensor, B_OP: Tensor) -> Float[Tensor, "*T O"]:
+        weighted_TP = h_TP * weights_TP.to(h_TP.dtype)
+        if out.dtype != B_OP.dtype or out.device != B_OP.device:
+            return _add(out, linear(weighted_TP, B_OP))
+        return add_masked(out, weighted_TP, B_OP, in_place=self._owns(out))
+
+    def _owns(self, out: Tensor) -> bool:
+        """Whether nobody else can see the base layer's output: not autograd, and no hook."""
+        plain = type(self.base) is nn.Linear and not self.base._forward_hooks
+        return plain and out.is_contiguous() and not torch.is_grad_enabled()
 
     def hold(self, weights_BE: Float[Tensor, "B E"] | None) -> None:
         """Give every token of row ``b`` these weights of the layer's experts from now on; ``None`` routes again.
@@ -154,6 +180,7 @@ class RoutedLinear(nn.Module):
             B_OP=self.B_OP[:, rows_P],
             owner_P=owner_P,
             weights_B1E=weights_BE[:, None, taken_E].to(self.A_PI.device),
+            weights_B1P=weights_BE[:, None].to(self.A_PI.device)[..., self.owner_P[rows_P]].to(self.A_PI.dtype),
             all_weights_B1E=weights_BE[:, None].to(self.A_PI.device),
         )
 
@@ -203,6 +230,10 @@ class RoutedLinear(nn.Module):
     def extra_repr(self) -> str:
         """What ``print(model)`` shows beside the base layer."""
         return f"experts={len(self.experts)}, ranks={sorted(set(self.ranks))}, router={self.router}"
+
+
+def _add(out_TO: Tensor, delta_TO: Tensor) -> Float[Tensor, "*T O"]:
+    return out_TO + delta_TO.to(out_TO.device, out_TO.dtype)
 
 
 def _without_base(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:

@@ -131,11 +131,15 @@ class GuidedRouter(PromptRouter, Protocol):
 
 
 def segment_norms(
-    h_TP: Float[Tensor, "*T P"], owner_P: Tensor, experts: int, common_rank: int | None
+    h_TP: Float[Tensor, "*T P"], ranks: tuple[int, ...], member_EP: Float[Tensor, "E P"]
 ) -> Float[Tensor, "*T E"]:
-    """``||h_t||_2`` of each expert's own part of ``h``, in float32 whatever the dtype of ``h``."""
-    squares_TP = h_TP.float().square()
-    if common_rank is not None:
-        return squares_TP.unflatten(-1, (experts, common_rank)).sum(-1).sqrt()
-    member_PE = torch.nn.functional.one_hot(owner_P, experts).to(squares_TP.dtype)
-    return (squares_TP @ member_PE).sqrt()
+    """``||h_t||_2`` of each expert's own part of ``h``, in float32 whatever the dtype of ``h``.
+
+    Args:
+        h_TP: The experts' parts, one after the other.
+        ranks: Their lengths.
+        member_EP: One where row ``p`` belongs to expert ``e``, else zero; used where the ranks differ.
+    """
+    if len(set(ranks)) == 1:
+        return torch.linalg.vector_norm(h_TP.unflatten(-1, (len(ranks), ranks[0])), dim=-1, dtype=torch.float32)
+    return (h_TP.float().square() @ member_EP.mT.float()).sqrt()

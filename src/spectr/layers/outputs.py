@@ -1,0 +1,76 @@
+"""Adding the chosen experts' outputs to a base layer's: the same sum as :func:`spectr.combine.merge_outputs`, faster.
+
+Two ways, and a rule that chooses. *Masked*: all experts' ``h`` times their weights, zero for most, in one product:
+``2 P O`` operations a token. *Gathered*: the chosen experts' rows of the output factor alone: ``2 k R O``, each some
+three times as dear on a CPU without matrix units.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from spectr.selection import Selection, TopK
+
+_GATHERED_OVER_MASKED = 4  # price of an operation, with a margin for what the gathering itself costs
+
+
+def gathering_pays(select: Selection, experts: int, common_rank: int | None) -> bool:
+    """Whether gathering is cheaper; it needs a fixed number of chosen experts, of one rank."""
+    return isinstance(select, TopK) and common_rank is not None and experts >= _GATHERED_OVER_MASKED * select.k
+
+
+def spread(weights_TE: Float[Tensor, "*T E"], ranks: tuple[int, ...], member_EP: Tensor) -> Float[Tensor, "*T P"]:
+    """Each expert's weight for each of its rows."""
+    if len(set(ranks)) == 1:
+        return weights_TE.repeat_interleave(ranks[0], dim=-1)
+    return weights_TE @ member_EP.to(weights_TE.dtype)
+
+
+def add_masked(
+    out_TO: Float[Tensor, "*T O"], weighted_TP: Float[Tensor, "*T P"], B_OP: Float[Tensor, "O P"], *, in_place: bool
+) -> Float[Tensor, "*T O"]:
+    """``out + B (w h)``, in the memory of ``out`` where that may be.
+
+    Args:
+        out_TO: The base layer's output, of the dtype and on the device of the others.
+        weighted_TP: ``w_t h_t`` of every expert, zero where it is not chosen.
+        B_OP: Output factors of every expert.
+        in_place: Whether ``out`` may be overwritten.
+    """
+    out_NO, weighted_NP = _flat(out_TO), _flat(weighted_TP)
+    if in_place:
+        out_NO.addmm_(weighted_NP, B_OP.mT)
+        return out_TO
+    return torch.addmm(out_NO, weighted_NP, B_OP.mT).reshape(out_TO.shape)
+
+
+def gathered_sum(
+    h_TP: Float[Tensor, "*T P"],
+    index_TK: Int[Tensor, "*T K"],
+    weights_TK: Float[Tensor, "*T K"],
+    B_OP: Float[Tensor, "O P"],
+    rank: int,
+) -> Float[Tensor, "*T O"]:
+    """``sum_k w_k B_k h_k`` from the chosen experts' rows alone.
+
+    Args:
+        h_TP: ``A x`` of every expert, all of one rank.
+        index_TK: The chosen experts.
+        weights_TK: Their weights.
+        B_OP: Output factors; fast where ``B_OP.mT`` is contiguous.
+        rank: Of each expert.
+    """
+    rows_TKR = index_TK[..., None] * rank + torch.arange(rank, device=index_TK.device)
+    rows_NP = _flat(rows_TKR.flatten(-2))
+    h_NP = _flat(h_TP).gather(-1, rows_NP)
+    weights_NP = _flat(weights_TK.to(h_TP.dtype)).repeat_interleave(rank, dim=-1)
+    sums_NO = embedding_bag(rows_NP, B_OP.mT, per_sample_weights=h_NP * weights_NP, mode="sum")
+    return sums_NO.reshape(*h_TP.shape[:-1], -1)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """All leading axes as one; of one token alone, a first axis of one."""
+    return tensor[None] if tensor.ndim == 1 else tensor.flatten(0, -2)
