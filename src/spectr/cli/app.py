@@ -8,7 +8,7 @@ import sys
 import typer
 
 from spectr import __version__
-from spectr.cli import chat, demo, evaluate, extract, gates, generate, library, merge, route, train
+from spectr.cli import benchmark, chat, demo, evaluate, extract, gates, generate, library, merge, route, train
 from spectr.cli.console import errors, out
 from spectr.errors import SpectrError
 
@@ -31,6 +31,7 @@ app.command("extract")(extract.extract)
 app.command("rerank")(extract.rerank)
 app.command("evaluate")(evaluate.evaluate)
 app.command("report")(evaluate.report)
+app.command("benchmark")(benchmark.benchmark)
 train.app.command("gates")(gates.gates)
 app.add_typer(train.app, name="train")
 app.add_typer(library.app, name="library")

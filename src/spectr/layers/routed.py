@@ -195,6 +195,18 @@ class RoutedLinear(nn.Module):
             return decision
         return decision._replace(weights_TE=self.held.all_weights_B1E.expand_as(decision.scores_TE))
 
+    def bytes_read(self, tokens: int) -> int:
+        """Bytes of the experts' factors that a call with so many tokens reads at least."""
+        size = self.A_PI.element_size()
+        if self.held is not None:
+            return size * (self.held.A_PI.numel() + self.held.B_OP.numel())
+        share = 1.0
+        if self.gathers:
+            share = min(1.0, tokens * self.router.selection.k / len(self.experts))  # pyright: ignore[reportAttributeAccessIssue]
+        mixing = 0 if self.mix_PR is None else self.mix_PR.numel()
+        prototypes = 0 if self.prototypes_EI is None else self.prototypes_EI.numel()
+        return round(size * (self.A_PI.numel() + mixing + prototypes + share * self.B_OP.numel()))
+
     def stack(self) -> Stack:
         """The experts, as they are held now."""
         return Stack(

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from spectr.evaluation.experiments.base import Bench, Result
-from spectr.evaluation.experiments.costs import SAMPLE_TOKENS, count_flops, sample_ids
+from spectr.evaluation.experiments.costs import SAMPLE_TOKENS, sample_ids
+from spectr.flops import count_flops
 from spectr.layers import RoutedLinear
 from spectr.library import ExpertLibrary
 from spectr.models.generate import encode_batch

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from spectr.evaluation.experiments.base import Bench, Result, routers_that_fit, unfit_in_words
+from spectr.flops import count_flops
 from spectr.layers import RoutedLinear
 
 ROUTERS: list[tuple[str, dict[str, Any]]] = [
@@ -100,25 +99,6 @@ def sample_ids(bench: Bench) -> Tensor:
     """Tokens to count operations on, (1, SAMPLE_TOKENS)."""
     words = bench.model.config.get_text_config().vocab_size
     return torch.arange(SAMPLE_TOKENS, device=bench.model.device)[None] % words
-
-
-def count_flops(run: Callable[[], Any]) -> int:
-    """Operations that a call makes; one multiply-add counts as 2."""
-    aten = torch.ops.aten
-    unknown = {aten._embedding_bag: _bag_flops, aten._embedding_bag_forward_only: _bag_flops, aten.addmm_: _addmm_flops}
-    with FlopCounterMode(display=False, custom_mapping=unknown) as counter:
-        run()
-    return int(counter.get_total_flops())
-
-
-def _bag_flops(weights: tuple[int, int], rows: tuple[int, int], *_: Any, **__: Any) -> int:
-    """A weighted sum of rows, which torch's counter does not know."""
-    return 2 * rows[0] * rows[1] * weights[1]
-
-
-def _addmm_flops(out: tuple[int, int], left: tuple[int, int], *_: Any, **__: Any) -> int:
-    """A product added in place, which it does not know either."""
-    return 2 * out[0] * out[1] * left[1]
 
 
 def _formula(layer: RoutedLinear) -> int:

@@ -1,0 +1,8 @@
+"""What routing costs on a user's own model and library: time and memory beside PEFT, in one interleaved run."""
+
+from spectr.benchmark.measure import Timing, measure
+from spectr.benchmark.report import Outcome, benchmark
+from spectr.benchmark.subjects import PEERS, Subject
+from spectr.benchmark.synthetic import write_lookalikes
+
+__all__ = ["PEERS", "Outcome", "Subject", "Timing", "benchmark", "measure", "write_lookalikes"]

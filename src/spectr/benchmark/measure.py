@@ -1,0 +1,155 @@
+"""Timing models in turn, and the most memory that a call holds at once."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from spectr.benchmark.subjects import Subject
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What is timed.
+
+    Attributes:
+        prompt: Tokens of the prompt.
+        batch: Rows.
+        steps: Tokens that are decoded after it, one by one; 0 times the prompt itself.
+    """
+
+    prompt: int
+    batch: int = 1
+    steps: int = 0
+
+    @property
+    def name(self) -> str:
+        """As a table's heading says it."""
+        return f"decoding, batch {self.batch}" if self.steps else f"prompt of {self.prompt}, batch {self.batch}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Of one model and work: seconds of each round (of one decoded token, or of one prompt), and bytes.
+
+    Attributes:
+        seconds: One number for each round.
+        peak: Most bytes that one call held at once beyond what was there before it.
+    """
+
+    seconds: tuple[float, ...]
+    peak: int
+
+    @property
+    def median(self) -> float:
+        """Seconds, the median of all rounds."""
+        return statistics.median(self.seconds)
+
+    def over(self, other: Timing) -> float:
+        """How many times ``other`` it takes: the median over rounds of the ratio within a round."""
+        return statistics.median(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
+
+
+@torch.inference_mode()
+def measure(
+    subjects: Sequence[Subject],
+    works: Sequence[Work],
+    *,
+    rounds: int,
+    progress: Callable[[int, int, str], None] = lambda *_: None,
+) -> Mapping[tuple[str, str], Timing]:
+    """Time every model at every work, in turn: each round times all of them, beginning with another one.
+
+    Args:
+        subjects: Causal models of transformers.
+        works: What each of them does.
+        rounds: How often; one more comes first and is not counted, and one under the memory profiler.
+        progress: Is told (done, total, what).
+
+    Returns:
+        A timing for each (model's name, work's name).
+    """
+    found: dict[tuple[str, str], list[float]] = {}
+    peaks: dict[tuple[str, str], int] = {}
+    total, done = (rounds + 2) * len(subjects) * len(works), 0
+    for turn in range(-2, rounds):
+        for place in range(len(subjects)):
+            subject = subjects[(place + max(turn, 0)) % len(subjects)]
+            for work in works:
+                key = subject.name, work.name
+                if turn == -1:
+                    peaks[key] = peak_bytes(subject.model, work)
+                else:
+                    seconds = timed(subject.model, work)
+                    if turn >= 0:
+                        found.setdefault(key, []).append(seconds)
+                done += 1
+                progress(done, total, f"{subject.name}, {work.name}")
+    return {key: Timing(seconds=tuple(seconds), peak=peaks[key]) for key, seconds in found.items()}
+
+
+def timed(model: nn.Module, work: Work) -> float:
+    """Seconds of one prompt, or of one decoded token."""
+    ids = _ids(model, work)
+    if not work.steps:
+        return _seconds(lambda: _read(model, ids), ids)
+    cache, last = _read(model, ids).past_key_values, ids[:, -1:]
+    mask = torch.ones(work.batch, work.prompt + work.steps, dtype=torch.long, device=ids.device)
+
+    def decode() -> None:
+        for step in range(work.steps):
+            model(
+                input_ids=last, past_key_values=cache, attention_mask=mask[:, : work.prompt + step + 1], use_cache=True
+            )
+
+    return _seconds(decode, ids) / work.steps
+
+
+def peak_bytes(model: nn.Module, work: Work) -> int:
+    """The most bytes that one prompt, or one decoded token, holds at once beyond what was there before it."""
+    ids = _ids(model, work)
+    call: dict[str, Any] = {"input_ids": ids, "use_cache": True, "logits_to_keep": 1}
+    if work.steps:
+        call = {"input_ids": ids[:, -1:], "past_key_values": _read(model, ids).past_key_values, "use_cache": True}
+    if ids.is_cuda:
+        torch.cuda.reset_peak_memory_stats(ids.device)
+        before = torch.cuda.memory_allocated(ids.device)
+        model(**call)
+        return torch.cuda.max_memory_allocated(ids.device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        model(**call)
+    events = profiler.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")  # pyright: ignore
+    held = peak = 0
+    for _, size in changes:
+        held += size
+        peak = max(peak, held)
+    return peak
+
+
+def _ids(model: nn.Module, work: Work) -> Tensor:
+    words = model.config.get_text_config().vocab_size  # pyright: ignore
+    chance = torch.Generator().manual_seed(work.prompt * 1000 + work.batch)
+    ids = torch.randint(words, (work.batch, work.prompt), generator=chance)
+    return ids.to(next(model.parameters()).device)
+
+
+def _read(model: nn.Module, ids: Tensor) -> Any:
+    return model(input_ids=ids, use_cache=True, logits_to_keep=1)
+
+
+def _seconds(run: Callable[[], Any], ids: Tensor) -> float:
+    if ids.is_cuda:
+        torch.cuda.synchronize(ids.device)
+    began = time.perf_counter()
+    run()
+    if ids.is_cuda:
+        torch.cuda.synchronize(ids.device)
+    return time.perf_counter() - began

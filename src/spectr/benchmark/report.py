@@ -1,0 +1,132 @@
+"""One run of all models and works, its table, and how near the machine's limits it is."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+import spectr
+from spectr.benchmark.measure import Timing, Work, measure
+from spectr.benchmark.subjects import BASE, OURS, Subject, get_peer, ours
+from spectr.composition import Guide
+from spectr.flops import count_flops
+from spectr.layers.routed import RoutedLinear
+from spectr.library import ExpertLibrary
+from spectr.routers import Router
+
+COLUMNS = ("work", "model", "time", "over the base", "theirs over ours", "limit", "memory")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What was measured.
+
+    Attributes:
+        rows: One for each work and model, as :data:`COLUMNS` name them.
+        timings: By "model | work" the seconds of every round and the peak in bytes.
+        limits: By work: what ours takes over the base at least, by operations (prompt) or bytes (decoding) added.
+        origin: Model, experts, router, dtype, threads, versions, machine.
+    """
+
+    rows: Sequence[Sequence[str]]
+    timings: Mapping[str, Mapping[str, Any]]
+    limits: Mapping[str, float]
+    origin: Mapping[str, Any]
+
+
+def benchmark(
+    model: nn.Module,
+    library: ExpertLibrary,
+    router: Router,
+    *,
+    peers: Sequence[str] = ("peft-single", "peft-arrow"),
+    prompt: int = 256,
+    batches: Sequence[int] = (1, 16),
+    steps: int = 16,
+    rounds: int = 7,
+    guide: Guide | None = None,
+    progress: Callable[[int, int, str], None] = lambda *_: None,
+) -> Outcome:
+    """Measure a base model, the same model routed, and peers, in turn.
+
+    Args:
+        model: A causal model of transformers, not composed.
+        library: Its experts.
+        router: How they are chosen.
+        peers: Of :data:`spectr.benchmark.PEERS`.
+        prompt: Tokens of the prompt.
+        batches: Rows of the decoded batches; the prompt is one row.
+        steps: Tokens that are decoded in a round.
+        rounds: How often each is timed.
+        guide: For a guided router.
+        progress: Is told (done, total, what).
+
+    Raises:
+        CompositionError: The router does not fit the library, or a peer is unknown.
+        MissingExtraError: A peer's package is not installed.
+    """
+    make = [get_peer(name) for name in peers]
+    top_k = min(getattr(router, "top_k", len(library)), len(library))
+    routed = ours(model, library, router, guide)
+    subjects = [Subject(name=BASE, model=model), routed, *(peer(model, library, top_k) for peer in make)]
+    works = [Work(prompt=prompt), *(Work(prompt=prompt, batch=batch, steps=steps) for batch in batches)]
+    timings = measure(subjects, works, rounds=rounds, progress=progress)
+    limits = {work.name: _limit(model, routed.model, work) for work in works}
+    rows = [_row(subject.name, work, timings, limits) for work in works for subject in subjects]
+    return Outcome(
+        rows=rows,
+        timings={" | ".join(key): asdict(timing) for key, timing in timings.items()},
+        limits=limits,
+        origin=_origin(model, library, router, rounds=rounds, prompt=prompt),
+    )
+
+
+def _row(
+    name: str, work: Work, timings: Mapping[tuple[str, str], Timing], limits: Mapping[str, float]
+) -> tuple[str, ...]:
+    mine, base, routed = (timings[subject, work.name] for subject in (name, BASE, OURS))
+    return (
+        work.name if name == BASE else "",
+        name,
+        f"{mine.median * 1e3:.1f} ms",
+        f"{mine.over(base):.2f}",
+        "" if name in (BASE, OURS) else f"{mine.over(routed):.2f}",
+        f"{limits[work.name]:.2f}" if name == OURS else "",
+        f"{mine.peak / 1e6:.1f} MB",
+    )
+
+
+@torch.inference_mode()
+def _limit(base: nn.Module, routed: nn.Module, work: Work) -> float:
+    """Time over the base model's if a machine did nothing but the operations (prompt) or the reading (decoding)."""
+    layers = [layer for layer in routed.modules() if isinstance(layer, RoutedLinear)]
+    if not work.steps:
+        ids = torch.zeros(1, work.prompt, dtype=torch.long, device=next(base.parameters()).device)
+
+        def flops(model: nn.Module) -> int:
+            return count_flops(lambda: model(input_ids=ids, use_cache=False, logits_to_keep=1))
+
+        return flops(routed) / flops(base)
+    plain = sum(p.numel() * p.element_size() for p in base.parameters())
+    return 1 + sum(layer.bytes_read(work.batch) for layer in layers) / plain
+
+
+def _origin(model: nn.Module, library: ExpertLibrary, router: Router, **settings: int) -> dict[str, Any]:
+    weight = next(model.parameters())
+    device = torch.cuda.get_device_name(weight.device) if weight.is_cuda else platform.processor() or "cpu"
+    return {
+        "model": str(getattr(getattr(model, "config", None), "_name_or_path", "")),
+        "experts": len(library),
+        "router": repr(router),
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "device": device,
+        "torch": torch.__version__,
+        "spectr": spectr.__version__,
+        **settings,
+    }

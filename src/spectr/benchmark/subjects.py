@@ -1,0 +1,83 @@
+"""The models that are compared: all of them share the base model's weights."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from torch import nn
+
+from spectr.composition import Guide, compose
+from spectr.errors import CompositionError, MissingExtraError, did_you_mean
+from spectr.library import ExpertLibrary
+from spectr.routers import Router
+
+BASE, OURS = "base model", "spectr"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Subject:
+    """One model to measure, by the name that a table shows."""
+
+    name: str
+    model: nn.Module
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """The same modules once more, with the very same parameters and buffers."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def ours(model: nn.Module, library: ExpertLibrary, router: Router, guide: Guide | None = None) -> Subject:
+    """The base model composed with the library."""
+    composed = twin(model)
+    compose(composed, library, router, guide=guide)
+    return Subject(name=OURS, model=composed)
+
+
+def peft_single(model: nn.Module, library: ExpertLibrary, top_k: int) -> Subject:
+    """PEFT with the library's first adapter."""
+    peft = _peft()
+    folder = library[library.names[0]].weights.parent
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what PEFT asks transformers for is none of a user's business here
+        return Subject(name="peft, one adapter", model=peft.PeftModel.from_pretrained(twin(model), str(folder)).eval())
+
+
+def peft_arrow(model: nn.Module, library: ExpertLibrary, top_k: int) -> Subject:
+    """PEFT's own Arrow, over all experts, which have to be of one rank there."""
+    peft = _peft()
+    folders = [str(library[name].weights.parent) for name in library]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        arrow = peft.create_arrow_model(twin(model), folders, arrow_config=peft.ArrowConfig(top_k=top_k))  # pyright: ignore
+    return Subject(name="peft, Arrow", model=arrow.eval())
+
+
+PEERS: Mapping[str, Callable[[nn.Module, ExpertLibrary, int], Subject]] = {
+    "peft-single": peft_single,
+    "peft-arrow": peft_arrow,
+}
+
+
+def get_peer(name: str) -> Callable[[nn.Module, ExpertLibrary, int], Subject]:
+    """A peer by name.
+
+    Raises:
+        CompositionError: The name is unknown.
+    """
+    if name not in PEERS:
+        raise CompositionError(f"unknown peer '{name}'", do=did_you_mean(name, PEERS))
+    return partial(PEERS[name])
+
+
+def _peft():
+    try:
+        import peft
+    except ImportError as error:
+        raise MissingExtraError("a comparison with PEFT", "train") from error
+    return peft

@@ -1,0 +1,76 @@
+"""Experts that resemble real ones in spectrum and size, to measure libraries larger than one has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from spectr.adapters.write import common_settings, write_adapter
+from spectr.errors import LibraryError
+from spectr.library import ExpertLibrary
+from spectr.spectral import align
+
+_SPREAD = 0.2  # standard deviation of the logarithm of an expert's size
+
+
+@torch.no_grad()
+def write_lookalikes(
+    library: ExpertLibrary,
+    folder: Path,
+    count: int,
+    *,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> ExpertLibrary:
+    """A library of a given size: the real experts, and synthetic ones named ``synthetic-00001`` and so on.
+
+    A synthetic expert has the singular values of one of the real ones, chosen at random, times ``exp(0.2 n)`` with one
+    standard normal ``n`` for all of its modules, and random orthonormal directions. Real experts
+    are not copied.
+
+    Args:
+        library: At least one real expert.
+        folder: Receives the synthetic experts as PEFT folders; what is there already is kept, so that a killed run
+            goes on.
+        count: Experts in all; at least as many as are real.
+        seed: Of the random numbers; each expert has its own.
+        progress: Is told (done, total) synthetic experts.
+
+    Raises:
+        LibraryError: ``count`` is less than the number of real experts, or a synthetic expert's name is taken.
+    """
+    missing = count - len(library)
+    if missing < 0:
+        raise LibraryError(
+            f"{count} experts, but the library alone has {len(library)}", do=f"ask for at least {len(library)}"
+        )
+    sources = {name: library[name].weights.parent for name in library}
+    settings = common_settings(library[name] for name in library)
+    with ExitStack() as files:
+        readers = {name: files.enter_context(library[name].open()) for name in library}
+        for number in range(1, missing + 1):
+            target = folder / f"synthetic-{number:05}"
+            if target.name in sources:
+                raise LibraryError(f"the library has an expert '{target.name}'", do="give it another name")
+            sources[target.name] = target
+            if not (target / "adapter_config.json").is_file():
+                chance = torch.Generator().manual_seed(seed * 1_000_003 + number)
+                model = library.names[int(torch.randint(len(library), (), generator=chance))]
+                size = float(torch.exp(_SPREAD * torch.randn((), generator=chance)))
+                factors = {module: _lookalike(readers[model](module), size, chance) for module in library[model].shapes}
+                target.mkdir(parents=True, exist_ok=True)
+                write_adapter(target, factors, settings)
+            progress(number, missing)
+    return ExpertLibrary.from_adapters(sources)
+
+
+def _lookalike(pair: tuple[Tensor, Tensor, float], size: float, chance: torch.Generator) -> tuple[Tensor, Tensor]:
+    A, B, scale = pair
+    values = align(A.float(), B.float(), scale).S * size
+    U, _ = torch.linalg.qr(torch.randn(len(B), len(values), generator=chance))
+    V, _ = torch.linalg.qr(torch.randn(A.shape[1], len(values), generator=chance))
+    return (U * values.sqrt()).to(B.dtype), (values.sqrt()[:, None] * V.mT).to(A.dtype)
