@@ -22,11 +22,17 @@ def gathering_pays(select: Selection, experts: int, common_rank: int | None) -> 
     return isinstance(select, TopK) and common_rank is not None and experts >= _GATHERED_OVER_MASKED * select.k
 
 
-def spread(weights_TE: Float[Tensor, "*T E"], ranks: tuple[int, ...], member_EP: Tensor) -> Float[Tensor, "*T P"]:
-    """Each expert's weight for each of its rows."""
-    if len(set(ranks)) == 1:
-        return weights_TE.repeat_interleave(ranks[0], dim=-1)
-    return weights_TE @ member_EP.to(weights_TE.dtype)
+def weighted(
+    h_TP: Float[Tensor, "*T P"],
+    weights_TE: Float[Tensor, "*T E"],
+    common_rank: int | None,
+    member_EP: Float[Tensor, "E P"],
+) -> Float[Tensor, "*T P"]:
+    """``w_t h_t`` of every expert."""
+    weights_TE = weights_TE.to(h_TP.dtype)
+    if common_rank is None:
+        return h_TP * (weights_TE @ member_EP)
+    return (h_TP.unflatten(-1, (-1, common_rank)) * weights_TE[..., None]).flatten(-2)
 
 
 def add_masked(
@@ -52,7 +58,7 @@ def gathered_sum(
     index_TK: Int[Tensor, "*T K"],
     weights_TK: Float[Tensor, "*T K"],
     B_OP: Float[Tensor, "O P"],
-    rank: int,
+    rows_ER: Int[Tensor, "E R"],
 ) -> Float[Tensor, "*T O"]:
     """``sum_k w_k B_k h_k`` from the chosen experts' rows alone.
 
@@ -61,14 +67,14 @@ def gathered_sum(
         index_TK: The chosen experts.
         weights_TK: Their weights.
         B_OP: Output factors; fast where ``B_OP.mT`` is contiguous.
-        rank: Of each expert.
+        rows_ER: Each expert's places along P.
     """
-    rows_TKR = index_TK[..., None] * rank + torch.arange(rank, device=index_TK.device)
-    rows_NP = _flat(rows_TKR.flatten(-2))
-    h_NP = _flat(h_TP).gather(-1, rows_NP)
-    weights_NP = _flat(weights_TK.to(h_TP.dtype)).repeat_interleave(rank, dim=-1)
-    sums_NO = embedding_bag(rows_NP, B_OP.mT, per_sample_weights=h_NP * weights_NP, mode="sum")
-    return sums_NO.reshape(*h_TP.shape[:-1], -1)
+    h_NP, weights_NK = _flat(h_TP), _flat(weights_TK.to(h_TP.dtype))
+    rows_NP = rows_ER.index_select(0, index_TK.flatten()).view(len(h_NP), -1)
+    taken_NKR = h_NP.gather(-1, rows_NP).view(*weights_NK.shape, -1)
+    shares_NP = (taken_NKR * weights_NK[..., None]).view(len(h_NP), -1)
+    sums_NO = embedding_bag(rows_NP, B_OP.mT, per_sample_weights=shares_NP, mode="sum")
+    return sums_NO.view(*h_TP.shape[:-1], sums_NO.shape[-1])
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 
 from spectr.combine import get_combination, merge_outputs
 from spectr.layers.grouped import grouped_inputs, grouped_outputs
-from spectr.layers.outputs import add_masked, gathered_sum, gathering_pays, spread
+from spectr.layers.outputs import add_masked, gathered_sum, gathering_pays, weighted
 from spectr.routers.base import Router, ShortlistRouter, segment_norms
 from spectr.spectral import Stack
 
@@ -52,6 +52,7 @@ class RoutedLinear(nn.Module):
     B_OP: Tensor
     owner_P: Tensor
     member_EP: Tensor
+    rows_ER: Tensor | None
     prototypes_EI: Tensor | None
     centers_P: Tensor | None
     mix_PR: Tensor | None
@@ -79,6 +80,8 @@ class RoutedLinear(nn.Module):
         self.register_buffer("owner_P", stack.owner_P.to(stack.A_PI.device), persistent=False)
         member_PE = torch.nn.functional.one_hot(stack.owner_P, len(self.experts))
         self.register_buffer("member_EP", member_PE.mT.contiguous().to(stack.A_PI), persistent=False)
+        rows_ER = torch.arange(len(stack.owner_P)).view(len(self.experts), -1) if self.gathers else None
+        self.register_buffer("rows_ER", None if rows_ER is None else rows_ER.to(stack.A_PI.device), persistent=False)
         self.register_buffer("prototypes_EI", stack.prototypes_EI, persistent=False)
         self.register_buffer("centers_P", stack.centers_P, persistent=False)
         self.register_buffer("mix_PR", stack.mix_PR, persistent=False)
@@ -107,17 +110,23 @@ class RoutedLinear(nn.Module):
 
     def _score(self, x: Float[Tensor, "*T I"]) -> tuple[Float[Tensor, "*T P"], Float[Tensor, "*T E"]]:
         """``A x`` and the scores. Of experts that are not on a token's shortlist, zero and minus infinity."""
-        x = x.to(self.A_PI.device, self.A_PI.dtype)
+        tensors = self._buffers  # a module's own look-up of an attribute costs more than a small product
+        A_PI, member_EP, prototypes_EI = tensors["A_PI"], tensors["member_EP"], tensors["prototypes_EI"]
+        assert A_PI is not None
+        assert member_EP is not None
+        if x.dtype != A_PI.dtype or x.device != A_PI.device:
+            x = x.to(A_PI.device, A_PI.dtype)
         if self.shortlists:
-            taken_TE = self.router.candidates(x, self.prototypes_EI)  # pyright: ignore[reportAttributeAccessIssue]
-            h_TP = grouped_inputs(x, self.A_PI, self.ranks, taken_TE)
-            norms_TE = segment_norms(h_TP, self.ranks, self.member_EP)
-            return h_TP, self.router.scores(x, norms_TE, self.prototypes_EI).masked_fill(~taken_TE, -torch.inf)
-        h_TP = linear(x, self.A_PI)
-        if self.mix_PR is not None:
-            h_TP = linear(h_TP, self.mix_PR)
-        scored_TP = h_TP if self.centers_P is None else h_TP - self.centers_P
-        return h_TP, self.router.scores(x, segment_norms(scored_TP, self.ranks, self.member_EP), self.prototypes_EI)
+            taken_TE = self.router.candidates(x, prototypes_EI)  # pyright: ignore[reportAttributeAccessIssue]
+            h_TP = grouped_inputs(x, A_PI, self.ranks, taken_TE)
+            norms_TE = segment_norms(h_TP, self.common_rank, member_EP)
+            return h_TP, self.router.scores(x, norms_TE, prototypes_EI).masked_fill(~taken_TE, -torch.inf)
+        h_TP = linear(x, A_PI)
+        mix_PR, centers_P = tensors["mix_PR"], tensors["centers_P"]
+        if mix_PR is not None:
+            h_TP = linear(h_TP, mix_PR)
+        scored_TP = h_TP if centers_P is None else h_TP - centers_P
+        return h_TP, self.router.scores(x, segment_norms(scored_TP, self.common_rank, member_EP), prototypes_EI)
 
     def _informed(self, x: Float[Tensor, "*T I"]) -> tuple[Float[Tensor, "*T P"], Float[Tensor, "*T E"]]:
         h_TP, scores_TE = self._score(x)
@@ -135,25 +144,26 @@ class RoutedLinear(nn.Module):
         if self.held is not None:
             return self._add_held(out, input, self.held)
         h_TP, scores_TE = self._informed(input)
+        tensors = self._buffers
+        B_OP = tensors["B_OP"]
         if self.gathers:
             index_TK, weights_TK = self.select.choose(scores_TE)  # pyright: ignore[reportAttributeAccessIssue]
-            return _add(out, gathered_sum(h_TP, index_TK, weights_TK, self.B_OP, self.ranks[0]))
+            return _add(out, gathered_sum(h_TP, index_TK, weights_TK, B_OP, tensors["rows_ER"]))  # pyright: ignore
         weights_TE = self.select(scores_TE)
         if not self.sums:
-            return _add(out, self.combine(h_TP, weights_TE, self.B_OP, self.owner_P))
+            return _add(out, self.combine(h_TP, weights_TE, B_OP, self.owner_P))
         if self.shortlists:
             return _add(out, grouped_outputs(h_TP, weights_TE, self.B_OP, self.ranks))
-        return self._add_masked(out, h_TP, spread(weights_TE, self.ranks, self.member_EP), self.B_OP)
+        return self._add_masked(out, weighted(h_TP, weights_TE, self.common_rank, tensors["member_EP"]), B_OP)  # pyright: ignore
 
     def _add_held(self, out: Float[Tensor, "*T O"], x: Float[Tensor, "*T I"], held: Held) -> Float[Tensor, "*T O"]:
         h_TP = linear(x.to(held.A_PI.device, held.A_PI.dtype), held.A_PI)
         if self.sums:
-            return self._add_masked(out, h_TP, held.weights_B1P, held.B_OP)
+            return self._add_masked(out, h_TP * held.weights_B1P, held.B_OP)
         weights_TE = held.weights_B1E.expand(*h_TP.shape[:-1], -1)
         return _add(out, self.combine(h_TP, weights_TE, held.B_OP, held.owner_P))
 
-    def _add_masked(self, out: Tensor, h_TP: Tensor, weights_TP: Tensor, B_OP: Tensor) -> Float[Tensor, "*T O"]:
-        weighted_TP = h_TP * weights_TP.to(h_TP.dtype)
+    def _add_masked(self, out: Tensor, weighted_TP: Tensor, B_OP: Tensor) -> Float[Tensor, "*T O"]:
         if out.dtype != B_OP.dtype or out.device != B_OP.device:
             return _add(out, linear(weighted_TP, B_OP))
         return add_masked(out, weighted_TP, B_OP, in_place=self._owns(out))
@@ -175,12 +185,13 @@ class RoutedLinear(nn.Module):
         rows_P = taken_E.to(self.owner_P.device)[self.owner_P].nonzero().squeeze(1)
         ranks = torch.tensor([rank for rank, taken in zip(self.ranks, taken_E.tolist(), strict=True) if taken])
         owner_P = torch.repeat_interleave(torch.arange(len(ranks)), ranks.long()).to(self.owner_P.device)
+        weights_B1E = weights_BE[:, None, taken_E].to(self.A_PI.device)
         self.held = Held(
             A_PI=self.A_PI[rows_P] if self.mix_PR is None else self.mix_PR[rows_P] @ self.A_PI,
             B_OP=self.B_OP[:, rows_P],
             owner_P=owner_P,
-            weights_B1E=weights_BE[:, None, taken_E].to(self.A_PI.device),
-            weights_B1P=weights_BE[:, None].to(self.A_PI.device)[..., self.owner_P[rows_P]].to(self.A_PI.dtype),
+            weights_B1E=weights_B1E,
+            weights_B1P=weights_B1E[..., owner_P].to(self.A_PI.dtype),
             all_weights_B1E=weights_BE[:, None].to(self.A_PI.device),
         )
 
@@ -245,7 +256,9 @@ class RoutedLinear(nn.Module):
 
 
 def _add(out_TO: Tensor, delta_TO: Tensor) -> Float[Tensor, "*T O"]:
-    return out_TO + delta_TO.to(out_TO.device, out_TO.dtype)
+    if delta_TO.dtype != out_TO.dtype or delta_TO.device != out_TO.device:
+        delta_TO = delta_TO.to(out_TO.device, out_TO.dtype)
+    return out_TO + delta_TO
 
 
 def _without_base(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:

@@ -131,15 +131,16 @@ class GuidedRouter(PromptRouter, Protocol):
 
 
 def segment_norms(
-    h_TP: Float[Tensor, "*T P"], ranks: tuple[int, ...], member_EP: Float[Tensor, "E P"]
+    h_TP: Float[Tensor, "*T P"], common_rank: int | None, member_EP: Float[Tensor, "E P"]
 ) -> Float[Tensor, "*T E"]:
     """``||h_t||_2`` of each expert's own part of ``h``, in float32 whatever the dtype of ``h``.
 
     Args:
         h_TP: The experts' parts, one after the other.
-        ranks: Their lengths.
-        member_EP: One where row ``p`` belongs to expert ``e``, else zero; used where the ranks differ.
+        common_rank: Their length; ``None`` where it differs.
+        member_EP: One where row ``p`` belongs to expert ``e``, else zero; used where the lengths differ.
     """
-    if len(set(ranks)) == 1:
-        return torch.linalg.vector_norm(h_TP.unflatten(-1, (len(ranks), ranks[0])), dim=-1, dtype=torch.float32)
-    return (h_TP.float().square() @ member_EP.mT.float()).sqrt()
+    if common_rank is None:
+        return (h_TP.float().square() @ member_EP.mT.float()).sqrt()
+    parts_TER = h_TP.unflatten(-1, (len(member_EP), common_rank))
+    return torch.linalg.vector_norm(parts_TER, dim=-1, dtype=torch.float32)
