@@ -27,6 +27,7 @@ from models import (
 from spectr import Arrow, Calibrated, ExpertLibrary, Glider, Lag, Oracle, Phatgoose, Seqr, Spectr, Uniform, compose
 from spectr.errors import CompositionError
 from spectr.routers import Router, get_router, registry, router_names
+from spectr.routers.settings import combination_of
 from spectr.spectral import reference
 
 INPUTS, OUTPUTS, EXPERTS, TOKENS = 24, 16, 5, 12
@@ -120,7 +121,7 @@ def test_a_routed_layer_equals_the_reference_token_by_token(tmp_path, router, ra
     for t, x in enumerate(x_TI.double()):
         scores = [score(router, delta, x, ranks[name]) for delta, name in zip(deltas, names, strict=True)]
         weights = weigh(router, scores)
-        if router.combination == "factors":
+        if combination_of(router) == "factors":
             update = reference.merge_factors([A for A, _ in factors], [B for _, B in factors], weights, x)
         else:
             update = reference.merge_outputs(deltas, weights, x)
@@ -169,7 +170,7 @@ def test_in_half_precision_a_routed_layer_equals_the_reference_on_its_rounded_fa
         compared += 1
         wobble = 2 * eps * size  # of a weight, by the rounding of scores, at temperature 1
         torch.testing.assert_close(decision.weights_TE[t].double(), torch.tensor(weights).double(), rtol=0, atol=wobble)
-        if router.combination == "factors":
+        if combination_of(router) == "factors":
             update = reference.merge_factors([p.A for p in parts], [p.B for p in parts], weights, x)
         else:
             update = reference.merge_outputs([p.B @ p.A for p in parts], weights, x)

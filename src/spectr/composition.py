@@ -22,6 +22,7 @@ from spectr.layers.routed import RoutedLinear
 from spectr.layers.swap import swap_module
 from spectr.library import Calibration, ExpertLibrary
 from spectr.routers import GuidedRouter, ProbingRouter, PromptRouter, Router, Spectr
+from spectr.routers.settings import combination_of, residents
 from spectr.spectral import Prepared, Stack, align
 
 Progress = Callable[[int, int], None]
@@ -58,7 +59,7 @@ class Routed:
         self._originals: dict[str, nn.Module] = {}
         self._allowed: tuple[str, ...] | None = None
         self._removed = False
-        self._hold(router.resident(library.names), library, progress)
+        self._hold(residents(router, library.names), library, progress)
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -126,7 +127,7 @@ class Routed:
 
     def _choose(self, library: ExpertLibrary, allowed: tuple[str, ...] | None) -> tuple[str, ...]:
         """The experts to hold; the router's demands on a library are checked on the whole one, not on a restriction."""
-        resident = self.router.resident(library.names)
+        resident = residents(self.router, library.names)
         if allowed is None:
             return resident
         kept = tuple(name for name in resident if name in allowed)
@@ -268,7 +269,7 @@ def prepare_module(
     if getattr(router, "shares_A", False):
         scaled = {name: pair.B.float() * pair.scale for name, pair in factors.items()}
         prepared = {n: part.rooted(factors[n].A.float(), scaled[n]) for n, part in prepared.items()}
-    rate = get_combination(router.combination).drop_rate
+    rate = get_combination(combination_of(router)).drop_rate
     if rate:
         prepared = {n: part._replace(B=drop(part.B, rate, f"{module}/{n}")) for n, part in prepared.items()}
     if calibration is not None:

@@ -142,6 +142,7 @@ class Routing:
         """
         from spectr.composition import needed_calibration, needed_descriptions, needed_gates
         from spectr.routers import GuidedRouter, get_router
+        from spectr.routers.settings import residents
 
         library = open_library(self.library)
         if self.expert and self.router != "oracle":
@@ -160,7 +161,7 @@ class Routing:
         )
         if self.top_k is None and getattr(router, "top_k", 0) > len(library):
             router = dataclasses.replace(router, top_k=len(library))  # pyright: ignore[reportArgumentType]
-        router.resident(library.names)
+        residents(router, library.names)
         library.check(*(self.allow or []))
         if getattr(router, "calibrated", False):
             needed_calibration(library, [library[name] for name in self.allow or library])

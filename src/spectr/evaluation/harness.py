@@ -21,6 +21,7 @@ from spectr.layers.prompt import pinned
 from spectr.library import ExpertLibrary
 from spectr.models import load_model
 from spectr.routers import GuidedRouter, get_router
+from spectr.routers.settings import residents
 from spectr.shipped import shipped_experts
 
 try:
@@ -67,7 +68,7 @@ class SpectrLM(HFLM):
         chosen = None
         if router != "base":
             chosen = get_router(router, **{key: value for key, value in given.items() if value is not None})
-            chosen.resident(experts.names)  # before a model is loaded
+            residents(chosen, experts.names)  # before a model is loaded
         if device and device.startswith("cuda") and not torch.cuda.is_available():
             device = None  # the harness' default wherever it runs
         model, tokenizer = load_model(base, dtype=dtype, device=device)  # pyright: ignore[reportArgumentType]

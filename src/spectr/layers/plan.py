@@ -14,6 +14,7 @@ from spectr.errors import CompositionError, did_you_mean, raise_together
 from spectr.layers.linear import features
 from spectr.layers.routed import RoutedLinear
 from spectr.routers.base import Router
+from spectr.routers.settings import combination_of
 
 _SHOWN = 3
 
@@ -39,7 +40,7 @@ def make_plan(model: nn.Module, experts: Sequence[Expert], router: Router) -> Pl
     for expert in experts:
         for module in expert.shapes:
             users.setdefault(module, []).append(expert.name)
-    if router.combination in NEEDS_EQUAL_RANKS:
+    if combination_of(router) in NEEDS_EQUAL_RANKS:
         problems += _unequal_ranks(experts, users, router)
     raise_together("the experts do not fit this model", problems, CompositionError)
     return Plan(modules={name: tuple(sorted(users[name])) for name in layers if name in users})
@@ -127,7 +128,7 @@ def _unequal_ranks(experts: Sequence[Expert], users: Mapping[str, list[str]], ro
     ranks = ", ".join(f"{expert.name} {'/'.join(map(str, expert.ranks))}" for expert in experts)
     return [
         CompositionError(
-            f"combine='{router.combination}' merges factors of unequal ranks ({ranks}; in {_some(uneven)})",
+            f"combine='{combination_of(router)}' merges factors of unequal ranks ({ranks}; in {_some(uneven)})",
             expected="experts of one rank",
             do="use combine='outputs', or leave experts out",
         )

@@ -14,6 +14,7 @@ from spectr.combine import get_combination, merge_outputs
 from spectr.layers.grouped import grouped_inputs, grouped_outputs
 from spectr.layers.outputs import add_masked, gathered_sum, gathering_pays, weighted
 from spectr.routers.base import Router, ShortlistRouter, segment_norms
+from spectr.routers.settings import combination_of, selection_of
 from spectr.spectral import Stack
 
 
@@ -68,13 +69,13 @@ class RoutedLinear(nn.Module):
         self.experts = stack.experts
         self.ranks = stack.ranks
         self.common_rank = stack.common_rank
-        self.select = router.selection
+        self.select = selection_of(router)
         self._prepared_dtype = stack.A_PI.dtype
-        self.combine = get_combination(router.combination).merge
+        self.combine = get_combination(combination_of(router)).merge
         self.sums = self.combine is merge_outputs
         self.shortlists = isinstance(router, ShortlistRouter)
         gathers = self.sums and not self.shortlists
-        self.gathers = gathers and gathering_pays(router.selection, len(self.experts), self.common_rank)
+        self.gathers = gathers and gathering_pays(self.select, len(self.experts), self.common_rank)
         self.register_buffer("A_PI", stack.A_PI.contiguous(), persistent=False)
         self.register_buffer("B_OP", stack.B_OP.mT.contiguous().mT, persistent=False)  # an expert's rows lie together
         self.register_buffer("owner_P", stack.owner_P.to(stack.A_PI.device), persistent=False)
@@ -213,7 +214,7 @@ class RoutedLinear(nn.Module):
             return size * (self.held.A_PI.numel() + self.held.B_OP.numel())
         share = 1.0
         if self.gathers:
-            share = min(1.0, tokens * self.router.selection.k / len(self.experts))  # pyright: ignore[reportAttributeAccessIssue]
+            share = min(1.0, tokens * self.select.k / len(self.experts))  # pyright: ignore[reportAttributeAccessIssue]
         mixing = 0 if self.mix_PR is None else self.mix_PR.numel()
         prototypes = 0 if self.prototypes_EI is None else self.prototypes_EI.numel()
         return round(size * (self.A_PI.numel() + mixing + prototypes + share * self.B_OP.numel()))

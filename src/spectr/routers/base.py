@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from spectr.selection import Selection
 from spectr.spectral import Aligned, Prepared
 
 
 @runtime_checkable
 class Router(Protocol):
     """The interface that composing, tracing and serving know; anything that has it is a router.
+
+    How its scores become an update follows from its fields (:mod:`spectr.routers.settings`): ``top_k``, ``weights`` and
+    ``temperature`` (without ``top_k`` all experts are taken), and ``combine``. A method ``resident(experts)`` says
+    which of a library's experts the model has to hold, where that is not all of them.
 
     ``prepare`` runs once for each expert and module, alone, so that an expert more or less changes nothing for the
     others. ``scores`` runs for each token and is pure.
@@ -26,24 +28,6 @@ class Router(Protocol):
     (:meth:`spectr.spectral.Prepared.gated`). One with an attribute ``shares_A`` that is true has the input factor that
     all experts of a module share computed once (:meth:`spectr.spectral.Prepared.rooted`).
     """
-
-    @property
-    def selection(self) -> Selection:
-        """From scores to weights."""
-        ...
-
-    @property
-    def combination(self) -> str:
-        """A name that :func:`spectr.combine.get_combination` knows."""
-        ...
-
-    def resident(self, experts: Sequence[str]) -> tuple[str, ...]:
-        """Those of a library's experts that the model has to hold.
-
-        Raises:
-            CompositionError: The router cannot work with these experts.
-        """
-        ...
 
     def prepare(self, aligned: Aligned) -> Prepared:
         """One expert's share of a module's stack, float32."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -12,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spectr.errors import CompositionError
-from spectr.routers.checks import check_combination, check_top_k
-from spectr.selection import TopK, Weighting
+from spectr.routers.settings import check_settings, selection_of
+from spectr.selection import Weighting
 from spectr.spectral import Aligned, Prepared
 
 
@@ -56,7 +55,7 @@ class Calibrated:
     combine: str = "outputs"
 
     def __post_init__(self) -> None:
-        check_combination(self.combine, level=(self.level, ("prompt", "token", "prior")))
+        check_settings(self, level=(self.level, ("prompt", "token", "prior")))
         if not self.pool_temperature > 0:
             raise CompositionError(f"pool_temperature={self.pool_temperature}", expected="a number above zero")
         for name in ("prior_strength", "certainty_weight"):
@@ -64,22 +63,6 @@ class Calibrated:
                 raise CompositionError(f"{name}={getattr(self, name)}", expected="a finite number of at least zero")
         if self.probe_tokens < 1:
             raise CompositionError(f"probe_tokens={self.probe_tokens}", expected="at least 1")
-        _ = self.selection
-
-    @property
-    def selection(self) -> TopK:
-        """See :class:`Router`."""
-        return TopK(k=self.top_k, weighting=self.weights, temperature=self.temperature)
-
-    @property
-    def combination(self) -> str:
-        """See :class:`Router`."""
-        return self.combine
-
-    def resident(self, experts: Sequence[str]) -> tuple[str, ...]:
-        """See :class:`Router`."""
-        check_top_k(self.top_k, experts)
-        return tuple(experts)
 
     def prepare(self, aligned: Aligned) -> Prepared:
         """See :class:`Router`."""
@@ -104,7 +87,7 @@ class Calibrated:
     def verdict(self, evidence_BE: Float[Tensor, "B E"]) -> Float[Tensor, "B E"]:
         """See :class:`PromptRouter`."""
         if self.level == "prompt":
-            return self.selection(evidence_BE)
+            return selection_of(self)(evidence_BE)
         return evidence_BE.clamp(min=1e-3) ** self.prior_strength
 
     def informed(self, scores_TE: Float[Tensor, "*T E"], prior_B1E: Float[Tensor, "B 1 E"]) -> Float[Tensor, "*T E"]:

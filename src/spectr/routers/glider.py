@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -12,9 +11,9 @@ from torch import Tensor
 
 from spectr.errors import CompositionError
 from spectr.routers.base import PromptRouter, Router, ShortlistRouter
-from spectr.routers.checks import check_combination, check_top_k
 from spectr.routers.phatgoose import Phatgoose
-from spectr.selection import TopK, Weighting
+from spectr.routers.settings import check_settings, selection_of
+from spectr.selection import Weighting
 from spectr.spectral import Aligned, Prepared
 
 
@@ -54,8 +53,7 @@ class Glider:
     combine: str = "outputs"
 
     def __post_init__(self) -> None:
-        check_combination(self.combine)
-        _ = self.selection
+        check_settings(self)
         if isinstance(self.alpha, str) and self.alpha != "gated":
             raise CompositionError(f"alpha={self.alpha!r}", expected="a number, or 'gated'")
         by_prompt = isinstance(self.local, PromptRouter) and self.local.level != "token"
@@ -84,21 +82,6 @@ class Glider:
         """See :class:`PromptRouter`."""
         return "prompt" if self.local is None else "prior"
 
-    @property
-    def selection(self) -> TopK:
-        """See :class:`Router`."""
-        return TopK(k=self.top_k, weighting=self.weights, temperature=self.temperature)
-
-    @property
-    def combination(self) -> str:
-        """See :class:`Router`."""
-        return self.combine
-
-    def resident(self, experts: Sequence[str]) -> tuple[str, ...]:
-        """See :class:`Router`."""
-        check_top_k(self.top_k, experts)
-        return tuple(experts)
-
     def prepare(self, aligned: Aligned) -> Prepared:
         """See :class:`Router`."""
         return Prepared.spectral(aligned) if self.local is None else self.local.prepare(aligned)
@@ -118,7 +101,7 @@ class Glider:
             global_BE = torch.where(near_B1, self.alpha_near, self.alpha_far) * evidence_BE
         else:
             global_BE = self.alpha * evidence_BE
-        return self.selection(global_BE) if self.local is None else global_BE
+        return selection_of(self)(global_BE) if self.local is None else global_BE
 
     def informed(self, scores_TE: Float[Tensor, "*T E"], prior_B1E: Float[Tensor, "B 1 E"]) -> Float[Tensor, "*T E"]:
         """See :class:`PromptRouter`: their sum."""

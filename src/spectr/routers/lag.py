@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from spectr.errors import CompositionError
-from spectr.routers.checks import check_combination, check_top_k
-from spectr.selection import TopK, Weighting
+from spectr.routers.settings import check_settings
+from spectr.selection import Weighting
 from spectr.spectral import Aligned, Prepared
 
 
@@ -39,27 +38,11 @@ class Lag:
     combine: str = "outputs"
 
     def __post_init__(self) -> None:
-        check_combination(self.combine)
-        _ = self.selection
+        check_settings(self)
         if self.shortlist < self.top_k:
             raise CompositionError(
                 f"shortlist={self.shortlist} and top_k={self.top_k}", expected="a shortlist of at least top_k experts"
             )
-
-    @property
-    def selection(self) -> TopK:
-        """See :class:`Router`."""
-        return TopK(k=self.top_k, weighting=self.weights, temperature=self.temperature)
-
-    @property
-    def combination(self) -> str:
-        """See :class:`Router`."""
-        return self.combine
-
-    def resident(self, experts: Sequence[str]) -> tuple[str, ...]:
-        """See :class:`Router`."""
-        check_top_k(self.top_k, experts)
-        return tuple(experts)
 
     def prepare(self, aligned: Aligned) -> Prepared:
         """See :class:`Router`."""

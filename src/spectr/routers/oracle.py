@@ -10,7 +10,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spectr.errors import CompositionError, did_you_mean
-from spectr.selection import Everyone
 from spectr.spectral import Aligned, Prepared
 
 
@@ -23,16 +22,6 @@ class Oracle:
     """
 
     expert: str
-
-    @property
-    def selection(self) -> Everyone:
-        """See :class:`Router`; there is only one to take."""
-        return Everyone()
-
-    @property
-    def combination(self) -> str:
-        """See :class:`Router`."""
-        return "outputs"
 
     def resident(self, experts: Sequence[str]) -> tuple[str, ...]:
         """See :class:`Router`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear
 
-from spectr.routers.checks import check_combination, check_top_k
-from spectr.selection import TopK, Weighting
+from spectr.routers.settings import check_settings
+from spectr.selection import Weighting
 from spectr.spectral import Aligned, Prepared
 
 
@@ -38,23 +37,7 @@ class Phatgoose:
     combine: str = "outputs"
 
     def __post_init__(self) -> None:
-        check_combination(self.combine)
-        _ = self.selection
-
-    @property
-    def selection(self) -> TopK:
-        """See :class:`Router`."""
-        return TopK(k=self.top_k, weighting=self.weights, temperature=self.temperature)
-
-    @property
-    def combination(self) -> str:
-        """See :class:`Router`."""
-        return self.combine
-
-    def resident(self, experts: Sequence[str]) -> tuple[str, ...]:
-        """See :class:`Router`."""
-        check_top_k(self.top_k, experts)
-        return tuple(experts)
+        check_settings(self)
 
     def prepare(self, aligned: Aligned) -> Prepared:
         """See :class:`Router`."""

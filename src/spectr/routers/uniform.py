@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spectr.routers.checks import check_combination
-from spectr.selection import Everyone
+from spectr.routers.settings import check_settings
 from spectr.spectral import Aligned, Prepared
 
 
@@ -27,21 +25,7 @@ class Uniform:
     combine: str = "outputs"
 
     def __post_init__(self) -> None:
-        check_combination(self.combine)
-
-    @property
-    def selection(self) -> Everyone:
-        """See :class:`Router`."""
-        return Everyone()
-
-    @property
-    def combination(self) -> str:
-        """See :class:`Router`."""
-        return self.combine
-
-    def resident(self, experts: Sequence[str]) -> tuple[str, ...]:
-        """See :class:`Router`."""
-        return tuple(experts)
+        check_settings(self)
 
     def prepare(self, aligned: Aligned) -> Prepared:
         """See :class:`Router`."""

@@ -27,6 +27,7 @@ from spectr.hashing import known_sha256
 from spectr.library import Calibration, ExpertLibrary
 from spectr.models.text import context_length, encode_prompt, shared_prefix
 from spectr.routers import GuidedRouter, Router, get_router
+from spectr.routers.settings import combination_of
 from spectr.tasks import Example, Task
 
 Progress = Callable[[str, int, int, str], None]
@@ -322,7 +323,7 @@ def _lacks(router: Router, bench: Bench) -> str | None:
         return "experts"
     if getattr(router, "calibrated", False) and library.calibration is None:
         return "a calibration"
-    if router.combination in NEEDS_EQUAL_RANKS and _has_unequal_ranks(library):
+    if combination_of(router) in NEEDS_EQUAL_RANKS and _has_unequal_ranks(library):
         return "equal ranks"
     if getattr(router, "gated", False) and not all(has_gates(library[name]) for name in library):
         return "trained gates"

@@ -111,7 +111,7 @@ def _formula(layer: RoutedLinear) -> int:
         return 2 * (layer.held.A_PI.numel() + layer.held.B_OP.numel())
     prototypes = 0 if layer.prototypes_EI is None else layer.prototypes_EI.numel()
     summing = 0 if layer.common_rank else 2 * len(layer.A_PI) * len(layer.experts)
-    taken = layer.router.selection.k / len(layer.experts) if layer.gathers else 1  # pyright: ignore[reportAttributeAccessIssue]
+    taken = layer.select.k / len(layer.experts) if layer.gathers else 1  # pyright: ignore[reportAttributeAccessIssue]
     return round(2 * (layer.A_PI.numel() + taken * layer.B_OP.numel() + prototypes + summing))
 
 
