@@ -1,15 +1,52 @@
-"""Writing safetensors files that others can read."""
+"""Writing files that others can read, whole or not at all."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
+
+SCRATCH = ".manifest-"  # what a killed writer leaves begins so; a library sweeps it up
 
 
 def save_readable(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
     """Write a safetensors file; safetensors itself makes it readable by its owner alone."""
     save_file(dict(tensors), path, metadata=dict(metadata))
     path.chmod(0o644)
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """Yield a scratch path to write to, which takes the target's place when the block ends.
+
+    After a kill or a power cut at any moment the target is the old file or the new one. Where the block raises, the
+    scratch file goes and the target stays.
+    """
+    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=SCRATCH)
+    os.close(descriptor)
+    scratch = Path(name)
+    try:
+        yield scratch
+        with scratch.open("r+b") as written:
+            os.fsync(written.fileno())
+        scratch.chmod(0o644)
+        scratch.replace(target)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+    sync_folder(target.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside a folder last through a power cut, where the file system can."""
+    with suppress(OSError):  # the rename itself was made; not every file system syncs folders
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

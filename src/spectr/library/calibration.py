@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import isnan
@@ -14,13 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from spectr.adapters import Expert
 from spectr.errors import LibraryError
 from spectr.hashing import known_sha256
-from spectr.library.manifest import SCRATCH_MANIFEST
+from spectr.saving import replacing, save_readable
 
 CALIBRATION_FILE = "calibration.safetensors"
 _FORMAT = "2"  # 1 was calibrated on texts of another kind
@@ -98,19 +95,9 @@ class Calibration:
         tensors |= {"input_ids": self.input_ids, "counted": self.counted, "real": self.real}
         facts = {"settings": dict(self.settings), "sha256": dict(self.sha256)}
         target = Path(folder) / CALIBRATION_FILE
-        handle, scratch = tempfile.mkstemp(dir=folder, prefix=f"{SCRATCH_MANIFEST}calibration-")
-        os.close(handle)
-        try:
-            save_file(
-                {key: tensor.contiguous() for key, tensor in tensors.items()},
-                scratch,
-                metadata={"format": _FORMAT, "facts": json.dumps(facts, sort_keys=True)},
-            )
-            os.chmod(scratch, 0o644)
-            os.replace(scratch, target)
-        except BaseException:
-            os.unlink(scratch)
-            raise
+        metadata = {"format": _FORMAT, "facts": json.dumps(facts, sort_keys=True)}
+        with replacing(target) as scratch:
+            save_readable({key: tensor.contiguous() for key, tensor in tensors.items()}, scratch, metadata)
         return target
 
     @staticmethod

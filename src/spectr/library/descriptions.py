@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
 
 from spectr.errors import LibraryError
+from spectr.saving import replacing
 
 DESCRIPTIONS_FILE = "descriptions.yaml"
 _HEAD = (
@@ -51,13 +50,6 @@ def write_descriptions(folder: str | Path, descriptions: Mapping[str, str]) -> P
     """Write a library's descriptions, whole or not at all."""
     target = Path(folder) / DESCRIPTIONS_FILE
     text = _HEAD + yaml.safe_dump(dict(sorted(descriptions.items())), allow_unicode=True, width=10_000)
-    handle, scratch = tempfile.mkstemp(dir=folder, prefix=".manifest-descriptions-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, target)
-    except BaseException:
-        os.unlink(scratch)
-        raise
+    with replacing(target) as scratch:
+        scratch.write_text(text, encoding="utf-8")
     return target

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from spectr.errors import LibraryError
+from spectr.saving import replacing
 
 MANIFEST_FILE = "manifest.json"
-SCRATCH_MANIFEST = ".manifest-"
 FORMAT = 1
 
 
@@ -110,25 +107,5 @@ def read_manifest(root: Path) -> Manifest:
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
     """Replace the manifest in one step: after a kill at any moment it is the old or the new one."""
-    descriptor, scratch = tempfile.mkstemp(dir=root, prefix=SCRATCH_MANIFEST)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(manifest.model_dump_json(indent=1) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, root / MANIFEST_FILE)
-    except BaseException:
-        Path(scratch).unlink(missing_ok=True)
-        raise
-    sync_folder(root)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside a folder last through a power cut, where the file system can."""
-    with suppress(OSError):  # the rename itself was made; not every file system syncs folders
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    with replacing(root / MANIFEST_FILE) as scratch:
+        scratch.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")

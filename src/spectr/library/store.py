@@ -33,13 +33,12 @@ from spectr.errors import AdapterError, LibraryError, SpectrError, did_you_mean
 from spectr.hashing import file_sha256
 from spectr.library.manifest import (
     MANIFEST_FILE,
-    SCRATCH_MANIFEST,
     Entry,
     Manifest,
     read_manifest,
-    sync_folder,
     write_manifest,
 )
+from spectr.saving import SCRATCH, sync_folder
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _KEPT_FILES = (CONFIG_FILE, WEIGHTS_FILE, "README.md", "expert.json", GATES_FILE)
@@ -293,7 +292,7 @@ class LibraryStore:
         """Delete what killed or finished writers left: half-made copies, and folders of ours that do not count."""
         kept = {entry.folder for entry in self.entries}
         for path in self.root.iterdir():
-            if path.name.startswith(SCRATCH_MANIFEST):
+            if path.name.startswith(SCRATCH):
                 path.unlink(missing_ok=True)
             elif path.is_dir() and path.name.startswith(_INCOMING):
                 shutil.rmtree(path, ignore_errors=True)
