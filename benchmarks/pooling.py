@@ -121,7 +121,7 @@ def scores(routed, ids: Tensor) -> Tensor:
     """Log calibrated scores of every token, (N, M, E) float16."""
     gathered: list[Tensor] = []
     for layer in routed.layers.values():
-        layer.listen = lambda scores_TE: gathered.append(scores_TE[0].clamp(min=1e-12).log().half())
+        layer.listen = lambda x, layer=layer: gathered.append(layer.scores(x)[0].clamp(min=1e-12).log().half())
     routed.prompt.entry.forward(input_ids=ids, use_cache=False, logits_to_keep=1)
     for layer in routed.layers.values():
         layer.listen = None

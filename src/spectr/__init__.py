@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from spectr import guidance as guidance
     from spectr import merging as merging
     from spectr import models as models
+    from spectr import paging as paging
     from spectr import plots as plots
     from spectr import tasks as tasks
     from spectr import training as training
     from spectr.calibration import calibrate
     from spectr.composition import Routed, compose
     from spectr.errors import SpectrError
+    from spectr.indexing import build_index
     from spectr.layers import RoutedLinear, Trace, trace
     from spectr.library import ExpertLibrary
     from spectr.routers import (
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
         Phatgoose,
         Router,
         Seqr,
+        Shortlist,
         Spectr,
         Uniform,
         get_router,
@@ -41,6 +44,7 @@ _HOMES = {
     "calibration": ("calibrate",),
     "composition": ("Routed", "compose"),
     "errors": ("SpectrError",),
+    "indexing": ("build_index",),
     "layers": ("RoutedLinear", "Trace", "trace"),
     "library": ("ExpertLibrary",),
     "routers": (
@@ -52,13 +56,14 @@ _HOMES = {
         "Phatgoose",
         "Router",
         "Seqr",
+        "Shortlist",
         "Spectr",
         "Uniform",
         "get_router",
         "router_names",
     ),
 }
-_MODULES = ("evaluation", "extraction", "guidance", "merging", "models", "plots", "tasks", "training")
+_MODULES = ("evaluation", "extraction", "guidance", "merging", "models", "paging", "plots", "tasks", "training")
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __version__ = version("spectr-lora")
@@ -74,11 +79,13 @@ __all__ = [
     "RoutedLinear",
     "Router",
     "Seqr",
+    "Shortlist",
     "Spectr",
     "SpectrError",
     "Trace",
     "Uniform",
     "__version__",
+    "build_index",
     "calibrate",
     "compose",
     "get_router",

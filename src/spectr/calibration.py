@@ -67,9 +67,9 @@ def calibrate(
     if texts is not None and not any(text.strip() for text in texts):
         raise DataError("there are no texts to calibrate on", do="give some, or leave texts out")
     known = None if fresh or texts is not None else library.calibration
-    experts = {name: library[name] for name in library}
+    new = [name for name in library if known is None or not library.calibrated(name)]
+    experts = {name: library[name] for name in new}
     plan = make_plan(model, list(experts.values()), Spectr(top_k=1))
-    new = [name for name, expert in experts.items() if known is None or not known.covers(expert)]
     total = 2 + -(-len(new) // _AT_ONCE)
     if known is None:
         ids, counted, real, opening, turn, closing = (
@@ -120,7 +120,7 @@ def _mean_inputs(model: nn.Module, modules: Sequence[str], known: Calibration) -
     def see(module: str, x_TI: Tensor) -> None:
         sums[module] = x_TI.double().mean(0).float()
 
-    _read(model, modules, known, see)
+    read_inputs(model, modules, known, see)
     return sums
 
 
@@ -138,12 +138,14 @@ def _root_mean_squares(
             h_TR = centred_TI @ part.A.to(x_TI.device).mT
             found.setdefault(name, {})[module] = h_TR.double().square().sum(-1).mean().sqrt().item()
 
-    _read(model, [module for module, readers in factors.items() if readers], known, see)
+    read_inputs(model, [module for module, readers in factors.items() if readers], known, see)
     return found
 
 
-def _read(model: Any, modules: Sequence[str], known: Calibration, see: Callable[[str, Tensor], None]) -> None:
-    """Run the texts through the model; ``see`` is given each module and its inputs at the counted tokens."""
+def read_inputs(
+    model: Any, modules: Sequence[str], known: Calibration, see: Callable[[str, Float[Tensor, "T I"]], None]
+) -> None:
+    """Run a calibration's texts through the model; ``see`` is given each module and its inputs at counted tokens."""
     if not modules:
         return
     device = next(model.parameters()).device

@@ -68,6 +68,7 @@ LettersOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
 
 _PANEL = "Routing"
+_MANY = 64  # experts, beyond which "auto" reads them from disk as prompts call for them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +82,8 @@ class Routing:
         typer.Option(
             "--router",
             "-r",
-            help="How experts are chosen. auto: calibrated where the library is, else spectr. Or spectr, spectr-paper, "
+            help="How experts are chosen. auto: calibrated where the library is (shortlist, of one expert, where it is "
+            "indexed and has more than 64), else spectr. Or shortlist, spectr, spectr-paper, "
             "spectr-softmax, spectr-projection, spectr-code, calibrated, calibrated-token, calibrated-prior, arrow, "
             "lag, seqr, phatgoose, glider, glider-global, glider-spectr, mu (or uniform), oracle, or one that a "
             "package added. See docs/routers.md.",
@@ -98,6 +100,29 @@ class Routing:
         str | None,
         typer.Option("--expert", "-e", help="The expert that the router oracle always takes.", rich_help_panel=_PANEL),
     ] = None
+    shortlist: Annotated[
+        int | None,
+        typer.Option(
+            "--shortlist",
+            help="Experts on a prompt's shortlist, for the router shortlist.",
+            min=1,
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
+    local: Annotated[
+        str | None,
+        typer.Option(
+            help="The router among those on the shortlist; by default calibrated-prior.", rich_help_panel=_PANEL
+        ),
+    ] = None
+    expert_memory: Annotated[
+        float,
+        typer.Option(
+            help="GiB that experts may take, for the router shortlist; the rest stay on disk.",
+            min=0.01,
+            rich_help_panel=_PANEL,
+        ),
+    ] = 1.0
     combine: Annotated[
         str | None,
         typer.Option(
@@ -140,8 +165,8 @@ class Routing:
 
         Without ``top_k`` the router takes at most as many experts as there are.
         """
-        from spectr.composition import needed_calibration, needed_descriptions, needed_gates
-        from spectr.routers import GuidedRouter, get_router
+        from spectr.composition import needed_calibration, needed_descriptions, needed_gates, needed_index
+        from spectr.routers import GuidedRouter, Shortlist
         from spectr.routers.settings import residents
 
         library = open_library(self.library)
@@ -150,15 +175,7 @@ class Routing:
                 f"--expert {self.expert} is for the router that always takes it",
                 do=f"-r oracle -e {self.expert}, or --allow {self.expert}",
             )
-        options = {
-            "top_k": self.top_k,
-            "expert": self.expert,
-            "combine": self.combine,
-            "temperature": self.router_temperature,
-        }
-        router = get_router(
-            self.router_name(library), **{key: value for key, value in options.items() if value is not None}
-        )
+        router = self._router(self.router_name(library))
         if self.top_k is None and getattr(router, "top_k", 0) > len(library):
             router = dataclasses.replace(router, top_k=len(library))  # pyright: ignore[reportArgumentType]
         residents(router, library.names)
@@ -167,6 +184,8 @@ class Routing:
             needed_calibration(library, [library[name] for name in self.allow or library])
         if getattr(router, "gated", False):
             needed_gates(library, [library[name] for name in self.allow or library])
+        if isinstance(router, Shortlist):
+            needed_index(library, self.allow or library.names)
         if isinstance(router, GuidedRouter):
             needed_descriptions(library)
         elif self.writer or self.embedder:
@@ -174,11 +193,34 @@ class Routing:
         self._tell(library, router)
         return library, router
 
+    def _router(self, name: str) -> Router:
+        from spectr.routers import Shortlist, get_router
+
+        options = {
+            "top_k": self.top_k,
+            "expert": self.expert,
+            "combine": self.combine,
+            "temperature": self.router_temperature,
+        }
+        given = {key: value for key, value in options.items() if value is not None}
+        if name != "shortlist":
+            if self.shortlist or self.local:
+                raise SpectrError(
+                    f"--shortlist and --local are for the router shortlist, not {name}", do="-r shortlist"
+                )
+            return get_router(name, **given)
+        size = self.shortlist or (1 if self.router == "auto" else Shortlist().size)
+        if size == 1 and (given or self.local):
+            raise SpectrError(
+                "a shortlist of one leaves nothing to choose: --local and its settings make no difference",
+                do="leave them out, or ask for a longer one: --shortlist 16",
+            )
+        return Shortlist(size=size, local=get_router(self.local or "calibrated-prior", **given))
+
     def _tell(self, library: ExpertLibrary, router: Router) -> None:
         """What a user would not expect of the router that stands in for "auto", or of its number of experts."""
         if self.router == "auto" and not _is_calibrated(library):
-            known = library.calibration
-            new = [name for name in library if known is None or not known.covers(library[name])]
+            new = [name for name in library if not library.calibrated(name)]
             say(
                 f"router: spectr, token by token, as {_some(new)} not calibrated; for the far better one: "
                 f"spectr library calibrate --library {library.origin}"
@@ -191,7 +233,9 @@ class Routing:
         """The router that was asked for, or the one that "auto" stands for with this library."""
         if self.router != "auto":
             return self.router
-        return "calibrated" if _is_calibrated(library) else "spectr"
+        if not _is_calibrated(library):
+            return "spectr"
+        return "shortlist" if len(library) > _MANY and all(map(library.indexed, library)) else "calibrated"
 
     def base(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The base model and its tokenizer."""
@@ -203,7 +247,7 @@ class Routing:
         """The model composed with the experts that are allowed, with a progress bar."""
         from spectr.cli.describe import make_guide
         from spectr.composition import compose
-        from spectr.routers import GuidedRouter
+        from spectr.routers import GuidedRouter, Shortlist
 
         guide = None
         if isinstance(router, GuidedRouter):
@@ -215,6 +259,7 @@ class Routing:
                 router,
                 progress=lambda done, total: advance("preparing layers", done, total, ""),
                 guide=guide,
+                expert_memory=int(self.expert_memory * (1 << 30)) if isinstance(router, Shortlist) else None,
             )
             return routed.allow(self.allow) if self.allow else routed
 
@@ -225,8 +270,7 @@ def _some(names: list[str]) -> str:
 
 
 def _is_calibrated(library: ExpertLibrary) -> bool:
-    calibration = library.calibration
-    return calibration is not None and all(calibration.covers(library[name]) for name in library)
+    return all(library.calibrated(name) for name in library)
 
 
 def with_routing(command: Callable[..., None]) -> Callable[..., None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -16,12 +16,27 @@ from spectr.layers.routed import RoutedLinear
 from spectr.routers.base import ProbingRouter
 
 
+@runtime_checkable
+class Voter(Protocol):
+    """What scores the experts at one module."""
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Names of those that it scores."""
+        ...
+
+    def scores(self, x: Float[Tensor, "*T I"]) -> Float[Tensor, "*T E"]:
+        """Their scores for each token, float32."""
+        ...
+
+
 class Probe:
-    """Pools what the layers' scores say of a prompt: each expert's mean evidence over tokens and modules.
+    """Pools what the scores say of a prompt: each expert's mean evidence over tokens and modules.
 
     Args:
         entry: The module that reads prompts.
-        layers: Its routed layers by name.
+        layers: Those of its routed layers that are listened to, by name.
+        voters: What scores the experts at each of them; often the layer itself.
         router: Turns scores into evidence.
         experts: All experts, in alphabetical order.
         opening: What the chat template writes around a user's words. It has no say, and of a conversation the user's
@@ -33,12 +48,13 @@ class Probe:
         self,
         entry: nn.Module,
         layers: Mapping[str, RoutedLinear],
+        voters: Mapping[str, Voter],
         router: ProbingRouter,
         experts: Sequence[str],
         opening: Opening | None = None,
         usual: Mapping[str, Tensor] | None = None,
     ):
-        self.entry, self.layers, self.router = entry, dict(layers), router
+        self.entry, self.layers, self.voters, self.router = entry, dict(layers), dict(voters), router
         self.experts, self.opening = tuple(experts), opening or Opening()
         self._usual, self._usual_E = usual, None
 
@@ -50,23 +66,28 @@ class Probe:
             args: As the model (or its encoder) is called.
             kwargs: Likewise.
         """
+        self.learn_usual()
+        evidence_BE = self._read(*args, **kwargs)
+        return evidence_BE if self._usual_E is None else evidence_BE - self._usual_E + 1
+
+    @torch.no_grad()
+    def learn_usual(self) -> None:
+        """Read the usual texts, unless that is done: else it is with the first prompt."""
         if self._usual_E is None and self._usual is not None:
             device = next(self.entry.parameters()).device
             self._usual_E = self._read(**{key: t.to(device) for key, t in self._usual.items()}).mean(0)
-        evidence_BE = self._read(*args, **kwargs)
-        return evidence_BE if self._usual_E is None else evidence_BE - self._usual_E + 1
 
     def _read(self, *args: Any, **kwargs: Any) -> Float[Tensor, "B E"]:
         given, counted_BT = _probe(self.entry, args, kwargs, self.router.probe_tokens, self.opening)
         gathered: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
-            layer.listen = _listener(gathered, name, self.router, counted_BT)
+            layer.listen = _listener(gathered, name, self.voters[name], self.router, counted_BT)
         try:
             self.entry.forward(**given)  # not the call: whoever watches the model's calls is not to see this one
         finally:
             for layer in self.layers.values():
                 layer.listen = None
-        return _pooled(gathered, self.layers, self.experts)
+        return _pooled(gathered, self.voters, self.experts)
 
 
 def _probe(
@@ -107,24 +128,29 @@ def _probe(
 
 
 def _listener(
-    gathered: dict[str, Tensor], name: str, router: ProbingRouter, counted_BT: Tensor | None
+    gathered: dict[str, Tensor], name: str, voter: Voter, router: ProbingRouter, counted_BT: Tensor | None
 ) -> Callable[[Tensor], None]:
-    def listen(scores_TE: Tensor) -> None:
-        if scores_TE.ndim < 3:  # tokens of all rows in one axis: nobody can tell whose they are
+    def listen(x: Tensor) -> None:
+        if x.ndim < 3:  # tokens of all rows in one axis: nobody can tell whose they are
             return
-        evidence_BTE = router.evidence(scores_TE.flatten(1, -2))
-        counted = torch.ones(evidence_BTE.shape[:2], dtype=torch.bool) if counted_BT is None else counted_BT
-        if counted.shape != evidence_BTE.shape[:2]:
+        x_BTI = x.flatten(1, -2)
+        counted = torch.ones(x_BTI.shape[:2], dtype=torch.bool) if counted_BT is None else counted_BT
+        if counted.shape != x_BTI.shape[:2]:
             return
-        weight_BT = counted.to(evidence_BTE) * router.certainty(evidence_BTE)
-        share_BT = weight_BT / weight_BT.sum(1, keepdim=True).clamp(min=1e-30)
-        gathered[name] = torch.einsum("bte,bt->be", evidence_BTE, share_BT).cpu()
+        counted = counted.to(x.device)
+        evidence_NE = router.evidence(voter.scores(x_BTI[counted]))  # N: the tokens of all rows that have a say
+        weight_N = router.certainty(evidence_NE)
+        row_N = counted.nonzero()[:, 0].to(evidence_NE.device)
+        total_BE = evidence_NE.new_zeros(len(counted), evidence_NE.shape[-1])
+        total_BE.index_add_(0, row_N, evidence_NE * weight_N[:, None])
+        weight_B = weight_N.new_zeros(len(counted)).index_add_(0, row_N, weight_N)
+        gathered[name] = (total_BE / weight_B[:, None].clamp(min=1e-30)).cpu()
 
     return listen
 
 
 def _pooled(
-    gathered: Mapping[str, Tensor], layers: Mapping[str, RoutedLinear], experts: Sequence[str]
+    gathered: Mapping[str, Tensor], voters: Mapping[str, Voter], experts: Sequence[str]
 ) -> Float[Tensor, "B E"]:
     """Each expert's mean evidence over the modules that it adapts."""
     if not gathered:
@@ -133,8 +159,9 @@ def _pooled(
         )
     rows = len(next(iter(gathered.values())))
     total_BE, count_E = torch.zeros(rows, len(experts)), torch.zeros(len(experts))
+    places = {expert: place for place, expert in enumerate(experts)}
     for name, evidence_BE in gathered.items():
-        chosen = [experts.index(expert) for expert in layers[name].experts]
+        chosen = [places[expert] for expert in voters[name].experts]
         total_BE[:, chosen] += evidence_BE
         count_E[chosen] += 1
     return total_BE / count_E.clamp(min=1)

@@ -15,6 +15,7 @@ from spectr.layers.routed import RoutedLinear
 from spectr.routers.base import PromptRouter
 
 Reader = Callable[..., Float[Tensor, "B E"]]
+Bring = Callable[[Sequence[str]], None]
 
 
 class PromptDecision:
@@ -30,6 +31,7 @@ class PromptDecision:
         experts: All experts, in alphabetical order.
         read: Called as the entry is; what speaks for each expert, (batch, experts). While it runs the layers are
             asleep, so that the model is the base model, and calls of the model are not watched.
+        bring: Where the layers do not hold all experts: has them hold those that are named, before a decision is held.
     """
 
     def __init__(
@@ -39,9 +41,11 @@ class PromptDecision:
         router: PromptRouter,
         experts: Sequence[str],
         read: Reader,
+        bring: Bring = lambda _: None,
     ):
         self.entry, self.layers, self.router = entry, dict(layers), router
-        self.experts, self.read = tuple(experts), read
+        self.experts, self.read, self.bring = tuple(experts), read, bring
+        self._places = {name: place for place, name in enumerate(self.experts)}
         self.weights_BE: Tensor | None = None
         self._pinned = self._reading = False
         self._handle = self.entry.register_forward_pre_hook(self._on_call, with_kwargs=True)
@@ -71,12 +75,24 @@ class PromptDecision:
                 layer.asleep = False
 
     def hold(self, weights_BE: Float[Tensor, "B E"] | None, *, pin: bool = True) -> None:
-        """Have all layers hold these weights, or this prior; pinned, until ``hold(None)``."""
+        """Have all layers hold these weights, or choose by this prior or among these; pinned, until ``hold(None)``."""
+        if weights_BE is not None:
+            self.bring([self.experts[place] for place in (weights_BE != 0).any(0).nonzero()[:, 0].tolist()])
         for layer in self.layers.values():
-            take = layer.hold if self.router.level == "prompt" else layer.inform
-            chosen = [self.experts.index(name) for name in layer.experts]
-            take(None if weights_BE is None else weights_BE[:, chosen])
+            if not layer.experts:
+                continue
+            chosen = [self._places[name] for name in layer.experts]
+            self._tell(layer, None if weights_BE is None else weights_BE[:, chosen])
         self.weights_BE, self._pinned = weights_BE, pin and weights_BE is not None
+
+    def _tell(self, layer: RoutedLinear, weights_BE: Float[Tensor, "B E"] | None) -> None:
+        if self.router.level == "prompt":
+            layer.hold(weights_BE)
+            return
+        if self.router.level == "shortlist":
+            layer.narrow(None if weights_BE is None else weights_BE != 0)
+        if getattr(self.router, "informs", True):
+            layer.inform(weights_BE)
 
     def close(self) -> None:
         """Stop watching the model."""

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from spectr.combine import get_combination, merge_outputs
 from spectr.layers.grouped import grouped_inputs, grouped_outputs
+from spectr.layers.linear import Features, features
 from spectr.layers.outputs import add_masked, gathered_sum, gathering_pays, weighted
 from spectr.routers.base import Router, ShortlistRouter, segment_norms
 from spectr.routers.settings import combination_of, selection_of
@@ -45,10 +46,12 @@ class RoutedLinear(nn.Module):
 
     Args:
         base: The layer as it was; never changed.
-        stack: Its experts, on the device and in the dtype to compute in.
+        stack: Its experts, on the device and in the dtype to compute in; ``None`` for none yet.
         router: Decides for each token.
     """
 
+    experts: tuple[str, ...]
+    ranks: tuple[int, ...]
     A_PI: Tensor
     B_OP: Tensor
     owner_P: Tensor
@@ -59,36 +62,51 @@ class RoutedLinear(nn.Module):
     mix_PR: Tensor | None
     held: Held | None = None
     prior_B1E: Tensor | None = None
+    among_B1E: Tensor | None = None
     listen: Callable[[Tensor], None] | None = None
     asleep: bool = False
 
-    def __init__(self, base: nn.Module, stack: Stack, router: Router):
+    def __init__(self, base: nn.Module, stack: Stack | None, router: Router):
         super().__init__()
         self.base = base
         self.router = router
-        self.experts = stack.experts
-        self.ranks = stack.ranks
-        self.common_rank = stack.common_rank
         self.select = selection_of(router)
-        self._prepared_dtype = stack.A_PI.dtype
         self.combine = get_combination(combination_of(router)).merge
         self.sums = self.combine is merge_outputs
         self.shortlists = isinstance(router, ShortlistRouter)
-        gathers = self.sums and not self.shortlists
-        self.gathers = gathers and gathering_pays(self.select, len(self.experts), self.common_rank)
-        self.register_buffer("A_PI", stack.A_PI.contiguous(), persistent=False)
-        self.register_buffer("B_OP", stack.B_OP.mT.contiguous().mT, persistent=False)  # an expert's rows lie together
-        self.register_buffer("owner_P", stack.owner_P.to(stack.A_PI.device), persistent=False)
-        member_PE = torch.nn.functional.one_hot(stack.owner_P, len(self.experts))
-        self.register_buffer("member_EP", member_PE.mT.contiguous().to(stack.A_PI), persistent=False)
-        rows_ER = torch.arange(len(stack.owner_P)).view(len(self.experts), -1) if self.gathers else None
-        self.register_buffer("rows_ER", None if rows_ER is None else rows_ER.to(stack.A_PI.device), persistent=False)
-        self.register_buffer("prototypes_EI", stack.prototypes_EI, persistent=False)
-        self.register_buffer("centers_P", stack.centers_P, persistent=False)
-        self.register_buffer("mix_PR", stack.mix_PR, persistent=False)
+        for name in ("A_PI", "B_OP", "owner_P", "member_EP", "rows_ER", "prototypes_EI", "centers_P", "mix_PR"):
+            self.register_buffer(name, None, persistent=False)
+        self.fill(stack)
         self.register_state_dict_post_hook(_without_base)
         self.register_load_state_dict_pre_hook(_with_base)
         self.train(base.training)
+
+    def fill(self, stack: Stack | None) -> None:
+        """Hold these experts in the place of those before; without any the layer is its base layer.
+
+        What was held, or known of a prompt, is forgotten.
+        """
+        self.hold(None)
+        self.inform(None)
+        self.narrow(None)
+        if stack is None:
+            self.experts, self.ranks, self.common_rank, self.gathers, self._prepared_dtype = (), (), None, False, None
+            for name in self._buffers:
+                self._buffers[name] = None
+            return
+        self.experts, self.ranks, self.common_rank = stack.experts, stack.ranks, stack.common_rank
+        self._prepared_dtype = stack.A_PI.dtype
+        gathers = self.sums and not self.shortlists
+        self.gathers = gathers and gathering_pays(self.select, len(self.experts), self.common_rank)
+        owner_P = stack.owner_P
+        self.A_PI = stack.A_PI.contiguous()
+        self.B_OP = stack.B_OP.mT.contiguous().mT  # an expert's rows lie together
+        self.owner_P = owner_P.to(stack.A_PI.device)
+        member_PE = torch.nn.functional.one_hot(owner_P, len(self.experts))
+        self.member_EP = member_PE.mT.contiguous().to(stack.A_PI)
+        rows_ER = torch.arange(len(owner_P)).view(len(self.experts), -1) if self.gathers else None
+        self.rows_ER = None if rows_ER is None else rows_ER.to(stack.A_PI.device)
+        self.prototypes_EI, self.centers_P, self.mix_PR = stack.prototypes_EI, stack.centers_P, stack.mix_PR
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """A new weight (as tying or resizing gives) goes to the base layer."""
@@ -104,10 +122,14 @@ class RoutedLinear(nn.Module):
         h_TP, scores_TE = self._score(x)
         return Decision(h_TP, scores_TE, self.select(scores_TE))
 
+    def scores(self, x: Float[Tensor, "*T I"]) -> Float[Tensor, "*T E"]:
+        """Scores of the experts for each token, float32."""
+        return self._score(x)[1]
+
     def decide(self, x: Float[Tensor, "*T I"]) -> Decision:
         """As :meth:`route`, the scores informed by the prompt's prior where there is one."""
         h_TP, scores_TE = self._informed(x)
-        return Decision(h_TP, scores_TE, self.select(scores_TE))
+        return Decision(h_TP, scores_TE, self._weights(scores_TE))
 
     def _score(self, x: Float[Tensor, "*T I"]) -> tuple[Float[Tensor, "*T P"], Float[Tensor, "*T E"]]:
         """``A x`` and the scores. Of experts that are not on a token's shortlist, zero and minus infinity."""
@@ -129,28 +151,38 @@ class RoutedLinear(nn.Module):
         scored_TP = h_TP if centers_P is None else h_TP - centers_P
         return h_TP, self.router.scores(x, segment_norms(scored_TP, self.common_rank, member_EP), prototypes_EI)
 
+    def _weights(self, scores_TE: Float[Tensor, "*T E"]) -> Float[Tensor, "*T E"]:
+        """The selection's weights, among the experts that a row may choose from."""
+        weights_TE = self.select(scores_TE)
+        if self.among_B1E is None:
+            return weights_TE
+        weights_TE = weights_TE.where(self.among_B1E, 0.0)  # a selection may have had to fill up with others
+        return weights_TE / weights_TE.sum(-1, keepdim=True).clamp(min=1e-30)
+
     def _informed(self, x: Float[Tensor, "*T I"]) -> tuple[Float[Tensor, "*T P"], Float[Tensor, "*T E"]]:
         h_TP, scores_TE = self._score(x)
-        if self.prior_B1E is None:
-            return h_TP, scores_TE
-        return h_TP, self.router.informed(scores_TE, self.prior_B1E)  # pyright: ignore[reportAttributeAccessIssue]
+        if self.prior_B1E is not None:
+            scores_TE = self.router.informed(scores_TE, self.prior_B1E)  # pyright: ignore[reportAttributeAccessIssue]
+        if self.among_B1E is not None:
+            scores_TE = scores_TE.masked_fill(~self.among_B1E, -torch.inf)
+        return h_TP, scores_TE
 
     def forward(self, input: Float[Tensor, "*T I"], *args: Any, **kwargs: Any) -> Float[Tensor, "*T O"]:
         """The base layer's output plus the chosen experts' update."""
         out = self.base(input, *args, **kwargs)
         if self.listen is not None:
-            self.listen(self.route(input).scores_TE)
-        if self.asleep:
+            self.listen(input)
+        if self.asleep or not self.experts:
             return out
         if self.held is not None:
             return self._add_held(out, input, self.held)
         h_TP, scores_TE = self._informed(input)
         tensors = self._buffers
         B_OP = tensors["B_OP"]
-        if self.gathers:
+        if self.gathers and self.among_B1E is None:
             index_TK, weights_TK = self.select.choose(scores_TE)  # pyright: ignore[reportAttributeAccessIssue]
             return _add(out, gathered_sum(h_TP, index_TK, weights_TK, B_OP, tensors["rows_ER"]))  # pyright: ignore
-        weights_TE = self.select(scores_TE)
+        weights_TE = self._weights(scores_TE)
         if not self.sums:
             return _add(out, self.combine(h_TP, weights_TE, B_OP, self.owner_P))
         if self.shortlists:
@@ -200,6 +232,10 @@ class RoutedLinear(nn.Module):
         """Inform the scores of every token of row ``b`` by this prior from now on; ``None`` ends that."""
         self.prior_B1E = None if prior_BE is None else prior_BE[:, None].to(self.A_PI.device)
 
+    def narrow(self, among_BE: Bool[Tensor, "B E"] | None) -> None:
+        """Let the tokens of row ``b`` choose among these of the layer's experts alone; ``None`` ends that."""
+        self.among_B1E = None if among_BE is None or bool(among_BE.all()) else among_BE[:, None].to(self.A_PI.device)
+
     def explain(self, x: Float[Tensor, "*T I"]) -> Decision:
         """What is in force for these tokens: the router's decision, with the weights that are held, if any are."""
         decision = self.decide(x)
@@ -209,6 +245,8 @@ class RoutedLinear(nn.Module):
 
     def bytes_read(self, tokens: int) -> int:
         """Bytes of the experts' factors that a call with so many tokens reads at least."""
+        if not self.experts:
+            return 0
         size = self.A_PI.element_size()
         if self.held is not None:
             return size * (self.held.A_PI.numel() + self.held.B_OP.numel())
@@ -244,16 +282,22 @@ class RoutedLinear(nn.Module):
     @property
     def in_features(self) -> int:
         """Numbers a token brings."""
-        return self.A_PI.shape[1]
+        return _sizes(self.base).inputs
 
     @property
     def out_features(self) -> int:
         """Numbers a token takes along."""
-        return self.B_OP.shape[0]
+        return _sizes(self.base).outputs
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows beside the base layer."""
         return f"experts={len(self.experts)}, ranks={sorted(set(self.ranks))}, router={self.router}"
+
+
+def _sizes(base: nn.Module) -> Features:
+    found = features(base)
+    assert found is not None, "only linear layers are routed"
+    return found
 
 
 def _add(out_TO: Tensor, delta_TO: Tensor) -> Float[Tensor, "*T O"]:

@@ -21,12 +21,25 @@ class LayerTrace:
     """One layer's decisions, one call of the layer after the other.
 
     Attributes:
-        experts: The layer's experts, in the order of the last axis.
-        steps: Of each call (scores, weights), float32 on the CPU, (batch, tokens, experts) each.
+        experts: The layer's experts, in the order of the last axis; all that it has held, where that changes.
+        steps: Of each call (scores, weights), float32 on the CPU, (batch, tokens, experts) each. An expert that was not
+            there has the score minus infinity.
     """
 
     experts: tuple[str, ...]
     steps: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def add(self, experts: tuple[str, ...], scores: Float[Tensor, "B T E"], weights: Float[Tensor, "B T E"]) -> None:
+        """One more call, by the experts that the layer held then."""
+        if experts != self.experts:
+            known = tuple(sorted({*self.experts, *experts}))
+            self.steps = [
+                (_spread(s, self.experts, known, -torch.inf), _spread(w, self.experts, known, 0.0))
+                for s, w in self.steps
+            ]
+            scores, weights = _spread(scores, experts, known, -torch.inf), _spread(weights, experts, known, 0.0)
+            self.experts = known
+        self.steps.append((scores, weights))
 
     @property
     def scores(self) -> Float[Tensor, "B T E"]:
@@ -52,15 +65,18 @@ class Trace(Mapping[str, LayerTrace]):
     """What a model's layers chose while the trace was open: a mapping from layer names to :class:`LayerTrace`.
 
     Attributes:
-        experts: All experts of the model, in alphabetical order.
         inputs: Of each call of the model its ``input_ids``, (batch, tokens), where it was given some.
         masks: Of each call (with ``input_ids`` or ``inputs_embeds``) which tokens are no padding, (batch, tokens).
     """
 
-    experts: tuple[str, ...]
     layers: dict[str, LayerTrace] = field(default_factory=dict)
     inputs: list[Tensor] = field(default_factory=list)
     masks: list[Tensor] = field(default_factory=list)
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """All experts that the layers held, in alphabetical order."""
+        return tuple(sorted({name for layer in self.layers.values() for name in layer.experts}))
 
     @property
     def input_ids(self) -> Int[Tensor, "B T"]:
@@ -87,12 +103,13 @@ class Trace(Mapping[str, LayerTrace]):
                 "no routed layer was traced",
                 do="run the model inside the with-block; one that was compiled before has to run uncompiled",
             )
+        experts = self.experts
         shapes = [layer.weights.shape[:2] for layer in found]
         [(usual, _)] = Counter(shapes).most_common(1)
-        total = torch.zeros(*usual, len(self.experts))
+        total = torch.zeros(*usual, len(experts))
         for layer, shape in zip(found, shapes, strict=True):
             if shape == usual:
-                total[..., [self.experts.index(name) for name in layer.experts]] += layer.weights
+                total[..., [experts.index(name) for name in layer.experts]] += layer.weights
         return total / shapes.count(usual)
 
     def shares(self) -> dict[str, float]:
@@ -134,7 +151,7 @@ def trace(model: nn.Module) -> Iterator[Trace]:
     routed = {name: module for name, module in model.named_modules() if isinstance(module, RoutedLinear)}
     if not routed:
         raise CompositionError("this model has no routed layers", do="compose it first: spectr.compose(model, library)")
-    record = Trace(experts=tuple(sorted({name for layer in routed.values() for name in layer.experts})))
+    record = Trace()
     handles = [model.register_forward_pre_hook(_watch_input(record, list(routed.values())), with_kwargs=True)]
     for name, layer in routed.items():
         record.layers[name] = LayerTrace(experts=layer.experts)
@@ -152,8 +169,13 @@ def _watch_layer(record: LayerTrace) -> Callable[[nn.Module, Any, Any], None]:
         assert isinstance(layer, RoutedLinear)
         if layer.asleep:  # asked about a prompt, before it is read
             return
-        decision = layer.explain(args[0] if args else kwargs["input"])
-        record.steps.append((_three_axes(decision.scores_TE), _three_axes(decision.weights_TE)))
+        x = args[0] if args else kwargs["input"]
+        if not layer.experts:  # none of a prompt's shortlist adapts it
+            nothing = _three_axes(x.new_zeros(*x.shape[:-1], 0))
+            record.add((), nothing, nothing)
+            return
+        decision = layer.explain(x)
+        record.add(layer.experts, _three_axes(decision.scores_TE), _three_axes(decision.weights_TE))
 
     return hook
 
@@ -175,6 +197,14 @@ def _watch_input(record: Trace, routed: list[RoutedLinear]) -> Callable[[nn.Modu
             record.inputs.append(given.detach().cpu())
 
     return hook
+
+
+def _spread(
+    values_BTE: Float[Tensor, "B T E"], experts: tuple[str, ...], known: tuple[str, ...], missing: float
+) -> Float[Tensor, "B T F"]:
+    spread_BTF = torch.full((*values_BTE.shape[:2], len(known)), missing)
+    spread_BTF[..., [known.index(name) for name in experts]] = values_BTE
+    return spread_BTF
 
 
 def _three_axes(tensor: Tensor) -> Tensor:

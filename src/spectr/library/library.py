@@ -12,8 +12,10 @@ from spectr.adapters import Expert, read_adapter
 from spectr.adapters.config import CONFIG_FILE
 from spectr.adapters.read import WEIGHTS_FILE
 from spectr.errors import AdapterError, LibraryError, SpectrError, did_you_mean, raise_together
+from spectr.hashing import known_sha256
 from spectr.library.calibration import Calibration
 from spectr.library.descriptions import read_descriptions
+from spectr.library.index import Index
 from spectr.library.manifest import MANIFEST_FILE
 from spectr.library.store import LibraryStore
 
@@ -37,10 +39,13 @@ class ExpertLibrary:
         origin: str,
         calibration: Callable[[], Calibration | None] = lambda: None,
         descriptions: Callable[[], Mapping[str, str]] = dict,
+        index: Callable[[], Index] = lambda: Index({}),
+        digests: Mapping[str, str] | None = None,
     ):
         self._readers = dict(sorted(readers.items()))
         self.origin = origin
         self._read_calibration, self._read_descriptions = calibration, descriptions
+        self._read_index, self._digests = index, dict(digests or {})
 
     @classmethod
     def open(cls, path: str | Path) -> ExpertLibrary:
@@ -64,7 +69,8 @@ class ExpertLibrary:
         if (root / MANIFEST_FILE).is_file():
             store = LibraryStore(root)
             readers = {entry.name: store.reader(entry) for entry in store.entries}
-            return cls(readers, str(root), partial(Calibration.load, root), partial(read_descriptions, root))
+            digests = {entry.name: entry.sha256[WEIGHTS_FILE] for entry in store.entries}
+            return cls(readers, str(root), digests=digests)._beside(root)
         visible = [folder for folder in sorted(root.absolute().iterdir()) if not folder.name.startswith(".")]
         adapters = {folder.name: folder for folder in visible if _holds_adapter(folder)}
         if not adapters:
@@ -74,8 +80,7 @@ class ExpertLibrary:
                 expected=f"a {MANIFEST_FILE}, or folders with {CONFIG_FILE}",
                 do=f"spectr library add NAME ADAPTER --library {root}",
             )
-        plain = cls.from_adapters(adapters, origin=str(root))
-        return plain._but(calibration=partial(Calibration.load, root), descriptions=partial(read_descriptions, root))
+        return cls.from_adapters(adapters, origin=str(root))._beside(root)
 
     @classmethod
     def from_adapters(cls, adapters: Mapping[str, str | Path], origin: str = "adapters") -> ExpertLibrary:
@@ -110,13 +115,18 @@ class ExpertLibrary:
         if name in self._readers:
             raise LibraryError(f"there already is an expert '{name}'", do="remove it first, or choose another name")
         expert = read_adapter(source, name)
-        return self._but(readers={**self._readers, name: lambda: expert})
+        return self._but(readers={**self._readers, name: lambda: expert}, digests=self._digests_but(name))
 
     def without(self, name: str) -> ExpertLibrary:
         """This library with one expert less; nothing on disk changes."""
         self.check(name)
         kept = {n: reader for n, reader in self._readers.items() if n != name}
-        return self._but(readers=kept)
+        return self._but(readers=kept, digests=self._digests_but(name))
+
+    def sha256(self, name: str) -> str:
+        """Hash of an expert's weights: as the manifest says; of a plain folder, of the file itself."""
+        self.check(name)
+        return self._digests.get(name) or known_sha256(self[name].weights)
 
     @cached_property
     def calibration(self) -> Calibration | None:
@@ -144,12 +154,49 @@ class ExpertLibrary:
         """This library with other descriptions; nothing on disk changes."""
         return self._but(descriptions=lambda: descriptions)
 
+    @cached_property
+    def index(self) -> Index:
+        """What routing among very many experts needs of each (:func:`spectr.build_index`); read when first asked for.
+
+        Raises:
+            LibraryError: An entry is damaged.
+        """
+        return self._read_index()
+
+    def with_index(self, index: Index) -> ExpertLibrary:
+        """This library with another index; nothing on disk changes."""
+        return self._but(index=lambda: index)
+
+    def calibrated(self, name: str) -> bool:
+        """Whether the calibration has this very expert, by its weights."""
+        return self.calibration is not None and self.calibration.sha256.get(name) == self.sha256(name)
+
+    def indexed(self, name: str) -> bool:
+        """Whether the index has this very expert, by its weights, measured on the library's calibration."""
+        if name not in self.index or self.calibration is None:
+            return False
+        entry = self.index[name]
+        return entry.sha256 == self.sha256(name) and entry.calibration == self.calibration.digest
+
+    def _digests_but(self, name: str) -> dict[str, str]:
+        return {other: digest for other, digest in self._digests.items() if other != name}
+
+    def _beside(self, root: Path) -> ExpertLibrary:
+        """This library with what its folder holds beside the experts."""
+        return self._but(
+            calibration=partial(Calibration.load, root),
+            descriptions=partial(read_descriptions, root),
+            index=partial(Index.open, root, self.names),
+        )
+
     def _but(self, **changed: Any) -> ExpertLibrary:
         kept = {
             "readers": self._readers,
             "origin": self.origin,
             "calibration": self._read_calibration,
             "descriptions": self._read_descriptions,
+            "index": self._read_index,
+            "digests": self._digests,
         }
         return ExpertLibrary(**{**kept, **changed})
 

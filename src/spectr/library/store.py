@@ -31,6 +31,7 @@ from spectr.adapters.config import CONFIG_FILE
 from spectr.adapters.read import WEIGHTS_FILE
 from spectr.errors import AdapterError, LibraryError, SpectrError, did_you_mean
 from spectr.hashing import file_sha256
+from spectr.library.index import INDEX_FOLDER
 from spectr.library.manifest import (
     MANIFEST_FILE,
     Entry,
@@ -299,6 +300,10 @@ class LibraryStore:
             elif path.is_dir() and path.name not in kept and _is_ours(path):
                 doomed = path.rename(self.root / f"{_INCOMING}removed-{path.name}")  # half of it would not be ours
                 shutil.rmtree(doomed, ignore_errors=True)
+        names = {entry.name for entry in self.entries}
+        for path in (self.root / INDEX_FOLDER).glob("*"):
+            if path.stem not in names or path.name.startswith(SCRATCH):
+                path.unlink(missing_ok=True)
 
 
 def _digests(folder: Path) -> dict[str, str]:

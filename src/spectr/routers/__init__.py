@@ -9,6 +9,7 @@ from spectr.routers.oracle import Oracle
 from spectr.routers.phatgoose import Phatgoose
 from spectr.routers.registry import get_router, router_names
 from spectr.routers.seqr import Seqr
+from spectr.routers.shortlist import Shortlist
 from spectr.routers.spectr import Spectr
 from spectr.routers.uniform import Uniform
 
@@ -24,6 +25,7 @@ __all__ = [
     "PromptRouter",
     "Router",
     "Seqr",
+    "Shortlist",
     "ShortlistRouter",
     "Spectr",
     "Uniform",

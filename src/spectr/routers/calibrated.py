@@ -76,8 +76,7 @@ class Calibrated:
 
     def evidence(self, scores_TE: Float[Tensor, "*T E"]) -> Float[Tensor, "*T E"]:
         """See :class:`PromptRouter`: the soft vote, times the number of experts."""
-        logits_TE = scores_TE.clamp(min=1e-12).log() / self.pool_temperature
-        return logits_TE.softmax(-1) * scores_TE.shape[-1]
+        return soft_vote(scores_TE, self.pool_temperature)
 
     def certainty(self, evidence_TE: Float[Tensor, "*T E"]) -> Float[Tensor, "*T"]:
         """See :class:`PromptRouter`: ``exp(-certainty_weight * entropy)`` of the vote, in nats."""
@@ -93,3 +92,9 @@ class Calibrated:
     def informed(self, scores_TE: Float[Tensor, "*T E"], prior_B1E: Float[Tensor, "B 1 E"]) -> Float[Tensor, "*T E"]:
         """See :class:`PromptRouter`: their product."""
         return scores_TE * prior_B1E
+
+
+def soft_vote(scores_TE: Float[Tensor, "*T E"], temperature: float) -> Float[Tensor, "*T E"]:
+    """The softmax over experts of the scores' logarithm over ``temperature``, times the number of experts."""
+    logits_TE = scores_TE.clamp(min=1e-12).log() / temperature
+    return logits_TE.softmax(-1) * scores_TE.shape[-1]

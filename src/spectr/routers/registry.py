@@ -21,6 +21,7 @@ from spectr.routers.lag import Lag
 from spectr.routers.oracle import Oracle
 from spectr.routers.phatgoose import Phatgoose
 from spectr.routers.seqr import Seqr
+from spectr.routers.shortlist import Shortlist
 from spectr.routers.spectr import Spectr
 from spectr.routers.uniform import Uniform
 
@@ -42,6 +43,7 @@ _BUILT_IN: dict[str, Callable[..., Router]] = {
     "glider-spectr": partial(Glider, local=Spectr(top_k=1)),
     "lag": Lag,
     "seqr": Seqr,
+    "shortlist": Shortlist,
     "mu": Uniform,
     "uniform": Uniform,
     "oracle": Oracle,

@@ -5,6 +5,8 @@ stack's experts one after the other, ``I`` inputs, ``O`` outputs, ``N`` a batch 
 """
 
 from spectr.spectral.align import Aligned, align
+from spectr.spectral.prototypes import Codes, Prototypes
+from spectr.spectral.rotate import Rotation, rotate
 from spectr.spectral.stack import Prepared, Stack
 
-__all__ = ["Aligned", "Prepared", "Stack", "align"]
+__all__ = ["Aligned", "Codes", "Prepared", "Prototypes", "Rotation", "Stack", "align", "rotate"]

@@ -7,11 +7,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
-from spectr.adapters import Expert, has_gates, read_gates
-from spectr.combine import drop, get_combination
+from spectr.composition.prepare import needed_calibration, needed_gates, prepare_module
 from spectr.errors import CompositionError
 from spectr.layers.linear import placement
 from spectr.layers.opening import Opening
@@ -21,12 +19,11 @@ from spectr.layers.prompt import PromptDecision, Reader, entry_of
 from spectr.layers.routed import RoutedLinear
 from spectr.layers.swap import swap_module
 from spectr.library import Calibration, ExpertLibrary
-from spectr.routers import GuidedRouter, ProbingRouter, PromptRouter, Router, Spectr
-from spectr.routers.settings import combination_of, residents
-from spectr.spectral import Prepared, Stack, align
+from spectr.routers import ProbingRouter, PromptRouter, Router
+from spectr.routers.settings import residents
+from spectr.spectral import Stack
 
 Progress = Callable[[int, int], None]
-Gates = Mapping[str, Mapping[str, Tensor]]
 
 
 class Guide(Protocol):
@@ -139,9 +136,22 @@ class Routed:
         return kept
 
     def _hold(self, names: tuple[str, ...], library: ExpertLibrary, progress: Progress = lambda *_: None) -> None:
-        """Make ``names`` the experts that the layers hold: plan, check and prepare first, swap at the end."""
+        """Make ``names`` the experts that can be chosen: plan, check and prepare first, swap at the end."""
         if self._removed:
             raise CompositionError("this handle was removed from its model", do="compose the model again")
+        fresh = self._make_layers(names, library, progress)
+        for module in set(self.layers) - set(fresh):
+            swap_module(self.model, module, self._originals.pop(module))
+        for module, layer in fresh.items():
+            self._originals.setdefault(module, layer.base)
+            swap_module(self.model, module, layer)
+        self._resident, self.library = names, library
+        self._watch_prompts(names)
+
+    def _make_layers(
+        self, names: tuple[str, ...], library: ExpertLibrary, progress: Progress
+    ) -> dict[str, RoutedLinear]:
+        """Routed layers for the modules that these experts adapt; nothing is changed yet."""
         experts = {name: library[name] for name in names}
         plan = make_plan(self.model, list(experts.values()), self.router)
         calibrated = getattr(self.router, "calibrated", False)
@@ -163,167 +173,28 @@ class Routed:
                 placed = {name: part.to(device, dtype) for name, part in parts.items()}
                 fresh[module] = RoutedLinear(base, Stack.of(placed), self.router)
                 progress(done, len(plan.modules))
-        for module in set(held) - set(fresh):
-            swap_module(self.model, module, self._originals.pop(module))
-        for module, layer in fresh.items():
-            self._originals.setdefault(module, layer.base)
-            swap_module(self.model, module, layer)
-        self._resident, self.library = names, library
-        self._watch_prompts(names)
+        return fresh
 
     def _watch_prompts(self, names: tuple[str, ...]) -> None:
         if self.prompt is not None:
             self.prompt.close()
             self.prompt = None
         if names and isinstance(self.router, PromptRouter) and self.router.level != "token":
-            entry = entry_of(self.model)
-            self.prompt = PromptDecision(entry, self.layers, self.router, names, self._reader(entry, names))
+            self.prompt = self._decision(entry_of(self.model), self.router, names)
 
-    def _reader(self, entry: nn.Module, names: tuple[str, ...]) -> Reader:
-        """How a prompt is read: through the layers, or by the guide."""
-        if isinstance(self.router, ProbingRouter):
-            known = self.library.calibration
-            opening = Opening(known.opening, known.turn, known.closing) if known else None
-            usual = {"input_ids": known.input_ids, "attention_mask": known.real.long()} if known else None
-            return Probe(entry, self.layers, self.router, names, opening, usual)
-        assert self.guide is not None
-        return self.guide.reader(self.library.descriptions, names)
+    def _decision(self, entry: nn.Module, router: PromptRouter, names: tuple[str, ...]) -> PromptDecision:
+        """How a prompt is decided on: read through the layers, or by the guide."""
+        if isinstance(router, ProbingRouter):
+            read: Reader = Probe(
+                entry, self.layers, self.layers, router, names, *calibration_texts(self.library.calibration)
+            )
+        else:
+            assert self.guide is not None
+            read = self.guide.reader(self.library.descriptions, names)
+        return PromptDecision(entry, self.layers, router, names, read)
 
     def __repr__(self) -> str:
         return f"Routed({len(self.layers)} layers, experts {', '.join(self.experts)}, {self.router})"
-
-
-def compose(
-    model: nn.Module,
-    library: ExpertLibrary | str | Path,
-    router: Router | None = None,
-    *,
-    progress: Progress = lambda *_: None,
-    guide: Guide | None = None,
-) -> Routed:
-    """Route a model's linear layers through a library's experts, in place.
-
-    ``model`` keeps its class, the names in its ``state_dict`` and all of its uses; only its linear layers that an
-    expert adapts are wrapped. Experts are prepared in float32 and cast to the dtype of the layer they join. To spread a
-    model by accelerate, do that first and compose then.
-
-    Args:
-        model: Any module with linear layers; transformers' models above all.
-        library: The experts, or the path of their folder.
-        router: Scores, selects and combines; :class:`Spectr` with its defaults if left out (and ``top_k`` at
-            most the number of experts).
-        progress: Is told (done, total) layers.
-        guide: Compares prompts with the library's descriptions, for :class:`Glider`; see
-            :class:`spectr.guidance.QueryGuide`.
-
-    Returns:
-        A handle to restrict, extend and undo.
-
-    Raises:
-        CompositionError: The model is composed already, the experts do not fit it, or the router does not fit the
-            library. Nothing was changed.
-        LibraryError: The library cannot be read.
-        AdapterError: An expert's files are damaged.
-    """
-    library = library if isinstance(library, ExpertLibrary) else ExpertLibrary.open(library)
-    router = Spectr(top_k=min(4, len(library))) if router is None else router
-    model = getattr(model, "_orig_mod", model)  # of a compiled model: the module itself
-    if isinstance(router, type) or not isinstance(router, Router):
-        raise CompositionError(
-            f"router={router!r} is no router",
-            expected="a router object, such as spectr.Spectr(top_k=4)",
-            do="for a router by name: spectr.get_router('arrow')",
-        )
-    if any(isinstance(module, RoutedLinear) for module in model.modules()):
-        raise CompositionError("this model is composed already", do="call remove() on its handle first")
-    if isinstance(router, GuidedRouter):
-        needed_descriptions(library)
-        if guide is None:
-            raise CompositionError(
-                f"{router} compares prompts with descriptions, and there is no guide",
-                do="compose(..., guide=spectr.guidance.QueryGuide.of(model, tokenizer))",
-            )
-    return Routed(model, library, router, progress, guide)
-
-
-@torch.no_grad()
-def prepare_module(
-    readers: Mapping[str, Callable],
-    module: str,
-    router: Router,
-    calibration: Calibration | None = None,
-    gates: Gates | None = None,
-) -> dict[str, Prepared]:
-    """Align the experts of one module, those of one rank in one batch, and let the router prepare each."""
-    factors = {name: read(module) for name, read in readers.items()}
-    groups: dict[int, list[str]] = {}
-    for name, pair in factors.items():
-        groups.setdefault(pair.A.shape[0], []).append(name)
-    prepared = {}
-    for names in groups.values():
-        A_NRI = torch.stack([factors[name].A.float() for name in names])
-        B_NOR = torch.stack([factors[name].B.float() for name in names])
-        scale_N = torch.tensor([factors[name].scale for name in names])
-        aligned = align(A_NRI, B_NOR, scale_N)
-        prepared.update({name: router.prepare(type(aligned)(*(t[i] for t in aligned))) for i, name in enumerate(names)})
-    if getattr(router, "shares_A", False):
-        scaled = {name: pair.B.float() * pair.scale for name, pair in factors.items()}
-        prepared = {n: part.rooted(factors[n].A.float(), scaled[n]) for n, part in prepared.items()}
-    rate = get_combination(combination_of(router)).drop_rate
-    if rate:
-        prepared = {n: part._replace(B=drop(part.B, rate, f"{module}/{n}")) for n, part in prepared.items()}
-    if calibration is not None:
-        prepared = {name: part.calibrated(*calibration.of(name, module)) for name, part in prepared.items()}
-    if gates is not None:
-        prepared = {name: part.gated(gates[name][module]) for name, part in prepared.items()}
-    return prepared
-
-
-def needed_calibration(library: ExpertLibrary, experts: Sequence[Expert]) -> Calibration:
-    """The library's calibration, which has to cover these experts.
-
-    Raises:
-        CompositionError: Some were not calibrated, or have other weights by now.
-    """
-    calibration = library.calibration
-    missing = [expert.name for expert in experts if calibration is None or not calibration.covers(expert)]
-    if missing or calibration is None:
-        raise CompositionError(
-            f"not calibrated: {', '.join(missing)}",
-            expected="experts whose answers to the base model's own texts are known",
-            do=f"spectr library calibrate --library {library.origin}, or "
-            "library.with_calibration(spectr.calibrate(model, library, tokenizer))",
-        )
-    return calibration
-
-
-def needed_descriptions(library: ExpertLibrary) -> None:
-    """Raise :class:`CompositionError` unless every expert of the library is described in words."""
-    missing = [name for name in library if name not in library.descriptions]
-    if missing:
-        raise CompositionError(
-            f"not described: {', '.join(missing)}",
-            expected="a sentence for each expert that says what it is for, as GLIDER compares prompts with these",
-            do=f"spectr library describe --library {library.origin}, or library.with_descriptions({{...}})",
-        )
-
-
-def needed_gates(library: ExpertLibrary, experts: Sequence[Expert]) -> Gates:
-    """The trained gates of these experts, by expert and module, float32.
-
-    Raises:
-        CompositionError: Some have none.
-        AdapterError: A file of gates is damaged.
-    """
-    missing = [expert.name for expert in experts if not has_gates(expert)]
-    if missing:
-        raise CompositionError(
-            f"no gates were trained for: {', '.join(missing)}",
-            expected="experts with gates of their own, as PHATGOOSE routes by them",
-            do=f"spectr train gates --library {library.origin} --data-root DATA; the routers glider-spectr and "
-            "glider-global need none",
-        )
-    return {expert.name: read_gates(expert) for expert in experts}
 
 
 def _allow_list(experts: Iterable[str]) -> tuple[str, ...]:
@@ -335,3 +206,11 @@ def _allow_list(experts: Iterable[str]) -> tuple[str, ...]:
             do="name experts, or allow(None) for all; remove() gives the base model back",
         )
     return tuple(sorted(set(names)))
+
+
+def calibration_texts(known: Calibration | None) -> tuple[Opening | None, dict[str, Tensor] | None]:
+    """What a probe takes from a calibration: what the chat template writes, and the texts that say what is usual."""
+    if known is None:
+        return None, None
+    usual = {"input_ids": known.input_ids, "attention_mask": known.real.long()}
+    return Opening(known.opening, known.turn, known.closing), usual

@@ -1,0 +1,86 @@
+"""The door: a model, a library and a router become one model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from spectr.composition.paged import Paged
+from spectr.composition.prepare import needed_descriptions
+from spectr.composition.routed import Guide, Progress, Routed
+from spectr.errors import CompositionError
+from spectr.layers.routed import RoutedLinear
+from spectr.library import ExpertLibrary
+from spectr.paging import Lru, Policy
+from spectr.routers import GuidedRouter, Router, Shortlist, Spectr
+
+_EXPERT_MEMORY = 1 << 30
+
+
+def compose(
+    model: nn.Module,
+    library: ExpertLibrary | str | Path,
+    router: Router | None = None,
+    *,
+    progress: Progress = lambda *_: None,
+    guide: Guide | None = None,
+    expert_memory: int | None = None,
+    policy: Policy | None = None,
+) -> Routed:
+    """Route a model's linear layers through a library's experts, in place.
+
+    ``model`` keeps its class, the names in its ``state_dict`` and all of its uses; only its linear layers that an
+    expert adapts are wrapped. Experts are prepared in float32 and cast to the dtype of the layer they join. To spread a
+    model by accelerate, do that first and compose then.
+
+    Args:
+        model: Any module with linear layers; transformers' models above all.
+        library: The experts, or the path of their folder.
+        router: Scores, selects and combines; :class:`Spectr` with its defaults if left out (and ``top_k`` at
+            most the number of experts).
+        progress: Is told (done, total) layers.
+        guide: Compares prompts with the library's descriptions, for :class:`Glider`; see
+            :class:`spectr.guidance.QueryGuide`.
+        expert_memory: For :class:`Shortlist`: bytes that experts may take in memory; the rest stay on disk. 1 GiB if
+            left out.
+        policy: For :class:`Shortlist`: which expert leaves when there is no room; :class:`spectr.paging.Lru` if left
+            out.
+
+    Returns:
+        A handle to restrict, extend and undo.
+
+    Raises:
+        CompositionError: The model is composed already, the experts do not fit it, or the router does not fit the
+            library. Nothing was changed.
+        LibraryError: The library cannot be read.
+        AdapterError: An expert's files are damaged.
+    """
+    library = library if isinstance(library, ExpertLibrary) else ExpertLibrary.open(library)
+    router = Spectr(top_k=min(4, len(library))) if router is None else router
+    model = getattr(model, "_orig_mod", model)  # of a compiled model: the module itself
+    if isinstance(router, type) or not isinstance(router, Router):
+        raise CompositionError(
+            f"router={router!r} is no router",
+            expected="a router object, such as spectr.Spectr(top_k=4)",
+            do="for a router by name: spectr.get_router('arrow')",
+        )
+    if any(isinstance(module, RoutedLinear) for module in model.modules()):
+        raise CompositionError("this model is composed already", do="call remove() on its handle first")
+    if isinstance(router, Shortlist):
+        memory = _EXPERT_MEMORY if expert_memory is None else expert_memory
+        return Paged(model, library, router, progress, expert_memory=memory, policy=policy or Lru())
+    if expert_memory is not None or policy is not None:
+        raise CompositionError(
+            f"{router} holds all experts in memory",
+            expected="expert_memory and policy with the router Shortlist alone",
+            do="compose(model, library, spectr.Shortlist(), expert_memory=...)",
+        )
+    if isinstance(router, GuidedRouter):
+        needed_descriptions(library)
+        if guide is None:
+            raise CompositionError(
+                f"{router} compares prompts with descriptions, and there is no guide",
+                do="compose(..., guide=spectr.guidance.QueryGuide.of(model, tokenizer))",
+            )
+    return Routed(model, library, router, progress, guide)

@@ -1,0 +1,153 @@
+"""A composed model whose experts stay on disk until a prompt calls for them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from spectr.adapters import Expert, FactorShape
+from spectr.composition.prepare import needed_gates, needed_index, prepare_expert
+from spectr.composition.routed import Progress, Routed, calibration_texts
+from spectr.errors import CompositionError
+from spectr.layers.linear import placement
+from spectr.layers.plan import make_plan
+from spectr.layers.probe import Probe
+from spectr.layers.prompt import PromptDecision
+from spectr.layers.routed import RoutedLinear
+from spectr.library import ExpertLibrary
+from spectr.paging import Policy, Shelf
+from spectr.routers import PromptRouter, Shortlist
+from spectr.spectral import Prepared, Prototypes, Stack
+
+
+class Paged(Routed):
+    """A handle on a model composed with a :class:`Shortlist`: as :class:`Routed`, with most experts on disk.
+
+    Attributes:
+        shelf: The experts that are in memory.
+        prototypes: By module, what a prompt's shortlist is made by.
+    """
+
+    shelf: Shelf
+    prototypes: dict[str, Prototypes]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        library: ExpertLibrary,
+        router: Shortlist,
+        progress: Progress,
+        *,
+        expert_memory: int,
+        policy: Policy,
+    ):
+        self._memory, self._policy = expert_memory, policy
+        self._filled: tuple[str, ...] = ()
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="spectr-read-ahead")
+        super().__init__(model, library, router, progress)
+        try:
+            self._probe.learn_usual()
+        except BaseException:
+            self.remove()
+            raise
+
+    def _make_layers(
+        self, names: tuple[str, ...], library: ExpertLibrary, progress: Progress
+    ) -> dict[str, RoutedLinear]:
+        assert isinstance(self.router, Shortlist)
+        needed_index(library, names)
+        known = library.calibration
+        assert known is not None
+        plan = make_plan(self.model, _specimens(library, names), self.router.local)
+        held = self.layers
+        bases = {
+            module: held[module].base if module in held else self.model.get_submodule(module) for module in plan.modules
+        }
+        self._places = {module: placement(base, self.model) for module, base in bases.items()}
+        self._check_memory(library, names)
+        means = {module: known.means[module].to(device) for module, (device, _) in self._places.items()}
+        self.prototypes = library.index.prototypes(names, means)
+        self.shelf = Shelf(lambda name: self._load(self.library[name]), self._memory, self._policy)
+        self._filled = ()
+        fresh = {}
+        for done, (module, base) in enumerate(bases.items(), start=1):
+            fresh[module] = RoutedLinear(base, None, self.router.local)
+            progress(done, len(bases))
+        return fresh
+
+    def _check_memory(self, library: ExpertLibrary, names: tuple[str, ...]) -> None:
+        """Raise :class:`CompositionError` where a shortlist has no room."""
+        assert isinstance(self.router, Shortlist)
+        size = {module: dtype.itemsize for module, (_, dtype) in self._places.items()}
+        layouts = library.index.alike(names)
+        largest = max(sum(size[m.name] * m.rank * (m.inputs + m.outputs) for m in modules) for modules in layouts)
+        listed = min(self.router.size, len(names))
+        if largest * listed > self._memory:
+            raise CompositionError(
+                f"expert_memory={self._memory} bytes, and {listed} on a shortlist take up to {largest} each",
+                expected=f"at least {largest * listed} bytes",
+                do="give more memory, or a shorter list: Shortlist(size=...)",
+            )
+
+    def _load(self, expert: Expert) -> dict[str, Prepared]:
+        assert isinstance(self.router, Shortlist)
+        local = self.router.local
+        calibration = self.library.calibration if getattr(local, "calibrated", False) else None
+        gates = needed_gates(self.library, [expert]) if getattr(local, "gated", False) else None
+        rotations = self.library.index[expert.name].rotations()
+        shares = prepare_expert(expert, rotations, local, calibration, gates)
+        return {module: share.to(*self._places[module]) for module, share in shares.items()}
+
+    def bring(self, names: Sequence[str]) -> None:
+        """Have the layers hold these experts, from memory or from disk, in the place of those before."""
+        wanted = tuple(sorted(names))
+        if wanted == self._filled:
+            return
+        shares = self.shelf.fetch(wanted)
+        for module, layer in self.layers.items():
+            here = {name: share[module] for name, share in shares.items() if module in share}
+            layer.fill(Stack.of(here) if here else None)
+        self._filled = wanted
+
+    def _decision(self, entry: nn.Module, router: PromptRouter, names: tuple[str, ...]) -> PromptDecision:
+        assert isinstance(router, Shortlist)
+        layers = self.layers
+        heard = list(layers)[:: router.every]
+        probe = self._probe = Probe(
+            entry,
+            {module: layers[module] for module in heard},
+            {module: self.prototypes[module] for module in heard},
+            router,
+            names,
+            *calibration_texts(self.library.calibration),
+        )
+
+        def read(*args: object, **kwargs: object) -> Float[Tensor, "B E"]:
+            evidence_BE = probe(*args, **kwargs)
+            next_BK = evidence_BE.topk(min(2 * router.size, len(names)), dim=-1).indices[:, router.size :]
+            self._reader.submit(self._read_ahead, [names[place] for place in next_BK.flatten().unique().tolist()])
+            return evidence_BE
+
+        return PromptDecision(entry, layers, router, names, read, self.bring)
+
+    def _read_ahead(self, names: Sequence[str]) -> None:
+        """Ask the system to have these experts' files in its memory soon, where it can be asked."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for name in names:
+            with self.library[name].weights.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+
+
+def _specimens(library: ExpertLibrary, names: Sequence[str]) -> list[Expert]:
+    """One expert for all that adapt the same modules in the same sizes, as the index knows them: no file is opened."""
+    found = []
+    for modules, together in library.index.alike(names).items():
+        shapes = {m.name: FactorShape(m.rank, m.inputs, m.outputs, 1.0, "", "") for m in modules}
+        found.append(Expert(name=together[0], weights=Path(library.origin), shapes=shapes))
+    return found

@@ -1,0 +1,195 @@
+"""What a large library keeps in memory of every expert, and what makes loading one quick: one small file an expert.
+
+``index/<expert>.safetensors`` holds, for each module, the *prototype* (the first row of ``V^T``, in 8 bits) with its
+root mean square over the calibration's texts, and the *rotation* that aligns the adapter's own factors
+(:class:`spectr.spectral.Rotation`). An expert more is a file more; nothing that is there changes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int8
+from safetensors import safe_open
+from torch import Tensor
+
+from spectr.errors import LibraryError
+from spectr.saving import replacing, save_readable
+from spectr.spectral import Codes, Prototypes, Rotation
+
+INDEX_FOLDER = "index"
+_FORMAT = "1"
+
+
+class IndexedModule(NamedTuple):
+    """A module that an expert adapts: its name, and the sizes of the expert's factors there."""
+
+    name: str
+    rank: int
+    inputs: int
+    outputs: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class IndexEntry:
+    """One expert, its modules one after the other along M (``C``: all their inputs).
+
+    Attributes:
+        modules: In alphabetical order.
+        sha256: Of the expert's weights.
+        calibration: Digest of the texts that ``rms_M`` is over.
+        codes_C: Prototypes, one after the other; ``steps_M`` times these.
+        steps_M: What a code's unit stands for.
+        error_M: ``||v - steps codes||_2``: what the 8 bits cost.
+        rms_M: Root mean square of ``v . (x - m)`` over the calibration's texts; 0 where the expert does nothing.
+        rotations: A function that returns them by module, for those that can be aligned by one.
+    """
+
+    modules: tuple[IndexedModule, ...]
+    sha256: str
+    calibration: str
+    codes_C: Int8[Tensor, " C"]
+    steps_M: Float[Tensor, " M"]
+    error_M: Float[Tensor, " M"]
+    rms_M: Float[Tensor, " M"]
+    rotations: Callable[[], Mapping[str, Rotation]]
+
+    def save(self, path: Path) -> None:
+        """Write the file, whole or not at all."""
+        rotations = self.rotations()
+        aligned = [module.name for module in self.modules if module.name in rotations]
+        tensors = {"codes": self.codes_C, "steps": self.steps_M, "error": self.error_M, "rms": self.rms_M}
+        for part in Rotation._fields:
+            values = [getattr(rotations[name], part).flatten() for name in aligned]
+            tensors[part] = torch.cat(values) if values else torch.zeros(0)
+        facts = {"sha256": self.sha256, "calibration": self.calibration, "modules": self.modules, "aligned": aligned}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as scratch:
+            save_readable(tensors, scratch, {"format": _FORMAT, "facts": json.dumps(facts)})
+
+    @staticmethod
+    def load(path: Path) -> IndexEntry:
+        """Read a file that :meth:`save` wrote.
+
+        Raises:
+            LibraryError: It is damaged, or of another version.
+        """
+        try:
+            with _opened(path) as (file, facts):
+                return IndexEntry(
+                    modules=tuple(IndexedModule(*module) for module in facts["modules"]),
+                    sha256=facts["sha256"],
+                    calibration=facts["calibration"],
+                    codes_C=file.get_tensor("codes"),
+                    steps_M=file.get_tensor("steps"),
+                    error_M=file.get_tensor("error"),
+                    rms_M=file.get_tensor("rms"),
+                    rotations=partial(_read_rotations, path),
+                )
+        except Exception as error:  # safetensors raises its own kinds
+            raise _damaged(path, error) from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        if metadata.get("format") != _FORMAT:
+            raise ValueError(f"format {metadata.get('format')!r} is not {_FORMAT!r}")
+        yield file, json.loads(metadata["facts"])
+
+
+def _read_rotations(path: Path) -> dict[str, Rotation]:
+    try:
+        with _opened(path) as (file, facts):
+            left, S, right = (file.get_tensor(part) for part in Rotation._fields)
+        ranks = {name: rank for name, rank, *_ in facts["modules"]}
+        names = facts["aligned"]
+        sizes = [ranks[name] for name in names]
+        lefts, rights = (side.split([size * size for size in sizes]) for side in (left, right))
+        rows = zip(names, lefts, S.split(sizes), rights, sizes, strict=True)
+        return {name: Rotation(u.view(size, size), s, v.view(size, size)) for name, u, s, v, size in rows}
+    except Exception as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> LibraryError:
+    return LibraryError(
+        f"{path} cannot be read ({error})",
+        expected="an entry of an index that this version wrote",
+        do=f"delete it and index again: spectr library index --library {path.parent.parent}",
+    )
+
+
+class Index(Mapping[str, IndexEntry]):
+    """The entries of a library's experts by name, read when first asked for."""
+
+    def __init__(self, entries: Mapping[str, IndexEntry | Path]):
+        self._entries: dict[str, IndexEntry | Path] = dict(sorted(entries.items()))
+
+    @staticmethod
+    def open(root: Path, experts: Iterable[str]) -> Index:
+        """The entries that a library's folder has for these experts."""
+        folder = root / INDEX_FOLDER
+        there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        files = {name: f"{name}.safetensors" for name in experts}
+        return Index({name: folder / file for name, file in files.items() if file in there})
+
+    def joined(self, entries: Mapping[str, IndexEntry]) -> Index:
+        """This index with more entries, or with others in the place of some."""
+        return Index({**self._entries, **entries})
+
+    def alike(self, names: Iterable[str]) -> dict[tuple[IndexedModule, ...], tuple[str, ...]]:
+        """These experts, those together that adapt the same modules in the same sizes."""
+        found: dict[tuple[IndexedModule, ...], list[str]] = {}
+        for name in sorted(names):
+            found.setdefault(self[name].modules, []).append(name)
+        return {modules: tuple(together) for modules, together in found.items()}
+
+    def prototypes(self, names: Iterable[str], means: Mapping[str, Float[Tensor, " I"]]) -> dict[str, Prototypes]:
+        """The prototypes of these experts by module, on the device of the means.
+
+        Args:
+            names: Experts of this index.
+            means: By module the mean input, (inputs,).
+        """
+        experts: dict[str, tuple[str, ...]] = {}
+        parts: dict[str, tuple[Codes, ...]] = {}
+        for modules, together in self.alike(names).items():
+            entries = [self[name] for name in together]
+            codes_EC = torch.stack([entry.codes_C for entry in entries])
+            steps_EM = torch.stack([entry.steps_M for entry in entries])
+            rms_EM = torch.stack([entry.rms_M for entry in entries])
+            columns = codes_EC.split([module.inputs for module in modules], dim=1)
+            for (module, *_), codes_EI, steps_E, rms_E in zip(
+                modules, columns, steps_EM.unbind(1), rms_EM.unbind(1), strict=True
+            ):
+                device = means[module].device
+                part = Codes(codes_EI.to(device), steps_E.to(device), rms_E.to(device))
+                experts[module] = experts.get(module, ()) + together
+                parts[module] = (*parts.get(module, ()), part)
+        return {
+            module: Prototypes(experts=experts[module], parts=parts[module], mean_I=means[module]) for module in experts
+        }
+
+    def __getitem__(self, name: str) -> IndexEntry:
+        entry = self._entries[name]
+        if isinstance(entry, Path):
+            entry = self._entries[name] = IndexEntry.load(entry)
+        return entry
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __repr__(self) -> str:
+        return f"Index({len(self)} experts)"

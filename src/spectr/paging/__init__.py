@@ -1,0 +1,6 @@
+"""Experts that stay on disk until a prompt calls for them: a cache of a stated size, and who has to leave it."""
+
+from spectr.paging.policies import Lfu, Lru, Polar, Policy, get_policy
+from spectr.paging.shelf import Shelf, ShelfFigures
+
+__all__ = ["Lfu", "Lru", "Polar", "Policy", "Shelf", "ShelfFigures", "get_policy"]

@@ -1,0 +1,158 @@
+"""Which expert leaves a full cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from spectr.errors import CompositionError, did_you_mean
+
+Context = Float[Tensor, " D"]
+
+
+class Policy(Protocol):
+    """Remembers what was called for, and says what is least likely to be called for soon."""
+
+    def used(self, expert: str, context: Context | None) -> None:
+        """An expert was called for.
+
+        Args:
+            expert: Its name.
+            context: What is known of the prompt that did, (D,) float32, if anything is.
+        """
+        ...
+
+    def victim(self, resident: Collection[str]) -> str:
+        """The one of these experts to let go."""
+        ...
+
+
+class Lru:
+    """The one that was not used for the longest time."""
+
+    def __init__(self) -> None:
+        self._clock = 0
+        self._last: dict[str, int] = {}
+
+    def used(self, expert: str, context: Context | None) -> None:
+        """See :class:`Policy`."""
+        self._clock += 1
+        self._last[expert] = self._clock
+
+    def victim(self, resident: Collection[str]) -> str:
+        """See :class:`Policy`."""
+        return min(resident, key=lambda expert: self._last.get(expert, 0))
+
+
+class Lfu:
+    """The one that was used least often; of those used as often, the one that was not used for the longest time.
+
+    Args:
+        half_life: Uses of any experts after which one counts half; ``None`` never forgets.
+    """
+
+    def __init__(self, half_life: float | None = None) -> None:
+        self._growth = 1.0 if half_life is None else 2 ** (1 / half_life)
+        self._weight = 1.0
+        self._clock = 0
+        self._count: dict[str, float] = {}
+        self._last: dict[str, int] = {}
+
+    def used(self, expert: str, context: Context | None) -> None:
+        """See :class:`Policy`."""
+        self._clock += 1
+        self._weight *= self._growth  # growing weights are forgetting, without touching what is old
+        if self._weight > 1e100:
+            self._count = {name: count / self._weight for name, count in self._count.items()}
+            self._weight = 1.0
+        self._count[expert] = self._count.get(expert, 0.0) + self._weight
+        self._last[expert] = self._clock
+
+    def victim(self, resident: Collection[str]) -> str:
+        """See :class:`Policy`."""
+        return min(resident, key=lambda expert: (self._count.get(expert, 0.0), self._last.get(expert, 0)))
+
+
+class Polar:
+    """The one with the least demand that was learnt from the prompts' contexts, in the manner of POLAR.
+
+    On the fast time scale every use is an example for one ridge regression of "is this expert called for" on the
+    prompt's context, older ones counting less. On the slow one, every ``epoch`` uses, each expert's demand is
+    forecast: the mean of ``theta_t . z`` over the epoch's contexts. Experts without a forecast are ranked by how lately
+    they were used, below those with one.
+
+    POLAR itself also routes: its bandit chooses the expert, and counts the cost of one that is not there. Here the
+    router is not to be talked out of the right expert, and the policy only keeps the cache. Since every call tells of
+    all experts whether it was for them, the confidence bounds of LinUCB are as wide for all, and left out.
+
+    Args:
+        epoch: Uses between two forecasts.
+        half_life: Uses after which an example counts half.
+
+    Source: POLAR (Li and Li, 2026), which learns caching and routing at once; LinUCB (Li et al., 2010).
+    """
+
+    def __init__(self, epoch: int = 200, half_life: float = 2000.0) -> None:
+        self._epoch, self._decay = epoch, 2 ** (-1 / half_life)
+        self._gram: Tensor | None = None
+        self._sums: dict[str, Tensor] = {}
+        self._scale = 1.0  # sums are kept in units of it, so that forgetting touches none of them
+        self._contexts: list[Tensor] = []
+        self._forecast: dict[str, float] = {}
+        self._recent = Lru()
+
+    def used(self, expert: str, context: Context | None) -> None:
+        """See :class:`Policy`; without contexts it learns how often each expert is called for."""
+        z_D = torch.ones(1) if context is None else torch.cat([torch.ones(1), context.float().cpu()])
+        z_D = z_D.double() / z_D.norm()
+        if self._gram is None or len(self._gram) != len(z_D):
+            self._gram, self._sums = torch.zeros(len(z_D), len(z_D), dtype=torch.float64), {}
+        self._recent.used(expert, context)
+        self._scale *= self._decay
+        self._gram = self._gram * self._decay + torch.outer(z_D, z_D)
+        self._sums[expert] = self._sums.get(expert, torch.zeros_like(z_D)) + z_D / self._scale
+        self._contexts.append(z_D)
+        if len(self._contexts) >= self._epoch:
+            self._look_ahead()
+
+    def victim(self, resident: Collection[str]) -> str:
+        """See :class:`Policy`."""
+        known = [expert for expert in resident if expert in self._forecast]
+        if len(known) < len(resident):
+            return self._recent.victim([expert for expert in resident if expert not in self._forecast])
+        return min(known, key=self._forecast.__getitem__)
+
+    def _look_ahead(self) -> None:
+        assert self._gram is not None
+        inverse = torch.linalg.inv(self._gram + torch.eye(len(self._gram), dtype=torch.float64))
+        z_ZD = torch.stack(self._contexts)
+        names = list(self._sums)
+        theta_ED = torch.stack([self._sums[name] for name in names]) * self._scale @ inverse
+        demand_E = (theta_ED @ z_ZD.mean(0)).tolist()
+        self._forecast = dict(zip(names, demand_E, strict=True))
+        self._sums = {name: total * self._scale for name, total in self._sums.items()}
+        self._scale = 1.0
+        self._contexts = []
+
+
+_POLICIES: dict[str, Callable[[], Policy]] = {
+    "lru": Lru,
+    "lfu": Lfu,
+    "lfu-aging": lambda: Lfu(half_life=2000),
+    "polar": Polar,
+}
+
+
+def get_policy(name: str) -> Policy:
+    """A policy by name: lru, lfu, lfu-aging or polar.
+
+    Raises:
+        CompositionError: There is none of that name.
+    """
+    if name not in _POLICIES:
+        raise CompositionError(f"unknown policy '{name}'", do=did_you_mean(name, tuple(_POLICIES)))
+    return _POLICIES[name]()
