@@ -12,7 +12,7 @@ from spectr.composition.routed import Guide, Progress, Routed
 from spectr.errors import CompositionError
 from spectr.layers.routed import RoutedLinear
 from spectr.library import ExpertLibrary
-from spectr.paging import Lru, Policy
+from spectr.paging import DEFAULT_POLICY, Policy, get_policy
 from spectr.routers import GuidedRouter, Router, Shortlist, Spectr
 
 _EXPERT_MEMORY = 1 << 30
@@ -44,8 +44,8 @@ def compose(
             :class:`spectr.guidance.QueryGuide`.
         expert_memory: For :class:`Shortlist`: bytes that experts may take in memory; the rest stay on disk. 1 GiB if
             left out.
-        policy: For :class:`Shortlist`: which expert leaves when there is no room; :class:`spectr.paging.Lru` if left
-            out.
+        policy: For :class:`Shortlist`: which expert leaves when there is no room; if left out
+            :data:`spectr.paging.DEFAULT_POLICY`.
 
     Returns:
         A handle to restrict, extend and undo.
@@ -69,7 +69,7 @@ def compose(
         raise CompositionError("this model is composed already", do="call remove() on its handle first")
     if isinstance(router, Shortlist):
         memory = _EXPERT_MEMORY if expert_memory is None else expert_memory
-        return Paged(model, library, router, progress, expert_memory=memory, policy=policy or Lru())
+        return Paged(model, library, router, progress, expert_memory=memory, policy=policy or get_policy(DEFAULT_POLICY))
     if expert_memory is not None or policy is not None:
         raise CompositionError(
             f"{router} holds all experts in memory",

@@ -1,6 +1,20 @@
 """Experts that stay on disk until a prompt calls for them: a cache of a stated size, and who has to leave it."""
 
-from spectr.paging.policies import Lfu, Lru, Polar, Policy, get_policy
+from spectr.paging.policies import DEFAULT_POLICY, Lfu, Lru, Polar, Policy, get_policy
 from spectr.paging.shelf import Shelf, ShelfFigures
+from spectr.paging.simulate import Simulated, simulate
+from spectr.paging.workload import Workload
 
-__all__ = ["Lfu", "Lru", "Polar", "Policy", "Shelf", "ShelfFigures", "get_policy"]
+__all__ = [
+    "DEFAULT_POLICY",
+    "Lfu",
+    "Lru",
+    "Polar",
+    "Policy",
+    "Shelf",
+    "ShelfFigures",
+    "Simulated",
+    "Workload",
+    "get_policy",
+    "simulate",
+]

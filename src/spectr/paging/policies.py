@@ -139,6 +139,8 @@ class Polar:
         self._contexts = []
 
 
+DEFAULT_POLICY = "lfu-aging"  # by benchmarks/paging.py: docs/scale.md has the figures
+
 _POLICIES: dict[str, Callable[[], Policy]] = {
     "lru": Lru,
     "lfu": Lfu,
