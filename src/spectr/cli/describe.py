@@ -1,26 +1,21 @@
-"""Descriptions of experts in words: ``spectr library describe``, and what commands that route by them need."""
+"""``spectr library describe``: experts in words."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from spectr.cli.console import bar, out, say
-from spectr.cli.options import DataRootOption, DtypeOption, ModelOption, open_library, open_model
+from spectr.cli.guides import open_writer
+from spectr.cli.opened import open_library
+from spectr.cli.options import DataRootOption, DtypeOption, ModelOption
 from spectr.cli.rows import chosen_task, source_of
-from spectr.errors import DataError, ModelError, SpectrError, raise_together
+from spectr.errors import DataError, SpectrError, raise_together
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from spectr.composition import Routed
-    from spectr.guidance import QueryGuide
-    from spectr.models.writer import Writer
+    pass
 
 
 def describe(
@@ -103,49 +98,3 @@ def describe(
     for name in shown:
         out.print(f"{name}: {known[name]}", highlight=False, markup=False)
     say(f"written to {path}; correct it there")
-
-
-def open_writer(name: str | None, dtype: str) -> Writer:
-    """A writer: of an endpoint (``http://host/v1#MODEL``), a folder or a Hub id; by default the default model."""
-    from spectr.models.writer import EndpointWriter, LocalWriter
-
-    if name and name.startswith(("http://", "https://")):
-        url, _, model = name.partition("#")
-        if not model:
-            raise DataError(f"--writer {name}", expected="the model's name after the address: http://host/v1#MODEL")
-        return EndpointWriter(url, model)
-    try:
-        return LocalWriter(*open_model(name, dtype))
-    except ModelError as error:
-        raise ModelError(f"--writer {name}: {error.given}", expected=error.expected, do="check --writer") from error
-
-
-def make_guide(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, writer: str | None, embedder: str | None, dtype: str
-) -> QueryGuide:
-    """What compares prompts with descriptions; without a writer the base model writes, "none" writes nothing."""
-    from spectr.guidance import QueryGuide
-    from spectr.models.embed import load_embedder
-    from spectr.models.writer import LocalWriter
-
-    embed = load_embedder(embedder)
-    if writer == "none":
-        return QueryGuide(tokenizer, embed)
-    return QueryGuide(tokenizer, embed, open_writer(writer, dtype) if writer else LocalWriter(model, tokenizer))
-
-
-def guide_maker(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, writer: str | None, dtype: str
-) -> Callable[[], QueryGuide] | None:
-    """What makes a guide when one is needed first, always the same one; ``None`` where nothing can embed."""
-    if find_spec("sentence_transformers") is None:
-        return None
-    return cache(lambda: make_guide(model, tokenizer, writer, None, dtype))
-
-
-def tell_guide(routed: Routed) -> None:
-    """Say what guiding by descriptions has cost, apart from the routing itself."""
-    from spectr.guidance import QueryGuide
-
-    if isinstance(routed.guide, QueryGuide):
-        say(f"global routing: {routed.guide.spent}")

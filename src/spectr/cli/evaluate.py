@@ -13,16 +13,8 @@ from rich.table import Table
 
 from spectr.cli.asked import COMPARING, ORDER, Asked
 from spectr.cli.console import bar, out, say
-from spectr.cli.options import (
-    DataRootOption,
-    DtypeOption,
-    JsonOption,
-    LettersOption,
-    LibraryOption,
-    ModelOption,
-    open_library,
-    open_model,
-)
+from spectr.cli.opened import open_library, open_model
+from spectr.cli.options import DataRootOption, DtypeOption, JsonOption, LettersOption, LibraryOption, ModelOption
 from spectr.errors import DataError, did_you_mean
 from spectr.routers import router_names
 
@@ -107,7 +99,7 @@ def evaluate(
     _ = asked.library.calibration
     base, tokenizer = open_model(model, dtype)
 
-    from spectr.cli.describe import guide_maker
+    from spectr.cli.guides import guide_maker
     from spectr.evaluation.experiments import EXPERIMENTS, Bench
 
     guide = guide_maker(base, tokenizer, writer, dtype)

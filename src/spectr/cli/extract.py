@@ -10,7 +10,8 @@ import typer
 from rich.table import Table
 
 from spectr.cli.console import bar, out, say
-from spectr.cli.options import LibraryOption, check_target, open_library
+from spectr.cli.opened import open_library
+from spectr.cli.options import LibraryOption, check_target
 from spectr.errors import MissingExtraError
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from spectr.cli.console import errors, out
-from spectr.cli.describe import tell_guide
+from spectr.cli.guides import tell_guide
 from spectr.cli.options import JsonOption, Routing, with_routing
 from spectr.errors import DataError
 

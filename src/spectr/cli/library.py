@@ -14,7 +14,8 @@ from spectr.adapters import GATES_FILE
 from spectr.adapters.read import WEIGHTS_FILE
 from spectr.cli.console import bar, out, say
 from spectr.cli.describe import describe
-from spectr.cli.options import DtypeOption, JsonOption, LibraryOption, ModelOption, open_library, open_model
+from spectr.cli.opened import open_library, open_model
+from spectr.cli.options import DtypeOption, JsonOption, LibraryOption, ModelOption
 from spectr.errors import LibraryError, SpectrError, raise_together
 from spectr.library import Entry, ExpertLibrary, LibraryStore
 from spectr.library.calibration import CALIBRATION_FILE

@@ -9,7 +9,8 @@ import typer
 from rich.table import Table
 
 from spectr.cli.console import bar, out, say
-from spectr.cli.options import LibraryOption, ModelOption, known_dtype, open_library, open_model
+from spectr.cli.opened import open_library, open_model
+from spectr.cli.options import LibraryOption, ModelOption, known_dtype
 from spectr.errors import MergeError, SpectrError
 
 if TYPE_CHECKING:

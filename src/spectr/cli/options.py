@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from spectr.cli.console import bar, say
-from spectr.errors import DataError, MissingExtraError, SpectrError
+from spectr.cli.opened import open_library, open_model
+from spectr.errors import DataError, SpectrError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -245,7 +246,7 @@ class Routing:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, library: ExpertLibrary, router: Router
     ) -> Routed:
         """The model composed with the experts that are allowed, with a progress bar."""
-        from spectr.cli.describe import make_guide
+        from spectr.cli.guides import make_guide
         from spectr.composition import compose
         from spectr.routers import GuidedRouter, Shortlist
 
@@ -311,29 +312,3 @@ def check_target(path: Path | None, suffix: str) -> None:
             f"{path} cannot be written: {above} is no folder that can be written to",
             do="check the path, its permissions and the free space",
         )
-
-
-def open_library(path: Path | None) -> ExpertLibrary:
-    """The library at that path, or the shipped one."""
-    from spectr.library import ExpertLibrary
-    from spectr.shipped import shipped_experts
-
-    return ExpertLibrary.open(path or shipped_experts())
-
-
-def open_model(name: str | None, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model and its tokenizer, with a word on what happens."""
-    try:
-        from transformers.utils import logging
-
-        from spectr.models import DEFAULT_MODEL, HUB_ID, fetch_default_model, load_model
-    except MissingExtraError:
-        raise
-    except ImportError as error:
-        raise MissingExtraError("running a model", "models") from error
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    if name in (None, DEFAULT_MODEL, HUB_ID):
-        fetch_default_model(say)
-    say(f"loading {name or 'SmolLM2-135M-Instruct'}")
-    return load_model(name, dtype=dtype)  # pyright: ignore[reportArgumentType]

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from spectr.cli.console import bar, out, say
-from spectr.cli.options import DataRootOption, DtypeOption, LettersOption, ModelOption, open_model
+from spectr.cli.opened import open_model
+from spectr.cli.options import DataRootOption, DtypeOption, LettersOption, ModelOption
 from spectr.cli.rows import chosen_task, origin_of, setting, source_of, told_where_it_stopped
 from spectr.errors import DataError, MissingExtraError
 

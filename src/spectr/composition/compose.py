@@ -69,7 +69,9 @@ def compose(
         raise CompositionError("this model is composed already", do="call remove() on its handle first")
     if isinstance(router, Shortlist):
         memory = _EXPERT_MEMORY if expert_memory is None else expert_memory
-        return Paged(model, library, router, progress, expert_memory=memory, policy=policy or get_policy(DEFAULT_POLICY))
+        return Paged(
+            model, library, router, progress, expert_memory=memory, policy=policy or get_policy(DEFAULT_POLICY)
+        )
     if expert_memory is not None or policy is not None:
         raise CompositionError(
             f"{router} holds all experts in memory",

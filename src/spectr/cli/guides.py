@@ -1,0 +1,65 @@
+"""Who writes and who compares, for routers that go by descriptions in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from spectr.cli.console import say
+from spectr.cli.opened import open_model
+from spectr.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from spectr.composition import Routed
+    from spectr.guidance import QueryGuide
+    from spectr.models.writer import Writer
+
+
+def open_writer(name: str | None, dtype: str) -> Writer:
+    """A writer: of an endpoint (``http://host/v1#MODEL``), a folder or a Hub id; by default the default model."""
+    from spectr.models.writer import EndpointWriter, LocalWriter
+
+    if name and name.startswith(("http://", "https://")):
+        url, _, model = name.partition("#")
+        if not model:
+            raise DataError(f"--writer {name}", expected="the model's name after the address: http://host/v1#MODEL")
+        return EndpointWriter(url, model)
+    try:
+        return LocalWriter(*open_model(name, dtype))
+    except ModelError as error:
+        raise ModelError(f"--writer {name}: {error.given}", expected=error.expected, do="check --writer") from error
+
+
+def make_guide(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, writer: str | None, embedder: str | None, dtype: str
+) -> QueryGuide:
+    """What compares prompts with descriptions; without a writer the base model writes, "none" writes nothing."""
+    from spectr.guidance import QueryGuide
+    from spectr.models.embed import load_embedder
+    from spectr.models.writer import LocalWriter
+
+    embed = load_embedder(embedder)
+    if writer == "none":
+        return QueryGuide(tokenizer, embed)
+    return QueryGuide(tokenizer, embed, open_writer(writer, dtype) if writer else LocalWriter(model, tokenizer))
+
+
+def guide_maker(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, writer: str | None, dtype: str
+) -> Callable[[], QueryGuide] | None:
+    """What makes a guide when one is needed first, always the same one; ``None`` where nothing can embed."""
+    if find_spec("sentence_transformers") is None:
+        return None
+    return cache(lambda: make_guide(model, tokenizer, writer, None, dtype))
+
+
+def tell_guide(routed: Routed) -> None:
+    """Say what guiding by descriptions has cost, apart from the routing itself."""
+    from spectr.guidance import QueryGuide
+
+    if isinstance(routed.guide, QueryGuide):
+        say(f"global routing: {routed.guide.spent}")

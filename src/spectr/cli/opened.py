@@ -1,0 +1,40 @@
+"""What the options for a library and a model stand for: the objects themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spectr.cli.console import say
+from spectr.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from spectr.library import ExpertLibrary
+
+
+def open_library(path: Path | None) -> ExpertLibrary:
+    """The library at that path, or the shipped one."""
+    from spectr.library import ExpertLibrary
+    from spectr.shipped import shipped_experts
+
+    return ExpertLibrary.open(path or shipped_experts())
+
+
+def open_model(name: str | None, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model and its tokenizer, with a word on what happens."""
+    try:
+        from transformers.utils import logging
+
+        from spectr.models import DEFAULT_MODEL, HUB_ID, fetch_default_model, load_model
+    except MissingExtraError:
+        raise
+    except ImportError as error:
+        raise MissingExtraError("running a model", "models") from error
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if name in (None, DEFAULT_MODEL, HUB_ID):
+        fetch_default_model(say)
+    say(f"loading {name or 'SmolLM2-135M-Instruct'}")
+    return load_model(name, dtype=dtype)  # pyright: ignore[reportArgumentType]
