@@ -24,7 +24,20 @@ from models import (
     types_unchecked,
     write_adapter,
 )
-from spectr import Arrow, Calibrated, ExpertLibrary, Glider, Lag, Oracle, Phatgoose, Seqr, Spectr, Uniform, compose
+from spectr import (
+    Arrow,
+    Calibrated,
+    ExpertLibrary,
+    Glider,
+    Lag,
+    Oracle,
+    Phatgoose,
+    Seqr,
+    Shortlist,
+    Spectr,
+    Uniform,
+    compose,
+)
 from spectr.errors import CompositionError
 from spectr.routers import Router, get_router, registry, router_names
 from spectr.routers.settings import combination_of
@@ -292,6 +305,7 @@ BY_NAME = {
     "mu": Uniform(),
     "phatgoose": Phatgoose(),
     "seqr": Seqr(),
+    "shortlist": Shortlist(),
     "spectr": Spectr(),
     "spectr-code": Spectr(score="projection", combine="factors"),
     "spectr-paper": Spectr(combine="factors"),

@@ -67,5 +67,8 @@ class TopK:
 
     def __call__(self, scores_TE: Float[Tensor, "*T E"]) -> Float[Tensor, "*T E"]:
         """See :class:`Selection`."""
-        index_TK, weights_TK = self.choose(scores_TE)
-        return torch.zeros_like(scores_TE).scatter_(-1, index_TK, weights_TK)
+        weights_TE = torch.zeros_like(scores_TE)
+        if self.weighting == "uniform":  # one operation less, which one token notices
+            k = min(self.k, scores_TE.shape[-1])
+            return weights_TE.scatter_(-1, scores_TE.topk(k, dim=-1).indices, 1 / k)
+        return weights_TE.scatter_(-1, *self.choose(scores_TE))
