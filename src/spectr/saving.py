@@ -1,4 +1,4 @@
-"""Writing files that others can read, whole or not at all."""
+"""Where files go, and writing them so that others can read them, whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,6 +12,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 SCRATCH = ".manifest-"  # what a killed writer leaves begins so; a library sweeps it up
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept: ``$SPECTR_CACHE``, ``$XDG_CACHE_HOME/spectr`` or ``~/.cache/spectr``."""
+    if folder := os.environ.get("SPECTR_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spectr"
 
 
 def save_readable(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:

@@ -12,10 +12,12 @@ from torch.nn.functional import linear
 
 from spectr.combine import get_combination, merge_outputs
 from spectr.layers.grouped import grouped_inputs, grouped_outputs
+from spectr.layers.kernels import cpu_kernels
 from spectr.layers.linear import Features, features
 from spectr.layers.outputs import add_masked, gathered_sum, gathering_pays, weighted
 from spectr.routers.base import Router, ShortlistRouter, segment_norms
 from spectr.routers.settings import combination_of, selection_of
+from spectr.selection import TopK
 from spectr.spectral import Stack
 
 
@@ -90,12 +92,20 @@ class RoutedLinear(nn.Module):
         self.inform(None)
         self.narrow(None)
         if stack is None:
-            self.experts, self.ranks, self.common_rank, self.gathers, self._prepared_dtype = (), (), None, False, None
+            self.experts, self.ranks, self.common_rank, self._prepared_dtype = (), (), None, None
+            self.gathers = self.fuses = False
             for name in self._buffers:
                 self._buffers[name] = None
             return
         self.experts, self.ranks, self.common_rank = stack.experts, stack.ranks, stack.common_rank
         self._prepared_dtype = stack.A_PI.dtype
+        self.fuses = (
+            self.sums
+            and getattr(self.router, "by_norms", False)
+            and isinstance(self.select, TopK)
+            and stack.common_rank is not None
+            and stack.mix_PR is None
+        )
         gathers = self.sums and not self.shortlists
         self.gathers = gathers and gathering_pays(self.select, len(self.experts), self.common_rank)
         owner_P = stack.owner_P
@@ -172,11 +182,12 @@ class RoutedLinear(nn.Module):
         out = self.base(input, *args, **kwargs)
         if self.listen is not None:
             self.listen(input)
-        if self.asleep or not self.experts:
+        if self.asleep or not self.experts or self._add_fused(out, input):
             return out
-        if self.held is not None:
-            return self._add_held(out, input, self.held)
-        h_TP, scores_TE = self._informed(input)
+        return self._add_routed(out, input) if self.held is None else self._add_held(out, input, self.held)
+
+    def _add_routed(self, out: Float[Tensor, "*T O"], x: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
+        h_TP, scores_TE = self._informed(x)
         tensors = self._buffers
         B_OP = tensors["B_OP"]
         if self.gathers and self.among_B1E is None:
@@ -188,6 +199,35 @@ class RoutedLinear(nn.Module):
         if self.shortlists:
             return _add(out, grouped_outputs(h_TP, weights_TE, self.B_OP, self.ranks))
         return self._add_masked(out, weighted(h_TP, weights_TE, self.common_rank, tensors["member_EP"]), B_OP)  # pyright: ignore
+
+    def _add_fused(self, out: Tensor, x: Tensor) -> bool:
+        """Few tokens on a CPU by one compiled call, in the memory of ``out``; whether that was possible."""
+        held, kernels = self.held, cpu_kernels()
+        if kernels is None or not (self.fuses if held is None else self.sums):
+            return False
+        tensors = self._buffers
+        A_PI, B_OP, prior_B1E = tensors["A_PI"], tensors["B_OP"], self.prior_B1E
+        assert A_PI is not None
+        assert B_OP is not None
+        if A_PI.dtype != x.dtype or not kernels.take(x, out) or not self._owns(out):
+            return False
+        if held is not None:
+            fits = len(held.weights_B1P) in (1, len(x))
+            return fits and kernels.held(x, held.A_PI, held.B_OP.mT, held.weights_B1P, out)
+        if self.among_B1E is not None or (prior_B1E is not None and len(prior_B1E) not in (1, len(x))):
+            return False
+        select: Any = self.select
+        return kernels.route(
+            x,
+            A_PI,
+            B_OP.mT,
+            tensors["centers_P"],
+            prior_B1E,
+            out,
+            experts=len(self.experts),
+            k=min(select.k, len(self.experts)),
+            temperature=select.temperature if select.weighting == "softmax" else 0.0,
+        )
 
     def _add_held(self, out: Float[Tensor, "*T O"], x: Float[Tensor, "*T I"], held: Held) -> Float[Tensor, "*T O"]:
         h_TP = linear(x.to(held.A_PI.device, held.A_PI.dtype), held.A_PI)
@@ -221,16 +261,16 @@ class RoutedLinear(nn.Module):
         weights_B1E = weights_BE[:, None, taken_E].to(self.A_PI.device)
         self.held = Held(
             A_PI=self.A_PI[rows_P] if self.mix_PR is None else self.mix_PR[rows_P] @ self.A_PI,
-            B_OP=self.B_OP[:, rows_P],
+            B_OP=self.B_OP.mT[rows_P].mT,  # an expert's rows lie together
             owner_P=owner_P,
             weights_B1E=weights_B1E,
-            weights_B1P=weights_B1E[..., owner_P].to(self.A_PI.dtype),
+            weights_B1P=weights_B1E[..., owner_P].to(self.A_PI.dtype).contiguous(),
             all_weights_B1E=weights_BE[:, None].to(self.A_PI.device),
         )
 
     def inform(self, prior_BE: Float[Tensor, "B E"] | None) -> None:
         """Inform the scores of every token of row ``b`` by this prior from now on; ``None`` ends that."""
-        self.prior_B1E = None if prior_BE is None else prior_BE[:, None].to(self.A_PI.device)
+        self.prior_B1E = None if prior_BE is None else prior_BE[:, None].to(self.A_PI.device).contiguous()
 
     def narrow(self, among_BE: Bool[Tensor, "B E"] | None) -> None:
         """Let the tokens of row ``b`` choose among these of the layer's experts alone; ``None`` ends that."""

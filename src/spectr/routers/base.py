@@ -26,7 +26,9 @@ class Router(Protocol):
     calibrated (:func:`spectr.calibrate`): ``norms_TE`` are then ``||A_t (x - m)||_2`` over their root mean square.
     One with an attribute ``gated`` that is true is given each expert's trained gate as its prototype
     (:meth:`spectr.spectral.Prepared.gated`). One with an attribute ``shares_A`` that is true has the input factor that
-    all experts of a module share computed once (:meth:`spectr.spectral.Prepared.rooted`).
+    all experts of a module share computed once (:meth:`spectr.spectral.Prepared.rooted`). One with an attribute
+    ``by_norms`` that is true has ``norms_TE`` as its scores, times a prompt's prior where there is one; few tokens
+    are routed by a compiled function (:mod:`spectr.layers.kernels`).
     """
 
     def prepare(self, aligned: Aligned) -> Prepared:

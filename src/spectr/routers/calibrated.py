@@ -43,6 +43,7 @@ class Calibrated:
     """
 
     calibrated: ClassVar[bool] = True
+    by_norms: ClassVar[bool] = True
 
     level: Literal["prompt", "token", "prior"] = "prompt"
     top_k: int = 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -28,6 +28,8 @@ class Spectr:
 
     Source: SpectR (Fleshman and Van Durme, 2025), eq. 2 to 13.
     """
+
+    by_norms: ClassVar[bool] = True
 
     score: Literal["spectral", "projection"] = "spectral"
     top_k: int = 4

@@ -1,0 +1,156 @@
+"""Compiling the kernels and calling them."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _len_torch_dispatch_stack  # pyright: ignore[reportAttributeAccessIssue]
+
+from spectr.saving import cache_folder
+
+# Reductions may be reordered, or nothing is vectorised. Not -ffast-math: it changes how the whole process rounds.
+_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math")
+_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_MOST_TOKENS = 16  # beyond, matrix products by torch are faster
+
+
+class Kernels:
+    """The compiled functions.
+
+    Args:
+        library: The loaded shared library.
+    """
+
+    def __init__(self, library: ctypes.CDLL):
+        self._route, self._held = {}, {}
+        pointer, number = ctypes.c_void_p, ctypes.c_long
+        for dtype, name in _NAMES.items():
+            route, held = getattr(library, f"route_{name}"), getattr(library, f"held_{name}")
+            route.argtypes = [pointer] * 6 + [number] * 7 + [ctypes.c_float]
+            held.argtypes = [pointer] * 5 + [number] * 5
+            self._route[dtype], self._held[dtype] = route, held
+
+    def take(self, x: Tensor, out: Tensor) -> bool:
+        """Whether they can do these tokens, and nobody has to see single operations (a compiler, a counter)."""
+        if x.dtype not in _NAMES or out.dtype != x.dtype or type(x) is not Tensor or type(out) is not Tensor:
+            return False
+        here = x.device.type == "cpu" and x.is_contiguous() and out.is_contiguous()
+        few = 0 < x.numel() <= _MOST_TOKENS * x.shape[-1]
+        return here and few and not torch.compiler.is_compiling() and not _len_torch_dispatch_stack()
+
+    def route(
+        self,
+        x: Tensor,
+        A_PI: Tensor,
+        Bt_PO: Tensor,
+        centers_P: Tensor | None,
+        prior_BE: Tensor | None,
+        out: Tensor,
+        *,
+        experts: int,
+        k: int,
+        temperature: float,
+    ) -> bool:
+        """Add the chosen experts' outputs to ``out``: those with the ``k`` largest ``||A_t x - center_t||``.
+
+        Args:
+            x: Tokens, (..., I), contiguous, on the CPU, float32 or bfloat16 like all the others.
+            A_PI: Input factors of all experts, contiguous.
+            Bt_PO: Output factors, transposed, contiguous.
+            centers_P: Taken away before scoring.
+            prior_BE: Multiplied with the scores, float32; a row for each equal share of the tokens.
+            out: (..., O), contiguous.
+            experts: How many; all of one rank.
+            k: How many are taken.
+            temperature: Of the softmax over their scores; 0 weighs them alike.
+
+        Returns:
+            Whether it was done; if not (no memory), ``out`` is as it was.
+        """
+        inputs, outputs = A_PI.shape[1], Bt_PO.shape[1]
+        failed = self._route[x.dtype](
+            x.data_ptr(),
+            A_PI.data_ptr(),
+            Bt_PO.data_ptr(),
+            None if centers_P is None else centers_P.data_ptr(),
+            None if prior_BE is None else prior_BE.data_ptr(),
+            out.data_ptr(),
+            x.numel() // inputs,
+            1 if prior_BE is None else len(prior_BE),
+            inputs,
+            outputs,
+            experts,
+            len(A_PI) // experts,
+            k,
+            temperature,
+        )
+        return not failed
+
+    def held(self, x: Tensor, A_PI: Tensor, Bt_PO: Tensor, weights_BP: Tensor, out: Tensor) -> bool:
+        """Add ``B (w A x)`` to ``out``; a row of weights for each equal share of the tokens. As :meth:`route` else."""
+        inputs, outputs = A_PI.shape[1], Bt_PO.shape[1]
+        failed = self._held[x.dtype](
+            x.data_ptr(),
+            A_PI.data_ptr(),
+            Bt_PO.data_ptr(),
+            weights_BP.data_ptr(),
+            out.data_ptr(),
+            x.numel() // inputs,
+            len(weights_BP),
+            inputs,
+            outputs,
+            len(A_PI),
+        )
+        return not failed
+
+
+@lru_cache(maxsize=1)
+def cpu_kernels() -> Kernels | None:
+    """The kernels for this machine; ``None`` where they are not wanted, or cannot be compiled."""
+    if os.environ.get("SPECTR_KERNELS") == "0":
+        return None
+    source = Path(__file__).with_name("decode.c")
+    try:
+        return Kernels(ctypes.CDLL(str(_compiled(source))))
+    except (OSError, subprocess.SubprocessError, AttributeError) as error:
+        logging.getLogger(__name__).info("routed layers decode without compiled kernels: %s", error)
+        return None
+
+
+def _compiled(source: Path) -> Path:
+    compiler = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
+    if compiler is None:
+        raise OSError("there is no C compiler")
+    known = hashlib.sha256(source.read_bytes() + repr((compiler, _FLAGS, _machine())).encode()).hexdigest()[:16]
+    folder = cache_folder() / "kernels"
+    target = folder / f"{source.stem}-{known}.so"
+    if not target.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            made = Path(scratch) / target.name
+            command: list[Any] = [compiler, *_FLAGS, "-shared", "-fPIC", "-o", made, source, "-lm"]
+            subprocess.run(command, check=True, capture_output=True, timeout=60)
+            made.replace(target)  # whole or not at all, whoever else compiles at this moment
+    return target
+
+
+def _machine() -> str:
+    """What code for this machine may not run on another one by."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return f"{platform.machine()} {platform.processor()} {flags}"

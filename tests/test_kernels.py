@@ -1,0 +1,207 @@
+"""The compiled functions for few tokens: what torch computes with more calls."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from models import close
+from spectr import Calibrated, Spectr
+from spectr.flops import count_flops
+from spectr.layers import RoutedLinear
+from spectr.layers.kernels import cpu, cpu_kernels
+from spectr.spectral import Prepared, Stack
+
+INPUTS, OUTPUTS = 24, 20
+needs_a_compiler = pytest.mark.skipif(cpu_kernels() is None, reason="there is no C compiler")
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def layer_of(router, experts, rank, dtype, seed, *, centers=False):
+    chance = torch.Generator().manual_seed(seed)
+    parts = {
+        f"e{number:02}": Prepared(
+            torch.randn(rank, INPUTS, generator=chance),
+            torch.randn(OUTPUTS, rank, generator=chance),
+            center=torch.randn(rank, generator=chance) if centers else None,
+        ).to(torch.device("cpu"), dtype)
+        for number in range(experts)
+    }
+    return RoutedLinear(nn.Linear(INPUTS, OUTPUTS).to(dtype), Stack.of(parts), router)
+
+
+def both(monkeypatch, layer, x):
+    """The layer's output by the kernels, which have to be used, and by torch."""
+    kernels = cpu_kernels()
+    calls = []
+
+    class Counted:
+        take = staticmethod(kernels.take)
+
+        def __getattr__(self, name):
+            calls.append(name)
+            return getattr(kernels, name)
+
+    with torch.no_grad(), monkeypatch.context() as patch:
+        patch.setattr("spectr.layers.routed.cpu_kernels", Counted)
+        fused = layer(x)
+        patch.setattr("spectr.layers.routed.cpu_kernels", lambda: None)
+        plain = layer(x)
+    assert calls, "the kernels were not used"
+    return fused, plain
+
+
+def clear(layer, x):
+    """Whether no choice hangs on rounding: the k-th and the next score differ by more than it."""
+    k = layer.select.k
+    top = layer.decide(x).scores_TE.sort(-1, descending=True).values
+    return k >= top.shape[-1] or bool((top[..., k - 1] - top[..., k] > 0.02 * top[..., k]).all())
+
+
+@needs_a_compiler
+@settings(max_examples=60, deadline=None)
+@given(
+    experts=st.integers(1, 20),
+    rank=st.integers(1, 9),
+    top_k=st.integers(1, 6),
+    tokens=st.sampled_from([(1,), (1, 1), (3, 1), (2, 4), (16,)]),
+    dtype=st.sampled_from(list(TOLERANCE)),
+    weights=st.sampled_from(["uniform", "softmax"]),
+    seed=st.integers(0, 10_000),
+)
+def test_routing_is_that_of_torch(experts, rank, top_k, tokens, dtype, weights, seed):
+    layer = layer_of(Spectr(top_k=top_k, weights=weights, temperature=2.0), experts, rank, dtype, seed)
+    x = torch.randn(*tokens, INPUTS, generator=torch.Generator().manual_seed(seed + 1)).to(dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        fused, plain = both(patch, layer, x)
+    if dtype == torch.float32 or clear(layer, x):
+        close(fused.float(), plain.float(), TOLERANCE[dtype])
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("rows", [1, 3])
+def test_centers_and_a_prior_count(monkeypatch, rows):
+    layer = layer_of(Calibrated(level="prior", top_k=2, weights="softmax"), 7, 4, torch.float32, 0, centers=True)
+    layer.inform(torch.rand(rows, 7, generator=torch.Generator().manual_seed(1)) * 3)
+    x = torch.randn(3, 2, INPUTS, generator=torch.Generator().manual_seed(2))
+    fused, plain = both(monkeypatch, layer, x)
+    close(fused, plain, 1e-5)
+    layer.inform(None)
+    other, _ = both(monkeypatch, layer, x)
+    assert not torch.allclose(other, fused)
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("rows", [1, 3])
+def test_held_weights_are_those_of_torch(monkeypatch, dtype, rows):
+    layer = layer_of(Spectr(top_k=2), 5, 4, dtype, 0)
+    weights = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0], [1.0, 0, 0, 0, 0], [0, 0, 0, 0.25, 0.75]])[:rows]
+    layer.hold(weights)
+    x = torch.randn(3, 2, INPUTS, generator=torch.Generator().manual_seed(2)).to(dtype)
+    fused, plain = both(monkeypatch, layer, x)
+    close(fused.float(), plain.float(), TOLERANCE[dtype])
+
+
+@needs_a_compiler
+def test_ties_go_to_one_of_the_tied(monkeypatch):
+    """Two equal experts: whichever is taken, the output is the same."""
+    layer = layer_of(Spectr(top_k=1), 2, 3, torch.float32, 0)
+    layer.A_PI[3:] = layer.A_PI[:3]
+    layer.B_OP[:, 3:] = layer.B_OP[:, :3]
+    fused, plain = both(monkeypatch, layer, torch.randn(1, INPUTS))
+    close(fused, plain, 1e-5)
+
+
+@needs_a_compiler
+def test_what_is_not_finite_stays_so(monkeypatch):
+    layer = layer_of(Spectr(top_k=2), 5, 4, torch.float32, 0)
+    for value in (torch.nan, torch.inf):
+        x = torch.randn(2, INPUTS)
+        x[0, 3] = value
+        fused, plain = both(monkeypatch, layer, x)
+        assert not fused[0].isfinite().any()
+        close(fused[1], plain[1], 1e-5)
+
+
+@needs_a_compiler
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.randn(17, INPUTS),
+        torch.randn(2, INPUTS, dtype=torch.float64),
+        torch.randn(INPUTS, 2).mT,
+        torch.randn(0, INPUTS),
+    ],
+    ids=["many", "another dtype", "not contiguous", "none"],
+)
+def test_what_they_cannot_do_they_do_not_take(x):
+    assert not cpu_kernels().take(x, torch.zeros(len(x), OUTPUTS, dtype=x.dtype))
+
+
+@needs_a_compiler
+def test_gradients_and_counters_see_single_operations():
+    layer = layer_of(Spectr(top_k=2), 5, 4, torch.float32, 0)
+    x = torch.randn(1, INPUTS, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad is not None
+    with torch.no_grad():
+        assert count_flops(lambda: layer(x)) > 2 * INPUTS * (OUTPUTS + 5 * 4)
+
+
+@needs_a_compiler
+def test_a_hook_on_the_base_layer_sees_its_own_output():
+    layer = layer_of(Spectr(top_k=2), 5, 4, torch.float32, 0)
+    seen = []
+    layer.base.register_forward_hook(lambda module, args, out: seen.append(out))
+    x = torch.randn(1, INPUTS)
+    with torch.no_grad():
+        layer(x)
+    close(seen[0], nn.functional.linear(x, layer.base.weight, layer.base.bias), 1e-6)
+
+
+# Compiling
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    monkeypatch.setenv("SPECTR_CACHE", str(tmp_path))
+    monkeypatch.delenv("SPECTR_KERNELS", raising=False)
+    cpu_kernels.cache_clear()
+    yield tmp_path / "kernels"
+    cpu_kernels.cache_clear()
+
+
+@needs_a_compiler
+def test_they_are_compiled_once(fresh, monkeypatch):
+    assert cpu_kernels() is not None
+    [made] = fresh.iterdir()
+    cpu_kernels.cache_clear()
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("compiled again"))
+    assert cpu_kernels() is not None
+    assert list(fresh.iterdir()) == [made]
+
+
+def test_without_a_compiler_torch_does_it(fresh, monkeypatch):
+    monkeypatch.setattr(cpu.shutil, "which", lambda _: None)
+    assert cpu_kernels() is None
+    layer = layer_of(Spectr(top_k=2), 5, 4, torch.float32, 0)
+    with torch.no_grad():
+        assert layer(torch.randn(1, INPUTS)).isfinite().all()
+
+
+def test_a_compiler_that_fails_is_no_error(fresh, monkeypatch):
+    monkeypatch.setattr(cpu.shutil, "which", lambda _: "/bin/false")
+    assert cpu_kernels() is None
+    assert not list(fresh.glob("*.so"))
+
+
+def test_they_can_be_switched_off(fresh, monkeypatch):
+    monkeypatch.setenv("SPECTR_KERNELS", "0")
+    assert cpu_kernels() is None
+    assert not fresh.exists()
