@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 
 from spectr.combine import get_combination, merge_outputs
 from spectr.layers.grouped import grouped_inputs, grouped_outputs
-from spectr.layers.kernels import cpu_kernels
+from spectr.layers.kernels import MOST_TOKENS, cpu_kernels
 from spectr.layers.linear import Features, features
 from spectr.layers.outputs import add_masked, gathered_sum, gathering_pays, weighted
 from spectr.routers.base import Router, ShortlistRouter, segment_norms
@@ -291,7 +291,7 @@ class RoutedLinear(nn.Module):
         if self.held is not None:
             return size * (self.held.A_PI.numel() + self.held.B_OP.numel())
         share = 1.0
-        if self.gathers:
+        if self.gathers or (self.fuses and cpu_kernels() is not None and tokens <= MOST_TOKENS):
             share = min(1.0, tokens * self.select.k / len(self.experts))  # pyright: ignore[reportAttributeAccessIssue]
         mixing = 0 if self.mix_PR is None else self.mix_PR.numel()
         prototypes = 0 if self.prototypes_EI is None else self.prototypes_EI.numel()

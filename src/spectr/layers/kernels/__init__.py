@@ -4,6 +4,6 @@ The source is compiled when it is needed first, for this machine, by the C compi
 folder. Without a compiler, or with ``SPECTR_KERNELS=0``, torch does the same with more calls.
 """
 
-from spectr.layers.kernels.cpu import Kernels, cpu_kernels
+from spectr.layers.kernels.cpu import MOST_TOKENS, Kernels, cpu_kernels
 
-__all__ = ["Kernels", "cpu_kernels"]
+__all__ = ["MOST_TOKENS", "Kernels", "cpu_kernels"]

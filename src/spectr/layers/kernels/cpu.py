@@ -23,7 +23,7 @@ from spectr.saving import cache_folder
 # Reductions may be reordered, or nothing is vectorised. Not -ffast-math: it changes how the whole process rounds.
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math")
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
-_MOST_TOKENS = 16  # beyond, matrix products by torch are faster
+MOST_TOKENS = 16  # beyond, matrix products by torch are faster
 
 
 class Kernels:
@@ -47,7 +47,7 @@ class Kernels:
         if x.dtype not in _NAMES or out.dtype != x.dtype or type(x) is not Tensor or type(out) is not Tensor:
             return False
         here = x.device.type == "cpu" and x.is_contiguous() and out.is_contiguous()
-        few = 0 < x.numel() <= _MOST_TOKENS * x.shape[-1]
+        few = 0 < x.numel() <= MOST_TOKENS * x.shape[-1]
         return here and few and not torch.compiler.is_compiling() and not _len_torch_dispatch_stack()
 
     def route(
