@@ -100,8 +100,9 @@ def benchmark(
     origin = outcome.origin
     out.print(
         f"{origin['experts']} experts, {origin['router']}, {origin['dtype']}, {origin['threads']} threads, "
-        f"kernels {origin['kernels']}, {origin['device']}, torch {origin['torch']}; medians of {rounds} rounds in turn. limit: over the base if the "
-        "machine did nothing but the added operations (prompt), or read the added bytes (decoding). memory: most that "
+        f"kernels {origin['kernels']}, {origin['device']}, torch {origin['torch']}; "
+        f"medians of {rounds} rounds in turn. limit: over the base if the machine did nothing but the added "
+        "operations (prompt), or read the added bytes (decoding). memory: most that "
         "one call held at once.",
         highlight=False,
     )
