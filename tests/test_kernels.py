@@ -69,7 +69,7 @@ def clear(layer, x):
     experts=st.integers(1, 20),
     rank=st.integers(1, 9),
     top_k=st.integers(1, 6),
-    tokens=st.sampled_from([(1,), (1, 1), (3, 1), (2, 4), (16,)]),
+    tokens=st.sampled_from([(1,), (1, 1), (3, 1), (2, 4), (16,), (40,), (3, 20)]),
     dtype=st.sampled_from(list(TOLERANCE)),
     weights=st.sampled_from(["uniform", "softmax"]),
     seed=st.integers(0, 10_000),
@@ -84,11 +84,12 @@ def test_routing_is_that_of_torch(experts, rank, top_k, tokens, dtype, weights, 
 
 
 @needs_a_compiler
+@pytest.mark.parametrize("length", [2, 20])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_centers_and_a_prior_count(monkeypatch, rows):
+def test_centers_and_a_prior_count(monkeypatch, rows, length):
     layer = layer_of(Calibrated(level="prior", top_k=2, weights="softmax"), 7, 4, torch.float32, 0, centers=True)
     layer.inform(torch.rand(rows, 7, generator=torch.Generator().manual_seed(1)) * 3)
-    x = torch.randn(3, 2, INPUTS, generator=torch.Generator().manual_seed(2))
+    x = torch.randn(3, length, INPUTS, generator=torch.Generator().manual_seed(2))
     fused, plain = both(monkeypatch, layer, x)
     close(fused, plain, 1e-5)
     layer.inform(None)
@@ -130,18 +131,15 @@ def test_what_is_not_finite_stays_so(monkeypatch):
 
 
 @needs_a_compiler
+@torch.no_grad()
 @pytest.mark.parametrize(
     "x",
-    [
-        torch.randn(17, INPUTS),
-        torch.randn(2, INPUTS, dtype=torch.float64),
-        torch.randn(INPUTS, 2).mT,
-        torch.randn(0, INPUTS),
-    ],
-    ids=["many", "another dtype", "not contiguous", "none"],
+    [torch.randn(2, INPUTS, dtype=torch.float64), torch.randn(INPUTS, 2).mT, torch.randn(0, INPUTS)],
+    ids=["another dtype", "not contiguous", "none"],
 )
 def test_what_they_cannot_do_they_do_not_take(x):
-    assert not cpu_kernels().take(x, torch.zeros(len(x), OUTPUTS, dtype=x.dtype))
+    assert not cpu_kernels().take(x)
+    assert cpu_kernels().take(torch.randn(2, INPUTS))
 
 
 @needs_a_compiler

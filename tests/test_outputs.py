@@ -37,6 +37,16 @@ def expected(layer, x):
     return layer.base(x) + merge_outputs(decision.h_TP, decision.weights_TE, layer.B_OP, layer.owner_P)
 
 
+@torch.no_grad()
+def clearly_chosen(layer, x):
+    """The tokens whose choice does not hang on rounding."""
+    k = layer.select.k
+    top = layer.route(x).scores_TE.sort(-1, descending=True).values
+    if k >= top.shape[-1]:
+        return torch.ones(top.shape[:-1], dtype=torch.bool)
+    return top[..., k - 1] - top[..., k] > 0.02 * top[..., k - 1]
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     ranks=st.one_of(
@@ -56,6 +66,11 @@ def test_every_way_gives_the_plain_sum(ranks, shape, top_k, weights, grad, dtype
         found = layer(x)
         close_to = expected(layer, x)
     bound = 1e-5 if dtype == torch.float32 else 0.03
+    if dtype == torch.bfloat16:  # where the next score is as large as the last one taken, either is right
+        clear = clearly_chosen(layer, x)
+        found, close_to = found[clear], close_to[clear]
+        if not found.numel():
+            return
     torch.testing.assert_close(found, close_to, rtol=bound, atol=bound * float(close_to.detach().abs().max()))
 
 

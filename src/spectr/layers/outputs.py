@@ -73,8 +73,15 @@ def gathered_sum(
     rows_NP = rows_ER.index_select(0, index_TK.flatten()).view(len(h_NP), -1)
     taken_NKR = h_NP.gather(-1, rows_NP).view(*weights_NK.shape, -1)
     shares_NP = (taken_NKR * weights_NK[..., None]).view(len(h_NP), -1)
-    sums_NO = embedding_bag(rows_NP, B_OP.mT, per_sample_weights=shares_NP, mode="sum")
+    sums_NO = picked_sum(rows_NP, shares_NP, B_OP)
     return sums_NO.view(*h_TP.shape[:-1], sums_NO.shape[-1])
+
+
+def picked_sum(
+    rows_NP: Int[Tensor, "N KR"], shares_NP: Float[Tensor, "N KR"], B_OP: Float[Tensor, "O P"]
+) -> Float[Tensor, "N O"]:
+    """The sum of these rows of the output factor, each as much as its share."""
+    return embedding_bag(rows_NP, B_OP.mT, per_sample_weights=shares_NP, mode="sum")
 
 
 def _flat(tensor: Tensor) -> Tensor:

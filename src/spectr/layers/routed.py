@@ -14,7 +14,7 @@ from spectr.combine import get_combination, merge_outputs
 from spectr.layers.grouped import grouped_inputs, grouped_outputs
 from spectr.layers.kernels import MOST_TOKENS, cpu_kernels
 from spectr.layers.linear import Features, features
-from spectr.layers.outputs import add_masked, gathered_sum, gathering_pays, weighted
+from spectr.layers.outputs import add_masked, gathered_sum, gathering_pays, picked_sum, weighted
 from spectr.routers.base import Router, ShortlistRouter, segment_norms
 from spectr.routers.settings import combination_of, selection_of
 from spectr.selection import TopK
@@ -187,9 +187,16 @@ class RoutedLinear(nn.Module):
         return self._add_routed(out, input) if self.held is None else self._add_held(out, input, self.held)
 
     def _add_routed(self, out: Float[Tensor, "*T O"], x: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
-        h_TP, scores_TE = self._informed(x)
         tensors = self._buffers
         B_OP = tensors["B_OP"]
+        assert B_OP is not None
+        selected = self._select_fused(x)
+        if selected is not None:
+            rows_NP, shares_NP = selected
+            if self.gathers:
+                return _add(out, picked_sum(rows_NP, shares_NP, B_OP).view(out.shape))
+            return self._add_masked(out, shares_NP, B_OP)
+        h_TP, scores_TE = self._informed(x)
         if self.gathers and self.among_B1E is None:
             index_TK, weights_TK = self.select.choose(scores_TE)  # pyright: ignore[reportAttributeAccessIssue]
             return _add(out, gathered_sum(h_TP, index_TK, weights_TK, B_OP, tensors["rows_ER"]))  # pyright: ignore
@@ -200,34 +207,44 @@ class RoutedLinear(nn.Module):
             return _add(out, grouped_outputs(h_TP, weights_TE, self.B_OP, self.ranks))
         return self._add_masked(out, weighted(h_TP, weights_TE, self.common_rank, tensors["member_EP"]), B_OP)  # pyright: ignore
 
+    def _select_fused(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The chosen experts' ``w A x`` on a CPU, scored and selected by one compiled call, where that is possible."""
+        kernels, A_PI = cpu_kernels(), self._buffers["A_PI"]
+        if kernels is None or not self.fuses or A_PI is None or not self._fits(self.prior_B1E, x):
+            return None
+        if self.among_B1E is not None or x.dtype != A_PI.dtype or not kernels.take(x):
+            return None
+        return kernels.select(
+            linear(x, A_PI), self._buffers["centers_P"], self.prior_B1E, pick=self.gathers, **self._fused_settings()
+        )
+
     def _add_fused(self, out: Tensor, x: Tensor) -> bool:
         """Few tokens on a CPU by one compiled call, in the memory of ``out``; whether that was possible."""
         held, kernels = self.held, cpu_kernels()
-        if kernels is None or not (self.fuses if held is None else self.sums):
+        if kernels is None or not (self.fuses if held is None else self.sums) or x.numel() > MOST_TOKENS * x.shape[-1]:
             return False
         tensors = self._buffers
-        A_PI, B_OP, prior_B1E = tensors["A_PI"], tensors["B_OP"], self.prior_B1E
+        A_PI, B_OP = tensors["A_PI"], tensors["B_OP"]
         assert A_PI is not None
         assert B_OP is not None
         if A_PI.dtype != x.dtype or not kernels.take(x, out) or not self._owns(out):
             return False
         if held is not None:
-            fits = len(held.weights_B1P) in (1, len(x))
+            fits = self._fits(held.weights_B1P, x)
             return fits and kernels.held(x, held.A_PI, held.B_OP.mT, held.weights_B1P, out)
-        if self.among_B1E is not None or (prior_B1E is not None and len(prior_B1E) not in (1, len(x))):
+        if self.among_B1E is not None or not self._fits(self.prior_B1E, x):
             return False
+        return kernels.route(x, A_PI, B_OP.mT, tensors["centers_P"], self.prior_B1E, out, **self._fused_settings())
+
+    def _fused_settings(self) -> dict[str, Any]:
         select: Any = self.select
-        return kernels.route(
-            x,
-            A_PI,
-            B_OP.mT,
-            tensors["centers_P"],
-            prior_B1E,
-            out,
-            experts=len(self.experts),
-            k=min(select.k, len(self.experts)),
-            temperature=select.temperature if select.weighting == "softmax" else 0.0,
-        )
+        temperature = select.temperature if select.weighting == "softmax" else 0.0
+        return {"experts": len(self.experts), "k": min(select.k, len(self.experts)), "temperature": temperature}
+
+    @staticmethod
+    def _fits(rows: Tensor | None, x: Tensor) -> bool:
+        """Whether there is one row for all tokens, or one for each of the batch."""
+        return rows is None or len(rows) == 1 or (x.ndim > 2 and len(rows) == len(x))
 
     def _add_held(self, out: Float[Tensor, "*T O"], x: Float[Tensor, "*T I"], held: Held) -> Float[Tensor, "*T O"]:
         h_TP = linear(x.to(held.A_PI.device, held.A_PI.dtype), held.A_PI)

@@ -34,21 +34,70 @@ class Kernels:
     """
 
     def __init__(self, library: ctypes.CDLL):
-        self._route, self._held = {}, {}
+        self._route, self._held, self._select = {}, {}, {}
         pointer, number = ctypes.c_void_p, ctypes.c_long
         for dtype, name in _NAMES.items():
             route, held = getattr(library, f"route_{name}"), getattr(library, f"held_{name}")
             route.argtypes = [pointer] * 6 + [number] * 7 + [ctypes.c_float]
             held.argtypes = [pointer] * 5 + [number] * 5
-            self._route[dtype], self._held[dtype] = route, held
+            select = getattr(library, f"select_{name}")
+            select.argtypes = [pointer] * 5 + [number] * 5 + [ctypes.c_float]
+            self._route[dtype], self._held[dtype], self._select[dtype] = route, held, select
 
-    def take(self, x: Tensor, out: Tensor) -> bool:
-        """Whether they can do these tokens, and nobody has to see single operations (a compiler, a counter)."""
-        if x.dtype not in _NAMES or out.dtype != x.dtype or type(x) is not Tensor or type(out) is not Tensor:
+    def take(self, *tensors: Tensor) -> bool:
+        """Whether they can work on these, and nobody has to see single operations (autograd, a compiler, a counter)."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or _len_torch_dispatch_stack():
             return False
-        here = x.device.type == "cpu" and x.is_contiguous() and out.is_contiguous()
-        few = 0 < x.numel() <= MOST_TOKENS * x.shape[-1]
-        return here and few and not torch.compiler.is_compiling() and not _len_torch_dispatch_stack()
+        dtype = tensors[0].dtype
+        return dtype in _NAMES and all(
+            type(t) is Tensor and t.dtype == dtype and t.device.type == "cpu" and t.is_contiguous() and t.numel()
+            for t in tensors
+        )
+
+    def select(
+        self,
+        h: Tensor,
+        centers_P: Tensor | None,
+        prior_BE: Tensor | None,
+        *,
+        experts: int,
+        k: int,
+        temperature: float,
+        pick: bool,
+    ) -> tuple[Tensor, Tensor] | None:
+        """Of ``h = A x`` the chosen experts' parts times their weights. As :meth:`route` else; any number of tokens.
+
+        Args:
+            h: (..., P), contiguous. Without ``pick`` it is overwritten: zero for experts that are not chosen.
+            centers_P: See :meth:`route`.
+            prior_BE: See :meth:`route`.
+            experts: See :meth:`route`.
+            k: See :meth:`route`.
+            temperature: See :meth:`route`.
+            pick: Return the chosen alone.
+
+        Returns:
+            With ``pick`` the rows of the chosen along P, int64, and their ``w h``, (tokens, k R) each; else ``h``
+            twice. ``None`` where there was no memory.
+        """
+        rows, rank = h.shape[-1], h.shape[-1] // experts
+        tokens = h.numel() // rows
+        picked = torch.empty(tokens, k * rank, dtype=torch.int64) if pick else h
+        shares = torch.empty(tokens, k * rank, dtype=h.dtype) if pick else h
+        failed = self._select[h.dtype](
+            h.data_ptr(),
+            None if centers_P is None else centers_P.data_ptr(),
+            None if prior_BE is None else prior_BE.data_ptr(),
+            picked.data_ptr() if pick else None,
+            shares.data_ptr(),
+            tokens,
+            1 if prior_BE is None else len(prior_BE),
+            experts,
+            rank,
+            k,
+            temperature,
+        )
+        return None if failed else (picked, shares)
 
     def route(
         self,
@@ -121,7 +170,7 @@ def cpu_kernels() -> Kernels | None:
     """The kernels for this machine; ``None`` where they are not wanted, or cannot be compiled."""
     if os.environ.get("SPECTR_KERNELS") == "0":
         return None
-    source = Path(__file__).with_name("decode.c")
+    source = Path(__file__).with_name("routing.c")
     try:
         return Kernels(ctypes.CDLL(str(_compiled(source))))
     except (OSError, subprocess.SubprocessError, AttributeError) as error:
@@ -133,7 +182,8 @@ def _compiled(source: Path) -> Path:
     compiler = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
     if compiler is None:
         raise OSError("there is no C compiler")
-    known = hashlib.sha256(source.read_bytes() + repr((compiler, _FLAGS, _machine())).encode()).hexdigest()[:16]
+    text = b"".join(path.read_bytes() for path in sorted(source.parent.glob("*.[ch]")))
+    known = hashlib.sha256(text + repr((compiler, _FLAGS, _machine())).encode()).hexdigest()[:16]
     folder = cache_folder() / "kernels"
     target = folder / f"{source.stem}-{known}.so"
     if not target.is_file():
