@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 
 from spectr.combine import get_combination, merge_outputs
 from spectr.layers.grouped import grouped_inputs, grouped_outputs
-from spectr.layers.kernels import MOST_TOKENS, cpu_kernels
+from spectr.layers.kernels import MOST_TOKENS, Kernels, cpu_kernels
 from spectr.layers.linear import Features, features
 from spectr.layers.outputs import add_masked, gathered_sum, gathering_pays, picked_sum, weighted
 from spectr.routers.base import Router, ShortlistRouter, segment_norms
@@ -209,7 +209,7 @@ class RoutedLinear(nn.Module):
 
     def _select_fused(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """The chosen experts' ``w A x`` on a CPU, scored and selected by one compiled call, where that is possible."""
-        kernels, A_PI = cpu_kernels(), self._buffers["A_PI"]
+        kernels, A_PI = _kernels(), self._buffers["A_PI"]
         if kernels is None or not self.fuses or A_PI is None or not self._fits(self.prior_B1E, x):
             return None
         if self.among_B1E is not None or x.dtype != A_PI.dtype or not kernels.take(x):
@@ -220,7 +220,7 @@ class RoutedLinear(nn.Module):
 
     def _add_fused(self, out: Tensor, x: Tensor) -> bool:
         """Few tokens on a CPU by one compiled call, in the memory of ``out``; whether that was possible."""
-        held, kernels = self.held, cpu_kernels()
+        held, kernels = self.held, _kernels()
         if kernels is None or not (self.fuses if held is None else self.sums) or x.numel() > MOST_TOKENS * x.shape[-1]:
             return False
         tensors = self._buffers
@@ -349,6 +349,10 @@ class RoutedLinear(nn.Module):
     def extra_repr(self) -> str:
         """What ``print(model)`` shows beside the base layer."""
         return f"experts={len(self.experts)}, ranks={sorted(set(self.ranks))}, router={self.router}"
+
+
+def _kernels() -> Kernels | None:
+    return None if torch.compiler.is_compiling() else cpu_kernels()  # a compiler makes its own
 
 
 def _sizes(base: nn.Module) -> Features:

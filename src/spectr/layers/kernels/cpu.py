@@ -45,8 +45,8 @@ class Kernels:
             self._route[dtype], self._held[dtype], self._select[dtype] = route, held, select
 
     def take(self, *tensors: Tensor) -> bool:
-        """Whether they can work on these, and nobody has to see single operations (autograd, a compiler, a counter)."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or _len_torch_dispatch_stack():
+        """Whether they can work on these, and nobody has to see single operations (autograd, a counter)."""
+        if torch.is_grad_enabled() or _len_torch_dispatch_stack():
             return False
         dtype = tensors[0].dtype
         return dtype in _NAMES and all(
