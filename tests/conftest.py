@@ -30,6 +30,7 @@ install_import_hook(list(CHECKED), "beartype.beartype")
 
 from adapters_on_disk import tree, write_adapter  # noqa: E402
 from spectr.library import LibraryStore  # noqa: E402
+from text_model import save_experts, save_model  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -87,3 +88,18 @@ def spectr(monkeypatch, capsys):
         return code, text.out, text.err
 
     return call
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A tiny model and three experts, as the command line is given them."""
+    root = tmp_path_factory.mktemp("world")
+    save_model(root / "model")
+    save_experts(root / "adapters", ("amber", "blue", "cyan"))
+    return root
+
+
+@pytest.fixture
+def given(world):
+    """The options that name them."""
+    return ("--model", world / "model", "--library", world / "adapters", "--dtype", "float32")

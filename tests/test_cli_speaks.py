@@ -9,20 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from spectr import ExpertLibrary
 from spectr.library import LibraryStore
-from text_model import save_experts, save_model, save_rows
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    root = tmp_path_factory.mktemp("world")
-    save_model(root / "model")
-    save_experts(root / "adapters", ("amber", "blue", "cyan"))
-    return root
-
-
-@pytest.fixture
-def given(world):
-    return ("--model", world / "model", "--library", world / "adapters", "--dtype", "float32")
+from text_model import save_experts, save_rows
 
 
 def test_a_router_that_stands_in_says_why_and_what_to_do(spectr, given, world):

@@ -18,7 +18,8 @@ from spectr.layers.kernels import cpu, cpu_kernels
 from spectr.spectral import Prepared, Stack
 
 INPUTS, OUTPUTS = 24, 20
-needs_a_compiler = pytest.mark.skipif(cpu_kernels() is None, reason="there is no C compiler")
+# Where there is a compiler, a source that does not compile is a failure, not a reason to skip.
+needs_a_compiler = pytest.mark.skipif(cpu.find_compiler() is None, reason="this machine has no C compiler to test")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
@@ -109,6 +110,25 @@ def test_held_weights_are_those_of_torch(monkeypatch, dtype, rows):
     x = torch.randn(3, 2, INPUTS, generator=torch.Generator().manual_seed(2)).to(dtype)
     fused, plain = both(monkeypatch, layer, x)
     close(fused.float(), plain.float(), TOLERANCE[dtype])
+
+
+@needs_a_compiler
+def test_a_cast_while_weights_are_held_is_seen():
+    """What is held keeps its dtype when the model is cast: the kernels must not read it as another."""
+    layer = layer_of(Spectr(top_k=2), 5, 4, torch.float32, 0)
+    layer.hold(torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]]))
+    x = torch.randn(1, INPUTS, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        before = layer(x)
+        close(layer.bfloat16()(x.bfloat16()).float(), before, 3e-2)
+
+
+@needs_a_compiler
+def test_factors_elsewhere_are_not_taken():
+    with torch.no_grad():
+        x = torch.randn(2, INPUTS)
+        assert not cpu_kernels().take(x, torch.zeros(4, INPUTS, device="meta"))
+        assert not cpu_kernels().take(x, torch.zeros(4, INPUTS, dtype=torch.bfloat16))
 
 
 @needs_a_compiler

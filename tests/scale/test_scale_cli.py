@@ -6,21 +6,6 @@ import json
 
 import pytest
 
-from text_model import save_experts, save_model
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    root = tmp_path_factory.mktemp("world")
-    save_model(root / "model")
-    save_experts(root / "adapters", ("amber", "blue", "cyan"))
-    return root
-
-
-@pytest.fixture
-def given(world):
-    return ("--model", world / "model", "--library", world / "adapters", "--dtype", "float32")
-
 
 def said(notes):
     return " ".join(notes.split())

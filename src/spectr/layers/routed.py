@@ -172,7 +172,8 @@ class RoutedLinear(nn.Module):
     def _informed(self, x: Float[Tensor, "*T I"]) -> tuple[Float[Tensor, "*T P"], Float[Tensor, "*T E"]]:
         h_TP, scores_TE = self._score(x)
         if self.prior_B1E is not None:
-            scores_TE = self.router.informed(scores_TE, self.prior_B1E)  # pyright: ignore[reportAttributeAccessIssue]
+            prior = _by_row(self.prior_B1E, x)
+            scores_TE = self.router.informed(scores_TE, prior)  # pyright: ignore[reportAttributeAccessIssue]
         if self.among_B1E is not None:
             scores_TE = scores_TE.masked_fill(~self.among_B1E, -torch.inf)
         return h_TP, scores_TE
@@ -212,7 +213,7 @@ class RoutedLinear(nn.Module):
         kernels, A_PI = _kernels(), self._buffers["A_PI"]
         if kernels is None or not self.fuses or A_PI is None or not self._fits(self.prior_B1E, x):
             return None
-        if self.among_B1E is not None or x.dtype != A_PI.dtype or not kernels.take(x):
+        if self.among_B1E is not None or not kernels.take(x, A_PI):
             return None
         return kernels.select(
             linear(x, A_PI), self._buffers["centers_P"], self.prior_B1E, pick=self.gathers, **self._fused_settings()
@@ -223,18 +224,18 @@ class RoutedLinear(nn.Module):
         held, kernels = self.held, _kernels()
         if kernels is None or not (self.fuses if held is None else self.sums) or x.numel() > MOST_TOKENS * x.shape[-1]:
             return False
-        tensors = self._buffers
-        A_PI, B_OP = tensors["A_PI"], tensors["B_OP"]
+        A_PI, B_OP = (self._buffers["A_PI"], self._buffers["B_OP"]) if held is None else (held.A_PI, held.B_OP)
         assert A_PI is not None
         assert B_OP is not None
-        if A_PI.dtype != x.dtype or not kernels.take(x, out) or not self._owns(out):
+        Bt_PO = B_OP.mT
+        if not kernels.take(x, out, A_PI, Bt_PO) or not self._owns(out):
             return False
         if held is not None:
-            fits = self._fits(held.weights_B1P, x)
-            return fits and kernels.held(x, held.A_PI, held.B_OP.mT, held.weights_B1P, out)
+            return self._fits(held.weights_B1P, x) and kernels.held(x, A_PI, Bt_PO, held.weights_B1P, out)
         if self.among_B1E is not None or not self._fits(self.prior_B1E, x):
             return False
-        return kernels.route(x, A_PI, B_OP.mT, tensors["centers_P"], self.prior_B1E, out, **self._fused_settings())
+        centers_P = self._buffers["centers_P"]
+        return kernels.route(x, A_PI, Bt_PO, centers_P, self.prior_B1E, out, **self._fused_settings())
 
     def _fused_settings(self) -> dict[str, Any]:
         select: Any = self.select
@@ -249,8 +250,8 @@ class RoutedLinear(nn.Module):
     def _add_held(self, out: Float[Tensor, "*T O"], x: Float[Tensor, "*T I"], held: Held) -> Float[Tensor, "*T O"]:
         h_TP = linear(x.to(held.A_PI.device, held.A_PI.dtype), held.A_PI)
         if self.sums:
-            return self._add_masked(out, h_TP * held.weights_B1P, held.B_OP)
-        weights_TE = held.weights_B1E.expand(*h_TP.shape[:-1], -1)
+            return self._add_masked(out, h_TP * _by_row(held.weights_B1P, x), held.B_OP)
+        weights_TE = _by_row(held.weights_B1E, x).expand(*h_TP.shape[:-1], -1)
         return _add(out, self.combine(h_TP, weights_TE, held.B_OP, held.owner_P))
 
     def _add_masked(self, out: Tensor, weighted_TP: Tensor, B_OP: Tensor) -> Float[Tensor, "*T O"]:
@@ -287,7 +288,8 @@ class RoutedLinear(nn.Module):
 
     def inform(self, prior_BE: Float[Tensor, "B E"] | None) -> None:
         """Inform the scores of every token of row ``b`` by this prior from now on; ``None`` ends that."""
-        self.prior_B1E = None if prior_BE is None else prior_BE[:, None].to(self.A_PI.device).contiguous()
+        prior_BE = None if prior_BE is None else prior_BE.to(self.A_PI.device, torch.float32).contiguous()
+        self.prior_B1E = None if prior_BE is None else prior_BE[:, None]
 
     def narrow(self, among_BE: Bool[Tensor, "B E"] | None) -> None:
         """Let the tokens of row ``b`` choose among these of the layer's experts alone; ``None`` ends that."""
@@ -349,6 +351,11 @@ class RoutedLinear(nn.Module):
     def extra_repr(self) -> str:
         """What ``print(model)`` shows beside the base layer."""
         return f"experts={len(self.experts)}, ranks={sorted(set(self.ranks))}, router={self.router}"
+
+
+def _by_row(rows_B1N: Tensor, x: Tensor) -> Tensor:
+    """Numbers of each row of a batch, so that they broadcast over its tokens; tokens in one axis have one row."""
+    return rows_B1N if x.ndim > 2 else rows_B1N[:, 0] if x.ndim == 2 else rows_B1N[0, 0]
 
 
 def _kernels() -> Kernels | None:

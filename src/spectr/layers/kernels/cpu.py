@@ -174,12 +174,17 @@ def cpu_kernels() -> Kernels | None:
     try:
         return Kernels(ctypes.CDLL(str(_compiled(source))))
     except (OSError, subprocess.SubprocessError, AttributeError) as error:
-        logging.getLogger(__name__).info("routed layers decode without compiled kernels: %s", error)
+        logging.getLogger(__name__).info("routed layers run without compiled kernels: %s", error)
         return None
 
 
+def find_compiler() -> str | None:
+    """The C compiler of this machine, if there is one."""
+    return next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
+
+
 def _compiled(source: Path) -> Path:
-    compiler = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
+    compiler = find_compiler()
     if compiler is None:
         raise OSError("there is no C compiler")
     text = b"".join(path.read_bytes() for path in sorted(source.parent.glob("*.[ch]")))
