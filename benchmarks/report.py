@@ -2,9 +2,9 @@
 
     python benchmarks/report.py --work WORK --data-root DATA
 
-First what the repository does not ship: the held-out tasks' rows and nineteen experts (three tasks at ranks 2 to 64, one
-of four passes), in WORK. Then every experiment, two at a time with one thread each, the longest first, and the page,
-WORK/report.html. Killed, it goes on where it stopped. Each step's seconds are printed, and the two parts' apart.
+First what the repository does not ship: the held-out tasks' rows and nineteen experts (three tasks at ranks 2 to 64,
+one of four passes). Then every experiment, two at a time with one thread each, the longest first, and the page:
+WORK/report.html. Killed, it goes on where it stopped. Each step's seconds are printed, and those of both parts.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,7 +63,7 @@ def main() -> None:
     few = ExpertLibrary.open(shipped_experts())
     assert many.calibration is not None
     few = build_index(model, few.with_calibration(many.calibration))
-    for step, figure in alone(arguments.work):
+    for step, figure in (*adding(arguments.work), *alone(arguments.work)):
         table.add_row(step, figure)
     console.print(table)
     if arguments.data_root:
@@ -108,6 +109,27 @@ def build(arguments: argparse.Namespace, model: nn.Module, tokenizer) -> Iterato
     (root / "index" / f"{one}.safetensors").unlink()
     build_index(model, ExpertLibrary.open(root), root)
     yield "index one more, the base model reading the texts", f"{time.perf_counter() - begin:.2f} s"
+
+
+def adding(work: Path) -> Iterator[tuple[str, str]]:
+    """Experts added to libraries that have entries of many more, whose own files adding has no need of."""
+    shipped = LibraryStore(shipped_experts())
+    for count in (2, 10_000):
+        with tempfile.TemporaryDirectory(dir=work) as folder:
+            store = LibraryStore(folder)
+            first, *others = shipped.entries
+            text = store.add(first.name, shipped.root / first.folder).model_dump_json()
+            for number in range(1, count):
+                name, digits = f"{first.name}-{number}", f"{number:012x}"
+                (store.root / f"{name}-{digits}").mkdir()
+                entry = json.loads(text) | {"name": name, "folder": f"{name}-{digits}"}
+                (store.root / "entries" / f"{name}.json").write_text(json.dumps(entry))
+            seconds = []
+            for entry in others:
+                begin = time.perf_counter()
+                store.add(entry.name, shipped.root / entry.folder)
+                seconds.append(time.perf_counter() - begin)
+        yield f"add an expert to {count:,}", f"{statistics.median(seconds):.3f} s"
 
 
 def alone(work: Path) -> Iterator[tuple[str, str]]:

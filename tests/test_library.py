@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from adapters_on_disk import assert_says, load_with_peft, save_with_peft, tiny_llama, tree, write_adapter
-from library_on_disk import CONFIG, WEIGHTS, assert_sound
+from library_on_disk import CONFIG, WEIGHTS, assert_sound, read_entry, to_first_format, write_entry
 from spectr.errors import AdapterError, LibraryError, SpectrError
 from spectr.hashing import file_sha256
 from spectr.library import ExpertLibrary, LibraryStore
@@ -143,9 +143,12 @@ class TestOpening:
         assert tree(tmp_path) == before
 
     def test_a_thousand_experts_open_without_their_files(self, tmp_path, library):
-        entry = json.loads((library.root / "manifest.json").read_text())["experts"][0]
-        entries = [{**entry, "name": f"e{i:04}", "folder": f"e{i:04}-absent"} for i in range(1000)]
-        (tmp_path / "manifest.json").write_text(json.dumps({"format": 1, "experts": entries}))
+        entry = read_entry(library.root, "law")
+        shutil.copy(library.root / "manifest.json", tmp_path)
+        (tmp_path / "entries").mkdir()
+        for i in range(1000):
+            text = json.dumps({**entry, "name": f"e{i:04}", "folder": f"e{i:04}-absent"})
+            (tmp_path / "entries" / f"e{i:04}.json").write_text(text)
         opened = ExpertLibrary.open(tmp_path)
         assert opened.names == tuple(f"e{i:04}" for i in range(1000))
         assert "e0999" in opened
@@ -159,11 +162,10 @@ class TestOpening:
         )
 
     @pytest.mark.parametrize("folder", ["../elsewhere", "/etc", "a/b", "..", ""])
-    def test_a_folder_outside_the_library_is_refused(self, tmp_path, library, folder):
-        entry = json.loads((library.root / "manifest.json").read_text())["experts"][0]
-        (tmp_path / "manifest.json").write_text(json.dumps({"format": 1, "experts": [{**entry, "folder": folder}]}))
+    def test_a_folder_outside_the_library_is_refused(self, library, folder):
+        write_entry(library.root, "law", folder=folder)
         with pytest.raises(LibraryError, match="is no folder of this library"):
-            ExpertLibrary.open(tmp_path)
+            ExpertLibrary.open(library.root)
 
     def test_one_expert_more_or_less_changes_nothing_on_disk(self, library, adapter, unchanged):
         opened = ExpertLibrary.open(library.root)
@@ -228,7 +230,8 @@ class TestOpening:
             (b"[]", "should be an object"),
             (b'{"format": 1, "experts": [{"name": "a"}]}', "experts.0.folder: Field required"),
             (b'{"format": 1, "colour": 1}', "colour: Extra inputs are not permitted"),
-            (b'{"format": 2, "experts": []}', "format 2 is not 1: it was written by another version of spectr"),
+            (b'{"format": 3, "experts": []}', "format 3 is not 2: it was written by another version of spectr"),
+            (b'{"format": 2, "experts": []}', "in format 2 entries are files in entries"),
         ],
     )
     @pytest.mark.parametrize("use", ["open", "add", "remove", "verify"])
@@ -245,11 +248,12 @@ class TestOpening:
         with pytest.raises(LibraryError) as caught:
             uses[use]()
         given = (f"{library.root / 'manifest.json'} is not a library manifest", shown)
-        assert_says(caught.value, given=given, expected="format 1", do="restore the file")
+        assert_says(caught.value, given=given, expected="format 2", do="restore the file")
         assert tree(library.root) == before
 
     @pytest.mark.parametrize("order", [["b", "a"], ["a", "a"]])
-    def test_a_manifest_out_of_order(self, library, order):
+    def test_a_manifest_of_format_1_out_of_order(self, library, order):
+        to_first_format(library.root)
         path = library.root / "manifest.json"
         manifest = json.loads(path.read_text())
         manifest["experts"] = [{**entry, "name": n} for entry, n in zip(manifest["experts"], order, strict=True)]
@@ -257,7 +261,81 @@ class TestOpening:
         with pytest.raises(LibraryError) as caught:
             ExpertLibrary.open(library.root)
         given = ("names of experts must be different and in alphabetical order",)
-        assert_says(caught.value, given=given, expected="format 1", do="restore the file")
+        assert_says(caught.value, given=given, expected="format 2", do="restore the file")
+
+    @pytest.mark.parametrize("use", ["open", "verify", "remove", "replace"])
+    def test_a_damaged_entry(self, library, adapter, use):
+        path = library.root / "entries" / "sql.json"
+        path.write_text('{"name": "sql"')
+        before, store = tree(library.root), LibraryStore(library.root)
+        uses = {
+            "open": lambda: ExpertLibrary.open(library.root),
+            "verify": store.verify,
+            "remove": lambda: store.remove("sql"),
+            "replace": lambda: store.add("sql", adapter, replace=True),
+        }
+        with pytest.raises(LibraryError) as caught:
+            uses[use]()
+        given = (f"{path} is not an expert's entry", "Invalid JSON")
+        assert_says(caught.value, given=given, expected="format 2", do="restore the file")
+        assert tree(library.root) == before
+        library.add("med", adapter)  # which the damage does not concern
+        assert store.entry("med").folder in {path.name for path in library.root.iterdir()}
+
+    def test_all_damaged_entries_at_once(self, library):
+        for name in ("law", "sql"):
+            (library.root / "entries" / f"{name}.json").write_text("{}")
+        with pytest.raises(LibraryError, match=r"2 problems(.|\n)*law.json(.|\n)*sql.json"):
+            ExpertLibrary.open(library.root)
+
+    def test_an_entry_under_another_name(self, library):
+        (library.root / "entries" / "law.json").rename(library.root / "entries" / "tax.json")
+        with pytest.raises(LibraryError, match=r"tax.json is the entry of 'law'"):
+            ExpertLibrary.open(library.root)
+
+    def test_entries_that_are_lost(self, library, adapter):
+        shutil.rmtree(library.root / "entries")
+        before = tree(library.root)
+        for use in (lambda: ExpertLibrary.open(library.root), lambda: library.add("med", adapter)):
+            with pytest.raises(LibraryError, match=r"entries cannot be read: No such file"):
+                use()
+        assert tree(library.root) == before
+
+
+class TestFirstFormat:
+    """Libraries of format 1, whose manifest has all entries."""
+
+    def test_opens_as_it_is(self, library):
+        expected = library.entries
+        to_first_format(library.root)
+        before, store = tree(library.root), LibraryStore(library.root)
+        assert store.entries == expected
+        assert store.entry("sql") == expected[1]
+        assert store.verify() == {"law": None, "sql": None}
+        assert ExpertLibrary.open(library.root).names == ("law", "sql")
+        assert tree(library.root) == before
+
+    @pytest.mark.parametrize("use", ["add", "replace", "remove"])
+    def test_a_change_makes_it_one_of_this_format(self, library, adapter, use):
+        expected = {entry.name: entry for entry in library.entries}
+        to_first_format(library.root)
+        store = LibraryStore(library.root)
+        if use == "remove":
+            store.remove("sql")
+            del expected["sql"]
+        else:
+            name = {"add": "med", "replace": "law"}[use]
+            expected[name] = store.add(name, adapter, replace=True)
+        assert json.loads((library.root / "manifest.json").read_text()) == {"format": 2}
+        assert {entry.name: entry for entry in LibraryStore(library.root).entries} == expected
+        assert_sound(library, *sorted(expected))
+
+    def test_a_refused_change_leaves_it(self, library, other_adapter):
+        to_first_format(library.root)
+        before = tree(library.root)
+        with pytest.raises(LibraryError, match="already has an expert 'sql'"):
+            LibraryStore(library.root).add("sql", other_adapter)
+        assert tree(library.root) == before
 
 
 class TestVerify:
@@ -293,13 +371,10 @@ class TestVerify:
         assert_says(library.verify()["law"], given=("is missing",), expected=None, do="--replace")
 
     def test_files_that_match_their_hashes_are_read_too(self, library):
-        """An expert that a manifest vouches for, yet that cannot be routed."""
+        """An expert that its entry vouches for, yet that cannot be routed."""
         folder = library.root / library.entry("sql").folder
         write_adapter(folder, use_dora=True)
-        path = library.root / "manifest.json"
-        manifest = json.loads(path.read_text())
-        manifest["experts"][1]["sha256"] = {file: file_sha256(folder / file) for file in (CONFIG, WEIGHTS)}
-        path.write_text(json.dumps(manifest))
+        write_entry(library.root, "sql", sha256={file: file_sha256(folder / file) for file in (CONFIG, WEIGHTS)})
         fault = LibraryStore(library.root).verify()["sql"]
         assert_says(fault, given=("expert 'sql'", "use_dora is set"), expected="a plain LoRA adapter", do="retrain it")
 

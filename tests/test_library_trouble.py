@@ -41,9 +41,10 @@ STEPS_OF_ADDING = {
     "flushing the configuration": (os, "fsync", 1),
     "flushing the weights": (os, "fsync", 2),
     "moving the folder into place": (Path, "rename", 1),
-    "making the new manifest": (tempfile, "mkstemp", 1),
-    "flushing the manifest": (os, "fsync", 4),
-    "replacing the manifest": (os, "replace", 1),
+    "marking the folder": (Path, "touch", 1),
+    "making the entry": (tempfile, "mkstemp", 1),
+    "flushing the entry": (os, "fsync", 4),
+    "putting the entry in place": (os, "replace", 1),
 }
 
 
@@ -76,9 +77,7 @@ class TestDiskTrouble:
         library.add(name, source, replace=replace)
         assert_sound(library, *sorted({"law", "sql", name}))
 
-    @pytest.mark.parametrize(
-        "step", [(tempfile, "mkstemp", 1), (os, "fsync", 1), (os, "replace", 1)], ids=["make", "flush", "replace"]
-    )
+    @pytest.mark.parametrize("step", [(Path, "touch", 1), (os, "unlink", 1)], ids=["mark", "delete the entry"])
     def test_removing_fails_at_any_step_and_changes_nothing(self, library, monkeypatch, unchanged, step):
         owner, attribute, at_call = step
         with monkeypatch.context() as patch:
@@ -169,6 +168,9 @@ def test_what_killed_writers_left_is_swept_up(library, adapter):
     (scratch / CONFIG).write_text("{")
     orphan = library.entry("sql").folder.replace("sql", "gone")
     shutil.copytree(library.root / library.entry("sql").folder, library.root / orphan)
+    (library.root / f".pending-{orphan}").touch()
+    (library.root / f".pending-{library.entry('law').folder}").touch()  # killed before it had gone
     assert names(library.root) == ("law", "sql")
     library.add("med", adapter)
     assert_sound(library, "law", "med", "sql")
+    assert not list(library.root.glob(".pending-*"))

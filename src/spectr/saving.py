@@ -11,7 +11,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-SCRATCH = ".manifest-"  # what a killed writer leaves begins so; a library sweeps it up
+# What a killed writer leaves begins so, files and folders; a library sweeps it up.
+SCRATCH, INCOMING = ".manifest-", ".incoming-"
 
 
 def cache_folder() -> Path:
@@ -28,13 +29,17 @@ def save_readable(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[s
 
 
 @contextmanager
-def replacing(target: Path) -> Iterator[Path]:
+def replacing(target: Path, scratch_in: Path | None = None) -> Iterator[Path]:
     """Yield a scratch path to write to, which takes the target's place when the block ends.
+
+    Args:
+        target: The file.
+        scratch_in: Folder of the scratch path, on the same file system; by default the target's.
 
     After a kill or a power cut at any moment the target is the old file or the new one. Where the block raises, the
     scratch file goes and the target stays.
     """
-    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=SCRATCH)
+    descriptor, name = tempfile.mkstemp(dir=scratch_in or target.parent, prefix=SCRATCH)
     os.close(descriptor)
     scratch = Path(name)
     try:

@@ -124,7 +124,7 @@ def gates(
 
 
 def keep_gates(library: Path, expert: Expert, gates: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Put gates beside an expert: of a library through its manifest, of a plain folder into the adapter's own."""
+    """Put gates beside an expert: of a library through its entry, of a plain folder into the adapter's own."""
     from spectr.adapters import GATES_FILE, write_gates
     from spectr.library import LibraryStore
     from spectr.library.manifest import MANIFEST_FILE

@@ -94,7 +94,7 @@ def list_experts(library: LibraryOption = None, as_json: JsonOption = False) -> 
 def show(
     name: Annotated[str, typer.Argument(help="The expert.")], library: LibraryOption = None, as_json: JsonOption = False
 ) -> None:
-    """Show one expert: what the manifest says, and its card."""
+    """Show one expert: what the library knows of it, and its card."""
     store = _open(library)
     entry = store.entry(name)
     card = store.root / entry.folder / "README.md"

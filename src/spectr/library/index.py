@@ -71,7 +71,7 @@ class IndexEntry:
             tensors[part] = torch.cat(values) if values else torch.zeros(0)
         facts = {"sha256": self.sha256, "calibration": self.calibration, "modules": self.modules, "aligned": aligned}
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as scratch:
+        with replacing(path, scratch_in=path.parent.parent) as scratch:  # where the library sweeps
             save_readable(tensors, scratch, {"format": _FORMAT, "facts": json.dumps(facts)})
 
     @staticmethod

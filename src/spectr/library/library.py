@@ -51,10 +51,10 @@ class ExpertLibrary:
     def open(cls, path: str | Path) -> ExpertLibrary:
         """The experts of a folder: a library that ``spectr library`` made, or just a folder of PEFT adapters.
 
-        A library of the first kind opens by its manifest alone, without touching the experts' files.
+        A library of the first kind opens by its entries alone, without touching the experts' files.
 
         Raises:
-            LibraryError: The folder is missing or holds no experts, or the manifest is damaged.
+            LibraryError: The folder is missing or holds no experts, or its entries are damaged.
             AdapterError: Adapters of a plain folder that cannot be used; all of them at once.
         """
         root = Path(os.path.expanduser(path))
@@ -124,7 +124,7 @@ class ExpertLibrary:
         return self._but(readers=kept, digests=self._digests_but(name))
 
     def sha256(self, name: str) -> str:
-        """Hash of an expert's weights: as the manifest says; of a plain folder, of the file itself."""
+        """Hash of an expert's weights: as its entry says; of a plain folder, of the file itself."""
         self.check(name)
         return self._digests.get(name) or known_sha256(self[name].weights)
 

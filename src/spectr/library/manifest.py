@@ -1,17 +1,30 @@
-"""The manifest: the one file that decides what a library holds."""
+"""What decides what a library holds: one small file for each expert, so that one more costs the same in any library.
+
+``manifest.json`` says that a folder is a library, and its format. In format 2 each expert has ``entries/NAME.json``;
+format 1, which is still read, has all entries in ``manifest.json``, and the first change turns it into format 2.
+"""
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
-from spectr.errors import LibraryError
-from spectr.saving import replacing
+from spectr.errors import LibraryError, raise_together
+from spectr.saving import INCOMING, replacing
 
 MANIFEST_FILE = "manifest.json"
-FORMAT = 1
+ENTRIES_FOLDER = "entries"
+FORMAT = 2
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+Read = TypeVar("Read", bound=BaseModel)
 
 
 class Entry(BaseModel):
@@ -51,61 +64,159 @@ class Entry(BaseModel):
         return folder
 
 
-class Manifest(BaseModel):
-    """All experts of a library, in alphabetical order."""
+class _Manifest(BaseModel):
+    """``manifest.json``; in format 1 it holds the entries, in alphabetical order."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: int = FORMAT
-    experts: tuple[Entry, ...] = ()
+    format: int = 1
+    experts: tuple[Entry, ...] | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _of_this_format(cls, data: Any) -> Any:
-        found = data.get("format", FORMAT) if isinstance(data, dict) else FORMAT
-        if found != FORMAT:
+    def _of_a_known_format(cls, data: Any) -> Any:
+        found = data.get("format", 1) if isinstance(data, dict) else 1
+        if found not in (1, FORMAT):
             raise ValueError(f"format {found} is not {FORMAT}: it was written by another version of spectr")
         return data
 
     @model_validator(mode="after")
-    def _sorted_and_unique(self) -> Manifest:
-        names = [entry.name for entry in self.experts]
+    def _sorted_and_unique(self) -> _Manifest:
+        names = [entry.name for entry in self.experts or ()]
         if names != sorted(set(names)):
             raise ValueError("names of experts must be different and in alphabetical order")
+        if self.format != 1 and self.experts is not None:
+            raise ValueError(f"in format {self.format} entries are files in {ENTRIES_FOLDER}")
         return self
 
-    def with_entry(self, entry: Entry) -> Manifest:
-        """This manifest with an expert more, or with one of that name replaced."""
-        others = [other for other in self.experts if other.name != entry.name]
-        return Manifest(experts=tuple(sorted([*others, entry], key=lambda e: e.name)))
 
-    def without(self, name: str) -> Manifest:
-        """This manifest with an expert less."""
-        return Manifest(experts=tuple(entry for entry in self.experts if entry.name != name))
-
-
-def read_manifest(root: Path) -> Manifest:
-    """Read a library's manifest.
+def read_entries(root: Path) -> tuple[Entry, ...]:
+    """All experts' entries, in alphabetical order; none where there is no library yet.
 
     Raises:
-        LibraryError: It is not JSON, or not a manifest of this format.
+        LibraryError: Files that are damaged, or of another format; all of them at once.
     """
-    path = root / MANIFEST_FILE
+    if not (root / MANIFEST_FILE).is_file():
+        return ()
+    first_format = _read_manifest(root)
+    if first_format is not None:
+        return first_format
+    entries, problems = [], []
+    for name in sorted(_names(root)):
+        try:
+            entry = _read_entry(root, name)
+        except LibraryError as problem:
+            problems.append(problem)
+        else:
+            entries += [entry] if entry else []  # gone since the folder was listed
+    raise_together(f"{root} is damaged", problems, LibraryError)
+    return tuple(entries)
+
+
+def read_entry(root: Path, name: str) -> Entry | None:
+    """The entry of one expert, whatever else there is; ``None`` where there is no such expert.
+
+    Raises:
+        LibraryError: The entry is damaged, or the library is of another format.
+    """
+    if not NAME.fullmatch(name) or not (root / MANIFEST_FILE).is_file():
+        return None
+    first_format = _read_manifest(root)
+    if first_format is None:
+        return _read_entry(root, name)
+    return next((entry for entry in first_format if entry.name == name), None)
+
+
+def any_entry(root: Path, *, but: str) -> Entry | None:
+    """The entry of some expert with another name than ``but``, without reading the rest."""
+    first_format = _read_manifest(root)
+    if first_format is not None:
+        return next((entry for entry in first_format if entry.name != but), None)
+    for name in _names(root):
+        with suppress(LibraryError):  # whose damage does not concern others
+            entry = _read_entry(root, name) if name != but else None
+            if entry:
+                return entry
+    return None
+
+
+def begin(root: Path) -> None:
+    """Make a folder an empty library."""
+    (root / ENTRIES_FOLDER).mkdir(exist_ok=True)
+    _write(root / MANIFEST_FILE, _Manifest(format=FORMAT))
+
+
+def write_entry(root: Path, entry: Entry) -> None:
+    """Let an expert count, in the place of one of its name: after a kill at any moment it is the old one or the new."""
+    _upgrade(root)
+    _write(root / ENTRIES_FOLDER / f"{entry.name}.json", entry)
+
+
+def drop_entry(root: Path, name: str) -> None:
+    """Let an expert count no more."""
+    _upgrade(root)
+    (root / ENTRIES_FOLDER / f"{name}.json").unlink(missing_ok=True)
+
+
+def _upgrade(root: Path) -> None:
+    """Turn a library of format 1 into one of this format; what replaces the manifest decides."""
+    first_format = _read_manifest(root)
+    if first_format is None:
+        return
+    scratch = Path(tempfile.mkdtemp(dir=root, prefix=INCOMING))
+    for entry in first_format:
+        _write(scratch / f"{entry.name}.json", entry)
+    shutil.rmtree(root / ENTRIES_FOLDER, ignore_errors=True)  # of an upgrade that was killed
+    scratch.chmod(0o755)
+    scratch.rename(root / ENTRIES_FOLDER)
+    begin(root)
+
+
+def _write(path: Path, model: BaseModel) -> None:
+    root = path.parent if path.name == MANIFEST_FILE else path.parent.parent
+    with replacing(path, scratch_in=root) as scratch:
+        scratch.write_text(model.model_dump_json(indent=1, exclude_none=True) + "\n", encoding="utf-8")
+
+
+def _names(root: Path) -> Iterator[str]:
+    """Names of the experts in no order, each when it is asked for."""
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        with os.scandir(root / ENTRIES_FOLDER) as files:
+            yield from (file.name.removesuffix(".json") for file in files if file.name.endswith(".json"))
+    except OSError as error:
+        raise LibraryError(
+            f"{root / ENTRIES_FOLDER} cannot be read: {error.strerror or error}",
+            expected="a folder with an entry for each expert, as 'spectr library add' writes it",
+            do="restore it, or build the library again with 'spectr library add'",
+        ) from error
+
+
+def _read_manifest(root: Path) -> tuple[Entry, ...] | None:
+    """The entries of a library of format 1; ``None`` of one of this format."""
+    found = _read(root / MANIFEST_FILE, _Manifest, "a library manifest")
+    return None if found.format == FORMAT else found.experts or ()
+
+
+def _read_entry(root: Path, name: str) -> Entry | None:
+    path = root / ENTRIES_FOLDER / f"{name}.json"
+    if not path.is_file():
+        return None
+    entry = _read(path, Entry, "an expert's entry")
+    if entry.name != name:
+        raise LibraryError(f"{path} is the entry of '{entry.name}'", do="give the file back the name it had")
+    return entry
+
+
+def _read(path: Path, model: type[Read], what: str) -> Read:
+    try:
+        return model.model_validate_json(path.read_bytes())
     except OSError as error:
         raise LibraryError(f"{path} cannot be read: {error.strerror or error}", do="check its permissions") from error
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise LibraryError(
-            f"{path} is not a library manifest: {place and place + ': '}{first['msg']}",
+            f"{path} is not {what}: {place and place + ': '}{first['msg']}",
             expected=f"format {FORMAT}, as 'spectr library add' writes it",
             do="restore the file, or build the library again with 'spectr library add'",
         ) from error
-
-
-def write_manifest(root: Path, manifest: Manifest) -> None:
-    """Replace the manifest in one step: after a kill at any moment it is the old or the new one."""
-    with replacing(root / MANIFEST_FILE) as scratch:
-        scratch.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")

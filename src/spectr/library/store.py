@@ -1,9 +1,9 @@
 """A library folder on disk: adding, removing and verifying, safe against being killed at any moment.
 
 An expert lives in a folder of its own, named ``<name>-<start of its hash>``, exactly as PEFT wrote it, so that PEFT
-can load it too. What counts is the manifest alone. To add: copy beside, rename into place, then replace the manifest.
-To remove: replace the manifest, then delete. Whatever a kill leaves behind is not in the manifest, is ignored by
-readers, and is swept up by the next writer.
+can load it too. What counts are the entries alone (``manifest.py``). To add: copy beside, rename into place, then write
+the entry. To remove: delete the entry, then the folder. Before a folder comes or goes, a mark ``.pending-<folder>`` is
+set, so that the next writer finds what a kill left behind without looking at every folder; readers ignore it anyway.
 """
 
 from __future__ import annotations
@@ -34,17 +34,21 @@ from spectr.hashing import file_sha256
 from spectr.library.index import INDEX_FOLDER
 from spectr.library.manifest import (
     MANIFEST_FILE,
+    NAME,
     Entry,
-    Manifest,
-    read_manifest,
-    write_manifest,
+    any_entry,
+    begin,
+    drop_entry,
+    read_entries,
+    read_entry,
+    write_entry,
 )
-from spectr.saving import SCRATCH, sync_folder
+from spectr.saving import INCOMING, SCRATCH, sync_folder
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _KEPT_FILES = (CONFIG_FILE, WEIGHTS_FILE, "README.md", "expert.json", GATES_FILE)
-_INCOMING = ".incoming-"
 _DIGITS = 12
+_PENDING = ".pending-"
+_MARK = re.compile(rf"{re.escape(_PENDING)}(?P<folder>(?P<name>{NAME.pattern})-[0-9a-f]{{{_DIGITS}}})")
 _PATIENCE = 60  # seconds that a writer waits for another
 
 
@@ -59,25 +63,21 @@ class LibraryStore:
         self.root = Path(os.path.expanduser(root))
 
     @cached_property
-    def manifest(self) -> Manifest:
-        """The manifest as it was when first asked for, or as this object last wrote it."""
-        return read_manifest(self.root) if (self.root / MANIFEST_FILE).is_file() else Manifest()
-
-    @property
     def entries(self) -> tuple[Entry, ...]:
-        """The experts' entries, in alphabetical order."""
-        return self.manifest.experts
+        """The experts' entries in alphabetical order, read when first asked for, and again after a change made here."""
+        return read_entries(self.root)
 
     def entry(self, name: str) -> Entry:
-        """The entry of an expert.
+        """The entry of an expert, as it is now.
 
         Raises:
             LibraryError: There is no expert of that name.
         """
-        by_name = {entry.name: entry for entry in self.entries}
-        if name not in by_name:
-            raise LibraryError(f"{self.root} has no expert '{name}'", do=did_you_mean(name, by_name))
-        return by_name[name]
+        found = read_entry(self.root, name)
+        if found is None:
+            names = (entry.name for entry in read_entries(self.root))
+            raise LibraryError(f"{self.root} has no expert '{name}'", do=did_you_mean(name, names))
+        return found
 
     def reader(self, entry: Entry) -> Callable[[], Expert]:
         """A function that reads the expert; its values were checked when it was added."""
@@ -108,7 +108,7 @@ class LibraryStore:
             LibraryError: The name is taken or not allowed, the expert's modules have other sizes than those of the
                 experts that are there, or the folder cannot be written. Nothing was changed.
         """
-        if not _NAME.fullmatch(name):
+        if not NAME.fullmatch(name):
             raise LibraryError(
                 f"'{name}' cannot be an expert's name",
                 expected="up to 100 letters, digits, dots, dashes and underscores, a letter or digit first",
@@ -116,15 +116,13 @@ class LibraryStore:
         expert = read_adapter(source, name)
         read_gates(expert)
         with self._writing():
-            if not replace and any(entry.name == name for entry in self.entries):
+            if not replace and read_entry(self.root, name):
                 raise LibraryError(
                     f"{self.root} already has an expert '{name}'",
                     do="choose another name, or say --replace (replace=True)",
                 )
             self._check_sizes(expert)
-            entry = self._copy_in(expert)
-            self._commit(self.manifest.with_entry(entry))
-        return entry
+            return self._put(expert)
 
     def add_gates(self, name: str, gates: Mapping[str, Float[Tensor, " I"]], facts: Mapping[str, Any]) -> Entry:
         """Put PHATGOOSE gates beside an expert's weights, in the place of older ones.
@@ -140,14 +138,16 @@ class LibraryStore:
         """
         with self._writing():
             before = self.entry(name)
-            entry = self._copy_in(self.reader(before)(), lambda folder: write_gates(folder / GATES_FILE, gates, facts))
-            kept = {"origin": before.origin, "added": before.added}
-            self._commit(self.manifest.with_entry(entry.model_copy(update=kept)))
-        return self.entry(name)
+            return self._put(
+                self.reader(before)(),
+                lambda folder: write_gates(folder / GATES_FILE, gates, facts),
+                origin=before.origin,
+                added=before.added,
+            )
 
     def _check_sizes(self, expert: Expert) -> None:
-        """Raise :class:`LibraryError` where the expert is for another base model than the first one that is there."""
-        other = next((entry for entry in self.entries if entry.name != expert.name), None)
+        """Raise :class:`LibraryError` where the expert is for another base model than one that is there."""
+        other = any_entry(self.root, but=expert.name)
         if other is None:
             return
         try:
@@ -173,7 +173,10 @@ class LibraryStore:
         """
         self.entry(name)
         with self._writing():
-            self._commit(self.manifest.without(name))
+            entry = read_entry(self.root, name)
+            if entry:
+                with self._pending(entry.folder):
+                    drop_entry(self.root, name)
 
     def verify(self) -> dict[str, SpectrError | None]:
         """Check every expert's files against their hashes, and read them: by name, what is wrong, or ``None``."""
@@ -211,15 +214,16 @@ class LibraryStore:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """Hold the library's lock, with a fresh manifest; turn what the file system refuses into our error."""
+        """Hold the library's lock; turn what the file system refuses into our error."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             with FileLock(self.root / ".lock", timeout=_PATIENCE):
-                self.__dict__.pop("manifest", None)
+                self.__dict__.pop("entries", None)
                 if not (self.root / MANIFEST_FILE).is_file():
                     self._begin()
                 self._sweep()
                 yield
+                self.__dict__.pop("entries", None)
         except Timeout as error:
             raise LibraryError(
                 f"{self.root} has been in use by another writer for {_PATIENCE} s; nothing was changed",
@@ -243,11 +247,13 @@ class LibraryStore:
                 expected="a library, or a folder without adapters",
                 do=f"make a new library and add them: spectr library add NAME {self.root / adapters[0]} --library NEW",
             )
-        write_manifest(self.root, Manifest())
+        begin(self.root)
 
-    def _copy_in(self, expert: Expert, alter: Callable[[Path], None] = lambda _: None) -> Entry:
+    def _put(self, expert: Expert, alter: Callable[[Path], None] = lambda _: None, **kept: str) -> Entry:
+        """Copy an expert in and let it count, in the place of one of its name."""
         source = expert.weights.parent
-        scratch = Path(tempfile.mkdtemp(dir=self.root, prefix=_INCOMING))
+        before = read_entry(self.root, expert.name)
+        scratch = Path(tempfile.mkdtemp(dir=self.root, prefix=INCOMING))
         try:
             for file in _KEPT_FILES:
                 if (source / file).is_file():
@@ -256,54 +262,64 @@ class LibraryStore:
             digests = _digests(scratch)
             # What counts is the copy, should the source change under our hands.
             read_gates(read_adapter(scratch, expert.name))
-            folder = self.root / f"{expert.name}-{_content_digits(digests)}"
-            self._put_in_place(scratch, folder, digests)
+            entry = Entry(
+                name=expert.name,
+                folder=f"{expert.name}-{_content_digits(digests)}",
+                sha256=digests,
+                ranks=expert.ranks,
+                modules=len(expert.shapes),
+                targets=tuple(sorted({module.rpartition(".")[2] for module in expert.shapes})),
+                parameters=expert.parameters,
+                base_model=expert.base_model,
+                origin=kept.get("origin", expert.origin),
+                added=kept.get("added", datetime.now(timezone.utc).isoformat(timespec="seconds")),
+            )
+            with self._pending(entry.folder, *([before.folder] if before else [])):
+                self._put_in_place(scratch, self.root / entry.folder, digests)
+                sync_folder(self.root)
+                write_entry(self.root, entry)
         except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)
             raise
-        sync_folder(self.root)
-        return Entry(
-            name=expert.name,
-            folder=folder.name,
-            sha256=digests,
-            ranks=expert.ranks,
-            modules=len(expert.shapes),
-            targets=tuple(sorted({module.rpartition(".")[2] for module in expert.shapes})),
-            parameters=expert.parameters,
-            base_model=expert.base_model,
-            origin=expert.origin,
-            added=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        )
+        return entry
 
     def _put_in_place(self, scratch: Path, folder: Path, digests: dict[str, str]) -> None:
         if folder.exists() and _digests(folder) == digests:
             shutil.rmtree(scratch)
             return
         if folder.exists():  # it is damaged: nothing is lost by a moment without it
-            folder.rename(self.root / f"{_INCOMING}damaged-{scratch.name.removeprefix(_INCOMING)}")
+            folder.rename(self.root / f"{INCOMING}damaged-{scratch.name.removeprefix(INCOMING)}")
         scratch.chmod(0o755)
         scratch.rename(folder)
 
-    def _commit(self, manifest: Manifest) -> None:
-        write_manifest(self.root, manifest)
-        self.manifest = manifest
-        self._sweep()
+    @contextmanager
+    def _pending(self, *folders: str) -> Iterator[None]:
+        """Mark folders that come or go; at the end those that do not count are deleted."""
+        for folder in folders:
+            (self.root / f"{_PENDING}{folder}").touch()
+        try:
+            yield
+        finally:
+            self._sweep()
 
     def _sweep(self) -> None:
-        """Delete what killed or finished writers left: half-made copies, and folders of ours that do not count."""
-        kept = {entry.folder for entry in self.entries}
-        for path in self.root.iterdir():
-            if path.name.startswith(SCRATCH):
+        """Delete what killed or finished writers left: half-made copies, and marked folders that do not count."""
+        for file in [name for name in os.listdir(self.root) if name.startswith(".")]:
+            path, mark = self.root / file, _MARK.fullmatch(file)
+            if mark:
+                self._settle(path, mark["folder"], mark["name"])
+            elif file.startswith(SCRATCH):
                 path.unlink(missing_ok=True)
-            elif path.is_dir() and path.name.startswith(_INCOMING):
+            elif file.startswith(INCOMING) and path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
-            elif path.is_dir() and path.name not in kept and _is_ours(path):
-                doomed = path.rename(self.root / f"{_INCOMING}removed-{path.name}")  # half of it would not be ours
-                shutil.rmtree(doomed, ignore_errors=True)
-        names = {entry.name for entry in self.entries}
-        for path in (self.root / INDEX_FOLDER).glob("*"):
-            if path.stem not in names or path.name.startswith(SCRATCH):
-                path.unlink(missing_ok=True)
+
+    def _settle(self, mark: Path, folder: str, name: str) -> None:
+        entry = read_entry(self.root, name)
+        if entry is None or entry.folder != folder:
+            shutil.rmtree(self.root / folder, ignore_errors=True)
+        if entry is None:
+            (self.root / INDEX_FOLDER / f"{name}.safetensors").unlink(missing_ok=True)
+        mark.unlink()
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -312,12 +328,6 @@ def _digests(folder: Path) -> dict[str, str]:
 
 def _content_digits(digests: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:_DIGITS]
-
-
-def _is_ours(folder: Path) -> bool:
-    """Whether a folder is named after the hash of its content, as only this module names folders."""
-    suffix = folder.name.rpartition("-")[2]
-    return len(suffix) == _DIGITS and (folder / WEIGHTS_FILE).is_file() and _content_digits(_digests(folder)) == suffix
 
 
 def _copy_to_disk(source: Path, target: Path) -> None:
