@@ -13,6 +13,9 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported by whatever test is first
+
 # The modules whose signatures carry shapes. Elsewhere a wrong type has to reach our own error, not the checker's.
 CHECKED = (
     "spectr.combine",

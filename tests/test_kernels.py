@@ -41,7 +41,7 @@ def both(monkeypatch, layer, x):
     kernels = cpu_kernels()
     calls = []
 
-    class Counted(cpu.Kernels):
+    class Counted(cpu.CpuKernels):
         def __init__(self):
             vars(self).update(vars(kernels))
 
@@ -51,9 +51,9 @@ def both(monkeypatch, layer, x):
             return super().__getattribute__(name)
 
     with torch.no_grad(), monkeypatch.context() as patch:
-        patch.setattr("spectr.layers.routed.cpu_kernels", Counted)
+        patch.setattr("spectr.layers.routed.kernels_for", lambda device: Counted())
         fused = layer(x)
-        patch.setattr("spectr.layers.routed.cpu_kernels", lambda: None)
+        patch.setattr("spectr.layers.routed.kernels_for", lambda device: None)
         plain = layer(x)
     assert calls, "the kernels were not used"
     return fused, plain

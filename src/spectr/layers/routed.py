@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 
 from spectr.combine import get_combination, merge_outputs
 from spectr.layers.grouped import grouped_inputs, grouped_outputs
-from spectr.layers.kernels import MOST_TOKENS, Kernels, cpu_kernels
+from spectr.layers.kernels import Kernels, kernels_for
 from spectr.layers.linear import Features, features
 from spectr.layers.outputs import add_masked, gathered_sum, gathering_pays, picked_sum, weighted
 from spectr.routers.base import Router, ShortlistRouter, segment_norms
@@ -209,8 +209,8 @@ class RoutedLinear(nn.Module):
         return self._add_masked(out, weighted(h_TP, weights_TE, self.common_rank, tensors["member_EP"]), B_OP)  # pyright: ignore
 
     def _select_fused(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The chosen experts' ``w A x`` on a CPU, scored and selected by one compiled call, where that is possible."""
-        kernels, A_PI = _kernels(), self._buffers["A_PI"]
+        """The chosen experts' ``w A x``, scored and selected by one compiled call, where that is possible."""
+        kernels, A_PI = _kernels(x), self._buffers["A_PI"]
         if kernels is None or not self.fuses or A_PI is None or not self._fits(self.prior_B1E, x):
             return None
         if self.among_B1E is not None or not kernels.take(x, A_PI):
@@ -220,9 +220,11 @@ class RoutedLinear(nn.Module):
         )
 
     def _add_fused(self, out: Tensor, x: Tensor) -> bool:
-        """Few tokens on a CPU by one compiled call, in the memory of ``out``; whether that was possible."""
-        held, kernels = self.held, _kernels()
-        if kernels is None or not (self.fuses if held is None else self.sums) or x.numel() > MOST_TOKENS * x.shape[-1]:
+        """All by one compiled call, in the memory of ``out``, where that is possible and pays; whether it was done."""
+        held, kernels = self.held, _kernels(x)
+        if kernels is None or not (self.fuses if held is None else self.sums):
+            return False
+        if x.numel() > kernels.most_tokens * x.shape[-1]:
             return False
         A_PI, B_OP = (self._buffers["A_PI"], self._buffers["B_OP"]) if held is None else (held.A_PI, held.B_OP)
         assert A_PI is not None
@@ -310,7 +312,8 @@ class RoutedLinear(nn.Module):
         if self.held is not None:
             return size * (self.held.A_PI.numel() + self.held.B_OP.numel())
         share = 1.0
-        if self.gathers or (self.fuses and cpu_kernels() is not None and tokens <= MOST_TOKENS):
+        kernels = kernels_for(self.A_PI.device.type)
+        if self.gathers or (self.fuses and kernels is not None and tokens <= kernels.most_tokens):
             share = min(1.0, tokens * self.select.k / len(self.experts))  # pyright: ignore[reportAttributeAccessIssue]
         mixing = 0 if self.mix_PR is None else self.mix_PR.numel()
         prototypes = 0 if self.prototypes_EI is None else self.prototypes_EI.numel()
@@ -358,8 +361,8 @@ def _by_row(rows_B1N: Tensor, x: Tensor) -> Tensor:
     return rows_B1N if x.ndim > 2 else rows_B1N[:, 0] if x.ndim == 2 else rows_B1N[0, 0]
 
 
-def _kernels() -> Kernels | None:
-    return None if torch.compiler.is_compiling() else cpu_kernels()  # a compiler makes its own
+def _kernels(x: Tensor) -> Kernels | None:
+    return None if torch.compiler.is_compiling() else kernels_for(x.device.type)  # a compiler makes its own
 
 
 def _sizes(base: nn.Module) -> Features:

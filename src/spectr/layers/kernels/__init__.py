@@ -1,9 +1,25 @@
-"""Routed layers on a CPU: compiled functions in place of many of torch's calls; for few tokens one does it all.
+"""Compiled functions in place of many of torch's calls, for CPUs and for GPUs.
 
-The source is compiled when it is needed first, for this machine, by the C compiler that is there, and kept in the cache
-folder. Without a compiler, or with ``SPECTR_KERNELS=0``, torch does the same with more calls.
+For a CPU a C source is compiled when it is needed first, by the compiler that is there, and kept in the cache folder;
+for a GPU Triton does that. Without them, or with ``SPECTR_KERNELS=0``, torch does the same with more calls.
 """
 
-from spectr.layers.kernels.cpu import MOST_TOKENS, Kernels, cpu_kernels
+from __future__ import annotations
 
-__all__ = ["MOST_TOKENS", "Kernels", "cpu_kernels"]
+from importlib.util import find_spec
+
+from spectr.layers.kernels.base import Kernels
+from spectr.layers.kernels.cpu import cpu_kernels
+
+__all__ = ["Kernels", "cpu_kernels", "kernels_for"]
+
+
+def kernels_for(device: str) -> Kernels | None:
+    """The kernels for a kind of device, if there are any."""
+    if device == "cpu":
+        return cpu_kernels()
+    if device == "cuda" and find_spec("triton"):
+        from spectr.layers.kernels.gpu import gpu_kernels
+
+        return gpu_kernels()
+    return None

@@ -16,22 +16,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _len_torch_dispatch_stack  # pyright: ignore[reportAttributeAccessIssue]
 
+from spectr.layers.kernels.base import Kernels
 from spectr.saving import cache_folder
 
 # Reductions may be reordered, or nothing is vectorised. Not -ffast-math: it changes how the whole process rounds.
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math")
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
-MOST_TOKENS = 16  # beyond, matrix products by torch are faster
 
 
-class Kernels:
+class CpuKernels(Kernels):
     """The compiled functions.
 
     Args:
         library: The loaded shared library.
     """
+
+    device = "cpu"
+    dtypes = tuple(_NAMES)
+    most_tokens = 16  # beyond, matrix products by torch are faster
 
     def __init__(self, library: ctypes.CDLL):
         self._route, self._held, self._select = {}, {}, {}
@@ -44,16 +47,6 @@ class Kernels:
             select.argtypes = [pointer] * 5 + [number] * 5 + [ctypes.c_float]
             self._route[dtype], self._held[dtype], self._select[dtype] = route, held, select
 
-    def take(self, *tensors: Tensor) -> bool:
-        """Whether they can work on these, and nobody has to see single operations (autograd, a counter)."""
-        if torch.is_grad_enabled() or _len_torch_dispatch_stack():
-            return False
-        dtype = tensors[0].dtype
-        return dtype in _NAMES and all(
-            type(t) is Tensor and t.dtype == dtype and t.device.type == "cpu" and t.is_contiguous() and t.numel()
-            for t in tensors
-        )
-
     def select(
         self,
         h: Tensor,
@@ -65,21 +58,7 @@ class Kernels:
         temperature: float,
         pick: bool,
     ) -> tuple[Tensor, Tensor] | None:
-        """Of ``h = A x`` the chosen experts' parts times their weights. As :meth:`route` else; any number of tokens.
-
-        Args:
-            h: (..., P), contiguous. Without ``pick`` it is overwritten: zero for experts that are not chosen.
-            centers_P: See :meth:`route`.
-            prior_BE: See :meth:`route`.
-            experts: See :meth:`route`.
-            k: See :meth:`route`.
-            temperature: See :meth:`route`.
-            pick: Return the chosen alone.
-
-        Returns:
-            With ``pick`` the rows of the chosen along P, int64, and their ``w h``, (tokens, k R) each; else ``h``
-            twice. ``None`` where there was no memory.
-        """
+        """See :meth:`Kernels.select`."""
         rows, rank = h.shape[-1], h.shape[-1] // experts
         tokens = h.numel() // rows
         picked = torch.empty(tokens, k * rank, dtype=torch.int64) if pick else h
@@ -112,22 +91,7 @@ class Kernels:
         k: int,
         temperature: float,
     ) -> bool:
-        """Add the chosen experts' outputs to ``out``: those with the ``k`` largest ``||A_t x - center_t||``.
-
-        Args:
-            x: Tokens, (..., I), contiguous, on the CPU, float32 or bfloat16 like all the others.
-            A_PI: Input factors of all experts, contiguous.
-            Bt_PO: Output factors, transposed, contiguous.
-            centers_P: Taken away before scoring.
-            prior_BE: Multiplied with the scores, float32; a row for each equal share of the tokens.
-            out: (..., O), contiguous.
-            experts: How many; all of one rank.
-            k: How many are taken.
-            temperature: Of the softmax over their scores; 0 weighs them alike.
-
-        Returns:
-            Whether it was done; if not (no memory), ``out`` is as it was.
-        """
+        """See :meth:`Kernels.route`."""
         inputs, outputs = A_PI.shape[1], Bt_PO.shape[1]
         failed = self._route[x.dtype](
             x.data_ptr(),
@@ -148,7 +112,7 @@ class Kernels:
         return not failed
 
     def held(self, x: Tensor, A_PI: Tensor, Bt_PO: Tensor, weights_BP: Tensor, out: Tensor) -> bool:
-        """Add ``B (w A x)`` to ``out``; a row of weights for each equal share of the tokens. As :meth:`route` else."""
+        """See :meth:`Kernels.held`."""
         inputs, outputs = A_PI.shape[1], Bt_PO.shape[1]
         failed = self._held[x.dtype](
             x.data_ptr(),
@@ -172,7 +136,7 @@ def cpu_kernels() -> Kernels | None:
         return None
     source = Path(__file__).with_name("routing.c")
     try:
-        return Kernels(ctypes.CDLL(str(_compiled(source))))
+        return CpuKernels(ctypes.CDLL(str(_compiled(source))))
     except (OSError, subprocess.SubprocessError, AttributeError) as error:
         logging.getLogger(__name__).info("routed layers run without compiled kernels: %s", error)
         return None

@@ -1,0 +1,96 @@
+"""What a routed layer asks of kernels, whatever machine they are for."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+from torch._C import _len_torch_dispatch_stack  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class Kernels(ABC):
+    """Functions that do the work of many of torch's calls.
+
+    Attributes:
+        device: The kind of device whose tensors they take.
+        dtypes: The dtypes that they take.
+        most_tokens: Of more tokens :meth:`route` and :meth:`held` are not asked for: torch is faster.
+    """
+
+    device: str
+    dtypes: tuple[torch.dtype, ...]
+    most_tokens: float
+
+    def take(self, *tensors: Tensor) -> bool:
+        """Whether they can work on these, and nobody has to see single operations (autograd, a counter)."""
+        if torch.is_grad_enabled() or _len_torch_dispatch_stack():
+            return False
+        dtype = tensors[0].dtype
+        return dtype in self.dtypes and all(
+            type(t) is Tensor and t.dtype == dtype and t.device.type == self.device and t.is_contiguous() and t.numel()
+            for t in tensors
+        )
+
+    @abstractmethod
+    def route(
+        self,
+        x: Tensor,
+        A_PI: Tensor,
+        Bt_PO: Tensor,
+        centers_P: Tensor | None,
+        prior_BE: Tensor | None,
+        out: Tensor,
+        *,
+        experts: int,
+        k: int,
+        temperature: float,
+    ) -> bool:
+        """Add the chosen experts' outputs to ``out``: those with the ``k`` largest ``||A_t x - center_t||``.
+
+        Args:
+            x: Tokens, (..., I), contiguous, in the dtype and on the device of all the others.
+            A_PI: Input factors of all experts, contiguous.
+            Bt_PO: Output factors, transposed, contiguous.
+            centers_P: Taken away before scoring.
+            prior_BE: Multiplied with the scores, float32; a row for each equal share of the tokens.
+            out: (..., O), contiguous.
+            experts: How many; all of one rank.
+            k: How many are taken.
+            temperature: Of the softmax over their scores; 0 weighs them alike.
+
+        Returns:
+            Whether it was done; if not, ``out`` is as it was.
+        """
+
+    def held(self, x: Tensor, A_PI: Tensor, Bt_PO: Tensor, weights_BP: Tensor, out: Tensor) -> bool:
+        """Add ``B (w A x)`` to ``out``; a row of weights for each equal share of the tokens. As :meth:`route` else."""
+        return False
+
+    def select(
+        self,
+        h: Tensor,
+        centers_P: Tensor | None,
+        prior_BE: Tensor | None,
+        *,
+        experts: int,
+        k: int,
+        temperature: float,
+        pick: bool,
+    ) -> tuple[Tensor, Tensor] | None:
+        """Of ``h = A x`` the chosen experts' parts times their weights. As :meth:`route` else; any number of tokens.
+
+        Args:
+            h: (..., P), contiguous. Without ``pick`` it is overwritten: zero for experts that are not chosen.
+            centers_P: See :meth:`route`.
+            prior_BE: See :meth:`route`.
+            experts: See :meth:`route`.
+            k: See :meth:`route`.
+            temperature: See :meth:`route`.
+            pick: Return the chosen alone.
+
+        Returns:
+            With ``pick`` the rows of the chosen along P, int64, and their ``w h``, (tokens, k R) each; else ``h``
+            twice. ``None`` where it was not done.
+        """
+        return None

@@ -1,0 +1,126 @@
+"""The GPU's kernel: on a GPU where there is one, else under Triton's interpreter (tests/conftest.py)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models import close
+from spectr import Calibrated, Spectr
+from spectr.layers import kernels
+from test_kernels import INPUTS, TOLERANCE, clear, layer_of
+
+pytest.importorskip("triton", reason="Triton is for Linux")
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    from spectr.layers.kernels.gpu import GpuKernels
+
+    return GpuKernels(DEVICE)
+
+
+def both(kernel, layer, x):
+    """The layer's output by the kernel, which has to be used, and by torch."""
+    done = []
+
+    class Watched(type(kernel)):
+        def route(self, *args, **settings):
+            done.append(super().route(*args, **settings))
+            return done[-1]
+
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("spectr.layers.routed.kernels_for", lambda device: Watched(DEVICE))
+        fused = layer(x)
+        patch.setattr("spectr.layers.routed.kernels_for", lambda device: None)
+        plain = layer(x)
+    assert done == [True], "the kernel was not used"
+    return fused, plain
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    experts=st.integers(1, 20),
+    rank=st.integers(1, 9),
+    top_k=st.integers(1, 6),
+    tokens=st.sampled_from([(1,), (1, 1), (3, 1), (2, 4), (20,)]),
+    dtype=st.sampled_from(list(TOLERANCE)),
+    weights=st.sampled_from(["uniform", "softmax"]),
+    seed=st.integers(0, 10_000),
+)
+def test_routing_is_that_of_torch(kernel, experts, rank, top_k, tokens, dtype, weights, seed):
+    layer = layer_of(Spectr(top_k=top_k, weights=weights, temperature=2.0), experts, rank, dtype, seed).to(DEVICE)
+    x = torch.randn(*tokens, INPUTS, generator=torch.Generator().manual_seed(seed + 1)).to(DEVICE, dtype)
+    fused, plain = both(kernel, layer, x)
+    if dtype == torch.float32 or clear(layer, x):
+        close(fused.float(), plain.float(), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_centers_and_a_prior_count(kernel, rows):
+    layer = layer_of(Calibrated(level="prior", top_k=2, weights="softmax"), 7, 4, torch.float32, 0, centers=True).to(
+        DEVICE
+    )
+    layer.inform(torch.rand(rows, 7, generator=torch.Generator().manual_seed(1)).to(DEVICE) * 3)
+    x = torch.randn(3, 2, INPUTS, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    fused, plain = both(kernel, layer, x)
+    close(fused, plain, 1e-5)
+    layer.inform(None)
+    other, _ = both(kernel, layer, x)
+    assert not torch.allclose(other, fused)
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")  # numpy, as the interpreter
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_so(kernel, value):
+    layer = layer_of(Spectr(top_k=2), 5, 4, torch.float32, 0).to(DEVICE)
+    x = torch.randn(2, INPUTS, device=DEVICE)
+    x[0, 3] = value
+    fused, plain = both(kernel, layer, x)
+    assert not fused[0].isfinite().any()
+    close(fused[1], plain[1], 1e-5)
+
+
+def test_more_experts_than_a_program_holds_are_left_to_torch(kernel):
+    layer = layer_of(Spectr(top_k=2), 1025, 9, torch.float32, 0).to(DEVICE)
+    x = torch.randn(1, INPUTS, device=DEVICE)
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("spectr.layers.routed.kernels_for", lambda device: kernel)
+        by_kernel = layer(x)
+        patch.setattr("spectr.layers.routed.kernels_for", lambda device: None)
+        assert torch.equal(by_kernel, layer(x))
+
+
+def test_a_machine_without_a_gpu_has_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert torch.cuda.device_count() > 0 or kernels.kernels_for("cuda") is None
+    assert kernels.kernels_for("meta") is None
+
+
+def test_it_compiles_for_a_gpu_that_is_not_here(tmp_path):
+    """What the interpreter lets pass need not be what the compiler takes."""
+    program = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from spectr.layers.kernels import gpu
+
+constants = dict(EXPERTS=9, RANK=6, K=4, E=16, R=8, BLOCK=128, CENTERED=True, INFORMED=True, SOFTMAX=True)
+for number in ("fp32", "bf16", "fp16"):
+    signature = {name: f"*{number}" for name in ("h", "centers", "Bt", "out")} | {"prior": "*fp32"}
+    signature |= {name: "i32" for name in ("tokens", "rows_of_prior", "outputs")} | {"temperature": "fp32"}
+    signature |= {name: "constexpr" for name in constants}
+    source = ASTSource(gpu._add_chosen, signature, constexprs=constants)
+    print(len(compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]))
+"""
+    alone = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.PIPE, env=alone, timeout=300)
+    assert [int(line) > 1000 for line in done.stdout.split()] == [True] * 3
