@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -11,11 +11,8 @@ from spectr.cli.console import bar, out, say
 from spectr.cli.guides import open_writer
 from spectr.cli.opened import open_library
 from spectr.cli.options import DataRootOption, DtypeOption, ModelOption
-from spectr.cli.rows import chosen_task, source_of
+from spectr.cli.rows import AnswerOption, ChoicesOption, PromptOption, chosen_task, rows_option, source_of
 from spectr.errors import DataError, SpectrError, raise_together
-
-if TYPE_CHECKING:
-    pass
 
 
 def describe(
@@ -29,13 +26,11 @@ def describe(
     task: Annotated[
         str | None, typer.Option(help="Task that the expert belongs to; by default the shipped one of its name.")
     ] = None,
-    data: Annotated[
-        str | None, typer.Option(help="Rows to show: a JSONL file, or hub:<dataset>[:<config>]:<split>.")
-    ] = None,
+    data: Annotated[str | None, rows_option("Rows to show")] = None,
     data_root: DataRootOption = None,
-    prompt: Annotated[str | None, typer.Option(help='Template over the fields of a row: "Topic of: {title}"')] = None,
-    answer: Annotated[str | None, typer.Option(help="Template of the answer, for free text.")] = None,
-    choices: Annotated[str | None, typer.Option(help='Answers, in the order of the label\'s numbers: "no,yes"')] = None,
+    prompt: PromptOption = None,
+    answer: AnswerOption = None,
+    choices: ChoicesOption = None,
     examples: Annotated[int, typer.Option(help="Rows that the writer is shown.", min=1)] = 3,
     writer: Annotated[
         str | None,

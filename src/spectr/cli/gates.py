@@ -10,7 +10,17 @@ import typer
 from spectr.cli.console import bar, out, say
 from spectr.cli.opened import open_library, open_model
 from spectr.cli.options import DataRootOption, DtypeOption, LettersOption, ModelOption
-from spectr.cli.rows import chosen_task, origin_of, setting, source_of, told_where_it_stopped
+from spectr.cli.rows import (
+    AnswerOption,
+    ChoicesOption,
+    PromptOption,
+    chosen_task,
+    origin_of,
+    rows_option,
+    setting,
+    source_of,
+    told_where_it_stopped,
+)
 from spectr.errors import DataError, SpectrError, raise_together
 
 if TYPE_CHECKING:
@@ -26,14 +36,12 @@ def gates(
     task: Annotated[
         str | None, typer.Option(help="Task whose data trained the expert; by default the shipped one of its name.")
     ] = None,
-    data: Annotated[
-        str | None, typer.Option(help="Training rows: a JSONL file, or hub:<dataset>[:<config>]:<split>.")
-    ] = None,
+    data: Annotated[str | None, rows_option("Training rows")] = None,
     data_root: DataRootOption = None,
     letters: LettersOption = False,
-    prompt: Annotated[str | None, typer.Option(help='Template over the fields of a row: "Topic of: {title}"')] = None,
-    answer: Annotated[str | None, typer.Option(help="Template of the answer, for free text.")] = None,
-    choices: Annotated[str | None, typer.Option(help='Answers, in the order of the label\'s numbers: "no,yes"')] = None,
+    prompt: PromptOption = None,
+    answer: AnswerOption = None,
+    choices: ChoicesOption = None,
     model: ModelOption = None,
     dtype: DtypeOption = "float32",
     fresh: Annotated[bool, typer.Option("--fresh", help="Train gates anew where there are some.")] = False,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -16,6 +16,18 @@ if TYPE_CHECKING:
     from spectr.tasks import Task
 
 _PANEL = "Settings (the paper's are the defaults)"
+
+PromptOption = Annotated[str | None, typer.Option(help='Template over the fields of a row: "Topic of: {title}"')]
+AnswerOption = Annotated[str | None, typer.Option(help="Template of the answer, for free text.")]
+ChoicesOption = Annotated[
+    str | None,
+    typer.Option(help='Answers, in the order of the numbers in the field "label" of a row: "World,Sports"'),
+]
+
+
+def rows_option(what: str) -> Any:
+    """An option that names rows of data, with what they are for."""
+    return typer.Option(help=f"{what}: a JSONL file, or hub:<dataset>[:<config>]:<split>.")
 
 
 def setting(text: str) -> Any:

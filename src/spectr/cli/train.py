@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from spectr.cli.console import bar, out, say
 from spectr.cli.opened import open_model
 from spectr.cli.options import DataRootOption, DtypeOption, LettersOption, ModelOption
-from spectr.cli.rows import chosen_task, origin_of, setting, source_of, told_where_it_stopped
+from spectr.cli.rows import (
+    AnswerOption,
+    ChoicesOption,
+    PromptOption,
+    chosen_task,
+    origin_of,
+    rows_option,
+    setting,
+    source_of,
+    told_where_it_stopped,
+)
 from spectr.errors import DataError, MissingExtraError
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer()
 
@@ -30,18 +37,13 @@ def train(
         str | None,
         typer.Option(help="A shipped task's name, or a task file; --data-root says where its data are."),
     ] = None,
-    data: Annotated[
-        str | None, typer.Option(help="Training rows: a JSONL file, or hub:<dataset>[:<config>]:<split>.")
-    ] = None,
+    data: Annotated[str | None, rows_option("Training rows")] = None,
     test: Annotated[str | None, typer.Option(help="Test rows, for the accuracy before and after.")] = None,
     data_root: DataRootOption = None,
     letters: LettersOption = False,
-    prompt: Annotated[str | None, typer.Option(help='Template over the fields of a row: "Topic of: {title}"')] = None,
-    answer: Annotated[str | None, typer.Option(help="Template of the answer, for free text.")] = None,
-    choices: Annotated[
-        str | None,
-        typer.Option(help='Answers, in the order of the numbers in the field "label" of a row: "World,Sports"'),
-    ] = None,
+    prompt: PromptOption = None,
+    answer: AnswerOption = None,
+    choices: ChoicesOption = None,
     name: Annotated[str | None, typer.Option(help="The expert's name; by default the task's or the folder's.")] = None,
     model: ModelOption = None,
     dtype: DtypeOption = "float32",
