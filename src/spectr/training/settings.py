@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,22 +48,9 @@ class TrainingSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        wrong = [
-            f"{name}={getattr(self, name)}"
-            for name in (
-                "rank",
-                "alpha",
-                "batch_size",
-                "learning_rate",
-                "epochs",
-                "max_length",
-                "max_grad_norm",
-            )
-            if not getattr(self, name) > 0
-        ]
-        wrong += [f"{name}={getattr(self, name)}" for name in ("dropout", "warmup") if not 0 <= getattr(self, name) < 1]
+        sizes = ("rank", "alpha", "batch_size", "learning_rate", "epochs", "max_length", "max_grad_norm")
+        wrong = _out_of_range(self, sizes, ("dropout", "warmup"))
         wrong += [f"examples={self.examples}"] if self.examples is not None and self.examples < 1 else []
-        wrong += [f"schedule={self.schedule!r}"] if self.schedule not in ("constant", "linear", "cosine") else []
         if wrong:
             raise DataError(
                 f"training settings out of range: {', '.join(wrong)}",
@@ -101,11 +89,18 @@ class GateSettings:
 
     def __post_init__(self) -> None:
         sizes = ("steps", "batch_size", "learning_rate", "max_grad_norm", "max_length")
-        wrong = [f"{name}={getattr(self, name)}" for name in sizes if not getattr(self, name) > 0]
-        wrong += [f"warmup={self.warmup}"] if not 0 <= self.warmup < 1 else []
-        wrong += [f"schedule={self.schedule!r}"] if self.schedule not in ("constant", "linear", "cosine") else []
+        wrong = _out_of_range(self, sizes, ("warmup",))
         if wrong:
             raise DataError(
                 f"settings of the gates out of range: {', '.join(wrong)}",
                 expected="positive sizes and rates; warmup from 0 to below 1; schedule constant, linear or cosine",
             )
+
+
+def _out_of_range(
+    settings: TrainingSettings | GateSettings, positive: Sequence[str], shares: Sequence[str]
+) -> list[str]:
+    wrong = [name for name in positive if not getattr(settings, name) > 0]
+    wrong += [name for name in shares if not 0 <= getattr(settings, name) < 1]
+    wrong += ["schedule"] if settings.schedule not in ("constant", "linear", "cosine") else []
+    return [f"{name}={getattr(settings, name)!r}" for name in wrong]
