@@ -23,34 +23,7 @@ from spectr import (
 from spectr.errors import CompositionError
 from spectr.routers import Router, get_router, registry, router_names
 
-INPUTS, OUTPUTS, EXPERTS, TOKENS = 24, 16, 5, 12
-EQUAL = dict.fromkeys("abcde", 4)
-UNEQUAL = {"a": 1, "b": 4, "c": 16, "d": 2, "e": 20}  # e has more than there are outputs
-FACTOR_ROUTERS = [
-    Spectr(top_k=1, combine="factors"),
-    Spectr(top_k=3, combine="factors"),
-    Spectr(top_k=3, combine="factors", weights="softmax", temperature=0.5),
-    Spectr(top_k=2, combine="factors", score="projection"),
-    Arrow(top_k=2, combine="factors"),
-    Uniform(combine="factors"),
-]
-ROUTERS = [
-    Spectr(top_k=1),
-    Spectr(top_k=3),
-    Spectr(top_k=EXPERTS),
-    Spectr(top_k=3, weights="softmax"),
-    Spectr(top_k=2, weights="softmax", temperature=0.25),
-    Spectr(top_k=2, score="projection"),
-    Spectr(top_k=3, score="projection", weights="softmax", temperature=2.0),
-    Arrow(top_k=2),
-    Arrow(top_k=3, temperature=0.5),
-    Arrow(top_k=2, weights="uniform"),
-    Uniform(),
-    Oracle(expert="c"),
-]
 UNKNOWN_COMBINATION = "unknown combination combine='sum'\n  to do: known: dare, dare-ties, factors, outputs, ties"
-CASES = [(router, EQUAL) for router in ROUTERS + FACTOR_ROUTERS] + [(router, UNEQUAL) for router in ROUTERS]
-
 
 BY_NAME = {
     "arrow": Arrow(),

@@ -59,7 +59,6 @@ ROUTERS = [
     Uniform(),
     Oracle(expert="c"),
 ]
-UNKNOWN_COMBINATION = "unknown combination combine='sum'\n  to do: known: dare, dare-ties, factors, outputs, ties"
 CASES = [(router, EQUAL) for router in ROUTERS + FACTOR_ROUTERS] + [(router, UNEQUAL) for router in ROUTERS]
 
 
