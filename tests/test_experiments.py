@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from models import close, dense_deltas, peft_adapter, peft_library
-from spectr import Calibrated, ExpertLibrary, Oracle, Spectr, calibrate, compose, trace
+from spectr import Calibrated, ExpertLibrary, Oracle, Spectr, build_index, calibrate, compose, trace
 from spectr.errors import DataError
 from spectr.evaluation import choice_logprobs, routed_logprobs
 from spectr.evaluation.experiments import EXPERIMENTS, Bench, Result
@@ -198,6 +199,33 @@ def test_every_experiment_gives_a_table_a_picture_and_the_model_back(library, ta
     drawing = as_svg(figure(loaded))
     assert drawing.startswith("<svg")
     assert drawing == as_svg(figure(loaded))
+
+
+COMPARING = [name for name in EXPERIMENTS if name not in ("quality", "similarity", "agreement")]
+
+
+@pytest.mark.parametrize("name", COMPARING)
+def test_a_router_that_an_experiment_does_not_know_is_compared_when_it_is_asked_for(library, tasks, tmp_path, name):
+    """Without an index it is said to lack one; with one it is there, with the library's own calibration."""
+    bench = Bench(
+        model=make_model(),
+        tokenizer=make_tokenizer(),
+        library=library,
+        tasks=tasks,
+        reworded={task: [EXAMPLES[:4]] for task in tasks},
+        folder=tmp_path,
+        only=["shortlist"],
+        seeds=(0, 1),
+        ranks={4: library.without("bees")},
+        held_out={"unknown": tasks["unknown"]},
+    )
+    without = EXPERIMENTS[name](bench)
+    assert any("Left out for lack of an index" in note and "shortlist" in note for note in without.notes)
+    if name in ("ranks", "robustness"):  # whose libraries are made while they run: without an index
+        return
+    indexed = EXPERIMENTS[name](dataclasses.replace(bench, library=build_index(make_model(), library)))
+    assert any("shortlist" in map(str, row) for row in indexed.rows)
+    assert not any("Left out" in note for note in indexed.notes)
 
 
 def test_examples_are_dealt_out_among_the_paraphrases(library, tasks, tmp_path):

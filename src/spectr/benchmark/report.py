@@ -15,7 +15,7 @@ from spectr.benchmark.measure import Timing, Work, measure
 from spectr.benchmark.subjects import BASE, OURS, Subject, get_peer, ours
 from spectr.composition import Guide
 from spectr.flops import count_flops
-from spectr.layers.kernels import cpu_kernels
+from spectr.layers.kernels import kernels_for
 from spectr.layers.routed import RoutedLinear
 from spectr.library import ExpertLibrary
 from spectr.routers import Router
@@ -126,7 +126,7 @@ def _origin(model: nn.Module, library: ExpertLibrary, router: Router, **settings
         "router": repr(router),
         "dtype": str(weight.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
-        "kernels": "compiled" if cpu_kernels() else "none",
+        "kernels": "compiled" if kernels_for(weight.device.type) else "none",
         "device": device,
         "torch": torch.__version__,
         "spectr": spectr.__version__,

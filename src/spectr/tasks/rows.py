@@ -115,7 +115,9 @@ def _rows(
 def _jsonl_rows(path: Path) -> Iterator[dict[str, Any] | DataError]:
     if not path.is_file():
         raise DataError(
-            f"no data file at {path}", do="give the folder that holds it with --data-root, or its full path"
+            f"no data file at {path}",
+            do="give the folder that holds it with --data-root, or its full path; with --data-root hub "
+            "tasks that name a dataset of the Hub take it from there",
         )
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():

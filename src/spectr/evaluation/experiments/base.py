@@ -26,7 +26,7 @@ from spectr.evaluation.score import Measurement, score_examples, score_of
 from spectr.hashing import known_sha256
 from spectr.library import Calibration, ExpertLibrary
 from spectr.models.text import context_length, encode_prompt, shared_prefix
-from spectr.routers import GuidedRouter, Router, get_router
+from spectr.routers import GuidedRouter, Router, Shortlist, get_router
 from spectr.routers.settings import combination_of
 from spectr.tasks import Example, Task
 
@@ -297,39 +297,47 @@ class Bench:
 
 
 def routers_that_fit(names: Sequence[tuple[str, dict[str, Any]]], bench: Bench) -> list[tuple[str, Router]]:
-    """Routers with a label each, less those for which the library lacks something (:func:`unfit_in_words`)."""
-    chosen = [(_label(name, options), get_router(name, **options)) for name, options in names if _is_asked(name, bench)]
+    """Routers with a label each, less those for which the library lacks something (:func:`unfit_in_words`).
+
+    Args:
+        names: Of the routers that the experiment compares, with their settings. Others that were asked for have none.
+        bench: Says which were asked for, and what there is.
+    """
+    chosen = [(_label(name, options), get_router(name, **options)) for name, options in _asked(names, bench)]
     return [(label, router) for label, router in chosen if _lacks(router, bench) is None]
 
 
 def unfit_in_words(names: Sequence[tuple[str, dict[str, Any]]], bench: Bench) -> list[str]:
     """What is to be said of routers that were left out: which, and what the library lacks for them."""
     found: dict[str, list[str]] = {}
-    for name, options in names:
-        lack = _lacks(get_router(name, **options), bench) if _is_asked(name, bench) else None
+    for name, options in _asked(names, bench):
+        lack = _lacks(get_router(name, **options), bench)
         if lack:
             found.setdefault(lack, []).append(_label(name, options))
     return [f"Left out for lack of {lack}: {'; '.join(labels)}." for lack, labels in found.items()]
 
 
-def _is_asked(name: str, bench: Bench) -> bool:
-    return not bench.only or name in bench.only
+def _asked(names: Sequence[tuple[str, dict[str, Any]]], bench: Bench) -> Sequence[tuple[str, dict[str, Any]]]:
+    if not bench.only:
+        return names
+    compared = {name for name, _ in names}
+    more: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in bench.only if name not in compared]
+    return [*(pair for pair in names if pair[0] in bench.only), *more]
 
 
 def _lacks(router: Router, bench: Bench) -> str | None:
     """What a router needs and this bench does not have."""
     library = bench.library
-    if getattr(router, "top_k", 1) > len(library):
-        return "experts"
-    if getattr(router, "calibrated", False) and library.calibration is None:
-        return "a calibration"
-    if combination_of(router) in NEEDS_EQUAL_RANKS and _has_unequal_ranks(library):
-        return "equal ranks"
-    if getattr(router, "gated", False) and not all(has_gates(library[name]) for name in library):
-        return "trained gates"
-    if isinstance(router, GuidedRouter) and (bench.guide is None or set(library.names) - set(library.descriptions)):
-        return "descriptions, or of a model that embeds them"
-    return None
+    missing = {
+        "experts": getattr(router, "top_k", 1) > len(library),
+        "a calibration": getattr(router, "calibrated", False) and library.calibration is None,
+        "equal ranks": combination_of(router) in NEEDS_EQUAL_RANKS and _has_unequal_ranks(library),
+        "trained gates": getattr(router, "gated", False) and not all(has_gates(library[name]) for name in library),
+        "an index (spectr library index)": isinstance(router, Shortlist) and not all(map(library.indexed, library)),
+        "descriptions, or of a model that embeds them": isinstance(router, GuidedRouter)
+        and (bench.guide is None or set(library.names) - set(library.descriptions)),
+    }
+    return next((what for what, lacks in missing.items() if lacks), None)
 
 
 def _has_unequal_ranks(library: ExpertLibrary) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from spectr.evaluation.experiments.base import Bench, Result, percent, routers_that_fit
+from spectr.evaluation.experiments.base import Bench, Result, percent, routers_that_fit, unfit_in_words
 from spectr.evaluation.score import Measurement
 from spectr.layers import trace
 from spectr.models import encode_batch
@@ -58,7 +58,8 @@ def mixed(bench: Bench) -> Result:
         notes=[
             f"{len(prompts)} prompts: every pair of tasks, one question after the other. The two "
             "experts with the largest weight over all tokens after the template's opening and all layers. ± one "
-            "standard error over prompts."
+            "standard error over prompts.",
+            *unfit_in_words(ROUTERS, bench),
         ],
         origin=bench.origin(),
     )

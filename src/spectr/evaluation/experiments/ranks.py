@@ -7,7 +7,7 @@ from typing import Any
 
 from spectr.calibration import calibrate
 from spectr.errors import DataError
-from spectr.evaluation.experiments.base import Bench, Result, percent, routers_that_fit
+from spectr.evaluation.experiments.base import Bench, Result, percent, routers_that_fit, unfit_in_words
 from spectr.evaluation.finding import over_runs
 
 ROUTERS: list[tuple[str, dict[str, Any]]] = [
@@ -59,7 +59,8 @@ def ranks(bench: Bench) -> Result:
         data={"routers": data, "chance": 1 / len(experts)},
         notes=[
             f"Libraries of {len(experts)} experts ({', '.join(experts)}), all of one rank, trained alike but for the "
-            f"rank. By chance {1 / len(experts):.1%}. ± one standard error over prompts."
+            f"rank. By chance {1 / len(experts):.1%}. ± one standard error over prompts.",
+            *unfit_in_words(ROUTERS, among),
         ],
         origin=bench.origin(),
     )

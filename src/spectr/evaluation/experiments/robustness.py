@@ -7,17 +7,18 @@ import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spectr.calibration import calibrate
-from spectr.evaluation.experiments.base import Bench, Result, percent, routers_that_fit
+from spectr.evaluation.experiments.base import Bench, Result, percent, routers_that_fit, unfit_in_words
 from spectr.evaluation.finding import over_runs
 from spectr.library import ExpertLibrary
 
-ROUTERS = [("arrow", {"top_k": 4}), ("spectr", {"top_k": 4}), ("calibrated", {})]
+ROUTERS: list[tuple[str, dict[str, Any]]] = [("arrow", {"top_k": 4}), ("spectr", {"top_k": 4}), ("calibrated", {})]
 _LARGE, _RANK = 100.0, 64
 
 
@@ -60,6 +61,7 @@ def robustness(bench: Bench) -> Result:
         data={"cases": data, "odd": odd},
         notes=[
             "One expert of the library is changed, or one is added. ± one standard error over prompts.",
+            *unfit_in_words(ROUTERS, bench),
             *bench.remarks(),
         ],
         origin=bench.origin(),

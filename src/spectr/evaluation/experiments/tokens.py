@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from spectr.evaluation.experiments.base import Bench, Result, routers_that_fit
+from spectr.evaluation.experiments.base import Bench, Result, routers_that_fit, unfit_in_words
 from spectr.layers import trace
 from spectr.models import encode_batch
 
@@ -50,7 +50,8 @@ def tokens(bench: Bench) -> Result:
         data={"task": task, "tokens": pieces, "experts": list(bench.library.names), "weights": weights},
         notes=[
             f"The shortest of the prompts of {task}. Colour: the expert with the largest weight at a token, averaged "
-            "over all layers; the stronger, the larger that weight."
+            "over all layers; the stronger, the larger that weight.",
+            *unfit_in_words(ROUTERS, bench),
         ],
         origin=bench.origin(),
     )
