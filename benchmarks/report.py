@@ -72,8 +72,8 @@ def main() -> None:
     run(inputs, work, "inputs")
     if arguments.inputs:
         return
-    experiments = [
-        Step(name, spectr(f"evaluate {name} {how}"), work / f"out/evaluation/{name}.json")
+    experiments = [  # in one dtype, whatever the machine is fast at
+        Step(name, spectr(f"evaluate {name} {how} --dtype float32"), work / f"out/evaluation/{name}.json")
         for name, how in EXPERIMENTS.items()
     ]
     run(experiments, work, "experiments")

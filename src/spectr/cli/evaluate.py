@@ -95,6 +95,7 @@ def evaluate(
         "writer": writer,
         "ranks": ranks,
         "companion": companion,
+        "dtype": None if dtype == "auto" else dtype,
     }
     _ = asked.library.calibration
     base, tokenizer = open_model(model, dtype)
