@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from models import close
@@ -11,6 +11,7 @@ from spectr.spectral import align, rotate
 
 
 @settings(max_examples=40, deadline=None)
+@example(rank=6, inputs=6, outputs=6, scale=0.01, seed=49)  # nearly of rank 5
 @given(
     rank=st.integers(1, 6),
     inputs=st.integers(6, 20),
@@ -23,13 +24,16 @@ def test_it_is_the_svd_of_the_update(rank, inputs, outputs, scale, seed):
     A = torch.randn(3, rank, inputs, generator=chance)
     B = torch.randn(3, outputs, rank, generator=chance)
     turned, holds = rotate(A, B, torch.full((3,), scale))
-    assert holds.all()
-    found = turned.applied(A, B, torch.full((3,), scale))
+    well = (torch.linalg.cond(A) < 50) & (torch.linalg.cond(B) < 50)
+    assert holds[well].all()
+    assume(holds.any())
+    A, B, turned = A[holds], B[holds], type(turned)(*(part[holds] for part in turned))
+    found = turned.applied(A, B, torch.full((len(A),), scale))
     exact = scale * B.double() @ A.double()
     S = torch.linalg.svdvals(exact)[:, :rank]
     close(found.S.double(), S, 1e-5)
     close((found.U * found.S[:, None]).double() @ found.Vh.double(), exact, 1e-4)
-    eye = torch.eye(rank, dtype=torch.float64).expand(3, -1, -1)
+    eye = torch.eye(rank, dtype=torch.float64).expand(len(A), -1, -1)
     close(found.Vh.double() @ found.Vh.double().mT, eye, 1e-4)
     close(found.U.double().mT @ found.U.double(), eye, 1e-4)
     assert (found.Vh.gather(-1, found.Vh.abs().argmax(-1, keepdim=True)) > 0).all()

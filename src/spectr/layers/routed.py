@@ -14,7 +14,7 @@ from spectr.combine import get_combination, merge_outputs
 from spectr.layers.grouped import grouped_inputs, grouped_outputs
 from spectr.layers.kernels import Kernels, kernels_for
 from spectr.layers.linear import Features, features
-from spectr.layers.outputs import add_masked, gathered_sum, gathering_pays, picked_sum, weighted
+from spectr.layers.outputs import add_masked, gathered_sum, gathering_pays, weighted
 from spectr.routers.base import Router, ShortlistRouter, segment_norms
 from spectr.routers.settings import combination_of, selection_of
 from spectr.selection import TopK
@@ -183,20 +183,17 @@ class RoutedLinear(nn.Module):
         out = self.base(input, *args, **kwargs)
         if self.listen is not None:
             self.listen(input)
-        if self.asleep or not self.experts or self._add_fused(out, input):
+        if self.asleep or not self.experts:
             return out
+        fused = self._fused(out, input)
+        if fused is not None:
+            return fused
         return self._add_routed(out, input) if self.held is None else self._add_held(out, input, self.held)
 
     def _add_routed(self, out: Float[Tensor, "*T O"], x: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
         tensors = self._buffers
         B_OP = tensors["B_OP"]
         assert B_OP is not None
-        selected = self._select_fused(x)
-        if selected is not None:
-            rows_NP, shares_NP = selected
-            if self.gathers:
-                return _add(out, picked_sum(rows_NP, shares_NP, B_OP).view(out.shape))
-            return self._add_masked(out, shares_NP, B_OP)
         h_TP, scores_TE = self._informed(x)
         if self.gathers and self.among_B1E is None:
             index_TK, weights_TK = self.select.choose(scores_TE)  # pyright: ignore[reportAttributeAccessIssue]
@@ -208,36 +205,24 @@ class RoutedLinear(nn.Module):
             return _add(out, grouped_outputs(h_TP, weights_TE, self.B_OP, self.ranks))
         return self._add_masked(out, weighted(h_TP, weights_TE, self.common_rank, tensors["member_EP"]), B_OP)  # pyright: ignore
 
-    def _select_fused(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The chosen experts' ``w A x``, scored and selected by one compiled call, where that is possible."""
-        kernels, A_PI = _kernels(x), self._buffers["A_PI"]
-        if kernels is None or not self.fuses or A_PI is None or not self._fits(self.prior_B1E, x):
-            return None
-        if self.among_B1E is not None or not kernels.take(x, A_PI):
-            return None
-        return kernels.select(
-            linear(x, A_PI), self._buffers["centers_P"], self.prior_B1E, pick=self.gathers, **self._fused_settings()
-        )
-
-    def _add_fused(self, out: Tensor, x: Tensor) -> bool:
-        """All by one compiled call, in the memory of ``out``, where that is possible and pays; whether it was done."""
+    def _fused(self, out: Tensor, x: Tensor) -> Tensor | None:
+        """All by one compiled call, where that is possible; in the memory of ``out`` where nobody else sees it."""
         held, kernels = self.held, _kernels(x)
-        if kernels is None or not (self.fuses if held is None else self.sums):
-            return False
-        if x.numel() > kernels.most_tokens * x.shape[-1]:
-            return False
+        if kernels is None or not (self.fuses and self.among_B1E is None if held is None else self.sums):
+            return None
         A_PI, B_OP = (self._buffers["A_PI"], self._buffers["B_OP"]) if held is None else (held.A_PI, held.B_OP)
         assert A_PI is not None
         assert B_OP is not None
         Bt_PO = B_OP.mT
-        if not kernels.take(x, out, A_PI, Bt_PO) or not self._owns(out):
-            return False
+        rows = self.prior_B1E if held is None else held.weights_B1P
+        if not (kernels.take(x, out, A_PI, Bt_PO) and self._fits(rows, x)):
+            return None
+        target = out if self._owns(out) else out.clone()
         if held is not None:
-            return self._fits(held.weights_B1P, x) and kernels.held(x, A_PI, Bt_PO, held.weights_B1P, out)
-        if self.among_B1E is not None or not self._fits(self.prior_B1E, x):
-            return False
+            return target if kernels.held(x, A_PI, Bt_PO, held.weights_B1P, target) else None
         centers_P = self._buffers["centers_P"]
-        return kernels.route(x, A_PI, Bt_PO, centers_P, self.prior_B1E, out, **self._fused_settings())
+        done = kernels.route(x, A_PI, Bt_PO, centers_P, self.prior_B1E, target, **self._fused_settings())
+        return target if done else None
 
     def _fused_settings(self) -> dict[str, Any]:
         select: Any = self.select
@@ -312,8 +297,7 @@ class RoutedLinear(nn.Module):
         if self.held is not None:
             return size * (self.held.A_PI.numel() + self.held.B_OP.numel())
         share = 1.0
-        kernels = kernels_for(self.A_PI.device.type)
-        if self.gathers or (self.fuses and kernels is not None and tokens <= kernels.most_tokens):
+        if self.gathers or (self.fuses and kernels_for(self.A_PI.device.type) is not None):
             share = min(1.0, tokens * self.select.k / len(self.experts))  # pyright: ignore[reportAttributeAccessIssue]
         mixing = 0 if self.mix_PR is None else self.mix_PR.numel()
         prototypes = 0 if self.prototypes_EI is None else self.prototypes_EI.numel()

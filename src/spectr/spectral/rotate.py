@@ -10,7 +10,8 @@ from torch import Tensor
 
 from spectr.spectral.align import Aligned
 
-_WELL = 1e-4  # least over largest diagonal entry of a Cholesky factor: below, its inverse costs float32's digits
+_WELL = 1e-4  # least over largest diagonal entry of a Cholesky factor: below, float64 has no digits to spare
+_OFF = 2e-5  # how far U and V may be from orthonormal, once their rotations are rounded to float32
 
 
 class Rotation(NamedTuple):
@@ -50,8 +51,9 @@ def rotate(
         scale: One number, or one for each pair (shape (N,)).
 
     Returns:
-        The rotation, float32, and which pairs it holds for, (N,) or (): those whose factors have full rank by a good
-        margin. Align the others by :func:`spectr.spectral.align`.
+        The rotation, float32, and which pairs it holds for, (N,) or (): those whose factors have full rank by such
+        a margin that ``U`` and ``V`` are orthonormal to 2e-5 in float32. Align the others by
+        :func:`spectr.spectral.align`.
 
     Source: SpectR (Fleshman and Van Durme, 2025), eq. 2 and 3, by another way than theirs.
     """
@@ -69,7 +71,11 @@ def rotate(
     left = torch.linalg.solve_triangular(L_b.mT, u, upper=True) / torch.where(factor == 0, 1.0, factor)
     Vh = right @ A
     sign = torch.where(Vh.gather(-1, Vh.abs().argmax(-1, keepdim=True)) < 0, -1.0, 1.0)
-    return Rotation((left * sign.mT).float(), S.float(), (right * sign).float()), holds
+    found = Rotation((left * sign.mT).float(), S.float(), (right * sign).float())
+    rounded_U, rounded_Vh = B @ (found.left.double() * factor), found.right.double() @ A
+    for gram_NRR in (rounded_U.mT @ rounded_U, rounded_Vh @ rounded_Vh.mT):
+        holds &= (gram_NRR - identity).abs().amax((-2, -1)) < _OFF
+    return found, holds
 
 
 def _well(L_NRR: Tensor) -> Tensor:

@@ -15,12 +15,10 @@ class Kernels(ABC):
     Attributes:
         device: The kind of device whose tensors they take.
         dtypes: The dtypes that they take.
-        most_tokens: Of more tokens :meth:`route` and :meth:`held` are not asked for: torch is faster.
     """
 
     device: str
     dtypes: tuple[torch.dtype, ...]
-    most_tokens: float
 
     def take(self, *tensors: Tensor) -> bool:
         """Whether they can work on these, and nobody has to see single operations (autograd, a counter)."""
@@ -66,31 +64,3 @@ class Kernels(ABC):
     def held(self, x: Tensor, A_PI: Tensor, Bt_PO: Tensor, weights_BP: Tensor, out: Tensor) -> bool:
         """Add ``B (w A x)`` to ``out``; a row of weights for each equal share of the tokens. As :meth:`route` else."""
         return False
-
-    def select(
-        self,
-        h: Tensor,
-        centers_P: Tensor | None,
-        prior_BE: Tensor | None,
-        *,
-        experts: int,
-        k: int,
-        temperature: float,
-        pick: bool,
-    ) -> tuple[Tensor, Tensor] | None:
-        """Of ``h = A x`` the chosen experts' parts times their weights. As :meth:`route` else; any number of tokens.
-
-        Args:
-            h: (..., P), contiguous. Without ``pick`` it is overwritten: zero for experts that are not chosen.
-            centers_P: See :meth:`route`.
-            prior_BE: See :meth:`route`.
-            experts: See :meth:`route`.
-            k: See :meth:`route`.
-            temperature: See :meth:`route`.
-            pick: Return the chosen alone.
-
-        Returns:
-            With ``pick`` the rows of the chosen along P, int64, and their ``w h``, (tokens, k R) each; else ``h``
-            twice. ``None`` where it was not done.
-        """
-        return None

@@ -87,7 +87,6 @@ class GpuKernels(Kernels):
     """
 
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    most_tokens = float("inf")
 
     def __init__(self, device: str = "cuda"):
         self.device = device

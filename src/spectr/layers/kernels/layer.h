@@ -1,20 +1,76 @@
-/* The functions of routing.c for one dtype: TYPE in memory, FROM(value) and TO(value) between it and float. */
+/* The functions of routing.c for one dtype: TYPE in memory, FROM, TO, LOAD and STORE between it and float. */
 
-/* h = A x for all tokens: each row of A is read once. Rounded as the layer's dtype rounds. */
-static void NAME(inner)(const float *x, const TYPE *A, float *row, float *h, long tokens, long inputs, long rows) {
-  for (long p = 0; p < rows; p++) {
-    for (long i = 0; i < inputs; i++) row[i] = FROM(A[p * inputs + i]);
+
+/* h = A x for all tokens: each row of A is read once, by one thread. Rounded as the layer's dtype rounds. */
+static void NAME(inner)(const TYPE *x, const TYPE *A, float *h, long tokens, long inputs, long rows) {
+#pragma omp for schedule(static)
+  for (long p = 0; p < rows; p++)
     for (long t = 0; t < tokens; t++) {
-      const float *xt = x + t * inputs;
       float sum = 0;
-      for (long i = 0; i < inputs; i++) sum += row[i] * xt[i];
+      for (long i = 0; i < inputs; i++) sum += FROM(A[p * inputs + i]) * FROM(x[t * inputs + i]);
       h[t * rows + p] = FROM(TO(sum));
+    }
+}
+
+/* out += sum over n rows of share * Bt[row], of few tokens: BLOCK outputs at a time, from where Bt lies. */
+static void NAME(outer_few)(TYPE *out, const TYPE *Bt, const int32_t *row, const float *share, const int32_t *count,
+                            long tokens, long n, long outputs) {
+  long blocks = (outputs + BLOCK - 1) / BLOCK;
+#pragma omp for schedule(static)
+  for (long b = 0; b < blocks; b++) {
+    long from = b * BLOCK, width = outputs - from < BLOCK ? outputs - from : BLOCK;
+    for (long t = 0; t < tokens; t++) {
+      const int32_t *rows = row + t * n;
+      const float *shares = share + t * n;
+      TYPE *to = out + t * outputs + from;
+      if (width < BLOCK) {
+        for (long o = 0; o < width; o++) {
+          float total = FROM(to[o]);
+          for (long j = 0; j < count[t]; j++) total += shares[j] * FROM(Bt[rows[j] * outputs + from + o]);
+          to[o] = TO(total);
+        }
+        continue;
+      }
+      vector sums[BLOCK / WIDE];
+      for (int v = 0; v < BLOCK / WIDE; v++) sums[v] = LOAD(to + v * WIDE);
+      for (long j = 0; j < count[t]; j++)
+        for (int v = 0; v < BLOCK / WIDE; v++) sums[v] += shares[j] * LOAD(Bt + rows[j] * outputs + from + v * WIDE);
+      for (int v = 0; v < BLOCK / WIDE; v++) STORE(to + v * WIDE, sums[v]);
     }
   }
 }
 
-static void NAME(outer)(float weight, const TYPE *row, float *sum, long outputs) {
-  for (long o = 0; o < outputs; o++) sum[o] += weight * FROM(row[o]);
+/* The same of many tokens: each block of Bt is first laid out by itself, as floats, so that it stays near. `packed` has
+   room for it, for each thread. */
+static void NAME(outer_many)(TYPE *out, const TYPE *Bt, const int32_t *row, const float *share, const int32_t *count,
+                             long tokens, long n, long outputs, long rows, float *packed) {
+  long blocks = (outputs + BLOCK - 1) / BLOCK;
+#pragma omp for schedule(static)
+  for (long b = 0; b < blocks; b++) {
+    long from = b * BLOCK, width = outputs - from < BLOCK ? outputs - from : BLOCK;
+    float *own = aligned(packed) + THREAD * rows * BLOCK;
+    for (long p = 0; p < rows; p++)
+      for (long o = 0; o < BLOCK; o++) own[p * BLOCK + o] = o < width ? FROM(Bt[p * outputs + from + o]) : 0;
+    for (long t = 0; t < tokens; t++) {
+      TYPE edge[BLOCK] = {0}, *to = out + t * outputs + from, *at = width < BLOCK ? edge : to;
+      if (width < BLOCK) memcpy(edge, to, width * sizeof *edge);
+      for (size_t line = 0; line < BLOCK * sizeof *to; line += 64) /* of the token after the next, on another page */
+        __builtin_prefetch((const char *)(to + 2 * outputs) + line, 1);
+      vector sums[BLOCK / WIDE], others[BLOCK / WIDE] = {{0}}; /* two, as each waits for itself */
+      for (int v = 0; v < BLOCK / WIDE; v++) sums[v] = LOAD(at + v * WIDE);
+      long j = 0;
+      for (; j + 2 <= count[t]; j += 2)
+        for (int v = 0; v < BLOCK / WIDE; v++) {
+          sums[v] += share[t * n + j] * load_f32(own + (long)row[t * n + j] * BLOCK + v * WIDE);
+          others[v] += share[t * n + j + 1] * load_f32(own + (long)row[t * n + j + 1] * BLOCK + v * WIDE);
+        }
+      for (; j < count[t]; j++)
+        for (int v = 0; v < BLOCK / WIDE; v++)
+          sums[v] += share[t * n + j] * load_f32(own + (long)row[t * n + j] * BLOCK + v * WIDE);
+      for (int v = 0; v < BLOCK / WIDE; v++) STORE(at + v * WIDE, sums[v] + others[v]);
+      if (width < BLOCK) memcpy(to, edge, width * sizeof *edge);
+    }
+  }
 }
 
 static void NAME(score)(const float *ht, const TYPE *centers, const float *prior, float *scores, long experts,
@@ -29,81 +85,83 @@ static void NAME(score)(const float *ht, const TYPE *centers, const float *prior
   }
 }
 
-/* Of h = A x of any number of tokens the chosen: their rows and w_t h_t into `picked` and `shares`, (tokens, k rank)
-   each; or, where `picked` is null, w_t h_t in place and zero for the rest. Returns 1 where there is no memory. */
-int NAME(select)(TYPE *h, const TYPE *centers, const float *prior, int64_t *picked, TYPE *shares, long tokens,
-                long rows_of_prior, long experts, long rank, long k, float temperature) {
-  long rows = experts * rank;
-  float *memory = malloc((rows + 2 * experts + k + 1) * sizeof(float) + k * sizeof(long));
-  if (!memory) return 1;
-  float *ht = memory, *scores = ht + rows, *left = scores + experts, *weights = left + experts;
-  long *chosen = (long *)(memory + ((rows + 2 * experts + k + 1) & ~1L));
-  for (long t = 0; t < tokens; t++) {
-    for (long p = 0; p < rows; p++) ht[p] = FROM(h[t * rows + p]);
-    const float *here = prior ? prior + (t * rows_of_prior / tokens) * experts : 0;
-    NAME(score)(ht, centers, here, scores, experts, rank);
-    choose(scores, left, experts, k, temperature, chosen, weights);
-    if (!picked) memset(h + t * rows, 0, rows * sizeof *h);
-    for (long c = 0; c < k; c++)
-      for (long r = 0; r < rank; r++) {
-        long p = chosen[c] * rank + r, place = (t * k + c) * rank + r;
-        TYPE share = TO(weights[c] * ht[p]);
-        if (picked) {
-          picked[place] = p;
-          shares[place] = share;
-        } else {
-          h[t * rows + p] = share;
+/* out += sum over the chosen of w_t B_t h_t, with h = A x where it is not given. Returns 1 where there is no memory, and
+   has changed nothing. */
+int NAME(route)(const TYPE *x, const TYPE *A, const TYPE *given, const TYPE *Bt, const TYPE *centers,
+                const float *prior, TYPE *out, long tokens, long rows_of_prior, long inputs, long outputs,
+                long experts, long rank, long k, float temperature, long threads) {
+  long rows = experts * rank, n = k * rank, own = experts + k, packs = tokens > FEW;
+  float *memory = malloc((tokens * (rows + n) + threads * (own + packs * rows * BLOCK) + BLOCK) * sizeof(float));
+  int32_t *places = malloc((tokens * (n + 1)) * sizeof(int32_t));
+  long *choices = malloc(threads * k * sizeof(long));
+  int failed = !memory || !places || !choices;
+  if (!failed) {
+    float *h = memory, *share = h + tokens * rows, *scratch = share + tokens * n, *packed = scratch + threads * own;
+    int32_t *row = places, *count = row + tokens * n;
+#pragma omp parallel num_threads(threads)
+    {
+      if (!given) NAME(inner)(x, A, h, tokens, inputs, rows);
+#pragma omp for schedule(static)
+      for (long worker = 0; worker < threads; worker++) {
+        float *scores = scratch + worker * own, *weights = scores + experts;
+        long *chosen = choices + worker * k;
+        for (long t = worker * tokens / threads; t < (worker + 1) * tokens / threads; t++) {
+          float *ht = h + t * rows;
+          if (given)
+            for (long p = 0; p < rows; p++) ht[p] = FROM(given[t * rows + p]);
+          NAME(score)(ht, centers, prior ? prior + (t * rows_of_prior / tokens) * experts : 0, scores, experts, rank);
+          choose(scores, experts, k, temperature, chosen, weights);
+          count[t] = n;
+          for (long c = 0; c < k; c++)
+            for (long r = 0; r < rank; r++) {
+              row[t * n + c * rank + r] = chosen[c] * rank + r;
+              share[t * n + c * rank + r] = weights[c] * ht[chosen[c] * rank + r];
+            }
         }
       }
+      if (packs)
+        NAME(outer_many)(out, Bt, row, share, count, tokens, n, outputs, rows, packed);
+      else
+        NAME(outer_few)(out, Bt, row, share, count, tokens, n, outputs);
+    }
   }
   free(memory);
-  return 0;
-}
-
-/* out += sum over the chosen of w_t B_t h_t. Returns 1 where there is no memory, and has changed nothing. */
-int NAME(route)(const TYPE *x, const TYPE *A, const TYPE *Bt, const TYPE *centers, const float *prior, TYPE *out,
-               long tokens, long rows_of_prior, long inputs, long outputs, long experts, long rank, long k,
-               float temperature) {
-  long rows = experts * rank;
-  size_t size = tokens * (inputs + rows) + inputs + outputs + 2 * experts + k;
-  float *memory = malloc((size + 1) * sizeof(float) + k * sizeof(long));
-  if (!memory) return 1;
-  float *wide = memory, *h = wide + tokens * inputs, *row = h + tokens * rows, *sum = row + inputs,
-        *scores = sum + outputs, *left = scores + experts, *weights = left + experts;
-  long *chosen = (long *)(memory + ((size + 1) & ~(size_t)1));
-  for (long i = 0; i < tokens * inputs; i++) wide[i] = FROM(x[i]);
-  NAME(inner)(wide, A, row, h, tokens, inputs, rows);
-  for (long t = 0; t < tokens; t++) {
-    const float *ht = h + t * rows;
-    const float *here = prior ? prior + (t * rows_of_prior / tokens) * experts : 0;
-    NAME(score)(ht, centers, here, scores, experts, rank);
-    choose(scores, left, experts, k, temperature, chosen, weights);
-    memset(sum, 0, outputs * sizeof *sum);
-    for (long c = 0; c < k; c++)
-      for (long r = chosen[c] * rank; r < (chosen[c] + 1) * rank; r++)
-        NAME(outer)(weights[c] * ht[r], Bt + r * outputs, sum, outputs);
-    for (long o = 0; o < outputs; o++) out[t * outputs + o] = TO(FROM(out[t * outputs + o]) + sum[o]);
-  }
-  free(memory);
-  return 0;
+  free(places);
+  free(choices);
+  return failed;
 }
 
 /* out += B (w h) with weights that are held, one row of them for each equal share of the tokens. */
-int NAME(held)(const TYPE *x, const TYPE *A, const TYPE *Bt, const TYPE *weights, TYPE *out, long tokens,
-                long rows_of_weights, long inputs, long outputs, long rows) {
-  float *memory = malloc((tokens * (inputs + rows) + inputs + outputs) * sizeof(float));
-  if (!memory) return 1;
-  float *wide = memory, *h = wide + tokens * inputs, *row = h + tokens * rows, *sum = row + inputs;
-  for (long i = 0; i < tokens * inputs; i++) wide[i] = FROM(x[i]);
-  NAME(inner)(wide, A, row, h, tokens, inputs, rows);
-  for (long t = 0; t < tokens; t++) {
-    memset(sum, 0, outputs * sizeof *sum);
-    for (long p = 0; p < rows; p++) {
-      float weight = FROM(weights[(t * rows_of_weights / tokens) * rows + p]);
-      if (weight != 0) NAME(outer)(weight * h[t * rows + p], Bt + p * outputs, sum, outputs);
+int NAME(held)(const TYPE *x, const TYPE *A, const TYPE *given, const TYPE *Bt, const TYPE *weights, TYPE *out,
+               long tokens, long rows_of_weights, long inputs, long outputs, long rows, long threads) {
+  long packs = tokens > FEW;
+  float *memory = malloc((2 * tokens * rows + packs * threads * rows * BLOCK + BLOCK) * sizeof(float));
+  int32_t *places = malloc(tokens * (rows + 1) * sizeof(int32_t));
+  int failed = !memory || !places;
+  if (!failed) {
+    float *h = memory, *share = h + tokens * rows, *packed = share + tokens * rows;
+    int32_t *row = places, *count = row + tokens * rows;
+#pragma omp parallel num_threads(threads)
+    {
+      if (!given) NAME(inner)(x, A, h, tokens, inputs, rows);
+#pragma omp for schedule(static)
+      for (long t = 0; t < tokens; t++) {
+        long n = 0;
+        for (long p = 0; p < rows; p++) {
+          float weight = FROM(weights[(t * rows_of_weights / tokens) * rows + p]);
+          if (weight == 0) continue;
+          row[t * rows + n] = p;
+          share[t * rows + n++] = weight * (given ? FROM(given[t * rows + p]) : h[t * rows + p]);
+        }
+        count[t] = n;
+      }
+      if (packs)
+        NAME(outer_many)(out, Bt, row, share, count, tokens, rows, outputs, rows, packed);
+      else
+        NAME(outer_few)(out, Bt, row, share, count, tokens, rows, outputs);
     }
-    for (long o = 0; o < outputs; o++) out[t * outputs + o] = TO(FROM(out[t * outputs + o]) + sum[o]);
   }
   free(memory);
-  return 0;
+  free(places);
+  return failed;
 }

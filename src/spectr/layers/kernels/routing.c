@@ -1,12 +1,30 @@
-/* One routed layer: scores, selection and, of few tokens, the chosen experts' outputs, each in one pass.
+/* One routed layer: scores, selection and the chosen experts' outputs, each in one pass.
 
    For float32, and for bfloat16, which is the upper half of a float32. Sums are float32. A is (P, inputs), Bt is
-   (P, outputs): an expert's rows lie together, and all experts have `rank` rows. */
+   (P, outputs): an expert's rows lie together, and all experts have `rank` rows. Threads are OpenMP's, where the compiler
+   was told to make them. */
 
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#define THREAD omp_get_thread_num()
+#else
+#define THREAD 0
+#endif
+
+#define FEW 32          /* tokens up to which Bt is read from where it lies */
+#define WIDE 16         /* numbers of a vector; narrower machines take it in parts */
+#define BLOCK (4 * WIDE) /* outputs that are summed in registers */
+typedef float vector __attribute__((vector_size(4 * WIDE)));
+typedef uint32_t words __attribute__((vector_size(4 * WIDE)));
+typedef uint16_t halves __attribute__((vector_size(2 * WIDE)));
+
+/* The next place where a vector crosses no line of the cache. */
+static inline float *aligned(float *place) { return (float *)(((uintptr_t)place + 63) & ~(uintptr_t)63); }
 
 static inline float from_bf16(uint16_t value) {
   uint32_t bits = (uint32_t)value << 16;
@@ -22,16 +40,42 @@ static inline uint16_t to_bf16(float value) { /* to the nearest, ties to even, a
   return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+static inline vector load_f32(const float *from) {
+  vector loaded;
+  memcpy(&loaded, from, sizeof loaded);
+  return loaded;
+}
+
+static inline vector load_bf16(const uint16_t *from) {
+  halves loaded;
+  memcpy(&loaded, from, sizeof loaded);
+  words bits = __builtin_convertvector(loaded, words) << 16;
+  vector wide;
+  memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+
+static inline void store_f32(float *to, vector value) { memcpy(to, &value, sizeof value); }
+
+static inline void store_bf16(uint16_t *to, vector value) {
+  words bits;
+  memcpy(&bits, &value, sizeof bits);
+  words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, number = (words)(value == value);
+  halves stored = __builtin_convertvector((rounded & number) | (0x7fc0 & ~number), halves);
+  memcpy(to, &stored, sizeof stored);
+}
+
 /* The k largest scores of one token, the first of equals first, and their weights: 1 / k or a softmax. */
-static void choose(const float *scores, float *left, long experts, long k, float temperature, long *chosen,
-                   float *weights) {
-  memcpy(left, scores, experts * sizeof *left);
-  for (long c = 0; c < k; c++) {
-    long best = 0;
-    for (long e = 1; e < experts; e++)
-      if (left[e] > left[best]) best = e;
-    chosen[c] = best;
-    left[best] = -INFINITY;
+static void choose(const float *scores, long experts, long k, float temperature, long *chosen, float *weights) {
+  for (long e = 0, there = 0; e < experts; e++) { /* weights: for now the chosen scores */
+    if (there == k && !(scores[e] > weights[k - 1])) continue;
+    long place = there < k ? there++ : k - 1;
+    for (; place > 0 && scores[e] > weights[place - 1]; place--) {
+      weights[place] = weights[place - 1];
+      chosen[place] = chosen[place - 1];
+    }
+    weights[place] = scores[e];
+    chosen[place] = e;
   }
   float total = 0;
   for (long c = 0; c < k; c++) {
@@ -45,14 +89,20 @@ static void choose(const float *scores, float *left, long experts, long k, float
 #define NAME(function) function##_f32
 #define FROM(value) (value)
 #define TO(value) (value)
+#define LOAD(from) load_f32(from)
+#define STORE(to, value) store_f32(to, value)
 #include "layer.h"
 #undef TYPE
 #undef NAME
 #undef FROM
 #undef TO
+#undef LOAD
+#undef STORE
 
 #define TYPE uint16_t
 #define NAME(function) function##_bf16
 #define FROM(value) from_bf16(value)
 #define TO(value) to_bf16(value)
+#define LOAD(from) load_bf16(from)
+#define STORE(to, value) store_bf16(to, value)
 #include "layer.h"
