@@ -134,16 +134,19 @@ def test_the_command_of_a_result_names_what_it_was_asked(spectr, given, task, tm
     assert "--router makes no difference" in notes
     command = json.loads((out / "quality.json").read_text())["origin"]["command"]
     assert (
-        command == "spectr evaluate quality --model model --library adapters --task blue.yaml --router arrow --limit 4"
+        command == "spectr evaluate quality --model model --library adapters --task blue.yaml --router arrow --limit 4 "
+        "--dtype float32"
     )
 
 
 def test_the_result_of_another_run_is_not_replaced_in_silence(spectr, given, task, tmp_path):
     out = tmp_path / "out"
     asked = ("evaluate", "quality", "--task", task, "-o", out, *given)
-    assert "is replaced" not in spectr(*asked)[2]
-    assert "is replaced" not in spectr(*asked)[2]
-    assert "the result of another run of quality" in spectr(*asked, "--limit", 2)[2]
+    assert "is kept" not in spectr(*asked)[2]
+    assert "is kept" not in spectr(*asked)[2]
+    before = (out / "quality.json").read_text()
+    assert "another run's result of quality is kept as" in spectr(*asked, "--limit", 2)[2]
+    assert (out / "quality.before.json").read_text() == before
 
 
 def test_where_all_are_alike_their_number_is_given(spectr):

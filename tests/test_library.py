@@ -209,8 +209,10 @@ class TestOpening:
     def test_an_adapter_given_in_place_of_a_library(self, adapter):
         with pytest.raises(LibraryError) as caught:
             ExpertLibrary.open(adapter)
-        given = (f"{adapter} holds no experts (it is itself an adapter: give its parent folder)",)
-        assert_says(caught.value, given=given, expected="a manifest.json, or folders", do="spectr library add")
+        given = (f"{adapter} holds no experts (it is itself an adapter)",)
+        assert_says(
+            caught.value, given=given, expected="a manifest.json, or folders", do="give its parent folder, or add"
+        )
 
     def test_broken_adapters_of_a_plain_folder_are_reported_together(self, tmp_path):
         write_adapter(tmp_path / "fine")
@@ -263,24 +265,54 @@ class TestOpening:
         given = ("names of experts must be different and in alphabetical order",)
         assert_says(caught.value, given=given, expected="format 2", do="restore the file")
 
-    @pytest.mark.parametrize("use", ["open", "verify", "remove", "replace"])
-    def test_a_damaged_entry(self, library, adapter, use):
+    def test_a_damaged_entry(self, library, adapter):
         path = library.root / "entries" / "sql.json"
         path.write_text('{"name": "sql"')
         before, store = tree(library.root), LibraryStore(library.root)
-        uses = {
-            "open": lambda: ExpertLibrary.open(library.root),
-            "verify": store.verify,
-            "remove": lambda: store.remove("sql"),
-            "replace": lambda: store.add("sql", adapter, replace=True),
-        }
-        with pytest.raises(LibraryError) as caught:
-            uses[use]()
-        given = (f"{path} is not an expert's entry", "Invalid JSON")
-        assert_says(caught.value, given=given, expected="format 2", do="restore the file")
+        for use in (lambda: ExpertLibrary.open(library.root), lambda: store.entry("sql")):
+            with pytest.raises(LibraryError) as caught:
+                use()
+            given = (f"{path} is not an expert's entry", "Invalid JSON")
+            do = f"spectr library add sql ADAPTER --library {library.root} --replace; or remove it"
+            assert_says(caught.value, given=given, expected="format 2", do=do)
+        faults = store.verify()
+        assert faults["law"] is None
+        assert "Invalid JSON" in str(faults["sql"])
+        with pytest.raises(LibraryError, match="already has an expert 'sql'"):
+            library.add("sql", adapter)
         assert tree(library.root) == before
         library.add("med", adapter)  # which the damage does not concern
         assert store.entry("med").folder in {path.name for path in library.root.iterdir()}
+
+    @pytest.mark.parametrize("use", ["remove", "replace"])
+    def test_a_damaged_entry_is_mended(self, library, adapter, use):
+        (library.root / "entries" / "sql.json").write_text("{}")
+        if use == "remove":
+            library.remove("sql")
+            assert LibraryStore(library.root).entries == (library.entry("law"),)
+            assert "belongs to no expert" in str(library.verify()["sql"])  # whose folder nobody knew any more
+        else:
+            library.add("sql", adapter, replace=True)
+            assert_sound(library, "law", "sql")
+
+    def test_a_lost_entry_is_told_and_can_be_given_back(self, library):
+        folder = library.root / library.entry("sql").folder
+        (library.root / "entries" / "sql.json").unlink()
+        fault = LibraryStore(library.root).verify()["sql"]
+        given, do = (f"{folder} belongs to no expert",), f"spectr library add sql {folder} --library {library.root}"
+        assert_says(fault, given=given, expected=None, do=do)
+        library.add("sql", folder)
+        assert_sound(library, "law", "sql")
+
+    def test_a_library_is_not_made_inside_an_adapter(self, adapter, other_adapter):
+        before = tree(adapter)
+        with pytest.raises(LibraryError, match="is itself an adapter"):
+            LibraryStore(adapter).add("law", other_adapter)
+        assert {path: digest for path, digest in tree(adapter).items() if path != ".lock"} == before
+
+    def test_a_folder_that_holds_a_library(self, library):
+        with pytest.raises(LibraryError, match=f"give the library in it: {library.root}"):
+            ExpertLibrary.open(library.root.parent)
 
     def test_all_damaged_entries_at_once(self, library):
         for name in ("law", "sql"):

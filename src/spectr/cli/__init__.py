@@ -3,6 +3,9 @@
 
 def main() -> None:
     """Run ``spectr``; mistakes of the user end with one clear message and exit code 2."""
-    from spectr.cli.app import run
+    try:
+        from spectr.cli.app import run
 
-    run()
+        run()
+    except KeyboardInterrupt:  # while Python was still reading its modules
+        raise SystemExit(130) from None

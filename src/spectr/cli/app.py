@@ -55,9 +55,10 @@ def run() -> None:
     except SpectrError as error:
         errors.print(f"[bold red]error:[/] {_escaped(error)}", highlight=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        errors.print("stopped")
-        sys.exit(130)
+    except SystemExit as end:  # into which typer turns Ctrl-C
+        if end.code == 130:
+            errors.print("stopped", highlight=False)
+        raise
     except BrokenPipeError:
         sys.exit(1)
     except OSError as error:  # what a path, its permissions or a full disk refuse, where nothing nearer has caught it

@@ -22,7 +22,17 @@ _QUIET_SECONDS = 15.0  # between two lines of one phase, where nobody watches
 
 def say(message: str) -> None:
     """One line about what happens now, on standard error."""
-    errors.print(f"[dim]\u00b7 {message}[/]", highlight=False)
+    errors.print(f"\u00b7 {message}", style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Say at Ctrl-C that the same command goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say("stopped; the same command goes on from there")
+        raise
 
 
 @contextmanager

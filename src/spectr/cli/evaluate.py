@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,10 +13,10 @@ import typer
 from rich.table import Table
 
 from spectr.cli.asked import COMPARING, ORDER, Asked
-from spectr.cli.console import bar, out, say
+from spectr.cli.console import bar, out, resumable, say
 from spectr.cli.opened import open_library, open_model
 from spectr.cli.options import DataRootOption, DtypeOption, JsonOption, LettersOption, LibraryOption, ModelOption
-from spectr.errors import DataError, did_you_mean
+from spectr.errors import DataError, SpectrError, did_you_mean
 from spectr.routers import router_names
 
 if TYPE_CHECKING:
@@ -66,9 +67,7 @@ def evaluate(
     [dim]spectr evaluate routing --data-root data --limit 50[/]
     [dim]spectr evaluate quality --data-root hub --task sst2[/]
     """
-    unknown = [name for name in router or () if name not in router_names()]
-    if unknown:
-        raise DataError(f"unknown router '{unknown[0]}'", do=did_you_mean(unknown[0], router_names()))
+    _check_routers(router or ())
     asked = Asked.read(
         experiment,
         open_library(library),
@@ -106,7 +105,7 @@ def evaluate(
     guide = guide_maker(base, tokenizer, writer, dtype)
 
     for name in asked.experiments:
-        with bar() as advance:
+        with resumable(), bar() as advance:
             bench = Bench(
                 model=base,
                 tokenizer=tokenizer,
@@ -124,15 +123,37 @@ def evaluate(
             )
             bench.check()
             made = EXPERIMENTS[name](bench)
+        if not made.rows:
+            reasons = [note for note in made.notes if note.startswith("Left out")]
+            raise DataError(
+                f"{name}: no router is left. {' '.join(reasons)}", do="give what is lacking, or other routers"
+            )
         result = dataclasses.replace(made, origin={**made.origin, "command": _command(name, given)})
         if _replaces_other(folder / f"{name}.json", result):
-            say(f"the result of another run of {name} in {folder} is replaced")
+            before = (folder / f"{name}.json").replace(folder / f"{name}.before.json")
+            say(f"another run's result of {name} is kept as {before}")
         path = result.save(folder)
         if as_json:
             sys.stdout.write(path.read_text(encoding="utf-8").replace("\n", " ") + "\n")
         else:
             _show(result)
         say(f"results: {path.resolve()}")
+
+
+def _check_routers(names: Sequence[str]) -> None:
+    """Raise :class:`DataError` for names that are no routers, or routers that need to be told more than a name."""
+    from spectr.routers import get_router
+
+    for name in names:
+        if name not in router_names():
+            raise DataError(f"unknown router '{name}'", do=did_you_mean(name, router_names()))
+        try:
+            get_router(name)
+        except SpectrError as error:
+            raise DataError(
+                f"router '{name}' cannot be compared: {error.given}",
+                do="leave it out; 'quality' has each task's own expert",
+            ) from error
 
 
 def report(
@@ -201,4 +222,4 @@ def _show(result: Result) -> None:
         table.add_row(*map(str, row))
     out.print(table)
     for note in result.notes:
-        out.print(f"[dim]{note}[/]", highlight=False)
+        out.print(note, style="dim", markup=False, highlight=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from logging import getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,11 +16,21 @@ if TYPE_CHECKING:
 
 
 def open_library(path: Path | None) -> ExpertLibrary:
-    """The library at that path, or the shipped one."""
+    """The library at that path, or the shipped one.
+
+    Raises:
+        LibraryError: There is none, or it is empty.
+    """
+    from spectr.errors import LibraryError
     from spectr.library import ExpertLibrary
     from spectr.shipped import shipped_experts
 
-    return ExpertLibrary.open(path or shipped_experts())
+    library = ExpertLibrary.open(path or shipped_experts())
+    if not len(library):
+        raise LibraryError(
+            f"{library.origin} is an empty library", do=f"spectr library add NAME ADAPTER --library {library.origin}"
+        )
+    return library
 
 
 def open_model(name: str | None, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -34,6 +45,7 @@ def open_model(name: str | None, dtype: str) -> tuple[PreTrainedModel, PreTraine
         raise MissingExtraError("running a model", "models") from error
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    getLogger("bitsandbytes").setLevel("ERROR")  # it warns of a kernel that 4-bit models alone would gain by
     if name in (None, DEFAULT_MODEL, HUB_ID):
         fetch_default_model(say)
     say(f"loading {name or 'SmolLM2-135M-Instruct'}")

@@ -142,8 +142,10 @@ def needed_index(library: ExpertLibrary, names: Sequence[str]) -> None:
     missing = [name for name in names if not library.indexed(name)]
     if missing:
         some = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        first = f"spectr library calibrate --library {library.origin}, then "
+        first = "" if all(map(library.calibrated, missing)) else first
         raise CompositionError(
             f"not indexed: {some}",
             expected="experts whose prototypes and alignment are stored, as the router shortlist needs them",
-            do=f"spectr library index --library {library.origin}, or spectr.build_index(model, library)",
+            do=f"{first}spectr library index --library {library.origin}, or spectr.build_index(model, library)",
         )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ from spectr.layers import trace
 from spectr.models.generate import encode_batch
 from spectr.models.text import context_length
 from spectr.routers import ProbingRouter
+from spectr.saving import replacing
 
 _BATCH = 16
 
@@ -93,6 +97,33 @@ def find_experts(
                 evidence = dict(zip(routed.experts, evidence_BE[row].tolist(), strict=True))
             found.append(_finding(evidence, expert, hits / max(total, 1)))
     return found
+
+
+def kept_findings(path: Path, made_of: Mapping[str, Any]) -> list[Finding] | None:
+    """What :func:`keep_findings` wrote of the same prompts, model, experts and router; ``None`` if it did not."""
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        return [Finding(**one) for one in kept["findings"]] if kept["key"] == _key(made_of) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def keep_findings(path: Path, made_of: Mapping[str, Any], findings: Sequence[Finding]) -> None:
+    """Write findings, so that a killed run need not look again.
+
+    Args:
+        path: The file.
+        made_of: All that decides them, JSON.
+        findings: One for each prompt.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = {"key": _key(made_of), "findings": [asdict(finding) for finding in findings], "origin": made_of}
+    with replacing(path) as scratch:
+        scratch.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+
+
+def _key(made_of: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
 
 def over_runs(

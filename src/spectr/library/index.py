@@ -124,7 +124,7 @@ def _damaged(path: Path, error: Exception) -> LibraryError:
     return LibraryError(
         f"{path} cannot be read ({error})",
         expected="an entry of an index that this version wrote",
-        do=f"delete it and index again: spectr library index --library {path.parent.parent}",
+        do=f"index again: spectr library index --library {path.parent.parent} --fresh",
     )
 
 

@@ -27,6 +27,19 @@ def _holds_adapter(folder: Path) -> bool:
     return any((folder / file).is_file() for file in (CONFIG_FILE, WEIGHTS_FILE))
 
 
+def _no_experts(root: Path) -> LibraryError:
+    expected = f"a {MANIFEST_FILE}, or folders with {CONFIG_FILE}"
+    if (root / CONFIG_FILE).is_file():
+        return LibraryError(
+            f"{root} holds no experts (it is itself an adapter)",
+            expected=expected,
+            do=f"give its parent folder, or add it to a library: spectr library add NAME {root} --library LIBRARY",
+        )
+    inner = next((path for path in sorted(root.iterdir()) if (path / MANIFEST_FILE).is_file()), None)
+    do = f"give the library in it: {inner}" if inner else f"spectr library add NAME ADAPTER --library {root}"
+    return LibraryError(f"{root} holds no experts", expected=expected, do=do)
+
+
 class ExpertLibrary:
     """Experts by name, always in alphabetical order. Reading one opens its file; nothing else is loaded.
 
@@ -74,12 +87,7 @@ class ExpertLibrary:
         visible = [folder for folder in sorted(root.absolute().iterdir()) if not folder.name.startswith(".")]
         adapters = {folder.name: folder for folder in visible if _holds_adapter(folder)}
         if not adapters:
-            here = " (it is itself an adapter: give its parent folder)" if (root / CONFIG_FILE).is_file() else ""
-            raise LibraryError(
-                f"{root} holds no experts{here}",
-                expected=f"a {MANIFEST_FILE}, or folders with {CONFIG_FILE}",
-                do=f"spectr library add NAME ADAPTER --library {root}",
-            )
+            raise _no_experts(root)
         return cls.from_adapters(adapters, origin=str(root))._beside(root)
 
     @classmethod

@@ -127,6 +127,24 @@ def read_entry(root: Path, name: str) -> Entry | None:
     return next((entry for entry in first_format if entry.name == name), None)
 
 
+def has_entry(root: Path, name: str) -> bool:
+    """Whether there is an expert of that name, be its entry damaged or not."""
+    if not NAME.fullmatch(name) or not (root / MANIFEST_FILE).is_file():
+        return False
+    first_format = _read_manifest(root)
+    if first_format is None:
+        return (root / ENTRIES_FOLDER / f"{name}.json").is_file()
+    return any(entry.name == name for entry in first_format)
+
+
+def entry_names(root: Path) -> list[str]:
+    """Names of all experts, in alphabetical order, be their entries damaged or not."""
+    if not (root / MANIFEST_FILE).is_file():
+        return []
+    first_format = _read_manifest(root)
+    return sorted(_names(root)) if first_format is None else [entry.name for entry in first_format]
+
+
 def any_entry(root: Path, *, but: str) -> Entry | None:
     """The entry of some expert with another name than ``but``, without reading the rest."""
     first_format = _read_manifest(root)
@@ -193,7 +211,8 @@ def _names(root: Path) -> Iterator[str]:
 
 def _read_manifest(root: Path) -> tuple[Entry, ...] | None:
     """The entries of a library of format 1; ``None`` of one of this format."""
-    found = _read(root / MANIFEST_FILE, _Manifest, "a library manifest")
+    mend = "restore the file, or build the library again with 'spectr library add'"
+    found = _read(root / MANIFEST_FILE, _Manifest, "a library manifest", mend)
     return None if found.format == FORMAT else found.experts or ()
 
 
@@ -201,13 +220,14 @@ def _read_entry(root: Path, name: str) -> Entry | None:
     path = root / ENTRIES_FOLDER / f"{name}.json"
     if not path.is_file():
         return None
-    entry = _read(path, Entry, "an expert's entry")
+    mend = f"add the expert again: spectr library add {name} ADAPTER --library {root} --replace; or remove it"
+    entry = _read(path, Entry, "an expert's entry", mend)
     if entry.name != name:
         raise LibraryError(f"{path} is the entry of '{entry.name}'", do="give the file back the name it had")
     return entry
 
 
-def _read(path: Path, model: type[Read], what: str) -> Read:
+def _read(path: Path, model: type[Read], what: str, mend: str) -> Read:
     try:
         return model.model_validate_json(path.read_bytes())
     except OSError as error:
@@ -218,5 +238,5 @@ def _read(path: Path, model: type[Read], what: str) -> Read:
         raise LibraryError(
             f"{path} is not {what}: {place and place + ': '}{first['msg']}",
             expected=f"format {FORMAT}, as 'spectr library add' writes it",
-            do="restore the file, or build the library again with 'spectr library add'",
+            do=mend,
         ) from error

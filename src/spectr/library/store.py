@@ -39,6 +39,8 @@ from spectr.library.manifest import (
     any_entry,
     begin,
     drop_entry,
+    entry_names,
+    has_entry,
     read_entries,
     read_entry,
     write_entry,
@@ -116,7 +118,7 @@ class LibraryStore:
         expert = read_adapter(source, name)
         read_gates(expert)
         with self._writing():
-            if not replace and read_entry(self.root, name):
+            if not replace and has_entry(self.root, name):
                 raise LibraryError(
                     f"{self.root} already has an expert '{name}'",
                     do="choose another name, or say --replace (replace=True)",
@@ -171,16 +173,39 @@ class LibraryStore:
         Raises:
             LibraryError: There is no such expert, or the folder cannot be written.
         """
-        self.entry(name)
-        with self._writing():
-            entry = read_entry(self.root, name)
-            if entry:
-                with self._pending(entry.folder):
-                    drop_entry(self.root, name)
+        if not has_entry(self.root, name):
+            self.entry(name)
+        with self._writing(), self._pending(*self._folders(name)):
+            drop_entry(self.root, name)
 
     def verify(self) -> dict[str, SpectrError | None]:
-        """Check every expert's files against their hashes, and read them: by name, what is wrong, or ``None``."""
-        return {entry.name: self._fault(entry) for entry in self.entries}
+        """Check every expert's files against their hashes, and read them: by name, what is wrong, or ``None``.
+
+        Damaged entries, and folders of experts that have lost theirs, are among what is wrong.
+        """
+        faults: dict[str, SpectrError | None] = {}
+        for name in entry_names(self.root):
+            try:
+                entry = read_entry(self.root, name)
+            except LibraryError as error:
+                faults[name] = error
+            else:
+                faults |= {name: self._fault(entry)} if entry else {}
+        return faults | self._lost()
+
+    def _lost(self) -> dict[str, SpectrError]:
+        """By name, experts whose folder is there without an entry."""
+        found: dict[str, SpectrError] = {}
+        for folder in sorted(os.listdir(self.root)) if self.root.is_dir() else ():
+            mark = _MARK.fullmatch(f"{_PENDING}{folder}")
+            if (self.root / f"{_PENDING}{folder}").exists():
+                continue  # a killed writer's, which the next one sweeps up
+            if mark and not has_entry(self.root, mark["name"]) and (self.root / folder / WEIGHTS_FILE).is_file():
+                found[mark["name"]] = LibraryError(
+                    f"{self.root / folder} belongs to no expert: its entry is missing",
+                    do=f"spectr library add {mark['name']} {self.root / folder} --library {self.root}, or delete it",
+                )
+        return found
 
     def _fault(self, entry: Entry) -> SpectrError | None:
         try:
@@ -239,6 +264,10 @@ class LibraryStore:
 
     def _begin(self) -> None:
         """Make this folder a library, unless it holds adapters that a new manifest would hide."""
+        if (self.root / CONFIG_FILE).is_file():
+            raise LibraryError(
+                f"{self.root} is itself an adapter", expected="a folder for a library", do="choose another --library"
+            )
         adapters = sorted(path.name for path in self.root.iterdir() if (path / CONFIG_FILE).is_file())
         if adapters:
             raise LibraryError(
@@ -252,7 +281,6 @@ class LibraryStore:
     def _put(self, expert: Expert, alter: Callable[[Path], None] = lambda _: None, **kept: str) -> Entry:
         """Copy an expert in and let it count, in the place of one of its name."""
         source = expert.weights.parent
-        before = read_entry(self.root, expert.name)
         scratch = Path(tempfile.mkdtemp(dir=self.root, prefix=INCOMING))
         try:
             for file in _KEPT_FILES:
@@ -274,7 +302,7 @@ class LibraryStore:
                 origin=kept.get("origin", expert.origin),
                 added=kept.get("added", datetime.now(timezone.utc).isoformat(timespec="seconds")),
             )
-            with self._pending(entry.folder, *([before.folder] if before else [])):
+            with self._pending(entry.folder, *self._folders(expert.name)):
                 self._put_in_place(scratch, self.root / entry.folder, digests)
                 sync_folder(self.root)
                 write_entry(self.root, entry)
@@ -282,6 +310,14 @@ class LibraryStore:
             shutil.rmtree(scratch, ignore_errors=True)
             raise
         return entry
+
+    def _folders(self, name: str) -> list[str]:
+        """The folder that an expert's entry names; where the entry is damaged, none."""
+        try:
+            entry = read_entry(self.root, name)
+        except LibraryError:
+            return []
+        return [entry.folder] if entry else []
 
     def _put_in_place(self, scratch: Path, folder: Path, digests: dict[str, str]) -> None:
         if folder.exists() and _digests(folder) == digests:

@@ -89,6 +89,8 @@ def save_merged_model(
     with _new_folder(out) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        for file in folder.iterdir():
+            file.chmod(0o644)  # safetensors writes files that their owner alone can read
         weights = sorted(path.name for path in folder.glob("*.safetensors"))
         facts = {
             **origin(library, merged.recipe),

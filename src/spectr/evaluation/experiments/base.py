@@ -20,7 +20,7 @@ from spectr.combine import NEEDS_EQUAL_RANKS
 from spectr.composition import Guide, Routed, compose
 from spectr.errors import DataError, SpectrError, raise_together
 from spectr.evaluation.encode import encode_examples
-from spectr.evaluation.finding import Finding, find_experts, over_runs
+from spectr.evaluation.finding import Finding, find_experts, keep_findings, kept_findings, over_runs
 from spectr.evaluation.metrics import text_metric
 from spectr.evaluation.score import Measurement, score_examples, score_of
 from spectr.hashing import known_sha256
@@ -137,12 +137,21 @@ class Bench:
             routed.remove()
 
     def find(self, routed: Routed, phase: str) -> dict[str, list[Finding]]:
-        """By task, for each of its prompts, whether the model as it is routed now finds the task's expert."""
+        """By task, for each of its prompts, whether the model as it is routed now finds the task's expert.
+
+        What a killed run has found is not looked for again.
+        """
         found = {}
         for done, (task, (_, examples)) in enumerate(self.owned.items(), start=1):
             prompts = [example.prompt for example in examples]
             expert = self.expert_of(task)
-            found[task] = find_experts(self.model, routed, self.tokenizer, prompts, expert, skip=self.opening)
+            path = self.folder / "records" / f"{task}--{phase.replace(':', '')}.json"
+            made_of = {**self.origin(), **self._needed_by(routed), "expert": expert, "prompts": prompts}
+            kept = kept_findings(path, made_of)
+            if kept is None:
+                kept = find_experts(self.model, routed, self.tokenizer, prompts, expert, skip=self.opening)
+                keep_findings(path, made_of, kept)
+            found[task] = kept
             self.progress(phase, done, len(self.owned), task)
         return found
 

@@ -25,7 +25,8 @@ from spectr.saving import cache_folder
 # Reductions may be reordered, or nothing is vectorised. Not -ffast-math: it changes how the whole process rounds.
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math")
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
-_FEW = 16  # tokens
+_SMALL = 1 << 18  # scores' terms that one thread is through with before a second one has begun
+_FEW = 16  # tokens; of more, products by torch are faster
 
 
 class CpuKernels(Kernels):
@@ -39,13 +40,18 @@ class CpuKernels(Kernels):
     dtypes = tuple(_NAMES)
 
     def __init__(self, library: ctypes.CDLL):
-        self._route, self._held = {}, {}
-        pointer, number = ctypes.c_void_p, ctypes.c_long
-        for dtype, name in _NAMES.items():
-            route, held = getattr(library, f"route_{name}"), getattr(library, f"held_{name}")
-            route.argtypes = [pointer] * 7 + [number] * 7 + [ctypes.c_float, number]
-            held.argtypes = [pointer] * 6 + [number] * 6
-            self._route[dtype], self._held[dtype] = route, held
+        pointer, number, real = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
+        signatures = {
+            "route": [pointer] * 7 + [number] * 7 + [real, number],
+            "select": [pointer] * 3 + [number] * 5 + [real, number],
+            "held": [pointer] * 5 + [number] * 6,
+        }
+        self._functions: dict[tuple[str, torch.dtype], Any] = {}
+        for dtype, suffix in _NAMES.items():
+            for name, arguments in signatures.items():
+                function = getattr(library, f"{name}_{suffix}")
+                function.argtypes = arguments
+                self._functions[name, dtype] = function
 
     def route(
         self,
@@ -61,52 +67,61 @@ class CpuKernels(Kernels):
         temperature: float,
     ) -> bool:
         """See :meth:`Kernels.route`."""
-        (rows, inputs), outputs = A_PI.shape, Bt_PO.shape[1]
-        h = _product(x, A_PI)
-        failed = self._route[x.dtype](
-            x.data_ptr(),
-            A_PI.data_ptr(),
-            None if h is None else h.data_ptr(),
-            Bt_PO.data_ptr(),
-            None if centers_P is None else centers_P.data_ptr(),
-            None if prior_BE is None else prior_BE.data_ptr(),
-            out.data_ptr(),
-            x.numel() // inputs,
-            1 if prior_BE is None else len(prior_BE),
+        (rows, inputs), outputs, threads = A_PI.shape, Bt_PO.shape[1], torch.get_num_threads()
+        tokens, rank = x.numel() // inputs, rows // experts
+        h = None if tokens <= _FEW else linear(x, A_PI)
+        centers, prior = _place(centers_P), _place(prior_BE)
+        rows_of_prior = 1 if prior_BE is None else len(prior_BE)
+        if h is not None and experts <= _dense_pays(x.dtype) * k:
+            select = self._functions["select", x.dtype]
+            few = 1 if tokens * rows < _SMALL else threads
+            if select(_place(h), centers, prior, tokens, rows_of_prior, experts, rank, k, temperature, few):
+                return False
+            sums = out.view(tokens, outputs)
+            torch.addmm(sums, h.view(tokens, rows), Bt_PO, out=sums)
+            return True
+        failed = self._functions["route", x.dtype](
+            _place(x),
+            _place(A_PI),
+            _place(h),
+            _place(Bt_PO),
+            centers,
+            prior,
+            _place(out),
+            tokens,
+            rows_of_prior,
             inputs,
             outputs,
             experts,
-            rows // experts,
+            rank,
             k,
             temperature,
-            torch.get_num_threads(),
+            threads,
         )
         return not failed
 
     def held(self, x: Tensor, A_PI: Tensor, Bt_PO: Tensor, weights_BP: Tensor, out: Tensor) -> bool:
         """See :meth:`Kernels.held`."""
-        (rows, inputs), outputs = A_PI.shape, Bt_PO.shape[1]
-        h = _product(x, A_PI)
-        failed = self._held[x.dtype](
-            x.data_ptr(),
-            A_PI.data_ptr(),
-            None if h is None else h.data_ptr(),
-            Bt_PO.data_ptr(),
-            weights_BP.data_ptr(),
-            out.data_ptr(),
-            x.numel() // inputs,
-            len(weights_BP),
-            inputs,
-            outputs,
-            rows,
-            torch.get_num_threads(),
-        )
-        return not failed
+        (rows, inputs), outputs, threads = A_PI.shape, Bt_PO.shape[1], torch.get_num_threads()
+        tokens = x.numel() // inputs
+        if tokens > _FEW:
+            return False
+        held = self._functions["held", x.dtype]
+        places = (_place(x), _place(A_PI), _place(Bt_PO), _place(weights_BP), _place(out))
+        return not held(*places, tokens, len(weights_BP), inputs, outputs, rows, threads)
 
 
-def _product(x: Tensor, A_PI: Tensor) -> Tensor | None:
-    """``A x`` of many tokens, where torch's product is faster than ours; of few ``None``."""
-    return linear(x, A_PI) if x.numel() > _FEW * x.shape[-1] else None
+def _place(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+@lru_cache(maxsize=4)
+def _dense_pays(dtype: torch.dtype) -> int:
+    """Experts for each chosen one up to which, of many tokens, a product with all of them and zeros is faster.
+
+    As measured (docs/speed.md): bfloat16 has a unit of its own where there is AMX.
+    """
+    return 32 if dtype == torch.bfloat16 and "amx_bf16" in _machine() else 3
 
 
 @lru_cache(maxsize=1)

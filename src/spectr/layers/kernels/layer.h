@@ -85,6 +85,33 @@ static void NAME(score)(const float *ht, const TYPE *centers, const float *prior
   }
 }
 
+/* Of h = A x in place: w_t h_t of the chosen, zero for the rest. Returns 1 where there is no memory. */
+int NAME(select)(TYPE *h, const TYPE *centers, const float *prior, long tokens, long rows_of_prior, long experts,
+                 long rank, long k, float temperature, long threads) {
+  long rows = experts * rank, own = rows + experts + k;
+  float *memory = malloc(threads * own * sizeof(float));
+  long *choices = malloc(threads * k * sizeof(long));
+  int failed = !memory || !choices;
+  if (!failed) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long worker = 0; worker < threads; worker++) {
+      float *ht = memory + worker * own, *scores = ht + rows, *weights = scores + experts;
+      long *chosen = choices + worker * k;
+      for (long t = worker * tokens / threads; t < (worker + 1) * tokens / threads; t++) {
+        for (long p = 0; p < rows; p++) ht[p] = FROM(h[t * rows + p]);
+        NAME(score)(ht, centers, prior ? prior + (t * rows_of_prior / tokens) * experts : 0, scores, experts, rank);
+        choose(scores, experts, k, temperature, chosen, weights);
+        memset(h + t * rows, 0, rows * sizeof *h);
+        for (long c = 0; c < k; c++)
+          for (long p = chosen[c] * rank; p < (chosen[c] + 1) * rank; p++) h[t * rows + p] = TO(weights[c] * ht[p]);
+      }
+    }
+  }
+  free(memory);
+  free(choices);
+  return failed;
+}
+
 /* out += sum over the chosen of w_t B_t h_t, with h = A x where it is not given. Returns 1 where there is no memory, and
    has changed nothing. */
 int NAME(route)(const TYPE *x, const TYPE *A, const TYPE *given, const TYPE *Bt, const TYPE *centers,
@@ -131,19 +158,18 @@ int NAME(route)(const TYPE *x, const TYPE *A, const TYPE *given, const TYPE *Bt,
   return failed;
 }
 
-/* out += B (w h) with weights that are held, one row of them for each equal share of the tokens. */
-int NAME(held)(const TYPE *x, const TYPE *A, const TYPE *given, const TYPE *Bt, const TYPE *weights, TYPE *out,
-               long tokens, long rows_of_weights, long inputs, long outputs, long rows, long threads) {
-  long packs = tokens > FEW;
-  float *memory = malloc((2 * tokens * rows + packs * threads * rows * BLOCK + BLOCK) * sizeof(float));
+/* out += B (w h) of few tokens, with weights that are held, one row of them for each equal share of the tokens. */
+int NAME(held)(const TYPE *x, const TYPE *A, const TYPE *Bt, const TYPE *weights, TYPE *out, long tokens,
+               long rows_of_weights, long inputs, long outputs, long rows, long threads) {
+  float *memory = malloc(2 * tokens * rows * sizeof(float));
   int32_t *places = malloc(tokens * (rows + 1) * sizeof(int32_t));
   int failed = !memory || !places;
   if (!failed) {
-    float *h = memory, *share = h + tokens * rows, *packed = share + tokens * rows;
+    float *h = memory, *share = h + tokens * rows;
     int32_t *row = places, *count = row + tokens * rows;
 #pragma omp parallel num_threads(threads)
     {
-      if (!given) NAME(inner)(x, A, h, tokens, inputs, rows);
+      NAME(inner)(x, A, h, tokens, inputs, rows);
 #pragma omp for schedule(static)
       for (long t = 0; t < tokens; t++) {
         long n = 0;
@@ -151,14 +177,11 @@ int NAME(held)(const TYPE *x, const TYPE *A, const TYPE *given, const TYPE *Bt, 
           float weight = FROM(weights[(t * rows_of_weights / tokens) * rows + p]);
           if (weight == 0) continue;
           row[t * rows + n] = p;
-          share[t * rows + n++] = weight * (given ? FROM(given[t * rows + p]) : h[t * rows + p]);
+          share[t * rows + n++] = weight * h[t * rows + p];
         }
         count[t] = n;
       }
-      if (packs)
-        NAME(outer_many)(out, Bt, row, share, count, tokens, rows, outputs, rows, packed);
-      else
-        NAME(outer_few)(out, Bt, row, share, count, tokens, rows, outputs);
+      NAME(outer_few)(out, Bt, row, share, count, tokens, rows, outputs);
     }
   }
   free(memory);
