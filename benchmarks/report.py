@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for everything that is made; 1 GB")
     parser.add_argument("--data-root", type=Path, required=True, help="folder of the tasks' data")
     parser.add_argument("--inputs", action="store_true", help="make the experts and the held-out rows, and stop")
+    parser.add_argument("--dtype", default="auto", help="bfloat16 where the machine is fast at it, else float32")
     arguments = parser.parse_args()
     work = arguments.work.resolve()
     link(arguments.data_root.resolve(), work / "data")
@@ -72,8 +73,9 @@ def main() -> None:
     run(inputs, work, "inputs")
     if arguments.inputs:
         return
-    experiments = [  # in one dtype, whatever the machine is fast at
-        Step(name, spectr(f"evaluate {name} {how} --dtype float32"), work / f"out/evaluation/{name}.json")
+    dtype = "" if arguments.dtype == "auto" else f"--dtype {arguments.dtype}"
+    experiments = [
+        Step(name, spectr(f"evaluate {name} {how} {dtype}"), work / f"out/evaluation/{name}.json")
         for name, how in EXPERIMENTS.items()
     ]
     run(experiments, work, "experiments")

@@ -7,6 +7,7 @@ import json
 import pytest
 from safetensors.torch import load_file, save_file
 
+from adapters_on_disk import write_adapter
 from spectr import ExpertLibrary
 from spectr.library import LibraryStore
 from text_model import save_experts, save_rows
@@ -167,3 +168,28 @@ def test_training_says_when_it_is_measured_on_its_own_rows_and_refuses_a_wrong_t
     assert "the accuracy says nothing about new ones" in " ".join(notes.split())
     assert "nosuch" in notes
     assert "base model on the test data" not in notes
+
+
+def test_adding_an_expert_tells_of_twins_and_of_another_base_model(spectr, tmp_path):
+    library, one = tmp_path / "library", write_adapter(tmp_path / "one", base_model_name_or_path="org/base")
+    other = write_adapter(tmp_path / "two", seed=1, base_model_name_or_path="org/other")
+    assert "the same files" not in spectr("library", "add", "law", one, "-l", library)[2]
+    assert "'law' has the same files" in spectr("library", "add", "tax", one, "-l", library)[2]
+    notes = spectr("library", "add", "sql", other, "-l", library)[2]
+    assert "is org/other, and " in notes
+    assert " org/base" in notes
+    rows = json.loads(spectr("library", "list", "-l", library, "--json")[1])
+    assert [row["calibrated"] for row in rows] == [False] * 3
+    for name in ("law", "tax", "sql"):
+        spectr("library", "remove", name, "-l", library)
+    assert "is an empty library" in spectr("library", "list", "-l", library)[1]
+    code, _, notes = spectr("generate", "hi", "-l", library)
+    assert code == 2
+    assert "is an empty library" in notes
+    assert f"spectr library add NAME ADAPTER --library {library}" in notes
+
+
+def test_a_path_in_a_note_is_told_as_it_is(spectr, tmp_path):
+    library = tmp_path / "my [exp] library, with a name that is longer than any line of a terminal has columns left"
+    notes = spectr("library", "add", "law", write_adapter(tmp_path / "one"), "-l", library)[2]
+    assert f"spectr library calibrate --library '{library}'" in notes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,11 +18,11 @@ from spectr.cli.describe import describe
 from spectr.cli.opened import open_library, open_model
 from spectr.cli.options import DtypeOption, JsonOption, LibraryOption, ModelOption
 from spectr.errors import LibraryError, SpectrError, raise_together
-from spectr.library import Entry, ExpertLibrary, LibraryStore
+from spectr.library import Calibration, Entry, ExpertLibrary, LibraryStore
 from spectr.library.calibration import CALIBRATION_FILE
 from spectr.library.descriptions import DESCRIPTIONS_FILE
 from spectr.library.index import INDEX_FOLDER
-from spectr.library.manifest import MANIFEST_FILE
+from spectr.library.manifest import MANIFEST_FILE, any_entry
 from spectr.tasks.rows import read_lines
 
 _BESIDE = f"{CALIBRATION_FILE}, {DESCRIPTIONS_FILE}, {INDEX_FOLDER}"
@@ -45,9 +46,18 @@ def add(
 
     [dim]spectr library add sql ./adapters/sql --library experts[/]
     """
-    entry = LibraryStore(library).add(name, adapter, replace=replace)
+    store = LibraryStore(library)
+    entry = store.add(name, adapter, replace=replace)
     out.print(f"added {entry.name}: {_ranks(entry)}, {entry.modules} modules, {entry.parameters:,} parameters")
-    say(f"not calibrated yet; when all are added: spectr library calibrate --library {library}")
+    for twin in store.twins(entry):
+        say(f"'{twin}' has the same files: routers for tokens count them twice")
+    other = any_entry(store.root, but=entry.name)
+    if other and other.base_model != entry.base_model:
+        bases = f"{entry.base_model or 'nothing'}, and '{other.name}' {other.base_model or 'nothing'}"
+        say(f"its base model, as the adapter says, is {bases}: their sizes agree, but are they for one model?")
+    known = Calibration.load(store.root)
+    if known is None or known.sha256.get(entry.name) != entry.sha256[WEIGHTS_FILE]:
+        say(f"not calibrated yet; when all are added: spectr library calibrate --library {shlex.quote(str(library))}")
 
 
 @app.command()
@@ -69,7 +79,19 @@ def list_experts(library: LibraryOption = None, as_json: JsonOption = False) -> 
     entries, opened = store.entries, ExpertLibrary.open(store.root)
     known, words = opened.calibration, opened.descriptions
     if as_json:
-        sys.stdout.write(json.dumps([entry.model_dump() for entry in entries]) + "\n")
+        rows = [
+            {
+                **entry.model_dump(),
+                "calibrated": opened.calibrated(entry.name),
+                "indexed": opened.indexed(entry.name),
+                "description": words.get(entry.name),
+            }
+            for entry in entries
+        ]
+        sys.stdout.write(json.dumps(rows) + "\n")
+        return
+    if not entries:
+        out.print(f"{store.root} is an empty library", highlight=False)
         return
     same = {entry.targets for entry in entries}, {entry.base_model for entry in entries}
     shared = all(len(values) == 1 for values in same)  # told once, below the table

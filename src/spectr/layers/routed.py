@@ -40,6 +40,16 @@ class Held(NamedTuple):
     all_weights_B1E: Float[Tensor, "B 1 F"]
 
 
+class Fusable(NamedTuple):
+    """Factors that kernels have looked at, so that a call need not: ``settings`` is ``None`` where they cannot."""
+
+    kernels: Kernels
+    A_PI: Float[Tensor, "P I"]
+    B_OP: Float[Tensor, "O P"]
+    Bt_PO: Float[Tensor, "P O"]
+    settings: dict[str, Any] | None
+
+
 class RoutedLinear(nn.Module):
     """``y = base(x) + combine(select(score(x)))``.
 
@@ -63,6 +73,7 @@ class RoutedLinear(nn.Module):
     centers_P: Tensor | None
     mix_PR: Tensor | None
     held: Held | None = None
+    fusable: Fusable | None = None
     prior_B1E: Tensor | None = None
     among_B1E: Tensor | None = None
     listen: Callable[[Tensor], None] | None = None
@@ -208,26 +219,39 @@ class RoutedLinear(nn.Module):
     def _fused(self, out: Tensor, x: Tensor) -> Tensor | None:
         """All by one compiled call, where that is possible; in the memory of ``out`` where nobody else sees it."""
         held, kernels = self.held, _kernels(x)
-        if kernels is None or not (self.fuses and self.among_B1E is None if held is None else self.sums):
+        if kernels is None:
             return None
         A_PI, B_OP = (self._buffers["A_PI"], self._buffers["B_OP"]) if held is None else (held.A_PI, held.B_OP)
-        assert A_PI is not None
-        assert B_OP is not None
-        Bt_PO = B_OP.mT
-        rows = self.prior_B1E if held is None else held.weights_B1P
-        if not (kernels.take(x, out, A_PI, Bt_PO) and self._fits(rows, x)):
+        ready = self.fusable
+        if ready is None or ready.A_PI is not A_PI or ready.B_OP is not B_OP or ready.kernels is not kernels:
+            assert A_PI is not None
+            assert B_OP is not None
+            ready = self.fusable = self._look_at(kernels, A_PI, B_OP)
+        settings = ready.settings
+        if settings is None or x.dtype != ready.A_PI.dtype or not kernels.take(x, out):
+            return None
+        if held is not None:
+            if not self._fits(held.weights_B1P, x):
+                return None
+            target = out if self._owns(out) else out.clone()
+            return target if kernels.held(x, ready.A_PI, ready.Bt_PO, held.weights_B1P, target) else None
+        if self.among_B1E is not None or not self._fits(self.prior_B1E, x):
             return None
         target = out if self._owns(out) else out.clone()
-        if held is not None:
-            return target if kernels.held(x, A_PI, Bt_PO, held.weights_B1P, target) else None
         centers_P = self._buffers["centers_P"]
-        done = kernels.route(x, A_PI, Bt_PO, centers_P, self.prior_B1E, target, **self._fused_settings())
+        done = kernels.route(x, ready.A_PI, ready.Bt_PO, centers_P, self.prior_B1E, target, **settings)
         return target if done else None
 
-    def _fused_settings(self) -> dict[str, Any]:
+    def _look_at(self, kernels: Kernels, A_PI: Tensor, B_OP: Tensor) -> Fusable:
+        """What the kernels can do with these factors, as the router and the combination want it."""
         select: Any = self.select
-        temperature = select.temperature if select.weighting == "softmax" else 0.0
-        return {"experts": len(self.experts), "k": min(select.k, len(self.experts)), "temperature": temperature}
+        Bt_PO, settings = B_OP.mT, None
+        if kernels.know(A_PI, Bt_PO) and self.held is not None and self.sums:
+            settings = {}
+        elif kernels.know(A_PI, Bt_PO) and self.held is None and self.fuses:
+            temperature = select.temperature if select.weighting == "softmax" else 0.0
+            settings = {"experts": len(self.experts), "k": min(select.k, len(self.experts)), "temperature": temperature}
+        return Fusable(kernels, A_PI, B_OP, Bt_PO, settings)
 
     @staticmethod
     def _fits(rows: Tensor | None, x: Tensor) -> bool:

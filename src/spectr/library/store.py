@@ -126,6 +126,13 @@ class LibraryStore:
             self._check_sizes(expert)
             return self._put(expert)
 
+    def twins(self, entry: Entry) -> list[str]:
+        """Other experts whose files are the same, by the names of their folders."""
+        digits = entry.folder.rpartition("-")[2]
+        marks = [_MARK.fullmatch(f"{_PENDING}{name}") for name in os.listdir(self.root) if name.endswith(f"-{digits}")]
+        names = sorted(mark["name"] for mark in marks if mark)
+        return [name for name in names if name != entry.name and has_entry(self.root, name)]
+
     def add_gates(self, name: str, gates: Mapping[str, Float[Tensor, " I"]], facts: Mapping[str, Any]) -> Entry:
         """Put PHATGOOSE gates beside an expert's weights, in the place of older ones.
 

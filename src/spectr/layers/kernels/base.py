@@ -22,13 +22,19 @@ class Kernels(ABC):
 
     def take(self, *tensors: Tensor) -> bool:
         """Whether they can work on these, and nobody has to see single operations (autograd, a counter)."""
-        if torch.is_grad_enabled() or _len_torch_dispatch_stack():
+        return not torch.is_grad_enabled() and not _len_torch_dispatch_stack() and self.know(*tensors)
+
+    def know(self, *tensors: Tensor) -> bool:
+        """Whether these are of one dtype that they take, contiguous, on their device, and not empty."""
+        dtype, device = tensors[0].dtype, self.device
+        if dtype not in self.dtypes:
             return False
-        dtype = tensors[0].dtype
-        return dtype in self.dtypes and all(
-            type(t) is Tensor and t.dtype == dtype and t.device.type == self.device and t.is_contiguous() and t.numel()
-            for t in tensors
-        )
+        for t in tensors:
+            if type(t) is not Tensor or t.dtype != dtype or t.device.type != device or not t.is_contiguous():
+                return False
+            if not t.numel():
+                return False
+        return True
 
     @abstractmethod
     def route(
