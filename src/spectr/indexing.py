@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from spectr.routers import Spectr
 from spectr.spectral import Rotation, align, rotate
 
 Progress = Callable[[int, int, str], None]
+_TOGETHER = 8  # experts that read the inputs at once, which are larger than they are
 _THREADS = 2  # one reads and writes while the other computes
 
 
@@ -67,39 +68,71 @@ def build_index(
     read_inputs(model, modules, known, keep)
     entries: dict[str, IndexEntry] = {}
 
-    def make(name: str) -> tuple[str, IndexEntry]:
-        entry = _entry(experts[name], library.sha256(name), inputs, known)
+    def make(names: Sequence[str]) -> dict[str, IndexEntry]:
+        made = _entries({name: experts[name] for name in names}, library, inputs, known)
         if folder is not None:
-            entry.save(Path(folder) / INDEX_FOLDER / f"{name}.safetensors")
-        return name, entry
+            for name, entry in made.items():
+                entry.save(Path(folder) / INDEX_FOLDER / f"{name}.safetensors")
+        return made
 
+    parts = [missing[start : start + _TOGETHER] for start in range(0, len(missing), _TOGETHER)]
     with ThreadPoolExecutor(_THREADS) as pool:
-        for done, (name, entry) in enumerate(pool.map(make, missing), start=1):
-            entries[name] = entry
-            progress(done, len(missing), name)
+        for made in pool.map(make, parts):
+            for name, entry in made.items():
+                entries[name] = entry
+                progress(len(entries), len(missing), name)
     return library.with_index(library.index.joined(entries))
 
 
-def _entry(expert: Expert, sha256: str, inputs: Mapping[str, Float[Tensor, "T I"]], known: Calibration) -> IndexEntry:
-    factors = _read(expert)
-    rotations, prototypes = _aligned(factors)
-    codes, steps, errors, rms = [], [], [], []
+def _entries(
+    experts: Mapping[str, Expert],
+    library: ExpertLibrary,
+    inputs: Mapping[str, Float[Tensor, "T I"]],
+    known: Calibration,
+) -> dict[str, IndexEntry]:
+    """Entries of some experts, which read the texts' inputs together."""
+    aligned = {name: _aligned(_read(expert)) for name, expert in experts.items()}
+    rms: dict[str, dict[str, float]] = {name: {} for name in experts}
+    for module in sorted({module for _, prototypes in aligned.values() for module in prototypes}):
+        owners = [name for name, (_, prototypes) in aligned.items() if module in prototypes]
+        v_EI = torch.stack([aligned[name][1][module] for name in owners]).to(inputs[module].device)
+        values_E = (inputs[module] @ v_EI.mT).square().mean(0).sqrt()
+        for name, value in zip(owners, values_E.tolist(), strict=True):
+            rms[name][module] = value
+    return {
+        name: _entry(expert, *aligned[name], rms[name], library.sha256(name), known.digest)
+        for name, expert in experts.items()
+    }
+
+
+def _entry(
+    expert: Expert,
+    rotations: Mapping[str, Rotation],
+    prototypes: Mapping[str, Float[Tensor, " I"]],
+    rms: Mapping[str, float],
+    sha256: str,
+    calibration: str,
+) -> IndexEntry:
+    codes, steps, errors = {}, {}, {}
+    alike: dict[int, list[str]] = {}
     for module, v_I in prototypes.items():
-        step = max(float(v_I.abs().max()) / 127, 1e-30)
-        code_I = (v_I / step).round().to(torch.int8)
-        codes.append(code_I)
-        steps.append(step)
-        errors.append(float((v_I - step * code_I).norm()))
-        rms.append(float((inputs[module] @ v_I.to(inputs[module].device)).square().mean().sqrt()))
+        alike.setdefault(len(v_I), []).append(module)
+    for modules in alike.values():
+        v_MI = torch.stack([prototypes[module] for module in modules])
+        step_M1 = (v_MI.abs().amax(1, keepdim=True) / 127).clamp(min=1e-30)
+        code_MI = (v_MI / step_M1).round()
+        codes |= zip(modules, code_MI.to(torch.int8), strict=True)
+        steps |= zip(modules, step_M1[:, 0].tolist(), strict=True)
+        errors |= zip(modules, (v_MI - step_M1 * code_MI).norm(dim=1).tolist(), strict=True)
     shapes = expert.shapes
     return IndexEntry(
         modules=tuple(IndexedModule(m, shapes[m].rank, shapes[m].inputs, shapes[m].outputs) for m in prototypes),
         sha256=sha256,
-        calibration=known.digest,
-        codes_C=torch.cat(codes),
-        steps_M=torch.tensor(steps),
-        error_M=torch.tensor(errors),
-        rms_M=torch.tensor(rms),
+        calibration=calibration,
+        codes_C=torch.cat([codes[module] for module in prototypes]),
+        steps_M=torch.tensor([steps[module] for module in prototypes]),
+        error_M=torch.tensor([errors[module] for module in prototypes]),
+        rms_M=torch.tensor([rms[module] for module in prototypes]),
         rotations=lambda: rotations,
     )
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Float
 from safetensors import safe_open
 from torch import Tensor
@@ -75,7 +75,7 @@ class Expert:
                 shape = self.shapes[module]
                 A, B = file.get_tensor(shape.key_A), file.get_tensor(shape.key_B)
                 for key, tensor in ((shape.key_A, A), (shape.key_B, B)):
-                    if not torch.isfinite(tensor).all():
+                    if not all_finite(tensor):
                         raise AdapterError(
                             f"expert '{self.name}': {key} holds NaN or infinite numbers",
                             expected="finite weights",
@@ -84,6 +84,14 @@ class Expert:
                 return Factors(A, B, shape.scale)
 
             yield read
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether there is neither NaN nor infinity: by the extremes, several times as fast as asking every number."""
+    if not tensor.numel():
+        return True
+    low, high = map(float, tensor.aminmax())
+    return -math.inf < low and high < math.inf
 
 
 def open_safetensors(path: Path, name: str):
