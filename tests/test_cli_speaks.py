@@ -193,3 +193,17 @@ def test_a_path_in_a_note_is_told_as_it_is(spectr, tmp_path):
     library = tmp_path / "my [exp] library, with a name that is longer than any line of a terminal has columns left"
     notes = spectr("library", "add", "law", write_adapter(tmp_path / "one"), "-l", library)[2]
     assert f"spectr library calibrate --library '{library}'" in notes
+
+
+@pytest.mark.parametrize(
+    ("router", "message"),
+    [
+        ("oracle", "router 'oracle' cannot be compared"),
+        ("shortlist", "no router is left. Left out for lack of an index"),
+    ],
+)
+def test_a_router_that_cannot_be_compared_leaves_no_result(spectr, given, task, tmp_path, router, message):
+    code, _, notes = spectr("evaluate", "routing", "--task", task, "-r", router, "-o", tmp_path / "out", *given)
+    assert code == 2
+    assert message in notes
+    assert not (tmp_path / "out" / "routing.json").exists()

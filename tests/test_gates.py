@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5ForConditionalGeneration
 from typer.testing import CliRunner
 
+from library_on_disk import folders
 from spectr import ExpertLibrary, Phatgoose, compose
 from spectr.adapters import GATES_FILE, read_adapter, read_gates
 from spectr.cli.app import app
@@ -160,7 +161,7 @@ def test_gates_survive_a_library_and_another_copy(tmp_path):
     assert GATES_FILE in entry.sha256
     again = read_gates(ExpertLibrary.open(tmp_path / "copy")["two"])
     assert all(torch.equal(gates[module], again[module]) for module in gates)
-    assert len([path for path in store.root.iterdir() if path.is_dir()]) == 3  # folders without gates were swept up
+    assert len(folders(store.root)) == 3  # those without gates were swept up
 
 
 def test_a_routed_layer_scores_by_the_gates(tmp_path):

@@ -129,6 +129,10 @@ class RoutedLinear(nn.Module):
         self.rows_ER = None if rows_ER is None else rows_ER.to(stack.A_PI.device)
         self.prototypes_EI, self.centers_P, self.mix_PR = stack.prototypes_EI, stack.centers_P, stack.mix_PR
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which look at their own factors."""
+        return {**vars(self), "fusable": None}
+
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """A new weight (as tying or resizing gives) goes to the base layer."""
         self.base.register_parameter(name, param)
