@@ -50,7 +50,7 @@ from spectr.saving import INCOMING, SCRATCH, sync_folder
 _KEPT_FILES = (CONFIG_FILE, WEIGHTS_FILE, "README.md", "expert.json", GATES_FILE)
 _DIGITS = 12
 _PENDING = ".pending-"
-_MARK = re.compile(rf"{re.escape(_PENDING)}(?P<folder>(?P<name>{NAME.pattern})-[0-9a-f]{{{_DIGITS}}})")
+_FOLDER = re.compile(rf"(?P<name>{NAME.pattern})-(?P<digits>[0-9a-f]{{{_DIGITS}}})")
 _PATIENCE = 60  # seconds that a writer waits for another
 
 
@@ -77,9 +77,11 @@ class LibraryStore:
         """
         found = read_entry(self.root, name)
         if found is None:
-            names = (entry.name for entry in read_entries(self.root))
-            raise LibraryError(f"{self.root} has no expert '{name}'", do=did_you_mean(name, names))
+            raise self._unknown(name)
         return found
+
+    def _unknown(self, name: str) -> LibraryError:
+        return LibraryError(f"{self.root} has no expert '{name}'", do=did_you_mean(name, entry_names(self.root)))
 
     def reader(self, entry: Entry) -> Callable[[], Expert]:
         """A function that reads the expert; its values were checked when it was added."""
@@ -129,8 +131,8 @@ class LibraryStore:
     def twins(self, entry: Entry) -> list[str]:
         """Other experts whose files are the same, by the names of their folders."""
         digits = entry.folder.rpartition("-")[2]
-        marks = [_MARK.fullmatch(f"{_PENDING}{name}") for name in os.listdir(self.root) if name.endswith(f"-{digits}")]
-        names = sorted(mark["name"] for mark in marks if mark)
+        found = [_FOLDER.fullmatch(name) for name in os.listdir(self.root) if name.endswith(f"-{digits}")]
+        names = sorted(folder["name"] for folder in found if folder)
         return [name for name in names if name != entry.name and has_entry(self.root, name)]
 
     def add_gates(self, name: str, gates: Mapping[str, Float[Tensor, " I"]], facts: Mapping[str, Any]) -> Entry:
@@ -181,14 +183,14 @@ class LibraryStore:
             LibraryError: There is no such expert, or the folder cannot be written.
         """
         if not has_entry(self.root, name):
-            self.entry(name)
+            raise self._unknown(name)
         with self._writing(), self._pending(*self._folders(name)):
             drop_entry(self.root, name)
 
     def verify(self) -> dict[str, SpectrError | None]:
         """Check every expert's files against their hashes, and read them: by name, what is wrong, or ``None``.
 
-        Damaged entries, and folders of experts that have lost theirs, are among what is wrong.
+        Damaged entries, and experts' folders that have lost theirs, are among what is wrong.
         """
         faults: dict[str, SpectrError | None] = {}
         for name in entry_names(self.root):
@@ -203,14 +205,13 @@ class LibraryStore:
     def _lost(self) -> dict[str, SpectrError]:
         """By name, experts whose folder is there without an entry."""
         found: dict[str, SpectrError] = {}
-        for folder in sorted(os.listdir(self.root)) if self.root.is_dir() else ():
-            mark = _MARK.fullmatch(f"{_PENDING}{folder}")
-            if (self.root / f"{_PENDING}{folder}").exists():
-                continue  # a killed writer's, which the next one sweeps up
-            if mark and not has_entry(self.root, mark["name"]) and (self.root / folder / WEIGHTS_FILE).is_file():
-                found[mark["name"]] = LibraryError(
-                    f"{self.root / folder} belongs to no expert: its entry is missing",
-                    do=f"spectr library add {mark['name']} {self.root / folder} --library {self.root}, or delete it",
+        for file in os.listdir(self.root) if self.root.is_dir() else ():
+            folder = _FOLDER.fullmatch(file)
+            pending = (self.root / f"{_PENDING}{file}").exists()  # a killed writer's, which the next one sweeps up
+            if folder and not pending and not has_entry(self.root, folder["name"]) and _is_ours(self.root / file):
+                found[folder["name"]] = LibraryError(
+                    f"{self.root / file} belongs to no expert: its entry is missing",
+                    do=f"spectr library add {folder['name']} {self.root / file} --library {self.root}, or delete it",
                 )
         return found
 
@@ -319,11 +320,13 @@ class LibraryStore:
         return entry
 
     def _folders(self, name: str) -> list[str]:
-        """The folder that an expert's entry names; where the entry is damaged, none."""
+        """The folder that an expert's entry names; where the entry is damaged, all that are named as its own."""
         try:
             entry = read_entry(self.root, name)
         except LibraryError:
-            return []
+            named = {file: _FOLDER.fullmatch(file) for file in os.listdir(self.root)}
+            own = [file for file, folder in named.items() if folder and folder["name"] == name]
+            return [file for file in own if _is_ours(self.root / file)]
         return [entry.folder] if entry else []
 
     def _put_in_place(self, scratch: Path, folder: Path, digests: dict[str, str]) -> None:
@@ -348,20 +351,26 @@ class LibraryStore:
     def _sweep(self) -> None:
         """Delete what killed or finished writers left: half-made copies, and marked folders that do not count."""
         for file in [name for name in os.listdir(self.root) if name.startswith(".")]:
-            path, mark = self.root / file, _MARK.fullmatch(file)
-            if mark:
-                self._settle(path, mark["folder"], mark["name"])
+            path = self.root / file
+            if file.startswith(_PENDING):
+                self._settle(path)
             elif file.startswith(SCRATCH):
                 path.unlink(missing_ok=True)
             elif file.startswith(INCOMING) and path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _settle(self, mark: Path, folder: str, name: str) -> None:
-        entry = read_entry(self.root, name)
-        if entry is None or entry.folder != folder:
-            shutil.rmtree(self.root / folder, ignore_errors=True)
+    def _settle(self, mark: Path) -> None:
+        folder = _FOLDER.fullmatch(mark.name.removeprefix(_PENDING))
+        if folder is None:
+            return  # not ours
+        try:
+            entry = read_entry(self.root, folder["name"])
+        except LibraryError:
+            return  # nobody knows what counts, until the entry is mended
+        if entry is None or entry.folder != folder[0]:
+            shutil.rmtree(self.root / folder[0], ignore_errors=True)
         if entry is None:
-            (self.root / INDEX_FOLDER / f"{name}.safetensors").unlink(missing_ok=True)
+            (self.root / INDEX_FOLDER / f"{folder['name']}.safetensors").unlink(missing_ok=True)
         mark.unlink()
 
 
@@ -371,6 +380,12 @@ def _digests(folder: Path) -> dict[str, str]:
 
 def _content_digits(digests: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:_DIGITS]
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder is named after the hash of its content, as only this module names folders."""
+    digits = folder.name.rpartition("-")[2]
+    return (folder / WEIGHTS_FILE).is_file() and _content_digits(_digests(folder)) == digits
 
 
 def _copy_to_disk(source: Path, target: Path) -> None:
