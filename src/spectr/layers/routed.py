@@ -99,6 +99,7 @@ class RoutedLinear(nn.Module):
 
         What was held, or known of a prompt, is forgotten.
         """
+        self.fusable = None  # which holds on to them
         self.hold(None)
         self.inform(None)
         self.narrow(None)
@@ -235,10 +236,9 @@ class RoutedLinear(nn.Module):
         if settings is None or x.dtype != ready.A_PI.dtype or not kernels.take(x, out):
             return None
         if held is not None:
-            if not self._fits(held.weights_B1P, x):
+            if not (self._fits(held.weights_B1P, x) and self._owns(out)):
                 return None
-            target = out if self._owns(out) else out.clone()
-            return target if kernels.held(x, ready.A_PI, ready.Bt_PO, held.weights_B1P, target) else None
+            return out if kernels.held(x, ready.A_PI, ready.Bt_PO, held.weights_B1P, out) else None
         if self.among_B1E is not None or not self._fits(self.prior_B1E, x):
             return None
         target = out if self._owns(out) else out.clone()
@@ -284,6 +284,7 @@ class RoutedLinear(nn.Module):
 
         Only the experts that some row takes are computed. One row serves batches of any size.
         """
+        self.fusable = None
         if weights_BE is None:
             self.held = None
             return

@@ -6,6 +6,7 @@ for a GPU Triton does that. Without them, or with ``SPECTR_KERNELS=0``, torch do
 
 from __future__ import annotations
 
+from functools import lru_cache
 from importlib.util import find_spec
 
 from spectr.layers.kernels.base import Kernels
@@ -18,8 +19,13 @@ def kernels_for(device: str) -> Kernels | None:
     """The kernels for a kind of device, if there are any."""
     if device == "cpu":
         return cpu_kernels()
-    if device == "cuda" and find_spec("triton"):
-        from spectr.layers.kernels.gpu import gpu_kernels
+    return _gpu_kernels() if device == "cuda" else None
 
-        return gpu_kernels()
-    return None
+
+@lru_cache(maxsize=1)
+def _gpu_kernels() -> Kernels | None:
+    if find_spec("triton") is None:
+        return None
+    from spectr.layers.kernels.gpu import gpu_kernels
+
+    return gpu_kernels()
