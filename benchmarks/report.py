@@ -87,6 +87,8 @@ def link(data: Path, place: Path) -> None:
     if not data.is_dir():
         raise SystemExit(str(DataError(f"no folder {data}", do="give the tasks' data as --data-root")))
     place.parent.mkdir(parents=True, exist_ok=True)
+    if place.exists() and not place.is_symlink():
+        raise SystemExit(str(DataError(f"{place} is in the way of a link to {data}", do="choose another --work")))
     place.unlink(missing_ok=True)
     place.symlink_to(data)
 

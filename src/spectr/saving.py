@@ -32,12 +32,12 @@ def save_readable(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[s
 def replacing(target: Path, scratch_in: Path | None = None) -> Iterator[Path]:
     """Yield a scratch path to write to, which takes the target's place when the block ends.
 
+    After a kill or a power cut at any moment the target is the old file or the new one. Where the block raises, the
+    scratch file goes and the target stays.
+
     Args:
         target: The file.
         scratch_in: Folder of the scratch path, on the same file system; by default the target's.
-
-    After a kill or a power cut at any moment the target is the old file or the new one. Where the block raises, the
-    scratch file goes and the target stays.
     """
     descriptor, name = tempfile.mkstemp(dir=scratch_in or target.parent, prefix=SCRATCH)
     os.close(descriptor)

@@ -27,11 +27,11 @@ def say(message: str) -> None:
 
 @contextmanager
 def resumable() -> Iterator[None]:
-    """Say at Ctrl-C that the same command goes on."""
+    """Say at Ctrl-C what becomes of the work that was done."""
     try:
         yield
     except KeyboardInterrupt:
-        say("stopped; the same command goes on from there")
+        say("stopped; the same command takes what was scored or found until now from the records")
         raise
 
 

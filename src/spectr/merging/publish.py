@@ -89,7 +89,7 @@ def save_merged_model(
     with _new_folder(out) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        for file in folder.iterdir():
+        for file in filter(Path.is_file, folder.iterdir()):
             file.chmod(0o644)  # safetensors writes files that their owner alone can read
         weights = sorted(path.name for path in folder.glob("*.safetensors"))
         facts = {
