@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 
 from spectr.combine import get_combination, merge_outputs
 from spectr.layers.grouped import grouped_inputs, grouped_outputs
-from spectr.layers.kernels import Kernels, kernels_for
+from spectr.layers.kernels import Choice, Kernels, kernels_for
 from spectr.layers.linear import Features, features
 from spectr.layers.outputs import add_masked, gathered_sum, gathering_pays, weighted
 from spectr.routers.base import Router, ShortlistRouter, segment_norms
@@ -41,13 +41,19 @@ class Held(NamedTuple):
 
 
 class Fusable(NamedTuple):
-    """Factors that kernels have looked at, so that a call need not: ``settings`` is ``None`` where they cannot."""
+    """Factors that kernels have looked at, so that a call need not.
+
+    Attributes:
+        able: Whether they can work on them, and the router and the combination are theirs.
+        choice: Of a layer that is routed.
+    """
 
     kernels: Kernels
     A_PI: Float[Tensor, "P I"]
     B_OP: Float[Tensor, "O P"]
     Bt_PO: Float[Tensor, "P O"]
-    settings: dict[str, Any] | None
+    able: bool
+    choice: Choice
 
 
 class RoutedLinear(nn.Module):
@@ -232,8 +238,7 @@ class RoutedLinear(nn.Module):
             assert A_PI is not None
             assert B_OP is not None
             ready = self.fusable = self._look_at(kernels, A_PI, B_OP)
-        settings = ready.settings
-        if settings is None or x.dtype != ready.A_PI.dtype or not kernels.take(x, out):
+        if not ready.able or x.dtype != ready.A_PI.dtype or not kernels.take(x, out):
             return None
         if held is not None:
             if not (self._fits(held.weights_B1P, x) and self._owns(out)):
@@ -243,19 +248,17 @@ class RoutedLinear(nn.Module):
             return None
         target = out if self._owns(out) else out.clone()
         centers_P = self._buffers["centers_P"]
-        done = kernels.route(x, ready.A_PI, ready.Bt_PO, centers_P, self.prior_B1E, target, **settings)
+        done = kernels.route(x, ready.A_PI, ready.Bt_PO, centers_P, self.prior_B1E, target, ready.choice)
         return target if done else None
 
     def _look_at(self, kernels: Kernels, A_PI: Tensor, B_OP: Tensor) -> Fusable:
         """What the kernels can do with these factors, as the router and the combination want it."""
         select: Any = self.select
-        Bt_PO, settings = B_OP.mT, None
-        if kernels.know(A_PI, Bt_PO) and self.held is not None and self.sums:
-            settings = {}
-        elif kernels.know(A_PI, Bt_PO) and self.held is None and self.fuses:
-            temperature = select.temperature if select.weighting == "softmax" else 0.0
-            settings = {"experts": len(self.experts), "k": min(select.k, len(self.experts)), "temperature": temperature}
-        return Fusable(kernels, A_PI, B_OP, Bt_PO, settings)
+        able = kernels.know(A_PI, B_OP.mT) and (self.fuses if self.held is None else self.sums)
+        softmax = getattr(select, "weighting", None) == "softmax"
+        k = min(getattr(select, "k", 0), len(self.experts))
+        choice = Choice(len(self.experts), k, select.temperature if softmax else 0.0)
+        return Fusable(kernels, A_PI, B_OP, B_OP.mT, able, choice)
 
     @staticmethod
     def _fits(rows: Tensor | None, x: Tensor) -> bool:

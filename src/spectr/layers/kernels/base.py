@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch._C import _len_torch_dispatch_stack  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class Choice(NamedTuple):
+    """How a token chooses among experts.
+
+    Attributes:
+        experts: How many there are; all of one rank.
+        k: How many are taken.
+        temperature: Of the softmax over their scores; 0 weighs them alike.
+    """
+
+    experts: int
+    k: int
+    temperature: float
 
 
 class Kernels(ABC):
@@ -45,12 +60,9 @@ class Kernels(ABC):
         centers_P: Tensor | None,
         prior_BE: Tensor | None,
         out: Tensor,
-        *,
-        experts: int,
-        k: int,
-        temperature: float,
+        choice: Choice,
     ) -> bool:
-        """Add the chosen experts' outputs to ``out``: those with the ``k`` largest ``||A_t x - center_t||``.
+        """Add the chosen experts' outputs to ``out``: those with the largest ``||A_t x - center_t||``.
 
         Args:
             x: Tokens, (..., I), contiguous, in the dtype and on the device of all the others.
@@ -59,9 +71,7 @@ class Kernels(ABC):
             centers_P: Taken away before scoring.
             prior_BE: Multiplied with the scores, float32; a row for each equal share of the tokens.
             out: (..., O), contiguous.
-            experts: How many; all of one rank.
-            k: How many are taken.
-            temperature: Of the softmax over their scores; 0 weighs them alike.
+            choice: Among how many, how many, and their weights.
 
         Returns:
             Whether it was done; if not, ``out`` is as it was.

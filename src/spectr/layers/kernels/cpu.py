@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from spectr.layers.kernels.base import Kernels
+from spectr.layers.kernels.base import Choice, Kernels
 from spectr.saving import cache_folder
 
 # Reductions may be reordered, or nothing is vectorised. Not -ffast-math: it changes how the whole process rounds.
@@ -61,12 +61,10 @@ class CpuKernels(Kernels):
         centers_P: Tensor | None,
         prior_BE: Tensor | None,
         out: Tensor,
-        *,
-        experts: int,
-        k: int,
-        temperature: float,
+        choice: Choice,
     ) -> bool:
         """See :meth:`Kernels.route`."""
+        experts, k, temperature = choice
         (rows, inputs), outputs, threads = A_PI.shape, Bt_PO.shape[1], torch.get_num_threads()
         tokens, rank = x.numel() // inputs, rows // experts
         h = None if tokens <= _FEW else linear(x, A_PI)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from triton.language import constexpr
 
-from spectr.layers.kernels.base import Kernels
+from spectr.layers.kernels.base import Choice, Kernels
 
 tl: Any = triton.language  # what it means inside a kernel is not what its signatures say
 _BLOCK = 128  # outputs that a program adds to
@@ -99,12 +99,10 @@ class GpuKernels(Kernels):
         centers_P: Tensor | None,
         prior_BE: Tensor | None,
         out: Tensor,
-        *,
-        experts: int,
-        k: int,
-        temperature: float,
+        choice: Choice,
     ) -> bool:
         """See :meth:`Kernels.route`."""
+        experts, k, temperature = choice
         rank, outputs = len(A_PI) // experts, Bt_PO.shape[1]
         E, R = triton.next_power_of_2(experts), triton.next_power_of_2(rank)
         if E * R > _MOST_ROWS:
@@ -147,7 +145,7 @@ def gpu_kernels() -> Kernels | None:
     try:
         with torch.inference_mode():
             A, Bt, out = (torch.ones(1, 16, device="cuda") for _ in range(3))
-            kernels.route(A, A, Bt, None, None, out, experts=1, k=1, temperature=0.0)
+            kernels.route(A, A, Bt, None, None, out, Choice(experts=1, k=1, temperature=0.0))
             torch.cuda.synchronize()
     except Exception as error:  # compilers and drivers raise whatever they like
         logging.getLogger(__name__).info("routed layers run without a GPU kernel: %s", error)
