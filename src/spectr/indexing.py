@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int8
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from spectr.adapters import Expert, Factors
+from spectr.adapters import Expert
 from spectr.calibration import read_inputs
 from spectr.composition import needed_calibration
+from spectr.errors import SpectrError
 from spectr.layers.plan import make_plan
 from spectr.library import Calibration, ExpertLibrary
 from spectr.library.index import INDEX_FOLDER, IndexedModule, IndexEntry
@@ -21,8 +25,10 @@ from spectr.routers import Spectr
 from spectr.spectral import Rotation, align, rotate
 
 Progress = Callable[[int, int, str], None]
-_TOGETHER = 8  # experts that read the inputs at once, which are larger than they are
-_THREADS = 2  # one reads and writes while the other computes
+_TOGETHER = 32  # experts that read the inputs at once, which are larger than they are
+_PROCESSES = 8
+
+Layout = tuple[IndexedModule, ...]
 
 
 @torch.no_grad()
@@ -53,35 +59,80 @@ def build_index(
         CompositionError: Experts are not calibrated, or do not fit the model.
         LibraryError: An entry on disk is damaged.
     """
-    missing = [name for name in library if fresh or not library.indexed(name)]
+    missing = {name: library[name] for name in library if fresh or not library.indexed(name)}
     if not missing:
         return library
-    experts = {name: library[name] for name in missing}
-    make_plan(model, list(experts.values()), Spectr(top_k=1))
-    known = needed_calibration(library, list(experts.values()))
-    modules = sorted({module for expert in experts.values() for module in expert.shapes})
+    make_plan(model, list(missing.values()), Spectr(top_k=1))
+    known = needed_calibration(library, list(missing.values()))
+    modules = sorted({module for expert in missing.values() for module in expert.shapes})
     inputs: dict[str, Float[Tensor, "T I"]] = {}
 
     def keep(module: str, x_TI: Float[Tensor, "T I"]) -> None:
         inputs[module] = x_TI.float() - known.means[module].to(x_TI.device)
 
     read_inputs(model, modules, known, keep)
-    entries: dict[str, IndexEntry] = {}
-
-    def make(names: Sequence[str]) -> dict[str, IndexEntry]:
-        made = _entries({name: experts[name] for name in names}, library, inputs, known)
-        if folder is not None:
-            for name, entry in made.items():
-                entry.save(Path(folder) / INDEX_FOLDER / f"{name}.safetensors")
-        return made
-
-    parts = [missing[start : start + _TOGETHER] for start in range(0, len(missing), _TOGETHER)]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for made in pool.map(make, parts):
-            for name, entry in made.items():
-                entries[name] = entry
-                progress(len(entries), len(missing), name)
+    to = None if folder is None else Path(folder)
+    work = _Parts(missing, to, lambda part: _entries(part, library, inputs, known))
+    workers = _workers(work, inputs.values())
+    entries: dict[str, IndexEntry | Path] = {}
+    for made in DataLoader(
+        work, batch_size=None, num_workers=workers, multiprocessing_context="fork" if workers else None
+    ):
+        if isinstance(made, SpectrError):  # raised here, so that it says what it says and no more
+            raise made
+        for name, entry in made.items():
+            entries[name] = entry
+            progress(len(entries), len(missing), name)
     return library.with_index(library.index.joined(entries))
+
+
+class _Parts(Dataset[Any]):
+    """Entries of some experts after the other; those that go to a folder are written where they are made."""
+
+    def __init__(self, experts: Mapping[str, Expert], folder: Path | None, make: Callable[..., dict[str, IndexEntry]]):
+        names = list(experts)
+        starts = range(0, len(names), _TOGETHER)
+        self.parts = [{name: experts[name] for name in names[start : start + _TOGETHER]} for start in starts]
+        self.folder, self.make = folder, make
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    @torch.no_grad()
+    def __getitem__(self, place: int) -> dict[str, IndexEntry | Path] | SpectrError:
+        try:
+            made = self.make(self.parts[place])
+        except SpectrError as error:
+            return error
+        if self.folder is None:
+            return {**made}
+        paths = {name: self.folder / INDEX_FOLDER / f"{name}.safetensors" for name in made}
+        for name, entry in made.items():
+            entry.save(paths[name])
+        return {**paths}
+
+
+def _workers(work: _Parts, inputs: Iterable[Tensor]) -> int:
+    """Processes beside this one, none for few experts: the work is many small steps, which threads do in turn.
+
+    They have to be forked, so that they see the inputs where these are, and only a CPU's can be seen.
+    """
+    forks = sys.platform == "linux" and all(x.device.type == "cpu" for x in inputs)
+    if not forks or work.folder is None or len(work) < 2:
+        return 0
+    return min(len(work), len(os.sched_getaffinity(0)), _PROCESSES)
+
+
+class _Measured(NamedTuple):
+    """Modules of one shape of some experts that adapt the same."""
+
+    modules: list[str]
+    turned: list[Rotation]  # of each expert
+    holds: list[Bool[Tensor, " N"]]  # of each expert, for which modules
+    codes_ENI: Int8[Tensor, "E N I"]
+    steps_EN: Float[Tensor, "E N"]
+    error_EN: Float[Tensor, "E N"]
+    rms_EN: Float[Tensor, "E N"]
 
 
 def _entries(
@@ -90,74 +141,79 @@ def _entries(
     inputs: Mapping[str, Float[Tensor, "T I"]],
     known: Calibration,
 ) -> dict[str, IndexEntry]:
-    """Entries of some experts, which read the texts' inputs together."""
-    aligned = {name: _aligned(_read(expert)) for name, expert in experts.items()}
-    rms: dict[str, dict[str, float]] = {name: {} for name in experts}
-    for module in sorted({module for _, prototypes in aligned.values() for module in prototypes}):
-        owners = [name for name, (_, prototypes) in aligned.items() if module in prototypes]
-        v_EI = torch.stack([aligned[name][1][module] for name in owners]).to(inputs[module].device)
-        values_E = (inputs[module] @ v_EI.mT).square().mean(0).sqrt()
-        for name, value in zip(owners, values_E.tolist(), strict=True):
-            rms[name][module] = value
-    return {
-        name: _entry(expert, *aligned[name], rms[name], library.sha256(name), known.digest)
-        for name, expert in experts.items()
-    }
+    """Entries of some experts; those that adapt the same modules in the same sizes are measured at once."""
+    layouts: dict[Layout, list[Expert]] = {}
+    for expert in experts.values():
+        shapes = sorted(expert.shapes.items())
+        layouts.setdefault(tuple(IndexedModule(m, *shape[:3]) for m, shape in shapes), []).append(expert)
+    entries = {}
+    for layout, together in layouts.items():
+        groups = [_measured(together, modules, inputs) for modules in _alike(layout)]
+        place = {module: i for i, module in enumerate(module for group in groups for module in group.modules)}
+        order = [place[module.name] for module in layout]
+        columns = [code_EI for group in groups for code_EI in group.codes_ENI.unbind(1)]
+        codes_EC = torch.cat([columns[i] for i in order], dim=1)
+        numbers = (torch.cat(parts, dim=1)[:, order] for parts in zip(*(group[4:] for group in groups), strict=True))
+        for e, (expert, *row) in enumerate(zip(together, codes_EC, *numbers, strict=True)):
+            codes_C, steps_M, error_M, rms_M = (values.clone() for values in row)
+            aligned = [(group.modules, group.turned[e], group.holds[e]) for group in groups]
+            entries[expert.name] = IndexEntry(
+                modules=layout,
+                sha256=library.sha256(expert.name),
+                calibration=known.digest,
+                codes_C=codes_C,
+                steps_M=steps_M,
+                error_M=error_M,
+                rms_M=rms_M,
+                rotations=partial(_rotations, aligned),
+            )
+    return entries
 
 
-def _entry(
-    expert: Expert,
-    rotations: Mapping[str, Rotation],
-    prototypes: Mapping[str, Float[Tensor, " I"]],
-    rms: Mapping[str, float],
-    sha256: str,
-    calibration: str,
-) -> IndexEntry:
-    codes, steps, errors = {}, {}, {}
-    alike: dict[int, list[str]] = {}
-    for module, v_I in prototypes.items():
-        alike.setdefault(len(v_I), []).append(module)
-    for modules in alike.values():
-        v_MI = torch.stack([prototypes[module] for module in modules])
-        step_M1 = (v_MI.abs().amax(1, keepdim=True) / 127).clamp(min=1e-30)
-        code_MI = (v_MI / step_M1).round()
-        codes |= zip(modules, code_MI.to(torch.int8), strict=True)
-        steps |= zip(modules, step_M1[:, 0].tolist(), strict=True)
-        errors |= zip(modules, (v_MI - step_M1 * code_MI).norm(dim=1).tolist(), strict=True)
-    shapes = expert.shapes
-    return IndexEntry(
-        modules=tuple(IndexedModule(m, shapes[m].rank, shapes[m].inputs, shapes[m].outputs) for m in prototypes),
-        sha256=sha256,
-        calibration=calibration,
-        codes_C=torch.cat([codes[module] for module in prototypes]),
-        steps_M=torch.tensor([steps[module] for module in prototypes]),
-        error_M=torch.tensor([errors[module] for module in prototypes]),
-        rms_M=torch.tensor([rms[module] for module in prototypes]),
-        rotations=lambda: rotations,
+def _alike(layout: Layout) -> list[list[str]]:
+    """The names of modules of the same sizes, together."""
+    found: dict[tuple[int, ...], list[str]] = {}
+    for name, *sizes in layout:
+        found.setdefault(tuple(sizes), []).append(name)
+    return list(found.values())
+
+
+def _measured(experts: Sequence[Expert], modules: list[str], inputs: Mapping[str, Float[Tensor, "T I"]]) -> _Measured:
+    aligned = [_aligned(expert, modules) for expert in experts]  # one by one, so that the factors stay near
+    first_ENI = torch.stack([first_NI for *_, first_NI in aligned])
+    step_EN = (first_ENI.abs().amax(-1) / 127).clamp(min=1e-30)
+    code_ENI = (first_ENI / step_EN[..., None]).round()
+    rms_NE = [
+        torch.linalg.vector_norm(inputs[m] @ v_EI.to(inputs[m].device).mT, dim=0).cpu() / len(inputs[m]) ** 0.5
+        for m, v_EI in zip(modules, first_ENI.unbind(1), strict=True)
+    ]
+    return _Measured(
+        modules=modules,
+        turned=[turned for turned, *_ in aligned],
+        holds=[holds_N for _, holds_N, _ in aligned],
+        codes_ENI=code_ENI.to(torch.int8),
+        steps_EN=step_EN,
+        error_EN=torch.linalg.vector_norm(first_ENI - step_EN[..., None] * code_ENI, dim=-1),
+        rms_EN=torch.stack(rms_NE, dim=1),
     )
 
 
-def _read(expert: Expert) -> dict[str, Factors]:
+def _aligned(expert: Expert, modules: list[str]) -> tuple[Rotation, Bool[Tensor, " N"], Float[Tensor, "N I"]]:
+    """Modules of one shape: their rotations, for which these hold, and the first row of ``V^T`` of each."""
     with expert.open() as read:
-        return {module: read(module) for module in sorted(expert.shapes)}
+        A, B, scale = zip(*map(read, modules), strict=True)
+    A_NRI, B_NOR, scale_N = torch.stack(A).float(), torch.stack(B).float(), torch.tensor(scale)
+    turned, holds_N = rotate(A_NRI, B_NOR, scale_N)
+    first_NI = (turned.right[:, :1] @ A_NRI).squeeze(1)
+    for i in (~holds_N).nonzero()[:, 0].tolist():
+        first_NI[i] = align(A_NRI[i], B_NOR[i], scale_N[i]).Vh[0]
+    return turned, holds_N, first_NI
 
 
-def _aligned(factors: Mapping[str, Factors]) -> tuple[dict[str, Rotation], dict[str, Float[Tensor, " I"]]]:
-    """Rotations, where there are any, and the first row of ``V^T`` of every module; modules of one shape at once."""
-    alike: dict[tuple[int, ...], list[str]] = {}
-    for module, pair in factors.items():
-        alike.setdefault((*pair.A.shape, len(pair.B)), []).append(module)
-    rotations, prototypes = {}, {}
-    for modules in alike.values():
-        A_NRI = torch.stack([factors[m].A for m in modules]).float()
-        B_NOR = torch.stack([factors[m].B for m in modules]).float()
-        scale_N = torch.tensor([factors[m].scale for m in modules])
-        turned, holds_N = rotate(A_NRI, B_NOR, scale_N)
-        first_NI = (turned.right[:, :1] @ A_NRI).squeeze(1)
-        for i, module in enumerate(modules):
-            if holds_N[i]:
-                rotations[module] = Rotation(*(part[i].clone() for part in turned))
-                prototypes[module] = first_NI[i]
-            else:
-                prototypes[module] = align(A_NRI[i], B_NOR[i], scale_N[i]).Vh[0]
-    return rotations, dict(sorted(prototypes.items()))
+def _rotations(groups: Sequence[tuple[list[str], Rotation, Bool[Tensor, " N"]]]) -> dict[str, Rotation]:
+    """By module, of those that can be aligned by one."""
+    found = {}
+    for modules, turned, holds_N in groups:
+        rows = zip(modules, holds_N.tolist(), *turned, strict=True)
+        found |= {module: Rotation(*parts) for module, holds, *parts in rows if holds}
+    return found

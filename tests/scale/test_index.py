@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -11,8 +12,9 @@ import torch
 from scaling import TEXTS, ids_of, make_library
 
 from models import close, dense_deltas, peft_adapter
-from spectr import ExpertLibrary, build_index, calibrate
-from spectr.errors import CompositionError, LibraryError
+from spectr import ExpertLibrary, build_index, calibrate, indexing
+from spectr.calibration import read_inputs
+from spectr.errors import AdapterError, CompositionError, LibraryError
 from spectr.library import Index, LibraryStore
 from spectr.spectral import reference
 from text_model import make_model, make_tokenizer
@@ -70,6 +72,45 @@ def test_it_is_kept_and_read_again(root, library, tmp_path):
         assert ours.rotations().keys() == theirs.rotations().keys()
         for module, rotation in ours.rotations().items():
             assert all(torch.equal(a, b) for a, b in zip(rotation, theirs.rotations()[module], strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 on warns of it, whatever is forked
+def test_processes_make_the_same_entries(root, library, tmp_path, monkeypatch):
+    monkeypatch.setattr("spectr.indexing._TOGETHER", 2)
+    shutil.copytree(root, tmp_path / "lib")
+    told, here = [], os.getpid()
+    monkeypatch.setattr("spectr.indexing._entries", in_a_process(here, indexing._entries))
+    kept = build_index(make_model(), calibrated(tmp_path / "lib"), tmp_path / "lib", progress=lambda *t: told.append(t))
+    assert [(done, total) for done, total, _ in told] == [(i + 1, len(library)) for i in range(len(library))]
+    for name in library:
+        ours, theirs = kept.index[name], library.index[name]
+        assert torch.equal(ours.codes_C, theirs.codes_C)
+        close(ours.rms_M, theirs.rms_M, 1e-5)
+        assert ours.rotations().keys() == theirs.rotations().keys()
+
+
+def in_a_process(parent, make):
+    def entries(*given):
+        assert os.getpid() != parent
+        return make(*given)
+
+    return entries
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_damaged_expert_is_told_from_a_process_as_from_here(root, tmp_path, monkeypatch):
+    monkeypatch.setattr("spectr.indexing._TOGETHER", 2)
+    shutil.copytree(root, tmp_path / "lib")
+    library = calibrated(tmp_path / "lib")
+    weights = library["bees"].weights
+
+    def then_damage(*given):
+        read_inputs(*given)
+        weights.write_bytes(weights.read_bytes()[:100])
+
+    monkeypatch.setattr("spectr.indexing.read_inputs", then_damage)
+    with pytest.raises(AdapterError, match=r"\Aexpert 'bees': .* cannot be read as safetensors"):
+        build_index(make_model(), library, tmp_path / "lib")
 
 
 def test_an_expert_more_is_a_file_more(root, tmp_path, no_sync):

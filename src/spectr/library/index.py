@@ -142,7 +142,7 @@ class Index(Mapping[str, IndexEntry]):
         files = {name: f"{name}.safetensors" for name in experts}
         return Index({name: folder / file for name, file in files.items() if file in there})
 
-    def joined(self, entries: Mapping[str, IndexEntry]) -> Index:
+    def joined(self, entries: Mapping[str, IndexEntry | Path]) -> Index:
         """This index with more entries, or with others in the place of some."""
         return Index({**self._entries, **entries})
 

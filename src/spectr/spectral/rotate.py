@@ -57,11 +57,12 @@ def rotate(
 
     Source: SpectR (Fleshman and Van Durme, 2025), eq. 2 and 3, by another way than theirs.
     """
-    A, B = A_NRI.double(), B_NOR.double()
     scale_N = torch.as_tensor(scale, dtype=torch.float64)
     factor = scale_N[..., None, None]
-    L_a, bad_a = torch.linalg.cholesky_ex(A @ A.mT)
-    L_b, bad_b = torch.linalg.cholesky_ex(B.mT @ B)
+    A, B = A_NRI.double(), B_NOR.double()
+    gram_a, gram_b = A @ A.mT, B.mT @ B
+    L_a, bad_a = torch.linalg.cholesky_ex(gram_a)
+    L_b, bad_b = torch.linalg.cholesky_ex(gram_b)
     holds = (bad_a == 0) & (bad_b == 0) & _well(L_a) & _well(L_b) & (scale_N != 0)
     identity = torch.eye(A.shape[-2], dtype=A.dtype)
     safe = holds[..., None, None]
@@ -69,12 +70,13 @@ def rotate(
     u, S, vh = torch.linalg.svd(factor * (L_b.mT @ L_a))
     right = torch.linalg.solve_triangular(L_a, vh, upper=False, left=False)
     left = torch.linalg.solve_triangular(L_b.mT, u, upper=True) / torch.where(factor == 0, 1.0, factor)
-    Vh = right @ A
-    sign = torch.where(Vh.gather(-1, Vh.abs().argmax(-1, keepdim=True)) < 0, -1.0, 1.0)
+    Vh = right.float() @ A_NRI.float()
+    low, high = Vh.aminmax(dim=-1, keepdim=True)
+    sign = torch.where(-low > high, -1.0, 1.0)
     found = Rotation((left * sign.mT).float(), S.float(), (right * sign).float())
-    rounded_U, rounded_Vh = B @ (found.left.double() * factor), found.right.double() @ A
-    for gram_NRR in (rounded_U.mT @ rounded_U, rounded_Vh @ rounded_Vh.mT):
-        holds &= (gram_NRR - identity).abs().amax((-2, -1)) < _OFF
+    turned_b, turned_a = found.left.double() * factor, found.right.double()
+    for gram in (turned_b.mT @ gram_b @ turned_b, turned_a @ gram_a @ turned_a.mT):  # of U and V, as they are rounded
+        holds &= (gram - identity).abs().amax((-2, -1)) < _OFF
     return found, holds
 
 
