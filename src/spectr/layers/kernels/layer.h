@@ -1,41 +1,65 @@
 /* The functions of routing.c for one dtype: TYPE in memory, FROM, TO, LOAD and STORE between it and float. */
 
 
-/* h = A x for all tokens: each row of A is read once, by one thread. Rounded as the layer's dtype rounds. */
+/* h = A x for all tokens: each row of A is read once, by one thread, ROWS of them side by side, as they may come from
+   afar. Rounded as the layer's dtype rounds. */
 static void NAME(inner)(const TYPE *x, const TYPE *A, float *h, long tokens, long inputs, long rows) {
+  long whole = inputs - inputs % WIDE;
 #pragma omp for schedule(static)
-  for (long p = 0; p < rows; p++)
+  for (long first = 0; first < rows; first += ROWS) {
+    long n = rows - first < ROWS ? rows - first : ROWS;
+    const TYPE *from[ROWS]; /* past the last row the last again */
+    for (long r = 0; r < ROWS; r++) from[r] = A + (first + (r < n ? r : n - 1)) * inputs;
     for (long t = 0; t < tokens; t++) {
-      float sum = 0;
-      for (long i = 0; i < inputs; i++) sum += FROM(A[p * inputs + i]) * FROM(x[t * inputs + i]);
-      h[t * rows + p] = FROM(TO(sum));
+      const TYPE *xt = x + t * inputs;
+      vector sums[ROWS] = {{0}};
+      for (long i = 0; i < whole; i += WIDE) {
+        vector xi = LOAD(xt + i);
+        for (int r = 0; r < ROWS; r++) sums[r] += xi * LOAD(from[r] + i);
+      }
+      for (long r = 0; r < n; r++) {
+        float sum = 0;
+        for (int v = 0; v < WIDE; v++) sum += sums[r][v];
+        for (long i = whole; i < inputs; i++) sum += FROM(xt[i]) * FROM(from[r][i]);
+        h[t * rows + first + r] = FROM(TO(sum));
+      }
     }
+  }
 }
 
-/* out += sum over n rows of share * Bt[row], of few tokens: BLOCK outputs at a time, from where Bt lies. */
+/* out += sum over n rows of share * Bt[row], of few tokens, from where Bt lies: ROWS rows side by side from end to end, as
+   memory is read best. Each thread has a part of the outputs, and room for it in `scratch`. */
 static void NAME(outer_few)(TYPE *out, const TYPE *Bt, const int32_t *row, const float *share, const int32_t *count,
-                            long tokens, long n, long outputs) {
-  long blocks = (outputs + BLOCK - 1) / BLOCK;
+                            long tokens, long n, long outputs, float *scratch, long threads) {
+  long part = (outputs + threads - 1) / threads;
+  part += (WIDE - part % WIDE) % WIDE;
 #pragma omp for schedule(static)
-  for (long b = 0; b < blocks; b++) {
-    long from = b * BLOCK, width = outputs - from < BLOCK ? outputs - from : BLOCK;
-    for (long t = 0; t < tokens; t++) {
+  for (long worker = 0; worker < threads; worker++) {
+    long from = worker * part, width = outputs - from < part ? outputs - from : part;
+    long whole = width - width % WIDE;
+    float *sums = aligned(scratch) + worker * part;
+    for (long t = 0; t < tokens && width > 0; t++) {
       const int32_t *rows = row + t * n;
       const float *shares = share + t * n;
       TYPE *to = out + t * outputs + from;
-      if (width < BLOCK) {
-        for (long o = 0; o < width; o++) {
-          float total = FROM(to[o]);
-          for (long j = 0; j < count[t]; j++) total += shares[j] * FROM(Bt[rows[j] * outputs + from + o]);
-          to[o] = TO(total);
+      for (long o = 0; o < width; o++) sums[o] = FROM(to[o]);
+      for (long j = 0; j < count[t]; j += ROWS) {
+        const TYPE *at[ROWS];
+        float by[ROWS];
+        for (int r = 0; r < ROWS; r++) { /* past the last row the first, by zero of it */
+          int there = j + r < count[t];
+          at[r] = Bt + (long)rows[there ? j + r : j] * outputs + from;
+          by[r] = there ? shares[j + r] : 0;
         }
-        continue;
+        for (long o = 0; o < whole; o += WIDE) {
+          vector sum = load_f32(sums + o);
+          for (int r = 0; r < ROWS; r++) sum += by[r] * LOAD(at[r] + o);
+          store_f32(sums + o, sum);
+        }
+        for (long o = whole; o < width; o++)
+          for (int r = 0; r < ROWS; r++) sums[o] += by[r] * FROM(at[r][o]);
       }
-      vector sums[BLOCK / WIDE];
-      for (int v = 0; v < BLOCK / WIDE; v++) sums[v] = LOAD(to + v * WIDE);
-      for (long j = 0; j < count[t]; j++)
-        for (int v = 0; v < BLOCK / WIDE; v++) sums[v] += shares[j] * LOAD(Bt + rows[j] * outputs + from + v * WIDE);
-      for (int v = 0; v < BLOCK / WIDE; v++) STORE(to + v * WIDE, sums[v]);
+      for (long o = 0; o < width; o++) to[o] = TO(sums[o]);
     }
   }
 }
@@ -118,12 +142,13 @@ int NAME(route)(const TYPE *x, const TYPE *A, const TYPE *given, const TYPE *Bt,
                 const float *prior, TYPE *out, long tokens, long rows_of_prior, long inputs, long outputs,
                 long experts, long rank, long k, float temperature, long threads) {
   long rows = experts * rank, n = k * rank, own = experts + k, packs = tokens > FEW;
-  float *memory = malloc((tokens * (rows + n) + threads * (own + packs * rows * BLOCK) + BLOCK) * sizeof(float));
+  long room = packs ? threads * rows * BLOCK : outputs + threads * WIDE; /* of outer_many, or outer_few */
+  float *memory = malloc((tokens * (rows + n) + threads * own + room + BLOCK) * sizeof(float));
   int32_t *places = malloc((tokens * (n + 1)) * sizeof(int32_t));
   long *choices = malloc(threads * k * sizeof(long));
   int failed = !memory || !places || !choices;
   if (!failed) {
-    float *h = memory, *share = h + tokens * rows, *scratch = share + tokens * n, *packed = scratch + threads * own;
+    float *h = memory, *share = h + tokens * rows, *scratch = share + tokens * n, *sums = scratch + threads * own;
     int32_t *row = places, *count = row + tokens * n;
 #pragma omp parallel num_threads(threads)
     {
@@ -147,9 +172,9 @@ int NAME(route)(const TYPE *x, const TYPE *A, const TYPE *given, const TYPE *Bt,
         }
       }
       if (packs)
-        NAME(outer_many)(out, Bt, row, share, count, tokens, n, outputs, rows, packed);
+        NAME(outer_many)(out, Bt, row, share, count, tokens, n, outputs, rows, sums);
       else
-        NAME(outer_few)(out, Bt, row, share, count, tokens, n, outputs);
+        NAME(outer_few)(out, Bt, row, share, count, tokens, n, outputs, sums, threads);
     }
   }
   free(memory);
@@ -161,11 +186,11 @@ int NAME(route)(const TYPE *x, const TYPE *A, const TYPE *given, const TYPE *Bt,
 /* out += B (w h) of few tokens, with weights that are held, one row of them for each equal share of the tokens. */
 int NAME(held)(const TYPE *x, const TYPE *A, const TYPE *Bt, const TYPE *weights, TYPE *out, long tokens,
                long rows_of_weights, long inputs, long outputs, long rows, long threads) {
-  float *memory = malloc(2 * tokens * rows * sizeof(float));
+  float *memory = malloc((2 * tokens * rows + outputs + threads * WIDE + BLOCK) * sizeof(float));
   int32_t *places = malloc(tokens * (rows + 1) * sizeof(int32_t));
   int failed = !memory || !places;
   if (!failed) {
-    float *h = memory, *share = h + tokens * rows;
+    float *h = memory, *share = h + tokens * rows, *sums = share + tokens * rows;
     int32_t *row = places, *count = row + tokens * rows;
 #pragma omp parallel num_threads(threads)
     {
@@ -181,7 +206,7 @@ int NAME(held)(const TYPE *x, const TYPE *A, const TYPE *Bt, const TYPE *weights
         }
         count[t] = n;
       }
-      NAME(outer_few)(out, Bt, row, share, count, tokens, rows, outputs);
+      NAME(outer_few)(out, Bt, row, share, count, tokens, rows, outputs, sums, threads);
     }
   }
   free(memory);
