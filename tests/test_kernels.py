@@ -23,17 +23,21 @@ needs_a_compiler = pytest.mark.skipif(cpu.find_compiler() is None, reason="this 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
-def layer_of(router, experts, rank, dtype, seed, *, centers=False):
+class OtherLinear(nn.Linear):
+    """A base layer that only its own call can be trusted with."""
+
+
+def layer_of(router, experts, rank, dtype, seed, *, centers=False, inputs=INPUTS, base=nn.Linear):
     chance = torch.Generator().manual_seed(seed)
     parts = {
         f"e{number:02}": Prepared(
-            torch.randn(rank, INPUTS, generator=chance),
+            torch.randn(rank, inputs, generator=chance),
             torch.randn(OUTPUTS, rank, generator=chance),
             center=torch.randn(rank, generator=chance) if centers else None,
         ).to(torch.device("cpu"), dtype)
         for number in range(experts)
     }
-    return RoutedLinear(nn.Linear(INPUTS, OUTPUTS).to(dtype), Stack.of(parts), router)
+    return RoutedLinear(base(inputs, OUTPUTS).to(dtype), Stack.of(parts), router)
 
 
 def both(monkeypatch, layer, x):
@@ -46,7 +50,7 @@ def both(monkeypatch, layer, x):
             vars(self).update(vars(kernels))
 
         def __getattribute__(self, name):
-            if name in ("route", "held"):
+            if name in ("route", "held", "whole"):
                 calls.append(name)
             return super().__getattribute__(name)
 
@@ -75,10 +79,12 @@ def clear(layer, x):
     tokens=st.sampled_from([(1,), (1, 1), (3, 1), (2, 4), (16,), (40,), (3, 20)]),
     dtype=st.sampled_from(list(TOLERANCE)),
     weights=st.sampled_from(["uniform", "softmax"]),
+    base=st.sampled_from([nn.Linear, OtherLinear]),
     seed=st.integers(0, 10_000),
 )
-def test_routing_is_that_of_torch(experts, rank, top_k, tokens, dtype, weights, seed):
-    layer = layer_of(Spectr(top_k=top_k, weights=weights, temperature=2.0), experts, rank, dtype, seed)
+def test_routing_is_that_of_torch(experts, rank, top_k, tokens, dtype, weights, base, seed):
+    router = Spectr(top_k=top_k, weights=weights, temperature=2.0)
+    layer = layer_of(router, experts, rank, dtype, seed, base=base)
     x = torch.randn(*tokens, INPUTS, generator=torch.Generator().manual_seed(seed + 1)).to(dtype)
     with pytest.MonkeyPatch.context() as patch:
         fused, plain = both(patch, layer, x)
@@ -103,8 +109,9 @@ def test_centers_and_a_prior_count(monkeypatch, rows, length):
 @needs_a_compiler
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("rows", [1, 3])
-def test_held_weights_are_those_of_torch(monkeypatch, dtype, rows):
-    layer = layer_of(Spectr(top_k=2), 5, 4, dtype, 0)
+@pytest.mark.parametrize("base", [nn.Linear, OtherLinear])
+def test_held_weights_are_those_of_torch(monkeypatch, dtype, rows, base):
+    layer = layer_of(Spectr(top_k=2), 5, 4, dtype, 0, base=base)
     weights = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0], [1.0, 0, 0, 0, 0], [0, 0, 0, 0.25, 0.75]])[:rows]
     layer.hold(weights)
     x = torch.randn(3, 2, INPUTS, generator=torch.Generator().manual_seed(2)).to(dtype)
@@ -121,6 +128,56 @@ def test_a_cast_while_weights_are_held_is_seen():
     with torch.no_grad():
         before = layer(x)
         close(layer.bfloat16()(x.bfloat16()).float(), before, 3e-2)
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("tokens", [1, 3, 16])
+@pytest.mark.parametrize("inputs", [INPUTS, 37, 5])
+def test_the_whole_layer_in_one_call(held, dtype, tokens, inputs):
+    layer = layer_of(Spectr(top_k=2), 5, 4, dtype, 0, inputs=inputs)
+    if held:
+        layer.hold(torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]]))
+    x = torch.randn(tokens, inputs, generator=torch.Generator().manual_seed(2)).to(dtype)
+    with torch.no_grad():
+        for bias in (layer.base.bias, None):
+            layer.base.bias = bias
+            whole = layer._whole(x)
+            assert (whole is None) == (tokens > layer.fusable.whole.most)
+            layer.base.register_forward_hook(lambda *_: None)
+            assert layer._whole(x) is None
+            if whole is not None:
+                close(whole.float(), layer(x).float(), TOLERANCE[dtype])
+            layer.base._forward_hooks.clear()
+
+
+@needs_a_compiler
+def test_the_whole_layer_reads_the_weight_that_is_there():
+    layer = layer_of(Spectr(top_k=2), 5, 4, torch.float32, 0)
+    x = torch.randn(1, INPUTS, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        delta = layer(x) - layer.base(x)
+        for change in (
+            lambda: layer.base.weight.mul_(2),
+            lambda: setattr(layer.base, "weight", nn.Parameter(torch.randn(OUTPUTS, INPUTS))),
+            lambda: setattr(layer.base.weight, "data", torch.randn(OUTPUTS, INPUTS)),
+            lambda: setattr(layer.base, "forward", lambda x: torch.ones(1, OUTPUTS)),  # as accelerate does
+        ):
+            change()
+            close(layer(x), layer.base(x) + delta, 1e-5)
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("weight", [torch.randn(INPUTS, OUTPUTS).mT, torch.randn(OUTPUTS, INPUTS).bfloat16()])
+def test_the_whole_layer_takes_no_weight_that_it_cannot_read(weight):
+    layer = layer_of(Spectr(top_k=2), 5, 4, torch.float32, 0)
+    with torch.no_grad():
+        assert layer._whole(torch.randn(1, INPUTS)) is not None
+        layer.base.weight = nn.Parameter(weight)
+        assert layer._whole(torch.randn(1, INPUTS)) is None
+        layer.base.weight = nn.Parameter(torch.empty(OUTPUTS, INPUTS, device="meta"))
+        assert layer._whole(torch.randn(1, INPUTS)) is None  # accelerate keeps it elsewhere between calls
 
 
 @needs_a_compiler

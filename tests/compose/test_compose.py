@@ -35,10 +35,11 @@ def test_the_order_in_which_experts_are_given_changes_nothing(root, router):
 @pytest.mark.parametrize("router", ROUTERS, ids=repr)
 def test_a_batch_is_routed_like_its_members_one_by_one(library, router):
     model, _ = composed(library, router)
+    model.double()  # in float32 few tokens are summed in another order than many, and a softmax sees the rounding
     table, out = weights(model)
     for b in range(len(ids)):
         alone = logits(model, ids[b : b + 1])
-        close(alone[0], out[b])
+        close(alone[0], out[b], 1e-10)
     assert all(weight.shape == ids.shape for by_expert in table.values() for weight in by_expert.values())
 
 

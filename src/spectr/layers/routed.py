@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 
 from spectr.combine import get_combination, merge_outputs
 from spectr.layers.grouped import grouped_inputs, grouped_outputs
-from spectr.layers.kernels import Choice, Kernels, kernels_for
+from spectr.layers.kernels import Choice, Kernels, Whole, kernels_for
 from spectr.layers.linear import Features, features
 from spectr.layers.outputs import add_masked, gathered_sum, gathering_pays, weighted
 from spectr.routers.base import Router, ShortlistRouter, segment_norms
@@ -46,6 +46,7 @@ class Fusable(NamedTuple):
     Attributes:
         able: Whether they can work on them, and the router and the combination are theirs.
         choice: Of a layer that is routed.
+        whole: The base layer and its experts in one call, where there is one.
     """
 
     kernels: Kernels
@@ -54,6 +55,7 @@ class Fusable(NamedTuple):
     Bt_PO: Float[Tensor, "P O"]
     able: bool
     choice: Choice
+    whole: Whole | None
 
 
 class RoutedLinear(nn.Module):
@@ -202,6 +204,10 @@ class RoutedLinear(nn.Module):
 
     def forward(self, input: Float[Tensor, "*T I"], *args: Any, **kwargs: Any) -> Float[Tensor, "*T O"]:
         """The base layer's output plus the chosen experts' update."""
+        if not args and not kwargs:
+            whole = self._whole(input)
+            if whole is not None:
+                return whole
         out = self.base(input, *args, **kwargs)
         if self.listen is not None:
             self.listen(input)
@@ -229,17 +235,10 @@ class RoutedLinear(nn.Module):
 
     def _fused(self, out: Tensor, x: Tensor) -> Tensor | None:
         """All by one compiled call, where that is possible; in the memory of ``out`` where nobody else sees it."""
-        held, kernels = self.held, _kernels(x)
-        if kernels is None:
+        ready, held = self._ready(x), self.held
+        if ready is None or not ready.able or x.dtype != ready.A_PI.dtype or not ready.kernels.take(x, out):
             return None
-        A_PI, B_OP = (self._buffers["A_PI"], self._buffers["B_OP"]) if held is None else (held.A_PI, held.B_OP)
-        ready = self.fusable
-        if ready is None or ready.A_PI is not A_PI or ready.B_OP is not B_OP or ready.kernels is not kernels:
-            assert A_PI is not None
-            assert B_OP is not None
-            ready = self.fusable = self._look_at(kernels, A_PI, B_OP)
-        if not ready.able or x.dtype != ready.A_PI.dtype or not kernels.take(x, out):
-            return None
+        kernels = ready.kernels
         if held is not None:
             if not (self._fits(held.weights_B1P, x) and self._owns(out)):
                 return None
@@ -251,14 +250,41 @@ class RoutedLinear(nn.Module):
         done = kernels.route(x, ready.A_PI, ready.Bt_PO, centers_P, self.prior_B1E, target, ready.choice)
         return target if done else None
 
+    def _whole(self, x: Tensor) -> Tensor | None:
+        """As :meth:`_fused`, the base layer too: few tokens, where nobody watches it."""
+        if self.listen is not None or self.asleep or self.among_B1E is not None or not self.experts:
+            return None
+        ready, held = self._ready(x), self.held
+        if ready is None or ready.whole is None or x.dtype != ready.A_PI.dtype or not ready.kernels.take(x):
+            return None
+        rows = self.prior_B1E if held is None else held.weights_B1P
+        return ready.whole(x, rows) if self._fits(rows, x) else None
+
+    def _ready(self, x: Tensor) -> Fusable | None:
+        """What the kernels for this device can do with the factors that are in force."""
+        kernels = _kernels(x)
+        if kernels is None:
+            return None
+        held = self.held
+        A_PI, B_OP = (self._buffers["A_PI"], self._buffers["B_OP"]) if held is None else (held.A_PI, held.B_OP)
+        ready = self.fusable
+        if ready is None or ready.A_PI is not A_PI or ready.B_OP is not B_OP or ready.kernels is not kernels:
+            assert A_PI is not None
+            assert B_OP is not None
+            ready = self.fusable = self._look_at(kernels, A_PI, B_OP)
+        return ready
+
     def _look_at(self, kernels: Kernels, A_PI: Tensor, B_OP: Tensor) -> Fusable:
         """What the kernels can do with these factors, as the router and the combination want it."""
         select: Any = self.select
-        able = kernels.know(A_PI, B_OP.mT) and (self.fuses if self.held is None else self.sums)
+        routes, Bt_PO = self.held is None, B_OP.mT
+        able = kernels.know(A_PI, Bt_PO) and (self.fuses if routes else self.sums)
         softmax = getattr(select, "weighting", None) == "softmax"
         k = min(getattr(select, "k", 0), len(self.experts))
         choice = Choice(len(self.experts), k, select.temperature if softmax else 0.0)
-        return Fusable(kernels, A_PI, B_OP, B_OP.mT, able, choice)
+        centers_P = self._buffers["centers_P"] if routes else None
+        whole = kernels.whole(self.base, A_PI, Bt_PO, centers_P, choice if routes else None) if able else None
+        return Fusable(kernels, A_PI, B_OP, Bt_PO, able, choice, whole)
 
     @staticmethod
     def _fits(rows: Tensor | None, x: Tensor) -> bool:

@@ -119,14 +119,15 @@ class GuidedRouter(PromptRouter, Protocol):
 def segment_norms(
     h_TP: Float[Tensor, "*T P"], common_rank: int | None, member_EP: Float[Tensor, "E P"]
 ) -> Float[Tensor, "*T E"]:
-    """``||h_t||_2`` of each expert's own part of ``h``, in float32 whatever the dtype of ``h``.
+    """``||h_t||_2`` of each expert's own part of ``h``, in float32 whatever the dtype of ``h`` (float64 stays so).
 
     Args:
         h_TP: The experts' parts, one after the other.
         common_rank: Their length; ``None`` where it differs.
         member_EP: One where row ``p`` belongs to expert ``e``, else zero; used where the lengths differ.
     """
+    wide = torch.promote_types(h_TP.dtype, torch.float32)
     if common_rank is None:
-        return (h_TP.float().square() @ member_EP.mT.float()).sqrt()
+        return (h_TP.to(wide).square() @ member_EP.mT.to(wide)).sqrt()
     parts_TER = h_TP.unflatten(-1, (len(member_EP), common_rank))
-    return torch.linalg.vector_norm(parts_TER, dim=-1, dtype=torch.float32)
+    return torch.linalg.vector_norm(parts_TER, dim=-1, dtype=wide)

@@ -9,10 +9,10 @@ from __future__ import annotations
 from functools import lru_cache
 from importlib.util import find_spec
 
-from spectr.layers.kernels.base import Choice, Kernels
+from spectr.layers.kernels.base import Choice, Kernels, Whole
 from spectr.layers.kernels.cpu import cpu_kernels
 
-__all__ = ["Choice", "Kernels", "cpu_kernels", "kernels_for"]
+__all__ = ["Choice", "Kernels", "Whole", "cpu_kernels", "kernels_for"]
 
 
 def kernels_for(device: str) -> Kernels | None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C import _len_torch_dispatch_stack  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -22,6 +22,21 @@ class Choice(NamedTuple):
     experts: int
     k: int
     temperature: float
+
+
+@runtime_checkable
+class Whole(Protocol):
+    """A base layer and its experts in one call."""
+
+    def __call__(self, x: Tensor, rows: Tensor | None) -> Tensor | None:
+        """The routed layer's output; ``None`` where this call has to be made in parts.
+
+        Args:
+            x: Tokens, which the kernels take.
+            rows: Of a layer that routes the prior, (B, 1, E), if there is one; else the weights that are held,
+                (B, 1, P). A row for each equal share of the tokens.
+        """
+        ...
 
 
 class Kernels(ABC):
@@ -80,3 +95,17 @@ class Kernels(ABC):
     def held(self, x: Tensor, A_PI: Tensor, Bt_PO: Tensor, weights_BP: Tensor, out: Tensor) -> bool:
         """Add ``B (w A x)`` to ``out``; a row of weights for each equal share of the tokens. As :meth:`route` else."""
         return False
+
+    def whole(
+        self, base: nn.Module, A_PI: Tensor, Bt_PO: Tensor, centers_P: Tensor | None, choice: Choice | None
+    ) -> Whole | None:
+        """A call for base layer and experts, where there is one for such a layer.
+
+        Args:
+            base: The base layer.
+            A_PI: Input factors, which the kernels know, as the next two.
+            Bt_PO: Output factors, transposed.
+            centers_P: Taken away before scoring.
+            choice: Of a layer that routes; ``None`` of one whose weights are held.
+        """
+        return None

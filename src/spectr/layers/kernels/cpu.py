@@ -16,17 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from spectr.layers.kernels.base import Choice, Kernels
+from spectr.layers.kernels.base import Choice, Kernels, Whole
+from spectr.layers.kernels.whole import Layer, WholeLayer, place
 from spectr.saving import cache_folder
 
 # Reductions may be reordered, or nothing is vectorised. Not -ffast-math: it changes how the whole process rounds.
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math")
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
-_SMALL = 1 << 18  # scores' terms that one thread is through with before a second one has begun
 _FEW = 16  # tokens; of more, products by torch are faster
+_SMALL = 1 << 18  # scores' terms that one thread is through with before a second one has begun
 
 
 class CpuKernels(Kernels):
@@ -40,11 +41,11 @@ class CpuKernels(Kernels):
     dtypes = tuple(_NAMES)
 
     def __init__(self, library: ctypes.CDLL):
-        pointer, number, real = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
+        pointer, number = ctypes.c_void_p, ctypes.c_long
         signatures = {
-            "route": [pointer] * 7 + [number] * 7 + [real, number],
-            "select": [pointer] * 3 + [number] * 5 + [real, number],
-            "held": [pointer] * 5 + [number] * 6,
+            "route": [pointer] * 4 + [number] * 3,
+            "held": [pointer] * 4 + [number] * 3,
+            "select": [pointer] * 3 + [number] * 3,
         }
         self._functions: dict[tuple[str, torch.dtype], Any] = {}
         for dtype, suffix in _NAMES.items():
@@ -64,53 +65,43 @@ class CpuKernels(Kernels):
         choice: Choice,
     ) -> bool:
         """See :meth:`Kernels.route`."""
-        experts, k, temperature = choice
+        layer = Layer.of(A_PI, Bt_PO, centers_P, choice)
         (rows, inputs), outputs, threads = A_PI.shape, Bt_PO.shape[1], torch.get_num_threads()
-        tokens, rank = x.numel() // inputs, rows // experts
+        tokens = x.numel() // inputs
         h = None if tokens <= _FEW else linear(x, A_PI)
-        centers, prior = _place(centers_P), _place(prior_BE)
-        rows_of_prior = 1 if prior_BE is None else len(prior_BE)
-        if h is not None and experts <= _dense_pays(x.dtype) * k:
+        prior, rows_of_prior = place(prior_BE), 1 if prior_BE is None else len(prior_BE)
+        if h is not None and choice.experts <= _dense_pays(x.dtype) * choice.k:
             select = self._functions["select", x.dtype]
             few = 1 if tokens * rows < _SMALL else threads
-            if select(_place(h), centers, prior, tokens, rows_of_prior, experts, rank, k, temperature, few):
+            if select(ctypes.addressof(layer), place(h), prior, tokens, rows_of_prior, few):
                 return False
             sums = out.view(tokens, outputs)
             torch.addmm(sums, h.view(tokens, rows), Bt_PO, out=sums)
             return True
-        failed = self._functions["route", x.dtype](
-            _place(x),
-            _place(A_PI),
-            _place(h),
-            _place(Bt_PO),
-            centers,
-            prior,
-            _place(out),
-            tokens,
-            rows_of_prior,
-            inputs,
-            outputs,
-            experts,
-            rank,
-            k,
-            temperature,
-            threads,
-        )
-        return not failed
+        if h is not None:
+            layer.A = None
+        places = (place(x if h is None else h), prior, place(out))
+        route = self._functions["route", x.dtype]
+        return not route(ctypes.addressof(layer), *places, tokens, rows_of_prior, threads)
 
     def held(self, x: Tensor, A_PI: Tensor, Bt_PO: Tensor, weights_BP: Tensor, out: Tensor) -> bool:
         """See :meth:`Kernels.held`."""
-        (rows, inputs), outputs, threads = A_PI.shape, Bt_PO.shape[1], torch.get_num_threads()
-        tokens = x.numel() // inputs
+        layer, tokens = Layer.of(A_PI, Bt_PO), x.numel() // A_PI.shape[1]
         if tokens > _FEW:
             return False
         held = self._functions["held", x.dtype]
-        places = (_place(x), _place(A_PI), _place(Bt_PO), _place(weights_BP), _place(out))
-        return not held(*places, tokens, len(weights_BP), inputs, outputs, rows, threads)
+        places = (place(x), place(weights_BP), place(out))
+        return not held(ctypes.addressof(layer), *places, tokens, len(weights_BP), torch.get_num_threads())
 
-
-def _place(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+    def whole(
+        self, base: nn.Module, A_PI: Tensor, Bt_PO: Tensor, centers_P: Tensor | None, choice: Choice | None
+    ) -> Whole | None:
+        """See :meth:`Kernels.whole`."""
+        if type(base) is not nn.Linear:
+            return None
+        function = self._functions["held" if choice is None else "route", A_PI.dtype]
+        layer = Layer.of(A_PI, Bt_PO, centers_P, choice)
+        return WholeLayer(base, (A_PI, Bt_PO, centers_P), layer, function, _whole_pays(A_PI.dtype))
 
 
 @lru_cache(maxsize=4)
@@ -119,7 +110,17 @@ def _dense_pays(dtype: torch.dtype) -> int:
 
     As measured (docs/speed.md): bfloat16 has a unit of its own where there is AMX.
     """
-    return 32 if dtype == torch.bfloat16 and "amx_bf16" in _machine() else 3
+    return 32 if _has_unit(dtype) else 3
+
+
+@lru_cache(maxsize=4)
+def _whole_pays(dtype: torch.dtype) -> int:
+    """Tokens up to which the base layer's product is faster by ours, as measured likewise."""
+    return 4 if _has_unit(dtype) else _FEW
+
+
+def _has_unit(dtype: torch.dtype) -> bool:
+    return dtype == torch.bfloat16 and "amx_bf16" in _machine()
 
 
 @lru_cache(maxsize=1)

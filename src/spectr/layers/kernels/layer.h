@@ -1,48 +1,54 @@
 /* The functions of routing.c for one dtype: TYPE in memory, FROM, TO, LOAD and STORE between it and float. */
 
 
-/* h = A x for all tokens: each row of A is read once, by one thread, ROWS of them side by side, as they may come from
-   afar. Rounded as the layer's dtype rounds. */
-static void NAME(inner)(const TYPE *x, const TYPE *A, float *h, long tokens, long inputs, long rows) {
+/* to = M x + bias for all tokens: each row of M is read once, by one thread. A thread reads its rows in ROWS streams, each
+   from end to end, as memory is read best. `rounds`: as the layer's dtype rounds. Threads do not wait for each other at
+   the end. */
+static void NAME(products)(const TYPE *x, const TYPE *M, const TYPE *bias, float *to, long tokens, long inputs, long rows,
+                           int rounds, long threads) {
   long whole = inputs - inputs % WIDE;
-#pragma omp for schedule(static)
-  for (long first = 0; first < rows; first += ROWS) {
-    long n = rows - first < ROWS ? rows - first : ROWS;
-    const TYPE *from[ROWS]; /* past the last row the last again */
-    for (long r = 0; r < ROWS; r++) from[r] = A + (first + (r < n ? r : n - 1)) * inputs;
-    for (long t = 0; t < tokens; t++) {
-      const TYPE *xt = x + t * inputs;
-      vector sums[ROWS] = {{0}};
-      for (long i = 0; i < whole; i += WIDE) {
-        vector xi = LOAD(xt + i);
-        for (int r = 0; r < ROWS; r++) sums[r] += xi * LOAD(from[r] + i);
+#pragma omp for schedule(static) nowait
+  for (long worker = 0; worker < threads; worker++) {
+    long begin = worker * rows / threads, end = (worker + 1) * rows / threads, stream = (end - begin + ROWS - 1) / ROWS;
+    for (long first = begin; first < begin + stream; first++) {
+      const TYPE *from[ROWS]; /* where a stream has ended the last row once more */
+      long row[ROWS];
+      for (int r = 0; r < ROWS; r++) {
+        row[r] = first + r * stream < end ? first + r * stream : end - 1;
+        from[r] = M + row[r] * inputs;
       }
-      for (long r = 0; r < n; r++) {
-        float sum = 0;
-        for (int v = 0; v < WIDE; v++) sum += sums[r][v];
-        for (long i = whole; i < inputs; i++) sum += FROM(xt[i]) * FROM(from[r][i]);
-        h[t * rows + first + r] = FROM(TO(sum));
+      for (long t = 0; t < tokens; t++) {
+        const TYPE *xt = x + t * inputs;
+        vector sums[ROWS] = {{0}};
+        for (long i = 0; i < whole; i += WIDE) {
+          vector xi = LOAD(xt + i);
+          for (int r = 0; r < ROWS; r++) sums[r] += xi * LOAD(from[r] + i);
+        }
+        for (int r = 0; r < ROWS; r++) {
+          float sum = bias ? FROM(bias[row[r]]) : 0;
+          for (int v = 0; v < WIDE; v++) sum += sums[r][v];
+          for (long i = whole; i < inputs; i++) sum += FROM(xt[i]) * FROM(from[r][i]);
+          to[t * rows + row[r]] = rounds ? FROM(TO(sum)) : sum;
+        }
       }
     }
   }
 }
 
-/* out += sum over n rows of share * Bt[row], of few tokens, from where Bt lies: ROWS rows side by side from end to end, as
-   memory is read best. Each thread has a part of the outputs, and room for it in `scratch`. */
+/* out = sums + sum over n rows of share * Bt[row], of few tokens, from where Bt lies: ROWS rows side by side from end to
+   end, as memory is read best. Each thread has a part of the outputs. */
 static void NAME(outer_few)(TYPE *out, const TYPE *Bt, const int32_t *row, const float *share, const int32_t *count,
-                            long tokens, long n, long outputs, float *scratch, long threads) {
+                            long tokens, long n, long outputs, float *all, long threads) {
   long part = (outputs + threads - 1) / threads;
   part += (WIDE - part % WIDE) % WIDE;
 #pragma omp for schedule(static)
   for (long worker = 0; worker < threads; worker++) {
     long from = worker * part, width = outputs - from < part ? outputs - from : part;
     long whole = width - width % WIDE;
-    float *sums = aligned(scratch) + worker * part;
     for (long t = 0; t < tokens && width > 0; t++) {
       const int32_t *rows = row + t * n;
       const float *shares = share + t * n;
-      TYPE *to = out + t * outputs + from;
-      for (long o = 0; o < width; o++) sums[o] = FROM(to[o]);
+      float *sums = all + t * outputs + from;
       for (long j = 0; j < count[t]; j += ROWS) {
         const TYPE *at[ROWS];
         float by[ROWS];
@@ -59,7 +65,7 @@ static void NAME(outer_few)(TYPE *out, const TYPE *Bt, const int32_t *row, const
         for (long o = whole; o < width; o++)
           for (int r = 0; r < ROWS; r++) sums[o] += by[r] * FROM(at[r][o]);
       }
-      for (long o = 0; o < width; o++) to[o] = TO(sums[o]);
+      for (long o = 0; o < width; o++) out[t * outputs + from + o] = TO(sums[o]);
     }
   }
 }
@@ -110,9 +116,8 @@ static void NAME(score)(const float *ht, const TYPE *centers, const float *prior
 }
 
 /* Of h = A x in place: w_t h_t of the chosen, zero for the rest. Returns 1 where there is no memory. */
-int NAME(select)(TYPE *h, const TYPE *centers, const float *prior, long tokens, long rows_of_prior, long experts,
-                 long rank, long k, float temperature, long threads) {
-  long rows = experts * rank, own = rows + experts + k;
+int NAME(select)(const struct layer *l, TYPE *h, const float *prior, long tokens, long rows_of_prior, long threads) {
+  long rows = l->rows, experts = l->experts, rank = rows / experts, k = l->k, own = rows + experts + k;
   float *memory = malloc(threads * own * sizeof(float));
   long *choices = malloc(threads * k * sizeof(long));
   int failed = !memory || !choices;
@@ -123,8 +128,8 @@ int NAME(select)(TYPE *h, const TYPE *centers, const float *prior, long tokens, 
       long *chosen = choices + worker * k;
       for (long t = worker * tokens / threads; t < (worker + 1) * tokens / threads; t++) {
         for (long p = 0; p < rows; p++) ht[p] = FROM(h[t * rows + p]);
-        NAME(score)(ht, centers, prior ? prior + (t * rows_of_prior / tokens) * experts : 0, scores, experts, rank);
-        choose(scores, experts, k, temperature, chosen, weights);
+        NAME(score)(ht, l->centers, prior ? prior + (t * rows_of_prior / tokens) * experts : 0, scores, experts, rank);
+        choose(scores, experts, k, l->temperature, chosen, weights);
         memset(h + t * rows, 0, rows * sizeof *h);
         for (long c = 0; c < k; c++)
           for (long p = chosen[c] * rank; p < (chosen[c] + 1) * rank; p++) h[t * rows + p] = TO(weights[c] * ht[p]);
@@ -136,14 +141,25 @@ int NAME(select)(TYPE *h, const TYPE *centers, const float *prior, long tokens, 
   return failed;
 }
 
-/* out += sum over the chosen of w_t B_t h_t, with h = A x where it is not given. Returns 1 where there is no memory, and
-   has changed nothing. */
-int NAME(route)(const TYPE *x, const TYPE *A, const TYPE *given, const TYPE *Bt, const TYPE *centers,
-                const float *prior, TYPE *out, long tokens, long rows_of_prior, long inputs, long outputs,
-                long experts, long rank, long k, float temperature, long threads) {
-  long rows = experts * rank, n = k * rank, own = experts + k, packs = tokens > FEW;
-  long room = packs ? threads * rows * BLOCK : outputs + threads * WIDE; /* of outer_many, or outer_few */
-  float *memory = malloc((tokens * (rows + n) + threads * own + room + BLOCK) * sizeof(float));
+/* The base layer's output, or what `out` has of it, as floats. */
+static void NAME(begin)(const struct layer *l, const TYPE *x, const TYPE *out, float *sums, long tokens,
+                        long threads) {
+  if (l->W) {
+    NAME(products)(x, l->W, l->bias, sums, tokens, l->inputs, l->outputs, 0, threads);
+    return;
+  }
+#pragma omp for schedule(static) nowait
+  for (long o = 0; o < tokens * l->outputs; o++) sums[o] = FROM(out[o]);
+}
+
+/* out += sum over the chosen of w_t B_t h_t, with h = A x, or x where the layer has no A; of few tokens, where the layer has
+   W, out = W x + bias + that sum. Returns 1 where there is no memory, and has changed nothing. */
+int NAME(route)(const struct layer *l, const TYPE *x, const float *prior, TYPE *out, long tokens, long rows_of_prior,
+                long threads) {
+  long rows = l->rows, experts = l->experts, rank = rows / experts, k = l->k;
+  long n = k * rank, own = experts + k, packs = tokens > FEW;
+  long room = packs ? threads * rows * BLOCK + BLOCK : tokens * l->outputs; /* of outer_many, or outer_few */
+  float *memory = malloc((tokens * (rows + n) + threads * own + room) * sizeof(float));
   int32_t *places = malloc((tokens * (n + 1)) * sizeof(int32_t));
   long *choices = malloc(threads * k * sizeof(long));
   int failed = !memory || !places || !choices;
@@ -152,17 +168,19 @@ int NAME(route)(const TYPE *x, const TYPE *A, const TYPE *given, const TYPE *Bt,
     int32_t *row = places, *count = row + tokens * n;
 #pragma omp parallel num_threads(threads)
     {
-      if (!given) NAME(inner)(x, A, h, tokens, inputs, rows);
+      if (!packs) NAME(begin)(l, x, out, sums, tokens, threads);
+      if (l->A) NAME(products)(x, l->A, 0, h, tokens, l->inputs, rows, 1, threads);
+#pragma omp barrier
 #pragma omp for schedule(static)
       for (long worker = 0; worker < threads; worker++) {
         float *scores = scratch + worker * own, *weights = scores + experts;
         long *chosen = choices + worker * k;
         for (long t = worker * tokens / threads; t < (worker + 1) * tokens / threads; t++) {
           float *ht = h + t * rows;
-          if (given)
-            for (long p = 0; p < rows; p++) ht[p] = FROM(given[t * rows + p]);
-          NAME(score)(ht, centers, prior ? prior + (t * rows_of_prior / tokens) * experts : 0, scores, experts, rank);
-          choose(scores, experts, k, temperature, chosen, weights);
+          if (!l->A)
+            for (long p = 0; p < rows; p++) ht[p] = FROM(x[t * rows + p]);
+          NAME(score)(ht, l->centers, prior ? prior + (t * rows_of_prior / tokens) * experts : 0, scores, experts, rank);
+          choose(scores, experts, k, l->temperature, chosen, weights);
           count[t] = n;
           for (long c = 0; c < k; c++)
             for (long r = 0; r < rank; r++) {
@@ -172,9 +190,9 @@ int NAME(route)(const TYPE *x, const TYPE *A, const TYPE *given, const TYPE *Bt,
         }
       }
       if (packs)
-        NAME(outer_many)(out, Bt, row, share, count, tokens, n, outputs, rows, sums);
+        NAME(outer_many)(out, l->Bt, row, share, count, tokens, n, l->outputs, rows, sums);
       else
-        NAME(outer_few)(out, Bt, row, share, count, tokens, n, outputs, sums, threads);
+        NAME(outer_few)(out, l->Bt, row, share, count, tokens, n, l->outputs, sums, threads);
     }
   }
   free(memory);
@@ -183,10 +201,11 @@ int NAME(route)(const TYPE *x, const TYPE *A, const TYPE *given, const TYPE *Bt,
   return failed;
 }
 
-/* out += B (w h) of few tokens, with weights that are held, one row of them for each equal share of the tokens. */
-int NAME(held)(const TYPE *x, const TYPE *A, const TYPE *Bt, const TYPE *weights, TYPE *out, long tokens,
-               long rows_of_weights, long inputs, long outputs, long rows, long threads) {
-  float *memory = malloc((2 * tokens * rows + outputs + threads * WIDE + BLOCK) * sizeof(float));
+/* As route of few tokens, with weights of the rows of A that are held, one row of them for each equal share of the tokens. */
+int NAME(held)(const struct layer *l, const TYPE *x, const TYPE *weights, TYPE *out, long tokens, long rows_of_weights,
+               long threads) {
+  long rows = l->rows;
+  float *memory = malloc(tokens * (2 * rows + l->outputs) * sizeof(float));
   int32_t *places = malloc(tokens * (rows + 1) * sizeof(int32_t));
   int failed = !memory || !places;
   if (!failed) {
@@ -194,7 +213,9 @@ int NAME(held)(const TYPE *x, const TYPE *A, const TYPE *Bt, const TYPE *weights
     int32_t *row = places, *count = row + tokens * rows;
 #pragma omp parallel num_threads(threads)
     {
-      NAME(inner)(x, A, h, tokens, inputs, rows);
+      NAME(begin)(l, x, out, sums, tokens, threads);
+      NAME(products)(x, l->A, 0, h, tokens, l->inputs, rows, 1, threads);
+#pragma omp barrier
 #pragma omp for schedule(static)
       for (long t = 0; t < tokens; t++) {
         long n = 0;
@@ -206,7 +227,7 @@ int NAME(held)(const TYPE *x, const TYPE *A, const TYPE *Bt, const TYPE *weights
         }
         count[t] = n;
       }
-      NAME(outer_few)(out, Bt, row, share, count, tokens, rows, outputs, sums, threads);
+      NAME(outer_few)(out, l->Bt, row, share, count, tokens, rows, l->outputs, sums, threads);
     }
   }
   free(memory);

@@ -1,8 +1,7 @@
 /* One routed layer: scores, selection and the chosen experts' outputs, each in one pass.
 
-   For float32, and for bfloat16, which is the upper half of a float32. Sums are float32. A is (P, inputs), Bt is
-   (P, outputs): an expert's rows lie together, and all experts have `rank` rows. Threads are OpenMP's, where the compiler
-   was told to make them. */
+   For float32, and for bfloat16, which is the upper half of a float32. Sums are float32. Threads are OpenMP's, where the
+   compiler was told to make them. */
 
 #include <math.h>
 #include <stdint.h>
@@ -23,6 +22,15 @@
 typedef float vector __attribute__((vector_size(4 * WIDE)));
 typedef uint32_t words __attribute__((vector_size(4 * WIDE)));
 typedef uint16_t halves __attribute__((vector_size(2 * WIDE)));
+
+/* What stays the same from call to call. */
+struct layer {
+  const void *W, *bias;   /* (outputs, inputs) and (outputs) of the base layer; none where that has answered already */
+  const void *A, *Bt;     /* (rows, inputs), or none where A x is given, and (rows, outputs): an expert's rows lie together */
+  const void *centers;    /* (rows), taken away before scoring, or none */
+  long inputs, outputs, rows, experts, k; /* all experts have as many rows */
+  float temperature;      /* of the softmax over the chosen scores; 0 weighs them alike */
+};
 
 /* The next place where a vector crosses no line of the cache. */
 static inline float *aligned(float *place) { return (float *)(((uintptr_t)place + 63) & ~(uintptr_t)63); }
