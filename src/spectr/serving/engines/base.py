@@ -23,7 +23,7 @@ from spectr.errors import SpectrError
 Recording = Literal["none", "shares", "layers"]
 
 
-class EngineRefusal(SpectrError):
+class RefusalError(SpectrError):
     """A request that an engine cannot take; becomes a standard error body.
 
     Args:
@@ -56,17 +56,15 @@ class Ticket:
         experts: The granted set, those that may be chosen, in alphabetical order: the key's set, narrowed by the
             request. Empty: the base model alone, without any expert. Never more than :attr:`Engine.experts`.
         router: One of :attr:`Engine.routers`.
-        alone: The request's ``model`` named one expert: it takes part with all weight in every layer that it adapts,
-            whatever the router says. ``experts`` then holds that one.
-        salt: Equal for two tickets whose experts, router and ``alone`` are equal, and different otherwise. An engine
-            with a prefix cache must never let tickets of different salts share an entry.
+            (Of one expert every router gives it all weight.)
+        salt: Equal for two tickets whose experts and router are equal, and different otherwise. An engine with a prefix
+            cache must never let tickets of different salts share an entry.
         record: What :meth:`Engine.steps` is to tell: nothing, each token's shares, or also each layer's decision.
     """
 
     id: str
     experts: tuple[str, ...]
     router: str
-    alone: bool = False
     salt: str = ""
     record: Recording = "none"
 
@@ -125,13 +123,13 @@ class Engine(Protocol):
         """A request's body as the application is to get it; from now on the ticket is in force.
 
         ``body`` was validated, and is without our own fields (``experts``, ``router``, ``return_routing``); its
-        ``model`` is still the client's. Must set ``model`` to what the application calls the composed model, and must
-        overwrite or refuse every field by which a client could say itself what the ticket says (for vLLM ``vllm_xargs``,
-        ``cache_salt`` and their kind). An engine that tells by other means than the body (by the header
-        ``x-request-id``) keeps the ticket until :meth:`finish`.
+        ``model`` is still the client's, which the gateway puts back into the answers. Must set ``model`` to what the
+        application calls the composed model, and must overwrite or refuse every field by which a client could say itself
+        what the ticket says (for vLLM ``vllm_xargs``, ``cache_salt`` and their kind). An engine that tells by other
+        means than the body (by the header ``x-request-id``) keeps the ticket until :meth:`finish`.
 
         Raises:
-            EngineRefusal: The engine cannot do what is asked. Nothing is kept.
+            RefusalError: The engine cannot do what is asked. Nothing is kept.
         """
         ...
 
