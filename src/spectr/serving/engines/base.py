@@ -18,33 +18,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
-from spectr.errors import SpectrError
+from spectr.serving.errors import RefusalError
 
 Recording = Literal["none", "shares", "layers"]
 
-
-class RefusalError(SpectrError):
-    """A request that an engine cannot take; becomes a standard error body.
-
-    Args:
-        given: What is wrong with it.
-        code: Machine-readable, such as ``"context_length_exceeded"``.
-        param: The field of the request that is to blame.
-        status: Of the answer.
-    """
-
-    def __init__(
-        self,
-        given: str,
-        *,
-        code: str,
-        param: str | None = None,
-        status: int = 400,
-        expected: str | None = None,
-        do: str | None = None,
-    ):
-        super().__init__(given, expected=expected, do=do)
-        self.code, self.param, self.status = code, param, status
+__all__ = ["Engine", "Recording", "RefusalError", "Step", "Ticket"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +102,9 @@ class Engine(Protocol):
 
         ``body`` was validated, and is without our own fields (``experts``, ``router``, ``return_routing``); its
         ``model`` is still the client's, which the gateway puts back into the answers. Must set ``model`` to what the
-        application calls the composed model, and must overwrite or refuse every field by which a client could say itself
-        what the ticket says (for vLLM ``vllm_xargs``, ``cache_salt`` and their kind). An engine that tells by other
-        means than the body (by the header ``x-request-id``) keeps the ticket until :meth:`finish`.
+        application calls the composed model, and must overwrite or refuse every field by which a client could say
+        itself what the ticket says (for vLLM ``vllm_xargs``, ``cache_salt`` and their kind). An engine that tells by
+        other means than the body (by the header ``x-request-id``) keeps the ticket until :meth:`finish`.
 
         Raises:
             RefusalError: The engine cannot do what is asked. Nothing is kept.
