@@ -52,9 +52,9 @@ class Answer:
         status = 400 if self.status == 422 else self.status
         if status < 400:
             body = self._edited(body)
-        size = {"content_length": str(len(body)), "content_type": "application/json"}
         self.status, self.done = status, True
-        await self._send({**with_headers(self._start, **size), "status": status})
+        start = with_headers(self._start, content_length=str(len(body)), content_type="application/json")
+        await self._send({**start, "status": status})
         await self._send({"type": "http.response.body", "body": body})
 
     async def _pass_events(self, last: bool) -> None:

@@ -141,7 +141,7 @@ class Catalog:
             told |= {"experts": []}
         else:
             told |= {"experts": [expert], "parent": self.engine.base_model}
-        if expert in self.engine.suspicion:
+        if expert is not None and expert in self.engine.suspicion:
             told["suspicion"] = round(self.engine.suspicion[expert], 1)
         return told
 

@@ -7,7 +7,17 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    model_validator,
+)
 
 from spectr.serving.engines.base import Step, Ticket
 from spectr.serving.errors import RefusalError
@@ -46,13 +56,28 @@ class Request(BaseModel):
     return_routing: StrictBool | Literal["layers"] = False
 
 
+class Part(BaseModel):
+    """One part of a turn's content."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: StrictStr
+    text: StrictStr | None = None
+
+    @model_validator(mode="after")
+    def _has_text(self) -> Part:
+        if self.type == "text" and self.text is None:
+            raise ValueError("a part of type 'text' needs a text")
+        return self
+
+
 class Message(BaseModel):
     """One turn of a conversation."""
 
     model_config = ConfigDict(extra="allow")
 
     role: StrictStr
-    content: StrictStr | list[dict[StrictStr, Any]] | None = None
+    content: StrictStr | list[Part] | None = None
 
 
 class ChatRequest(Request):
