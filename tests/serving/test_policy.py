@@ -52,7 +52,7 @@ def test_json_is_read_too(tmp_path):
         ("", "is no policy"),
         ("keys: []", "keys"),
         ("keys: [{name: a}]", "either key or key_sha256"),
-        ("keys: [{name: a, key: sk-secret-1, key_sha256: " + "0" * 64 + "}]", "either key or key_sha256"),
+        ("keys: [{name: a, key: sk-secret-1, key_sha256: " + "a" * 64 + "}]", "either key or key_sha256"),
         ("keys: [{name: a, key: short}]", "keys.0.key"),
         ("keys: [{name: a, key_sha256: abc}]", "key_sha256"),
         ("keys: [{name: a, key: sk-secret-1, expert: [x]}]", "expert"),

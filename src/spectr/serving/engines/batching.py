@@ -136,19 +136,19 @@ class Batching:
 def _sampling_config(model: Any) -> Any:
     """One under which every request can have settings of its own: each has to differ from what means "off"."""
     config = copy.deepcopy(model.generation_config)
-    config.do_sample, config.temperature, config.top_k, config.top_p = True, 0.5, 50, 0.5
+    config.do_sample, config.temperature, config.top_k, config.top_p = True, 0.5, 2, 0.5
     config.use_cache = False
     return config
 
 
 def _sampling(body: Mapping[str, Any], model: Any) -> dict[str, Any]:
     """A request's own temperature, top_k and top_p; greedy is the best one alone."""
-    usual = model.generation_config
+    usual, vocabulary = model.generation_config, model.config.get_text_config().vocab_size
     temperature, top_p = body.get("temperature"), body.get("top_p")
     if temperature == 0 or (temperature is None and top_p is None and not usual.do_sample):
         return {"temperature": 1.0, "top_k": 1, "top_p": 1.0}
     return {
         "temperature": float(temperature or usual.temperature or 1.0),
-        "top_k": int(usual.top_k or model.config.get_text_config().vocab_size),
+        "top_k": min(usual.top_k or vocabulary, vocabulary),
         "top_p": float(top_p or usual.top_p or 1.0),
     }
