@@ -70,7 +70,7 @@ def test_it_serves_says_what_and_ends_with_ctrl_c(start, tmp_path, options):
 )
 def test_what_cannot_be_served_is_told(spectr, given, words, told, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
-    code, out, err = spectr("serve", *given, *words, "--port", "0")
+    code, _, err = spectr("serve", *given, *words, "--port", "0")
     assert code == 2
     assert told in err
 
