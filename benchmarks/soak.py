@@ -3,8 +3,9 @@
     $ python benchmarks/soak.py --requests 1000 -- --model MODEL --library EXPERTS --dtype float32 --batch
     $ python benchmarks/soak.py --requests 1000 --url http://127.0.0.1:8000 --key sk-... --pid 1234
 
-What stands after ``--`` are options of ``spectr serve``, which is started, with either engine, and stopped again. With ``--url`` a server that runs already is asked. Every answer is compared with the same request's answer when it was
-asked alone; in float32 they are equal (in bfloat16 batches round otherwise: ``--no-exact``).
+What stands after ``--`` are options of ``spectr serve``, which is started, with either engine, and stopped again. With
+``--url`` a server that runs already is asked. Every answer is compared with the same request's answer when it was asked
+alone; in float32 they are equal (in bfloat16 batches round otherwise: ``--no-exact``).
 """
 
 from __future__ import annotations
