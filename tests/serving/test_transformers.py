@@ -48,6 +48,11 @@ def ask(client, prompt, **given):
     )
 
 
+def open_to(address):
+    """A client of a server without a policy."""
+    return OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+
+
 def answers(address, requests, at_once):
     """Texts and routing of (prompt, options), asked at once or one after the other."""
     with OpenAI(base_url=f"{address}/v1", api_key=ALL, max_retries=0) as client:
@@ -61,6 +66,22 @@ def answers(address, requests, at_once):
             return [one(request) for request in requests]
         with ThreadPoolExecutor(len(requests)) as pool:
             return list(pool.map(one, requests))
+
+
+def watch_for_mixed_calls(engine):
+    """A list that grows with each call of the model for tokens of several sets."""
+    mixed, parts = [], engine.conductor.parts
+
+    def watched():
+        found = parts()
+        sets = {part.running.ticket.experts for part in found if part.running is not None}
+        if len(sets) > 1:
+            mixed.append(sets)
+        return found
+
+    if engine.batching is not None:
+        engine.conductor.parts = watched
+    return mixed
 
 
 def alike(ours, theirs):
@@ -86,11 +107,13 @@ def test_a_set_is_answered_as_by_a_server_that_has_no_other_expert(library, rout
             asked = [prompt for prompt, other in requests if other == names]
             for prompt, answer in zip(asked, answers(address, [(p, {}) for p in asked], False), strict=True):
                 expected[prompt, names] = answer
-    with served(library, router, batching=mode()) as (address, _):
+    with served(library, router, batching=mode()) as (address, engine):
+        mixed = watch_for_mixed_calls(engine)
         for at_once in (True, False):
             given = [(prompt, {"experts": list(names)}) for prompt, names in requests]
             for answer, request in zip(answers(address, given, at_once), requests, strict=True):
                 alike(answer, expected[request])
+        assert bool(mixed) is (engine.batching is not None)
     assert len({text for text, _ in expected.values()}) > 1
 
 
@@ -287,9 +310,72 @@ def test_a_request_that_does_not_fit_in_the_cache_beside_the_others_starts_again
     ]
     with served(library) as (address, _):
         expected = answers(address, requests, False)
-    with served(library, batching=tight) as (address, _):
+    with served(library, batching=tight) as (address, engine):
+        offloading = engine.batching.manager._cb.batch_processor.offloading_manager
+        evicted, offload = [], offloading.offload_requests
+        offloading.offload_requests = lambda: evicted.append(1) or offload()
         for answer, other in zip(answers(address, requests, True), expected, strict=True):
             alike(answer, other)
+        assert evicted
+
+
+def fail_once(engine, monkeypatch):
+    """Have the model's next call fail."""
+    model, calls = engine.routed.model, []
+    head, plain = model.lm_head, model.lm_head.forward
+
+    def forward(*given):
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("a secret of the machine")
+        return plain(*given)
+
+    monkeypatch.setattr(head, "forward", forward)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_that_fails_is_one_requests_own_matter_and_tells_no_secret(library, monkeypatch, stream):
+    with (
+        served(library) as (address, engine),
+        OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client,
+    ):
+        expected = ask(client, PROMPTS[1]).choices[0].message.content
+        for model in ("spectr", "tiny"):  # while its prompt is read, and while it is answered
+            fail_once(engine, monkeypatch)
+            with pytest.raises(openai.APIError) as caught:
+                list(ask(client, PROMPTS[1], model=model, stream=stream))
+            assert "secret" not in str(caught.value)
+        assert ask(client, PROMPTS[1]).choices[0].message.content == expected
+
+
+def test_a_worker_that_dies_is_told_by_health_and_by_every_answer(library, monkeypatch):
+    with served(library, batching=MODES["batched"]()) as (address, engine), open_to(address) as client:
+        fail_once(engine, monkeypatch)
+        with pytest.raises(openai.InternalServerError):
+            ask(client, PROMPTS[1], model="tiny")  # whose prompt is not read before it is answered
+        assert httpx.get(f"{address}/health").status_code == 503
+        with pytest.raises(openai.InternalServerError) as caught:
+            ask(client, PROMPTS[1])
+        assert (caught.value.status_code, caught.value.code) == (503, "engine_error")
+
+
+def test_a_prompt_that_cannot_be_decided_on_harms_no_other_of_its_batch(library, monkeypatch):
+    with served(library, batching=MODES["batched"]()) as (address, engine), open_to(address) as client:
+        expected = ask(client, PROMPTS[1], max_tokens=20).choices[0].message.content
+        rule = engine.conductor.steering.rule
+
+        def picky(experts, ids):
+            if experts == ("bees",):
+                raise RuntimeError("no")
+            return rule(experts, ids)
+
+        monkeypatch.setattr(engine.conductor.steering, "rule", picky)
+        with ThreadPoolExecutor(4) as pool:
+            good = [pool.submit(ask, client, PROMPTS[1], max_tokens=20) for _ in range(3)]
+            bad = pool.submit(ask, client, PROMPTS[1], model="spectr/bees")
+            assert {one.result().choices[0].message.content for one in good} == {expected}
+            with pytest.raises(openai.InternalServerError):
+                bad.result()
 
 
 def test_what_batches_would_ignore_is_refused(library):

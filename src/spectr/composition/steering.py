@@ -15,13 +15,14 @@ from torch import Tensor
 
 from spectr.composition.routed import Routed, calibration_texts
 from spectr.errors import CompositionError
-from spectr.layers.probe import Probe
+from spectr.layers.opening import Opening
+from spectr.layers.probe import Heard, Probe
 from spectr.layers.prompt import Reader, entry_of
 from spectr.layers.routed import Held, RoutedLinear
 from spectr.routers import ProbingRouter, PromptRouter, Shortlist
 from spectr.routers.base import ShortlistRouter
 
-_READERS = 64  # sets whose reader is kept: what the calibration's texts say of that set is read once
+_READERS = 64  # sets whose reader is kept
 
 
 class Look(NamedTuple):
@@ -148,9 +149,11 @@ class Steering:
             rows: Places along the token axis.
             layers: Whether each layer's decision is wanted, or shares alone.
         """
-        self._watching = None
         if not rows:
-            return self._listen(None)
+            if self._watching is not None:
+                self._listen(None)
+            self._watching = None
+            return None
         watch = self._watching = _Watch(self.routed.layers, self.routed.experts, tuple(rows), layers)
         return self._listen(watch)
 
@@ -199,6 +202,7 @@ class Steering:
             self.routed.prompt.close()
         self._layout: list[tuple[Rule, int]] | None = None
         self._readers: OrderedDict[tuple[str, ...], Reader] = OrderedDict()
+        self._heard: dict[str, Heard] | None = None
         self._ordered = list(self.routed.layers.values())
         kin: dict[object, _Kin] = {}
         for layer in self._ordered:
@@ -210,13 +214,13 @@ class Steering:
     def _verdict(self, names: tuple[str, ...], input_ids: Tensor) -> Float[Tensor, "B E"]:
         router = self.routed.router
         assert isinstance(router, PromptRouter)
-        if names not in self._readers:
-            self._readers[names] = self._reader(names, router)
-            while len(self._readers) > _READERS:
-                self._readers.popitem(last=False)
-        self._readers.move_to_end(names)
         self._layout = None
         with _asleep(self._ordered), torch.no_grad():
+            if names not in self._readers:
+                self._readers[names] = self._reader(names, router)
+                while len(self._readers) > _READERS:
+                    self._readers.popitem(last=False)
+            self._readers.move_to_end(names)
             return router.verdict(self._readers[names](input_ids=input_ids))
 
     def _reader(self, names: tuple[str, ...], router: PromptRouter) -> Reader:
@@ -228,9 +232,20 @@ class Steering:
         voters = {module: _Voter(layer, names) for module, layer in routed.layers.items()}
         voters = {module: voter for module, voter in voters.items() if voter.experts}
         layers = {module: layer for module, layer in routed.layers.items() if module in voters}
-        return Probe(
-            entry_of(routed.model), layers, voters, router, names, *calibration_texts(routed.library.calibration)
-        )
+        opening, usual = calibration_texts(routed.library.calibration)
+        usual_E = None if usual is None else self._usual(router, opening, usual, names)
+        return Probe(entry_of(routed.model), layers, voters, router, names, opening, usual_E=usual_E)
+
+    def _usual(
+        self, router: ProbingRouter, opening: Opening | None, texts: Mapping[str, Tensor], names: tuple[str, ...]
+    ) -> Tensor:
+        """What a set's experts have on the calibration's texts, which are read once for all sets."""
+        routed = self.routed
+        probe = Probe(entry_of(routed.model), routed.layers, routed.layers, router, routed.experts, opening)
+        if self._heard is None:
+            device = next(routed.model.parameters()).device
+            self._heard = probe.hear(**{key: text.to(device) for key, text in texts.items()})
+        return probe.evidence_of(self._heard, names).mean(0)
 
 
 class _Voter:
@@ -252,45 +267,58 @@ class _Watch:
         self, layers: Mapping[str, RoutedLinear], experts: Sequence[str], rows: tuple[int, ...], in_full: bool
     ):
         self._experts, self._rows, self._in_full = tuple(experts), rows, in_full
-        self._totals_NE = torch.zeros(len(rows), len(experts))
-        self._found: list[list[tuple[Tensor, Tensor]] | None] = [None] * len(layers)
         self._held = [layer.experts for layer in layers.values()]
+        self._found: dict[int, tuple[Tensor, Tensor]] = {}
 
     def ear(self, number: int, layer: RoutedLinear) -> Callable[[Tensor], None]:
-        chosen = torch.tensor([self._experts.index(name) for name in layer.experts])
-
         def hear(x: Tensor) -> None:
-            if layer.asleep:
-                return
-            scores_NC, weights_NC = _explain(layer, x, self._rows)
-            self._totals_NE[:, chosen] += weights_NC
-            if self._in_full:
-                self._found[number] = list(zip(scores_NC, weights_NC, strict=True))
+            if not layer.asleep:
+                self._found[number] = _explain(layer, x, self._rows)
 
         return hear
 
     def looks(self) -> list[Look]:
-        shares_NE = (self._totals_NE / max(1, len(self._held))).tolist()
-        named = [dict(zip(self._experts, row, strict=True)) for row in shares_NE]
-        return [
-            Look({name: share for name, share in row.items() if share > 0}, self._layers(number))
-            for number, row in enumerate(named)
-        ]
+        found = self._gathered()
+        return [Look(self._shares(found, row), self._layers(found, row)) for row in range(len(self._rows))]
 
-    def _layers(self, number: int) -> tuple[Mapping[str, tuple[float, float]], ...]:
+    def _gathered(self) -> dict[int, tuple[list[list[float]], list[list[float]]]]:
+        """Scores and weights by layer, fetched for all layers of one shape at once."""
+        alike: dict[object, list[int]] = {}
+        for number, (scores_NC, _) in self._found.items():
+            alike.setdefault((scores_NC.shape, scores_NC.device), []).append(number)
+        found = {}
+        for numbers in alike.values():
+            both = torch.stack([torch.stack(self._found[number]) for number in numbers]).tolist()
+            found |= {number: tuple(pair) for number, pair in zip(numbers, both, strict=True)}
+        return found
+
+    def _shares(self, found: Mapping[int, tuple[list[list[float]], list[list[float]]]], row: int) -> dict[str, float]:
+        totals: dict[str, float] = {}
+        for number, (_, weights) in found.items():
+            for name, weight in zip(self._held[number], weights[row], strict=True):
+                if weight > 0:
+                    totals[name] = totals.get(name, 0.0) + weight
+        return {name: total / len(self._held) for name, total in totals.items()}
+
+    def _layers(
+        self, found: Mapping[int, tuple[list[list[float]], list[list[float]]]], row: int
+    ) -> tuple[Mapping[str, tuple[float, float]], ...]:
         if not self._in_full:
             return ()
-        told = []
-        for experts, found in zip(self._held, self._found, strict=True):
-            scores, weights = ([], []) if found is None else (t.tolist() for t in found[number])
-            rows = zip(experts, weights, scores, strict=False)
+        told: list[Mapping[str, tuple[float, float]]] = []
+        for number, experts in enumerate(self._held):
+            if number not in found:
+                told.append({})
+                continue
+            scores, weights = (values[row] for values in found[number])
+            rows = zip(experts, weights, scores, strict=True)
             told.append({name: (weight, score) for name, weight, score in rows if weight > 0})
         return tuple(told)
 
 
 @torch.no_grad()
 def _explain(layer: RoutedLinear, x: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Scores and weights of some tokens, (tokens, experts), float32 on the CPU."""
+    """Scores and weights of some tokens, (tokens, experts), float32."""
     kept = layer.among_B1E, layer.prior_B1E
     layer.among_B1E, layer.prior_B1E = (_rows(given, rows) for given in kept)
     try:
@@ -299,7 +327,7 @@ def _explain(layer: RoutedLinear, x: Tensor, rows: Sequence[int]) -> tuple[Tenso
         layer.among_B1E, layer.prior_B1E = kept
     held = None if layer.held is None else _rows(layer.held.all_weights_B1E, rows)
     weights = decision.weights_TE if held is None else held.expand_as(decision.scores_TE)
-    return decision.scores_TE[0].float().cpu(), weights[0].float().cpu()
+    return decision.scores_TE[0].float(), weights[0].float()
 
 
 def _rows(given_1TN: Tensor | None, rows: Sequence[int]) -> Tensor | None:

@@ -138,6 +138,7 @@ class Gateway:
             raise
         except SpectrError as error:
             raise RefusalError(str(error), code="expert_not_removable", status=409) from error
+        self.metrics.forget(name)
         await respond(send, 200, json.dumps({"id": name, "object": "expert", "deleted": True}).encode())
 
     async def _play(self, scope: Scope, send: Send) -> None:

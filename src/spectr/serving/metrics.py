@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -34,6 +35,12 @@ class Metrics:
         self.layers.set(len(engine.layers))
         for name, score in engine.suspicion.items():
             self.suspicion.labels(name).set(score)
+
+    def forget(self, expert: str) -> None:
+        """Tell no more of an expert that was removed."""
+        for counted in (self.tokens, self.suspicion):
+            with suppress(KeyError):
+                counted.remove(expert)
 
     def count_steps(self, experts: Sequence[str], steps: Sequence[Step]) -> None:
         """Share generated tokens out among the experts that did the work."""
