@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 from models import dense_deltas, peft_adapter
 from spectr import ExpertLibrary
 from spectr.serving.suspicion import spectral_norm, suspicion, suspicious
+from spectr.shipped import shipped_experts
 from text_model import make_model
 
 
@@ -30,13 +31,13 @@ def test_the_norm_is_that_of_the_dense_update(root):
     assert spectral_norm(ExpertLibrary.open(root)["ants"]) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("factor", [0.2, 1.0, 1.5])
+@pytest.mark.parametrize("factor", [0.2, 1.0, 4.0])
 def test_experts_that_are_alike_or_small_are_not_suspected(root, factor):
     scale(root / "cats", factor)
     assert suspicious(ExpertLibrary.open(root)[name] for name in ("ants", "bees", "cats", "dogs", "eels")) == {}
 
 
-@pytest.mark.parametrize("factor", [5.0, 1000.0])
+@pytest.mark.parametrize("factor", [10.0, 1000.0])
 def test_a_huge_one_is(root, factor):
     scale(root / "cats", factor)
     found = suspicious(ExpertLibrary.open(root)[name] for name in ("ants", "bees", "cats", "dogs", "eels"))
@@ -52,3 +53,8 @@ def test_a_broken_one_is_however_few_there_are():
 def test_the_score_is_the_modified_z_score():
     found = suspicion({"a": 1.0, "b": 2.0, "c": 4.0, "d": 8.0, "e": 2.0**30})
     assert found == {"e": pytest.approx(0.6745 * 28 / 1)}
+
+
+def test_of_the_shipped_experts_none_is_suspected():
+    library = ExpertLibrary.open(shipped_experts())
+    assert suspicious(library[name] for name in library) == {}

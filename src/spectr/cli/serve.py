@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import importlib
 import importlib.util
@@ -10,13 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from spectr.cli.console import errors, say
+from spectr.cli.console import say
 from spectr.cli.options import Routing, with_routing
 from spectr.errors import LibraryError, MissingExtraError, SpectrError
 
 if TYPE_CHECKING:
     from spectr.serving.engines.batching import Batching
-    from spectr.serving.engines.transformers import TransformersEngine
     from spectr.serving.settings import Settings
 
 _ENGINES = ("transformers", "vllm")
@@ -96,56 +96,39 @@ def _settings(
 
 
 def _launch_vllm(settings: Settings) -> None:
-    """Hand over to the vLLM adapter: ``spectr.serving.engines.vllm.launch(settings)``."""
+    """Hand over to the vLLM adapter, ``spectr.serving.engines.vllm.launch(settings, say)``.
+
+    It makes vLLM's application and its engine, and gives them to :func:`spectr.serving.run.listen`.
+    """
     name = "spectr.serving.engines.vllm"
     if importlib.util.find_spec("vllm") is None or importlib.util.find_spec(name) is None:
         raise MissingExtraError("--engine vllm", "vllm")
-    importlib.import_module(name).launch(settings)
+    importlib.import_module(name).launch(settings, say)
 
 
 def _serve_transformers(routing: Routing, settings: Settings, batching: Batching | None) -> None:
     try:
-        import uvicorn
-
         from spectr.serving.engines.transformers import TransformersEngine, check_version
-        from spectr.serving.gateway import Gateway
+        from spectr.serving.run import listen
     except ImportError as error:
         raise MissingExtraError("spectr serve", "serve") from error
     from spectr.serving.suspicion import suspicious
 
     check_version()
-    listening = settings.listen()
+    bound = settings.listen()
     base, tokenizer = routing.base()
     narrowed = dataclasses.replace(routing, allow=list(settings.experts))
     routed = narrowed.compose(base, tokenizer, settings.library, settings.router)
-    suspects = suspicious(settings.library[name] for name in routed.experts)
     engine = TransformersEngine(
         routed,
         tokenizer,
         base_model=settings.base_name,
         router=settings.router_name,
-        suspicion=suspects,
+        suspicion=suspicious(settings.library[name] for name in routed.experts),
         batching=batching,
     )
     try:
-        app = Gateway(engine.app, engine, policy=settings.policy(), served=settings.served, count=settings.count)
-        _tell(settings, engine, listening.getsockname()[1])
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False))
-        server.run(sockets=[listening])
+        asyncio.run(listen(engine.app, engine, settings, bound, say))
     finally:
         engine.close()
-        listening.close()
-
-
-def _tell(settings: Settings, engine: TransformersEngine, port: int) -> None:
-    for name, score in engine.suspicion.items():
-        errors.print(
-            f"[bold yellow]warning:[/] the updates of '{name}' are far larger than the other experts' (robust z-score "
-            f"{score:.1f}); if you did not expect that: --except {name}",
-            highlight=False,
-            soft_wrap=True,
-        )
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    say(f"{len(engine.layers)} layers routed among {', '.join(engine.experts)}, by {engine.routers[0]}")
-    say(f"keys: {'any, as there is no policy' if settings.policy_file is None else settings.policy_file}")
-    say(f"serving '{settings.served}' and '{settings.base_name}' at http://{host}:{port}/v1, Ctrl-C ends it")
+        bound.close()

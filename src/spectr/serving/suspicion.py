@@ -10,7 +10,7 @@ from torch import Tensor
 from spectr.adapters import Expert
 
 THRESHOLD = 3.5
-_LEAST_SPREAD = 0.15  # of the logarithms: experts trained alike are so alike that a tenth more would stand out
+_LEAST_SPREAD = 0.35  # of the logarithms: honest experts, trained longer or shorter, differ threefold
 
 
 def spectral_norm(expert: Expert) -> float:
@@ -23,8 +23,8 @@ def spectral_norm(expert: Expert) -> float:
 def suspicion(norms: Mapping[str, float]) -> dict[str, float]:
     """Of experts that stand out above the others, how far: the robust z-score of the norm's logarithm.
 
-    ``z = 0.6745 (log n - median) / MAD``; told where it is at least 3.5, or the norm is not finite. Of fewer than three
-    nothing can be said.
+    ``z = 0.6745 (log n - median) / max(MAD, 0.35)``; told where it is at least 3.5, which is sixfold or more, or the
+    norm is not finite. Of fewer than three nothing can be said.
 
     Args:
         norms: See :func:`spectral_norm`.
