@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -30,6 +30,38 @@ class Voter(Protocol):
         ...
 
 
+class Heard(NamedTuple):
+    """What one module's voters score on a batch: of all its tokens that have a say, and whose they are.
+
+    Attributes:
+        scores_NE: Float32.
+        row_N: Row of the batch.
+        rows: How many there are.
+    """
+
+    scores_NE: Float[Tensor, "N E"]
+    row_N: Tensor
+    rows: int
+
+    def evidence(self, router: ProbingRouter) -> Float[Tensor, "B E"]:
+        """Each row's mean over its tokens, a token counting by its certainty."""
+        evidence_NE = router.evidence(self.scores_NE)
+        weight_N = router.certainty(evidence_NE)
+        total_BE = evidence_NE.new_zeros(self.rows, evidence_NE.shape[-1])
+        total_BE.index_add_(0, self.row_N, evidence_NE * weight_N[:, None])
+        weight_B = weight_N.new_zeros(self.rows).index_add_(0, self.row_N, weight_N)
+        return (total_BE / weight_B[:, None].clamp(min=1e-30)).cpu()
+
+
+class _Names(NamedTuple):
+    """Voters that have voted."""
+
+    experts: tuple[str, ...]
+
+    def scores(self, x: Float[Tensor, "*T I"]) -> Float[Tensor, "*T E"]:
+        raise AssertionError("they have voted")
+
+
 class Probe:
     """Pools what the scores say of a prompt: each expert's mean evidence over tokens and modules.
 
@@ -42,6 +74,7 @@ class Probe:
         opening: What the chat template writes around a user's words. It has no say, and of a conversation the user's
             last turn alone decides.
         usual: Texts (``input_ids``, ``attention_mask``) whose evidence counts as nothing: the calibration's.
+        usual_E: These texts' evidence, where it is known; then they are not read.
     """
 
     def __init__(
@@ -53,10 +86,11 @@ class Probe:
         experts: Sequence[str],
         opening: Opening | None = None,
         usual: Mapping[str, Tensor] | None = None,
+        usual_E: Float[Tensor, " E"] | None = None,
     ):
         self.entry, self.layers, self.voters, self.router = entry, dict(layers), dict(voters), router
         self.experts, self.opening = tuple(experts), opening or Opening()
-        self._usual, self._usual_E = usual, None
+        self._usual, self._usual_E = usual, usual_E
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Float[Tensor, "B E"]:
@@ -78,16 +112,37 @@ class Probe:
             self._usual_E = self._read(**{key: t.to(device) for key, t in self._usual.items()}).mean(0)
 
     def _read(self, *args: Any, **kwargs: Any) -> Float[Tensor, "B E"]:
+        evidence: dict[str, Tensor] = {}
+        self._listen(lambda name, heard: evidence.update({name: heard.evidence(self.router)}), args, kwargs)
+        return _pooled(evidence, self.voters, self.experts)
+
+    @torch.no_grad()
+    def hear(self, *args: Any, **kwargs: Any) -> dict[str, Heard]:
+        """What the voters score, by module, when the base model reads this."""
+        kept: dict[str, Heard] = {}
+        self._listen(lambda name, heard: kept.update({name: heard}), args, kwargs)
+        return kept
+
+    def _listen(self, take: Callable[[str, Heard], None], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         given, counted_BT = _probe(self.entry, args, kwargs, self.router.probe_tokens, self.opening)
-        gathered: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
-            layer.listen = _listener(gathered, name, self.voters[name], self.router, counted_BT)
+            layer.listen = _listener(take, name, self.voters[name], counted_BT)
         try:
             self.entry.forward(**given)  # not the call: whoever watches the model's calls is not to see this one
         finally:
             for layer in self.layers.values():
                 layer.listen = None
-        return _pooled(gathered, self.voters, self.experts)
+
+    def evidence_of(self, heard: Mapping[str, Heard], experts: Sequence[str]) -> Float[Tensor, "B E"]:
+        """As if what was heard had been heard by some of the experts alone; nothing is taken off it."""
+        some: dict[str, Tensor] = {}
+        voters: dict[str, Voter] = {}
+        for name, rows in heard.items():
+            places = [place for place, other in enumerate(self.voters[name].experts) if other in experts]
+            if places:
+                voters[name] = _Names(tuple(self.voters[name].experts[place] for place in places))
+                some[name] = rows._replace(scores_NE=rows.scores_NE[:, places]).evidence(self.router)
+        return _pooled(some, voters, experts)
 
 
 def _probe(
@@ -128,7 +183,7 @@ def _probe(
 
 
 def _listener(
-    gathered: dict[str, Tensor], name: str, voter: Voter, router: ProbingRouter, counted_BT: Tensor | None
+    take: Callable[[str, Heard], None], name: str, voter: Voter, counted_BT: Tensor | None
 ) -> Callable[[Tensor], None]:
     def listen(x: Tensor) -> None:
         if x.ndim < 3:  # tokens of all rows in one axis: nobody can tell whose they are
@@ -138,13 +193,8 @@ def _listener(
         if counted.shape != x_BTI.shape[:2]:
             return
         counted = counted.to(x.device)
-        evidence_NE = router.evidence(voter.scores(x_BTI[counted]))  # N: the tokens of all rows that have a say
-        weight_N = router.certainty(evidence_NE)
-        row_N = counted.nonzero()[:, 0].to(evidence_NE.device)
-        total_BE = evidence_NE.new_zeros(len(counted), evidence_NE.shape[-1])
-        total_BE.index_add_(0, row_N, evidence_NE * weight_N[:, None])
-        weight_B = weight_N.new_zeros(len(counted)).index_add_(0, row_N, weight_N)
-        gathered[name] = (total_BE / weight_B[:, None].clamp(min=1e-30)).cpu()
+        scores_NE = voter.scores(x_BTI[counted])  # N: the tokens of all rows that have a say
+        take(name, Heard(scores_NE, counted.nonzero()[:, 0].to(scores_NE.device), len(counted)))
 
     return listen
 

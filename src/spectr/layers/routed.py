@@ -288,8 +288,8 @@ class RoutedLinear(nn.Module):
 
     @staticmethod
     def _fits(rows: Tensor | None, x: Tensor) -> bool:
-        """Whether there is one row for all tokens, or one for each of the batch."""
-        return rows is None or len(rows) == 1 or (x.ndim > 2 and len(rows) == len(x))
+        """Whether there is one row for all tokens, or one for each of the batch; not one for each token."""
+        return rows is None or (rows.shape[1] == 1 and (len(rows) == 1 or (x.ndim > 2 and len(rows) == len(x))))
 
     def _add_held(self, out: Float[Tensor, "*T O"], x: Float[Tensor, "*T I"], held: Held) -> Float[Tensor, "*T O"]:
         h_TP = linear(x.to(held.A_PI.device, held.A_PI.dtype), held.A_PI)

@@ -79,8 +79,8 @@ class PromptRouter(Router, Protocol):
         """From what speaks for each expert to its weight, or to the prior."""
         ...
 
-    def informed(self, scores_TE: Float[Tensor, "*T E"], prior_B1E: Float[Tensor, "B 1 E"]) -> Float[Tensor, "*T E"]:
-        """A token's scores with the prompt's prior."""
+    def informed(self, scores_TE: Float[Tensor, "*T E"], prior_B1E: Float[Tensor, "B _ E"]) -> Float[Tensor, "*T E"]:
+        """A token's scores with the prompt's prior, one for a row of tokens, or each token's own."""
         ...
 
 

@@ -90,7 +90,7 @@ class Calibrated:
             return selection_of(self)(evidence_BE)
         return evidence_BE.clamp(min=1e-3) ** self.prior_strength
 
-    def informed(self, scores_TE: Float[Tensor, "*T E"], prior_B1E: Float[Tensor, "B 1 E"]) -> Float[Tensor, "*T E"]:
+    def informed(self, scores_TE: Float[Tensor, "*T E"], prior_B1E: Float[Tensor, "B _ E"]) -> Float[Tensor, "*T E"]:
         """See :class:`PromptRouter`: their product."""
         return scores_TE * prior_B1E
 

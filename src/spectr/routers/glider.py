@@ -103,6 +103,6 @@ class Glider:
             global_BE = self.alpha * evidence_BE
         return selection_of(self)(global_BE) if self.local is None else global_BE
 
-    def informed(self, scores_TE: Float[Tensor, "*T E"], prior_B1E: Float[Tensor, "B 1 E"]) -> Float[Tensor, "*T E"]:
+    def informed(self, scores_TE: Float[Tensor, "*T E"], prior_B1E: Float[Tensor, "B _ E"]) -> Float[Tensor, "*T E"]:
         """See :class:`PromptRouter`: their sum."""
         return scores_TE + prior_B1E

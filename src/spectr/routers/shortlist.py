@@ -110,7 +110,7 @@ class Shortlist:
             return local.verdict(evidence_BE) * listed_BE
         return listed_BE / index_BK.shape[-1]
 
-    def informed(self, scores_TE: Float[Tensor, "*T E"], prior_B1E: Float[Tensor, "B 1 E"]) -> Float[Tensor, "*T E"]:
+    def informed(self, scores_TE: Float[Tensor, "*T E"], prior_B1E: Float[Tensor, "B _ E"]) -> Float[Tensor, "*T E"]:
         """See :class:`PromptRouter`: as the local router does."""
         local: Any = self.local
         return local.informed(scores_TE, prior_B1E) if self.informs else scores_TE

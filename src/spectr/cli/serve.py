@@ -1,0 +1,134 @@
+"""``spectr serve``."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from spectr.cli.console import say
+from spectr.cli.options import Routing, with_routing
+from spectr.errors import LibraryError, MissingExtraError, SpectrError
+
+if TYPE_CHECKING:
+    from spectr.serving.engines.batching import Batching
+    from spectr.serving.settings import Settings
+
+_ENGINES = ("transformers", "vllm")
+
+
+@with_routing
+def serve(
+    routing: Routing,
+    engine: Annotated[str, typer.Option(help="transformers, or vllm where that is installed.")] = "transformers",
+    host: Annotated[str, typer.Option(help="Address to listen at; without a policy a loopback one.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at; 0 for a free one.", min=0, max=65535)] = 8000,
+    policy: Annotated[
+        Path | None, typer.Option(help="YAML or JSON: which API key may use which experts. See docs/serving.md.")
+    ] = None,
+    served_name: Annotated[str, typer.Option(help="The composed model's name for clients.")] = "spectr",
+    exclude: Annotated[
+        list[str] | None, typer.Option("--except", help="Experts that are not loaded: once for each.")
+    ] = None,
+    record: Annotated[
+        bool, typer.Option("--record/--no-record", help="Count tokens by expert for every request, for /metrics.")
+    ] = True,
+    batch: Annotated[
+        bool, typer.Option("--batch/--no-batch", help="transformers: many requests at once, by continuous batching.")
+    ] = False,
+    cache_tokens: Annotated[
+        int, typer.Option(help="With --batch: tokens of all running requests that are kept in memory.", min=256)
+    ] = 16384,
+) -> None:
+    """Serve the routed model by OpenAI's API: chat completions, completions, models, metrics, and a page.
+
+    [dim]spectr serve --policy keys.yaml --host 0.0.0.0[/]
+    """
+    if engine not in _ENGINES:
+        raise SpectrError(f"--engine {engine}", expected=" or ".join(_ENGINES))
+    settings = _settings(routing, exclude, host, port, policy, served_name, record)
+    if engine == "vllm":
+        _launch_vllm(settings)
+        return
+    from spectr.serving.engines.batching import Batching
+
+    _serve_transformers(routing, settings, Batching(cache_tokens=cache_tokens) if batch else None)
+
+
+def _settings(
+    routing: Routing,
+    exclude: list[str] | None,
+    host: str,
+    port: int,
+    policy: Path | None,
+    served: str,
+    record: bool,
+) -> Settings:
+    from spectr.models import HUB_ID
+    from spectr.serving.settings import Settings, base_name
+
+    library, router = routing.experts()
+    library.check(*(exclude or []))
+    experts = tuple(name for name in sorted(routing.allow or library) if name not in (exclude or []))
+    if not experts:
+        raise LibraryError("--except leaves no expert to serve", do="name fewer")
+    settings = Settings(
+        library=library,
+        experts=experts,
+        router=router,
+        router_name=routing.router_name(library),
+        model=routing.model,
+        base_name=base_name(routing.model, HUB_ID),
+        dtype=routing.dtype,
+        served=served,
+        policy_file=policy,
+        host=host,
+        port=port,
+        count=record,
+    )
+    settings.policy()  # checked before anything is loaded
+    return settings
+
+
+def _launch_vllm(settings: Settings) -> None:
+    """Hand over to the vLLM adapter, ``spectr.serving.engines.vllm.launch(settings, say)``.
+
+    It makes vLLM's application and its engine, and gives them to :func:`spectr.serving.run.listen`.
+    """
+    name = "spectr.serving.engines.vllm"
+    if importlib.util.find_spec("vllm") is None or importlib.util.find_spec(name) is None:
+        raise MissingExtraError("--engine vllm", "vllm")
+    importlib.import_module(name).launch(settings, say)
+
+
+def _serve_transformers(routing: Routing, settings: Settings, batching: Batching | None) -> None:
+    try:
+        from spectr.serving.engines.transformers import TransformersEngine, check_version
+        from spectr.serving.run import listen
+    except ImportError as error:
+        raise MissingExtraError("spectr serve", "serve") from error
+    from spectr.serving.suspicion import suspicious
+
+    check_version()
+    bound = settings.listen()
+    base, tokenizer = routing.base()
+    narrowed = dataclasses.replace(routing, allow=list(settings.experts))
+    routed = narrowed.compose(base, tokenizer, settings.library, settings.router)
+    engine = TransformersEngine(
+        routed,
+        tokenizer,
+        base_model=settings.base_name,
+        router=settings.router_name,
+        suspicion=suspicious(settings.library[name] for name in routed.experts),
+        batching=batching,
+    )
+    try:
+        asyncio.run(listen(engine.app, engine, settings, bound, say))
+    finally:
+        engine.close()
+        bound.close()

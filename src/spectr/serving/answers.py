@@ -1,0 +1,85 @@
+"""What becomes of an engine's answer on its way to the client: routing goes in, errors become standard ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from spectr.serving.asgi import Message, Send, with_headers
+from spectr.serving.errors import error_body, standardised
+
+Edit = Callable[[dict[str, Any]], None]
+
+
+class Answer:
+    """Passes a response on, each JSON object in it edited: the whole body, or every event of a stream.
+
+    Attributes:
+        status: Of the response; ``None`` before it has begun.
+        done: Whether its last byte was sent.
+    """
+
+    def __init__(self, send: Send, edit: Edit):
+        self._send, self._edit = send, edit
+        self._start: Message = {}
+        self._held = b""
+        self._streams = self._closed = False
+        self.status: int | None = None
+        self.done = False
+
+    async def __call__(self, message: Message) -> None:
+        """In the place of ASGI's ``send``."""
+        if message["type"] == "http.response.start":
+            await self._begin(message)
+        elif message["type"] == "http.response.body" and not self.done:
+            self._held += message.get("body", b"")
+            last = not message.get("more_body", False)
+            await (self._pass_events(last) if self._streams else self._pass_whole(last))
+
+    async def _begin(self, message: Message) -> None:
+        self._start, self.status = message, message["status"]
+        kind = dict(message.get("headers", ())).get(b"content-type", b"")
+        self._streams = message["status"] < 400 and kind.startswith(b"text/event-stream")
+        if self._streams:
+            await self._send(with_headers(message, drop=(b"content-length",), cache_control="no-cache"))
+
+    async def _pass_whole(self, last: bool) -> None:
+        if not last:
+            return
+        assert self.status is not None
+        body = self._held if self.status < 400 else standardised(self.status, self._held)
+        status = 400 if self.status == 422 else self.status
+        if status < 400:
+            body = self._edited(body)
+        self.status, self.done = status, True
+        start = with_headers(self._start, content_length=str(len(body)), content_type="application/json")
+        await self._send({**start, "status": status})
+        await self._send({"type": "http.response.body", "body": body})
+
+    async def _pass_events(self, last: bool) -> None:
+        *events, self._held = self._held.replace(b"\r\n", b"\n").split(b"\n\n")
+        events += [self._held] if last and self._held.strip() else []
+        out = b"".join(self._event(event) for event in events)
+        if last and not self._closed:
+            out += b"data: [DONE]\n\n"
+        self.done = last
+        if out or last:
+            await self._send({"type": "http.response.body", "body": out, "more_body": not last})
+
+    def _event(self, event: bytes) -> bytes:
+        if self._closed or not event.startswith(b"data:"):
+            return b"" if self._closed else event + b"\n\n"
+        data = event.removeprefix(b"data:").strip()
+        self._closed = data == b"[DONE]"
+        return b"data: " + (data if self._closed else self._edited(data)) + b"\n\n"
+
+    def _edited(self, data: bytes) -> bytes:
+        try:
+            told = json.loads(data)
+        except ValueError:
+            told = {"error": None}
+        if not isinstance(told, dict) or "error" in told:
+            return error_body(500, "the engine failed while it answered", "engine_error")
+        self._edit(told)
+        return json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode()

@@ -1,0 +1,122 @@
+"""The few things that a middleware does with ASGI messages."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from spectr.serving.errors import RefusalError
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class HangUp(Exception):  # noqa: N818
+    """The client has gone."""
+
+
+def header(scope: Scope, name: bytes) -> str | None:
+    """A header's value."""
+    found = next((value for key, value in scope["headers"] if key.lower() == name), None)
+    return None if found is None else found.decode("latin-1")
+
+
+def bearer(scope: Scope) -> str | None:
+    """The key that a request carries."""
+    kind, _, secret = (header(scope, b"authorization") or "").partition(" ")
+    return secret.strip() if kind.lower() == "bearer" else None
+
+
+async def read_body(receive: Receive, scope: Scope, limit: int) -> bytes:
+    """A request's body.
+
+    Raises:
+        RefusalError: 413: it is longer than the limit; the rest is not read.
+        HangUp: The client left before it had sent it.
+    """
+    declared = header(scope, b"content-length") or ""
+    body = bytearray()
+    more = True
+    while more:
+        if len(body) > limit or (declared.isdigit() and int(declared) > limit):
+            raise RefusalError(f"the body is longer than {limit} bytes", code="request_too_large", status=413)
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise HangUp
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+    if len(body) > limit:
+        raise RefusalError(f"the body is longer than {limit} bytes", code="request_too_large", status=413)
+    return bytes(body)
+
+
+async def respond(send: Send, status: int, body: bytes, kind: str = "application/json", **headers: str) -> None:
+    """Send a whole answer."""
+    lines = [(b"content-type", kind.encode()), (b"content-length", str(len(body)).encode())]
+    lines += [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": status, "headers": lines})
+    await send({"type": "http.response.body", "body": body})
+
+
+def with_headers(message: Message, *, drop: tuple[bytes, ...] = (), **changed: str) -> Message:
+    """A response's start with other headers."""
+    names = {name.replace("_", "-").encode() for name in changed} | set(drop)
+    kept = [(key, value) for key, value in message.get("headers", ()) if key.lower() not in names]
+    added = [(name.replace("_", "-").encode(), value.encode()) for name, value in changed.items()]
+    return {**message, "headers": [*kept, *added]}
+
+
+def rewritten(scope: Scope, body: bytes, request_id: str) -> Scope:
+    """The scope for the application: another body, our id, and no credentials."""
+    ours = {b"content-length": str(len(body)).encode(), b"x-request-id": request_id.encode()}
+    theirs = {b"authorization", b"content-encoding", b"transfer-encoding", *ours}
+    kept = [(key, value) for key, value in scope["headers"] if key.lower() not in theirs]
+    return {**scope, "headers": [*kept, *ours.items()]}
+
+
+class Line:
+    """The line to a client: gives the application a body, and knows when the client hangs up."""
+
+    def __init__(self, receive: Receive, body: bytes):
+        self._body: bytes | None = body
+        self._gone = asyncio.Event()
+        self._watch = asyncio.ensure_future(self._listen(receive))
+
+    async def _listen(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._gone.set()
+
+    @property
+    def gone(self) -> bool:
+        """Whether the client has hung up."""
+        return self._gone.is_set()
+
+    async def receive(self) -> Message:
+        """What the application is given: the body once, then the end."""
+        if self._body is not None:
+            body, self._body = self._body, None
+            return {"type": "http.request", "body": body, "more_body": False}
+        await self._gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def hold_for(self, work: Awaitable[None], answered: Callable[[], bool]) -> None:
+        """Wait for the work, or for the client to leave before it is answered, which cancels the work.
+
+        Raises:
+            HangUp: The client left first.
+        """
+        task, left = asyncio.ensure_future(work), asyncio.ensure_future(self._gone.wait())
+        try:
+            await asyncio.wait((task, left), return_when=asyncio.FIRST_COMPLETED)
+            if not task.done() and not answered():
+                raise HangUp
+            await task
+        finally:
+            for pending in (task, left, self._watch):
+                pending.cancel()
+            await asyncio.gather(task, left, self._watch, return_exceptions=True)

@@ -1,0 +1,154 @@
+"""Many requests in one batch: transformers' continuous batching, each token with the set of its own request."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from spectr.errors import CompositionError
+from spectr.layers.routed import RoutedLinear
+from spectr.serving.engines.conducting import Conductor, Part
+from spectr.serving.engines.generation import mark_pieces
+from spectr.serving.engines.requests import Running
+from spectr.serving.errors import RefusalError
+
+_UNSERVED = ("stop", "frequency_penalty", "presence_penalty", "logit_bias", "suffix")
+
+
+@dataclass(kw_only=True)
+class Batching:
+    """Settings of continuous batching, and what runs with them once it is started.
+
+    No prefix is shared between requests, so none between sets; the model is called step by step, without graphs, as
+    each step's tokens have other sets.
+
+    Attributes:
+        cache_tokens: Tokens of all running requests that are kept; who does not fit in waits, or starts again.
+        batch_tokens: Tokens of one step at most; longer prompts are read in pieces.
+        requests: Requests of one step at most.
+        page: Tokens of one page of the cache.
+    """
+
+    cache_tokens: int = 16384
+    batch_tokens: int = 512
+    requests: int = 32
+    page: int = 64
+
+    def start(self, model: Any, conductor: Conductor, running: Mapping[str, Running]) -> None:
+        """Begin to generate, in a thread that waits for requests."""
+        from transformers import ContinuousBatchingConfig
+        from transformers.cli.serving.utils import CBGenerateManager
+
+        if isinstance(model.get_output_embeddings(), RoutedLinear):
+            raise CompositionError(
+                "an expert adapts the output head, which continuous batching calls for some tokens alone",
+                do="serve without continuous batching",
+            )
+        config = ContinuousBatchingConfig(
+            page_size=self.page,
+            num_blocks=max(2, self.cache_tokens // self.page),
+            max_batch_tokens=self.batch_tokens,
+            max_requests_per_batch=self.requests,
+            allow_block_sharing=False,
+            use_cuda_graph=False,
+            use_async_batching=False,
+            per_request_processors=True,
+        )
+        self._running, self._model = running, model
+        self.manager: Any = CBGenerateManager(config)
+        self.manager.init_cb(model, _sampling_config(model))
+        self._cb: Any = self.manager._cb
+        self._add = self._cb.add_request
+        self._cb.add_request = self._add_request
+        conductor.parts = self._parts
+
+    @property
+    def context(self) -> int:
+        """Tokens of one request at most."""
+        return self.cache_tokens - self.page
+
+    def alive(self) -> bool:
+        """Whether requests are still worked on."""
+        return self.manager.is_alive()
+
+    def check(self, body: Mapping[str, Any]) -> None:
+        """Raise :class:`RefusalError` for what transformers' batches would silently ignore."""
+        for key in _UNSERVED:
+            if body.get(key):
+                raise RefusalError(
+                    f"'{key}' is not served together with continuous batching",
+                    do=f"leave '{key}' out",
+                    code="unsupported_value",
+                    param=key,
+                )
+
+    def enter(self, model: Any, running: Running) -> Any:
+        """What transformers' manager is given as the model; from now on the request can be stopped."""
+        running.stop = lambda: self._forget(running.ticket.id)
+        return model
+
+    def begun(self, running: Running, queue: asyncio.Queue, streamer: Any) -> None:
+        """Write down which tokens each piece of text stands for."""
+        mark_pieces(queue, "put_nowait", running, streamer)
+
+    def paused(self, work: Callable[[], None]) -> None:
+        """Do something to the model between two steps; not on the thread that generates."""
+        with self._cb.pause():
+            work()
+
+    def stop(self) -> None:
+        """Stop generating; requests that are not done fail."""
+        self._cb.stop(block=True, timeout=10, hard_stop=True)
+
+    def _add_request(self, input_ids: list[int], request_id: str, **given: Any) -> Any:
+        body = self._running[request_id].body
+        return self._add(input_ids, request_id=request_id, **given, **_sampling(body, self._model))
+
+    def _forget(self, request_id: str) -> None:
+        router = self._cb.output_router
+        if request_id in router.result_handlers:  # of one that is done there is none any more
+            self._cb.cancel_request(request_id)
+            with router._lock:
+                router.result_handlers.pop(request_id, None)
+        while not router.output_queue.empty():  # what came for those that have left
+            router.output_queue.get_nowait()
+
+    def _parts(self) -> list[Part]:
+        """Whose tokens the coming call is made of, as transformers has put them together."""
+        batch = self._cb.batch_processor.inputs_and_outputs.requests_in_batch
+        return [self._part(future) for future in batch]
+
+    def _part(self, future: Any) -> Part:
+        state = future.state
+
+        def fail(error: Exception) -> None:
+            self._cb.output_router.fail_and_deliver(state, error)
+            self._cb.cancel_request(state.request_id)
+
+        return Part(
+            self._running.get(state.request_id), future.query_length, future.has_new_token, state.initial_tokens, fail
+        )
+
+
+def _sampling_config(model: Any) -> Any:
+    """One under which every request can have settings of its own: each has to differ from what means "off"."""
+    config = copy.deepcopy(model.generation_config)
+    config.do_sample, config.temperature, config.top_k, config.top_p = True, 0.5, 2, 0.5
+    config.use_cache = False
+    return config
+
+
+def _sampling(body: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """A request's own temperature, top_k and top_p; greedy is the best one alone."""
+    usual, vocabulary = model.generation_config, model.config.get_text_config().vocab_size
+    temperature, top_p = body.get("temperature"), body.get("top_p")
+    if temperature == 0 or (temperature is None and top_p is None and not usual.do_sample):
+        return {"temperature": 1.0, "top_k": 1, "top_p": 1.0}
+    return {
+        "temperature": float(temperature or usual.temperature or 1.0),
+        "top_k": min(usual.top_k or vocabulary, vocabulary),
+        "top_p": float(top_p or usual.top_p or 1.0),
+    }

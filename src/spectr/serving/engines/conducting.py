@@ -1,0 +1,118 @@
+"""Which request each token of a model's call belongs to, and what was decided for it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from spectr.composition import Routed
+from spectr.composition.steering import Steering
+from spectr.serving.engines.base import Step
+from spectr.serving.engines.requests import Running
+
+log = logging.getLogger("spectr.serving")
+
+
+class Part(NamedTuple):
+    """Tokens of one call that belong together.
+
+    Attributes:
+        running: Their request; ``None`` where nobody is known to have asked: they get no expert.
+        tokens: How many they are.
+        speaks: Whether the last of them brings forth a token of the answer.
+        prompt: What is read to decide, where that is not done yet.
+        fail: Ends the request with an error.
+    """
+
+    running: Running | None
+    tokens: int
+    speaks: bool
+    prompt: list[int] | None = None
+    fail: Callable[[Exception], None] = lambda _: None
+
+
+class Conductor:
+    """Gives each token of a composed model's calls the set of its request, and writes down what was decided.
+
+    It watches the model's calls; what a call is made of, ``parts`` says.
+
+    Args:
+        routed: The composed model.
+    """
+
+    def __init__(self, routed: Routed):
+        self.steering = Steering(routed)
+        self.parts: Callable[[], list[Part]] = list
+        self._nobody = self.steering.rule((), None)
+        self._speakers: list[tuple[Running, bool]] = []
+        model = routed.model
+        self._device = next(model.parameters()).device
+        self._hooks = [
+            model.register_forward_pre_hook(self._before),
+            model.register_forward_hook(self._after),
+        ]
+
+    def decide(self, running: Running, prompt: Tensor) -> None:
+        """Have a request's prompt read, where its router wants that. The model must not run meanwhile."""
+        running.rule = self.steering.rule(running.ticket.experts, prompt)
+        look = self.steering.share(running.rule)
+        running.always = None if look is None or running.ticket.record == "layers" else Step(look.shares)
+
+    @contextmanager
+    def only(self, running: Running, prompt: Tensor) -> Iterator[None]:
+        """While the block runs, all calls belong to this request."""
+        self.decide(running, prompt)
+        self.parts = lambda: [Part(running, 1, True)]
+        try:
+            yield
+        finally:
+            self.parts = list
+
+    def close(self) -> None:
+        """Leave the model as it was composed."""
+        for hook in self._hooks:
+            hook.remove()
+        self.steering.close()
+
+    def _before(self, *_: Any) -> None:
+        parts = self.parts() or [Part(None, 1, False)]
+        rules = [self._rule(part) for part in parts]
+        self.steering.steer([(rule, part.tokens) for rule, part in zip(rules, parts, strict=True)])
+        ends = [-1] if len(parts) == 1 else (torch.tensor([part.tokens for part in parts]).cumsum(0) - 1).tolist()
+        self._speakers, rows, in_full = [], [], False
+        for part, end in zip(parts, ends, strict=True):
+            running = part.running
+            if running is None or not part.speaks or running.ticket.record == "none":
+                continue
+            looked_at = running.always is None
+            self._speakers.append((running, looked_at))
+            if looked_at:
+                rows.append(end)
+                in_full = in_full or running.ticket.record == "layers"
+        self.steering.watch(rows, in_full)
+
+    def _rule(self, part: Part) -> Any:
+        running = part.running
+        if running is None:
+            return self._nobody
+        if running.rule is None:
+            try:
+                self.decide(running, torch.tensor(part.prompt, device=self._device))
+            except Exception as error:  # of this request alone: the others of the batch must not suffer
+                log.exception("no decision could be made for a prompt")
+                running.rule = self._nobody
+                part.fail(error)
+        return running.rule
+
+    def _after(self, *_: Any) -> None:
+        looks = iter(self.steering.seen())
+        for running, looked_at in self._speakers:
+            step = Step(*next(looks)) if looked_at else running.always
+            assert step is not None
+            running.steps.append(step)
+        self._speakers = []

@@ -1,0 +1,249 @@
+"""Serving on transformers' own code: its handlers, its model manager, its generation.
+
+One request after the other; or, with continuous batching, many at once (:mod:`spectr.serving.engines.batching`).
+Nothing here subclasses transformers' classes: they are wrapped, and a request is known to them by its id.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from spectr.composition import Routed
+from spectr.errors import CompositionError, MissingExtraError, SpectrError
+from spectr.serving.engines.base import Step, Ticket
+from spectr.serving.engines.conducting import Conductor
+from spectr.serving.engines.generation import Bound, OneAtATime, State
+from spectr.serving.engines.requests import Running
+from spectr.serving.errors import RefusalError
+
+if TYPE_CHECKING:
+    from spectr.serving.engines.batching import Batching
+
+TESTED = ((5, 23), (5, 24))  # from, and up to but not with
+_NAME = "spectr"  # what transformers' code calls the composed model
+_UNSERVED = ("logprobs", "top_logprobs", "generation_config", "best_of", "echo", "functions", "function_call", "audio")
+_TEMPLATE_OPTIONS = frozenset({"enable_thinking"})
+
+log = logging.getLogger("spectr.serving")
+
+
+class TransformersEngine:
+    """The composed model behind transformers' serving code. See :class:`spectr.serving.engines.Engine`.
+
+    Args:
+        routed: The composed model; nobody else is to use it while this engine lives.
+        tokenizer: The model's.
+        base_model: The base model's name for clients.
+        router: The router's name for clients.
+        suspicion: Experts whose norm is far out, and how far.
+        batching: Continuous batching; ``None`` for one request after the other.
+
+    Attributes:
+        app: The ASGI application, to be put behind a :class:`spectr.serving.gateway.Gateway`.
+
+    Raises:
+        CompositionError: No layer is routed, or the router cannot serve several sets.
+        SpectrError: The installed transformers is not one that this was tested with.
+    """
+
+    name = "transformers"
+
+    def __init__(
+        self,
+        routed: Routed,
+        tokenizer: Any,
+        *,
+        base_model: str,
+        router: str,
+        suspicion: Mapping[str, float] | None = None,
+        batching: Batching | None = None,
+    ):
+        check_version()
+        if not routed.layers:
+            raise CompositionError("no layer of this model is routed", do="compose it with a library of experts")
+        self.routed, self.tokenizer, self.base_model, self.batching = routed, tokenizer, base_model, batching
+        self.routers, self.suspicion = (router,), dict(suspicion or {})
+        self._experts = routed.experts
+        self._running: dict[str, Running] = {}
+        self._left = asyncio.Event()
+        self.conductor = Conductor(routed)
+        self._state = self._make_state()
+        self.app = self._application()
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """See :class:`Engine`."""
+        return self._experts
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """See :class:`Engine`."""
+        return tuple(self.routed.layers)
+
+    def admit(self, ticket: Ticket, body: Mapping[str, Any]) -> dict[str, Any]:
+        """See :class:`Engine`."""
+        told = {key: value for key, value in body.items() if value is not None} | {"model": _NAME}
+        _check(told, len(self.tokenizer))
+        if self.batching is not None:
+            self.batching.check(told)
+        self._running[ticket.id] = Running(ticket, told)
+        return told
+
+    def steps(self, ticket: Ticket, answer: dict[str, Any]) -> Mapping[int, Sequence[Step]]:
+        """See :class:`Engine`."""
+        return self._running[ticket.id].take(answer)
+
+    def finish(self, ticket: Ticket) -> None:
+        """See :class:`Engine`."""
+        running = self._running.pop(ticket.id)
+        running.over.set()
+        running.stop()
+        self._left.set()
+
+    async def discard(self, name: str) -> None:
+        """See :class:`Engine`."""
+        if name not in self._experts:
+            raise SpectrError(f"there is no expert '{name}'")
+        if len(self._experts) == 1:
+            raise CompositionError(f"'{name}' is the last expert", do="stop the server instead")
+        self._experts = tuple(other for other in self._experts if other != name)
+        while any(name in running.ticket.experts for running in self._running.values()):
+            self._left.clear()
+            await self._left.wait()
+        await self._between_calls(lambda: self.conductor.steering.discard(name))
+        self.suspicion.pop(name, None)
+
+    def metrics(self) -> bytes:
+        """See :class:`Engine`."""
+        return b""
+
+    def close(self) -> None:
+        """Stop what runs, and leave the model as it was composed."""
+        if self.batching is not None:
+            self.batching.stop()
+        self.conductor.close()
+
+    async def _between_calls(self, work: Callable[[], None]) -> None:
+        """Do something to the model while it does not run."""
+        if self.batching is not None:
+            await asyncio.to_thread(self.batching.paused, work)
+        else:
+            await self._state.get_manager(_KEY).async_submit(work)
+
+    def _find(self, request_id: str) -> Running:
+        found = self._running.get(request_id)
+        if found is None:
+            raise RefusalError("this request is over", code="request_cancelled", status=400)
+        return found
+
+    def _make_state(self) -> State:
+        from transformers.cli.serving.utils import GenerationState
+
+        config: Any = self.routed.model.config
+        context = int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
+        if self.batching is not None:
+            self.batching.start(self.routed.model, self.conductor, self._running)
+            context = min(context, self.batching.context)
+            batching = self.batching
+            bound = Bound(batching.manager, self._find, context, batching.enter, batching.begun, ends=False)
+            return State(GenerationState(continuous_batching=True), lambda _: bound, batching.alive)
+        one = lambda model, running: OneAtATime(model, running, self.conductor)  # noqa: E731
+        return State(GenerationState(), lambda inner: Bound(inner, self._find, context, one), lambda: True)
+
+    def _application(self) -> Any:
+        from transformers.cli.serving.chat_completion import ChatCompletionHandler
+        from transformers.cli.serving.completion import CompletionHandler
+        from transformers.cli.serving.model_manager import ModelManager, TimedModel
+        from transformers.cli.serving.server import build_server
+
+        state: Any = self._state
+        manager = ModelManager(model_timeout=-1)
+        manager.loaded_models[_KEY] = TimedModel(self.routed.model, -1, self.tokenizer)  # pyright: ignore[reportArgumentType]
+        chat, complete = ChatCompletionHandler(manager, state), CompletionHandler(manager, state)
+        unreachable: Any = None  # the gateway lets nobody through to the other endpoints
+        app = build_server(manager, chat, complete, unreachable, unreachable, unreachable, state)
+        _explain_refusals(app)
+        return app
+
+
+_KEY = f"{_NAME}@main"
+
+
+def check_version() -> None:
+    """Raise :class:`SpectrError` for a transformers whose serving code may be another."""
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError("serving", "serve") from error
+    installed = version("transformers")
+    number = tuple(int(part) for part in installed.split(".")[:2])
+    if not TESTED[0] <= number < TESTED[1]:
+        least, most = (".".join(map(str, bound)) for bound in TESTED)
+        raise SpectrError(
+            f"transformers {installed} is installed",
+            expected=f"one from {least} on and below {most}, whose serving code this was tested with",
+            do=f'pip install "transformers[serving]>={least},<{most}"',
+        )
+
+
+def _explain_refusals(app: Any) -> None:
+    """Have the application answer refusals, and templates' own, with status 400 instead of 500."""
+    from fastapi.responses import Response
+    from jinja2 import TemplateError
+
+    async def refuse(_: Any, error: Any) -> Response:
+        return Response(error.body, error.status, media_type="application/json")
+
+    async def refuse_template(_: Any, error: Any) -> Response:
+        refusal = RefusalError(f"the chat template refuses: {error}", code="invalid_value", param="messages")
+        return Response(refusal.body, 400, media_type="application/json")
+
+    app.add_exception_handler(RefusalError, refuse)
+    app.add_exception_handler(TemplateError, refuse_template)
+
+
+def _check(body: Mapping[str, Any], vocabulary: int) -> None:
+    """Raise :class:`RefusalError` for what this engine would ignore or fail on."""
+    for key in _UNSERVED:
+        if body.get(key):
+            raise _unserved(key)
+    if body.get("n", 1) != 1:
+        raise _unserved("n", "1: one answer for each request")
+    if not isinstance(body.get("prompt", ""), str):
+        raise _unserved("prompt", "one text")
+    if body.get("frequency_penalty", 0) <= -1:
+        raise _unserved("frequency_penalty", "more than -1")
+    if any(not (key.isdigit() and int(key) < vocabulary) for key in body.get("logit_bias", {})):
+        raise _unserved("logit_bias", "numbers of the model's tokens as keys")
+    options = body.get("chat_template_kwargs", {})
+    if not isinstance(options, dict) or set(options) - _TEMPLATE_OPTIONS:
+        raise _unserved("chat_template_kwargs", f"no others than {', '.join(sorted(_TEMPLATE_OPTIONS))}")
+    for message in body.get("messages", ()):
+        _check_calls(message.get("tool_calls", ()))
+
+
+def _check_calls(calls: Any) -> None:
+    import json
+
+    try:
+        for call in calls or ():
+            arguments = (call.get("function") or call)["arguments"]
+            if isinstance(arguments, str):
+                json.loads(arguments)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise _unserved("messages", "tool calls with a function and its arguments as JSON") from None
+
+
+def _unserved(key: str, expected: str | None = None) -> RefusalError:
+    return RefusalError(
+        f"'{key}' cannot be served as given" if expected else f"'{key}' is not served",
+        expected=expected,
+        do=f"change '{key}', or leave it out",
+        code="unsupported_value",
+        param=key,
+    )

@@ -1,0 +1,208 @@
+"""The gateway: what stands between clients and an engine's own application, whichever engine it is."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from spectr.errors import SpectrError
+from spectr.serving.answers import Answer
+from spectr.serving.asgi import App, HangUp, Line, Message, Receive, Scope, Send, bearer, read_body, respond, rewritten
+from spectr.serving.catalog import Catalog
+from spectr.serving.engines.base import Engine, Recording, Ticket
+from spectr.serving.errors import RefusalError, error_body
+from spectr.serving.extras import ChatRequest, CompletionRequest, Request, parse, routing
+from spectr.serving.metrics import CONTENT_TYPE, Metrics
+from spectr.serving.page import find_page, page_file
+from spectr.serving.policy import Policy
+
+log = logging.getLogger("spectr.serving")
+_GENERATE: Mapping[str, type[Request]] = {
+    "/v1/chat/completions": ChatRequest,
+    "/v1/completions": CompletionRequest,
+}
+_MAX_BODY = 4 << 20
+
+
+class Gateway:
+    """An ASGI application around an engine's: who asks, what they may use, what the engine is told, what they read.
+
+    Args:
+        app: The engine's own application.
+        engine: See :class:`Engine`.
+        policy: API keys; without one everything is open.
+        served: The composed model's name.
+        count: Whether to have the engine record every request's shares, for the tokens by expert in ``/metrics``.
+        max_body: Bytes of a request at most.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        engine: Engine,
+        *,
+        policy: Policy | None = None,
+        served: str = "spectr",
+        count: bool = True,
+        max_body: int = _MAX_BODY,
+    ):
+        self.app, self.engine, self.max_body, self.count = app, engine, max_body, count
+        self.catalog = Catalog(engine, policy, served)
+        self.metrics = Metrics()
+        self.metrics.describe(engine)
+        self.page = find_page()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+        elif scope["type"] == "http":
+            await self._serve(scope, receive, send)
+        else:
+            await send({"type": "websocket.close", "code": 1008})
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        began, status = time.monotonic(), 500
+        watched = _Watched(send)
+        try:
+            await self._route(scope, receive, watched)
+            status = watched.status or 500
+        except RefusalError as error:
+            status = error.status
+            extra = {"www_authenticate": "Bearer"} if status == 401 else {}
+            await respond(send, status, error.body, **extra)
+        except HangUp:
+            status = 499  # as nginx writes it down; nobody reads it
+            self.metrics.hangups.inc()
+        except Exception:
+            log.exception("the engine failed on %s", scope["path"])
+            if watched.status is None:
+                await respond(send, 500, error_body(500, "the engine failed on this request", "engine_error"))
+        finally:
+            self._count(scope["path"], status, began)
+
+    def _count(self, path: str, status: int, began: float) -> None:
+        endpoint = path if path in _GENERATE or path in ("/v1/models", "/health", "/metrics") else "other"
+        self.metrics.requests.labels(endpoint, str(status)).inc()
+        if path in _GENERATE:
+            self.metrics.seconds.observe(time.monotonic() - began)
+
+    async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path, method = scope["path"], scope["method"]
+        head = path.rsplit("/", 1)[0] if path.startswith("/v1/experts/") else path
+        routes: dict[tuple[str, str], Callable[[], Awaitable[None]]] = {
+            ("GET", "/health"): lambda: self.app(scope, receive, send),
+            ("GET", "/metrics"): lambda: self._metrics(scope, send),
+            ("GET", "/v1/models"): lambda: self._models(scope, send),
+            ("DELETE", "/v1/experts"): lambda: self._discard(scope, send, path),
+            **{("POST", place): lambda: self._generate(scope, receive, send) for place in _GENERATE},
+        }
+        found = routes.get((method, head))
+        if found is not None:
+            await found()
+        elif method == "GET" and path.startswith("/v1/models/"):
+            await self._models(scope, send, path.removeprefix("/v1/models/"))
+        elif method == "GET" and (path == "/playground" or path.startswith("/playground/")):
+            await self._play(scope, send)
+        else:
+            raise self._nowhere(method, head, {place for _, place in routes})
+
+    @staticmethod
+    def _nowhere(method: str, path: str, known: set[str]) -> RefusalError:
+        if path in known:
+            return RefusalError(f"{method} is not possible here", code="method_not_allowed", status=405)
+        return RefusalError(f"there is nothing at {path}", code="not_found", status=404)
+
+    async def _metrics(self, scope: Scope, send: Send) -> None:
+        self.catalog.administrator(bearer(scope))
+        await respond(send, 200, self.metrics.text() + self.engine.metrics(), CONTENT_TYPE)
+
+    async def _models(self, scope: Scope, send: Send, name: str | None = None) -> None:
+        grant = self.catalog.grant(bearer(scope))
+        told = self.catalog.listing(grant) if name is None else self.catalog.entry(grant, name)
+        await respond(send, 200, json.dumps(told).encode())
+
+    async def _discard(self, scope: Scope, send: Send, path: str) -> None:
+        self.catalog.administrator(bearer(scope))
+        name = path.removeprefix("/v1/experts").strip("/")
+        if name not in self.engine.experts:
+            raise self.catalog.no_expert([name], param=None)
+        try:
+            await self.engine.discard(name)
+        except RefusalError:
+            raise
+        except SpectrError as error:
+            raise RefusalError(str(error), code="expert_not_removable", status=409) from error
+        self.metrics.forget(name)
+        await respond(send, 200, json.dumps({"id": name, "object": "expert", "deleted": True}).encode())
+
+    async def _play(self, scope: Scope, send: Send) -> None:
+        rest = scope["path"].removeprefix("/playground")
+        if rest == "":  # so that the page's relative links lead into its folder
+            await respond(send, 307, b"", location="playground/")
+            return
+        body, kind = page_file(self.page, rest.strip("/"))
+        await respond(send, 200, body, kind, cache_control="no-cache")
+
+    async def _generate(self, scope: Scope, receive: Receive, send: Send) -> None:
+        grant = self.catalog.grant(bearer(scope))
+        body = await read_body(receive, scope, self.max_body)
+        request, raw = parse(_GENERATE[scope["path"]], body)
+        choice = self.catalog.choose(grant, request)
+        record: Recording = "layers" if request.return_routing == "layers" else "none"
+        if record == "none" and (self.count or request.return_routing):
+            record = "shares"
+        ticket = Ticket(
+            id=uuid.uuid4().hex, experts=choice.experts, router=choice.router, salt=choice.salt, record=record
+        )
+        told = json.dumps(self.engine.admit(ticket, raw)).encode()
+        with self._running(ticket) as usage:
+            line = Line(receive, told)
+            answer = Answer(send, self._editor(ticket, request, usage))
+            work = self.app(rewritten(scope, told, ticket.id), line.receive, answer)
+            await line.hold_for(work, lambda: answer.done)
+
+    @contextmanager
+    def _running(self, ticket: Ticket) -> Iterator[dict[str, Any]]:
+        usage: dict[str, Any] = {}
+        with self.metrics.running.track_inprogress():
+            try:
+                yield usage
+            finally:
+                self.engine.finish(ticket)
+                self.metrics.count_usage(usage)
+
+    def _editor(self, ticket: Ticket, request: Request, usage: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
+        """What is done to each JSON object of an answer."""
+
+        def edit(told: dict[str, Any]) -> None:
+            steps = self.engine.steps(ticket, told) if ticket.record != "none" else {}
+            for choice in told.get("choices") or ():
+                done = steps.get(choice.get("index", 0), ())
+                self.metrics.count_steps(ticket.experts, done)
+                if request.return_routing:
+                    choice["routing"] = routing(ticket, done, self.engine.layers)
+            if "model" in told:
+                told["model"] = request.model
+            if isinstance(told.get("usage"), dict):
+                usage.update(told["usage"])
+
+        return edit
+
+
+class _Watched:
+    """``send``, with an eye on the status."""
+
+    def __init__(self, send: Send):
+        self._send = send
+        self.status: int | None = None
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+        await self._send(message)

@@ -1,0 +1,54 @@
+"""An engine's application behind the gateway, on a socket, until somebody ends it."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from spectr.errors import CompositionError
+from spectr.serving.engines.base import Engine
+from spectr.serving.gateway import Gateway
+from spectr.serving.settings import Settings
+
+
+async def listen(
+    app: Any, engine: Engine, settings: Settings, bound: socket.socket, say: Callable[[str], None]
+) -> None:
+    """Serve until the process is interrupted; first say what is served.
+
+    Args:
+        app: The engine's own application.
+        engine: Of that application.
+        settings: What was asked for.
+        bound: From :meth:`Settings.listen`.
+        say: Shows one line.
+
+    Raises:
+        CompositionError: No layer is routed.
+    """
+    import uvicorn
+
+    if not engine.layers:
+        raise CompositionError("no layer of this model is routed", do="check the library with spectr library list")
+    gateway = Gateway(app, engine, policy=settings.policy(), served=settings.served, count=settings.count)
+    for line in told(settings, engine, bound.getsockname()[1], page=gateway.page is not None):
+        say(line)
+    await uvicorn.Server(uvicorn.Config(gateway, log_level="warning", server_header=False)).serve(sockets=[bound])
+
+
+def told(settings: Settings, engine: Engine, port: int, *, page: bool) -> list[str]:
+    """What is served, to whom, where; and which experts somebody should look at."""
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    lines = [
+        f"warning: the updates of '{name}' are far larger than the other experts' (robust z-score {score:.1f}); if you "
+        f"did not expect that: --except {name}"
+        for name, score in engine.suspicion.items()
+    ]
+    lines.append(f"{len(engine.layers)} layers routed among {', '.join(engine.experts)}, by {engine.routers[0]}")
+    lines.append(
+        f"keys: {'none needed, as there is no policy' if settings.policy_file is None else settings.policy_file}"
+    )
+    lines += [f"page: http://{host}:{port}/playground/"] if page else []
+    lines.append(f"serving '{settings.served}' and '{settings.base_name}' at http://{host}:{port}/v1, Ctrl-C ends it")
+    return lines

@@ -1,0 +1,54 @@
+"""Experts whose updates are far larger than the others': made to attract every token, or simply broken."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from spectr.adapters import Expert
+
+THRESHOLD = 3.5
+_LEAST_SPREAD = 0.35  # of the logarithms: honest experts, trained longer or shorter, differ threefold
+
+
+def spectral_norm(expert: Expert) -> float:
+    """The root mean square over an expert's modules of its update's largest singular value; not finite if broken."""
+    with expert.open() as read, torch.no_grad():
+        norms = torch.stack([_norm(*read(module)) for module in expert.shapes])
+    return float(norms.square().mean().sqrt())
+
+
+def suspicion(norms: Mapping[str, float]) -> dict[str, float]:
+    """Of experts that stand out above the others, how far: the robust z-score of the norm's logarithm.
+
+    ``z = 0.6745 (log n - median) / max(MAD, 0.35)``; told where it is at least 3.5, which is sixfold or more, or the
+    norm is not finite. Of fewer than three nothing can be said.
+
+    Args:
+        norms: See :func:`spectral_norm`.
+
+    Source: Iglewicz and Hoaglin (1993), the modified z-score and its threshold.
+    """
+    finite = {name: max(norm, 1e-30) for name, norm in norms.items() if norm < float("inf")}
+    found = {name: float("inf") for name in norms if name not in finite}
+    if len(finite) < 3:
+        return found
+    logs = torch.tensor(list(finite.values()), dtype=torch.float64).log()
+    middle = logs.quantile(0.5)
+    spread = max(float((logs - middle).abs().quantile(0.5)), _LEAST_SPREAD)
+    scores = dict(zip(finite, (0.6745 * (logs - middle) / spread).tolist(), strict=True))
+    return found | {name: score for name, score in scores.items() if score >= THRESHOLD}
+
+
+def suspicious(experts: Iterable[Expert]) -> dict[str, float]:
+    """:func:`suspicion` of these experts."""
+    return suspicion({expert.name: spectral_norm(expert) for expert in experts})
+
+
+def _norm(A_RI: Tensor, B_OR: Tensor, scale: float) -> Tensor:
+    A, B = A_RI.float(), B_OR.float() * scale
+    if not (A.isfinite().all() and B.isfinite().all()):
+        return torch.tensor(float("inf"))
+    return torch.linalg.matrix_norm(torch.linalg.qr(B).R @ torch.linalg.qr(A.mT).R.mT, ord=2)

@@ -1,0 +1,137 @@
+"""Requests with different sets in one batch: each as on a model that holds its set alone."""
+
+import pytest
+import torch
+
+import spectr
+from models import close
+from spectr import Calibrated, compose
+from spectr.composition.steering import Steering
+from spectr.errors import CompositionError
+from text_model import make_model, make_tokenizer
+
+SETS = [("ants", "bees", "cats"), ("cats",), (), ("ants", "bees"), ("bees", "cats")]
+PROMPTS = ["what is it", "a good film of the sky is the x y z", "no", "who is red", "the film is bad"]
+ROUTERS = [
+    spectr.Spectr(top_k=2),
+    spectr.Spectr(top_k=3, weights="softmax", combine="ties"),
+    spectr.Arrow(top_k=2),
+    spectr.Uniform(),
+    Calibrated(),
+    Calibrated(top_k=2, weights="softmax"),
+    Calibrated(level="prior"),
+    Calibrated(level="token"),
+]
+
+
+def ids_of(prompt):
+    return torch.tensor(spectr.models.encode_prompt(make_tokenizer(), prompt))
+
+
+@torch.no_grad()
+def alone(library, router, names, ids):
+    """Logits of a model that holds these experts and no others."""
+    model = make_model()
+    if names:
+        compose(model, library, router).allow(names)
+    return model(input_ids=ids[None]).logits[0]
+
+
+@torch.no_grad()
+def together(model, steering, requests):
+    """Logits of all requests as tokens of one row, which a mask keeps apart."""
+    spans = [(rule, len(ids)) for rule, ids in requests]
+    owner = torch.cat([torch.full((len(ids),), n) for n, (_, ids) in enumerate(requests)])
+    place = torch.cat([torch.arange(len(ids)) for _, ids in requests])
+    seen = (owner[:, None] == owner) & (place[:, None] >= place)
+    mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[None, None]
+    steering.steer(spans)
+    ids = torch.cat([ids for _, ids in requests])[None]
+    logits = model(input_ids=ids, position_ids=place[None], attention_mask=mask, use_cache=False).logits[0]
+    return logits.split([len(ids) for _, ids in requests])
+
+
+@pytest.mark.parametrize("router", ROUTERS, ids=str)
+def test_each_request_of_a_mixed_batch_is_answered_as_where_its_set_is_all_there_is(library, router):
+    model = make_model()
+    steering = Steering(compose(model, library, router))
+    prompts = [ids_of(prompt) for prompt in PROMPTS]
+    rules = [steering.rule(names, ids) for names, ids in zip(SETS, prompts, strict=True)]
+    for logits, names, ids in zip(
+        together(model, steering, list(zip(rules, prompts, strict=True))), SETS, prompts, strict=True
+    ):
+        close(logits, alone(library, router, names, ids), 2e-5)
+
+
+@pytest.mark.parametrize("router", ROUTERS, ids=str)
+def test_one_request_after_the_other_leaves_nothing_behind(library, router):
+    model = make_model()
+    steering = Steering(compose(model, library, router))
+    for names, prompt in zip([*SETS, *SETS], [*PROMPTS, *reversed(PROMPTS)], strict=True):
+        ids = ids_of(prompt)
+        [logits] = together(model, steering, [(steering.rule(names, ids), ids)])
+        close(logits, alone(library, router, names, ids), 2e-5)
+
+
+@pytest.mark.parametrize("router", [spectr.Spectr(top_k=2), Calibrated(), Calibrated(level="prior")], ids=str)
+def test_after_an_expert_is_discarded_the_others_answer_as_if_it_had_never_been(library, router):
+    model, ids = make_model(), ids_of(PROMPTS[1])
+    steering = Steering(compose(model, library, router))
+    kept = steering.rule(("ants", "bees"), ids)
+    steering.discard("cats")
+    [logits] = together(model, steering, [(kept, ids)])
+    close(logits, alone(library, router, ("ants", "bees"), ids), 2e-5)
+    assert steering.routed.experts == ("ants", "bees")
+
+
+@pytest.mark.parametrize("router", [spectr.Spectr(top_k=2), Calibrated(), Calibrated(level="prior")], ids=str)
+def test_what_is_seen_is_what_a_trace_of_the_set_alone_shows(library, router):
+    model = make_model()
+    steering = Steering(compose(model, library, router))
+    requests = [(steering.rule(names, ids_of(p)), ids_of(p)) for names, p in zip(SETS[:3], PROMPTS[:3], strict=True)]
+    ends = torch.tensor([len(ids) for _, ids in requests]).cumsum(0) - 1
+    steering.watch(ends.tolist(), layers=True)
+    together(model, steering, requests)
+    for look, names, (_, ids) in zip(steering.seen(), SETS[:3], requests, strict=True):
+        if not names:
+            assert look.shares == {}
+            continue
+        other = make_model()
+        compose(other, library, router).allow(names)
+        with spectr.trace(other) as trace, torch.no_grad():
+            other(input_ids=ids[None])
+        for told, layer in zip(look.layers, trace.layers.values(), strict=True):
+            scores, weights = (t[0, -1].tolist() for t in layer.steps[-1])
+            rows = zip(layer.experts, weights, scores, strict=True)
+            expected = {name: pytest.approx((weight, score), rel=1e-4) for name, weight, score in rows if weight}
+            assert told == expected
+        assert sum(look.shares.values()) == pytest.approx(1, abs=1e-5)
+
+
+def test_held_weights_need_no_watching_for_their_shares(library):
+    model = make_model()
+    steering = Steering(compose(model, library, Calibrated(top_k=2)))
+    ids = ids_of(PROMPTS[0])
+    rule = steering.rule(("ants", "cats"), ids)
+    steering.watch([len(ids) - 1], layers=False)
+    together(model, steering, [(rule, ids)])
+    look = steering.share(rule)
+    assert look is not None
+    assert look.shares == pytest.approx(steering.seen()[0].shares)
+    assert set(look.shares) == {"ants", "cats"}
+
+
+def test_a_router_that_makes_shortlists_is_refused(library):
+    routed = compose(make_model(), library, spectr.Lag(top_k=1))
+    with pytest.raises(CompositionError, match="shortlist"):
+        Steering(routed)
+
+
+def test_closing_gives_all_experts_to_every_token_again(library):
+    router, ids = Calibrated(), ids_of(PROMPTS[1])
+    model = make_model()
+    steering = Steering(compose(model, library, router))
+    together(model, steering, [(steering.rule(("bees",), ids), ids)])
+    steering.close()
+    with torch.no_grad():
+        close(model(input_ids=ids[None]).logits[0], alone(library, router, ("ants", "bees", "cats"), ids))

@@ -1,0 +1,60 @@
+"""Experts that are far too large are found."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from models import dense_deltas, peft_adapter
+from spectr import ExpertLibrary
+from spectr.serving.suspicion import spectral_norm, suspicion, suspicious
+from spectr.shipped import shipped_experts
+from text_model import make_model
+
+
+@pytest.fixture
+def root(tmp_path):
+    for seed, name in enumerate(("ants", "bees", "cats", "dogs", "eels"), start=1):
+        peft_adapter(make_model(), tmp_path / name, seed, rank=4)
+    return tmp_path
+
+
+def scale(folder, factor):
+    path = folder / "adapter_model.safetensors"
+    factors = load_file(path)
+    save_file({key: t * (factor if "lora_B" in key else 1) for key, t in factors.items()}, path)
+
+
+def test_the_norm_is_that_of_the_dense_update(root):
+    deltas = dense_deltas(root / "ants").values()
+    norms = torch.stack([torch.linalg.matrix_norm(delta, ord=2) for delta in deltas])
+    expected = float(norms.square().mean().sqrt())
+    assert spectral_norm(ExpertLibrary.open(root)["ants"]) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("factor", [0.2, 1.0, 4.0])
+def test_experts_that_are_alike_or_small_are_not_suspected(root, factor):
+    scale(root / "cats", factor)
+    assert suspicious(ExpertLibrary.open(root)[name] for name in ("ants", "bees", "cats", "dogs", "eels")) == {}
+
+
+@pytest.mark.parametrize("factor", [10.0, 1000.0])
+def test_a_huge_one_is(root, factor):
+    scale(root / "cats", factor)
+    found = suspicious(ExpertLibrary.open(root)[name] for name in ("ants", "bees", "cats", "dogs", "eels"))
+    assert set(found) == {"cats"}
+    assert found["cats"] >= 3.5
+
+
+def test_a_broken_one_is_however_few_there_are():
+    assert suspicion({"a": float("nan"), "b": 1.0}) == {"a": float("inf")}
+    assert suspicion({"a": float("inf"), "b": 1.0, "c": 1.0, "d": 1.1}) == {"a": float("inf")}
+
+
+def test_the_score_is_the_modified_z_score():
+    found = suspicion({"a": 1.0, "b": 2.0, "c": 4.0, "d": 8.0, "e": 2.0**30})
+    assert found == {"e": pytest.approx(0.6745 * 28 / 1)}
+
+
+def test_of_the_shipped_experts_none_is_suspected():
+    library = ExpertLibrary.open(shipped_experts())
+    assert suspicious(library[name] for name in library) == {}
