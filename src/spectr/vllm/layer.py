@@ -33,6 +33,8 @@ class Experts(nn.Module):
 
     allowed_TE: Tensor
     sampled_N: Tensor
+    groups: Any
+    B: Any
 
     def __init__(self, modules: Sequence[str], split: Split, session: Session, reduce: Reduce):
         super().__init__()
@@ -65,7 +67,7 @@ class Experts(nn.Module):
         A_PI, B_SOP = self._factors(self._stacks(session))
         self.A.replace(A_PI)
         for product, B_OP in zip(self.B, B_SOP, strict=True):
-            product.replace(B_OP)  # pyright: ignore[reportCallIssue]
+            product.replace(B_OP)
 
     def forward(self, out_TO: Float[Tensor, "T O"], x_TI: Float[Tensor, "T I"]) -> Float[Tensor, "T O"]:
         """The base layer's output with the chosen experts' update, in the memory of ``out_TO``."""
@@ -75,17 +77,17 @@ class Experts(nn.Module):
         allowed_TF = self.allowed_TE[: len(x_TI)]
         start, extra, module = 0, self.extra_begin, 0
         for number, group in enumerate(self.groups):
-            rows, more = group.modules_S * group.rows, group.modules_S * group.experts if group.folded else 0  # pyright: ignore
-            h_TSP = h_TQ[:, start : start + rows].unflatten(-1, (group.modules_S, group.rows))  # pyright: ignore
-            scores_TSE, weights_TSE = group.choose(h_TSP, h_TQ[:, extra : extra + more], x_TI, allowed_TF)  # pyright: ignore
+            rows, more = group.modules_S * group.rows, group.modules_S * group.experts * group.folded
+            h_TSP = h_TQ[:, start : start + rows].unflatten(-1, (group.modules_S, group.rows))
+            scores_TSE, weights_TSE = group.choose(h_TSP, h_TQ[:, extra : extra + more], x_TI, allowed_TF)
             if self.record:
                 self._write(number, scores_TSE, weights_TSE)
-            weighted_TSP = group.weighted(h_TSP, weights_TSE)[..., self.split.columns(group.rows)]  # pyright: ignore
+            weighted_TSP = group.weighted(h_TSP, weights_TSE)[..., self.split.columns(group.rows)]
             for one_TP in weighted_TSP.unbind(1):
                 begin, length = self.places[module]
                 out_TO.narrow(-1, begin, length).add_(self.B[module](one_TP.contiguous()))
                 module += 1
-            start, extra = start + rows, extra + more  # pyright: ignore
+            start, extra = start + rows, extra + more
         return out_TO
 
     def _stacks(self, session: Session) -> list[Stack]:
@@ -109,7 +111,7 @@ class Experts(nn.Module):
         rows = [self.split.inputs(stack.A_PI) for stack in stacks]
         self.extra_begin = sum(map(len, rows))
         if any(group.folded for group in self.groups):
-            rows += [self.split.inputs(stack.prototypes_EI) for stack in stacks]  # pyright: ignore
+            rows += [self.split.inputs(stack.prototypes_EI) for stack in stacks if stack.prototypes_EI is not None]
         names = self.modules_S
         B_SOP = [
             self.split.outputs(stack.B_OP, names.index(module), len(names))
@@ -125,7 +127,7 @@ class Experts(nn.Module):
         requests = len(session.sampled_N)
         for number, group in enumerate(self.groups):
             for name in ("scores", "weights"):
-                empty = torch.zeros(requests, group.modules_S, group.experts, device=self.device)  # pyright: ignore
+                empty = torch.zeros(requests, group.modules_S, group.experts, device=self.device)
                 self.register_buffer(f"{name}_{number}", empty, persistent=False)
 
     def _write(self, number: int, scores_TSE: Tensor, weights_TSE: Tensor) -> None:
@@ -135,7 +137,7 @@ class Experts(nn.Module):
     def recorded(self, request: int) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Of each group the engine's numbers of its experts, scores and weights of a request's sampled token."""
         return [
-            (group.columns_E, getattr(self, f"scores_{n}")[request], getattr(self, f"weights_{n}")[request])  # pyright: ignore
+            (group.columns_E, getattr(self, f"scores_{n}")[request], getattr(self, f"weights_{n}")[request])
             for n, group in enumerate(self.groups)
         ]
 
@@ -158,7 +160,12 @@ def check_sizes(name: str, module: str, inputs: int, outputs: int, session: Sess
 def _kept(part: Prepared, removed: bool) -> Prepared:
     """A share as the engine holds it: with its own input factor, and zero where the expert is gone."""
     part = part._replace(root=None, mix=None)
-    return Prepared(*(None if t is None else torch.zeros_like(t) for t in part)) if removed else part  # pyright: ignore
+    return part._replace(A=torch.zeros_like(part.A), B=torch.zeros_like(part.B), **_zeros(part)) if removed else part
+
+
+def _zeros(part: Prepared) -> dict[str, Tensor]:
+    known = {"prototype": part.prototype, "center": part.center}
+    return {name: torch.zeros_like(tensor) for name, tensor in known.items() if tensor is not None}
 
 
 def _runs(stacks: Sequence[Stack], router: Any) -> list[list[int]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.linear import (
     WEIGHT_LOADER_V2_SUPPORTED,
@@ -33,7 +35,7 @@ class RoutedLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -59,13 +61,13 @@ class RoutedLinearMethod(LinearMethodBase):
         if split.by_input and sees_input(self.session.router):
             raise CompositionError(
                 f"{self.session.router} scores whole inputs, and {self.name} sees a part of them on each rank",
-                expected="tensor parallelism of 1, or a router that scores products: spectr, arrow, uniform, calibrated",
+                expected="tensor parallelism of 1, or a router that scores products: spectr, calibrated-token, arrow",
                 do="leave --tensor-parallel-size out",
             )
         layer.spectr = Experts(self.modules, split, self.session, tensor_model_parallel_all_reduce)
         layer.spectr_dtype = params_dtype
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """See vLLM's ``QuantizeMethodBase``: the base layer's, then the experts from the library."""
         device = next((p.device for p in layer.parameters()), torch.device("cpu"))
         self.base.process_weights_after_loading(layer)
@@ -73,7 +75,7 @@ class RoutedLinearMethod(LinearMethodBase):
         self.session.layers[self.name] = layer.spectr
         self.session.routed.update(dict.fromkeys(layer.spectr.held, self.name))
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The base layer's output plus the chosen experts' update."""
         out = self.base.apply(layer, x, bias)
         flat = x.reshape(-1, x.shape[-1])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
+from importlib import import_module
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -19,6 +20,7 @@ class Product(nn.Module):
 
     weight_NK: Tensor
     packed: Any = None
+    multiply: Any = None
 
     def __init__(self, weight_NK: Float[Tensor, "N K"]):
         super().__init__()
@@ -26,6 +28,7 @@ class Product(nn.Module):
         self.register_buffer("weight_NK", weight_NK.contiguous(), persistent=False)
         if weight_NK.device.type == "cpu" and weight_NK.numel():
             self.packed = _pack(self.weight_NK)
+            self.multiply = getattr(_ops(), "onednn_mm", None)
             if self.packed is not None:
                 self.weight_NK = weight_NK.new_empty(0)
 
@@ -33,9 +36,7 @@ class Product(nn.Module):
         """The product."""
         if self.packed is None:
             return linear(x_TK, self.weight_NK)
-        from vllm import _custom_ops as ops
-
-        return ops.onednn_mm(self.packed, x_TK, None)
+        return self.multiply(self.packed, x_TK, None)
 
     def replace(self, weight_NK: Float[Tensor, "N K"]) -> None:
         """Another weight of the same size from the next call on, also in graphs that were compiled before."""
@@ -51,8 +52,7 @@ class Product(nn.Module):
 
 
 def _pack(weight_NK: Tensor) -> Any:
-    from vllm import _custom_ops as ops
-
+    ops = _ops()
     if not getattr(ops, "_supports_onednn", False):
         return None
     try:
@@ -61,6 +61,6 @@ def _pack(weight_NK: Tensor) -> Any:
         return None
 
 
-def stacked(parts: list[Tensor]) -> Tensor:
-    """Rows below each other, each part in its own memory before."""
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+@cache
+def _ops() -> Any:
+    return import_module("vllm._custom_ops")

@@ -62,8 +62,8 @@ class Reporter:
         total_E = torch.zeros(len(self.session.experts))
         layers = []
         for layer in self.session.layers.values():
-            for columns_E, scores_SE, weights_SE in layer.recorded(number):
-                columns_E, scores_SE, weights_SE = columns_E.cpu(), scores_SE.cpu(), weights_SE.cpu()
+            for kept in layer.recorded(number):
+                columns_E, scores_SE, weights_SE = (tensor.cpu() for tensor in kept)
                 total_E.index_add_(0, columns_E, weights_SE.sum(0))
                 if by_layer:
                     rows = zip(weights_SE.tolist(), scores_SE.tolist(), strict=True)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -78,8 +79,6 @@ class Split:
             first = start + self.index[part] * self.parts[part]
             rows.append(B_OP[first : first + self.parts[part]])
             start += self.whole[part]
-        import torch
-
         return torch.cat(rows)
 
     def columns(self, rows: int) -> slice:
