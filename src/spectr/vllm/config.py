@@ -12,11 +12,12 @@ from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, Unqu
 from vllm.model_executor.layers.quantization import get_quantization_config, register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
+from spectr.composed.settings import METHOD, Settings
 from spectr.errors import CompositionError, raise_together
 from spectr.library import ExpertLibrary
 from spectr.vllm.method import routed_method
+from spectr.vllm.served import fingerprint, served
 from spectr.vllm.session import Session
-from spectr.vllm.settings import METHOD, Settings, fingerprint
 
 _RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 
@@ -75,7 +76,9 @@ class SpectrConfig(QuantizationConfig):
                 do=f"unset {_RUNNER}",
             )
         os.environ[_RUNNER] = "0"
-        return cls(Settings.of(config))
+        settings = Settings.of(config)
+        served(settings.make_router())
+        return cls(settings)
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Find the library, and put into the model's config what a compiled graph depends on."""

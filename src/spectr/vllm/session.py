@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from spectr.composed.settings import Settings
 from spectr.composition import needed_calibration, needed_gates
 from spectr.errors import CompositionError, did_you_mean
 from spectr.library import ExpertLibrary
 from spectr.vllm.requests import Asked
-from spectr.vllm.settings import Settings
 
 
 class Session:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from spectr.combine import get_combination, merge_factors, merge_outputs
 from spectr.errors import CompositionError, did_you_mean
 from spectr.library import ExpertLibrary
-from spectr.routers import GuidedRouter, Oracle, PromptRouter, Router, Shortlist, ShortlistRouter, get_router
-from spectr.routers.settings import combination_of, residents
+from spectr.routers import Router, get_router
+from spectr.routers.settings import residents
 
 METHOD = "spectr"
 VERSION = 1
@@ -23,7 +20,7 @@ _DERIVED = ("fingerprint",)
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a served model is routed.
+    """How a composed folder, or a model that vLLM serves, is routed.
 
     Everything is in the model's config, and nowhere else: vLLM keeps compiled graphs under a key made of that.
 
@@ -79,9 +76,8 @@ class Settings:
         self.make_router()
 
     def make_router(self) -> Router:
-        """The router, checked to be one that an engine with many requests in a batch can run."""
-        options = {key: value for key, value in self.router.items() if key != "name"}
-        return served(get_router(self.router["name"], **options), self.router["name"])
+        """The router."""
+        return get_router(self.router["name"], **{key: value for key, value in self.router.items() if key != "name"})
 
     def open_library(self, model: str | Path) -> ExpertLibrary:
         """The library, whose relative path starts from the model's folder, checked against the router."""
@@ -97,38 +93,9 @@ class Settings:
 
 
 def _folder(model: str, path: Path) -> Path:
+    """The library inside a model's folder, or of a model on the Hub."""
     if Path(model).is_dir():
         return Path(model) / path
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(model, allow_patterns=f"{path.as_posix()}/**")) / path
-
-
-def served(router: Router, name: str) -> Router:
-    """The router itself, if it decides token by token.
-
-    Raises:
-        CompositionError: It does not, or its combination needs what a tensor-parallel layer does not have.
-    """
-    instead = "one that decides for each token: spectr, spectr-projection, calibrated-token, arrow, uniform, seqr, ..."
-    if isinstance(router, (Shortlist, ShortlistRouter, GuidedRouter, Oracle)) or (
-        isinstance(router, PromptRouter) and router.level != "token"
-    ):
-        raise CompositionError(
-            f"router '{name}' cannot run inside vLLM: {router!r}",
-            expected=instead,
-            do='router={"name": "calibrated-token"} for a calibrated library; {"name": "spectr"} for any',
-        )
-    merge = get_combination(combination_of(router)).merge
-    if merge not in (merge_outputs, merge_factors):
-        raise CompositionError(
-            f"combine={combination_of(router)!r} cannot run inside vLLM", expected="'outputs', 'factors' or 'dare:RATE'"
-        )
-    return router
-
-
-def fingerprint(library: ExpertLibrary) -> str:
-    """What the shapes of a graph depend on, 16 hex digits: which experts there are, where, and their ranks."""
-    experts = [library[name] for name in library]
-    shapes = {e.name: {module: shape[:3] for module, shape in e.shapes.items()} for e in experts}
-    return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()[:16]
