@@ -72,7 +72,7 @@ def test_the_command_writes_what_it_says(spectr, given, tmp_path):
 
 
 def test_transformers_alone_says_that_it_skips_what_it_does_not_know(saved):
-    """It cannot be made to refuse: the plain model comes with a warning. What it takes is ``import spectr.composed``."""
+    """It cannot be made to refuse, but warns of the plain model it gives; ``import spectr.composed`` is what it takes."""
     _, folder = saved
     program = (
         "import sys; {}from transformers import AutoModelForCausalLM as A; "

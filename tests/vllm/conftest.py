@@ -1,0 +1,24 @@
+"""Tests in a running engine; collected only where vLLM is installed, which is found out without importing it."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+collect_ignore_glob = [] if find_spec("vllm") else ["test_*.py"]
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.vllm)
+            item.add_marker(pytest.mark.filterwarnings("ignore"))  # the engine's and its libraries' own
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory):
+    """A tiny model with heads of the size that the engine's attention takes, and five experts for it."""
+    from engine import make_world
+
+    return make_world(tmp_path_factory.mktemp("served"))
