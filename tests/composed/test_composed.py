@@ -72,7 +72,7 @@ def test_the_command_writes_what_it_says(spectr, given, tmp_path):
 
 
 def test_transformers_alone_says_that_it_skips_what_it_does_not_know(saved):
-    """It cannot be made to refuse, but warns of the plain model it gives; ``import spectr.composed`` is what it takes."""
+    """It cannot be made to refuse: it warns, and gives the plain model. ``import spectr.composed`` makes it route."""
     _, folder = saved
     program = (
         "import sys; {}from transformers import AutoModelForCausalLM as A; "

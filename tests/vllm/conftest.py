@@ -1,12 +1,13 @@
 """Tests in a running engine; collected only where vLLM is installed, which is found out without importing it."""
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from spectr.vllm.register import engine_version
+
 HERE = Path(__file__).parent
-collect_ignore_glob = [] if find_spec("vllm") else ["test_*.py"]
+collect_ignore_glob = [] if engine_version() else ["test_*.py"]
 
 
 def pytest_collection_modifyitems(items):

@@ -1,12 +1,19 @@
-"""Reports of what was chosen for each generated token, out of band: lines of JSON through a socket."""
+"""Reports of what was chosen for each generated token, out of band: lines of JSON through a Unix socket.
+
+They leave the worker before the token does, so that whoever gets the token finds its report in the socket.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-import queue
+import select
 import socket
+import tempfile
 import threading
+import time
+from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +21,8 @@ import torch
 from spectr.vllm.session import Session
 
 SOCKET = "SPECTR_ROUTES_SOCKET"  # path of a Unix socket that somebody listens at; no graph depends on it
-_WAITING = 4096  # lines that wait to be sent at most; the engine never waits for a reader
+_ROOM = 64 << 20  # bytes that wait for a slow reader at most
+_PATIENCE = 0.05  # seconds that a step waits for one
 
 
 class Reporter:
@@ -22,17 +30,15 @@ class Reporter:
 
     Args:
         session: The worker's.
-        path: Of the socket.
+        stream: Connected to whoever listens.
     """
 
-    def __init__(self, session: Session, path: str):
-        self.session = session
-        self.modules = [(name, module) for name, layer in session.layers.items() for module in layer.held]
+    def __init__(self, session: Session, stream: socket.socket):
+        self.session, self.stream = session, stream
+        self.modules = [module for layer in session.layers.values() for module in layer.held]
         self.lost = 0
-        self._lines: queue.Queue[bytes] = queue.Queue(_WAITING)
-        self._path = path
-        threading.Thread(target=self._send, daemon=True, name="spectr-routes").start()
-        self._put({"experts": list(session.experts), "layers": [module for _, module in self.modules]})
+        self._waiting = bytearray()
+        self._put({"experts": list(session.experts), "layers": self.modules})
 
     @staticmethod
     def of(session: Session) -> Reporter | None:
@@ -42,7 +48,10 @@ class Reporter:
         path = os.environ.get(SOCKET)
         if not (session.settings.record and path and get_tensor_model_parallel_rank() == 0):
             return None
-        return Reporter(session, path)
+        stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 22)
+        stream.connect(path)
+        return Reporter(session, stream)
 
     def report(self, runner: Any) -> None:
         """Report the step that a runner has just computed, for the requests that ask. Before tokens are counted."""
@@ -69,26 +78,83 @@ class Reporter:
                     rows = zip(weights_SE.tolist(), scores_SE.tolist(), strict=True)
                     layers += [_chosen(columns_E.tolist(), *row) for row in rows]
         shares = sorted(enumerate((total_E / len(self.modules)).tolist()), key=lambda pair: -pair[1])
-        told: dict[str, Any] = {"shares": [[e, round(share, 3)] for e, share in shares if round(share, 3) > 0]}
+        told: dict[str, Any] = {"shares": [[e, round(share, 6)] for e, share in shares if share > 0]}
         return {**told, "by_layer": layers} if by_layer else told
 
     def _put(self, told: dict[str, Any]) -> None:
-        try:
-            self._lines.put_nowait(json.dumps(told, separators=(",", ":")).encode() + b"\n")
-        except queue.Full:
+        line = json.dumps(told, separators=(",", ":")).encode() + b"\n"
+        if len(self._waiting) + len(line) > _ROOM:
             self.lost += 1
-
-    def _send(self) -> None:
+            return
+        self._waiting += line
         try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stream:
-                stream.connect(self._path)
-                while True:
-                    stream.sendall(self._lines.get())
-        except OSError:  # nobody listens, or no longer: routing goes on without reports
-            while True:
-                self._lines.get()
+            self._flush()
+        except OSError:  # nobody listens any longer: routing goes on without reports
+            self._waiting.clear()
+
+    def _flush(self) -> None:
+        while self._waiting:
+            if not select.select([], [self.stream], [], _PATIENCE)[1]:
+                return
+            sent = self.stream.send(self._waiting, socket.MSG_DONTWAIT)
+            del self._waiting[:sent]
+
+
+class Listener:
+    """The other end: make one before the engine, in the process that starts it.
+
+    Attributes:
+        experts: Names that the reports' numbers stand for; known when the engine has loaded its model.
+        layers: Names of the routed modules, in the order of the reports.
+    """
+
+    def __init__(self) -> None:
+        self.experts: tuple[str, ...] = ()
+        self.layers: tuple[str, ...] = ()
+        self._reports: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        self._changed = threading.Condition()
+        self._folder = tempfile.TemporaryDirectory(prefix="spectr-", ignore_cleanup_errors=True)
+        self.path = str(Path(self._folder.name) / "routes")
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.bind(self.path)
+        self._socket.listen()
+        os.environ[SOCKET] = self.path
+        threading.Thread(target=self._accept, daemon=True, name="spectr-routes").start()
+
+    def take(self, route_id: str, tokens: int = 0, patience: float = 0.5) -> list[dict[str, Any]]:
+        """The reports of a request since the last call; waits a moment where fewer than ``tokens`` are there."""
+        until = time.monotonic() + patience
+        with self._changed:
+            while len(self._reports.get(route_id, ())) < tokens and (left := until - time.monotonic()) > 0:
+                self._changed.wait(left)
+            return self._reports.pop(route_id, [])
+
+    def close(self) -> None:
+        """Listen no longer."""
+        os.environ.pop(SOCKET, None)
+        self._socket.close()
+        self._folder.cleanup()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                stream, _ = self._socket.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._read, args=(stream,), daemon=True).start()
+
+    def _read(self, stream: socket.socket) -> None:
+        with stream, stream.makefile("rb") as lines:
+            for line in lines:
+                told = json.loads(line)
+                with self._changed:
+                    if "id" in told:
+                        self._reports[told["id"]].append(told)
+                    else:
+                        self.experts, self.layers = tuple(told["experts"]), tuple(told["layers"])
+                    self._changed.notify_all()
 
 
 def _chosen(columns: list[int], weights: list[float], scores: list[float]) -> list[list[float]]:
-    taken = [[c, round(w, 3), round(s, 4)] for c, w, s in zip(columns, weights, scores, strict=True) if w > 0]
+    taken = [[c, round(w, 6), round(s, 6)] for c, w, s in zip(columns, weights, scores, strict=True) if w > 0]
     return sorted(taken, key=lambda triple: -triple[1])

@@ -17,7 +17,7 @@ def register() -> None:
     found = engine_version()
     if not _supported(found):
         warnings.warn(
-            f"SpectR's plugin is made for vLLM {_words()}, and this is {found}: composed models may not load",
+            f"SpectR's plugin is made for vLLM {_words()}, not for {found or 'another'}: composed models may not load",
             stacklevel=2,
         )
     from spectr.vllm import config  # noqa: F401  (registers itself)
@@ -29,17 +29,19 @@ def register() -> None:
     hook_runner()
 
 
-def engine_version() -> str:
-    """The version of the engine that is installed, under whichever name."""
+def engine_version() -> str | None:
+    """The version of the engine that is installed, under whichever name; ``None`` where there is none."""
     for name in _NAMES:
         try:
             return version(name)
         except PackageNotFoundError:
             continue
-    return "of an unknown version"
+    return None
 
 
-def _supported(found: str) -> bool:
+def _supported(found: str | None) -> bool:
+    if found is None:
+        return False
     numbers = _numbers(found)
     return any(_numbers(low) <= numbers < _numbers(high) for low, high in SUPPORTED)
 
