@@ -106,7 +106,7 @@ class Group(nn.Module):
             scores_TSE = extra_TX.float().abs().unflatten(-1, (self.modules_S, self.experts))
         else:
             norms_TSE = segment_norms(scored_TSP, self.common_rank, self.member_EP)
-            x_TSI = x_TI if self.prototypes_EI is None else x_TI[:, None]
+            x_TSI = x_TI[:, None].expand(-1, self.modules_S, -1)
             scores_TSE = self.router.scores(x_TSI, norms_TSE, self.prototypes_EI)
         allowed_TE = allowed_TF if self.everyone else allowed_TF[:, self.columns_E]
         allowed_TSE = allowed_TE[:, None].expand_as(scores_TSE)
