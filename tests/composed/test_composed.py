@@ -147,6 +147,7 @@ def test_routers_survive_being_written_down(name):
 
 
 def test_settings_of_a_router_are_written_where_they_differ():
+    assert router_config(spectr.Calibrated(level="token", top_k=4)) == {"name": "calibrated-token"}
     assert router_config(spectr.Spectr(top_k=3)) == {"name": "spectr", "top_k": 3}
     assert router_config(spectr.Oracle(expert="amber")) == {"name": "oracle", "expert": "amber"}
     with pytest.raises(CompositionError) as error:

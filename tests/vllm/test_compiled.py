@@ -9,6 +9,7 @@ from spectr.vllm.recording import Listener
 def test_a_compiled_graph_sees_sets_reports_and_removals(served, monkeypatch, tmp_path):
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     listener = Listener()
+    listener.expect("one")
     prompt = tokens(20, seed=1)
     with engine(served, eager=False, record=True) as running:
         answers = running.answers([(prompt, experts) for experts in SETS])

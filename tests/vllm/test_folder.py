@@ -60,6 +60,7 @@ def test_a_folder_is_served_as_it_is_loaded(running, judge, prompt):
 def test_reports_say_what_a_trace_says(running, judge, prompt, listener):
     routed, _ = judge
     extra = {ROUTING: "layers", ROUTE_ID: "one"}
+    listener.expect("one")
     [answer] = running.answers([(prompt, ["agnews", "mnli", "qqp", "sst2", "cola"])], new=4, prompt=False, **extra)
     reports = listener.take("one", tokens=4)
     assert [report["token"] for report in reports] == [0, 1, 2, 3]
@@ -82,6 +83,8 @@ def test_reports_say_what_a_trace_says(running, judge, prompt, listener):
 
 
 def test_nobody_else_is_reported(running, prompt, listener):
+    for name in ("bad", "good"):
+        listener.expect(name)
     running.answers([(prompt, None)], new=2, prompt=False, **{ROUTING: "everything", ROUTE_ID: "bad"})
     running.answers([(prompt, None)], new=2, prompt=False, **{ROUTING: "tokens", ROUTE_ID: "good"})
     [first, second] = listener.take("good", tokens=2)

@@ -24,11 +24,14 @@ def router_config(router: Router) -> dict[str, Any]:
             f"{router!r} cannot be written down: {', '.join(odd)} is no plain value",
             expected="a router whose settings are texts and numbers",
         )
+    found = []
     for name in sorted(router_names(), key=lambda name: (name != type(router).__name__.lower(), name)):
         plain = _made(name, {})
         kept = {key: value for key, value in settings.items() if plain is None or getattr(plain, key, ...) != value}
         if _made(name, kept) == router:
-            return {"name": name, **kept}
+            found.append({"name": name, **kept})
+    if found:
+        return min(found, key=len)
     raise CompositionError(
         f"{router!r} has no name",
         expected="a router that spectr.get_router makes",

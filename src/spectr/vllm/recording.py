@@ -12,7 +12,6 @@ import socket
 import tempfile
 import threading
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +110,7 @@ class Listener:
     def __init__(self) -> None:
         self.experts: tuple[str, ...] = ()
         self.layers: tuple[str, ...] = ()
-        self._reports: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        self._reports: dict[str, list[dict[str, Any]]] = {}
         self._changed = threading.Condition()
         self._folder = tempfile.TemporaryDirectory(prefix="spectr-", ignore_cleanup_errors=True)
         self.path = str(Path(self._folder.name) / "routes")
@@ -121,13 +120,32 @@ class Listener:
         os.environ[SOCKET] = self.path
         threading.Thread(target=self._accept, daemon=True, name="spectr-routes").start()
 
+    def expect(self, route_id: str) -> None:
+        """Keep the reports of a request from now on; those of others are let go."""
+        with self._changed:
+            self._reports[route_id] = []
+
     def take(self, route_id: str, tokens: int = 0, patience: float = 0.5) -> list[dict[str, Any]]:
-        """The reports of a request since the last call; waits a moment where fewer than ``tokens`` are there."""
+        """The reports of an expected request since the last call.
+
+        Args:
+            route_id: Of the request.
+            tokens: Where fewer are there, it waits a moment.
+            patience: How long, in seconds.
+        """
         until = time.monotonic() + patience
         with self._changed:
-            while len(self._reports.get(route_id, ())) < tokens and (left := until - time.monotonic()) > 0:
+            if route_id not in self._reports:
+                return []
+            while len(self._reports[route_id]) < tokens and (left := until - time.monotonic()) > 0:
                 self._changed.wait(left)
-            return self._reports.pop(route_id, [])
+            taken, self._reports[route_id] = self._reports[route_id], []
+            return taken
+
+    def forget(self, route_id: str) -> None:
+        """Let go of a request that is over."""
+        with self._changed:
+            self._reports.pop(route_id, None)
 
     def close(self) -> None:
         """Listen no longer."""
@@ -148,9 +166,9 @@ class Listener:
             for line in lines:
                 told = json.loads(line)
                 with self._changed:
-                    if "id" in told:
+                    if told.get("id") in self._reports:
                         self._reports[told["id"]].append(told)
-                    else:
+                    elif "layers" in told:
                         self.experts, self.layers = tuple(told["experts"]), tuple(told["layers"])
                     self._changed.notify_all()
 

@@ -90,7 +90,13 @@ class Session:
     def status(self) -> dict[str, Any]:
         """What is routed, for a proof at the start."""
         experts = [name for name in self.experts if name not in self.removed]
-        return {"layers": len(self.layers), "modules": len(self.routed), "experts": experts, "router": str(self.router)}
+        return {
+            "layers": len(self.layers),
+            "modules": len(self.routed),
+            "names": list(self.routed),
+            "experts": experts,
+            "router": str(self.router),
+        }
 
     def check(self) -> None:
         """Raise :class:`CompositionError` unless every module that an expert adapts was found in the model."""
