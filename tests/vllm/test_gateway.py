@@ -59,8 +59,8 @@ async def tell(client, engine):
 
     pieces = await streamed(client, return_routing="layers", experts=["cyan", "amber"])
     assert "".join(piece["text"] for piece in pieces) == choice["text"]
-    assert sum((piece["routing"]["tokens"] for piece in pieces), []) == choice["routing"]["tokens"]
-    by_layer = sum((piece["routing"]["by_layer"] for piece in pieces), [])
+    assert [token for piece in pieces for token in piece["routing"]["tokens"]] == choice["routing"]["tokens"]
+    by_layer = [token for piece in pieces for token in piece["routing"]["by_layer"]]
     assert [len(token) for token in by_layer] == [14] * 4
     assert all({expert for expert, _, _ in layer} == {0, 1} for token in by_layer for layer in token)
 

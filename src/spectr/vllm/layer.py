@@ -64,7 +64,10 @@ class Experts(nn.Module):
 
     def fill(self, session: Session) -> None:
         """The factors anew, zero for experts that have been removed."""
-        A_PI, B_SOP = self._factors(self._stacks(session))
+        stacks = self._stacks(session)
+        for run, group in zip(self.runs, self.groups, strict=True):
+            group.refill([stacks[i] for i in run])
+        A_PI, B_SOP = self._factors(stacks)
         self.A.replace(A_PI)
         for product, B_OP in zip(self.B, B_SOP, strict=True):
             product.replace(B_OP)

@@ -86,6 +86,13 @@ class Group(nn.Module):
         for name, tensor in named.items():
             self.register_buffer(name, tensor, persistent=False)
 
+    def refill(self, stacks: Sequence[Stack]) -> None:
+        """What these stacks have beside their factors, in the place of what was there."""
+        if self.centers_SP is not None:
+            self.centers_SP.copy_(torch.stack([s.centers_P for s in stacks if s.centers_P is not None]))
+        if self.prototypes_EI is not None and stacks[0].prototypes_EI is not None:
+            self.prototypes_EI.copy_(stacks[0].prototypes_EI)
+
     def choose(
         self,
         h_TSP: Float[Tensor, "T S P"],
