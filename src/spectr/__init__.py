@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from spectr import tasks as tasks
     from spectr import training as training
     from spectr.calibration import calibrate
+    from spectr.composed import load_composed, save_composed
     from spectr.composition import Routed, compose
     from spectr.errors import SpectrError
     from spectr.indexing import build_index
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "calibration": ("calibrate",),
+    "composed": ("load_composed", "save_composed"),
     "composition": ("Routed", "compose"),
     "errors": ("SpectrError",),
     "indexing": ("build_index",),
@@ -89,7 +91,9 @@ __all__ = [
     "calibrate",
     "compose",
     "get_router",
+    "load_composed",
     "router_names",
+    "save_composed",
     "trace",
 ]
 

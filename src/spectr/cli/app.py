@@ -8,7 +8,21 @@ import sys
 import typer
 
 from spectr import __version__
-from spectr.cli import benchmark, chat, demo, evaluate, extract, gates, generate, library, merge, route, serve, train
+from spectr.cli import (
+    benchmark,
+    chat,
+    compose,
+    demo,
+    evaluate,
+    extract,
+    gates,
+    generate,
+    library,
+    merge,
+    route,
+    serve,
+    train,
+)
 from spectr.cli.console import errors, out
 from spectr.errors import SpectrError
 
@@ -27,6 +41,7 @@ app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("route")(route.route)
 app.command("serve")(serve.serve)
+app.command("compose")(compose.compose)
 app.command("merge")(merge.merge)
 app.command("extract")(extract.extract)
 app.command("rerank")(extract.rerank)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Literal
 
@@ -67,6 +68,7 @@ def _check_reachable(path: str) -> None:
                 expected="a folder with a transformers model",
                 do="check --model; leave it out for the default model",
             )
+        _check_plain(path)
         return
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
@@ -83,3 +85,14 @@ def _check_reachable(path: str) -> None:
             expected="a folder with a transformers model, or a Hub id that can be reached",
             do="check --model and the network; leave --model out for the default model",
         ) from error
+
+
+def _check_plain(path: str) -> None:
+    """A composed folder must not become its base model without a word."""
+    known = json.loads((Path(path) / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    if isinstance(known, dict) and known.get("quant_method") == "spectr":
+        raise ModelError(
+            f"{path} is a composed model, whose experts are in it",
+            expected="a base model",
+            do=f"spectr.load_composed({path!r}), spectr serve {path}, or vLLM; or name its base model",
+        )

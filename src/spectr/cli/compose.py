@@ -1,0 +1,64 @@
+"""``spectr compose``."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spectr.cli.console import bar, out, say
+from spectr.cli.options import Routing, with_routing
+from spectr.errors import SpectrError
+
+
+@with_routing
+def compose(
+    routing: Routing,
+    save: Annotated[Path, typer.Option("--save", "-s", help="Folder for the composed model.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
+    access: Annotated[
+        str,
+        typer.Option(help="In vLLM, for requests that name no experts: open (all of them) or closed (the base model)."),
+    ] = "open",
+    record: Annotated[bool, typer.Option("--record", help="In vLLM, let requests ask what was chosen.")] = False,
+) -> None:
+    """Write base model, experts and router as one folder that transformers and vLLM load.
+
+    Without --router it routes token by token, as vLLM does: calibrated-token where the library is calibrated, else
+    spectr.
+
+    [dim]spectr compose --save runs/composed[/]
+    [dim]python -m vllm.entrypoints.openai.api_server --model runs/composed[/]
+    """
+    if save.is_dir() and any(save.iterdir()) and not overwrite:  # before minutes of work
+        raise SpectrError(f"{save} is in use", expected="an empty folder, or none yet", do="say --overwrite")
+    library, router = _for_tokens(routing).experts()
+    base, tokenizer = routing.base()
+    routed = routing.compose(base, tokenizer, library, router)
+
+    from spectr.composed import save_composed
+
+    with bar() as advance:
+        save_composed(
+            routed, tokenizer, save, access=access, record=record, overwrite=overwrite, progress=advance_of(advance)
+        )
+    out.print(f"{save}: {len(routed.experts)} experts, {len(routed.layers)} routed layers, {router}", highlight=False)
+
+
+def _for_tokens(routing: Routing) -> Routing:
+    """Automatic choice among routers that decide for each token."""
+    if routing.router != "auto":
+        return routing
+    from spectr.cli.opened import open_library
+
+    library = open_library(routing.library)
+    name = "calibrated-token" if all(map(library.calibrated, library)) else "spectr"
+    say(f"router: {name}, token by token, as vLLM routes; another by --router")
+    return dataclasses.replace(routing, router=name)
+
+
+def advance_of(advance):
+    """Progress of named phases in a bar."""
+    return lambda phase, done, total: advance(phase, done, total, "")

@@ -1,0 +1,94 @@
+"""Reading a composed folder with transformers, whose quantisers it comes in through."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from spectr.composed.settings import METHOD, Settings
+from spectr.composition import Routed, compose
+from spectr.errors import ModelError
+from spectr.models import pick_dtype
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@register_quantization_config(METHOD)
+class SpectrFolder(QuantizationConfigMixin):
+    """The ``quantization_config`` of a composed folder, as transformers holds it."""
+
+    def __init__(self, **config: Any):
+        self.quant_method: Any = METHOD
+        for key, value in config.items():
+            setattr(self, key, value)
+
+    @property
+    def settings(self) -> Settings:
+        """What it says."""
+        return Settings.of(dict(self.__dict__))
+
+
+@register_quantizer(METHOD)
+class SpectrQuantizer(HfQuantizer):
+    """Composes a model when its weights are there; nothing is quantised. The handle is ``model.spectr``."""
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        settings = self.quantization_config.settings  # pyright: ignore[reportAttributeAccessIssue]
+        self._library, self._router = settings.open_library(model.config._name_or_path), settings.make_router()
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        model.eval()
+        model.spectr = compose(model, self._library, self._router)
+        return model
+
+    @property
+    def is_trainable(self) -> bool:
+        """See ``HfQuantizer``."""
+        return False
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        """See ``HfQuantizer``: a folder is written by :func:`save_composed`."""
+        return False
+
+
+def load_composed(
+    folder: str | Path, *, dtype: str = "auto", device: str = "cpu"
+) -> tuple[Routed, PreTrainedTokenizerBase]:
+    """The composed model of a folder, in evaluation mode, and its tokenizer.
+
+    Args:
+        folder: As :func:`save_composed` wrote it.
+        dtype: As :func:`spectr.models.load_model` takes it.
+        device: Where the model goes.
+
+    Returns:
+        The handle, whose ``model`` is the model, and the tokenizer.
+
+    Raises:
+        ModelError: The folder holds no composed model.
+    """
+    if not is_composed(folder):
+        raise ModelError(
+            f"{folder} is no composed folder",
+            expected=f'a config.json whose quantization_config has "quant_method": "{METHOD}"',
+            do="make one: spectr compose --save FOLDER",
+        )
+    kind = pick_dtype(dtype, device)  # pyright: ignore[reportArgumentType]
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=kind)
+    return model.spectr, AutoTokenizer.from_pretrained(folder)
+
+
+def is_composed(folder: str | Path) -> bool:
+    """Whether a folder's config says that its model is routed."""
+    config = Path(folder) / "config.json"
+    if not config.is_file():
+        return False
+    known = json.loads(config.read_text(encoding="utf-8")).get("quantization_config")
+    return isinstance(known, dict) and known.get("quant_method") == METHOD

@@ -1,0 +1,152 @@
+"""Writing a composed model as one folder that transformers and vLLM load."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spectr.composed.settings import Settings
+from spectr.composition import Routed
+from spectr.errors import CompositionError
+from spectr.library import ExpertLibrary, LibraryStore
+from spectr.library.descriptions import write_descriptions
+from spectr.routers import GuidedRouter, Shortlist
+from spectr.routers.config import router_config
+from spectr.routers.settings import residents
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+EXPERTS = "experts"
+Progress = Callable[[str, int, int], None]
+
+
+def save_composed(
+    routed: Routed,
+    tokenizer: PreTrainedTokenizerBase,
+    out: str | Path,
+    *,
+    access: str = "open",
+    record: bool = False,
+    overwrite: bool = False,
+    progress: Progress = lambda *_: None,
+) -> Path:
+    """Write base model, tokenizer and the experts that are allowed into one folder, all of it or nothing.
+
+    The experts are an ordinary library in ``experts/``, and the config's ``quantization_config`` says how they are
+    routed. :func:`load_composed` gives the same composed model again, and vLLM serves it.
+
+    Args:
+        routed: The handle of a composed model.
+        tokenizer: Its tokenizer.
+        out: The folder.
+        access: In vLLM, what a request gets that names no experts: ``"open"`` all, ``"closed"`` the base model alone.
+        record: In vLLM, whether layers keep what they choose, for requests that ask.
+        overwrite: Replace what is in the folder.
+        progress: Is told (what, done, total).
+
+    Returns:
+        The folder.
+
+    Raises:
+        CompositionError: The folder is in use or cannot be written, or the router cannot be written down.
+    """
+    settings = _settings(routed, access, record)
+    out = Path(out)
+    with new_folder(out, overwrite) as folder:
+        progress("writing the base model", 0, 1)
+        _save_base(routed, tokenizer, folder, settings)
+        progress("writing the base model", 1, 1)
+        _save_experts(routed.library, routed.experts, folder / EXPERTS, progress)
+    return out
+
+
+def _settings(routed: Routed, access: str, record: bool) -> Settings:
+    if isinstance(routed.router, (GuidedRouter, Shortlist)):
+        raise CompositionError(
+            f"{routed.router} needs more than a folder holds",
+            expected="a router without a guide or a shortlist, such as spectr or calibrated",
+            do="save it with another router",
+        )
+    residents(routed.router, routed.experts)  # as whoever loads the folder will ask
+    settings = Settings(library=EXPERTS, router=router_config(routed.router), access=access, record=record)
+    settings.check()
+    return settings
+
+
+def _save_base(routed: Routed, tokenizer: PreTrainedTokenizerBase, folder: Path, settings: Settings) -> None:
+    """The plain model, saved by itself, with one entry more in its config."""
+    model = routed.model
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise CompositionError(
+            "the base model is quantised, and such a folder has no place for two quantisations yet",
+            do="save the base model in bfloat16; for vLLM name the library by hf_overrides, see docs/vllm.md",
+        )
+    model.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = settings.as_config()
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for file in filter(Path.is_file, folder.iterdir()):
+        file.chmod(0o644)  # safetensors writes files that their owner alone can read
+
+
+def _save_experts(library: ExpertLibrary, names: tuple[str, ...], root: Path, progress: Progress) -> None:
+    store = LibraryStore(root)
+    for done, name in enumerate(names, start=1):
+        store.add(name, library[name].weights.parent)
+        progress("copying experts", done, len(names))
+    if library.calibration is not None:
+        library.calibration.save(root)
+    kept = {name: text for name, text in library.descriptions.items() if name in names}
+    if kept:
+        write_descriptions(root, kept)
+
+
+@contextmanager
+def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A scratch folder beside ``out`` that takes its place when the block ends, and is gone where it raises.
+
+    Raises:
+        CompositionError: ``out`` is a file or in use, or no folder can be made there.
+    """
+    if out.is_file():
+        raise CompositionError(f"{out} is a file", expected="a folder", do="name another one")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise CompositionError(
+            f"{out} is in use", expected="an empty folder, or none yet", do="name another one, or say --overwrite"
+        )
+    above = out.absolute().parent
+    try:
+        above.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=above, prefix=".composing-"))
+    except OSError as error:
+        raise CompositionError(f"{out} cannot be made ({error.strerror})", do="name another folder") from error
+    try:
+        yield scratch
+        scratch.chmod(0o755)
+        _swap_in(scratch, out)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def _swap_in(scratch: Path, out: Path) -> None:
+    """Rename into place; what was there goes only when the new folder stands."""
+    if not out.exists():
+        scratch.rename(out)
+        return
+    old = Path(tempfile.mkdtemp(dir=scratch.parent, prefix=".replaced-"))
+    out.rename(old / out.name)
+    try:
+        scratch.rename(out)
+    except BaseException:
+        (old / out.name).rename(out)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)

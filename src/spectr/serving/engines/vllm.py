@@ -1,0 +1,225 @@
+"""vLLM behind the gateway: its own OpenAI-compatible application, told of each request's experts by ``vllm_xargs``."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from spectr.serving.engines.base import Step, Ticket
+from spectr.serving.errors import RefusalError
+from spectr.serving.suspicion import spectral_norm, suspicion
+
+from spectr.composed.settings import METHOD, Settings
+from spectr.errors import CompositionError, MissingExtraError
+from spectr.library import ExpertLibrary
+from spectr.vllm.recording import Listener
+from spectr.vllm.register import engine_version
+from spectr.vllm.requests import EXPERTS, ROUTE_ID, ROUTING
+
+INNER = "spectr"  # what vLLM's application calls the composed model
+_PATIENCE = 0.25  # seconds that an answer waits for its reports
+_ROUTING = {"shares": "tokens", "layers": "layers"}
+# Fields by which a client could say itself what the ticket says, or reach what is not its own.
+_NOT_THE_CLIENTS = ("vllm_xargs", "cache_salt", "request_id", "priority", "return_token_ids", "user")
+_NOT_HERE = ("use_beam_search", "kv_transfer_params", "ec_transfer_params", "prompt_embeds", "structural_tag")
+_REQUEST = re.compile(r"(?:(?P<child>\d+)_)?(?:chat)?cmpl-(?P<id>\w+?)(?:-(?P<prompt>\d{1,4}))?(?:-[0-9a-f]{8})?")
+
+
+class VllmEngine:
+    """A running vLLM engine whose model is routed. See :class:`spectr.serving.engines.Engine`.
+
+    Args:
+        client: vLLM's ``AsyncLLM``.
+        status: What its workers say of the routing.
+        listener: Gets the reports.
+        base_model: The base model's name for clients.
+        router: The router's name for clients.
+        suspicion: Experts whose norm is far out, and how far.
+        records: Whether the layers keep what they choose.
+
+    Raises:
+        CompositionError: No layer is routed.
+    """
+
+    name = "vllm"
+
+    def __init__(
+        self,
+        client: Any,
+        status: Mapping[str, Any],
+        listener: Listener,
+        *,
+        base_model: str,
+        router: str,
+        suspicion: Mapping[str, float] | None = None,
+        records: bool = True,
+    ):
+        if not status["layers"]:
+            raise CompositionError("no layer of this model is routed", do="compose it with a library of experts")
+        self.client, self.listener, self.base_model, self.records = client, listener, base_model, records
+        self.routers, self.suspicion = (router,), dict(suspicion or {})
+        self.layers, self._known = tuple(status["names"]), tuple(status["experts"])
+        self.experts = self._known
+        self._choices: dict[str, int] = {}
+        self._waiting: dict[str, dict[tuple[int, int], Step]] = {}
+        self._told: dict[str, dict[int, int]] = {}
+
+    def admit(self, ticket: Ticket, body: Mapping[str, Any]) -> dict[str, Any]:
+        """See :class:`Engine`."""
+        for field in _NOT_HERE:
+            if body.get(field):
+                raise RefusalError(f"{field} is not possible here", code="unsupported_parameter", param=field)
+        told = {key: value for key, value in body.items() if key not in _NOT_THE_CLIENTS}
+        extra: dict[str, Any] = {EXPERTS: list(ticket.experts)}
+        if ticket.record != "none" and self.records:
+            extra |= {ROUTING: _ROUTING[ticket.record], ROUTE_ID: ticket.id}
+            told["return_token_ids"] = True  # says how many tokens a chunk has
+            self._choices[ticket.id] = body.get("n") or 1
+            self._waiting[ticket.id], self._told[ticket.id] = {}, {}
+            self.listener.expect(ticket.id)
+        told |= {"model": INNER, "vllm_xargs": extra}
+        if ticket.salt:
+            told["cache_salt"] = ticket.salt  # beside the engine's own, which it does not trust anybody with
+        return told
+
+    def steps(self, ticket: Ticket, answer: dict[str, Any]) -> Mapping[int, Sequence[Step]]:
+        """See :class:`Engine`. Reports leave the engine before their tokens do; it waits for them a moment at most."""
+        fresh = {choice.get("index", 0): _tokens(choice) for choice in answer.get("choices") or ()}
+        answer.pop("prompt_token_ids", None)
+        if ticket.id not in self._told:
+            return {}
+        told, waiting = self._told[ticket.id], self._waiting[ticket.id]
+        wanted = {(c, told.get(c, 0) + n) for c, count in fresh.items() for n in range(count)}
+        until = time.monotonic() + _PATIENCE
+        while not wanted <= set(waiting) and (left := until - time.monotonic()) > 0:
+            for report in self.listener.take(ticket.id, tokens=1, patience=left):
+                waiting[self._place(report)] = self._step(report)
+        found: dict[int, list[Step]] = {}
+        for choice, number in sorted(wanted):
+            found.setdefault(choice, []).append(waiting.pop((choice, number), Step({})))
+            told[choice] = number + 1
+        return found
+
+    def finish(self, ticket: Ticket) -> None:
+        """See :class:`Engine`."""
+        for kept in (self._choices, self._waiting, self._told):
+            kept.pop(ticket.id, None)
+        self.listener.forget(ticket.id)
+
+    async def discard(self, name: str) -> None:
+        """See :class:`Engine`. Requests under way go on without the expert."""
+        if name not in self.experts or len(self.experts) == 1:
+            raise CompositionError(f"'{name}' cannot be removed", expected=f"one of several: {', '.join(self.experts)}")
+        self.experts = tuple(expert for expert in self.experts if expert != name)
+        await self.client.collective_rpc("spectr_remove", args=(name,))
+
+    def metrics(self) -> bytes:
+        """See :class:`Engine`."""
+        from prometheus_client import generate_latest
+
+        return generate_latest()
+
+    def _place(self, report: Mapping[str, Any]) -> tuple[int, int]:
+        """The choice and the number of the token that a report is about."""
+        named = _REQUEST.fullmatch(report["request"])
+        child, prompt = (int(named[key] or 0) for key in ("child", "prompt")) if named else (0, 0)
+        return prompt * self._choices.get(report["id"], 1) + child, report["token"]
+
+    def _step(self, report: Mapping[str, Any]) -> Step:
+        shares = {self._known[expert]: share for expert, share in report["shares"]}
+        layers = [{self._known[e]: (weight, score) for e, weight, score in one} for one in report.get("by_layer", ())]
+        return Step(shares, layers)
+
+
+def _tokens(choice: dict[str, Any]) -> int:
+    """How many tokens a choice has that were not told before; what says so is taken out."""
+    choice.pop("prompt_token_ids", None)
+    return len(choice.pop("token_ids", None) or ())
+
+
+@asynccontextmanager
+async def launched(
+    model: str,
+    settings: Settings | None = None,
+    *,
+    base_model: str,
+    record: bool = True,
+    options: Sequence[str] = (),
+) -> AsyncIterator[tuple[Any, VllmEngine]]:
+    """vLLM's application and its engine, to be put behind a :class:`spectr.serving.gateway.Gateway`.
+
+    Args:
+        model: A composed folder; or with ``settings`` any model that vLLM has, by folder or Hub id.
+        settings: How it is routed, where the folder does not say so.
+        base_model: The base model's name for clients.
+        record: Whether routing can be asked for, and counted; it costs a little at each layer.
+        options: Of vLLM's own command line.
+
+    Raises:
+        MissingExtraError: vLLM is not installed.
+        CompositionError: The model cannot be routed.
+    """
+    if engine_version() is None:
+        raise MissingExtraError("serving with vLLM", "vllm")
+    settings = settings or _of_folder(model)
+    closed = replace(settings, access="closed", record=record)  # whatever passes the gateway by gets the base model
+    listener = Listener()
+    try:
+        arguments = ["--model", model, "--served-model-name", INNER, "--hf-overrides"]
+        arguments += [json.dumps({"quantization_config": closed.as_config()}), *options]
+        async with _application(arguments) as (app, client):
+            [status, *_] = await client.collective_rpc("spectr_status")
+            yield (
+                app,
+                VllmEngine(
+                    client,
+                    status,
+                    listener,
+                    base_model=base_model,
+                    router=settings.router["name"],
+                    suspicion=_suspicion(closed.open_library(model)),
+                    records=record,
+                ),
+            )
+    finally:
+        listener.close()
+
+
+def _of_folder(model: str) -> Settings:
+    config = Path(model) / "config.json"
+    known = json.loads(config.read_text(encoding="utf-8")).get("quantization_config") if config.is_file() else None
+    if not isinstance(known, dict) or known.get("quant_method") != METHOD:
+        raise CompositionError(
+            f"{model} is no composed folder",
+            expected=f'a config.json whose quantization_config has "quant_method": "{METHOD}"',
+            do="make one: spectr compose --save FOLDER; or name a library",
+        )
+    return Settings.of(known)
+
+
+def _suspicion(library: ExpertLibrary) -> dict[str, float]:
+    return suspicion({name: spectral_norm(library[name]) for name in library})
+
+
+@asynccontextmanager
+async def _application(arguments: Sequence[str]) -> AsyncIterator[tuple[Any, Any]]:
+    """vLLM's application and its client, as its own command makes them."""
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+    from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
+    from vllm.entrypoints.launchers.app import build_app
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(list(arguments))
+    validate_parsed_serve_args(parsed)
+    async with build_async_engine_client(parsed) as client:
+        tasks = await client.get_supported_tasks()
+        app = build_app(parsed, tasks, client.model_config)
+        await init_app_state(client, app.state, parsed, tasks)
+        yield app, client

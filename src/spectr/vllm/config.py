@@ -1,0 +1,158 @@
+"""vLLM's quantisation config ``spectr``: which layers are routed, and by what."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import get_quantization_config, register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+from spectr.composed.settings import METHOD, Settings
+from spectr.errors import CompositionError, raise_together
+from spectr.library import ExpertLibrary
+from spectr.vllm.method import routed_method
+from spectr.vllm.served import fingerprint, served
+from spectr.vllm.session import Session
+
+_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
+
+
+@register_quantization_config(METHOD)
+class SpectrConfig(QuantizationConfig):
+    """The composed model's config; made in the front end and sent to the workers.
+
+    Attributes:
+        settings: What the model's ``quantization_config`` says.
+        inner: The base model's own quantisation, or ``None``.
+    """
+
+    def __init__(self, settings: Settings):
+        super().__init__()
+        self.settings = settings
+        self.inner: QuantizationConfig | None = None
+        if settings.inner:
+            self.inner = get_quantization_config(settings.inner["quant_method"]).from_config(dict(settings.inner))
+        self.library: ExpertLibrary | None = None
+        self.origin = ""
+        self._session: Session | None = None
+        self._names: dict[str, str] = {}
+        self._mapper: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, which opens the library itself."""
+        return {**self.__dict__, "library": None, "_session": None}
+
+    @classmethod
+    def get_name(cls) -> Any:
+        """See ``QuantizationConfig``."""
+        return METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """See ``QuantizationConfig``."""
+        return self.inner.get_supported_act_dtypes() if self.inner else [torch.float32, torch.bfloat16, torch.float16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """See ``QuantizationConfig``."""
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """See ``QuantizationConfig``."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> SpectrConfig:
+        """See ``QuantizationConfig``. Masks need the first model runner, so that one is chosen here."""
+        if os.environ.get(_RUNNER, "0") not in ("0", "false", "False"):
+            raise CompositionError(
+                f"{_RUNNER}={os.environ[_RUNNER]}",
+                expected="vLLM's first model runner: experts for each request are not implemented for the second",
+                do=f"unset {_RUNNER}",
+            )
+        os.environ[_RUNNER] = "0"
+        settings = Settings.of(config)
+        served(settings.make_router())
+        return cls(settings)
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Find the library, and put into the model's config what a compiled graph depends on."""
+        self.library = self.settings.open_library(model_name)
+        self.origin = self.library.origin
+        known = getattr(hf_config, "quantization_config", None)
+        if isinstance(known, dict):
+            known["fingerprint"] = fingerprint(self.library)
+        if self.inner:
+            self.inner.maybe_update_config(model_name, hf_config, revision)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Remember how vLLM names the checkpoint's modules."""
+        self._mapper = hf_to_vllm_mapper
+        if self.inner:
+            self.inner.apply_vllm_mapper(hf_to_vllm_mapper)
+
+    @property
+    def session(self) -> Session:
+        """This worker's experts and buffers, made when the first layer asks."""
+        if self._session is None:
+            engine = get_current_vllm_config()  # pyright: ignore[reportCallIssue]  (vLLM is not installed where it runs)
+            _check_engine(engine)
+            library = self.library or ExpertLibrary.open(self.origin)
+            scheduler = engine.scheduler_config
+            device = torch.device(engine.device_config.device)
+            self._session = Session(
+                self.settings, library, scheduler.max_num_batched_tokens, scheduler.max_num_seqs, device
+            )
+            modules = {module for expert in self._session.opened.values() for module in expert.shapes}
+            self._names = {self._vllm_name(module): module for module in modules}
+        return self._session
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
+        """See ``QuantizationConfig``."""
+        base = None
+        if self.inner:
+            self.inner.packed_modules_mapping = self.packed_modules_mapping
+            base = self.inner.get_quant_method(layer, prefix)
+        if not isinstance(layer, LinearBase):
+            return base
+        base = base or UnquantizedLinearMethod()
+        assert isinstance(base, LinearMethodBase)
+        session, modules = self.session, self._modules(prefix)
+        return routed_method(base, session, modules, prefix) if any(map(session.users, modules)) else base
+
+    def _vllm_name(self, module: str) -> str:
+        mapped = self._mapper.apply_list([f"{module}.weight"]) if self._mapper else []
+        return mapped[0].removesuffix(".weight") if mapped else module
+
+    def _modules(self, prefix: str) -> list[str]:
+        """The library's names of the modules that a layer packs."""
+        parent, _, last = prefix.rpartition(".")
+        packed = self.packed_modules_mapping.get(last) or [last]
+        names = [f"{parent}.{one}" if parent else one for one in packed]
+        return [self._names.get(name, name) for name in names]
+
+
+def _check_engine(engine: Any) -> None:
+    """Raise :class:`CompositionError` for ways to run in which a token's mask could not be told."""
+    parallel = engine.parallel_config
+    wrong = {
+        "the second model runner": engine.use_v2_model_runner,
+        "speculative decoding": engine.speculative_config is not None,
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
+        "overlapped batches (dbo)": parallel.enable_dbo or getattr(parallel, "ubatch_size", 0) > 1,
+        "a model of images or sound": engine.model_config.is_multimodal_model,
+        "KV-sharing fast prefill": engine.cache_config.kv_sharing_fast_prefill,
+        "vLLM's own LoRA": engine.lora_config is not None,
+    }
+    problems = [
+        CompositionError(f"routing inside vLLM does not work with {what}", do="serve without it")
+        for what, there in wrong.items()
+        if there
+    ]
+    raise_together("this engine cannot route", problems, CompositionError)

@@ -1,0 +1,182 @@
+"""The experts of one of vLLM's linear layers, which may pack several modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from spectr.composition import prepare_module
+from spectr.errors import CompositionError
+from spectr.spectral import Prepared, Stack
+from spectr.vllm.product import Product
+from spectr.vllm.routing import Group, alike
+from spectr.vllm.session import Session
+from spectr.vllm.shards import Split
+
+Reduce = Callable[[Tensor], Tensor]
+
+
+class Experts(nn.Module):
+    """What the experts add to a layer's output.
+
+    Args:
+        modules: The library's names of the packed modules, in the order of the output.
+        split: How tensor parallelism cuts the layer.
+        session: The worker's.
+        reduce: Sums a tensor over the ranks; used in row-parallel layers.
+    """
+
+    allowed_TE: Tensor
+    sampled_N: Tensor
+    groups: Any
+    B: Any
+
+    def __init__(self, modules: Sequence[str], split: Split, session: Session, reduce: Reduce):
+        super().__init__()
+        self.modules_S, self.split, self.reduce = tuple(modules), split, reduce
+        self.record = session.settings.record
+        for name in ("allowed_TE", "sampled_N"):
+            self.register_buffer(name, getattr(session, name), persistent=False)
+
+    def build(self, session: Session, device: torch.device, dtype: torch.dtype) -> None:
+        """Prepare the experts as :func:`spectr.compose` does, and keep this rank's share of them."""
+        self.device, self.dtype = device, dtype
+        self.held = [module for module in self.modules_S if session.users(module)]
+        stacks = self._stacks(session)
+        self.runs = _runs(stacks, session.router)
+        columns = {module: [session.experts.index(name) for name in session.users(module)] for module in self.held}
+        self.groups = nn.ModuleList(
+            Group([stacks[i] for i in run], session.router, columns[self.held[run[0]]], len(session.experts))
+            for run in self.runs
+        ).to(device)
+        A_PI, B_SOP = self._factors(stacks)
+        self.A = Product(A_PI)
+        self.B = nn.ModuleList(Product(B_OP) for B_OP in B_SOP)
+        places = dict(zip(self.modules_S, self.split.places(len(self.modules_S)), strict=True))
+        self.places = [places[module] for module in self.held]
+        if self.record:
+            self._keep(session)
+
+    def fill(self, session: Session) -> None:
+        """The factors anew, zero for experts that have been removed."""
+        stacks = self._stacks(session)
+        for run, group in zip(self.runs, self.groups, strict=True):
+            group.refill([stacks[i] for i in run])
+        A_PI, B_SOP = self._factors(stacks)
+        self.A.replace(A_PI)
+        for product, B_OP in zip(self.B, B_SOP, strict=True):
+            product.replace(B_OP)
+
+    def forward(self, out_TO: Float[Tensor, "T O"], x_TI: Float[Tensor, "T I"]) -> Float[Tensor, "T O"]:
+        """The base layer's output with the chosen experts' update, in the memory of ``out_TO``."""
+        h_TQ = self.A(x_TI)
+        if self.split.by_input:
+            h_TQ = self.reduce(h_TQ)
+        allowed_TF = self.allowed_TE[: len(x_TI)]
+        start, extra, module = 0, self.extra_begin, 0
+        for number, group in enumerate(self.groups):
+            rows, more = group.modules_S * group.rows, group.modules_S * group.experts * group.folded
+            h_TSP = h_TQ[:, start : start + rows].unflatten(-1, (group.modules_S, group.rows))
+            scores_TSE, weights_TSE = group.choose(h_TSP, h_TQ[:, extra : extra + more], x_TI, allowed_TF)
+            if self.record:
+                self._write(number, scores_TSE, weights_TSE)
+            weighted_TSP = group.weighted(h_TSP, weights_TSE)[..., self.split.columns(group.rows)]
+            for one_TP in weighted_TSP.unbind(1):
+                begin, length = self.places[module]
+                out_TO.narrow(-1, begin, length).add_(self.B[module](one_TP.contiguous()))
+                module += 1
+            start, extra = start + rows, extra + more
+        return out_TO
+
+    def _stacks(self, session: Session) -> list[Stack]:
+        """Each module's experts, prepared in float32; removed ones are zero."""
+        stacks = []
+        for module in self.held:
+            opened = {name: session.opened[name].open() for name in session.users(module)}
+            readers = {name: opened[name].__enter__() for name in opened}
+            try:
+                parts = prepare_module(readers, module, session.router, session.calibration, session.gates)
+            finally:
+                for one in opened.values():
+                    one.__exit__(None, None, None)
+            stacks.append(Stack.of({name: _kept(part, name in session.removed) for name, part in parts.items()}))
+        return stacks
+
+    def _factors(self, stacks: Sequence[Stack]) -> tuple[Tensor, list[Tensor]]:
+        """Input factors of all modules below each other, prototypes last, and each module's output factors."""
+        order = [number for run in self.runs for number in run]
+        assert order == list(range(len(stacks)))
+        rows = [self.split.inputs(stack.A_PI) for stack in stacks]
+        self.extra_begin = sum(map(len, rows))
+        if any(group.folded for group in self.groups):
+            rows += [self.split.inputs(stack.prototypes_EI) for stack in stacks if stack.prototypes_EI is not None]
+        names = self.modules_S
+        B_SOP = [
+            self.split.outputs(stack.B_OP, names.index(module), len(names))
+            for module, stack in zip(self.held, stacks, strict=True)
+        ]
+        return self._placed(torch.cat(rows)), [self._placed(B_OP) for B_OP in B_SOP]
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, self.dtype).contiguous()
+
+    def _keep(self, session: Session) -> None:
+        """Buffers for what is chosen, one pair a group."""
+        requests = len(session.sampled_N)
+        for number, group in enumerate(self.groups):
+            for name in ("scores", "weights"):
+                empty = torch.zeros(requests, group.modules_S, group.experts, device=self.device)
+                self.register_buffer(f"{name}_{number}", empty, persistent=False)
+
+    def _write(self, number: int, scores_TSE: Tensor, weights_TSE: Tensor) -> None:
+        getattr(self, f"scores_{number}").copy_(scores_TSE.index_select(0, self.sampled_N))
+        getattr(self, f"weights_{number}").copy_(weights_TSE.index_select(0, self.sampled_N))
+
+    def recorded(self, request: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Of each group the engine's numbers of its experts, scores and weights of a request's sampled token."""
+        return [
+            (group.columns_E, getattr(self, f"scores_{n}")[request], getattr(self, f"weights_{n}")[request])
+            for n, group in enumerate(self.groups)
+        ]
+
+
+def check_sizes(name: str, module: str, inputs: int, outputs: int, session: Session) -> None:
+    """Raise :class:`CompositionError` for experts that were made for a layer of another size."""
+    unfit = [
+        f"{expert} ({shape.inputs} -> {shape.outputs})"
+        for expert in session.users(module)
+        if ((shape := session.opened[expert].shapes[module]).inputs, shape.outputs) != (inputs, outputs)
+    ]
+    if unfit:
+        raise CompositionError(
+            f"experts were made for a {module} of another size: {', '.join(unfit)}; {name} has {inputs} -> {outputs}",
+            expected="experts for this base model",
+            do="leave them out, or serve their base model",
+        )
+
+
+def _kept(part: Prepared, removed: bool) -> Prepared:
+    """A share as the engine holds it: with its own input factor, and zero where the expert is gone."""
+    part = part._replace(root=None, mix=None)
+    return part._replace(A=torch.zeros_like(part.A), B=torch.zeros_like(part.B), **_zeros(part)) if removed else part
+
+
+def _zeros(part: Prepared) -> dict[str, Tensor]:
+    known = {"prototype": part.prototype, "center": part.center}
+    return {name: torch.zeros_like(tensor) for name, tensor in known.items() if tensor is not None}
+
+
+def _runs(stacks: Sequence[Stack], router: Any) -> list[list[int]]:
+    """Numbers of stacks, those together that can be scored in one go."""
+    runs = [[0]]
+    for before, number in pairwise(range(len(stacks))):
+        if alike(stacks[before], stacks[number], router):
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return runs

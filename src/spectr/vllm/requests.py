@@ -1,0 +1,79 @@
+"""What a request asks for beside its sampling: which experts, and whether to report what was chosen.
+
+Everything here may come from a client through ``vllm_xargs``. Whatever cannot be understood is the base model alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+EXPERTS = "spectr_experts"  # names, as a list or with commas
+ROUTING = "spectr_routing"  # "tokens" or "layers"
+ROUTE_ID = "spectr_route_id"  # what reports of this request are marked with
+_LONGEST = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A request's own settings.
+
+    Attributes:
+        experts: The experts that it may use, sorted; ``None`` where it names none.
+        understood: Whether the names could be read at all.
+        routing: ``"tokens"``, ``"layers"``, or ``""`` for no report.
+        route_id: What its reports are marked with.
+    """
+
+    experts: tuple[str, ...] | None = None
+    understood: bool = True
+    routing: str = ""
+    route_id: str = ""
+
+    @staticmethod
+    def of(extra_args: Any) -> Asked:
+        """What ``SamplingParams.extra_args`` says; never raises."""
+        if not isinstance(extra_args, Mapping):
+            return Asked()
+        names, understood = _names(extra_args.get(EXPERTS))
+        routing, route_id = extra_args.get(ROUTING), extra_args.get(ROUTE_ID)
+        if not (routing in ("tokens", "layers") and isinstance(route_id, str) and len(route_id) <= _LONGEST):
+            routing, route_id = "", ""
+        return Asked(experts=names, understood=understood, routing=routing, route_id=route_id)
+
+    def salt(self, removed: Collection[str] = ()) -> str:
+        """What keeps the cached prefixes of one set of experts from those of another; empty for no set at all.
+
+        Args:
+            removed: Experts that have left the engine, so that nothing that they helped to compute is used again.
+        """
+        if self.experts is None and self.understood and not removed:
+            return ""
+        names = None if self.experts is None else sorted(set(self.experts) - set(removed))
+        text = json.dumps([names, self.understood, sorted(removed) if names is None else []])
+        return "spectr:" + hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def allowed(self, known: Collection[str], access: str) -> frozenset[str]:
+        """The experts that the request may use: nothing at all where a name is unknown or could not be read.
+
+        Args:
+            known: All experts that were loaded, also those that have been removed since.
+            access: ``"open"`` or ``"closed"``.
+        """
+        if not self.understood:
+            return frozenset()
+        if self.experts is None:
+            return frozenset(known if access == "open" else ())
+        return frozenset(self.experts) if set(self.experts) <= set(known) else frozenset()
+
+
+def _names(given: Any) -> tuple[tuple[str, ...] | None, bool]:
+    if given is None:
+        return None, True
+    names = given.split(",") if isinstance(given, str) else given
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        return (), False
+    return tuple(sorted({name.strip() for name in names} - {""})), True

@@ -1,0 +1,139 @@
+"""Scores, masks and weights of a packed layer: pure torch, static shapes, any number of requests in a batch.
+
+Legend: T tokens, S modules that are packed in one layer and have like experts, E experts, P rows of their factors,
+R one expert's rows, X rows that score alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from spectr.combine import get_combination, merge_factors
+from spectr.routers import Arrow, Router, Uniform
+from spectr.routers.base import segment_norms
+from spectr.routers.settings import combination_of, selection_of
+from spectr.selection import Everyone, Selection, TopK
+from spectr.spectral import Stack
+
+
+def weights_among(
+    select: Selection, scores_TE: Float[Tensor, "*T E"], allowed_TE: Bool[Tensor, "*T E"]
+) -> Float[Tensor, "*T E"]:
+    """The weights that a selection gives in a library that holds only each token's allowed experts.
+
+    Where fewer than ``k`` are allowed all of them are taken; where none is, all weights are zero.
+    """
+    if isinstance(select, Everyone):
+        taken_TE = allowed_TE.float()
+        return taken_TE / taken_TE.sum(-1, keepdim=True).clamp(min=1)
+    assert isinstance(select, TopK)
+    k = min(select.k, scores_TE.shape[-1])
+    top_TK, index_TK = scores_TE.masked_fill(~allowed_TE, -torch.inf).topk(k, dim=-1)
+    taken_TK = allowed_TE.gather(-1, index_TK)
+    if select.weighting == "softmax":
+        weights_TK = (top_TK / select.temperature).softmax(-1).where(taken_TK, 0.0)
+    else:
+        weights_TK = taken_TK.float()
+        weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp(min=1)
+    return torch.zeros_like(scores_TE).scatter(-1, index_TK, weights_TK)
+
+
+def sees_input(router: Router) -> bool:
+    """Whether a router's scores need all of a module's input, and not only products with it."""
+    return not (getattr(router, "by_norms", False) or getattr(router, "shares_A", False)) and not isinstance(
+        router, (Uniform, Arrow)
+    )
+
+
+class Group(nn.Module):
+    """Modules packed in one layer, next to each other, that have the same experts of the same ranks.
+
+    Args:
+        stacks: Of each module, its experts as the router prepared them.
+        router: Decides for each token.
+        columns: Which of the engine's experts these are.
+    """
+
+    owner_P: Tensor
+    member_EP: Tensor
+    columns_E: Tensor
+    centers_SP: Tensor | None
+    prototypes_EI: Tensor | None
+
+    def __init__(self, stacks: Sequence[Stack], router: Router, columns: Sequence[int], engine_experts: int):
+        super().__init__()
+        first = stacks[0]
+        self.modules_S, self.experts, self.common_rank = len(stacks), len(first.experts), first.common_rank
+        self.rows = len(first.A_PI)
+        self.router, self.select = router, selection_of(router)
+        self.merges = get_combination(combination_of(router)).merge is merge_factors
+        self.folded = isinstance(router, Arrow)
+        self.everyone = list(columns) == list(range(engine_experts))
+        member_EP = nn.functional.one_hot(first.owner_P, self.experts).mT.contiguous().float()
+        centers = [stack.centers_P for stack in stacks if stack.centers_P is not None]
+        named: dict[str, Tensor | None] = {
+            "owner_P": first.owner_P,
+            "member_EP": member_EP,
+            "columns_E": torch.tensor(columns),
+            "centers_SP": torch.stack(centers) if centers else None,
+            "prototypes_EI": None if self.folded else first.prototypes_EI,
+        }
+        for name, tensor in named.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    def refill(self, stacks: Sequence[Stack]) -> None:
+        """What these stacks have beside their factors, in the place of what was there."""
+        if self.centers_SP is not None:
+            self.centers_SP.copy_(torch.stack([s.centers_P for s in stacks if s.centers_P is not None]))
+        if self.prototypes_EI is not None and stacks[0].prototypes_EI is not None:
+            self.prototypes_EI.copy_(stacks[0].prototypes_EI)
+
+    def choose(
+        self,
+        h_TSP: Float[Tensor, "T S P"],
+        extra_TX: Float[Tensor, "T X"],
+        x_TI: Tensor,
+        allowed_TF: Bool[Tensor, "T F"],
+    ) -> tuple[Float[Tensor, "T S E"], Float[Tensor, "T S E"]]:
+        """Scores and weights of each token and module.
+
+        Args:
+            h_TSP: ``A x``.
+            extra_TX: Products of the input with the prototypes, where the router is Arrow.
+            x_TI: The input itself; a part of it in a row-parallel layer, whose router does not look.
+            allowed_TF: Which of the engine's experts each token may use.
+        """
+        scored_TSP = h_TSP if self.centers_SP is None else h_TSP - self.centers_SP
+        if self.folded:
+            scores_TSE = extra_TX.float().abs().unflatten(-1, (self.modules_S, self.experts))
+        else:
+            norms_TSE = segment_norms(scored_TSP, self.common_rank, self.member_EP)
+            x_TSI = x_TI[:, None].expand(-1, self.modules_S, -1)
+            scores_TSE = self.router.scores(x_TSI, norms_TSE, self.prototypes_EI)
+        allowed_TE = allowed_TF if self.everyone else allowed_TF[:, self.columns_E]
+        allowed_TSE = allowed_TE[:, None].expand_as(scores_TSE)
+        return scores_TSE, weights_among(self.select, scores_TSE, allowed_TSE)
+
+    def weighted(self, h_TSP: Float[Tensor, "T S P"], weights_TSE: Float[Tensor, "T S E"]) -> Float[Tensor, "T S P"]:
+        """What the output factors are multiplied with: zero for experts without a weight, whatever their ``h`` is."""
+        if self.common_rank is None:
+            weights_TSP = weights_TSE[..., self.owner_P].to(h_TSP.dtype)
+            return h_TSP.where(weights_TSP != 0, 0) * weights_TSP
+        h_TSER = h_TSP.unflatten(-1, (self.experts, self.common_rank))
+        weights_TSE1 = weights_TSE[..., None].to(h_TSP.dtype)
+        kept_TSER = h_TSER.where(weights_TSE1 != 0, 0) * weights_TSE1
+        if self.merges:
+            kept_TSER = kept_TSER.sum(-2, keepdim=True) * weights_TSE1
+        return kept_TSER.flatten(-2)
+
+
+def alike(one: Any, other: Any, router: Router) -> bool:
+    """Whether two stacks can be scored in one go."""
+    loose = isinstance(router, Arrow) or (one.prototypes_EI is None and other.prototypes_EI is None)
+    same = (one.experts, one.ranks) == (other.experts, other.ranks)
+    return loose and same and one.common_rank is not None

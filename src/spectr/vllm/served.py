@@ -1,0 +1,42 @@
+"""Which routers an engine with many requests in a batch can run, and what its graphs depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from spectr.combine import get_combination, merge_factors, merge_outputs
+from spectr.errors import CompositionError
+from spectr.library import ExpertLibrary
+from spectr.routers import GuidedRouter, Oracle, PromptRouter, Router, Shortlist, ShortlistRouter
+from spectr.routers.settings import combination_of
+
+
+def served(router: Router) -> Router:
+    """The router itself, if it decides token by token.
+
+    Raises:
+        CompositionError: It does not, or its combination needs what a tensor-parallel layer does not have.
+    """
+    instead = "one that decides for each token: spectr, spectr-projection, calibrated-token, arrow, uniform, seqr, ..."
+    if isinstance(router, (Shortlist, ShortlistRouter, GuidedRouter, Oracle)) or (
+        isinstance(router, PromptRouter) and router.level != "token"
+    ):
+        raise CompositionError(
+            f"this router cannot run inside vLLM: {router!r}",
+            expected=instead,
+            do='router={"name": "calibrated-token"} for a calibrated library; {"name": "spectr"} for any',
+        )
+    merge = get_combination(combination_of(router)).merge
+    if merge not in (merge_outputs, merge_factors):
+        raise CompositionError(
+            f"combine={combination_of(router)!r} cannot run inside vLLM", expected="'outputs', 'factors' or 'dare:RATE'"
+        )
+    return router
+
+
+def fingerprint(library: ExpertLibrary) -> str:
+    """What the shapes of a graph depend on, 16 hex digits: which experts there are, where, and their ranks."""
+    experts = [library[name] for name in library]
+    shapes = {e.name: {module: shape[:3] for module, shape in e.shapes.items()} for e in experts}
+    return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,217 @@
+"""The parts of the vLLM plugin that need no vLLM: requests, masks, weights, shards."""
+
+import numpy as np
+import pytest
+import torch
+
+import spectr
+from adapters_on_disk import assert_says
+from composed_parts import session_of
+from models import random_factors
+from spectr.errors import CompositionError
+from spectr.layers import RoutedLinear
+from spectr.selection import Everyone, TopK
+from spectr.spectral import Stack, align
+from spectr.vllm import EXPERTS, ROUTE_ID, ROUTING
+from spectr.vllm.register import _supported
+from spectr.vllm.requests import Asked
+from spectr.vllm.routing import Group, weights_among
+from spectr.vllm.served import served
+from spectr.vllm.shards import Split
+
+KNOWN = ("amber", "blue", "cyan")
+
+
+@pytest.mark.parametrize(
+    ("given", "open_", "closed"),
+    [
+        (None, KNOWN, ()),
+        ({}, KNOWN, ()),
+        ({"other": 1}, KNOWN, ()),
+        ({EXPERTS: ["blue", "amber", "blue"]}, ("amber", "blue"), ("amber", "blue")),
+        ({EXPERTS: "blue, amber"}, ("amber", "blue"), ("amber", "blue")),
+        ({EXPERTS: []}, (), ()),
+        ({EXPERTS: ["amber", "dun"]}, (), ()),
+        ({EXPERTS: ["amber", 3]}, (), ()),
+        ({EXPERTS: {"amber": 1}}, (), ()),
+        ({EXPERTS: 7}, (), ()),
+        ("nonsense", KNOWN, ()),
+    ],
+)
+def test_a_request_gets_the_experts_that_it_names_or_none(given, open_, closed):
+    asked = Asked.of(given)
+    assert asked.allowed(KNOWN, "open") == frozenset(open_)
+    assert asked.allowed(KNOWN, "closed") == frozenset(closed)
+
+
+@pytest.mark.parametrize(
+    ("routing", "route_id", "kept"),
+    [
+        ("tokens", "x", True),
+        ("layers", "x", True),
+        ("all", "x", False),
+        ("tokens", 3, False),
+        ("tokens", "x" * 201, 0),
+    ],
+)
+def test_reports_are_for_who_asks_in_the_right_words(routing, route_id, kept):
+    asked = Asked.of({ROUTING: routing, ROUTE_ID: route_id})
+    assert (asked.routing, asked.route_id) == ((routing, route_id) if kept else ("", ""))
+
+
+def test_salts_are_equal_for_equal_sets_alone():
+    def salt(names, removed=()):
+        return Asked.of({} if names is None else {EXPERTS: names}).salt(removed)
+
+    assert salt(None) == ""
+    assert salt(["amber", "blue"]) == salt("blue,amber,amber")
+    different = [salt(None), salt([]), salt(["amber"]), salt(["amber", "blue"]), salt(7), salt(None, {"blue"})]
+    assert len(set(different)) == len(different)
+    assert salt(["amber", "blue"], {"blue"}) == salt(["amber"])  # what is left is that set, and computes the same
+    assert salt(["amber"], {"blue"}) == salt(["amber"])
+
+
+@pytest.mark.parametrize("select", [TopK(k=2), TopK(k=3, weighting="softmax", temperature=0.5), Everyone()], ids=str)
+def test_weights_are_those_of_a_library_of_the_allowed_alone(select):
+    scores_TE = torch.rand(32, 5, generator=torch.Generator().manual_seed(0))
+    allowed_TE = torch.tensor([[bool(n >> e & 1) for e in range(5)] for n in range(32)])
+    weights_TE = weights_among(select, scores_TE, allowed_TE)
+    for token in range(32):
+        which = allowed_TE[token].nonzero().squeeze(1)
+        expected_E = torch.zeros(5)
+        if len(which):
+            expected_E[which] = select(scores_TE[token, which])
+        torch.testing.assert_close(weights_TE[token], expected_E)
+
+
+def stack_of(router, ranks, seed, inputs=12, outputs=10):
+    parts = {}
+    for number, (name, rank) in enumerate(ranks.items()):
+        A, B = random_factors(rank, inputs, outputs, 10 * seed + number)
+        parts[name] = router.prepare(align(A, B, 2.0))
+    return Stack.of(parts)
+
+
+ROUTERS = [
+    spectr.Spectr(top_k=2),
+    spectr.Spectr(top_k=2, score="projection", weights="softmax"),
+    spectr.Spectr(top_k=2, combine="factors"),
+    spectr.Arrow(top_k=2),
+    spectr.Uniform(),
+]
+
+
+def extra_of(router, stacks, x_TI):
+    if not isinstance(router, spectr.Arrow):
+        return x_TI[:, :0]
+    return x_TI @ torch.cat([stack.prototypes_EI for stack in stacks]).mT
+
+
+@pytest.mark.parametrize("router", ROUTERS, ids=str)
+@pytest.mark.parametrize("ranks", [(3, 3, 3), (2, 4, 3)], ids=str)
+def test_packed_modules_are_the_routed_layers_of_each(router, ranks):
+    if len(set(ranks)) > 1 and router != ROUTERS[0]:
+        ranks = (3, 3, 3)
+    many = 2 if len(set(ranks)) == 1 else 1
+    named = dict(zip(KNOWN, ranks, strict=True))
+    stacks = [stack_of(router, named, seed) for seed in range(many)]
+    x_TI = torch.randn(6, 12, generator=torch.Generator().manual_seed(9))
+    group = Group(stacks, router, [0, 1, 2], 3)
+    h_TSP = torch.stack([x_TI @ stack.A_PI.mT for stack in stacks], dim=1)
+    allowed_TF = torch.ones(6, 3, dtype=torch.bool)
+    scores_TSE, weights_TSE = group.choose(h_TSP, extra_of(router, stacks, x_TI), x_TI, allowed_TF)
+    weighted_TSP = group.weighted(h_TSP, weights_TSE)
+    for number, stack in enumerate(stacks):
+        base = torch.nn.Linear(12, 10, bias=False)
+        layer = RoutedLinear(base, stack, router)
+        torch.testing.assert_close(scores_TSE[:, number], layer.scores(x_TI))
+        update_TO = (layer(x_TI) - base(x_TI)).detach()
+        torch.testing.assert_close(weighted_TSP[:, number] @ stack.B_OP.mT, update_TO, rtol=1e-4, atol=1e-5)
+
+
+def test_an_expert_without_weight_does_nothing_whatever_its_numbers():
+    router = spectr.Spectr(top_k=1)
+    group = Group([stack_of(router, dict.fromkeys(KNOWN, 2), 0)], router, [0, 1, 2], 3)
+    h_TSP = torch.ones(1, 1, 6)
+    h_TSP[..., 2:4] = torch.inf
+    x_TI, allowed_TF = torch.ones(1, 12), torch.tensor([[True, False, True]])
+    scores_TSE, weights_TSE = group.choose(h_TSP, x_TI[:, :0], x_TI, allowed_TF)
+    assert scores_TSE[0, 0, 1] == torch.inf
+    assert weights_TSE[0, 0, 1] == 0
+    assert group.weighted(h_TSP, weights_TSE).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["calibrated", "calibrated-prior", "lag", "shortlist", "glider-global", "glider"])
+def test_routers_for_prompts_are_refused(name):
+    with pytest.raises(CompositionError) as error:
+        served(spectr.get_router(name))
+    assert_says(error.value, given=("cannot run inside vLLM",), expected="calibrated-token", do='"name": "spectr"')
+
+
+def test_a_combination_that_needs_whole_outputs_is_refused():
+    with pytest.raises(CompositionError) as error:
+        served(spectr.Spectr(combine="ties"))
+    assert_says(error.value, given=("combine='ties'",), expected="'outputs'", do=None)
+
+
+def split(by_input, rank, parts, whole, index):
+    return Split(rank=rank, ranks=2, by_input=by_input, parts=parts, whole=whole, index=index)
+
+
+def test_shards_of_a_column_parallel_layer_are_its_rows():
+    B_OP = torch.arange(24.0).view(12, 2)  # q of 8 rows in two shards; k of 4 that both ranks hold
+    second = split(False, 1, (4, 4), (8, 4), (1, 0))
+    assert torch.equal(second.outputs(B_OP[:8], 0, 2), B_OP[4:8])
+    assert torch.equal(second.outputs(B_OP[8:], 1, 2), B_OP[8:])
+    assert torch.equal(second.outputs(B_OP, 0, 1), torch.cat([B_OP[4:8], B_OP[8:]]))  # packed on disk
+    assert second.places(2) == [(0, 4), (4, 4)]
+    assert second.places(1) == [(0, 8)]
+    assert torch.equal(second.inputs(B_OP.mT), B_OP.mT)
+
+
+def test_shards_of_a_row_parallel_layer_are_columns_and_their_sum_is_the_whole():
+    A_PI, B_OP = random_factors(3, 8, 5, 1)
+    x_TI = torch.randn(4, 8)
+    ranks = [split(True, rank, (5,), (5,), (0,)) for rank in range(2)]
+    h_TP = sum(x_TI[:, 4 * r : 4 * r + 4] @ ranks[r].inputs(A_PI).mT for r in range(2))
+    out_TO = sum(h_TP[:, one.columns(3)] @ one.outputs(B_OP, 0, 1).mT for one in ranks)
+    torch.testing.assert_close(out_TO, x_TI @ A_PI.mT @ B_OP.mT)
+
+
+def test_parts_that_are_not_the_modules_are_refused():
+    with pytest.raises(CompositionError) as error:
+        split(False, 0, (4, 4, 4), (8, 8, 8), (0, 0, 0)).check("model.mixer", ["a", "b"])
+    assert_says(error.value, given=("model.mixer packs a, b in 3 parts",), expected="one part", do="transformers")
+
+
+@pytest.mark.parametrize(
+    ("version", "fits"), [("0.32.0", True), ("0.32.1+cpu", True), ("0.31.9", False), ("0.33.0", False), (None, False)]
+)
+def test_the_supported_range(version, fits):
+    assert _supported(version) is fits
+
+
+def test_masks_of_a_step(tmp_path):
+    session = session_of(tmp_path, KNOWN)
+    asked = [Asked.of({EXPERTS: names}) for names in (["amber"], ["nobody"], "cyan,blue")]
+    session.write([*asked, Asked()], np.array([2, 1, 1, 1]))
+    expected = [[1, 0, 0], [1, 0, 0], [0, 0, 0], [0, 1, 1], [1, 1, 1]]
+    assert session.allowed_TE[:5].int().tolist() == expected
+    session.remove("blue")
+    session.write([*asked, Asked()], np.array([2, 1, 1, 1]))
+    assert session.allowed_TE[:5].int().tolist() == [[row[0], 0, row[2]] for row in expected]
+    assert session.status()["experts"] == ["amber", "cyan"]
+    with pytest.raises(CompositionError) as error:
+        session.remove("umber")
+    assert_says(error.value, given=("unknown expert 'umber'",), expected=None, do="did you mean 'amber'")
+
+
+def test_a_model_without_the_experts_layers_is_refused(tmp_path):
+    session = session_of(tmp_path, KNOWN)
+    with pytest.raises(CompositionError) as error:
+        session.check()
+    assert_says(error.value, given=("no layer is routed",), expected="all layers", do="the base model")
+    session.routed["model.layers.0.mlp.up_proj"] = "model.layers.0.mlp.gate_up_proj"
+    with pytest.raises(CompositionError) as error:
+        session.check()
+    assert_says(error.value, given=("1 of 2 modules are routed",), expected="all layers", do="the base model")

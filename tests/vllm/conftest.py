@@ -1,0 +1,25 @@
+"""Tests in a running engine; collected only where vLLM is installed, which is found out without importing it."""
+
+from pathlib import Path
+
+import pytest
+
+from spectr.vllm.register import engine_version
+
+HERE = Path(__file__).parent
+collect_ignore_glob = [] if engine_version() else ["test_*.py"]
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.vllm)
+            item.add_marker(pytest.mark.filterwarnings("ignore"))  # the engine's and its libraries' own
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory):
+    """A tiny model with heads of the size that the engine's attention takes, and five experts for it."""
+    from engine import make_world
+
+    return make_world(tmp_path_factory.mktemp("served"))
