@@ -50,9 +50,10 @@ class StandIn:
 
     Attributes:
         replies: By model: chunks, strings sent as they are, and events to wait for. The rest get PLAIN.
-        refusals: By model or path: (status, body) instead.
+        refusals: By model, or field of a request: (status, body) instead.
         keys: API keys that are let in; None: anybody.
         cut: End streams without the last word.
+        raw: Bytes sent one by one before each reply, which then is empty.
     """
 
     models: list[str] = field(default_factory=lambda: ["spectr", *(f"spectr/{name}" for name in EXPERTS), BASE])
@@ -60,6 +61,7 @@ class StandIn:
     refusals: dict[str, tuple[int, object]] = field(default_factory=dict)
     keys: set[str] | None = None
     cut: bool = False
+    raw: bytes = b""
     asked: list[dict] = field(default_factory=list)
     hung_up: threading.Event = field(default_factory=threading.Event)
     url: str = ""
@@ -92,14 +94,15 @@ class Handler(SimpleHTTPRequestHandler):
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.stand_in.asked.append(request)
-        refusal = self._unknown_key() or self.stand_in.refusals.get(request["model"])
+        refusals = self.stand_in.refusals
+        refusal = self._unknown_key() or next((refusals[key] for key in (request["model"], *request) if key in refusals), None)
         if refusal:
             self._json(*refusal)
         else:
             self._stream(self.stand_in.replies.get(request["model"], PLAIN))
 
     def _models(self):
-        refusal = self._unknown_key() or self.stand_in.refusals.get(self.path)
+        refusal = self._unknown_key()
         data = [{"id": name, "object": "model"} for name in self.stand_in.models]
         self._json(*(refusal or (200, {"object": "list", "data": data})))
 
@@ -120,7 +123,9 @@ class Handler(SimpleHTTPRequestHandler):
         self.send_header("Content-Type", "text/event-stream")
         self.end_headers()
         try:
-            for part in [*reply, *([] if self.stand_in.cut else ["[DONE]"])]:
+            for byte in self.stand_in.raw:
+                self._write(bytes([byte]))
+            for part in [*([] if self.stand_in.raw else reply), *([] if self.stand_in.cut else ["[DONE]"])]:
                 self._event(part)
         except (BrokenPipeError, ConnectionResetError):
             self.stand_in.hung_up.set()
@@ -132,7 +137,7 @@ class Handler(SimpleHTTPRequestHandler):
             self._write(f"data: {part if isinstance(part, str) else json.dumps(part)}\n\n")
 
     def _write(self, text):
-        self.wfile.write(text.encode())
+        self.wfile.write(text.encode() if isinstance(text, str) else text)
         self.wfile.flush()
 
 

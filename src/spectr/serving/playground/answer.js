@@ -5,6 +5,8 @@ import { counted, make, percent } from "./dom.js";
 import { mean } from "./routing.js";
 import { Tokens } from "./tokens.js";
 
+const SHOWN = 12; // experts in the legend, by share
+
 export class Answer {
   text = "";
   #count = 0;
@@ -50,7 +52,7 @@ export class Answer {
     const tokens = this.tokens.pieces.flatMap(piece => piece.tokens);
     const shares = mean(tokens.map(token => token.shares));
     const focused = this.legend.contains(document.activeElement) ? document.activeElement.dataset.name : null;
-    this.legend.replaceChildren(...shares.map(share => this.#button(share)));
+    this.legend.replaceChildren(...shares.slice(0, SHOWN).map(share => this.#button(share)));
     [...this.legend.children].find(button => button.dataset.name === focused)?.focus();
   }
 

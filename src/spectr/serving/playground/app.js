@@ -14,6 +14,7 @@ const SAMPLES = [
 ];
 
 const detail = new Detail();
+const wide = matchMedia("(min-width: 860px)");
 const choices = new Choices({ onKey: load });
 const talk = new Talk(choices, detail);
 
@@ -33,6 +34,7 @@ async function ask() {
   if (!question || talk.busy) return;
   if (choices.obstacle) return object(choices.obstacle);
   find("empty").hidden = true;
+  find("settings").open = wide.matches;
   find("question").value = "";
   busy(true);
   const stay = stayAtEnd();
@@ -92,7 +94,6 @@ function sample(text) {
 
 /** Beside the talk where there is room, folded above it on a phone. */
 function fold() {
-  const wide = matchMedia("(min-width: 860px)");
   const set = () => (find("settings").open = wide.matches);
   wide.addEventListener("change", set);
   set();

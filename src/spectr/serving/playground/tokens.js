@@ -45,8 +45,10 @@ export class Tokens {
   /** Mark a token as the one that is looked at, or none. */
   select(number) {
     for (const node of this.body.querySelectorAll("[aria-current]")) node.removeAttribute("aria-current");
-    this.#nodes[number]?.setAttribute("aria-current", "true");
-    if (number !== null) this.#rove(number);
+    if (number === null) return;
+    this.#nodes[number].setAttribute("aria-current", "true");
+    this.#nodes[number].scrollIntoView({ block: "nearest" });
+    this.#rove(number);
   }
 
   focus(number) {
@@ -64,14 +66,19 @@ export class Tokens {
     return node;
   }
 
-  /** Where another expert takes the lead its mark is written under the word, so that colour is not the only sign. */
+  /**
+   * The space before a word is not tinted: where a line breaks it would hang at the end of the line above. Where another
+   * expert takes the lead its mark is written under the word, so that colour is not the only sign.
+   */
   #parts({ text, shares }) {
+    const word = text.trimStart() || text;
+    const node = make("span", { className: "word" }, word);
     const leader = shares[0]?.name ?? null;
-    if (!text.trim() || leader === this.#leader) return [text];
-    this.#leader = leader;
-    const space = text.length - text.trimStart().length;
-    const mark = leader === null ? "–" : ensign(leader).mark;
-    return [text.slice(0, space), make("span", { className: "word", "data-mark": mark }, text.slice(space))];
+    if (text.trim() && leader !== this.#leader) {
+      this.#leader = leader;
+      node.dataset.mark = leader === null ? "–" : ensign(leader).mark;
+    }
+    return [text.slice(0, text.length - word.length), node];
   }
 
   #numberAt(target) {
