@@ -26,7 +26,9 @@ def pytest_terminal_summary(terminalreporter):
     """Why tests were left out, and what to do."""
     if left_out:
         lacks = " and ".join(LACKS)
-        terminalreporter.write_line(f"{len(left_out)} browser tests left out: no {lacks} here. Run them: make test-browser")
+        terminalreporter.write_line(
+            f"{len(left_out)} browser tests left out: no {lacks} here. Run them: make test-browser"
+        )
 
 
 @pytest.fixture(scope="session")
@@ -49,12 +51,14 @@ def server():
 
 @pytest.fixture
 def visit(browser, server):
-    """Open the page in a window of its own; at the end nothing may have been said on the console or been asked elsewhere."""
+    """Open the page in its own window. At the end no fault may be on the console, and nobody else have been asked."""
     contexts, faults = [], []
     home = server.url.removesuffix("playground/")
 
     def open_page(**options):
-        context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, "reduced_motion": "reduce"} | options)
+        context = browser.new_context(
+            **{"viewport": {"width": 1280, "height": 800}, "reduced_motion": "reduce"} | options
+        )
         contexts.append(context)
         context.set_default_timeout(5000)
         page = context.new_page()

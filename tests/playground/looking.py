@@ -18,7 +18,9 @@ def words(answer):
 def bar(token):
     """The shares that the bar under a token shows: [(colour variable, percent)], widths from left to right."""
     text = token.evaluate("node => node.style.getPropertyValue('--bar')")
-    parts = [part.strip().split(" ") for part in text.removeprefix("linear-gradient(90deg,").removesuffix(")").split(",")]
+    parts = [
+        part.strip().split(" ") for part in text.removeprefix("linear-gradient(90deg,").removesuffix(")").split(",")
+    ]
     stops = [(part[0], float(part[2][:-1]) - float(part[1][:-1])) for part in parts if len(part) == 3]
     return [(hue, round(width)) for hue, width in stops]
 

@@ -41,7 +41,11 @@ def error(message, code, param=None, kind="invalid_request_error"):
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-PLAIN = [chunk("The", {"sst2": 0.9, "cola": 0.1}), chunk(" film", {"agnews": 0.6}), chunk(".", {"agnews": 0.5}, finish="stop")]
+PLAIN = [
+    chunk("The", {"sst2": 0.9, "cola": 0.1}),
+    chunk(" film", {"agnews": 0.6}),
+    chunk(".", {"agnews": 0.5}, finish="stop"),
+]
 
 
 @dataclass
@@ -95,7 +99,9 @@ class Handler(SimpleHTTPRequestHandler):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.stand_in.asked.append(request)
         refusals = self.stand_in.refusals
-        refusal = self._unknown_key() or next((refusals[key] for key in (request["model"], *request) if key in refusals), None)
+        refusal = self._unknown_key() or next(
+            (refusals[key] for key in (request["model"], *request) if key in refusals), None
+        )
         if refusal:
             self._json(*refusal)
         else:

@@ -60,7 +60,12 @@ def test_the_tooltip_has_names_and_shares(page, ask):
 
 
 def test_tokens_whose_bytes_are_held_back_share_the_text_that_comes(server, page, ask):
-    held = [chunk("", {"cola": 1.0}), chunk(None, {"sst2": 0.5}), chunk("é!", {"cola": 0.4}), chunk(" ok", {"mnli": 1.0})]
+    held = [
+        chunk("", {"cola": 1.0}),
+        chunk(None, {"sst2": 0.5}),
+        chunk("é!", {"cola": 0.4}),
+        chunk(" ok", {"mnli": 1.0}),
+    ]
     server.replies["spectr"] = held
     answer = ask(page)
     assert words(answer) == ["é!", " ok"]
@@ -114,7 +119,10 @@ def test_a_server_that_refuses_routing_is_asked_without(server, page, ask):
 
 
 def test_events_may_be_cut_anywhere(server, page, ask):
-    server.raw = b": hello\r\n\r\nevent: x\r\ndata: " + b'{"choices":[{"delta":{"content":"caf\xc3\xa9 \xf0\x9f\x98\x80"}}]}\r\n\r\n'
+    server.raw = (
+        b": hello\r\n\r\nevent: x\r\ndata: "
+        + b'{"choices":[{"delta":{"content":"caf\xc3\xa9 \xf0\x9f\x98\x80"}}]}\r\n\r\n'
+    )
     expect(ask(page).locator(".body")).to_have_text("café 😀")
 
 

@@ -89,7 +89,9 @@ def test_each_side_remembers_what_it_said(server, page, ask):
     page.select_option("#beside", BASE)
     ask(page)
     ask(page, "And?")
-    by_model = {request["model"]: [message["content"] for message in request["messages"]] for request in server.asked[-2:]}
+    by_model = {
+        request["model"]: [message["content"] for message in request["messages"]] for request in server.asked[-2:]
+    }
     assert by_model == {"spectr": ["Who are you?", "The film.", "And?"], BASE: ["Who are you?", "I am.", "And?"]}
 
 
@@ -116,7 +118,10 @@ def test_stop_hangs_up_and_keeps_the_text(server, page, ask):
 @pytest.mark.parametrize(
     ("refusal", "says"),
     [
-        ((404, error("No such expert.", "expert_not_found", "experts")), "No such expert.404 · expert_not_found · in “experts”"),
+        (
+            (404, error("No such expert.", "expert_not_found", "experts")),
+            "No such expert.404 · expert_not_found · in “experts”",
+        ),
         ((502, "<h1>Bad gateway</h1>"), "The server answered 502 Bad Gateway: <h1>Bad gateway</h1>502"),
         ((500, {"error": "boom"}), "boom500"),
         ((503, ""), "The server answered 503 Service Unavailable503"),
@@ -173,7 +178,11 @@ def test_the_key_lives_in_the_tab_alone(server, visit):
     page.locator("#key").fill("sk-right")
     page.locator("#key").press("Tab")
     expect(page.locator("#boxes input")).to_have_count(4)
-    assert page.evaluate("[Object.values(sessionStorage), localStorage.length, document.cookie]") == [["sk-right"], 0, ""]
+    assert page.evaluate("[Object.values(sessionStorage), localStorage.length, document.cookie]") == [
+        ["sk-right"],
+        0,
+        "",
+    ]
     page.reload()
     expect(page.locator("#boxes input")).to_have_count(4)
     other = page.context.new_page()

@@ -26,9 +26,9 @@ export class Detail {
     this.#tokens?.select(null);
     this.#tokens = tokens;
     this.#number = number;
-    tokens.select(number);
     this.panel.hidden = false;
     document.body.classList.add("detailed");
+    tokens.select(number); // scrolls it to where the panel leaves it in sight
     this.#draw(tokens.pieces[number]);
     if (byKeyboard) this.title.focus();
   }

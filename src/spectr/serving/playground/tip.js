@@ -16,7 +16,7 @@ export function showTip(target, piece) {
   tip.replaceChildren(make("p", { className: "tiptitle" }, titleOf(piece)), body);
   tip.hidden = false;
   target.setAttribute("aria-describedby", "tip");
-  place(tip, target.getClientRects()[0] ?? target.getBoundingClientRect());
+  place(tip, target.lastChild.getBoundingClientRect());
 }
 
 export function hideTip() {

@@ -122,7 +122,7 @@ export class Tokens {
 
   /** The token of the line above (-1) or below (1) that is nearest to this one. */
   #onLine(number, step) {
-    const boxes = this.#nodes.map(node => [...node.getClientRects()].at(-1) ?? node.getBoundingClientRect());
+    const boxes = this.#nodes.map(({ lastChild }) => lastChild.getClientRects()[0] ?? lastChild.getBoundingClientRect());
     const here = boxes[number];
     let best = number;
     let line = null;
