@@ -4,10 +4,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --retries 10
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test test-browser lint clean
 help:
 	@echo "make demo   install, fetch the base model, and show the base and the routed model side by side"
 	@echo "make test   install, then run linters, type checker and tests"
+	@echo "make test-browser  install the browser's driver, then test the playground in chromium"
 	@echo "make lint   linters and type checker alone"
 	@echo "make clean  delete the environment and what the commands wrote"
 
@@ -16,6 +17,11 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+test-browser: $(VENV)/.test
+	@command -v "$${SPECTR_CHROMIUM:-chromium}" >/dev/null || { echo "no chromium here: apt-get install chromium, or set SPECTR_CHROMIUM to one"; exit 1; }
+	@$(PIP) -c requirements/constraints.txt playwright
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m browser tests/playground
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

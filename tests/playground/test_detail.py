@@ -184,3 +184,14 @@ def test_the_settings_have_names(page):
       - checkbox "Scores by layer much larger answers" [checked]
       - textbox "API key"
     """)
+
+
+def test_of_very_many_experts_the_first_are_listed(server, page, ask):
+    names = [f"e{number}" for number in range(64)]
+    server.replies["spectr"] = [chunk("Hi", {name: 1 / 64 for name in names}, experts=names)]
+    ask(page).locator(".token").hover()
+    expect(page.locator("#tip li").last).to_have_text("and 58 more")
+    page.locator(".token").click()
+    expect(page.locator("#detail .shares li").last).to_have_text("and 52 more")
+    expect(page.locator(".readout tr")).to_have_count(65)
+    expect(page.locator(".legend button")).to_have_count(12)

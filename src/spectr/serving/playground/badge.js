@@ -14,9 +14,11 @@ export function badge(name, strength = 1) {
 /** Mark and name; <bdi> keeps a name of another direction from turning what is around it. */
 export const labelled = name => make("span", { className: "expert" }, badge(name), make("bdi", { className: "name" }, name));
 
-/** One line for each expert: mark, name, bar, share. */
-export function shareList(shares) {
-  return make("ul", { className: "shares" }, ...shares.map(shareLine));
+/** One line for each of the first experts: mark, name, bar, share. */
+export function shareList(shares, limit) {
+  const more = shares.length - limit;
+  const rest = more > 0 ? [make("li", { className: "more" }, `and ${more} more`)] : [];
+  return make("ul", { className: "shares" }, ...shares.slice(0, limit).map(shareLine), ...rest);
 }
 
 function shareLine({ name, share }) {

@@ -57,7 +57,7 @@ export class Detail {
     this.title.replaceChildren(make("span", { className: "unseen" }, "Token "), make("bdi", {}, titleOf(piece)));
     this.back.disabled = this.#number === 0;
     this.next.disabled = this.#number === this.#tokens.pieces.length - 1;
-    const shares = piece.shares.length ? shareList(piece.shares) : make("p", { className: "hint" }, "No expert: the base model alone.");
+    const shares = piece.shares.length ? shareList(piece.shares, 12) : make("p", { className: "hint" }, "No expert: the base model alone.");
     this.content.replaceChildren(shares, ...this.#layerParts(byLayer(piece)));
   }
 

@@ -4,6 +4,8 @@ import { make, short } from "./dom.js";
 import { gridOf } from "./grid.js";
 import { ensign } from "./palette.js";
 
+const SPOKEN = 8; // experts in a cell's words
+
 /**
  * @param layers of routing.js' byLayer.
  * @param read called with a layer's number when it is pointed at or walked to.
@@ -34,7 +36,7 @@ function rowOf({ name, cells }, layers, strongest) {
 
 function cellOf(number, { experts }, strongest) {
   const [top] = experts;
-  const words = experts.map(({ name, weight, score }) => `${name} ${short(weight)}, score ${short(score)}`).join("; ");
+  const words = experts.slice(0, SPOKEN).map(({ name, weight, score }) => `${name} ${short(weight)}, score ${short(score)}`).join("; ");
   const cell = make("td", { tabIndex: -1, "data-number": number }, make("span", { className: "unseen" }, words || "no expert"));
   if (!top) return cell;
   const { mark, hue } = ensign(top.name);

@@ -12,7 +12,7 @@ export function titleOf({ text, tokens }) {
 
 export function showTip(target, piece) {
   const tip = find("tip");
-  const body = piece.shares.length ? shareList(piece.shares.slice(0, 6)) : "No expert: the base model alone.";
+  const body = piece.shares.length ? shareList(piece.shares, 6) : "No expert: the base model alone.";
   tip.replaceChildren(make("p", { className: "tiptitle" }, titleOf(piece)), body);
   tip.hidden = false;
   target.setAttribute("aria-describedby", "tip");
