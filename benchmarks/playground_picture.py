@@ -1,7 +1,7 @@
 """Take the docs' picture of the playground from a running server.
 
-    spectr serve ...
-    python benchmarks/playground_picture.py http://127.0.0.1:8000/playground/
+spectr serve ...
+python benchmarks/playground_picture.py http://127.0.0.1:8000/playground/
 """
 
 from __future__ import annotations

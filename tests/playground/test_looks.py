@@ -203,3 +203,12 @@ def test_what_is_read_scrolls_along_unless_the_reader_left(server, page, ask):
     gate.set()
     page.locator("#send").wait_for()
     assert page.evaluate("scrollY") == before
+
+
+def test_the_end_of_an_answer_is_in_sight(server, visit):
+    server.replies["spectr"] = [chunk(f"line {number}\n", {"cola": 1.0}) for number in range(30)]
+    page = visit(**PHONE)
+    page.fill("#question", "Go")
+    page.locator("#send").tap()
+    page.locator("#send").wait_for()
+    expect(page.locator(".end")).to_be_in_viewport()

@@ -65,7 +65,12 @@ function stayAtEnd() {
   watch.observe(find("talk"));
   addEventListener("scroll", look, { passive: true });
   end();
-  return { end: () => (watch.disconnect(), removeEventListener("scroll", look)) };
+  const leave = () => {
+    if (near) end(); // what was drawn last
+    watch.disconnect();
+    removeEventListener("scroll", look);
+  };
+  return { end: () => requestAnimationFrame(() => requestAnimationFrame(leave)) };
 }
 
 function pressed(event) {
