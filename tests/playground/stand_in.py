@@ -53,6 +53,7 @@ class StandIn:
     """What the server answers, and what it was asked.
 
     Attributes:
+        routers: Of the first model.
         replies: By model: chunks, strings sent as they are, and events to wait for. The rest get PLAIN.
         refusals: By model, or field of a request: (status, body) instead.
         keys: API keys that are let in; None: anybody.
@@ -60,6 +61,7 @@ class StandIn:
         raw: Bytes sent one by one before each reply, which then is empty.
     """
 
+    routers: list[str] = field(default_factory=list)
     models: list[str] = field(default_factory=lambda: ["spectr", *(f"spectr/{name}" for name in EXPERTS), BASE])
     replies: dict[str, list] = field(default_factory=dict)
     refusals: dict[str, tuple[int, object]] = field(default_factory=dict)
@@ -110,6 +112,7 @@ class Handler(SimpleHTTPRequestHandler):
     def _models(self):
         refusal = self._unknown_key()
         data = [{"id": name, "object": "model"} for name in self.stand_in.models]
+        data[0]["routers"] = self.stand_in.routers
         self._json(*(refusal or (200, {"object": "list", "data": data})))
 
     def _unknown_key(self):

@@ -188,3 +188,35 @@ def test_the_key_lives_in_the_tab_alone(server, visit):
     other = page.context.new_page()
     other.goto(server.url)
     expect(other.locator("#trouble")).to_have_text("No such API key.")
+
+
+def test_one_of_several_routers_can_be_chosen(server, visit, ask):
+    server.routers = ["calibrated", "spectr", "arrow"]
+    page = visit()
+    ask(page)
+    assert "router" not in server.asked[-1]
+    page.get_by_label("Router", exact=True).select_option("arrow")
+    ask(page)
+    assert server.asked[-1]["router"] == "arrow"
+
+
+def test_without_a_choice_of_routers_none_is_offered(page):
+    expect(page.get_by_label("Router", exact=True)).to_be_hidden()
+
+
+def test_a_key_that_cannot_be_sent_is_refused_by_the_page(page):
+    page.locator("#key").fill("sk-“quoted”")
+    page.locator("#key").press("Tab")
+    expect(page.locator("#trouble")).to_have_text(
+        "The API key has spaces or letters that no key can have. Copy it again."
+    )
+
+
+def test_a_new_chat_ends_the_stream(server, page, ask):
+    server.replies["spectr"] = [threading.Event()]
+    ask(page, wait=False)
+    page.get_by_role("button", name="New chat").click()
+    assert server.hung_up.wait(5)
+    page.locator("#send").wait_for()
+    expect(page.locator("#question")).to_have_value("")
+    expect(page.locator(".turn")).to_have_count(0)

@@ -212,3 +212,13 @@ def test_the_end_of_an_answer_is_in_sight(server, visit):
     page.locator("#send").tap()
     page.locator("#send").wait_for()
     expect(page.locator(".end")).to_be_in_viewport()
+
+
+def test_a_phone_on_its_side_still_shows_the_layers(visit):
+    page = visit(**PHONE | {"viewport": {"width": 740, "height": 360}})
+    page.fill("#question", "Go")
+    page.locator("#send").tap()
+    page.locator(".token").first.tap()
+    page.locator("[data-number='20']").tap()
+    expect(page.locator(".readout .layer")).to_have_text("model.layers.2.mlp.down_proj")
+    assert sideways(page) <= 0

@@ -41,7 +41,7 @@ async function ask() {
   const answered = await talk.ask(question);
   stay.end();
   busy(false);
-  if (!answered && !find("question").value) find("question").value = question; // to be asked again
+  if (!answered && find("empty").hidden && !find("question").value) find("question").value = question; // to be asked again
 }
 
 function object(words) {

@@ -9,7 +9,7 @@ const KEY = "spectr-playground-key";
 const MANY = 12; // experts from which on a search field helps
 
 export class Choices {
-  #models = { routed: null, experts: [], others: [] };
+  #models = sorted([]);
 
   constructor({ onKey }) {
     find("key").value = sessionStorage.getItem(KEY) ?? "";
@@ -45,13 +45,14 @@ export class Choices {
   }
 
   /** Show the models of the server; what was chosen stays where it is still there. */
-  show(ids) {
-    this.#models = sorted(ids);
-    const { experts } = this.#models;
+  show(models) {
+    this.#models = sorted(models);
+    const { experts, routers } = this.#models;
     if (experts.length <= 10) experts.map(({ name }) => name).sort().forEach(ensign);
     this.#fill(find("model"), []);
     this.#fill(find("beside"), [make("option", { value: "" }, "Nothing")]);
     this.#fillBoxes(experts);
+    this.#fillRouters(routers);
     this.#update();
   }
 
@@ -69,9 +70,15 @@ export class Choices {
       model,
       ...number("tokens", "max_tokens"),
       ...number("temperature", "temperature"),
-      ...(model === this.#models.routed && !this.#allTicked && { experts: this.#ticked }),
+      ...(model === this.#models.routed && this.#wishes()),
       ...(!base && { return_routing: find("layers").checked ? "layers" : true }),
     };
+  }
+
+  /** What the routed model alone is told; nothing where it is as the server has it. */
+  #wishes() {
+    const router = find("router").value;
+    return { ...(!this.#allTicked && { experts: this.#ticked }), ...(router && { router }) };
   }
 
   get #routes() {
@@ -114,6 +121,12 @@ export class Choices {
     find("find").hidden = experts.length < MANY;
   }
 
+  #fillRouters([usual, ...others]) {
+    const options = others.map(name => make("option", { value: name }, name));
+    find("router").replaceChildren(make("option", { value: "" }, usual ?? ""), ...options);
+    find("routers").hidden = !others.length;
+  }
+
   #tick(checked) {
     for (const box of this.#boxes) if (!box.closest("label").hidden) box.checked = checked;
     this.#update();
@@ -125,7 +138,7 @@ export class Choices {
   }
 
   #update() {
-    find("experts").disabled = !this.#routes;
+    find("experts").disabled = find("router").disabled = !this.#routes;
     find("count").textContent = `${this.#ticked.length} of ${this.#boxes.length}`;
     const routed = "Only the routed model chooses among experts.";
     find("advice").textContent = this.#routes ? this.obstacle : routed;

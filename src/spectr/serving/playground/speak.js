@@ -2,7 +2,7 @@
 
 import { find, make } from "./dom.js";
 
-const SENTENCE = /^[^]*?[.!?:;\n](?=\s)\s*/;
+const SENTENCE = /^[^]*?(?:[.!?:;](?=\s)|[\n。！？])\s*/;
 
 export class Speaker {
   #rest = "";
