@@ -183,3 +183,19 @@ def test_scores_by_layer_can_be_left_out(server, page, ask):
     ask(page)
     assert server.asked[-1]["return_routing"] is True
     assert len(EXPERTS) == page.locator("#boxes input").count()
+
+
+def test_marks_tell_names_apart(server, page, ask):
+    names = ["expert-30", "expert-3", "expert", "exa", "sst2", "sst-2", "日本", "…", "e", "e-2"]
+    server.replies["spectr"] = [chunk(f" {name} and much more", {name: 1.0}, experts=names) for name in names]
+    marks = ask(page).locator(".word").evaluate_all("nodes => nodes.map(node => node.dataset.mark)")
+    assert marks == ["e30", "e3", "ex", "ea", "ss", "s2", "日本", "?.2", "e.2", "e2"]
+
+
+def test_where_marks_would_overlap_a_dot_stands(server, page, ask):
+    leaders = ["cola", "mnli", "mnli", "sst2", "cola", "cola"]
+    texts = ["a", "b", "longer", "c", "d", "\ne"]
+    parts = [chunk(text, {name: 1.0}) for text, name in zip(texts, leaders, strict=True)]
+    server.replies["spectr"] = parts
+    marks = ask(page).locator(".word").evaluate_all("nodes => nodes.map(node => node.dataset.mark ?? null)")
+    assert marks == ["co", "·", "mn", "ss", "·", "co"]

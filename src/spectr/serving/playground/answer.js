@@ -16,11 +16,24 @@ export class Answer {
 
   /** @param title whose answer it is. @param watcher see Tokens. */
   constructor(title, watcher) {
-    this.body = make("div", { className: "body", dir: "auto", role: "group", "aria-label": `Answer of ${title}`, "aria-busy": "true" });
+    this.body = make("div", {
+      className: "body",
+      dir: "auto",
+      role: "group",
+      "aria-label": `Answer of ${title}`,
+      "aria-busy": "true",
+    });
     this.tokens = new Tokens(this.body, watcher);
     this.legend = make("div", { className: "legend" });
     this.end = make("p", { className: "end" });
-    this.element = make("article", { className: "answer" }, make("h3", {}, make("bdi", {}, title)), this.body, this.legend, this.end);
+    this.element = make(
+      "article",
+      { className: "answer" },
+      make("h3", {}, make("bdi", {}, title)),
+      this.body,
+      this.legend,
+      this.end,
+    );
   }
 
   add(piece) {
@@ -59,7 +72,13 @@ export class Answer {
   #button({ name, share }) {
     const pressed = String(this.#only === name);
     const title = "Colour the tokens by this expert alone";
-    const button = make("button", { type: "button", title, "aria-pressed": pressed }, labelled(name), " ", percent(share));
+    const button = make(
+      "button",
+      { type: "button", title, "aria-pressed": pressed },
+      labelled(name),
+      " ",
+      percent(share),
+    );
     button.dataset.name = name;
     button.addEventListener("click", () => this.#toggle(name));
     return button;

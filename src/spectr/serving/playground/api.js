@@ -17,7 +17,10 @@ export async function listModels(key) {
   const response = await send("models", { key });
   const { data } = await response.json().catch(() => ({}));
   if (!Array.isArray(data)) throw new ServerError("The server's list of models is not one. Is this a SpectR server?");
-  return data.map(({ id, routers }) => ({ id: String(id), routers: Array.isArray(routers) ? routers.map(String) : [] }));
+  return data.map(({ id, routers }) => ({
+    id: String(id),
+    routers: Array.isArray(routers) ? routers.map(String) : [],
+  }));
 }
 
 /** Chunks of a streamed chat completion. Throws ServerError, or AbortError when the signal says stop. */
@@ -33,9 +36,19 @@ export async function* streamChat(body, { key, signal }) {
 }
 
 async function send(path, { key, signal, body }) {
-  if (/[^\x21-\x7e]/.test(key)) throw new ServerError("The API key has spaces or letters that no key can have. Copy it again.");
-  const headers = { ...(key && { Authorization: `Bearer ${key}` }), ...(body && { "Content-Type": "application/json" }) };
-  const options = { method: body ? "POST" : "GET", headers, signal, body: body && JSON.stringify(body), credentials: "omit" };
+  if (/[^\x21-\x7e]/.test(key))
+    throw new ServerError("The API key has spaces or letters that no key can have. Copy it again.");
+  const headers = {
+    ...(key && { Authorization: `Bearer ${key}` }),
+    ...(body && { "Content-Type": "application/json" }),
+  };
+  const options = {
+    method: body ? "POST" : "GET",
+    headers,
+    signal,
+    body: body && JSON.stringify(body),
+    credentials: "omit",
+  };
   const response = await fetch(new URL(path, ROOT), options).catch(unreachable);
   if (!response.ok) throw await refusal(response);
   return response;

@@ -12,7 +12,8 @@ export function badge(name, strength = 1) {
 }
 
 /** Mark and name; <bdi> keeps a name of another direction from turning what is around it. */
-export const labelled = name => make("span", { className: "expert" }, badge(name), make("bdi", { className: "name" }, name));
+export const labelled = name =>
+  make("span", { className: "expert" }, badge(name), make("bdi", { className: "name" }, name));
 
 /** One line for each of the first experts: mark, name, bar, share. */
 export function shareList(shares, limit) {

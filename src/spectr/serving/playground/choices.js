@@ -48,7 +48,11 @@ export class Choices {
   show(models) {
     this.#models = sorted(models);
     const { experts, routers } = this.#models;
-    if (experts.length <= 10) experts.map(({ name }) => name).sort().forEach(ensign);
+    if (experts.length <= 10)
+      experts
+        .map(({ name }) => name)
+        .sort()
+        .forEach(ensign);
     this.#fill(find("model"), []);
     this.#fill(find("beside"), [make("option", { value: "" }, "Nothing")]);
     this.#fillBoxes(experts);
@@ -103,7 +107,10 @@ export class Choices {
     select.replaceChildren(
       ...first,
       ...group("Routed among experts", routed === null ? [] : [{ id: routed, name: routed }]),
-      ...group(routed === null ? "Models" : "Base model", others.map(id => ({ id, name: id }))),
+      ...group(
+        routed === null ? "Models" : "Base model",
+        others.map(id => ({ id, name: id })),
+      ),
       ...group("One expert alone", experts),
     );
     if ([...select.options].some(option => option.value === before)) select.value = before;

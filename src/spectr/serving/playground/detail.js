@@ -57,7 +57,9 @@ export class Detail {
     this.title.replaceChildren(make("span", { className: "unseen" }, "Token "), make("bdi", {}, titleOf(piece)));
     this.back.disabled = this.#number === 0;
     this.next.disabled = this.#number === this.#tokens.pieces.length - 1;
-    const shares = piece.shares.length ? shareList(piece.shares, 12) : make("p", { className: "hint" }, "No expert: the base model alone.");
+    const shares = piece.shares.length
+      ? shareList(piece.shares, 12)
+      : make("p", { className: "hint" }, "No expert: the base model alone.");
     this.content.replaceChildren(shares, ...this.#layerParts(byLayer(piece)));
   }
 
@@ -68,7 +70,13 @@ export class Detail {
       this.#layer = layers[number].layer;
       readout.replaceChildren(...reading(layers[number]));
     });
-    readCell(table, Math.max(0, layers.findIndex(({ layer }) => layer === this.#layer)));
+    readCell(
+      table,
+      Math.max(
+        0,
+        layers.findIndex(({ layer }) => layer === this.#layer),
+      ),
+    );
     return [make("h3", {}, "Layers"), readout, make("div", { className: "scroll" }, table)];
   }
 

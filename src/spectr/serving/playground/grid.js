@@ -11,7 +11,11 @@ export function gridOf(layers) {
   const kinds = [...new Set(places.map(({ kind }) => kind))];
   const rows = new Map();
   places.forEach(({ block, kind }, number) => {
-    if (!rows.has(block)) rows.set(block, kinds.map(() => null));
+    if (!rows.has(block))
+      rows.set(
+        block,
+        kinds.map(() => null),
+      );
     rows.get(block)[kinds.indexOf(kind)] = number;
   });
   const names = blockNames([...rows.keys()]);
@@ -31,7 +35,9 @@ function place(layer) {
 function blockNames(blocks) {
   const split = blocks.map(block => block.split("\n"));
   const stacks = new Set(split.filter(([, number]) => number).map(([before]) => before));
-  return split.map(([before, number]) => (stacks.size > 1 && number ? `${before.split(".")[0]} ${number}` : number || "–"));
+  return split.map(([before, number]) =>
+    stacks.size > 1 && number ? `${before.split(".")[0]} ${number}` : number || "–",
+  );
 }
 
 /** Neighbouring columns of one parent, "self_attn" or "mlp". */

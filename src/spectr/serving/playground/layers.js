@@ -36,8 +36,15 @@ function rowOf({ name, cells }, layers, strongest) {
 
 function cellOf(number, { experts }, strongest) {
   const [top] = experts;
-  const words = experts.slice(0, SPOKEN).map(({ name, weight, score }) => `${name} ${short(weight)}, score ${short(score)}`).join("; ");
-  const cell = make("td", { tabIndex: -1, "data-number": number }, make("span", { className: "unseen" }, words || "no expert"));
+  const words = experts
+    .slice(0, SPOKEN)
+    .map(({ name, weight, score }) => `${name} ${short(weight)}, score ${short(score)}`)
+    .join("; ");
+  const cell = make(
+    "td",
+    { tabIndex: -1, "data-number": number },
+    make("span", { className: "unseen" }, words || "no expert"),
+  );
   if (!top) return cell;
   const { mark, hue } = ensign(top.name);
   cell.style.setProperty("--hue", hue);

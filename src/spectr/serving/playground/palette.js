@@ -20,11 +20,15 @@ function newHue(number) {
   return `var(${variable})`;
 }
 
-/** The first letter and the first later one that nobody has with it yet; numbers where there is none. */
+/**
+ * Two letters, "ss" for sst2; the number where that is the difference, "e30" for expert-30. Who comes when those are taken
+ * gets another of its letters, and at last a number behind a dot, which no name's own number looks like.
+ */
 function newMark(name) {
-  const [first, ...later] = [...name].filter(letter => /[\p{L}\p{N}]/u.test(letter));
-  const tries = later.map(letter => (first + letter).toLowerCase());
-  for (let number = 2; number <= known.size + 2; number++) tries.push(`${(first ?? "?").toLowerCase()}${number}`);
+  const [first = "?", ...later] = [...name.toLowerCase()].filter(letter => /[\p{L}\p{N}]/u.test(letter));
+  const [, number] = /[^\p{L}\p{N}](\d{1,3})$/u.exec(name) ?? [];
+  const tries = [...(number ? [first + number] : []), ...later.map(letter => first + letter)];
+  for (let n = 2; n <= known.size + 2; n++) tries.push(`${first}.${n}`);
   const mark = tries.find(candidate => !marks.has(candidate));
   marks.add(mark);
   return mark;

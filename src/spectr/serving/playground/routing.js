@@ -72,7 +72,12 @@ function gather(found, { numbers, experts }, i, count) {
   const [layer, expert, weight, score] = numbers.subarray(i, i + 4);
   const name = named(experts, expert);
   const sum = found[layer]?.get(name) ?? { name, weight: 0, score: 0, times: 0 };
-  found[layer]?.set(name, { name, weight: sum.weight + weight / count, score: sum.score + score, times: sum.times + 1 });
+  found[layer]?.set(name, {
+    name,
+    weight: sum.weight + weight / count,
+    score: sum.score + score,
+    times: sum.times + 1,
+  });
 }
 
 const ranked = experts =>

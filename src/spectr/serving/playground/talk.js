@@ -98,7 +98,8 @@ export class Talk {
     try {
       yield* streamChat(request, with_);
     } catch (error) {
-      if (!(error instanceof ServerError && error.param === "return_routing" && "return_routing" in request)) throw error;
+      if (!(error instanceof ServerError && error.param === "return_routing" && "return_routing" in request))
+        throw error;
       const { return_routing, ...plain } = request;
       yield* streamChat(plain, with_);
     }

@@ -6,7 +6,10 @@ import { find, make } from "./dom.js";
 /** What a piece is called where its text alone would not show. */
 export function titleOf({ text, tokens }) {
   if (text === "") return "end of the answer";
-  const visible = text.replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/^ +| +$/g, spaces => "␣".repeat(spaces.length));
+  const visible = text
+    .replace(/\n/g, "↵")
+    .replace(/\t/g, "⇥")
+    .replace(/^ +| +$/g, spaces => "␣".repeat(spaces.length));
   return tokens.length > 1 ? `${visible} (mean of ${tokens.length} tokens)` : visible;
 }
 

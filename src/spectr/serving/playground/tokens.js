@@ -8,7 +8,8 @@ export class Tokens {
   pieces = [];
   #nodes = [];
   #numbers = new WeakMap();
-  #leader = null;
+  #leader = null; // whose mark was written last
+  #room = Infinity; // letters since then
   #only = null;
 
   /**
@@ -58,7 +59,12 @@ export class Tokens {
 
   #node(piece) {
     const title = piece.text.trim() ? undefined : spoken(piece.text);
-    const properties = { className: "token", role: "button", tabIndex: this.pieces.length ? -1 : 0, "aria-label": title };
+    const properties = {
+      className: "token",
+      role: "button",
+      tabIndex: this.pieces.length ? -1 : 0,
+      "aria-label": title,
+    };
     const node = make("span", properties, ...this.#parts(piece));
     node.classList.toggle("break", /^\s*\n\s*$/.test(piece.text));
     node.classList.toggle("silent", piece.text === "");
@@ -73,12 +79,20 @@ export class Tokens {
   #parts({ text, shares }) {
     const word = text.trimStart() || text;
     const node = make("span", { className: "word" }, word);
-    const leader = shares[0]?.name ?? null;
-    if (text.trim() && leader !== this.#leader) {
-      this.#leader = leader;
-      node.dataset.mark = leader === null ? "–" : ensign(leader).mark;
-    }
+    const mark = text.trim() && this.#mark(shares[0]?.name);
+    if (mark) node.dataset.mark = mark;
+    this.#room = text.includes("\n") ? Infinity : this.#room + text.length;
     return [text.slice(0, text.length - word.length), node];
+  }
+
+  /** The leader's mark if another one's was written last; a dot where that one leaves no room for it. */
+  #mark(leader = "") {
+    if (leader === this.#leader) return null;
+    const free = this.#room >= 0;
+    const mark = leader && ensign(leader).mark;
+    this.#leader = free ? leader : null;
+    if (free) this.#room = -0.75 * mark.length - 0.3; // a mark's letters are smaller
+    return free ? mark || "–" : "·";
   }
 
   #numberAt(target) {
@@ -122,7 +136,9 @@ export class Tokens {
 
   /** The token of the line above (-1) or below (1) that is nearest to this one. */
   #onLine(number, step) {
-    const boxes = this.#nodes.map(({ lastChild }) => lastChild.getClientRects()[0] ?? lastChild.getBoundingClientRect());
+    const boxes = this.#nodes.map(
+      ({ lastChild }) => lastChild.getClientRects()[0] ?? lastChild.getBoundingClientRect(),
+    );
     const here = boxes[number];
     let best = number;
     let line = null;
