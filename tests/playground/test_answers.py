@@ -194,7 +194,7 @@ def test_marks_tell_names_apart(server, page, ask):
 
 def test_where_marks_would_overlap_a_dot_stands(server, page, ask):
     leaders = ["cola", "mnli", "mnli", "sst2", "cola", "cola"]
-    texts = ["a", "b", "longer", "c", "d", "\ne"]
+    texts = ["a", "bb", "longer", "c", "d", "\ne"]
     parts = [chunk(text, {name: 1.0}) for text, name in zip(texts, leaders, strict=True)]
     server.replies["spectr"] = parts
     marks = ask(page).locator(".word").evaluate_all("nodes => nodes.map(node => node.dataset.mark ?? null)")

@@ -91,7 +91,7 @@ export class Tokens {
     const free = this.#room >= 0;
     const mark = leader && ensign(leader).mark;
     this.#leader = free ? leader : null;
-    if (free) this.#room = -0.75 * mark.length - 0.3; // a mark's letters are smaller
+    if (free) this.#room = -0.9 * mark.length - 0.4; // a mark's letters are smaller
     return free ? mark || "–" : "·";
   }
 
