@@ -42,6 +42,7 @@ def talk(page, given):
     base = page.locator("#beside optgroup[label='Base model'] option").first
     base.wait_for(state="attached")
     page.select_option("#beside", base.get_attribute("value"))
+    page.locator("#tokens").fill(str(given.max_tokens))
     page.locator("#question").fill(given.question)
     page.locator("#send").click()
     page.locator("#send").wait_for()
@@ -61,6 +62,7 @@ def arguments():
     parser.add_argument("-o", "--output", type=Path, default=Path("docs/images/playground.png"))
     parser.add_argument("--question", default=QUESTION)
     parser.add_argument("--token", type=int, default=0, help="number of the token to look at")
+    parser.add_argument("--max-tokens", type=int, default=60, help="of each answer")
     parser.add_argument("--key", help="API key, where the server asks for one")
     parser.add_argument("--scheme", choices=["light", "dark"], default="light")
     parser.add_argument("--height", type=int, default=800, help="of the picture, in pixels")

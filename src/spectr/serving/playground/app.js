@@ -60,7 +60,12 @@ function stayAtEnd() {
   const page = document.scrollingElement;
   const end = () => (page.scrollTop = page.scrollHeight);
   let near = true;
-  const look = () => (near = page.scrollHeight - page.scrollTop - innerHeight < 80);
+  let last = page.scrollTop;
+  const look = () => {
+    if (page.scrollHeight - page.scrollTop - innerHeight < 80) near = true;
+    else if (page.scrollTop < last) near = false; // the reader, not a line that has come since
+    last = page.scrollTop;
+  };
   const watch = new ResizeObserver(() => near && end());
   watch.observe(find("talk"));
   addEventListener("scroll", look, { passive: true });

@@ -78,10 +78,11 @@ export class Tokens {
    */
   #parts({ text, shares }) {
     const word = text.trimStart() || text;
+    if (text.slice(0, -word.length).includes("\n")) this.#room = Infinity;
     const node = make("span", { className: "word" }, word);
     const mark = text.trim() && this.#mark(shares[0]?.name);
     if (mark) node.dataset.mark = mark;
-    this.#room = text.includes("\n") ? Infinity : this.#room + text.length;
+    this.#room = word.includes("\n") ? Infinity : this.#room + text.length;
     return [text.slice(0, text.length - word.length), node];
   }
 
