@@ -6,10 +6,11 @@ VLLM_VENV ?= .venv-vllm
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --retries 10
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --retries 10
 
-.PHONY: help demo test test-vllm lint clean
+.PHONY: help demo test test-browser test-vllm lint clean
 help:
 	@echo "make demo   install, fetch the base model, and show the base and the routed model side by side"
 	@echo "make test   install, then run linters, type checker and tests"
+	@echo "make test-browser  install the browser's driver, then test the playground in chromium"
 	@echo "make test-vllm  install the engine vLLM (CPU build) in an environment of its own, then run its tests"
 	@echo "make lint   linters and type checker alone"
 	@echo "make clean  delete the environment and what the commands wrote"
@@ -19,6 +20,11 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+test-browser: $(VENV)/.test
+	@command -v "$${SPECTR_CHROMIUM:-chromium}" >/dev/null || { echo "no chromium here: apt-get install chromium, or set SPECTR_CHROMIUM to one"; exit 1; }
+	@$(PIP) -c requirements/constraints.txt playwright
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m browser tests/playground
 
 # The engine pins a torch of its own. Packages of images and sound do not fit that CPU build, and break model loading.
 test-vllm: $(VLLM_VENV)/.test
