@@ -6,11 +6,11 @@ import json
 import httpx
 import pytest
 from engine import ROUTER
-from spectr.serving.gateway import Gateway
 
 from spectr.composed import Settings
 from spectr.serving.engines import Engine
 from spectr.serving.engines.vllm import launched
+from spectr.serving.gateway import Gateway
 
 SMALL = ("--max-model-len", "256", "--max-num-seqs", "8", "--dtype", "float32", "--enforce-eager")
 PROMPT = {"model": "spectr", "prompt": list(range(5, 25)), "max_tokens": 4, "temperature": 0, "ignore_eos": True}

@@ -11,13 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from spectr.serving.engines.base import Step, Ticket
-from spectr.serving.errors import RefusalError
-from spectr.serving.suspicion import spectral_norm, suspicion
-
 from spectr.composed.settings import METHOD, Settings
 from spectr.errors import CompositionError, MissingExtraError
 from spectr.library import ExpertLibrary
+from spectr.serving.engines.base import Step, Ticket
+from spectr.serving.errors import RefusalError
+from spectr.serving.suspicion import spectral_norm, suspicion
 from spectr.vllm.recording import Listener
 from spectr.vllm.register import engine_version
 from spectr.vllm.requests import EXPERTS, ROUTE_ID, ROUTING
