@@ -133,7 +133,7 @@ def test_a_cast_while_weights_are_held_is_seen():
 @needs_a_compiler
 @pytest.mark.parametrize("held", [False, True])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize("tokens", [1, 3, 16])
+@pytest.mark.parametrize("tokens", [1, 3, 7, 16])
 @pytest.mark.parametrize("inputs", [INPUTS, 37, 5])
 def test_the_whole_layer_in_one_call(held, dtype, tokens, inputs):
     layer = layer_of(Spectr(top_k=2), 5, 4, dtype, 0, inputs=inputs)
@@ -144,11 +144,9 @@ def test_the_whole_layer_in_one_call(held, dtype, tokens, inputs):
         for bias in (layer.base.bias, None):
             layer.base.bias = bias
             whole = layer._whole(x)
-            assert (whole is None) == (tokens > layer.fusable.whole.most)
             layer.base.register_forward_hook(lambda *_: None)
             assert layer._whole(x) is None
-            if whole is not None:
-                close(whole.float(), layer(x).float(), TOLERANCE[dtype])
+            close(whole.float(), layer(x).float(), TOLERANCE[dtype])
             layer.base._forward_hooks.clear()
 
 

@@ -20,13 +20,12 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from spectr.layers.kernels.base import Choice, Kernels, Whole
-from spectr.layers.kernels.whole import Layer, WholeLayer, place
+from spectr.layers.kernels.whole import FEW, Layer, WholeLayer, place
 from spectr.saving import cache_folder
 
 # Reductions may be reordered, or nothing is vectorised. Not -ffast-math: it changes how the whole process rounds.
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math")
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
-_FEW = 16  # tokens; of more, products by torch are faster
 _SMALL = 1 << 18  # scores' terms that one thread is through with before a second one has begun
 
 
@@ -68,7 +67,7 @@ class CpuKernels(Kernels):
         layer = Layer.of(A_PI, Bt_PO, centers_P, choice)
         (rows, inputs), outputs, threads = A_PI.shape, Bt_PO.shape[1], torch.get_num_threads()
         tokens = x.numel() // inputs
-        h = None if tokens <= _FEW else linear(x, A_PI)
+        h = None if tokens <= FEW else linear(x, A_PI)
         prior, rows_of_prior = place(prior_BE), 1 if prior_BE is None else len(prior_BE)
         if h is not None and choice.experts <= _dense_pays(x.dtype) * choice.k:
             select = self._functions["select", x.dtype]
@@ -87,7 +86,7 @@ class CpuKernels(Kernels):
     def held(self, x: Tensor, A_PI: Tensor, Bt_PO: Tensor, weights_BP: Tensor, out: Tensor) -> bool:
         """See :meth:`Kernels.held`."""
         layer, tokens = Layer.of(A_PI, Bt_PO), x.numel() // A_PI.shape[1]
-        if tokens > _FEW:
+        if tokens > FEW:
             return False
         held = self._functions["held", x.dtype]
         places = (place(x), place(weights_BP), place(out))
@@ -101,7 +100,7 @@ class CpuKernels(Kernels):
             return None
         function = self._functions["held" if choice is None else "route", A_PI.dtype]
         layer = Layer.of(A_PI, Bt_PO, centers_P, choice)
-        return WholeLayer(base, (A_PI, Bt_PO, centers_P), layer, function, _whole_pays(A_PI.dtype))
+        return WholeLayer(base, (A_PI, Bt_PO, centers_P), layer, function)
 
 
 @lru_cache(maxsize=4)
@@ -110,17 +109,7 @@ def _dense_pays(dtype: torch.dtype) -> int:
 
     As measured (docs/speed.md): bfloat16 has a unit of its own where there is AMX.
     """
-    return 32 if _has_unit(dtype) else 3
-
-
-@lru_cache(maxsize=4)
-def _whole_pays(dtype: torch.dtype) -> int:
-    """Tokens up to which the base layer's product is faster by ours, as measured likewise."""
-    return 4 if _has_unit(dtype) else _FEW
-
-
-def _has_unit(dtype: torch.dtype) -> bool:
-    return dtype == torch.bfloat16 and "amx_bf16" in _machine()
+    return 32 if dtype == torch.bfloat16 and "amx_bf16" in _machine() else 3
 
 
 @lru_cache(maxsize=1)

@@ -1,10 +1,25 @@
 /* The functions of routing.c for one dtype: TYPE in memory, FROM, TO, LOAD and STORE between it and float. */
 
 
+/* Sums of products of ROWS rows and some tokens, which are a constant of the caller, so that all sums are in registers. */
+static inline __attribute__((always_inline)) void NAME(block)(const float *x, const TYPE *const *from, vector sums[][ROWS],
+                                                              long inputs, long whole, int tokens) {
+  for (int t = 0; t < tokens; t++)
+    for (int r = 0; r < ROWS; r++) sums[t][r] = (vector){0};
+  for (long i = 0; i < whole; i += WIDE) {
+    vector m[ROWS];
+    for (int r = 0; r < ROWS; r++) m[r] = LOAD(from[r] + i);
+    for (int t = 0; t < tokens; t++) {
+      vector xi = load_f32(x + t * inputs + i);
+      for (int r = 0; r < ROWS; r++) sums[t][r] += xi * m[r];
+    }
+  }
+}
+
 /* to = M x + bias for all tokens: each row of M is read once, by one thread. A thread reads its rows in ROWS streams, each
    from end to end, as memory is read best. `rounds`: as the layer's dtype rounds. Threads do not wait for each other at
    the end. */
-static void NAME(products)(const TYPE *x, const TYPE *M, const TYPE *bias, float *to, long tokens, long inputs, long rows,
+static void NAME(products)(const float *x, const TYPE *M, const TYPE *bias, float *to, long tokens, long inputs, long rows,
                            int rounds, long threads) {
   long whole = inputs - inputs % WIDE;
 #pragma omp for schedule(static) nowait
@@ -17,22 +32,31 @@ static void NAME(products)(const TYPE *x, const TYPE *M, const TYPE *bias, float
         row[r] = first + r * stream < end ? first + r * stream : end - 1;
         from[r] = M + row[r] * inputs;
       }
-      for (long t = 0; t < tokens; t++) {
-        const TYPE *xt = x + t * inputs;
-        vector sums[ROWS] = {{0}};
-        for (long i = 0; i < whole; i += WIDE) {
-          vector xi = LOAD(xt + i);
-          for (int r = 0; r < ROWS; r++) sums[r] += xi * LOAD(from[r] + i);
-        }
-        for (int r = 0; r < ROWS; r++) {
-          float sum = bias ? FROM(bias[row[r]]) : 0;
-          for (int v = 0; v < WIDE; v++) sum += sums[r][v];
-          for (long i = whole; i < inputs; i++) sum += FROM(xt[i]) * FROM(from[r][i]);
-          to[t * rows + row[r]] = rounds ? FROM(TO(sum)) : sum;
-        }
+      for (long t = 0; t < tokens;) {
+        vector sums[TOKENS][ROWS];
+        int some = tokens - t < TOKENS ? 1 : TOKENS;
+        if (some == TOKENS)
+          NAME(block)(x + t * inputs, from, sums, inputs, whole, TOKENS);
+        else
+          NAME(block)(x + t * inputs, from, sums, inputs, whole, 1);
+        for (long u = 0; u < some; u++, t++)
+          for (int r = 0; r < ROWS; r++) {
+            float sum = bias ? FROM(bias[row[r]]) : 0;
+            for (int v = 0; v < WIDE; v++) sum += sums[u][r][v];
+            for (long i = whole; i < inputs; i++) sum += x[t * inputs + i] * FROM(from[r][i]);
+            to[t * rows + row[r]] = rounds ? FROM(TO(sum)) : sum;
+          }
       }
     }
   }
+}
+
+/* The tokens as floats: themselves, or in `room`. */
+static const float *NAME(widened)(const TYPE *x, float *room, long numbers) {
+  if (sizeof(TYPE) == sizeof(float)) return (const float *)x;
+#pragma omp for schedule(static)
+  for (long i = 0; i < numbers; i++) room[i] = FROM(x[i]);
+  return room;
 }
 
 /* out = sums + sum over n rows of share * Bt[row], of few tokens, from where Bt lies: ROWS rows side by side from end to
@@ -142,7 +166,7 @@ int NAME(select)(const struct layer *l, TYPE *h, const float *prior, long tokens
 }
 
 /* The base layer's output, or what `out` has of it, as floats. */
-static void NAME(begin)(const struct layer *l, const TYPE *x, const TYPE *out, float *sums, long tokens,
+static void NAME(begin)(const struct layer *l, const float *x, const TYPE *out, float *sums, long tokens,
                         long threads) {
   if (l->W) {
     NAME(products)(x, l->W, l->bias, sums, tokens, l->inputs, l->outputs, 0, threads);
@@ -159,17 +183,20 @@ int NAME(route)(const struct layer *l, const TYPE *x, const float *prior, TYPE *
   long rows = l->rows, experts = l->experts, rank = rows / experts, k = l->k;
   long n = k * rank, own = experts + k, packs = tokens > FEW;
   long room = packs ? threads * rows * BLOCK + BLOCK : tokens * l->outputs; /* of outer_many, or outer_few */
-  float *memory = malloc((tokens * (rows + n) + threads * own + room) * sizeof(float));
+  long given = l->A ? tokens * l->inputs : 0;
+  float *memory = malloc((tokens * (rows + n) + threads * own + room + given) * sizeof(float));
   int32_t *places = malloc((tokens * (n + 1)) * sizeof(int32_t));
   long *choices = malloc(threads * k * sizeof(long));
   int failed = !memory || !places || !choices;
   if (!failed) {
     float *h = memory, *share = h + tokens * rows, *scratch = share + tokens * n, *sums = scratch + threads * own;
+    float *tokens_as_floats = sums + room;
     int32_t *row = places, *count = row + tokens * n;
 #pragma omp parallel num_threads(threads)
     {
-      if (!packs) NAME(begin)(l, x, out, sums, tokens, threads);
-      if (l->A) NAME(products)(x, l->A, 0, h, tokens, l->inputs, rows, 1, threads);
+      const float *wide = l->A ? NAME(widened)(x, tokens_as_floats, tokens * l->inputs) : 0;
+      if (!packs) NAME(begin)(l, wide, out, sums, tokens, threads);
+      if (l->A) NAME(products)(wide, l->A, 0, h, tokens, l->inputs, rows, 1, threads);
 #pragma omp barrier
 #pragma omp for schedule(static)
       for (long worker = 0; worker < threads; worker++) {
@@ -205,16 +232,18 @@ int NAME(route)(const struct layer *l, const TYPE *x, const float *prior, TYPE *
 int NAME(held)(const struct layer *l, const TYPE *x, const TYPE *weights, TYPE *out, long tokens, long rows_of_weights,
                long threads) {
   long rows = l->rows;
-  float *memory = malloc(tokens * (2 * rows + l->outputs) * sizeof(float));
+  float *memory = malloc(tokens * (2 * rows + l->outputs + l->inputs) * sizeof(float));
   int32_t *places = malloc(tokens * (rows + 1) * sizeof(int32_t));
   int failed = !memory || !places;
   if (!failed) {
     float *h = memory, *share = h + tokens * rows, *sums = share + tokens * rows;
+    float *tokens_as_floats = sums + tokens * l->outputs;
     int32_t *row = places, *count = row + tokens * rows;
 #pragma omp parallel num_threads(threads)
     {
-      NAME(begin)(l, x, out, sums, tokens, threads);
-      NAME(products)(x, l->A, 0, h, tokens, l->inputs, rows, 1, threads);
+      const float *wide = NAME(widened)(x, tokens_as_floats, tokens * l->inputs);
+      NAME(begin)(l, wide, out, sums, tokens, threads);
+      NAME(products)(wide, l->A, 0, h, tokens, l->inputs, rows, 1, threads);
 #pragma omp barrier
 #pragma omp for schedule(static)
       for (long t = 0; t < tokens; t++) {

@@ -18,7 +18,12 @@
 #define FEW 32          /* tokens up to which Bt is read from where it lies */
 #define WIDE 16         /* numbers of a vector; narrower machines take it in parts */
 #define BLOCK (4 * WIDE) /* outputs that are summed in registers */
-#define ROWS 4           /* rows of a factor that are read side by side */
+#define ROWS 4           /* rows of a matrix that are read side by side */
+#ifdef __AVX512F__       /* tokens that a row is multiplied with at once: as registers allow */
+#define TOKENS 4
+#else
+#define TOKENS 1
+#endif
 typedef float vector __attribute__((vector_size(4 * WIDE)));
 typedef uint32_t words __attribute__((vector_size(4 * WIDE)));
 typedef uint16_t halves __attribute__((vector_size(2 * WIDE)));

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from spectr.layers.kernels.base import Choice
 
+FEW = 16  # tokens; of more, products by torch are faster
+
 
 class Layer(ctypes.Structure):
     """``struct layer`` of the source."""
@@ -37,11 +39,10 @@ class WholeLayer:
         kept: The tensors that ``layer`` has the places of.
         layer: Without the base layer, whose weight may be replaced at any time.
         function: ``route`` or ``held``.
-        most: Tokens up to which it is faster than in parts.
     """
 
-    def __init__(self, base: nn.Linear, kept: tuple[Tensor | None, ...], layer: Layer, function: Any, most: int):
-        self.base, self.kept, self.layer, self.function, self.most = base, kept, layer, function, most
+    def __init__(self, base: nn.Linear, kept: tuple[Tensor | None, ...], layer: Layer, function: Any):
+        self.base, self.kept, self.layer, self.function = base, kept, layer, function
         self.place, self.inputs, self.outputs = ctypes.addressof(layer), layer.inputs, layer.outputs
 
     def __call__(self, x: Tensor, rows: Tensor | None) -> Tensor | None:
@@ -50,7 +51,7 @@ class WholeLayer:
         weight, bias = base._parameters["weight"], base._parameters["bias"]
         assert weight is not None
         watched = base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__
-        if tokens > self.most or watched or not _readable(weight, x) or not (bias is None or _readable(bias, x)):
+        if tokens > FEW or watched or not _readable(weight, x) or not (bias is None or _readable(bias, x)):
             return None
         self.layer.W, self.layer.bias = weight.data_ptr(), place(bias)
         out = x.new_empty((*x.shape[:-1], self.outputs))
