@@ -373,3 +373,17 @@ def test_health_is_the_applications_and_needs_no_key(ask, inner):
 def test_the_composed_model_cannot_have_the_base_models_name(inner, engine):
     with pytest.raises(SpectrError, match="base model's own name"):
         Gateway(inner, engine, served="tiny")
+
+
+def test_the_page_is_served_without_a_key_and_nothing_beside_it(ask, tmp_path, monkeypatch):
+    (tmp_path / "page").mkdir()
+    (tmp_path / "page" / "index.html").write_text("<title>page</title>")
+    (tmp_path / "page" / "app.js").write_text("export {}")
+    (tmp_path / "secret").write_text("no")
+    monkeypatch.setattr("spectr.serving.gateway.find_page", lambda: tmp_path / "page")
+    assert ask("GET", "/playground", policy=POLICY).headers["location"] == "playground/"
+    page = ask("GET", "/playground/", policy=POLICY)
+    assert (page.text, page.headers["content-type"]) == ("<title>page</title>", "text/html; charset=utf-8")
+    assert "javascript" in ask("GET", "/playground/app.js", policy=POLICY).headers["content-type"]
+    for path in ("/playground/..%2fsecret", "/playground/%2e%2e/secret", "/playground//etc/passwd", "/playground/x"):
+        error_of(ask("GET", path, policy=POLICY), 404, "not_found")

@@ -21,7 +21,23 @@ ROUTERS = [
     Calibrated(top_k=2, weights="softmax"),
     Calibrated(level="prior"),
     Calibrated(level="token"),
+    spectr.Glider(local=spectr.Arrow(), alpha=2.0),
+    spectr.Glider(local=None),
 ]
+
+
+class Guide:
+    """Finds the same likeness in every prompt."""
+
+    def reader(self, descriptions, experts):
+        found = {"ants": 0.9, "bees": 0.2, "cats": 0.5}
+        return lambda input_ids, **_: torch.tensor([[found[name] for name in experts]]).expand(len(input_ids), -1)
+
+
+def composed(library, router):
+    if isinstance(router, spectr.Glider):
+        return compose(make_model(), library.with_descriptions(dict.fromkeys(library, "x")), router, guide=Guide())
+    return compose(make_model(), library, router)
 
 
 def ids_of(prompt):
@@ -31,9 +47,7 @@ def ids_of(prompt):
 @torch.no_grad()
 def alone(library, router, names, ids):
     """Logits of a model that holds these experts and no others."""
-    model = make_model()
-    if names:
-        compose(model, library, router).allow(names)
+    model = composed(library, router).allow(names).model if names else make_model()
     return model(input_ids=ids[None]).logits[0]
 
 
@@ -53,8 +67,8 @@ def together(model, steering, requests):
 
 @pytest.mark.parametrize("router", ROUTERS, ids=str)
 def test_each_request_of_a_mixed_batch_is_answered_as_where_its_set_is_all_there_is(library, router):
-    model = make_model()
-    steering = Steering(compose(model, library, router))
+    steering = Steering(composed(library, router))
+    model = steering.routed.model
     prompts = [ids_of(prompt) for prompt in PROMPTS]
     rules = [steering.rule(names, ids) for names, ids in zip(SETS, prompts, strict=True)]
     for logits, names, ids in zip(
@@ -65,8 +79,8 @@ def test_each_request_of_a_mixed_batch_is_answered_as_where_its_set_is_all_there
 
 @pytest.mark.parametrize("router", ROUTERS, ids=str)
 def test_one_request_after_the_other_leaves_nothing_behind(library, router):
-    model = make_model()
-    steering = Steering(compose(model, library, router))
+    steering = Steering(composed(library, router))
+    model = steering.routed.model
     for names, prompt in zip([*SETS, *SETS], [*PROMPTS, *reversed(PROMPTS)], strict=True):
         ids = ids_of(prompt)
         [logits] = together(model, steering, [(steering.rule(names, ids), ids)])
@@ -86,8 +100,8 @@ def test_after_an_expert_is_discarded_the_others_answer_as_if_it_had_never_been(
 
 @pytest.mark.parametrize("router", [spectr.Spectr(top_k=2), Calibrated(), Calibrated(level="prior")], ids=str)
 def test_what_is_seen_is_what_a_trace_of_the_set_alone_shows(library, router):
-    model = make_model()
-    steering = Steering(compose(model, library, router))
+    steering = Steering(composed(library, router))
+    model = steering.routed.model
     requests = [(steering.rule(names, ids_of(p)), ids_of(p)) for names, p in zip(SETS[:3], PROMPTS[:3], strict=True)]
     ends = torch.tensor([len(ids) for _, ids in requests]).cumsum(0) - 1
     steering.watch(ends.tolist(), layers=True)
@@ -129,8 +143,8 @@ def test_a_router_that_makes_shortlists_is_refused(library):
 
 def test_closing_gives_all_experts_to_every_token_again(library):
     router, ids = Calibrated(), ids_of(PROMPTS[1])
-    model = make_model()
-    steering = Steering(compose(model, library, router))
+    steering = Steering(composed(library, router))
+    model = steering.routed.model
     together(model, steering, [(steering.rule(("bees",), ids), ids)])
     steering.close()
     with torch.no_grad():

@@ -221,6 +221,13 @@ def test_sampling_is_each_requests_own(client):
     assert len(cold) == 1
 
 
+def test_a_seed_is_sampled_with_again(library):
+    with served(library) as (address, _), open_to(address) as client:
+        given = {"temperature": 2.0, "max_tokens": 20}
+        texts = [ask(client, PROMPTS[1], seed=seed, **given).choices[0].message.content for seed in (1, 2, 1)]
+    assert texts[0] == texts[2] != texts[1]
+
+
 def test_clients_that_hang_up_leave_the_others_unharmed(server, client):
     address, engine = server
     expected = ask(client, PROMPTS[1], max_tokens=12).choices[0].message.content

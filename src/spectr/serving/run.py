@@ -11,6 +11,8 @@ from spectr.serving.engines.base import Engine
 from spectr.serving.gateway import Gateway
 from spectr.serving.settings import Settings
 
+_PATIENCE = 10  # seconds that answers have to end when the server is to
+
 
 async def listen(
     app: Any, engine: Engine, settings: Settings, bound: socket.socket, say: Callable[[str], None]
@@ -34,7 +36,8 @@ async def listen(
     gateway = Gateway(app, engine, policy=settings.policy(), served=settings.served, count=settings.count)
     for line in told(settings, engine, bound.getsockname()[1], page=gateway.page is not None):
         say(line)
-    await uvicorn.Server(uvicorn.Config(gateway, log_level="warning", server_header=False)).serve(sockets=[bound])
+    config = uvicorn.Config(gateway, log_level="warning", server_header=False, timeout_graceful_shutdown=_PATIENCE)
+    await uvicorn.Server(config).serve(sockets=[bound])
 
 
 def told(settings: Settings, engine: Engine, port: int, *, page: bool) -> list[str]:

@@ -49,6 +49,7 @@ class Conductor:
         self.steering = Steering(routed)
         self.parts: Callable[[], list[Part]] = list
         self._nobody = self.steering.rule((), None)
+        self._deciding = False
         self._speakers: list[tuple[Running, bool]] = []
         model = routed.model
         self._device = next(model.parameters()).device
@@ -59,7 +60,11 @@ class Conductor:
 
     def decide(self, running: Running, prompt: Tensor) -> None:
         """Have a request's prompt read, where its router wants that. The model must not run meanwhile."""
-        running.rule = self.steering.rule(running.ticket.experts, prompt)
+        self._deciding = True
+        try:
+            running.rule = self.steering.rule(running.ticket.experts, prompt)
+        finally:
+            self._deciding = False
         look = self.steering.share(running.rule)
         running.always = None if look is None or running.ticket.record == "layers" else Step(look.shares)
 
@@ -80,6 +85,8 @@ class Conductor:
         self.steering.close()
 
     def _before(self, *_: Any) -> None:
+        if self._deciding:  # a guide has the base model write
+            return
         parts = self.parts() or [Part(None, 1, False)]
         rules = [self._rule(part) for part in parts]
         self.steering.steer([(rule, part.tokens) for rule, part in zip(rules, parts, strict=True)])
@@ -110,6 +117,8 @@ class Conductor:
         return running.rule
 
     def _after(self, *_: Any) -> None:
+        if self._deciding:
+            return
         looks = iter(self.steering.seen())
         for running, looked_at in self._speakers:
             step = Step(*next(looks)) if looked_at else running.always
