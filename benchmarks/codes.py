@@ -65,17 +65,18 @@ def read(arguments: argparse.Namespace) -> Iterator[Read]:
     assert routed.prompt is not None
     names = routed.experts
     by_codes, left_out = routed.prototypes, errors(library, routed)
+    noting = {module: Noting(by_codes[module], left_out[module]) for module in by_codes}
     by_float = in_float32(library, routed)
-    temperature, voters = routed.router.pool_temperature, routed._probe.voters
+    temperature, voters, usual = routed.router.pool_temperature, routed._probe.voters, {}
     for example, task, own in track(list(rows(arguments)), "reading prompts"):
         ids = torch.tensor([encode_prompt(tokenizer, example.prompt)])
         found = []
-        for prototypes in (by_codes, by_float):
+        for kind, prototypes in enumerate((by_codes, by_float)):
             voters.update(prototypes)
-            routed._probe._usual_E = None  # what is usual is read by the same
+            routed._probe._usual_E = usual.get(kind)  # read by the same, once
             found.append(routed.prompt.evidence(ids)[0])
-        voters.update(by_codes)
-        least_E, most_E = bounds(routed, ids, by_codes, left_out, temperature)
+            usual[kind] = routed._probe._usual_E
+        least_E, most_E = bounds(routed, ids, noting, temperature)
         yield Read(*found, least_E, most_E, names.index(task), own)
 
 
@@ -110,38 +111,31 @@ def in_float32(library: ExpertLibrary, routed: Paged) -> dict[str, Prototypes]:
     return exact
 
 
+class Noting:
+    """Prototypes that note how far each score may be off."""
+
+    def __init__(self, inner: Prototypes, left_out_E: Float[Tensor, " E"]):
+        self.experts, self.inner, self.left_out_E = inner.experts, inner, left_out_E
+        self.off_TE = torch.zeros(0)
+
+    def scores(self, x: Float[Tensor, "T I"]) -> Float[Tensor, "T E"]:
+        self.off_TE = (x - self.inner.mean_I).norm(dim=-1, keepdim=True) * self.left_out_E
+        return self.inner.scores(x)
+
+
 def bounds(
-    routed: Paged,
-    ids: Tensor,
-    by_codes: dict[str, Prototypes],
-    left_out: dict[str, Float[Tensor, " E"]],
-    temperature: float,
+    routed: Paged, ids: Tensor, voters: dict[str, Noting], temperature: float
 ) -> tuple[Float[Tensor, " E"], Float[Tensor, " E"]]:
     """The least and the most votes that each expert can have, what is usual left in; one says nothing."""
-    probe, least, most = routed._probe, [], []
-    opening, closing = len(probe.opening.opening), len(probe.opening.closing)
-
-    def listen(module: str):
-        def heard(x: Float[Tensor, "1 T I"]) -> None:
-            y_TI = x[0, opening : x.shape[1] - closing]
-            scores_TE = by_codes[module].scores(y_TI)
-            off_TE = (y_TI - by_codes[module].mean_I).norm(dim=-1, keepdim=True) * left_out[module]
-            low_TE = ((scores_TE - off_TE).clamp(min=0) ** (1 / temperature)).double()
-            high_TE = ((scores_TE + off_TE) ** (1 / temperature)).double()
-            low_T1, high_T1 = low_TE.sum(-1, keepdim=True), high_TE.sum(-1, keepdim=True)
-            least.append((low_TE / (high_T1 - high_TE + low_TE)).mean(0) * low_TE.shape[1])
-            most.append((high_TE / (low_T1 - low_TE + high_TE)).mean(0) * low_TE.shape[1])
-
-        return heard
-
-    layers = routed.layers
-    for module in by_codes:
-        layers[module].listen, layers[module].asleep = listen(module), True
-    try:
-        routed.model.get_submodule("model")(input_ids=ids[:, : routed.router.probe_tokens + opening], use_cache=False)
-    finally:
-        for module in by_codes:
-            layers[module].listen, layers[module].asleep = None, False
+    least, most = [], []
+    routed._probe.voters.update(voters)
+    for module, heard in routed._probe.hear(input_ids=ids).items():
+        off_TE = voters[module].off_TE
+        low_TE = (heard.scores_NE - off_TE).clamp(min=0).double() ** (1 / temperature)
+        high_TE = (heard.scores_NE + off_TE).double() ** (1 / temperature)
+        low_T1, high_T1 = low_TE.sum(-1, keepdim=True), high_TE.sum(-1, keepdim=True)
+        least.append((low_TE / (high_T1 - high_TE + low_TE)).mean(0) * low_TE.shape[1])
+        most.append((high_TE / (low_T1 - low_TE + high_TE)).mean(0) * low_TE.shape[1])
     return torch.stack(least).mean(0), torch.stack(most).mean(0)
 
 
