@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from spectr.cli.console import bar, out, say
+from spectr.cli.console import bar, out
 from spectr.cli.options import Routing, with_routing
 from spectr.errors import SpectrError
 
@@ -34,7 +33,7 @@ def compose(
     """
     if save.is_dir() and any(save.iterdir()) and not overwrite:  # before minutes of work
         raise SpectrError(f"{save} is in use", expected="an empty folder, or none yet", do="say --overwrite")
-    library, router = _for_tokens(routing).experts()
+    library, router = routing.for_tokens().experts()
     base, tokenizer = routing.base()
     routed = routing.compose(base, tokenizer, library, router)
 
@@ -45,18 +44,6 @@ def compose(
             routed, tokenizer, save, access=access, record=record, overwrite=overwrite, progress=advance_of(advance)
         )
     out.print(f"{save}: {len(routed.experts)} experts, {len(routed.layers)} routed layers, {router}", highlight=False)
-
-
-def _for_tokens(routing: Routing) -> Routing:
-    """Automatic choice among routers that decide for each token."""
-    if routing.router != "auto":
-        return routing
-    from spectr.cli.opened import open_library
-
-    library = open_library(routing.library)
-    name = "calibrated-token" if all(map(library.calibrated, library)) else "spectr"
-    say(f"router: {name}, token by token, as vLLM routes; another by --router")
-    return dataclasses.replace(routing, router=name)
 
 
 def advance_of(advance):

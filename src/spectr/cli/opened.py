@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from logging import getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from spectr.errors import MissingExtraError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from spectr.composed import Settings
     from spectr.library import ExpertLibrary
 
 
@@ -33,6 +35,20 @@ def open_library(path: Path | None) -> ExpertLibrary:
     return library
 
 
+def open_composed(model: str | None) -> Settings | None:
+    """How a composed folder is routed; ``None`` for any other model."""
+    if model is None or not (Path(model) / "config.json").is_file():
+        return None
+    try:
+        from spectr.composed import Settings
+        from spectr.composed.load import is_composed
+    except ImportError as error:
+        raise MissingExtraError("running a model", "models") from error
+    if not is_composed(model):
+        return None
+    return Settings.of(json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))["quantization_config"])
+
+
 def open_model(name: str | None, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base model and its tokenizer, with a word on what happens."""
     try:
@@ -49,4 +65,4 @@ def open_model(name: str | None, dtype: str) -> tuple[PreTrainedModel, PreTraine
     if name in (None, DEFAULT_MODEL, HUB_ID):
         fetch_default_model(say)
     say(f"loading {name or 'SmolLM2-135M-Instruct'}")
-    return load_model(name, dtype=dtype)  # pyright: ignore[reportArgumentType]
+    return load_model(name, dtype=dtype, base_alone=True)  # pyright: ignore[reportArgumentType]

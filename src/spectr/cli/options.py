@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from spectr.cli.console import bar, say
-from spectr.cli.opened import open_library, open_model
+from spectr.cli.opened import open_composed, open_library, open_model
 from spectr.errors import DataError, SpectrError
 
 if TYPE_CHECKING:
@@ -25,7 +25,12 @@ if TYPE_CHECKING:
 
 ModelOption = Annotated[
     str | None,
-    typer.Option("--model", "-m", help="Folder or Hub id of the base model; the default is SmolLM2-135M-Instruct."),
+    typer.Option(
+        "--model",
+        "-m",
+        help="Folder or Hub id of the base model, or a composed folder, whose experts and router are then the default; "
+        "without it SmolLM2-135M-Instruct.",
+    ),
 ]
 LibraryOption = Annotated[
     Path | None,
@@ -170,7 +175,7 @@ class Routing:
         from spectr.routers import GuidedRouter, Shortlist
         from spectr.routers.settings import residents
 
-        library = open_library(self.library)
+        library = self._opened_library()
         if self.expert and self.router != "oracle":
             raise SpectrError(
                 f"--expert {self.expert} is for the router that always takes it",
@@ -194,6 +199,20 @@ class Routing:
         self._tell(library, router)
         return library, router
 
+    def for_tokens(self) -> Routing:
+        """The same, with "auto" standing for a router that decides for each token, as vLLM needs."""
+        if self.router != "auto" or open_composed(self.model):
+            return self
+        library = self._opened_library()
+        name = "calibrated-token" if _is_calibrated(library) else "spectr"
+        say(f"router: {name}, token by token, as vLLM routes; another by --router")
+        return dataclasses.replace(self, router=name)
+
+    def _opened_library(self) -> ExpertLibrary:
+        """The library that was named, or a composed folder's own, or the shipped one."""
+        folder = None if self.library else open_composed(self.model)
+        return folder.open_library(str(self.model)) if folder else open_library(self.library)
+
     def _router(self, name: str) -> Router:
         from spectr.routers import Shortlist, get_router
 
@@ -204,6 +223,9 @@ class Routing:
             "temperature": self.router_temperature,
         }
         given = {key: value for key, value in options.items() if value is not None}
+        if self.router == "auto" and (folder := open_composed(self.model)):
+            own = {key: value for key, value in folder.router.items() if key != "name"}
+            return get_router(name, **{**own, **given})
         if name != "shortlist":
             if self.shortlist or self.local:
                 raise SpectrError(
@@ -220,7 +242,7 @@ class Routing:
 
     def _tell(self, library: ExpertLibrary, router: Router) -> None:
         """What a user would not expect of the router that stands in for "auto", or of its number of experts."""
-        if self.router == "auto" and not _is_calibrated(library):
+        if self.router == "auto" and not _is_calibrated(library) and open_composed(self.model) is None:
             new = [name for name in library if not library.calibrated(name)]
             say(
                 f"router: spectr, token by token, as {_some(new)} not calibrated; for the far better one: "
@@ -234,6 +256,8 @@ class Routing:
         """The router that was asked for, or the one that "auto" stands for with this library."""
         if self.router != "auto":
             return self.router
+        if folder := open_composed(self.model):
+            return folder.router["name"]
         if not _is_calibrated(library):
             return "spectr"
         return "shortlist" if len(library) > _MANY and all(map(library.indexed, library)) else "calibrated"

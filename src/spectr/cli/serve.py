@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import importlib
 import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -25,6 +24,10 @@ _ENGINES = ("transformers", "vllm")
 @with_routing
 def serve(
     routing: Routing,
+    options: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- OPTIONS]", help="vllm: options of its own, such as -- --max-model-len 2048."),
+    ] = None,
     engine: Annotated[str, typer.Option(help="transformers, or vllm where that is installed.")] = "transformers",
     host: Annotated[str, typer.Option(help="Address to listen at; without a policy a loopback one.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen at; 0 for a free one.", min=0, max=65535)] = 8000,
@@ -48,12 +51,18 @@ def serve(
     """Serve the routed model by OpenAI's API: chat completions, completions, models, metrics, and a page.
 
     [dim]spectr serve --policy keys.yaml --host 0.0.0.0[/]
+    [dim]spectr serve --engine vllm -- --max-model-len 2048 --tensor-parallel-size 2[/]
     """
     if engine not in _ENGINES:
         raise SpectrError(f"--engine {engine}", expected=" or ".join(_ENGINES))
+    if engine == "vllm":
+        _check_vllm()
+        routing = routing.for_tokens()
+    elif options:
+        raise SpectrError(f"{' '.join(options)}: the engine transformers has no options of its own", do="leave it out")
     settings = _settings(routing, exclude, host, port, policy, served_name, record)
     if engine == "vllm":
-        _launch_vllm(settings)
+        _launch_vllm(dataclasses.replace(settings, options=tuple(options or ())))
         return
     from spectr.serving.engines.batching import Batching
 
@@ -95,15 +104,17 @@ def _settings(
     return settings
 
 
-def _launch_vllm(settings: Settings) -> None:
-    """Hand over to the vLLM adapter, ``spectr.serving.engines.vllm.launch(settings, say)``.
-
-    It makes vLLM's application and its engine, and gives them to :func:`spectr.serving.run.listen`.
-    """
-    name = "spectr.serving.engines.vllm"
-    if importlib.util.find_spec("vllm") is None or importlib.util.find_spec(name) is None:
+def _check_vllm() -> None:
+    if importlib.util.find_spec("vllm") is None:
         raise MissingExtraError("--engine vllm", "vllm")
-    importlib.import_module(name).launch(settings, say)
+
+
+def _launch_vllm(settings: Settings) -> None:
+    try:
+        from spectr.serving.engines.vllm import launch
+    except ImportError as error:
+        raise MissingExtraError("--engine vllm", "vllm") from error
+    launch(settings, say)
 
 
 def _serve_transformers(routing: Routing, settings: Settings, batching: Batching | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ class Settings:
         access: What a request gets that names no experts: ``"open"`` all of them, ``"closed"`` the base model alone.
         record: Whether the layers keep what they choose, for requests that ask.
         inner: The base model's own ``quantization_config``, where its weights are quantised.
+        experts: Those of the library that are there; ``None`` for all of them.
     """
 
     library: str
@@ -37,6 +38,7 @@ class Settings:
     access: str = "open"
     record: bool = False
     inner: Mapping[str, Any] | None = None
+    experts: Sequence[str] | None = None
 
     @staticmethod
     def of(config: Mapping[str, Any]) -> Settings:
@@ -71,6 +73,8 @@ class Settings:
             raise CompositionError(f"access={self.access!r}", expected="'open' or 'closed'")
         if not isinstance(self.record, bool):
             raise CompositionError(f"record={self.record!r}", expected="true or false")
+        if isinstance(self.experts, str) or not all(isinstance(name, str) for name in self.experts or ()):
+            raise CompositionError(f"experts={self.experts!r}", expected="a list of names, or nothing for all")
         if not isinstance(self.router, Mapping) or not isinstance(self.router.get("name"), str):
             raise CompositionError(f"router={self.router!r}", expected='{"name": "spectr", "top_k": 4} or the like')
         self.make_router()
@@ -82,13 +86,23 @@ class Settings:
     def open_library(self, model: str | Path) -> ExpertLibrary:
         """The library, whose relative path starts from the model's folder, checked against the router."""
         path = Path(self.library).expanduser()
-        library = ExpertLibrary.open(path if path.is_absolute() else _folder(str(model), path))
+        library = self.narrowed(ExpertLibrary.open(path if path.is_absolute() else _folder(str(model), path)))
         residents(self.make_router(), library.names)
+        return library
+
+    def narrowed(self, library: ExpertLibrary) -> ExpertLibrary:
+        """A library with the settings' experts alone."""
+        if self.experts is None:
+            return library
+        library.check(*self.experts)
+        for name in set(library.names) - set(self.experts):
+            library = library.without(name)
         return library
 
     def as_config(self) -> dict[str, Any]:
         """The ``quantization_config``."""
         kept = {f.name: getattr(self, f.name) for f in fields(Settings)}
+        kept["experts"] = None if self.experts is None else list(self.experts)
         return {"quant_method": METHOD, "version": VERSION, **{k: v for k, v in kept.items() if v is not None}}
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from spectr.errors import ModelError
 from spectr.models.fetch import DEFAULT_MODEL, HUB_ID, fetch_default_model
@@ -27,7 +27,7 @@ def pick_dtype(dtype: Dtype = "auto", device: str = "cpu") -> torch.dtype:
 
 
 def load_model(
-    name: str | None = None, *, dtype: Dtype = "auto", device: str | None = None
+    name: str | None = None, *, dtype: Dtype = "auto", device: str | None = None, base_alone: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model in evaluation mode, with its tokenizer.
 
@@ -36,6 +36,7 @@ def load_model(
             there yet.
         dtype: Precision of the weights, see :func:`pick_dtype`.
         device: ``"cpu"``, ``"cuda"``, ...; the accelerator where there is one.
+        base_alone: Of a composed folder load the base model, instead of refusing it.
 
     Raises:
         ModelError: There is no such model, or it cannot be loaded.
@@ -43,10 +44,11 @@ def load_model(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     path = fetch_default_model() if name in (None, DEFAULT_MODEL, HUB_ID) else name
     assert path is not None
-    _check_reachable(str(path))
+    composed = _check_reachable(str(path), base_alone)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=pick_dtype(dtype, device))
+        plain = {"config": _unrouted(path)} if composed else {}
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=pick_dtype(dtype, device), **plain)
     except (OSError, ValueError, KeyError) as error:
         there = "that folder holds no model that transformers can load" if Path(path).exists() else "no such folder"
         raise ModelError(
@@ -59,8 +61,15 @@ def load_model(
     return model.to(device).eval(), tokenizer  # pyright: ignore[reportArgumentType]
 
 
-def _check_reachable(path: str) -> None:
-    """One quick look before transformers tries, with many retries."""
+def _unrouted(path: str | Path) -> Any:
+    """A composed folder's config without what makes it one."""
+    config: Any = AutoConfig.from_pretrained(path)
+    del config.quantization_config
+    return config
+
+
+def _check_reachable(path: str, base_alone: bool) -> bool:
+    """One quick look before transformers tries, with many retries; gives whether it is a composed folder."""
     if Path(path).is_dir():
         if not (Path(path) / "config.json").is_file():
             raise ModelError(
@@ -68,13 +77,12 @@ def _check_reachable(path: str) -> None:
                 expected="a folder with a transformers model",
                 do="check --model; leave it out for the default model",
             )
-        _check_plain(path)
-        return
+        return _check_plain(path, base_alone)
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
     try:
         if isinstance(try_to_load_from_cache(path, "config.json"), str):
-            return
+            return False
         if constants.HF_HUB_OFFLINE:
             raise OSError("the Hub is switched off (HF_HUB_OFFLINE)")
         HfApi().model_info(path, timeout=10)
@@ -85,14 +93,17 @@ def _check_reachable(path: str) -> None:
             expected="a folder with a transformers model, or a Hub id that can be reached",
             do="check --model and the network; leave --model out for the default model",
         ) from error
+    return False
 
 
-def _check_plain(path: str) -> None:
+def _check_plain(path: str, base_alone: bool) -> bool:
     """A composed folder must not become its base model without a word."""
     known = json.loads((Path(path) / "config.json").read_text(encoding="utf-8")).get("quantization_config")
-    if isinstance(known, dict) and known.get("quant_method") == "spectr":
+    composed = isinstance(known, dict) and known.get("quant_method") == "spectr"
+    if composed and not base_alone:
         raise ModelError(
             f"{path} is a composed model, whose experts are in it",
             expected="a base model",
-            do=f"spectr.load_composed({path!r}), spectr serve {path}, or vLLM; or name its base model",
+            do=f"spectr.load_composed({path!r}), or spectr generate -m {path}; or name its base model",
         )
+    return composed

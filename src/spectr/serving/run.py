@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
 
 from spectr.errors import CompositionError
 from spectr.serving.engines.base import Engine
 from spectr.serving.gateway import Gateway
 from spectr.serving.settings import Settings
 
+if TYPE_CHECKING:
+    import uvicorn
+
 _PATIENCE = 10  # seconds that answers have to end when the server is to
 
 
 async def listen(
-    app: Any, engine: Engine, settings: Settings, bound: socket.socket, say: Callable[[str], None]
+    app: Any,
+    engine: Engine,
+    settings: Settings,
+    bound: socket.socket,
+    say: Callable[[str], None],
+    watch: Callable[[uvicorn.Server], Awaitable[None]] | None = None,
 ) -> None:
     """Serve until the process is interrupted; first say what is served.
 
@@ -25,19 +34,26 @@ async def listen(
         settings: What was asked for.
         bound: From :meth:`Settings.listen`.
         say: Shows one line.
+        watch: Is given the server, and may end it.
 
     Raises:
         CompositionError: No layer is routed.
     """
-    import uvicorn
+    from uvicorn import Config, Server
 
     if not engine.layers:
         raise CompositionError("no layer of this model is routed", do="check the library with spectr library list")
     gateway = Gateway(app, engine, policy=settings.policy(), served=settings.served, count=settings.count)
     for line in told(settings, engine, bound.getsockname()[1], page=gateway.page is not None):
         say(line)
-    config = uvicorn.Config(gateway, log_level="warning", server_header=False, timeout_graceful_shutdown=_PATIENCE)
-    await uvicorn.Server(config).serve(sockets=[bound])
+    config = Config(gateway, log_level="warning", server_header=False, timeout_graceful_shutdown=_PATIENCE)
+    server = Server(config)
+    watching = asyncio.ensure_future(watch(server)) if watch else None
+    try:
+        await server.serve(sockets=[bound])
+    finally:
+        if watching is not None:
+            watching.cancel()
 
 
 def told(settings: Settings, engine: Engine, port: int, *, page: bool) -> list[str]:

@@ -29,6 +29,7 @@ class Settings:
         host: Address to listen at.
         port: Likewise; 0 for a free one.
         count: Whether tokens are counted by expert for every request.
+        options: Of the engine's own command line.
     """
 
     library: ExpertLibrary
@@ -43,6 +44,7 @@ class Settings:
     host: str
     port: int
     count: bool
+    options: tuple[str, ...] = ()
 
     def policy(self) -> Policy | None:
         """The policy, checked against the experts.

@@ -102,7 +102,7 @@ class SpectrConfig(QuantizationConfig):
         if self._session is None:
             engine = get_current_vllm_config()  # pyright: ignore[reportCallIssue]  (vLLM is not installed where it runs)
             _check_engine(engine)
-            library = self.library or ExpertLibrary.open(self.origin)
+            library = self.library or self.settings.narrowed(ExpertLibrary.open(self.origin))
             scheduler = engine.scheduler_config
             device = torch.device(engine.device_config.device)
             self._session = Session(

@@ -25,7 +25,7 @@ def served(router: Router) -> Router:
         raise CompositionError(
             f"this router cannot run inside vLLM: {router!r}",
             expected=instead,
-            do='router={"name": "calibrated-token"} for a calibrated library; {"name": "spectr"} for any',
+            do="choose calibrated-token for a calibrated library, or spectr for any",
         )
     merge = get_combination(combination_of(router)).merge
     if merge not in (merge_outputs, merge_factors):

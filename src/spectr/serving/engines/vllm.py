@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import re
+import socket
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from spectr.composed.settings import METHOD, Settings
-from spectr.errors import CompositionError, MissingExtraError
+from spectr.errors import CompositionError, MissingExtraError, SpectrError
 from spectr.library import ExpertLibrary
+from spectr.models import fetch_default_model
+from spectr.routers.config import router_config
 from spectr.serving.engines.base import Step, Ticket
 from spectr.serving.errors import RefusalError
+from spectr.serving.run import listen
+from spectr.serving.settings import Settings as Served
 from spectr.serving.suspicion import spectral_norm, suspicion
 from spectr.vllm.recording import Listener
 from spectr.vllm.register import engine_version
 from spectr.vllm.requests import EXPERTS, ROUTE_ID, ROUTING
+from spectr.vllm.served import served
 
 INNER = "spectr"  # what vLLM's application calls the composed model
 _PATIENCE = 0.25  # seconds that an answer waits for its reports
@@ -71,6 +79,8 @@ class VllmEngine:
 
     def admit(self, ticket: Ticket, body: Mapping[str, Any]) -> dict[str, Any]:
         """See :class:`Engine`."""
+        if self.client.errored:
+            raise RefusalError("the engine has died", code="engine_dead", status=503)
         for field in _NOT_HERE:
             if body.get(field):
                 raise RefusalError(f"{field} is not possible here", code="unsupported_parameter", param=field)
@@ -117,6 +127,7 @@ class VllmEngine:
             raise CompositionError(f"'{name}' cannot be removed", expected=f"one of several: {', '.join(self.experts)}")
         self.experts = tuple(expert for expert in self.experts if expert != name)
         await self.client.collective_rpc("spectr_remove", args=(name,))
+        self.suspicion.pop(name, None)
 
     def metrics(self) -> bytes:
         """See :class:`Engine`."""
@@ -148,6 +159,7 @@ async def launched(
     settings: Settings | None = None,
     *,
     base_model: str,
+    router: str | None = None,
     record: bool = True,
     options: Sequence[str] = (),
 ) -> AsyncIterator[tuple[Any, VllmEngine]]:
@@ -157,6 +169,7 @@ async def launched(
         model: A composed folder; or with ``settings`` any model that vLLM has, by folder or Hub id.
         settings: How it is routed, where the folder does not say so.
         base_model: The base model's name for clients.
+        router: The router's name for clients; by default that of the settings.
         record: Whether routing can be asked for, and counted; it costs a little at each layer.
         options: Of vLLM's own command line.
 
@@ -181,13 +194,80 @@ async def launched(
                     status,
                     listener,
                     base_model=base_model,
-                    router=settings.router["name"],
+                    router=router or settings.router["name"],
                     suspicion=_suspicion(closed.open_library(model)),
                     records=record,
                 ),
             )
     finally:
         listener.close()
+
+
+def launch(settings: Served, say: Callable[[str], None]) -> None:
+    """Start vLLM with a routed model, and serve it until the process is interrupted: ``spectr serve --engine vllm``.
+
+    Args:
+        settings: What is to be served.
+        say: Shows one line.
+
+    Raises:
+        CompositionError: The model cannot be routed, or no layer of it is.
+        SpectrError: vLLM refuses an option, or its engine has died.
+    """
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # before vLLM is imported
+    routed = _routed(settings)
+    bound = settings.listen()
+    model = settings.model or str(fetch_default_model(say))
+    say(f"starting vLLM with {model}; compiling takes a minute or two, and -- --enforce-eager leaves it out")
+    try:
+        asyncio.run(_serve(settings, routed, model, bound, say))
+    finally:
+        bound.close()
+
+
+def _routed(settings: Served) -> Settings:
+    """How the model is routed, in the words of its config."""
+    router = served(settings.router)
+    if getattr(router, "top_k", 0) > len(settings.experts):
+        router = replace(router, top_k=len(settings.experts))  # pyright: ignore[reportArgumentType]
+    everyone = settings.experts == settings.library.names
+    return Settings(
+        library=str(Path(settings.library.origin).expanduser().absolute()),
+        router=router_config(router),
+        experts=None if everyone else settings.experts,
+        inner=_inner(settings.model),
+    )
+
+
+def _inner(model: str | None) -> dict[str, Any] | None:
+    """A base model's own quantisation."""
+    config = Path(model) / "config.json" if model else None
+    known = json.loads(config.read_text(encoding="utf-8")) if config and config.is_file() else {}
+    found = known.get("quantization_config")
+    return found.get("inner") if found and found.get("quant_method") == METHOD else found
+
+
+async def _serve(
+    settings: Served, routed: Settings, model: str, bound: socket.socket, say: Callable[[str], None]
+) -> None:
+    started = launched(
+        model,
+        routed,
+        base_model=settings.base_name,
+        router=settings.router_name,
+        options=["--dtype", settings.dtype, *settings.options],
+    )
+    async with started as (app, engine):
+
+        async def watch(server: Any) -> None:
+            app.state.server = server  # where vLLM's own handlers look for it
+            while not engine.client.errored:
+                await asyncio.sleep(0.5)
+            server.should_exit = True
+
+        await listen(app, engine, settings, bound, say, watch)
+        if engine.client.errored:
+            raise SpectrError("vLLM's engine has died; what it said is above", do="start the server again")
 
 
 def _of_folder(model: str) -> Settings:
