@@ -105,9 +105,9 @@ class SpectrConfig(QuantizationConfig):
             library = self.library or self.settings.narrowed(ExpertLibrary.open(self.origin))
             scheduler = engine.scheduler_config
             device = torch.device(engine.device_config.device)
-            self._session = Session(
-                self.settings, library, scheduler.max_num_batched_tokens, scheduler.max_num_seqs, device
-            )
+            sizes = scheduler.max_num_batched_tokens, scheduler.max_num_seqs
+            named = engine.compilation_config.static_forward_context
+            self._session = Session(self.settings, library, *sizes, device, named)
             modules = {module for expert in self._session.opened.values() for module in expert.shapes}
             self._names = {self._vllm_name(module): module for module in modules}
         return self._session

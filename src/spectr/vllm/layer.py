@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from spectr.composition import prepare_module
 from spectr.errors import CompositionError
 from spectr.spectral import Prepared, Stack
+from spectr.vllm.fused import Fused, fits, key_of
 from spectr.vllm.product import Product
 from spectr.vllm.routing import Group, alike
 from spectr.vllm.session import Session
@@ -35,16 +36,30 @@ class Experts(nn.Module):
     sampled_N: Tensor
     groups: Any
     B: Any
+    fused: Any
+    scores_0: Tensor
+    weights_0: Tensor
 
     def __init__(self, modules: Sequence[str], split: Split, session: Session, reduce: Reduce):
         super().__init__()
         self.modules_S, self.split, self.reduce = tuple(modules), split, reduce
         self.record = session.settings.record
+        self.fused = None
         for name in ("allowed_TE", "sampled_N"):
             self.register_buffer(name, getattr(session, name), persistent=False)
 
-    def build(self, session: Session, device: torch.device, dtype: torch.dtype) -> None:
-        """Prepare the experts as :func:`spectr.compose` does, and keep this rank's share of them."""
+    def build(
+        self, session: Session, device: torch.device, dtype: torch.dtype, name: str, base: tuple[Any, Any] | None
+    ) -> None:
+        """Prepare the experts as :func:`spectr.compose` does, and keep this rank's share of them.
+
+        Args:
+            session: The worker's.
+            device: Of the layer.
+            dtype: Likewise.
+            name: The layer's.
+            base: vLLM's layer and its own method, before that has looked at the weight, which may be taken over.
+        """
         self.device, self.dtype = device, dtype
         self.held = [module for module in self.modules_S if session.users(module)]
         stacks = self._stacks(session)
@@ -54,13 +69,19 @@ class Experts(nn.Module):
             Group([stacks[i] for i in run], session.router, columns[self.held[run[0]]], len(session.experts))
             for run in self.runs
         ).to(device)
-        A_PI, B_SOP = self._factors(stacks)
-        self.A = Product(A_PI)
-        self.B = nn.ModuleList(Product(B_OP) for B_OP in B_SOP)
         places = dict(zip(self.modules_S, self.split.places(len(self.modules_S)), strict=True))
         self.places = [places[module] for module in self.held]
         if self.record:
             self._keep(session)
+        A_PI, B_SOP = self._factors(stacks)
+        self.B = nn.ModuleList(Product(B_OP) for B_OP in B_SOP)
+        if base is not None and fits(self, *base):
+            layer, _ = base
+            self.fused = Fused(self, layer.weight.data, A_PI, B_SOP, name)
+            layer.weight = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
+            session.named[key_of(name)] = self.fused
+        else:
+            self.A = Product(A_PI)
 
     def fill(self, session: Session) -> None:
         """The factors anew, zero for experts that have been removed."""
@@ -68,7 +89,10 @@ class Experts(nn.Module):
         for run, group in zip(self.runs, self.groups, strict=True):
             group.refill([stacks[i] for i in run])
         A_PI, B_SOP = self._factors(stacks)
-        self.A.replace(A_PI)
+        if self.fused is not None:
+            self.fused.fill(A_PI, B_SOP)
+        else:
+            self.A.replace(A_PI)
         for product, B_OP in zip(self.B, B_SOP, strict=True):
             product.replace(B_OP)
 
@@ -77,6 +101,12 @@ class Experts(nn.Module):
         h_TQ = self.A(x_TI)
         if self.split.by_input:
             h_TQ = self.reduce(h_TQ)
+        return self.added(out_TO, h_TQ, x_TI)
+
+    def added(
+        self, out_TO: Float[Tensor, "T O"], h_TQ: Float[Tensor, "T Q"], x_TI: Float[Tensor, "T _"]
+    ) -> Float[Tensor, "T O"]:
+        """The same, of ``A x``."""
         allowed_TF = self.allowed_TE[: len(x_TI)]
         start, extra, module = 0, self.extra_begin, 0
         for number, group in enumerate(self.groups):
@@ -130,8 +160,12 @@ class Experts(nn.Module):
         requests = len(session.sampled_N)
         for number, group in enumerate(self.groups):
             for name in ("scores", "weights"):
-                empty = torch.zeros(requests, group.modules_S, group.experts, device=self.device)
+                empty = torch.zeros(requests, group.modules_S, group.experts, dtype=torch.float32, device=self.device)
                 self.register_buffer(f"{name}_{number}", empty, persistent=False)
+
+    def kept(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of a layer with one group: the sampled tokens, and where their scores and weights go."""
+        return self.sampled_N, self.scores_0, self.weights_0
 
     def _write(self, number: int, scores_TSE: Tensor, weights_TSE: Tensor) -> None:
         getattr(self, f"scores_{number}").copy_(scores_TSE.index_select(0, self.sampled_N))

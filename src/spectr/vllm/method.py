@@ -68,15 +68,20 @@ class RoutedLinearMethod(LinearMethodBase):
         layer.spectr_dtype = params_dtype
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """See vLLM's ``QuantizeMethodBase``: the base layer's, then the experts from the library."""
+        """See vLLM's ``QuantizeMethodBase``: the experts from the library, and the base layer's."""
         device = next((p.device for p in layer.parameters()), torch.device("cpu"))
-        self.base.process_weights_after_loading(layer)
-        layer.spectr.build(self.session, device, layer.spectr_dtype)
+        layer.spectr.build(self.session, device, layer.spectr_dtype, self.name, (layer, self.base))
+        if layer.spectr.fused is None:
+            self.base.process_weights_after_loading(layer)
         self.session.layers[self.name] = layer.spectr
         self.session.routed.update(dict.fromkeys(layer.spectr.held, self.name))
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The base layer's output plus the chosen experts' update."""
+        fused = layer.spectr.fused
+        if fused is not None:
+            out = fused(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+            return out if bias is None else out + bias
         out = self.base.apply(layer, x, bias)
         flat = x.reshape(-1, x.shape[-1])
         return layer.spectr(out.reshape(-1, out.shape[-1]), flat).reshape(out.shape)

@@ -67,7 +67,7 @@ class Reporter:
 
     def routing(self, number: int, by_layer: bool) -> dict[str, Any]:
         """What was chosen for the sampled token of one request of the batch, in the form of the API."""
-        total_E = torch.zeros(len(self.session.experts))
+        total_E = torch.zeros(len(self.session.experts), dtype=torch.float32)
         layers = []
         for layer in self.session.layers.values():
             for kept in layer.recorded(number):

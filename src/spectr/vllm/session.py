@@ -27,9 +27,18 @@ class Session:
         layers: The routed layers, by vLLM's name, in the model's order.
         routed: The modules that they stand for, by the library's names.
         removed: Experts that are gone.
+        named: What compiled graphs find by name, where the engine keeps such things.
     """
 
-    def __init__(self, settings: Settings, library: ExpertLibrary, tokens: int, requests: int, device: torch.device):
+    def __init__(
+        self,
+        settings: Settings,
+        library: ExpertLibrary,
+        tokens: int,
+        requests: int,
+        device: torch.device,
+        named: Any = None,
+    ):
         self.settings, self.library, self.router = settings, library, settings.make_router()
         self.experts = library.names
         self.opened = {name: library[name] for name in library}
@@ -41,6 +50,7 @@ class Session:
         self.layers: dict[str, Any] = {}
         self.routed: dict[str, Any] = {}
         self.removed: set[str] = set()
+        self.named: dict[str, Any] = {} if named is None else named
         self._rows: dict[Asked, np.ndarray] = {}
 
     def users(self, module: str) -> list[str]:

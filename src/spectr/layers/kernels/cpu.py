@@ -119,7 +119,7 @@ def cpu_kernels() -> Kernels | None:
         return None
     source = Path(__file__).with_name("routing.c")
     try:
-        return CpuKernels(ctypes.CDLL(str(_compiled(source))))
+        return CpuKernels(ctypes.CDLL(str(compiled_library(source))))
     except (OSError, subprocess.SubprocessError, AttributeError) as error:
         logging.getLogger(__name__).info("routed layers run without compiled kernels: %s", error)
         return None
@@ -130,7 +130,8 @@ def find_compiler() -> str | None:
     return next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
 
 
-def _compiled(source: Path) -> Path:
+def compiled_library(source: Path) -> Path:
+    """The shared library of a source beside this file, compiled once for this machine."""
     compiler = find_compiler()
     if compiler is None:
         raise OSError("there is no C compiler")
