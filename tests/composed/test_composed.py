@@ -185,3 +185,23 @@ def test_a_relative_library_lies_in_the_models_folder(saved):
     assert Settings(library="experts").as_config()["library"] == "experts"
     library = Settings(library="experts", router={"name": "uniform"}).open_library(folder)
     assert Path(library.origin) == folder / "experts"
+
+
+def test_commands_take_a_folder_with_its_own_experts_and_router(saved, spectr):
+    _, folder = saved
+    code, out, err = spectr("generate", "-m", folder, "--dtype", "float32", "-n", 4, "--json", "what is red")
+    assert code == 0, err
+    told = json.loads(out)
+    assert set(told["experts"]) == set(EXPERTS)
+    assert told["router"] == str(get_router("spectr-projection", top_k=2))
+    code, out, _ = spectr("generate", "-m", folder, "--dtype", "float32", "-k", 1, "-n", 4, "--json", "what is red")
+    assert json.loads(out)["router"] == str(get_router("spectr-projection", top_k=1))
+
+
+def test_settings_can_leave_experts_of_a_library_out(world):
+    router = {"name": "spectr", "top_k": 2}
+    settings = Settings(library=str(world / "adapters"), router=router, experts=["amber", "cyan"])
+    again = Settings.of(settings.as_config())
+    assert again.open_library("").names == ("amber", "cyan")
+    with pytest.raises(CompositionError, match="list of names"):
+        Settings.of({"quant_method": "spectr", "library": "x", "experts": "amber"})
