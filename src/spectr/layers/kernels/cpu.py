@@ -110,16 +110,17 @@ def _dense_pays(dtype: torch.dtype) -> int:
 
     As measured (docs/speed.md): bfloat16 has a unit of its own where there is AMX.
     """
-    return 32 if _has_unit(dtype) else 3
+    return 32 if has_unit(dtype) else 3
 
 
 @lru_cache(maxsize=4)
 def _whole_pays(dtype: torch.dtype) -> int:
     """Tokens up to which the base layer's product is faster by ours, as measured likewise."""
-    return 4 if _has_unit(dtype) else _FEW
+    return 4 if has_unit(dtype) else _FEW
 
 
-def _has_unit(dtype: torch.dtype) -> bool:
+def has_unit(dtype: torch.dtype) -> bool:
+    """Whether this machine has a unit of its own for products in this dtype."""
     return dtype == torch.bfloat16 and "amx_bf16" in _machine()
 
 
