@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from spectr.layers.kernels.masked import Masked, Part, masked_works
+from spectr.layers.kernels.masked import Masked, Part, add_rows, masked_works
 from spectr.selection import TopK
 from spectr.vllm.routing import weights_among
 
@@ -53,3 +53,13 @@ def test_it_decides_as_torch_does(dtype, centred, select):
         torch.testing.assert_close(told, weighted_TSP[:, module], **near)
     torch.testing.assert_close(out.double(), out_TO, **near)
     assert torch.equal(out[0], y[0, : sum(LENGTHS)])  # nobody allowed: the base layer's own
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_adds_parts_of_wider_rows(dtype):
+    y, added = numbers(4, 50, seed=1).to(dtype), numbers(4, 37, seed=2).to(dtype)
+    out = torch.zeros(4, 60, dtype=dtype)
+    add_rows(y[:, 3:40], added, out[:, 5:42])
+    assert torch.equal(out[:, 5:42], y[:, 3:40] + added)
+    assert not out[:, :5].any()
+    assert not out[:, 42:].any()

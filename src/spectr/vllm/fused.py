@@ -10,10 +10,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from spectr.combine import get_combination, merge_outputs
-from spectr.layers.kernels.masked import FEW, Masked, Part, masked_works
+from spectr.layers.kernels.masked import Masked, Part, add_rows, few_tokens, masked_works
 from spectr.routers.settings import combination_of
 from spectr.selection import TopK
 from spectr.vllm.product import Product
+
+_NEAR = 128  # tokens
 
 
 def fits(experts: Any, layer: Any, base: Any) -> bool:
@@ -65,7 +67,7 @@ class Fused(nn.Module):
         ]
         temperature = select.temperature if select.weighting == "softmax" else 0.0
         self.masked = Masked(parts, self.group.columns_E, select.k, temperature, self.outputs)
-        self.compiled = masked_works(dtype)
+        self.compiled, self.few = masked_works(dtype), few_tokens(dtype)
 
     def forward(self, x_TI: Float[Tensor, "T I"]) -> Float[Tensor, "T O"]:
         """The routed layer's output, without a bias."""
@@ -90,7 +92,7 @@ class Fused(nn.Module):
         out_TO, weighted = y_TW.new_empty(tokens, self.outputs), y_TW.new_empty(tokens * self.masked.rows)
         kept = experts.kept() if experts.record else None
         done = self.masked.decide(y_TW, experts.allowed_TE, kept, weighted)
-        if done and tokens <= FEW:
+        if done and tokens <= self.few:
             done = self.masked.add(y_TW, weighted, out_TO)
         elif done:
             self._add_many(y_TW, weighted, out_TO)
@@ -103,8 +105,11 @@ class Fused(nn.Module):
         [experts], start, tokens = self.experts, 0, len(y_TW)
         for product, (begin, length), Bt_PO in zip(experts.B, experts.places, self.Bt_SPO, strict=True):
             end = start + tokens * len(Bt_PO)
-            added = product(weighted[start:end].view(tokens, -1))
-            torch.add(y_TW[:, begin : begin + length], added, out=out_TO[:, begin : begin + length])
+            whole_TP = weighted[start:end].view(tokens, -1)
+            y_TO, to_TO = y_TW[:, begin : begin + length], out_TO[:, begin : begin + length]
+            for first in range(0, tokens, _NEAR):  # what is added is read again while it is in the cache
+                rows = slice(first, first + _NEAR)
+                add_rows(y_TO[rows], product(whole_TP[rows]), to_TO[rows])
             start = end
 
 

@@ -109,7 +109,12 @@ def _dense_pays(dtype: torch.dtype) -> int:
 
     As measured (docs/speed.md): bfloat16 has a unit of its own where there is AMX.
     """
-    return 32 if dtype == torch.bfloat16 and "amx_bf16" in _machine() else 3
+    return 32 if has_unit(dtype) else 3
+
+
+def has_unit(dtype: torch.dtype) -> bool:
+    """Whether this machine has a unit of its own for products in this dtype."""
+    return dtype == torch.bfloat16 and "amx_bf16" in _machine()
 
 
 @lru_cache(maxsize=1)

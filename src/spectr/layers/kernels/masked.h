@@ -95,3 +95,15 @@ int NAME(add)(const struct packed *l, const TYPE *y, const TYPE *weighted, TYPE 
   free(row);
   return failed;
 }
+
+/* out = y + added, of `length` outputs of each token; their tokens lie as far apart as the next three say. */
+void NAME(sum)(const TYPE *y, const TYPE *added, TYPE *out, long y_stride, long added_stride, long out_stride,
+               long tokens, long length) {
+  long whole = length - length % WIDE;
+  for (long t = 0; t < tokens; t++) {
+    const TYPE *from = y + t * y_stride, *more = added + t * added_stride;
+    TYPE *to = out + t * out_stride;
+    for (long o = 0; o < whole; o += WIDE) STORE(to + o, LOAD(from + o) + LOAD(more + o));
+    for (long o = whole; o < length; o++) to[o] = TO(FROM(from[o]) + FROM(more[o]));
+  }
+}

@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from spectr.layers.kernels.cpu import compiled_library
+from spectr.layers.kernels.cpu import compiled_library, has_unit
 from spectr.layers.kernels.whole import place
 
-FEW = 32  # tokens whose outputs are made from the chosen rows alone
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
@@ -97,6 +96,17 @@ class Masked:
         return not _function("add", y_TW.dtype)(self._at, place(y_TW), place(weighted), place(out_TO), len(y_TW))
 
 
+def add_rows(y_TO: Tensor, added_TO: Tensor, out_TO: Tensor) -> None:
+    """Write the sum of two into a third; each may be a part of wider rows."""
+    strides = (y_TO.stride(0), added_TO.stride(0), out_TO.stride(0))
+    _function("sum", y_TO.dtype)(place(y_TO), place(added_TO), place(out_TO), *strides, *added_TO.shape)
+
+
+def few_tokens(dtype: torch.dtype) -> int:
+    """Tokens up to which outputs made from the chosen rows alone are faster than products, as measured."""
+    return 6 if has_unit(dtype) else 32
+
+
 def masked_works(dtype: torch.dtype) -> bool:
     """Whether there are compiled functions for this dtype on this machine."""
     return dtype in _NAMES and _library() is not None
@@ -111,6 +121,7 @@ def _function(name: str, dtype: torch.dtype) -> Any:
     found.argtypes = {
         "decide": [pointer] * 3 + [number, pointer, pointer, number, pointer, pointer, number, number],
         "add": [pointer] * 4 + [number],
+        "sum": [pointer] * 3 + [number] * 5,
     }[name]
     return found
 
