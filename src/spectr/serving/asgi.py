@@ -71,8 +71,10 @@ def with_headers(message: Message, *, drop: tuple[bytes, ...] = (), **changed: s
 
 
 def rewritten(scope: Scope, body: bytes, request_id: str) -> Scope:
-    """The scope for the application: another body, our id, and no credentials."""
-    ours = {b"content-length": str(len(body)).encode(), b"x-request-id": request_id.encode()}
+    """The scope for the application: another body, which is JSON whatever the client called its own, our id, and no
+    credentials."""
+    length = str(len(body)).encode()
+    ours = {b"content-type": b"application/json", b"content-length": length, b"x-request-id": request_id.encode()}
     theirs = {b"authorization", b"content-encoding", b"transfer-encoding", *ours}
     kept = [(key, value) for key, value in scope["headers"] if key.lower() not in theirs]
     return {**scope, "headers": [*kept, *ours.items()]}

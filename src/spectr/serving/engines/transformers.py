@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 TESTED = ((5, 23), (5, 24))  # from, and up to but not with
 _NAME = "spectr"  # what transformers' code calls the composed model
-_UNSERVED = ("logprobs", "top_logprobs", "generation_config", "best_of", "echo", "functions", "function_call", "audio")
+_UNSERVED = ("logprobs", "top_logprobs", "generation_config", "best_of", "echo", "audio")
+_UNSERVED += ("functions", "function_call", "tools", "tool_choice")
+_ROLES = ("system", "user", "assistant", "tool", "developer")
 _TEMPLATE_OPTIONS = frozenset({"enable_thinking"})
 
 log = logging.getLogger("spectr.serving")
@@ -223,8 +225,13 @@ def _check(body: Mapping[str, Any], vocabulary: int) -> None:
     options = body.get("chat_template_kwargs", {})
     if not isinstance(options, dict) or set(options) - _TEMPLATE_OPTIONS:
         raise _unserved("chat_template_kwargs", f"no others than {', '.join(sorted(_TEMPLATE_OPTIONS))}")
+    if (body.get("response_format") or {}).get("type", "text") != "text":
+        raise _unserved("response_format", '{"type": "text"}')
     for message in body.get("messages", ()):
         _check_calls(message.get("tool_calls", ()))
+        parts = message.get("content") if isinstance(message.get("content"), list) else ()
+        if message["role"] not in _ROLES or any(part["type"] != "text" for part in parts):
+            raise _unserved("messages", f"text alone, of {', '.join(_ROLES)}")
 
 
 def _check_calls(calls: Any) -> None:
