@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import httpx
 import pytest
@@ -43,8 +44,8 @@ def start(served):
 
 def engine_core(parent):
     """The engine's process, among the children of the one that serves."""
-    for child in open(f"/proc/{parent}/task/{parent}/children").read().split():
-        if b"EngineCore" in open(f"/proc/{child}/cmdline", "rb").read():
+    for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        if b"EngineCore" in Path(f"/proc/{child}/cmdline").read_bytes():
             return int(child)
     raise AssertionError("no engine")
 
