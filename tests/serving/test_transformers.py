@@ -318,7 +318,9 @@ def test_a_request_that_does_not_fit_in_the_cache_beside_the_others_starts_again
     with served(library) as (address, _):
         expected = answers(address, requests, False)
     with served(library, batching=tight) as (address, engine):
-        offloading = engine.batching.manager._cb.batch_processor.offloading_manager
+        while (processor := engine.batching.manager._cb.batch_processor) is None:  # its thread has just begun
+            time.sleep(0.01)
+        offloading = processor.offloading_manager
         evicted, offload = [], offloading.offload_requests
         offloading.offload_requests = lambda: evicted.append(1) or offload()
         for answer, other in zip(answers(address, requests, True), expected, strict=True):
