@@ -15,10 +15,11 @@ from torch import Tensor
 
 from spectr.composition.routed import Routed, calibration_texts
 from spectr.errors import CompositionError
+from spectr.layers.decision import Held
 from spectr.layers.opening import Opening
 from spectr.layers.probe import Heard, Probe
 from spectr.layers.prompt import Reader, entry_of
-from spectr.layers.routed import Held, RoutedLinear
+from spectr.layers.routed import RoutedLinear
 from spectr.routers import ProbingRouter, PromptRouter, Shortlist
 from spectr.routers.base import ShortlistRouter
 
