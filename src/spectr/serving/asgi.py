@@ -15,7 +15,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
-class HangUp(Exception):  # noqa: N818
+class HangUpError(Exception):
     """The client has gone."""
 
 
@@ -36,7 +36,7 @@ async def read_body(receive: Receive, scope: Scope, limit: int) -> bytes:
 
     Raises:
         RefusalError: 413: it is longer than the limit; the rest is not read.
-        HangUp: The client left before it had sent it.
+        HangUpError: The client left before it had sent it.
     """
     declared = header(scope, b"content-length") or ""
     body = bytearray()
@@ -46,7 +46,7 @@ async def read_body(receive: Receive, scope: Scope, limit: int) -> bytes:
             raise RefusalError(f"the body is longer than {limit} bytes", code="request_too_large", status=413)
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise HangUp
+            raise HangUpError
         body += message.get("body", b"")
         more = message.get("more_body", False)
     if len(body) > limit:
@@ -110,13 +110,13 @@ class Line:
         """Wait for the work, or for the client to leave before it is answered, which cancels the work.
 
         Raises:
-            HangUp: The client left first.
+            HangUpError: The client left first.
         """
         task, left = asyncio.ensure_future(work), asyncio.ensure_future(self._gone.wait())
         try:
             await asyncio.wait((task, left), return_when=asyncio.FIRST_COMPLETED)
             if not task.done() and not answered():
-                raise HangUp
+                raise HangUpError
             await task
         finally:
             for pending in (task, left, self._watch):

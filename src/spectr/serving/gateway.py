@@ -12,7 +12,19 @@ from typing import Any
 
 from spectr.errors import SpectrError
 from spectr.serving.answers import Answer
-from spectr.serving.asgi import App, HangUp, Line, Message, Receive, Scope, Send, bearer, read_body, respond, rewritten
+from spectr.serving.asgi import (
+    App,
+    HangUpError,
+    Line,
+    Message,
+    Receive,
+    Scope,
+    Send,
+    bearer,
+    read_body,
+    respond,
+    rewritten,
+)
 from spectr.serving.catalog import Catalog
 from spectr.serving.engines.base import Engine, Recording, Ticket
 from spectr.serving.errors import RefusalError, error_body
@@ -76,7 +88,7 @@ class Gateway:
             status = error.status
             extra = {"www_authenticate": "Bearer"} if status == 401 else {}
             await respond(send, status, error.body, **extra)
-        except HangUp:
+        except HangUpError:
             status = 499  # as nginx writes it down; nobody reads it
             self.metrics.hangups.inc()
         except Exception:

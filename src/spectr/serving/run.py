@@ -26,7 +26,7 @@ async def listen(
     say: Callable[[str], None],
     watch: Callable[[uvicorn.Server], Awaitable[None]] | None = None,
 ) -> None:
-    """Serve until the process is interrupted; first say what is served.
+    """Serve until the process is interrupted; say what is served once it can be reached.
 
     Args:
         app: The engine's own application.
@@ -44,16 +44,29 @@ async def listen(
     if not engine.layers:
         raise CompositionError("no layer of this model is routed", do="check the library with spectr library list")
     gateway = Gateway(app, engine, policy=settings.policy(), served=settings.served, count=settings.count)
-    for line in told(settings, engine, bound.getsockname()[1], page=gateway.page is not None):
-        say(line)
+    lines = told(settings, engine, bound.getsockname()[1], page=gateway.page is not None)
     config = Config(gateway, log_level="warning", server_header=False, timeout_graceful_shutdown=_PATIENCE)
     server = Server(config)
-    watching = asyncio.ensure_future(watch(server)) if watch else None
+    beside = [
+        asyncio.ensure_future(_tell(server, lines, say)),
+        *([asyncio.ensure_future(watch(server))] if watch else []),
+    ]
     try:
         await server.serve(sockets=[bound])
     finally:
-        if watching is not None:
-            watching.cancel()
+        for task in beside:
+            task.cancel()
+
+
+async def _tell(server: uvicorn.Server, lines: list[str], say: Callable[[str], None]) -> None:
+    """Say what is served once it can be reached, and that it ends when it is to."""
+    while not server.started:
+        await asyncio.sleep(0.02)
+    for line in lines:
+        say(line)
+    while not server.should_exit:
+        await asyncio.sleep(0.1)
+    say(f"ending; answers under way have {_PATIENCE} seconds, and Ctrl-C again ends at once")
 
 
 def told(settings: Settings, engine: Engine, port: int, *, page: bool) -> list[str]:

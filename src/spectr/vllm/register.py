@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 SUPPORTED = (("0.32.0", "0.33"),)  # from, and below; hooks reach into what vLLM does not promise to keep
@@ -20,10 +21,10 @@ def register() -> None:
             f"SpectR's plugin is made for vLLM {_words()}, not for {found or 'another'}: composed models may not load",
             stacklevel=2,
         )
-    from spectr.vllm import config  # noqa: F401  (registers itself)
     from spectr.vllm.runner import hook_runner
     from spectr.vllm.salt import follow_removals, salt_requests
 
+    import_module("spectr.vllm.config")  # its class registers itself
     salt_requests()
     follow_removals()
     hook_runner()

@@ -1,4 +1,4 @@
-/* The functions of routing.c for one dtype: TYPE in memory, FROM, TO, LOAD and STORE between it and float. */
+/* The functions of routing.c for one dtype; see dtypes.h. */
 
 
 /* Sums of products of ROWS rows and some tokens, which are a constant of the caller, so that all sums are in registers. */

@@ -99,24 +99,6 @@ static void choose(const float *scores, long experts, long k, float temperature,
   for (long c = 0; c < k; c++) weights[c] /= total;
 }
 
-#define TYPE float
-#define NAME(function) function##_f32
-#define FROM(value) (value)
-#define TO(value) (value)
-#define LOAD(from) load_f32(from)
-#define STORE(to, value) store_f32(to, value)
-#include "layer.h"
-#undef TYPE
-#undef NAME
-#undef FROM
-#undef TO
-#undef LOAD
-#undef STORE
-
-#define TYPE uint16_t
-#define NAME(function) function##_bf16
-#define FROM(value) from_bf16(value)
-#define TO(value) to_bf16(value)
-#define LOAD(from) load_bf16(from)
-#define STORE(to, value) store_bf16(to, value)
-#include "layer.h"
+#define FUNCTIONS "layer.h"
+#include "dtypes.h"
+#undef FUNCTIONS

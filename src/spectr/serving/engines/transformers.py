@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from spectr.composition import Routed
@@ -153,7 +154,10 @@ class TransformersEngine:
             batching = self.batching
             bound = Bound(batching.manager, self._find, context, batching.enter, batching.begun, ends=False)
             return State(GenerationState(continuous_batching=True), lambda _: bound, batching.alive)
-        one = lambda model, running: OneAtATime(model, running, self.conductor)  # noqa: E731
+
+        def one(model: Any, running: Running) -> OneAtATime:
+            return OneAtATime(model, running, self.conductor)
+
         return State(GenerationState(), lambda inner: Bound(inner, self._find, context, one), lambda: True)
 
     def _application(self) -> Any:
@@ -177,11 +181,8 @@ _KEY = f"{_NAME}@main"
 
 def check_version() -> None:
     """Raise :class:`SpectrError` for a transformers whose serving code may be another."""
-    try:
-        import fastapi  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError("serving", "serve") from error
+    if not all(map(find_spec, ("fastapi", "uvicorn"))):
+        raise MissingExtraError("serving", "serve")
     installed = version("transformers")
     number = tuple(int(part) for part in installed.split(".")[:2])
     if not TESTED[0] <= number < TESTED[1]:
