@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -26,7 +27,7 @@ def start(served):
         given = ("--engine", "vllm", "-m", served / "model", "-l", served / "library", "--port", "0", *words)
         command = [sys.executable, "-m", "spectr", "serve", *map(str, given), "--", *OPTIONS]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True)
         started.append(process)
         said = ""
         for line in process.stderr:
@@ -38,7 +39,8 @@ def start(served):
 
     yield call
     for process in started:
-        process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # its engine's processes too, which outlive it where it is killed
         process.communicate()
 
 
@@ -57,7 +59,9 @@ def test_it_answers_and_ends_with_an_engine_that_dies(start):
     with httpx.Client(base_url=address, timeout=60) as client:
         [choice] = client.post("/v1/completions", json={**PROMPT, "return_routing": True}).json()["choices"]
         assert choice["routing"]["experts"] == ["amber", "blue", "cyan", "ecru"]
-        assert [sum(share for _, share in token) for token in choice["routing"]["tokens"]] == [pytest.approx(1)] * 4
+        totals = [sum(share for _, share in token) for token in choice["routing"]["tokens"]]
+        assert len(totals) == 4
+        assert all(1 - 4 * 0.001 < total <= 1 for total in totals)  # each of four is told to three digits, rounded down
         assert client.post("/v1/completions", json={**PROMPT, "model": "spectr/dun"}).status_code == 404
         os.kill(engine_core(process.pid), signal.SIGKILL)
         try:
