@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ class CpuKernels(Kernels):
         pointer, number = ctypes.c_void_p, ctypes.c_long
         signatures = {
             "route": [pointer] * 4 + [number] * 3,
+            "route_many": [pointer] * 4 + [number] * 3,
             "held": [pointer] * 4 + [number] * 3,
             "select": [pointer] * 3 + [number] * 3,
         }
@@ -52,6 +54,9 @@ class CpuKernels(Kernels):
                 function = getattr(library, f"{name}_{suffix}")
                 function.argtypes = arguments
                 self._functions[name, dtype] = function
+        self._tiles = library.tiles_f32 if _tiles_work(library) else None
+        if self._tiles is not None:
+            self._tiles.argtypes = [pointer] * 4 + [number] * 5
 
     def route(
         self,
@@ -64,33 +69,30 @@ class CpuKernels(Kernels):
         choice: Choice,
     ) -> bool:
         """See :meth:`Kernels.route`."""
-        layer = Layer.of(A_PI, Bt_PO, centers_P, choice)
-        (rows, inputs), outputs, threads = A_PI.shape, Bt_PO.shape[1], torch.get_num_threads()
-        tokens = x.numel() // inputs
-        h = None if tokens <= FEW else linear(x, A_PI)
-        prior, rows_of_prior = place(prior_BE), 1 if prior_BE is None else len(prior_BE)
-        if h is not None and choice.experts <= _dense_pays(x.dtype) * choice.k:
-            select = self._functions["select", x.dtype]
-            few = 1 if tokens * rows < _SMALL else threads
-            if select(ctypes.addressof(layer), place(h), prior, tokens, rows_of_prior, few):
-                return False
-            sums = out.view(tokens, outputs)
-            torch.addmm(sums, h.view(tokens, rows), Bt_PO, out=sums)
-            return True
-        if h is not None:
-            layer.A = None
-        places = (place(x if h is None else h), prior, place(out))
-        route = self._functions["route", x.dtype]
-        return not route(ctypes.addressof(layer), *places, tokens, rows_of_prior, threads)
+        layer, threads = Layer.of(A_PI, Bt_PO, centers_P, choice), torch.get_num_threads()
+        tokens, rows = x.numel() // layer.inputs, 1 if prior_BE is None else len(prior_BE)
+        at, prior, to = ctypes.addressof(layer), place(prior_BE), place(out)
+        if tokens <= FEW:
+            return not self._functions["route", x.dtype](at, place(x), prior, to, tokens, rows, threads)
+        by_tiles = self._by_tiles(x.dtype, held=False)
+        if by_tiles is not None:
+            return not by_tiles(at, place(x), prior, to, tokens, rows, threads)
+        h = linear(x, A_PI)
+        if choice.experts > _dense_pays(x.dtype) * choice.k:
+            return not self._functions["route_many", x.dtype](at, place(h), prior, to, tokens, rows, threads)
+        few = 1 if h.numel() < _SMALL else threads
+        if self._functions["select", x.dtype](at, place(h), prior, tokens, rows, few):
+            return False
+        sums = out.view(tokens, layer.outputs)
+        torch.addmm(sums, h.view(tokens, layer.rows), Bt_PO, out=sums)
+        return True
 
     def held(self, x: Tensor, A_PI: Tensor, Bt_PO: Tensor, weights_BP: Tensor, out: Tensor) -> bool:
         """See :meth:`Kernels.held`."""
         layer, tokens = Layer.of(A_PI, Bt_PO), x.numel() // A_PI.shape[1]
-        if tokens > FEW:
-            return False
-        held = self._functions["held", x.dtype]
-        places = (place(x), place(weights_BP), place(out))
-        return not held(ctypes.addressof(layer), *places, tokens, len(weights_BP), torch.get_num_threads())
+        held = self._functions["held", x.dtype] if tokens <= FEW else self._by_tiles(x.dtype, held=True)
+        places = (place(x), place(weights_BP), place(out), tokens, len(weights_BP), torch.get_num_threads())
+        return held is not None and not held(ctypes.addressof(layer), *places)
 
     def whole(
         self, base: nn.Module, A_PI: Tensor, Bt_PO: Tensor, centers_P: Tensor | None, choice: Choice | None
@@ -100,7 +102,15 @@ class CpuKernels(Kernels):
             return None
         function = self._functions["held" if choice is None else "route", A_PI.dtype]
         layer = Layer.of(A_PI, Bt_PO, centers_P, choice)
-        return WholeLayer(base, (A_PI, Bt_PO, centers_P), layer, function)
+        many = self._by_tiles(A_PI.dtype, held=choice is None)
+        return WholeLayer(base, (A_PI, Bt_PO, centers_P), layer, function, many)
+
+    def _by_tiles(self, dtype: torch.dtype, *, held: bool) -> Callable[..., int] | None:
+        """The function for many tokens, called as that for few, if there is one."""
+        tiles = self._tiles
+        if tiles is None or dtype != torch.float32:
+            return None
+        return lambda *call: tiles(*call[:-1], held, _parts(), call[-1])
 
 
 @lru_cache(maxsize=4)
@@ -109,7 +119,17 @@ def _dense_pays(dtype: torch.dtype) -> int:
 
     As measured (docs/speed.md): bfloat16 has a unit of its own where there is AMX.
     """
-    return 32 if has_unit(dtype) else 3
+    return 12 if has_unit(dtype) else 2
+
+
+def _parts() -> int:
+    """Of how many bfloat16 a float32 is to be the sum where it is multiplied by tiles, as torch is told."""
+    return 3 if torch.get_float32_matmul_precision() == "highest" else 2
+
+
+def _tiles_work(library: ctypes.CDLL) -> bool:
+    """Whether the functions were compiled for this machine's tiles and the system lets us use them."""
+    return hasattr(library, "tiles_f32") and bool(library.tiles_allowed())
 
 
 def has_unit(dtype: torch.dtype) -> bool:

@@ -32,17 +32,18 @@ class Layer(ctypes.Structure):
 
 
 class WholeLayer:
-    """A base layer and its experts, of which few tokens are one call; see :class:`spectr.layers.kernels.base.Whole`.
+    """A base layer and its experts in one call; see :class:`spectr.layers.kernels.base.Whole`.
 
     Args:
         base: The base layer.
         kept: The tensors that ``layer`` has the places of.
         layer: Without the base layer, whose weight may be replaced at any time.
-        function: ``route`` or ``held``.
+        few: ``route`` or ``held``, of at most :data:`FEW` tokens.
+        many: Of more, where there is such a function.
     """
 
-    def __init__(self, base: nn.Linear, kept: tuple[Tensor | None, ...], layer: Layer, function: Any):
-        self.base, self.kept, self.layer, self.function = base, kept, layer, function
+    def __init__(self, base: nn.Linear, kept: tuple[Tensor | None, ...], layer: Layer, few: Any, many: Any = None):
+        self.base, self.kept, self.layer, self.few, self.many = base, kept, layer, few, many
         self.place, self.inputs, self.outputs = ctypes.addressof(layer), layer.inputs, layer.outputs
 
     def __call__(self, x: Tensor, rows: Tensor | None) -> Tensor | None:
@@ -51,13 +52,14 @@ class WholeLayer:
         weight, bias = base._parameters["weight"], base._parameters["bias"]
         assert weight is not None
         watched = base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__
-        if tokens > FEW or watched or not _readable(weight, x) or not (bias is None or _readable(bias, x)):
+        function = self.few if tokens <= FEW else self.many
+        if function is None or watched or not _readable(weight, x) or not (bias is None or _readable(bias, x)):
             return None
         self.layer.W, self.layer.bias = weight.data_ptr(), place(bias)
         out = x.new_empty((*x.shape[:-1], self.outputs))
         count = 1 if rows is None else len(rows)
         call = (self.place, x.data_ptr(), place(rows), out.data_ptr(), tokens, count, torch.get_num_threads())
-        return None if self.function(*call) else out
+        return None if function(*call) else out
 
 
 def place(tensor: Tensor | None) -> int | None:
