@@ -11,7 +11,6 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,15 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from spectr.layers.kernels.base import Choice, Kernels, Whole
-from spectr.layers.kernels.whole import FEW, Layer, WholeLayer, place
+from spectr.layers.kernels.whole import Calls, Layer, WholeLayer, place
 from spectr.saving import cache_folder
 
 # Reductions may be reordered, or nothing is vectorised. Not -ffast-math: it changes how the whole process rounds.
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math")
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_FEW = 16  # tokens up to which one call reads each weight once; of more, products by torch are faster
+_FEW_BY_TILES = {torch.float32: 16, torch.bfloat16: 8}  # or by tiles, where there are any, as measured (docs/speed.md)
+_DENSE_PAYS = 2  # experts for each chosen one up to which a product with all of them and zeros is faster than sums
 _SMALL = 1 << 18  # scores' terms that one thread is through with before a second one has begun
 
 
@@ -48,15 +50,14 @@ class CpuKernels(Kernels):
             "held": [pointer] * 4 + [number] * 3,
             "select": [pointer] * 3 + [number] * 3,
         }
+        if _tiles_work(library):
+            signatures["tiles"] = [pointer] * 4 + [number] * 5
         self._functions: dict[tuple[str, torch.dtype], Any] = {}
         for dtype, suffix in _NAMES.items():
             for name, arguments in signatures.items():
                 function = getattr(library, f"{name}_{suffix}")
                 function.argtypes = arguments
                 self._functions[name, dtype] = function
-        self._tiles = library.tiles_f32 if _tiles_work(library) else None
-        if self._tiles is not None:
-            self._tiles.argtypes = [pointer] * 4 + [number] * 5
 
     def route(
         self,
@@ -72,13 +73,11 @@ class CpuKernels(Kernels):
         layer, threads = Layer.of(A_PI, Bt_PO, centers_P, choice), torch.get_num_threads()
         tokens, rows = x.numel() // layer.inputs, 1 if prior_BE is None else len(prior_BE)
         at, prior, to = ctypes.addressof(layer), place(prior_BE), place(out)
-        if tokens <= FEW:
-            return not self._functions["route", x.dtype](at, place(x), prior, to, tokens, rows, threads)
-        by_tiles = self._by_tiles(x.dtype, held=False)
-        if by_tiles is not None:
-            return not by_tiles(at, place(x), prior, to, tokens, rows, threads)
+        at_once = self._calls("route", x.dtype).of(tokens)
+        if at_once is not None:
+            return not at_once(at, place(x), prior, to, tokens, rows, threads)
         h = linear(x, A_PI)
-        if choice.experts > _dense_pays(x.dtype) * choice.k:
+        if choice.experts > _DENSE_PAYS * choice.k:
             return not self._functions["route_many", x.dtype](at, place(h), prior, to, tokens, rows, threads)
         few = 1 if h.numel() < _SMALL else threads
         if self._functions["select", x.dtype](at, place(h), prior, tokens, rows, few):
@@ -90,7 +89,7 @@ class CpuKernels(Kernels):
     def held(self, x: Tensor, A_PI: Tensor, Bt_PO: Tensor, weights_BP: Tensor, out: Tensor) -> bool:
         """See :meth:`Kernels.held`."""
         layer, tokens = Layer.of(A_PI, Bt_PO), x.numel() // A_PI.shape[1]
-        held = self._functions["held", x.dtype] if tokens <= FEW else self._by_tiles(x.dtype, held=True)
+        held = self._calls("held", x.dtype).of(tokens)
         places = (place(x), place(weights_BP), place(out), tokens, len(weights_BP), torch.get_num_threads())
         return held is not None and not held(ctypes.addressof(layer), *places)
 
@@ -100,26 +99,16 @@ class CpuKernels(Kernels):
         """See :meth:`Kernels.whole`."""
         if type(base) is not nn.Linear:
             return None
-        function = self._functions["held" if choice is None else "route", A_PI.dtype]
         layer = Layer.of(A_PI, Bt_PO, centers_P, choice)
-        many = self._by_tiles(A_PI.dtype, held=choice is None)
-        return WholeLayer(base, (A_PI, Bt_PO, centers_P), layer, function, many)
+        calls = self._calls("held" if choice is None else "route", A_PI.dtype)
+        return WholeLayer(base, (A_PI, Bt_PO, centers_P), layer, calls)
 
-    def _by_tiles(self, dtype: torch.dtype, *, held: bool) -> Callable[..., int] | None:
-        """The function for many tokens, called as that for few, if there is one."""
-        tiles = self._tiles
-        if tiles is None or dtype != torch.float32:
-            return None
-        return lambda *call: tiles(*call[:-1], held, _parts(), call[-1])
-
-
-@lru_cache(maxsize=4)
-def _dense_pays(dtype: torch.dtype) -> int:
-    """Experts for each chosen one up to which, of many tokens, a product with all of them and zeros is faster.
-
-    As measured (docs/speed.md): bfloat16 has a unit of its own where there is AMX.
-    """
-    return 12 if has_unit(dtype) else 2
+    def _calls(self, name: str, dtype: torch.dtype) -> Calls:
+        few, tiles = self._functions[name, dtype], self._functions.get(("tiles", dtype))
+        if tiles is None:
+            return Calls(few, _FEW, None)
+        held = name == "held"
+        return Calls(few, _FEW_BY_TILES[dtype], lambda *call: tiles(*call[:-1], held, _parts(), call[-1]))
 
 
 def _parts() -> int:

@@ -1,4 +1,4 @@
-/* Scores of many float32 tokens by AMX, whose tiles multiply bfloat16 and sum in float32.
+/* Products by AMX, whose tiles multiply bfloat16 and sum in float32.
 
    A float32 is the sum of three bfloat16 of 8 bits each: high, middle and low. Of the nine products of two such sums six are
    made; what is left out is below float32's own rounding. Where torch is told that less will do
@@ -13,6 +13,7 @@
 #define TILE (SIDE * DEEP) /* bfloat16 numbers of a tile */
 
 typedef __m512i line;     /* a tile's row */
+#define INLINED static inline __attribute__((always_inline)) /* so that `parts` are a constant in it */
 
 /* Whether the system lets this process have tiles. */
 int tiles_allowed(void) {
@@ -60,7 +61,7 @@ static inline __mmask16 first_of(long there) { return there >= SIDE ? 0xffff : t
 
 /* 16 rows of a matrix as tiles, `parts` for each DEEP of its columns, of which number c is beside number c + 16. Zero for rows
    and columns that are not there. */
-static inline void lay_rows(const float *from, long rows, long columns, int parts, uint16_t *to) {
+static inline void lay_rows_f32(const float *from, long rows, long columns, int parts, uint16_t *to) {
   for (long c = 0; c < columns; c += DEEP, to += parts * TILE) {
     __mmask16 near = first_of(columns - c), far = first_of(columns - c - SIDE);
     for (long r = 0; r < SIDE; r++) {
@@ -75,14 +76,15 @@ static inline void lay_rows(const float *from, long rows, long columns, int part
   }
 }
 
-/* 4 numbers of 16 rows, turned. */
-static inline void turn(const float *from, long stride, __m512 turned[4]) {
+/* 4 words of 16 rows, which are `stride` bytes apart, turned. */
+static inline void turn(const void *from, long stride, __m512 turned[4]) {
+#define WORDS(r) _mm_loadu_ps((const float *)((const char *)from + (r) * stride))
   __m512 rows[4], pairs[4];
   for (int r = 0; r < 4; r++) { /* of rows r, r + 4, r + 8 and r + 12 */
-    rows[r] = _mm512_castps128_ps512(_mm_loadu_ps(from + r * stride));
-    rows[r] = _mm512_mask_broadcast_f32x4(rows[r], 0x00f0, _mm_loadu_ps(from + (r + 4) * stride));
-    rows[r] = _mm512_mask_broadcast_f32x4(rows[r], 0x0f00, _mm_loadu_ps(from + (r + 8) * stride));
-    rows[r] = _mm512_mask_broadcast_f32x4(rows[r], 0xf000, _mm_loadu_ps(from + (r + 12) * stride));
+    rows[r] = _mm512_castps128_ps512(WORDS(r));
+    rows[r] = _mm512_mask_broadcast_f32x4(rows[r], 0x00f0, WORDS(r + 4));
+    rows[r] = _mm512_mask_broadcast_f32x4(rows[r], 0x0f00, WORDS(r + 8));
+    rows[r] = _mm512_mask_broadcast_f32x4(rows[r], 0xf000, WORDS(r + 12));
   }
   for (int r = 0; r < 2; r++) {
     pairs[2 * r] = _mm512_unpacklo_ps(rows[2 * r], rows[2 * r + 1]);
@@ -92,10 +94,17 @@ static inline void turn(const float *from, long stride, __m512 turned[4]) {
     turned[2 * r] = (__m512)_mm512_unpacklo_pd((__m512d)pairs[r], (__m512d)pairs[r + 2]);
     turned[2 * r + 1] = (__m512)_mm512_unpackhi_pd((__m512d)pairs[r], (__m512d)pairs[r + 2]);
   }
+#undef WORDS
 }
 
-/* As lay_rows, each tile turned: the second factor of a product. */
-static inline void lay_turned(const float *from, long rows, long columns, int parts, uint16_t *to) {
+/* What comes 16 rows later, on its way while these are worked on; `stride` is in bytes. */
+static inline void fetch_next(const void *from, long stride, long bytes) {
+  for (long r = SIDE; r < 2 * SIDE; r++)
+    for (long line = 0; line < bytes; line += 64) _mm_prefetch((const char *)from + r * stride + line, _MM_HINT_T1);
+}
+
+/* As lay_rows_f32, each tile turned: the second factor of a product. */
+static inline void lay_turned_f32(const float *from, long rows, long columns, int parts, uint16_t *to) {
   for (long c = 0; c < columns; c += DEEP, to += parts * TILE) {
     float edge[SIDE][DEEP];
     const float *at = from + c;
@@ -106,13 +115,45 @@ static inline void lay_turned(const float *from, long rows, long columns, int pa
       at = edge[0];
       apart = DEEP;
     }
+    fetch_next(from + c, columns * sizeof *from, DEEP * sizeof *from);
     for (int q = 0; q < SIDE; q += 4) {
       __m512 first[4], second[4];
-      turn(at + q, apart, first);
-      turn(at + SIDE + q, apart, second);
+      turn(at + q, apart * sizeof *at, first);
+      turn(at + SIDE + q, apart * sizeof *at, second);
       for (int r = 0; r < 4; r++)
         for (int p = 0; p < parts; p++)
           _mm512_store_si512(to + p * TILE + (q + r) * DEEP, next_part(first + r, second + r, p == parts - 1));
+    }
+  }
+}
+
+/* The same of bfloat16, which is one part: number c is beside number c + 1. */
+static inline void lay_rows_bf16(const uint16_t *from, long rows, long columns, int parts, uint16_t *to) {
+  for (long c = 0; c < columns; c += DEEP, to += parts * TILE)
+    for (long r = 0; r < SIDE; r++) {
+      __mmask32 there = r >= rows ? 0 : columns - c >= DEEP ? 0xffffffff : (1u << (columns - c)) - 1;
+      _mm512_store_si512(to + r * DEEP, _mm512_maskz_loadu_epi16(there, from + r * columns + c));
+    }
+}
+
+static inline void lay_turned_bf16(const uint16_t *from, long rows, long columns, int parts, uint16_t *to) {
+  for (long c = 0; c < columns; c += DEEP, to += parts * TILE) {
+    uint16_t edge[TILE];
+    const uint16_t *at = from + c;
+    long apart = columns;
+    if (rows < SIDE || columns - c < DEEP) {
+      for (long r = 0; r < SIDE; r++) {
+        __mmask32 there = r >= rows ? 0 : columns - c >= DEEP ? 0xffffffff : (1u << (columns - c)) - 1;
+        _mm512_storeu_si512(edge + r * DEEP, _mm512_maskz_loadu_epi16(there, at + r * columns));
+      }
+      at = edge;
+      apart = DEEP;
+    }
+    fetch_next(from + c, columns * sizeof *from, DEEP * sizeof *from);
+    for (int q = 0; q < SIDE; q += 4) {
+      __m512 turned[4];
+      turn(at + 2 * q, apart * sizeof *at, turned);
+      for (int r = 0; r < 4; r++) _mm512_store_ps(to + (q + r) * DEEP, turned[r]);
     }
   }
 }
@@ -133,8 +174,10 @@ static inline void multiply(const uint16_t *a, const uint16_t *b, long apart, lo
   for (long c = 0; c < deep; c++, a += parts * TILE, b += parts * TILE) {
     if (parts == 3) {
       FIRST(2) SECOND(0) SUM FIRST(1) SUM SECOND(1) SUM FIRST(0) SUM SECOND(2) SUM SECOND(0) SUM
+    } else if (parts == 2) {
+      FIRST(1) SECOND(0) SUM FIRST(0) SUM SECOND(1) SUM
     } else {
-      FIRST(1) SECOND(0) SUM FIRST(0) SECOND(1) SUM SECOND(0) SUM
+      FIRST(0) SECOND(0) SUM
     }
   }
 #undef FIRST
@@ -151,22 +194,14 @@ struct tiles {
 
 static inline uint16_t *panel_of(const struct tiles *s) { return s->panels + THREAD * STRIP / SIDE * s->each; }
 
-/* to = M x for some of M's rows, and tokens from `begin` to `end`, with `stride` between tokens. `panel` has room for the rows. */
-static inline __attribute__((always_inline)) void multiply_some(const float *M, long rows, long inputs, const struct tiles *s,
-                                                               long begin, long end, uint16_t *panel, float *to, long stride,
-                                                               int parts) {
-  for (long r = 0; r < ROUND(rows, 2 * SIDE); r += SIDE)
-    lay_turned(M + r * inputs, rows - r, inputs, parts, panel + r / SIDE * s->each);
-  for (long t = begin; t < end; t += 2 * SIDE)
-    for (long r = 0; r < rows; r += 2 * SIDE) {
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-      multiply(s->x + t / SIDE * s->each, panel + r / SIDE * s->each, s->each, s->each / (parts * TILE), parts);
-      store_square(to + t * stride + r, stride);
-    }
-}
+/* What a call has of its tokens beside x: a prior of the scores, float32, or weights that are held of the rows of A; one row
+   of these for each equal share of `all` tokens. */
+struct given {
+  const void *rows;
+  long count, all, held;
+};
+
+static inline long row_of(const struct given *given, long token) { return token * given->count / given->all; }
 
 /* The largest scores of 16 tokens and their weights, as choose() has them: `scores` of one expert after the other. */
 static void choose_side(const vector *scores, long experts, long k, float temperature, vector *chosen, vector *weights) {
@@ -195,146 +230,6 @@ static void choose_side(const vector *scores, long experts, long k, float temper
   for (long c = 0; c < k; c++) weights[c] /= total;
 }
 
-/* The choice of 16 tokens from place `t` on, into `scratch`; `prior` is that of each. */
-static void choose_among(const struct layer *l, const struct tiles *s, const float *const prior[SIDE], long t,
-                         vector *scratch) {
-  long experts = l->experts, rank = l->rows / experts;
-  memset(scratch, 0, experts * sizeof *scratch);
-  for (long p = 0, e = 0, r = 0; p < l->rows; p += 4) {
-    __m512 turned[4];
-    turn(s->h + t * s->rows + p, s->rows, turned);
-    for (long i = 0; i < 4 && p + i < l->rows; i++) {
-      vector scored = turned[i];
-      if (l->centers) scored -= ((const float *)l->centers)[p + i];
-      scratch[e] += scored * scored;
-      if (++r == rank) r = 0, e++;
-    }
-  }
-  for (long e = 0; e < experts; e++) {
-    vector by;
-    scratch[e] = _mm512_sqrt_ps(scratch[e]);
-    if (!prior[0]) continue;
-    for (int u = 0; u < SIDE; u++) by[u] = prior[u][e];
-    scratch[e] *= by;
-  }
-  choose_side(scratch, experts, l->k, l->temperature, scratch + experts, scratch + experts + l->k);
-}
-
-/* What a call has of its tokens beside x: a prior of the scores, or weights that are held of the rows of A; one row of
-   these for each equal share of `all` tokens. */
-struct given {
-  const float *rows;
-  long count, all, held;
-};
-
-static inline const float *given_to(const struct given *given, long token, long numbers) {
-  return given->rows + token * given->count / given->all * numbers;
-}
-
-/* Choose for some tokens, which begin at `begin`. */
-static void choose_all(const struct layer *l, const struct tiles *s, const struct many *m, const struct given *given,
-                       long begin, long tokens, vector *scratch) {
-  vector *chosen = scratch + l->experts, *weights = chosen + l->k;
-#pragma omp for schedule(static)
-  for (long t = 0; t < tokens; t += SIDE) {
-    const float *priors[SIDE] = {0};
-    long there = tokens - t < SIDE ? tokens - t : SIDE;
-    for (long u = 0; u < SIDE && given->rows; u++)
-      priors[u] = given_to(given, begin + t + (u < there ? u : 0), l->experts);
-    choose_among(l, s, priors, t, scratch);
-    for (long u = 0; u < there; u++)
-      for (long c = 0; c < l->k; c++) remember(l, m, t + u, c, chosen[c][u], weights[c][u], s->h + (t + u) * s->rows);
-  }
-}
-
-/* All rows of A, as if they were one expert, with the weights that are held. */
-static void hold_all(const struct layer *l, const struct tiles *s, const struct many *m, const struct given *given, long begin,
-                     long tokens) {
-#pragma omp for schedule(static)
-  for (long t = 0; t < tokens; t++) {
-    const float *weights = given_to(given, begin + t, l->rows);
-    remember(l, m, t, 0, 0, 1, s->h + t * s->rows);
-    for (long p = 0; p < l->rows; p++) m->share[t * m->wide + p] *= weights[p];
-  }
-}
-
-/* The chosen experts' outputs, added to those of the base layer. */
-static inline __attribute__((always_inline)) void outer_tiles(const struct layer *l, const struct tiles *s, const struct many *m,
-                                                             float *out, long tokens, long threads, int parts) {
-  float *strip = m->strips + THREAD * CHUNK * STRIP;
-#pragma omp for schedule(static)
-  for (long worker = 0; worker < threads; worker++) {
-    struct part own = part_of(l->outputs, worker, threads);
-    for (long from = own.begin; from < own.end; from += own.width) {
-      long there = own.end - from < own.width ? own.end - from : own.width;
-      if (l->W) {
-        const float *W = (const float *)l->W + from * l->inputs, *bias = l->bias;
-        multiply_some(W, there, l->inputs, s, 0, s->tokens, panel_of(s), strip, STRIP, parts);
-        for (long t = 0; t < tokens && bias; t++)
-          for (long o = 0; o < there; o++) strip[t * STRIP + o] += bias[from + o];
-      } else
-        load_strip_f32(l, out, strip, from, there, tokens);
-      add_chosen_f32(l, m, strip, from, there);
-      store_strip_f32(l, out, strip, from, there, tokens);
-    }
-  }
-}
-
-/* Some tokens, which begin at `begin`. */
-static inline __attribute__((always_inline)) void chunk_tiles(const struct layer *l, const struct tiles *s, const struct many *m,
-                                                             const struct given *given, const float *x, float *out, long begin,
-                                                             long tokens, vector *scratch, long threads, int parts) {
-#pragma omp for schedule(static)
-  for (long t = 0; t < s->tokens; t += SIDE)
-    lay_rows(x + t * l->inputs, tokens - t, l->inputs, parts, s->x + t / SIDE * s->each);
-  long blocks = s->rows / (2 * SIDE), groups = blocks % threads && blocks < 4 * threads ? threads : 1;
-#pragma omp for schedule(static) collapse(2)
-  for (long block = 0; block < blocks; block++)
-    for (long group = 0; group < groups; group++) { /* of the tokens, so that all threads have as much to do */
-      long p = 2 * SIDE * block, rows = l->rows - p < 2 * SIDE ? l->rows - p : 2 * SIDE;
-      long first = ROUND(group * s->tokens / groups, 2 * SIDE), last = ROUND((group + 1) * s->tokens / groups, 2 * SIDE);
-      const float *A = (const float *)l->A + p * l->inputs;
-      multiply_some(A, rows, l->inputs, s, first, last, panel_of(s), s->h + p, s->rows, parts);
-    }
-  if (given->held)
-    hold_all(l, s, m, given, begin, tokens);
-  else
-    choose_all(l, s, m, given, begin, tokens, scratch);
-  sort_chosen(l, m, tokens);
-  outer_tiles(l, s, m, out, tokens, threads, parts);
-}
-
-/* As route, or with `held` as held, of many tokens of float32. `parts` of each number: 3, or 2 where less will do. */
-int tiles_f32(const struct layer *l, const float *x, const float *rows, float *out, long tokens, long count, long held,
-              long parts, long threads) {
-  long own = l->experts + 2 * l->k, most = tokens < CHUNK ? ROUND(tokens, 2 * SIDE) : CHUNK;
-  struct tiles s = {.rows = ROUND(l->rows, 2 * SIDE), .each = ROUND(l->inputs, DEEP) / DEEP * parts * TILE};
-  struct given given = {rows, count, tokens, held};
-  size_t scratch = threads * own * sizeof(vector), products = s.rows * most * sizeof(float);
-  size_t laid = (most + threads * STRIP) / SIDE * s.each * sizeof *s.x;
-  char *memory;
-  struct many m = room_for(l, threads, scratch + products + laid, &memory);
-  if (!memory) return 1;
-  s.h = (float *)(memory + scratch);
-  s.x = (uint16_t *)(memory + scratch + products);
-  s.panels = s.x + most / SIDE * s.each;
-#pragma omp parallel num_threads(threads)
-  {
-    tiles_begin();
-    for (long begin = 0; begin < tokens; begin += CHUNK) {
-      struct tiles here = s;
-      long some = tokens - begin < CHUNK ? tokens - begin : CHUNK;
-      here.tokens = ROUND(some, 2 * SIDE);
-      const float *from = x + begin * l->inputs;
-      float *to = out + begin * l->outputs;
-      vector *own_scratch = (vector *)memory + THREAD * own;
-      if (parts == 3)
-        chunk_tiles(l, &here, &m, &given, from, to, begin, some, own_scratch, threads, 3);
-      else
-        chunk_tiles(l, &here, &m, &given, from, to, begin, some, own_scratch, threads, 2);
-    }
-    _tile_release();
-  }
-  free(memory);
-  return 0;
-}
+#define FUNCTIONS "tiled.h"
+#include "dtypes.h"
+#undef FUNCTIONS
