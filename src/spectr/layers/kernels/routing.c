@@ -176,5 +176,5 @@ static void sort_chosen(const struct layer *l, const struct many *m, long tokens
 #undef FUNCTIONS
 
 #ifdef __AMX_BF16__
-#include "tiles.h"
+#include "amx.h"
 #endif

@@ -1,4 +1,4 @@
-/* The functions of tiles.h for one dtype. */
+/* The functions of amx.h for one dtype. */
 
 /* to = M x for some of M's rows, and tokens from `begin` to `end`, with `stride` between tokens. `panel` has room for the
    rows. */

@@ -21,6 +21,9 @@ int tiles_allowed(void) {
   return syscall(SYS_arch_prctl, ask_for, tile_data) == 0;
 }
 
+/* What was written to this place and others is in memory: compilers do not know that tiles read it. */
+static inline void written(const void *place) { __asm__ volatile("" ::"r"(place) : "memory"); }
+
 static void tiles_begin(void) {
   struct {
     uint8_t palette, start, reserved[14];
@@ -31,6 +34,7 @@ static void tiles_begin(void) {
     all.bytes[tile] = 4 * SIDE;
     all.rows[tile] = SIDE;
   }
+  written(&all);
   _tile_loadconfig(&all);
 }
 
@@ -171,6 +175,7 @@ static inline void multiply(const uint16_t *a, const uint16_t *b, long apart, lo
   _tile_dpbf16ps(1, 4, 7); \
   _tile_dpbf16ps(2, 5, 6); \
   _tile_dpbf16ps(3, 5, 7);
+  written(a);
   for (long c = 0; c < deep; c++, a += parts * TILE, b += parts * TILE) {
     if (parts == 3) {
       FIRST(2) SECOND(0) SUM FIRST(1) SUM SECOND(1) SUM FIRST(0) SUM SECOND(2) SUM SECOND(0) SUM
@@ -230,6 +235,6 @@ static void choose_side(const vector *scores, long experts, long k, float temper
   for (long c = 0; c < k; c++) weights[c] /= total;
 }
 
-#define FUNCTIONS "tiled.h"
+#define FUNCTIONS "amx_layer.h"
 #include "dtypes.h"
 #undef FUNCTIONS
