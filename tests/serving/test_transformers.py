@@ -273,7 +273,7 @@ def test_health_and_metrics(server, client):
 def test_a_removed_expert_is_gone_for_the_next_request_and_from_memory(library, mode):
     with served(library, policy=POLICY, batching=mode()) as (address, engine):
         before = {names: answers(address, [(PROMPTS[1], {"experts": list(names)})], False)[0] for names in SETS}
-        layer = next(iter(engine.routed.layers.values()))
+        layer = next(iter(engine.composed.compositions["calibrated"].layers.values()))
         factors = weakref.ref(layer.A_PI)
         del layer
         headers = {"authorization": f"Bearer {ADMIN}"}
@@ -287,7 +287,7 @@ def test_a_removed_expert_is_gone_for_the_next_request_and_from_memory(library, 
         alike(answers(address, [(PROMPTS[1], {})], False)[0], before["ants", "bees"])
         gc.collect()
         assert factors() is None
-        assert all("cats" not in layer.experts for layer in engine.routed.layers.values())
+        assert all("cats" not in layer.experts for layer in engine.composed.compositions["calibrated"].layers.values())
         assert httpx.delete(f"{address}/v1/experts/cats", headers=headers).status_code == 404
         assert httpx.delete(f"{address}/v1/experts/bees", headers=headers, timeout=30).status_code == 200
         last = httpx.delete(f"{address}/v1/experts/ants", headers=headers)
@@ -307,7 +307,7 @@ def test_removal_waits_for_the_requests_that_were_granted_the_expert(library, mo
             text = "".join(chunk.choices[0].delta.content or "" for chunk in (first, *stream))
             removal.join()
         assert text == expected[0]
-        assert engine.experts == engine.routed.experts == ("ants", "bees")
+        assert engine.experts == engine.composed.experts == ("ants", "bees")
 
 
 def test_a_request_that_does_not_fit_in_the_cache_beside_the_others_starts_again(library):
@@ -330,7 +330,7 @@ def test_a_request_that_does_not_fit_in_the_cache_beside_the_others_starts_again
 
 def fail_once(engine, monkeypatch):
     """Have the model's next call fail."""
-    model, calls = engine.routed.model, []
+    model, calls = engine.composed.model, []
     head, plain = model.lm_head, model.lm_head.forward
 
     def forward(*given):
@@ -371,14 +371,14 @@ def test_a_worker_that_dies_is_told_by_health_and_by_every_answer(library, monke
 def test_a_prompt_that_cannot_be_decided_on_harms_no_other_of_its_batch(library, monkeypatch):
     with served(library, batching=MODES["batched"]()) as (address, engine), open_to(address) as client:
         expected = ask(client, PROMPTS[1], max_tokens=20).choices[0].message.content
-        rule = engine.conductor.steering.rule
+        rule = engine.conductor.junction.rule
 
-        def picky(experts, ids):
+        def picky(router, experts, ids):
             if experts == ("bees",):
                 raise RuntimeError("no")
-            return rule(experts, ids)
+            return rule(router, experts, ids)
 
-        monkeypatch.setattr(engine.conductor.steering, "rule", picky)
+        monkeypatch.setattr(engine.conductor.junction, "rule", picky)
         with ThreadPoolExecutor(4) as pool:
             good = [pool.submit(ask, client, PROMPTS[1], max_tokens=20) for _ in range(3)]
             bad = pool.submit(ask, client, PROMPTS[1], model="spectr/bees")

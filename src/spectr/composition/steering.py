@@ -21,7 +21,6 @@ from spectr.layers.probe import Heard, Probe
 from spectr.layers.prompt import Reader, entry_of
 from spectr.layers.routed import RoutedLinear
 from spectr.routers import ProbingRouter, PromptRouter, Shortlist
-from spectr.routers.base import ShortlistRouter
 
 _READERS = 64  # sets whose reader is kept
 
@@ -46,11 +45,13 @@ class Rule:
         experts: Its set.
         among_E: Of all experts those in the set.
         verdict_E: What was found of its prompt: weights, or a prior; ``None`` of a router that reads no prompt.
+        router: Its router's name.
     """
 
     experts: tuple[str, ...]
     among_E: Tensor
     verdict_E: Tensor | None = None
+    router: str = ""
 
 
 @dataclass(eq=False)
@@ -71,19 +72,20 @@ class Steering:
 
     Args:
         routed: The composed model. All calls are made by the thread that runs it, or while it does not run.
+        name: The router's, for its rules.
 
     Raises:
         CompositionError: The router cannot be steered, or its weights cannot differ between tokens.
     """
 
-    def __init__(self, routed: Routed):
-        if isinstance(routed.router, (Shortlist, ShortlistRouter)):
+    def __init__(self, routed: Routed, name: str = ""):
+        if isinstance(routed.router, Shortlist):
             raise CompositionError(
                 f"{routed.router} makes a shortlist before it looks at a request's own experts",
                 expected="a router that scores all experts, such as calibrated or spectr",
                 do="choose another with --router",
             )
-        self.routed = routed
+        self.routed, self.name = routed, name
         self._rules: WeakSet[Rule] = WeakSet()
         self._watching: _Watch | None = None
         self._look_at_layers()
@@ -105,7 +107,7 @@ class Steering:
         places = [self.routed.experts.index(name) for name in names]
         among_E = torch.zeros(len(self.routed.experts), dtype=torch.bool)
         among_E[places] = True
-        rule = Rule(names, among_E)
+        rule = Rule(names, among_E, router=self.name)
         if self.level != "token":
             rule.verdict_E = torch.zeros(len(among_E)) if self.level == "prompt" else torch.ones(len(among_E))
             if names:
@@ -114,9 +116,9 @@ class Steering:
         self._rules.add(rule)
         return rule
 
-    def steer(self, spans: list[tuple[Rule, int]]) -> None:
+    def steer(self, spans: Sequence[tuple[Rule, int]]) -> None:
         """Give the next call's tokens their rules: of each so many, one after the other; one span serves any length."""
-        if spans == self._layout:
+        if list(spans) == self._layout:
             return
         self._layout = list(spans)
         rules, counts = [rule for rule, _ in spans], torch.tensor([count for _, count in spans])
