@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from rows import PROMPTS, SETS, alone, composed, ids_of, together
 
 import spectr
 from models import close, greedy
+from rows import PROMPTS, SETS, alone, composed, ids_of, together
 from spectr import Calibrated, compose
 from spectr.composition.junction import Junction
 from spectr.composition.several import Several

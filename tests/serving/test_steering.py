@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from rows import PROMPTS, SETS, alone, composed, ids_of, together
 
 import spectr
 from models import close
+from rows import PROMPTS, SETS, alone, composed, ids_of, together
 from spectr import Calibrated, compose
 from spectr.composition.steering import Steering
 from text_model import make_model
