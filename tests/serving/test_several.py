@@ -63,7 +63,7 @@ def test_steps_of_one_router_after_the_other_leave_nothing_behind(library):
 
 def test_what_is_seen_is_what_each_router_alone_shows(library):
     junction = Junction(several(library))
-    requests = [request for request in requests_of(junction, [*ROUTERS, "spectr", "arrow"], 1) if request[1]]
+    requests = [request for request in requests_of(junction, [*ROUTERS, "spectr", "arrow"]) if request[1]]
     spans = [(rule, len(ids)) for *_, ids, rule in requests]
     junction.steer(spans)
     junction.watch(range(1, len(spans)), layers=True)
