@@ -59,8 +59,9 @@ def serve(
         typer.Option(
             "--router",
             "-r",
-            help="Routers that a request may name, once for each; the first is the default. See spectr generate --help "
-            "and docs/routers.md. vllm: one alone.",
+            help="A router that requests may name, once for each; the first is the default. auto, or one of those that "
+            "spectr generate --help names. vllm: one alone.",
+            rich_help_panel="Routing",
         ),
     ] = None,
 ) -> None:
@@ -124,6 +125,9 @@ def _settings(
 
 def _routers(routings: Sequence[Routing]) -> tuple[ExpertLibrary, dict[str, Router]]:
     """The library and the routers by name; all that is wrong with them is told at once."""
+    from spectr.composition.several import check_alike
+    from spectr.routers.settings import residents
+
     routers: dict[str, Router] = {}
     problems: list[SpectrError] = []
     library = None
@@ -138,6 +142,7 @@ def _routers(routings: Sequence[Routing]) -> tuple[ExpertLibrary, dict[str, Rout
             problems.append(error)
     raise_together("these routers cannot be served", problems)
     assert library is not None
+    check_alike({name: residents(router, library.names) for name, router in routers.items()})
     return library, routers
 
 

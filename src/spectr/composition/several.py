@@ -39,7 +39,7 @@ class Several:
         self.compositions: dict[str, Routed] = {}
         for name, make in makers.items():
             self.compositions[name] = make(twin(model) if len(makers) > 1 else model)
-            self._check(name)
+            check_alike({name: routed.experts for name, routed in self.compositions.items()})
             self._share(name)
         self._fork()
 
@@ -87,15 +87,6 @@ class Several:
             fork = self._forks[module] = Fork(base, [own[module] for own in layers], self._switch)
             swap_module(self.model, module, fork)
 
-    def _check(self, name: str) -> None:
-        found = self.compositions[name].experts
-        if found != self.experts:
-            raise CompositionError(
-                f"router '{name}' holds {', '.join(found)} alone",
-                expected=f"a router that holds {', '.join(self.experts)}, as the others beside it",
-                do="leave it out; one expert alone can be asked for with any router",
-            )
-
     def _share(self, name: str) -> None:
         """Keep what this router's layers have in common with those of the routers before it once."""
         before = list(self.compositions)[: list(self.compositions).index(name)]
@@ -105,6 +96,18 @@ class Several:
                 equals = (_held(layers[module]).get(key) for layers in theirs)
                 found = next((other for other in equals if other is not None and _equal(tensor, other)), tensor)
                 setattr(layer, key, found)
+
+
+def check_alike(held: Mapping[str, Sequence[str]]) -> None:
+    """Raise :class:`CompositionError` for a router that holds other experts than the first of them does."""
+    (first, experts), *others = held.items()
+    for name, found in others:
+        if tuple(found) != tuple(experts):
+            raise CompositionError(
+                f"router '{name}' holds {', '.join(found)}, and router '{first}' {', '.join(experts)}",
+                expected="routers that hold the same experts, so that every request's set can be answered by each",
+                do=f"leave '{name}' out; one expert alone can be asked for with any router",
+            )
 
 
 def twin(model: nn.Module) -> nn.Module:
