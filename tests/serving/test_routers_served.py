@@ -19,6 +19,7 @@ ROUTERS = {
     "arrow": spectr.Arrow(top_k=2),
     "calibrated-prior": Calibrated(level="prior"),
     "lag": spectr.Lag(shortlist=2),
+    "shortlist": spectr.Shortlist(size=2),
 }
 
 
@@ -101,7 +102,7 @@ def test_a_removed_expert_is_gone_from_every_router_and_from_memory(library, mod
         requests = [(PROMPTS[1], {"router": name, "experts": ["ants", "bees"]}) for name in ROUTERS]
         before = answers(address, requests, False)
         compositions = engine.composed.compositions.values()
-        factors = [weakref.ref(next(iter(routed.layers.values())).A_PI) for routed in compositions]
+        factors = [weakref.ref(layer.A_PI) for routed in compositions for layer in routed.layers.values()]
         told = httpx.delete(f"{address}/v1/experts/cats", headers={"authorization": f"Bearer {ADMIN}"}, timeout=30)
         assert told.json()["deleted"] is True, told.text
         with OpenAI(base_url=f"{address}/v1", api_key=ALL, max_retries=0) as client:
