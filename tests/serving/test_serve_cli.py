@@ -102,6 +102,15 @@ def test_a_router_that_holds_one_expert_alone_is_refused_beside_others(spectr, g
     assert "--expert blue is for the router that always takes it" in err
 
 
+def test_vllm_is_given_one_router(spectr, given, monkeypatch):
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "WARNING")
+    monkeypatch.setattr("spectr.cli.serve._check_vllm", lambda: None)
+    code, _, err = spectr("serve", *given, "--engine", "vllm", "-r", "spectr", "-r", "uniform")
+    assert code == 2
+    assert "2 routers: spectr, uniform" in err
+    assert "--router spectr alone, or --engine transformers" in err
+
+
 def test_a_policy_that_names_others_experts_is_refused(spectr, given, tmp_path):
     policy = tmp_path / "policy.json"
     policy.write_text(json.dumps({"keys": [{"name": "a", "key": "sk-secret-a", "experts": ["ambre"]}]}))

@@ -77,9 +77,10 @@ class Junction:
         self.several.refork()
 
     def close(self) -> None:
-        """Leave the model as it was composed: all experts for every token, by the default router."""
+        """Leave the compositions as they were made; the model's tokens are all the default router's."""
         for steering in self._steerings.values():
             steering.close()
+        self.several.refork()
         self.several.turn([(next(iter(self._steerings)), slice(None))])
 
     def _places(self, numbers: list[int]) -> slice | Tensor:
