@@ -1,10 +1,7 @@
 """``spectr serve`` as a user starts it."""
 
 import json
-import os
-import re
 import signal
-import subprocess
 import sys
 
 import httpx
@@ -12,31 +9,6 @@ import pytest
 from openai import OpenAI
 
 POLICY = "keys: [{name: a, key: sk-secret-a, experts: [amber]}]"
-
-
-@pytest.fixture
-def start(given):
-    """Start the command in a process of its own; gives its address, once it listens, and what it said."""
-    started = []
-
-    def call(*words):
-        command = [sys.executable, "-m", "spectr", "serve", *map(str, given), "--port", "0", *map(str, words)]
-        process = subprocess.Popen(
-            command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
-        started.append(process)
-        said = ""
-        assert process.stderr is not None
-        for line in process.stderr:
-            said += line
-            if found := re.search(r"at (http://\S+)/v1", line):
-                return found[1], said, process
-        raise AssertionError(said)
-
-    yield call
-    for process in started:
-        process.kill()
-        process.communicate()
 
 
 @pytest.mark.parametrize("options", [(), ("--batch", "--cache-tokens", 512)])
@@ -53,7 +25,9 @@ def test_it_serves_says_what_and_ends_with_ctrl_c(start, tmp_path, options):
         assert answer.choices[0].routing["experts"] == ["amber"]
     assert httpx.get(f"{address}/health").status_code == 200
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=30) in (0, 130)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert said.splitlines()[-2:] == ["\u00b7 ending; nothing is under way", "stopped"]
 
 
 @pytest.mark.parametrize(

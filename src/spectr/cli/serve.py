@@ -47,6 +47,9 @@ def serve(
     cache_tokens: Annotated[
         int, typer.Option(help="With --batch: tokens of all running requests that are kept in memory.", min=256)
     ] = 16384,
+    grace: Annotated[
+        float, typer.Option(help="Seconds that answers under way have to end, after Ctrl-C or SIGTERM.", min=0)
+    ] = 10.0,
 ) -> None:
     """Serve the routed model by OpenAI's API: chat completions, completions, models, metrics, and a page.
 
@@ -60,7 +63,7 @@ def serve(
         routing = routing.for_tokens()
     elif options:
         raise SpectrError(f"{' '.join(options)}: the engine transformers has no options of its own", do="leave it out")
-    settings = _settings(routing, exclude, host, port, policy, served_name, record)
+    settings = _settings(routing, exclude, host, port, policy, served_name, record, grace)
     if engine == "vllm":
         _launch_vllm(dataclasses.replace(settings, options=tuple(options or ())))
         return
@@ -77,6 +80,7 @@ def _settings(
     policy: Path | None,
     served: str,
     record: bool,
+    grace: float,
 ) -> Settings:
     from spectr.models import HUB_ID
     from spectr.serving.settings import Settings, base_name
@@ -99,6 +103,7 @@ def _settings(
         host=host,
         port=port,
         count=record,
+        grace=grace,
     )
     settings.policy()  # checked before anything is loaded
     return settings

@@ -14,6 +14,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+_WITH = {401: {"www_authenticate": "Bearer"}, 503: {"retry_after": "10"}}  # headers of refusals
+
 
 class HangUpError(Exception):
     """The client has gone."""
@@ -60,6 +62,34 @@ async def respond(send: Send, status: int, body: bytes, kind: str = "application
     lines += [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": status, "headers": lines})
     await send({"type": "http.response.body", "body": body})
+
+
+class Watched:
+    """``send``, with an eye on what was sent.
+
+    Attributes:
+        status: Of the response; ``None`` before it has begun.
+    """
+
+    def __init__(self, send: Send):
+        self._send = send
+        self._streams = self._ended = False
+        self.status: int | None = None
+
+    async def __call__(self, message: Message) -> None:
+        """In the place of ASGI's ``send``."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            self._streams = dict(message.get("headers", ())).get(b"content-type", b"").startswith(b"text/event-stream")
+        await self._send(message)
+        self._ended = message["type"] == "http.response.body" and not message.get("more_body", False)
+
+    async def refuse(self, error: RefusalError) -> None:
+        """Answer with an error, or end a stream with one."""
+        if self.status is None:
+            await respond(self, error.status, error.body, **_WITH.get(error.status, {}))
+        elif self._streams and not self._ended:
+            await self({"type": "http.response.body", "body": b"data: " + error.body + b"\n\ndata: [DONE]\n\n"})
 
 
 def with_headers(message: Message, *, drop: tuple[bytes, ...] = (), **changed: str) -> Message:

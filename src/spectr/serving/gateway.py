@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import time
@@ -16,10 +17,10 @@ from spectr.serving.asgi import (
     App,
     HangUpError,
     Line,
-    Message,
     Receive,
     Scope,
     Send,
+    Watched,
     bearer,
     read_body,
     respond,
@@ -27,11 +28,12 @@ from spectr.serving.asgi import (
 )
 from spectr.serving.catalog import Catalog
 from spectr.serving.engines.base import Engine, Recording, Ticket
-from spectr.serving.errors import RefusalError, error_body
+from spectr.serving.errors import RefusalError
 from spectr.serving.extras import ChatRequest, CompletionRequest, Request, parse, routing
 from spectr.serving.metrics import CONTENT_TYPE, Metrics
 from spectr.serving.page import find_page, page_file
 from spectr.serving.policy import Policy
+from spectr.serving.stopping import Stopping, stopped
 
 log = logging.getLogger("spectr.serving")
 _GENERATE: Mapping[str, type[Request]] = {
@@ -51,6 +53,9 @@ class Gateway:
         served: The composed model's name.
         count: Whether to have the engine record every request's shares, for the tokens by expert in ``/metrics``.
         max_body: Bytes of a request at most.
+
+    Attributes:
+        stopping: Ends it.
     """
 
     def __init__(
@@ -65,7 +70,7 @@ class Gateway:
     ):
         self.app, self.engine, self.max_body, self.count = app, engine, max_body, count
         self.catalog = Catalog(engine, policy, served)
-        self.metrics = Metrics()
+        self.metrics, self.stopping = Metrics(), Stopping()
         self.metrics.describe(engine)
         self.page = find_page()
 
@@ -80,23 +85,32 @@ class Gateway:
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         began, status = time.monotonic(), 500
-        watched = _Watched(send)
+        watched = Watched(send)
         try:
-            await self._route(scope, receive, watched)
+            with self.stopping.watched():
+                await self._answer(scope, receive, watched)
             status = watched.status or 500
-        except RefusalError as error:
-            status = error.status
-            extra = {"www_authenticate": "Bearer"} if status == 401 else {}
-            await respond(send, status, error.body, **extra)
         except HangUpError:
             status = 499  # as nginx writes it down; nobody reads it
             self.metrics.hangups.inc()
-        except Exception:
-            log.exception("the engine failed on %s", scope["path"])
-            if watched.status is None:
-                await respond(send, 500, error_body(500, "the engine failed on this request", "engine_error"))
         finally:
             self._count(scope["path"], status, began)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Watched) -> None:
+        try:
+            self.stopping.check()
+            await self._route(scope, receive, send)
+        except RefusalError as error:
+            await send.refuse(error)
+        except asyncio.CancelledError:
+            if not self.stopping.over:
+                raise
+            await send.refuse(stopped())
+        except HangUpError:
+            raise
+        except Exception:
+            log.exception("the engine failed on %s", scope["path"])
+            await send.refuse(RefusalError("the engine failed on this request", code="engine_error", status=500))
 
     def _count(self, path: str, status: int, began: float) -> None:
         endpoint = path if path in _GENERATE or path in ("/v1/models", "/health", "/metrics") else "other"
@@ -205,16 +219,3 @@ class Gateway:
                 usage.update(told["usage"])
 
         return edit
-
-
-class _Watched:
-    """``send``, with an eye on the status."""
-
-    def __init__(self, send: Send):
-        self._send = send
-        self.status: int | None = None
-
-    async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self.status = message["status"]
-        await self._send(message)

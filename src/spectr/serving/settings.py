@@ -29,6 +29,7 @@ class Settings:
         host: Address to listen at.
         port: Likewise; 0 for a free one.
         count: Whether tokens are counted by expert for every request.
+        grace: Seconds that answers under way have to end when the server is to.
         options: Of the engine's own command line.
     """
 
@@ -44,6 +45,7 @@ class Settings:
     host: str
     port: int
     count: bool
+    grace: float = 10.0
     options: tuple[str, ...] = ()
 
     def policy(self) -> Policy | None:
