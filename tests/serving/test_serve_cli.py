@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import sys
 
 import httpx
@@ -30,6 +31,16 @@ def test_it_serves_says_what_and_ends_with_ctrl_c(start, tmp_path, options):
     assert said.splitlines()[-2:] == ["\u00b7 ending; nothing is under way", "stopped"]
 
 
+@pytest.fixture
+def unloaded(monkeypatch):
+    """No model may be loaded."""
+
+    def load(*_):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("spectr.cli.options.open_model", load)
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -40,16 +51,37 @@ def test_it_serves_says_what_and_ends_with_ctrl_c(start, tmp_path, options):
         (("--except", "nobody"), "nobody"),
         (("--except", "amber", "--except", "blue", "--except", "cyan"), "no expert"),
         (("--served-name", "model"), "base model's own name"),
+        (("--router", "lag"), "cannot be served"),
     ],
 )
-def test_what_cannot_be_served_is_told(spectr, given, words, told, monkeypatch):
+def test_what_cannot_be_served_is_told_before_a_model_is_loaded(spectr, given, words, told, monkeypatch, unloaded):
     monkeypatch.setitem(sys.modules, "vllm", None)
     code, _, err = spectr("serve", *given, *words, "--port", "0")
     assert code == 2
     assert told in err
 
 
-def test_a_policy_that_names_others_experts_is_refused(spectr, given, tmp_path):
+def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(spectr, given, unloaded):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        code, _, err = spectr("serve", *given, "--port", other.getsockname()[1])
+    assert code == 2
+    assert "Address already in use" in err
+    assert "choose others with --host and --port" in err
+
+
+@pytest.mark.parametrize("lacks", ["fastapi", "uvicorn", "prometheus_client"])
+def test_a_missing_extra_is_told_before_a_model_is_loaded(spectr, given, lacks, monkeypatch, unloaded):
+    monkeypatch.setattr("spectr.serving.engines.transformers.find_spec", lambda name: name != lacks)
+    if lacks == "prometheus_client":
+        monkeypatch.setitem(sys.modules, "spectr.serving.run", None)  # as if it could not be imported
+    code, _, err = spectr("serve", *given, "--port", "0")
+    assert code == 2
+    assert 'pip install "spectr-lora[serve]"' in err
+
+
+def test_a_policy_that_names_others_experts_is_refused(spectr, given, tmp_path, unloaded):
     policy = tmp_path / "policy.json"
     policy.write_text(json.dumps({"keys": [{"name": "a", "key": "sk-secret-a", "experts": ["ambre"]}]}))
     code, _, err = spectr("serve", *given, "--policy", policy)

@@ -15,6 +15,7 @@ from spectr.cli.options import Routing, with_routing
 from spectr.errors import LibraryError, MissingExtraError, SpectrError
 
 if TYPE_CHECKING:
+    from spectr.routers import Router
     from spectr.serving.engines.batching import Batching
     from spectr.serving.settings import Settings
 
@@ -105,8 +106,21 @@ def _settings(
         count=record,
         grace=grace,
     )
-    settings.policy()  # checked before anything is loaded
+    settings.check()
     return settings
+
+
+def _check_router(router: Router) -> None:
+    """Raise :class:`SpectrError` for a router that cannot be steered; composing would say so, but minutes later."""
+    from spectr.routers import Shortlist
+    from spectr.routers.base import ShortlistRouter
+
+    if isinstance(router, (Shortlist, ShortlistRouter)):
+        raise SpectrError(
+            f"{router} makes a shortlist before it looks at a request's own experts, and cannot be served",
+            expected="a router that scores all experts, such as calibrated or spectr",
+            do="choose another with --router",
+        )
 
 
 def _check_vllm() -> None:
@@ -131,6 +145,7 @@ def _serve_transformers(routing: Routing, settings: Settings, batching: Batching
     from spectr.serving.suspicion import suspicious
 
     check_version()
+    _check_router(settings.router)
     bound = settings.listen()
     base, tokenizer = routing.base()
     narrowed = dataclasses.replace(routing, allow=list(settings.experts))

@@ -67,6 +67,18 @@ class Settings:
         policy.check(self.library.names)
         return policy
 
+    def check(self) -> None:
+        """Everything that can be checked before a model is loaded, but for the socket.
+
+        Raises:
+            SpectrError: See :meth:`policy`; or the composed model has the base model's name.
+        """
+        self.policy()
+        if self.served == self.base_name:
+            raise SpectrError(
+                f"'{self.served}' is the base model's own name", do="serve under another name: --served-name"
+            )
+
     def listen(self) -> socket.socket:
         """A socket that is bound.
 
