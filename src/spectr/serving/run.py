@@ -117,9 +117,8 @@ def told(settings: Settings, engine: Engine, port: int, *, page: bool) -> list[s
         for name, score in engine.suspicion.items()
     ]
     lines.append(f"{len(engine.layers)} layers routed among {', '.join(engine.experts)}, by {engine.routers[0]}")
-    lines.append(
-        f"keys: {'none needed, as there is no policy' if settings.policy_file is None else settings.policy_file}"
-    )
+    nobodys = "none needed, as there is no policy: whoever is on this machine may use every expert, and remove it"
+    lines.append(f"keys: {settings.policy_file or nobodys}")
     lines += [f"page: http://{host}:{port}/playground/"] if page else []
     lines.append(f"serving '{settings.served}' and '{settings.base_name}' at http://{host}:{port}/v1, Ctrl-C ends it")
     return lines
