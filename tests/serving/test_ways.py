@@ -1,6 +1,7 @@
 """What is where on a server: its root, HEAD, what is counted as what, and which keys may do nothing."""
 
 import asyncio
+import json
 
 import httpx
 import pytest
@@ -107,3 +108,9 @@ def test_who_is_no_administrator_is_told_what_one_is():
     assert "'admin: true' in the policy" in error["message"]
     error = ask(gateway, "DELETE", "/v1/experts/cat", ADMIN).json()["error"]
     assert "if you mean 'cats', write that" in error["message"]
+
+
+def test_a_broken_suspect_keeps_the_list_json(gateway):
+    gateway.engine.suspicion = {"bees": float("inf")}
+    text = ask(gateway, "GET", "/v1/models/spectr/bees").text
+    assert json.loads(text, parse_constant=pytest.fail)["suspicion"] == "not finite"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -168,7 +169,8 @@ class Catalog:
         else:
             told |= {"experts": [expert], "parent": self.engine.base_model}
         if expert is not None and expert in self.engine.suspicion:
-            told["suspicion"] = round(self.engine.suspicion[expert], 1)
+            score = self.engine.suspicion[expert]
+            told["suspicion"] = round(score, 1) if math.isfinite(score) else "not finite"
         return told
 
 
