@@ -88,3 +88,20 @@ def test_a_slip_in_one_of_our_fields_does_not_widen_the_set_in_silence(name, mea
 def test_other_fields_are_the_engines_matter(name):
     _, told = parse(ChatRequest, json.dumps({"model": "spectr", "messages": [TURN], name: "x"}).encode())
     assert told[name] == "x"
+
+
+@pytest.mark.parametrize(
+    ("body", "found"),
+    [
+        (b"model=spectr", "no JSON: Expecting value in line 1, column 1"),
+        (b'{"model":\n}', "no JSON: Expecting value in line 2, column 1"),
+        (b"\xff", "no JSON"),
+        (b"[1]", "[1], no object"),
+    ],
+)
+def test_what_is_no_json_object_is_told_where(body, found):
+    with pytest.raises(RefusalError) as caught:
+        parse(ChatRequest, body)
+    expected = 'a JSON object, such as {"model": "spectr", ...}'
+    assert str(caught.value) == f"the body is {found}\n  expected: {expected}"
+    assert caught.value.code == "invalid_json"

@@ -23,7 +23,7 @@ from pydantic import (
 
 from spectr.serving.engines.base import Step, Ticket
 from spectr.serving.errors import RefusalError
-from spectr.serving.faults import Fault, faults
+from spectr.serving.faults import Fault, faults, shown
 
 OURS = ("experts", "router", "return_routing")
 _DIGITS = 3
@@ -114,16 +114,24 @@ def parse(kind: type[Request], body: bytes) -> tuple[Request, dict[str, Any]]:
     """
     try:
         raw = json.loads(body)
+    except json.JSONDecodeError as error:
+        raise _no_json(f"no JSON: {error.msg} in line {error.lineno}, column {error.colno}") from None
     except (ValueError, RecursionError):
-        raise RefusalError("the body is not valid JSON", code="invalid_json") from None
+        raise _no_json("no JSON") from None
     if not isinstance(raw, dict):
-        raise RefusalError("the body is no JSON object", code="invalid_json")
+        raise _no_json(f"{shown(raw)}, no object")
     _check_spelling(kind, raw)
     try:
         request = kind.model_validate(raw)
     except ValidationError as error:
         raise _refusal(faults(kind, raw, error)) from None
     return request, {key: value for key, value in raw.items() if key not in OURS}
+
+
+def _no_json(found: str) -> RefusalError:
+    return RefusalError(
+        f"the body is {found}", expected='a JSON object, such as {"model": "spectr", ...}', code="invalid_json"
+    )
 
 
 def _check_spelling(kind: type[Request], raw: Mapping[str, Any]) -> None:
