@@ -19,6 +19,7 @@ WHOLE = {
     "usage": {"prompt_tokens": 3, "completion_tokens": 1, "total_tokens": 4},
 }
 
+UNKNOWN = b"{\"detail\": \"Unexpected fields in the request: {'b', 'a'}\"}"
 TOO_LONG = b'{"error": {"message": "too long", "code": "context_length_exceeded", "param": "messages"}}'
 
 
@@ -296,7 +297,8 @@ def test_an_error_within_a_stream_is_a_standard_one_and_keeps_the_engines_words_
 @pytest.mark.parametrize(
     ("status", "body", "expected", "code", "message"),
     [
-        (422, b'{"detail": "Unexpected fields"}', 400, "invalid_request", "Unexpected fields"),
+        (422, b'{"detail": "No way"}', 400, "invalid_request", "No way"),
+        (422, UNKNOWN, 400, "invalid_request", "'a', 'b': no field that this engine knows\n  to do: leave it out"),
         (400, b'{"detail": [{"loc": 1}]}', 400, "invalid_request", '[{"loc": 1}]'),
         (400, TOO_LONG, 400, "context_length_exceeded", "too long"),
         (503, b'{"error": "secret"}', 503, "engine_error", "the engine cannot take requests now"),

@@ -91,6 +91,8 @@ def test_a_body_that_is_too_long_is_told_what_to_do(gateway):
         (NONE, "tiny", "ask with another key: this one's entry in the policy has no 'experts' and no 'base: true'"),
         (BASE, "spectr", "ask for 'tiny'; the composed model is for keys whose entry in the policy has 'experts'"),
         (CATS, "spectre", "if you mean 'spectr', write that; /v1/models lists what this key may use"),
+        (CATS, "cats", "if you mean 'spectr/cats', write that; /v1/models lists what this key may use"),
+        (CATS, "ants", "/v1/models lists what this key may use"),
         (CATS, "gpt", "/v1/models lists what this key may use"),
     ],
 )

@@ -182,6 +182,7 @@ def _unknown_key(secret: str | None) -> RefusalError:
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    alone = [other for other in known if other.endswith(f"/{name}")]  # an expert's name, where a model's is asked for
+    near = alone or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     meant = f"if you mean '{near[0]}', write that; " if near else ""
     return f"{meant}/v1/models lists what this key may use"
