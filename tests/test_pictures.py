@@ -2,6 +2,7 @@
 
 import json
 import re
+from importlib import resources
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 import spectr
 from spectr.layers import trace
 from spectr.models import encode_batch
-from spectr.plots import colours, token_routing, write_heat_map, write_page, write_token_map
+from spectr.plots import colours, palette, tints, token_routing, write_heat_map, write_page, write_token_map
 from text_model import make_model, make_tokenizer, save_experts
 
 
@@ -67,4 +68,31 @@ def test_every_expert_has_its_own_colour():
     names = [str(number) for number in range(60)]
     found = colours(names)
     assert len(set(found.values())) == 60
+    assert len(set(tints(names).values())) == 60
     assert all(re.fullmatch("#[0-9a-f]{6}", colour) for colour in found.values())
+
+
+@pytest.mark.parametrize(("ours", "block"), [(palette.LIGHT, 0), (palette.DARK, 1)])
+def test_an_expert_has_the_colour_that_it_has_on_the_playgrounds_page(ours, block):
+    style = resources.files("spectr.serving") / "playground" / "style.css"
+    css = style.read_text(encoding="utf-8").split("prefers-color-scheme: dark")[block]
+    assert tuple(re.findall(r"--e\d: (#\w{6})", css)) == ours
+    assert palette.colours(list("abcdefghij")) == dict(zip("abcdefghij", palette.LIGHT, strict=True))
+
+
+@pytest.mark.parametrize("ink", ["#000000", "#1d2430"])
+def test_text_can_be_read_on_every_tint(ink):
+    for tint in tints([str(number) for number in range(60)]).values():
+        assert contrast(ink, tint) >= 4.5
+
+
+def contrast(*pair):
+    """WCAG 2's contrast ratio of two hex colours."""
+
+    def luminance(colour):
+        parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    dark, light = sorted(map(luminance, pair))
+    return (light + 0.05) / (dark + 0.05)

@@ -66,9 +66,32 @@ def test_the_command_writes_what_it_says(spectr, given, tmp_path):
     assert config["quant_method"] == "spectr"
     assert config["access"] == "closed"
     assert config["router"] == {"name": "spectr", "top_k": 2}
-    code, _, err = spectr("compose", "--save", tmp_path / "made", *given)
+
+
+@pytest.mark.parametrize(
+    ("place", "words", "told"),
+    [
+        ("used", (), "used is in use\n  expected: an empty folder, or none yet"),
+        ("used/file", (), "used/file is a file\n  expected: a folder"),
+        ("used/file/below", (), "cannot be made: "),
+        ("/proc/nowhere/made", (), "cannot be made: /proc takes no new folder"),
+        ("made", ("--access", "ajar"), "expected: 'open' or 'closed'"),
+    ],
+)
+def test_what_cannot_be_saved_is_told_before_a_model_is_loaded(
+    spectr, given, tmp_path, monkeypatch, place, words, told
+):
+    def load(*_):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("spectr.cli.options.open_model", load)
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    code, _, err = spectr("compose", "--save", tmp_path / place, *given, *words)
     assert code == 2
-    assert "in use" in err
+    assert told in err
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_transformers_alone_says_that_it_skips_what_it_does_not_know(saved):

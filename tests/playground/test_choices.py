@@ -220,3 +220,16 @@ def test_a_new_chat_ends_the_stream(server, page, ask):
     page.locator("#send").wait_for()
     expect(page.locator("#question")).to_have_value("")
     expect(page.locator(".turn")).to_have_count(0)
+
+
+@pytest.mark.parametrize("score", [9.3, "not finite"])
+def test_a_suspect_is_flagged_in_the_list_with_why(server, visit, score):
+    server.suspicion["spectr/cola"] = score
+    page = visit()
+    [flag] = page.locator("#boxes .warning").all()
+    why = f"Far larger updates than the other experts' (robust z-score {score}). Served all the same."
+    expect(flag).to_have_attribute("title", why)
+    expect(flag).to_be_visible()
+    box = page.get_by_role("checkbox", name="cola")
+    expect(box).to_have_accessible_name(f"cola {why}")
+    expect(box).to_be_checked()

@@ -1,6 +1,11 @@
-"""A library of three experts of unequal ranks, calibrated and indexed, for the tiny chat model."""
+"""Three experts of unequal ranks, calibrated and indexed, for the tiny chat model; and the command that serves."""
 
 from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 
@@ -19,3 +24,28 @@ def library(tmp_path_factory):
     plain = ExpertLibrary.open(root)
     known = plain.with_calibration(calibrate(make_model(), plain, make_tokenizer(), texts=TEXTS))
     return build_index(make_model(), known)
+
+
+@pytest.fixture
+def start(given):
+    """Start the command in a process of its own; gives its address, once it listens, what it said, and the process."""
+    started = []
+
+    def call(*words):
+        command = [sys.executable, "-m", "spectr", "serve", *map(str, given), "--port", "0", *map(str, words)]
+        process = subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        started.append(process)
+        said = ""
+        assert process.stderr is not None
+        for line in process.stderr:
+            said += line
+            if found := re.search(r"at (http://\S+)/v1", line):
+                return found[1], said, process
+        raise AssertionError(said)
+
+    yield call
+    for process in started:
+        process.kill()
+        process.communicate()

@@ -46,29 +46,111 @@ def test_json_is_read_too(tmp_path):
     assert read_policy(path).keys[0].experts == ()
 
 
+ENTRIES = "a list of one entry or more, each with a name, its key (or key_sha256) and its experts"
+ONE, LONG = "either key, or key_sha256", "8 characters or more, in quotes"
+MEANT = "did you mean 'except'? known: except, keys"
+SHA, BOTH = "printf %s KEY | sha256sum", "keys: [{name: a, key: sk-secret-1, key_sha256: " + "a" * 64 + "}]"
+NAMES = 'a list of names, such as [sst2, agnews], or "*" for all'
+FIELDS = "known: admin, base, experts, key, key_sha256, name"
+
+
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "found", "expected"),
     [
-        ("", "is no policy"),
-        ("keys: []", "keys"),
-        ("keys: [{name: a}]", "either key or key_sha256"),
-        ("keys: [{name: a, key: sk-secret-1, key_sha256: " + "a" * 64 + "}]", "either key or key_sha256"),
-        ("keys: [{name: a, key: short}]", "keys.0.key"),
-        ("keys: [{name: a, key_sha256: abc}]", "key_sha256"),
-        ("keys: [{name: a, key: sk-secret-1, expert: [x]}]", "expert"),
-        ("keys: [{name: a, key: sk-secret-1, experts: all}]", "experts"),
-        ("keys: [{name: a, key: sk-secret-1}, {name: a, key: sk-secret-2}]", "same name"),
-        ("keys: [{name: a, key: sk-secret-1}, {name: b, key: sk-secret-1}]", "same key"),
-        ("keys: [", "line"),
+        ("", "the file is empty", "fields: keys, except"),
+        (
+            "keys: []",
+            "keys is empty",
+            "a list of one entry or more, each with a name, its key (or key_sha256) and its experts",
+        ),
+        (
+            "keys: [sk-secret-1]",
+            "keys[0] is a text of 11 characters",
+            "fields: name, key, key_sha256, experts, base, admin",
+        ),
+        ("keys: {sk-secret-1: [x]}", "keys is a mapping", "a list of one entry"),
+        ("keys: [{key: sk-secret-1}]", "keys[0].name is missing", "a name for who holds the key, such as team-a"),
+        ("keys: [{name: a}]", "keys[0] has no key", ONE),
+        (
+            "keys: [{name: a, key: sk-secret-1, key_sha256: " + "a" * 64 + "}]",
+            "keys[0] has both",
+            "either key, or key_sha256",
+        ),
+        ("keys: [{name: a, key: short}]", "keys[0].key is a text of 5 characters", LONG),
+        ("keys: [{name: a, key: 12345678}]", "keys[0].key is a number", LONG),
+        (
+            "keys: [{name: a, key_sha256: abc}]",
+            "keys[0].key_sha256 is a text of 3 characters",
+            "printf %s KEY | sha256sum",
+        ),
+        (
+            "keys: [{name: a, key: sk-secret-1, expert: x}]",
+            "keys[0].expert is no field",
+            f"did you mean 'experts'? {FIELDS}",
+        ),
+        ("keys: [{name: a, sk-secret-1: x}]", "keys[0].(a name that is not shown) is no field", FIELDS),
+        ("keys: [{name: a, key: sk-secret-1, experts: all}]", 'keys[0].experts is "all"', NAMES),
+        ("keys: [{name: a, key: sk-secret-1, experts: [x, 1]}]", "keys[0].experts[1] is 1", NAMES),
+        ("keys: [{name: a, key: sk-secret-1, admin: maybe}]", 'keys[0].admin is "maybe"', "true or false"),
+        (
+            "excpet: [x]\nkeys: [{name: a, key: sk-secret-1}]",
+            "excpet is no field",
+            "did you mean 'except'? known: except, keys",
+        ),
+        ("except: x\nkeys: [{name: a, key: sk-secret-1}]", 'except is "x"', "a list of names, such as [sst2, agnews]"),
+        (
+            "keys: [{name: a, key: sk-secret-1}, {name: b, key: sk-secret-3}, {name: a, key: sk-secret-2}]",
+            "the file has the same name in keys[0] and keys[2]",
+            "a name of its own for each",
+        ),
+        (
+            "keys: [{name: a, key: sk-secret-1}, {name: b, key: sk-secret-1}]",
+            "the file has the same key in keys[0] and keys[1]",
+            "a key of its own for each",
+        ),
     ],
 )
-def test_what_is_no_policy_is_told_without_showing_a_key(tmp_path, text, told):
+def test_what_is_no_policy_is_told_without_showing_a_key(tmp_path, text, found, expected):
     path = tmp_path / "policy.yaml"
     path.write_text(text)
-    with pytest.raises(DataError, match=told) as caught:
+    with pytest.raises(DataError) as caught:
         read_policy(path)
-    assert str(path) in str(caught.value)
+    first, fault, told, do = str(caught.value).splitlines()  # one fault alone
+    assert first == f"{path} is no policy"
+    assert fault.startswith(f"- {found}")
+    assert told.startswith("  expected: ")
+    assert expected in told
+    assert "docs/serving.md" in do
     assert "sk-secret" not in str(caught.value)
+
+
+def test_all_that_is_wrong_is_told_in_the_files_order(tmp_path):
+    path = tmp_path / "policy.json"
+    path.write_text('{"keys": [{"experts": "all"}, {"name": "b", "key": "sk-secret-1", "base": "x"}], "more": 1}')
+    with pytest.raises(DataError) as caught:
+        read_policy(path)
+    lines = [line for line in str(caught.value).splitlines() if line.startswith("- ")]
+    assert lines == [
+        "- keys[0].name is missing",
+        '- keys[0].experts is "all"',
+        '- keys[1].base is "x"',
+        "- more is no field",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("policy.yaml", b"keys: [", "policy.yaml, line 1: expected the node content"),
+        ("policy.yaml", b"keys:\n\t- a", "policy.yaml, line 2: found character"),
+        ("policy.json", b"{\n'keys'", "policy.json, line 2: Expecting property name"),
+        ("policy.yaml", b"\xff\xfe", "policy.yaml is no text in UTF-8"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_told_with_its_line(tmp_path, name, text, told):
+    (tmp_path / name).write_bytes(text)
+    with pytest.raises(DataError, match=told):
+        read_policy(tmp_path / name)
 
 
 def test_a_file_that_is_not_there(tmp_path):

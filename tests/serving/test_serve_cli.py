@@ -1,10 +1,8 @@
 """``spectr serve`` as a user starts it."""
 
 import json
-import os
-import re
 import signal
-import subprocess
+import socket
 import sys
 
 import httpx
@@ -12,31 +10,6 @@ import pytest
 from openai import OpenAI
 
 POLICY = "keys: [{name: a, key: sk-secret-a, experts: [amber]}]"
-
-
-@pytest.fixture
-def start(given):
-    """Start the command in a process of its own; gives its address, once it listens, and what it said."""
-    started = []
-
-    def call(*words):
-        command = [sys.executable, "-m", "spectr", "serve", *map(str, given), "--port", "0", *map(str, words)]
-        process = subprocess.Popen(
-            command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
-        started.append(process)
-        said = ""
-        assert process.stderr is not None
-        for line in process.stderr:
-            said += line
-            if found := re.search(r"at (http://\S+)/v1", line):
-                return found[1], said, process
-        raise AssertionError(said)
-
-    yield call
-    for process in started:
-        process.kill()
-        process.communicate()
 
 
 @pytest.mark.parametrize("options", [(), ("--batch", "--cache-tokens", 512)])
@@ -53,7 +26,19 @@ def test_it_serves_says_what_and_ends_with_ctrl_c(start, tmp_path, options):
         assert answer.choices[0].routing["experts"] == ["amber"]
     assert httpx.get(f"{address}/health").status_code == 200
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=30) in (0, 130)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert said.splitlines()[-2:] == ["\u00b7 ending; nothing is under way", "stopped"]
+
+
+@pytest.fixture
+def unloaded(monkeypatch):
+    """No model may be loaded."""
+
+    def load(*_):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("spectr.cli.options.open_model", load)
 
 
 def test_several_routers_are_told_listed_and_answer(start):
@@ -89,7 +74,7 @@ def test_several_routers_are_told_listed_and_answer(start):
         (("-r", "uniform", "-r", "arrow", "-k", "2"), "router 'uniform' does not take these options: top_k"),
     ],
 )
-def test_what_cannot_be_served_is_told(spectr, given, words, told, monkeypatch):
+def test_what_cannot_be_served_is_told_before_a_model_is_loaded(spectr, given, words, told, monkeypatch, unloaded):
     monkeypatch.setitem(sys.modules, "vllm", None)
     code, _, err = spectr("serve", *given, *words, "--port", "0")
     assert code == 2
@@ -111,7 +96,27 @@ def test_vllm_is_given_one_router(spectr, given, monkeypatch):
     assert "--router spectr alone, or --engine transformers" in err
 
 
-def test_a_policy_that_names_others_experts_is_refused(spectr, given, tmp_path):
+def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(spectr, given, unloaded):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        code, _, err = spectr("serve", *given, "--port", other.getsockname()[1])
+    assert code == 2
+    assert "Address already in use" in err
+    assert "choose others with --host and --port" in err
+
+
+@pytest.mark.parametrize("lacks", ["fastapi", "uvicorn", "prometheus_client"])
+def test_a_missing_extra_is_told_before_a_model_is_loaded(spectr, given, lacks, monkeypatch, unloaded):
+    monkeypatch.setattr("spectr.serving.engines.transformers.find_spec", lambda name: name != lacks)
+    if lacks == "prometheus_client":
+        monkeypatch.setitem(sys.modules, "spectr.serving.run", None)  # as if it could not be imported
+    code, _, err = spectr("serve", *given, "--port", "0")
+    assert code == 2
+    assert 'pip install "spectr-lora[serve]"' in err
+
+
+def test_a_policy_that_names_others_experts_is_refused(spectr, given, tmp_path, unloaded):
     policy = tmp_path / "policy.json"
     policy.write_text(json.dumps({"keys": [{"name": "a", "key": "sk-secret-a", "experts": ["ambre"]}]}))
     code, _, err = spectr("serve", *given, "--policy", policy)

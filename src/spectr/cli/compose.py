@@ -9,7 +9,7 @@ import typer
 
 from spectr.cli.console import bar, out
 from spectr.cli.options import Routing, with_routing
-from spectr.errors import SpectrError
+from spectr.errors import MissingExtraError
 
 
 @with_routing
@@ -31,13 +31,15 @@ def compose(
     [dim]spectr compose --save runs/composed[/]
     [dim]python -m vllm.entrypoints.openai.api_server --model runs/composed[/]
     """
-    if save.is_dir() and any(save.iterdir()) and not overwrite:  # before minutes of work
-        raise SpectrError(f"{save} is in use", expected="an empty folder, or none yet", do="say --overwrite")
+    try:
+        from spectr.composed.save import check_saving, save_composed
+    except ImportError as error:
+        raise MissingExtraError("spectr compose", "models") from error
     library, router = routing.for_tokens().experts()
+    experts = routing.allow or library.names
+    check_saving(router, experts, save, access=access, record=record, overwrite=overwrite)  # before minutes of work
     base, tokenizer = routing.base()
     routed = routing.compose(base, tokenizer, library, router)
-
-    from spectr.composed import save_composed
 
     with bar() as advance:
         save_composed(

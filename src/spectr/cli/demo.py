@@ -27,16 +27,18 @@ def demo(
     base, tokenizer = routing.base()
 
     from spectr.demo import demonstrate
-    from spectr.plots import colours, write_heat_map, write_page
+    from spectr.plots import tints, write_heat_map, write_page
     from spectr.tasks import shipped_tasks
 
     shown = demonstrate(base, tokenizer, library, router, list(shipped_tasks().values()), allow=routing.allow, say=say)
-    palette = colours(library.names)
+    palette = tints(library.names)
     table = Table(title=f"{name}, top {getattr(router, 'top_k', len(library))}, {len(library)} experts", expand=True)
     for column, ratio in (("task", 2), ("right answer", 3), ("base model", 5), ("routed model", 5), ("at work", 4)):
         table.add_column(column, ratio=ratio, overflow="fold")
     for row in shown:
-        workers = "\n".join(f"[{palette[n]}]{n}[/] {share:.1%}" for n, share in row.routing.leaders[:3] if share)
+        workers = "\n".join(
+            f"[black on {palette[n]}]{n}[/] {share:.1%}" for n, share in row.routing.leaders[:3] if share
+        )
         task = row.task if row.expert else f"{row.task}\n[dim](no expert)[/]"
         before, after = _marked(row.base_answer, row.base_is_right), _marked(row.routed_answer, row.routed_is_right)
         table.add_row(task, _first(row.expected), before, after, workers)

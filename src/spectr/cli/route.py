@@ -87,9 +87,9 @@ def _group(routing: TokenRouting, layer: str | None) -> int:
 
 
 def _print(routing: TokenRouting, group: int) -> None:
-    from spectr.plots.palette import colours
+    from spectr.plots.palette import tints
 
-    palette = colours(routing.experts)
+    palette = tints(routing.experts)
     line = Text()
     for token, weights_E in zip(routing.tokens, routing.weights[group], strict=True):
         best = int(weights_E.argmax())

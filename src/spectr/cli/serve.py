@@ -64,6 +64,9 @@ def serve(
             rich_help_panel="Routing",
         ),
     ] = None,
+    grace: Annotated[
+        float, typer.Option(help="Seconds that answers under way have to end, after Ctrl-C or SIGTERM.", min=0)
+    ] = 10.0,
 ) -> None:
     """Serve the routed model by OpenAI's API: chat completions, completions, models, metrics, and a page.
 
@@ -79,7 +82,7 @@ def serve(
         routings = [one.for_tokens() for one in routings]
     elif options:
         raise SpectrError(f"{' '.join(options)}: the engine transformers has no options of its own", do="leave it out")
-    settings = _settings(routings, exclude, host, port, policy, served_name, record)
+    settings = _settings(routings, exclude, host, port, policy, served_name, record, grace)
     if engine == "vllm":
         _launch_vllm(dataclasses.replace(settings, options=tuple(options or ())))
         return
@@ -96,6 +99,7 @@ def _settings(
     policy: Path | None,
     served: str,
     record: bool,
+    grace: float,
 ) -> Settings:
     from spectr.models import HUB_ID
     from spectr.serving.settings import Settings, base_name
@@ -118,8 +122,9 @@ def _settings(
         host=host,
         port=port,
         count=record,
+        grace=grace,
     )
-    settings.policy()  # checked before anything is loaded
+    settings.check()
     return settings
 
 

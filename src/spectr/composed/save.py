@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ from spectr.composition import Routed
 from spectr.errors import CompositionError
 from spectr.library import ExpertLibrary, LibraryStore
 from spectr.library.descriptions import write_descriptions
-from spectr.routers import GuidedRouter, Shortlist
+from spectr.routers import GuidedRouter, Router, Shortlist
 from spectr.routers.config import router_config
 from spectr.routers.settings import residents
 
@@ -56,8 +56,8 @@ def save_composed(
     Raises:
         CompositionError: The folder is in use or cannot be written, or the router cannot be written down.
     """
-    settings = _settings(routed, access, record)
     out = Path(out)
+    settings = check_saving(routed.router, routed.experts, out, access=access, record=record, overwrite=overwrite)
     with new_folder(out, overwrite) as folder:
         progress("writing the base model", 0, 1)
         _save_base(routed, tokenizer, folder, settings)
@@ -66,16 +66,35 @@ def save_composed(
     return out
 
 
-def _settings(routed: Routed, access: str, record: bool) -> Settings:
-    if isinstance(routed.router, (GuidedRouter, Shortlist)):
+def check_saving(
+    router: Router,
+    experts: Sequence[str],
+    out: Path,
+    *,
+    access: str = "open",
+    record: bool = False,
+    overwrite: bool = False,
+) -> Settings:
+    """What :func:`save_composed` would write down, checked without a model.
+
+    Args:
+        router: Of the composed model.
+        experts: Those that are to be written.
+        out: See :func:`save_composed`, as the rest.
+
+    Raises:
+        CompositionError: The folder is in use or cannot be made, or the router cannot be written down.
+    """
+    if isinstance(router, (GuidedRouter, Shortlist)):
         raise CompositionError(
-            f"{routed.router} needs more than a folder holds",
+            f"{router} needs more than a folder holds",
             expected="a router without a guide or a shortlist, such as spectr or calibrated",
             do="save it with another router",
         )
-    residents(routed.router, routed.experts)  # as whoever loads the folder will ask
-    settings = Settings(library=EXPERTS, router=router_config(routed.router), access=access, record=record)
+    residents(router, tuple(experts))  # as whoever loads the folder will ask
+    settings = Settings(library=EXPERTS, router=router_config(router), access=access, record=record)
     settings.check()
+    _check_folder(out, overwrite)
     return settings
 
 
@@ -115,18 +134,10 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     Raises:
         CompositionError: ``out`` is a file or in use, or no folder can be made there.
     """
-    if out.is_file():
-        raise CompositionError(f"{out} is a file", expected="a folder", do="name another one")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise CompositionError(
-            f"{out} is in use", expected="an empty folder, or none yet", do="name another one, or say --overwrite"
-        )
+    _check_folder(out, overwrite)
     above = out.absolute().parent
-    try:
-        above.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=above, prefix=".composing-"))
-    except OSError as error:
-        raise CompositionError(f"{out} cannot be made ({error.strerror})", do="name another folder") from error
+    above.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=above, prefix=".composing-"))
     try:
         yield scratch
         scratch.chmod(0o755)
@@ -134,6 +145,22 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
+
+
+def _check_folder(out: Path, overwrite: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise CompositionError(f"{out} is a file", expected="a folder", do="name another one")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise CompositionError(
+            f"{out} is in use", expected="an empty folder, or none yet", do="name another one, or say --overwrite"
+        )
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    try:
+        tempfile.TemporaryDirectory(dir=above, prefix=".composing-").cleanup()
+    except OSError as error:
+        raise CompositionError(
+            f"{out} cannot be made: {above} takes no new folder ({error.strerror})", do="name another folder"
+        ) from error
 
 
 def _swap_in(scratch: Path, out: Path) -> None:

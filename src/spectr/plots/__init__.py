@@ -2,13 +2,14 @@
 
 from spectr.plots.energy import write_energy_map
 from spectr.plots.html import write_page
-from spectr.plots.palette import colours
+from spectr.plots.palette import colours, tints
 from spectr.plots.png import write_heat_map, write_token_map
 from spectr.plots.tokens import TokenRouting, token_routing
 
 __all__ = [
     "TokenRouting",
     "colours",
+    "tints",
     "token_routing",
     "write_energy_map",
     "write_heat_map",

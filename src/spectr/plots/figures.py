@@ -15,7 +15,7 @@ from matplotlib.patches import Patch, Rectangle
 
 from spectr.plots.axes import GREY, legend_below, percent
 from spectr.plots.family import agreement, heldout, tradeoff
-from spectr.plots.palette import colours
+from spectr.plots.palette import TINT, colours
 
 if TYPE_CHECKING:
     from spectr.evaluation.experiments import Result
@@ -174,7 +174,7 @@ def _tokens(data: dict[str, Any]) -> Figure:
             if colour is None:
                 axes.text(0, number + 0.7, text, fontsize=9, fontweight="bold")
                 continue
-            strength = 0.15 + 0.85 * weight / max(strongest, 1e-9)
+            strength = TINT * (0.15 + 0.85 * weight / max(strongest, 1e-9))
             axes.add_patch(Rectangle((place, number + 0.05), len(text), 0.9, color=colour, alpha=strength, lw=0))
             axes.text(place + len(text) / 2, number + 0.7, text, fontsize=8, family="monospace", ha="center")
             place += len(text)

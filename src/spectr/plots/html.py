@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
-from spectr.plots.palette import colours
+from spectr.plots.palette import TINT, colours
 from spectr.plots.tokens import TokenRouting
 
 
@@ -25,6 +25,7 @@ def write_page(routings: Sequence[TokenRouting], path: str | Path, *, title: str
     template = (resources.files("spectr.plots") / "page.html").read_text(encoding="utf-8")
     data = {
         "experts": [{"name": name, "colour": colour} for name, colour in colours(routings[0].experts).items()],
+        "tint": TINT,
         "layers": list(routings[0].layers),
         "texts": [_text(routing) for routing in routings],
     }

@@ -1,21 +1,38 @@
-"""One colour for each expert, the same in the terminal, in HTML and in PNG."""
+"""One colour for each expert, the same in the terminal, in HTML, in PNG and on the playground's page."""
 
 from __future__ import annotations
 
 import colorsys
 from collections.abc import Sequence
 
-# Okabe and Ito's palette for all kinds of colour vision, lightened where text stands on it.
-_FIRST = ("#56b4e9", "#e69f00", "#2fb391", "#f0e442", "#cc79a7", "#d55e00", "#4a7fd6", "#9a9a9a", "#a5d66f", "#b39ddb")
+# The page's own, in serving/playground/style.css, for a light and a dark ground; a test holds them equal. At least 3:1
+# against the ground, and searched to stay apart for all kinds of colour vision.
+LIGHT = ("#101ee0", "#d97b08", "#047d6c", "#8a0260", "#64a077", "#a45df1", "#916710", "#5f0e24", "#4b209b", "#634400")
+DARK = ("#34a3c9", "#f17b0c", "#7bfeef", "#b3568b", "#8fe90c", "#c0b2fe", "#efe5a2", "#d34624", "#7171d0", "#f4ac91")
+TINT = 0.45  # of a colour at most, where dark text stands on it
 
 
 def colours(experts: Sequence[str]) -> dict[str, str]:
-    """A hex colour by expert: ten that everybody can tell apart, then hues spread by the golden ratio."""
+    """A hex colour by expert, for a light ground: ten that everybody can tell apart, then hues by the golden ratio."""
     found = {}
     for number, name in enumerate(experts):
-        if number < len(_FIRST):
-            found[name] = _FIRST[number]
+        if number < len(LIGHT):
+            found[name] = LIGHT[number]
         else:
-            red, green, blue = colorsys.hls_to_rgb((number * 0.618034) % 1, 0.66, 0.6)
-            found[name] = f"#{round(red * 255):02x}{round(green * 255):02x}{round(blue * 255):02x}"
+            rgb = colorsys.hls_to_rgb((number * 0.618034) % 1, 0.45, 0.6)
+            found[name] = _hex([round(255 * part) for part in rgb])
     return found
+
+
+def tints(experts: Sequence[str]) -> dict[str, str]:
+    """:func:`colours`, lightened so that black text can stand on them."""
+    return {name: _lightened(colour) for name, colour in colours(experts).items()}
+
+
+def _lightened(colour: str) -> str:
+    parts = [int(colour[at : at + 2], 16) for at in (1, 3, 5)]
+    return _hex([round(255 - TINT * (255 - part)) for part in parts])
+
+
+def _hex(rgb: Sequence[int]) -> str:
+    return "#" + "".join(f"{part:02x}" for part in rgb)

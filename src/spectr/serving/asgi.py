@@ -14,6 +14,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+_WITH = {401: {"www_authenticate": "Bearer"}, 503: {"retry_after": "10"}}  # headers of refusals
+
 
 class HangUpError(Exception):
     """The client has gone."""
@@ -41,17 +43,27 @@ async def read_body(receive: Receive, scope: Scope, limit: int) -> bytes:
     declared = header(scope, b"content-length") or ""
     body = bytearray()
     more = True
+    if declared.isdigit() and int(declared) > limit:
+        raise _too_large(declared, limit)
     while more:
-        if len(body) > limit or (declared.isdigit() and int(declared) > limit):
-            raise RefusalError(f"the body is longer than {limit} bytes", code="request_too_large", status=413)
         message = await receive()
         if message["type"] == "http.disconnect":
             raise HangUpError
         body += message.get("body", b"")
         more = message.get("more_body", False)
-    if len(body) > limit:
-        raise RefusalError(f"the body is longer than {limit} bytes", code="request_too_large", status=413)
+        if len(body) > limit:
+            raise _too_large("more", limit)
     return bytes(body)
+
+
+def _too_large(size: str, limit: int) -> RefusalError:
+    return RefusalError(
+        f"the body has {size} bytes",
+        expected=f"{limit} at most",
+        do="leave out earlier turns, or ask in several requests",
+        code="request_too_large",
+        status=413,
+    )
 
 
 async def respond(send: Send, status: int, body: bytes, kind: str = "application/json", **headers: str) -> None:
@@ -60,6 +72,38 @@ async def respond(send: Send, status: int, body: bytes, kind: str = "application
     lines += [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": status, "headers": lines})
     await send({"type": "http.response.body", "body": body})
+
+
+class Watched:
+    """``send``, with an eye on what was sent.
+
+    Args:
+        send: ASGI's.
+        bare: Send no body, as to ``HEAD``.
+
+    Attributes:
+        status: Of the response; ``None`` before it has begun.
+    """
+
+    def __init__(self, send: Send, *, bare: bool = False):
+        self._send, self._bare = send, bare
+        self._streams = self._ended = False
+        self.status: int | None = None
+
+    async def __call__(self, message: Message) -> None:
+        """In the place of ASGI's ``send``."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            self._streams = dict(message.get("headers", ())).get(b"content-type", b"").startswith(b"text/event-stream")
+        await self._send({**message, "body": b""} if self._bare and "body" in message else message)
+        self._ended = message["type"] == "http.response.body" and not message.get("more_body", False)
+
+    async def refuse(self, error: RefusalError) -> None:
+        """Answer with an error, or end a stream with one."""
+        if self.status is None:
+            await respond(self, error.status, error.body, **_WITH.get(error.status, {}))
+        elif self._streams and not self._ended:
+            await self({"type": "http.response.body", "body": b"data: " + error.body + b"\n\ndata: [DONE]\n\n"})
 
 
 def with_headers(message: Message, *, drop: tuple[bytes, ...] = (), **changed: str) -> Message:

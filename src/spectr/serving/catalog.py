@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,7 +75,13 @@ class Catalog:
         if key is None:
             raise _unknown_key(secret)
         if not key.admin:
-            raise RefusalError("this key may not do that", code="admin_required", status=403)
+            raise RefusalError(
+                "this key may not do that",
+                expected="the key of an administrator",
+                do="ask with one that has 'admin: true' in the policy",
+                code="admin_required",
+                status=403,
+            )
 
     def listing(self, grant: Grant) -> dict[str, Any]:
         """The answer of ``/v1/models``."""
@@ -82,7 +90,7 @@ class Catalog:
     def entry(self, grant: Grant, name: str) -> dict[str, Any]:
         """One model, as it is listed."""
         if name not in self._names(grant):
-            raise _no_model(name)
+            raise self._no_model(grant, name)
         return self._told(grant, name)
 
     def choose(self, grant: Grant, request: Request) -> Choice:
@@ -104,18 +112,37 @@ class Catalog:
         told = "\n".join((router, *experts))
         return Choice(experts=experts, router=router, salt=hashlib.sha256(told.encode()).hexdigest()[:32])
 
-    def no_expert(self, names: Sequence[str], param: str | None = "experts") -> RefusalError:
-        """The one answer for experts that are not there and those that are not for this client."""
+    def no_expert(self, names: Sequence[str], known: Sequence[str], param: str | None = "experts") -> RefusalError:
+        """The one answer for experts that are not there and those that are not for this client.
+
+        Args:
+            names: They.
+            known: What the client may know of.
+            param: The field that has named them.
+        """
         told = ", ".join(f"'{name}'" for name in names)
-        return RefusalError(f"there is no expert {told}", code="expert_not_found", param=param, status=404)
+        do = _nearest(names[0], known)
+        return RefusalError(f"there is no expert {told}", do=do, code="expert_not_found", param=param, status=404)
+
+    def _no_model(self, grant: Grant, name: str) -> RefusalError:
+        """The one answer for models that are not there and those that are not for this client."""
+        known = self._names(grant)
+        do = _nearest(name, known)
+        if not known:
+            do = (
+                "ask with another key: this one's entry in the policy has no 'experts' and no 'base: true', so no model"
+            )
+        elif name == self.served:
+            do = f"ask for '{known[0]}'; the composed model is for keys whose entry in the policy has 'experts'"
+        return RefusalError(f"there is no model '{name}'", do=do, code="model_not_found", param="model", status=404)
 
     def _experts(self, grant: Grant, request: Request) -> tuple[str, ...]:
         model, asked = request.model, request.experts
         if model not in self._names(grant):
-            raise _no_model(model)
+            raise self._no_model(grant, model)
         missing = sorted(set(asked or ()) - set(grant.experts))
         if missing:
-            raise self.no_expert(missing)
+            raise self.no_expert(missing, grant.experts)
         if model == self.served:
             return grant.experts if asked is None else tuple(sorted(set(asked)))
         alone = () if model == self.engine.base_model else (model.removeprefix(self.served + "/"),)
@@ -142,7 +169,8 @@ class Catalog:
         else:
             told |= {"experts": [expert], "parent": self.engine.base_model}
         if expert is not None and expert in self.engine.suspicion:
-            told["suspicion"] = round(self.engine.suspicion[expert], 1)
+            score = self.engine.suspicion[expert]
+            told["suspicion"] = round(score, 1) if math.isfinite(score) else "not finite"
         return told
 
 
@@ -153,5 +181,8 @@ def _unknown_key(secret: str | None) -> RefusalError:
     )
 
 
-def _no_model(name: str) -> RefusalError:
-    return RefusalError(f"there is no model '{name}'", code="model_not_found", param="model", status=404)
+def _nearest(name: str, known: Sequence[str]) -> str:
+    alone = [other for other in known if other.endswith(f"/{name}")]  # an expert's name, where a model's is asked for
+    near = alone or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    meant = f"if you mean '{near[0]}', write that; " if near else ""
+    return f"{meant}/v1/models lists what this key may use"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from spectr.errors import SpectrError
@@ -64,7 +65,11 @@ def _message(status: int, said: Any) -> str:
     for key in ("detail", "message", "error"):
         if isinstance(said, dict) and key in said:
             said = said[key]
-    return said if isinstance(said, str) and said else json.dumps(said)
+    if not isinstance(said, str) or not said:
+        return json.dumps(said)
+    unknown = said.partition("Unexpected fields in the request: ")[2]  # as transformers tells of them
+    names = ", ".join(sorted(re.findall(r"'[^']*'", unknown)))
+    return f"{names}: no field that this engine knows\n  to do: leave it out" if names else said
 
 
 def _code(status: int) -> str:

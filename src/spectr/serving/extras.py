@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -21,11 +23,17 @@ from pydantic import (
 
 from spectr.serving.engines.base import Step, Ticket
 from spectr.serving.errors import RefusalError
+from spectr.serving.faults import Fault, faults, shown
 
 OURS = ("experts", "router", "return_routing")
 _DIGITS = 3
 
+_COUNT, _PENALTY = "a whole number, at least 1", "a number from -2 to 2"
 Number = StrictFloat | StrictInt
+
+
+def _field(expected: str, default: Any = ...) -> Any:
+    return Field(default, description=expected)
 
 
 class Request(BaseModel):
@@ -39,21 +47,23 @@ class Request(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    model: StrictStr
-    stream: StrictBool | None = None
-    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
-    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
-    n: Annotated[StrictInt, Field(ge=1)] | None = None
-    seed: StrictInt | None = None
-    stop: StrictStr | list[StrictStr] | None = None
-    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
-    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
-    logit_bias: dict[StrictStr, Number] | None = None
-    experts: Annotated[list[StrictStr], Field(min_length=1)] | None = None
-    router: StrictStr | None = None
-    return_routing: StrictBool | Literal["layers"] = False
+    model: StrictStr = _field("a name that GET /v1/models lists")
+    stream: StrictBool | None = _field("true or false", None)
+    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = _field(_COUNT, None)
+    max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = _field(_COUNT, None)
+    temperature: Annotated[Number, Field(ge=0, le=2)] | None = _field("a number from 0 to 2", None)
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = _field("a number above 0, at most 1", None)
+    n: Annotated[StrictInt, Field(ge=1)] | None = _field(_COUNT, None)
+    seed: StrictInt | None = _field("a whole number", None)
+    stop: StrictStr | list[StrictStr] | None = _field("a text, or a list of texts", None)
+    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = _field(_PENALTY, None)
+    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = _field(_PENALTY, None)
+    logit_bias: dict[StrictStr, Number] | None = _field("an object with numbers by token, {TOKEN: BIAS}", None)
+    experts: Annotated[list[StrictStr], Field(min_length=1)] | None = _field(
+        "a list of one expert's name or more; without it all that the key may use", None
+    )
+    router: StrictStr | None = _field("a router's name", None)
+    return_routing: StrictBool | Literal["layers"] = _field('true, false or "layers"', False)
 
 
 class Part(BaseModel):
@@ -61,13 +71,13 @@ class Part(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    type: StrictStr
-    text: StrictStr | None = None
+    type: StrictStr = _field('the kind of this part, "text"')
+    text: StrictStr | None = _field("a text", None)
 
     @model_validator(mode="after")
     def _has_text(self) -> Part:
         if self.type == "text" and self.text is None:
-            raise ValueError("a part of type 'text' needs a text")
+            raise ValueError("has no text", '{"type": "text", "text": "..."}')
         return self
 
 
@@ -76,20 +86,24 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    role: StrictStr
-    content: StrictStr | list[Part] | None = None
+    role: StrictStr = _field('"system", "user" or "assistant"')
+    content: StrictStr | list[Part] | None = _field('a text, or a list of parts: {"type": "text", "text": "..."}', None)
 
 
 class ChatRequest(Request):
     """Of ``/v1/chat/completions``."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1)] = _field(
+        'a list of one turn or more: {"role": "user", "content": "..."}'
+    )
 
 
 class CompletionRequest(Request):
     """Of ``/v1/completions``."""
 
-    prompt: StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]]
+    prompt: StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]] = _field(
+        "a text, or a list of texts or of token numbers"
+    )
 
 
 def parse(kind: type[Request], body: bytes) -> tuple[Request, dict[str, Any]]:
@@ -100,22 +114,44 @@ def parse(kind: type[Request], body: bytes) -> tuple[Request, dict[str, Any]]:
     """
     try:
         raw = json.loads(body)
+    except json.JSONDecodeError as error:
+        raise _no_json(f"no JSON: {error.msg} in line {error.lineno}, column {error.colno}") from None
     except (ValueError, RecursionError):
-        raise RefusalError("the body is not valid JSON", code="invalid_json") from None
+        raise _no_json("no JSON") from None
     if not isinstance(raw, dict):
-        raise RefusalError("the body is no JSON object", code="invalid_json")
+        raise _no_json(f"{shown(raw)}, no object")
+    _check_spelling(kind, raw)
     try:
         request = kind.model_validate(raw)
     except ValidationError as error:
-        raise _refusal(error) from None
+        raise _refusal(faults(kind, raw, error)) from None
     return request, {key: value for key, value in raw.items() if key not in OURS}
 
 
-def _refusal(error: ValidationError) -> RefusalError:
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    param = str(first["loc"][0]) if first["loc"] else None
-    place = ".".join(map(str, first["loc"]))
-    return RefusalError(f"{place}: {first['msg']}", code="invalid_value", param=param)
+def _no_json(found: str) -> RefusalError:
+    return RefusalError(
+        f"the body is {found}", expected='a JSON object, such as {"model": "spectr", ...}', code="invalid_json"
+    )
+
+
+def _check_spelling(kind: type[Request], raw: Mapping[str, Any]) -> None:
+    """Raise :class:`RefusalError` for a field that looks like one of ours: an engine may ignore what it does not know,
+    and ``expert`` for ``experts`` would then widen the set."""
+    for name in raw:
+        near = difflib.get_close_matches(name, OURS, n=1, cutoff=0.8)
+        if near and name not in OURS and name not in kind.model_fields:
+            raise RefusalError(
+                f"'{name}' is no field of a request",
+                do=f"if you mean '{near[0]}', write that; or leave it out",
+                code="invalid_value",
+                param=name,
+            )
+
+
+def _refusal(found: Sequence[Fault]) -> RefusalError:
+    first, *more = [f"'{fault.place}' {fault.found}; expected: {fault.expected}" for fault in found]
+    param = re.split(r"[.\[]", found[0].place)[0]
+    return RefusalError("\n".join((first, *(f"also: {told}" for told in more))), code="invalid_value", param=param)
 
 
 def routing(ticket: Ticket, steps: Sequence[Step], layers: Sequence[str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import time
@@ -16,10 +17,10 @@ from spectr.serving.asgi import (
     App,
     HangUpError,
     Line,
-    Message,
     Receive,
     Scope,
     Send,
+    Watched,
     bearer,
     read_body,
     respond,
@@ -27,11 +28,12 @@ from spectr.serving.asgi import (
 )
 from spectr.serving.catalog import Catalog
 from spectr.serving.engines.base import Engine, Recording, Ticket
-from spectr.serving.errors import RefusalError, error_body
+from spectr.serving.errors import RefusalError
 from spectr.serving.extras import ChatRequest, CompletionRequest, Request, parse, routing
 from spectr.serving.metrics import CONTENT_TYPE, Metrics
 from spectr.serving.page import find_page, page_file
 from spectr.serving.policy import Policy
+from spectr.serving.stopping import Stopping, stopped
 
 log = logging.getLogger("spectr.serving")
 _GENERATE: Mapping[str, type[Request]] = {
@@ -39,6 +41,17 @@ _GENERATE: Mapping[str, type[Request]] = {
     "/v1/completions": CompletionRequest,
 }
 _MAX_BODY = 4 << 20
+_WHERE = "/v1/models lists the models; /v1/chat/completions and /v1/completions answer"
+
+
+def _endpoint(path: str) -> str:
+    """What a path is counted as."""
+    if path in ("/", "/health", "/metrics", *_GENERATE):
+        return path
+    heads = (
+        head for head in ("/v1/models", "/v1/experts", "/playground") if path == head or path.startswith(head + "/")
+    )
+    return next(heads, "other")
 
 
 class Gateway:
@@ -51,6 +64,9 @@ class Gateway:
         served: The composed model's name.
         count: Whether to have the engine record every request's shares, for the tokens by expert in ``/metrics``.
         max_body: Bytes of a request at most.
+
+    Attributes:
+        stopping: Ends it.
     """
 
     def __init__(
@@ -65,7 +81,7 @@ class Gateway:
     ):
         self.app, self.engine, self.max_body, self.count = app, engine, max_body, count
         self.catalog = Catalog(engine, policy, served)
-        self.metrics = Metrics()
+        self.metrics, self.stopping = Metrics(), Stopping()
         self.metrics.describe(engine)
         self.page = find_page()
 
@@ -80,55 +96,69 @@ class Gateway:
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         began, status = time.monotonic(), 500
-        watched = _Watched(send)
+        watched = Watched(send, bare=scope["method"] == "HEAD")
         try:
-            await self._route(scope, receive, watched)
+            with self.stopping.watched():
+                await self._answer(scope, receive, watched)
             status = watched.status or 500
-        except RefusalError as error:
-            status = error.status
-            extra = {"www_authenticate": "Bearer"} if status == 401 else {}
-            await respond(send, status, error.body, **extra)
         except HangUpError:
             status = 499  # as nginx writes it down; nobody reads it
             self.metrics.hangups.inc()
-        except Exception:
-            log.exception("the engine failed on %s", scope["path"])
-            if watched.status is None:
-                await respond(send, 500, error_body(500, "the engine failed on this request", "engine_error"))
         finally:
             self._count(scope["path"], status, began)
 
+    async def _answer(self, scope: Scope, receive: Receive, send: Watched) -> None:
+        try:
+            self.stopping.check()
+            await self._route(scope, receive, send)
+        except RefusalError as error:
+            await send.refuse(error)
+        except asyncio.CancelledError:
+            if not self.stopping.over:
+                raise
+            await send.refuse(stopped())
+        except HangUpError:
+            raise
+        except Exception:
+            log.exception("the engine failed on %s", scope["path"])
+            await send.refuse(RefusalError("the engine failed on this request", code="engine_error", status=500))
+
     def _count(self, path: str, status: int, began: float) -> None:
-        endpoint = path if path in _GENERATE or path in ("/v1/models", "/health", "/metrics") else "other"
-        self.metrics.requests.labels(endpoint, str(status)).inc()
+        self.metrics.requests.labels(_endpoint(path), str(status)).inc()
         if path in _GENERATE:
             self.metrics.seconds.observe(time.monotonic() - began)
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path, method = scope["path"], scope["method"]
-        head = path.rsplit("/", 1)[0] if path.startswith("/v1/experts/") else path
+        path, method, place = scope["path"], scope["method"], _endpoint(scope["path"])
+        if method == "HEAD":  # as GET, and the body stays here
+            scope = {**scope, "method": "GET"}
         routes: dict[tuple[str, str], Callable[[], Awaitable[None]]] = {
+            ("GET", "/"): lambda: self._point(send),
             ("GET", "/health"): lambda: self.app(scope, receive, send),
             ("GET", "/metrics"): lambda: self._metrics(scope, send),
-            ("GET", "/v1/models"): lambda: self._models(scope, send),
+            ("GET", "/v1/models"): lambda: self._models(
+                scope, send, path.removeprefix("/v1/models").lstrip("/") or None
+            ),
+            ("GET", "/playground"): lambda: self._play(scope, send),
             ("DELETE", "/v1/experts"): lambda: self._discard(scope, send, path),
             **{("POST", place): lambda: self._generate(scope, receive, send) for place in _GENERATE},
         }
-        found = routes.get((method, head))
+        found = routes.get((scope["method"], place))
         if found is not None:
             await found()
-        elif method == "GET" and path.startswith("/v1/models/"):
-            await self._models(scope, send, path.removeprefix("/v1/models/"))
-        elif method == "GET" and (path == "/playground" or path.startswith("/playground/")):
-            await self._play(scope, send)
+        elif place == "other":
+            raise RefusalError(f"there is nothing at {path}", do=_WHERE, code="not_found", status=404)
         else:
-            raise self._nowhere(method, head, {place for _, place in routes})
+            takes = " or ".join(method for method, where in routes if where == place)
+            raise RefusalError(
+                f"{method} is not possible at {path}", expected=takes, code="method_not_allowed", status=405
+            )
 
-    @staticmethod
-    def _nowhere(method: str, path: str, known: set[str]) -> RefusalError:
-        if path in known:
-            return RefusalError(f"{method} is not possible here", code="method_not_allowed", status=405)
-        return RefusalError(f"there is nothing at {path}", code="not_found", status=404)
+    async def _point(self, send: Send) -> None:
+        """Where to go from here: who looks with a browser is taken to the page, where there is one."""
+        told = {"models": "/v1/models", "health": "/health"} | ({"page": "/playground/"} if self.page else {})
+        leads = {"location": "playground/"} if self.page else {}
+        await respond(send, 307 if self.page else 200, json.dumps(told).encode(), **leads)
 
     async def _metrics(self, scope: Scope, send: Send) -> None:
         self.catalog.administrator(bearer(scope))
@@ -143,7 +173,7 @@ class Gateway:
         self.catalog.administrator(bearer(scope))
         name = path.removeprefix("/v1/experts").strip("/")
         if name not in self.engine.experts:
-            raise self.catalog.no_expert([name], param=None)
+            raise self.catalog.no_expert([name], self.engine.experts, param=None)
         try:
             await self.engine.discard(name)
         except RefusalError:
@@ -205,16 +235,3 @@ class Gateway:
                 usage.update(told["usage"])
 
         return edit
-
-
-class _Watched:
-    """``send``, with an eye on the status."""
-
-    def __init__(self, send: Send):
-        self._send = send
-        self.status: int | None = None
-
-    async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self.status = message["status"]
-        await self._send(message)

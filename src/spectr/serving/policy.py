@@ -13,8 +13,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from spectr.errors import DataError, did_you_mean, raise_together
+from spectr.serving.faults import faults
 
-_HEX = r"^[0-9a-f]{64}$"
+_SEE = "see docs/serving.md, Who may use which expert"
 
 
 class Key(BaseModel):
@@ -31,12 +32,21 @@ class Key(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(min_length=1)
-    key: str | None = Field(default=None, min_length=8, repr=False)
-    key_sha256: str | None = Field(default=None, pattern=_HEX, repr=False)
-    experts: tuple[str, ...] | Literal["*"] = ()
-    base: bool = False
-    admin: bool = False
+    name: str = Field(min_length=1, description="a name for who holds the key, such as team-a")
+    key: str | None = Field(
+        default=None, min_length=8, repr=False, description="the key itself, a text of 8 characters or more, in quotes"
+    )
+    key_sha256: str | None = Field(
+        default=None,
+        pattern=r"^[0-9a-f]{64}$",
+        repr=False,
+        description="the 64 hexadecimal digits that this prints: printf %s KEY | sha256sum",
+    )
+    experts: tuple[str, ...] | Literal["*"] = Field(
+        default=(), description='a list of names, such as [sst2, agnews], or "*" for all'
+    )
+    base: bool = Field(default=False, description="true or false")
+    admin: bool = Field(default=False, description="true or false")
 
     @field_validator("key_sha256", mode="before")
     @classmethod
@@ -46,7 +56,8 @@ class Key(BaseModel):
     @model_validator(mode="after")
     def _one_key(self) -> Key:
         if (self.key is None) == (self.key_sha256 is None):
-            raise ValueError("give either key or key_sha256")
+            found = "has no key" if self.key is None else "has both key and key_sha256"
+            raise ValueError(found, "either key, or key_sha256")
         return self
 
     @property
@@ -65,15 +76,20 @@ class Policy(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
-    keys: tuple[Key, ...] = Field(min_length=1)
-    exclude: tuple[str, ...] = Field(default=(), alias="except")
+    keys: tuple[Key, ...] = Field(
+        min_length=1,
+        repr=False,
+        description="a list of one entry or more, each with a name, its key (or key_sha256) and its experts",
+    )
+    exclude: tuple[str, ...] = Field(default=(), alias="except", description="a list of names, such as [sst2, agnews]")
 
     @model_validator(mode="after")
     def _unique(self) -> Policy:
-        if len({key.name for key in self.keys}) < len(self.keys):
-            raise ValueError("two keys have the same name")
-        if len({key.digest for key in self.keys}) < len(self.keys):
-            raise ValueError("two entries have the same key")
+        for what, of in (("name", [key.name for key in self.keys]), ("key", [key.digest for key in self.keys])):
+            first = {value: number for number, value in reversed(list(enumerate(of)))}
+            if twice := [(first[value], number) for number, value in enumerate(of) if first[value] != number]:
+                places = " and ".join(f"keys[{number}]" for number in twice[0])
+                raise ValueError(f"has the same {what} in {places}", f"a {what} of its own for each")
         return self
 
     def holder(self, secret: str | None) -> Key | None:
@@ -113,22 +129,26 @@ def read_policy(path: Path) -> Policy:
     Raises:
         DataError: It cannot be read, or is no policy; all faults at once. No key is shown.
     """
+    given = _read(path)
+    try:
+        return Policy.model_validate(given)
+    except ValidationError as error:
+        found = faults(Policy, given, error)
+    problems = [DataError(f"{fault.place or 'the file'} {fault.found}", expected=fault.expected) for fault in found]
+    raise DataError(f"{path} is no policy\n" + "\n".join(f"- {problem}" for problem in problems), do=_SEE)
+
+
+def _read(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
-        return Policy.model_validate(json.loads(text) if path.suffix == ".json" else yaml.safe_load(text))
+        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}", expected="a policy file", do="see docs/serving.md") from error
-    except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        line = getattr(getattr(error, "problem_mark", None), "line", getattr(error, "lineno", 1) - 1) + 1
-        raise DataError(f"{path}, line {line}: no YAML or JSON", expected="a policy; see docs/serving.md") from None
-    except ValidationError as error:
-        raise _told(path, error) from None
-
-
-def _told(path: Path, error: ValidationError) -> DataError:
-    faults = [f"{'.'.join(map(str, fault['loc'])) or 'the file'}: {fault['msg']}" for fault in error.errors()]
-    return DataError(
-        f"{path} is no policy: " + "; ".join(faults),
-        expected="keys: a list, each with name, key or key_sha256, experts (names or '*'), and perhaps base and admin",
-        do="see docs/serving.md",
-    )
+        raise DataError(f"{path}: {error.strerror}", expected="a policy file", do=_SEE) from error
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is no text in UTF-8", expected="a policy, as YAML or JSON", do=_SEE) from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}, line {error.lineno}: {error.msg}", expected="JSON", do=_SEE) from None
+    except yaml.YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        place = f", line {mark.line + 1}" if mark else ""
+        raise DataError(f"{path}{place}: {problem or 'no YAML'}", expected="YAML", do=_SEE) from None

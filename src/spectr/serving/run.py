@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
+import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +13,12 @@ from spectr.errors import CompositionError
 from spectr.serving.engines.base import Engine
 from spectr.serving.gateway import Gateway
 from spectr.serving.settings import Settings
+from spectr.serving.stopping import Stopping
 
 if TYPE_CHECKING:
     import uvicorn
 
-_PATIENCE = 10  # seconds that answers have to end when the server is to
+_LAST_BYTES = 1  # seconds for connections to be closed, before those that do not read are left
 
 
 async def listen(
@@ -27,6 +30,9 @@ async def listen(
     watch: Callable[[uvicorn.Server], Awaitable[None]] | None = None,
 ) -> None:
     """Serve until the process is interrupted; say what is served once it can be reached.
+
+    The first SIGINT or SIGTERM lets answers under way end, for ``settings.grace`` seconds, the second ends at once. A
+    SIGINT is raised again at the end, for the exit status of a process that was interrupted.
 
     Args:
         app: The engine's own application.
@@ -45,10 +51,13 @@ async def listen(
         raise CompositionError("no layer of this model is routed", do="check the library with spectr library list")
     gateway = Gateway(app, engine, policy=settings.policy(), served=settings.served, count=settings.count)
     lines = told(settings, engine, bound.getsockname()[1], page=gateway.page is not None)
-    config = Config(gateway, log_level="warning", server_header=False, timeout_graceful_shutdown=_PATIENCE)
+    config = Config(gateway, log_level="warning", server_header=False, timeout_graceful_shutdown=2 * _LAST_BYTES)
     server = Server(config)
+    asked: list[int] = []
+    server.handle_exit = lambda sig, frame: _ask(asked, sig)
     beside = [
         asyncio.ensure_future(_tell(server, lines, say)),
+        asyncio.ensure_future(_end(server, gateway.stopping, settings.grace, asked, say)),
         *([asyncio.ensure_future(watch(server))] if watch else []),
     ]
     try:
@@ -56,17 +65,47 @@ async def listen(
     finally:
         for task in beside:
             task.cancel()
+    if signal.SIGINT in asked:
+        signal.raise_signal(signal.SIGINT)
+
+
+def _ask(asked: list[int], number: int) -> None:
+    """What a signal does: it is written down; the third one finds a process that does not react, and kills it."""
+    asked.append(number)
+    if len(asked) > 2:
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
 
 
 async def _tell(server: uvicorn.Server, lines: list[str], say: Callable[[str], None]) -> None:
-    """Say what is served once it can be reached, and that it ends when it is to."""
+    """Say what is served once it can be reached."""
     while not server.started:
         await asyncio.sleep(0.02)
     for line in lines:
         say(line)
-    while not server.should_exit:
+
+
+async def _end(
+    server: uvicorn.Server, stopping: Stopping, grace: float, asked: list[int], say: Callable[[str], None]
+) -> None:
+    """Once the server is to end, let the answers under way end first, but not for longer than the grace."""
+    while not (asked or server.should_exit):
         await asyncio.sleep(0.1)
-    say(f"ending; answers under way have {_PATIENCE} seconds, and Ctrl-C again ends at once")
+    stopping.begin()
+    until = time.monotonic() + grace
+    if stopping.under_way and grace:
+        say(f"ending; {_requests(stopping)} under way: {grace:g} seconds for them, and Ctrl-C again ends at once")
+    while stopping.under_way and len(asked) < 2 and time.monotonic() < until:
+        await asyncio.sleep(0.05)
+    say(f"ending; {_requests(stopping)} cut off" if stopping.under_way else "ending; nothing is under way")
+    await stopping.end()
+    server.should_exit = True
+    await asyncio.sleep(_LAST_BYTES)
+    server.force_exit = True
+
+
+def _requests(stopping: Stopping) -> str:
+    return f"{stopping.under_way} request{'' if stopping.under_way == 1 else 's'}"
 
 
 def told(settings: Settings, engine: Engine, port: int, *, page: bool) -> list[str]:
@@ -80,9 +119,8 @@ def told(settings: Settings, engine: Engine, port: int, *, page: bool) -> list[s
     default, *others = engine.routers
     by = default + (f" (by request: {', '.join(others)})" if others else "")
     lines.append(f"{len(engine.layers)} layers routed among {', '.join(engine.experts)}, by {by}")
-    lines.append(
-        f"keys: {'none needed, as there is no policy' if settings.policy_file is None else settings.policy_file}"
-    )
+    nobodys = "none needed, as there is no policy: whoever is on this machine may use every expert, and remove it"
+    lines.append(f"keys: {settings.policy_file or nobodys}")
     lines += [f"page: http://{host}:{port}/playground/"] if page else []
     lines.append(f"serving '{settings.served}' and '{settings.base_name}' at http://{host}:{port}/v1, Ctrl-C ends it")
     return lines

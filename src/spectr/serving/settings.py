@@ -30,6 +30,7 @@ class Settings:
         host: Address to listen at.
         port: Likewise; 0 for a free one.
         count: Whether tokens are counted by expert for every request.
+        grace: Seconds that answers under way have to end when the server is to.
         options: Of the engine's own command line.
     """
 
@@ -44,6 +45,7 @@ class Settings:
     host: str
     port: int
     count: bool
+    grace: float = 10.0
     options: tuple[str, ...] = ()
 
     def policy(self) -> Policy | None:
@@ -64,6 +66,18 @@ class Settings:
         policy = read_policy(self.policy_file)
         policy.check(self.library.names)
         return policy
+
+    def check(self) -> None:
+        """Everything that can be checked before a model is loaded, but for the socket.
+
+        Raises:
+            SpectrError: See :meth:`policy`; or the composed model has the base model's name.
+        """
+        self.policy()
+        if self.served == self.base_name:
+            raise SpectrError(
+                f"'{self.served}' is the base model's own name", do="serve under another name: --served-name"
+            )
 
     def listen(self) -> socket.socket:
         """A socket that is bound.

@@ -17,9 +17,10 @@ export async function listModels(key) {
   const response = await send("models", { key });
   const { data } = await response.json().catch(() => ({}));
   if (!Array.isArray(data)) throw new ServerError("The server's list of models is not one. Is this a SpectR server?");
-  return data.map(({ id, routers }) => ({
+  return data.map(({ id, routers, suspicion }) => ({
     id: String(id),
     routers: Array.isArray(routers) ? routers.map(String) : [],
+    ...(suspicion != null && { suspicion: String(suspicion) }),
   }));
 }
 

@@ -119,9 +119,9 @@ export class Choices {
   #fillBoxes(experts) {
     const off = new Set(this.#boxes.filter(box => !box.checked).map(box => box.value));
     find("boxes").replaceChildren(
-      ...experts.map(({ name }) => {
+      ...experts.map(({ name, suspicion }) => {
         const box = make("input", { type: "checkbox", value: name, checked: !off.has(name) });
-        return make("label", { className: "check" }, box, labelled(name));
+        return make("label", { className: "check" }, box, labelled(name), ...(suspicion ? [warning(suspicion)] : []));
       }),
     );
     find("experts").hidden = !experts.length;
@@ -153,6 +153,12 @@ export class Choices {
     const experts = this.#routes ? `, ${find("count").textContent} experts` : "";
     find("summary").textContent = this.asked.join(" beside ") + experts;
   }
+}
+
+/** Why somebody should look at an expert: seen, pointed at, and heard. */
+function warning(suspicion) {
+  const why = `Far larger updates than the other experts' (robust z-score ${suspicion}). Served all the same.`;
+  return make("span", { className: "warning", title: why }, make("span", { className: "unseen" }, why));
 }
 
 function group(label, models) {

@@ -1,8 +1,10 @@
 // Which of the server's models is the routed one, which are experts alone, which is the base model.
 
 /**
- * @param models {id, routers} as /v1/models lists them: "served", "served/expert" ..., and the base model by its own name.
- * @returns {{routed: string?, routers: string[], experts: {id, name}[], others: string[]}} others begins with the base model.
+ * @param models {id, routers, suspicion} as /v1/models lists them: "served", "served/expert" ..., and the base model by its
+ *   own name.
+ * @returns {{routed: string?, routers: string[], experts: {id, name, suspicion}[], others: string[]}} others begins with the
+ *   base model.
  */
 export function sorted(models) {
   const ids = models.map(({ id }) => id);
@@ -13,7 +15,9 @@ export function sorted(models) {
   return {
     routed,
     routers: models[ids.indexOf(routed)].routers,
-    experts: ids.filter(alone).map(id => ({ id, name: id.slice(routed.length + 1) })),
+    experts: models
+      .filter(({ id }) => alone(id))
+      .map(({ id, suspicion }) => ({ id, name: id.slice(routed.length + 1), suspicion })),
     others: ids.filter(id => id !== routed && !alone(id)),
   };
 }

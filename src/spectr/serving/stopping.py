@@ -1,0 +1,64 @@
+"""The end of a server: what is under way has time, what comes is turned away, and nobody is left without a word."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from spectr.serving.errors import RefusalError
+
+_LAST_WORDS = 2.0  # seconds for saying to everybody that there will be no more
+
+
+class Stopping:
+    """Whether a server is to end, and which requests it still works on.
+
+    Attributes:
+        begun: New requests are turned away.
+        over: What was under way is cut off.
+    """
+
+    def __init__(self) -> None:
+        self.begun = self.over = False
+        self._under_way: set[asyncio.Task[None]] = set()
+
+    @property
+    def under_way(self) -> int:
+        """Requests that are not answered yet."""
+        return len(self._under_way)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """While the block runs, the current task is under way: it is cancelled when the time is over."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._under_way.add(task)
+        try:
+            yield
+        finally:
+            self._under_way.discard(task)
+
+    def check(self) -> None:
+        """Raise :class:`RefusalError` for a request that comes too late."""
+        if self.begun:
+            raise stopped("the server is stopping and takes no new requests")
+
+    def begin(self) -> None:
+        """From now on new requests are turned away."""
+        self.begun = True
+
+    async def end(self) -> None:
+        """Cut off what is under way; returns when it was told so."""
+        self.begin()
+        self.over = True
+        tasks = list(self._under_way)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=_LAST_WORDS)
+
+
+def stopped(given: str = "the server has stopped before this answer was done") -> RefusalError:
+    """What a client reads whose request gets no answer any more."""
+    return RefusalError(given, do="ask again later", code="server_stopping", status=503)

@@ -1,0 +1,107 @@
+"""What a client is told of a request that is wrong."""
+
+import json
+
+import pytest
+
+from spectr.serving.errors import RefusalError
+from spectr.serving.extras import ChatRequest, CompletionRequest, parse
+
+TURN = {"role": "user", "content": "what is it"}
+TURNS = 'a list of one turn or more: {"role": "user", "content": "..."}'
+EXPERTS = "a list of one expert's name or more; without it all that the key may use"
+KIND = 'the kind of this part, "text"'
+PART = '{"type": "text", "text": "..."}'
+BIAS = "an object with numbers by token, {TOKEN: BIAS}"
+COUNT, PROMPT = "a whole number, at least 1", "a text, or a list of texts or of token numbers"
+
+
+def refused(kind, body):
+    with pytest.raises(RefusalError) as caught:
+        parse(kind, json.dumps(body).encode())
+    assert (caught.value.status, caught.value.code) == (400, "invalid_value")
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("asked", "found", "expected"),
+    [
+        ({"experts": []}, "'experts' is []", EXPERTS),
+        ({"experts": "cats"}, "'experts' is \"cats\"", EXPERTS),
+        ({"experts": ["cats", 1]}, "'experts[1]' is 1", EXPERTS),
+        ({"router": 3}, "'router' is 3", "a router's name"),
+        ({"return_routing": "all"}, "'return_routing' is \"all\"", 'true, false or "layers"'),
+        ({"model": None}, "'model' is null", "a name that GET /v1/models lists"),
+        ({"messages": "hello"}, "'messages' is \"hello\"", TURNS),
+        ({"messages": []}, "'messages' is []", TURNS),
+        ({"messages": ["hello"]}, "'messages[0]' is a text of 5 characters", "fields: role, content"),
+        ({"messages": [TURN, {"content": "x"}]}, "'messages[1].role' is missing", '"system", "user" or "assistant"'),
+        ({"messages": [{**TURN, "content": [{"type": "text"}]}]}, "'messages[0].content[0]' has no text", PART),
+        ({"messages": [{**TURN, "content": 3}]}, "'messages[0].content' is 3", f"a text, or a list of parts: {PART}"),
+        ({"messages": [{**TURN, "content": [{}]}]}, "'messages[0].content[0].type' is missing", KIND),
+        ({"max_tokens": "5"}, "'max_tokens' is \"5\"", COUNT),
+        ({"max_completion_tokens": 0}, "'max_completion_tokens' is 0", COUNT),
+        ({"n": 0}, "'n' is 0", COUNT),
+        ({"temperature": 3}, "'temperature' is 3", "a number from 0 to 2"),
+        ({"top_p": 0}, "'top_p' is 0", "a number above 0, at most 1"),
+        ({"frequency_penalty": -3}, "'frequency_penalty' is -3", "a number from -2 to 2"),
+        ({"stop": [1]}, "'stop[0]' is 1", "a text, or a list of texts"),
+        ({"logit_bias": {"5": "x"}}, "'logit_bias.5' is \"x\"", BIAS),
+        ({"stream": "x" * 100}, "'stream' is \"" + "x" * 59 + " ...", "true or false"),
+    ],
+)
+def test_one_fault_is_told_with_its_place_what_was_found_and_what_to_write(asked, found, expected):
+    error = refused(ChatRequest, {"model": "spectr", "messages": [TURN], **asked})
+    assert str(error) == f"{found}; expected: {expected}"
+    assert error.param == next(iter(asked))
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [({}, "'prompt' is missing"), ({"prompt": 3}, "'prompt' is 3"), ({"prompt": [1, "a"]}, "'prompt[0]' is 1")],
+)
+def test_prompts_of_completions(asked, found):
+    assert str(refused(CompletionRequest, {"model": "spectr", **asked})) == f"{found}; expected: {PROMPT}"
+
+
+def test_several_faults_are_all_told():
+    error = refused(ChatRequest, {"messages": [TURN], "temperature": "hot", "top_p": 2})
+    assert str(error).splitlines() == [
+        "'model' is missing; expected: a name that GET /v1/models lists",
+        "also: 'temperature' is \"hot\"; expected: a number from 0 to 2",
+        "also: 'top_p' is 2; expected: a number above 0, at most 1",
+    ]
+    assert error.param == "model"
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("expert", "experts"), ("routers", "router"), ("return_route", "return_routing")]
+)
+def test_a_slip_in_one_of_our_fields_does_not_widen_the_set_in_silence(name, meant):
+    error = refused(ChatRequest, {"model": "spectr", "messages": [TURN], name: "x"})
+    assert f"'{name}' is no field" in str(error)
+    assert f"if you mean '{meant}', write that; or leave it out" in str(error)
+    assert error.param == name
+
+
+@pytest.mark.parametrize("name", ["user", "metadata", "return_token_ids", "routing", "store"])
+def test_other_fields_are_the_engines_matter(name):
+    _, told = parse(ChatRequest, json.dumps({"model": "spectr", "messages": [TURN], name: "x"}).encode())
+    assert told[name] == "x"
+
+
+@pytest.mark.parametrize(
+    ("body", "found"),
+    [
+        (b"model=spectr", "no JSON: Expecting value in line 1, column 1"),
+        (b'{"model":\n}', "no JSON: Expecting value in line 2, column 1"),
+        (b"\xff", "no JSON"),
+        (b"[1]", "[1], no object"),
+    ],
+)
+def test_what_is_no_json_object_is_told_where(body, found):
+    with pytest.raises(RefusalError) as caught:
+        parse(ChatRequest, body)
+    expected = 'a JSON object, such as {"model": "spectr", ...}'
+    assert str(caught.value) == f"the body is {found}\n  expected: {expected}"
+    assert caught.value.code == "invalid_json"

@@ -1,0 +1,118 @@
+"""What is where on a server: its root, HEAD, what is counted as what, and which keys may do nothing."""
+
+import asyncio
+import json
+
+import httpx
+import pytest
+
+from serving import ADMIN, ALL, BASE, CATS, NONE, POLICY, StandIn
+from spectr.serving.gateway import Gateway
+
+CHAT = {"model": "spectr", "messages": [{"role": "user", "content": "what is it"}]}
+PAGE = "/playground/"
+
+
+async def healthy(scope, receive, send):
+    """An application that is well, and is never asked with HEAD."""
+    assert scope["method"] == "GET"
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]})
+    await send({"type": "http.response.body", "body": b'{"status": "ok"}'})
+
+
+@pytest.fixture
+def gateway():
+    return Gateway(healthy, StandIn(), max_body=100)
+
+
+def ask(gateway, method, path, key=None, **given):
+    async def go():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(gateway), base_url="http://here") as client:
+            return await client.request(
+                method, path, headers={"authorization": f"Bearer {key}"} if key else {}, **given
+            )
+
+    return asyncio.run(go())
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/metrics", "/v1/models", "/v1/models/spectr", "/playground", PAGE])
+def test_head_is_get_without_its_body(gateway, path):
+    whole, head = (ask(gateway, method, path) for method in ("GET", "HEAD"))
+    assert head.status_code == whole.status_code
+    assert head.content == b""
+    named = {"content-type", "location", "cache-control", *({"content-length"} if path != "/metrics" else ())}
+    assert all(head.headers.get(name) == whole.headers.get(name) for name in named)
+
+
+def test_the_root_leads_to_the_page_where_there_is_one(gateway):
+    answer = ask(gateway, "GET", "/")
+    assert (answer.status_code, answer.headers["location"]) == (307, "playground/")
+    assert answer.json() == {"models": "/v1/models", "health": "/health", "page": PAGE}
+    gateway.page = None
+    answer = ask(gateway, "GET", "/")
+    assert (answer.status_code, answer.json()) == (200, {"models": "/v1/models", "health": "/health"})
+    assert "location" not in answer.headers
+
+
+def test_what_is_not_possible_says_what_is(gateway):
+    error = ask(gateway, "PUT", "/v1/models").json()["error"]
+    assert error["message"] == "PUT is not possible at /v1/models\n  expected: GET"
+    assert "/v1/chat/completions" in ask(gateway, "GET", "/v1/chat").json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "endpoint"),
+    [
+        ("DELETE", "/v1/experts/cats", "/v1/experts"),
+        ("GET", "/v1/models/spectr/cats", "/v1/models"),
+        ("GET", "/playground/app.js", "/playground"),
+        ("GET", "/", "/"),
+        ("GET", "/v1/expertsandmore", "other"),
+    ],
+)
+def test_each_endpoint_is_counted_under_its_own_name(gateway, method, path, endpoint):
+    status = ask(gateway, method, path).status_code
+    assert f'spectr_requests_total{{endpoint="{endpoint}",status="{status}"}} 1.0' in gateway.metrics.text().decode()
+
+
+def test_a_body_that_is_too_long_is_told_what_to_do(gateway):
+    error = ask(gateway, "POST", "/v1/completions", content=b" " * 101).json()["error"]
+    assert error["message"].splitlines() == [
+        "the body has 101 bytes",
+        "  expected: 100 at most",
+        "  to do: leave out earlier turns, or ask in several requests",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "model", "told"),
+    [
+        (NONE, "spectr", "ask with another key: this one's entry in the policy has no 'experts' and no 'base: true'"),
+        (NONE, "tiny", "ask with another key: this one's entry in the policy has no 'experts' and no 'base: true'"),
+        (BASE, "spectr", "ask for 'tiny'; the composed model is for keys whose entry in the policy has 'experts'"),
+        (CATS, "spectre", "if you mean 'spectr', write that; /v1/models lists what this key may use"),
+        (CATS, "cats", "if you mean 'spectr/cats', write that; /v1/models lists what this key may use"),
+        (CATS, "ants", "/v1/models lists what this key may use"),
+        (CATS, "gpt", "/v1/models lists what this key may use"),
+    ],
+)
+def test_who_may_not_use_a_model_is_told_why_and_what_to_do(key, model, told):
+    answer = ask(
+        Gateway(healthy, StandIn(), policy=POLICY), "POST", "/v1/chat/completions", key, json={**CHAT, "model": model}
+    )
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+    assert f"to do: {told}" in answer.json()["error"]["message"]
+
+
+def test_who_is_no_administrator_is_told_what_one_is():
+    gateway = Gateway(healthy, StandIn(), policy=POLICY)
+    error = ask(gateway, "DELETE", "/v1/experts/cats", ALL).json()["error"]
+    assert "'admin: true' in the policy" in error["message"]
+    error = ask(gateway, "DELETE", "/v1/experts/cat", ADMIN).json()["error"]
+    assert "if you mean 'cats', write that" in error["message"]
+
+
+def test_a_broken_suspect_keeps_the_list_json(gateway):
+    gateway.engine.suspicion = {"bees": float("inf")}
+    text = ask(gateway, "GET", "/v1/models/spectr/bees").text
+    assert json.loads(text, parse_constant=pytest.fail)["suspicion"] == "not finite"
