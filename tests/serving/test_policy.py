@@ -92,6 +92,7 @@ FIELDS = "known: admin, base, experts, key, key_sha256, name"
         ("keys: [{name: a, key: sk-secret-1, experts: all}]", 'keys[0].experts is "all"', NAMES),
         ("keys: [{name: a, key: sk-secret-1, experts: [x, 1]}]", "keys[0].experts[1] is 1", NAMES),
         ("keys: [{name: a, key: sk-secret-1, admin: maybe}]", 'keys[0].admin is "maybe"', "true or false"),
+        ('keys: [{name: a, key: sk-secret-1, admin: "yes"}]', 'keys[0].admin is "yes"', "true or false"),
         (
             "excpet: [x]\nkeys: [{name: a, key: sk-secret-1}]",
             "excpet is no field",

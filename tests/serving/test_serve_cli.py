@@ -66,6 +66,8 @@ def test_several_routers_are_told_listed_and_answer(start):
         (("--except", "nobody"), "nobody"),
         (("--except", "amber", "--except", "blue", "--except", "cyan"), "no expert"),
         (("--served-name", "model"), "base model's own name"),
+        (("-r", "spectr,arrow"), "--router spectr --router arrow"),
+        (("keys.yaml",), "a policy file follows --policy"),
         (("--router", "spektr", "--router", "aro"), "did you mean 'spectr'"),
         (("--router", "spektr", "--router", "aro"), "did you mean 'arrow'"),
         (("-r", "spectr", "-r", "arrow", "-r", "spectr"), "--router spectr twice"),

@@ -87,8 +87,8 @@ def test_a_body_that_is_too_long_is_told_what_to_do(gateway):
 @pytest.mark.parametrize(
     ("key", "model", "told"),
     [
-        (NONE, "spectr", "ask with another key: this one's entry in the policy has no 'experts' and no 'base: true'"),
-        (NONE, "tiny", "ask with another key: this one's entry in the policy has no 'experts' and no 'base: true'"),
+        (NONE, "spectr", "ask with another key: this one's has no 'experts' that are served, and no 'base: true'"),
+        (NONE, "tiny", "ask with another key: this one's has no 'experts' that are served, and no 'base: true'"),
         (BASE, "spectr", "ask for 'tiny'; the composed model is for keys whose entry in the policy has 'experts'"),
         (CATS, "spectre", "if you mean 'spectr', write that; /v1/models lists what this key may use"),
         (CATS, "cats", "if you mean 'spectr/cats', write that; /v1/models lists what this key may use"),

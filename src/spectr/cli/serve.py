@@ -81,7 +81,11 @@ def serve(
         _check_vllm()
         routings = [one.for_tokens() for one in routings]
     elif options:
-        raise SpectrError(f"{' '.join(options)}: the engine transformers has no options of its own", do="leave it out")
+        do = "leave it out; a policy file follows --policy, and each router its own --router"
+        raise SpectrError(f"{' '.join(options)}: the engine transformers has no options of its own", do=do)
+    for name in router or ():
+        if "," in name:
+            raise SpectrError(f"--router {name}", do=f"give each its own: --router {name.replace(',', ' --router ')}")
     settings = _settings(routings, exclude, host, port, policy, served_name, record, grace)
     if engine == "vllm":
         _launch_vllm(dataclasses.replace(settings, options=tuple(options or ())))

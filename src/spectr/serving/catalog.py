@@ -129,9 +129,7 @@ class Catalog:
         known = self._names(grant)
         do = _nearest(name, known)
         if not known:
-            do = (
-                "ask with another key: this one's entry in the policy has no 'experts' and no 'base: true', so no model"
-            )
+            do = "ask with another key: this one's has no 'experts' that are served, and no 'base: true', in the policy"
         elif name == self.served:
             do = f"ask for '{known[0]}'; the composed model is for keys whose entry in the policy has 'experts'"
         return RefusalError(f"there is no model '{name}'", do=do, code="model_not_found", param="model", status=404)

@@ -37,10 +37,9 @@ class Metrics:
             self.suspicion.labels(name).set(score)
 
     def forget(self, expert: str) -> None:
-        """Tell no more of an expert that was removed."""
-        for counted in (self.tokens, self.suspicion):
-            with suppress(KeyError):
-                counted.remove(expert)
+        """Tell no more of an expert that was removed, beside the work that it has done."""
+        with suppress(KeyError):
+            self.suspicion.remove(expert)
 
     def count_steps(self, experts: Sequence[str], steps: Sequence[Step]) -> None:
         """Share generated tokens out among the experts that did the work."""

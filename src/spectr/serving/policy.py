@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, field_validator, model_validator
 
 from spectr.errors import DataError, did_you_mean, raise_together
 from spectr.serving.faults import faults
@@ -45,8 +45,8 @@ class Key(BaseModel):
     experts: tuple[str, ...] | Literal["*"] = Field(
         default=(), description='a list of names, such as [sst2, agnews], or "*" for all'
     )
-    base: bool = Field(default=False, description="true or false")
-    admin: bool = Field(default=False, description="true or false")
+    base: StrictBool = Field(default=False, description="true or false")
+    admin: StrictBool = Field(default=False, description="true or false")
 
     @field_validator("key_sha256", mode="before")
     @classmethod

@@ -249,7 +249,7 @@ def _unserved(key: str, expected: str | None = None) -> RefusalError:
     return RefusalError(
         f"'{key}' cannot be served as given" if expected else f"'{key}' is not served",
         expected=expected,
-        do=f"change '{key}', or leave it out",
+        do=f"change '{key}'" + ("" if key in ("messages", "prompt") else ", or leave it out"),
         code="unsupported_value",
         param=key,
     )
