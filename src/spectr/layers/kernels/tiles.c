@@ -52,6 +52,9 @@ struct lanes {
   __m512 score, among, weight; /* `among`: the score, or less than any of who may not be used */
 };
 
+/* What was written is in memory: compilers do not know that tiles read it. */
+static inline void written(const void *place) { __asm__ volatile("" ::"r"(place) : "memory"); }
+
 /* The unit, for blocks of so many tokens; 0 to leave it to others. */
 static void configure(long tokens) {
   static _Thread_local long before;
@@ -70,12 +73,13 @@ static void configure(long tokens) {
     config.bytes[tile] = 64;
     config.rows[tile] = tile <= PANEL ? tokens : SIDE;
   }
+  written(&config);
   _tile_loadconfig(&config);
 }
 
 /* to = x M of up to 16 tokens and PANEL tiles of columns. */
 static void block(const uint16_t *x, long x_stride, const uint16_t *M, long deep, long tiles, float *to, long to_stride) {
-  __asm__ volatile("" ::: "memory"); /* what x holds is written now: the compiler does not know that tiles read memory */
+  written(x);
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
