@@ -23,6 +23,10 @@ needs_a_compiler = pytest.mark.skipif(cpu.find_compiler() is None, reason="this 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
+def tiles_work():
+    return cpu_kernels()._calls("route", torch.float32).many is not None
+
+
 class OtherLinear(nn.Linear):
     """A base layer that only its own call can be trusted with."""
 
@@ -40,14 +44,14 @@ def layer_of(router, experts, rank, dtype, seed, *, centers=False, inputs=INPUTS
     return RoutedLinear(base(inputs, OUTPUTS).to(dtype), Stack.of(parts), router)
 
 
-def both(monkeypatch, layer, x):
-    """The layer's output by the kernels, which have to be used, and by torch."""
-    kernels = cpu_kernels()
+def both(monkeypatch, layer, x, tiles=True):
+    """The layer's output by the kernels, which have to be used (their tiles, too, if there are any), and by torch."""
+    functions = {key: call for key, call in vars(cpu_kernels())["_functions"].items() if tiles or key[0] != "tiles"}
     calls = []
 
     class Counted(cpu.CpuKernels):
         def __init__(self):
-            vars(self).update(vars(kernels))
+            self._functions = functions
 
         def __getattribute__(self, name):
             if name in ("route", "held", "whole"):
@@ -71,35 +75,37 @@ def clear(layer, x):
 
 
 @needs_a_compiler
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     experts=st.integers(1, 20),
     rank=st.integers(1, 9),
     top_k=st.integers(1, 6),
-    tokens=st.sampled_from([(1,), (1, 1), (3, 1), (2, 4), (16,), (40,), (3, 20)]),
+    tokens=st.sampled_from([(1,), (1, 1), (3, 1), (2, 4), (16,), (17,), (40,), (3, 20), (270,)]),
     dtype=st.sampled_from(list(TOLERANCE)),
     weights=st.sampled_from(["uniform", "softmax"]),
     base=st.sampled_from([nn.Linear, OtherLinear]),
+    tiles=st.booleans(),
     seed=st.integers(0, 10_000),
 )
-def test_routing_is_that_of_torch(experts, rank, top_k, tokens, dtype, weights, base, seed):
+def test_routing_is_that_of_torch(experts, rank, top_k, tokens, dtype, weights, base, tiles, seed):
     router = Spectr(top_k=top_k, weights=weights, temperature=2.0)
     layer = layer_of(router, experts, rank, dtype, seed, base=base)
     x = torch.randn(*tokens, INPUTS, generator=torch.Generator().manual_seed(seed + 1)).to(dtype)
     with pytest.MonkeyPatch.context() as patch:
-        fused, plain = both(patch, layer, x)
+        fused, plain = both(patch, layer, x, tiles)
     if dtype == torch.float32 or clear(layer, x):
         close(fused.float(), plain.float(), TOLERANCE[dtype])
 
 
 @needs_a_compiler
-@pytest.mark.parametrize("length", [2, 20])
+@pytest.mark.parametrize("tiles", [False, True])
+@pytest.mark.parametrize("length", [2, 20, 90])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_centers_and_a_prior_count(monkeypatch, rows, length):
+def test_centers_and_a_prior_count(monkeypatch, rows, length, tiles):
     layer = layer_of(Calibrated(level="prior", top_k=2, weights="softmax"), 7, 4, torch.float32, 0, centers=True)
     layer.inform(torch.rand(rows, 7, generator=torch.Generator().manual_seed(1)) * 3)
     x = torch.randn(3, length, INPUTS, generator=torch.Generator().manual_seed(2))
-    fused, plain = both(monkeypatch, layer, x)
+    fused, plain = both(monkeypatch, layer, x, tiles)
     close(fused, plain, 1e-5)
     layer.inform(None)
     other, _ = both(monkeypatch, layer, x)
@@ -133,13 +139,17 @@ def test_a_cast_while_weights_are_held_is_seen():
 @needs_a_compiler
 @pytest.mark.parametrize("held", [False, True])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize("tokens", [1, 3, 7, 16])
+@pytest.mark.parametrize("tokens", [1, 3, 7, 16, 17, 32, 300])
 @pytest.mark.parametrize("inputs", [INPUTS, 37, 5])
 def test_the_whole_layer_in_one_call(held, dtype, tokens, inputs):
     layer = layer_of(Spectr(top_k=2), 5, 4, dtype, 0, inputs=inputs)
     if held:
         layer.hold(torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]]))
     x = torch.randn(tokens, inputs, generator=torch.Generator().manual_seed(2)).to(dtype)
+    if tokens > 16 and not tiles_work():
+        with torch.no_grad():
+            assert layer._whole(x) is None
+        return
     with torch.no_grad():
         for bias in (layer.base.bias, None):
             layer.base.bias = bias
@@ -148,6 +158,40 @@ def test_the_whole_layer_in_one_call(held, dtype, tokens, inputs):
             assert layer._whole(x) is None
             close(whole.float(), layer(x).float(), TOLERANCE[dtype])
             layer.base._forward_hooks.clear()
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("held", [False, True])
+def test_many_tokens_are_as_exact_as_float32(monkeypatch, held):
+    """Whatever the machine multiplies with: no further from float64 than torch's own float32."""
+    layer = layer_of(Spectr(top_k=5), 5, 8, torch.float32, 0, inputs=700)
+    if held:
+        layer.hold(torch.tensor([[0.1, 0.2, 0.0, 0.3, 0.4]]))
+    x = torch.randn(300, 700, generator=torch.Generator().manual_seed(3))
+    fused, plain = both(monkeypatch, layer, x)
+    weights = torch.full((5,), 0.2) if layer.held is None else layer.held.all_weights_B1E[0, 0]
+    with torch.no_grad():
+        shares = (x.double() @ layer.A_PI.double().mT) * weights.double().repeat_interleave(8)
+        exact = shares @ layer.B_OP.double().mT + layer.base.double()(x.double())
+    ours, theirs = ((found - exact).pow(2).mean().sqrt() for found in (fused, plain))
+    assert ours < 1.2 * theirs
+
+
+@needs_a_compiler
+def test_torch_may_be_told_that_less_exact_products_will_do(monkeypatch):
+    """torch.set_float32_matmul_precision: of "high" it says about 16 bits, where there is a fast way to it."""
+    layer = layer_of(Spectr(top_k=5), 5, 8, torch.float32, 0, inputs=700)
+    x = torch.randn(40, 700, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        highest = layer(x)
+        before = torch.get_float32_matmul_precision()
+        try:
+            torch.set_float32_matmul_precision("high")
+            high = layer(x)
+        finally:
+            torch.set_float32_matmul_precision(before)
+    close(high, highest, 1e-4)
+    assert torch.equal(high, highest) == (not tiles_work())
 
 
 @needs_a_compiler

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from scaling import SPARSE, TEXTS, make_library
 
 from models import peft_adapter
+from scaling import SPARSE, TEXTS, make_library
 from spectr import ExpertLibrary, build_index, calibrate
 from text_model import make_model, make_tokenizer
 

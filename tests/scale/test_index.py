@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from scaling import TEXTS, ids_of, make_library
 
 from models import close, dense_deltas, peft_adapter
+from scaling import TEXTS, ids_of, make_library
 from spectr import ExpertLibrary, build_index, calibrate, indexing
 from spectr.calibration import read_inputs
 from spectr.errors import AdapterError, CompositionError, LibraryError

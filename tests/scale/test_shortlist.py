@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from scaling import PROMPTS, ids_of, listed, routed_model
 
 from models import close, greedy, logits
+from scaling import PROMPTS, ids_of, listed, routed_model
 from spectr import Arrow, Calibrated, ExpertLibrary, Lag, Oracle, Seqr, Shortlist, Spectr, Uniform, compose, trace
 from spectr.errors import CompositionError
 from spectr.models import encode_batch

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import uvicorn
 
 from spectr import Calibrated, compose
+from spectr.composition.several import Several
 from spectr.serving.engines import Step
 from spectr.serving.engines.transformers import TransformersEngine
 from spectr.serving.gateway import Gateway
@@ -37,13 +38,24 @@ POLICY = Policy.model_validate(
 )
 
 
-def make_engine(library, router=None, names=None, **options):
+def several(library, routers, names=None):
+    """A tiny model composed by these routers, with these experts alone."""
     model = make_model()
     model.config.max_position_embeddings = 64
-    routed = compose(model, library, router or Calibrated())
-    if names is not None:
-        routed.allow(names)
-    return TransformersEngine(routed, make_tokenizer(), base_model="tiny", router="calibrated", **options)
+
+    def maker(router):
+        def make(model):
+            routed = compose(model, library, router)
+            return routed if names is None else routed.allow(names)
+
+        return make
+
+    return Several(model, {name: maker(router) for name, router in routers.items()})
+
+
+def make_engine(library, router=None, names=None, **options):
+    routers = router if isinstance(router, dict) else {"calibrated": router or Calibrated()}
+    return TransformersEngine(several(library, routers, names), make_tokenizer(), base_model="tiny", **options)
 
 
 @contextmanager
@@ -66,7 +78,7 @@ def live(app) -> Iterator[str]:
 
 @contextmanager
 def served(library, router=None, policy=None, names=None, **options) -> Iterator[tuple[str, TransformersEngine]]:
-    """A tiny model's server, and its engine."""
+    """A tiny model's server, with one router or with several by name, and its engine."""
     engine = make_engine(library, router, names, **options)
     try:
         with live(Gateway(engine.app, engine, policy=policy)) as address:

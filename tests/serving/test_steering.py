@@ -5,18 +5,19 @@ import torch
 
 import spectr
 from models import close
+from rows import PROMPTS, SETS, alone, composed, ids_of, together
 from spectr import Calibrated, compose
 from spectr.composition.steering import Steering
-from spectr.errors import CompositionError
-from text_model import make_model, make_tokenizer
+from text_model import make_model
 
-SETS = [("ants", "bees", "cats"), ("cats",), (), ("ants", "bees"), ("bees", "cats")]
-PROMPTS = ["what is it", "a good film of the sky is the x y z", "no", "who is red", "the film is bad"]
 ROUTERS = [
     spectr.Spectr(top_k=2),
     spectr.Spectr(top_k=3, weights="softmax", combine="ties"),
     spectr.Arrow(top_k=2),
     spectr.Uniform(),
+    spectr.Lag(shortlist=1),
+    spectr.Lag(shortlist=2, top_k=2, weights="softmax"),
+    spectr.Seqr(top_k=2),
     Calibrated(),
     Calibrated(top_k=2, weights="softmax"),
     Calibrated(level="prior"),
@@ -24,45 +25,6 @@ ROUTERS = [
     spectr.Glider(local=spectr.Arrow(), alpha=2.0),
     spectr.Glider(local=None),
 ]
-
-
-class Guide:
-    """Finds the same likeness in every prompt."""
-
-    def reader(self, descriptions, experts):
-        found = {"ants": 0.9, "bees": 0.2, "cats": 0.5}
-        return lambda input_ids, **_: torch.tensor([[found[name] for name in experts]]).expand(len(input_ids), -1)
-
-
-def composed(library, router):
-    if isinstance(router, spectr.Glider):
-        return compose(make_model(), library.with_descriptions(dict.fromkeys(library, "x")), router, guide=Guide())
-    return compose(make_model(), library, router)
-
-
-def ids_of(prompt):
-    return torch.tensor(spectr.models.encode_prompt(make_tokenizer(), prompt))
-
-
-@torch.no_grad()
-def alone(library, router, names, ids):
-    """Logits of a model that holds these experts and no others."""
-    model = composed(library, router).allow(names).model if names else make_model()
-    return model(input_ids=ids[None]).logits[0]
-
-
-@torch.no_grad()
-def together(model, steering, requests):
-    """Logits of all requests as tokens of one row, which a mask keeps apart."""
-    spans = [(rule, len(ids)) for rule, ids in requests]
-    owner = torch.cat([torch.full((len(ids),), n) for n, (_, ids) in enumerate(requests)])
-    place = torch.cat([torch.arange(len(ids)) for _, ids in requests])
-    seen = (owner[:, None] == owner) & (place[:, None] >= place)
-    mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[None, None]
-    steering.steer(spans)
-    ids = torch.cat([ids for _, ids in requests])[None]
-    logits = model(input_ids=ids, position_ids=place[None], attention_mask=mask, use_cache=False).logits[0]
-    return logits.split([len(ids) for _, ids in requests])
 
 
 @pytest.mark.parametrize("router", ROUTERS, ids=str)
@@ -133,12 +95,6 @@ def test_held_weights_need_no_watching_for_their_shares(library):
     assert look is not None
     assert look.shares == pytest.approx(steering.seen()[0].shares)
     assert set(look.shares) == {"ants", "cats"}
-
-
-def test_a_router_that_makes_shortlists_is_refused(library):
-    routed = compose(make_model(), library, spectr.Lag(top_k=1))
-    with pytest.raises(CompositionError, match="shortlist"):
-        Steering(routed)
 
 
 def test_closing_gives_all_experts_to_every_token_again(library):

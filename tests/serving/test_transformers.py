@@ -13,14 +13,12 @@ import pytest
 from openai import OpenAI
 
 import spectr
+from asking import MODES, PROMPTS, SETS, alike, answers, ask, open_to, watch_for_mixed_calls
 from serving import ADMIN, ALL, CATS, POLICY, served
 from spectr import Calibrated
 from spectr.serving.engines.batching import Batching
 
-SETS = [("ants", "bees", "cats"), ("cats",), ("ants", "bees"), ("bees", "cats")]
-PROMPTS = ["what is it", "a good film of the sky is the x y z", "no", "who is red", "the film is bad"]
 ROUTERS = [Calibrated(), Calibrated(level="prior"), spectr.Spectr(top_k=2)]
-MODES = {"one": lambda: None, "batched": lambda: Batching(cache_tokens=256, batch_tokens=16, requests=8, page=8)}
 
 
 @pytest.fixture(params=MODES)
@@ -38,62 +36,6 @@ def server(request, library):
 def client(server):
     with OpenAI(base_url=f"{server[0]}/v1", api_key=ALL, max_retries=0) as client:
         yield client
-
-
-def ask(client, prompt, **given):
-    extra = {key: given.pop(key) for key in ("experts", "router", "return_routing") if key in given}
-    options = {"model": "spectr", "max_tokens": 6, "temperature": 0, **given}
-    return client.chat.completions.create(
-        messages=[{"role": "user", "content": prompt}], extra_body=extra or None, **options
-    )
-
-
-def open_to(address):
-    """A client of a server without a policy."""
-    return OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
-
-
-def answers(address, requests, at_once):
-    """Texts and routing of (prompt, options), asked at once or one after the other."""
-    with OpenAI(base_url=f"{address}/v1", api_key=ALL, max_retries=0) as client:
-
-        def one(request):
-            prompt, given = request
-            choice = ask(client, prompt, return_routing="layers", **given).choices[0]
-            return choice.message.content, choice.routing
-
-        if not at_once:
-            return [one(request) for request in requests]
-        with ThreadPoolExecutor(len(requests)) as pool:
-            return list(pool.map(one, requests))
-
-
-def watch_for_mixed_calls(engine):
-    """A list that grows with each call of the model for tokens of several sets."""
-    mixed, parts = [], engine.conductor.parts
-
-    def watched():
-        found = parts()
-        sets = {part.running.ticket.experts for part in found if part.running is not None}
-        if len(sets) > 1:
-            mixed.append(sets)
-        return found
-
-    if engine.batching is not None:
-        engine.conductor.parts = watched
-    return mixed
-
-
-def alike(ours, theirs):
-    """The same text and, up to rounding, the same experts with the same weights and scores at every layer."""
-    assert ours[0] == theirs[0]
-    mine, other = ours[1], theirs[1]
-    assert len(mine["tokens"]) == len(other["tokens"])
-    assert mine["experts"] == other["experts"]
-    numbers = [value for token in mine["by_layer"] for layer in token for row in layer for value in row]
-    expected = [value for token in other["by_layer"] for layer in token for row in layer for value in row]
-    assert numbers == pytest.approx(expected, rel=2e-3, abs=2e-3)
-    assert numbers
 
 
 @pytest.mark.parametrize(
@@ -273,7 +215,7 @@ def test_health_and_metrics(server, client):
 def test_a_removed_expert_is_gone_for_the_next_request_and_from_memory(library, mode):
     with served(library, policy=POLICY, batching=mode()) as (address, engine):
         before = {names: answers(address, [(PROMPTS[1], {"experts": list(names)})], False)[0] for names in SETS}
-        layer = next(iter(engine.routed.layers.values()))
+        layer = next(iter(engine.composed.compositions["calibrated"].layers.values()))
         factors = weakref.ref(layer.A_PI)
         del layer
         headers = {"authorization": f"Bearer {ADMIN}"}
@@ -287,7 +229,7 @@ def test_a_removed_expert_is_gone_for_the_next_request_and_from_memory(library, 
         alike(answers(address, [(PROMPTS[1], {})], False)[0], before["ants", "bees"])
         gc.collect()
         assert factors() is None
-        assert all("cats" not in layer.experts for layer in engine.routed.layers.values())
+        assert all("cats" not in layer.experts for layer in engine.composed.compositions["calibrated"].layers.values())
         assert httpx.delete(f"{address}/v1/experts/cats", headers=headers).status_code == 404
         assert httpx.delete(f"{address}/v1/experts/bees", headers=headers, timeout=30).status_code == 200
         last = httpx.delete(f"{address}/v1/experts/ants", headers=headers)
@@ -307,7 +249,7 @@ def test_removal_waits_for_the_requests_that_were_granted_the_expert(library, mo
             text = "".join(chunk.choices[0].delta.content or "" for chunk in (first, *stream))
             removal.join()
         assert text == expected[0]
-        assert engine.experts == engine.routed.experts == ("ants", "bees")
+        assert engine.experts == engine.composed.experts == ("ants", "bees")
 
 
 def test_a_request_that_does_not_fit_in_the_cache_beside_the_others_starts_again(library):
@@ -330,7 +272,7 @@ def test_a_request_that_does_not_fit_in_the_cache_beside_the_others_starts_again
 
 def fail_once(engine, monkeypatch):
     """Have the model's next call fail."""
-    model, calls = engine.routed.model, []
+    model, calls = engine.composed.model, []
     head, plain = model.lm_head, model.lm_head.forward
 
     def forward(*given):
@@ -371,14 +313,14 @@ def test_a_worker_that_dies_is_told_by_health_and_by_every_answer(library, monke
 def test_a_prompt_that_cannot_be_decided_on_harms_no_other_of_its_batch(library, monkeypatch):
     with served(library, batching=MODES["batched"]()) as (address, engine), open_to(address) as client:
         expected = ask(client, PROMPTS[1], max_tokens=20).choices[0].message.content
-        rule = engine.conductor.steering.rule
+        rule = engine.conductor.junction.rule
 
-        def picky(experts, ids):
+        def picky(router, experts, ids):
             if experts == ("bees",):
                 raise RuntimeError("no")
-            return rule(experts, ids)
+            return rule(router, experts, ids)
 
-        monkeypatch.setattr(engine.conductor.steering, "rule", picky)
+        monkeypatch.setattr(engine.conductor.junction, "rule", picky)
         with ThreadPoolExecutor(4) as pool:
             good = [pool.submit(ask, client, PROMPTS[1], max_tokens=20) for _ in range(3)]
             bad = pool.submit(ask, client, PROMPTS[1], model="spectr/bees")

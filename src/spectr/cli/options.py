@@ -299,10 +299,14 @@ def _is_calibrated(library: ExpertLibrary) -> bool:
 
 
 def with_routing(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command that takes ``routing: Routing`` the options that make one, after its own."""
+    """Give a command that takes ``routing: Routing`` the options that make one, after its own.
+
+    One that the command has itself is not given to it again.
+    """
     signature, hints = inspect.signature(command), get_type_hints(command, include_extras=True)
     shared = get_type_hints(Routing, include_extras=True)
-    defaults = {field.name: field.default for field in dataclasses.fields(Routing)}
+    fields = dataclasses.fields(Routing)
+    defaults = {field.name: field.default for field in fields if field.name not in signature.parameters}
     own = [
         parameter.replace(annotation=hints[name])
         for name, parameter in signature.parameters.items()

@@ -5,16 +5,23 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import importlib.util
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from spectr.cli.console import say
 from spectr.cli.options import Routing, with_routing
-from spectr.errors import LibraryError, MissingExtraError, SpectrError
+from spectr.errors import LibraryError, MissingExtraError, SpectrError, raise_together
 
 if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from spectr.composition import Routed
+    from spectr.library import ExpertLibrary
+    from spectr.routers import Router
     from spectr.serving.engines.batching import Batching
     from spectr.serving.settings import Settings
 
@@ -47,20 +54,32 @@ def serve(
     cache_tokens: Annotated[
         int, typer.Option(help="With --batch: tokens of all running requests that are kept in memory.", min=256)
     ] = 16384,
+    router: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--router",
+            "-r",
+            help="A router that requests may name, once for each; the first is the default. auto, or one of those that "
+            "spectr generate --help names. vllm: one alone.",
+            rich_help_panel="Routing",
+        ),
+    ] = None,
 ) -> None:
     """Serve the routed model by OpenAI's API: chat completions, completions, models, metrics, and a page.
 
     [dim]spectr serve --policy keys.yaml --host 0.0.0.0[/]
+    [dim]spectr serve --router calibrated --router spectr[/]
     [dim]spectr serve --engine vllm -- --max-model-len 2048 --tensor-parallel-size 2[/]
     """
     if engine not in _ENGINES:
         raise SpectrError(f"--engine {engine}", expected=" or ".join(_ENGINES))
+    routings = [dataclasses.replace(routing, router=name) for name in router or ["auto"]]
     if engine == "vllm":
         _check_vllm()
-        routing = routing.for_tokens()
+        routings = [one.for_tokens() for one in routings]
     elif options:
         raise SpectrError(f"{' '.join(options)}: the engine transformers has no options of its own", do="leave it out")
-    settings = _settings(routing, exclude, host, port, policy, served_name, record)
+    settings = _settings(routings, exclude, host, port, policy, served_name, record)
     if engine == "vllm":
         _launch_vllm(dataclasses.replace(settings, options=tuple(options or ())))
         return
@@ -70,7 +89,7 @@ def serve(
 
 
 def _settings(
-    routing: Routing,
+    routings: Sequence[Routing],
     exclude: list[str] | None,
     host: str,
     port: int,
@@ -81,7 +100,8 @@ def _settings(
     from spectr.models import HUB_ID
     from spectr.serving.settings import Settings, base_name
 
-    library, router = routing.experts()
+    library, routers = _routers(routings)
+    routing = routings[0]
     library.check(*(exclude or []))
     experts = tuple(name for name in sorted(routing.allow or library) if name not in (exclude or []))
     if not experts:
@@ -89,8 +109,7 @@ def _settings(
     settings = Settings(
         library=library,
         experts=experts,
-        router=router,
-        router_name=routing.router_name(library),
+        routers=routers,
         model=routing.model,
         base_name=base_name(routing.model, HUB_ID),
         dtype=routing.dtype,
@@ -102,6 +121,29 @@ def _settings(
     )
     settings.policy()  # checked before anything is loaded
     return settings
+
+
+def _routers(routings: Sequence[Routing]) -> tuple[ExpertLibrary, dict[str, Router]]:
+    """The library and the routers by name; all that is wrong with them is told at once."""
+    from spectr.composition.several import check_alike
+    from spectr.routers.settings import residents
+
+    routers: dict[str, Router] = {}
+    problems: list[SpectrError] = []
+    library = None
+    for routing in routings:
+        try:
+            library, router = routing.experts()
+            name = routing.router_name(library)
+            if name in routers:
+                raise SpectrError(f"--router {name} twice", expected="each router once", do="leave one out")
+            routers[name] = router
+        except SpectrError as error:
+            problems.append(error)
+    raise_together("these routers cannot be served", problems)
+    assert library is not None
+    check_alike({name: residents(router, library.names) for name, router in routers.items()})
+    return library, routers
 
 
 def _check_vllm() -> None:
@@ -123,19 +165,25 @@ def _serve_transformers(routing: Routing, settings: Settings, batching: Batching
         from spectr.serving.run import listen
     except ImportError as error:
         raise MissingExtraError("spectr serve", "serve") from error
+    from spectr.composition.several import Several
     from spectr.serving.suspicion import suspicious
 
     check_version()
     bound = settings.listen()
     base, tokenizer = routing.base()
     narrowed = dataclasses.replace(routing, allow=list(settings.experts))
-    routed = narrowed.compose(base, tokenizer, settings.library, settings.router)
+
+    def maker(router: Router) -> Callable[[nn.Module], Routed]:
+        return lambda model: narrowed.compose(cast("PreTrainedModel", model), tokenizer, settings.library, router)
+
+    composed = Several(base, {name: maker(router) for name, router in settings.routers.items()})
+    for name, size in list(composed.bytes.items())[1:]:
+        say(f"router {name}: {size / (1 << 20):.1f} MiB more for its factors")
     engine = TransformersEngine(
-        routed,
+        composed,
         tokenizer,
         base_model=settings.base_name,
-        router=settings.router_name,
-        suspicion=suspicious(settings.library[name] for name in routed.experts),
+        suspicion=suspicious(settings.library[name] for name in composed.experts),
         batching=batching,
     )
     try:

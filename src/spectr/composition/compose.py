@@ -10,6 +10,7 @@ from spectr.composition.paged import Paged
 from spectr.composition.prepare import needed_descriptions
 from spectr.composition.routed import Guide, Progress, Routed
 from spectr.errors import CompositionError
+from spectr.layers.fork import Fork
 from spectr.layers.routed import RoutedLinear
 from spectr.library import ExpertLibrary
 from spectr.paging import DEFAULT_POLICY, Policy, get_policy
@@ -65,7 +66,7 @@ def compose(
             expected="a router object, such as spectr.Spectr(top_k=4)",
             do="for a router by name: spectr.get_router('arrow')",
         )
-    if any(isinstance(module, RoutedLinear) for module in model.modules()):
+    if any(isinstance(module, (RoutedLinear, Fork)) for module in model.modules()):
         raise CompositionError("this model is composed already", do="call remove() on its handle first")
     if isinstance(router, Shortlist):
         memory = _EXPERT_MEMORY if expert_memory is None else expert_memory

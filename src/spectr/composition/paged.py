@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from spectr.composition.routed import Progress, Routed, calibration_texts
 from spectr.errors import CompositionError
 from spectr.layers.linear import placement
 from spectr.layers.plan import make_plan
-from spectr.layers.probe import Probe
+from spectr.layers.probe import Probe, Voter
 from spectr.layers.prompt import PromptDecision
 from spectr.layers.routed import RoutedLinear
 from spectr.library import ExpertLibrary
@@ -102,6 +102,16 @@ class Paged(Routed):
         rotations = self.library.index[expert.name].rotations()
         shares = prepare_expert(expert, rotations, local, calibration, gates)
         return {module: share.to(*self._places[module]) for module, share in shares.items()}
+
+    @property
+    def filled(self) -> tuple[str, ...]:
+        """The experts that the layers hold now."""
+        return self._filled
+
+    @property
+    def voters(self) -> Mapping[str, Voter]:
+        """See :class:`Routed`: the prototypes."""
+        return self.prototypes
 
     def bring(self, names: Sequence[str]) -> None:
         """Have the layers hold these experts, from memory or from disk, in the place of those before."""

@@ -14,7 +14,7 @@ from spectr.errors import CompositionError
 from spectr.layers.linear import placement
 from spectr.layers.opening import Opening
 from spectr.layers.plan import make_plan
-from spectr.layers.probe import Probe
+from spectr.layers.probe import Probe, Voter
 from spectr.layers.prompt import PromptDecision, Reader, entry_of
 from spectr.layers.routed import RoutedLinear
 from spectr.layers.swap import swap_module
@@ -67,6 +67,11 @@ class Routed:
     def layers(self) -> dict[str, RoutedLinear]:
         """The routed layers by name, in the model's order."""
         return {name: module for name, module in self.model.named_modules() if isinstance(module, RoutedLinear)}
+
+    @property
+    def voters(self) -> Mapping[str, Voter]:
+        """What scores the experts at each layer, where a prompt is read through them."""
+        return self.layers
 
     def allow(self, experts: Iterable[str] | None) -> Routed:
         """Restrict routing to some experts; ``None`` allows the whole library again.

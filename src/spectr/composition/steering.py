@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
 from weakref import WeakSet
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spectr.composition.routed import Routed, calibration_texts
-from spectr.errors import CompositionError
+from spectr.composition.paged import Paged
+from spectr.composition.readers import Readers
+from spectr.composition.routed import Routed
+from spectr.composition.watching import Look, Watch
 from spectr.layers.decision import Held
-from spectr.layers.opening import Opening
-from spectr.layers.probe import Heard, Probe
-from spectr.layers.prompt import Reader, entry_of
 from spectr.layers.routed import RoutedLinear
-from spectr.routers import ProbingRouter, PromptRouter, Shortlist
-from spectr.routers.base import ShortlistRouter
-
-_READERS = 64  # sets whose reader is kept
-
-
-class Look(NamedTuple):
-    """What was decided for one token.
-
-    Attributes:
-        shares: Each expert's weight summed over the routed layers, divided by their number.
-        layers: Where it was asked for, by layer the chosen experts, ``{name: (weight, score)}``.
-    """
-
-    shares: Mapping[str, float]
-    layers: tuple[Mapping[str, tuple[float, float]], ...] = ()
+from spectr.routers import PromptRouter
 
 
 @dataclass(eq=False)  # one is like itself alone
@@ -44,13 +26,15 @@ class Rule:
 
     Attributes:
         experts: Its set.
-        among_E: Of all experts those in the set.
+        among_E: Of all experts those in the set; of a shortlist, those on it.
         verdict_E: What was found of its prompt: weights, or a prior; ``None`` of a router that reads no prompt.
+        router: Its router's name.
     """
 
     experts: tuple[str, ...]
     among_E: Tensor
     verdict_E: Tensor | None = None
+    router: str = ""
 
 
 @dataclass(eq=False)
@@ -71,26 +55,18 @@ class Steering:
 
     Args:
         routed: The composed model. All calls are made by the thread that runs it, or while it does not run.
-
-    Raises:
-        CompositionError: The router cannot be steered, or its weights cannot differ between tokens.
+        name: The router's, for its rules.
     """
 
-    def __init__(self, routed: Routed):
-        if isinstance(routed.router, (Shortlist, ShortlistRouter)):
-            raise CompositionError(
-                f"{routed.router} makes a shortlist before it looks at a request's own experts",
-                expected="a router that scores all experts, such as calibrated or spectr",
-                do="choose another with --router",
-            )
-        self.routed = routed
+    def __init__(self, routed: Routed, name: str = ""):
+        self.routed, self.name = routed, name
         self._rules: WeakSet[Rule] = WeakSet()
-        self._watching: _Watch | None = None
-        self._look_at_layers()
+        self._watching: Watch | None = None
+        self._take_over()
 
     @property
     def level(self) -> str:
-        """``"token"``, ``"prompt"`` (weights are held) or ``"prior"``."""
+        """``"token"``, ``"prompt"`` (weights are held), ``"prior"`` or ``"shortlist"``."""
         router = self.routed.router
         return router.level if isinstance(router, PromptRouter) else "token"
 
@@ -105,18 +81,22 @@ class Steering:
         places = [self.routed.experts.index(name) for name in names]
         among_E = torch.zeros(len(self.routed.experts), dtype=torch.bool)
         among_E[places] = True
-        rule = Rule(names, among_E)
+        rule = Rule(names, among_E, router=self.name)
         if self.level != "token":
-            rule.verdict_E = torch.zeros(len(among_E)) if self.level == "prompt" else torch.ones(len(among_E))
+            rule.verdict_E = torch.ones(len(among_E)) if self.level == "prior" else torch.zeros(len(among_E))
             if names:
                 assert input_ids is not None
                 rule.verdict_E[places] = self._verdict(names, input_ids[None])[0].float().cpu()
+        if self.level == "shortlist":
+            assert rule.verdict_E is not None
+            rule.among_E = rule.verdict_E != 0
         self._rules.add(rule)
+        self._bring()
         return rule
 
-    def steer(self, spans: list[tuple[Rule, int]]) -> None:
+    def steer(self, spans: Sequence[tuple[Rule, int]]) -> None:
         """Give the next call's tokens their rules: of each so many, one after the other; one span serves any length."""
-        if spans == self._layout:
+        if list(spans) == self._layout:
             return
         self._layout = list(spans)
         rules, counts = [rule for rule, _ in spans], torch.tensor([count for _, count in spans])
@@ -139,7 +119,9 @@ class Steering:
         device = kin.layers[0].A_PI.device
         among_1TC = among_TE[:, kin.chosen_C][None].to(device)
         among = None if bool(among_1TC.all()) else among_1TC
-        prior = None if verdict_TE is None else verdict_TE[:, kin.chosen_C][None].to(device).contiguous()
+        prior = None
+        if verdict_TE is not None and getattr(self.routed.router, "informs", True):
+            prior = verdict_TE[:, kin.chosen_C][None].to(device).contiguous()
         for layer in kin.layers:
             layer.among_B1E, layer.prior_B1E = among, prior
 
@@ -155,10 +137,10 @@ class Steering:
                 self._listen(None)
             self._watching = None
             return None
-        watch = self._watching = _Watch(self.routed.layers, self.routed.experts, tuple(rows), layers)
+        watch = self._watching = Watch(self._ordered, tuple(rows), layers)
         return self._listen(watch)
 
-    def _listen(self, watch: _Watch | None) -> None:
+    def _listen(self, watch: Watch | None) -> None:
         for number, layer in enumerate(self._ordered):
             layer.listen = None if watch is None else watch.ear(number, layer)
 
@@ -187,7 +169,8 @@ class Steering:
             rule.experts = tuple(other for other in rule.experts if other != name)
             rule.among_E = rule.among_E[kept]
             rule.verdict_E = None if rule.verdict_E is None else rule.verdict_E[kept]
-        self._look_at_layers()
+        self._take_over()
+        self._bring()
 
     def close(self) -> None:
         """Leave the model as it was composed, with all experts for every token."""
@@ -198,15 +181,32 @@ class Steering:
             layer.narrow(None)
         self.routed.allow(self.routed.experts)
 
-    def _look_at_layers(self) -> None:
+    def _take_over(self) -> None:
+        """From the composition, whose layers are new ones."""
         if self.routed.prompt is not None:
             self.routed.prompt.close()
-        self._layout: list[tuple[Rule, int]] | None = None
-        self._readers: OrderedDict[tuple[str, ...], Reader] = OrderedDict()
-        self._heard: dict[str, Heard] | None = None
+        self._readers = Readers(self.routed)
         self._ordered = list(self.routed.layers.values())
+        self._look_at_layers()
+
+    def _bring(self) -> None:
+        """Have the layers hold what the rules in force choose, where they do not hold everything."""
+        routed = self.routed
+        if not isinstance(routed, Paged):
+            return
+        verdicts = [rule.verdict_E for rule in self._rules if rule.verdict_E is not None]
+        taken_E = torch.stack(verdicts).any(0).tolist()
+        needed = {name for name, taken in zip(routed.experts, taken_E, strict=True) if taken}
+        if not needed <= set(routed.filled):
+            routed.bring(sorted(needed))
+            self._look_at_layers()
+
+    def _look_at_layers(self) -> None:
+        self._layout: list[tuple[Rule, int]] | None = None
         kin: dict[object, _Kin] = {}
         for layer in self._ordered:
+            if not layer.experts:
+                continue
             alike = (layer.experts, layer.ranks, layer.A_PI.device, layer.A_PI.dtype)
             chosen = torch.tensor([self.routed.experts.index(name) for name in layer.experts])
             kin.setdefault(alike, _Kin([], chosen)).layers.append(layer)
@@ -217,122 +217,7 @@ class Steering:
         assert isinstance(router, PromptRouter)
         self._layout = None
         with _asleep(self._ordered), torch.no_grad():
-            if names not in self._readers:
-                self._readers[names] = self._reader(names, router)
-                while len(self._readers) > _READERS:
-                    self._readers.popitem(last=False)
-            self._readers.move_to_end(names)
-            return router.verdict(self._readers[names](input_ids=input_ids))
-
-    def _reader(self, names: tuple[str, ...], router: PromptRouter) -> Reader:
-        """What reads a prompt for this set, as it would where nothing else is there."""
-        routed = self.routed
-        if not isinstance(router, ProbingRouter):
-            assert routed.guide is not None
-            return routed.guide.reader(routed.library.descriptions, names)
-        voters = {module: _Voter(layer, names) for module, layer in routed.layers.items()}
-        voters = {module: voter for module, voter in voters.items() if voter.experts}
-        layers = {module: layer for module, layer in routed.layers.items() if module in voters}
-        opening, usual = calibration_texts(routed.library.calibration)
-        usual_E = None if usual is None else self._usual(router, opening, usual, names)
-        return Probe(entry_of(routed.model), layers, voters, router, names, opening, usual_E=usual_E)
-
-    def _usual(
-        self, router: ProbingRouter, opening: Opening | None, texts: Mapping[str, Tensor], names: tuple[str, ...]
-    ) -> Tensor:
-        """What a set's experts have on the calibration's texts, which are read once for all sets."""
-        routed = self.routed
-        probe = Probe(entry_of(routed.model), routed.layers, routed.layers, router, routed.experts, opening)
-        if self._heard is None:
-            device = next(routed.model.parameters()).device
-            self._heard = probe.hear(**{key: text.to(device) for key, text in texts.items()})
-        return probe.evidence_of(self._heard, names).mean(0)
-
-
-class _Voter:
-    """Some of a layer's experts, as they would score without the others."""
-
-    def __init__(self, layer: RoutedLinear, names: tuple[str, ...]):
-        self._layer = layer
-        self._places = [place for place, name in enumerate(layer.experts) if name in names]
-        self.experts = tuple(layer.experts[place] for place in self._places)
-
-    def scores(self, x: Float[Tensor, "*T I"]) -> Float[Tensor, "*T E"]:
-        return self._layer.scores(x)[..., self._places]
-
-
-class _Watch:
-    """One call's decisions for some of its tokens."""
-
-    def __init__(
-        self, layers: Mapping[str, RoutedLinear], experts: Sequence[str], rows: tuple[int, ...], in_full: bool
-    ):
-        self._experts, self._rows, self._in_full = tuple(experts), rows, in_full
-        self._held = [layer.experts for layer in layers.values()]
-        self._found: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def ear(self, number: int, layer: RoutedLinear) -> Callable[[Tensor], None]:
-        def hear(x: Tensor) -> None:
-            if not layer.asleep:
-                self._found[number] = _explain(layer, x, self._rows)
-
-        return hear
-
-    def looks(self) -> list[Look]:
-        found = self._gathered()
-        return [Look(self._shares(found, row), self._layers(found, row)) for row in range(len(self._rows))]
-
-    def _gathered(self) -> dict[int, tuple[list[list[float]], list[list[float]]]]:
-        """Scores and weights by layer, fetched for all layers of one shape at once."""
-        alike: dict[object, list[int]] = {}
-        for number, (scores_NC, _) in self._found.items():
-            alike.setdefault((scores_NC.shape, scores_NC.device), []).append(number)
-        found = {}
-        for numbers in alike.values():
-            both = torch.stack([torch.stack(self._found[number]) for number in numbers]).tolist()
-            found |= {number: tuple(pair) for number, pair in zip(numbers, both, strict=True)}
-        return found
-
-    def _shares(self, found: Mapping[int, tuple[list[list[float]], list[list[float]]]], row: int) -> dict[str, float]:
-        totals: dict[str, float] = {}
-        for number, (_, weights) in found.items():
-            for name, weight in zip(self._held[number], weights[row], strict=True):
-                if weight > 0:
-                    totals[name] = totals.get(name, 0.0) + weight
-        return {name: total / len(self._held) for name, total in totals.items()}
-
-    def _layers(
-        self, found: Mapping[int, tuple[list[list[float]], list[list[float]]]], row: int
-    ) -> tuple[Mapping[str, tuple[float, float]], ...]:
-        if not self._in_full:
-            return ()
-        told: list[Mapping[str, tuple[float, float]]] = []
-        for number, experts in enumerate(self._held):
-            if number not in found:
-                told.append({})
-                continue
-            scores, weights = (values[row] for values in found[number])
-            rows = zip(experts, weights, scores, strict=True)
-            told.append({name: (weight, score) for name, weight, score in rows if weight > 0})
-        return tuple(told)
-
-
-@torch.no_grad()
-def _explain(layer: RoutedLinear, x: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Scores and weights of some tokens, (tokens, experts), float32."""
-    kept = layer.among_B1E, layer.prior_B1E
-    layer.among_B1E, layer.prior_B1E = (_rows(given, rows) for given in kept)
-    try:
-        decision = layer.decide(x.flatten(0, -2)[list(rows)][None])
-    finally:
-        layer.among_B1E, layer.prior_B1E = kept
-    held = None if layer.held is None else _rows(layer.held.all_weights_B1E, rows)
-    weights = decision.weights_TE if held is None else held.expand_as(decision.scores_TE)
-    return decision.scores_TE[0].float(), weights[0].float()
-
-
-def _rows(given_1TN: Tensor | None, rows: Sequence[int]) -> Tensor | None:
-    return given_1TN if given_1TN is None or given_1TN.shape[1] == 1 else given_1TN[:, list(rows)]
+            return router.verdict(self._readers.of(names)(input_ids=input_ids))
 
 
 def _hold(kin: _Kin, weights_TE: Float[Tensor, "T E"]) -> None:

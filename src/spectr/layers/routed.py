@@ -15,6 +15,7 @@ from spectr.layers.decision import Decision, Fusable, Held
 from spectr.layers.grouped import grouped_inputs, grouped_outputs
 from spectr.layers.kernels import Choice, Kernels, kernels_for
 from spectr.layers.linear import Features, features
+from spectr.layers.names import take_names_of_base
 from spectr.layers.outputs import add_masked, gathered_sum, gathering_pays, weighted
 from spectr.routers.base import Router, ShortlistRouter, segment_norms
 from spectr.routers.settings import combination_of, selection_of
@@ -62,8 +63,7 @@ class RoutedLinear(nn.Module):
         for name in ("A_PI", "B_OP", "owner_P", "member_EP", "rows_ER", "prototypes_EI", "centers_P", "mix_PR"):
             self.register_buffer(name, None, persistent=False)
         self.fill(stack)
-        self.register_state_dict_post_hook(_without_base)
-        self.register_load_state_dict_pre_hook(_with_base)
+        take_names_of_base(self)
         self.train(base.training)
 
     def fill(self, stack: Stack | None) -> None:
@@ -138,7 +138,7 @@ class RoutedLinear(nn.Module):
         if x.dtype != A_PI.dtype or x.device != A_PI.device:
             x = x.to(A_PI.device, A_PI.dtype)
         if self.shortlists:
-            taken_TE = self.router.candidates(x, prototypes_EI)  # pyright: ignore[reportAttributeAccessIssue]
+            taken_TE = self.router.candidates(x, prototypes_EI, self.among_B1E)  # pyright: ignore[reportAttributeAccessIssue]
             h_TP = grouped_inputs(x, A_PI, self.ranks, taken_TE)
             norms_TE = segment_norms(h_TP, self.common_rank, member_EP)
             return h_TP, self.router.scores(x, norms_TE, prototypes_EI).masked_fill(~taken_TE, -torch.inf)
@@ -172,15 +172,18 @@ class RoutedLinear(nn.Module):
             whole = self._whole(input)
             if whole is not None:
                 return whole
-        out = self.base(input, *args, **kwargs)
+        return self.update(self.base(input, *args, **kwargs), input)
+
+    def update(self, out: Float[Tensor, "*T O"], x: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
+        """The base layer's output for these tokens plus the chosen experts' update; maybe in the memory of ``out``."""
         if self.listen is not None:
-            self.listen(input)
+            self.listen(x)
         if self.asleep or not self.experts:
             return out
-        fused = self._fused(out, input)
+        fused = self._fused(out, x)
         if fused is not None:
             return fused
-        return self._add_routed(out, input) if self.held is None else self._add_held(out, input, self.held)
+        return self._add_routed(out, x) if self.held is None else self._add_held(out, x, self.held)
 
     def _add_routed(self, out: Float[Tensor, "*T O"], x: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
         tensors = self._buffers
@@ -381,14 +384,3 @@ def _add(out_TO: Tensor, delta_TO: Tensor) -> Float[Tensor, "*T O"]:
     if delta_TO.dtype != out_TO.dtype or delta_TO.device != out_TO.device:
         delta_TO = delta_TO.to(out_TO.device, out_TO.dtype)
     return out_TO + delta_TO
-
-
-def _without_base(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    inner = prefix + "base."
-    for key in [key for key in state if key.startswith(inner)]:
-        state[prefix + key.removeprefix(inner)] = state.pop(key)
-
-
-def _with_base(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    for key in [key for key in state if key.startswith(prefix) and not key.startswith(prefix + "base.")]:
-        state[prefix + "base." + key.removeprefix(prefix)] = state.pop(key)

@@ -55,12 +55,18 @@ class Router(Protocol):
 class ShortlistRouter(Router, Protocol):
     """A router that scores only some experts for each token; the rest are not computed for it."""
 
-    def candidates(self, x_TI: Float[Tensor, "*T I"], prototypes_EI: Float[Tensor, "E I"]) -> Bool[Tensor, "*T E"]:
+    def candidates(
+        self,
+        x_TI: Float[Tensor, "*T I"],
+        prototypes_EI: Float[Tensor, "E I"],
+        among_B1E: Bool[Tensor, "B _ E"] | None = None,
+    ) -> Bool[Tensor, "*T E"]:
         """Which experts are scored for each token.
 
         Args:
             x_TI: The module's input.
             prototypes_EI: The stack's prototypes, which ``prepare`` made.
+            among_B1E: Those that may be, for a row of tokens or for each token, as if there were no others.
         """
         ...
 

@@ -48,11 +48,19 @@ class Lag:
         """See :class:`Router`."""
         return Prepared.spectral(aligned)._replace(prototype=aligned.Vh[0])
 
-    def candidates(self, x_TI: Float[Tensor, "*T I"], prototypes_EI: Float[Tensor, "E I"]) -> Bool[Tensor, "*T E"]:
+    def candidates(
+        self,
+        x_TI: Float[Tensor, "*T I"],
+        prototypes_EI: Float[Tensor, "E I"],
+        among_B1E: Bool[Tensor, "B _ E"] | None = None,
+    ) -> Bool[Tensor, "*T E"]:
         """Which experts are on each token's shortlist."""
         likeness_TE = linear(x_TI, prototypes_EI).float().abs()
+        if among_B1E is not None:
+            likeness_TE = likeness_TE.masked_fill(~among_B1E, -torch.inf)
         index_TK = likeness_TE.topk(min(self.shortlist, likeness_TE.shape[-1]), dim=-1).indices
-        return torch.zeros_like(likeness_TE, dtype=torch.bool).scatter(-1, index_TK, True)
+        listed_TE = torch.zeros_like(likeness_TE, dtype=torch.bool).scatter(-1, index_TK, True)
+        return listed_TE if among_B1E is None else listed_TE & among_B1E
 
     def scores(
         self, x_TI: Float[Tensor, "*T I"], norms_TE: Float[Tensor, "*T E"], prototypes_EI: Tensor | None

@@ -93,7 +93,7 @@ class Catalog:
                 the two it is, the answer does not say.
         """
         experts = self._experts(grant, request)
-        router = request.router or self.engine.routers[0]
+        router = self.engine.routers[0] if request.router is None else request.router
         if router not in self.engine.routers:
             raise RefusalError(
                 f"router '{router}' is not served",

@@ -77,7 +77,9 @@ def told(settings: Settings, engine: Engine, port: int, *, page: bool) -> list[s
         f"did not expect that: --except {name}"
         for name, score in engine.suspicion.items()
     ]
-    lines.append(f"{len(engine.layers)} layers routed among {', '.join(engine.experts)}, by {engine.routers[0]}")
+    default, *others = engine.routers
+    by = default + (f" (by request: {', '.join(others)})" if others else "")
+    lines.append(f"{len(engine.layers)} layers routed among {', '.join(engine.experts)}, by {by}")
     lines.append(
         f"keys: {'none needed, as there is no policy' if settings.policy_file is None else settings.policy_file}"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ class Settings:
     Attributes:
         library: Has the experts.
         experts: Those of them that are served, in alphabetical order.
-        router: Decides; ``router_name`` is its name for clients.
+        routers: Those that a request may name, by their names for clients; the first is the default.
         model: Folder or Hub id of the base model; ``None`` for the default one.
         base_name: The base model's name for clients.
         dtype: Of the model.
@@ -34,8 +35,7 @@ class Settings:
 
     library: ExpertLibrary
     experts: tuple[str, ...]
-    router: Router
-    router_name: str
+    routers: Mapping[str, Router]
     model: str | None
     base_name: str
     dtype: str

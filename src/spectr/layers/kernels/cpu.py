@@ -20,12 +20,15 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from spectr.layers.kernels.base import Choice, Kernels, Whole
-from spectr.layers.kernels.whole import FEW, Layer, WholeLayer, place
+from spectr.layers.kernels.whole import Calls, Layer, WholeLayer, place
 from spectr.saving import cache_folder
 
 # Reductions may be reordered, or nothing is vectorised. Not -ffast-math: it changes how the whole process rounds.
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math")
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_FEW = 16  # tokens up to which one call reads each weight once; of more, products by torch are faster
+_FEW_BY_TILES = {torch.float32: 16, torch.bfloat16: 8}  # or by tiles, where there are any, as measured (docs/speed.md)
+_DENSE_PAYS = 2  # experts for each chosen one up to which a product with all of them and zeros is faster than sums
 _SMALL = 1 << 18  # scores' terms that one thread is through with before a second one has begun
 
 
@@ -43,9 +46,12 @@ class CpuKernels(Kernels):
         pointer, number = ctypes.c_void_p, ctypes.c_long
         signatures = {
             "route": [pointer] * 4 + [number] * 3,
+            "route_many": [pointer] * 4 + [number] * 3,
             "held": [pointer] * 4 + [number] * 3,
             "select": [pointer] * 3 + [number] * 3,
         }
+        if _tiles_work(library):
+            signatures["tiles"] = [pointer] * 4 + [number] * 5
         self._functions: dict[tuple[str, torch.dtype], Any] = {}
         for dtype, suffix in _NAMES.items():
             for name, arguments in signatures.items():
@@ -64,33 +70,28 @@ class CpuKernels(Kernels):
         choice: Choice,
     ) -> bool:
         """See :meth:`Kernels.route`."""
-        layer = Layer.of(A_PI, Bt_PO, centers_P, choice)
-        (rows, inputs), outputs, threads = A_PI.shape, Bt_PO.shape[1], torch.get_num_threads()
-        tokens = x.numel() // inputs
-        h = None if tokens <= FEW else linear(x, A_PI)
-        prior, rows_of_prior = place(prior_BE), 1 if prior_BE is None else len(prior_BE)
-        if h is not None and choice.experts <= _dense_pays(x.dtype) * choice.k:
-            select = self._functions["select", x.dtype]
-            few = 1 if tokens * rows < _SMALL else threads
-            if select(ctypes.addressof(layer), place(h), prior, tokens, rows_of_prior, few):
-                return False
-            sums = out.view(tokens, outputs)
-            torch.addmm(sums, h.view(tokens, rows), Bt_PO, out=sums)
-            return True
-        if h is not None:
-            layer.A = None
-        places = (place(x if h is None else h), prior, place(out))
-        route = self._functions["route", x.dtype]
-        return not route(ctypes.addressof(layer), *places, tokens, rows_of_prior, threads)
+        layer, threads = Layer.of(A_PI, Bt_PO, centers_P, choice), torch.get_num_threads()
+        tokens, rows = x.numel() // layer.inputs, 1 if prior_BE is None else len(prior_BE)
+        at, prior, to = ctypes.addressof(layer), place(prior_BE), place(out)
+        at_once = self._calls("route", x.dtype).of(tokens)
+        if at_once is not None:
+            return not at_once(at, place(x), prior, to, tokens, rows, threads)
+        h = linear(x, A_PI)
+        if choice.experts > _DENSE_PAYS * choice.k:
+            return not self._functions["route_many", x.dtype](at, place(h), prior, to, tokens, rows, threads)
+        few = 1 if h.numel() < _SMALL else threads
+        if self._functions["select", x.dtype](at, place(h), prior, tokens, rows, few):
+            return False
+        sums = out.view(tokens, layer.outputs)
+        torch.addmm(sums, h.view(tokens, layer.rows), Bt_PO, out=sums)
+        return True
 
     def held(self, x: Tensor, A_PI: Tensor, Bt_PO: Tensor, weights_BP: Tensor, out: Tensor) -> bool:
         """See :meth:`Kernels.held`."""
         layer, tokens = Layer.of(A_PI, Bt_PO), x.numel() // A_PI.shape[1]
-        if tokens > FEW:
-            return False
-        held = self._functions["held", x.dtype]
-        places = (place(x), place(weights_BP), place(out))
-        return not held(ctypes.addressof(layer), *places, tokens, len(weights_BP), torch.get_num_threads())
+        held = self._calls("held", x.dtype).of(tokens)
+        places = (place(x), place(weights_BP), place(out), tokens, len(weights_BP), torch.get_num_threads())
+        return held is not None and not held(ctypes.addressof(layer), *places)
 
     def whole(
         self, base: nn.Module, A_PI: Tensor, Bt_PO: Tensor, centers_P: Tensor | None, choice: Choice | None
@@ -98,18 +99,26 @@ class CpuKernels(Kernels):
         """See :meth:`Kernels.whole`."""
         if type(base) is not nn.Linear:
             return None
-        function = self._functions["held" if choice is None else "route", A_PI.dtype]
         layer = Layer.of(A_PI, Bt_PO, centers_P, choice)
-        return WholeLayer(base, (A_PI, Bt_PO, centers_P), layer, function)
+        calls = self._calls("held" if choice is None else "route", A_PI.dtype)
+        return WholeLayer(base, (A_PI, Bt_PO, centers_P), layer, calls)
+
+    def _calls(self, name: str, dtype: torch.dtype) -> Calls:
+        few, tiles = self._functions[name, dtype], self._functions.get(("tiles", dtype))
+        if tiles is None:
+            return Calls(few, _FEW, None)
+        held = name == "held"
+        return Calls(few, _FEW_BY_TILES[dtype], lambda *call: tiles(*call[:-1], held, _parts(), call[-1]))
 
 
-@lru_cache(maxsize=4)
-def _dense_pays(dtype: torch.dtype) -> int:
-    """Experts for each chosen one up to which, of many tokens, a product with all of them and zeros is faster.
+def _parts() -> int:
+    """Of how many bfloat16 a float32 is to be the sum where it is multiplied by tiles, as torch is told."""
+    return 3 if torch.get_float32_matmul_precision() == "highest" else 2
 
-    As measured (docs/speed.md): bfloat16 has a unit of its own where there is AMX.
-    """
-    return 32 if has_unit(dtype) else 3
+
+def _tiles_work(library: ctypes.CDLL) -> bool:
+    """Whether the functions were compiled for this machine's tiles and the system lets us use them."""
+    return hasattr(library, "tiles_f32") and bool(library.tiles_allowed())
 
 
 def has_unit(dtype: torch.dtype) -> bool:

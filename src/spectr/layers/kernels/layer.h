@@ -94,35 +94,80 @@ static void NAME(outer_few)(TYPE *out, const TYPE *Bt, const int32_t *row, const
   }
 }
 
-/* The same of many tokens: each block of Bt is first laid out by itself, as floats, so that it stays near. `packed` has
-   room for it, for each thread. */
-static void NAME(outer_many)(TYPE *out, const TYPE *Bt, const int32_t *row, const float *share, const int32_t *count,
-                             long tokens, long n, long outputs, long rows, float *packed) {
-  long blocks = (outputs + BLOCK - 1) / BLOCK;
-#pragma omp for schedule(static)
-  for (long b = 0; b < blocks; b++) {
-    long from = b * BLOCK, width = outputs - from < BLOCK ? outputs - from : BLOCK;
-    float *own = aligned(packed) + THREAD * rows * BLOCK;
-    for (long p = 0; p < rows; p++)
-      for (long o = 0; o < BLOCK; o++) own[p * BLOCK + o] = o < width ? FROM(Bt[p * outputs + from + o]) : 0;
-    for (long t = 0; t < tokens; t++) {
-      TYPE edge[BLOCK] = {0}, *to = out + t * outputs + from, *at = width < BLOCK ? edge : to;
-      if (width < BLOCK) memcpy(edge, to, width * sizeof *edge);
-      for (size_t line = 0; line < BLOCK * sizeof *to; line += 64) /* of the token after the next, on another page */
-        __builtin_prefetch((const char *)(to + 2 * outputs) + line, 1);
-      vector sums[BLOCK / WIDE], others[BLOCK / WIDE] = {{0}}; /* two, as each waits for itself */
-      for (int v = 0; v < BLOCK / WIDE; v++) sums[v] = LOAD(at + v * WIDE);
-      long j = 0;
-      for (; j + 2 <= count[t]; j += 2)
-        for (int v = 0; v < BLOCK / WIDE; v++) {
-          sums[v] += share[t * n + j] * load_f32(own + (long)row[t * n + j] * BLOCK + v * WIDE);
-          others[v] += share[t * n + j + 1] * load_f32(own + (long)row[t * n + j + 1] * BLOCK + v * WIDE);
+/* HELD rows of Bt, HELD_WIDE vectors of each; zeros for rows and outputs that are not there. */
+static inline void NAME(hold)(const TYPE *Bt, long rows, long stride, long outputs, vector held[HELD][HELD_WIDE]) {
+  for (long r = 0; r < HELD; r++)
+    for (long v = 0; v < HELD_WIDE; v++) {
+      TYPE edge[WIDE] = {0};
+      const TYPE *at = Bt + r * stride + v * WIDE;
+      long there = outputs - v * WIDE;
+      if (r >= rows || there <= 0)
+        held[r][v] = (vector){0};
+      else if (there >= WIDE)
+        held[r][v] = LOAD(at);
+      else {
+        memcpy(edge, at, there * sizeof *edge);
+        held[r][v] = LOAD(edge);
+      }
+    }
+}
+
+/* A strip of the outputs as floats by themselves, and back: `there` outputs of each token, from `from` on. */
+static void NAME(load_strip)(const struct layer *l, const TYPE *out, float *strip, long from, long there, long tokens) {
+  for (long t = 0; t < tokens; t++) {
+    const TYPE *at = out + t * l->outputs + from;
+    long o = 0;
+    for (; o + WIDE <= there; o += WIDE) {
+      __builtin_prefetch(at + AHEAD * l->outputs + o, 1);
+      store_f32(strip + t * STRIP + o, LOAD(at + o));
+    }
+    for (; o < there; o++) strip[t * STRIP + o] = FROM(at[o]);
+  }
+}
+
+static void NAME(store_strip)(const struct layer *l, TYPE *out, const float *strip, long from, long there, long tokens) {
+  for (long t = 0; t < tokens; t++) {
+    TYPE *at = out + t * l->outputs + from;
+    long o = 0;
+    for (; o + WIDE <= there; o += WIDE) STORE(at + o, load_f32(strip + t * STRIP + o));
+    for (; o < there; o++) at[o] = TO(strip[t * STRIP + o]);
+  }
+}
+
+/* strip += sum over the chosen of w_t B_t h_t: one expert after the other, whose rows of Bt stay in registers while its
+   tokens pass by. */
+static void NAME(add_chosen)(const struct layer *l, const struct many *m, float *strip, long from, long there) {
+  long rank = l->rows / l->experts, outputs = l->outputs;
+  for (long e = 0; e < l->experts; e++)
+    for (long r = 0; r < rank && m->begins[e] < m->begins[e + 1]; r += HELD) {
+      const TYPE *rows = (const TYPE *)l->Bt + (e * rank + r) * outputs + from;
+      for (long o = 0; o < there; o += HELD_WIDE * WIDE) {
+        vector held[HELD][HELD_WIDE];
+        NAME(hold)(rows + o, rank - r, outputs, there - o, held);
+        for (long i = m->begins[e]; i < m->begins[e + 1]; i++) {
+          const float *share = m->share + m->order[i] * m->wide + r;
+          float *to = strip + (long)m->token[i] * STRIP + o;
+          vector sums[HELD_WIDE];
+          for (int v = 0; v < HELD_WIDE; v++) sums[v] = load_f32(to + v * WIDE);
+          for (int q = 0; q < HELD; q++)
+            for (int v = 0; v < HELD_WIDE; v++) sums[v] += share[q] * held[q][v];
+          for (int v = 0; v < HELD_WIDE; v++) store_f32(to + v * WIDE, sums[v]);
         }
-      for (; j < count[t]; j++)
-        for (int v = 0; v < BLOCK / WIDE; v++)
-          sums[v] += share[t * n + j] * load_f32(own + (long)row[t * n + j] * BLOCK + v * WIDE);
-      for (int v = 0; v < BLOCK / WIDE; v++) STORE(at + v * WIDE, sums[v] + others[v]);
-      if (width < BLOCK) memcpy(to, edge, width * sizeof *edge);
+      }
+    }
+}
+
+/* out += sum over the chosen of w_t B_t h_t, of many tokens. */
+static void NAME(outer_many)(const struct layer *l, const struct many *m, TYPE *out, long tokens, long threads) {
+  float *strip = m->strips + THREAD * CHUNK * STRIP;
+#pragma omp for schedule(static)
+  for (long worker = 0; worker < threads; worker++) {
+    struct part own = part_of(l->outputs, worker, threads);
+    for (long from = own.begin; from < own.end; from += own.width) {
+      long there = own.end - from < own.width ? own.end - from : own.width;
+      NAME(load_strip)(l, out, strip, from, there, tokens);
+      NAME(add_chosen)(l, m, strip, from, there);
+      NAME(store_strip)(l, out, strip, from, there, tokens);
     }
   }
 }
@@ -176,27 +221,24 @@ static void NAME(begin)(const struct layer *l, const float *x, const TYPE *out, 
   for (long o = 0; o < tokens * l->outputs; o++) sums[o] = FROM(out[o]);
 }
 
-/* out += sum over the chosen of w_t B_t h_t, with h = A x, or x where the layer has no A; of few tokens, where the layer has
-   W, out = W x + bias + that sum. Returns 1 where there is no memory, and has changed nothing. */
+/* out += sum over the chosen of w_t B_t h_t, with h = A x, of few tokens; where the layer has W, out = W x + bias + that sum.
+   Returns 1 where there is no memory, and has changed nothing. */
 int NAME(route)(const struct layer *l, const TYPE *x, const float *prior, TYPE *out, long tokens, long rows_of_prior,
                 long threads) {
-  long rows = l->rows, experts = l->experts, rank = rows / experts, k = l->k;
-  long n = k * rank, own = experts + k, packs = tokens > FEW;
-  long room = packs ? threads * rows * BLOCK + BLOCK : tokens * l->outputs; /* of outer_many, or outer_few */
-  long given = l->A ? tokens * l->inputs : 0;
-  float *memory = malloc((tokens * (rows + n) + threads * own + room + given) * sizeof(float));
+  long rows = l->rows, experts = l->experts, rank = rows / experts, k = l->k, n = k * rank, own = experts + k;
+  float *memory = malloc((tokens * (rows + n + l->outputs + l->inputs) + threads * own) * sizeof(float));
   int32_t *places = malloc((tokens * (n + 1)) * sizeof(int32_t));
   long *choices = malloc(threads * k * sizeof(long));
   int failed = !memory || !places || !choices;
   if (!failed) {
-    float *h = memory, *share = h + tokens * rows, *scratch = share + tokens * n, *sums = scratch + threads * own;
-    float *tokens_as_floats = sums + room;
+    float *h = memory, *share = h + tokens * rows, *sums = share + tokens * n;
+    float *tokens_as_floats = sums + tokens * l->outputs, *scratch = tokens_as_floats + tokens * l->inputs;
     int32_t *row = places, *count = row + tokens * n;
 #pragma omp parallel num_threads(threads)
     {
-      const float *wide = l->A ? NAME(widened)(x, tokens_as_floats, tokens * l->inputs) : 0;
-      if (!packs) NAME(begin)(l, wide, out, sums, tokens, threads);
-      if (l->A) NAME(products)(wide, l->A, 0, h, tokens, l->inputs, rows, 1, threads);
+      const float *wide = NAME(widened)(x, tokens_as_floats, tokens * l->inputs);
+      NAME(begin)(l, wide, out, sums, tokens, threads);
+      NAME(products)(wide, l->A, 0, h, tokens, l->inputs, rows, 1, threads);
 #pragma omp barrier
 #pragma omp for schedule(static)
       for (long worker = 0; worker < threads; worker++) {
@@ -204,8 +246,6 @@ int NAME(route)(const struct layer *l, const TYPE *x, const float *prior, TYPE *
         long *chosen = choices + worker * k;
         for (long t = worker * tokens / threads; t < (worker + 1) * tokens / threads; t++) {
           float *ht = h + t * rows;
-          if (!l->A)
-            for (long p = 0; p < rows; p++) ht[p] = FROM(x[t * rows + p]);
           NAME(score)(ht, l->centers, prior ? prior + (t * rows_of_prior / tokens) * experts : 0, scores, experts, rank);
           choose(scores, experts, k, l->temperature, chosen, weights);
           count[t] = n;
@@ -216,16 +256,42 @@ int NAME(route)(const struct layer *l, const TYPE *x, const float *prior, TYPE *
             }
         }
       }
-      if (packs)
-        NAME(outer_many)(out, l->Bt, row, share, count, tokens, n, l->outputs, rows, sums);
-      else
-        NAME(outer_few)(out, l->Bt, row, share, count, tokens, n, l->outputs, sums, threads);
+      NAME(outer_few)(out, l->Bt, row, share, count, tokens, n, l->outputs, sums, threads);
     }
   }
   free(memory);
   free(places);
   free(choices);
   return failed;
+}
+
+/* As route, of many tokens whose h is given. */
+int NAME(route_many)(const struct layer *l, const TYPE *h, const float *prior, TYPE *out, long tokens, long rows_of_prior,
+                     long threads) {
+  long rows = l->rows, experts = l->experts, rank = rows / experts, k = l->k, own = rows + experts + k;
+  char *memory;
+  struct many m = room_for(l, threads, threads * (own * sizeof(float) + k * sizeof(long)), &memory);
+  if (!memory) return 1;
+#pragma omp parallel num_threads(threads)
+  for (long begin = 0; begin < tokens; begin += CHUNK) {
+    long some = tokens - begin < CHUNK ? tokens - begin : CHUNK;
+#pragma omp for schedule(static)
+    for (long worker = 0; worker < threads; worker++) {
+      long *chosen = (long *)memory + worker * k;
+      float *ht = (float *)((long *)memory + threads * k) + worker * own, *scores = ht + rows, *weights = scores + experts;
+      for (long t = worker * some / threads; t < (worker + 1) * some / threads; t++) {
+        long token = begin + t;
+        for (long p = 0; p < rows; p++) ht[p] = FROM(h[token * rows + p]);
+        NAME(score)(ht, l->centers, prior ? prior + (token * rows_of_prior / tokens) * experts : 0, scores, experts, rank);
+        choose(scores, experts, k, l->temperature, chosen, weights);
+        for (long c = 0; c < k; c++) remember(l, &m, t, c, chosen[c], weights[c], ht);
+      }
+    }
+    sort_chosen(l, &m, some);
+    NAME(outer_many)(l, &m, out + begin * l->outputs, some, threads);
+  }
+  free(memory);
+  return 0;
 }
 
 /* As route of few tokens, with weights of the rows of A that are held, one row of them for each equal share of the tokens. */

@@ -15,14 +15,21 @@
 #define THREAD 0
 #endif
 
-#define FEW 32          /* tokens up to which Bt is read from where it lies */
-#define WIDE 16         /* numbers of a vector; narrower machines take it in parts */
-#define BLOCK (4 * WIDE) /* outputs that are summed in registers */
-#define ROWS 4           /* rows of a matrix that are read side by side */
-#ifdef __AVX512F__       /* tokens that a row is multiplied with at once: as registers allow */
+#define WIDE 16   /* numbers of a vector; narrower machines take it in parts */
+#define ROWS 4    /* rows of a matrix that are read side by side */
+#define CHUNK 256 /* tokens at once, where they are many, so that what is laid out stays near */
+#define STRIP 128 /* their outputs at once at most, */
+#define SIDES 32  /* and what parts of the outputs are multiples of */
+#define AHEAD 4   /* tokens whose outputs are fetched before they are needed */
+#define ROUND(n, to) (((n) + (to) - 1) / (to) * (to))
+#ifdef __AVX512F__ /* as registers allow: tokens that a row is multiplied with at once; */
 #define TOKENS 4
+#define HELD 8     /* rows of Bt that are held, */
+#define HELD_WIDE 2 /* and their vectors */
 #else
 #define TOKENS 1
+#define HELD 4
+#define HELD_WIDE 1
 #endif
 typedef float vector __attribute__((vector_size(4 * WIDE)));
 typedef uint32_t words __attribute__((vector_size(4 * WIDE)));
@@ -36,9 +43,6 @@ struct layer {
   long inputs, outputs, rows, experts, k; /* all experts have as many rows */
   float temperature;      /* of the softmax over the chosen scores; 0 weighs them alike */
 };
-
-/* The next place where a vector crosses no line of the cache. */
-static inline float *aligned(float *place) { return (float *)(((uintptr_t)place + 63) & ~(uintptr_t)63); }
 
 static inline float from_bf16(uint16_t value) {
   uint32_t bits = (uint32_t)value << 16;
@@ -99,6 +103,78 @@ static void choose(const float *scores, long experts, long k, float temperature,
   for (long c = 0; c < k; c++) weights[c] /= total;
 }
 
+/* What was chosen for a CHUNK of tokens, and what it takes to add their outputs. */
+struct many {
+  int32_t *chosen;         /* (tokens, k) */
+  int32_t *begins, *order; /* by expert, the places in `chosen` that are its: from `begins` on in `order`, */
+  int32_t *token;          /* and whose they are */
+  float *share;            /* (tokens, k, wide): w h of the chosen, with zeros to fill up */
+  float *strips;           /* of each thread, (tokens, STRIP): outputs */
+  long wide;
+};
+
+/* A thread's outputs, in strips of equal width. */
+struct part {
+  long begin, end, width;
+};
+
+static struct part part_of(long outputs, long worker, long threads) {
+  long each = ROUND((outputs + threads - 1) / threads, SIDES), strips = (each + STRIP - 1) / STRIP;
+  struct part own = {worker * each, (worker + 1) * each, ROUND((each + strips - 1) / strips, SIDES)};
+  if (own.end > outputs) own.end = outputs;
+  return own;
+}
+
+/* Room for a call of many tokens, and `more` bytes at its beginning; `memory` is to be freed. */
+static struct many room_for(const struct layer *l, long threads, size_t more, char **memory) {
+  long rank = l->rows / l->experts;
+  struct many m = {.wide = ROUND(rank, HELD)};
+  size_t strips = threads * CHUNK * STRIP * sizeof(float), shares = CHUNK * l->k * m.wide * sizeof(float);
+  size_t places = CHUNK * l->k * sizeof(int32_t);
+  more = ROUND(more, sizeof(vector));
+  *memory = aligned_alloc(sizeof(vector), ROUND(more + strips + shares + 3 * places + (l->experts + 1) * 4, sizeof(vector)));
+  m.strips = (float *)(*memory + more);
+  m.share = m.strips + threads * CHUNK * STRIP;
+  m.chosen = (int32_t *)(m.share + CHUNK * l->k * m.wide);
+  m.order = m.chosen + CHUNK * l->k;
+  m.token = m.order + CHUNK * l->k;
+  m.begins = m.token + CHUNK * l->k;
+  return m;
+}
+
+/* Remember what token `t`, whose h that is, has chosen as its number `c`. */
+static inline void remember(const struct layer *l, const struct many *m, long t, long c, long expert, float weight,
+                            const float *h) {
+  long rank = l->rows / l->experts;
+  float *share = m->share + (t * l->k + c) * m->wide;
+  m->chosen[t * l->k + c] = expert;
+  for (long r = 0; r < rank; r++) share[r] = weight * h[expert * rank + r];
+  for (long r = rank; r < m->wide; r++) share[r] = 0;
+}
+
+/* Sort what was chosen by expert. By one thread, for which the others wait. */
+static void sort_chosen(const struct layer *l, const struct many *m, long tokens) {
+#pragma omp single
+  {
+    memset(m->begins, 0, (l->experts + 1) * sizeof *m->begins);
+    for (long i = 0; i < tokens * l->k; i++) m->begins[m->chosen[i]]++;
+    for (long e = 0, sum = 0; e <= l->experts; e++) { /* where the expert's places end, */
+      sum += m->begins[e];
+      m->begins[e] = sum;
+    }
+    for (long t = tokens - 1; t >= 0; t--) /* and begin */
+      for (long i = (t + 1) * l->k - 1; i >= t * l->k; i--) {
+        int32_t place = --m->begins[m->chosen[i]];
+        m->order[place] = i;
+        m->token[place] = t;
+      }
+  }
+}
+
 #define FUNCTIONS "layer.h"
 #include "dtypes.h"
 #undef FUNCTIONS
+
+#ifdef __AMX_BF16__
+#include "amx.h"
+#endif

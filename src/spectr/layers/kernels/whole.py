@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from spectr.layers.kernels.base import Choice
-
-FEW = 16  # tokens; of more, products by torch are faster
 
 
 class Layer(ctypes.Structure):
@@ -31,18 +30,36 @@ class Layer(ctypes.Structure):
         return Layer(*places, inputs, outputs, rows, experts, k, temperature)
 
 
+class Calls(NamedTuple):
+    """What does the same for few tokens and for many.
+
+    Attributes:
+        few: Reads each weight once, and multiplies it with each token.
+        most: Tokens that are few.
+        many: By the machine's own units for products, where it has any.
+    """
+
+    few: Callable[..., int]
+    most: int
+    many: Callable[..., int] | None
+
+    def of(self, tokens: int) -> Callable[..., int] | None:
+        """The one for so many tokens."""
+        return self.few if tokens <= self.most else self.many
+
+
 class WholeLayer:
-    """A base layer and its experts, of which few tokens are one call; see :class:`spectr.layers.kernels.base.Whole`.
+    """A base layer and its experts in one call; see :class:`spectr.layers.kernels.base.Whole`.
 
     Args:
         base: The base layer.
         kept: The tensors that ``layer`` has the places of.
         layer: Without the base layer, whose weight may be replaced at any time.
-        function: ``route`` or ``held``.
+        calls: ``route`` or ``held``, of few tokens and of many.
     """
 
-    def __init__(self, base: nn.Linear, kept: tuple[Tensor | None, ...], layer: Layer, function: Any):
-        self.base, self.kept, self.layer, self.function = base, kept, layer, function
+    def __init__(self, base: nn.Linear, kept: tuple[Tensor | None, ...], layer: Layer, calls: Calls):
+        self.base, self.kept, self.layer, self.calls = base, kept, layer, calls
         self.place, self.inputs, self.outputs = ctypes.addressof(layer), layer.inputs, layer.outputs
 
     def __call__(self, x: Tensor, rows: Tensor | None) -> Tensor | None:
@@ -51,13 +68,14 @@ class WholeLayer:
         weight, bias = base._parameters["weight"], base._parameters["bias"]
         assert weight is not None
         watched = base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__
-        if tokens > FEW or watched or not _readable(weight, x) or not (bias is None or _readable(bias, x)):
+        function = self.calls.of(tokens)
+        if function is None or watched or not _readable(weight, x) or not (bias is None or _readable(bias, x)):
             return None
         self.layer.W, self.layer.bias = weight.data_ptr(), place(bias)
         out = x.new_empty((*x.shape[:-1], self.outputs))
         count = 1 if rows is None else len(rows)
         call = (self.place, x.data_ptr(), place(rows), out.data_ptr(), tokens, count, torch.get_num_threads())
-        return None if self.function(*call) else out
+        return None if function(*call) else out
 
 
 def place(tensor: Tensor | None) -> int | None:

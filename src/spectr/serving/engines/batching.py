@@ -1,4 +1,4 @@
-"""Many requests in one batch: transformers' continuous batching, each token with the set of its own request."""
+"""Many requests in one batch: transformers' continuous batching, each token with its own request's router and set."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spectr.errors import CompositionError
+from spectr.layers.fork import Fork
 from spectr.layers.routed import RoutedLinear
 from spectr.serving.engines.conducting import Conductor, Part
 from spectr.serving.engines.generation import mark_pieces
@@ -42,7 +43,7 @@ class Batching:
         from transformers import ContinuousBatchingConfig
         from transformers.cli.serving.utils import CBGenerateManager
 
-        if isinstance(model.get_output_embeddings(), RoutedLinear):
+        if isinstance(model.get_output_embeddings(), (RoutedLinear, Fork)):
             raise CompositionError(
                 "an expert adapts the output head, which continuous batching calls for some tokens alone",
                 do="serve without continuous batching",

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from spectr.composition import Routed
-from spectr.composition.steering import Steering
+from spectr.composition.junction import Junction
+from spectr.composition.several import Several
+from spectr.composition.steering import Rule
 from spectr.serving.engines.base import Step
 from spectr.serving.engines.requests import Running
 
@@ -37,21 +38,22 @@ class Part(NamedTuple):
 
 
 class Conductor:
-    """Gives each token of a composed model's calls the set of its request, and writes down what was decided.
+    """Gives each token of a composed model's calls the router and the set of its request, and writes down what was
+    decided.
 
     It watches the model's calls; what a call is made of, ``parts`` says.
 
     Args:
-        routed: The composed model.
+        several: The composed model.
     """
 
-    def __init__(self, routed: Routed):
-        self.steering = Steering(routed)
+    def __init__(self, several: Several):
+        self.junction = Junction(several)
         self.parts: Callable[[], list[Part]] = list
-        self._nobody = self.steering.rule((), None)
+        self._nobody = self.junction.rule(next(iter(several.compositions)), (), None)
         self._deciding = False
-        self._speakers: list[tuple[Running, bool]] = []
-        model = routed.model
+        self._speakers: dict[int, Running] = {}
+        model = several.model
         self._device = next(model.parameters()).device
         self._hooks = [
             model.register_forward_pre_hook(self._before),
@@ -62,10 +64,10 @@ class Conductor:
         """Have a request's prompt read, where its router wants that. The model must not run meanwhile."""
         self._deciding = True
         try:
-            running.rule = self.steering.rule(running.ticket.experts, prompt)
+            running.rule = self.junction.rule(running.ticket.router, running.ticket.experts, prompt)
         finally:
             self._deciding = False
-        look = self.steering.share(running.rule)
+        look = self.junction.share(running.rule)
         running.always = None if look is None or running.ticket.record == "layers" else Step(look.shares)
 
     @contextmanager
@@ -82,28 +84,23 @@ class Conductor:
         """Leave the model as it was composed."""
         for hook in self._hooks:
             hook.remove()
-        self.steering.close()
+        self.junction.close()
 
     def _before(self, *_: Any) -> None:
         if self._deciding:  # a guide has the base model write
             return
         parts = self.parts() or [Part(None, 1, False)]
-        rules = [self._rule(part) for part in parts]
-        self.steering.steer([(rule, part.tokens) for rule, part in zip(rules, parts, strict=True)])
-        ends = [-1] if len(parts) == 1 else (torch.tensor([part.tokens for part in parts]).cumsum(0) - 1).tolist()
-        self._speakers, rows, in_full = [], [], False
-        for part, end in zip(parts, ends, strict=True):
-            running = part.running
-            if running is None or not part.speaks or running.ticket.record == "none":
-                continue
-            looked_at = running.always is None
-            self._speakers.append((running, looked_at))
-            if looked_at:
-                rows.append(end)
-                in_full = in_full or running.ticket.record == "layers"
-        self.steering.watch(rows, in_full)
+        self.junction.steer([(self._rule(part), part.tokens) for part in parts])
+        self._speakers = {
+            number: part.running
+            for number, part in enumerate(parts)
+            if part.running is not None and part.speaks and part.running.ticket.record != "none"
+        }
+        looked_at = {number: running for number, running in self._speakers.items() if running.always is None}
+        in_full = any(running.ticket.record == "layers" for running in looked_at.values())
+        self.junction.watch(looked_at, in_full)
 
-    def _rule(self, part: Part) -> Any:
+    def _rule(self, part: Part) -> Rule:
         running = part.running
         if running is None:
             return self._nobody
@@ -114,14 +111,14 @@ class Conductor:
                 log.exception("no decision could be made for a prompt")
                 running.rule = self._nobody
                 part.fail(error)
+        assert running.rule is not None
         return running.rule
 
     def _after(self, *_: Any) -> None:
         if self._deciding:
             return
-        looks = iter(self.steering.seen())
-        for running, looked_at in self._speakers:
-            step = Step(*next(looks)) if looked_at else running.always
-            assert step is not None
+        looks = self.junction.seen()
+        for number, running in self._speakers.items():
+            step = running.always or Step(*looks[number])
             running.steps.append(step)
-        self._speakers = []
+        self._speakers = {}

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from spectr.composition import Routed
+from spectr.composition.several import Several
 from spectr.errors import CompositionError, MissingExtraError, SpectrError
 from spectr.serving.engines.base import Step, Ticket
 from spectr.serving.engines.conducting import Conductor
@@ -38,10 +38,9 @@ class TransformersEngine:
     """The composed model behind transformers' serving code. See :class:`spectr.serving.engines.Engine`.
 
     Args:
-        routed: The composed model; nobody else is to use it while this engine lives.
+        composed: The model and its routers; nobody else is to use it while this engine lives.
         tokenizer: The model's.
         base_model: The base model's name for clients.
-        router: The router's name for clients.
         suspicion: Experts whose norm is far out, and how far.
         batching: Continuous batching; ``None`` for one request after the other.
 
@@ -49,7 +48,7 @@ class TransformersEngine:
         app: The ASGI application, to be put behind a :class:`spectr.serving.gateway.Gateway`.
 
     Raises:
-        CompositionError: No layer is routed, or the router cannot serve several sets.
+        CompositionError: No layer is routed, or a router cannot serve several sets.
         SpectrError: The installed transformers is not one that this was tested with.
     """
 
@@ -57,23 +56,22 @@ class TransformersEngine:
 
     def __init__(
         self,
-        routed: Routed,
+        composed: Several,
         tokenizer: Any,
         *,
         base_model: str,
-        router: str,
         suspicion: Mapping[str, float] | None = None,
         batching: Batching | None = None,
     ):
         check_version()
-        if not routed.layers:
+        if not composed.layers:
             raise CompositionError("no layer of this model is routed", do="compose it with a library of experts")
-        self.routed, self.tokenizer, self.base_model, self.batching = routed, tokenizer, base_model, batching
-        self.routers, self.suspicion = (router,), dict(suspicion or {})
-        self._experts = routed.experts
+        self.composed, self.tokenizer, self.base_model, self.batching = composed, tokenizer, base_model, batching
+        self.routers, self.suspicion = tuple(composed.compositions), dict(suspicion or {})
+        self._experts = composed.experts
         self._running: dict[str, Running] = {}
         self._left = asyncio.Event()
-        self.conductor = Conductor(routed)
+        self.conductor = Conductor(composed)
         self._state = self._make_state()
         self.app = self._application()
 
@@ -85,7 +83,7 @@ class TransformersEngine:
     @property
     def layers(self) -> tuple[str, ...]:
         """See :class:`Engine`."""
-        return tuple(self.routed.layers)
+        return self.composed.layers
 
     def admit(self, ticket: Ticket, body: Mapping[str, Any]) -> dict[str, Any]:
         """See :class:`Engine`."""
@@ -117,7 +115,7 @@ class TransformersEngine:
         while any(name in running.ticket.experts for running in self._running.values()):
             self._left.clear()
             await self._left.wait()
-        await self._between_calls(lambda: self.conductor.steering.discard(name))
+        await self._between_calls(lambda: self.conductor.junction.discard(name))
         self.suspicion.pop(name, None)
 
     def metrics(self) -> bytes:
@@ -146,10 +144,10 @@ class TransformersEngine:
     def _make_state(self) -> State:
         from transformers.cli.serving.utils import GenerationState
 
-        config: Any = self.routed.model.config
+        config: Any = self.composed.model.config
         context = int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
         if self.batching is not None:
-            self.batching.start(self.routed.model, self.conductor, self._running)
+            self.batching.start(self.composed.model, self.conductor, self._running)
             context = min(context, self.batching.context)
             batching = self.batching
             bound = Bound(batching.manager, self._find, context, batching.enter, batching.begun, ends=False)
@@ -168,7 +166,7 @@ class TransformersEngine:
 
         state: Any = self._state
         manager = ModelManager(model_timeout=-1)
-        manager.loaded_models[_KEY] = TimedModel(self.routed.model, -1, self.tokenizer)  # pyright: ignore[reportArgumentType]
+        manager.loaded_models[_KEY] = TimedModel(self.composed.model, -1, self.tokenizer)  # pyright: ignore[reportArgumentType]
         chat, complete = ChatCompletionHandler(manager, state), CompletionHandler(manager, state)
         unreachable: Any = None  # the gateway lets nobody through to the other endpoints
         app = build_server(manager, chat, complete, unreachable, unreachable, unreachable, state)

@@ -227,7 +227,14 @@ def launch(settings: Served, say: Callable[[str], None]) -> None:
 
 def _routed(settings: Served) -> Settings:
     """How the model is routed, in the words of its config."""
-    router = served(settings.router)
+    [(name, router), *others] = settings.routers.items()
+    if others:
+        raise CompositionError(
+            f"{len(settings.routers)} routers: {', '.join(settings.routers)}",
+            expected="one router, as the layers inside vLLM hold the factors of one",
+            do=f"--router {name} alone, or --engine transformers",
+        )
+    router = served(router)
     if getattr(router, "top_k", 0) > len(settings.experts):
         router = replace(router, top_k=len(settings.experts))  # pyright: ignore[reportArgumentType]
     everyone = settings.experts == settings.library.names
@@ -254,7 +261,7 @@ async def _serve(
         model,
         routed,
         base_model=settings.base_name,
-        router=settings.router_name,
+        router=next(iter(settings.routers)),
         options=["--dtype", settings.dtype, *settings.options],
     )
     async with started as (app, engine):

@@ -1,0 +1,124 @@
+"""One model composed by several routers at once, which share its weights and what their factors have in common."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from spectr.composition.routed import Routed
+from spectr.errors import CompositionError
+from spectr.layers.fork import Fork, Switch, Turn
+from spectr.layers.routed import RoutedLinear
+from spectr.layers.swap import swap_module
+
+
+class Several:
+    """A model whose tokens each go through the composition of one of several routers.
+
+    Each router composes a twin of the model, modules of its own around the same weights, so that it is what
+    :func:`compose` made it, whatever the others are. In the model itself forks (:class:`spectr.layers.fork.Fork`) take
+    each token to its router's layer. A router alone composes the model itself, and there are no forks.
+
+    Args:
+        model: Is called for the tokens of all routers.
+        makers: By a router's name, for clients, what composes the model that it is given; the first is the default.
+
+    Attributes:
+        compositions: By name the routers' own handles.
+
+    Raises:
+        CompositionError: The routers do not hold the same experts, or a composition fails. The model is as before.
+    """
+
+    def __init__(self, model: nn.Module, makers: Mapping[str, Callable[[nn.Module], Routed]]):
+        self.model, self._switch, self._forks = model, Switch(), dict[str, Fork]()
+        self.compositions: dict[str, Routed] = {}
+        for name, make in makers.items():
+            self.compositions[name] = make(twin(model) if len(makers) > 1 else model)
+            check_alike({name: routed.experts for name, routed in self.compositions.items()})
+            self._share(name)
+        self._fork()
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """The experts that can be chosen now, in alphabetical order."""
+        return next(iter(self.compositions.values())).experts
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the routed layers, in the model's order."""
+        return tuple(next(iter(self.compositions.values())).layers)
+
+    @property
+    def bytes(self) -> dict[str, int]:
+        """What each router's experts take of memory, less what a router before it has too."""
+        seen: set[int] = set()
+        taken = {}
+        for name, routed in self.compositions.items():
+            tensors = {t.data_ptr(): t.nbytes for layer in routed.layers.values() for t in _held(layer).values()}
+            taken[name] = sum(size for place, size in tensors.items() if place not in seen)
+            seen |= set(tensors)
+        return taken
+
+    def turn(self, turns: Sequence[tuple[str, slice | Tensor]]) -> None:
+        """Say which tokens of the coming calls are whose: routers by name; one alone has all tokens."""
+        places = {name: place for place, name in enumerate(self.compositions)}
+        self._switch.turns = [Turn(places[name], tokens) for name, tokens in turns]
+
+    def refork(self) -> None:
+        """Take to the layers that the routers have now; to be called when one of them has changed its own."""
+        for name in self.compositions:
+            self._share(name)
+        self._fork()
+
+    def _fork(self) -> None:
+        routed = list(self.compositions.values())
+        if len(routed) == 1:
+            return
+        layers = [one.layers for one in routed]
+        for module in set(self._forks) - set(layers[0]):
+            swap_module(self.model, module, self._forks.pop(module).base)
+        for module in layers[0]:
+            base = self._forks[module].base if module in self._forks else self.model.get_submodule(module)
+            fork = self._forks[module] = Fork(base, [own[module] for own in layers], self._switch)
+            swap_module(self.model, module, fork)
+
+    def _share(self, name: str) -> None:
+        """Keep what this router's layers have in common with those of the routers before it once."""
+        before = list(self.compositions)[: list(self.compositions).index(name)]
+        theirs = [self.compositions[other].layers for other in before]
+        for module, layer in self.compositions[name].layers.items():
+            for key, tensor in _held(layer).items():
+                equals = (_held(layers[module]).get(key) for layers in theirs)
+                found = next((other for other in equals if other is not None and _equal(tensor, other)), tensor)
+                setattr(layer, key, found)
+
+
+def check_alike(held: Mapping[str, Sequence[str]]) -> None:
+    """Raise :class:`CompositionError` for a router that holds other experts than the first of them does."""
+    (first, experts), *others = held.items()
+    for name, found in others:
+        if tuple(found) != tuple(experts):
+            raise CompositionError(
+                f"router '{name}' holds {', '.join(found)}, and router '{first}' {', '.join(experts)}",
+                expected="routers that hold the same experts, so that every request's set can be answered by each",
+                do=f"leave '{name}' out; one expert alone can be asked for with any router",
+            )
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """The same weights in modules of their own; what is put in the place of one is not seen by the other."""
+    tensors = chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def _held(layer: RoutedLinear) -> dict[str, Tensor]:
+    return dict(layer.named_buffers(recurse=False))
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one, other)

@@ -1,0 +1,240 @@
+/* Products by AMX, whose tiles multiply bfloat16 and sum in float32.
+
+   A float32 is the sum of three bfloat16 of 8 bits each: high, middle and low. Of the nine products of two such sums six are
+   made; what is left out is below float32's own rounding. Where torch is told that less will do
+   (torch.set_float32_matmul_precision), numbers have two parts, and sums three products, as torch says of "high". */
+
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define SIDE 16           /* rows of a tile, and words of a row */
+#define DEEP (2 * SIDE)   /* terms of a sum that two tiles have */
+#define TILE (SIDE * DEEP) /* bfloat16 numbers of a tile */
+
+typedef __m512i line;     /* a tile's row */
+#define INLINED static inline __attribute__((always_inline)) /* so that `parts` are a constant in it */
+
+/* Whether the system lets this process have tiles. */
+int tiles_allowed(void) {
+  const long ask_for = 0x1023, tile_data = 18; /* ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA */
+  return syscall(SYS_arch_prctl, ask_for, tile_data) == 0;
+}
+
+/* What was written to this place and others is in memory: compilers do not know that tiles read it. */
+static inline void written(const void *place) { __asm__ volatile("" ::"r"(place) : "memory"); }
+
+static void tiles_begin(void) {
+  struct {
+    uint8_t palette, start, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+  } all = {.palette = 1};
+  for (int tile = 0; tile < 8; tile++) {
+    all.bytes[tile] = 4 * SIDE;
+    all.rows[tile] = SIDE;
+  }
+  written(&all);
+  _tile_loadconfig(&all);
+}
+
+/* Tiles 0 to 3, two by two, into a matrix; `stride` is between its rows. */
+static inline void store_square(float *to, long stride) {
+  long apart = stride * sizeof(float);
+  _tile_stored(0, to, apart);
+  _tile_stored(1, to + SIDE, apart);
+  _tile_stored(2, to + SIDE * stride, apart);
+  _tile_stored(3, to + SIDE * stride + SIDE, apart);
+}
+
+/* The next part of 16 pairs of numbers, pair beside pair, which are left with what remains. The last one is rounded. */
+static inline line next_part(__m512 *first, __m512 *second, int last) {
+  const line upper = _mm512_set1_epi32(0xffff0000), half = _mm512_set1_epi32(0x8000);
+  line a = (line)*first, b = (line)*second;
+  if (last) {
+    a = _mm512_add_epi32(a, half);
+    b = _mm512_add_epi32(b, half);
+  } else {
+    *first -= (__m512)_mm512_and_epi32(a, upper);
+    *second -= (__m512)_mm512_and_epi32(b, upper);
+  }
+  return _mm512_or_epi32(_mm512_and_epi32(b, upper), _mm512_srli_epi32(a, 16));
+}
+
+static inline __mmask16 first_of(long there) { return there >= SIDE ? 0xffff : there <= 0 ? 0 : (1 << there) - 1; }
+
+/* 16 rows of a matrix as tiles, `parts` for each DEEP of its columns, of which number c is beside number c + 16. Zero for rows
+   and columns that are not there. */
+static inline void lay_rows_f32(const float *from, long rows, long columns, int parts, uint16_t *to) {
+  for (long c = 0; c < columns; c += DEEP, to += parts * TILE) {
+    __mmask16 near = first_of(columns - c), far = first_of(columns - c - SIDE);
+    for (long r = 0; r < SIDE; r++) {
+      __m512 first = {0}, second = {0};
+      if (r < rows) {
+        first = _mm512_maskz_loadu_ps(near, from + r * columns + c);
+        second = _mm512_maskz_loadu_ps(far, from + r * columns + c + SIDE);
+      }
+      for (int p = 0; p < parts; p++)
+        _mm512_store_si512(to + p * TILE + r * DEEP, next_part(&first, &second, p == parts - 1));
+    }
+  }
+}
+
+/* 4 words of 16 rows, which are `stride` bytes apart, turned. */
+static inline void turn(const void *from, long stride, __m512 turned[4]) {
+#define WORDS(r) _mm_loadu_ps((const float *)((const char *)from + (r) * stride))
+  __m512 rows[4], pairs[4];
+  for (int r = 0; r < 4; r++) { /* of rows r, r + 4, r + 8 and r + 12 */
+    rows[r] = _mm512_castps128_ps512(WORDS(r));
+    rows[r] = _mm512_mask_broadcast_f32x4(rows[r], 0x00f0, WORDS(r + 4));
+    rows[r] = _mm512_mask_broadcast_f32x4(rows[r], 0x0f00, WORDS(r + 8));
+    rows[r] = _mm512_mask_broadcast_f32x4(rows[r], 0xf000, WORDS(r + 12));
+  }
+  for (int r = 0; r < 2; r++) {
+    pairs[2 * r] = _mm512_unpacklo_ps(rows[2 * r], rows[2 * r + 1]);
+    pairs[2 * r + 1] = _mm512_unpackhi_ps(rows[2 * r], rows[2 * r + 1]);
+  }
+  for (int r = 0; r < 2; r++) {
+    turned[2 * r] = (__m512)_mm512_unpacklo_pd((__m512d)pairs[r], (__m512d)pairs[r + 2]);
+    turned[2 * r + 1] = (__m512)_mm512_unpackhi_pd((__m512d)pairs[r], (__m512d)pairs[r + 2]);
+  }
+#undef WORDS
+}
+
+/* What comes 16 rows later, on its way while these are worked on; `stride` is in bytes. */
+static inline void fetch_next(const void *from, long stride, long bytes) {
+  for (long r = SIDE; r < 2 * SIDE; r++)
+    for (long line = 0; line < bytes; line += 64) _mm_prefetch((const char *)from + r * stride + line, _MM_HINT_T1);
+}
+
+/* As lay_rows_f32, each tile turned: the second factor of a product. */
+static inline void lay_turned_f32(const float *from, long rows, long columns, int parts, uint16_t *to) {
+  for (long c = 0; c < columns; c += DEEP, to += parts * TILE) {
+    float edge[SIDE][DEEP];
+    const float *at = from + c;
+    long apart = columns, length = columns - c < DEEP ? columns - c : DEEP;
+    if (rows < SIDE || length < DEEP) {
+      memset(edge, 0, sizeof edge);
+      for (long r = 0; r < SIDE && r < rows; r++) memcpy(edge[r], at + r * columns, length * sizeof(float));
+      at = edge[0];
+      apart = DEEP;
+    }
+    fetch_next(from + c, columns * sizeof *from, DEEP * sizeof *from);
+    for (int q = 0; q < SIDE; q += 4) {
+      __m512 first[4], second[4];
+      turn(at + q, apart * sizeof *at, first);
+      turn(at + SIDE + q, apart * sizeof *at, second);
+      for (int r = 0; r < 4; r++)
+        for (int p = 0; p < parts; p++)
+          _mm512_store_si512(to + p * TILE + (q + r) * DEEP, next_part(first + r, second + r, p == parts - 1));
+    }
+  }
+}
+
+/* The same of bfloat16, which is one part: number c is beside number c + 1. */
+static inline void lay_rows_bf16(const uint16_t *from, long rows, long columns, int parts, uint16_t *to) {
+  for (long c = 0; c < columns; c += DEEP, to += parts * TILE)
+    for (long r = 0; r < SIDE; r++) {
+      __mmask32 there = r >= rows ? 0 : columns - c >= DEEP ? 0xffffffff : (1u << (columns - c)) - 1;
+      _mm512_store_si512(to + r * DEEP, _mm512_maskz_loadu_epi16(there, from + r * columns + c));
+    }
+}
+
+static inline void lay_turned_bf16(const uint16_t *from, long rows, long columns, int parts, uint16_t *to) {
+  for (long c = 0; c < columns; c += DEEP, to += parts * TILE) {
+    uint16_t edge[TILE];
+    const uint16_t *at = from + c;
+    long apart = columns;
+    if (rows < SIDE || columns - c < DEEP) {
+      for (long r = 0; r < SIDE; r++) {
+        __mmask32 there = r >= rows ? 0 : columns - c >= DEEP ? 0xffffffff : (1u << (columns - c)) - 1;
+        _mm512_storeu_si512(edge + r * DEEP, _mm512_maskz_loadu_epi16(there, at + r * columns));
+      }
+      at = edge;
+      apart = DEEP;
+    }
+    fetch_next(from + c, columns * sizeof *from, DEEP * sizeof *from);
+    for (int q = 0; q < SIDE; q += 4) {
+      __m512 turned[4];
+      turn(at + 2 * q, apart * sizeof *at, turned);
+      for (int r = 0; r < 4; r++) _mm512_store_ps(to + (q + r) * DEEP, turned[r]);
+    }
+  }
+}
+
+/* Adds to tiles 0 to 3 the products of two rows of tiles `a` and two of `b`; each two are `apart`. Small ones first. */
+static inline void multiply(const uint16_t *a, const uint16_t *b, long apart, long deep, int parts) {
+#define FIRST(p) \
+  _tile_loadd(4, a + (p) * TILE, 4 * SIDE); \
+  _tile_loadd(5, a + apart + (p) * TILE, 4 * SIDE);
+#define SECOND(p) \
+  _tile_loadd(6, b + (p) * TILE, 4 * SIDE); \
+  _tile_loadd(7, b + apart + (p) * TILE, 4 * SIDE);
+#define SUM \
+  _tile_dpbf16ps(0, 4, 6); \
+  _tile_dpbf16ps(1, 4, 7); \
+  _tile_dpbf16ps(2, 5, 6); \
+  _tile_dpbf16ps(3, 5, 7);
+  written(a);
+  for (long c = 0; c < deep; c++, a += parts * TILE, b += parts * TILE) {
+    if (parts == 3) {
+      FIRST(2) SECOND(0) SUM FIRST(1) SUM SECOND(1) SUM FIRST(0) SUM SECOND(2) SUM SECOND(0) SUM
+    } else if (parts == 2) {
+      FIRST(1) SECOND(0) SUM FIRST(0) SUM SECOND(1) SUM
+    } else {
+      FIRST(0) SECOND(0) SUM
+    }
+  }
+#undef FIRST
+#undef SECOND
+#undef SUM
+}
+
+/* Room for tiles of x and, for each thread, of STRIP rows of a matrix, and for h = A x, (tokens, rows). */
+struct tiles {
+  uint16_t *x, *panels;
+  float *h;
+  long tokens, rows, each; /* those numbers, as many as fill tiles; and bfloat16 numbers of 16 rows of x or a matrix */
+};
+
+static inline uint16_t *panel_of(const struct tiles *s) { return s->panels + THREAD * STRIP / SIDE * s->each; }
+
+/* What a call has of its tokens beside x: a prior of the scores, float32, or weights that are held of the rows of A; one row
+   of these for each equal share of `all` tokens. */
+struct given {
+  const void *rows;
+  long count, all, held;
+};
+
+static inline long row_of(const struct given *given, long token) { return token * given->count / given->all; }
+
+/* The largest scores of 16 tokens and their weights, as choose() has them: `scores` of one expert after the other. */
+static void choose_side(const vector *scores, long experts, long k, float temperature, vector *chosen, vector *weights) {
+  for (long e = 0; e < experts; e++) {
+    long place = e < k ? e : k - 1;
+    __mmask16 larger = e < k ? 0xffff : _mm512_cmp_ps_mask(scores[e], weights[place], _CMP_GT_OQ);
+    if (!larger) continue;
+    weights[place] = _mm512_mask_mov_ps(weights[place], larger, scores[e]);
+    chosen[place] = _mm512_mask_mov_ps(chosen[place], larger, _mm512_set1_ps(e));
+    for (; place > 0; place--) {
+      larger = _mm512_cmp_ps_mask(weights[place], weights[place - 1], _CMP_GT_OQ);
+      if (!larger) break;
+      vector weight = weights[place], who = chosen[place];
+      weights[place] = _mm512_mask_mov_ps(weight, larger, weights[place - 1]);
+      chosen[place] = _mm512_mask_mov_ps(who, larger, chosen[place - 1]);
+      weights[place - 1] = _mm512_mask_mov_ps(weights[place - 1], larger, weight);
+      chosen[place - 1] = _mm512_mask_mov_ps(chosen[place - 1], larger, who);
+    }
+  }
+  vector best = weights[0], total = {0};
+  for (long c = 0; c < k; c++) {
+    for (int t = 0; t < SIDE; t++)
+      weights[c][t] = temperature > 0 ? expf((weights[c][t] - best[t]) / temperature) : 1.0f;
+    total += weights[c];
+  }
+  for (long c = 0; c < k; c++) weights[c] /= total;
+}
+
+#define FUNCTIONS "amx_layer.h"
+#include "dtypes.h"
+#undef FUNCTIONS

@@ -1,0 +1,52 @@
+"""Requests as tokens of one row, and what each of them is alone."""
+
+from __future__ import annotations
+
+import torch
+
+import spectr
+from spectr import compose
+from text_model import make_model, make_tokenizer
+
+SETS = [("ants", "bees", "cats"), ("cats",), (), ("ants", "bees"), ("bees", "cats")]
+PROMPTS = ["what is it", "a good film of the sky is the x y z", "no", "who is red", "the film is bad"]
+
+
+class Guide:
+    """Finds the same likeness in every prompt."""
+
+    def reader(self, descriptions, experts):
+        found = {"ants": 0.9, "bees": 0.2, "cats": 0.5}
+        return lambda input_ids, **_: torch.tensor([[found[name] for name in experts]]).expand(len(input_ids), -1)
+
+
+def composed(library, router, model=None):
+    model = model or make_model()
+    if isinstance(router, spectr.Glider):
+        return compose(model, library.with_descriptions(dict.fromkeys(library, "x")), router, guide=Guide())
+    return compose(model, library, router)
+
+
+def ids_of(prompt):
+    return torch.tensor(spectr.models.encode_prompt(make_tokenizer(), prompt))
+
+
+@torch.no_grad()
+def alone(library, router, names, ids):
+    """Logits of a model that holds these experts and no others."""
+    model = composed(library, router).allow(names).model if names else make_model()
+    return model(input_ids=ids[None]).logits[0]
+
+
+@torch.no_grad()
+def together(model, steering, requests):
+    """Logits of all requests as tokens of one row, which a mask keeps apart; a junction steers, too."""
+    spans = [(rule, len(ids)) for rule, ids in requests]
+    owner = torch.cat([torch.full((len(ids),), n) for n, (_, ids) in enumerate(requests)])
+    place = torch.cat([torch.arange(len(ids)) for _, ids in requests])
+    seen = (owner[:, None] == owner) & (place[:, None] >= place)
+    mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[None, None]
+    steering.steer(spans)
+    ids = torch.cat([ids for _, ids in requests])[None]
+    logits = model(input_ids=ids, position_ids=place[None], attention_mask=mask, use_cache=False).logits[0]
+    return logits.split([len(ids) for _, ids in requests])

@@ -1,0 +1,128 @@
+"""Requests with shortlists of their own in one batch: each as where its set is the whole library."""
+
+import pytest
+import torch
+
+import spectr
+from models import close, logits
+from rows import together
+from scaling import PROMPTS, ids_of, routed_model
+from spectr import Arrow, Calibrated, Lag, Shortlist, Spectr, Uniform, compose
+from spectr.composition.junction import Junction
+from spectr.composition.several import Several
+from spectr.composition.steering import Steering
+from text_model import make_model
+
+ALL = ("ants", "bees", "cats", "dogs", "eels", "foxes", "wasp")
+SETS = [
+    ALL,
+    ("bees", "dogs", "eels", "foxes", "wasp"),
+    ("cats", "wasp"),
+    (),
+    ("wasp",),
+    ("ants", "bees", "cats", "dogs"),
+]
+SHORTLISTS = [
+    Shortlist(size=1),
+    Shortlist(size=1, every=3),
+    Shortlist(size=3),
+    Shortlist(size=3, every=2),
+    Shortlist(size=3, local=Spectr(top_k=2, weights="softmax")),
+    Shortlist(size=2, local=Uniform()),
+    Shortlist(size=3, local=Lag(shortlist=2, top_k=1)),
+    Shortlist(size=4, local=Calibrated(level="token", top_k=2)),
+]
+
+
+def alone(library, names, router, ids):
+    if not names:
+        return logits(make_model(), ids)[0]
+    model, routed = routed_model(library, router)
+    routed.allow(names)
+    return logits(model, ids)[0]
+
+
+def requests_of(steering, router=None):
+    given = (router,) if router else ()
+    prompts = [ids_of(PROMPTS[number % len(PROMPTS)]) for number in range(len(SETS))]
+    return [(names, ids, steering.rule(*given, names, ids[0])) for names, ids in zip(SETS, prompts, strict=True)]
+
+
+@pytest.mark.parametrize("router", SHORTLISTS, ids=str)
+def test_each_request_has_its_own_shortlist_of_its_own_set(library, router):
+    model, routed = routed_model(library, router)
+    steering = Steering(routed)
+    requests = requests_of(steering)
+    found = together(model, steering, [(rule, ids[0]) for _, ids, rule in requests])
+    for mine, (names, ids, rule) in zip(found, requests, strict=True):
+        close(mine, alone(library, names, router, ids), 1e-4)
+        assert int((rule.verdict_E != 0).sum()) == min(router.size, len(names))
+    for names, ids, rule in reversed(requests):
+        [mine] = together(model, steering, [(rule, ids[0])])
+        close(mine, alone(library, names, router, ids), 1e-4)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_layers_hold_what_requests_under_way_have_chosen_and_no_more(library, size):
+    _, routed = routed_model(library, Shortlist(size=size))
+    steering = Steering(routed)
+    kept = steering.rule(("bees", "cats"), ids_of(PROMPTS[1])[0])
+    chosen = {name for name, weight in zip(routed.experts, kept.verdict_E, strict=True) if weight}
+    assert set(routed.filled) == chosen
+    for names in (("ants",), ("dogs",), ("eels",)):
+        steering.rule(names, ids_of(PROMPTS[0])[0])
+        assert set(routed.filled) == chosen | set(names)
+
+
+@pytest.mark.parametrize("router", [Shortlist(size=1), Shortlist(size=2)], ids=str)
+def test_an_expert_that_is_discarded_is_on_no_shortlist(library, router):
+    model, routed = routed_model(library, router)
+    steering = Steering(routed)
+    kept, ids = steering.rule(("ants", "bees", "dogs"), ids_of(PROMPTS[1])[0]), ids_of(PROMPTS[1])
+    steering.discard("foxes")
+    [mine] = together(model, steering, [(kept, ids[0])])
+    close(mine, alone(library, ("ants", "bees", "dogs"), router, ids), 1e-4)
+    fresh = steering.rule(routed.experts, ids[0])
+    [mine] = together(model, steering, [(fresh, ids[0])])
+    close(mine, alone(library, tuple(name for name in ALL if name != "foxes"), router, ids), 1e-4)
+
+
+def test_what_is_seen_is_what_a_trace_of_the_set_alone_shows(library):
+    router = Shortlist(size=2, local=Spectr(top_k=1))
+    model, routed = routed_model(library, router)
+    steering = Steering(routed)
+    requests = [request for request in requests_of(steering) if request[0]]
+    ends = torch.tensor([ids.shape[1] for _, ids, _ in requests]).cumsum(0) - 1
+    steering.watch(ends.tolist(), layers=True)
+    together(model, steering, [(rule, ids[0]) for _, ids, rule in requests])
+    for look, (names, ids, _) in zip(steering.seen(), requests, strict=True):
+        other, theirs = routed_model(library, router)
+        theirs.allow(names)
+        with spectr.trace(other) as trace, torch.no_grad():
+            other(input_ids=ids)
+        told = dict(zip(routed.layers, look.layers, strict=True))
+        for module, layer in trace.items():
+            scores, weights = (t[0, -1].tolist() for t in layer.steps[-1])
+            rows = zip(layer.experts, weights, scores, strict=True)
+            assert told.pop(module) == {n: pytest.approx((w, s), rel=1e-4, abs=1e-5) for n, w, s in rows if w}
+        assert not any(told.values())  # of layers that none of the set adapts
+
+
+def test_of_a_shortlist_of_one_the_shares_need_no_watching(library):
+    model, routed = routed_model(library, Shortlist(size=1))
+    steering = Steering(routed)
+    for names, ids, rule in requests_of(steering):
+        steering.watch([ids.shape[1] - 1], layers=False)
+        together(model, steering, [(rule, ids[0])])
+        assert steering.share(rule).shares == pytest.approx(steering.seen()[0].shares)
+        assert len(steering.share(rule).shares) == min(1, len(names))
+
+
+def test_shortlists_beside_other_routers(library):
+    routers = {"shortlist": Shortlist(size=2), "arrow": Arrow(top_k=2), "one": Shortlist(size=1)}
+    makers = {name: lambda model, router=router: compose(model, library, router) for name, router in routers.items()}
+    junction = Junction(Several(make_model(), makers))
+    requests = [(name, *request) for name in routers for request in requests_of(junction, name)]
+    found = together(junction.several.model, junction, [(rule, ids[0]) for *_, ids, rule in requests])
+    for mine, (name, names, ids, _) in zip(found, requests, strict=True):
+        close(mine, alone(library, names, routers[name], ids), 1e-4)
