@@ -1,10 +1,12 @@
-"""What else an engine can be asked for: experts of unequal ranks, its other way to make models, ranks and graphs."""
+"""What else an engine can be asked for: unequal ranks, gates, its other way to make models, two ranks and graphs."""
 
 import pytest
 import torch
-from engine import SETS, TOLERANCE, composed, engine, judged, tokens
+from engine import NAMES, SETS, TOLERANCE, composed, engine, judged, tokens
 
 from models import random_factors, write_adapter
+from spectr import ExpertLibrary
+from spectr.library import LibraryStore
 
 PROMPT = tokens(20, seed=1)
 
@@ -25,6 +27,31 @@ def unequal(served, tmp_path_factory):
             factors[module] = (A, 0.5 * B)
         write_adapter(root / "library" / name, factors, alpha=8)
     return root
+
+
+@pytest.fixture(scope="module")
+def gated(served, tmp_path_factory):
+    """The same model and experts, which have gates."""
+    root = tmp_path_factory.mktemp("gated")
+    (root / "model").symlink_to(served / "model")
+    store = LibraryStore(root / "library")
+    for seed, name in enumerate(NAMES):
+        store.add(name, served / "library" / name)
+        shapes = ExpertLibrary.open(root / "library")[name].shapes
+        generator = torch.Generator().manual_seed(seed)
+        gates = {module: torch.randn(shape.inputs, generator=generator) for module, shape in shapes.items()}
+        store.add_gates(name, gates, {"seed": seed})
+    return root
+
+
+def test_phatgoose(gated):
+    router = {"name": "phatgoose", "top_k": 2}
+    with engine(gated, router=router) as running:
+        answers = running.answers([(PROMPT, experts) for experts in SETS])
+    for experts, answer in zip(SETS, answers, strict=True):
+        assert judged(composed(gated, experts, router), PROMPT, answer) < TOLERANCE
+    with pytest.raises(AssertionError):  # another router is another output
+        assert judged(composed(gated, None), PROMPT, answers[0]) < TOLERANCE
 
 
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])

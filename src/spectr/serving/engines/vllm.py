@@ -25,7 +25,7 @@ from spectr.serving.run import listen
 from spectr.serving.settings import Settings as Served
 from spectr.serving.suspicion import spectral_norm, suspicion
 from spectr.vllm.recording import Listener
-from spectr.vllm.register import engine_version
+from spectr.vllm.register import check_version, engine_version
 from spectr.vllm.requests import EXPERTS, ROUTE_ID, ROUTING
 from spectr.vllm.served import served
 
@@ -175,10 +175,11 @@ async def launched(
 
     Raises:
         MissingExtraError: vLLM is not installed.
-        CompositionError: The model cannot be routed.
+        CompositionError: The model cannot be routed, or vLLM is of another version.
     """
     if engine_version() is None:
         raise MissingExtraError("serving with vLLM", "vllm")
+    check_version()
     settings = settings or _of_folder(model)
     closed = replace(settings, access="closed", record=record)  # whatever passes the gateway by gets the base model
     listener = Listener()
