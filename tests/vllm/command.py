@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import NamedTuple
 
 from engine import VOCABULARY
@@ -37,6 +38,25 @@ def server(world, *words):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # its engine's processes too, which outlive it where it is killed
         process.communicate()
+
+
+def engine_of(process):
+    """The engine's process and its workers."""
+    [core] = _children(process.pid)
+    return [core, *_children(core)]
+
+
+def _children(parent):
+    """Those that the engine has named as its own."""
+    found = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [int(child) for child in found if Path(f"/proc/{child}/cmdline").read_bytes().startswith(b"VLLM::")]
+
+
+def assert_gone(processes):
+    """All of them have ended; those that nobody has waited for count."""
+    for process in processes:
+        with suppress(FileNotFoundError):
+            assert Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2].startswith("Z")
 
 
 def save_tokenizer(folder):

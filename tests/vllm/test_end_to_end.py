@@ -6,7 +6,7 @@ import signal
 
 import httpx
 import pytest
-from command import server
+from command import assert_gone, engine_of, server
 
 KEYS = {"a": "sk-team-a-1234", "b": "sk-team-b-5678", "ops": "sk-operations-90"}
 POLICY = f"""
@@ -132,8 +132,10 @@ def test_a_removed_expert_is_gone_for_the_next_request(ask):
 
 
 def test_interrupted_it_ends_with_its_engine(running):
+    engine = engine_of(running.process)
     running.process.send_signal(signal.SIGINT)
     _, rest = running.process.communicate(timeout=60)
     assert running.process.returncode == 130  # as a shell has it: ended by Ctrl-C
     assert "ending" in rest
     assert "Traceback" not in rest
+    assert_gone(engine)

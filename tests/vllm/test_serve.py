@@ -2,20 +2,11 @@
 
 import os
 import signal
-from pathlib import Path
 
 import httpx
-from command import server
+from command import assert_gone, engine_of, server
 
 PROMPT = {"model": "spectr", "prompt": list(range(5, 25)), "max_tokens": 4, "temperature": 0, "ignore_eos": True}
-
-
-def engine_core(parent):
-    """The engine's process, among the children of the one that serves."""
-    for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
-        if b"EngineCore" in Path(f"/proc/{child}/cmdline").read_bytes():
-            return int(child)
-    raise AssertionError("no engine")
 
 
 def test_it_answers_and_ends_with_an_engine_that_dies(served):
@@ -29,7 +20,7 @@ def test_it_answers_and_ends_with_an_engine_that_dies(served):
             assert len(totals) == 4
             assert all(1 - 4 * 0.001 < total <= 1 for total in totals)  # each of four has three digits, rounded down
             assert client.post("/v1/completions", json={**PROMPT, "model": "spectr/dun"}).status_code == 404
-            os.kill(engine_core(process.pid), signal.SIGKILL)
+            os.kill(engine_of(process)[0], signal.SIGKILL)
             try:
                 answer = client.post("/v1/completions", json=PROMPT)
                 assert answer.status_code in (500, 503)
@@ -46,3 +37,14 @@ def test_a_router_that_reads_whole_prompts_is_refused_before_anything_starts(ser
         assert address is None
         assert process.returncode == 2
         assert "cannot run inside vLLM" in said
+
+
+def test_terminated_it_ends_with_its_engine(served):
+    with server(served, "-k", 2, "--no-record", "--dtype", "bfloat16") as (address, _, process):
+        with httpx.Client(base_url=address, timeout=60) as client:
+            assert client.post("/v1/completions", json=PROMPT).status_code == 200
+        engine = engine_of(process)
+        process.terminate()
+        process.communicate(timeout=60)
+        assert process.returncode == 143
+        assert_gone(engine)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import re
+import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -220,10 +221,16 @@ def launch(settings: Served, say: Callable[[str], None]) -> None:
     bound = settings.listen()
     model = settings.model or str(fetch_default_model(say))
     say(f"starting vLLM with {model}; compiling takes a minute or two, and -- --enforce-eager leaves it out")
+    signal.signal(signal.SIGTERM, _end)
     try:
         asyncio.run(_serve(settings, routed, model, bound, say))
     finally:
         bound.close()
+
+
+def _end(number: int, frame: Any) -> None:
+    """Instead of ending at once, which would leave the engine's processes behind."""
+    raise SystemExit(128 + number)
 
 
 def _routed(settings: Served) -> Settings:
