@@ -293,7 +293,7 @@ def main() -> int:
     given = parser.parse_args(ours)
     if given.url:
         return asyncio.run(soak(given.url, given.pid, given))
-    with server([*theirs, "--port", "0"]) as (url, pid):
+    with server(["--port", "0", *theirs]) as (url, pid):
         return asyncio.run(soak(url, pid, given))
 
 

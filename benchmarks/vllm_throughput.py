@@ -1,10 +1,11 @@
 """What routing costs inside vLLM: tokens a second with the nine shipped experts, against the base model alone.
 
-    $ python benchmarks/vllm_throughput.py --rounds 5
+    $ python benchmarks/vllm_throughput.py --rounds 12
 
-Both engines are vLLM with compiled graphs, in processes of their own, one after the other in every round. Decoding is
-timed as the difference between answers of 65 tokens and of one, prompts by answers of one token; of each the median of
-several repetitions. The ratio is taken within a round, and its median over rounds is told. The machine must be idle.
+Both engines are vLLM with compiled graphs, in processes of their own, of which one is stopped while the other is timed.
+They take turns every few seconds, so that a machine that is slower for a while is so for both: the ratio is taken
+within a turn, and its median and quartiles are told. Decoding is timed as the difference between answers of 65 tokens
+and of one, prompts by answers of one token.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from typing import Any
 
 KINDS = {"decoding, batch 1": (1, 16), "decoding, batch 16": (16, 16), "prompts": (4, 512)}
 NEW = 64
+READY = "engine:"  # begins the lines that are meant for whoever asks
 
 
 def engine(routed: bool, given: argparse.Namespace) -> Any:
@@ -57,41 +60,67 @@ def seconds(llm: Any, requests: int, length: int, new: int, seed: int) -> float:
     return time.perf_counter() - began
 
 
-def measured(llm: Any, repetitions: int) -> dict[str, float]:
-    """Tokens a second, by kind."""
-    found: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    for kind, (requests, length) in KINDS.items():
+def rate(llm: Any, kind: str, seed: int) -> float:
+    """Tokens a second."""
+    requests, length = KINDS[kind]
+    short = seconds(llm, requests, length, 1, seed)
+    if kind == "prompts":
+        return requests * length / short
+    return requests * NEW / (seconds(llm, requests, length, NEW + 1, seed) - short)
+
+
+def serve(which: str, given: argparse.Namespace) -> None:
+    """One engine, which is asked by lines of JSON."""
+    llm = engine(which == "routed", given)
+    for requests, length in KINDS.values():
         seconds(llm, requests, length, 2, -1)
-        for seed in range(repetitions):
-            short = seconds(llm, requests, length, 1, seed)
-            if kind == "prompts":
-                found[kind].append(requests * length / short)
-            else:
-                found[kind].append(requests * NEW / (seconds(llm, requests, length, NEW + 1, seed) - short))
-    return {kind: statistics.median(rates) for kind, rates in found.items()}
+    print(READY, flush=True)
+    for line in sys.stdin:
+        print(READY, rate(llm, *json.loads(line)), flush=True)
+    llm.llm_engine.engine_core.shutdown()
 
 
-def in_a_process(which: str, given: argparse.Namespace) -> dict[str, float]:
-    command = [sys.executable, __file__, "--one", which, *sys.argv[1:]]
-    env = {"VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1", **os.environ}
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=env, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+class Timed:
+    """An engine's process, with those that it starts; they run while it is asked, and at no other time."""
+
+    def __init__(self, which: str):
+        command = [sys.executable, __file__, "--one", which, *sys.argv[1:]]
+        env = {"VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1", **os.environ}
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(command, env=env, start_new_session=True, **pipes)
+        self._told()
+
+    def rate(self, kind: str, seed: int) -> float:
+        os.killpg(self.process.pid, signal.SIGCONT)
+        print(json.dumps([kind, seed]), file=self.process.stdin, flush=True)
+        return float(self._told()[0])
+
+    def end(self) -> None:
+        os.killpg(self.process.pid, signal.SIGCONT)
+        self.process.communicate(timeout=60)
+
+    def _told(self) -> list[str]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:  # the engine writes there too
+            if line.startswith(READY):
+                os.killpg(self.process.pid, signal.SIGSTOP)
+                return line.split()[1:]
+        raise SystemExit("an engine has ended")
 
 
-def table(rounds: list[tuple[dict[str, float], dict[str, float]]]) -> str:
-    lines = ["| | base, tokens/s | routed, tokens/s | ratio, median (least to most) |", "| --- | --- | --- | --- |"]
+def table(rounds: list[dict[str, tuple[float, float]]]) -> str:
+    lines = ["| | base, tokens/s | routed, tokens/s | ratio, median (quartiles) |", "| --- | --- | --- | --- |"]
     for kind in KINDS:
-        base, routed = ([told[which][kind] for told in rounds] for which in (0, 1))
-        ratios = sorted(r / b for b, r in zip(base, routed, strict=True))
-        told = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-        lines.append(f"| {kind} | {statistics.median(base):.1f} | {statistics.median(routed):.1f} | {told} |")
+        base, routed = (statistics.median(told[kind][which] for told in rounds) for which in (0, 1))
+        ratios = [told[kind][1] / told[kind][0] for told in rounds]
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        lines.append(f"| {kind} | {base:.1f} | {routed:.1f} | {middle:.2f} ({low:.2f} to {high:.2f}) |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--router", default="calibrated-token")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--record", action="store_true", help="layers keep what they choose")
@@ -99,17 +128,19 @@ def main() -> None:
     parser.add_argument("--one", choices=("base", "routed"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
-        llm = engine(given.one == "routed", given)
-        told = measured(llm, given.repetitions)
-        llm.llm_engine.engine_core.shutdown()
-        print(json.dumps(told))
+        serve(given.one, given)
         return
-    rounds = []
+    engines, rounds = {which: Timed(which) for which in ("base", "routed")}, []
     for number in range(given.rounds):
-        order = ("base", "routed") if number % 2 == 0 else ("routed", "base")
-        told = {which: in_a_process(which, given) for which in order}
-        rounds.append((told["base"], told["routed"]))
+        told: dict[str, tuple[float, float]] = {}
+        for kind in KINDS:
+            order = ("base", "routed") if number % 2 == 0 else ("routed", "base")
+            rates = {which: engines[which].rate(kind, number) for which in order}
+            told[kind] = (rates["base"], rates["routed"])
+        rounds.append(told)
         print(json.dumps(told), file=sys.stderr)
+    for one in engines.values():
+        one.end()
     print(f"python benchmarks/vllm_throughput.py {' '.join(sys.argv[1:])}\n\n{table(rounds)}")
 
 

@@ -1,5 +1,7 @@
 """The parts of the vLLM plugin that need no vLLM: requests, masks, weights, shards."""
 
+from importlib import import_module
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from spectr.layers import RoutedLinear
 from spectr.selection import Everyone, TopK
 from spectr.spectral import Stack, align
 from spectr.vllm import EXPERTS, ROUTE_ID, ROUTING
-from spectr.vllm.register import _supported
+from spectr.vllm.register import _supported, check_version, register
 from spectr.vllm.requests import Asked
 from spectr.vllm.routing import Group, weights_among
 from spectr.vllm.served import served
@@ -189,6 +191,15 @@ def test_parts_that_are_not_the_modules_are_refused():
 )
 def test_the_supported_range(version, fits):
     assert _supported(version) is fits
+
+
+def test_another_version_registers_nothing_and_says_so(monkeypatch):
+    monkeypatch.setattr(import_module("spectr.vllm.register"), "engine_version", lambda: "0.33.1")
+    with pytest.raises(CompositionError) as error:
+        check_version()
+    assert_says(error.value, given=("vLLM 0.33.1",), expected="0.32.0 and later, below 0.33", do="install")
+    with pytest.warns(UserWarning, match="composed models will not load: vLLM 0.33.1"):
+        register()  # does not import the engine, or this would fail
 
 
 def test_masks_of_a_step(tmp_path):

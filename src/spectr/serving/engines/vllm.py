@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import re
+import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -25,7 +26,7 @@ from spectr.serving.run import listen
 from spectr.serving.settings import Settings as Served
 from spectr.serving.suspicion import spectral_norm, suspicion
 from spectr.vllm.recording import Listener
-from spectr.vllm.register import engine_version
+from spectr.vllm.register import check_version, engine_version
 from spectr.vllm.requests import EXPERTS, ROUTE_ID, ROUTING
 from spectr.vllm.served import served
 
@@ -175,10 +176,11 @@ async def launched(
 
     Raises:
         MissingExtraError: vLLM is not installed.
-        CompositionError: The model cannot be routed.
+        CompositionError: The model cannot be routed, or vLLM is of another version.
     """
     if engine_version() is None:
         raise MissingExtraError("serving with vLLM", "vllm")
+    check_version()
     settings = settings or _of_folder(model)
     closed = replace(settings, access="closed", record=record)  # whatever passes the gateway by gets the base model
     listener = Listener()
@@ -219,10 +221,16 @@ def launch(settings: Served, say: Callable[[str], None]) -> None:
     bound = settings.listen()
     model = settings.model or str(fetch_default_model(say))
     say(f"starting vLLM with {model}; compiling takes a minute or two, and -- --enforce-eager leaves it out")
+    signal.signal(signal.SIGTERM, _end)
     try:
         asyncio.run(_serve(settings, routed, model, bound, say))
     finally:
         bound.close()
+
+
+def _end(number: int, frame: Any) -> None:
+    """Instead of ending at once, which would leave the engine's processes behind."""
+    raise SystemExit(128 + number)
 
 
 def _routed(settings: Served) -> Settings:

@@ -1,0 +1,306 @@
+/* Packed layers in bfloat16 on a machine with a matrix unit (AMX): A x, each token's decision among the experts that it may
+   use, and B w A x added to what the base layer has answered. Sums are float32.
+
+   Factors lie as the unit reads them: tiles of 16 columns and 32 terms of their sums, a kilobyte each, those of the same
+   columns after each other. */
+
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#define THREADS omp_get_max_threads()
+#define THREAD omp_get_thread_num()
+#else
+#define THREADS 1
+#define THREAD 0
+#endif
+
+#define SIDE 16  /* tokens or columns of a tile */
+#define DEEP 32  /* terms */
+#define TILE (SIDE * DEEP)
+#define PANEL 4  /* tiles of columns that are summed side by side */
+#define NEAR 64  /* tokens whose outputs stay in the cache while they are added to */
+#define FEW 3    /* tokens up to which only the chosen experts' terms are read, as measured */
+#define UP(n, to) (((n) + (to) - 1) / (to) * (to))
+
+struct module {
+  const uint16_t *B;    /* tiles of (length, rows) */
+  const float *centers; /* (rows), taken away before scoring, or none */
+  long rows, first, begin, length; /* where its A x and its output begin in the layer's */
+};
+
+struct layer {
+  const uint16_t *A; /* tiles of (rows of all modules, inputs) */
+  const struct module *modules;
+  const int32_t *columns; /* of the experts in a token's mask */
+  const uint8_t *allowed; /* masks of the tokens, `stride` apart */
+  const int64_t *sampled; /* tokens whose scores and weights, (requests, modules, experts), are kept, or none */
+  float *scores, *weights;
+  long stride, requests, count, experts, k, inputs, rows;
+  float temperature; /* of the softmax over the chosen scores; 0 weighs them alike */
+};
+
+/* One expert, of 16 tokens. */
+struct lanes {
+  __m512 score, among, weight; /* `among`: the score, or less than any of who may not be used */
+};
+
+/* What was written is in memory: compilers do not know that tiles read it. */
+static inline void written(const void *place) { __asm__ volatile("" ::"r"(place) : "memory"); }
+
+/* The unit, for blocks of so many tokens; 0 to leave it to others. */
+static void configure(long tokens) {
+  static _Thread_local long before;
+  if (tokens == before) return;
+  before = tokens;
+  if (tokens == 0) {
+    _tile_release();
+    return;
+  }
+  struct {
+    uint8_t palette, start, none[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+  } config = {.palette = 1};
+  for (int tile = 0; tile < 8; tile++) {
+    config.bytes[tile] = 64;
+    config.rows[tile] = tile <= PANEL ? tokens : SIDE;
+  }
+  written(&config);
+  _tile_loadconfig(&config);
+}
+
+/* to = x M of up to 16 tokens and PANEL tiles of columns. */
+static void block(const uint16_t *x, long x_stride, const uint16_t *M, long deep, long tiles, float *to, long to_stride) {
+  written(x);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (long d = 0; d < deep; d++) {
+    const uint16_t *from = M + d * TILE;
+    _tile_loadd(4, x + d * DEEP, x_stride * 2);
+    _tile_loadd(5, from, 64);
+    _tile_dpbf16ps(0, 4, 5);
+    if (tiles > 1) {
+      _tile_loadd(6, from + deep * TILE, 64);
+      _tile_dpbf16ps(1, 4, 6);
+    }
+    if (tiles > 2) {
+      _tile_loadd(7, from + 2 * deep * TILE, 64);
+      _tile_dpbf16ps(2, 4, 7);
+    }
+    if (tiles > 3) {
+      _tile_loadd(5, from + 3 * deep * TILE, 64);
+      _tile_dpbf16ps(3, 4, 5);
+    }
+  }
+  _tile_stored(0, to, to_stride * 4);
+  if (tiles > 1) _tile_stored(1, to + SIDE, to_stride * 4);
+  if (tiles > 2) _tile_stored(2, to + 2 * SIDE, to_stride * 4);
+  if (tiles > 3) _tile_stored(3, to + 3 * SIDE, to_stride * 4);
+}
+
+static inline __mmask16 first(long n) { return n >= SIDE ? 0xffff : (1u << n) - 1; }
+
+static inline __m512 widened(const uint16_t *from, __mmask16 some) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, from)), 16));
+}
+
+static inline void narrow(uint16_t *to, __mmask16 some, __m512 value) {
+  _mm256_mask_storeu_epi16(to, some, (__m256i)_mm512_cvtneps_pbh(value));
+}
+
+/* Up to 16 tokens of one module: scores, weights among the experts that each may use, as in a library that has no others,
+   and w A x. Tokens are the lanes of vectors; `allowed` has a bit for each. */
+static void decide(const struct layer *l, const struct module *m, const float *h, long h_stride, const __mmask16 *allowed,
+                   struct lanes *lanes, uint16_t *to, long to_stride, long tokens) {
+  long experts = l->experts, rank = m->rows / experts;
+  int32_t place[SIDE];
+  for (long u = 0; u < SIDE; u++) place[u] = (u < tokens ? u : tokens - 1) * h_stride;
+  __m512i places = _mm512_loadu_si512(place), one = _mm512_set1_epi32(1), k = _mm512_set1_epi32(l->k);
+  __m512 best = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
+  for (long e = 0; e < experts; e++) {
+    __m512 sum = _mm512_setzero_ps();
+    for (long r = e * rank; r < (e + 1) * rank; r++) {
+      __m512 each = _mm512_i32gather_ps(places, h + r, 4);
+      if (m->centers) each = _mm512_sub_ps(each, _mm512_set1_ps(m->centers[r]));
+      sum = _mm512_fmadd_ps(each, each, sum);
+    }
+    lanes[e].score = _mm512_sqrt_ps(sum);
+    lanes[e].among = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), allowed[e], lanes[e].score);
+    best = _mm512_max_ps(best, lanes[e].among);
+  }
+  for (long e = 0; e < experts; e++) { /* chosen is who has fewer than k before it, the first of equals first */
+    __m512i before = _mm512_setzero_si512();
+    __m512 own = lanes[e].among, weight = _mm512_set1_ps(1);
+    for (long f = 0; f < e; f++)
+      before = _mm512_mask_add_epi32(before, _mm512_cmp_ps_mask(lanes[f].among, own, _CMP_GE_OQ), before, one);
+    for (long f = e + 1; f < experts; f++)
+      before = _mm512_mask_add_epi32(before, _mm512_cmp_ps_mask(lanes[f].among, own, _CMP_GT_OQ), before, one);
+    if (l->temperature > 0)
+      for (long u = 0; u < SIDE; u++) weight[u] = expf((own[u] - best[u]) / l->temperature);
+    lanes[e].weight = _mm512_maskz_mov_ps(allowed[e] & _mm512_cmplt_epi32_mask(before, k), weight);
+    total = _mm512_add_ps(total, lanes[e].weight);
+  }
+  for (long e = 0; e < experts; e++) {
+    __m512 weight = lanes[e].weight;
+    lanes[e].weight = _mm512_maskz_div_ps(_mm512_cmp_ps_mask(weight, _mm512_setzero_ps(), _CMP_NEQ_UQ), weight, total);
+    for (long u = 0; u < tokens; u++)
+      for (long r = e * rank; r < (e + 1) * rank; r += SIDE) {
+        float share = lanes[e].weight[u];
+        __mmask16 rows = share == 0 ? 0 : first((e + 1) * rank - r); /* zero for who is not chosen, whatever A x is */
+        __m512 weighted = _mm512_mul_ps(_mm512_maskz_loadu_ps(rows, h + u * h_stride + r), _mm512_set1_ps(share));
+        narrow(to + u * to_stride + r, first((e + 1) * rank - r), weighted);
+      }
+  }
+}
+
+/* The tokens' masks as bits: of each expert one for each of up to 16 tokens. */
+static void masks(const struct layer *l, const uint8_t *allowed, long tokens, __mmask16 *to) {
+  for (long e = 0; e < l->experts; e++) {
+    to[e] = 0;
+    for (long u = 0; u < tokens; u++) to[e] |= (__mmask16)(allowed[u * l->stride + l->columns[e]] != 0) << u;
+  }
+}
+
+/* out += w A x B of few tokens: of each tile the chosen experts' rows alone, two terms a row. */
+static void add_few(const struct module *m, const uint16_t *weighted, uint16_t *out, long out_stride, long tokens) {
+  long deep = UP(m->rows, DEEP) / DEEP, pairs = deep * SIDE, place[pairs];
+  int32_t pair[pairs];
+  for (long t = 0; t < tokens; t++) {
+    long count = 0;
+    for (long p = 0; p < pairs; p++) {
+      memcpy(pair + count, weighted + t * deep * DEEP + 2 * p, sizeof *pair);
+      place[count] = p * DEEP;
+      count += pair[count] != 0;
+    }
+#pragma omp for schedule(static) nowait
+    for (long tile = 0; tile < UP(m->length, SIDE) / SIDE; tile++) {
+      uint16_t *to = out + t * out_stride + m->begin + tile * SIDE;
+      __mmask16 some = first(m->length - tile * SIDE);
+      const uint16_t *from = m->B + tile * deep * TILE;
+      __m512 sum = widened(to, some);
+      for (long c = 0; c < count; c++)
+        sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(from + place[c]), (__m512bh)_mm512_set1_epi32(pair[c]));
+      narrow(to, some, sum);
+    }
+  }
+}
+
+/* out += w A x B of many tokens. */
+static void add_many(const struct module *m, const uint16_t *weighted, uint16_t *out, long out_stride, long tokens) {
+  long deep = UP(m->rows, DEEP) / DEEP, tiles = UP(m->length, SIDE) / SIDE;
+  float sums[SIDE * PANEL * SIDE];
+#pragma omp for collapse(2) schedule(static) nowait
+  for (long near = 0; near < tokens; near += NEAR)
+    for (long panel = 0; panel < tiles; panel += PANEL)
+      for (long t = near; t < tokens && t < near + NEAR; t += SIDE) {
+        long some = tokens - t < SIDE ? tokens - t : SIDE, wide = tiles - panel < PANEL ? tiles - panel : PANEL;
+        for (long u = 0; u < some; u++) /* under way while the unit multiplies */
+          for (long tile = 0; tile < wide; tile += 2)
+            _mm_prefetch(out + (t + u) * out_stride + m->begin + (panel + tile) * SIDE, _MM_HINT_T0);
+        configure(some);
+        block(weighted + t * deep * DEEP, deep * DEEP, m->B + panel * deep * TILE, deep, wide, sums, PANEL * SIDE);
+        for (long u = 0; u < some; u++)
+          for (long tile = 0; tile < wide; tile++) {
+            uint16_t *to = out + (t + u) * out_stride + m->begin + (panel + tile) * SIDE;
+            __mmask16 there = first(m->length - (panel + tile) * SIDE);
+            narrow(to, there, _mm512_add_ps(widened(to, there), _mm512_loadu_ps(sums + (u * PANEL + tile) * SIDE)));
+          }
+      }
+}
+
+/* What the experts add to `out`, the base layer's answer. Gives whether there was no memory for it. */
+int add(const struct layer *l, const uint16_t *x, long x_stride, uint16_t *out, long out_stride, long tokens, long threads) {
+  long wide = UP(l->rows, SIDE), tiles = wide / SIDE, deep = l->inputs / DEEP, each = l->count * l->experts, places = 0;
+  for (long s = 0; s < l->count; s++) places += UP(l->modules[s].rows, DEEP);
+  float *h = malloc(tokens * wide * sizeof *h), *scores = 0, *weights = 0;
+  uint16_t *weighted = calloc(tokens * places, sizeof *weighted);
+  struct lanes *memory = aligned_alloc(64, threads * l->experts * sizeof *memory);
+  if (l->sampled) scores = malloc(2 * tokens * each * sizeof *scores), weights = scores + tokens * each;
+  int failed = !h || !weighted || !memory || (l->sampled && !scores);
+  if (!failed) {
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for collapse(2) schedule(static)
+      for (long t = 0; t < tokens; t += SIDE)
+        for (long panel = 0; panel < tiles; panel += PANEL) {
+          configure(tokens - t < SIDE ? tokens - t : SIDE);
+          long columns = tiles - panel < PANEL ? tiles - panel : PANEL;
+          block(x + t * x_stride, x_stride, l->A + panel * deep * TILE, deep, columns, h + t * wide + panel * SIDE, wide);
+        }
+#pragma omp for schedule(static)
+      for (long t = 0; t < tokens; t += SIDE) {
+        long some = tokens - t < SIDE ? tokens - t : SIDE;
+        struct lanes *lanes = memory + THREAD * l->experts;
+        __mmask16 allowed[l->experts];
+        masks(l, l->allowed + t * l->stride, some, allowed);
+        uint16_t *to = weighted;
+        for (long s = 0; s < l->count; s++) {
+          const struct module *m = l->modules + s;
+          long room = UP(m->rows, DEEP);
+          decide(l, m, h + t * wide + m->first, wide, allowed, lanes, to + t * room, room, some);
+          to += tokens * room;
+          for (long n = 0; l->sampled && n < some * l->experts; n++) {
+            long u = n / l->experts, e = n % l->experts, at = (t + u) * each + s * l->experts + e;
+            scores[at] = lanes[e].score[u];
+            weights[at] = lanes[e].weight[u];
+          }
+        }
+      }
+      const uint16_t *from = weighted;
+      for (long s = 0; s < l->count; s++) {
+        const struct module *m = l->modules + s;
+        (tokens <= FEW ? add_few : add_many)(m, from, out, out_stride, tokens);
+        from += tokens * UP(m->rows, DEEP);
+      }
+      configure(0);
+    }
+    for (long n = 0; l->sampled && n < l->requests; n++) {
+      memcpy(l->scores + n * each, scores + l->sampled[n] * each, each * sizeof(float));
+      memcpy(l->weights + n * each, weights + l->sampled[n] * each, each * sizeof(float));
+    }
+  }
+  free(h);
+  free(weighted);
+  free(memory);
+  free(scores);
+  return failed;
+}
+
+/* Whether this process may use the unit: the kernel is asked once. */
+int permitted(void) { return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18) == 0; }
+
+/* What torch has for operations that are written in C; all give 0. */
+static struct {
+  int (*data)(void *tensor, void **found), (*size)(void *tensor, int64_t dimension, int64_t *found);
+  int (*stride)(void *tensor, int64_t dimension, int64_t *found), (*release)(void *tensor);
+} torch;
+
+void meet(void *data, void *size, void *stride, void *release) {
+  memcpy(&torch, (void *[]){data, size, stride, release}, sizeof torch);
+}
+
+/* The operation (out, x, where the layer is), as torch's dispatcher calls it. */
+void operation(uint64_t *stack, uint64_t inputs, uint64_t outputs) {
+  void *tensors[3], *data[3];
+  int64_t tokens, out_stride, x_stride;
+  int failed = inputs != 3 || outputs != 0;
+  memcpy(tensors, stack, sizeof tensors);
+  for (int n = 0; n < 3; n++) failed |= torch.data(tensors[n], data + n);
+  failed |= torch.size(tensors[0], 0, &tokens) | torch.stride(tensors[0], 0, &out_stride);
+  failed |= torch.stride(tensors[1], 0, &x_stride);
+  if (failed || add(*(struct layer **)data[2], data[1], x_stride, data[0], out_stride, tokens, THREADS)) {
+    fprintf(stderr, "spectr: no memory for the experts of %ld tokens\n", (long)tokens);
+    abort(); /* there is no way to tell torch */
+  }
+  for (int n = 0; n < 3; n++) torch.release(tensors[n]);
+}

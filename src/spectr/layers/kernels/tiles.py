@@ -1,0 +1,161 @@
+"""Packed layers in bfloat16 where there is a matrix unit (AMX): one operation in C; see tiles.c."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import subprocess
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from spectr.layers.kernels.cpu import compiled_library, has_unit
+from spectr.layers.kernels.whole import place
+
+_SIDE, _DEEP = 16, 32  # columns of a tile, and terms
+
+
+class Module(NamedTuple):
+    """One module of a packed layer.
+
+    Attributes:
+        B_OP: Its experts' output factors.
+        centers_P: Taken away before scoring, if anything is.
+        begin: Where its output begins in the layer's.
+    """
+
+    B_OP: Tensor
+    centers_P: Tensor | None
+    begin: int
+
+
+class Choosing(NamedTuple):
+    """How experts are chosen.
+
+    Attributes:
+        columns_E: Of these experts in a token's mask.
+        allowed_TF: Masks of a step's tokens, which may be written anew.
+        k: How many are taken at most.
+        temperature: Of the softmax over their scores; 0 weighs them alike.
+        kept: Which tokens' scores and weights to keep, (N,), and where, (N, S, E); or nothing.
+    """
+
+    columns_E: Tensor
+    allowed_TF: Tensor
+    k: int
+    temperature: float
+    kept: tuple[Tensor, Tensor, Tensor] | None
+
+
+class _Module(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("B", "centers")),
+        *((name, ctypes.c_long) for name in ("rows", "first", "begin", "length")),
+    )
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((n, ctypes.c_void_p) for n in ("A", "modules", "columns", "allowed", "sampled", "scores", "weights")),
+        *((n, ctypes.c_long) for n in ("stride", "requests", "count", "experts", "k", "inputs", "rows")),
+        ("temperature", ctypes.c_float),
+    )
+
+
+class Tiles(nn.Module):
+    """A packed layer's experts, whose factors lie as the unit reads them and nowhere else.
+
+    Args:
+        A_PI: Of all modules, one below the other; inputs are a multiple of 32.
+        modules: They have the same experts of one rank.
+        choosing: How these are chosen.
+    """
+
+    at: Tensor
+
+    def __init__(self, A_PI: Tensor, modules: Sequence[Module], choosing: Choosing):
+        super().__init__()
+        self.A, self.B_S = _packed(A_PI), [_packed(module.B_OP) for module in modules]
+        self.centers_S = [None if m.centers_P is None else m.centers_P.float().contiguous() for m in modules]
+        self.choosing = choosing._replace(columns_E=choosing.columns_E.to(torch.int32).contiguous())
+        told, first = [], 0
+        for (B_OP, _, begin), B, centers in zip(modules, self.B_S, self.centers_S, strict=True):
+            outputs, rows = B_OP.shape
+            told.append(_Module(place(B), place(centers), rows, first, begin, outputs))
+            first += rows
+        self._told = (_Module * len(told))(*told)
+        columns_E, allowed_TF, k, temperature, kept = self.choosing
+        sampled, scores, weights = kept or (None, None, None)
+        self._layer = _Layer(
+            place(self.A),
+            ctypes.addressof(self._told),
+            *map(place, (columns_E, allowed_TF, sampled, scores, weights)),
+            allowed_TF.stride(0),
+            0 if sampled is None else len(sampled),
+            len(told),
+            len(columns_E),
+            k,
+            A_PI.shape[1],
+            first,
+            temperature,
+        )
+        at = torch.tensor([ctypes.addressof(self._layer)])  # a tensor, so that no graph takes it for a constant
+        self.register_buffer("at", at, persistent=False)
+
+    def forward(self, out_TO: Float[Tensor, "T O"], x_TI: Float[Tensor, "T I"]) -> Float[Tensor, "T O"]:
+        """The base layer's output with the chosen experts' update, in the memory of ``out_TO``."""
+        torch.ops.spectr.add_experts(out_TO, x_TI.contiguous(), self.at)
+        return out_TO
+
+    def fill(self, A_PI: Tensor, B_SOP: Sequence[Tensor], centers_SP: Tensor | None) -> None:
+        """Other factors of the same sizes, in the place of what was there."""
+        self.A.copy_(_packed(A_PI))
+        for B, B_OP in zip(self.B_S, B_SOP, strict=True):
+            B.copy_(_packed(B_OP))
+        for number, centers in enumerate(self.centers_S):
+            if centers is not None and centers_SP is not None:
+                centers.copy_(centers_SP[number])
+
+
+def _packed(M_NK: Float[Tensor, "N K"]) -> Tensor:
+    """Tiles of 16 columns and 32 terms, in which pairs of terms lie together; zeros up to whole tiles."""
+    outputs, terms = M_NK.shape
+    whole = nn.functional.pad(M_NK.to(torch.bfloat16), (0, -terms % _DEEP, 0, -outputs % _SIDE))
+    tiles = whole.view(-1, _SIDE, whole.shape[1] // _DEEP, _DEEP // 2, 2)
+    return tiles.permute(0, 2, 3, 1, 4).contiguous()
+
+
+@lru_cache(maxsize=1)
+def tiles_work() -> bool:
+    """Whether this machine, this process and this torch can run them; if so the operation is there afterwards."""
+    if os.environ.get("SPECTR_KERNELS") == "0" or not has_unit(torch.bfloat16):
+        return False
+    try:
+        library = ctypes.CDLL(str(compiled_library(Path(__file__).with_name("tiles.c"))))
+        found = bool(library.permitted())
+        if found:
+            _register(library)
+    except (OSError, subprocess.SubprocessError, AttributeError) as error:
+        logging.getLogger(__name__).info("layers in vLLM run without the matrix unit: %s", error)
+        return False
+    return found
+
+
+def _register(library: ctypes.CDLL) -> None:
+    """Make the function an operation of torch, by what torch has for operations that are written in C."""
+    torchs = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    pointer = ctypes.c_void_p
+    names = ("get_data_ptr", "get_size", "get_stride", "delete_tensor_object")
+    library.meet(*(ctypes.cast(getattr(torchs, f"aoti_torch_{name}"), pointer) for name in names))
+    torch.library.define("spectr::add_experts", "(Tensor(a!) out, Tensor x, Tensor at) -> ()")
+    torch.library.register_fake("spectr::add_experts", lambda out, x, at: None)
+    ours = pointer()
+    made = torchs.aoti_torch_library_init_impl(b"spectr", b"CPU", b"tiles.c", 1, ctypes.byref(ours))
+    if made or torchs.aoti_torch_library_impl(ours, b"add_experts", ctypes.cast(library.operation, pointer)):
+        raise OSError("torch does not take operations that are written in C")
