@@ -4,25 +4,10 @@
    made; what is left out is below float32's own rounding. Where torch is told that less will do
    (torch.set_float32_matmul_precision), numbers have two parts, and sums three products, as torch says of "high". */
 
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
-#define SIDE 16           /* rows of a tile, and words of a row */
-#define DEEP (2 * SIDE)   /* terms of a sum that two tiles have */
-#define TILE (SIDE * DEEP) /* bfloat16 numbers of a tile */
+#include "unit.h"
 
 typedef __m512i line;     /* a tile's row */
 #define INLINED static inline __attribute__((always_inline)) /* so that `parts` are a constant in it */
-
-/* Whether the system lets this process have tiles. */
-int tiles_allowed(void) {
-  const long ask_for = 0x1023, tile_data = 18; /* ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA */
-  return syscall(SYS_arch_prctl, ask_for, tile_data) == 0;
-}
-
-/* What was written to this place and others is in memory: compilers do not know that tiles read it. */
-static inline void written(const void *place) { __asm__ volatile("" ::"r"(place) : "memory"); }
 
 static void tiles_begin(void) {
   struct {
@@ -60,8 +45,6 @@ static inline line next_part(__m512 *first, __m512 *second, int last) {
   }
   return _mm512_or_epi32(_mm512_and_epi32(b, upper), _mm512_srli_epi32(a, 16));
 }
-
-static inline __mmask16 first_of(long there) { return there >= SIDE ? 0xffff : there <= 0 ? 0 : (1 << there) - 1; }
 
 /* 16 rows of a matrix as tiles, `parts` for each DEEP of its columns, of which number c is beside number c + 16. Zero for rows
    and columns that are not there. */

@@ -4,14 +4,13 @@
    Factors lie as the unit reads them: tiles of 16 columns and 32 terms of their sums, a kilobyte each, those of the same
    columns after each other. */
 
-#include <immintrin.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/syscall.h>
-#include <unistd.h>
+
+#include "unit.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -22,9 +21,6 @@
 #define THREAD 0
 #endif
 
-#define SIDE 16  /* tokens or columns of a tile */
-#define DEEP 32  /* terms */
-#define TILE (SIDE * DEEP)
 #define PANEL 4  /* tiles of columns that are summed side by side */
 #define NEAR 64  /* tokens whose outputs stay in the cache while they are added to */
 #define FEW 3    /* tokens up to which only the chosen experts' terms are read, as measured */
@@ -52,9 +48,6 @@ struct lanes {
   __m512 score, among, weight; /* `among`: the score, or less than any of who may not be used */
 };
 
-/* What was written is in memory: compilers do not know that tiles read it. */
-static inline void written(const void *place) { __asm__ volatile("" ::"r"(place) : "memory"); }
-
 /* The unit, for blocks of so many tokens; 0 to leave it to others. */
 static void configure(long tokens) {
   static _Thread_local long before;
@@ -73,6 +66,7 @@ static void configure(long tokens) {
     config.bytes[tile] = 64;
     config.rows[tile] = tile <= PANEL ? tokens : SIDE;
   }
+  written(&config);
   written(&config);
   _tile_loadconfig(&config);
 }
@@ -107,8 +101,6 @@ static void block(const uint16_t *x, long x_stride, const uint16_t *M, long deep
   if (tiles > 2) _tile_stored(2, to + 2 * SIDE, to_stride * 4);
   if (tiles > 3) _tile_stored(3, to + 3 * SIDE, to_stride * 4);
 }
-
-static inline __mmask16 first(long n) { return n >= SIDE ? 0xffff : (1u << n) - 1; }
 
 static inline __m512 widened(const uint16_t *from, __mmask16 some) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, from)), 16));
@@ -156,9 +148,9 @@ static void decide(const struct layer *l, const struct module *m, const float *h
     for (long u = 0; u < tokens; u++)
       for (long r = e * rank; r < (e + 1) * rank; r += SIDE) {
         float share = lanes[e].weight[u];
-        __mmask16 rows = share == 0 ? 0 : first((e + 1) * rank - r); /* zero for who is not chosen, whatever A x is */
+        __mmask16 rows = share == 0 ? 0 : first_of((e + 1) * rank - r); /* zero for who is not chosen, whatever A x is */
         __m512 weighted = _mm512_mul_ps(_mm512_maskz_loadu_ps(rows, h + u * h_stride + r), _mm512_set1_ps(share));
-        narrow(to + u * to_stride + r, first((e + 1) * rank - r), weighted);
+        narrow(to + u * to_stride + r, first_of((e + 1) * rank - r), weighted);
       }
   }
 }
@@ -185,7 +177,7 @@ static void add_few(const struct module *m, const uint16_t *weighted, uint16_t *
 #pragma omp for schedule(static) nowait
     for (long tile = 0; tile < UP(m->length, SIDE) / SIDE; tile++) {
       uint16_t *to = out + t * out_stride + m->begin + tile * SIDE;
-      __mmask16 some = first(m->length - tile * SIDE);
+      __mmask16 some = first_of(m->length - tile * SIDE);
       const uint16_t *from = m->B + tile * deep * TILE;
       __m512 sum = widened(to, some);
       for (long c = 0; c < count; c++)
@@ -212,7 +204,7 @@ static void add_many(const struct module *m, const uint16_t *weighted, uint16_t 
         for (long u = 0; u < some; u++)
           for (long tile = 0; tile < wide; tile++) {
             uint16_t *to = out + (t + u) * out_stride + m->begin + (panel + tile) * SIDE;
-            __mmask16 there = first(m->length - (panel + tile) * SIDE);
+            __mmask16 there = first_of(m->length - (panel + tile) * SIDE);
             narrow(to, there, _mm512_add_ps(widened(to, there), _mm512_loadu_ps(sums + (u * PANEL + tile) * SIDE)));
           }
       }
@@ -275,9 +267,6 @@ int add(const struct layer *l, const uint16_t *x, long x_stride, uint16_t *out, 
   free(scores);
   return failed;
 }
-
-/* Whether this process may use the unit: the kernel is asked once. */
-int permitted(void) { return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18) == 0; }
 
 /* What torch has for operations that are written in C; all give 0. */
 static struct {

@@ -138,7 +138,7 @@ def tiles_work() -> bool:
         return False
     try:
         library = ctypes.CDLL(str(compiled_library(Path(__file__).with_name("tiles.c"))))
-        found = bool(library.permitted())
+        found = bool(library.tiles_allowed())
         if found:
             _register(library)
     except (OSError, subprocess.SubprocessError, AttributeError) as error:
