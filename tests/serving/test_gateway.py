@@ -357,15 +357,6 @@ def test_metrics_count_tokens_by_expert_and_are_for_administrators(ask, engine):
     error_of(ask("GET", "/metrics", ALL, POLICY), 403, "admin_required")
 
 
-def test_the_work_of_an_expert_that_is_removed_stays_counted(ask, engine):
-    chat(ask, experts=["cats"])
-    ask.gateway.metrics.suspicion.labels("cats").set(7)
-    ask.gateway.metrics.forget("cats")
-    text = ask.gateway.metrics.text().decode()
-    assert 'spectr_tokens_total{expert="cats"} 0.6666' in text
-    assert 'spectr_expert_suspicion{expert="cats"}' not in text
-
-
 def test_a_suspect_is_told_as_one_in_the_list(ask):
     told = {model["id"]: model.get("suspicion") for model in ask("GET", "/v1/models").json()["data"]}
     assert told == {"spectr": None, "spectr/ants": None, "spectr/bees": 9.3, "spectr/cats": None, "tiny": None}

@@ -7,6 +7,7 @@ import httpx
 import pytest
 
 from serving import ADMIN, ALL, BASE, CATS, NONE, POLICY, StandIn
+from spectr.serving.engines.base import Step
 from spectr.serving.gateway import Gateway
 
 CHAT = {"model": "spectr", "messages": [{"role": "user", "content": "what is it"}]}
@@ -116,3 +117,11 @@ def test_a_broken_suspect_keeps_the_list_json(gateway):
     gateway.engine.suspicion = {"bees": float("inf")}
     text = ask(gateway, "GET", "/v1/models/spectr/bees").text
     assert json.loads(text, parse_constant=pytest.fail)["suspicion"] == "not finite"
+
+
+def test_the_work_of_an_expert_that_is_removed_stays_counted(gateway):
+    gateway.metrics.count_steps(["bees"], [Step({"bees": 0.75})])
+    gateway.metrics.forget("bees")
+    text = gateway.metrics.text().decode()
+    assert 'spectr_tokens_total{expert="bees"} 0.75' in text
+    assert 'spectr_expert_suspicion{expert="bees"}' not in text
