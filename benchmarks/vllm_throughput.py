@@ -77,7 +77,6 @@ def serve(which: str, given: argparse.Namespace) -> None:
     print(READY, flush=True)
     for line in sys.stdin:
         print(READY, rate(llm, *json.loads(line)), flush=True)
-    llm.llm_engine.engine_core.shutdown()
 
 
 class Timed:
@@ -95,9 +94,12 @@ class Timed:
         print(json.dumps([kind, seed]), file=self.process.stdin, flush=True)
         return float(self._told()[0])
 
-    def end(self) -> None:
-        os.killpg(self.process.pid, signal.SIGCONT)
-        self.process.communicate(timeout=60)
+    def __enter__(self) -> Timed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)  # all of them, stopped or not
+        self.process.communicate()
 
     def _told(self) -> list[str]:
         assert self.process.stdout is not None
@@ -130,17 +132,16 @@ def main() -> None:
     if given.one:
         serve(given.one, given)
         return
-    engines, rounds = {which: Timed(which) for which in ("base", "routed")}, []
-    for number in range(given.rounds):
-        told: dict[str, tuple[float, float]] = {}
-        for kind in KINDS:
-            order = ("base", "routed") if number % 2 == 0 else ("routed", "base")
-            rates = {which: engines[which].rate(kind, number) for which in order}
-            told[kind] = (rates["base"], rates["routed"])
-        rounds.append(told)
-        print(json.dumps(told), file=sys.stderr)
-    for one in engines.values():
-        one.end()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that nothing is left behind
+    rounds = []
+    with Timed("base") as base, Timed("routed") as routed:
+        for number in range(given.rounds):
+            told: dict[str, tuple[float, float]] = {}
+            for kind in KINDS:
+                rates = {one: one.rate(kind, number) for one in ((base, routed) if number % 2 else (routed, base))}
+                told[kind] = (rates[base], rates[routed])
+            rounds.append(told)
+            print(json.dumps(told), file=sys.stderr)
     print(f"python benchmarks/vllm_throughput.py {' '.join(sys.argv[1:])}\n\n{table(rounds)}")
 
 
