@@ -43,8 +43,10 @@ export class Answer {
     this.#drawn ||= requestAnimationFrame(() => this.#draw());
   }
 
-  /** @param words how it ended, if there is something to say. */
+  /** All is drawn with it. @param words how it ended, if there is something to say. */
   finish(words = "") {
+    cancelAnimationFrame(this.#drawn);
+    if (this.#drawn) this.#draw();
     const seconds = (performance.now() - this.#began) / 1000;
     const tokens = this.#count ? [counted(this.#count, "token")] : [];
     this.end.textContent = [...tokens, `${seconds.toFixed(1)} s`, words].filter(Boolean).join(" · ");
