@@ -16,12 +16,16 @@ from jaxtyping import install_import_hook
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported by whatever test is first
 
-# The modules whose signatures carry shapes. Elsewhere a wrong type has to reach our own error, not the checker's.
+# The modules whose signatures carry shapes. Elsewhere a wrong type has to reach our own error, not the checker's; and
+# Triton's interpreter has to find its kernels as they are written.
 CHECKED = (
     "spectr.combine",
     "spectr.evaluation",
     "spectr.extraction.svd",
-    "spectr.layers",
+    *(
+        f"spectr.layers.{name}"
+        for name in ("decision", "fork", "grouped", "outputs", "probe", "prompt", "routed", "trace")
+    ),
     "spectr.merging.dare",
     "spectr.merging.lowrank",
     "spectr.merging.ties",

@@ -52,7 +52,7 @@ def both(kernel, layer, x):
     experts=st.integers(1, 20),
     rank=st.integers(1, 9),
     top_k=st.integers(1, 6),
-    tokens=st.sampled_from([(1,), (1, 1), (3, 1), (2, 4), (20,)]),
+    tokens=st.sampled_from([(1,), (1, 1), (3, 1), (2, 4), (20,), (70,), (2, 40)]),
     dtype=st.sampled_from(list(TOLERANCE)),
     weights=st.sampled_from(["uniform", "softmax"]),
     seed=st.integers(0, 10_000),
@@ -113,14 +113,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from spectr.layers.kernels import gpu
 
-constants = dict(EXPERTS=9, RANK=6, K=4, E=16, R=8, BLOCK=128, CENTERED=True, INFORMED=True, SOFTMAX=True)
+form = dict(EXPERTS=9, RANK=6, K=4, E=16, R=8, CENTERED=True, INFORMED=True, SOFTMAX=True)
+block = dict(OUTPUTS=200, BLOCK=128)
 for number in ("fp32", "bf16", "fp16"):
-    signature = {name: f"*{number}" for name in ("h", "centers", "Bt", "out")} | {"prior": "*fp32"}
-    signature |= {name: "i32" for name in ("tokens", "rows_of_prior", "outputs")} | {"temperature": "fp32"}
-    signature |= {name: "constexpr" for name in constants}
-    source = ASTSource(gpu._add_chosen, signature, constexprs=constants)
-    print(len(compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]))
+    for kernel, factors, constants in ((gpu._add_chosen, ("Bt", "out"), form | block), (gpu._weigh, (), form)):
+        signature = {name: f"*{number}" for name in ("h", "centers")} | {"prior": "*fp32"}
+        signature |= {name: f"*{number}" for name in factors}
+        signature |= {name: "i32" for name in ("tokens", "rows_of_prior")} | {"temperature": "fp32"}
+        signature |= {name: "constexpr" for name in constants}
+        source = ASTSource(kernel, signature, constexprs=constants)
+        print(len(compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]))
 """
     alone = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.PIPE, env=alone, timeout=300)
-    assert [int(line) > 1000 for line in done.stdout.split()] == [True] * 3
+    assert [int(line) > 1000 for line in done.stdout.split()] == [True] * 6

@@ -109,3 +109,18 @@ class Kernels(ABC):
             choice: Of a layer that routes; ``None`` of one whose weights are held.
         """
         return None
+
+
+def own_numbers(base: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """The weight and the bias of a base layer that does nothing but a product with them, and nobody watches it."""
+    weight, bias = base._parameters["weight"], base._parameters["bias"]
+    watched = base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__
+    if watched or weight is None or not _plain(weight, x) or not (bias is None or _plain(bias, x)):
+        return None
+    return weight, bias
+
+
+def _plain(weight: Tensor, x: Tensor) -> bool:
+    """Not quantised, not sharded, and where the tokens are."""
+    alike = weight.dtype == x.dtype and weight.device == x.device
+    return alike and type(weight) is nn.Parameter and weight.is_contiguous()

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from spectr.layers.kernels.base import Choice
+from spectr.layers.kernels.base import Choice, own_numbers
 
 
 class Layer(ctypes.Structure):
@@ -64,14 +64,11 @@ class WholeLayer:
 
     def __call__(self, x: Tensor, rows: Tensor | None) -> Tensor | None:
         """See :class:`spectr.layers.kernels.base.Whole`."""
-        base, tokens = self.base, x.numel() // self.inputs
-        weight, bias = base._parameters["weight"], base._parameters["bias"]
-        assert weight is not None
-        watched = base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__
-        function = self.calls.of(tokens)
-        if function is None or watched or not _readable(weight, x) or not (bias is None or _readable(bias, x)):
+        tokens = x.numel() // self.inputs
+        function, numbers = self.calls.of(tokens), own_numbers(self.base, x)
+        if function is None or numbers is None:
             return None
-        self.layer.W, self.layer.bias = weight.data_ptr(), place(bias)
+        self.layer.W, self.layer.bias = map(place, numbers)
         out = x.new_empty((*x.shape[:-1], self.outputs))
         count = 1 if rows is None else len(rows)
         call = (self.place, x.data_ptr(), place(rows), out.data_ptr(), tokens, count, torch.get_num_threads())
@@ -81,7 +78,3 @@ class WholeLayer:
 def place(tensor: Tensor | None) -> int | None:
     """Where its numbers are."""
     return None if tensor is None else tensor.data_ptr()
-
-
-def _readable(weight: Tensor, x: Tensor) -> bool:
-    return weight.dtype == x.dtype and weight.is_cpu and weight.is_contiguous() and type(weight) is nn.Parameter
