@@ -113,8 +113,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from spectr.layers.kernels import gpu
 
-form = dict(EXPERTS=9, RANK=6, K=4, E=16, R=8, CENTERED=True, INFORMED=True, SOFTMAX=True)
-block = dict(OUTPUTS=200, BLOCK=128)
+form = dict(EXPERTS=9, RANK=6, K=4, E=16, R=8, CENTERED=True, INFORMED=True, SOFTMAX=True, T=16)
+block = dict(OUTPUTS=200, BLOCK=64)
 for number in ("fp32", "bf16", "fp16"):
     for kernel, factors, constants in ((gpu._add_chosen, ("Bt", "out"), form | block), (gpu._weigh, (), form)):
         signature = {name: f"*{number}" for name in ("h", "centers")} | {"prior": "*fp32"}

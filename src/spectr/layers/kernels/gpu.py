@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -17,41 +16,71 @@ from triton.language import constexpr
 from spectr.layers.kernels.base import Choice, Kernels, Whole, own_numbers
 
 tl: Any = triton.language  # what it means inside a kernel is not what its signatures say
-_BLOCK = 128  # outputs that a program adds to
+_BLOCK = 64  # outputs that a program adds to, at most
+_BLOCK_ROWS = 8192  # numbers of the output factors that it holds, within any GPU's shared memory
+_FEW = 64  # tokens up to which one kernel weighs and adds; of more, a product with all experts adds
+_AT_ONCE = 16  # tokens that such a program takes, as few as the matrix unit does
+_MOST_AT_ONCE = 512  # numbers of each of these tokens
 _MOST_ROWS = 16384  # numbers of one token that a program holds
-_FEW = 64  # tokens up to which one kernel chooses and adds; of more, it weighs, and a product with all experts adds
 _VARIES = ("tokens", "rows_of_prior")  # from call to call: no code of its own for numbers that 16 divides
 
 
 @triton.jit
-def _scored(
-    h,
+def _weighted(
+    h_TER,
     centers,
     prior,
-    token,
-    row,
+    t,
+    tokens,
+    rows_of_prior,
+    temperature,
     EXPERTS: constexpr,
     RANK: constexpr,
+    K: constexpr,
     E: constexpr,
     R: constexpr,
     CENTERED: constexpr,
     INFORMED: constexpr,
+    SOFTMAX: constexpr,
 ):
-    """A token's ``A x`` and the experts' scores; of what is no expert, minus infinity."""
+    """``A x`` of some tokens times the weights of the K best experts, zero for the others, float32: (T, E, R)."""
     e, r = tl.arange(0, E), tl.arange(0, R)
-    e_E1, r_1R = tl.expand_dims(e, 1), tl.expand_dims(r, 0)
-    place = e_E1 * RANK + r_1R
-    there = (e_E1 < EXPERTS) & (r_1R < RANK)
-    h_ER = tl.load(h + token * EXPERTS * RANK + place, mask=there, other=0.0)
-    scored_ER = h_ER
+    scored_TER = h_TER
     if CENTERED:
-        scored_ER = h_ER - tl.load(centers + place, mask=there, other=0.0)
-    h_ER, scored_ER = h_ER.to(tl.float32), scored_ER.to(tl.float32)
-    scores_E = tl.sqrt(tl.sum(scored_ER * scored_ER, 1))
+        there_ER = (tl.expand_dims(e, 1) < EXPERTS) & (tl.expand_dims(r, 0) < RANK)
+        place_ER = tl.expand_dims(e, 1) * RANK + tl.expand_dims(r, 0)
+        scored_TER = h_TER - tl.expand_dims(tl.load(centers + place_ER, mask=there_ER, other=0.0), 0)
+    h_TER, scored_TER = h_TER.to(tl.float32), scored_TER.to(tl.float32)
+    scores_TE = tl.sqrt(tl.sum(scored_TER * scored_TER, 2))
+    e_1E, t_T1 = tl.expand_dims(e, 0), tl.expand_dims(t, 1)
     if INFORMED:
-        scores_E *= tl.load(prior + row * EXPERTS + e, mask=e < EXPERTS, other=0.0)
-    left_E = tl.where(e < EXPERTS, scores_E, float("-inf"))
-    return h_ER, tl.where(scores_E < float("inf"), left_E, float("inf"))  # of what is no number any choice gives none
+        row_T1 = t_T1 * rows_of_prior // tokens
+        known_TE = (e_1E < EXPERTS) & (t_T1 < tokens)
+        scores_TE *= tl.load(prior + row_T1 * EXPERTS + e_1E, mask=known_TE, other=0.0)
+    left_TE = tl.where(e_1E < EXPERTS, scores_TE, float("-inf"))
+    left_TE = tl.where(scores_TE < float("inf"), left_TE, float("inf"))  # of what is no number any choice gives none
+    best_T = tl.max(left_TE, 1)
+    total_T = best_T * 0.0
+    weights_TE = scores_TE * 0.0
+    for _ in tl.static_range(K):
+        chosen_TE = e_1E == tl.expand_dims(tl.argmax(left_TE, 1), 1)
+        weight_T = tl.zeros_like(total_T) + 1.0
+        if SOFTMAX:
+            weight_T = tl.exp((tl.max(left_TE, 1) - best_T) / temperature)
+        total_T += weight_T
+        weights_TE = tl.where(chosen_TE, tl.expand_dims(weight_T, 1), weights_TE)
+        left_TE = tl.where(chosen_TE, float("-inf"), left_TE)
+    return h_TER * tl.expand_dims(weights_TE / tl.expand_dims(total_T, 1), 2)
+
+
+@triton.jit
+def _places(t, tokens, EXPERTS: constexpr, RANK: constexpr, E: constexpr, R: constexpr):
+    """Where the numbers of these tokens are in (tokens, EXPERTS, RANK), and which of them there are: (T, E, R)."""
+    t_T11 = tl.expand_dims(tl.expand_dims(t, 1), 2)
+    e_1E1 = tl.expand_dims(tl.expand_dims(tl.arange(0, E), 0), 2)
+    r_11R = tl.expand_dims(tl.expand_dims(tl.arange(0, R), 0), 1)
+    there_TER = (t_T11 < tokens) & (e_1E1 < EXPERTS) & (r_11R < RANK)
+    return (t_T11 * EXPERTS + e_1E1) * RANK + r_11R, there_TER
 
 
 @triton.jit(do_not_specialize=_VARIES)
@@ -72,32 +101,32 @@ def _add_chosen(
     CENTERED: constexpr,
     INFORMED: constexpr,
     SOFTMAX: constexpr,
+    T: constexpr,
     OUTPUTS: constexpr,
     BLOCK: constexpr,
 ):
-    """One token, one block of its outputs: choose K times the best that is left, and add its part."""
-    token = tl.program_id(0).to(tl.int64)
-    row = token * rows_of_prior // tokens
-    h_ER, left_E = _scored(h, centers, prior, token, row, EXPERTS, RANK, E, R, CENTERED, INFORMED)
-    e, o = tl.arange(0, E), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    e_E1, r_R1, o_1O = tl.expand_dims(e, 1), tl.expand_dims(tl.arange(0, R), 1), tl.expand_dims(o, 0)
-    here = (r_R1 < RANK) & (o_1O < OUTPUTS)
-    best = tl.max(left_E, 0)
-    total = 0.0
-    sum_O = tl.zeros((BLOCK,), tl.float32)
-    for _ in tl.static_range(K):
-        chosen = tl.argmax(left_E, 0)
-        weight = 1.0
-        if SOFTMAX:
-            weight = tl.exp((tl.max(left_E, 0) - best) / temperature)
-        total += weight
-        h_R = tl.sum(tl.where(e_E1 == chosen, h_ER, 0.0), 0)
-        B_RO = tl.load(Bt + (chosen.to(tl.int64) * RANK + r_R1) * OUTPUTS + o_1O, mask=here, other=0.0).to(tl.float32)
-        sum_O += weight * tl.sum(tl.expand_dims(h_R, 1) * B_RO, 0)
-        left_E = tl.where(e == chosen, float("-inf"), left_E)
-    target = out + token * OUTPUTS + o
-    before_O = tl.load(target, mask=o < OUTPUTS, other=0.0).to(tl.float32)
-    tl.store(target, (before_O + sum_O / total).to(out.dtype.element_ty), mask=o < OUTPUTS)
+    """T tokens, one block of their outputs: weigh, and add the product."""
+    o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    p_P1, o_1O = tl.expand_dims(tl.arange(0, E * R), 1), tl.expand_dims(o, 0)
+    row_P1 = (p_P1 // R) * RANK + p_P1 % R
+    there_PO = (p_P1 // R < EXPERTS) & (p_P1 % R < RANK) & (o_1O < OUTPUTS)
+    Bt_PO = tl.load(Bt + row_P1 * OUTPUTS + o_1O, mask=there_PO, other=0.0)
+    t = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
+    place_TER, there_TER = _places(t, tokens, EXPERTS, RANK, E, R)
+    h_TER = tl.load(h + place_TER, mask=there_TER, other=0.0)
+    weighted_TER = _weighted(
+        h_TER, centers, prior, t, tokens, rows_of_prior, temperature,
+        EXPERTS, RANK, K, E, R, CENTERED, INFORMED, SOFTMAX,
+    )  # fmt: skip
+    weighted_TP = tl.reshape(weighted_TER, (T, E * R))
+    if Bt.dtype.element_ty == tl.float32:
+        sums_TO = tl.dot(weighted_TP, Bt_PO, input_precision="ieee")
+    else:
+        sums_TO = tl.dot(weighted_TP, Bt_PO.to(tl.float32), input_precision="tf32")  # has all digits of short numbers
+    t_T1 = tl.expand_dims(t, 1)
+    target_TO, here_TO = out + t_T1 * OUTPUTS + o_1O, (t_T1 < tokens) & (o_1O < OUTPUTS)
+    sums_TO += tl.load(target_TO, mask=here_TO, other=0.0).to(tl.float32)
+    tl.store(target_TO, sums_TO.to(out.dtype.element_ty), mask=here_TO)
 
 
 @triton.jit(do_not_specialize=_VARIES)
@@ -116,27 +145,17 @@ def _weigh(
     CENTERED: constexpr,
     INFORMED: constexpr,
     SOFTMAX: constexpr,
+    T: constexpr,
 ):
-    """One token: its ``A x`` times the weights of the K best experts, zero for the others, in its place."""
-    token = tl.program_id(0).to(tl.int64)
-    row = token * rows_of_prior // tokens
-    h_ER, left_E = _scored(h, centers, prior, token, row, EXPERTS, RANK, E, R, CENTERED, INFORMED)
-    e = tl.arange(0, E)
-    best = tl.max(left_E, 0)
-    total = 0.0
-    weights_E = tl.zeros((E,), tl.float32)
-    for _ in tl.static_range(K):
-        chosen = tl.argmax(left_E, 0)
-        weight = 1.0
-        if SOFTMAX:
-            weight = tl.exp((tl.max(left_E, 0) - best) / temperature)
-        total += weight
-        weights_E = tl.where(e == chosen, weight, weights_E)
-        left_E = tl.where(e == chosen, float("-inf"), left_E)
-    e_E1, r_1R = tl.expand_dims(e, 1), tl.expand_dims(tl.arange(0, R), 0)
-    there = (e_E1 < EXPERTS) & (r_1R < RANK)
-    weighted_ER = h_ER * tl.expand_dims(weights_E / total, 1)
-    tl.store(h + token * EXPERTS * RANK + e_E1 * RANK + r_1R, weighted_ER.to(h.dtype.element_ty), mask=there)
+    """T tokens: their weighted ``A x`` in its place."""
+    t = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
+    place_TER, there_TER = _places(t, tokens, EXPERTS, RANK, E, R)
+    h_TER = tl.load(h + place_TER, mask=there_TER, other=0.0)
+    weighted_TER = _weighted(
+        h_TER, centers, prior, t, tokens, rows_of_prior, temperature,
+        EXPERTS, RANK, K, E, R, CENTERED, INFORMED, SOFTMAX,
+    )  # fmt: skip
+    tl.store(h + place_TER, weighted_TER.to(h.dtype.element_ty), mask=there_TER)
 
 
 class _Form(NamedTuple):
@@ -152,14 +171,9 @@ class _Form(NamedTuple):
     softmax: bool
 
     @property
-    def fits(self) -> bool:
-        """Whether a program holds one token's numbers."""
-        return self.experts_held * self.rank_held <= _MOST_ROWS
-
-    @property
-    def warps(self) -> int:
-        """That share one token's numbers."""
-        return 4 if self.experts_held * self.rank_held <= 4096 else 8
+    def size(self) -> int:
+        """Numbers of one token that a program holds."""
+        return self.experts_held * self.rank_held
 
 
 class GpuKernels(Kernels):
@@ -186,19 +200,21 @@ class GpuKernels(Kernels):
         choice: Choice,
     ) -> bool:
         """See :meth:`Kernels.route`."""
-        form = _form(Bt_PO, centers_P, prior_BE, choice)
-        if not form.fits:
+        rows, outputs = Bt_PO.shape
+        form = _form(rows, choice, centers_P is not None, prior_BE is not None)
+        if form.size > _MOST_ROWS:
             return False
         h = linear(x, A_PI)
-        rows, outputs = Bt_PO.shape
         tokens = h.numel() // rows
         read = (h, h if centers_P is None else centers_P, h if prior_BE is None else prior_BE)
         numbers = (tokens, 1 if prior_BE is None else len(prior_BE), choice.temperature or 1.0)
-        if tokens <= _FEW:
-            grid = (tokens, triton.cdiv(outputs, _BLOCK), 1)
-            self._run(_add_chosen, grid, (*read, Bt_PO, out), numbers, (*form, outputs, _BLOCK), form.warps)
+        if tokens <= _FEW and form.size <= _MOST_AT_ONCE:
+            block = min(_BLOCK, _BLOCK_ROWS // form.size)
+            grid = (triton.cdiv(tokens, _AT_ONCE), triton.cdiv(outputs, block), 1)
+            self._run(_add_chosen, grid, (*read, Bt_PO, out), numbers, (*form, _AT_ONCE, outputs, block))
             return True
-        self._run(_weigh, (tokens, 1, 1), read, numbers, form, form.warps)
+        at_once = max(1, _MOST_AT_ONCE // form.size)
+        self._run(_weigh, (triton.cdiv(tokens, at_once), 1, 1), read, numbers, (*form, at_once))
         sums = out.view(tokens, outputs)
         torch.addmm(sums, h.view(tokens, rows), Bt_PO, out=sums)
         return True
@@ -207,7 +223,7 @@ class GpuKernels(Kernels):
         self, base: nn.Module, A_PI: Tensor, Bt_PO: Tensor, centers_P: Tensor | None, choice: Choice | None
     ) -> Whole | None:
         """See :meth:`Kernels.whole`."""
-        if type(base) is not nn.Linear or choice is None or not _form(Bt_PO, centers_P, None, choice).fits:
+        if type(base) is not nn.Linear or choice is None or _form(len(Bt_PO), choice, False, False).size > _MOST_ROWS:
             return None
         return _WholeLayer(self, base, (A_PI, Bt_PO, centers_P), choice)
 
@@ -218,21 +234,22 @@ class GpuKernels(Kernels):
         tensors: tuple[Tensor, ...],
         numbers: tuple[int, int, float],
         form: tuple[int, ...],
-        warps: int,
     ) -> None:
         """Launch a kernel: the first time as Triton does, which takes long to find the code; then that code itself."""
         x = tensors[0]
+        if x.is_cuda and x.device.index != torch.cuda.current_device():
+            with torch.cuda.device(x.device):
+                return self._run(kernel, grid, tensors, numbers, form)
         places = tuple(t.data_ptr() for t in tensors)
-        aligned = not any(place % 16 for place in places)
-        key = (kernel, form, x.dtype, x.device)
-        here: AbstractContextManager = torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-        with here:
-            if aligned and key in self._compiled:
-                self._compiled[key][grid](*places, *numbers, *form)
-                return
-            compiled = kernel[grid](*tensors, *numbers, *form, num_warps=warps)
+        key = (kernel, form, x.dtype, x.device.index)
+        compiled, aligned = self._compiled.get(key), not any(place % 16 for place in places)
+        if aligned and compiled is not None:
+            compiled[grid](*places, *numbers, *form)
+            return None
+        compiled = kernel[grid](*tensors, *numbers, *form, num_warps=4)
         if aligned and compiled is not None:
             self._compiled[key] = compiled
+        return None
 
 
 class _WholeLayer:
@@ -251,11 +268,12 @@ class _WholeLayer:
         return out if self.kernels.route(x, *self.factors, rows, out, self.choice) else None
 
 
-def _form(Bt_PO: Tensor, centers_P: Tensor | None, prior_BE: Tensor | None, choice: Choice) -> _Form:
-    rank = len(Bt_PO) // choice.experts
-    held = triton.next_power_of_2(choice.experts), triton.next_power_of_2(rank)
-    informed = prior_BE is not None
-    return _Form(choice.experts, rank, choice.k, *held, centers_P is not None, informed, choice.temperature > 0)
+@lru_cache(maxsize=4096)
+def _form(rows: int, choice: Choice, centered: bool, informed: bool) -> _Form:
+    rank = rows // choice.experts
+    held = triton.next_power_of_2(rank)
+    experts_held = max(triton.next_power_of_2(choice.experts), 16 // held)  # no product is of less
+    return _Form(choice.experts, rank, choice.k, experts_held, held, centered, informed, choice.temperature > 0)
 
 
 @lru_cache(maxsize=1)
