@@ -73,7 +73,6 @@ def factor(rows: int, columns: int) -> torch.Tensor:
     return (torch.randn(rows, columns, device="cuda") * 0.3 * columns**-0.5).bfloat16()
 
 
-@torch.inference_mode()
 def graph(model: nn.Module, work: Work) -> Callable[[], float]:
     """Capture one decoded token; the call replays it and tells the seconds of one."""
     chance = torch.Generator().manual_seed(work.batch)
@@ -109,6 +108,7 @@ def graph(model: nn.Module, work: Work) -> Callable[[], float]:
     return replay
 
 
+@torch.inference_mode()
 def graphs(subjects: list[Subject], works: list[Work], rounds: int) -> dict[tuple[str, str], Timing]:
     found: dict[tuple[str, str], Timing] = {}
     for work in works:

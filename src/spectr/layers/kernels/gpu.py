@@ -18,9 +18,10 @@ from spectr.layers.kernels.base import Choice, Kernels, Whole, own_numbers
 tl: Any = triton.language  # what it means inside a kernel is not what its signatures say
 _BLOCK = 64  # outputs that a program adds to, at most
 _BLOCK_ROWS = 8192  # numbers of the output factors that it holds, within any GPU's shared memory
-_FEW = 64  # tokens up to which one kernel weighs and adds; of more, a product with all experts adds
+_FEW = 8192  # numbers of all tokens up to which one kernel weighs and adds; of more, a product with all experts adds
 _AT_ONCE = 16  # tokens that such a program takes, as few as the matrix unit does
-_MOST_AT_ONCE = 512  # numbers of each of these tokens
+_MOST_AT_ONCE = 256  # numbers of each of these tokens
+_WEIGHED = 512  # numbers that a program weighs, if one token has no more
 _MOST_ROWS = 16384  # numbers of one token that a program holds
 _VARIES = ("tokens", "rows_of_prior")  # from call to call: no code of its own for numbers that 16 divides
 
@@ -208,12 +209,12 @@ class GpuKernels(Kernels):
         tokens = h.numel() // rows
         read = (h, h if centers_P is None else centers_P, h if prior_BE is None else prior_BE)
         numbers = (tokens, 1 if prior_BE is None else len(prior_BE), choice.temperature or 1.0)
-        if tokens <= _FEW and form.size <= _MOST_AT_ONCE:
+        if tokens * form.size <= _FEW and form.size <= _MOST_AT_ONCE:
             block = min(_BLOCK, _BLOCK_ROWS // form.size)
             grid = (triton.cdiv(tokens, _AT_ONCE), triton.cdiv(outputs, block), 1)
             self._run(_add_chosen, grid, (*read, Bt_PO, out), numbers, (*form, _AT_ONCE, outputs, block))
             return True
-        at_once = max(1, _MOST_AT_ONCE // form.size)
+        at_once = max(1, _WEIGHED // form.size)
         self._run(_weigh, (triton.cdiv(tokens, at_once), 1, 1), read, numbers, (*form, at_once))
         sums = out.view(tokens, outputs)
         torch.addmm(sums, h.view(tokens, rows), Bt_PO, out=sums)
@@ -285,7 +286,7 @@ def gpu_kernels() -> Kernels | None:
     try:
         with torch.inference_mode():
             A, Bt = (torch.ones(1, 16, device="cuda") for _ in range(2))
-            for tokens in (1, 1, _FEW + 1, _FEW + 1):  # each twice: there is a short way for the second time
+            for tokens in (1, 1, _FEW, _FEW):  # each twice: there is a short way for the second time
                 x, out = (torch.ones(tokens, 16, device="cuda") for _ in range(2))
                 kernels.route(x, A, Bt, None, None, out, Choice(experts=1, k=1, temperature=0.0))
                 if not bool((out == 17).all()):
