@@ -42,6 +42,7 @@ def both(kernel, layer, x):
         patch.setattr("spectr.layers.routed.kernels_for", lambda device: Watched(DEVICE))
         fused = layer(x)
         patch.setattr("spectr.layers.routed.kernels_for", lambda device: None)
+        layer.fusable = None
         plain = layer(x)
     assert done == [True], "the kernel was not used"
     return fused, plain

@@ -62,6 +62,7 @@ def both(monkeypatch, layer, x, tiles=True):
         patch.setattr("spectr.layers.routed.kernels_for", lambda device: Counted())
         fused = layer(x)
         patch.setattr("spectr.layers.routed.kernels_for", lambda device: None)
+        layer.fusable = None
         plain = layer(x)
     assert calls, "the kernels were not used"
     return fused, plain

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.functional import linear
 
 from spectr.combine import get_combination, merge_outputs
@@ -168,7 +169,7 @@ class RoutedLinear(nn.Module):
 
     def forward(self, input: Float[Tensor, "*T I"], *args: Any, **kwargs: Any) -> Float[Tensor, "*T O"]:
         """The base layer's output plus the chosen experts' update."""
-        if not args and not kwargs:
+        if not (args or kwargs or is_compiling()):
             whole = self._whole(input)
             if whole is not None:
                 return whole
@@ -218,19 +219,24 @@ class RoutedLinear(nn.Module):
         return target if done else None
 
     def _whole(self, x: Tensor) -> Tensor | None:
-        """As :meth:`_fused`, the base layer too: few tokens, where nobody watches it."""
-        if self.listen is not None or self.asleep or self.among_B1E is not None or not self.experts:
+        """As :meth:`_fused`, the base layer too, where nobody watches it. With little Python: every token waits."""
+        if self.asleep or self.listen is not None or self.among_B1E is not None:
             return None
-        ready, held = self._ready(x), self.held
-        if ready is None or ready.whole is None or x.dtype != ready.A_PI.dtype or not ready.kernels.take(x):
+        ready, held, tensors = self.fusable, self.held, self._buffers
+        if ready is None:
+            ready = self._ready(x)
+        if ready is None or ready.whole is None:
+            return None
+        A_PI, B_OP = (tensors["A_PI"], tensors["B_OP"]) if held is None else (held.A_PI, held.B_OP)
+        if A_PI is not ready.A_PI or B_OP is not ready.B_OP:
             return None
         rows = self.prior_B1E if held is None else held.weights_B1P
-        return ready.whole(x, rows) if self._fits(rows, x) else None
+        return ready.whole(x, rows) if rows is None or self._fits(rows, x) else None
 
     def _ready(self, x: Tensor) -> Fusable | None:
         """What the kernels for this device can do with the factors that are in force."""
         kernels = _kernels(x)
-        if kernels is None:
+        if kernels is None or not self.experts:
             return None
         held = self.held
         A_PI, B_OP = (self._buffers["A_PI"], self._buffers["B_OP"]) if held is None else (held.A_PI, held.B_OP)
@@ -371,7 +377,7 @@ def _by_row(rows_B1N: Tensor, x: Tensor) -> Tensor:
 
 
 def _kernels(x: Tensor) -> Kernels | None:
-    return None if torch.compiler.is_compiling() else kernels_for(x.device.type)  # a compiler makes its own
+    return None if is_compiling() else kernels_for(x.device.type)  # a compiler makes its own
 
 
 def _sizes(base: nn.Module) -> Features:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 from torch._C import _len_torch_dispatch_stack  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -32,7 +32,7 @@ class Whole(Protocol):
         """The routed layer's output; ``None`` where this call has to be made in parts.
 
         Args:
-            x: Tokens, which the kernels take.
+            x: Tokens, of any kind.
             rows: Of a layer that routes the prior, (B, 1, E), if there is one; else the weights that are held,
                 (B, 1, P). A row for each equal share of the tokens.
         """
@@ -111,16 +111,24 @@ class Kernels(ABC):
         return None
 
 
+def watched(x: Tensor) -> bool:
+    """Whether somebody has to see single operations on these tokens (autograd, a counter), or they are not plain."""
+    return is_grad_enabled() or _len_torch_dispatch_stack() > 0 or type(x) is not Tensor or not x.is_contiguous()
+
+
 def own_numbers(base: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
-    """The weight and the bias of a base layer that does nothing but a product with them, and nobody watches it."""
-    weight, bias = base._parameters["weight"], base._parameters["bias"]
-    watched = base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__
-    if watched or weight is None or not _plain(weight, x) or not (bias is None or _plain(bias, x)):
+    """The weight and the bias of a base layer that does nothing but a product with them, as plain as these tokens are.
+
+    ``None`` where somebody watches the layer, or its numbers are quantised, sharded, or elsewhere.
+    """
+    own = base.__dict__  # a module's own look-up of an attribute costs more
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
         return None
-    return weight, bias
+    weight, bias = own["_parameters"]["weight"], own["_parameters"]["bias"]
+    return (weight, bias) if _alike(weight, x) and (bias is None or _alike(bias, x)) else None
 
 
-def _plain(weight: Tensor, x: Tensor) -> bool:
-    """Not quantised, not sharded, and where the tokens are."""
-    alike = weight.dtype == x.dtype and weight.device == x.device
-    return alike and type(weight) is nn.Parameter and weight.is_contiguous()
+def _alike(number: Tensor | None, x: Tensor) -> bool:
+    if type(number) is not nn.Parameter or number.dtype is not x.dtype or not number.is_contiguous():
+        return False
+    return number.is_cpu if x.is_cpu else number.device == x.device

@@ -263,7 +263,7 @@ class _WholeLayer:
 
     def __call__(self, x: Tensor, rows: Tensor | None) -> Tensor | None:
         numbers = own_numbers(self.base, x)
-        if numbers is None:
+        if numbers is None or not self.kernels.take(x, self.factors[0]):
             return None
         out = linear(x, *numbers)
         return out if self.kernels.route(x, *self.factors, rows, out, self.choice) else None

@@ -6,10 +6,9 @@ import ctypes
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor, get_num_threads, nn
 
-from spectr.layers.kernels.base import Choice, own_numbers
+from spectr.layers.kernels.base import Choice, own_numbers, watched
 
 
 class Layer(ctypes.Structure):
@@ -58,21 +57,25 @@ class WholeLayer:
         calls: ``route`` or ``held``, of few tokens and of many.
     """
 
-    def __init__(self, base: nn.Linear, kept: tuple[Tensor | None, ...], layer: Layer, calls: Calls):
-        self.base, self.kept, self.layer, self.calls = base, kept, layer, calls
+    def __init__(self, base: nn.Linear, kept: tuple[Tensor, Tensor, Tensor | None], layer: Layer, calls: Calls):
+        self.base, self.kept, self.layer, self.calls, self.dtype = base, kept, layer, calls, kept[0].dtype
         self.place, self.inputs, self.outputs = ctypes.addressof(layer), layer.inputs, layer.outputs
 
     def __call__(self, x: Tensor, rows: Tensor | None) -> Tensor | None:
         """See :class:`spectr.layers.kernels.base.Whole`."""
-        tokens = x.numel() // self.inputs
-        function, numbers = self.calls.of(tokens), own_numbers(self.base, x)
-        if function is None or numbers is None:
+        if x.dtype is not self.dtype or not x.is_cpu or watched(x):
             return None
-        self.layer.W, self.layer.bias = map(place, numbers)
+        tokens, numbers = x.numel() // self.inputs, own_numbers(self.base, x)
+        few, most, many = self.calls
+        function = few if tokens <= most else many
+        if function is None or numbers is None or not tokens:
+            return None
+        weight, bias = numbers
+        self.layer.W, self.layer.bias = weight.data_ptr(), None if bias is None else bias.data_ptr()
         out = x.new_empty((*x.shape[:-1], self.outputs))
-        count = 1 if rows is None else len(rows)
-        call = (self.place, x.data_ptr(), place(rows), out.data_ptr(), tokens, count, torch.get_num_threads())
-        return None if function(*call) else out
+        given, count = (None, 1) if rows is None else (rows.data_ptr(), len(rows))
+        failed = function(self.place, x.data_ptr(), given, out.data_ptr(), tokens, count, get_num_threads())
+        return None if failed else out
 
 
 def place(tensor: Tensor | None) -> int | None:
