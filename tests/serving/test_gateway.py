@@ -282,6 +282,23 @@ def test_streams_are_edited_event_by_event_however_they_are_cut(ask, inner):
     assert json.loads(second[6:])["model"] == "spectr"
 
 
+@pytest.mark.parametrize("own", [False, True])  # whether the engine's usage comes in a chunk of its own
+def test_a_streams_usage_is_counted_always_and_told_to_who_asks(ask, inner, own):
+    part, usage = {"model": "inside", "choices": [{"index": 0, "delta": {"content": "yes"}}]}, WHOLE["usage"]
+    chunks = [part, part, {**part, "choices": [], "usage": usage}] if own else [part, {**part, "usage": usage}]
+    inner.kind = b"text/event-stream"
+    inner.body = b"".join(b"data: " + json.dumps(chunk).encode() + b"\n\n" for chunk in chunks)
+    for options in ({}, {"stream_options": None}, {"stream_options": {"include_usage": False}}):
+        told = [json.loads(event[6:]) for event in chat(ask, stream=True, **options).text.split("\n\n")[:-2]]
+        assert told == [{**part, "model": "spectr"}] * 2
+        assert "spectr_generated_tokens_total 1.0" in ask.gateway.metrics.text().decode()
+    asked = chat(ask, stream=True, stream_options={"include_usage": True}, return_routing=True)
+    *told, last = [json.loads(event[6:]) for event in asked.text.split("\n\n")[:-2]]
+    assert [chunk["usage"] for chunk in told] == [None, None]
+    assert [chunk["choices"][0]["routing"]["tokens"] for chunk in told] == [[[[0, 0.666]]]] * 2
+    assert last == {"model": "spectr", "choices": [], "usage": usage}
+
+
 def test_a_stream_ends_with_done_once(ask, inner):
     inner.kind, inner.body = b"text/event-stream", b": comment\n\ndata: [DONE]\n\ndata: {}\n\n"
     assert chat(ask, stream=True).text == ": comment\n\ndata: [DONE]\n\n"

@@ -13,6 +13,9 @@ EXPERTS = "a list of one expert's name or more; without it all that the key may 
 KIND = 'the kind of this part, "text"'
 PART = '{"type": "text", "text": "..."}'
 BIAS = "an object with numbers by token, {TOKEN: BIAS}"
+STREAM = "\"stream\": true beside it, or no 'stream_options'"
+OPTIONS = "include_usage, include_obfuscation"
+USAGE = "did you mean 'include_usage'? known: include_obfuscation, include_usage"
 COUNT, PROMPT = "a whole number, at least 1", "a text, or a list of texts or of token numbers"
 
 
@@ -47,6 +50,11 @@ def refused(kind, body):
         ({"frequency_penalty": -3}, "'frequency_penalty' is -3", "a number from -2 to 2"),
         ({"stop": [1]}, "'stop[0]' is 1", "a text, or a list of texts"),
         ({"logit_bias": {"5": "x"}}, "'logit_bias.5' is \"x\"", BIAS),
+        ({"stream_options": {}}, "'stream_options' is for streams alone", STREAM),
+        ({"stream_options": {}, "stream": False}, "'stream_options' is for streams alone", STREAM),
+        ({"stream_options": [], "stream": True}, "'stream_options' is empty", "fields: " + OPTIONS),
+        ({"stream_options": {"include_usage": 1}}, "'stream_options.include_usage' is 1", "true or false"),
+        ({"stream_options": {"usage": True}}, "'stream_options.usage' is no field", USAGE),
         ({"stream": "x" * 100}, "'stream' is \"" + "x" * 59 + " ...", "true or false"),
     ],
 )

@@ -18,6 +18,8 @@ from pydantic import (
     StrictInt,
     StrictStr,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
@@ -36,6 +38,15 @@ def _field(expected: str, default: Any = ...) -> Any:
     return Field(default, description=expected)
 
 
+class StreamOptions(BaseModel):
+    """What a stream has beside its text; it is never padded, so that there is no obfuscation to be left out."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    include_usage: StrictBool | None = _field("true or false", None)
+    include_obfuscation: StrictBool | None = _field("true or false", None)
+
+
 class Request(BaseModel):
     """What both endpoints share; fields that are not named here go to the engine as they are.
 
@@ -49,6 +60,7 @@ class Request(BaseModel):
 
     model: StrictStr = _field("a name that GET /v1/models lists")
     stream: StrictBool | None = _field("true or false", None)
+    stream_options: StreamOptions | None = _field('an object: {"include_usage": true}', None)
     max_tokens: Annotated[StrictInt, Field(ge=1)] | None = _field(_COUNT, None)
     max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = _field(_COUNT, None)
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = _field("a number from 0 to 2", None)
@@ -64,6 +76,13 @@ class Request(BaseModel):
     )
     router: StrictStr | None = _field("a router's name", None)
     return_routing: StrictBool | Literal["layers"] = _field('true, false or "layers"', False)
+
+    @field_validator("stream_options")
+    @classmethod
+    def _of_a_stream(cls, value: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
+        if value is not None and not info.data.get("stream", True):
+            raise ValueError("is for streams alone", "\"stream\": true beside it, or no 'stream_options'")
+        return value
 
 
 class Part(BaseModel):

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from spectr.errors import SpectrError
-from spectr.serving.answers import Answer
+from spectr.serving.answers import Answer, Edit
 from spectr.serving.asgi import (
     App,
     HangUpError,
@@ -34,6 +34,7 @@ from spectr.serving.metrics import CONTENT_TYPE, Metrics
 from spectr.serving.page import find_page, page_file
 from spectr.serving.policy import Policy
 from spectr.serving.stopping import Stopping, stopped
+from spectr.serving.usage import Usage
 
 log = logging.getLogger("spectr.serving")
 _GENERATE: Mapping[str, type[Request]] = {
@@ -203,26 +204,26 @@ class Gateway:
             id=uuid.uuid4().hex, experts=choice.experts, router=choice.router, salt=choice.salt, record=record
         )
         told = json.dumps(self.engine.admit(ticket, raw)).encode()
-        with self._running(ticket) as usage:
+        usage = Usage(request)
+        with self._running(ticket, usage):
             line = Line(receive, told)
             answer = Answer(send, self._editor(ticket, request, usage))
             work = self.app(rewritten(scope, told, ticket.id), line.receive, answer)
             await line.hold_for(work, lambda: answer.done)
 
     @contextmanager
-    def _running(self, ticket: Ticket) -> Iterator[dict[str, Any]]:
-        usage: dict[str, Any] = {}
+    def _running(self, ticket: Ticket, usage: Usage) -> Iterator[None]:
         with self.metrics.running.track_inprogress():
             try:
-                yield usage
+                yield
             finally:
                 self.engine.finish(ticket)
-                self.metrics.count_usage(usage)
+                self.metrics.count_usage(usage.told)
 
-    def _editor(self, ticket: Ticket, request: Request, usage: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
+    def _editor(self, ticket: Ticket, request: Request, usage: Usage) -> Edit:
         """What is done to each JSON object of an answer."""
 
-        def edit(told: dict[str, Any]) -> None:
+        def edit(told: dict[str, Any]) -> list[dict[str, Any]]:
             steps = self.engine.steps(ticket, told) if ticket.record != "none" else {}
             for choice in told.get("choices") or ():
                 done = steps.get(choice.get("index", 0), ())
@@ -231,7 +232,6 @@ class Gateway:
                     choice["routing"] = routing(ticket, done, self.engine.layers)
             if "model" in told:
                 told["model"] = request.model
-            if isinstance(told.get("usage"), dict):
-                usage.update(told["usage"])
+            return usage.placed(told)
 
         return edit

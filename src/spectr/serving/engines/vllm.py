@@ -93,6 +93,8 @@ class VllmEngine:
             self._choices[ticket.id] = body.get("n") or 1
             self._waiting[ticket.id], self._told[ticket.id] = {}, {}
             self.listener.expect(ticket.id)
+        if body.get("stream"):
+            told["stream_options"] = {"include_usage": True}  # to be counted; the gateway says who reads it
         told |= {"model": INNER, "vllm_xargs": extra}
         if ticket.salt:
             told["cache_salt"] = ticket.salt  # beside the engine's own, which it does not trust anybody with
