@@ -83,13 +83,32 @@ def test_several_faults_are_all_told():
 
 
 @pytest.mark.parametrize(
-    ("name", "meant"), [("expert", "experts"), ("routers", "router"), ("return_route", "return_routing")]
+    ("name", "meant"),
+    [
+        ("expert", "experts"),
+        ("routers", "router"),
+        ("return_route", "return_routing"),
+        ("max_tokns", "max_tokens"),
+        ("temprature", "temperature"),
+        ("mesages", "messages"),
+    ],
 )
-def test_a_slip_in_one_of_our_fields_does_not_widen_the_set_in_silence(name, meant):
+def test_a_slip_in_a_field_is_told_and_does_not_widen_the_set_in_silence(name, meant):
     error = refused(ChatRequest, {"model": "spectr", "messages": [TURN], name: "x"})
     assert f"'{name}' is no field" in str(error)
     assert f"if you mean '{meant}', write that; or leave it out" in str(error)
     assert error.param == name
+
+
+def test_several_slips_are_all_told_and_a_field_that_the_engine_knows_is_none():
+    body = json.dumps({"model": "spectr", "messages": [TURN], "min_tokens": 3, "tmperature": 1, "extra_body": {}})
+    with pytest.raises(RefusalError) as caught:
+        parse(ChatRequest, body.encode(), frozenset({"min_tokens"}))
+    first, do, second, put = str(caught.value).splitlines()
+    assert (first, second) == ("'tmperature' is no field of a request", "also: 'extra_body' is no field of a request")
+    assert (do, caught.value.param) == ("  to do: if you mean 'temperature', write that; or leave it out", "tmperature")
+    assert put.endswith("write the fields that are in it beside the others")
+    assert "if you mean 'max_tokens'" in str(refused(ChatRequest, json.loads(body)))
 
 
 @pytest.mark.parametrize("name", ["user", "metadata", "return_token_ids", "routing", "store"])

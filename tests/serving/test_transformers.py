@@ -153,6 +153,11 @@ def test_mistakes_are_the_clients_own_errors(client, server, stream):
         client.chat.completions.create(
             model="spectr", messages=[{"role": "user", "content": "x"}], extra_body={"nonsense": 1}, stream=stream
         )
+    with pytest.raises(openai.BadRequestError, match="if you mean 'metadata', write that") as caught:
+        client.chat.completions.create(
+            model="spectr", messages=[{"role": "user", "content": "x"}], extra_body={"metadat": {}}, stream=stream
+        )
+    assert caught.value.param == "metadat"
     with OpenAI(base_url=f"{server[0]}/v1", api_key="sk-of-nobody", max_retries=0) as stranger:
         with pytest.raises(openai.AuthenticationError):
             ask(stranger, "no", stream=stream)

@@ -85,6 +85,9 @@ async def tell(client, engine):
 
     status, refused = await said(client, use_beam_search=True, n=2)
     assert (status, refused["error"]["param"]) == (400, "use_beam_search")
+    status, refused = await said(client, min_token=2)
+    assert (status, refused["error"]["param"]) == (400, "min_token")
+    assert "if you mean 'min_tokens', write that" in refused["error"]["message"]
     await engine.discard("amber")
     status, gone = await said(client, model="spectr/amber")
     assert (status, gone["error"]["code"]) == (404, "model_not_found")

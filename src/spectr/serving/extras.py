@@ -125,11 +125,16 @@ class CompletionRequest(Request):
     )
 
 
-def parse(kind: type[Request], body: bytes) -> tuple[Request, dict[str, Any]]:
+def parse(kind: type[Request], body: bytes, known: frozenset[str] = frozenset()) -> tuple[Request, dict[str, Any]]:
     """A request's body, checked; and as it is, less our own fields.
 
+    Args:
+        kind: What is to be made of it.
+        body: JSON.
+        known: Further fields, which the engine knows.
+
     Raises:
-        RefusalError: 400: it is no JSON object, or a field is missing or of the wrong type.
+        RefusalError: 400: it is no JSON object, or a field is misspelt, missing or of the wrong type.
     """
     try:
         raw = json.loads(body)
@@ -139,7 +144,7 @@ def parse(kind: type[Request], body: bytes) -> tuple[Request, dict[str, Any]]:
         raise _no_json("no JSON") from None
     if not isinstance(raw, dict):
         raise _no_json(f"{shown(raw)}, no object")
-    _check_spelling(kind, raw)
+    _check_spelling(raw, known | frozenset(kind.model_fields))
     try:
         request = kind.model_validate(raw)
     except ValidationError as error:
@@ -153,18 +158,21 @@ def _no_json(found: str) -> RefusalError:
     )
 
 
-def _check_spelling(kind: type[Request], raw: Mapping[str, Any]) -> None:
-    """Raise :class:`RefusalError` for a field that looks like one of ours: an engine may ignore what it does not know,
-    and ``expert`` for ``experts`` would then widen the set."""
-    for name in raw:
-        near = difflib.get_close_matches(name, OURS, n=1, cutoff=0.8)
-        if near and name not in OURS and name not in kind.model_fields:
-            raise RefusalError(
-                f"'{name}' is no field of a request",
-                do=f"if you mean '{near[0]}', write that; or leave it out",
-                code="invalid_value",
-                param=name,
-            )
+def _check_spelling(raw: Mapping[str, Any], known: frozenset[str]) -> None:
+    """Raise :class:`RefusalError` for fields that look like known ones: an engine may ignore what it does not know, and
+    ``expert`` for ``experts`` would then widen the set."""
+    meant = {name: _meant(name, known) for name in raw if name not in known}
+    slips = [f"'{name}' is no field of a request\n  to do: {do}" for name, do in meant.items() if do]
+    if slips:
+        param = next(name for name, do in meant.items() if do)
+        raise RefusalError("\nalso: ".join(slips), code="invalid_value", param=param)
+
+
+def _meant(name: str, known: frozenset[str]) -> str | None:
+    if name == "extra_body":
+        return "that is an argument of OpenAI's client; write the fields that are in it beside the others"
+    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.8)
+    return f"if you mean '{near[0]}', write that; or leave it out" if near else None
 
 
 def _refusal(found: Sequence[Fault]) -> RefusalError:

@@ -65,6 +65,7 @@ class Gateway:
         served: The composed model's name.
         count: Whether to have the engine record every request's shares, for the tokens by expert in ``/metrics``.
         max_body: Bytes of a request at most.
+        say: Shows one line, where an expert was removed.
 
     Attributes:
         stopping: Ends it.
@@ -79,7 +80,9 @@ class Gateway:
         served: str = "spectr",
         count: bool = True,
         max_body: int = _MAX_BODY,
+        say: Callable[[str], None] = log.info,
     ):
+        self.say = say
         self.app, self.engine, self.max_body, self.count = app, engine, max_body, count
         self.catalog = Catalog(engine, policy, served)
         self.metrics, self.stopping = Metrics(), Stopping()
@@ -131,17 +134,17 @@ class Gateway:
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
         path, method, place = scope["path"], scope["method"], _endpoint(scope["path"])
+        name = path.removeprefix(place).lstrip("/")
         if method == "HEAD":  # as GET, and the body stays here
             scope = {**scope, "method": "GET"}
         routes: dict[tuple[str, str], Callable[[], Awaitable[None]]] = {
             ("GET", "/"): lambda: self._point(send),
             ("GET", "/health"): lambda: self.app(scope, receive, send),
             ("GET", "/metrics"): lambda: self._metrics(scope, send),
-            ("GET", "/v1/models"): lambda: self._models(
-                scope, send, path.removeprefix("/v1/models").lstrip("/") or None
-            ),
+            ("GET", "/v1/models"): lambda: self._models(scope, send, name),
             ("GET", "/playground"): lambda: self._play(scope, send),
-            ("DELETE", "/v1/experts"): lambda: self._discard(scope, send, path),
+            ("GET", "/v1/experts"): lambda: self._experts(scope, send, name),
+            ("DELETE", "/v1/experts"): lambda: self._discard(scope, send, name),
             **{("POST", place): lambda: self._generate(scope, receive, send) for place in _GENERATE},
         }
         found = routes.get((scope["method"], place))
@@ -150,9 +153,14 @@ class Gateway:
         elif place == "other":
             raise RefusalError(f"there is nothing at {path}", do=_WHERE, code="not_found", status=404)
         else:
-            takes = " or ".join(method for method, where in routes if where == place)
+            takes = [method for method, where in routes if where == place]
+            takes += ["HEAD"] if "GET" in takes else []
             raise RefusalError(
-                f"{method} is not possible at {path}", expected=takes, code="method_not_allowed", status=405
+                f"{method} is not possible at {path}",
+                expected=" or ".join(takes),
+                code="method_not_allowed",
+                status=405,
+                headers={"allow": ", ".join(takes)},
             )
 
     async def _point(self, send: Send) -> None:
@@ -165,16 +173,25 @@ class Gateway:
         self.catalog.administrator(bearer(scope))
         await respond(send, 200, self.metrics.text() + self.engine.metrics(), CONTENT_TYPE)
 
-    async def _models(self, scope: Scope, send: Send, name: str | None = None) -> None:
+    async def _models(self, scope: Scope, send: Send, name: str) -> None:
         grant = self.catalog.grant(bearer(scope))
-        told = self.catalog.listing(grant) if name is None else self.catalog.entry(grant, name)
+        told = self.catalog.entry(grant, name) if name else self.catalog.listing(grant)
         await respond(send, 200, json.dumps(told).encode())
 
-    async def _discard(self, scope: Scope, send: Send, path: str) -> None:
+    async def _experts(self, scope: Scope, send: Send, name: str) -> None:
         self.catalog.administrator(bearer(scope))
-        name = path.removeprefix("/v1/experts").strip("/")
-        if name not in self.engine.experts:
-            raise self.catalog.no_expert([name], self.engine.experts, param=None)
+        await respond(send, 200, json.dumps(self.catalog.loaded(name or None)).encode())
+
+    async def _discard(self, scope: Scope, send: Send, name: str) -> None:
+        holder = self.catalog.administrator(bearer(scope))
+        if not name:
+            raise RefusalError(
+                "no expert is named",
+                expected="DELETE /v1/experts/NAME",
+                do="name one of those that GET /v1/experts lists",
+                code="invalid_request",
+            )
+        self.catalog.loaded(name)
         try:
             await self.engine.discard(name)
         except RefusalError:
@@ -182,6 +199,7 @@ class Gateway:
         except SpectrError as error:
             raise RefusalError(str(error), code="expert_not_removable", status=409) from error
         self.metrics.forget(name)
+        self.say(f"expert '{name}' was removed" + (f" with the key '{holder}'" if holder else ""))
         await respond(send, 200, json.dumps({"id": name, "object": "expert", "deleted": True}).encode())
 
     async def _play(self, scope: Scope, send: Send) -> None:
@@ -195,7 +213,7 @@ class Gateway:
     async def _generate(self, scope: Scope, receive: Receive, send: Send) -> None:
         grant = self.catalog.grant(bearer(scope))
         body = await read_body(receive, scope, self.max_body)
-        request, raw = parse(_GENERATE[scope["path"]], body)
+        request, raw = parse(_GENERATE[scope["path"]], body, self.engine.fields)
         choice = self.catalog.choose(grant, request)
         record: Recording = "layers" if request.return_routing == "layers" else "none"
         if record == "none" and (self.count or request.return_routing):

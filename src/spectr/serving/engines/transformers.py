@@ -85,6 +85,14 @@ class TransformersEngine:
         """See :class:`Engine`."""
         return self.composed.layers
 
+    @property
+    def fields(self) -> frozenset[str]:
+        """See :class:`Engine`."""
+        from transformers.cli.serving.chat_completion import TransformersCompletionCreateParamsStreaming as Chat
+        from transformers.cli.serving.completion import TransformersTextCompletionCreateParams as Text
+
+        return frozenset(Chat.__annotations__) | frozenset(Text.__annotations__)
+
     def admit(self, ticket: Ticket, body: Mapping[str, Any]) -> dict[str, Any]:
         """See :class:`Engine`."""
         told = {key: value for key, value in body.items() if value is not None} | {"model": _NAME}

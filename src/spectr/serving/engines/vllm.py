@@ -78,6 +78,14 @@ class VllmEngine:
         self._waiting: dict[str, dict[tuple[int, int], Step]] = {}
         self._told: dict[str, dict[int, int]] = {}
 
+    @property
+    def fields(self) -> frozenset[str]:
+        """See :class:`Engine`."""
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+        from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+        return frozenset(ChatCompletionRequest.model_fields) | frozenset(CompletionRequest.model_fields)
+
     def admit(self, ticket: Ticket, body: Mapping[str, Any]) -> dict[str, Any]:
         """See :class:`Engine`."""
         if self.client.errored:
