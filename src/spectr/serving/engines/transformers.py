@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import TimeoutError
+from contextlib import suppress
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -130,10 +132,20 @@ class TransformersEngine:
         """See :class:`Engine`."""
         return b""
 
-    def close(self) -> None:
-        """Stop what runs, and leave the model as it was composed."""
+    def stop(self) -> None:
+        """Stop what runs; returns when the model's current call is done, as a thread that is cut off in one ends the
+        whole process with a crash. The event loop is to be there still."""
+        for running in self._running.values():
+            running.over.set()
         if self.batching is not None:
             self.batching.stop()
+        else:
+            with suppress(TimeoutError):
+                self._state.get_manager(_KEY).submit(lambda: None).result(_LAST_CALL)
+
+    def close(self) -> None:
+        """Stop what runs, and leave the model as it was composed."""
+        self.stop()
         self.conductor.close()
 
     async def _between_calls(self, work: Callable[[], None]) -> None:
@@ -183,6 +195,7 @@ class TransformersEngine:
 
 
 _KEY = f"{_NAME}@main"
+_LAST_CALL = 10.0  # seconds for the model's call that is under way at the end
 
 
 def check_version() -> None:
