@@ -161,6 +161,19 @@ def test_nothing_else_reaches_the_application(ask, inner, method, path, status, 
 
 
 @pytest.mark.parametrize(
+    ("path", "do"),
+    [
+        ("/chat/completions", "ask at /v1/chat/completions: a client's base URL ends in /v1"),
+        ("/completions", "ask at /v1/completions: a client's base URL ends in /v1"),
+        ("/v1/v1/models", "ask at /v1/models: a client's base URL ends in /v1"),
+        ("/v1/responses", "/v1/models lists the models; /v1/chat/completions and /v1/completions answer"),
+    ],
+)
+def test_who_asks_where_nothing_is_is_told_where_to_ask(ask, path, do):
+    assert error_of(ask("POST", path, json={}), 404, "not_found") == f"there is nothing at {path}\n  to do: {do}"
+
+
+@pytest.mark.parametrize(
     ("method", "path", "allowed"),
     [
         ("POST", "/v1/models/spectr", "GET, HEAD"),

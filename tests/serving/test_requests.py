@@ -123,6 +123,7 @@ def test_other_fields_are_the_engines_matter(name):
         (b"model=spectr", "no JSON: Expecting value in line 1, column 1"),
         (b'{"model":\n}', "no JSON: Expecting value in line 2, column 1"),
         (b"\xff", "no JSON"),
+        (b" ", "empty"),
         (b"[1]", "[1], no object"),
     ],
 )

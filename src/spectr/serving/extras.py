@@ -136,6 +136,8 @@ def parse(kind: type[Request], body: bytes, known: frozenset[str] = frozenset())
     Raises:
         RefusalError: 400: it is no JSON object, or a field is misspelt, missing or of the wrong type.
     """
+    if not body.strip():
+        raise _no_json("empty")
     try:
         raw = json.loads(body)
     except json.JSONDecodeError as error:

@@ -55,6 +55,12 @@ def _endpoint(path: str) -> str:
     return next(heads, "other")
 
 
+def _near(path: str) -> str:
+    """What to ask for instead; a client's base URL often lacks its last part, or has it twice."""
+    near = [place for place in ("/v1/models", *_GENERATE) if path.endswith(place.removeprefix("/v1"))]
+    return f"ask at {near[0]}: a client's base URL ends in /v1" if near else _WHERE
+
+
 class Gateway:
     """An ASGI application around an engine's: who asks, what they may use, what the engine is told, what they read.
 
@@ -151,7 +157,7 @@ class Gateway:
         if found is not None:
             await found()
         elif place == "other":
-            raise RefusalError(f"there is nothing at {path}", do=_WHERE, code="not_found", status=404)
+            raise RefusalError(f"there is nothing at {path}", do=_near(path), code="not_found", status=404)
         else:
             takes = [method for method, where in routes if where == place]
             takes += ["HEAD"] if "GET" in takes else []
