@@ -65,8 +65,15 @@ def test_the_cache_is_used_the_second_time(monkeypatch, cache, tmp_path):
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(ModelError, match="could not be loaded: it is no folder here"):
-        load_model(str(tmp_path / "nothing"))
+    for path in (str(tmp_path / "nothing"), "./nothing", "../no/thing", "~/nothing", "nothing/in/there"):
+        with pytest.raises(ModelError, match="could not be loaded: there is no such folder") as caught:
+            load_model(path)
+        assert caught.value.expected == "a folder with a transformers model, or a Hub id, such as org/model"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ModelError, match="could not be loaded: it is a file"):
+        load_model(str(tmp_path / "file"))
+    with pytest.raises(ModelError, match="could not be loaded: it is no folder here, and the Hub did not give it"):
+        load_model("org/nothing")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match=r"that folder has no config\.json"):
         load_model(str(tmp_path / "empty"))

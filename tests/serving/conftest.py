@@ -1,16 +1,21 @@
-"""Three experts of unequal ranks, calibrated and indexed, for the tiny chat model; and the command that serves."""
+"""Three experts of unequal ranks, calibrated and indexed, for the tiny chat model; a command that serves; a gateway."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import subprocess
 import sys
 
+import httpx
 import pytest
 
+from inner import Inner
 from models import peft_library
+from serving import StandIn
 from spectr import ExpertLibrary, build_index, calibrate
+from spectr.serving.gateway import Gateway
 from text_model import make_model, make_tokenizer
 
 RANKS = {"ants": 4, "bees": 2, "cats": 8}
@@ -49,3 +54,30 @@ def start(given):
     for process in started:
         process.kill()
         process.communicate()
+
+
+@pytest.fixture
+def inner():
+    return Inner()
+
+
+@pytest.fixture
+def engine():
+    return StandIn()
+
+
+@pytest.fixture
+def ask(inner, engine):
+    def call(method, path, key=None, policy=None, **given):
+        gateway = Gateway(inner, engine, policy=policy, max_body=5000)
+        call.gateway = gateway
+
+        async def go():
+            transport = httpx.ASGITransport(gateway)
+            async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+                headers = {"authorization": f"Bearer {key}"} if key else {}
+                return await client.request(method, path, headers=headers, **given)
+
+        return asyncio.run(go())
+
+    return call

@@ -94,6 +94,7 @@ class StandIn:
 
     def __init__(self):
         self.experts, self.suspicion = ("ants", "bees", "cats"), {"bees": 9.31}
+        self.fields = frozenset({"metadata", "padding", "top_k"})
         self.tickets, self.bodies, self.finished = [], [], []
 
     def admit(self, ticket, body):

@@ -13,6 +13,9 @@ EXPERTS = "a list of one expert's name or more; without it all that the key may 
 KIND = 'the kind of this part, "text"'
 PART = '{"type": "text", "text": "..."}'
 BIAS = "an object with numbers by token, {TOKEN: BIAS}"
+STREAM = "\"stream\": true beside it, or no 'stream_options'"
+OPTIONS = "include_usage, include_obfuscation"
+USAGE = "did you mean 'include_usage'? known: include_obfuscation, include_usage"
 COUNT, PROMPT = "a whole number, at least 1", "a text, or a list of texts or of token numbers"
 
 
@@ -47,6 +50,11 @@ def refused(kind, body):
         ({"frequency_penalty": -3}, "'frequency_penalty' is -3", "a number from -2 to 2"),
         ({"stop": [1]}, "'stop[0]' is 1", "a text, or a list of texts"),
         ({"logit_bias": {"5": "x"}}, "'logit_bias.5' is \"x\"", BIAS),
+        ({"stream_options": {}}, "'stream_options' is for streams alone", STREAM),
+        ({"stream_options": {}, "stream": False}, "'stream_options' is for streams alone", STREAM),
+        ({"stream_options": [], "stream": True}, "'stream_options' is empty", "fields: " + OPTIONS),
+        ({"stream_options": {"include_usage": 1}}, "'stream_options.include_usage' is 1", "true or false"),
+        ({"stream_options": {"usage": True}}, "'stream_options.usage' is no field", USAGE),
         ({"stream": "x" * 100}, "'stream' is \"" + "x" * 59 + " ...", "true or false"),
     ],
 )
@@ -75,13 +83,32 @@ def test_several_faults_are_all_told():
 
 
 @pytest.mark.parametrize(
-    ("name", "meant"), [("expert", "experts"), ("routers", "router"), ("return_route", "return_routing")]
+    ("name", "meant"),
+    [
+        ("expert", "experts"),
+        ("routers", "router"),
+        ("return_route", "return_routing"),
+        ("max_tokns", "max_tokens"),
+        ("temprature", "temperature"),
+        ("mesages", "messages"),
+    ],
 )
-def test_a_slip_in_one_of_our_fields_does_not_widen_the_set_in_silence(name, meant):
+def test_a_slip_in_a_field_is_told_and_does_not_widen_the_set_in_silence(name, meant):
     error = refused(ChatRequest, {"model": "spectr", "messages": [TURN], name: "x"})
     assert f"'{name}' is no field" in str(error)
     assert f"if you mean '{meant}', write that; or leave it out" in str(error)
     assert error.param == name
+
+
+def test_several_slips_are_all_told_and_a_field_that_the_engine_knows_is_none():
+    body = json.dumps({"model": "spectr", "messages": [TURN], "min_tokens": 3, "tmperature": 1, "extra_body": {}})
+    with pytest.raises(RefusalError) as caught:
+        parse(ChatRequest, body.encode(), frozenset({"min_tokens"}))
+    first, do, second, put = str(caught.value).splitlines()
+    assert (first, second) == ("'tmperature' is no field of a request", "also: 'extra_body' is no field of a request")
+    assert (do, caught.value.param) == ("  to do: if you mean 'temperature', write that; or leave it out", "tmperature")
+    assert put.endswith("write the fields that are in it beside the others")
+    assert "if you mean 'max_tokens'" in str(refused(ChatRequest, json.loads(body)))
 
 
 @pytest.mark.parametrize("name", ["user", "metadata", "return_token_ids", "routing", "store"])
@@ -96,6 +123,7 @@ def test_other_fields_are_the_engines_matter(name):
         (b"model=spectr", "no JSON: Expecting value in line 1, column 1"),
         (b'{"model":\n}', "no JSON: Expecting value in line 2, column 1"),
         (b"\xff", "no JSON"),
+        (b" ", "empty"),
         (b"[1]", "[1], no object"),
     ],
 )

@@ -9,6 +9,9 @@ import httpx
 import pytest
 from openai import OpenAI
 
+from spectr import ExpertLibrary
+from spectr.serving.settings import Settings
+
 POLICY = "keys: [{name: a, key: sk-secret-a, experts: [amber]}]"
 
 
@@ -47,6 +50,7 @@ def test_several_routers_are_told_listed_and_answer(start):
     )
     assert "by spectr (by request: arrow, uniform)" in said
     assert "router uniform: 0.0 MiB more for its factors" in said
+    assert [f"preparing layers for {name}: 14 of 14" in said for name in ("spectr", "arrow", "uniform")] == [True] * 3
     with OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
         assert client.models.retrieve("spectr").model_dump()["routers"] == ["spectr", "arrow", "uniform"]
         chat = {"messages": [{"role": "user", "content": "what is red"}], "max_tokens": 4}
@@ -83,10 +87,27 @@ def test_what_cannot_be_served_is_told_before_a_model_is_loaded(spectr, given, w
     assert told in err
 
 
-def test_a_router_that_holds_one_expert_alone_is_refused_beside_others(spectr, given):
-    code, _, err = spectr("serve", *given, "-r", "spectr", "-r", "oracle", "-e", "blue")
+@pytest.mark.parametrize("words", [("-r", "oracle"), ("-r", "oracle", "-e", "blue"), ("-r", "arrow", "-e", "blue")])
+def test_a_router_that_holds_one_expert_alone_is_refused_beside_others(spectr, given, words, unloaded):
+    code, _, err = spectr("serve", *given, "-r", "spectr", *words, "--served-name", "ours")
     assert code == 2
-    assert "--expert blue is for the router that always takes it" in err
+    assert "oracle, for which --expert is, holds one expert alone and is not served beside others" in err
+    assert "a request asks for one expert alone by its model, ours/EXPERT" in err
+
+
+def test_a_router_that_holds_one_expert_alone_is_told_which_there_are(spectr, given, unloaded):
+    code, _, err = spectr("serve", *given, "-r", "oracle", "--port", "0")
+    assert code == 2
+    assert "router 'oracle' needs expert" in err
+    assert err.endswith("  expected: one of amber, blue, cyan\n  to do: -r oracle -e NAME\n")
+
+
+def test_help_shows_the_options_of_the_engine_once_and_the_default_router(spectr):
+    code, out, _ = spectr("serve", "--help")
+    assert code == 0
+    words = " ".join(out.replace("\u2502", " ").split())
+    assert "serve [OPTIONS] [-- OPTIONS]..." in words
+    assert "vllm: one alone. [default: (auto)]" in words
 
 
 def test_vllm_is_given_one_router(spectr, given, monkeypatch):
@@ -106,6 +127,26 @@ def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(spectr, given, un
     assert code == 2
     assert "Address already in use" in err
     assert "choose others with --host and --port" in err
+
+
+def test_a_port_of_a_server_that_still_loads_is_taken(spectr, given, world, unloaded):
+    loading = Settings(
+        library=ExpertLibrary.open(world / "adapters"),
+        experts=("amber",),
+        routers={},
+        model=None,
+        base_name="tiny",
+        dtype="float32",
+        served="spectr",
+        policy_file=None,
+        host="127.0.0.1",
+        port=0,
+        count=True,
+    )
+    with loading.listen() as bound:
+        code, _, err = spectr("serve", *given, "--port", bound.getsockname()[1])
+    assert code == 2
+    assert "Address already in use" in err
 
 
 @pytest.mark.parametrize("lacks", ["fastapi", "uvicorn", "prometheus_client"])

@@ -85,7 +85,26 @@ def test_streams_carry_the_text_and_the_routing_of_the_whole_answer(client):
         spoken = [chunk.choices[0] for chunk in chunks if chunk.choices[0].delta.content]
         assert all(len(choice.routing["tokens"]) == 1 for choice in spoken)  # a word is a token here
         assert chunks[-1].choices[0].finish_reason == whole.finish_reason
-        assert chunks[-1].usage.completion_tokens == len(tokens)
+        assert all("usage" not in chunk.model_fields_set for chunk in chunks)
+
+
+@pytest.mark.parametrize("kind", ["chat", "text"])
+def test_a_stream_tells_its_usage_in_a_chunk_of_its_own_to_who_asks(client, kind):
+    given = {"model": "spectr", "max_tokens": 5, "temperature": 0, "extra_body": {"return_routing": True}}
+    given |= {"prompt": "the sky is"} if kind == "text" else {"messages": [{"role": "user", "content": "the sky is"}]}
+    create = (client.completions if kind == "text" else client.chat.completions).create
+    whole = create(**given)
+    *chunks, last = create(**given, stream=True, stream_options={"include_usage": True})
+    assert (last.choices, last.usage) == ([], whole.usage)
+    assert (last.id, last.model) == (chunks[0].id, "spectr")
+    assert all(chunk.choices and "usage" in chunk.model_fields_set and chunk.usage is None for chunk in chunks)
+    assert chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+    tokens = [token for chunk in chunks for token in chunk.choices[0].routing["tokens"]]
+    assert tokens == whole.choices[0].routing["tokens"]
+    assert len(tokens) == last.usage.completion_tokens
+    with pytest.raises(openai.BadRequestError, match="is for streams alone") as caught:
+        create(**given, stream_options={"include_usage": True})
+    assert caught.value.param == "stream_options"
 
 
 def test_completions_as_well(client):
@@ -134,6 +153,11 @@ def test_mistakes_are_the_clients_own_errors(client, server, stream):
         client.chat.completions.create(
             model="spectr", messages=[{"role": "user", "content": "x"}], extra_body={"nonsense": 1}, stream=stream
         )
+    with pytest.raises(openai.BadRequestError, match="if you mean 'metadata', write that") as caught:
+        client.chat.completions.create(
+            model="spectr", messages=[{"role": "user", "content": "x"}], extra_body={"metadat": {}}, stream=stream
+        )
+    assert caught.value.param == "metadat"
     with OpenAI(base_url=f"{server[0]}/v1", api_key="sk-of-nobody", max_retries=0) as stranger:
         with pytest.raises(openai.AuthenticationError):
             ask(stranger, "no", stream=stream)

@@ -57,7 +57,7 @@ def test_the_root_leads_to_the_page_where_there_is_one(gateway):
 
 def test_what_is_not_possible_says_what_is(gateway):
     error = ask(gateway, "PUT", "/v1/models").json()["error"]
-    assert error["message"] == "PUT is not possible at /v1/models\n  expected: GET"
+    assert error["message"] == "PUT is not possible at /v1/models\n  expected: GET or HEAD"
     assert "/v1/chat/completions" in ask(gateway, "GET", "/v1/chat").json()["error"]["message"]
 
 

@@ -21,11 +21,15 @@ async def said(client, path="/v1/completions", **body):
     return answer.status_code, answer.json()
 
 
-async def streamed(client, **body):
+async def chunks(client, **body):
     async with client.stream("POST", "/v1/completions", json={**PROMPT, **body, "stream": True}) as answer:
         lines = [line.removeprefix("data: ") async for line in answer.aiter_lines() if line]
     assert lines[-1] == "[DONE]"
-    return [choice for line in lines[:-1] for choice in json.loads(line)["choices"]]
+    return [json.loads(line) for line in lines[:-1]]
+
+
+async def streamed(client, **body):
+    return [choice for chunk in await chunks(client, **body) for choice in chunk["choices"]]
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +68,11 @@ async def tell(client, engine):
     assert [len(token) for token in by_layer] == [14] * 4
     assert all({expert for expert, _, _ in layer} == {0, 1} for token in by_layer for layer in token)
 
+    assert all("usage" not in chunk for chunk in await chunks(client))
+    *before, last = await chunks(client, stream_options={"include_usage": True})
+    assert (last["choices"], last["usage"]["completion_tokens"]) == ([], 4)
+    assert all(chunk["choices"] and chunk["usage"] is None for chunk in before)
+
     _, several = await said(client, prompt=[PROMPT["prompt"], list(range(40, 60))], n=1, return_routing=True)
     assert [len(one["routing"]["tokens"]) for one in several["choices"]] == [4, 4]
     _, sampled = await said(client, n=3, temperature=1.0, seed=1, return_routing=True)
@@ -76,6 +85,9 @@ async def tell(client, engine):
 
     status, refused = await said(client, use_beam_search=True, n=2)
     assert (status, refused["error"]["param"]) == (400, "use_beam_search")
+    status, refused = await said(client, min_token=2)
+    assert (status, refused["error"]["param"]) == (400, "min_token")
+    assert "if you mean 'min_tokens', write that" in refused["error"]["message"]
     await engine.discard("amber")
     status, gone = await said(client, model="spectr/amber")
     assert (status, gone["error"]["code"]) == (404, "model_not_found")

@@ -32,9 +32,10 @@ def compose(
     [dim]python -m vllm.entrypoints.openai.api_server --model runs/composed[/]
     """
     try:
-        from spectr.composed.save import check_saving, save_composed
+        from spectr.composed.save import check_folder, check_saving, save_composed
     except ImportError as error:
         raise MissingExtraError("spectr compose", "models") from error
+    check_folder(save, overwrite)  # before a word on the router
     library, router = routing.for_tokens().experts()
     experts = routing.allow or library.names
     check_saving(router, experts, save, access=access, record=record, overwrite=overwrite)  # before minutes of work

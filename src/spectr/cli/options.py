@@ -181,6 +181,12 @@ class Routing:
                 f"--expert {self.expert} is for the router that always takes it",
                 do=f"-r oracle -e {self.expert}, or --allow {self.expert}",
             )
+        if self.router == "oracle" and not self.expert:
+            raise SpectrError(
+                "router 'oracle' needs expert: the one that it always takes",
+                expected=f"one of {', '.join(library)}",
+                do="-r oracle -e NAME",
+            )
         router = self._router(self.router_name(library))
         if self.top_k is None and getattr(router, "top_k", 0) > len(library):
             router = dataclasses.replace(router, top_k=len(library))  # pyright: ignore[reportArgumentType]
@@ -267,7 +273,12 @@ class Routing:
         return open_model(self.model, self.dtype)
 
     def compose(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, library: ExpertLibrary, router: Router
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        library: ExpertLibrary,
+        router: Router,
+        what: str = "preparing layers",
     ) -> Routed:
         """The model composed with the experts that are allowed, with a progress bar."""
         from spectr.cli.guides import make_guide
@@ -282,7 +293,7 @@ class Routing:
                 model,
                 library,
                 router,
-                progress=lambda done, total: advance("preparing layers", done, total, ""),
+                progress=lambda done, total: advance(what, done, total, ""),
                 guide=guide,
                 expert_memory=int(self.expert_memory * (1 << 30)) if isinstance(router, Shortlist) else None,
             )

@@ -33,7 +33,7 @@ def serve(
     routing: Routing,
     options: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[-- OPTIONS]", help="vllm: options of its own, such as -- --max-model-len 2048."),
+        typer.Argument(metavar="-- OPTIONS", help="vllm: options of its own, such as -- --max-model-len 2048."),
     ] = None,
     engine: Annotated[str, typer.Option(help="transformers, or vllm where that is installed.")] = "transformers",
     host: Annotated[str, typer.Option(help="Address to listen at; without a policy a loopback one.")] = "127.0.0.1",
@@ -61,6 +61,7 @@ def serve(
             "-r",
             help="A router that requests may name, once for each; the first is the default. auto, or one of those that "
             "spectr generate --help names. vllm: one alone.",
+            show_default="auto",
             rich_help_panel="Routing",
         ),
     ] = None,
@@ -77,6 +78,11 @@ def serve(
     if engine not in _ENGINES:
         raise SpectrError(f"--engine {engine}", expected=" or ".join(_ENGINES))
     routings = [dataclasses.replace(routing, router=name) for name in router or ["auto"]]
+    if len(routings) > 1 and (routing.expert or "oracle" in (router or ())):
+        raise SpectrError(
+            "the router oracle, for which --expert is, holds one expert alone and is not served beside others",
+            do=f"leave them out; a request asks for one expert alone by its model, {served_name}/EXPERT",
+        )
     if engine == "vllm":
         _check_vllm()
         routings = [one.for_tokens() for one in routings]
@@ -182,10 +188,13 @@ def _serve_transformers(routing: Routing, settings: Settings, batching: Batching
     base, tokenizer = routing.base()
     narrowed = dataclasses.replace(routing, allow=list(settings.experts))
 
-    def maker(router: Router) -> Callable[[nn.Module], Routed]:
-        return lambda model: narrowed.compose(cast("PreTrainedModel", model), tokenizer, settings.library, router)
+    def maker(name: str, router: Router) -> Callable[[nn.Module], Routed]:
+        what = "preparing layers" + (f" for {name}" if len(settings.routers) > 1 else "")
+        return lambda model: narrowed.compose(
+            cast("PreTrainedModel", model), tokenizer, settings.library, router, what=what
+        )
 
-    composed = Several(base, {name: maker(router) for name, router in settings.routers.items()})
+    composed = Several(base, {name: maker(name, router) for name, router in settings.routers.items()})
     for name, size in list(composed.bytes.items())[1:]:
         say(f"router {name}: {size / (1 << 20):.1f} MiB more for its factors")
     engine = TransformersEngine(
@@ -195,8 +204,14 @@ def _serve_transformers(routing: Routing, settings: Settings, batching: Batching
         suspicion=suspicious(settings.library[name] for name in composed.experts),
         batching=batching,
     )
+
+    async def listening() -> None:
+        try:
+            await listen(engine.app, engine, settings, bound, say)
+        finally:
+            engine.stop()
+
     try:
-        asyncio.run(listen(engine.app, engine, settings, bound, say))
+        asyncio.run(listening())
     finally:
-        engine.close()
         bound.close()

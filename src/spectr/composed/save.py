@@ -94,7 +94,7 @@ def check_saving(
     residents(router, tuple(experts))  # as whoever loads the folder will ask
     settings = Settings(library=EXPERTS, router=router_config(router), access=access, record=record)
     settings.check()
-    _check_folder(out, overwrite)
+    check_folder(out, overwrite)
     return settings
 
 
@@ -134,7 +134,7 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     Raises:
         CompositionError: ``out`` is a file or in use, or no folder can be made there.
     """
-    _check_folder(out, overwrite)
+    check_folder(out, overwrite)
     above = out.absolute().parent
     above.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=above, prefix=".composing-"))
@@ -147,7 +147,8 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
         raise
 
 
-def _check_folder(out: Path, overwrite: bool) -> None:
+def check_folder(out: Path, overwrite: bool) -> None:
+    """Raise :class:`CompositionError` where no composed model can be written."""
     if out.exists() and not out.is_dir():
         raise CompositionError(f"{out} is a file", expected="a folder", do="name another one")
     if out.is_dir() and any(out.iterdir()) and not overwrite:

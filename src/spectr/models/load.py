@@ -78,6 +78,13 @@ def _check_reachable(path: str, base_alone: bool) -> bool:
                 do="check --model; leave it out for the default model",
             )
         return _check_plain(path, base_alone)
+    if Path(path).is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:  # what no Hub id looks like
+        why = "it is a file" if Path(path).is_file() else "there is no such folder"
+        raise ModelError(
+            f"the model '{path}' could not be loaded: {why}",
+            expected="a folder with a transformers model, or a Hub id, such as org/model",
+            do="check --model; leave it out for the default model",
+        )
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
     try:

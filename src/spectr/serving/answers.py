@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from spectr.serving.asgi import Message, Send, with_headers
 from spectr.serving.errors import error_body, standardised
 
-Edit = Callable[[dict[str, Any]], None]
+Edit = Callable[[dict[str, Any]], Sequence[dict[str, Any]]]  # to what stands in its place
 
 
 class Answer:
@@ -51,7 +51,7 @@ class Answer:
         body = self._held if self.status < 400 else standardised(self.status, self._held)
         status = 400 if self.status == 422 else self.status
         if status < 400:
-            body = self._edited(body)
+            body = b"".join(self._edited(body))
         self.status, self.done = status, True
         start = with_headers(self._start, content_length=str(len(body)), content_type="application/json")
         await self._send({**start, "status": status})
@@ -72,14 +72,14 @@ class Answer:
             return b"" if self._closed else event + b"\n\n"
         data = event.removeprefix(b"data:").strip()
         self._closed = data == b"[DONE]"
-        return b"data: " + (data if self._closed else self._edited(data)) + b"\n\n"
+        told = [data] if self._closed else self._edited(data)
+        return b"".join(b"data: " + one + b"\n\n" for one in told)
 
-    def _edited(self, data: bytes) -> bytes:
+    def _edited(self, data: bytes) -> list[bytes]:
         try:
             told = json.loads(data)
         except ValueError:
             told = {"error": None}
         if not isinstance(told, dict) or "error" in told:
-            return error_body(500, "the engine failed while it answered", "engine_error")
-        self._edit(told)
-        return json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode()
+            return [error_body(500, "the engine failed while it answered", "engine_error")]
+        return [json.dumps(one, ensure_ascii=False, separators=(",", ":")).encode() for one in self._edit(told)]

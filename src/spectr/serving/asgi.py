@@ -101,7 +101,7 @@ class Watched:
     async def refuse(self, error: RefusalError) -> None:
         """Answer with an error, or end a stream with one."""
         if self.status is None:
-            await respond(self, error.status, error.body, **_WITH.get(error.status, {}))
+            await respond(self, error.status, error.body, **_WITH.get(error.status, {}), **error.headers)
         elif self._streams and not self._ended:
             await self({"type": "http.response.body", "body": b"data: " + error.body + b"\n\ndata: [DONE]\n\n"})
 

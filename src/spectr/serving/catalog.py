@@ -67,10 +67,14 @@ class Catalog:
             raise _unknown_key(secret)
         return Grant(experts=self.policy.granted(key, self.engine.experts), base=key.base)
 
-    def administrator(self, secret: str | None) -> None:
-        """Raise :class:`RefusalError` for who is none; without a policy everybody is."""
+    def administrator(self, secret: str | None) -> str | None:
+        """The name of an administrator's key; without a policy, which needs none, ``None``.
+
+        Raises:
+            RefusalError: 401: no such key; 403: it is no administrator's.
+        """
         if self.policy is None:
-            return
+            return None
         key = self.policy.holder(secret)
         if key is None:
             raise _unknown_key(secret)
@@ -82,6 +86,7 @@ class Catalog:
                 code="admin_required",
                 status=403,
             )
+        return key.name
 
     def listing(self, grant: Grant) -> dict[str, Any]:
         """The answer of ``/v1/models``."""
@@ -92,6 +97,20 @@ class Catalog:
         if name not in self._names(grant):
             raise self._no_model(grant, name)
         return self._told(grant, name)
+
+    def loaded(self, name: str | None = None) -> dict[str, Any]:
+        """The answer of ``/v1/experts``, which is for administrators: every expert that is loaded, or one.
+
+        Raises:
+            RefusalError: 404: there is none of that name.
+        """
+        experts = self.engine.experts
+        told = {expert: {"id": expert, "object": "expert", **self._suspicion(expert)} for expert in experts}
+        if name is None:
+            return {"object": "list", "data": list(told.values())}
+        if name not in told:
+            raise self._no_expert([name], experts, param=None, where="/v1/experts lists those that are loaded")
+        return told[name]
 
     def choose(self, grant: Grant, request: Request) -> Choice:
         """What a request of this client stands for.
@@ -106,22 +125,19 @@ class Catalog:
             raise RefusalError(
                 f"router '{router}' is not served",
                 expected=" or ".join(self.engine.routers),
+                do=_meant(router, self.engine.routers),
                 code="router_not_served",
                 param="router",
             )
         told = "\n".join((router, *experts))
         return Choice(experts=experts, router=router, salt=hashlib.sha256(told.encode()).hexdigest()[:32])
 
-    def no_expert(self, names: Sequence[str], known: Sequence[str], param: str | None = "experts") -> RefusalError:
-        """The one answer for experts that are not there and those that are not for this client.
-
-        Args:
-            names: They.
-            known: What the client may know of.
-            param: The field that has named them.
-        """
+    def _no_expert(
+        self, names: Sequence[str], known: Sequence[str], param: str | None = "experts", **where: str
+    ) -> RefusalError:
+        """The one answer for experts that are not there and those that are not for this client, who knows ``known``."""
         told = ", ".join(f"'{name}'" for name in names)
-        do = _nearest(names[0], known)
+        do = _nearest(names[0], known, **where)
         return RefusalError(f"there is no expert {told}", do=do, code="expert_not_found", param=param, status=404)
 
     def _no_model(self, grant: Grant, name: str) -> RefusalError:
@@ -140,7 +156,7 @@ class Catalog:
             raise self._no_model(grant, model)
         missing = sorted(set(asked or ()) - set(grant.experts))
         if missing:
-            raise self.no_expert(missing, grant.experts)
+            raise self._no_expert(missing, grant.experts)
         if model == self.served:
             return grant.experts if asked is None else tuple(sorted(set(asked)))
         alone = () if model == self.engine.base_model else (model.removeprefix(self.served + "/"),)
@@ -166,10 +182,13 @@ class Catalog:
             told |= {"experts": []}
         else:
             told |= {"experts": [expert], "parent": self.engine.base_model}
-        if expert is not None and expert in self.engine.suspicion:
-            score = self.engine.suspicion[expert]
-            told["suspicion"] = round(score, 1) if math.isfinite(score) else "not finite"
-        return told
+        return told if expert is None else told | self._suspicion(expert)
+
+    def _suspicion(self, expert: str) -> dict[str, Any]:
+        score = self.engine.suspicion.get(expert)
+        if score is None:
+            return {}
+        return {"suspicion": round(score, 1) if math.isfinite(score) else "not finite"}
 
 
 def _unknown_key(secret: str | None) -> RefusalError:
@@ -179,8 +198,12 @@ def _unknown_key(secret: str | None) -> RefusalError:
     )
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
+def _meant(name: str, known: Sequence[str]) -> str | None:
     alone = [other for other in known if other.endswith(f"/{name}")]  # an expert's name, where a model's is asked for
     near = alone or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    meant = f"if you mean '{near[0]}', write that; " if near else ""
-    return f"{meant}/v1/models lists what this key may use"
+    return f"if you mean '{near[0]}', write that" if near else None
+
+
+def _nearest(name: str, known: Sequence[str], where: str = "/v1/models lists what this key may use") -> str:
+    meant = _meant(name, known)
+    return f"{meant}; {where}" if meant else where

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from spectr.errors import SpectrError
@@ -19,6 +20,7 @@ class RefusalError(SpectrError):
         code: Machine-readable, such as ``"context_length_exceeded"``.
         param: The field of the request that is to blame.
         status: Of the answer.
+        headers: Further ones of the answer.
     """
 
     def __init__(
@@ -30,9 +32,10 @@ class RefusalError(SpectrError):
         status: int = 400,
         expected: str | None = None,
         do: str | None = None,
+        headers: Mapping[str, str] | None = None,
     ):
         super().__init__(given, expected=expected, do=do)
-        self.code, self.param, self.status = code, param, status
+        self.code, self.param, self.status, self.headers = code, param, status, dict(headers or {})
 
     @property
     def body(self) -> bytes:
@@ -56,7 +59,17 @@ def standardised(status: int, body: bytes) -> bytes:
         said = body.decode("utf-8", "replace").strip()
     if isinstance(said, dict) and isinstance(said.get("error"), dict) and status < 500:
         return json.dumps({"error": {**_error(status, "", None, None), **said["error"]}}).encode()
+    if unknown := _unknown(said):
+        do = "leave it out" if len(unknown) == 1 else "leave them out"
+        told = ", ".join(f"'{name}'" for name in unknown)
+        return error_body(status, f"{told}: no field that this engine knows\n  to do: {do}", _code(status), unknown[0])
     return error_body(status, _message(status, said), _code(status))
+
+
+def _unknown(said: Any) -> list[str]:
+    """Fields that transformers says that it does not know."""
+    told = str(said.get("detail")) if isinstance(said, dict) else ""
+    return sorted(re.findall(r"'([^']*)'", told.partition("Unexpected fields in the request: ")[2]))
 
 
 def _message(status: int, said: Any) -> str:
@@ -65,11 +78,7 @@ def _message(status: int, said: Any) -> str:
     for key in ("detail", "message", "error"):
         if isinstance(said, dict) and key in said:
             said = said[key]
-    if not isinstance(said, str) or not said:
-        return json.dumps(said)
-    unknown = said.partition("Unexpected fields in the request: ")[2]  # as transformers tells of them
-    names = ", ".join(sorted(re.findall(r"'[^']*'", unknown)))
-    return f"{names}: no field that this engine knows\n  to do: leave it out" if names else said
+    return said if isinstance(said, str) and said else json.dumps(said)
 
 
 def _code(status: int) -> str:

@@ -18,6 +18,8 @@ from pydantic import (
     StrictInt,
     StrictStr,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
@@ -36,6 +38,15 @@ def _field(expected: str, default: Any = ...) -> Any:
     return Field(default, description=expected)
 
 
+class StreamOptions(BaseModel):
+    """What a stream has beside its text; it is never padded, so that there is no obfuscation to be left out."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    include_usage: StrictBool | None = _field("true or false", None)
+    include_obfuscation: StrictBool | None = _field("true or false", None)
+
+
 class Request(BaseModel):
     """What both endpoints share; fields that are not named here go to the engine as they are.
 
@@ -49,6 +60,7 @@ class Request(BaseModel):
 
     model: StrictStr = _field("a name that GET /v1/models lists")
     stream: StrictBool | None = _field("true or false", None)
+    stream_options: StreamOptions | None = _field('an object: {"include_usage": true}', None)
     max_tokens: Annotated[StrictInt, Field(ge=1)] | None = _field(_COUNT, None)
     max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = _field(_COUNT, None)
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = _field("a number from 0 to 2", None)
@@ -64,6 +76,13 @@ class Request(BaseModel):
     )
     router: StrictStr | None = _field("a router's name", None)
     return_routing: StrictBool | Literal["layers"] = _field('true, false or "layers"', False)
+
+    @field_validator("stream_options")
+    @classmethod
+    def _of_a_stream(cls, value: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
+        if value is not None and not info.data.get("stream", True):
+            raise ValueError("is for streams alone", "\"stream\": true beside it, or no 'stream_options'")
+        return value
 
 
 class Part(BaseModel):
@@ -106,12 +125,19 @@ class CompletionRequest(Request):
     )
 
 
-def parse(kind: type[Request], body: bytes) -> tuple[Request, dict[str, Any]]:
+def parse(kind: type[Request], body: bytes, known: frozenset[str] = frozenset()) -> tuple[Request, dict[str, Any]]:
     """A request's body, checked; and as it is, less our own fields.
 
+    Args:
+        kind: What is to be made of it.
+        body: JSON.
+        known: Further fields, which the engine knows.
+
     Raises:
-        RefusalError: 400: it is no JSON object, or a field is missing or of the wrong type.
+        RefusalError: 400: it is no JSON object, or a field is misspelt, missing or of the wrong type.
     """
+    if not body.strip():
+        raise _no_json("empty")
     try:
         raw = json.loads(body)
     except json.JSONDecodeError as error:
@@ -120,7 +146,7 @@ def parse(kind: type[Request], body: bytes) -> tuple[Request, dict[str, Any]]:
         raise _no_json("no JSON") from None
     if not isinstance(raw, dict):
         raise _no_json(f"{shown(raw)}, no object")
-    _check_spelling(kind, raw)
+    _check_spelling(raw, known | frozenset(kind.model_fields))
     try:
         request = kind.model_validate(raw)
     except ValidationError as error:
@@ -134,18 +160,21 @@ def _no_json(found: str) -> RefusalError:
     )
 
 
-def _check_spelling(kind: type[Request], raw: Mapping[str, Any]) -> None:
-    """Raise :class:`RefusalError` for a field that looks like one of ours: an engine may ignore what it does not know,
-    and ``expert`` for ``experts`` would then widen the set."""
-    for name in raw:
-        near = difflib.get_close_matches(name, OURS, n=1, cutoff=0.8)
-        if near and name not in OURS and name not in kind.model_fields:
-            raise RefusalError(
-                f"'{name}' is no field of a request",
-                do=f"if you mean '{near[0]}', write that; or leave it out",
-                code="invalid_value",
-                param=name,
-            )
+def _check_spelling(raw: Mapping[str, Any], known: frozenset[str]) -> None:
+    """Raise :class:`RefusalError` for fields that look like known ones: an engine may ignore what it does not know, and
+    ``expert`` for ``experts`` would then widen the set."""
+    meant = {name: _meant(name, known) for name in raw if name not in known}
+    slips = [f"'{name}' is no field of a request\n  to do: {do}" for name, do in meant.items() if do]
+    if slips:
+        param = next(name for name, do in meant.items() if do)
+        raise RefusalError("\nalso: ".join(slips), code="invalid_value", param=param)
+
+
+def _meant(name: str, known: frozenset[str]) -> str | None:
+    if name == "extra_body":
+        return "that is an argument of OpenAI's client; write the fields that are in it beside the others"
+    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.8)
+    return f"if you mean '{near[0]}', write that; or leave it out" if near else None
 
 
 def _refusal(found: Sequence[Fault]) -> RefusalError:

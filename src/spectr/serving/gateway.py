@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from spectr.errors import SpectrError
-from spectr.serving.answers import Answer
+from spectr.serving.answers import Answer, Edit
 from spectr.serving.asgi import (
     App,
     HangUpError,
@@ -34,6 +34,7 @@ from spectr.serving.metrics import CONTENT_TYPE, Metrics
 from spectr.serving.page import find_page, page_file
 from spectr.serving.policy import Policy
 from spectr.serving.stopping import Stopping, stopped
+from spectr.serving.usage import Usage
 
 log = logging.getLogger("spectr.serving")
 _GENERATE: Mapping[str, type[Request]] = {
@@ -54,6 +55,12 @@ def _endpoint(path: str) -> str:
     return next(heads, "other")
 
 
+def _near(path: str) -> str:
+    """What to ask for instead; a client's base URL often lacks its last part, or has it twice."""
+    near = [place for place in ("/v1/models", *_GENERATE) if path.endswith(place.removeprefix("/v1"))]
+    return f"ask at {near[0]}: a client's base URL ends in /v1" if near else _WHERE
+
+
 class Gateway:
     """An ASGI application around an engine's: who asks, what they may use, what the engine is told, what they read.
 
@@ -64,6 +71,7 @@ class Gateway:
         served: The composed model's name.
         count: Whether to have the engine record every request's shares, for the tokens by expert in ``/metrics``.
         max_body: Bytes of a request at most.
+        say: Shows one line, where an expert was removed.
 
     Attributes:
         stopping: Ends it.
@@ -78,7 +86,9 @@ class Gateway:
         served: str = "spectr",
         count: bool = True,
         max_body: int = _MAX_BODY,
+        say: Callable[[str], None] = log.info,
     ):
+        self.say = say
         self.app, self.engine, self.max_body, self.count = app, engine, max_body, count
         self.catalog = Catalog(engine, policy, served)
         self.metrics, self.stopping = Metrics(), Stopping()
@@ -130,28 +140,33 @@ class Gateway:
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
         path, method, place = scope["path"], scope["method"], _endpoint(scope["path"])
+        name = path.removeprefix(place).lstrip("/")
         if method == "HEAD":  # as GET, and the body stays here
             scope = {**scope, "method": "GET"}
         routes: dict[tuple[str, str], Callable[[], Awaitable[None]]] = {
             ("GET", "/"): lambda: self._point(send),
             ("GET", "/health"): lambda: self.app(scope, receive, send),
             ("GET", "/metrics"): lambda: self._metrics(scope, send),
-            ("GET", "/v1/models"): lambda: self._models(
-                scope, send, path.removeprefix("/v1/models").lstrip("/") or None
-            ),
+            ("GET", "/v1/models"): lambda: self._models(scope, send, name),
             ("GET", "/playground"): lambda: self._play(scope, send),
-            ("DELETE", "/v1/experts"): lambda: self._discard(scope, send, path),
+            ("GET", "/v1/experts"): lambda: self._experts(scope, send, name),
+            ("DELETE", "/v1/experts"): lambda: self._discard(scope, send, name),
             **{("POST", place): lambda: self._generate(scope, receive, send) for place in _GENERATE},
         }
         found = routes.get((scope["method"], place))
         if found is not None:
             await found()
         elif place == "other":
-            raise RefusalError(f"there is nothing at {path}", do=_WHERE, code="not_found", status=404)
+            raise RefusalError(f"there is nothing at {path}", do=_near(path), code="not_found", status=404)
         else:
-            takes = " or ".join(method for method, where in routes if where == place)
+            takes = [method for method, where in routes if where == place]
+            takes += ["HEAD"] if "GET" in takes else []
             raise RefusalError(
-                f"{method} is not possible at {path}", expected=takes, code="method_not_allowed", status=405
+                f"{method} is not possible at {path}",
+                expected=" or ".join(takes),
+                code="method_not_allowed",
+                status=405,
+                headers={"allow": ", ".join(takes)},
             )
 
     async def _point(self, send: Send) -> None:
@@ -164,16 +179,25 @@ class Gateway:
         self.catalog.administrator(bearer(scope))
         await respond(send, 200, self.metrics.text() + self.engine.metrics(), CONTENT_TYPE)
 
-    async def _models(self, scope: Scope, send: Send, name: str | None = None) -> None:
+    async def _models(self, scope: Scope, send: Send, name: str) -> None:
         grant = self.catalog.grant(bearer(scope))
-        told = self.catalog.listing(grant) if name is None else self.catalog.entry(grant, name)
+        told = self.catalog.entry(grant, name) if name else self.catalog.listing(grant)
         await respond(send, 200, json.dumps(told).encode())
 
-    async def _discard(self, scope: Scope, send: Send, path: str) -> None:
+    async def _experts(self, scope: Scope, send: Send, name: str) -> None:
         self.catalog.administrator(bearer(scope))
-        name = path.removeprefix("/v1/experts").strip("/")
-        if name not in self.engine.experts:
-            raise self.catalog.no_expert([name], self.engine.experts, param=None)
+        await respond(send, 200, json.dumps(self.catalog.loaded(name or None)).encode())
+
+    async def _discard(self, scope: Scope, send: Send, name: str) -> None:
+        holder = self.catalog.administrator(bearer(scope))
+        if not name:
+            raise RefusalError(
+                "no expert is named",
+                expected="DELETE /v1/experts/NAME",
+                do="name one of those that GET /v1/experts lists",
+                code="invalid_request",
+            )
+        self.catalog.loaded(name)
         try:
             await self.engine.discard(name)
         except RefusalError:
@@ -181,6 +205,7 @@ class Gateway:
         except SpectrError as error:
             raise RefusalError(str(error), code="expert_not_removable", status=409) from error
         self.metrics.forget(name)
+        self.say(f"expert '{name}' was removed" + (f" with the key '{holder}'" if holder else ""))
         await respond(send, 200, json.dumps({"id": name, "object": "expert", "deleted": True}).encode())
 
     async def _play(self, scope: Scope, send: Send) -> None:
@@ -194,7 +219,7 @@ class Gateway:
     async def _generate(self, scope: Scope, receive: Receive, send: Send) -> None:
         grant = self.catalog.grant(bearer(scope))
         body = await read_body(receive, scope, self.max_body)
-        request, raw = parse(_GENERATE[scope["path"]], body)
+        request, raw = parse(_GENERATE[scope["path"]], body, self.engine.fields)
         choice = self.catalog.choose(grant, request)
         record: Recording = "layers" if request.return_routing == "layers" else "none"
         if record == "none" and (self.count or request.return_routing):
@@ -203,26 +228,26 @@ class Gateway:
             id=uuid.uuid4().hex, experts=choice.experts, router=choice.router, salt=choice.salt, record=record
         )
         told = json.dumps(self.engine.admit(ticket, raw)).encode()
-        with self._running(ticket) as usage:
+        usage = Usage(request)
+        with self._running(ticket, usage):
             line = Line(receive, told)
             answer = Answer(send, self._editor(ticket, request, usage))
             work = self.app(rewritten(scope, told, ticket.id), line.receive, answer)
             await line.hold_for(work, lambda: answer.done)
 
     @contextmanager
-    def _running(self, ticket: Ticket) -> Iterator[dict[str, Any]]:
-        usage: dict[str, Any] = {}
+    def _running(self, ticket: Ticket, usage: Usage) -> Iterator[None]:
         with self.metrics.running.track_inprogress():
             try:
-                yield usage
+                yield
             finally:
                 self.engine.finish(ticket)
-                self.metrics.count_usage(usage)
+                self.metrics.count_usage(usage.told)
 
-    def _editor(self, ticket: Ticket, request: Request, usage: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
+    def _editor(self, ticket: Ticket, request: Request, usage: Usage) -> Edit:
         """What is done to each JSON object of an answer."""
 
-        def edit(told: dict[str, Any]) -> None:
+        def edit(told: dict[str, Any]) -> list[dict[str, Any]]:
             steps = self.engine.steps(ticket, told) if ticket.record != "none" else {}
             for choice in told.get("choices") or ():
                 done = steps.get(choice.get("index", 0), ())
@@ -231,7 +256,6 @@ class Gateway:
                     choice["routing"] = routing(ticket, done, self.engine.layers)
             if "model" in told:
                 told["model"] = request.model
-            if isinstance(told.get("usage"), dict):
-                usage.update(told["usage"])
+            return usage.placed(told)
 
         return edit

@@ -49,7 +49,7 @@ async def listen(
 
     if not engine.layers:
         raise CompositionError("no layer of this model is routed", do="check the library with spectr library list")
-    gateway = Gateway(app, engine, policy=settings.policy(), served=settings.served, count=settings.count)
+    gateway = Gateway(app, engine, policy=settings.policy(), served=settings.served, count=settings.count, say=say)
     lines = told(settings, engine, bound.getsockname()[1], page=gateway.page is not None)
     config = Config(gateway, log_level="warning", server_header=False, timeout_graceful_shutdown=2 * _LAST_BYTES)
     server = Server(config)

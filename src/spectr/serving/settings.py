@@ -13,6 +13,8 @@ from spectr.library import ExpertLibrary
 from spectr.routers import Router
 from spectr.serving.policy import Policy, read_policy
 
+_BACKLOG = 2048  # connections that wait until they are taken, as uvicorn has it
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -80,7 +82,7 @@ class Settings:
             )
 
     def listen(self) -> socket.socket:
-        """A socket that is bound.
+        """A socket that is bound, and listens, so that a second server cannot have it meanwhile; who connects waits.
 
         Raises:
             SpectrError: The address is not there, or taken.
@@ -90,6 +92,7 @@ class Settings:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             bound.bind((self.host, self.port))
+            bound.listen(_BACKLOG)
         except OSError as error:
             bound.close()
             raise SpectrError(

@@ -93,6 +93,12 @@ class Engine(Protocol):
         ...
 
     @property
+    def fields(self) -> frozenset[str]:
+        """The fields that the application knows of a request, of either endpoint; what looks like one of them, or of
+        ours, and is none is refused as a slip."""
+        ...
+
+    @property
     def suspicion(self) -> Mapping[str, float]:
         """Of each expert whose norm is far out of the others', how far (a robust z-score); empty where none is."""
         ...

@@ -7,8 +7,11 @@ Nothing here subclasses transformers' classes: they are wrapped, and a request i
 from __future__ import annotations
 
 import asyncio
+import difflib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import TimeoutError
+from contextlib import suppress
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -20,6 +23,7 @@ from spectr.serving.engines.conducting import Conductor
 from spectr.serving.engines.generation import Bound, OneAtATime, State
 from spectr.serving.engines.requests import Running
 from spectr.serving.errors import RefusalError
+from spectr.serving.faults import shown
 
 if TYPE_CHECKING:
     from spectr.serving.engines.batching import Batching
@@ -27,7 +31,7 @@ if TYPE_CHECKING:
 TESTED = ((5, 23), (5, 24))  # from, and up to but not with
 _NAME = "spectr"  # what transformers' code calls the composed model
 _UNSERVED = ("logprobs", "top_logprobs", "generation_config", "best_of", "echo", "audio")
-_UNSERVED += ("functions", "function_call", "tools", "tool_choice")
+_UNSERVED += ("functions", "function_call", "tools", "tool_choice", "presence_penalty")
 _ROLES = ("system", "user", "assistant", "tool", "developer")
 _TEMPLATE_OPTIONS = frozenset({"enable_thinking"})
 
@@ -85,6 +89,14 @@ class TransformersEngine:
         """See :class:`Engine`."""
         return self.composed.layers
 
+    @property
+    def fields(self) -> frozenset[str]:
+        """See :class:`Engine`."""
+        from transformers.cli.serving.chat_completion import TransformersCompletionCreateParamsStreaming as Chat
+        from transformers.cli.serving.completion import TransformersTextCompletionCreateParams as Text
+
+        return frozenset(Chat.__annotations__) | frozenset(Text.__annotations__)
+
     def admit(self, ticket: Ticket, body: Mapping[str, Any]) -> dict[str, Any]:
         """See :class:`Engine`."""
         told = {key: value for key, value in body.items() if value is not None} | {"model": _NAME}
@@ -122,10 +134,20 @@ class TransformersEngine:
         """See :class:`Engine`."""
         return b""
 
-    def close(self) -> None:
-        """Stop what runs, and leave the model as it was composed."""
+    def stop(self) -> None:
+        """Stop what runs; returns when the model's current call is done, as a thread that is cut off in one ends the
+        whole process with a crash. The event loop is to be there still."""
+        for running in self._running.values():
+            running.over.set()
         if self.batching is not None:
             self.batching.stop()
+        else:
+            with suppress(TimeoutError):
+                self._state.get_manager(_KEY).submit(lambda: None).result(_LAST_CALL)
+
+    def close(self) -> None:
+        """Stop what runs, and leave the model as it was composed."""
+        self.stop()
         self.conductor.close()
 
     async def _between_calls(self, work: Callable[[], None]) -> None:
@@ -175,6 +197,7 @@ class TransformersEngine:
 
 
 _KEY = f"{_NAME}@main"
+_LAST_CALL = 10.0  # seconds for the model's call that is under way at the end
 
 
 def check_version() -> None:
@@ -217,6 +240,8 @@ def _check(body: Mapping[str, Any], vocabulary: int) -> None:
         raise _unserved("n", "1: one answer for each request")
     if not isinstance(body.get("prompt", ""), str):
         raise _unserved("prompt", "one text")
+    if "prompt" in body and body.get("logit_bias"):  # which transformers heeds in chats alone
+        raise _unserved("logit_bias")
     if body.get("frequency_penalty", 0) <= -1:
         raise _unserved("frequency_penalty", "more than -1")
     if any(not (key.isdigit() and int(key) < vocabulary) for key in body.get("logit_bias", {})):
@@ -226,11 +251,26 @@ def _check(body: Mapping[str, Any], vocabulary: int) -> None:
         raise _unserved("chat_template_kwargs", f"no others than {', '.join(sorted(_TEMPLATE_OPTIONS))}")
     if (body.get("response_format") or {}).get("type", "text") != "text":
         raise _unserved("response_format", '{"type": "text"}')
-    for message in body.get("messages", ()):
-        _check_calls(message.get("tool_calls", ()))
-        parts = message.get("content") if isinstance(message.get("content"), list) else ()
-        if message["role"] not in _ROLES or any(part["type"] != "text" for part in parts):
-            raise _unserved("messages", f"text alone, of {', '.join(_ROLES)}")
+    for number, message in enumerate(body.get("messages", ())):
+        _check_message(f"messages[{number}]", message)
+
+
+def _check_message(place: str, message: Mapping[str, Any]) -> None:
+    _check_calls(message.get("tool_calls", ()))
+    told = [(f"{place}.role", message["role"], _ROLES)]
+    content = message.get("content")
+    parts = content if isinstance(content, list) else ()
+    told += [(f"{place}.content[{number}].type", part["type"], ("text",)) for number, part in enumerate(parts)]
+    for where, found, served in told:
+        if found not in served:
+            near = difflib.get_close_matches(found, served, n=1)
+            raise RefusalError(
+                f"'{where}' is {shown(found)}, which is not served",
+                expected=" or ".join(f'"{one}"' for one in served),
+                do=f'if you mean "{near[0]}", write that' if near else None,
+                code="unsupported_value",
+                param="messages",
+            )
 
 
 def _check_calls(calls: Any) -> None:

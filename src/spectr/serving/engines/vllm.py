@@ -78,6 +78,14 @@ class VllmEngine:
         self._waiting: dict[str, dict[tuple[int, int], Step]] = {}
         self._told: dict[str, dict[int, int]] = {}
 
+    @property
+    def fields(self) -> frozenset[str]:
+        """See :class:`Engine`."""
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+        from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+        return frozenset(ChatCompletionRequest.model_fields) | frozenset(CompletionRequest.model_fields)
+
     def admit(self, ticket: Ticket, body: Mapping[str, Any]) -> dict[str, Any]:
         """See :class:`Engine`."""
         if self.client.errored:
@@ -93,6 +101,8 @@ class VllmEngine:
             self._choices[ticket.id] = body.get("n") or 1
             self._waiting[ticket.id], self._told[ticket.id] = {}, {}
             self.listener.expect(ticket.id)
+        if body.get("stream"):
+            told["stream_options"] = {"include_usage": True}  # to be counted; the gateway says who reads it
         told |= {"model": INNER, "vllm_xargs": extra}
         if ticket.salt:
             told["cache_salt"] = ticket.salt  # beside the engine's own, which it does not trust anybody with
