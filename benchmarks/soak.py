@@ -256,6 +256,7 @@ def report(soak: Soak, wall: float) -> str:
     if tally.memory:
         quarter = tally.memory[len(tally.memory) // 4]
         rows.append(("memory, MiB", f"{quarter:.0f} after a quarter, {tally.memory[-1]:.0f} at the end"))
+        rows.append(("  at each twentieth", " ".join(f"{taken:.0f}" for taken in tally.memory)))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 

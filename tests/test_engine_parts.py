@@ -2,7 +2,6 @@
 
 from importlib import import_module
 
-import numpy as np
 import pytest
 import torch
 
@@ -15,10 +14,11 @@ from spectr.layers import RoutedLinear
 from spectr.selection import Everyone, TopK
 from spectr.spectral import Stack, align
 from spectr.vllm import EXPERTS, ROUTE_ID, ROUTING
+from spectr.vllm.hearing import Row
 from spectr.vllm.register import _supported, check_version, register
-from spectr.vllm.requests import Asked
+from spectr.vllm.requests import PROBE, UNHEARD, Asked
 from spectr.vllm.routing import Group, weights_among
-from spectr.vllm.served import served
+from spectr.vllm.served import decides_on_prompts, served
 from spectr.vllm.shards import Split
 
 KNOWN = ("amber", "blue", "cyan")
@@ -143,11 +143,29 @@ def test_an_expert_without_weight_does_nothing_whatever_its_numbers():
     assert group.weighted(h_TSP, weights_TSE).isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["calibrated", "calibrated-prior", "lag", "shortlist", "glider-global", "glider"])
-def test_routers_for_prompts_are_refused(name):
+@pytest.mark.parametrize("name", ["calibrated-prior", "lag", "shortlist", "glider-global", "glider"])
+def test_other_routers_for_prompts_are_refused(name):
     with pytest.raises(CompositionError) as error:
         served(spectr.get_router(name))
     assert_says(error.value, given=("cannot run inside vLLM",), expected="calibrated-token", do="spectr for any")
+
+
+def test_calibrated_holds_one_expert_inside_vllm():
+    assert decides_on_prompts(served(spectr.get_router("calibrated")))
+    assert not decides_on_prompts(served(spectr.get_router("calibrated-token")))
+    with pytest.raises(CompositionError) as error:  # weights that are held for several are not a set's
+        served(spectr.get_router("calibrated", top_k=2))
+    assert_says(error.value, given=("cannot run inside vLLM",), expected="top_k=1", do="spectr for any")
+
+
+def test_a_probe_is_the_base_models_whoever_it_decides_among():
+    told = {EXPERTS: ["blue", "amber"], PROBE: "one", UNHEARD: 3}
+    asked = Asked.of(told)
+    assert (asked.among, asked.probe, asked.unheard) == (("amber", "blue"), "one", 3)
+    assert asked.allowed(["amber", "blue"], "open") == frozenset()
+    assert asked.salt() == Asked(experts=()).salt() != Asked.of({EXPERTS: ["blue", "amber"]}).salt()
+    for wrong in ({PROBE: 7}, {PROBE: "x" * 300}, {UNHEARD: -1}, {UNHEARD: "3"}):
+        assert not Asked.of({**told, **wrong}).understood
 
 
 def test_a_combination_that_needs_whole_outputs_is_refused():
@@ -204,12 +222,13 @@ def test_another_version_registers_nothing_and_says_so(monkeypatch):
 
 def test_masks_of_a_step(tmp_path):
     session = session_of(tmp_path, KNOWN)
-    asked = [Asked.of({EXPERTS: names}) for names in (["amber"], ["nobody"], "cyan,blue")]
-    session.write([*asked, Asked()], np.array([2, 1, 1, 1]))
+    asked = [*(Asked.of({EXPERTS: names}) for names in (["amber"], ["nobody"], "cyan,blue")), Asked()]
+    step = [Row(str(number), one, 0, 1 + (number == 0), 9) for number, one in enumerate(asked)]
+    session.write(step, ["0", "1", "2", "3"])
     expected = [[1, 0, 0], [1, 0, 0], [0, 0, 0], [0, 1, 1], [1, 1, 1]]
     assert session.allowed_TE[:5].int().tolist() == expected
     session.remove("blue")
-    session.write([*asked, Asked()], np.array([2, 1, 1, 1]))
+    session.write(step, ["0", "1", "2", "3"])
     assert session.allowed_TE[:5].int().tolist() == [[row[0], 0, row[2]] for row in expected]
     assert session.status()["experts"] == ["amber", "cyan"]
     with pytest.raises(CompositionError) as error:

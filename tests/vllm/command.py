@@ -25,11 +25,11 @@ class Server(NamedTuple):
 
 
 @contextmanager
-def server(world, *words):
+def server(world, *words, options=OPTIONS):
     """A server of a tiny model."""
     save_tokenizer(world / "model")
     given = ("--engine", "vllm", "-m", world / "model", "-l", world / "library", "--port", "0", *words)
-    command = [sys.executable, "-m", "spectr", "serve", *map(str, given), "--", *OPTIONS]
+    command = [sys.executable, "-m", "spectr", "serve", *map(str, given), "--", *options]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True)
     try:

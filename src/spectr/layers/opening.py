@@ -37,6 +37,17 @@ class Opening(NamedTuple):
         ends = bool(size) and len(ids) > self.length(ids) + size and tuple(ids[-size:]) == self.last
         return size if ends else 0
 
+    def heard(self, ids: list[int], limit: int) -> tuple[list[int], int]:
+        """What is read of a prompt for a decision, and how many of these tokens, at their beginning, have no say.
+
+        Args:
+            ids: The prompt.
+            limit: Tokens that have a say at most.
+        """
+        turn = self.last_turn(ids)
+        skipped = self.length(turn)
+        return turn[: min(skipped + limit, len(turn) - self.closing(turn))], skipped
+
     def last_words(self, ids: list[int]) -> list[int]:
         """What the user said last, without the template."""
         turn = self.last_turn(ids)

@@ -53,15 +53,6 @@ class Heard(NamedTuple):
         return (total_BE / weight_B[:, None].clamp(min=1e-30)).cpu()
 
 
-class _Names(NamedTuple):
-    """Voters that have voted."""
-
-    experts: tuple[str, ...]
-
-    def scores(self, x: Float[Tensor, "*T I"]) -> Float[Tensor, "*T E"]:
-        raise AssertionError("they have voted")
-
-
 class Probe:
     """Pools what the scores say of a prompt: each expert's mean evidence over tokens and modules.
 
@@ -114,7 +105,7 @@ class Probe:
     def _read(self, *args: Any, **kwargs: Any) -> Float[Tensor, "B E"]:
         evidence: dict[str, Tensor] = {}
         self._listen(lambda name, heard: evidence.update({name: heard.evidence(self.router)}), args, kwargs)
-        return _pooled(evidence, self.voters, self.experts)
+        return _pooled(evidence, {name: self.voters[name].experts for name in evidence}, self.experts)
 
     @torch.no_grad()
     def hear(self, *args: Any, **kwargs: Any) -> dict[str, Heard]:
@@ -134,15 +125,29 @@ class Probe:
                 layer.listen = None
 
     def evidence_of(self, heard: Mapping[str, Heard], experts: Sequence[str]) -> Float[Tensor, "B E"]:
-        """As if what was heard had been heard by some of the experts alone; nothing is taken off it."""
-        some: dict[str, Tensor] = {}
-        voters: dict[str, Voter] = {}
-        for name, rows in heard.items():
-            places = [place for place, other in enumerate(self.voters[name].experts) if other in experts]
-            if places:
-                voters[name] = _Names(tuple(self.voters[name].experts[place] for place in places))
-                some[name] = rows._replace(scores_NE=rows.scores_NE[:, places]).evidence(self.router)
-        return _pooled(some, voters, experts)
+        """See :func:`evidence_of`."""
+        return evidence_of(heard, {name: self.voters[name].experts for name in heard}, self.router, experts)
+
+
+def evidence_of(
+    heard: Mapping[str, Heard], voters: Mapping[str, Sequence[str]], router: ProbingRouter, experts: Sequence[str]
+) -> Float[Tensor, "B E"]:
+    """As if what was heard had been heard by some of the experts alone; nothing is taken off it.
+
+    Args:
+        heard: By module.
+        voters: By module the names of those that it was heard by.
+        router: Turns scores into evidence.
+        experts: Those that count.
+    """
+    some: dict[str, Tensor] = {}
+    names: dict[str, Sequence[str]] = {}
+    for module, rows in heard.items():
+        places = [place for place, other in enumerate(voters[module]) if other in experts]
+        if places:
+            names[module] = [voters[module][place] for place in places]
+            some[module] = rows._replace(scores_NE=rows.scores_NE[:, places]).evidence(router)
+    return _pooled(some, names, experts)
 
 
 def _probe(
@@ -163,14 +168,12 @@ def _probe(
     if isinstance(mask, Tensor) and mask.ndim == 2:
         real_BT = mask.to(tokens.device).bool()
     rows = [row[real_T] for row, real_T in zip(tokens, real_BT, strict=True)]
-    skipped, closing = [0] * len(rows), [0] * len(rows)
+    skipped: Sequence[int] = [0] * len(rows)
     if key == "input_ids":
-        turns = [opening.last_turn(row.tolist()) for row in rows]
-        skipped = [opening.length(turn) for turn in turns]
-        closing = [opening.closing(turn) for turn in turns]
+        turns, skipped = zip(*(opening.heard(row.tolist(), limit) for row in rows), strict=True)
         rows = [torch.tensor(turn, device=tokens.device, dtype=tokens.dtype) for turn in turns]
-    ends = [len(row) - size for row, size in zip(rows, closing, strict=True)]
-    rows = [row[: min(skip + limit, end)] for row, skip, end in zip(rows, skipped, ends, strict=True)]
+    else:
+        rows = [row[:limit] for row in rows]
     place_T = torch.arange(max(map(len, rows)), device=tokens.device)
     length_B1 = torch.tensor([len(row) for row in rows], device=tokens.device)[:, None]
     mask_BT = place_T < length_B1
@@ -200,7 +203,7 @@ def _listener(
 
 
 def _pooled(
-    gathered: Mapping[str, Tensor], voters: Mapping[str, Voter], experts: Sequence[str]
+    gathered: Mapping[str, Tensor], voters: Mapping[str, Sequence[str]], experts: Sequence[str]
 ) -> Float[Tensor, "B E"]:
     """Each expert's mean evidence over the modules that it adapts."""
     if not gathered:
@@ -211,7 +214,7 @@ def _pooled(
     total_BE, count_E = torch.zeros(rows, len(experts)), torch.zeros(len(experts))
     places = {expert: place for place, expert in enumerate(experts)}
     for name, evidence_BE in gathered.items():
-        chosen = [places[expert] for expert in voters[name].experts]
+        chosen = [places[expert] for expert in voters[name]]
         total_BE[:, chosen] += evidence_BE
         count_E[chosen] += 1
     return total_BE / count_E.clamp(min=1)

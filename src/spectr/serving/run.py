@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import signal
 import socket
 import time
@@ -70,9 +71,14 @@ async def listen(
 
 
 def _ask(asked: list[int], number: int) -> None:
-    """What a signal does: it is written down; the third one finds a process that does not react, and kills it."""
+    """What a signal does: it is written down; the third one finds a process that does not react, and kills it.
+
+    An engine's processes, which leave Ctrl-C to this one, are told before.
+    """
     asked.append(number)
     if len(asked) > 2:
+        for child in multiprocessing.active_children():
+            child.terminate()
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
 

@@ -16,8 +16,9 @@ from spectr.composed.settings import METHOD, Settings
 from spectr.errors import CompositionError, raise_together
 from spectr.layers.kernels.tiles import tiles_work
 from spectr.library import ExpertLibrary
+from spectr.vllm.deciding import DECIDES
 from spectr.vllm.method import routed_method
-from spectr.vllm.served import fingerprint, served
+from spectr.vllm.served import decides_on_prompts, fingerprint, served
 from spectr.vllm.session import Session
 
 _RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
@@ -78,7 +79,12 @@ class SpectrConfig(QuantizationConfig):
             )
         os.environ[_RUNNER] = "0"
         settings = Settings.of(config)
-        served(settings.make_router())
+        if decides_on_prompts(served(settings.make_router())) and DECIDES not in os.environ:
+            raise CompositionError(
+                f"nobody decides on prompts here: {settings.router['name']}",
+                expected="a router that decides for each token, in vLLM by itself",
+                do="spectr serve --engine vllm, or save with calibrated-token",
+            )
         return cls(settings)
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
@@ -102,7 +108,7 @@ class SpectrConfig(QuantizationConfig):
         """This worker's experts and buffers, made when the first layer asks."""
         if self._session is None:
             engine = get_current_vllm_config()  # pyright: ignore[reportCallIssue]  (vLLM is not installed where it runs)
-            _check_engine(engine)
+            _check_engine(engine, decides_on_prompts(self.settings.make_router()))
             library = self.library or self.settings.narrowed(ExpertLibrary.open(self.origin))
             scheduler = engine.scheduler_config
             device = torch.device(engine.device_config.device)
@@ -138,7 +144,7 @@ class SpectrConfig(QuantizationConfig):
         return [self._names.get(name, name) for name in names]
 
 
-def _check_engine(engine: Any) -> None:
+def _check_engine(engine: Any, hears: bool) -> None:
     """Raise :class:`CompositionError` for ways to run in which a token's mask could not be told."""
     parallel = engine.parallel_config
     wrong = {
@@ -150,6 +156,9 @@ def _check_engine(engine: Any) -> None:
         "a model of images or sound": engine.model_config.is_multimodal_model,
         "KV-sharing fast prefill": engine.cache_config.kv_sharing_fast_prefill,
         "vLLM's own LoRA": engine.lora_config is not None,
+        "CUDA graphs and a router that decides on prompts (--enforce-eager)": hears
+        and engine.device_config.device_type != "cpu"
+        and not engine.model_config.enforce_eager,
     }
     problems = [
         CompositionError(f"routing inside vLLM does not work with {what}", do="serve without it")

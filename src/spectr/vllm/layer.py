@@ -14,6 +14,8 @@ from spectr.composition import prepare_module
 from spectr.errors import CompositionError
 from spectr.spectral import Prepared, Stack
 from spectr.vllm.fused import Fused, by_tiles, fits, key_of, tiles_of
+from spectr.vllm.hearing import Ear
+from spectr.vllm.hearing import key_of as key_of_ear
 from spectr.vllm.product import Product
 from spectr.vllm.routing import Group, alike
 from spectr.vllm.session import Session
@@ -38,6 +40,7 @@ class Experts(nn.Module):
     B: Any
     fused: Any
     tiles: Any
+    ear: Any
     scores_0: Tensor
     weights_0: Tensor
 
@@ -45,7 +48,7 @@ class Experts(nn.Module):
         super().__init__()
         self.modules_S, self.split, self.reduce = tuple(modules), split, reduce
         self.record = session.settings.record
-        self.fused = self.tiles = None
+        self.fused = self.tiles = self.ear = None
         for name in ("allowed_TE", "sampled_N"):
             self.register_buffer(name, getattr(session, name), persistent=False)
 
@@ -75,6 +78,11 @@ class Experts(nn.Module):
         if self.record:
             self._keep(session)
         A_PI, B_SOP = self._factors(stacks)
+        if session.hearing is not None:
+            names = [[self.held[number] for number in run] for run in self.runs]
+            self.ear = Ear(session.hearing, self.groups, names, self.reduce if self.split.by_input else lambda h: h)
+            self.ear.fill(A_PI)
+            session.named[key_of_ear(name)] = self.ear
         if by_tiles(self, dtype, device, A_PI.shape[1]):
             self.tiles = tiles_of(self, A_PI, B_SOP)
             return
@@ -93,6 +101,8 @@ class Experts(nn.Module):
         for run, group in zip(self.runs, self.groups, strict=True):
             group.refill([stacks[i] for i in run])
         A_PI, B_SOP = self._factors(stacks)
+        if self.ear is not None:
+            self.ear.fill(A_PI)
         if self.tiles is not None:
             self.tiles.fill(A_PI, B_SOP, self.groups[0].centers_SP)
             return

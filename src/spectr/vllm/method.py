@@ -78,13 +78,16 @@ class RoutedLinearMethod(LinearMethodBase):
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The base layer's output plus the chosen experts' update."""
-        fused = layer.spectr.fused
+        fused, flat = layer.spectr.fused, x.reshape(-1, x.shape[-1])
         if fused is not None:
-            out = fused(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
-            return out if bias is None else out + bias
-        out = self.base.apply(layer, x, bias)
-        flat = x.reshape(-1, x.shape[-1])
-        return layer.spectr(out.reshape(-1, out.shape[-1]), flat).reshape(out.shape)
+            out = fused(flat).reshape(*x.shape[:-1], -1)
+            out = out if bias is None else out + bias
+        else:
+            out = self.base.apply(layer, x, bias)
+            out = layer.spectr(out.reshape(-1, out.shape[-1]), flat).reshape(out.shape)
+        if layer.spectr.ear is not None:
+            torch.ops.spectr.hear(out, flat, self.name)
+        return out
 
 
 @register_weight_loader_v2_supported_method

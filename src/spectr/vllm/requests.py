@@ -14,6 +14,8 @@ from typing import Any
 EXPERTS = "spectr_experts"  # names, as a list or with commas
 ROUTING = "spectr_routing"  # "tokens" or "layers"
 ROUTE_ID = "spectr_route_id"  # what reports of this request are marked with
+PROBE = "spectr_probe"  # the prompt is read for a decision among the experts, and is asked for by this name
+UNHEARD = "spectr_unheard"  # how many tokens at its beginning have no say
 _LONGEST = 200
 
 
@@ -26,12 +28,18 @@ class Asked:
         understood: Whether the names could be read at all.
         routing: ``"tokens"``, ``"layers"``, or ``""`` for no report.
         route_id: What its reports are marked with.
+        probe: Where its prompt is read for a decision, by the base model alone: what the verdict is asked for by.
+        among: The experts that are decided among.
+        unheard: Tokens at the prompt's beginning that have no say.
     """
 
     experts: tuple[str, ...] | None = None
     understood: bool = True
     routing: str = ""
     route_id: str = ""
+    probe: str = ""
+    among: tuple[str, ...] = ()
+    unheard: int = 0
 
     @staticmethod
     def of(extra_args: Any) -> Asked:
@@ -39,6 +47,11 @@ class Asked:
         if not isinstance(extra_args, Mapping):
             return Asked()
         names, understood = _names(extra_args.get(EXPERTS))
+        probe, unheard = extra_args.get(PROBE), extra_args.get(UNHEARD, 0)
+        if probe is not None:
+            if not (isinstance(probe, str) and len(probe) <= _LONGEST and isinstance(unheard, int) and unheard >= 0):
+                return Asked(experts=(), understood=False)
+            return Asked(experts=(), probe=probe, among=names or (), unheard=unheard)
         routing, route_id = extra_args.get(ROUTING), extra_args.get(ROUTE_ID)
         if not (routing in ("tokens", "layers") and isinstance(route_id, str) and len(route_id) <= _LONGEST):
             routing, route_id = "", ""

@@ -108,16 +108,21 @@ class Group(nn.Module):
             x_TI: The input itself; a part of it in a row-parallel layer, whose router does not look.
             allowed_TF: Which of the engine's experts each token may use.
         """
-        scored_TSP = h_TSP if self.centers_SP is None else h_TSP - self.centers_SP
-        if self.folded:
-            scores_TSE = extra_TX.float().abs().unflatten(-1, (self.modules_S, self.experts))
-        else:
-            norms_TSE = segment_norms(scored_TSP, self.common_rank, self.member_EP)
-            x_TSI = x_TI[:, None].expand(-1, self.modules_S, -1)
-            scores_TSE = self.router.scores(x_TSI, norms_TSE, self.prototypes_EI)
+        scores_TSE = self.scores(h_TSP, extra_TX, x_TI)
         allowed_TE = allowed_TF if self.everyone else allowed_TF[:, self.columns_E]
         allowed_TSE = allowed_TE[:, None].expand_as(scores_TSE)
         return scores_TSE, weights_among(self.select, scores_TSE, allowed_TSE)
+
+    def scores(
+        self, h_TSP: Float[Tensor, "T S P"], extra_TX: Float[Tensor, "T X"], x_TI: Tensor
+    ) -> Float[Tensor, "T S E"]:
+        """Scores alone; see :meth:`choose`."""
+        scored_TSP = h_TSP if self.centers_SP is None else h_TSP - self.centers_SP
+        if self.folded:
+            return extra_TX.float().abs().unflatten(-1, (self.modules_S, self.experts))
+        norms_TSE = segment_norms(scored_TSP, self.common_rank, self.member_EP)
+        x_TSI = x_TI[:, None].expand(-1, self.modules_S, -1)
+        return self.router.scores(x_TSI, norms_TSE, self.prototypes_EI)
 
     def weighted(self, h_TSP: Float[Tensor, "T S P"], weights_TSE: Float[Tensor, "T S E"]) -> Float[Tensor, "T S P"]:
         """What the output factors are multiplied with: zero for experts without a weight, whatever their ``h`` is."""

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from spectr.errors import CompositionError
+from spectr.vllm.hearing import Hearing, Row
 from spectr.vllm.recording import Reporter
 from spectr.vllm.requests import Asked
 from spectr.vllm.salt import REMOVE
@@ -29,6 +30,8 @@ def hook_runner() -> None:
     GPUModelRunner._bookkeeping_sync = _reporting(GPUModelRunner._bookkeeping_sync)
     WorkerBase.spectr_remove = _remove
     WorkerBase.spectr_status = _status
+    WorkerBase.spectr_learn = _learn
+    WorkerBase.spectr_verdict = _verdict
 
 
 def session_of(runner: Any) -> Session | None:
@@ -66,8 +69,11 @@ def _masking(prepare_inputs: Any) -> Any:
         result = prepare_inputs(self, scheduler_output, num_scheduled_tokens)
         session = session_of(self)
         if session is not None:
-            self.spectr_asked = [_asked(self, request) for request in self.input_batch.req_ids]
-            session.write(self.spectr_asked, num_scheduled_tokens)
+            batch = self.input_batch
+            self.spectr_asked = [_asked(self, request) for request in batch.req_ids]
+            counts = (batch.num_computed_tokens_cpu, num_scheduled_tokens, batch.num_prompt_tokens)
+            rows = zip(batch.req_ids, self.spectr_asked, *(count.tolist() for count in counts), strict=False)
+            session.write([Row(*row) for row in rows], self.requests)
         return result
 
     return prepare
@@ -87,6 +93,9 @@ def _reporting(bookkeeping: Any) -> Any:
     @wraps(bookkeeping)
     def keep(self: Any, *args: Any, **kwargs: Any) -> Any:
         reporter = getattr(self, "spectr_reporter", None)
+        session = session_of(self)
+        if session is not None and session.hearing is not None:
+            session.hearing.end(session.removed)
         if reporter is not None and any(asked.routing for asked in self.spectr_asked):
             reporter.report(self)
         return bookkeeping(self, *args, **kwargs)
@@ -104,6 +113,23 @@ def _remove(self: Any, name: str) -> dict[str, Any]:
 def _status(self: Any) -> dict[str, Any]:
     """Worker method: what is routed."""
     return _needed(self).status()
+
+
+def _learn(self: Any, probes: list[str]) -> None:
+    """Worker method: these probes say what is usual."""
+    _hearing(self).learn(probes)
+
+
+def _verdict(self: Any, probe: str) -> list[str]:
+    """Worker method: the experts that are held for a prompt that was read."""
+    return _hearing(self).verdict(probe)
+
+
+def _hearing(worker: Any) -> Hearing:
+    hearing = _needed(worker).hearing
+    if hearing is None:
+        raise CompositionError("this engine's router does not decide on whole prompts", do="serve with calibrated")
+    return hearing
 
 
 def _needed(worker: Any) -> Session:

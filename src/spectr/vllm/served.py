@@ -8,20 +8,24 @@ import json
 from spectr.combine import get_combination, merge_factors, merge_outputs
 from spectr.errors import CompositionError
 from spectr.library import ExpertLibrary
-from spectr.routers import GuidedRouter, Oracle, PromptRouter, Router, Shortlist, ShortlistRouter
+from spectr.routers import GuidedRouter, Oracle, ProbingRouter, PromptRouter, Router, Shortlist, ShortlistRouter
 from spectr.routers.settings import combination_of
 
 
+def decides_on_prompts(router: Router) -> bool:
+    """Whether a router reads a prompt through its own scores and holds one expert for all of it."""
+    return isinstance(router, ProbingRouter) and router.level == "prompt" and getattr(router, "top_k", 0) == 1
+
+
 def served(router: Router) -> Router:
-    """The router itself, if it decides token by token.
+    """The router itself, if it decides token by token, or holds one expert for a prompt.
 
     Raises:
         CompositionError: It does not, or its combination needs what a tensor-parallel layer does not have.
     """
-    instead = "one that decides for each token: spectr, spectr-projection, calibrated-token, arrow, uniform, seqr, ..."
-    if isinstance(router, (Shortlist, ShortlistRouter, GuidedRouter, Oracle)) or (
-        isinstance(router, PromptRouter) and router.level != "token"
-    ):
+    instead = "one that decides for each token (spectr, calibrated-token, arrow, ...), or calibrated with top_k=1"
+    by_prompt = isinstance(router, PromptRouter) and router.level != "token" and not decides_on_prompts(router)
+    if isinstance(router, (Shortlist, ShortlistRouter, GuidedRouter, Oracle)) or by_prompt:
         raise CompositionError(
             f"this router cannot run inside vLLM: {router!r}",
             expected=instead,

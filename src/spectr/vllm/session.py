@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,9 @@ from spectr.composed.settings import Settings
 from spectr.composition import needed_calibration, needed_gates
 from spectr.errors import CompositionError, did_you_mean
 from spectr.library import ExpertLibrary
+from spectr.vllm.hearing import Hearing, Row
 from spectr.vllm.requests import Asked
+from spectr.vllm.served import decides_on_prompts
 
 
 class Session:
@@ -28,6 +30,7 @@ class Session:
         routed: The modules that they stand for, by the library's names.
         removed: Experts that are gone.
         named: What compiled graphs find by name, where the engine keeps such things.
+        hearing: What is heard of prompts that are decided on, where the router does that.
     """
 
     def __init__(
@@ -52,6 +55,10 @@ class Session:
         self.removed: set[str] = set()
         self.named: dict[str, Any] = {} if named is None else named
         self._rows: dict[Asked, np.ndarray] = {}
+        modules = {module for expert in found for module in expert.shapes}
+        self.hearing = None
+        if decides_on_prompts(self.router):
+            self.hearing = Hearing(self.router, {module: self.users(module) for module in modules})
 
     def users(self, module: str) -> list[str]:
         """The experts that adapt a module, in their order."""
@@ -62,19 +69,24 @@ class Session:
         row = self._rows.get(asked)
         if row is None:
             names = asked.allowed(self.experts, self.settings.access)
+            if self.hearing is not None and len(names) > 1:  # nobody has decided
+                names = frozenset[str]()
             row = np.array([name in names and name not in self.removed for name in self.experts])
             if len(self._rows) > 4096:
                 self._rows.clear()
             self._rows[asked] = row
         return row
 
-    def write(self, asked: Sequence[Asked], tokens: np.ndarray) -> None:
+    def write(self, step: Sequence[Row], alive: Collection[str]) -> None:
         """Write the masks of a step.
 
         Args:
-            asked: What each request of the batch asks for.
-            tokens: How many tokens each has in the step.
+            step: The requests of the batch.
+            alive: All that the engine works on.
         """
+        asked, tokens = [row.asked for row in step], np.array([row.tokens for row in step])
+        if self.hearing is not None:
+            self.hearing.begin(step, alive, self.allowed_TE.device)
         plain = [Asked(experts=one.experts, understood=one.understood) for one in asked]
         rows_TE = np.repeat(np.stack([self.row(one) for one in plain]), tokens, axis=0)
         self.allowed_TE[: len(rows_TE)].copy_(torch.from_numpy(rows_TE), non_blocking=True)

@@ -63,7 +63,7 @@ class WholeLayer:
 
     def __call__(self, x: Tensor, rows: Tensor | None) -> Tensor | None:
         """See :class:`spectr.layers.kernels.base.Whole`."""
-        if x.dtype is not self.dtype or not x.is_cpu or watched(x):
+        if x.dtype is not self.dtype or not x.is_cpu or x.shape[-1] != self.inputs or watched(x):
             return None
         tokens, numbers = x.numel() // self.inputs, own_numbers(self.base, x)
         few, most, many = self.calls

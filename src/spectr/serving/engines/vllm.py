@@ -9,9 +9,10 @@ import re
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,18 @@ from spectr.composed.settings import METHOD, Settings
 from spectr.errors import CompositionError, MissingExtraError, SpectrError
 from spectr.library import ExpertLibrary
 from spectr.models import fetch_default_model
+from spectr.routers import ProbingRouter
 from spectr.routers.config import router_config
 from spectr.serving.engines.base import Step, Ticket
 from spectr.serving.errors import RefusalError
 from spectr.serving.run import listen
 from spectr.serving.settings import Settings as Served
 from spectr.serving.suspicion import spectral_norm, suspicion
+from spectr.vllm.deciding import DECIDES, Decider
 from spectr.vllm.recording import Listener
 from spectr.vllm.register import check_version, engine_version
 from spectr.vllm.requests import EXPERTS, ROUTE_ID, ROUTING
-from spectr.vllm.served import served
+from spectr.vllm.served import decides_on_prompts, served
 
 INNER = "spectr"  # what vLLM's application calls the composed model
 _PATIENCE = 0.25  # seconds that an answer waits for its reports
@@ -193,12 +196,18 @@ async def launched(
     check_version()
     settings = settings or _of_folder(model)
     closed = replace(settings, access="closed", record=record)  # whatever passes the gateway by gets the base model
-    listener = Listener()
+    chosen, listener = closed.make_router(), Listener()
+    by_prompt = decides_on_prompts(chosen)
+    if by_prompt:
+        os.environ[DECIDES] = "1"
     try:
         arguments = ["--model", model, "--served-model-name", INNER, "--hf-overrides"]
         arguments += [json.dumps({"quantization_config": closed.as_config()}), *options]
         async with _application(arguments) as (app, client):
             [status, *_] = await client.collective_rpc("spectr_status")
+            library = closed.open_library(model)
+            if isinstance(chosen, ProbingRouter) and by_prompt:
+                await Decider(client, library, chosen.probe_tokens).learn()
             yield (
                 app,
                 VllmEngine(
@@ -207,12 +216,13 @@ async def launched(
                     listener,
                     base_model=base_model,
                     router=router or settings.router["name"],
-                    suspicion=_suspicion(closed.open_library(model)),
+                    suspicion=_suspicion(library),
                     records=record,
                 ),
             )
     finally:
         listener.close()
+        os.environ.pop(DECIDES, None)
 
 
 def launch(settings: Served, say: Callable[[str], None]) -> None:
@@ -322,8 +332,32 @@ async def _application(arguments: Sequence[str]) -> AsyncIterator[tuple[Any, Any
 
     parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(list(arguments))
     validate_parsed_serve_args(parsed)
-    async with build_async_engine_client(parsed) as client:
+    async with AsyncExitStack() as stack:
+        with _sheltered():
+            client = await stack.enter_async_context(build_async_engine_client(parsed))
         tasks = await client.get_supported_tasks()
         app = build_app(parsed, tasks, client.model_config)
         await init_app_state(client, app.state, parsed, tasks)
         yield app, client
+
+
+@contextmanager
+def _sheltered() -> Iterator[None]:
+    """Processes of an engine that is started meanwhile do not hear a terminal's Ctrl-C: who started them ends them."""
+    from vllm.v1.engine.utils import CoreEngineProcManager
+
+    plain = CoreEngineProcManager.__init__
+    resource_tracker.ensure_running()  # else the first process that is started has it start, which unblocks the signal
+
+    def start(*args: Any, **kwargs: Any) -> None:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # new processes inherit it
+        try:
+            plain(*args, **kwargs)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    CoreEngineProcManager.__init__ = start
+    try:
+        yield
+    finally:
+        CoreEngineProcManager.__init__ = plain

@@ -1,0 +1,76 @@
+"""Decisions for whole prompts: each is read by the base model before it is answered with the expert that was found."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+from spectr.composition.routed import calibration_texts
+from spectr.errors import CompositionError
+from spectr.layers.opening import Opening
+from spectr.library import ExpertLibrary
+from spectr.vllm.requests import EXPERTS, PROBE, UNHEARD
+
+DECIDES = "SPECTR_DECIDES"  # set where somebody decides before an engine answers; no graph depends on it
+
+
+class Decider:
+    """Stands before an engine's ``generate``: what it passes on names one expert at most.
+
+    The engine reads a prompt as a request of its own (:mod:`spectr.vllm.hearing`), so that the answer proper is that of
+    a request for the expert that was found: its masks, its cache salt.
+
+    Args:
+        client: vLLM's ``AsyncLLM``, whose ``generate`` is replaced.
+        library: The experts; what is known of the calibration's texts.
+        probe_tokens: Tokens of a prompt that have a say at most.
+    """
+
+    def __init__(self, client: Any, library: ExpertLibrary, probe_tokens: int):
+        opening, self._usual = calibration_texts(library.calibration)
+        self._opening, self._limit = opening or Opening(), probe_tokens
+        self._client, self._plain = client, client.generate
+        client.generate = self.generate
+
+    async def learn(self) -> None:
+        """Have the calibration's texts read, which say what is usual."""
+        if self._usual is None:
+            return
+        rows = zip(self._usual["input_ids"], self._usual["attention_mask"], strict=True)
+        texts = {uuid.uuid4().hex: ids[real.bool()].tolist() for ids, real in rows}
+        await self._client.collective_rpc("spectr_learn", args=(list(texts),))
+        for probe, ids in texts.items():
+            await self._read(probe, ids, [])
+
+    async def generate(self, prompt: Any, sampling_params: Any, request_id: str, **options: Any) -> AsyncIterator[Any]:
+        """As ``AsyncLLM.generate``."""
+        extra = dict(sampling_params.extra_args or {})
+        if len(extra.get(EXPERTS) or ()) > 1:
+            sampling_params = sampling_params.clone()
+            sampling_params.extra_args = extra | {EXPERTS: await self._decide(prompt, extra[EXPERTS])}
+        async for output in self._plain(prompt, sampling_params, request_id, **options):
+            yield output
+
+    async def _decide(self, prompt: Any, experts: list[str]) -> list[str]:
+        ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
+        if not ids:
+            raise CompositionError("a prompt that is no text cannot be decided on", do="name one expert")
+        probe = uuid.uuid4().hex
+        await self._read(probe, list(ids), experts)
+        [found, *_] = await self._client.collective_rpc("spectr_verdict", args=(probe,))
+        return found
+
+    async def _read(self, probe: str, ids: list[int], experts: list[str]) -> None:
+        from vllm.sampling_params import SamplingParams
+
+        turn, unheard = self._opening.heard(ids, self._limit)
+        params = SamplingParams(
+            max_tokens=1,
+            temperature=0,
+            detokenize=False,
+            skip_reading_prefix_cache=True,  # what is cached passes no layer
+            extra_args={PROBE: probe, UNHEARD: unheard, EXPERTS: experts},
+        )
+        async for _ in self._plain({"prompt_token_ids": turn}, params, f"probe-{probe}"):
+            pass

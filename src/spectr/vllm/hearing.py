@@ -1,0 +1,185 @@
+"""Prompts that are read for a decision: the base model computes them, and every layer's scores of them are kept.
+
+Such a request (a probe) is like any other to the engine, in pieces and beside others, but uses no cached prefix.
+Legend: N tokens of a step that have a say, P rows of factors, S packed modules, E experts, I inputs.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from spectr.layers.probe import Heard, evidence_of
+from spectr.vllm.requests import Asked
+
+_KEPT = 1024  # verdicts that nobody has asked for yet
+
+
+class Row(NamedTuple):
+    """What a request has in a step.
+
+    Attributes:
+        request: The engine's name for it.
+        asked: What it asks for.
+        before: How many of its tokens were computed before.
+        tokens: How many are in the step.
+        prompt: How many its prompt has.
+    """
+
+    request: str
+    asked: Asked
+    before: int
+    tokens: int
+    prompt: int
+
+
+class _Part(NamedTuple):
+    request: str
+    tokens: int
+
+
+class Hearing:
+    """The probes of one worker.
+
+    Args:
+        router: Decides for whole prompts.
+        modules: By routed module its experts' names.
+
+    Attributes:
+        rows_N: Of the current step the tokens that have a say; ``None`` where there is none.
+    """
+
+    def __init__(self, router: Any, modules: Mapping[str, Sequence[str]]):
+        self.router, self.modules = router, modules
+        self.rows_N: Tensor | None = None
+        self._parts: list[_Part] = []
+        self._complete: list[Row] = []
+        self._heard: dict[str, dict[str, list[Tensor]]] = {}
+        self._awaited: set[str] = set()
+        self._usual: list[dict[str, Heard]] = []
+        self._verdicts = OrderedDict[str, list[str]]()
+
+    def begin(self, step: Sequence[Row], alive: Collection[str], device: torch.device) -> None:
+        """What is in the step that comes; what was heard of requests that are gone is let go."""
+        self._heard = {request: heard for request, heard in self._heard.items() if request in alive}
+        self._parts, self._complete, rows, start = [], [], [], 0
+        for row in step:
+            if row.asked.probe:
+                if row.before == 0:  # anew, where the engine had taken its memory
+                    self._heard[row.request] = {}
+                first, end = max(row.before, row.asked.unheard), min(row.before + row.tokens, row.prompt)
+                if first < end:
+                    rows.append(torch.arange(first, end) - row.before + start)
+                    self._parts.append(_Part(row.request, end - first))
+                if row.before < row.prompt <= row.before + row.tokens:
+                    self._complete.append(row)
+            start += row.tokens
+        self.rows_N = torch.cat(rows).to(device) if rows else None
+
+    def take(self, module: str, scores_NE: Float[Tensor, "N E"]) -> None:
+        """A module's scores of the step's tokens that have a say."""
+        pieces = scores_NE.split([part.tokens for part in self._parts])
+        for part, piece_NE in zip(self._parts, pieces, strict=True):
+            self._heard[part.request].setdefault(module, []).append(piece_NE)
+
+    def end(self, removed: Collection[str]) -> None:
+        """The step is computed: decide on the prompts that it has completed."""
+        for row in self._complete:
+            heard = {module: _joined(pieces) for module, pieces in self._heard.pop(row.request).items()}
+            if row.asked.probe in self._awaited:
+                self._awaited.discard(row.asked.probe)
+                self._usual.append(heard)
+            else:
+                self._verdicts[row.asked.probe] = self._decide(heard, sorted(set(row.asked.among) - set(removed)))
+        while len(self._verdicts) > _KEPT:
+            self._verdicts.popitem(last=False)
+        self.rows_N, self._parts, self._complete = None, [], []
+
+    def learn(self, probes: Iterable[str]) -> None:
+        """These probes are the calibration's texts, and say what is usual."""
+        self._awaited, self._usual = set(probes), []
+
+    def verdict(self, probe: str) -> list[str]:
+        """The experts that are held for the prompt of a probe; none where it is not known."""
+        return self._verdicts.pop(probe, [])
+
+    def _decide(self, heard: Mapping[str, Heard], names: Sequence[str]) -> list[str]:
+        if len(names) < 2:
+            return list(names)
+        evidence_1E = evidence_of(heard, self.modules, self.router, names)
+        if self._usual:
+            usual = [evidence_of(text, self.modules, self.router, names) for text in self._usual]
+            evidence_1E = evidence_1E - torch.cat(usual).mean(0) + 1
+        [weights_E] = self.router.verdict(evidence_1E)
+        return [name for name, weight in zip(names, weights_E.tolist(), strict=True) if weight > 0]
+
+
+class Ear(nn.Module):
+    """What scores the tokens of probes at one layer.
+
+    Args:
+        hearing: The worker's.
+        groups: The layer's, in their order.
+        names: By group those of its modules.
+        reduce: Sums ``A x`` over the ranks, where the layer sees a part of its input on each.
+    """
+
+    A_PI: Tensor
+
+    def __init__(
+        self, hearing: Hearing, groups: Any, names: Sequence[Sequence[str]], reduce: Callable[[Tensor], Tensor]
+    ):
+        super().__init__()
+        define()
+        self.hearing, self.names, self.reduce = hearing, names, reduce
+        self.groups = [groups]  # which are the layer's, and not to be registered twice
+
+    def fill(self, A_PI: Tensor) -> None:
+        """The input factors of all modules, one below the other."""
+        self.register_buffer("A_PI", A_PI, persistent=False)
+
+    def forward(self, x_TI: Float[Tensor, "T I"]) -> None:
+        """Score those tokens of a step that have a say."""
+        rows_N = self.hearing.rows_N
+        if rows_N is None:
+            return
+        x_NI = x_TI[rows_N]
+        h_NQ, start = self.reduce(x_NI @ self.A_PI.mT), 0
+        for group, names in zip(self.groups[0], self.names, strict=True):
+            rows = group.modules_S * group.rows
+            h_NSP = h_NQ[:, start : start + rows].unflatten(-1, (group.modules_S, group.rows))
+            scores_NSE = group.scores(h_NSP, h_NQ[:, :0], x_NI)
+            for module, scores_NE in zip(names, scores_NSE.unbind(1), strict=True):
+                self.hearing.take(module, scores_NE)
+            start += rows
+
+
+def key_of(name: str) -> str:
+    """A layer's key among those that the engine finds by name."""
+    return f"{name}.spectr.ear"
+
+
+@cache
+def define() -> torch.library.Library:
+    """The operation by which graphs let a layer hear its input; it is said to change the output, so that it stays."""
+    from vllm.forward_context import get_forward_context
+
+    def hear(out: Tensor, x: Tensor, name: str) -> None:
+        get_forward_context().no_compile_layers[key_of(name)](x)
+
+    ours = torch.library.Library("spectr", "FRAGMENT")
+    ours.define("hear(Tensor(a!) out, Tensor x, str name) -> ()")
+    ours.impl("hear", hear, "CompositeExplicitAutograd")
+    torch.library.register_fake("spectr::hear", lambda out, x, name: None)
+    return ours
+
+
+def _joined(pieces: Sequence[Tensor]) -> Heard:
+    scores_NE = torch.cat(list(pieces))
+    return Heard(scores_NE, torch.zeros(len(scores_NE), dtype=torch.long, device=scores_NE.device), 1)
