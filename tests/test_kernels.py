@@ -127,6 +127,15 @@ def test_held_weights_are_those_of_torch(monkeypatch, dtype, rows, base):
 
 
 @needs_a_compiler
+def test_tokens_of_another_width_are_refused_as_the_base_layer_does():
+    layer = layer_of(Spectr(top_k=2), 5, 4, torch.float32, 0)
+    with torch.no_grad():
+        layer(torch.randn(4, INPUTS))
+        with pytest.raises(RuntimeError, match="cannot be multiplied"):
+            layer(torch.randn(4, INPUTS // 2))  # as many numbers as two tokens
+
+
+@needs_a_compiler
 def test_a_cast_while_weights_are_held_is_seen():
     """What is held keeps its dtype when the model is cast: the kernels must not read it as another."""
     layer = layer_of(Spectr(top_k=2), 5, 4, torch.float32, 0)
