@@ -5,7 +5,7 @@
 
 Prompts and decoding are timed as transformers runs them, in turn (``spectr benchmark``): for one token the launching of
 kernels is then most of the time, for every model. Decoding is timed as a captured CUDA graph too, which is what the GPU
-itself has to do, and how engines run it.
+itself has to do, and how engines run it; so is a layer by itself.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from spectr.adapters.write import write_adapter
 from spectr.benchmark import PEERS, Subject
 from spectr.benchmark.measure import Timing, Work, measure
 from spectr.benchmark.subjects import BASE, OURS, ours
+from spectr.layers import RoutedLinear
+from spectr.spectral import Prepared, Stack
 
 SHAPES: dict[str, dict[str, Any]] = {
     "smollm2-135m": {
@@ -95,8 +97,9 @@ def graph(model: nn.Module, work: Work) -> Callable[[], float]:
         step()
 
     def replay() -> float:
+        last.copy_(ids[:, -1:])  # the graph reads and writes these very tensors: the same token and place again
         for layer in cache.layers:
-            layer.cumulative_length.fill_(work.prompt)  # the same place in the cache again
+            layer.cumulative_length.fill_(work.prompt)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         for _ in range(REPLAYS):
@@ -127,6 +130,33 @@ def graphs(subjects: list[Subject], works: list[Work], rounds: int) -> dict[tupl
         for name, told in seconds.items():
             found[name, f"{work.name}, as a graph"] = Timing(seconds=tuple(told), peak=0)
     return found
+
+
+@torch.inference_mode()
+def layers(shape: str, experts: int, rank: int, top_k: int, dtype: torch.dtype) -> str:
+    """A linear layer by itself, the launching of its kernels left out: microseconds for some numbers of tokens."""
+    from triton.testing import do_bench_cudagraph  # which a machine without a GPU need not have
+
+    narrow, wide = SHAPES[shape]["hidden_size"], SHAPES[shape]["intermediate_size"]
+    placed = torch.device("cuda"), dtype
+    parts = {
+        f"expert-{number:03}": Prepared(torch.randn(rank, narrow), torch.randn(wide, rank)).to(*placed)
+        for number in range(experts)
+    }
+    layer = RoutedLinear(
+        nn.Linear(narrow, wide, bias=False, device="cuda", dtype=dtype), Stack.of(parts), Spectr(top_k=top_k)
+    )
+    A, B = parts["expert-000"].A, parts["expert-000"].B
+    lines = [
+        f"| {narrow} to {wide}, us | base | one adapter, as PEFT computes it | ours |",
+        "| --- | --- | --- | --- |",
+    ]
+    for tokens in (1, 16, 64, 256, 1024):
+        x = torch.randn(tokens, narrow, device="cuda", dtype=dtype)
+        ways = (lambda x=x: layer.base(x), lambda x=x: layer.base(x) + x @ A.mT @ B.mT * 2.0, lambda x=x: layer(x))
+        told = [f"{do_bench_cudagraph(way, rep=10) * 1e3:.1f}" for way in ways]
+        lines.append(f"| {tokens} | {' | '.join(told)} |")
+    return "\n".join(lines)
 
 
 def table(timings: dict[tuple[str, str], Timing]) -> str:
@@ -172,6 +202,7 @@ def main() -> None:
             print(f"\n{given.shape}, {count} experts of rank {given.rank}, the best {given.top_k}, {dtype}\n")
             print(table(timings), flush=True)
             print(table(graphs(subjects, works[1:], given.rounds)), flush=True)
+            print(layers(given.shape, count, given.rank, given.top_k, getattr(torch, dtype)), flush=True)
 
 
 if __name__ == "__main__":
