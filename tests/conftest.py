@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -40,6 +41,7 @@ from spectr.library import LibraryStore  # noqa: E402
 from text_model import save_experts, save_model  # noqa: E402
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it starts in the background ignore Ctrl-C
 
 
 @pytest.fixture
