@@ -16,6 +16,7 @@ BIAS = "an object with numbers by token, {TOKEN: BIAS}"
 STREAM = "\"stream\": true beside it, or no 'stream_options'"
 OPTIONS = "include_usage, include_obfuscation"
 USAGE = "did you mean 'include_usage'? known: include_obfuscation, include_usage"
+STOP, CONTENT = "a text, or a list of texts, none of them empty", '{"role": "user", "content": "..."}'
 COUNT, PROMPT = "a whole number, at least 1", "a text, or a list of texts or of token numbers"
 
 
@@ -48,7 +49,12 @@ def refused(kind, body):
         ({"temperature": 3}, "'temperature' is 3", "a number from 0 to 2"),
         ({"top_p": 0}, "'top_p' is 0", "a number above 0, at most 1"),
         ({"frequency_penalty": -3}, "'frequency_penalty' is -3", "a number from -2 to 2"),
-        ({"stop": [1]}, "'stop[0]' is 1", "a text, or a list of texts"),
+        ({"stop": [1]}, "'stop[0]' is 1", STOP),
+        ({"stop": ""}, "'stop' is \"\"", STOP),
+        ({"stop": ["a", ""]}, "'stop[1]' is \"\"", STOP),
+        ({"seed": 2**63}, f"'seed' is {2**63}", "a whole number of 64 bits"),
+        ({"messages": [{"role": "user", "text": "x"}]}, "'messages[0]' has no content", CONTENT),
+        ({"messages": [TURN, {"role": "user", "content": None}]}, "'messages[1]' has no content", CONTENT),
         ({"logit_bias": {"5": "x"}}, "'logit_bias.5' is \"x\"", BIAS),
         ({"stream_options": {}}, "'stream_options' is for streams alone", STREAM),
         ({"stream_options": {}, "stream": False}, "'stream_options' is for streams alone", STREAM),
@@ -101,17 +107,32 @@ def test_a_slip_in_a_field_is_told_and_does_not_widen_the_set_in_silence(name, m
 
 
 def test_several_slips_are_all_told_and_a_field_that_the_engine_knows_is_none():
-    body = json.dumps({"model": "spectr", "messages": [TURN], "min_tokens": 3, "tmperature": 1, "extra_body": {}})
+    body = json.dumps({"model": "spectr", "messages": [TURN], "topp": 3, "tmperature": 1, "extra_body": {}})
     with pytest.raises(RefusalError) as caught:
-        parse(ChatRequest, body.encode(), frozenset({"min_tokens"}))
+        parse(ChatRequest, body.encode(), frozenset({"topp"}))
     first, do, second, put = str(caught.value).splitlines()
     assert (first, second) == ("'tmperature' is no field of a request", "also: 'extra_body' is no field of a request")
     assert (do, caught.value.param) == ("  to do: if you mean 'temperature', write that; or leave it out", "tmperature")
     assert put.endswith("write the fields that are in it beside the others")
-    assert "if you mean 'max_tokens'" in str(refused(ChatRequest, json.loads(body)))
+    assert "if you mean 'top_p'" in str(refused(ChatRequest, json.loads(body)))
 
 
-@pytest.mark.parametrize("name", ["user", "metadata", "return_token_ids", "routing", "store"])
+def test_a_turn_of_the_assistant_may_be_a_call_alone_and_no_stop_is_none():
+    turns = [TURN, {"role": "assistant", "tool_calls": []}]
+    asked, _ = parse(ChatRequest, json.dumps({"model": "spectr", "messages": turns, "stop": []}).encode())
+    assert asked.stop == []
+
+
+@pytest.mark.parametrize("text", [rb"\ud800", rb"a \uDFFF", b"\xed\xa0\x80"])
+def test_half_a_character_is_told(text):
+    with pytest.raises(RefusalError) as caught:
+        parse(CompletionRequest, b'{"model": "spectr", "prompt": "' + text + b'"}')
+    half = "\\udfff" if b"F" in text else "\\ud800"
+    assert str(caught.value) == f"the body is no text: '{half}' is half a character\n  expected: Unicode"
+    assert caught.value.code == "invalid_json"
+
+
+@pytest.mark.parametrize("name", ["user", "metadata", "return_token_ids", "routing", "store", "top_k", "min_tokens"])
 def test_other_fields_are_the_engines_matter(name):
     _, told = parse(ChatRequest, json.dumps({"model": "spectr", "messages": [TURN], name: "x"}).encode())
     assert told[name] == "x"

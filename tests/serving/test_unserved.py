@@ -59,6 +59,7 @@ def test_a_turn_that_cannot_be_served_is_told_with_its_place_and_what_stands_the
         ({"messages": [TURN], "n": 2}, "n"),
         ({"prompt": "x", "logit_bias": {"3": 1}}, "logit_bias"),
         ({"prompt": ["x", "y"]}, "prompt"),
+        ({"prompt": "x", "suffix": "y"}, "suffix"),
     ],
 )
 def test_a_field_that_would_be_ignored_is_refused(engine, body, param):
@@ -68,5 +69,5 @@ def test_a_field_that_would_be_ignored_is_refused(engine, body, param):
 def test_what_makes_no_difference_is_served(engine):
     body = {"messages": [TURN], "presence_penalty": 0, "n": 1, "logit_bias": {"3": 1}}
     ticket = Ticket(id="x", experts=("cats",), router="calibrated")
-    assert engine.admit(ticket, body) == {**body, "model": "spectr"}
+    assert engine.admit(ticket, {**body, "stop": [], "tools": [], "seed": None}) == {**body, "model": "spectr"}
     engine.finish(ticket)

@@ -31,7 +31,9 @@ OURS = ("experts", "router", "return_routing")
 _DIGITS = 3
 
 _COUNT, _PENALTY = "a whole number, at least 1", "a number from -2 to 2"
+_SLIP = 0.81  # likeness of names; ``top_k``, which others have, is no slip in ``top_p``
 Number = StrictFloat | StrictInt
+Text = Annotated[StrictStr, Field(min_length=1)]
 
 
 def _field(expected: str, default: Any = ...) -> Any:
@@ -66,8 +68,8 @@ class Request(BaseModel):
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = _field("a number from 0 to 2", None)
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = _field("a number above 0, at most 1", None)
     n: Annotated[StrictInt, Field(ge=1)] | None = _field(_COUNT, None)
-    seed: StrictInt | None = _field("a whole number", None)
-    stop: StrictStr | list[StrictStr] | None = _field("a text, or a list of texts", None)
+    seed: Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)] | None = _field("a whole number of 64 bits", None)
+    stop: Text | list[Text] | None = _field("a text, or a list of texts, none of them empty", None)
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = _field(_PENALTY, None)
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = _field(_PENALTY, None)
     logit_bias: dict[StrictStr, Number] | None = _field("an object with numbers by token, {TOKEN: BIAS}", None)
@@ -108,6 +110,12 @@ class Message(BaseModel):
     role: StrictStr = _field('"system", "user" or "assistant"')
     content: StrictStr | list[Part] | None = _field('a text, or a list of parts: {"type": "text", "text": "..."}', None)
 
+    @model_validator(mode="after")
+    def _has_content(self) -> Message:
+        if self.content is None and self.role != "assistant":  # whose turn may be a tool's call alone
+            raise ValueError("has no content", f'{{"role": "{self.role}", "content": "..."}}')
+        return self
+
 
 class ChatRequest(Request):
     """Of ``/v1/chat/completions``."""
@@ -140,8 +148,11 @@ def parse(kind: type[Request], body: bytes, known: frozenset[str] = frozenset())
         raise _no_json("empty")
     try:
         raw = json.loads(body)
+        json.dumps(raw, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise _no_json(f"no JSON: {error.msg} in line {error.lineno}, column {error.colno}") from None
+    except UnicodeEncodeError as error:
+        raise _no_json(f"no text: {error.object[error.start]!a} is half a character", "Unicode") from None
     except (ValueError, RecursionError):
         raise _no_json("no JSON") from None
     if not isinstance(raw, dict):
@@ -154,10 +165,8 @@ def parse(kind: type[Request], body: bytes, known: frozenset[str] = frozenset())
     return request, {key: value for key, value in raw.items() if key not in OURS}
 
 
-def _no_json(found: str) -> RefusalError:
-    return RefusalError(
-        f"the body is {found}", expected='a JSON object, such as {"model": "spectr", ...}', code="invalid_json"
-    )
+def _no_json(found: str, expected: str = 'a JSON object, such as {"model": "spectr", ...}') -> RefusalError:
+    return RefusalError(f"the body is {found}", expected=expected, code="invalid_json")
 
 
 def _check_spelling(raw: Mapping[str, Any], known: frozenset[str]) -> None:
@@ -173,7 +182,7 @@ def _check_spelling(raw: Mapping[str, Any], known: frozenset[str]) -> None:
 def _meant(name: str, known: frozenset[str]) -> str | None:
     if name == "extra_body":
         return "that is an argument of OpenAI's client; write the fields that are in it beside the others"
-    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.8)
+    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=_SLIP)
     return f"if you mean '{near[0]}', write that; or leave it out" if near else None
 
 

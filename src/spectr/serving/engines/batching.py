@@ -16,7 +16,7 @@ from spectr.serving.engines.generation import mark_pieces
 from spectr.serving.engines.requests import Running
 from spectr.serving.errors import RefusalError
 
-_UNSERVED = ("stop", "frequency_penalty", "presence_penalty", "logit_bias", "suffix")
+_UNSERVED = ("stop", "frequency_penalty", "presence_penalty", "logit_bias")
 
 
 @dataclass(kw_only=True)

@@ -138,7 +138,7 @@ def fit(running: Running, inputs: Mapping[str, Any], gen_config: Any, context: i
     ids, param = inputs["input_ids"], "messages" if "messages" in running.body else "prompt"
     tokens = len(ids) if isinstance(ids, list) else ids.shape[-1]
     if tokens == 0:
-        raise RefusalError("the prompt has no token", code="invalid_value", param=param)
+        raise RefusalError("the prompt has no token", expected="one or more", code="invalid_value", param=param)
     if tokens >= context:
         raise RefusalError(
             f"the prompt has {tokens} tokens",

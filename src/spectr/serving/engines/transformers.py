@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 TESTED = ((5, 23), (5, 24))  # from, and up to but not with
 _NAME = "spectr"  # what transformers' code calls the composed model
-_UNSERVED = ("logprobs", "top_logprobs", "generation_config", "best_of", "echo", "audio")
+_UNSERVED = ("logprobs", "top_logprobs", "generation_config", "best_of", "echo", "audio", "suffix")
 _UNSERVED += ("functions", "function_call", "tools", "tool_choice", "presence_penalty")
 _ROLES = ("system", "user", "assistant", "tool", "developer")
 _TEMPLATE_OPTIONS = frozenset({"enable_thinking"})
@@ -99,7 +99,7 @@ class TransformersEngine:
 
     def admit(self, ticket: Ticket, body: Mapping[str, Any]) -> dict[str, Any]:
         """See :class:`Engine`."""
-        told = {key: value for key, value in body.items() if value is not None} | {"model": _NAME}
+        told = {key: value for key, value in body.items() if value not in (None, [])} | {"model": _NAME}
         _check(told, len(self.tokenizer))
         if self.batching is not None:
             self.batching.check(told)
