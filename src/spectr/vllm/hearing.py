@@ -19,6 +19,7 @@ from spectr.layers.probe import Heard, evidence_of
 from spectr.vllm.requests import Asked
 
 _KEPT = 1024  # verdicts that nobody has asked for yet
+_SETS = 256  # of which it is remembered what is usual
 
 
 class Row(NamedTuple):
@@ -63,6 +64,7 @@ class Hearing:
         self._heard: dict[str, dict[str, list[Tensor]]] = {}
         self._awaited: set[str] = set()
         self._usual: list[dict[str, Heard]] = []
+        self._usual_E: dict[tuple[str, ...], Tensor] = {}
         self._verdicts = OrderedDict[str, list[str]]()
 
     def begin(self, step: Sequence[Row], alive: Collection[str], device: torch.device) -> None:
@@ -95,6 +97,7 @@ class Hearing:
             if row.asked.probe in self._awaited:
                 self._awaited.discard(row.asked.probe)
                 self._usual.append(heard)
+                self._usual_E.clear()
             else:
                 self._verdicts[row.asked.probe] = self._decide(heard, sorted(set(row.asked.among) - set(removed)))
         while len(self._verdicts) > _KEPT:
@@ -103,7 +106,7 @@ class Hearing:
 
     def learn(self, probes: Iterable[str]) -> None:
         """These probes are the calibration's texts, and say what is usual."""
-        self._awaited, self._usual = set(probes), []
+        self._awaited, self._usual, self._usual_E = set(probes), [], {}
 
     def verdict(self, probe: str) -> list[str]:
         """The experts that are held for the prompt of a probe; none where it is not known."""
@@ -114,10 +117,18 @@ class Hearing:
             return list(names)
         evidence_1E = evidence_of(heard, self.modules, self.router, names)
         if self._usual:
-            usual = [evidence_of(text, self.modules, self.router, names) for text in self._usual]
-            evidence_1E = evidence_1E - torch.cat(usual).mean(0) + 1
+            evidence_1E = evidence_1E - self._usual_among(tuple(names)) + 1
         [weights_E] = self.router.verdict(evidence_1E)
         return [name for name, weight in zip(names, weights_E.tolist(), strict=True) if weight > 0]
+
+    def _usual_among(self, names: tuple[str, ...]) -> Tensor:
+        """These experts' evidence from the calibration's texts, which takes longer than a prompt's, and stays."""
+        if names not in self._usual_E:
+            if len(self._usual_E) >= _SETS:
+                self._usual_E.clear()
+            texts = [evidence_of(text, self.modules, self.router, names) for text in self._usual]
+            self._usual_E[names] = torch.cat(texts).mean(0)
+        return self._usual_E[names]
 
 
 class Ear(nn.Module):
