@@ -111,10 +111,27 @@ def test_several_slips_are_all_told_and_a_field_that_the_engine_knows_is_none():
     with pytest.raises(RefusalError) as caught:
         parse(ChatRequest, body.encode(), frozenset({"topp"}))
     first, do, second, put = str(caught.value).splitlines()
-    assert (first, second) == ("'tmperature' is no field of a request", "also: 'extra_body' is no field of a request")
+    assert (first, second) == (
+        "'tmperature' is no field of such a request",
+        "also: 'extra_body' is no field of such a request",
+    )
     assert (do, caught.value.param) == ("  to do: if you mean 'temperature', write that; or leave it out", "tmperature")
     assert put.endswith("write the fields that are in it beside the others")
     assert "if you mean 'top_p'" in str(refused(ChatRequest, json.loads(body)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value", "way"),
+    [
+        (CompletionRequest, "messages", [TURN], "/v1/chat/completions"),
+        (ChatRequest, "prompt", "what is red", "/v1/completions"),
+    ],
+)
+def test_a_field_of_the_other_request_is_sent_there(kind, field, value, way):
+    body = json.dumps({"model": "spectr", field: value}).encode()
+    with pytest.raises(RefusalError, match=f"send it to {way}") as caught:
+        parse(kind, body, frozenset({"messages", "prompt"}))
+    assert caught.value.param == field
 
 
 def test_a_turn_of_the_assistant_may_be_a_call_alone_and_no_stop_is_none():

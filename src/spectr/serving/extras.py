@@ -31,6 +31,11 @@ OURS = ("experts", "router", "return_routing")
 _DIGITS = 3
 
 _COUNT, _PENALTY = "a whole number, at least 1", "a number from -2 to 2"
+_ELSEWHERE = {  # fields that other requests have
+    "messages": "send it to /v1/chat/completions, or write one text as 'prompt'",
+    "prompt": "send it to /v1/completions, or write turns as 'messages'",
+    "extra_body": "that is an argument of OpenAI's client; write the fields that are in it beside the others",
+}
 _SLIP = 0.81  # likeness of names; ``top_k``, which others have, is no slip in ``top_p``
 Number = StrictFloat | StrictInt
 Text = Annotated[StrictStr, Field(min_length=1)]
@@ -157,7 +162,7 @@ def parse(kind: type[Request], body: bytes, known: frozenset[str] = frozenset())
         raise _no_json("no JSON") from None
     if not isinstance(raw, dict):
         raise _no_json(f"{shown(raw)}, no object")
-    _check_spelling(raw, known | frozenset(kind.model_fields))
+    _check_spelling(raw, (known - frozenset(_ELSEWHERE)) | frozenset(kind.model_fields))
     try:
         request = kind.model_validate(raw)
     except ValidationError as error:
@@ -173,15 +178,15 @@ def _check_spelling(raw: Mapping[str, Any], known: frozenset[str]) -> None:
     """Raise :class:`RefusalError` for fields that look like known ones: an engine may ignore what it does not know, and
     ``expert`` for ``experts`` would then widen the set."""
     meant = {name: _meant(name, known) for name in raw if name not in known}
-    slips = [f"'{name}' is no field of a request\n  to do: {do}" for name, do in meant.items() if do]
+    slips = [f"'{name}' is no field of such a request\n  to do: {do}" for name, do in meant.items() if do]
     if slips:
         param = next(name for name, do in meant.items() if do)
         raise RefusalError("\nalso: ".join(slips), code="invalid_value", param=param)
 
 
 def _meant(name: str, known: frozenset[str]) -> str | None:
-    if name == "extra_body":
-        return "that is an argument of OpenAI's client; write the fields that are in it beside the others"
+    if name in _ELSEWHERE:
+        return _ELSEWHERE[name]
     near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=_SLIP)
     return f"if you mean '{near[0]}', write that; or leave it out" if near else None
 
