@@ -52,7 +52,7 @@ class Kernels(ABC):
 
     def take(self, *tensors: Tensor) -> bool:
         """Whether they can work on these, and nobody has to see single operations (autograd, a counter)."""
-        return not torch.is_grad_enabled() and not _len_torch_dispatch_stack() and self.know(*tensors)
+        return not watched() and self.know(*tensors)
 
     def know(self, *tensors: Tensor) -> bool:
         """Whether these are of one dtype that they take, contiguous, on their device, and not empty."""
@@ -111,9 +111,9 @@ class Kernels(ABC):
         return None
 
 
-def watched(x: Tensor) -> bool:
-    """Whether somebody has to see single operations on these tokens (autograd, a counter), or they are not plain."""
-    return is_grad_enabled() or _len_torch_dispatch_stack() > 0 or type(x) is not Tensor or not x.is_contiguous()
+def watched() -> bool:
+    """Whether somebody has to see single operations: autograd, a counter."""
+    return is_grad_enabled() or _len_torch_dispatch_stack() > 0
 
 
 def own_numbers(base: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor | None] | None:

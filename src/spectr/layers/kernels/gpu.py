@@ -28,7 +28,7 @@ _VARIES = ("tokens", "rows_of_prior")  # from call to call: no code of its own f
 
 @triton.jit
 def _weighted(
-    h_TER,
+    h,
     centers,
     prior,
     t,
@@ -44,12 +44,19 @@ def _weighted(
     INFORMED: constexpr,
     SOFTMAX: constexpr,
 ):
-    """``A x`` of some tokens times the weights of the K best experts, zero for the others, float32: (T, E, R)."""
+    """``A x`` of some tokens times the weights of the K best experts, zero for the others, float32: (T, E, R).
+
+    With where these numbers are in (tokens, EXPERTS, RANK), and which of them there are.
+    """
     e, r = tl.arange(0, E), tl.arange(0, R)
+    place_ER = tl.expand_dims(e, 1) * RANK + tl.expand_dims(r, 0)
+    there_ER = (tl.expand_dims(e, 1) < EXPERTS) & (tl.expand_dims(r, 0) < RANK)
+    t_T11 = tl.expand_dims(tl.expand_dims(t, 1), 2)
+    place_TER = t_T11 * EXPERTS * RANK + tl.expand_dims(place_ER, 0)
+    there_TER = (t_T11 < tokens) & tl.expand_dims(there_ER, 0)
+    h_TER = tl.load(h + place_TER, mask=there_TER, other=0.0)
     scored_TER = h_TER
     if CENTERED:
-        there_ER = (tl.expand_dims(e, 1) < EXPERTS) & (tl.expand_dims(r, 0) < RANK)
-        place_ER = tl.expand_dims(e, 1) * RANK + tl.expand_dims(r, 0)
         scored_TER = h_TER - tl.expand_dims(tl.load(centers + place_ER, mask=there_ER, other=0.0), 0)
     h_TER, scored_TER = h_TER.to(tl.float32), scored_TER.to(tl.float32)
     scores_TE = tl.sqrt(tl.sum(scored_TER * scored_TER, 2))
@@ -71,17 +78,7 @@ def _weighted(
         total_T += weight_T
         weights_TE = tl.where(chosen_TE, tl.expand_dims(weight_T, 1), weights_TE)
         left_TE = tl.where(chosen_TE, float("-inf"), left_TE)
-    return h_TER * tl.expand_dims(weights_TE / tl.expand_dims(total_T, 1), 2)
-
-
-@triton.jit
-def _places(t, tokens, EXPERTS: constexpr, RANK: constexpr, E: constexpr, R: constexpr):
-    """Where the numbers of these tokens are in (tokens, EXPERTS, RANK), and which of them there are: (T, E, R)."""
-    t_T11 = tl.expand_dims(tl.expand_dims(t, 1), 2)
-    e_1E1 = tl.expand_dims(tl.expand_dims(tl.arange(0, E), 0), 2)
-    r_11R = tl.expand_dims(tl.expand_dims(tl.arange(0, R), 0), 1)
-    there_TER = (t_T11 < tokens) & (e_1E1 < EXPERTS) & (r_11R < RANK)
-    return (t_T11 * EXPERTS + e_1E1) * RANK + r_11R, there_TER
+    return h_TER * tl.expand_dims(weights_TE / tl.expand_dims(total_T, 1), 2), place_TER, there_TER
 
 
 @triton.jit(do_not_specialize=_VARIES)
@@ -113,10 +110,8 @@ def _add_chosen(
     there_PO = (p_P1 // R < EXPERTS) & (p_P1 % R < RANK) & (o_1O < OUTPUTS)
     Bt_PO = tl.load(Bt + row_P1 * OUTPUTS + o_1O, mask=there_PO, other=0.0)
     t = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
-    place_TER, there_TER = _places(t, tokens, EXPERTS, RANK, E, R)
-    h_TER = tl.load(h + place_TER, mask=there_TER, other=0.0)
-    weighted_TER = _weighted(
-        h_TER, centers, prior, t, tokens, rows_of_prior, temperature,
+    weighted_TER, _, _ = _weighted(
+        h, centers, prior, t, tokens, rows_of_prior, temperature,
         EXPERTS, RANK, K, E, R, CENTERED, INFORMED, SOFTMAX,
     )  # fmt: skip
     weighted_TP = tl.reshape(weighted_TER, (T, E * R))
@@ -150,10 +145,8 @@ def _weigh(
 ):
     """T tokens: their weighted ``A x`` in its place."""
     t = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
-    place_TER, there_TER = _places(t, tokens, EXPERTS, RANK, E, R)
-    h_TER = tl.load(h + place_TER, mask=there_TER, other=0.0)
-    weighted_TER = _weighted(
-        h_TER, centers, prior, t, tokens, rows_of_prior, temperature,
+    weighted_TER, place_TER, there_TER = _weighted(
+        h, centers, prior, t, tokens, rows_of_prior, temperature,
         EXPERTS, RANK, K, E, R, CENTERED, INFORMED, SOFTMAX,
     )  # fmt: skip
     tl.store(h + place_TER, weighted_TER.to(h.dtype.element_ty), mask=there_TER)

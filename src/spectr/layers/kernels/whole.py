@@ -63,18 +63,18 @@ class WholeLayer:
 
     def __call__(self, x: Tensor, rows: Tensor | None) -> Tensor | None:
         """See :class:`spectr.layers.kernels.base.Whole`."""
-        if x.dtype is not self.dtype or not x.is_cpu or x.shape[-1] != self.inputs or watched(x):
+        if type(x) is not Tensor or x.dtype is not self.dtype or not x.is_cpu or not x.is_contiguous() or watched():
+            return None
+        if x.shape[-1] != self.inputs or not x.numel():
             return None
         tokens, numbers = x.numel() // self.inputs, own_numbers(self.base, x)
-        few, most, many = self.calls
-        function = few if tokens <= most else many
-        if function is None or numbers is None or not tokens:
+        function = self.calls.of(tokens)
+        if function is None or numbers is None:
             return None
-        weight, bias = numbers
-        self.layer.W, self.layer.bias = weight.data_ptr(), None if bias is None else bias.data_ptr()
+        self.layer.W, self.layer.bias = place(numbers[0]), place(numbers[1])
         out = x.new_empty((*x.shape[:-1], self.outputs))
-        given, count = (None, 1) if rows is None else (rows.data_ptr(), len(rows))
-        failed = function(self.place, x.data_ptr(), given, out.data_ptr(), tokens, count, get_num_threads())
+        count = 1 if rows is None else len(rows)
+        failed = function(self.place, place(x), place(rows), place(out), tokens, count, get_num_threads())
         return None if failed else out
 
 
