@@ -89,6 +89,12 @@ def raise_together(
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A closing phrase for an unknown name: the nearest known one, and then all of them."""
     options = sorted(known, key=lambda text: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", text)])
-    near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
-    hint = f"did you mean '{near[0]}'? " if near else ""
+    near = nearest(name, options, likeness=0.5)
+    hint = f"did you mean '{near}'? " if near else ""
     return f"{hint}known: {', '.join(options) if options else 'none'}"
+
+
+def nearest(name: str, known: Iterable[str], *, likeness: float = 0.6) -> str | None:
+    """The known name that looks most like this one; ``None`` where none is as alike, of 1."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=likeness)
+    return near[0] if near else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import math
 import time
@@ -10,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from spectr.errors import SpectrError
+from spectr.errors import SpectrError, nearest
 from spectr.serving.engines.base import Engine
 from spectr.serving.errors import RefusalError
 from spectr.serving.extras import Request
@@ -200,8 +199,9 @@ def _unknown_key(secret: str | None) -> RefusalError:
 
 def _meant(name: str, known: Sequence[str]) -> str | None:
     alone = [other for other in known if other.endswith(f"/{name}")]  # an expert's name, where a model's is asked for
-    near = alone or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"if you mean '{near[0]}', write that" if near else None
+    narrow = [other for other in known if not name.startswith(f"{other}/")]  # one expert is no slip for all of them
+    near = alone[0] if alone else nearest(name, narrow)
+    return f"if you mean '{near}', write that" if near else None
 
 
 def _nearest(name: str, known: Sequence[str], where: str = "/v1/models lists what this key may use") -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import re
@@ -23,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from spectr.errors import nearest
 from spectr.serving.engines.base import Step, Ticket
 from spectr.serving.errors import RefusalError
 from spectr.serving.faults import Fault, faults, shown
@@ -187,8 +187,8 @@ def _check_spelling(raw: Mapping[str, Any], known: frozenset[str]) -> None:
 def _meant(name: str, known: frozenset[str]) -> str | None:
     if name in _ELSEWHERE:
         return _ELSEWHERE[name]
-    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=_SLIP)
-    return f"if you mean '{near[0]}', write that; or leave it out" if near else None
+    near = nearest(name, sorted(known), likeness=_SLIP)
+    return f"if you mean '{near}', write that; or leave it out" if near else None
 
 
 def _refusal(found: Sequence[Fault]) -> RefusalError:

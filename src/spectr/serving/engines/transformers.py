@@ -7,7 +7,6 @@ Nothing here subclasses transformers' classes: they are wrapped, and a request i
 from __future__ import annotations
 
 import asyncio
-import difflib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import TimeoutError
@@ -17,7 +16,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from spectr.composition.several import Several
-from spectr.errors import CompositionError, MissingExtraError, SpectrError
+from spectr.errors import CompositionError, MissingExtraError, SpectrError, nearest
 from spectr.serving.engines.base import Step, Ticket
 from spectr.serving.engines.conducting import Conductor
 from spectr.serving.engines.generation import Bound, OneAtATime, State
@@ -263,11 +262,11 @@ def _check_message(place: str, message: Mapping[str, Any]) -> None:
     told += [(f"{place}.content[{number}].type", part["type"], ("text",)) for number, part in enumerate(parts)]
     for where, found, served in told:
         if found not in served:
-            near = difflib.get_close_matches(found, served, n=1)
+            near = nearest(found, served)
             raise RefusalError(
                 f"'{where}' is {shown(found)}, which is not served",
                 expected=" or ".join(f'"{one}"' for one in served),
-                do=f'if you mean "{near[0]}", write that' if near else None,
+                do=f'if you mean "{near}", write that' if near else None,
                 code="unsupported_value",
                 param="messages",
             )
