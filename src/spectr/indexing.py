@@ -129,6 +129,7 @@ class _Measured(NamedTuple):
     modules: list[str]
     turned: list[Rotation]  # of each expert
     holds: list[Bool[Tensor, " N"]]  # of each expert, for which modules
+    full_ENI: Float[Tensor, "E N I"]
     codes_ENI: Int8[Tensor, "E N I"]
     steps_EN: Float[Tensor, "E N"]
     error_EN: Float[Tensor, "E N"]
@@ -151,11 +152,11 @@ def _entries(
         groups = [_measured(together, modules, inputs) for modules in _alike(layout)]
         place = {module: i for i, module in enumerate(module for group in groups for module in group.modules)}
         order = [place[module.name] for module in layout]
-        columns = [code_EI for group in groups for code_EI in group.codes_ENI.unbind(1)]
-        codes_EC = torch.cat([columns[i] for i in order], dim=1)
-        numbers = (torch.cat(parts, dim=1)[:, order] for parts in zip(*(group[4:] for group in groups), strict=True))
-        for e, (expert, *row) in enumerate(zip(together, codes_EC, *numbers, strict=True)):
-            codes_C, steps_M, error_M, rms_M = (values.clone() for values in row)
+        full_EC = _in_order([group.full_ENI for group in groups], order)
+        codes_EC = _in_order([group.codes_ENI for group in groups], order)
+        numbers = (torch.cat(parts, dim=1)[:, order] for parts in zip(*(group[5:] for group in groups), strict=True))
+        for e, (expert, *row) in enumerate(zip(together, full_EC, codes_EC, *numbers, strict=True)):
+            full_C, codes_C, steps_M, error_M, rms_M = (values.clone() for values in row)
             aligned = [(group.modules, group.turned[e], group.holds[e]) for group in groups]
             entries[expert.name] = IndexEntry(
                 modules=layout,
@@ -166,8 +167,15 @@ def _entries(
                 error_M=error_M,
                 rms_M=rms_M,
                 rotations=partial(_rotations, aligned),
+                full_C=full_C,
             )
     return entries
+
+
+def _in_order(groups: Sequence[Tensor], order: Sequence[int]) -> Tensor:
+    """Each expert's rows of all modules one after the other, in their order."""
+    columns = [rows_EI for rows_ENI in groups for rows_EI in rows_ENI.unbind(1)]
+    return torch.cat([columns[i] for i in order], dim=1)
 
 
 def _alike(layout: Layout) -> list[list[str]]:
@@ -191,6 +199,7 @@ def _measured(experts: Sequence[Expert], modules: list[str], inputs: Mapping[str
         modules=modules,
         turned=[turned for turned, *_ in aligned],
         holds=[holds_N for _, holds_N, _ in aligned],
+        full_ENI=first_ENI,
         codes_ENI=code_ENI.to(torch.int8),
         steps_EN=step_EN,
         error_EN=torch.linalg.vector_norm(first_ENI - step_EN[..., None] * code_ENI, dim=-1),

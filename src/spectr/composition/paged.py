@@ -14,6 +14,7 @@ from spectr.adapters import Expert, FactorShape
 from spectr.composition.prepare import needed_gates, needed_index, prepare_expert
 from spectr.composition.routed import Progress, Routed, calibration_texts
 from spectr.errors import CompositionError
+from spectr.layers.certain import CertainProbe, Certainty
 from spectr.layers.linear import placement
 from spectr.layers.plan import make_plan
 from spectr.layers.probe import Probe, Voter
@@ -31,9 +32,11 @@ class Paged(Routed):
     Attributes:
         shelf: The experts that are in memory.
         prototypes: By module, what a prompt's shortlist is made by.
+        certainty: What the lists needed to be certain, where the router wants them so; else nothing is counted.
     """
 
     shelf: Shelf
+    certainty: Certainty
     prototypes: dict[str, Prototypes]
 
     def __init__(
@@ -48,10 +51,11 @@ class Paged(Routed):
     ):
         self._memory, self._policy = expert_memory, policy
         self._filled: tuple[str, ...] = ()
+        self.certainty = Certainty()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="spectr-read-ahead")
         super().__init__(model, library, router, progress)
         try:
-            self._probe.learn_usual()
+            self._probed.learn_usual()
         except BaseException:
             self.remove()
             raise
@@ -60,7 +64,7 @@ class Paged(Routed):
         self, names: tuple[str, ...], library: ExpertLibrary, progress: Progress
     ) -> dict[str, RoutedLinear]:
         assert isinstance(self.router, Shortlist)
-        needed_index(library, names)
+        needed_index(library, names, in_full=self.router.certain)
         known = library.calibration
         assert known is not None
         plan = make_plan(self.model, _specimens(library, names), self.router.local)
@@ -71,7 +75,7 @@ class Paged(Routed):
         self._places = {module: placement(base, self.model) for module, base in bases.items()}
         self._check_memory(library, names)
         means = {module: known.means[module].to(device) for module, (device, _) in self._places.items()}
-        self.prototypes = library.index.prototypes(names, means)
+        self.prototypes = library.index.prototypes(names, means, self.router.bits)
         self.shelf = Shelf(lambda name: self._load(self.library[name]), self._memory, self._policy)
         self._filled = ()
         fresh = {}
@@ -113,6 +117,11 @@ class Paged(Routed):
         """See :class:`Routed`: the prototypes."""
         return self.prototypes
 
+    def reader(self, probe: Probe) -> Probe | CertainProbe:
+        """See :class:`Routed`."""
+        assert isinstance(self.router, Shortlist)
+        return CertainProbe(probe, self.certainty) if self.router.certain else probe
+
     def bring(self, names: Sequence[str]) -> None:
         """Have the layers hold these experts, from memory or from disk, in the place of those before."""
         wanted = tuple(sorted(names))
@@ -128,7 +137,7 @@ class Paged(Routed):
         assert isinstance(router, Shortlist)
         layers = self.layers
         heard = list(layers)[:: router.every]
-        probe = self._probe = Probe(
+        probe = Probe(
             entry,
             {module: layers[module] for module in heard},
             {module: self.prototypes[module] for module in heard},
@@ -136,9 +145,10 @@ class Paged(Routed):
             names,
             *calibration_texts(self.library.calibration),
         )
+        probed = self._probed = self.reader(probe)
 
         def read(*args: object, **kwargs: object) -> Float[Tensor, "B E"]:
-            evidence_BE = probe(*args, **kwargs)
+            evidence_BE = probed(*args, **kwargs)
             next_BK = evidence_BE.topk(min(2 * router.size, len(names)), dim=-1).indices[:, router.size :]
             self._reader.submit(self._read_ahead, [names[place] for place in next_BK.flatten().unique().tolist()])
             return evidence_BE

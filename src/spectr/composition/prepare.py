@@ -131,8 +131,14 @@ def needed_gates(library: ExpertLibrary, experts: Sequence[Expert]) -> Gates:
     return {expert.name: read_gates(expert) for expert in experts}
 
 
-def needed_index(library: ExpertLibrary, names: Sequence[str]) -> None:
-    """Raise :class:`CompositionError` unless these experts are in the library's index, as they are."""
+def needed_index(library: ExpertLibrary, names: Sequence[str], *, in_full: bool = False) -> None:
+    """Raise :class:`CompositionError` unless these experts are in the library's index, as they are.
+
+    Args:
+        library: Experts.
+        names: Some of them.
+        in_full: Whether their prototypes have to be there in full.
+    """
     if library.calibration is None:
         raise CompositionError(
             "the library is not calibrated",
@@ -141,11 +147,21 @@ def needed_index(library: ExpertLibrary, names: Sequence[str]) -> None:
         )
     missing = [name for name in names if not library.indexed(name)]
     if missing:
-        some = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         first = f"spectr library calibrate --library {library.origin}, then "
         first = "" if all(map(library.calibrated, missing)) else first
         raise CompositionError(
-            f"not indexed: {some}",
+            f"not indexed: {_some(missing)}",
             expected="experts whose prototypes and alignment are stored, as the router shortlist needs them",
             do=f"{first}spectr library index --library {library.origin}, or spectr.build_index(model, library)",
         )
+    old = [name for name in names if library.index[name].full_C is None] if in_full else []
+    if old:
+        raise CompositionError(
+            f"indexed by an older version, in 8 bits alone: {_some(old)}",
+            expected="prototypes in full, for shortlists that are certain",
+            do=f"spectr library index --library {library.origin} --fresh, or 8 bits",
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

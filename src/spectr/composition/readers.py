@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from copy import copy
 
 from jaxtyping import Float
 from torch import Tensor
 
 from spectr.composition.routed import Routed, calibration_texts
+from spectr.layers.certain import BoundedVoter
 from spectr.layers.opening import Opening
 from spectr.layers.probe import Heard, Probe, Voter
 from spectr.layers.prompt import Reader, entry_of
@@ -51,7 +53,7 @@ class Readers:
         if usual is not None and not isinstance(router, Shortlist):  # whose scores are too many to be kept
             usual_E = self._usual(router, opening, usual, names)
         some = {module: voters[module] for module in heard}
-        return Probe(entry_of(routed.model), layers, some, router, names, opening, usual, usual_E)
+        return routed.reader(Probe(entry_of(routed.model), layers, some, router, names, opening, usual, usual_E))
 
     def _usual(
         self, router: ProbingRouter, opening: Opening | None, texts: Mapping[str, Tensor], names: tuple[str, ...]
@@ -75,3 +77,14 @@ class _Some:
 
     def scores(self, x: Float[Tensor, "*T I"]) -> Float[Tensor, "*T E"]:
         return self._everyone.scores(x)[..., self._places]
+
+    def bounded(self, x: Float[Tensor, "T I"]) -> tuple[Float[Tensor, "T E"], Float[Tensor, "T E"]]:
+        assert isinstance(self._everyone, BoundedVoter)
+        scores_TE, off_TE = self._everyone.bounded(x)
+        return scores_TE[..., self._places], off_TE[..., self._places]
+
+    def in_full(self) -> _Some:
+        assert isinstance(self._everyone, BoundedVoter)
+        some = copy(self)
+        some._everyone = self._everyone.in_full()
+        return some

@@ -73,6 +73,10 @@ class Routed:
         """What scores the experts at each layer, where a prompt is read through them."""
         return self.layers
 
+    def reader(self, probe: Probe) -> Reader:
+        """What reads prompts by way of a probe."""
+        return probe
+
     def allow(self, experts: Iterable[str] | None) -> Routed:
         """Restrict routing to some experts; ``None`` allows the whole library again.
 

@@ -30,6 +30,9 @@ class Voter(Protocol):
         ...
 
 
+See = Callable[[str, Float[Tensor, "N I"], Tensor, int], None]
+
+
 class Heard(NamedTuple):
     """What one module's voters score on a batch: of all its tokens that have a say, and whose they are.
 
@@ -81,7 +84,7 @@ class Probe:
     ):
         self.entry, self.layers, self.voters, self.router = entry, dict(layers), dict(voters), router
         self.experts, self.opening = tuple(experts), opening or Opening()
-        self._usual, self._usual_E = usual, usual_E
+        self.usual, self._usual_E = usual, usual_E
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Float[Tensor, "B E"]:
@@ -98,26 +101,43 @@ class Probe:
     @torch.no_grad()
     def learn_usual(self) -> None:
         """Read the usual texts, unless that is done: else it is with the first prompt."""
-        if self._usual_E is None and self._usual is not None:
+        if self._usual_E is None and self.usual is not None:
             device = next(self.entry.parameters()).device
-            self._usual_E = self._read(**{key: t.to(device) for key, t in self._usual.items()}).mean(0)
+            self._usual_E = self._read(**{key: t.to(device) for key, t in self.usual.items()}).mean(0)
 
     def _read(self, *args: Any, **kwargs: Any) -> Float[Tensor, "B E"]:
         evidence: dict[str, Tensor] = {}
-        self._listen(lambda name, heard: evidence.update({name: heard.evidence(self.router)}), args, kwargs)
+
+        def see(name: str, x_NI: Tensor, row_N: Tensor, rows: int) -> None:
+            evidence[name] = self._heard(name, x_NI, row_N, rows).evidence(self.router)
+
+        self.listen(see, *args, **kwargs)
         return _pooled(evidence, {name: self.voters[name].experts for name in evidence}, self.experts)
 
     @torch.no_grad()
     def hear(self, *args: Any, **kwargs: Any) -> dict[str, Heard]:
         """What the voters score, by module, when the base model reads this."""
         kept: dict[str, Heard] = {}
-        self._listen(lambda name, heard: kept.update({name: heard}), args, kwargs)
+        self.listen(lambda name, *given: kept.update({name: self._heard(name, *given)}), *args, **kwargs)
         return kept
 
-    def _listen(self, take: Callable[[str, Heard], None], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _heard(self, name: str, x_NI: Float[Tensor, "N I"], row_N: Tensor, rows: int) -> Heard:
+        scores_NE = self.voters[name].scores(x_NI)
+        return Heard(scores_NE, row_N.to(scores_NE.device), rows)
+
+    @torch.no_grad()
+    def listen(self, see: See, *args: Any, **kwargs: Any) -> None:
+        """Have the base model read this.
+
+        Args:
+            see: Is given, for each layer that is listened to, its name, its input at the tokens of all rows that have a
+                say, whose these are, and how many rows there are.
+            args: As the model (or its encoder) is called.
+            kwargs: Likewise.
+        """
         given, counted_BT = _probe(self.entry, args, kwargs, self.router.probe_tokens, self.opening)
         for name, layer in self.layers.items():
-            layer.listen = _listener(take, name, self.voters[name], counted_BT)
+            layer.listen = _listener(see, name, counted_BT)
         try:
             self.entry.forward(**given)  # not the call: whoever watches the model's calls is not to see this one
         finally:
@@ -185,9 +205,7 @@ def _probe(
     return probe, counted_BT
 
 
-def _listener(
-    take: Callable[[str, Heard], None], name: str, voter: Voter, counted_BT: Tensor | None
-) -> Callable[[Tensor], None]:
+def _listener(see: See, name: str, counted_BT: Tensor | None) -> Callable[[Tensor], None]:
     def listen(x: Tensor) -> None:
         if x.ndim < 3:  # tokens of all rows in one axis: nobody can tell whose they are
             return
@@ -196,8 +214,7 @@ def _listener(
         if counted.shape != x_BTI.shape[:2]:
             return
         counted = counted.to(x.device)
-        scores_NE = voter.scores(x_BTI[counted])  # N: the tokens of all rows that have a say
-        take(name, Heard(scores_NE, counted.nonzero()[:, 0].to(scores_NE.device), len(counted)))
+        see(name, x_BTI[counted], counted.nonzero()[:, 0], len(counted))  # N: the tokens of all rows that have a say
 
     return listen
 

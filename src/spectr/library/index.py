@@ -1,17 +1,18 @@
 """What a large library keeps in memory of every expert, and what makes loading one quick: one small file an expert.
 
-``index/<expert>.safetensors`` holds, for each module, the *prototype* (the first row of ``V^T``, in 8 bits) with its
-root mean square over the calibration's texts, and the *rotation* that aligns the adapter's own factors
+``index/<expert>.safetensors`` holds, for each module, the *prototype* (the first row of ``V^T``, in 8 bits and in full)
+with its root mean square over the calibration's texts, and the *rotation* that aligns the adapter's own factors
 (:class:`spectr.spectral.Rotation`). An expert more is a file more; nothing that is there changes.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +51,8 @@ class IndexEntry:
         error_M: ``||v - steps codes||_2``: what the 8 bits cost.
         rms_M: Root mean square of ``v . (x - m)`` over the calibration's texts; 0 where the expert does nothing.
         rotations: A function that returns them by module, for those that can be aligned by one.
+        full_C: The prototypes in full, float32; of a file they are read from it as they are used. ``None`` in one that
+            was written before these were kept.
     """
 
     modules: tuple[IndexedModule, ...]
@@ -60,12 +63,14 @@ class IndexEntry:
     error_M: Float[Tensor, " M"]
     rms_M: Float[Tensor, " M"]
     rotations: Callable[[], Mapping[str, Rotation]]
+    full_C: Float[Tensor, " C"] | None
 
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all."""
         rotations = self.rotations()
         aligned = [module.name for module in self.modules if module.name in rotations]
         tensors = {"codes": self.codes_C, "steps": self.steps_M, "error": self.error_M, "rms": self.rms_M}
+        tensors |= {} if self.full_C is None else {"full": self.full_C}
         for part in Rotation._fields:
             values = [getattr(rotations[name], part).flatten() for name in aligned]
             tensors[part] = torch.cat(values) if values else torch.zeros(0)
@@ -92,6 +97,7 @@ class IndexEntry:
                     error_M=file.get_tensor("error"),
                     rms_M=file.get_tensor("rms"),
                     rotations=partial(_read_rotations, path),
+                    full_C=file.get_tensor("full") if "full" in set(file.keys()) else None,  # mapped, not read
                 )
         except Exception as error:  # safetensors raises its own kinds
             raise _damaged(path, error) from error
@@ -128,6 +134,35 @@ def _damaged(path: Path, error: Exception) -> LibraryError:
     )
 
 
+class _Part(NamedTuple):
+    """Experts that adapt the same modules, at one of these."""
+
+    experts: tuple[str, ...]
+    entries: list[IndexEntry]
+    place: int
+    columns: slice
+    device: torch.device
+
+    def codes(self, bits: int) -> Codes:
+        rms_E, steps_E, error_E = (
+            torch.stack([values_M[self.place] for values_M in column])
+            for column in zip(*((e.rms_M, e.steps_M, e.error_M) for e in self.entries), strict=True)
+        )
+        if bits == 8:
+            codes_EI = torch.stack([entry.codes_C[self.columns] for entry in self.entries])
+            return Codes(codes_EI, steps_E, rms_E, error_E).to(self.device)
+        return Codes.of(self.full(), rms_E, bits).to(self.device)
+
+    def full(self) -> Float[Tensor, "E I"]:
+        rows = [entry.full_C[self.columns] for entry in self.entries if entry.full_C is not None]
+        assert len(rows) == len(self.entries)
+        return torch.stack(rows)
+
+
+def _full(parts: Sequence[_Part]) -> tuple[Float[Tensor, "E I"], ...]:
+    return tuple(part.full() for part in parts)
+
+
 class Index(Mapping[str, IndexEntry]):
     """The entries of a library's experts by name, read when first asked for."""
 
@@ -153,30 +188,31 @@ class Index(Mapping[str, IndexEntry]):
             found.setdefault(self[name].modules, []).append(name)
         return {modules: tuple(together) for modules, together in found.items()}
 
-    def prototypes(self, names: Iterable[str], means: Mapping[str, Float[Tensor, " I"]]) -> dict[str, Prototypes]:
+    def prototypes(
+        self, names: Iterable[str], means: Mapping[str, Float[Tensor, " I"]], bits: int = 8
+    ) -> dict[str, Prototypes]:
         """The prototypes of these experts by module, on the device of the means.
 
         Args:
             names: Experts of this index.
             means: By module the mean input, (inputs,).
+            bits: 8, 16 or 32 for each number; more than 8 need entries with prototypes in full.
         """
-        experts: dict[str, tuple[str, ...]] = {}
-        parts: dict[str, tuple[Codes, ...]] = {}
+        parts: dict[str, list[_Part]] = {}
         for modules, together in self.alike(names).items():
             entries = [self[name] for name in together]
-            codes_EC = torch.stack([entry.codes_C for entry in entries])
-            steps_EM = torch.stack([entry.steps_M for entry in entries])
-            rms_EM = torch.stack([entry.rms_M for entry in entries])
-            columns = codes_EC.split([module.inputs for module in modules], dim=1)
-            for (module, *_), codes_EI, steps_E, rms_E in zip(
-                modules, columns, steps_EM.unbind(1), rms_EM.unbind(1), strict=True
-            ):
-                device = means[module].device
-                part = Codes(codes_EI.to(device), steps_E.to(device), rms_E.to(device))
-                experts[module] = experts.get(module, ()) + together
-                parts[module] = (*parts.get(module, ()), part)
+            ends = list(accumulate(module.inputs for module in modules))
+            for place, (module, end) in enumerate(zip(modules, ends, strict=True)):
+                part = _Part(together, entries, place, slice(end - module.inputs, end), means[module.name].device)
+                parts.setdefault(module.name, []).append(part)
         return {
-            module: Prototypes(experts=experts[module], parts=parts[module], mean_I=means[module]) for module in experts
+            module: Prototypes(
+                experts=tuple(name for part in here for name in part.experts),
+                parts=tuple(part.codes(bits) for part in here),
+                mean_I=means[module],
+                full=partial(_full, here),
+            )
+            for module, here in parts.items()
         }
 
     def __getitem__(self, name: str) -> IndexEntry:

@@ -99,3 +99,24 @@ def soft_vote(scores_TE: Float[Tensor, "*T E"], temperature: float) -> Float[Ten
     """The softmax over experts of the scores' logarithm over ``temperature``, times the number of experts."""
     logits_TE = scores_TE.clamp(min=1e-12).log() / temperature
     return logits_TE.softmax(-1) * scores_TE.shape[-1]
+
+
+def vote_bounds(
+    scores_TE: Float[Tensor, "*T E"], off_TE: Float[Tensor, "*T E"], temperature: float
+) -> tuple[Float[Tensor, "*T E"], Float[Tensor, "*T E"]]:
+    """The least and the most that each expert's :func:`soft_vote` can be, where scores may be off by so much.
+
+    A vote is least where its own score is low and all others are high, and most the other way round. Float64, and what
+    that rounds is allowed for: sums of E terms, and exponents of up to 200 over the temperature.
+    """
+    experts = scores_TE.shape[-1]
+    low_TE, high_TE = ((scores_TE + by).clamp(min=1e-12).log() / temperature for by in (-off_TE, off_TE))
+    top_T1 = high_TE.amax(-1, keepdim=True)
+    low_TE = (low_TE - top_T1).exp()
+    high_TE = (high_TE - top_T1).clamp(min=-700).exp()  # not to zero, from which it could not be raised again
+    summing = 2.0**-52 * experts
+    low_T1, high_T1 = low_TE.sum(-1, keepdim=True), high_TE.sum(-1, keepdim=True)
+    least_TE = low_TE / ((high_T1 - high_TE).clamp(min=0) + low_TE + summing * high_T1)
+    most_TE = high_TE / ((low_T1 - low_TE - summing * low_T1).clamp(min=0) + high_TE)
+    rounding = 2.0**-50 * (experts + 200 / temperature)
+    return least_TE * (experts * (1 - rounding)), most_TE * (experts * (1 + rounding))

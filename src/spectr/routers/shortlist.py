@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spectr.errors import CompositionError
 from spectr.routers.base import PromptRouter, Router
-from spectr.routers.calibrated import Calibrated, soft_vote
+from spectr.routers.calibrated import Calibrated, soft_vote, vote_bounds
 from spectr.spectral import Aligned, Prepared
 
 
@@ -37,6 +37,9 @@ class Shortlist:
             level ``"prior"``, which the prompt's evidence informs.
         probe_tokens: Tokens of a prompt that are read for the decision at most.
         every: Every which module takes part in it; more costs less and finds less.
+        bits: Of each number of a prototype in memory: 8, 16 or 32. From 16 on the list is certain: it is the one that
+            prototypes in full give, in real numbers. 16 bits bound each expert's evidence; where that does not decide
+            the list, the prototypes are read in full.
         pool_temperature: Of the soft votes.
 
     Source: ours, with the prototypes of Arrow (Ostapenko et al., 2024) and the two steps of LAG (Fleshman and Van
@@ -47,6 +50,7 @@ class Shortlist:
     local: Router = field(default_factory=_informed)
     probe_tokens: int = 256
     every: int = 1
+    bits: Literal[8, 16, 32] = 8
     pool_temperature: float = 0.2
 
     def __post_init__(self) -> None:
@@ -54,6 +58,8 @@ class Shortlist:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise CompositionError(f"{name}={value}", expected="a whole number of at least 1")
+        if self.bits not in (8, 16, 32):
+            raise CompositionError(f"bits={self.bits}", expected="8, or for a list that is certain 16 or 32")
         if not self.pool_temperature > 0:
             raise CompositionError(f"pool_temperature={self.pool_temperature}", expected="a number above zero")
         if isinstance(self.local, type) or not isinstance(self.local, Router):
@@ -79,6 +85,11 @@ class Shortlist:
         return "prompt" if self.size == 1 else "shortlist"
 
     @property
+    def certain(self) -> bool:
+        """Whether the list has to be the one that prototypes in full give."""
+        return self.bits > 8
+
+    @property
     def informs(self) -> bool:
         """Whether the prompt's evidence informs the local router's scores too."""
         return self.size > 1 and isinstance(self.local, PromptRouter) and self.local.level == "prior"
@@ -97,6 +108,12 @@ class Shortlist:
         """See :class:`ProbingRouter`: the soft vote, times the number of experts."""
         return soft_vote(scores_TE, self.pool_temperature)
 
+    def bounds(
+        self, scores_TE: Float[Tensor, "*T E"], off_TE: Float[Tensor, "*T E"]
+    ) -> tuple[Float[Tensor, "*T E"], Float[Tensor, "*T E"]]:
+        """The least and the most that the evidence can be, where scores may be off by so much; float64."""
+        return vote_bounds(scores_TE, off_TE, self.pool_temperature)
+
     def certainty(self, evidence_TE: Float[Tensor, "*T E"]) -> Float[Tensor, "*T"]:
         """See :class:`ProbingRouter`: all tokens count alike."""
         return torch.ones_like(evidence_TE[..., 0])
@@ -107,8 +124,8 @@ class Shortlist:
         listed_BE = torch.zeros_like(evidence_BE).scatter(-1, index_BK, 1.0)
         if self.informs:
             local: Any = self.local
-            return local.verdict(evidence_BE) * listed_BE
-        return listed_BE / index_BK.shape[-1]
+            return (local.verdict(evidence_BE) * listed_BE).float()
+        return (listed_BE / index_BK.shape[-1]).float()
 
     def informed(self, scores_TE: Float[Tensor, "*T E"], prior_B1E: Float[Tensor, "B _ E"]) -> Float[Tensor, "*T E"]:
         """See :class:`PromptRouter`: as the local router does."""

@@ -2,20 +2,47 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int8
+from jaxtyping import Float, Int8, Int16
 from torch import Tensor
+
+_KINDS = {8: torch.int8, 16: torch.int16, 32: torch.float32}
+_ROUNDING = 2.0**-52  # twice what one float64 operation is off by, relative
 
 
 class Codes(NamedTuple):
-    """Prototypes in 8 bits, ``steps_E codes_EI``, and the root mean squares of ``v . (x - m)`` that they are due."""
+    """Prototypes ``v ~ steps_E codes_EI``, in whole numbers of 8 or 16 bits, or as they are, in float32.
 
-    codes_EI: Int8[Tensor, "E I"]
+    Attributes:
+        codes_EI: One row an expert.
+        steps_E: What a code's unit stands for.
+        rms_E: Root mean square of ``v . (x - m)`` over the calibration's texts; 0 for an expert that does nothing here.
+        error_E: ``||v - steps codes||_2``: what is left out.
+    """
+
+    codes_EI: Int8[Tensor, "E I"] | Int16[Tensor, "E I"] | Float[Tensor, "E I"]
     steps_E: Float[Tensor, " E"]
     rms_E: Float[Tensor, " E"]
+    error_E: Float[Tensor, " E"]
+
+    @staticmethod
+    def of(v_EI: Float[Tensor, "E I"], rms_E: Float[Tensor, " E"], bits: int) -> Codes:
+        """Codes of so many bits a number; of 32 bits, the prototypes themselves."""
+        if bits == 32:
+            return Codes(v_EI, torch.ones_like(rms_E), rms_E, torch.zeros_like(rms_E).double())
+        steps_E = (v_EI.abs().amax(-1) / (2 ** (bits - 1) - 1)).clamp(min=1e-30)
+        codes_EI = (v_EI / steps_E[:, None]).round()
+        left_EI = v_EI.double() - steps_E.double()[:, None] * codes_EI
+        error_E = torch.linalg.vector_norm(left_EI, dim=-1) * (1 + 1e-9)  # float64 rounds it, too
+        return Codes(codes_EI.to(_KINDS[bits]), steps_E, rms_E, error_E)
+
+    def to(self, device: torch.device) -> Codes:
+        """These on a device."""
+        return Codes(*(t.to(device) for t in self))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -26,11 +53,13 @@ class Prototypes:
         experts: Their names, those of the first part first.
         parts: Their prototypes; experts that adapt the same modules in one part.
         mean_I: The module's mean input ``m``.
+        full: Reads the parts' prototypes in float32, from where they are kept.
     """
 
     experts: tuple[str, ...]
     parts: tuple[Codes, ...]
     mean_I: Float[Tensor, " I"]
+    full: Callable[[], tuple[Float[Tensor, "E I"], ...]] | None = None
 
     def scores(self, x: Float[Tensor, "*T I"]) -> Float[Tensor, "*T E"]:
         """``|v_t . (x - m)|`` over its root mean square, float32; 0 for an expert that does nothing here.
@@ -39,10 +68,33 @@ class Prototypes:
         """
         y_TI = x.to(self.mean_I.device).float() - self.mean_I
         scores = []
-        for codes_EI, steps_E, rms_E in self.parts:
+        for codes_EI, steps_E, rms_E, _ in self.parts:
             gains_E = torch.where(rms_E > 0, steps_E / rms_E.clamp(min=1e-30), 0.0)
             scores.append((y_TI @ codes_EI.float().mT).abs() * gains_E)
         return scores[0] if len(scores) == 1 else torch.cat(scores, -1)
+
+    def bounded(self, x: Float[Tensor, "T I"]) -> tuple[Float[Tensor, "T E"], Float[Tensor, "T E"]]:
+        """The scores, float64, and how far each may be from that of the prototype in full, in real numbers.
+
+        By Cauchy and Schwarz that is ``||v - steps codes|| ||x - m||`` over the root mean square, and what a sum of I
+        products can lose to rounding in whatever order it is made.
+        """
+        y_TI = x.to(self.mean_I.device).double() - self.mean_I.double()
+        length_T1 = torch.linalg.vector_norm(y_TI, dim=-1, keepdim=True)
+        scores, off = [], []
+        for codes_EI, steps_E, rms_E, error_E in self.parts:
+            wide_EI = codes_EI.double()
+            size_E = torch.linalg.vector_norm(wide_EI, dim=-1) * steps_E.double()
+            over_E = torch.where(rms_E > 0, 1 / rms_E.double().clamp(min=1e-30), 0.0)
+            scores.append((y_TI @ wide_EI.mT).abs() * (steps_E * over_E))
+            off.append(length_T1 * ((error_E + _ROUNDING * (y_TI.shape[-1] + 8) * size_E) * over_E))
+        return torch.cat(scores, -1), torch.cat(off, -1)
+
+    def in_full(self) -> Prototypes:
+        """The same by the prototypes in full, which are read for it."""
+        assert self.full is not None
+        rows = zip(self.full(), self.parts, strict=True)
+        return replace(self, parts=tuple(Codes.of(v_EI.to(part.rms_E.device), part.rms_E, 32) for v_EI, part in rows))
 
     @property
     def bytes(self) -> int:

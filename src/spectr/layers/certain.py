@@ -1,0 +1,145 @@
+"""Decisions of a shortlist that are certain: by codes where these decide, else by the prototypes in full."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from spectr.errors import CompositionError
+from spectr.layers.probe import Probe, Voter
+from spectr.routers.shortlist import Shortlist
+
+_TOGETHER = 256  # tokens that are scored at once, in float64
+
+
+@runtime_checkable
+class BoundedVoter(Voter, Protocol):
+    """A voter that knows how far its scores may be off."""
+
+    def bounded(self, x: Float[Tensor, "T I"]) -> tuple[Float[Tensor, "T E"], Float[Tensor, "T E"]]:
+        """Scores, float64, and how far each may be from the true one."""
+        ...
+
+    def in_full(self) -> BoundedVoter:
+        """One that knows all that is known of the experts."""
+        ...
+
+
+@dataclass
+class Certainty:
+    """How shortlists came to be certain.
+
+    Attributes:
+        at_once: Lists that the codes in memory decided.
+        in_full: Lists for which the prototypes were read in full.
+        tied: Lists whose last expert and the next are alike, as far as float64 can tell.
+    """
+
+    at_once: int = 0
+    in_full: int = 0
+    tied: int = 0
+
+
+class Interval(NamedTuple):
+    """The least and the most that each expert's evidence can be, float64."""
+
+    least_BE: Float[Tensor, "B E"]
+    most_BE: Float[Tensor, "B E"]
+
+    @property
+    def middle_BE(self) -> Float[Tensor, "B E"]:
+        """What is taken for it."""
+        return (self.least_BE + self.most_BE) / 2
+
+    def decides(self, size: int) -> Bool[Tensor, " B"]:
+        """Of which rows it is certain who the ``size`` first are."""
+        experts = self.least_BE.shape[-1]
+        if size >= experts:
+            return torch.ones(len(self.least_BE), dtype=torch.bool)
+        order_BE = self.middle_BE.argsort(dim=-1, descending=True)
+        listed_BE, other_BE = order_BE.split([size, experts - size], dim=-1)
+        return self.least_BE.gather(-1, listed_BE).amin(-1) > self.most_BE.gather(-1, other_BE).amax(-1)
+
+
+class CertainProbe:
+    """Reads prompts for a :class:`Shortlist` whose lists are to be certain; called as a :class:`Probe` is.
+
+    Args:
+        probe: Its voters know how far their scores may be off.
+        figures: Where it is counted what was needed.
+    """
+
+    def __init__(self, probe: Probe, figures: Certainty):
+        assert isinstance(probe.router, Shortlist)
+        self.probe, self.router, self.figures = probe, probe.router, figures
+        self._usual: Interval | None = None
+
+    @torch.no_grad()
+    def __call__(self, *args: Any, **kwargs: Any) -> Float[Tensor, "B E"]:
+        """See :class:`Probe`; float64, so that what is certain stays so."""
+        self.learn_usual()
+        first = found = self._less_usual(self._read(args, kwargs))
+        at_once = first.decides(self.router.size)
+        if self.router.bits < 32 and not at_once.all():
+            found = self._less_usual(self._read(args, kwargs, exact=True))
+        decided = at_once | found.decides(self.router.size)
+        self.figures.at_once += int(at_once.sum())
+        self.figures.in_full += int((decided & ~at_once).sum())
+        self.figures.tied += int((~decided).sum())
+        return found.middle_BE
+
+    @torch.no_grad()
+    def learn_usual(self) -> None:
+        """See :class:`Probe`: by the prototypes in full."""
+        if self._usual is None and self.probe.usual is not None:
+            device = next(self.probe.entry.parameters()).device
+            texts = {key: text.to(device) for key, text in self.probe.usual.items()}
+            read = self._read((), texts, exact=self.router.bits < 32)
+            self._usual = Interval(*(bound_BE.mean(0, keepdim=True) for bound_BE in read))
+
+    def _less_usual(self, read: Interval) -> Interval:
+        usual = self._usual
+        if usual is None:
+            return read
+        slack_BE = 2.0**-50 * (read.most_BE + usual.most_BE + 1)
+        least_BE, most_BE = read.least_BE - usual.most_BE + 1, read.most_BE - usual.least_BE + 1
+        return Interval(least_BE - slack_BE, most_BE + slack_BE)
+
+    def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, exact: bool = False) -> Interval:
+        """Each expert's mean over the modules that it adapts of its mean over tokens."""
+        experts = self.probe.experts
+        places = {expert: place for place, expert in enumerate(experts)}
+        totals: dict[str, Tensor] = {}
+        summed = 0
+
+        def see(name: str, x_NI: Tensor, row_N: Tensor, rows: int) -> None:
+            nonlocal summed
+            voter = self.probe.voters[name]
+            assert isinstance(voter, BoundedVoter)
+            voter = voter.in_full() if exact else voter
+            total_2BE = torch.zeros(2, rows, len(voter.experts), dtype=torch.float64)
+            for part_NI, of_N in zip(x_NI.split(_TOGETHER), row_N.cpu().split(_TOGETHER), strict=True):
+                bounds = self.router.bounds(*voter.bounded(part_NI))
+                for total_BE, bound_NE in zip(total_2BE, bounds, strict=True):
+                    total_BE.index_add_(0, of_N, bound_NE.cpu())
+            totals[name] = total_2BE / row_N.cpu().bincount(minlength=rows)[:, None].clamp(min=1)
+            summed = max(summed, len(x_NI))
+
+        self.probe.listen(see, *args, **kwargs)
+        if not totals:
+            raise CompositionError(
+                "no layer could say anything about this prompt", do="use level='token', or name the experts yourself"
+            )
+        rows = next(iter(totals.values())).shape[1]
+        sum_2BE, count_E = torch.zeros(2, rows, len(experts), dtype=torch.float64), torch.zeros(len(experts))
+        for name, total_2BE in totals.items():
+            chosen = [places[expert] for expert in self.probe.voters[name].experts]
+            sum_2BE[..., chosen] += total_2BE
+            count_E[chosen] += 1
+        least_BE, most_BE = sum_2BE / count_E.clamp(min=1)
+        rounding = 2.0**-52 * (summed + len(totals) + 8)  # of sums of so many terms
+        return Interval(least_BE * (1 - rounding), most_BE * (1 + rounding))
