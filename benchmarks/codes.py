@@ -1,9 +1,8 @@
-"""What the shortlist's 8 bits cost: its decisions by them, and by the same prototypes in float32, of the same prompts.
+"""What the shortlist's codes cost: its decisions by 8 and 16 bits, and by the same prototypes in float32.
 
-For each prompt and expert the votes are also bounded: every score is known to within what its code has left out, so
-that an expert's evidence lies between its votes with its own scores lowered and all others raised, and the other way
-round. One whose interval reaches the last place of the shortlist would have to be scored again in full, were the list
-to be certain.
+Every score is known to within what its code has left out, and with it each expert's evidence. An expert whose interval
+reaches the last place of the list is near; a list is certain where no other than its own are. For the rest it is tried
+to score the near ones in full, while the others' votes, which all are divided by, stay as their codes have them.
 
     python benchmarks/codes.py --library LIBRARY --data-root DATA [--prompts 2] [--size 16]
 
@@ -14,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -28,21 +28,33 @@ from torch import Tensor
 from pooling import rows, share
 from spectr import ExpertLibrary, Shortlist, compose
 from spectr.composition import Paged
+from spectr.layers.certain import CertainProbe, Certainty, Interval
+from spectr.layers.probe import Probe
 from spectr.models import encode_prompt, load_model
-from spectr.spectral import Codes, Prototypes
+from spectr.spectral import Prototypes
 
 # Shape suffixes: T tokens, E experts, I inputs.
 
 
 class Read(NamedTuple):
-    """One prompt: what speaks for each expert by codes and in float32, and the least and most that it can be."""
+    """One prompt by codes of one width: what is known of each expert's evidence, and how long it took to read.
 
-    coded_E: Float[Tensor, " E"]
-    exact_E: Float[Tensor, " E"]
-    least_E: Float[Tensor, " E"]
-    most_E: Float[Tensor, " E"]
+    ``rescored`` is by length of a list what is known when those that are near are scored in full.
+    """
+
+    evidence_E: Float[Tensor, " E"]
+    interval: Interval
+    rescored: dict[int, Interval]
+    seconds: float
+
+
+class Prompt(NamedTuple):
+    """One prompt by all widths, and the time of a plain shortlist's reading."""
+
+    reads: dict[int, Read]
     right: int
     own_words: bool
+    plain: float
 
 
 def main() -> None:
@@ -52,113 +64,137 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=2, help="training rows of each task, in each kind of words")
     parser.add_argument("--size", type=int, default=16, help="of the shortlist")
     arguments = parser.parse_args()
-    reads = list(read(arguments))
-    Console(width=120).print(summary(reads, arguments.size))
+    prompts = list(read(arguments))
+    console = Console(width=120)
+    console.print(found(prompts, arguments.size))
+    for size in (1, arguments.size):
+        console.print(certain(prompts, size))
 
 
 @torch.inference_mode()
-def read(arguments: argparse.Namespace) -> Iterator[Read]:
+def read(arguments: argparse.Namespace) -> Iterator[Prompt]:
     model, tokenizer = load_model(dtype="float32")
     library = ExpertLibrary.open(arguments.library)
-    routed = compose(model, library, Shortlist(size=1))
+    routed = compose(model, library, Shortlist(size=1, bits=32))
     assert isinstance(routed, Paged)
     assert routed.prompt is not None
-    names = routed.experts
-    by_codes, left_out = routed.prototypes, errors(library, routed)
-    noting = {module: Noting(by_codes[module], left_out[module]) for module in by_codes}
-    by_float = in_float32(library, routed)
-    temperature, voters, usual = routed.router.pool_temperature, routed._probe.voters, {}
+    in_full = routed._probed
+    assert isinstance(in_full, CertainProbe)
+    means = {module: prototypes.mean_I for module, prototypes in routed.prototypes.items()}
+    kinds = {bits: library.index.prototypes(routed.experts, means, bits) for bits in (8, 16)} | {32: routed.prototypes}
+    plain = Probe(in_full.probe.entry, in_full.probe.layers, kinds[8], in_full.router, routed.experts)
+    plain.opening, plain.usual = in_full.probe.opening, in_full.probe.usual
+    asleep(routed)
+    plain.learn_usual()
     for example, task, own in track(list(rows(arguments)), "reading prompts"):
         ids = torch.tensor([encode_prompt(tokenizer, example.prompt)])
-        found = []
-        for kind, prototypes in enumerate((by_codes, by_float)):
-            voters.update(prototypes)
-            routed._probe._usual_E = usual.get(kind)  # read by the same, once
-            found.append(routed.prompt.evidence(ids)[0])
-            usual[kind] = routed._probe._usual_E
-        least_E, most_E = bounds(routed, ids, noting, temperature)
-        yield Read(*found, least_E, most_E, names.index(task), own)
+        begin = time.perf_counter()
+        evidence_E = plain(input_ids=ids)[0]
+        seconds = time.perf_counter() - begin
+        reads = {bits: bounds(in_full, kinds[bits], ids, (1, arguments.size)) for bits in kinds}
+        reads[8] = reads[8]._replace(evidence_E=evidence_E)
+        yield Prompt(reads, routed.experts.index(task), own, seconds)
 
 
-def errors(library: ExpertLibrary, routed: Paged) -> dict[str, Float[Tensor, " E"]]:
-    """By module ``||v - steps codes||_2 / rms`` of each expert, in the order of its prototypes."""
-    found = {}
-    for module, prototypes in routed.prototypes.items():
-        values = []
-        for name in prototypes.experts:
-            entry = library.index[name]
-            place = [m.name for m in entry.modules].index(module)
-            values.append(float(entry.error_M[place] / entry.rms_M[place].clamp(min=1e-30)))
-        found[module] = torch.tensor(values)
-    return found
+def asleep(routed: Paged) -> None:
+    """The model is the base model from now on."""
+    for layer in routed.layers.values():
+        layer.asleep = True
 
 
-def in_float32(library: ExpertLibrary, routed: Paged) -> dict[str, Prototypes]:
-    """The prototypes as the experts' own factors have them."""
-    rows_of: dict[str, dict[str, Float[Tensor, " I"]]] = {module: {} for module in routed.prototypes}
-    for name in track(library.names, "prototypes in float32"):
-        rotations = library.index[name].rotations()
-        with library[name].open() as factors:
-            for module in library[name].shapes:
-                A = factors(module).A.float()
-                rows_of[module][name] = (rotations[module].right[:1] @ A)[0]
-    exact = {}
-    for module, known in routed.prototypes.items():
-        v_EI = torch.stack([rows_of[module].pop(name) for name in known.experts])
-        rms_E = torch.cat([part.rms_E for part in known.parts])
-        part = Codes(v_EI, torch.ones(len(v_EI)), rms_E)  # pyright: ignore[reportArgumentType]
-        exact[module] = Prototypes(experts=known.experts, parts=(part,), mean_I=known.mean_I)
-    return exact
+def bounds(known: CertainProbe, voters: dict[str, Prototypes], ids: Tensor, sizes: tuple[int, ...]) -> Read:
+    """By these voters, less what is usual by the prototypes in full."""
+    begin = time.perf_counter()
+    first = interval(known, voters, ids)
+    seconds = time.perf_counter() - begin
+    rescored = {}
+    for size in sizes:
+        near = near_ones(first, size)
+        if not first.decides(size).all() and len(near) < 100:  # else nothing is left that codes would tell
+            rescored[size] = interval(known, {name: Rescored(one, near) for name, one in voters.items()}, ids)
+    return Read(first.middle_BE[0], first, rescored, seconds)
 
 
-class Noting:
-    """Prototypes that note how far each score may be off."""
+def interval(known: CertainProbe, voters, ids: Tensor) -> Interval:
+    probe = Probe(known.probe.entry, known.probe.layers, voters, known.router, known.probe.experts, known.probe.opening)
+    reader = CertainProbe(probe, Certainty())
+    reader._usual = known._usual
+    return reader._less_usual(reader._read((), {"input_ids": ids}))
 
-    def __init__(self, inner: Prototypes, left_out_E: Float[Tensor, " E"]):
-        self.experts, self.inner, self.left_out_E = inner.experts, inner, left_out_E
-        self.off_TE = torch.zeros(0)
+
+def near_ones(known: Interval, size: int) -> list[int]:
+    """Who may be on the list."""
+    last = known.least_BE[0].topk(size).values[-1]
+    return (known.most_BE[0] >= last).nonzero()[:, 0].tolist()
+
+
+class Rescored:
+    """Prototypes, some of them in full."""
+
+    def __init__(self, inner: Prototypes, near: list[int]):
+        self.experts, self.inner, self.near = inner.experts, inner, near
 
     def scores(self, x: Float[Tensor, "T I"]) -> Float[Tensor, "T E"]:
-        self.off_TE = (x - self.inner.mean_I).norm(dim=-1, keepdim=True) * self.left_out_E
         return self.inner.scores(x)
 
+    def bounded(self, x: Float[Tensor, "T I"]) -> tuple[Float[Tensor, "T E"], Float[Tensor, "T E"]]:
+        known, exact = self.inner.bounded(x), self.inner.in_full().bounded(x)
+        for values_TE, exact_TE in zip(known, exact, strict=True):
+            values_TE[:, self.near] = exact_TE[:, self.near]
+        return known
 
-def bounds(
-    routed: Paged, ids: Tensor, voters: dict[str, Noting], temperature: float
-) -> tuple[Float[Tensor, " E"], Float[Tensor, " E"]]:
-    """The least and the most votes that each expert can have, what is usual left in; one says nothing."""
-    least, most = [], []
-    routed._probe.voters.update(voters)
-    for module, heard in routed._probe.hear(input_ids=ids).items():
-        off_TE = voters[module].off_TE
-        low_TE = (heard.scores_NE - off_TE).clamp(min=0).double() ** (1 / temperature)
-        high_TE = (heard.scores_NE + off_TE).double() ** (1 / temperature)
-        low_T1, high_T1 = low_TE.sum(-1, keepdim=True), high_TE.sum(-1, keepdim=True)
-        least.append((low_TE / (high_T1 - high_TE + low_TE)).mean(0) * low_TE.shape[1])
-        most.append((high_TE / (low_T1 - low_TE + high_TE)).mean(0) * low_TE.shape[1])
-    return torch.stack(least).mean(0), torch.stack(most).mean(0)
+    def in_full(self) -> Prototypes:
+        return self.inner.in_full()
 
 
-def summary(reads: list[Read], size: int) -> Table:
+def found(prompts: list[Prompt], size: int) -> Table:
+    """Whether the right expert is on the list."""
     table = Table(
-        "prompts", f"right among {size}: 8 bits", "float32", "on both lists", "evidence differs", "to score again"
+        "prompts", "bits", f"right among {size}", "right alone", f"of {size} on float32's list", "evidence off"
     )
     for own in (True, False):
-        here = [read for read in reads if read.own_words == own]
-        coded, exact = (
-            [place(values, r.right) for values, r in zip(kind, here, strict=True)]
-            for kind in ([r.coded_E for r in here], [r.exact_E for r in here])
-        )
-        shared = [len(listed(r.coded_E, size) & listed(r.exact_E, size)) / size for r in here]
-        differs = [float(((r.coded_E - r.exact_E).abs() / r.exact_E.abs().clamp(min=1)).max()) for r in here]
-        again = [int((r.most_E >= r.least_E.topk(size).values[-1]).sum()) for r in here]
+        here = [prompt for prompt in prompts if prompt.own_words == own]
+        for bits in here[0].reads:
+            mine = [prompt.reads[bits].evidence_E for prompt in here]
+            exact = [prompt.reads[32].evidence_E for prompt in here]
+            places = [place(values, prompt.right) for values, prompt in zip(mine, here, strict=True)]
+            both = [len(listed(a, size) & listed(b, size)) / size for a, b in zip(mine, exact, strict=True)]
+            off = [float(((a - b).abs() / b.abs().clamp(min=1)).max()) for a, b in zip(mine, exact, strict=True)]
+            table.add_row(
+                f"{len(here)} in {'their own' if own else 'other'} words",
+                str(bits),
+                share(places, size),
+                share(places, 1),
+                f"{statistics.mean(both):.1%}",
+                f"at most {max(off):.1e}",
+            )
+    return table
+
+
+def certain(prompts: list[Prompt], size: int) -> Table:
+    """Whether the list is certain."""
+    table = Table(
+        f"lists of {size}: bits", "evidence known to", "near", "certain", "near ones in full", "time over 8 bits'"
+    )
+    for bits in prompts[0].reads:
+        reads = [prompt.reads[bits] for prompt in prompts]
+        widths = [
+            float(((r.interval.most_BE - r.interval.least_BE)[0] / 2)[list(listed(r.evidence_E, size))].mean())
+            for r in reads
+        ]
+        at_once = [bool(r.interval.decides(size).all()) for r in reads]
+        later = [
+            once or (size in r.rescored and bool(r.rescored[size].decides(size).all()))
+            for once, r in zip(at_once, reads, strict=True)
+        ]
+        near = [len(near_ones(r.interval, size)) for r in reads]
         table.add_row(
-            f"{len(here)} in {'their own' if own else 'other'} words",
-            share(coded, size),
-            share(exact, size),
-            f"{statistics.mean(shared):.1%}",
-            f"at most {max(differs):.1%}",
-            f"{statistics.median(again)} of {len(here[0].exact_E)}",
+            str(bits),
+            f"{statistics.median(widths):.1e}",
+            f"{statistics.median(near):g}, at most {max(near)}",
+            f"{sum(at_once)} of {len(reads)}",
+            f"{sum(later)} of {len(reads)}",
+            f"{statistics.median(r.seconds / p.plain for r, p in zip(reads, prompts, strict=True)):.2f}",
         )
     return table
 

@@ -38,6 +38,10 @@ def test_from_nothing_to_an_answer(spectr, given, world):
     assert code == 0
     assert sum(json.loads(text)["experts"].values()) == pytest.approx(1, abs=1e-3)
     assert len(json.loads(text)["experts"]) == 2
+    options = ("--shortlist", 1, "--bits", 16)
+    code, text, _ = spectr("generate", "what is it", "-n", 2, "--json", "-r", "shortlist", *options, *given)
+    assert code == 0
+    assert list(json.loads(text)["experts"].values()) == [1.0]
     code, text, notes = spectr("route", "what is it", "-r", "shortlist", "--shortlist", 1, *given)
     assert code == 0
     assert "decided once for the whole prompt" in said(notes)
@@ -47,6 +51,8 @@ def test_from_nothing_to_an_answer(spectr, given, world):
     ("options", "message"),
     [
         (("-r", "spectr", "--shortlist", 3), "for the router shortlist, not spectr"),
+        (("--bits", 16), "for the router shortlist"),
+        (("-r", "shortlist", "--bits", 12), "bits=12"),
         (("--local", "arrow"), "for the router shortlist"),
         (("-r", "shortlist", "--shortlist", 1, "--local", "arrow"), "nothing to choose"),
         (("-r", "shortlist", "--shortlist", 1, "-k", 2), "nothing to choose"),

@@ -121,6 +121,14 @@ class Routing:
             help="The router among those on the shortlist; by default calibrated-prior.", rich_help_panel=_PANEL
         ),
     ] = None
+    bits: Annotated[
+        int | None,
+        typer.Option(
+            help="Bits of each number that a shortlist is made by: 8; with 16 (best for a list of one) or 32 it is "
+            "certain to be the one that exact numbers give, which takes more memory and time.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
     expert_memory: Annotated[
         float,
         typer.Option(
@@ -197,7 +205,7 @@ class Routing:
         if getattr(router, "gated", False):
             needed_gates(library, [library[name] for name in self.allow or library])
         if isinstance(router, Shortlist):
-            needed_index(library, self.allow or library.names)
+            needed_index(library, self.allow or library.names, in_full=router.certain)
         if isinstance(router, GuidedRouter):
             needed_descriptions(library)
         elif self.writer or self.embedder:
@@ -233,9 +241,9 @@ class Routing:
             own = {key: value for key, value in folder.router.items() if key != "name"}
             return get_router(name, **{**own, **given})
         if name != "shortlist":
-            if self.shortlist or self.local:
+            if self.shortlist or self.local or self.bits:
                 raise SpectrError(
-                    f"--shortlist and --local are for the router shortlist, not {name}", do="-r shortlist"
+                    f"--shortlist, --local and --bits are for the router shortlist, not {name}", do="-r shortlist"
                 )
             return get_router(name, **given)
         size = self.shortlist or (1 if self.router == "auto" else Shortlist().size)
@@ -244,7 +252,8 @@ class Routing:
                 "a shortlist of one leaves nothing to choose: --local and its settings make no difference",
                 do="leave them out, or ask for a longer one: --shortlist 16",
             )
-        return Shortlist(size=size, local=get_router(self.local or "calibrated-prior", **given))
+        local = get_router(self.local or "calibrated-prior", **given)
+        return Shortlist(size=size, local=local, bits=Shortlist().bits if self.bits is None else self.bits)
 
     def _tell(self, library: ExpertLibrary, router: Router) -> None:
         """What a user would not expect of the router that stands in for "auto", or of its number of experts."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -50,7 +50,7 @@ class Shortlist:
     local: Router = field(default_factory=_informed)
     probe_tokens: int = 256
     every: int = 1
-    bits: Literal[8, 16, 32] = 8
+    bits: int = 8
     pool_temperature: float = 0.2
 
     def __post_init__(self) -> None:
