@@ -212,6 +212,17 @@ def test_experts_that_are_alike_are_said_to_tie(twins, bits):
     assert all(len(names) == 3 for names in both)
 
 
+def test_a_batch_is_read_in_full_for_the_rows_that_need_it(twins):
+    """Of rows that codes decide and rows that they do not."""
+    among = ["cats", "cats-nearly", "dogs"]
+    alone, figures = lists(twins, 16, among)
+    routed = compose(make_model(), twins, Shortlist(size=1, bits=16)).allow(among)
+    held_BE = routed.prompt.decide(**encode_batch(make_tokenizer(), PROMPTS))
+    assert [[routed.experts[place]] for place in held_BE.argmax(-1).tolist()] == alone
+    assert routed.certainty == figures
+    assert 0 < figures.in_full < len(PROMPTS)
+
+
 def test_eight_bits_count_nothing(library):
     _, figures = lists(library, 8, list(library))
     assert (figures.at_once, figures.in_full, figures.tied) == (0, 0, 0)
