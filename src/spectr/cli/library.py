@@ -192,7 +192,7 @@ def index(
 ) -> None:
     """Store each expert's alignment and prototypes, for the router "shortlist": libraries of very many experts.
 
-    Once for each expert, some 0.3 MB; an interrupted run goes on where it was.
+    Once for each expert, some 0.9 MB; an interrupted run goes on where it was.
 
     [dim]spectr library index --library experts[/]
     """
