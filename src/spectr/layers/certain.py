@@ -9,8 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from spectr.errors import CompositionError
-from spectr.layers.probe import Probe, Voter
+from spectr.layers.probe import Probe, Voter, pooled
 from spectr.routers.shortlist import Shortlist
 
 _TOGETHER = 256  # tokens that are scored at once, in float64
@@ -54,6 +53,11 @@ class Interval(NamedTuple):
     def middle_BE(self) -> Float[Tensor, "B E"]:
         """What is taken for it."""
         return (self.least_BE + self.most_BE) / 2
+
+    def widened(self, terms: int) -> Interval:
+        """By what float64 rounds in a sum of so many terms, none of them below zero."""
+        rounding = 2.0**-52 * (terms + 8)
+        return Interval(self.least_BE * (1 - rounding), self.most_BE * (1 + rounding))
 
     def decides(self, size: int) -> Bool[Tensor, " B"]:
         """Of which rows it is certain who the ``size`` first are."""
@@ -99,7 +103,8 @@ class CertainProbe:
             device = next(self.probe.entry.parameters()).device
             texts = {key: text.to(device) for key, text in self.probe.usual.items()}
             read = self._read((), texts, exact=self.router.bits < 32)
-            self._usual = Interval(*(bound_BE.mean(0, keepdim=True) for bound_BE in read))
+            usual = Interval(*(bound_BE.mean(0, keepdim=True) for bound_BE in read))
+            self._usual = usual.widened(len(read.least_BE))
 
     def _less_usual(self, read: Interval) -> Interval:
         usual = self._usual
@@ -111,13 +116,12 @@ class CertainProbe:
 
     def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, exact: bool = False) -> Interval:
         """Each expert's mean over the modules that it adapts of its mean over tokens."""
-        experts = self.probe.experts
-        places = {expert: place for place, expert in enumerate(experts)}
-        totals: dict[str, Tensor] = {}
-        summed = 0
+        least: dict[str, Tensor] = {}
+        most: dict[str, Tensor] = {}
+        tokens = 0
 
         def see(name: str, x_NI: Tensor, row_N: Tensor, rows: int) -> None:
-            nonlocal summed
+            nonlocal tokens
             voter = self.probe.voters[name]
             assert isinstance(voter, BoundedVoter)
             voter = voter.in_full() if exact else voter
@@ -126,20 +130,10 @@ class CertainProbe:
                 bounds = self.router.bounds(*voter.bounded(part_NI))
                 for total_BE, bound_NE in zip(total_2BE, bounds, strict=True):
                     total_BE.index_add_(0, of_N, bound_NE.cpu())
-            totals[name] = total_2BE / row_N.cpu().bincount(minlength=rows)[:, None].clamp(min=1)
-            summed = max(summed, len(x_NI))
+            least[name], most[name] = total_2BE / row_N.cpu().bincount(minlength=rows)[:, None].clamp(min=1)
+            tokens = max(tokens, len(x_NI))
 
         self.probe.listen(see, *args, **kwargs)
-        if not totals:
-            raise CompositionError(
-                "no layer could say anything about this prompt", do="use level='token', or name the experts yourself"
-            )
-        rows = next(iter(totals.values())).shape[1]
-        sum_2BE, count_E = torch.zeros(2, rows, len(experts), dtype=torch.float64), torch.zeros(len(experts))
-        for name, total_2BE in totals.items():
-            chosen = [places[expert] for expert in self.probe.voters[name].experts]
-            sum_2BE[..., chosen] += total_2BE
-            count_E[chosen] += 1
-        least_BE, most_BE = sum_2BE / count_E.clamp(min=1)
-        rounding = 2.0**-52 * (summed + len(totals) + 8)  # of sums of so many terms
-        return Interval(least_BE * (1 - rounding), most_BE * (1 + rounding))
+        names = {name: self.probe.voters[name].experts for name in least}
+        found = Interval(*(pooled(bound, names, self.probe.experts) for bound in (least, most)))
+        return found.widened(tokens + len(names))

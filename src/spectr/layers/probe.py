@@ -112,7 +112,7 @@ class Probe:
             evidence[name] = self._heard(name, x_NI, row_N, rows).evidence(self.router)
 
         self.listen(see, *args, **kwargs)
-        return _pooled(evidence, {name: self.voters[name].experts for name in evidence}, self.experts)
+        return pooled(evidence, {name: self.voters[name].experts for name in evidence}, self.experts)
 
     @torch.no_grad()
     def hear(self, *args: Any, **kwargs: Any) -> dict[str, Heard]:
@@ -167,7 +167,7 @@ def evidence_of(
         if places:
             names[module] = [voters[module][place] for place in places]
             some[module] = rows._replace(scores_NE=rows.scores_NE[:, places]).evidence(router)
-    return _pooled(some, names, experts)
+    return pooled(some, names, experts)
 
 
 def _probe(
@@ -219,7 +219,7 @@ def _listener(see: See, name: str, counted_BT: Tensor | None) -> Callable[[Tenso
     return listen
 
 
-def _pooled(
+def pooled(
     gathered: Mapping[str, Tensor], voters: Mapping[str, Sequence[str]], experts: Sequence[str]
 ) -> Float[Tensor, "B E"]:
     """Each expert's mean evidence over the modules that it adapts."""
@@ -227,8 +227,8 @@ def _pooled(
         raise CompositionError(
             "no layer could say anything about this prompt", do="use level='token', or name the experts yourself"
         )
-    rows = len(next(iter(gathered.values())))
-    total_BE, count_E = torch.zeros(rows, len(experts)), torch.zeros(len(experts))
+    first = next(iter(gathered.values()))
+    total_BE, count_E = first.new_zeros(len(first), len(experts)), torch.zeros(len(experts))
     places = {expert: place for place, expert in enumerate(experts)}
     for name, evidence_BE in gathered.items():
         chosen = [places[expert] for expert in voters[name]]
