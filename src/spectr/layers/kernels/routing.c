@@ -3,6 +3,7 @@
    For float32, and for bfloat16, which is the upper half of a float32. Sums are float32. Threads are OpenMP's, where the
    compiler was told to make them. */
 
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -40,6 +41,8 @@ struct layer {
   const void *W, *bias;   /* (outputs, inputs) and (outputs) of the base layer; none where that has answered already */
   const void *A, *Bt;     /* (rows, inputs), or none where A x is given, and (rows, outputs): an expert's rows lie together */
   const void *centers;    /* (rows), taken away before scoring, or none */
+  const uint16_t *rough;  /* A in bfloat16, of few tokens read first, or none; */
+  const float *errors;    /* and of each expert, by how much of a token's length its score is off by that at most */
   long inputs, outputs, rows, experts, k; /* all experts have as many rows */
   long stride;            /* between the outputs of two tokens */
   float temperature;      /* of the softmax over the chosen scores; 0 weighs them alike */
@@ -180,6 +183,14 @@ static void sort_chosen(const struct layer *l, const struct many *m, long tokens
       }
   }
 }
+
+/* Whether so few tokens choose that half of A, and then whose scores are near, are less to read than A. */
+static inline int reads_roughly(const struct layer *l, long tokens) {
+  return l->rough && 2 * tokens * (l->k + 2) < l->experts;
+}
+
+static void products_bf16(const float *x, const uint16_t *M, const uint16_t *bias, float *to, long tokens, long inputs,
+                          long rows, int rounds, long threads);
 
 #define FUNCTIONS "layer.h"
 #include "dtypes.h"
