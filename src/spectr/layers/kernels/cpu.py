@@ -126,8 +126,8 @@ def has_unit() -> bool:
 
     That is said by ``ONEDNN_MAX_CPU_ISA``, which torch's own products go by, too.
     """
-    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
-    return "amx_bf16" in _machine() and (allowed in ("ALL", "DEFAULT") or "AMX" in allowed)
+    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    return "amx_bf16" in _machine() and (allowed in ("", "ALL", "DEFAULT") or "AMX" in allowed)
 
 
 @lru_cache(maxsize=1)

@@ -19,6 +19,7 @@ from spectr.layers.kernels.cpu import compiled_library, parts_of_float32, tiles_
 from spectr.layers.kernels.whole import place
 
 _SIDE, _DEEP = 16, 32  # columns of a tile, and terms
+_VECTORS = {torch.float32: "add_f32", torch.bfloat16: "add_bf16"}
 
 
 class Module(NamedTuple):
@@ -149,17 +150,13 @@ def packed_works(dtype: torch.dtype) -> bool:
     return dtype in _VECTORS and _library("packed.c") is not None
 
 
-_VECTORS = {torch.float32: "add_f32", torch.bfloat16: "add_bf16"}
-
-
 def _way_for(A_PI: Tensor) -> _Way:
     """The fastest way on this machine."""
     dtype, library = A_PI.dtype, _library("packed.c")
     assert library is not None
     unit = tiles_work(library)
-    if unit and dtype == torch.bfloat16 and A_PI.shape[1] % _DEEP == 0:
-        tiles = _library("tiles.c")
-        assert tiles is not None
+    suits = unit and dtype == torch.bfloat16 and A_PI.shape[1] % _DEEP == 0
+    if suits and (tiles := _library("tiles.c")) is not None:
         return _Way(_address(tiles.add), _tiled, _tiled, torch.float32, 1)
     parts = 1 if dtype == torch.bfloat16 else parts_of_float32()
     add = getattr(library, _VECTORS[dtype])
