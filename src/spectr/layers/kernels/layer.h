@@ -115,10 +115,10 @@ static inline void NAME(hold)(const TYPE *Bt, long rows, long stride, long outpu
 /* A strip of the outputs as floats by themselves, and back: `there` outputs of each token, from `from` on. */
 static void NAME(load_strip)(const struct layer *l, const TYPE *out, float *strip, long from, long there, long tokens) {
   for (long t = 0; t < tokens; t++) {
-    const TYPE *at = out + t * l->outputs + from;
+    const TYPE *at = out + t * l->stride + from;
     long o = 0;
     for (; o + WIDE <= there; o += WIDE) {
-      __builtin_prefetch(at + AHEAD * l->outputs + o, 1);
+      __builtin_prefetch(at + AHEAD * l->stride + o, 1);
       store_f32(strip + t * STRIP + o, LOAD(at + o));
     }
     for (; o < there; o++) strip[t * STRIP + o] = FROM(at[o]);
@@ -127,7 +127,7 @@ static void NAME(load_strip)(const struct layer *l, const TYPE *out, float *stri
 
 static void NAME(store_strip)(const struct layer *l, TYPE *out, const float *strip, long from, long there, long tokens) {
   for (long t = 0; t < tokens; t++) {
-    TYPE *at = out + t * l->outputs + from;
+    TYPE *at = out + t * l->stride + from;
     long o = 0;
     for (; o + WIDE <= there; o += WIDE) STORE(at + o, load_f32(strip + t * STRIP + o));
     for (; o < there; o++) at[o] = TO(strip[t * STRIP + o]);
@@ -345,7 +345,7 @@ int NAME(route_many)(const struct layer *l, const TYPE *h, const float *prior, T
       }
     }
     sort_chosen(l, &m, some);
-    NAME(outer_many)(l, &m, out + begin * l->outputs, some, threads);
+    NAME(outer_many)(l, &m, out + begin * l->stride, some, threads);
   }
   free(memory);
   return 0;

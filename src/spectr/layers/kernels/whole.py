@@ -18,7 +18,7 @@ class Layer(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("W", "bias", "A", "Bt", "centers", "rough", "errors")),
-        *((name, ctypes.c_long) for name in ("inputs", "outputs", "rows", "experts", "k")),
+        *((name, ctypes.c_long) for name in ("inputs", "outputs", "rows", "experts", "k", "stride")),
         ("temperature", ctypes.c_float),
     )
 
@@ -28,7 +28,7 @@ class Layer(ctypes.Structure):
         (rows, inputs), outputs = A_PI.shape, Bt_PO.shape[1]
         experts, k, temperature = choice or Choice(1, 1, 0.0)
         places = (None, None, place(A_PI), place(Bt_PO), place(centers_P))
-        return Layer(*places, None, None, inputs, outputs, rows, experts, k, temperature)
+        return Layer(*places, None, None, inputs, outputs, rows, experts, k, outputs, temperature)
 
 
 class Calls(NamedTuple):
