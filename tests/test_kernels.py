@@ -330,6 +330,15 @@ def test_a_compiler_that_fails_is_no_error(fresh, monkeypatch):
     assert not list(fresh.glob("*.so"))
 
 
+@pytest.mark.parametrize(
+    ("said", "ours"), [("", True), ("default", True), ("avx512_core_amx", True), ("AVX512_CORE", False)]
+)
+def test_the_matrix_unit_is_ours_where_it_is_torchs(monkeypatch, said, ours):
+    monkeypatch.setattr(cpu, "_machine", lambda: "x86_64 flags: amx_bf16 amx_tile")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", said)
+    assert cpu.has_unit() == ours
+
+
 def test_they_can_be_switched_off(fresh, monkeypatch):
     monkeypatch.setenv("SPECTR_KERNELS", "0")
     assert cpu_kernels() is None

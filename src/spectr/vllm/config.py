@@ -14,7 +14,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from spectr.composed.settings import METHOD, Settings
 from spectr.errors import CompositionError, raise_together
-from spectr.layers.kernels.tiles import tiles_work
+from spectr.layers.kernels.packed import packed_works
 from spectr.library import ExpertLibrary
 from spectr.vllm.deciding import DECIDES
 from spectr.vllm.method import routed_method
@@ -93,7 +93,7 @@ class SpectrConfig(QuantizationConfig):
         self.origin = self.library.origin
         known = getattr(hf_config, "quantization_config", None)
         if isinstance(known, dict):
-            known["fingerprint"] = fingerprint(self.library, tiles_work())
+            known["fingerprint"] = fingerprint(self.library, packed_works(torch.float32))
         if self.inner:
             self.inner.maybe_update_config(model_name, hf_config, revision)
 

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from spectr.errors import CompositionError
 from spectr.routers import Router
 from spectr.spectral import Prepared, Stack
-from spectr.vllm.fused import Fused, by_tiles, fits, key_of, tiles_of
-from spectr.vllm.hearing import Ear
-from spectr.vllm.hearing import key_of as key_of_ear
+from spectr.vllm.hearing import Ear, key_of
+from spectr.vllm.packed import fits, packed_of
 from spectr.vllm.product import Product
 from spectr.vllm.routing import Group, alike
 from spectr.vllm.session import Session
@@ -38,8 +37,7 @@ class Experts(nn.Module):
     sampled_N: Tensor
     groups: Any
     B: Any
-    fused: Any
-    tiles: Any
+    packed: Any
     ear: Any
     scores_0: Tensor
     weights_0: Tensor
@@ -48,13 +46,11 @@ class Experts(nn.Module):
         super().__init__()
         self.modules_S, self.split, self.reduce = tuple(modules), split, reduce
         self.record = session.settings.record
-        self.fused = self.tiles = self.ear = None
+        self.packed = self.ear = None
         for name in ("allowed_TE", "sampled_N"):
             self.register_buffer(name, getattr(session, name), persistent=False)
 
-    def build(
-        self, session: Session, device: torch.device, dtype: torch.dtype, name: str, base: tuple[Any, Any] | None
-    ) -> None:
+    def build(self, session: Session, device: torch.device, dtype: torch.dtype, name: str) -> None:
         """Prepare the experts as :func:`spectr.compose` does, and keep this rank's share of them.
 
         Args:
@@ -62,7 +58,6 @@ class Experts(nn.Module):
             device: Of the layer.
             dtype: Likewise.
             name: The layer's.
-            base: vLLM's layer and its own method, before that has looked at the weight, which may be taken over.
         """
         self.device, self.dtype = device, dtype
         self.held = [module for module in self.modules_S if session.users(module)]
@@ -74,18 +69,11 @@ class Experts(nn.Module):
             self._keep(session)
         A_PI, B_SOP = self._factors(stacks)
         if session.hearing is not None:
-            self.ear = session.named[key_of_ear(name)] = Ear(session.hearing, *self._heard(session, A_PI))
-        if by_tiles(self, dtype, device, A_PI.shape[1]):
-            self.tiles = tiles_of(self, A_PI, B_SOP)
-            return
-        self.B = nn.ModuleList(Product(B_OP) for B_OP in B_SOP)
-        if base is not None and fits(self, *base):
-            layer, _ = base
-            self.fused = Fused(self, layer.weight.data, A_PI, B_SOP, name)
-            layer.weight = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
-            session.named[key_of(name)] = self.fused
+            self.ear = session.named[key_of(name)] = Ear(session.hearing, *self._heard(session, A_PI))
+        if fits(self):
+            self.packed = packed_of(self, A_PI, B_SOP)
         else:
-            self.A = Product(A_PI)
+            self.A, self.B = Product(A_PI), nn.ModuleList(Product(B_OP) for B_OP in B_SOP)
 
     def fill(self, session: Session) -> None:
         """The factors anew, zero for experts that have been removed."""
@@ -95,29 +83,20 @@ class Experts(nn.Module):
         A_PI, B_SOP = self._factors(stacks)
         if self.ear is not None:
             self.ear.hear_by(*self._heard(session, A_PI))
-        if self.tiles is not None:
-            self.tiles.fill(A_PI, B_SOP, self.groups[0].centers_SP)
+        if self.packed is not None:
+            self.packed.fill(A_PI, B_SOP, self.groups[0].centers_SP)
             return
-        if self.fused is not None:
-            self.fused.fill(A_PI, B_SOP)
-        else:
-            self.A.replace(A_PI)
+        self.A.replace(A_PI)
         for product, B_OP in zip(self.B, B_SOP, strict=True):
             product.replace(B_OP)
 
     def forward(self, out_TO: Float[Tensor, "T O"], x_TI: Float[Tensor, "T I"]) -> Float[Tensor, "T O"]:
         """The base layer's output with the chosen experts' update, in the memory of ``out_TO``."""
-        if self.tiles is not None:
-            return self.tiles(out_TO, x_TI)
+        if self.packed is not None:
+            return self.packed(out_TO, x_TI)
         h_TQ = self.A(x_TI)
         if self.split.by_input:
             h_TQ = self.reduce(h_TQ)
-        return self.added(out_TO, h_TQ, x_TI)
-
-    def added(
-        self, out_TO: Float[Tensor, "T O"], h_TQ: Float[Tensor, "T Q"], x_TI: Float[Tensor, "T _"]
-    ) -> Float[Tensor, "T O"]:
-        """The same, of ``A x``."""
         allowed_TF = self.allowed_TE[: len(x_TI)]
         start, extra, module = 0, self.extra_begin, 0
         for number, group in enumerate(self.groups):

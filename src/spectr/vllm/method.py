@@ -70,21 +70,15 @@ class RoutedLinearMethod(LinearMethodBase):
     def process_weights_after_loading(self, layer: Any) -> None:
         """See vLLM's ``QuantizeMethodBase``: the experts from the library, and the base layer's."""
         device = next((p.device for p in layer.parameters()), torch.device("cpu"))
-        layer.spectr.build(self.session, device, layer.spectr_dtype, self.name, (layer, self.base))
-        if layer.spectr.fused is None:
-            self.base.process_weights_after_loading(layer)
+        layer.spectr.build(self.session, device, layer.spectr_dtype, self.name)
+        self.base.process_weights_after_loading(layer)
         self.session.layers[self.name] = layer.spectr
         self.session.routed.update(dict.fromkeys(layer.spectr.held, self.name))
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The base layer's output plus the chosen experts' update."""
-        fused, flat = layer.spectr.fused, x.reshape(-1, x.shape[-1])
-        if fused is not None:
-            out = fused(flat).reshape(*x.shape[:-1], -1)
-            out = out if bias is None else out + bias
-        else:
-            out = self.base.apply(layer, x, bias)
-            out = layer.spectr(out.reshape(-1, out.shape[-1]), flat).reshape(out.shape)
+        out, flat = self.base.apply(layer, x, bias), x.reshape(-1, x.shape[-1])
+        out = layer.spectr(out.reshape(-1, out.shape[-1]), flat).reshape(out.shape)
         if layer.spectr.ear is not None:
             torch.ops.spectr.hear(out, flat, self.name)
         return out

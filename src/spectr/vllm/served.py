@@ -103,8 +103,8 @@ def served(router: Router) -> Router:
     return router
 
 
-def fingerprint(library: ExpertLibrary, tiles: bool) -> str:
-    """What a graph depends on, 16 hex digits: which experts there are, where, their ranks, and what multiplies them."""
+def fingerprint(library: ExpertLibrary, compiled: bool) -> str:
+    """What a graph depends on, 16 hex digits: which experts there are, where, their ranks, and what adds them."""
     experts = [library[name] for name in library]
     shapes = {e.name: {module: shape[:3] for module, shape in e.shapes.items()} for e in experts}
-    return hashlib.sha256(json.dumps([shapes, tiles], sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([shapes, compiled], sort_keys=True).encode()).hexdigest()[:16]

@@ -180,6 +180,16 @@ struct tiles {
   long tokens, rows, each; /* those numbers, as many as fill tiles; and bfloat16 numbers of 16 rows of x or a matrix */
 };
 
+/* Room from `at` on for so many tokens. */
+static struct tiles tiles_for(long rows, long inputs, long tokens, long parts, long threads, char **at) {
+  struct tiles s = {.rows = ROUND(rows, 2 * SIDE), .each = ROUND(inputs, DEEP) / DEEP * parts * TILE};
+  long most = tokens < CHUNK ? ROUND(tokens, 2 * SIDE) : CHUNK, panels = threads * STRIP;
+  s.h = taken(at, most * s.rows * sizeof *s.h);
+  s.x = taken(at, most / SIDE * s.each * sizeof *s.x);
+  s.panels = taken(at, panels / SIDE * s.each * sizeof *s.panels);
+  return s;
+}
+
 static inline uint16_t *panel_of(const struct tiles *s) { return s->panels + THREAD * STRIP / SIDE * s->each; }
 
 /* What a call has of its tokens beside x: a prior of the scores, float32, or weights that are held of the rows of A; one row

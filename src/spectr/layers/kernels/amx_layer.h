@@ -109,13 +109,19 @@ INLINED void NAME(outer_tiles)(const struct layer *l, const struct tiles *s, con
   }
 }
 
-/* Some tokens, which begin at `begin`. */
-INLINED void NAME(chunk)(const struct layer *l, const struct tiles *s, const struct many *m, const struct given *given,
-                         const TYPE *x, TYPE *out, long begin, long tokens, vector *scratch, long threads, int parts) {
+/* Lay some tokens out, and h = A x of them. */
+INLINED void NAME(lay_and_inner)(const struct layer *l, const struct tiles *s, const TYPE *x, long tokens, long threads,
+                                 int parts) {
 #pragma omp for schedule(static)
   for (long t = 0; t < s->tokens; t += SIDE)
     NAME(lay_rows)(x + t * l->inputs, tokens - t, l->inputs, parts, s->x + t / SIDE * s->each);
   NAME(inner_tiles)(l, s, threads, parts);
+}
+
+/* Some tokens, which begin at `begin`. */
+INLINED void NAME(chunk)(const struct layer *l, const struct tiles *s, const struct many *m, const struct given *given,
+                         const TYPE *x, TYPE *out, long begin, long tokens, vector *scratch, long threads, int parts) {
+  NAME(lay_and_inner)(l, s, x, tokens, threads, parts);
   if (given->held)
     NAME(hold_all)(l, s, m, given, begin, tokens);
   else
@@ -128,17 +134,15 @@ INLINED void NAME(chunk)(const struct layer *l, const struct tiles *s, const str
 int NAME(tiles)(const struct layer *l, const TYPE *x, const void *rows, TYPE *out, long tokens, long count, long held,
                 long parts, long threads) {
   parts = sizeof(TYPE) < sizeof(float) ? 1 : parts;
-  long own = l->experts + 2 * l->k, most = tokens < CHUNK ? ROUND(tokens, 2 * SIDE) : CHUNK;
-  struct tiles s = {.rows = ROUND(l->rows, 2 * SIDE), .each = ROUND(l->inputs, DEEP) / DEEP * parts * TILE};
+  long own = l->experts + 2 * l->k;
+  size_t scratch = threads * own * sizeof(vector);
+  char *memory, *at = 0;
   struct given given = {rows, count, tokens, held};
-  size_t scratch = threads * own * sizeof(vector), products = s.rows * most * sizeof(float);
-  size_t laid = (most + threads * STRIP) / SIDE * s.each * sizeof *s.x;
-  char *memory;
-  struct many m = room_for(l, threads, scratch + products + laid, &memory);
+  tiles_for(l->rows, l->inputs, tokens, parts, threads, &at);
+  struct many m = room_for(l, threads, scratch + (size_t)at, &memory);
   if (!memory) return 1;
-  s.h = (float *)(memory + scratch);
-  s.x = (uint16_t *)(memory + scratch + products);
-  s.panels = s.x + most / SIDE * s.each;
+  at = memory + scratch;
+  struct tiles s = tiles_for(l->rows, l->inputs, tokens, parts, threads, &at);
 #pragma omp parallel num_threads(threads)
   {
     tiles_begin();
@@ -147,7 +151,7 @@ int NAME(tiles)(const struct layer *l, const TYPE *x, const void *rows, TYPE *ou
       long some = tokens - begin < CHUNK ? tokens - begin : CHUNK;
       here.tokens = ROUND(some, 2 * SIDE);
       const TYPE *from = x + begin * l->inputs;
-      TYPE *to = out + begin * l->outputs;
+      TYPE *to = out + begin * l->stride;
       vector *own_scratch = (vector *)memory + THREAD * own;
       if (sizeof(TYPE) < sizeof(float))
         NAME(chunk)(l, &here, &m, &given, from, to, begin, some, own_scratch, threads, 1);
@@ -160,4 +164,15 @@ int NAME(tiles)(const struct layer *l, const TYPE *x, const void *rows, TYPE *ou
   }
   free(memory);
   return 0;
+}
+
+/* h = A x alone, of some tokens. */
+static void NAME(inner_alone)(const struct layer *l, const struct tiles *s, const TYPE *x, long tokens, long parts,
+                              long threads) {
+  if (sizeof(TYPE) < sizeof(float))
+    NAME(lay_and_inner)(l, s, x, tokens, threads, 1);
+  else if (parts == 3)
+    NAME(lay_and_inner)(l, s, x, tokens, threads, 3);
+  else
+    NAME(lay_and_inner)(l, s, x, tokens, threads, 2);
 }

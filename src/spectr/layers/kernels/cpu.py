@@ -50,7 +50,7 @@ class CpuKernels(Kernels):
             "held": [pointer] * 4 + [number] * 3,
             "select": [pointer] * 3 + [number] * 3,
         }
-        if _tiles_work(library):
+        if tiles_work(library):
             signatures["tiles"] = [pointer] * 4 + [number] * 5
         self._functions: dict[tuple[str, torch.dtype], Any] = {}
         for dtype, suffix in _NAMES.items():
@@ -108,22 +108,26 @@ class CpuKernels(Kernels):
         if tiles is None:
             return Calls(few, _FEW, None)
         held = name == "held"
-        return Calls(few, _FEW_BY_TILES[dtype], lambda *call: tiles(*call[:-1], held, _parts(), call[-1]))
+        return Calls(few, _FEW_BY_TILES[dtype], lambda *call: tiles(*call[:-1], held, parts_of_float32(), call[-1]))
 
 
-def _parts() -> int:
+def parts_of_float32() -> int:
     """Of how many bfloat16 a float32 is to be the sum where it is multiplied by tiles, as torch is told."""
     return 3 if torch.get_float32_matmul_precision() == "highest" else 2
 
 
-def _tiles_work(library: ctypes.CDLL) -> bool:
-    """Whether the functions were compiled for this machine's tiles and the system lets us use them."""
-    return hasattr(library, "tiles_f32") and bool(library.tiles_allowed())
+def tiles_work(library: ctypes.CDLL) -> bool:
+    """Whether the functions were compiled for this machine's tiles, and system and user let us use them."""
+    return has_unit() and hasattr(library, "tiles_allowed") and bool(library.tiles_allowed())
 
 
-def has_unit(dtype: torch.dtype) -> bool:
-    """Whether this machine has a unit of its own for products in this dtype."""
-    return dtype == torch.bfloat16 and "amx_bf16" in _machine()
+def has_unit() -> bool:
+    """Whether this machine has a matrix unit for bfloat16, which is not to be left alone.
+
+    That is said by ``ONEDNN_MAX_CPU_ISA``, which torch's own products go by, too.
+    """
+    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    return "amx_bf16" in _machine() and (allowed in ("", "ALL", "DEFAULT") or "AMX" in allowed)
 
 
 @lru_cache(maxsize=1)

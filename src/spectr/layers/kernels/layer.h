@@ -115,10 +115,10 @@ static inline void NAME(hold)(const TYPE *Bt, long rows, long stride, long outpu
 /* A strip of the outputs as floats by themselves, and back: `there` outputs of each token, from `from` on. */
 static void NAME(load_strip)(const struct layer *l, const TYPE *out, float *strip, long from, long there, long tokens) {
   for (long t = 0; t < tokens; t++) {
-    const TYPE *at = out + t * l->outputs + from;
+    const TYPE *at = out + t * l->stride + from;
     long o = 0;
     for (; o + WIDE <= there; o += WIDE) {
-      __builtin_prefetch(at + AHEAD * l->outputs + o, 1);
+      __builtin_prefetch(at + AHEAD * l->stride + o, 1);
       store_f32(strip + t * STRIP + o, LOAD(at + o));
     }
     for (; o < there; o++) strip[t * STRIP + o] = FROM(at[o]);
@@ -127,7 +127,7 @@ static void NAME(load_strip)(const struct layer *l, const TYPE *out, float *stri
 
 static void NAME(store_strip)(const struct layer *l, TYPE *out, const float *strip, long from, long there, long tokens) {
   for (long t = 0; t < tokens; t++) {
-    TYPE *at = out + t * l->outputs + from;
+    TYPE *at = out + t * l->stride + from;
     long o = 0;
     for (; o + WIDE <= there; o += WIDE) STORE(at + o, load_f32(strip + t * STRIP + o));
     for (; o < there; o++) at[o] = TO(strip[t * STRIP + o]);
@@ -184,6 +184,56 @@ static void NAME(score)(const float *ht, const TYPE *centers, const float *prior
   }
 }
 
+/* The experts that may be among the best of a token, as its rough h has it, into `near`; whose scores are no numbers may be.
+   Returns how many. What a score is off by: what bfloat16 leaves out, and what float32 rounds in lengths and scores. */
+static long NAME(find_near)(const struct layer *l, const float *x, const float *ht, const float *prior, float *scratch,
+                            long *chosen, int32_t *near) {
+  long experts = l->experts, rank = l->rows / experts, found = 0;
+  float *scores = scratch, *least = scores + experts, *weights = least + experts, square = 0;
+  for (long i = 0; i < l->inputs; i++) square += x[i] * x[i];
+  float length = sqrtf(square) * (1 + 1e-3f) + 1e-17f, rounding = (rank + 4) * 2 * FLT_EPSILON;
+  NAME(score)(ht, l->centers, prior, scores, experts, rank);
+  for (long e = 0; e < experts; e++) {
+    float error = (l->errors[e] * length + 1e-17f) * (prior ? fabsf(prior[e]) : 1) + rounding * scores[e];
+    least[e] = scores[e] - error;
+    scores[e] += error;
+  }
+  choose(least, experts, l->k, 0, chosen, weights);
+  for (long e = 0; e < experts; e++)
+    if (!(scores[e] < least[chosen[l->k - 1]])) near[found++] = e;
+  return found;
+}
+
+/* h = A x of the experts that are near, `near` of each token first how many; found by what A is roughly, into `rough`. */
+static void NAME(inner_near)(const struct layer *l, const float *x, const float *prior, long rows_of_prior, float *rough,
+                             float *h, int32_t *near, float *scratch, long *chosen, long tokens, long threads) {
+  long rank = l->rows / l->experts, own = l->experts + 1;
+  products_bf16(x, l->rough, 0, rough, tokens, l->inputs, l->rows, 0, threads);
+#pragma omp barrier
+#pragma omp for schedule(static)
+  for (long t = 0; t < tokens; t++) {
+    const float *priors = prior ? prior + (t * rows_of_prior / tokens) * l->experts : 0;
+    near[t * own] = NAME(find_near)(l, x + t * l->inputs, rough + t * l->rows, priors, scratch, chosen, near + t * own + 1);
+  }
+  for (long t = 0; t < tokens; t++)
+    for (long i = 1; i <= near[t * own]; i++) {
+      long row = near[t * own + i] * rank;
+      const TYPE *rows = (const TYPE *)l->A + row * l->inputs;
+      NAME(products)(x + t * l->inputs, rows, 0, h + t * l->rows + row, 1, l->inputs, rank, 1, threads);
+    }
+}
+
+/* As score, of the experts that are near; of the others minus infinity. */
+static void NAME(score_near)(const struct layer *l, const float *ht, const float *prior, const int32_t *near, float *scores) {
+  long rank = l->rows / l->experts;
+  for (long e = 0; e < l->experts; e++) scores[e] = -INFINITY;
+  for (long i = 1; i <= near[0]; i++) {
+    long e = near[i], row = e * rank;
+    const TYPE *centers = l->centers ? (const TYPE *)l->centers + row : 0;
+    NAME(score)(ht + row, centers, prior ? prior + e : 0, scores + e, 1, rank);
+  }
+}
+
 /* Of h = A x in place: w_t h_t of the chosen, zero for the rest. Returns 1 where there is no memory. */
 int NAME(select)(const struct layer *l, TYPE *h, const float *prior, long tokens, long rows_of_prior, long threads) {
   long rows = l->rows, experts = l->experts, rank = rows / experts, k = l->k, own = rows + experts + k;
@@ -225,36 +275,43 @@ static void NAME(begin)(const struct layer *l, const float *x, const TYPE *out, 
    Returns 1 where there is no memory, and has changed nothing. */
 int NAME(route)(const struct layer *l, const TYPE *x, const float *prior, TYPE *out, long tokens, long rows_of_prior,
                 long threads) {
-  long rows = l->rows, experts = l->experts, rank = rows / experts, k = l->k, n = k * rank, own = experts + k;
-  float *memory = malloc((tokens * (rows + n + l->outputs + l->inputs) + threads * own) * sizeof(float));
-  int32_t *places = malloc((tokens * (n + 1)) * sizeof(int32_t));
+  long rows = l->rows, experts = l->experts, rank = rows / experts, k = l->k, n = k * rank, own = 2 * experts + k;
+  int roughly = reads_roughly(l, tokens);
+  long floats = tokens * ((roughly ? 2 : 1) * rows + n + l->outputs + l->inputs) + threads * own;
+  float *memory = malloc(floats * sizeof(float));
+  int32_t *places = malloc(tokens * (n + 2 + experts) * sizeof(int32_t));
   long *choices = malloc(threads * k * sizeof(long));
   int failed = !memory || !places || !choices;
   if (!failed) {
     float *h = memory, *share = h + tokens * rows, *sums = share + tokens * n;
-    float *tokens_as_floats = sums + tokens * l->outputs, *scratch = tokens_as_floats + tokens * l->inputs;
-    int32_t *row = places, *count = row + tokens * n;
+    float *tokens_as_floats = sums + tokens * l->outputs, *scratches = tokens_as_floats + tokens * l->inputs;
+    float *rough = scratches + threads * own;
+    int32_t *row = places, *count = row + tokens * n, *near = count + tokens;
 #pragma omp parallel num_threads(threads)
     {
       const float *wide = NAME(widened)(x, tokens_as_floats, tokens * l->inputs);
+      float *scores = scratches + THREAD * own, *weights = scores + 2 * experts;
+      long *chosen = choices + THREAD * k;
       NAME(begin)(l, wide, out, sums, tokens, threads);
-      NAME(products)(wide, l->A, 0, h, tokens, l->inputs, rows, 1, threads);
+      if (roughly)
+        NAME(inner_near)(l, wide, prior, rows_of_prior, rough, h, near, scores, chosen, tokens, threads);
+      else
+        NAME(products)(wide, l->A, 0, h, tokens, l->inputs, rows, 1, threads);
 #pragma omp barrier
 #pragma omp for schedule(static)
-      for (long worker = 0; worker < threads; worker++) {
-        float *scores = scratch + worker * own, *weights = scores + experts;
-        long *chosen = choices + worker * k;
-        for (long t = worker * tokens / threads; t < (worker + 1) * tokens / threads; t++) {
-          float *ht = h + t * rows;
-          NAME(score)(ht, l->centers, prior ? prior + (t * rows_of_prior / tokens) * experts : 0, scores, experts, rank);
-          choose(scores, experts, k, l->temperature, chosen, weights);
-          count[t] = n;
-          for (long c = 0; c < k; c++)
-            for (long r = 0; r < rank; r++) {
-              row[t * n + c * rank + r] = chosen[c] * rank + r;
-              share[t * n + c * rank + r] = weights[c] * ht[chosen[c] * rank + r];
-            }
-        }
+      for (long t = 0; t < tokens; t++) {
+        const float *ht = h + t * rows, *priors = prior ? prior + (t * rows_of_prior / tokens) * experts : 0;
+        if (roughly)
+          NAME(score_near)(l, ht, priors, near + t * (experts + 1), scores);
+        else
+          NAME(score)(ht, l->centers, priors, scores, experts, rank);
+        choose(scores, experts, k, l->temperature, chosen, weights);
+        count[t] = n;
+        for (long c = 0; c < k; c++)
+          for (long r = 0; r < rank; r++) {
+            row[t * n + c * rank + r] = chosen[c] * rank + r;
+            share[t * n + c * rank + r] = weights[c] * ht[chosen[c] * rank + r];
+          }
       }
       NAME(outer_few)(out, l->Bt, row, share, count, tokens, n, l->outputs, sums, threads);
     }
@@ -288,7 +345,7 @@ int NAME(route_many)(const struct layer *l, const TYPE *h, const float *prior, T
       }
     }
     sort_chosen(l, &m, some);
-    NAME(outer_many)(l, &m, out + begin * l->outputs, some, threads);
+    NAME(outer_many)(l, &m, out + begin * l->stride, some, threads);
   }
   free(memory);
   return 0;

@@ -3,6 +3,7 @@
    For float32, and for bfloat16, which is the upper half of a float32. Sums are float32. Threads are OpenMP's, where the
    compiler was told to make them. */
 
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -40,7 +41,10 @@ struct layer {
   const void *W, *bias;   /* (outputs, inputs) and (outputs) of the base layer; none where that has answered already */
   const void *A, *Bt;     /* (rows, inputs), or none where A x is given, and (rows, outputs): an expert's rows lie together */
   const void *centers;    /* (rows), taken away before scoring, or none */
+  const uint16_t *rough;  /* A in bfloat16, of few tokens read first, or none; */
+  const float *errors;    /* and of each expert, by how much of a token's length its score is off by that at most */
   long inputs, outputs, rows, experts, k; /* all experts have as many rows */
+  long stride;            /* between the outputs of two tokens */
   float temperature;      /* of the softmax over the chosen scores; 0 weighs them alike */
 };
 
@@ -83,7 +87,8 @@ static inline void store_bf16(uint16_t *to, vector value) {
   memcpy(to, &stored, sizeof stored);
 }
 
-/* The k largest scores of one token, the first of equals first, and their weights: 1 / k or a softmax. */
+/* The k largest scores of one token, the first of equals first, and their weights: 1 / k or a softmax. Who has a score of
+   -INFINITY is not there: where fewer than k are, it weighs nothing. */
 static void choose(const float *scores, long experts, long k, float temperature, long *chosen, float *weights) {
   for (long e = 0, there = 0; e < experts; e++) { /* weights: for now the chosen scores */
     if (there == k && !(scores[e] > weights[k - 1])) continue;
@@ -97,10 +102,11 @@ static void choose(const float *scores, long experts, long k, float temperature,
   }
   float total = 0;
   for (long c = 0; c < k; c++) {
-    weights[c] = temperature > 0 ? expf((scores[chosen[c]] - scores[chosen[0]]) / temperature) : 1.0f;
+    float score = scores[chosen[c]];
+    weights[c] = score == -INFINITY ? 0 : temperature > 0 ? expf((score - scores[chosen[0]]) / temperature) : 1.0f;
     total += weights[c];
   }
-  for (long c = 0; c < k; c++) weights[c] /= total;
+  for (long c = 0; c < k && total != 0; c++) weights[c] /= total;
 }
 
 /* What was chosen for a CHUNK of tokens, and what it takes to add their outputs. */
@@ -125,6 +131,13 @@ static struct part part_of(long outputs, long worker, long threads) {
   return own;
 }
 
+/* Room from `at` on, which goes past it. */
+static void *taken(char **at, size_t bytes) {
+  void *here = *at;
+  *at += ROUND(bytes, sizeof(vector));
+  return here;
+}
+
 /* Room for a call of many tokens, and `more` bytes at its beginning; `memory` is to be freed. */
 static struct many room_for(const struct layer *l, long threads, size_t more, char **memory) {
   long rank = l->rows / l->experts;
@@ -142,12 +155,12 @@ static struct many room_for(const struct layer *l, long threads, size_t more, ch
   return m;
 }
 
-/* Remember what token `t`, whose h that is, has chosen as its number `c`. */
+/* Remember what token `t`, whose h that is, has chosen as its number `c`; what weighs nothing is nobody's. */
 static inline void remember(const struct layer *l, const struct many *m, long t, long c, long expert, float weight,
                             const float *h) {
   long rank = l->rows / l->experts;
   float *share = m->share + (t * l->k + c) * m->wide;
-  m->chosen[t * l->k + c] = expert;
+  m->chosen[t * l->k + c] = weight == 0 ? l->experts : expert;
   for (long r = 0; r < rank; r++) share[r] = weight * h[expert * rank + r];
   for (long r = rank; r < m->wide; r++) share[r] = 0;
 }
@@ -170,6 +183,14 @@ static void sort_chosen(const struct layer *l, const struct many *m, long tokens
       }
   }
 }
+
+/* Whether so few tokens choose that half of A, and then whose scores are near, are less to read than A. */
+static inline int reads_roughly(const struct layer *l, long tokens) {
+  return l->rough && 2 * tokens * (l->k + 2) < l->experts;
+}
+
+static void products_bf16(const float *x, const uint16_t *M, const uint16_t *bias, float *to, long tokens, long inputs,
+                          long rows, int rounds, long threads);
 
 #define FUNCTIONS "layer.h"
 #include "dtypes.h"

@@ -1,23 +1,21 @@
 /* Packed layers in bfloat16 on a machine with a matrix unit (AMX): A x, each token's decision among the experts that it may
-   use, and B w A x added to what the base layer has answered. Sums are float32.
+   use, and B w A x added to what the base layer has answered. Sums are float32. Other dtypes and machines: packed.c.
 
    Factors lie as the unit reads them: tiles of 16 columns and 32 terms of their sums, a kilobyte each, those of the same
    columns after each other. */
 
 #include <math.h>
 #include <stdint.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "packed.h"
 #include "unit.h"
 
 #ifdef _OPENMP
 #include <omp.h>
-#define THREADS omp_get_max_threads()
 #define THREAD omp_get_thread_num()
 #else
-#define THREADS 1
 #define THREAD 0
 #endif
 
@@ -25,23 +23,6 @@
 #define NEAR 64  /* tokens whose outputs stay in the cache while they are added to */
 #define FEW 3    /* tokens up to which only the chosen experts' terms are read, as measured */
 #define UP(n, to) (((n) + (to) - 1) / (to) * (to))
-
-struct module {
-  const uint16_t *B;    /* tiles of (length, rows) */
-  const float *centers; /* (rows), taken away before scoring, or none */
-  long rows, first, begin, length; /* where its A x and its output begin in the layer's */
-};
-
-struct layer {
-  const uint16_t *A; /* tiles of (rows of all modules, inputs) */
-  const struct module *modules;
-  const int32_t *columns; /* of the experts in a token's mask */
-  const uint8_t *allowed; /* masks of the tokens, `stride` apart */
-  const int64_t *sampled; /* tokens whose scores and weights, (requests, modules, experts), are kept, or none */
-  float *scores, *weights;
-  long stride, requests, count, experts, k, inputs, rows;
-  float temperature; /* of the softmax over the chosen scores; 0 weighs them alike */
-};
 
 /* One expert, of 16 tokens. */
 struct lanes {
@@ -112,9 +93,10 @@ static inline void narrow(uint16_t *to, __mmask16 some, __m512 value) {
 
 /* Up to 16 tokens of one module: scores, weights among the experts that each may use, as in a library that has no others,
    and w A x. Tokens are the lanes of vectors; `allowed` has a bit for each. */
-static void decide(const struct layer *l, const struct module *m, const float *h, long h_stride, const __mmask16 *allowed,
+static void decide(const struct packed *l, const struct module *m, const float *h, long h_stride, const __mmask16 *allowed,
                    struct lanes *lanes, uint16_t *to, long to_stride, long tokens) {
   long experts = l->experts, rank = m->rows / experts;
+  const float *centers = m->centers;
   int32_t place[SIDE];
   for (long u = 0; u < SIDE; u++) place[u] = (u < tokens ? u : tokens - 1) * h_stride;
   __m512i places = _mm512_loadu_si512(place), one = _mm512_set1_epi32(1), k = _mm512_set1_epi32(l->k);
@@ -123,7 +105,7 @@ static void decide(const struct layer *l, const struct module *m, const float *h
     __m512 sum = _mm512_setzero_ps();
     for (long r = e * rank; r < (e + 1) * rank; r++) {
       __m512 each = _mm512_i32gather_ps(places, h + r, 4);
-      if (m->centers) each = _mm512_sub_ps(each, _mm512_set1_ps(m->centers[r]));
+      if (centers) each = _mm512_sub_ps(each, _mm512_set1_ps(centers[r]));
       sum = _mm512_fmadd_ps(each, each, sum);
     }
     lanes[e].score = _mm512_sqrt_ps(sum);
@@ -156,10 +138,10 @@ static void decide(const struct layer *l, const struct module *m, const float *h
 }
 
 /* The tokens' masks as bits: of each expert one for each of up to 16 tokens. */
-static void masks(const struct layer *l, const uint8_t *allowed, long tokens, __mmask16 *to) {
+static void masks(const struct packed *l, const uint8_t *allowed, long tokens, __mmask16 *to) {
   for (long e = 0; e < l->experts; e++) {
     to[e] = 0;
-    for (long u = 0; u < tokens; u++) to[e] |= (__mmask16)(allowed[u * l->stride + l->columns[e]] != 0) << u;
+    for (long u = 0; u < tokens; u++) to[e] |= (__mmask16)(allowed[u * l->apart + l->columns[e]] != 0) << u;
   }
 }
 
@@ -178,7 +160,7 @@ static void add_few(const struct module *m, const uint16_t *weighted, uint16_t *
     for (long tile = 0; tile < UP(m->length, SIDE) / SIDE; tile++) {
       uint16_t *to = out + t * out_stride + m->begin + tile * SIDE;
       __mmask16 some = first_of(m->length - tile * SIDE);
-      const uint16_t *from = m->B + tile * deep * TILE;
+      const uint16_t *from = (const uint16_t *)m->B + tile * deep * TILE;
       __m512 sum = widened(to, some);
       for (long c = 0; c < count; c++)
         sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(from + place[c]), (__m512bh)_mm512_set1_epi32(pair[c]));
@@ -190,6 +172,7 @@ static void add_few(const struct module *m, const uint16_t *weighted, uint16_t *
 /* out += w A x B of many tokens. */
 static void add_many(const struct module *m, const uint16_t *weighted, uint16_t *out, long out_stride, long tokens) {
   long deep = UP(m->rows, DEEP) / DEEP, tiles = UP(m->length, SIDE) / SIDE;
+  const uint16_t *B = m->B;
   float sums[SIDE * PANEL * SIDE];
 #pragma omp for collapse(2) schedule(static) nowait
   for (long near = 0; near < tokens; near += NEAR)
@@ -200,7 +183,7 @@ static void add_many(const struct module *m, const uint16_t *weighted, uint16_t 
           for (long tile = 0; tile < wide; tile += 2)
             _mm_prefetch(out + (t + u) * out_stride + m->begin + (panel + tile) * SIDE, _MM_HINT_T0);
         configure(some);
-        block(weighted + t * deep * DEEP, deep * DEEP, m->B + panel * deep * TILE, deep, wide, sums, PANEL * SIDE);
+        block(weighted + t * deep * DEEP, deep * DEEP, B + panel * deep * TILE, deep, wide, sums, PANEL * SIDE);
         for (long u = 0; u < some; u++)
           for (long tile = 0; tile < wide; tile++) {
             uint16_t *to = out + (t + u) * out_stride + m->begin + (panel + tile) * SIDE;
@@ -210,8 +193,9 @@ static void add_many(const struct module *m, const uint16_t *weighted, uint16_t 
       }
 }
 
-/* What the experts add to `out`, the base layer's answer. Gives whether there was no memory for it. */
-int add(const struct layer *l, const uint16_t *x, long x_stride, uint16_t *out, long out_stride, long tokens, long threads) {
+/* What the experts add to the base layer's answer. Gives whether there was no memory for it. */
+int add(const struct packed *l, const void *tokens_in, void *answer, long stride, long tokens, long threads) {
+  const uint16_t *x = tokens_in, *A = l->A;
   long wide = UP(l->rows, SIDE), tiles = wide / SIDE, deep = l->inputs / DEEP, each = l->count * l->experts, places = 0;
   for (long s = 0; s < l->count; s++) places += UP(l->modules[s].rows, DEEP);
   float *h = malloc(tokens * wide * sizeof *h), *scores = 0, *weights = 0;
@@ -227,14 +211,14 @@ int add(const struct layer *l, const uint16_t *x, long x_stride, uint16_t *out, 
         for (long panel = 0; panel < tiles; panel += PANEL) {
           configure(tokens - t < SIDE ? tokens - t : SIDE);
           long columns = tiles - panel < PANEL ? tiles - panel : PANEL;
-          block(x + t * x_stride, x_stride, l->A + panel * deep * TILE, deep, columns, h + t * wide + panel * SIDE, wide);
+          block(x + t * l->inputs, l->inputs, A + panel * deep * TILE, deep, columns, h + t * wide + panel * SIDE, wide);
         }
 #pragma omp for schedule(static)
       for (long t = 0; t < tokens; t += SIDE) {
         long some = tokens - t < SIDE ? tokens - t : SIDE;
         struct lanes *lanes = memory + THREAD * l->experts;
         __mmask16 allowed[l->experts];
-        masks(l, l->allowed + t * l->stride, some, allowed);
+        masks(l, l->allowed + t * l->apart, some, allowed);
         uint16_t *to = weighted;
         for (long s = 0; s < l->count; s++) {
           const struct module *m = l->modules + s;
@@ -251,7 +235,7 @@ int add(const struct layer *l, const uint16_t *x, long x_stride, uint16_t *out, 
       const uint16_t *from = weighted;
       for (long s = 0; s < l->count; s++) {
         const struct module *m = l->modules + s;
-        (tokens <= FEW ? add_few : add_many)(m, from, out, out_stride, tokens);
+        (tokens <= FEW ? add_few : add_many)(m, from, answer, stride, tokens);
         from += tokens * UP(m->rows, DEEP);
       }
       configure(0);
@@ -266,30 +250,4 @@ int add(const struct layer *l, const uint16_t *x, long x_stride, uint16_t *out, 
   free(memory);
   free(scores);
   return failed;
-}
-
-/* What torch has for operations that are written in C; all give 0. */
-static struct {
-  int (*data)(void *tensor, void **found), (*size)(void *tensor, int64_t dimension, int64_t *found);
-  int (*stride)(void *tensor, int64_t dimension, int64_t *found), (*release)(void *tensor);
-} torch;
-
-void meet(void *data, void *size, void *stride, void *release) {
-  memcpy(&torch, (void *[]){data, size, stride, release}, sizeof torch);
-}
-
-/* The operation (out, x, where the layer is), as torch's dispatcher calls it. */
-void operation(uint64_t *stack, uint64_t inputs, uint64_t outputs) {
-  void *tensors[3], *data[3];
-  int64_t tokens, out_stride, x_stride;
-  int failed = inputs != 3 || outputs != 0;
-  memcpy(tensors, stack, sizeof tensors);
-  for (int n = 0; n < 3; n++) failed |= torch.data(tensors[n], data + n);
-  failed |= torch.size(tensors[0], 0, &tokens) | torch.stride(tensors[0], 0, &out_stride);
-  failed |= torch.stride(tensors[1], 0, &x_stride);
-  if (failed || add(*(struct layer **)data[2], data[1], x_stride, data[0], out_stride, tokens, THREADS)) {
-    fprintf(stderr, "spectr: no memory for the experts of %ld tokens\n", (long)tokens);
-    abort(); /* there is no way to tell torch */
-  }
-  for (int n = 0; n < 3; n++) torch.release(tensors[n]);
 }

@@ -6,8 +6,10 @@ import ctypes
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, get_num_threads, nn
 
+from spectr.layers.kernels import rough
 from spectr.layers.kernels.base import Choice, own_numbers, watched
 
 
@@ -15,8 +17,8 @@ class Layer(ctypes.Structure):
     """``struct layer`` of the source."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("W", "bias", "A", "Bt", "centers")),
-        *((name, ctypes.c_long) for name in ("inputs", "outputs", "rows", "experts", "k")),
+        *((name, ctypes.c_void_p) for name in ("W", "bias", "A", "Bt", "centers", "rough", "errors")),
+        *((name, ctypes.c_long) for name in ("inputs", "outputs", "rows", "experts", "k", "stride")),
         ("temperature", ctypes.c_float),
     )
 
@@ -26,7 +28,7 @@ class Layer(ctypes.Structure):
         (rows, inputs), outputs = A_PI.shape, Bt_PO.shape[1]
         experts, k, temperature = choice or Choice(1, 1, 0.0)
         places = (None, None, place(A_PI), place(Bt_PO), place(centers_P))
-        return Layer(*places, inputs, outputs, rows, experts, k, temperature)
+        return Layer(*places, None, None, inputs, outputs, rows, experts, k, outputs, temperature)
 
 
 class Calls(NamedTuple):
@@ -57,9 +59,18 @@ class WholeLayer:
         calls: ``route`` or ``held``, of few tokens and of many.
     """
 
+    rough: rough.Rough | None = None
+
     def __init__(self, base: nn.Linear, kept: tuple[Tensor, Tensor, Tensor | None], layer: Layer, calls: Calls):
         self.base, self.kept, self.layer, self.calls, self.dtype = base, kept, layer, calls, kept[0].dtype
         self.place, self.inputs, self.outputs = ctypes.addressof(layer), layer.inputs, layer.outputs
+        if self.dtype is torch.float32 and layer.experts >= rough.PAYS * layer.k:
+            self._roughen()
+
+    def _roughen(self) -> None:
+        self.rough = rough.Rough.of(self.kept[0], self.layer.experts)
+        if self.rough is not None:
+            self.layer.rough, self.layer.errors = place(self.rough.A_PI), place(self.rough.errors_E)
 
     def __call__(self, x: Tensor, rows: Tensor | None) -> Tensor | None:
         """See :class:`spectr.layers.kernels.base.Whole`."""
@@ -71,6 +82,8 @@ class WholeLayer:
         function = self.calls.of(tokens)
         if function is None or numbers is None:
             return None
+        if self.rough is not None and self.rough.version != self.kept[0]._version:
+            self._roughen()
         self.layer.W, self.layer.bias = place(numbers[0]), place(numbers[1])
         out = x.new_empty((*x.shape[:-1], self.outputs))
         count = 1 if rows is None else len(rows)

@@ -1,4 +1,4 @@
-"""Packed layers in bfloat16 where there is a matrix unit (AMX): one operation in C; see tiles.c."""
+"""Packed layers whose tokens may each use other experts, as one operation in C; see packed.c, and tiles.c."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import ctypes
 import logging
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from spectr.layers.kernels.cpu import compiled_library, has_unit
+from spectr.layers.kernels.cpu import compiled_library, parts_of_float32, tiles_work
 from spectr.layers.kernels.whole import place
 
 _SIDE, _DEEP = 16, 32  # columns of a tile, and terms
+_VECTORS = {torch.float32: "add_f32", torch.bfloat16: "add_bf16"}
 
 
 class Module(NamedTuple):
@@ -62,17 +63,35 @@ class _Module(ctypes.Structure):
 
 class _Layer(ctypes.Structure):
     _fields_ = (
-        *((n, ctypes.c_void_p) for n in ("A", "modules", "columns", "allowed", "sampled", "scores", "weights")),
-        *((n, ctypes.c_long) for n in ("stride", "requests", "count", "experts", "k", "inputs", "rows")),
+        *((n, ctypes.c_void_p) for n in ("add", "A", "modules", "columns", "allowed", "sampled", "scores", "weights")),
+        *((n, ctypes.c_long) for n in ("apart", "requests", "count", "experts", "k", "inputs", "rows", "parts")),
         ("temperature", ctypes.c_float),
     )
 
 
-class Tiles(nn.Module):
-    """A packed layer's experts, whose factors lie as the unit reads them and nowhere else.
+class _Way(NamedTuple):
+    """A compiled function, and how it has its numbers.
+
+    Attributes:
+        add: Where it is.
+        inner: Lays input factors out,
+        outer: and a module's output factors.
+        centers: Their dtype.
+        parts: Of each number where tiles multiply many tokens; 0 where none do.
+    """
+
+    add: int | None
+    inner: Callable[[Tensor], Tensor]
+    outer: Callable[[Tensor], Tensor]
+    centers: torch.dtype
+    parts: int
+
+
+class Packed(nn.Module):
+    """A packed layer's experts, whose factors lie as the compiled function reads them and nowhere else.
 
     Args:
-        A_PI: Of all modules, one below the other; inputs are a multiple of 32.
+        A_PI: Of all modules, one below the other, float32 or bfloat16.
         modules: They have the same experts of one rank.
         choosing: How these are chosen.
     """
@@ -81,8 +100,9 @@ class Tiles(nn.Module):
 
     def __init__(self, A_PI: Tensor, modules: Sequence[Module], choosing: Choosing):
         super().__init__()
-        self.A, self.B_S = _packed(A_PI), [_packed(module.B_OP) for module in modules]
-        self.centers_S = [None if m.centers_P is None else m.centers_P.float().contiguous() for m in modules]
+        self._way = way = _way_for(A_PI)
+        self.A, self.B_S = way.inner(A_PI), [way.outer(module.B_OP) for module in modules]
+        self.centers_S = [None if m.centers_P is None else m.centers_P.to(way.centers).contiguous() for m in modules]
         self.choosing = choosing._replace(columns_E=choosing.columns_E.to(torch.int32).contiguous())
         told, first = [], 0
         for (B_OP, _, begin), B, centers in zip(modules, self.B_S, self.centers_S, strict=True):
@@ -93,6 +113,7 @@ class Tiles(nn.Module):
         columns_E, allowed_TF, k, temperature, kept = self.choosing
         sampled, scores, weights = kept or (None, None, None)
         self._layer = _Layer(
+            way.add,
             place(self.A),
             ctypes.addressof(self._told),
             *map(place, (columns_E, allowed_TF, sampled, scores, weights)),
@@ -100,9 +121,10 @@ class Tiles(nn.Module):
             0 if sampled is None else len(sampled),
             len(told),
             len(columns_E),
-            k,
+            min(k, len(columns_E)),
             A_PI.shape[1],
             first,
+            way.parts,
             temperature,
         )
         at = torch.tensor([ctypes.addressof(self._layer)])  # a tensor, so that no graph takes it for a constant
@@ -115,15 +137,33 @@ class Tiles(nn.Module):
 
     def fill(self, A_PI: Tensor, B_SOP: Sequence[Tensor], centers_SP: Tensor | None) -> None:
         """Other factors of the same sizes, in the place of what was there."""
-        self.A.copy_(_packed(A_PI))
+        self.A.copy_(self._way.inner(A_PI))
         for B, B_OP in zip(self.B_S, B_SOP, strict=True):
-            B.copy_(_packed(B_OP))
+            B.copy_(self._way.outer(B_OP))
         for number, centers in enumerate(self.centers_S):
             if centers is not None and centers_SP is not None:
                 centers.copy_(centers_SP[number])
 
 
-def _packed(M_NK: Float[Tensor, "N K"]) -> Tensor:
+def packed_works(dtype: torch.dtype) -> bool:
+    """Whether this machine, this process and this torch can run them; if so the operation is there afterwards."""
+    return dtype in _VECTORS and _library("packed.c") is not None
+
+
+def _way_for(A_PI: Tensor) -> _Way:
+    """The fastest way on this machine."""
+    dtype, library = A_PI.dtype, _library("packed.c")
+    assert library is not None
+    unit = tiles_work(library)
+    suits = unit and dtype == torch.bfloat16 and A_PI.shape[1] % _DEEP == 0
+    if suits and (tiles := _library("tiles.c")) is not None:
+        return _Way(_address(tiles.add), _tiled, _tiled, torch.float32, 1)
+    parts = 1 if dtype == torch.bfloat16 else parts_of_float32()
+    add = getattr(library, _VECTORS[dtype])
+    return _Way(_address(add), Tensor.contiguous, lambda B_OP: B_OP.mT.contiguous(), dtype, parts if unit else 0)
+
+
+def _tiled(M_NK: Float[Tensor, "N K"]) -> Tensor:
     """Tiles of 16 columns and 32 terms, in which pairs of terms lie together; zeros up to whole tiles."""
     outputs, terms = M_NK.shape
     whole = nn.functional.pad(M_NK.to(torch.bfloat16), (0, -terms % _DEEP, 0, -outputs % _SIDE))
@@ -131,20 +171,22 @@ def _packed(M_NK: Float[Tensor, "N K"]) -> Tensor:
     return tiles.permute(0, 2, 3, 1, 4).contiguous()
 
 
-@lru_cache(maxsize=1)
-def tiles_work() -> bool:
-    """Whether this machine, this process and this torch can run them; if so the operation is there afterwards."""
-    if os.environ.get("SPECTR_KERNELS") == "0" or not has_unit(torch.bfloat16):
-        return False
+def _address(function: Any) -> int | None:
+    return ctypes.cast(function, ctypes.c_void_p).value
+
+
+@lru_cache(maxsize=2)
+def _library(source: str) -> ctypes.CDLL | None:
+    if os.environ.get("SPECTR_KERNELS") == "0":
+        return None
     try:
-        library = ctypes.CDLL(str(compiled_library(Path(__file__).with_name("tiles.c"))))
-        found = bool(library.tiles_allowed())
-        if found:
+        library = ctypes.CDLL(str(compiled_library(Path(__file__).with_name(source))))
+        if source == "packed.c":
             _register(library)
     except (OSError, subprocess.SubprocessError, AttributeError) as error:
-        logging.getLogger(__name__).info("layers in vLLM run without the matrix unit: %s", error)
-        return False
-    return found
+        logging.getLogger(__name__).info("layers in vLLM run without compiled kernels: %s", error)
+        return None
+    return library
 
 
 def _register(library: ctypes.CDLL) -> None:
@@ -156,6 +198,6 @@ def _register(library: ctypes.CDLL) -> None:
     torch.library.define("spectr::add_experts", "(Tensor(a!) out, Tensor x, Tensor at) -> ()")
     torch.library.register_fake("spectr::add_experts", lambda out, x, at: None)
     ours = pointer()
-    made = torchs.aoti_torch_library_init_impl(b"spectr", b"CPU", b"tiles.c", 1, ctypes.byref(ours))
+    made = torchs.aoti_torch_library_init_impl(b"spectr", b"CPU", b"packed.c", 1, ctypes.byref(ours))
     if made or torchs.aoti_torch_library_impl(ours, b"add_experts", ctypes.cast(library.operation, pointer)):
         raise OSError("torch does not take operations that are written in C")

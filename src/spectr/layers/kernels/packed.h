@@ -1,0 +1,19 @@
+/* Packed layers, as packed.c and tiles.c are told of them. */
+
+struct module {
+  const void *B, *centers; /* output factors as the function has them, and (rows), taken away before scoring, or none */
+  long rows, first, begin, length; /* where its A x and its output begin in the layer's */
+};
+
+struct packed {
+  int (*add)(const struct packed *l, const void *x, void *out, long stride, long tokens, long threads);
+  const void *A; /* of all modules, as the function has them */
+  const struct module *modules;
+  const int32_t *columns; /* of the experts in a token's mask */
+  const uint8_t *allowed; /* masks of the tokens, `apart` */
+  const int64_t *sampled; /* tokens whose scores and weights, (requests, modules, experts), are kept, or none */
+  float *scores, *weights;
+  long apart, requests, count, experts, k, inputs, rows;
+  long parts; /* of each float32 where many tokens are multiplied by tiles; 0 without a matrix unit */
+  float temperature; /* of the softmax over the chosen scores; 0 weighs them alike */
+};

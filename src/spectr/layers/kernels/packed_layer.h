@@ -1,0 +1,73 @@
+/* The functions of packed.c for one dtype. */
+
+/* One token's choice for module `s` among the experts that it may use, as in a library that has no others. */
+static void NAME(choose_allowed)(const struct packed *p, long s, const struct layer *l, const struct many *m,
+                                 const float *h, long token, long place) {
+  long experts = l->experts, chosen[l->k];
+  float scores[experts], weights[l->k];
+  const uint8_t *allowed = p->allowed + token * p->apart;
+  NAME(score)(h, l->centers, 0, scores, experts, l->rows / experts);
+  for (long n = 0; p->sampled && n < p->requests; n++)
+    if (p->sampled[n] == token) memcpy(p->scores + (n * p->count + s) * experts, scores, experts * sizeof *scores);
+  for (long e = 0; e < experts; e++)
+    if (!allowed[p->columns[e]]) scores[e] = -INFINITY;
+  choose(scores, experts, l->k, l->temperature, chosen, weights);
+  for (long c = 0; c < l->k; c++) remember(l, m, place, c, chosen[c], weights[c], h);
+  for (long n = 0; p->sampled && n < p->requests; n++)
+    if (p->sampled[n] == token) {
+      float *kept = p->weights + (n * p->count + s) * experts;
+      memset(kept, 0, experts * sizeof *kept);
+      for (long c = 0; c < l->k; c++) kept[chosen[c]] = weights[c];
+    }
+}
+
+/* What one module's experts add to some tokens, which begin at `begin`. */
+static void NAME(add_module)(const struct packed *p, long s, const struct many *m, const struct room *room, TYPE *out,
+                             long stride, long begin, long tokens, long threads) {
+  const struct module *own = p->modules + s;
+  const struct layer l = {.Bt = own->B, .centers = own->centers, .outputs = own->length, .rows = own->rows,
+                          .experts = p->experts, .k = p->k, .stride = stride, .temperature = p->temperature};
+  out += begin * stride + own->begin;
+#pragma omp for schedule(static)
+  for (long t = 0; t < tokens; t++)
+    NAME(choose_allowed)(p, s, &l, m, room->h + t * room->stride + own->first, begin + t, t);
+  sort_chosen(&l, m, tokens);
+  NAME(outer_many)(&l, m, out, tokens, threads);
+}
+
+/* h = A x of some tokens. */
+static void NAME(inner)(const struct packed *p, const struct room *room, const TYPE *x, long tokens, long threads) {
+#ifdef __AMX_BF16__
+  if (room->tiles.each) {
+    const struct layer l = {.A = p->A, .inputs = p->inputs, .rows = p->rows};
+    struct tiles here = room->tiles;
+    here.tokens = ROUND(tokens, 2 * SIDE);
+    tiles_begin();
+    NAME(inner_alone)(&l, &here, x, tokens, p->parts, threads);
+    _tile_release();
+    return;
+  }
+#endif
+  const float *wide = NAME(widened)(x, room->wide, tokens * p->inputs);
+  NAME(products)(wide, p->A, 0, room->h, tokens, p->inputs, p->rows, 1, threads);
+#pragma omp barrier
+}
+
+/* out += what the experts add, with `stride` between its tokens. Returns 1 where there is no memory, and has changed nothing. */
+int NAME(add)(const struct packed *p, const void *x, void *out, long stride, long tokens, long threads) {
+  const struct layer one = {.rows = p->modules->rows, .experts = p->experts, .k = p->k};
+  int narrow = sizeof(TYPE) < sizeof(float);
+  char *memory;
+  struct room room;
+  struct many m = room_for(&one, threads, (size_t)lay_out(&room, p, tokens, narrow, threads, 0), &memory);
+  if (!memory) return 1;
+  lay_out(&room, p, tokens, narrow, threads, memory);
+#pragma omp parallel num_threads(threads)
+  for (long begin = 0; begin < tokens; begin += CHUNK) {
+    long some = tokens - begin < CHUNK ? tokens - begin : CHUNK;
+    NAME(inner)(p, &room, (const TYPE *)x + begin * p->inputs, some, threads);
+    for (long s = 0; s < p->count; s++) NAME(add_module)(p, s, &m, &room, out, stride, begin, some, threads);
+  }
+  free(memory);
+  return 0;
+}

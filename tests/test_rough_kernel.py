@@ -1,0 +1,147 @@
+"""Few tokens of many experts: half of ``A`` is read, then the experts that may be among the best. No result changes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from spectr import Calibrated, Spectr
+from spectr.layers import RoutedLinear
+from spectr.layers.kernels import cpu
+from spectr.layers.kernels.rough import Rough
+from spectr.spectral import Prepared, Stack
+
+needs_a_compiler = pytest.mark.skipif(cpu.find_compiler() is None, reason="this machine has no C compiler to test")
+INPUTS, OUTPUTS = 70, 20
+
+
+def numbers(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def layer_of(factors, top_k=2, router=None, centers=None):
+    """A layer of these experts, each a row of (E, R, I)."""
+    parts = {
+        f"e{number:03}": Prepared(
+            A, numbers(OUTPUTS, len(A), seed=number), center=None if centers is None else centers[number]
+        )
+        for number, A in enumerate(factors)
+    }
+    base = nn.Linear(factors.shape[-1], OUTPUTS, bias=False)
+    return RoutedLinear(base, Stack.of(parts), router or Spectr(top_k=top_k, weights="softmax"))
+
+
+@torch.no_grad()
+def both(layer, x):
+    """The layer's output as it comes, which has to be by a rough `A`, and with that taken away."""
+    layer(x)
+    whole = layer.fusable.whole
+    assert whole.layer.rough, "all of A was read"
+    roughly = layer(x)
+    whole.rough = whole.layer.rough = None
+    exactly = layer(x)
+    layer.fusable = None
+    return roughly, exactly
+
+
+def same(layer, x):
+    roughly, exactly = both(layer, x)
+    torch.testing.assert_close(roughly, exactly, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_a_compiler
+@settings(max_examples=150, deadline=None)
+@given(
+    experts=st.integers(16, 80),
+    rank=st.integers(1, 9),
+    top_k=st.integers(1, 2),
+    inputs=st.sampled_from([5, 37, 70, 128]),
+    tokens=st.sampled_from([(1,), (1, 1), (2, 1), (4,)]),
+    spread=st.sampled_from([0.0, 1e-6, 1e-4, 1e-2, 1.0, 10.0]),
+    size=st.sampled_from([1e-30, 1e-12, 1.0, 1e12, 1e25]),
+    seed=st.integers(0, 10_000),
+)
+def test_the_same_is_chosen(experts, rank, top_k, inputs, tokens, spread, size, seed):
+    """However near the experts are to each other, and however large the numbers."""
+    factors = numbers(1, rank, inputs, seed=seed) + spread * numbers(experts, rank, inputs, seed=seed + 1)
+    same(layer_of(factors, top_k), size * numbers(*tokens, inputs, seed=seed + 2))
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("rows", [1, 2])
+def test_with_centers_and_a_prior(rows):
+    router = Calibrated(level="prior", top_k=2, weights="softmax")
+    layer = layer_of(numbers(40, 4, INPUTS, seed=0), router=router, centers=numbers(40, 4, seed=1))
+    layer.inform(numbers(rows, 40, seed=2).abs() * torch.linspace(0, 3, 40))
+    same(layer, numbers(2, 1, INPUTS, seed=3))
+
+
+@needs_a_compiler
+def test_what_bfloat16_cannot_tell_apart_is_told_apart():
+    """The best expert, wherever it is, is larger than the others by less than its rounded factors show."""
+    one = numbers(1, 4, INPUTS, seed=0)
+    x = numbers(1, INPUTS, seed=1)
+    for best in range(0, 24, 5):
+        factors = one.repeat(24, 1, 1)
+        factors[best] *= 1 + 1e-5
+        assert Rough.of(factors.flatten(0, 1), 24).A_PI.unflatten(0, (24, -1)).unique(dim=0).shape[0] <= 2
+        layer = layer_of(factors, top_k=1)
+        roughly, exactly = both(layer, x)
+        expected = layer.base(x) + x @ factors[best].mT @ layer.B_OP.mT[4 * best : 4 * best + 4]
+        torch.testing.assert_close(roughly, expected)
+        torch.testing.assert_close(roughly, exactly, rtol=0, atol=0)
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 3e38])
+@pytest.mark.parametrize("where", ["token", "expert", "first expert"])
+def test_numbers_that_are_none(bad, where):
+    factors, x = numbers(40, 4, INPUTS, seed=0), numbers(2, INPUTS, seed=1)
+    (x[0] if where == "token" else factors[0 if where == "first expert" else 30, 2])[7] = bad
+    roughly, exactly = both(layer_of(factors), x)
+    torch.testing.assert_close(roughly.isfinite(), exactly.isfinite())
+    torch.testing.assert_close(roughly.nan_to_num(), exactly.nan_to_num(), rtol=0, atol=0)
+
+
+@needs_a_compiler
+@torch.no_grad()
+def test_factors_changed_in_place_are_read_anew():
+    layer, x = layer_of(numbers(40, 4, INPUTS, seed=0)), numbers(1, INPUTS, seed=1)
+    before = layer(x)
+    layer.A_PI.copy_(numbers(160, INPUTS, seed=2))
+    after = layer(x)
+    assert not torch.allclose(before, after)
+    same(layer, x)
+    torch.testing.assert_close(after, layer(x))
+
+
+@needs_a_compiler
+def test_more_tokens_and_few_experts_read_all():
+    few = layer_of(numbers(15, 4, INPUTS, seed=0))
+    with torch.no_grad():
+        few(numbers(1, INPUTS, seed=1))
+    assert few.fusable.whole.rough is None, "half of A and four experts' are as much as all"
+
+
+def test_the_bound_holds_and_is_near():
+    """Of scores in float64: never beyond it, and not so far below that every expert would be near."""
+    factors = numbers(64, 8, 576, seed=0) * torch.logspace(-3, 3, 64)[:, None, None]
+    rough = Rough.of(factors.flatten(0, 1), 64)
+    x = numbers(200, 576, seed=1).double()
+    scores, roughly = (
+        torch.einsum("ti,eri->ter", x, A.double()).norm(dim=-1) for A in (factors, rough.A_PI.view_as(factors))
+    )
+    bound = rough.errors_E.double() * x.norm(dim=-1, keepdim=True)
+    off = (scores - roughly).abs() / bound
+    assert 0.02 < off.max() < 1
+    assert (bound / scores).median() < 0.03
+
+
+def test_a_tensor_that_tells_no_change_is_left_alone():
+    with torch.inference_mode():
+        A = numbers(64, 8, seed=0)
+    assert Rough.of(A, 16) is None
+    assert Rough.of(numbers(64, 8, seed=0), 16) is not None
