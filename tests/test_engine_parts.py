@@ -9,16 +9,18 @@ import spectr
 from adapters_on_disk import assert_says
 from composed_parts import session_of
 from models import random_factors
+from spectr.composed import Settings
 from spectr.errors import CompositionError
 from spectr.layers import RoutedLinear
+from spectr.routers.settings import selection_of
 from spectr.selection import Everyone, TopK
 from spectr.spectral import Stack, align
 from spectr.vllm import EXPERTS, ROUTE_ID, ROUTING
 from spectr.vllm.hearing import Row
 from spectr.vllm.register import _supported, check_version, register
-from spectr.vllm.requests import PROBE, UNHEARD, Asked
+from spectr.vllm.requests import LEVEL, PROBE, UNHEARD, Asked
 from spectr.vllm.routing import Group, weights_among
-from spectr.vllm.served import decides_on_prompts, served
+from spectr.vllm.served import decides_on_prompts, routers_of, served
 from spectr.vllm.shards import Split
 
 KNOWN = ("amber", "blue", "cyan")
@@ -68,7 +70,10 @@ def test_salts_are_equal_for_equal_sets_alone():
     assert salt(None) == ""
     assert salt(["amber", "blue"]) == salt("blue,amber,amber")
     different = [salt(None), salt([]), salt(["amber"]), salt(["amber", "blue"]), salt(7), salt(None, {"blue"})]
+    different += [Asked.of({**told, LEVEL: "prompt"}).salt() for told in ({}, {EXPERTS: ["amber", "blue"]})]
     assert len(set(different)) == len(different)
+    assert Asked.of({EXPERTS: ["amber"], LEVEL: "prompt"}).salt() == salt(["amber"])  # there is nothing to decide
+    assert Asked.of({EXPERTS: ["amber"], ROUTING: "tokens", ROUTE_ID: "x"}).salt() == salt(["amber"])
     assert salt(["amber", "blue"], {"blue"}) == salt(["amber"])  # what is left is that set, and computes the same
     assert salt(["amber"], {"blue"}) == salt(["amber"])
 
@@ -84,6 +89,13 @@ def test_weights_are_those_of_a_library_of_the_allowed_alone(select):
         if len(which):
             expected_E[which] = select(scores_TE[token, which])
         torch.testing.assert_close(weights_TE[token], expected_E)
+
+
+@pytest.mark.parametrize("name", ["spectr", "calibrated-token", "arrow", "uniform", "seqr", "phatgoose"])
+def test_a_token_that_may_use_one_expert_gives_it_all_weight_whoever_routes(name):
+    select = selection_of(served(spectr.get_router(name)))
+    scores_TE = torch.randn(5, 5, generator=torch.Generator().manual_seed(1)) * 30
+    assert torch.equal(weights_among(select, scores_TE, torch.eye(5).bool()), torch.eye(5))
 
 
 def stack_of(router, ranks, seed, inputs=12, outputs=10):
@@ -156,6 +168,42 @@ def test_calibrated_holds_one_expert_inside_vllm():
     with pytest.raises(CompositionError) as error:  # weights that are held for several are not a set's
         served(spectr.get_router("calibrated", top_k=2))
     assert_says(error.value, given=("cannot run inside vLLM",), expected="top_k=1", do="spectr for any")
+
+
+def two(router, **prompts):
+    return Settings(library="experts", router={"name": router}, prompts={"name": "calibrated", **prompts})
+
+
+def test_who_decides_on_prompts_beside_a_router_for_tokens():
+    routers = routers_of(two("calibrated-token"))
+    assert (routers.layers, routers.prompts) == (spectr.get_router("calibrated-token"), spectr.Calibrated())
+    assert routers.by_token
+    assert routers.alike
+    assert not routers_of(two("spectr")).alike  # prompts are scored by calibrated factors, which these are not
+    alone = routers_of(Settings(library="experts", router={"name": "calibrated"}))
+    assert (alone.by_token, alone.alike) == (False, True)
+    assert routers_of(Settings(library="experts")).prompts is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "given"),
+    [
+        (two("calibrated"), "Calibrated("),
+        (two("spectr", name="arrow"), "Arrow("),
+        (two("spectr", top_k=2), "top_k=2"),
+    ],
+    ids=["two for prompts", "two for tokens", "two experts"],
+)
+def test_routers_of_one_kind_are_refused(settings, given):
+    with pytest.raises(CompositionError) as error:
+        routers_of(settings)
+    assert_says(error.value, given=(given, "for whole prompts"), expected="calibrated with top_k=1", do="leave one")
+
+
+def test_routers_whose_factors_differ_in_what_is_dropped_are_refused():
+    with pytest.raises(CompositionError) as error:
+        routers_of(two("spectr", combine="dare:0.5"))
+    assert_says(error.value, given=("'outputs'", "'dare:0.5'"), expected="drop the same", do="leave --combine out")
 
 
 def test_a_probe_is_the_base_models_whoever_it_decides_among():
@@ -231,6 +279,10 @@ def test_masks_of_a_step(tmp_path):
     session.write(step, ["0", "1", "2", "3"])
     assert session.allowed_TE[:5].int().tolist() == [[row[0], 0, row[2]] for row in expected]
     assert session.status()["experts"] == ["amber", "cyan"]
+    undecided = [Asked.of({EXPERTS: names, LEVEL: "prompt"}) for names in (["amber", "cyan"], ["cyan"])]
+    odd = Asked.of({EXPERTS: ["cyan"], LEVEL: "layer"})
+    session.write([Row(str(n), one, 0, 1, 9) for n, one in enumerate((*undecided, odd))], ["0", "1", "2"])
+    assert session.allowed_TE[:3].int().tolist() == [[0, 0, 0], [0, 0, 1], [0, 0, 0]]
     with pytest.raises(CompositionError) as error:
         session.remove("umber")
     assert_says(error.value, given=("unknown expert 'umber'",), expected=None, do="did you mean 'amber'")

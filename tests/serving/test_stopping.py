@@ -110,6 +110,16 @@ def test_ctrl_c_again_ends_at_once(running):
     assert said.splitlines()[-1] == "stopped"
 
 
+def test_a_third_ctrl_c_kills_it(running):
+    _, process, _, _ = running
+    for _ in range(3):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.05)  # else they count as one
+    said, status = rest(process)
+    assert status == -signal.SIGINT
+    assert "stopped" not in said
+
+
 def test_an_answer_that_is_done_within_the_grace_is_whole(start, endless):
     address, _, process = start("--model", endless, "--grace", "60")
     body = {**CHAT, "max_tokens": 400}

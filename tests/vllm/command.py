@@ -52,11 +52,16 @@ def _children(parent):
     return [int(child) for child in found if Path(f"/proc/{child}/cmdline").read_bytes().startswith(b"VLLM::")]
 
 
-def assert_gone(processes):
-    """All of them have ended; those that nobody has waited for count."""
-    for process in processes:
-        with suppress(FileNotFoundError):
-            assert Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2].startswith("Z")
+def left_of(processes):
+    """Those that have not ended; not those that nobody has waited for."""
+    return [process for process in processes if not _has_ended(process)]
+
+
+def _has_ended(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2].startswith("Z")
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 def save_tokenizer(folder):

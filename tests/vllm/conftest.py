@@ -23,3 +23,11 @@ def served(tmp_path_factory):
     from engine import make_world
 
     return make_world(tmp_path_factory.mktemp("served"))
+
+
+@pytest.fixture(scope="session")
+def calibrated(served, tmp_path_factory):
+    """The same with a tokenizer, its experts calibrated."""
+    from deciding import make_calibrated
+
+    return make_calibrated(served, tmp_path_factory.mktemp("calibrated"))

@@ -6,7 +6,7 @@ import signal
 
 import httpx
 import pytest
-from command import assert_gone, engine_of, server
+from command import engine_of, left_of, server
 
 KEYS = {"a": "sk-team-a-1234", "b": "sk-team-b-5678", "ops": "sk-operations-90"}
 POLICY = f"""
@@ -138,4 +138,4 @@ def test_interrupted_it_ends_with_its_engine(running):
     assert running.process.returncode == 130  # as a shell has it: ended by Ctrl-C
     assert "ending" in rest
     assert "Traceback" not in rest
-    assert_gone(engine)
+    assert not left_of(engine)

@@ -5,12 +5,13 @@ import os
 import shutil
 import signal
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import httpx
 import pytest
-from command import OPTIONS, assert_gone, engine_of, server
+from command import OPTIONS, engine_of, left_of, server
 
 PROMPT = {"model": "spectr", "prompt": list(range(5, 25)), "temperature": 0, "ignore_eos": True}
 ROOM, TOKENS = 16384, 1500  # which take some seconds
@@ -59,7 +60,7 @@ def ended(process, engine, status):
     _, said = process.communicate(timeout=60)
     assert process.returncode == status
     assert "Traceback" not in said
-    assert_gone(engine)
+    assert not left_of(engine)
     return said
 
 
@@ -91,3 +92,32 @@ def test_when_the_grace_is_over_a_stream_says_so(roomy, end):
         assert done == "data: [DONE]"
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "server_stopping"
         assert "1 request cut off" in ended(process, engine, ENDS[end])
+
+
+def reached(client):
+    """Whether anybody listens still."""
+    try:
+        return client.get("/health") is not None
+    except httpx.TransportError:
+        return False
+
+
+@pytest.mark.parametrize("hangs", [False, True], ids=["under way", "clearing up after an engine that hangs"])
+def test_a_third_ctrl_c_kills_it_with_its_engine(roomy, hangs):
+    with streaming(roomy, 60, ROOM - 100, begun=True) as (client, process, lines):
+        engine = engine_of(process)
+        if hangs:
+            os.kill(engine[0], signal.SIGSTOP)
+        for _ in range(2):
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+            time.sleep(0.1)  # else they count as one
+        if hangs:
+            assert "server_stopping" in lines.result()[-2]
+            while reached(client):
+                time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        ended(process, [], -signal.SIGINT)
+        until = time.monotonic() + 30
+        while left_of(engine) and time.monotonic() < until:  # its workers see that it is gone
+            time.sleep(0.1)
+        assert not left_of(engine)

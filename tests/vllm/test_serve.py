@@ -4,7 +4,7 @@ import os
 import signal
 
 import httpx
-from command import assert_gone, engine_of, server
+from command import engine_of, left_of, server
 
 PROMPT = {"model": "spectr", "prompt": list(range(5, 25)), "max_tokens": 4, "temperature": 0, "ignore_eos": True}
 
@@ -47,4 +47,4 @@ def test_terminated_it_ends_with_its_engine(served):
         process.terminate()
         process.communicate(timeout=60)
         assert process.returncode == 0
-        assert_gone(engine)
+        assert not left_of(engine)

@@ -31,6 +31,7 @@ class Settings:
         record: Whether the layers keep what they choose, for requests that ask.
         inner: The base model's own ``quantization_config``, where its weights are quantised.
         experts: Those of the library that are there; ``None`` for all of them.
+        prompts: A further router, which decides on whole prompts, for requests that ask for it; in vLLM alone.
     """
 
     library: str
@@ -39,6 +40,7 @@ class Settings:
     record: bool = False
     inner: Mapping[str, Any] | None = None
     experts: Sequence[str] | None = None
+    prompts: Mapping[str, Any] | None = None
 
     @staticmethod
     def of(config: Mapping[str, Any]) -> Settings:
@@ -75,13 +77,18 @@ class Settings:
             raise CompositionError(f"record={self.record!r}", expected="true or false")
         if isinstance(self.experts, str) or not all(isinstance(name, str) for name in self.experts or ()):
             raise CompositionError(f"experts={self.experts!r}", expected="a list of names, or nothing for all")
-        if not isinstance(self.router, Mapping) or not isinstance(self.router.get("name"), str):
-            raise CompositionError(f"router={self.router!r}", expected='{"name": "spectr", "top_k": 4} or the like')
-        self.make_router()
+        for key, given in (("router", self.router), ("prompts", self.prompts or {"name": "calibrated"})):
+            if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
+                raise CompositionError(f"{key}={given!r}", expected='{"name": "spectr", "top_k": 4} or the like')
+            _made(given)
 
     def make_router(self) -> Router:
         """The router."""
-        return get_router(self.router["name"], **{key: value for key, value in self.router.items() if key != "name"})
+        return _made(self.router)
+
+    def make_prompts(self) -> Router | None:
+        """The router for whole prompts that is beside it, if there is one."""
+        return None if self.prompts is None else _made(self.prompts)
 
     def open_library(self, model: str | Path) -> ExpertLibrary:
         """The library, whose relative path starts from the model's folder, checked against the router."""
@@ -104,6 +111,10 @@ class Settings:
         kept = {f.name: getattr(self, f.name) for f in fields(Settings)}
         kept["experts"] = None if self.experts is None else list(self.experts)
         return {"quant_method": METHOD, "version": VERSION, **{k: v for k, v in kept.items() if v is not None}}
+
+
+def _made(told: Mapping[str, Any]) -> Router:
+    return get_router(told["name"], **{key: value for key, value in told.items() if key != "name"})
 
 
 def _folder(model: str, path: Path) -> Path:

@@ -8,7 +8,7 @@ import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from spectr.errors import SpectrError
@@ -33,7 +33,7 @@ from spectr.serving.extras import ChatRequest, CompletionRequest, Request, parse
 from spectr.serving.metrics import CONTENT_TYPE, Metrics
 from spectr.serving.page import find_page, page_file
 from spectr.serving.policy import Policy
-from spectr.serving.stopping import Stopping, stopped
+from spectr.serving.stopping import LAST_WORDS, Stopping, stopped
 from spectr.serving.usage import Usage
 
 log = logging.getLogger("spectr.serving")
@@ -126,7 +126,8 @@ class Gateway:
         except asyncio.CancelledError:
             if not self.stopping.over:
                 raise
-            await send.refuse(stopped())
+            with suppress(asyncio.TimeoutError):  # of a client that does not read
+                await asyncio.wait_for(send.refuse(stopped()), LAST_WORDS / 2)
         except HangUpError:
             raise
         except Exception:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import multiprocessing
 import signal
 import socket
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,7 @@ from spectr.serving.stopping import Stopping
 if TYPE_CHECKING:
     import uvicorn
 
+_LAST_STEPS = 2  # seconds for an engine's processes to end by themselves
 _LAST_BYTES = 1  # seconds for connections to be closed, before those that do not read are left
 
 
@@ -32,8 +35,8 @@ async def listen(
 ) -> None:
     """Serve until the process is interrupted; say what is served once it can be reached.
 
-    The first SIGINT or SIGTERM lets answers under way end, for ``settings.grace`` seconds, the second ends at once. A
-    SIGINT is raised again at the end, for the exit status of a process that was interrupted.
+    The first SIGINT or SIGTERM lets answers under way end, for ``settings.grace`` seconds, the second ends at once, the
+    third kills the process, also while it clears up after this has returned.
 
     Args:
         app: The engine's own application.
@@ -45,6 +48,7 @@ async def listen(
 
     Raises:
         CompositionError: No layer is routed.
+        KeyboardInterrupt: It was ended by SIGINT.
     """
     from uvicorn import Config, Server
 
@@ -56,6 +60,9 @@ async def listen(
     server = Server(config)
     asked: list[int] = []
     server.handle_exit = lambda sig, frame: _ask(asked, sig)
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, server.handle_exit)  # stays when the server has given back what it found
     beside = [
         asyncio.ensure_future(_tell(server, lines, say)),
         asyncio.ensure_future(_end(server, gateway.stopping, settings.grace, asked, say)),
@@ -67,20 +74,29 @@ async def listen(
         for task in beside:
             task.cancel()
     if signal.SIGINT in asked:
-        signal.raise_signal(signal.SIGINT)
+        raise KeyboardInterrupt
 
 
 def _ask(asked: list[int], number: int) -> None:
     """What a signal does: it is written down; the third one finds a process that does not react, and kills it.
 
-    An engine's processes, which leave Ctrl-C to this one, are told before.
+    An engine's processes, which leave Ctrl-C to this one, go before it: those that do not react either are killed, too.
     """
     asked.append(number)
     if len(asked) > 2:
-        for child in multiprocessing.active_children():
-            child.terminate()
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL)  # one more does not wait for them
+        _end_children()
         signal.raise_signal(number)
+
+
+def _end_children() -> None:
+    children, until = multiprocessing.active_children(), time.monotonic() + _LAST_STEPS
+    for child in children:
+        child.terminate()
+    for child in children:
+        child.join(max(0.0, until - time.monotonic()))
+    for child in children:
+        child.kill()
 
 
 async def _tell(server: uvicorn.Server, lines: list[str], say: Callable[[str], None]) -> None:
@@ -104,7 +120,10 @@ async def _end(
     while stopping.under_way and len(asked) < 2 and time.monotonic() < until:
         await asyncio.sleep(0.05)
     say(f"ending; {_requests(stopping)} cut off" if stopping.under_way else "ending; nothing is under way")
+    log = logging.getLogger("uvicorn.error")
+    log.disabled = True  # it would tell of each that was cut off
     await stopping.end()
+    log.disabled = False
     server.should_exit = True
     await asyncio.sleep(_LAST_BYTES)
     server.force_exit = True

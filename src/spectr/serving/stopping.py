@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from spectr.serving.errors import RefusalError
 
-_LAST_WORDS = 2.0  # seconds for saying to everybody that there will be no more
+LAST_WORDS = 2.0  # seconds for saying to everybody that there will be no more
 
 
 class Stopping:
@@ -56,7 +56,7 @@ class Stopping:
         for task in tasks:
             task.cancel()
         if tasks:
-            await asyncio.wait(tasks, timeout=_LAST_WORDS)
+            await asyncio.wait(tasks, timeout=LAST_WORDS)
 
 
 def stopped(given: str = "the server has stopped before this answer was done") -> RefusalError:

@@ -10,13 +10,13 @@ from spectr.composition.routed import calibration_texts
 from spectr.errors import CompositionError
 from spectr.layers.opening import Opening
 from spectr.library import ExpertLibrary
-from spectr.vllm.requests import EXPERTS, PROBE, UNHEARD
+from spectr.vllm.requests import EXPERTS, LEVEL, PROBE, UNHEARD
 
 DECIDES = "SPECTR_DECIDES"  # set where somebody decides before an engine answers; no graph depends on it
 
 
 class Decider:
-    """Stands before an engine's ``generate``: what it passes on names one expert at most.
+    """Stands before an engine's ``generate``: of requests that ask for it, what it passes on names one expert at most.
 
     The engine reads a prompt as a request of its own (:mod:`spectr.vllm.hearing`), so that the answer proper is that of
     a request for the expert that was found: its masks, its cache salt.
@@ -46,7 +46,7 @@ class Decider:
     async def generate(self, prompt: Any, sampling_params: Any, request_id: str, **options: Any) -> AsyncIterator[Any]:
         """As ``AsyncLLM.generate``."""
         extra = dict(sampling_params.extra_args or {})
-        if len(extra.get(EXPERTS) or ()) > 1:
+        if extra.pop(LEVEL, None) == "prompt" and len(extra.get(EXPERTS) or ()) > 1:
             sampling_params = sampling_params.clone()
             sampling_params.extra_args = extra | {EXPERTS: await self._decide(prompt, extra[EXPERTS])}
         async for output in self._plain(prompt, sampling_params, request_id, **options):

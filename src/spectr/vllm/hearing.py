@@ -136,24 +136,32 @@ class Ear(nn.Module):
 
     Args:
         hearing: The worker's.
-        groups: The layer's, in their order.
-        names: By group those of its modules.
-        reduce: Sums ``A x`` over the ranks, where the layer sees a part of its input on each.
+        by: See :meth:`hear_by`.
     """
 
     A_PI: Tensor
 
-    def __init__(
-        self, hearing: Hearing, groups: Any, names: Sequence[Sequence[str]], reduce: Callable[[Tensor], Tensor]
-    ):
+    def __init__(self, hearing: Hearing, *by: Any):
         super().__init__()
         define()
-        self.hearing, self.names, self.reduce = hearing, names, reduce
-        self.groups = [groups]  # which are the layer's, and not to be registered twice
+        self.hearing = hearing
+        self.hear_by(*by)
 
-    def fill(self, A_PI: Tensor) -> None:
-        """The input factors of all modules, one below the other."""
+    def hear_by(
+        self,
+        A_PI: Float[Tensor, "P I"],
+        groups: Sequence[tuple[Any, Sequence[str]]],
+        reduce: Callable[[Tensor], Tensor],
+    ) -> None:
+        """Score by these from now on.
+
+        Args:
+            A_PI: The input factors of all modules, one below the other.
+            groups: What scores them, in their order, each with the names of its modules.
+            reduce: Sums ``A x`` over the ranks, where the layer sees a part of its input on each.
+        """
         self.register_buffer("A_PI", A_PI, persistent=False)
+        self.groups, self.reduce = tuple(groups), reduce
 
     def forward(self, x_TI: Float[Tensor, "T I"]) -> None:
         """Score those tokens of a step that have a say."""
@@ -162,7 +170,7 @@ class Ear(nn.Module):
             return
         x_NI = x_TI[rows_N]
         h_NQ, start = self.reduce(x_NI @ self.A_PI.mT), 0
-        for group, names in zip(self.groups[0], self.names, strict=True):
+        for group, names in self.groups:
             rows = group.modules_S * group.rows
             h_NSP = h_NQ[:, start : start + rows].unflatten(-1, (group.modules_S, group.rows))
             scores_NSE = group.scores(h_NSP, h_NQ[:, :0], x_NI)

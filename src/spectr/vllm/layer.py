@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from spectr.composition import prepare_module
 from spectr.errors import CompositionError
+from spectr.routers import Router
 from spectr.spectral import Prepared, Stack
 from spectr.vllm.hearing import Ear, key_of
 from spectr.vllm.packed import fits, packed_of
@@ -61,23 +61,15 @@ class Experts(nn.Module):
         """
         self.device, self.dtype = device, dtype
         self.held = [module for module in self.modules_S if session.users(module)]
-        stacks = self._stacks(session)
-        self.runs = _runs(stacks, session.router)
-        columns = {module: [session.experts.index(name) for name in session.users(module)] for module in self.held}
-        self.groups = nn.ModuleList(
-            Group([stacks[i] for i in run], session.router, columns[self.held[run[0]]], len(session.experts))
-            for run in self.runs
-        ).to(device)
+        stacks = self._stacks(session, session.router)
+        self.runs, self.groups = self._grouped(session, stacks, session.router)
         places = dict(zip(self.modules_S, self.split.places(len(self.modules_S)), strict=True))
         self.places = [places[module] for module in self.held]
         if self.record:
             self._keep(session)
         A_PI, B_SOP = self._factors(stacks)
         if session.hearing is not None:
-            names = [[self.held[number] for number in run] for run in self.runs]
-            self.ear = Ear(session.hearing, self.groups, names, self.reduce if self.split.by_input else lambda h: h)
-            self.ear.fill(A_PI)
-            session.named[key_of(name)] = self.ear
+            self.ear = session.named[key_of(name)] = Ear(session.hearing, *self._heard(session, A_PI))
         if fits(self):
             self.packed = packed_of(self, A_PI, B_SOP)
         else:
@@ -85,12 +77,12 @@ class Experts(nn.Module):
 
     def fill(self, session: Session) -> None:
         """The factors anew, zero for experts that have been removed."""
-        stacks = self._stacks(session)
+        stacks = self._stacks(session, session.router)
         for run, group in zip(self.runs, self.groups, strict=True):
             group.refill([stacks[i] for i in run])
         A_PI, B_SOP = self._factors(stacks)
         if self.ear is not None:
-            self.ear.fill(A_PI)
+            self.ear.hear_by(*self._heard(session, A_PI))
         if self.packed is not None:
             self.packed.fill(A_PI, B_SOP, self.groups[0].centers_SP)
             return
@@ -121,19 +113,33 @@ class Experts(nn.Module):
             start, extra = start + rows, extra + more
         return out_TO
 
-    def _stacks(self, session: Session) -> list[Stack]:
+    def _stacks(self, session: Session, router: Router) -> list[Stack]:
         """Each module's experts, prepared in float32; removed ones are zero."""
-        stacks = []
-        for module in self.held:
-            opened = {name: session.opened[name].open() for name in session.users(module)}
-            readers = {name: opened[name].__enter__() for name in opened}
-            try:
-                parts = prepare_module(readers, module, session.router, session.calibration, session.gates)
-            finally:
-                for one in opened.values():
-                    one.__exit__(None, None, None)
-            stacks.append(Stack.of({name: _kept(part, name in session.removed) for name, part in parts.items()}))
-        return stacks
+        parts = [session.parts(module, router) for module in self.held]
+        return [Stack.of({name: _kept(part, name in session.removed) for name, part in one.items()}) for one in parts]
+
+    def _grouped(
+        self, session: Session, stacks: Sequence[Stack], router: Router
+    ) -> tuple[list[list[int]], nn.ModuleList]:
+        """Numbers of stacks that are scored in one go, and what scores them."""
+        runs = _runs(stacks, router)
+        columns = {module: [session.experts.index(name) for name in session.users(module)] for module in self.held}
+        groups = (
+            Group([stacks[i] for i in run], router, columns[self.held[run[0]]], len(session.experts)) for run in runs
+        )
+        return runs, nn.ModuleList(groups).to(self.device)
+
+    def _heard(self, session: Session, A_PI: Tensor) -> tuple[Tensor, list[tuple[Any, list[str]]], Reduce]:
+        """By what prompts are scored: the layer's own factors, or those of the router that decides on them."""
+        runs, groups = self.runs, self.groups
+        if not session.routers.alike:
+            assert session.routers.prompts is not None
+            stacks = self._stacks(session, session.routers.prompts)
+            runs, groups = self._grouped(session, stacks, session.routers.prompts)
+            A_PI = self._placed(torch.cat([self.split.inputs(stack.A_PI) for stack in stacks]))
+        names = [[self.held[number] for number in run] for run in runs]
+        reduce = self.reduce if self.split.by_input else lambda h: h
+        return A_PI, list(zip(groups, names, strict=True)), reduce
 
     def _factors(self, stacks: Sequence[Stack]) -> tuple[Tensor, list[Tensor]]:
         """Input factors of all modules below each other, prototypes last, and each module's output factors."""
@@ -203,7 +209,7 @@ def _zeros(part: Prepared) -> dict[str, Tensor]:
     return {name: torch.zeros_like(tensor) for name, tensor in known.items() if tensor is not None}
 
 
-def _runs(stacks: Sequence[Stack], router: Any) -> list[list[int]]:
+def _runs(stacks: Sequence[Stack], router: Router) -> list[list[int]]:
     """Numbers of stacks, those together that can be scored in one go."""
     runs = [[0]]
     for before, number in pairwise(range(len(stacks))):

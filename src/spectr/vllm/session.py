@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 import torch
 
 from spectr.composed.settings import Settings
-from spectr.composition import needed_calibration, needed_gates
+from spectr.composition import needed_calibration, needed_gates, prepare_module
 from spectr.errors import CompositionError, did_you_mean
 from spectr.library import ExpertLibrary
+from spectr.routers import Router
+from spectr.spectral import Prepared
 from spectr.vllm.hearing import Hearing, Row
 from spectr.vllm.requests import Asked
-from spectr.vllm.served import decides_on_prompts
+from spectr.vllm.served import routers_of
 
 
 class Session:
@@ -23,6 +26,8 @@ class Session:
     Attributes:
         settings: From the model's config.
         library: The experts.
+        routers: Who chooses among them.
+        router: The one whose factors the layers hold.
         experts: Names of all that were loaded, in the order of all masks; a removed one keeps its place.
         allowed_TE: Which of them each token of the step may use; the base model alone until the first step is written.
         sampled_N: For each request in the batch, which token of the step its next token is sampled from.
@@ -30,7 +35,7 @@ class Session:
         routed: The modules that they stand for, by the library's names.
         removed: Experts that are gone.
         named: What compiled graphs find by name, where the engine keeps such things.
-        hearing: What is heard of prompts that are decided on, where the router does that.
+        hearing: What is heard of prompts that are decided on, where a router does that.
     """
 
     def __init__(
@@ -42,12 +47,13 @@ class Session:
         device: torch.device,
         named: Any = None,
     ):
-        self.settings, self.library, self.router = settings, library, settings.make_router()
+        self.settings, self.library, self.routers = settings, library, routers_of(settings)
+        self.router = self.routers.layers
         self.experts = library.names
         self.opened = {name: library[name] for name in library}
         found = list(self.opened.values())
-        self.calibration = needed_calibration(library, found) if getattr(self.router, "calibrated", False) else None
-        self.gates = needed_gates(library, found) if getattr(self.router, "gated", False) else None
+        self._calibration = needed_calibration(library, found) if self._any("calibrated") else None
+        self._gates = needed_gates(library, found) if self._any("gated") else None
         self.allowed_TE = torch.zeros(tokens, len(self.experts), dtype=torch.bool, device=device)
         self.sampled_N = torch.zeros(requests, dtype=torch.long, device=device)
         self.layers: dict[str, Any] = {}
@@ -57,8 +63,19 @@ class Session:
         self._rows: dict[Asked, np.ndarray] = {}
         modules = {module for expert in found for module in expert.shapes}
         self.hearing = None
-        if decides_on_prompts(self.router):
-            self.hearing = Hearing(self.router, {module: self.users(module) for module in modules})
+        if self.routers.prompts is not None:
+            self.hearing = Hearing(self.routers.prompts, {module: self.users(module) for module in modules})
+
+    def _any(self, needs: str) -> bool:
+        return any(getattr(router, needs, False) for router in self.routers)
+
+    def parts(self, module: str, router: Router) -> dict[str, Prepared]:
+        """A module's experts as a router prepares them, float32; removed ones too."""
+        calibration = self._calibration if getattr(router, "calibrated", False) else None
+        gates = self._gates if getattr(router, "gated", False) else None
+        with ExitStack() as stack:
+            readers = {name: stack.enter_context(self.opened[name].open()) for name in self.users(module)}
+            return prepare_module(readers, module, router, calibration, gates)
 
     def users(self, module: str) -> list[str]:
         """The experts that adapt a module, in their order."""
@@ -69,7 +86,7 @@ class Session:
         row = self._rows.get(asked)
         if row is None:
             names = asked.allowed(self.experts, self.settings.access)
-            if self.hearing is not None and len(names) > 1:  # nobody has decided
+            if len(names) > 1 and (asked.undecided or not self.routers.by_token):  # nobody has decided
                 names = frozenset[str]()
             row = np.array([name in names and name not in self.removed for name in self.experts])
             if len(self._rows) > 4096:
@@ -87,8 +104,7 @@ class Session:
         asked, tokens = [row.asked for row in step], np.array([row.tokens for row in step])
         if self.hearing is not None:
             self.hearing.begin(step, alive, self.allowed_TE.device)
-        plain = [Asked(experts=one.experts, understood=one.understood) for one in asked]
-        rows_TE = np.repeat(np.stack([self.row(one) for one in plain]), tokens, axis=0)
+        rows_TE = np.repeat(np.stack([self.row(one.granted) for one in asked]), tokens, axis=0)
         self.allowed_TE[: len(rows_TE)].copy_(torch.from_numpy(rows_TE), non_blocking=True)
         if self.settings.record:
             ends = torch.from_numpy(np.cumsum(tokens) - 1)
@@ -117,7 +133,7 @@ class Session:
             "modules": len(self.routed),
             "names": list(self.routed),
             "experts": experts,
-            "router": str(self.router),
+            "router": " and ".join(dict.fromkeys(str(router) for router in self.routers if router is not None)),
         }
 
     def check(self) -> None:

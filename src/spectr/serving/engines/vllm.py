@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
+from itertools import chain
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from spectr.composed.settings import METHOD, Settings
 from spectr.errors import CompositionError, MissingExtraError, SpectrError
 from spectr.library import ExpertLibrary
 from spectr.models import fetch_default_model
-from spectr.routers import ProbingRouter
+from spectr.routers import Router
 from spectr.routers.config import router_config
 from spectr.serving.engines.base import Step, Ticket
 from spectr.serving.errors import RefusalError
@@ -30,8 +31,8 @@ from spectr.serving.suspicion import spectral_norm, suspicion
 from spectr.vllm.deciding import DECIDES, Decider
 from spectr.vllm.recording import Listener
 from spectr.vllm.register import check_version, engine_version
-from spectr.vllm.requests import EXPERTS, ROUTE_ID, ROUTING
-from spectr.vllm.served import decides_on_prompts, served
+from spectr.vllm.requests import EXPERTS, LEVEL, ROUTE_ID, ROUTING
+from spectr.vllm.served import decides_on_prompts, routers_of, served
 
 INNER = "spectr"  # what vLLM's application calls the composed model
 _PATIENCE = 0.25  # seconds that an answer waits for its reports
@@ -50,7 +51,8 @@ class VllmEngine:
         status: What its workers say of the routing.
         listener: Gets the reports.
         base_model: The base model's name for clients.
-        router: The router's name for clients.
+        routers: Names for clients of those that requests may ask for, the default first; each with the level at which
+            it decides, ``"prompt"`` or ``"token"``.
         suspicion: Experts whose norm is far out, and how far.
         records: Whether the layers keep what they choose.
 
@@ -67,14 +69,14 @@ class VllmEngine:
         listener: Listener,
         *,
         base_model: str,
-        router: str,
+        routers: Mapping[str, str],
         suspicion: Mapping[str, float] | None = None,
         records: bool = True,
     ):
         if not status["layers"]:
             raise CompositionError("no layer of this model is routed", do="compose it with a library of experts")
         self.client, self.listener, self.base_model, self.records = client, listener, base_model, records
-        self.routers, self.suspicion = (router,), dict(suspicion or {})
+        self.routers, self._levels, self.suspicion = tuple(routers), dict(routers), dict(suspicion or {})
         self.layers, self._known = tuple(status["names"]), tuple(status["experts"])
         self.experts = self._known
         self._choices: dict[str, int] = {}
@@ -97,7 +99,7 @@ class VllmEngine:
             if body.get(field):
                 raise RefusalError(f"{field} is not possible here", code="unsupported_parameter", param=field)
         told = {key: value for key, value in body.items() if key not in _NOT_THE_CLIENTS}
-        extra: dict[str, Any] = {EXPERTS: list(ticket.experts)}
+        extra: dict[str, Any] = {EXPERTS: list(ticket.experts), LEVEL: self._levels[ticket.router]}
         if ticket.record != "none" and self.records:
             extra |= {ROUTING: _ROUTING[ticket.record], ROUTE_ID: ticket.id}
             told["return_token_ids"] = True  # says how many tokens a chunk has
@@ -173,7 +175,7 @@ async def launched(
     settings: Settings | None = None,
     *,
     base_model: str,
-    router: str | None = None,
+    routers: Mapping[str, str] | None = None,
     record: bool = True,
     options: Sequence[str] = (),
 ) -> AsyncIterator[tuple[Any, VllmEngine]]:
@@ -183,7 +185,7 @@ async def launched(
         model: A composed folder; or with ``settings`` any model that vLLM has, by folder or Hub id.
         settings: How it is routed, where the folder does not say so.
         base_model: The base model's name for clients.
-        router: The router's name for clients; by default that of the settings.
+        routers: As :class:`VllmEngine` takes them; by default those of the settings.
         record: Whether routing can be asked for, and counted; it costs a little at each layer.
         options: Of vLLM's own command line.
 
@@ -196,9 +198,8 @@ async def launched(
     check_version()
     settings = settings or _of_folder(model)
     closed = replace(settings, access="closed", record=record)  # whatever passes the gateway by gets the base model
-    chosen, listener = closed.make_router(), Listener()
-    by_prompt = decides_on_prompts(chosen)
-    if by_prompt:
+    prompts, listener = routers_of(closed).prompts, Listener()
+    if prompts is not None:
         os.environ[DECIDES] = "1"
     try:
         arguments = ["--model", model, "--served-model-name", INNER, "--hf-overrides"]
@@ -206,8 +207,8 @@ async def launched(
         async with _application(arguments) as (app, client):
             [status, *_] = await client.collective_rpc("spectr_status")
             library = closed.open_library(model)
-            if isinstance(chosen, ProbingRouter) and by_prompt:
-                await Decider(client, library, chosen.probe_tokens).learn()
+            if prompts is not None:
+                await Decider(client, library, prompts.probe_tokens).learn()
             yield (
                 app,
                 VllmEngine(
@@ -215,7 +216,7 @@ async def launched(
                     status,
                     listener,
                     base_model=base_model,
-                    router=router or settings.router["name"],
+                    routers=routers or _levels(settings),
                     suspicion=_suspicion(library),
                     records=record,
                 ),
@@ -255,23 +256,42 @@ def _end(number: int, frame: Any) -> None:
 
 def _routed(settings: Served) -> Settings:
     """How the model is routed, in the words of its config."""
-    [(name, router), *others] = settings.routers.items()
-    if others:
+    levels: dict[str, list[Router]] = {"token": [], "prompt": []}
+    for router in settings.routers.values():
+        levels[_level(router)].append(_fitting(served(router), len(settings.experts)))
+    if max(map(len, levels.values())) > 1:
         raise CompositionError(
             f"{len(settings.routers)} routers: {', '.join(settings.routers)}",
-            expected="one router, as the layers inside vLLM hold the factors of one",
-            do=f"--router {name} alone, or --engine transformers",
+            expected="one that decides for each token, whose factors the layers inside vLLM hold, and calibrated",
+            do="name fewer, or --engine transformers",
         )
-    router = served(router)
-    if getattr(router, "top_k", 0) > len(settings.experts):
-        router = replace(router, top_k=len(settings.experts))  # pyright: ignore[reportArgumentType]
+    first, *beside = [router_config(router) for router in chain(*levels.values())]
     everyone = settings.experts == settings.library.names
-    return Settings(
+    routed = Settings(
         library=str(Path(settings.library.origin).expanduser().absolute()),
-        router=router_config(router),
+        router=first,
+        prompts=beside[0] if beside else None,
         experts=None if everyone else settings.experts,
         inner=_inner(settings.model),
     )
+    routers_of(routed)
+    return routed
+
+
+def _fitting(router: Router, experts: int) -> Router:
+    if getattr(router, "top_k", 0) <= experts:
+        return router
+    return replace(router, top_k=experts)  # pyright: ignore[reportArgumentType]
+
+
+def _level(router: Router) -> str:
+    return "prompt" if decides_on_prompts(router) else "token"
+
+
+def _levels(settings: Settings) -> dict[str, str]:
+    """The routers' levels, by their names in a model's config."""
+    beside = {} if settings.prompts is None else {settings.prompts["name"]: "prompt"}
+    return {settings.router["name"]: _level(settings.make_router()), **beside}
 
 
 def _inner(model: str | None) -> dict[str, Any] | None:
@@ -289,7 +309,7 @@ async def _serve(
         model,
         routed,
         base_model=settings.base_name,
-        router=next(iter(settings.routers)),
+        routers={name: _level(router) for name, router in settings.routers.items()},
         options=["--dtype", settings.dtype, *settings.options],
     )
     async with started as (app, engine):
