@@ -16,6 +16,7 @@ from spectr.serving.engines import Step
 from spectr.serving.engines.transformers import TransformersEngine
 from spectr.serving.gateway import Gateway
 from spectr.serving.policy import Policy
+from spectr.serving.settings import Settings
 from text_model import make_model, make_tokenizer
 
 ALL, CATS, NONE, BASE, ADMIN = (
@@ -36,6 +37,22 @@ POLICY = Policy.model_validate(
         ]
     }
 )
+
+
+def settings(library, expert, **given):
+    """A server's, of one expert, on a port that is free."""
+    plain = {
+        "routers": {},
+        "model": None,
+        "base_name": "tiny",
+        "dtype": "float32",
+        "served": "spectr",
+        "policy_file": None,
+        "host": "127.0.0.1",
+        "port": 0,
+        "count": True,
+    }
+    return Settings(library=library, experts=(expert,), **{**plain, **given})
 
 
 def several(library, routers, names=None):

@@ -4,9 +4,8 @@ import asyncio
 import socket
 import threading
 
-from serving import StandIn
+from serving import StandIn, settings
 from spectr.serving.run import listen
-from spectr.serving.settings import Settings
 
 REQUEST = b'{"model": "spectr", "messages": [{"role": "user", "content": "what is it"}], "stream": true}'
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: here\r\nContent-Length: %d\r\n\r\n" % len(REQUEST)
@@ -23,25 +22,8 @@ async def endless(scope, receive, send):
         await asyncio.sleep(0)
 
 
-def settings(library):
-    return Settings(
-        library=library,
-        experts=("ants",),
-        routers={},
-        model=None,
-        base_name="tiny",
-        dtype="float32",
-        served="spectr",
-        policy_file=None,
-        host="127.0.0.1",
-        port=0,
-        count=False,
-        grace=0.0,
-    )
-
-
 def test_who_does_not_read_is_left_without_a_traceback(library, capfd):
-    asked, said, unread = settings(library), [], socket.socket()
+    asked, said, unread = settings(library, "ants", count=False, grace=0.0), [], socket.socket()
     unread.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     with unread, asked.listen() as bound:
 

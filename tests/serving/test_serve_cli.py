@@ -9,8 +9,8 @@ import httpx
 import pytest
 from openai import OpenAI
 
+from serving import settings
 from spectr import ExpertLibrary
-from spectr.serving.settings import Settings
 
 POLICY = "keys: [{name: a, key: sk-secret-a, experts: [amber]}]"
 
@@ -131,19 +131,7 @@ def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(spectr, given, un
 
 
 def test_a_port_of_a_server_that_still_loads_is_taken(spectr, given, world, unloaded):
-    loading = Settings(
-        library=ExpertLibrary.open(world / "adapters"),
-        experts=("amber",),
-        routers={},
-        model=None,
-        base_name="tiny",
-        dtype="float32",
-        served="spectr",
-        policy_file=None,
-        host="127.0.0.1",
-        port=0,
-        count=True,
-    )
+    loading = settings(ExpertLibrary.open(world / "adapters"), "amber")
     with loading.listen() as bound:
         code, _, err = spectr("serve", *given, "--port", bound.getsockname()[1])
     assert code == 2
