@@ -1,6 +1,7 @@
 """A running server of calibrated experts, and the same models in transformers as its judge."""
 
 import asyncio
+import shutil
 from contextlib import asynccontextmanager
 
 import httpx
@@ -26,7 +27,7 @@ NEW = 8
 
 def make_calibrated(served, root):
     """The model with a tokenizer, and its experts calibrated on texts that it wrote."""
-    (root / "model").symlink_to(served / "model")
+    shutil.copytree(served / "model", root / "model")
     save_tokenizer(root / "model")
     store = LibraryStore(root / "library")
     for expert in sorted((served / "library").iterdir()):

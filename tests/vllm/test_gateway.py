@@ -5,6 +5,7 @@ import json
 
 import httpx
 import pytest
+from command import save_tokenizer
 from engine import ROUTER
 
 from spectr.composed import Settings
@@ -35,9 +36,7 @@ async def streamed(client, **body):
 @pytest.fixture(scope="module")
 def model(served):
     """The model with a tokenizer, which the server wants though the tests speak in ids."""
-    from text_model import make_tokenizer
-
-    make_tokenizer().save_pretrained(served / "model")
+    save_tokenizer(served / "model")
     return served
 
 
