@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from compiled import needs_a_compiler
 from models import close
 from spectr import Calibrated, Spectr
 from spectr.flops import count_flops
@@ -18,8 +19,6 @@ from spectr.layers.kernels import cpu, cpu_kernels
 from spectr.spectral import Prepared, Stack
 
 INPUTS, OUTPUTS = 24, 20
-# Where there is a compiler, a source that does not compile is a failure, not a reason to skip.
-needs_a_compiler = pytest.mark.skipif(cpu.find_compiler() is None, reason="this machine has no C compiler to test")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 

@@ -5,13 +5,13 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from spectr.layers.kernels.cpu import find_compiler, has_unit
+from compiled import needs_a_compiler
+from spectr.layers.kernels.cpu import has_unit
 from spectr.layers.kernels.packed import Choosing, Module, Packed, packed_works
 from spectr.selection import TopK
 from spectr.vllm.routing import weights_among
 
-# Where there is a compiler, a source that does not compile is a failure, not a reason to skip.
-pytestmark = pytest.mark.skipif(find_compiler() is None, reason="this machine has no C compiler to test")
+pytestmark = needs_a_compiler
 
 E, COLUMNS = 5, torch.tensor([6, 0, 2, 3, 5])  # of seven experts in the masks
 LENGTHS, TOKENS = (100, 7), 600
@@ -29,16 +29,13 @@ class Way(NamedTuple):
         return f"{self.dtype}, {self.inputs}, {'tiles' if self.unit else 'vectors'}".removeprefix("torch.")
 
 
-WAYS = [Way(dtype, inputs, unit) for dtype in (torch.float32, torch.bfloat16) for inputs in (96, 37) for unit in (1, 0)]
+UNITS = (True, False) if has_unit() else (False,)
+WAYS = [Way(dtype, inputs, unit) for dtype in (torch.float32, torch.bfloat16) for inputs in (96, 37) for unit in UNITS]
 
 
 @pytest.fixture(params=WAYS, ids=str)
 def way(request, monkeypatch):
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "DEFAULT")
-    if request.param.unit and not has_unit():
-        pytest.skip("this machine has no matrix unit for bfloat16")
-    if not request.param.unit:
-        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "DEFAULT" if request.param.unit else "AVX512_CORE")
     return request.param
 
 

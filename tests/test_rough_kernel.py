@@ -8,13 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from compiled import needs_a_compiler
 from spectr import Calibrated, Spectr
 from spectr.layers import RoutedLinear
-from spectr.layers.kernels import cpu
 from spectr.layers.kernels.rough import Rough
 from spectr.spectral import Prepared, Stack
 
-needs_a_compiler = pytest.mark.skipif(cpu.find_compiler() is None, reason="this machine has no C compiler to test")
 INPUTS, OUTPUTS = 70, 20
 
 
