@@ -5,7 +5,7 @@ Prompts are rows of the tasks' *training* files, half in the experts' own words 
 ``pooling_words.yaml``. Each decision is timed beside one pass of the base model over the same prompt, so that the
 machine's other work weighs on both. A row is printed as it is done; after an interrupt the table is of those before.
 
-    python benchmarks/recall.py --library LIBRARY --data-root DATA [--prompts 12] [--every 3] [--tokens 64]
+    python benchmarks/recall.py --library LIBRARY --data-root DATA [--prompts 12] [--paraphrases]
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from spectr.composition import Paged
 from spectr.models import encode_prompt, load_model
 from spectr.routers import Router
 from spectr.shipped import shipped_experts
+from spectr.tasks import shipped_tasks
 
 
 class Prompt(NamedTuple):
@@ -60,14 +61,17 @@ def main() -> None:
     parser.add_argument("--library", type=Path, required=True, help="a calibrated and indexed library")
     parser.add_argument("--data-root", type=Path, required=True, help="folder of the tasks' data")
     parser.add_argument("--prompts", type=int, default=12, help="training rows of each task, in each kind of words")
+    parser.add_argument("--paraphrases", action="store_true", help="other words are those of spectr evaluate wording")
+    parser.add_argument("--heard", nargs="*", default=["q_proj", "k_proj", "down_proj"], help="modules heard alone")
     parser.add_argument("--every", type=int, nargs="*", default=[2, 3, 5], help="modules left out, as in every third")
     parser.add_argument("--tokens", type=int, nargs="*", default=[16, 64], help="of a prompt that are read")
     arguments = parser.parse_args()
     console = Console(width=120)
     model, tokenizer = load_model(dtype="float32")
+    words = {name: task.paraphrases for name, task in shipped_tasks().items()}
     prompts = [
         Prompt(torch.tensor([encode_prompt(tokenizer, example.prompt)]), task, own)
-        for example, task, own in rows(arguments)
+        for example, task, own in rows(arguments, words if arguments.paraphrases else None)
     ]
     done = []
     try:
@@ -91,6 +95,8 @@ def cases(model: nn.Module, arguments: argparse.Namespace) -> Iterator[Case]:
     yield Case("calibrated, all directions", few, Calibrated())
     yield Case("shortlist", few, Shortlist(size=1))
     yield Case("shortlist", many, Shortlist(size=1))
+    for library in (few, many) if arguments.heard else ():
+        yield Case(", ".join(arguments.heard), library, Shortlist(size=1, heard=tuple(arguments.heard)))
     for n in arguments.every:
         yield Case(f"every {n}", many, Shortlist(size=1, every=n))
     for n in arguments.tokens:

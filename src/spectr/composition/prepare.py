@@ -13,6 +13,7 @@ from spectr.errors import CompositionError
 from spectr.library import Calibration, ExpertLibrary
 from spectr.routers.base import Router
 from spectr.routers.settings import combination_of
+from spectr.routers.shortlist import Shortlist
 from spectr.spectral import Aligned, Prepared, Rotation, align
 
 Gates = Mapping[str, Mapping[str, Tensor]]
@@ -160,6 +161,18 @@ def needed_index(library: ExpertLibrary, names: Sequence[str], *, in_full: bool 
             f"indexed by an older version, in 8 bits alone: {_some(old)}",
             expected="prototypes in full, for shortlists that are certain",
             do=f"spectr library index --library {library.origin} --fresh, or 8 bits",
+        )
+
+
+def check_heard(library: ExpertLibrary, names: Sequence[str], router: Shortlist) -> None:
+    """Raise :class:`CompositionError` where an expert adapts none of the modules that take part in a decision."""
+    layouts = library.index.alike(names)
+    silent = [some for modules, some in layouts.items() if not any(router.hears(module.name) for module in modules)]
+    if silent:
+        parts = sorted({module.name.rpartition(".")[2] for modules in layouts for module in modules})
+        raise CompositionError(
+            f"heard={router.heard}, and of modules named so none is adapted by {_some(sorted(sum(silent, ())))}",
+            expected=f"of {', '.join(parts)} such that each expert adapts one",
         )
 
 
