@@ -106,7 +106,8 @@ def collect(arguments: argparse.Namespace) -> tuple[list[Prompt], Usual]:
 def rows(
     arguments: argparse.Namespace, words: Mapping[str, Sequence[str]] | None = None
 ) -> Iterator[tuple[Example, str, bool]]:
-    """Training rows of each task in the experts' own words, then in others: ``pooling_words.yaml``'s if none are given."""
+    """Training rows of each task in its expert's own words, then in others, by default those of
+    ``pooling_words.yaml``."""
     if words is None:
         words = yaml.safe_load((Path(__file__).parent / "pooling_words.yaml").read_text(encoding="utf-8"))
     assert words is not None

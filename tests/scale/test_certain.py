@@ -145,14 +145,18 @@ def usual_size(library, name, module):
     return entry.rms_M[[m.name for m in entry.modules].index(module)]
 
 
+@pytest.fixture(scope="module")
+def plain(library):
+    """Without a chat's frame, which has no say."""
+    return build_index(make_model(), library.with_calibration(replace(library.calibration, settings={})))
+
+
 @pytest.mark.parametrize("bits", [16, 32])
 @pytest.mark.parametrize("size", [1, 3, 20])
-def test_lists_are_those_of_the_truth(library, bits, size):
-    plain = replace(library.calibration, settings={})  # without a chat's frame, which has no say
-    library = library.with_calibration(plain)
-    _, routed = routed_model(library, Shortlist(size=size, local=Spectr(top_k=1), bits=bits))
+def test_lists_are_those_of_the_truth(plain, bits, size):
+    _, routed = routed_model(plain, Shortlist(size=size, local=Spectr(top_k=1), bits=bits))
     for prompt in PROMPTS:
-        truth_E = true_evidence(library, ids_of(prompt))
+        truth_E = true_evidence(plain, ids_of(prompt))
         evidence_E = routed.prompt.evidence(ids_of(prompt))[0]
         torch.testing.assert_close(evidence_E, truth_E, rtol=2e-3 if bits == 16 else 1e-5, atol=0)
         held_E = routed.prompt.router.verdict(evidence_E[None])[0]
@@ -165,12 +169,11 @@ def test_lists_are_those_of_the_truth(library, bits, size):
 
 @pytest.mark.parametrize("bits", [8, 16, 32])
 @pytest.mark.parametrize("heard", [("q_proj",), ("self_attn.q_proj", "down_proj")], ids=str)
-def test_the_modules_that_are_heard_alone_decide(library, bits, heard):
-    library = library.with_calibration(replace(library.calibration, settings={}))
-    _, routed = routed_model(library, Shortlist(size=1, bits=bits, heard=heard))
+def test_the_modules_that_are_heard_alone_decide(plain, bits, heard):
+    _, routed = routed_model(plain, Shortlist(size=1, bits=bits, heard=heard))
     assert all(module.endswith(heard) for module in routed.prototypes)
     for prompt in PROMPTS:
-        truth_E = true_evidence(library, ids_of(prompt), heard)
+        truth_E = true_evidence(plain, ids_of(prompt), heard)
         rtol = {8: 5e-2, 16: 2e-3, 32: 1e-5}[bits]
         torch.testing.assert_close(routed.prompt.evidence(ids_of(prompt))[0].double(), truth_E, rtol=rtol, atol=0)
 

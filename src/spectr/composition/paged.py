@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from spectr.adapters import Expert, FactorShape
-from spectr.composition.prepare import check_heard, needed_gates, needed_index, prepare_expert
+from spectr.composition.prepare import heard_modules, needed_gates, needed_index, prepare_expert
 from spectr.composition.routed import Progress, Routed, calibration_texts
 from spectr.errors import CompositionError
 from spectr.layers.certain import CertainProbe, Certainty
@@ -74,8 +74,8 @@ class Paged(Routed):
         }
         self._places = {module: placement(base, self.model) for module, base in bases.items()}
         self._check_memory(library, names)
-        check_heard(library, names, self.router)
-        means = {m: known.means[m].to(device) for m, (device, _) in self._places.items() if self.router.hears(m)}
+        heard = heard_modules(library, names, self.router)
+        means = {module: known.means[module].to(self._places[module][0]) for module in heard}
         self.prototypes = library.index.prototypes(names, means, self.router.bits)
         self.shelf = Shelf(lambda name: self._load(self.library[name]), self._memory, self._policy)
         self._filled = ()

@@ -164,16 +164,23 @@ def needed_index(library: ExpertLibrary, names: Sequence[str], *, in_full: bool 
         )
 
 
-def check_heard(library: ExpertLibrary, names: Sequence[str], router: Shortlist) -> None:
-    """Raise :class:`CompositionError` where an expert adapts none of the modules that take part in a decision."""
-    layouts = library.index.alike(names)
-    silent = [some for modules, some in layouts.items() if not any(router.hears(module.name) for module in modules)]
+def heard_modules(library: ExpertLibrary, names: Sequence[str], router: Shortlist) -> set[str]:
+    """The modules that may take part in the decision for a shortlist of indexed experts.
+
+    Raises:
+        CompositionError: An expert adapts none of those that the router names.
+    """
+    layouts = {some: [module.name for module in modules] for modules, some in library.index.alike(names).items()}
+    ends = tuple(f".{part}" for part in router.heard)
+    heard = {module for modules in layouts.values() for module in modules if not ends or f".{module}".endswith(ends)}
+    silent = [name for some, modules in layouts.items() if heard.isdisjoint(modules) for name in some]
     if silent:
-        parts = sorted({module.name.rpartition(".")[2] for modules in layouts for module in modules})
+        parts = sorted({module.rpartition(".")[2] for modules in layouts.values() for module in modules})
         raise CompositionError(
-            f"heard={router.heard}, and of modules named so none is adapted by {_some(sorted(sum(silent, ())))}",
+            f"heard={router.heard}, and of modules named so none is adapted by {_some(sorted(silent))}",
             expected=f"of {', '.join(parts)} such that each expert adapts one",
         )
+    return heard
 
 
 def _some(names: Sequence[str]) -> str:

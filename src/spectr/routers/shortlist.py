@@ -61,7 +61,7 @@ class Shortlist:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise CompositionError(f"{name}={value}", expected="a whole number of at least 1")
-        if not isinstance(self.heard, tuple) or not all(isinstance(part, str) and part for part in self.heard):
+        if isinstance(self.heard, str) or not all(isinstance(part, str) and part for part in self.heard):
             raise CompositionError(f"heard={self.heard!r}", expected='a tuple of names, such as ("q_proj", "k_proj")')
         if self.bits not in (8, 16, 32):
             raise CompositionError(f"bits={self.bits}", expected="8, or for a list that is certain 16 or 32")
@@ -98,10 +98,6 @@ class Shortlist:
     def informs(self) -> bool:
         """Whether the prompt's evidence informs the local router's scores too."""
         return self.size > 1 and isinstance(self.local, PromptRouter) and self.local.level == "prior"
-
-    def hears(self, module: str) -> bool:
-        """Whether a module of this name may take part in the decision."""
-        return not self.heard or any(f".{module}".endswith(f".{part}") for part in self.heard)
 
     def prepare(self, aligned: Aligned) -> Prepared:
         """See :class:`Router`: as the local router does."""
