@@ -78,7 +78,7 @@ def main() -> None:
     console.print(table)
     console.print(
         f"{origin['router']}, {origin['threads']} threads, {origin['device']}, torch {origin['torch']}; medians of "
-        f"{given.rounds} rounds in turn; in brackets what is aimed at, with a * where it is missed. limit: over the base "
+        f"{given.rounds} rounds in turn; in brackets what is aimed at, * where it is missed. limit: over the base "
         "if a machine did nothing but the added operations (prompt), or read the added bytes (decoding). memory: most "
         "that one call held at once, as torch counts.",
         highlight=False,
