@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from spectr import ExpertLibrary, Spectr
 from spectr.adapters.write import write_adapter
 from spectr.benchmark import PEERS, Subject
 from spectr.benchmark.measure import Timing, Work, measure
+from spectr.benchmark.report import limit
 from spectr.benchmark.subjects import BASE, OURS, ours
 from spectr.layers import RoutedLinear
 from spectr.spectral import Prepared, Stack
@@ -48,6 +49,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 REPLAYS = 50
+GRAPH = ", as a graph"
 
 
 def base_model(shape: str, dtype: torch.dtype) -> nn.Module:
@@ -128,7 +130,7 @@ def graphs(subjects: list[Subject], works: list[Work], rounds: int) -> dict[tupl
             for name, replay in replays.items():
                 seconds[name].append(replay())
         for name, told in seconds.items():
-            found[name, f"{work.name}, as a graph"] = Timing(seconds=tuple(told), peak=0)
+            found[name, work.name + GRAPH] = Timing(seconds=tuple(told), peak=0)
     return found
 
 
@@ -160,13 +162,16 @@ def layers(shape: str, experts: int, rank: int, top_k: int, dtype: torch.dtype) 
     return "\n".join(lines)
 
 
-def table(timings: dict[tuple[str, str], Timing]) -> str:
-    lines = ["| work | model | time | over the base | over ours | memory |", "| --- | --- | --- | --- | --- | --- |"]
+def table(timings: dict[tuple[str, str], Timing], limits: Mapping[str, float]) -> str:
+    """Times; the limit is what operations (prompt) or bytes (decoding) leave."""
+    heads = ("work", "model", "time", "over the base", "over ours", "limit", "memory")
+    lines = [f"| {' | '.join(heads)} |", "| --- | --- | --- | --- | --- | --- | --- |"]
     for (name, work), timing in sorted(timings.items(), key=lambda item: item[0][1]):
         base, routed = timings[BASE, work], timings[OURS, work]
         memory = f"{timing.peak / 1e6:.1f} MB" if timing.peak else ""
         times = f"{timing.median * 1e3:.2f} ms | {timing.over(base):.2f} | {timing.over(routed):.2f}"
-        lines.append(f"| {work} | {name} | {times} | {memory} |")
+        least = f"{limits[work.removesuffix(GRAPH)]:.2f}" if name == OURS else ""
+        lines.append(f"| {work} | {name} | {times} | {least} | {memory} |")
     return "\n".join(lines)
 
 
@@ -201,8 +206,9 @@ def main() -> None:
                 ]
             timings = dict(measure(subjects, works, rounds=given.rounds))
             print(f"\n{given.shape}, {count} experts of rank {given.rank}, the best {given.top_k}, {dtype}\n")
-            print(table(timings), flush=True)
-            print(table(graphs(subjects, works[1:], given.rounds)), flush=True)
+            limits = {work.name: limit(model, subjects[1].model, work) for work in works}
+            print(table(timings, limits), flush=True)
+            print(table(graphs(subjects, works[1:], given.rounds), limits), flush=True)
             print(layers(given.shape, count, given.rank, given.top_k, getattr(torch, dtype)), flush=True)
 
 

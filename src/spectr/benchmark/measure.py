@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from spectr.benchmark.subjects import Subject
+
+_CALL = "the call that is measured"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,22 +117,30 @@ def timed(model: nn.Module, work: Work) -> float:
 def peak_bytes(model: nn.Module, work: Work) -> int:
     """The most bytes that one prompt, or one decoded token, holds at once beyond what was there before it."""
     ids = _ids(model, work)
-    call: dict[str, Any] = {"input_ids": ids, "use_cache": True, "logits_to_keep": 1}
-    if work.steps:
-        call = {"input_ids": ids[:, -1:], "past_key_values": _read(model, ids).past_key_values, "use_cache": True}
+
+    def begin() -> dict[str, Any]:
+        if not work.steps:
+            return {"input_ids": ids, "use_cache": True, "logits_to_keep": 1}
+        return {"input_ids": ids[:, -1:], "past_key_values": _read(model, ids).past_key_values, "use_cache": True}
+
     if ids.is_cuda:
+        call = begin()
         torch.cuda.reset_peak_memory_stats(ids.device)
         before = torch.cuda.memory_allocated(ids.device)
         model(**call)
         return torch.cuda.max_memory_allocated(ids.device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        model(**call)
+        call = begin()  # profiled too: what a call frees is counted only if its making was seen
+        with record_function(_CALL):
+            model(**call)
     events = profiler.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
+    began = next(e.start_ns() for e in events if e.name() == _CALL)
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")  # pyright: ignore
     held = peak = 0
-    for _, size in changes:
-        held += size
-        peak = max(peak, held)
+    for when, size in changes:
+        if when >= began:
+            held += size
+            peak = max(peak, held)
     return peak
 
 

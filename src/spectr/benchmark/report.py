@@ -77,7 +77,7 @@ def benchmark(
     subjects = [Subject(name=BASE, model=model), routed, *(peer(model, library, top_k) for peer in make)]
     works = [Work(prompt=prompt), *(Work(prompt=prompt, batch=batch, steps=steps) for batch in batches)]
     timings = measure(subjects, works, rounds=rounds, progress=progress)
-    limits = {work.name: _limit(model, routed.model, work) for work in works}
+    limits = {work.name: limit(model, routed.model, work) for work in works}
     rows = [_row(subject.name, work, timings, limits) for work in works for subject in subjects]
     return Outcome(
         rows=rows,
@@ -103,8 +103,14 @@ def _row(
 
 
 @torch.inference_mode()
-def _limit(base: nn.Module, routed: nn.Module, work: Work) -> float:
-    """Time over the base model's if a machine did nothing but the operations (prompt) or the reading (decoding)."""
+def limit(base: nn.Module, routed: nn.Module, work: Work) -> float:
+    """Time over the base model's if a machine did nothing but the operations (prompt) or the reading (decoding).
+
+    Args:
+        base: As it is.
+        routed: The same with experts.
+        work: What is timed.
+    """
     layers = [layer for layer in routed.modules() if isinstance(layer, RoutedLinear)]
     if not work.steps:
         ids = torch.zeros(1, work.prompt, dtype=torch.long, device=next(base.parameters()).device)
