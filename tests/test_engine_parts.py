@@ -2,6 +2,7 @@
 
 from importlib import import_module
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,7 +19,7 @@ from spectr.spectral import Stack, align
 from spectr.vllm import EXPERTS, ROUTE_ID, ROUTING
 from spectr.vllm.hearing import Row
 from spectr.vllm.register import _supported, check_version, register
-from spectr.vllm.requests import LEVEL, PROBE, UNHEARD, Asked
+from spectr.vllm.requests import LEVEL, PROBE, UNHEARD, VERDICT, Asked
 from spectr.vllm.routing import Group, weights_among
 from spectr.vllm.served import decides_on_prompts, routers_of, served
 from spectr.vllm.shards import Split
@@ -132,8 +133,8 @@ def test_packed_modules_are_the_routed_layers_of_each(router, ranks):
     x_TI = torch.randn(6, 12, generator=torch.Generator().manual_seed(9))
     group = Group(stacks, router, [0, 1, 2], 3)
     h_TSP = torch.stack([x_TI @ stack.A_PI.mT for stack in stacks], dim=1)
-    allowed_TF = torch.ones(6, 3, dtype=torch.bool)
-    scores_TSE, weights_TSE = group.choose(h_TSP, extra_of(router, stacks, x_TI), x_TI, allowed_TF)
+    granted_TF = torch.ones(6, 3)
+    scores_TSE, weights_TSE = group.choose(h_TSP, extra_of(router, stacks, x_TI), x_TI, granted_TF)
     weighted_TSP = group.weighted(h_TSP, weights_TSE)
     for number, stack in enumerate(stacks):
         base = torch.nn.Linear(12, 10, bias=False)
@@ -143,31 +144,53 @@ def test_packed_modules_are_the_routed_layers_of_each(router, ranks):
         torch.testing.assert_close(weighted_TSP[:, number] @ stack.B_OP.mT, update_TO, rtol=1e-4, atol=1e-5)
 
 
+def test_scores_are_informed_where_a_prior_is_and_weights_held_are_no_choice():
+    router = spectr.Calibrated(level="prior", top_k=1)
+    group = Group([stack_of(router, dict.fromkeys(KNOWN, 2), 0)], router, [2, 0, 1], 3, held=2)
+    h_TSP = torch.tensor([1.0, 0, 2, 0, 3, 0]).expand(3, 1, 6)
+    granted_TF = torch.tensor([[1, torch.nan, 2.5], [-0.7, torch.nan, torch.nan], [-0.2, -0.5, torch.nan]])
+    x_TI = torch.ones(3, 12)
+    scores_TSE, weights_TSE = group.choose(h_TSP, x_TI[:, :0], x_TI, granted_TF)
+    assert scores_TSE[:, 0].tolist() == [[2.5, 2, 3], [1, 2, 3], [1, 2, 3]]
+    torch.testing.assert_close(weights_TSE[:, 0], torch.tensor([[1, 0, 0], [0, 0.7, 0], [0, 0.2, 0.5]]))
+
+
 def test_an_expert_without_weight_does_nothing_whatever_its_numbers():
     router = spectr.Spectr(top_k=1)
     group = Group([stack_of(router, dict.fromkeys(KNOWN, 2), 0)], router, [0, 1, 2], 3)
     h_TSP = torch.ones(1, 1, 6)
     h_TSP[..., 2:4] = torch.inf
-    x_TI, allowed_TF = torch.ones(1, 12), torch.tensor([[True, False, True]])
-    scores_TSE, weights_TSE = group.choose(h_TSP, x_TI[:, :0], x_TI, allowed_TF)
+    x_TI, granted_TF = torch.ones(1, 12), torch.tensor([[1.0, torch.nan, 1.0]])
+    scores_TSE, weights_TSE = group.choose(h_TSP, x_TI[:, :0], x_TI, granted_TF)
     assert scores_TSE[0, 0, 1] == torch.inf
     assert weights_TSE[0, 0, 1] == 0
     assert group.weighted(h_TSP, weights_TSE).isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["calibrated-prior", "lag", "shortlist", "glider-global", "glider"])
+@pytest.mark.parametrize("name", ["lag", "shortlist", "glider-global", "glider"])
 def test_other_routers_for_prompts_are_refused(name):
     with pytest.raises(CompositionError) as error:
         served(spectr.get_router(name))
     assert_says(error.value, given=("cannot run inside vLLM",), expected="calibrated-token", do="spectr for any")
 
 
-def test_calibrated_holds_one_expert_inside_vllm():
-    assert decides_on_prompts(served(spectr.get_router("calibrated")))
-    assert not decides_on_prompts(served(spectr.get_router("calibrated-token")))
-    with pytest.raises(CompositionError) as error:  # weights that are held for several are not a set's
-        served(spectr.get_router("calibrated", top_k=2))
-    assert_says(error.value, given=("cannot run inside vLLM",), expected="top_k=1", do="spectr for any")
+def test_calibrated_decides_on_prompts_inside_vllm():
+    for name, decides in (("calibrated", True), ("calibrated-prior", True), ("calibrated-token", False)):
+        assert decides_on_prompts(served(spectr.get_router(name))) is decides
+
+
+@pytest.mark.parametrize(
+    ("router", "held", "prior"),
+    [({"top_k": 1}, 0, False), ({"top_k": 3}, 3, False), ({"level": "prior", "top_k": 3}, 0, True)],
+    ids=["one", "several", "prior"],
+)
+def test_who_may_have_how_many_experts(router, held, prior):
+    routers = routers_of(Settings(library="experts", router={"name": "calibrated", **router}))
+    assert routers.held == held
+    for level in ("token", "prompt", "prior"):  # nobody has decided
+        assert [routers.take(level, False, experts) for experts in (0, 1, 2)] == [True, True, False]
+    assert [routers.take("prompt", True, experts) for experts in (2, 3, 4)] == [held > 0, held > 0, False]
+    assert routers.take("prior", True, 5) is prior
 
 
 def two(router, **prompts):
@@ -179,7 +202,10 @@ def test_who_decides_on_prompts_beside_a_router_for_tokens():
     assert (routers.layers, routers.prompts) == (spectr.get_router("calibrated-token"), spectr.Calibrated())
     assert routers.by_token
     assert routers.alike
+    assert [routers.take(level, False, 5) for level in ("token", "prompt", "prior")] == [True, False, False]
     assert not routers_of(two("spectr")).alike  # prompts are scored by calibrated factors, which these are not
+    informed = routers_of(two("calibrated-token", level="prior", top_k=4))
+    assert (informed.layers, informed.by_token) == (informed.prompts, True)  # who asks for no prior has ones
     alone = routers_of(Settings(library="experts", router={"name": "calibrated"}))
     assert (alone.by_token, alone.alike) == (False, True)
     assert routers_of(Settings(library="experts")).prompts is None
@@ -190,20 +216,26 @@ def test_who_decides_on_prompts_beside_a_router_for_tokens():
     [
         (two("calibrated"), "Calibrated("),
         (two("spectr", name="arrow"), "Arrow("),
-        (two("spectr", top_k=2), "top_k=2"),
     ],
-    ids=["two for prompts", "two for tokens", "two experts"],
+    ids=["two for prompts", "two for tokens"],
 )
 def test_routers_of_one_kind_are_refused(settings, given):
     with pytest.raises(CompositionError) as error:
         routers_of(settings)
-    assert_says(error.value, given=(given, "for whole prompts"), expected="calibrated with top_k=1", do="leave one")
+    assert_says(error.value, given=(given, "for whole prompts"), expected="calibrated or calibrated-prior", do="leave")
 
 
-def test_routers_whose_factors_differ_in_what_is_dropped_are_refused():
+@pytest.mark.parametrize("settings", [two("spectr", level="prior"), two("calibrated-token", level="prior", top_k=2)])
+def test_a_prior_is_refused_beside_a_router_that_does_not_choose_by_what_it_informs(settings):
+    with pytest.raises(CompositionError) as error:
+        routers_of(settings)
+    assert_says(error.value, given=("level='prior'", "informs"), expected="as many experts", do="leave one")
+
+
+def test_routers_whose_combinations_differ_are_refused():
     with pytest.raises(CompositionError) as error:
         routers_of(two("spectr", combine="dare:0.5"))
-    assert_says(error.value, given=("'outputs'", "'dare:0.5'"), expected="drop the same", do="leave --combine out")
+    assert_says(error.value, given=("'outputs'", "'dare:0.5'"), expected="one combination", do="leave --combine out")
 
 
 def test_a_probe_is_the_base_models_whoever_it_decides_among():
@@ -268,21 +300,54 @@ def test_another_version_registers_nothing_and_says_so(monkeypatch):
         register()  # does not import the engine, or this would fail
 
 
+def assert_same(one, other):
+    torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def asked_by(verdict, level="prompt"):
+    return Asked.of({VERDICT: verdict, LEVEL: level})
+
+
+def test_masks_hold_what_was_found_of_a_prompt_and_salts_tell_it_apart(tmp_path):
+    nan, found = torch.nan, {"amber": 0.75, "blue": 0.25}
+    held, told = session_of(tmp_path, KNOWN), {"name": "calibrated", "top_k": 2}
+    held.routers = routers_of(Settings(library="experts", prompts=told))
+    told = [asked_by(found), asked_by({**found, "cyan": 0}), asked_by({**found, "cyan": 0.1}), asked_by(found, "prior")]
+    none = [nan, nan, nan]
+    rows = [held.row(one).tolist() for one in told]
+    assert_same(torch.tensor(rows), torch.tensor([[-0.75, -0.25, nan], [-0.75, -0.25, nan], none, none]))
+    informed = session_of(tmp_path / "informed", KNOWN)
+    informed.routers = routers_of(Settings(library="experts", router={"name": "calibrated-prior"}))
+    assert_same(torch.from_numpy(informed.row(told[3])), torch.tensor([0.75, 0.25, nan]))
+    assert np.isnan(informed.row(told[0])).all()
+    held.remove("blue")
+    assert_same(torch.from_numpy(held.row(told[0])), torch.tensor([-0.75, nan, nan]))
+    wrong = ({"amber": -1}, {"amber": "1"}, {"amber": nan}, {"umber": 1.0}, ["amber"], 3)
+    assert all(np.isnan(held.row(asked)).all() for asked in (*map(asked_by, wrong), asked_by(found, "token")))
+    salts = [asked.salt() for asked in (*told, asked_by(found | {"blue": 0.2}), asked_by({"amber": 0.75}))]
+    salts += [Asked.of({EXPERTS: ["amber", "blue"], LEVEL: level}).salt() for level in ("token", "prompt")]
+    assert salts[0] == salts[1]  # weights of zero are none
+    assert len(set(salts)) == len(salts) - 1
+    assert told[0].salt({"blue"}) == asked_by({"amber": 0.75}).salt()
+
+
 def test_masks_of_a_step(tmp_path):
     session = session_of(tmp_path, KNOWN)
     asked = [*(Asked.of({EXPERTS: names}) for names in (["amber"], ["nobody"], "cyan,blue")), Asked()]
     step = [Row(str(number), one, 0, 1 + (number == 0), 9) for number, one in enumerate(asked)]
     session.write(step, ["0", "1", "2", "3"])
-    expected = [[1, 0, 0], [1, 0, 0], [0, 0, 0], [0, 1, 1], [1, 1, 1]]
-    assert session.allowed_TE[:5].int().tolist() == expected
+    nan = torch.nan
+    expected = torch.tensor([[1, nan, nan], [1, nan, nan], [nan, nan, nan], [nan, 1, 1], [1, 1, 1]])
+    assert_same(session.granted_TE[:5], expected)
     session.remove("blue")
     session.write(step, ["0", "1", "2", "3"])
-    assert session.allowed_TE[:5].int().tolist() == [[row[0], 0, row[2]] for row in expected]
+    expected[:, 1] = nan
+    assert_same(session.granted_TE[:5], expected)
     assert session.status()["experts"] == ["amber", "cyan"]
     undecided = [Asked.of({EXPERTS: names, LEVEL: "prompt"}) for names in (["amber", "cyan"], ["cyan"])]
     odd = Asked.of({EXPERTS: ["cyan"], LEVEL: "layer"})
     session.write([Row(str(n), one, 0, 1, 9) for n, one in enumerate((*undecided, odd))], ["0", "1", "2"])
-    assert session.allowed_TE[:3].int().tolist() == [[0, 0, 0], [0, 0, 1], [0, 0, 0]]
+    assert_same(session.granted_TE[:3], torch.tensor([[nan, nan, nan], [nan, nan, 1], [nan, nan, nan]]))
     with pytest.raises(CompositionError) as error:
         session.remove("umber")
     assert_says(error.value, given=("unknown expert 'umber'",), expected=None, do="did you mean 'amber'")

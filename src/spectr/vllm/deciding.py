@@ -1,4 +1,4 @@
-"""Decisions for whole prompts: each is read by the base model before it is answered with the expert that was found."""
+"""Decisions for whole prompts: each is read by the base model before it is answered by what was found."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from spectr.composition.routed import calibration_texts
 from spectr.errors import CompositionError
 from spectr.layers.opening import Opening
 from spectr.library import ExpertLibrary
-from spectr.vllm.requests import EXPERTS, LEVEL, PROBE, UNHEARD
+from spectr.vllm.requests import EXPERTS, LEVEL, PROBE, UNHEARD, VERDICT
 
 DECIDES = "SPECTR_DECIDES"  # set where somebody decides before an engine answers; no graph depends on it
 
 
 class Decider:
-    """Stands before an engine's ``generate``: of requests that ask for it, what it passes on names one expert at most.
+    """Stands before an engine's ``generate``: requests that ask for it are passed on with a verdict.
 
-    The engine reads a prompt as a request of its own (:mod:`spectr.vllm.hearing`), so that the answer proper is that of
-    a request for the expert that was found: its masks, its cache salt.
+    The engine reads a prompt as a request of its own (:mod:`spectr.vllm.hearing`). Where one expert is found the answer
+    proper is that of a request for it: its masks, its cache salt.
 
     Args:
         client: vLLM's ``AsyncLLM``, whose ``generate`` is replaced.
@@ -46,13 +46,14 @@ class Decider:
     async def generate(self, prompt: Any, sampling_params: Any, request_id: str, **options: Any) -> AsyncIterator[Any]:
         """As ``AsyncLLM.generate``."""
         extra = dict(sampling_params.extra_args or {})
-        if extra.pop(LEVEL, None) == "prompt" and len(extra.get(EXPERTS) or ()) > 1:
+        if extra.get(LEVEL, "token") != "token" and len(extra.get(EXPERTS) or ()) > 1:
+            found = await self._decide(prompt, extra.pop(EXPERTS))
             sampling_params = sampling_params.clone()
-            sampling_params.extra_args = extra | {EXPERTS: await self._decide(prompt, extra[EXPERTS])}
+            sampling_params.extra_args = extra | ({EXPERTS: list(found)} if len(found) < 2 else {VERDICT: found})
         async for output in self._plain(prompt, sampling_params, request_id, **options):
             yield output
 
-    async def _decide(self, prompt: Any, experts: list[str]) -> list[str]:
+    async def _decide(self, prompt: Any, experts: list[str]) -> dict[str, float]:
         ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
         if not ids:
             raise CompositionError("a prompt that is no text cannot be decided on", do="name one expert")

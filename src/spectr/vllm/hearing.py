@@ -65,7 +65,7 @@ class Hearing:
         self._awaited: set[str] = set()
         self._usual: list[dict[str, Heard]] = []
         self._usual_E: dict[tuple[str, ...], Tensor] = {}
-        self._verdicts = OrderedDict[str, list[str]]()
+        self._verdicts = OrderedDict[str, dict[str, float]]()
 
     def begin(self, step: Sequence[Row], alive: Collection[str], device: torch.device) -> None:
         """What is in the step that comes; what was heard of requests that are gone is let go."""
@@ -108,18 +108,19 @@ class Hearing:
         """These probes are the calibration's texts, and say what is usual."""
         self._awaited, self._usual, self._usual_E = set(probes), [], {}
 
-    def verdict(self, probe: str) -> list[str]:
-        """The experts that are held for the prompt of a probe; none where it is not known."""
-        return self._verdicts.pop(probe, [])
+    def verdict(self, probe: str) -> dict[str, float]:
+        """The weights that are held for the prompt of a probe, or its prior; of no expert where it is not known."""
+        return self._verdicts.pop(probe, {})
 
-    def _decide(self, heard: Mapping[str, Heard], names: Sequence[str]) -> list[str]:
+    def _decide(self, heard: Mapping[str, Heard], names: Sequence[str]) -> dict[str, float]:
         if len(names) < 2:
-            return list(names)
+            return dict.fromkeys(names, 1.0)
         evidence_1E = evidence_of(heard, self.modules, self.router, names)
         if self._usual:
             evidence_1E = evidence_1E - self._usual_among(tuple(names)) + 1
-        [weights_E] = self.router.verdict(evidence_1E)
-        return [name for name, weight in zip(names, weights_E.tolist(), strict=True) if weight > 0]
+        [verdict_E] = self.router.verdict(evidence_1E)
+        found = dict(zip(names, verdict_E.tolist(), strict=True))
+        return {name: number for name, number in found.items() if number > 0 or self.router.level == "prior"}
 
     def _usual_among(self, names: tuple[str, ...]) -> Tensor:
         """These experts' evidence from the calibration's texts, which takes longer than a prompt's, and stays."""

@@ -33,7 +33,7 @@ class Experts(nn.Module):
         reduce: Sums a tensor over the ranks; used in row-parallel layers.
     """
 
-    allowed_TE: Tensor
+    granted_TE: Tensor
     sampled_N: Tensor
     groups: Any
     B: Any
@@ -47,7 +47,7 @@ class Experts(nn.Module):
         self.modules_S, self.split, self.reduce = tuple(modules), split, reduce
         self.record = session.settings.record
         self.packed = self.ear = None
-        for name in ("allowed_TE", "sampled_N"):
+        for name in ("granted_TE", "sampled_N"):
             self.register_buffer(name, getattr(session, name), persistent=False)
 
     def build(self, session: Session, device: torch.device, dtype: torch.dtype, name: str) -> None:
@@ -97,12 +97,12 @@ class Experts(nn.Module):
         h_TQ = self.A(x_TI)
         if self.split.by_input:
             h_TQ = self.reduce(h_TQ)
-        allowed_TF = self.allowed_TE[: len(x_TI)]
+        granted_TF = self.granted_TE[: len(x_TI)]
         start, extra, module = 0, self.extra_begin, 0
         for number, group in enumerate(self.groups):
             rows, more = group.modules_S * group.rows, group.modules_S * group.experts * group.folded
             h_TSP = h_TQ[:, start : start + rows].unflatten(-1, (group.modules_S, group.rows))
-            scores_TSE, weights_TSE = group.choose(h_TSP, h_TQ[:, extra : extra + more], x_TI, allowed_TF)
+            scores_TSE, weights_TSE = group.choose(h_TSP, h_TQ[:, extra : extra + more], x_TI, granted_TF)
             if self.record:
                 self._write(number, scores_TSE, weights_TSE)
             weighted_TSP = group.weighted(h_TSP, weights_TSE)[..., self.split.columns(group.rows)]
@@ -124,9 +124,8 @@ class Experts(nn.Module):
         """Numbers of stacks that are scored in one go, and what scores them."""
         runs = _runs(stacks, router)
         columns = {module: [session.experts.index(name) for name in session.users(module)] for module in self.held}
-        groups = (
-            Group([stacks[i] for i in run], router, columns[self.held[run[0]]], len(session.experts)) for run in runs
-        )
+        engine = len(session.experts), session.routers.held
+        groups = (Group([stacks[i] for i in run], router, columns[self.held[run[0]]], *engine) for run in runs)
         return runs, nn.ModuleList(groups).to(self.device)
 
     def _heard(self, session: Session, A_PI: Tensor) -> tuple[Tensor, list[tuple[Any, list[str]]], Reduce]:

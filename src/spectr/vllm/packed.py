@@ -25,9 +25,9 @@ def packed_of(experts: Any, A_PI: Tensor, B_SOP: list[Tensor]) -> Packed:
         Module(B_OP, None if centers is None else centers[s], experts.places[s][0]) for s, B_OP in enumerate(B_SOP)
     ]
     kept = experts.kept() if experts.record else None
-    return Packed(
-        A_PI, modules, Choosing(group.columns_E, experts.allowed_TE, group.select.k, _temperature(group), kept)
-    )
+    k = group.select.k
+    choosing = Choosing(group.columns_E, experts.granted_TE, k, max(k, group.held), _temperature(group), kept)
+    return Packed(A_PI, modules, choosing)
 
 
 def _simple(experts: Any) -> bool:

@@ -1,7 +1,7 @@
-"""Scores, masks and weights of a packed layer: pure torch, static shapes, any number of requests in a batch.
+"""Scores and weights of a packed layer: pure torch, static shapes, any number of requests in a batch.
 
 Legend: T tokens, S modules that are packed in one layer and have like experts, E experts, P rows of their factors,
-R one expert's rows, X rows that score alone.
+R one expert's rows, X rows that score alone, F the engine's experts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from spectr.combine import get_combination, merge_factors
-from spectr.routers import Arrow, Router, Uniform
+from spectr.routers import Arrow, PromptRouter, Router, Uniform
 from spectr.routers.base import segment_norms
 from spectr.routers.settings import combination_of, selection_of
 from spectr.selection import Everyone, Selection, TopK
@@ -57,6 +57,8 @@ class Group(nn.Module):
         stacks: Of each module, its experts as the router prepared them.
         router: Decides for each token.
         columns: Which of the engine's experts these are.
+        engine_experts: How many that has.
+        held: How many of them have weights at most that were decided on before.
     """
 
     owner_P: Tensor
@@ -65,14 +67,17 @@ class Group(nn.Module):
     centers_SP: Tensor | None
     prototypes_EI: Tensor | None
 
-    def __init__(self, stacks: Sequence[Stack], router: Router, columns: Sequence[int], engine_experts: int):
+    def __init__(
+        self, stacks: Sequence[Stack], router: Router, columns: Sequence[int], engine_experts: int, held: int = 0
+    ):
         super().__init__()
         first = stacks[0]
         self.modules_S, self.experts, self.common_rank = len(stacks), len(first.experts), first.common_rank
         self.rows = len(first.A_PI)
         self.router, self.select = router, selection_of(router)
         self.merges = get_combination(combination_of(router)).merge is merge_factors
-        self.folded = isinstance(router, Arrow)
+        self.folded, self.held = isinstance(router, Arrow), held
+        self.informed = router.informed if isinstance(router, PromptRouter) and router.level == "prior" else None
         self.everyone = list(columns) == list(range(engine_experts))
         member_EP = nn.functional.one_hot(first.owner_P, self.experts).mT.contiguous().float()
         centers = [stack.centers_P for stack in stacks if stack.centers_P is not None]
@@ -98,7 +103,7 @@ class Group(nn.Module):
         h_TSP: Float[Tensor, "T S P"],
         extra_TX: Float[Tensor, "T X"],
         x_TI: Tensor,
-        allowed_TF: Bool[Tensor, "T F"],
+        granted_TF: Float[Tensor, "T F"],
     ) -> tuple[Float[Tensor, "T S E"], Float[Tensor, "T S E"]]:
         """Scores and weights of each token and module.
 
@@ -106,12 +111,18 @@ class Group(nn.Module):
             h_TSP: ``A x``.
             extra_TX: Products of the input with the prototypes, where the router is Arrow.
             x_TI: The input itself; a part of it in a row-parallel layer, whose router does not look.
-            allowed_TF: Which of the engine's experts each token may use.
+            granted_TF: What each token may do with the engine's experts; see :attr:`Session.granted_TE`.
         """
         scores_TSE = self.scores(h_TSP, extra_TX, x_TI)
-        allowed_TE = allowed_TF if self.everyone else allowed_TF[:, self.columns_E]
-        allowed_TSE = allowed_TE[:, None].expand_as(scores_TSE)
-        return scores_TSE, weights_among(self.select, scores_TSE, allowed_TSE)
+        granted_TE = granted_TF if self.everyone else granted_TF[:, self.columns_E]
+        granted_TSE = granted_TE[:, None].expand_as(scores_TSE)
+        allowed_TSE = granted_TSE >= 0
+        if self.informed is not None:
+            scores_TSE = self.informed(scores_TSE, granted_TSE).where(allowed_TSE, scores_TSE)
+        weights_TSE = weights_among(self.select, scores_TSE, allowed_TSE)
+        if self.held:
+            weights_TSE = (-granted_TSE).where(granted_TSE < 0, weights_TSE)
+        return scores_TSE, weights_TSE
 
     def scores(
         self, h_TSP: Float[Tensor, "T S P"], extra_TX: Float[Tensor, "T X"], x_TI: Tensor

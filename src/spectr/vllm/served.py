@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 from spectr.combine import get_combination, merge_factors, merge_outputs
 from spectr.composed.settings import Settings
@@ -20,7 +20,7 @@ from spectr.routers import (
     Shortlist,
     ShortlistRouter,
 )
-from spectr.routers.settings import combination_of
+from spectr.routers.settings import combination_of, selection_of
 
 
 class Routers(NamedTuple):
@@ -28,23 +28,31 @@ class Routers(NamedTuple):
 
     Attributes:
         layers: The layers hold its factors, and choose for each token as it does.
-        prompts: Decides on whole prompts, for requests that ask for it, or for all where it is the same. The layers
-            give the one expert that it found, and no other router would give less: a token that may use one expert
-            gets all of it.
+        prompts: Decides on whole prompts, for requests that ask for it, or for all where no other does. What it weighs
+            the layers give whatever they would choose; its prior informs the scores that ``layers`` chooses by.
+        by_token: Whether requests may be routed token by token.
     """
 
     layers: Router
     prompts: ProbingRouter | None
-
-    @property
-    def by_token(self) -> bool:
-        """Whether requests may be routed token by token."""
-        return self.layers is not self.prompts
+    by_token: bool
 
     @property
     def alike(self) -> bool:
         """Whether prompts are scored by the factors that the layers hold."""
-        return not self.by_token or (isinstance(self.layers, Calibrated) and isinstance(self.prompts, Calibrated))
+        return self.layers is self.prompts or all(isinstance(one, Calibrated) for one in (self.layers, self.prompts))
+
+    @property
+    def held(self) -> int:
+        """How many experts a verdict gives weights at most; 0 where it names one alone, which gets all of it anyhow."""
+        top_k = getattr(self.prompts, "top_k", 0)
+        return top_k if level_of(self.prompts) == "prompt" and top_k > 1 else 0
+
+    def take(self, level: str, decided: bool, experts: int) -> bool:
+        """Whether a request may have so many experts, decided on or not."""
+        if not decided:
+            return experts < 2 or (level == "token" and self.by_token)
+        return experts <= self.held if level == "prompt" else level_of(self.prompts) == "prior"
 
 
 def routers_of(settings: Settings) -> Routers:
@@ -55,40 +63,54 @@ def routers_of(settings: Settings) -> Routers:
     """
     router, beside = served(settings.make_router()), settings.make_prompts()
     if beside is None:
-        return Routers(router, router if decides_on_prompts(router) else None)
+        found = router if decides_on_prompts(router) else None
+        return Routers(router, found, found is None)
     if not decides_on_prompts(beside) or decides_on_prompts(router):
         raise CompositionError(
             f"{router!r}, and beside it for whole prompts {beside!r}",
-            expected="a router that decides for each token, and beside it calibrated with top_k=1",
+            expected="a router that decides for each token, and beside it calibrated or calibrated-prior",
             do="leave one of them out",
         )
-    if dropped(router) != dropped(served(beside)):
+    if combination(router) != combination(served(beside)):
         raise CompositionError(
             f"combine={combination_of(router)!r}, and beside it for whole prompts {combination_of(beside)!r}",
-            expected="routers that drop the same of an expert, as the layers hold its factors once",
+            expected="one combination, as the layers hold an expert's factors once",
             do="leave --combine out, or one of the routers",
         )
-    return Routers(router, beside)
+    if beside.level == "prompt":
+        return Routers(router, beside, True)
+    if not isinstance(router, Calibrated) or selection_of(router) != selection_of(beside):
+        raise CompositionError(
+            f"{router!r}, and beside it {beside!r}, whose prior informs the scores that the layers choose by",
+            expected="calibrated-token, which chooses as many experts by the same scores",
+            do="leave one of them out",
+        )
+    return Routers(beside, beside, True)
 
 
-def dropped(router: Router) -> float:
-    """How much of an expert's factors a router's combination leaves out."""
-    return get_combination(combination_of(router)).drop_rate
+def combination(router: Router) -> Any:
+    """What a router makes of an expert's factors, and of those that are chosen."""
+    return get_combination(combination_of(router))
+
+
+def level_of(router: Router | None) -> str:
+    """``"prompt"`` or ``"prior"`` of a router that reads prompts before it decides, else ``"token"``."""
+    return router.level if isinstance(router, PromptRouter) else "token"
 
 
 def decides_on_prompts(router: Router) -> TypeGuard[ProbingRouter]:
-    """Whether a router reads a prompt through its own scores and holds one expert for all of it."""
-    return isinstance(router, ProbingRouter) and router.level == "prompt" and getattr(router, "top_k", 0) == 1
+    """Whether a router reads a prompt through its own scores, and holds weights or informs scores by what it finds."""
+    return isinstance(router, ProbingRouter) and level_of(router) in ("prompt", "prior")
 
 
 def served(router: Router) -> Router:
-    """The router itself, if it decides token by token, or holds one expert for a prompt.
+    """The router itself, if layers in vLLM can choose as it does.
 
     Raises:
-        CompositionError: It does not, or its combination needs what a tensor-parallel layer does not have.
+        CompositionError: They cannot, or its combination needs what a tensor-parallel layer does not have.
     """
-    instead = "one that decides for each token (spectr, calibrated-token, arrow, ...), or calibrated with top_k=1"
-    by_prompt = isinstance(router, PromptRouter) and router.level != "token" and not decides_on_prompts(router)
+    instead = "one that decides for each token (spectr, calibrated-token, arrow, ...), calibrated or calibrated-prior"
+    by_prompt = level_of(router) != "token" and not decides_on_prompts(router)
     if isinstance(router, (Shortlist, ShortlistRouter, GuidedRouter, Oracle)) or by_prompt:
         raise CompositionError(
             f"this router cannot run inside vLLM: {router!r}",

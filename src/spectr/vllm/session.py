@@ -1,4 +1,4 @@
-"""What one worker knows: the experts, which of them each token of the step may use, and what was chosen."""
+"""What one worker knows: the experts, what each token of the step may do with them, and what was chosen."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from spectr.library import ExpertLibrary
 from spectr.routers import Router
 from spectr.spectral import Prepared
 from spectr.vllm.hearing import Hearing, Row
-from spectr.vllm.requests import Asked
+from spectr.vllm.requests import REFUSED, Asked
 from spectr.vllm.served import routers_of
 
 
@@ -29,7 +29,9 @@ class Session:
         routers: Who chooses among them.
         router: The one whose factors the layers hold.
         experts: Names of all that were loaded, in the order of all masks; a removed one keeps its place.
-        allowed_TE: Which of them each token of the step may use; the base model alone until the first step is written.
+        granted_TE: What each token of the step may do with each of them. NaN: nothing. From zero on: choose it by its
+            score, which this informs; 1 where no prompt was read. Below zero: minus the weight that it has unchosen.
+            The base model alone until the first step is written.
         sampled_N: For each request in the batch, which token of the step its next token is sampled from.
         layers: The routed layers, by vLLM's name, in the model's order.
         routed: The modules that they stand for, by the library's names.
@@ -54,7 +56,7 @@ class Session:
         found = list(self.opened.values())
         self._calibration = needed_calibration(library, found) if self._any("calibrated") else None
         self._gates = needed_gates(library, found) if self._any("gated") else None
-        self.allowed_TE = torch.zeros(tokens, len(self.experts), dtype=torch.bool, device=device)
+        self.granted_TE = torch.full((tokens, len(self.experts)), REFUSED, dtype=torch.float32, device=device)
         self.sampled_N = torch.zeros(requests, dtype=torch.long, device=device)
         self.layers: dict[str, Any] = {}
         self.routed: dict[str, Any] = {}
@@ -82,20 +84,22 @@ class Session:
         return [name for name in self.experts if module in self.opened[name].shapes]
 
     def row(self, asked: Asked) -> np.ndarray:
-        """Which experts a request may use, as one row of the mask; remembered."""
+        """What a request may do with each expert, as one row of :attr:`granted_TE`; remembered."""
         row = self._rows.get(asked)
         if row is None:
             names = asked.allowed(self.experts, self.settings.access)
-            if len(names) > 1 and (asked.undecided or not self.routers.by_token):  # nobody has decided
+            if not self.routers.take(asked.level, asked.verdict is not None, len(names)):
                 names = frozenset[str]()
-            row = np.array([name in names and name not in self.removed for name in self.experts])
+            left = names - self.removed
+            told = [asked.granting(name) if name in left else REFUSED for name in self.experts]
+            row = np.array(told, dtype=np.float32)
             if len(self._rows) > 4096:
                 self._rows.clear()
             self._rows[asked] = row
         return row
 
     def write(self, step: Sequence[Row], alive: Collection[str]) -> None:
-        """Write the masks of a step.
+        """Write what a step's tokens may do.
 
         Args:
             step: The requests of the batch.
@@ -103,9 +107,9 @@ class Session:
         """
         asked, tokens = [row.asked for row in step], np.array([row.tokens for row in step])
         if self.hearing is not None:
-            self.hearing.begin(step, alive, self.allowed_TE.device)
+            self.hearing.begin(step, alive, self.granted_TE.device)
         rows_TE = np.repeat(np.stack([self.row(one.granted) for one in asked]), tokens, axis=0)
-        self.allowed_TE[: len(rows_TE)].copy_(torch.from_numpy(rows_TE), non_blocking=True)
+        self.granted_TE[: len(rows_TE)].copy_(torch.from_numpy(rows_TE), non_blocking=True)
         if self.settings.record:
             ends = torch.from_numpy(np.cumsum(tokens) - 1)
             self.sampled_N[: len(ends)].copy_(ends, non_blocking=True)
@@ -121,7 +125,7 @@ class Session:
             raise CompositionError(f"unknown expert '{name}'", do=did_you_mean(name, self.experts))
         self.removed.add(name)
         self._rows.clear()
-        self.allowed_TE[:, self.experts.index(name)] = False
+        self.granted_TE[:, self.experts.index(name)] = REFUSED
         for layer in self.layers.values():
             layer.fill(self)
 

@@ -10,10 +10,12 @@ struct packed {
   const void *A; /* of all modules, as the function has them */
   const struct module *modules;
   const int32_t *columns; /* of the experts in a token's mask */
-  const uint8_t *allowed; /* masks of the tokens, `apart` */
+  const float *granted; /* masks of the tokens, `apart`: of an expert that may not be used no number; of one that may be chosen
+                           what its score is multiplied by, from zero on; else minus the weight that it has unchosen */
   const int64_t *sampled; /* tokens whose scores and weights, (requests, modules, experts), are kept, or none */
   float *scores, *weights;
   long apart, requests, count, experts, k, inputs, rows;
+  long most;  /* experts of a token that have a weight; of them `k` at most are chosen */
   long parts; /* of each float32 where many tokens are multiplied by tiles; 0 without a matrix unit */
   float temperature; /* of the softmax over the chosen scores; 0 weighs them alike */
 };

@@ -41,15 +41,18 @@ class Choosing(NamedTuple):
 
     Attributes:
         columns_E: Of these experts in a token's mask.
-        allowed_TF: Masks of a step's tokens, which may be written anew.
-        k: How many are taken at most.
+        granted_TF: Masks of a step's tokens, float32, which may be written anew: of an expert that may not be used NaN,
+            of one that may be chosen what its score is multiplied by, from zero on, else minus the weight that it has.
+        k: How many are chosen at most,
+        most: and how many have a weight.
         temperature: Of the softmax over their scores; 0 weighs them alike.
         kept: Which tokens' scores and weights to keep, (N,), and where, (N, S, E); or nothing.
     """
 
     columns_E: Tensor
-    allowed_TF: Tensor
+    granted_TF: Tensor
     k: int
+    most: int
     temperature: float
     kept: tuple[Tensor, Tensor, Tensor] | None
 
@@ -63,8 +66,11 @@ class _Module(ctypes.Structure):
 
 class _Layer(ctypes.Structure):
     _fields_ = (
-        *((n, ctypes.c_void_p) for n in ("add", "A", "modules", "columns", "allowed", "sampled", "scores", "weights")),
-        *((n, ctypes.c_long) for n in ("apart", "requests", "count", "experts", "k", "inputs", "rows", "parts")),
+        *((n, ctypes.c_void_p) for n in ("add", "A", "modules", "columns", "granted", "sampled", "scores", "weights")),
+        *(
+            (n, ctypes.c_long)
+            for n in ("apart", "requests", "count", "experts", "k", "inputs", "rows", "most", "parts")
+        ),
         ("temperature", ctypes.c_float),
     )
 
@@ -110,20 +116,21 @@ class Packed(nn.Module):
             told.append(_Module(place(B), place(centers), rows, first, begin, outputs))
             first += rows
         self._told = (_Module * len(told))(*told)
-        columns_E, allowed_TF, k, temperature, kept = self.choosing
+        columns_E, granted_TF, k, most, temperature, kept = self.choosing
         sampled, scores, weights = kept or (None, None, None)
         self._layer = _Layer(
             way.add,
             place(self.A),
             ctypes.addressof(self._told),
-            *map(place, (columns_E, allowed_TF, sampled, scores, weights)),
-            allowed_TF.stride(0),
+            *map(place, (columns_E, granted_TF, sampled, scores, weights)),
+            granted_TF.stride(0),
             0 if sampled is None else len(sampled),
             len(told),
             len(columns_E),
             min(k, len(columns_E)),
             A_PI.shape[1],
             first,
+            min(most, len(columns_E)),
             way.parts,
             temperature,
         )

@@ -12,7 +12,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
-from itertools import chain
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from spectr.vllm.deciding import DECIDES, Decider
 from spectr.vllm.recording import Listener
 from spectr.vllm.register import check_version, engine_version
 from spectr.vllm.requests import EXPERTS, LEVEL, ROUTE_ID, ROUTING
-from spectr.vllm.served import decides_on_prompts, routers_of, served
+from spectr.vllm.served import level_of, routers_of, served
 
 INNER = "spectr"  # what vLLM's application calls the composed model
 _PATIENCE = 0.25  # seconds that an answer waits for its reports
@@ -52,7 +51,7 @@ class VllmEngine:
         listener: Gets the reports.
         base_model: The base model's name for clients.
         routers: Names for clients of those that requests may ask for, the default first; each with the level at which
-            it decides, ``"prompt"`` or ``"token"``.
+            it decides, ``"prompt"``, ``"prior"`` or ``"token"``.
         suspicion: Experts whose norm is far out, and how far.
         records: Whether the layers keep what they choose.
 
@@ -256,16 +255,17 @@ def _end(number: int, frame: Any) -> None:
 
 def _routed(settings: Served) -> Settings:
     """How the model is routed, in the words of its config."""
-    levels: dict[str, list[Router]] = {"token": [], "prompt": []}
-    for router in settings.routers.values():
-        levels[_level(router)].append(_fitting(served(router), len(settings.experts)))
-    if max(map(len, levels.values())) > 1:
+    routers = [_fitting(served(router), len(settings.experts)) for router in settings.routers.values()]
+    by_token, by_prompt = (
+        [router for router in routers if (level_of(router) == "token") is own] for own in (True, False)
+    )
+    if max(len(by_token), len(by_prompt)) > 1:
         raise CompositionError(
             f"{len(settings.routers)} routers: {', '.join(settings.routers)}",
-            expected="one that decides for each token, whose factors the layers inside vLLM hold, and calibrated",
+            expected="one that decides for each token, whose factors the layers inside vLLM hold, and one for prompts",
             do="name fewer, or --engine transformers",
         )
-    first, *beside = [router_config(router) for router in chain(*levels.values())]
+    first, *beside = [router_config(router) for router in (*by_token, *by_prompt)]
     everyone = settings.experts == settings.library.names
     routed = Settings(
         library=str(Path(settings.library.origin).expanduser().absolute()),
@@ -284,14 +284,10 @@ def _fitting(router: Router, experts: int) -> Router:
     return replace(router, top_k=experts)  # pyright: ignore[reportArgumentType]
 
 
-def _level(router: Router) -> str:
-    return "prompt" if decides_on_prompts(router) else "token"
-
-
 def _levels(settings: Settings) -> dict[str, str]:
     """The routers' levels, by their names in a model's config."""
-    beside = {} if settings.prompts is None else {settings.prompts["name"]: "prompt"}
-    return {settings.router["name"]: _level(settings.make_router()), **beside}
+    beside = {} if settings.prompts is None else {settings.prompts["name"]: level_of(settings.make_prompts())}
+    return {settings.router["name"]: level_of(settings.make_router()), **beside}
 
 
 def _inner(model: str | None) -> dict[str, Any] | None:
@@ -309,7 +305,7 @@ async def _serve(
         model,
         routed,
         base_model=settings.base_name,
-        routers={name: _level(router) for name, router in settings.routers.items()},
+        routers={name: level_of(router) for name, router in settings.routers.items()},
         options=["--dtype", settings.dtype, *settings.options],
     )
     async with started as (app, engine):
