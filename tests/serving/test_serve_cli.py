@@ -107,7 +107,7 @@ def test_help_shows_the_options_of_the_engine_once_and_the_default_router(spectr
     assert code == 0
     words = " ".join(out.replace("\u2502", " ").split())
     assert "serve [OPTIONS] [-- OPTIONS]..." in words
-    assert "vllm: one token by token, and calibrated. [default: (auto)]" in words
+    assert "vllm: one token by token, and calibrated or calibrated-prior. [default: (auto)]" in words
 
 
 def test_vllm_is_given_one_router_for_tokens(spectr, given, monkeypatch):
