@@ -1,4 +1,4 @@
-"""Verdicts of more than one expert, inside vLLM: held weights, and priors that inform each token's scores."""
+"""Verdicts of more than one expert inside vLLM, held weights and priors, and several routers in one engine."""
 
 import asyncio
 import shutil
@@ -24,17 +24,22 @@ from test_bfloat16 import distance
 
 from models import random_factors, write_adapter
 from spectr import ExpertLibrary
-from spectr.vllm.requests import LEVEL, VERDICT
+from spectr.vllm.requests import ROUTER, VERDICT
 
 HELD = {"name": "calibrated", "top_k": 3, "weights": "softmax", "temperature": 0.1}
 PRIOR = {"name": "calibrated-prior", "top_k": 2}
+ALL = [{"name": name, "top_k": 2} for name in ("spectr", "arrow", "calibrated-token")] + [
+    {"name": "uniform"},
+    HELD,
+    PRIOR,
+]
 KINDS = {
-    "held, compiled": ([HELD], ()),
-    "held, two ranks": ([HELD], EAGER + TWO_RANKS),
-    "held, beside another": ([{"name": "spectr", "top_k": 2}, HELD], EAGER),
-    "prior, compiled": ([PRIOR], ()),
-    "prior, two ranks": ([PRIOR], EAGER + TWO_RANKS),
-    "prior, beside another": ([{"name": "calibrated-token", "top_k": 2}, PRIOR], ()),
+    "held": ([HELD], ()),
+    "prior": ([PRIOR], ()),
+    "prior, beside another": ([{"name": "calibrated-token", "top_k": 2}, PRIOR], EAGER),
+    "held and prior, two ranks": ([HELD, PRIOR], EAGER + TWO_RANKS),
+    "all": (ALL, ()),
+    "all, two ranks": ([ALL[2], ALL[1], PRIOR, HELD, ALL[0]], EAGER + TWO_RANKS),
 }
 VERDICTS = (
     {"amber": 0.5, "blue": 0.3, "cyan": 0.2},
@@ -97,7 +102,7 @@ def test_answers_and_decisions_are_those_of_transformers_with_each_router_and_se
 ):
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     routers, options = KINDS[kind]
-    requests = [(router, prompt, experts) for router in routers for prompt in PROMPTS[:4] for experts in SETS]
+    requests = [(router, prompt, experts) for router in routers for prompt in PROMPTS[:3] for experts in SETS]
 
     def judge(requests):
         return {(r["name"], (*p,), e and (*e,)): known(uneven, r, p, e) for r, p, e in requests}
@@ -108,7 +113,7 @@ def test_answers_and_decisions_are_those_of_transformers_with_each_router_and_se
     without = judge([(router, PROMPTS[0], NAMES[1:]) for router in routers])
 
     async def story():
-        told = dict(zip(("router", "prompts"), routers, strict=False))
+        told = {"router": routers[0], "beside": routers[1:]}
         async with serving(uneven, *EXACT, *CACHE, *options, **told) as (client, engine):
             for _ in range(2):  # the second time there are cached prefixes, of all sets, verdicts and routers
                 await check(client, expected)
@@ -132,12 +137,12 @@ def test_a_cached_prefix_is_of_one_verdict_alone_and_a_removed_expert_leaves_the
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     prompt = tokens(70, seed=1)
     judge, near = (judged, TOLERANCE) if dtype == "float32" else (distance, 0.2)
-    routers = {"router": {"name": "spectr", "top_k": 1}, "prompts": HELD}
+    routers = {"router": {"name": "spectr", "top_k": 1}, "beside": [HELD, PRIOR]}
     with engine(uneven, **routers, dtype=dtype, eager=False, block_size=32) as running:
 
         def answer(verdict, prompt_logs=False, **extra):
             [told] = running.answers(
-                [(prompt, None)], prompt=prompt_logs, **{LEVEL: "prompt", VERDICT: verdict, **extra}
+                [(prompt, None)], prompt=prompt_logs, **{ROUTER: "calibrated", VERDICT: verdict, **extra}
             )
             return told
 
@@ -152,7 +157,7 @@ def test_a_cached_prefix_is_of_one_verdict_alone_and_a_removed_expert_leaves_the
         wrong = [{**VERDICTS[0], "dun": 0.1}, {"amber": -1.0}, {"amber": float("nan")}, {"nobody": 1.0}, ["amber"]]
         for verdict in wrong:  # more than the router would hold, and what is no verdict
             assert judge(composed(uneven, []), prompt, answer(verdict, prompt_logs=True)) < near
-        assert judge(composed(uneven, []), prompt, answer(VERDICTS[0], prompt_logs=True, **{LEVEL: "prior"})) < near
+        assert judge(composed(uneven, []), prompt, answer(VERDICTS[0], prompt_logs=True, **{ROUTER: "spectr"})) < near
         running.llm.collective_rpc("spectr_remove", args=("blue",))
         left = {name: weight for name, weight in VERDICTS[0].items() if name != "blue"}
         assert judge(holding(uneven, left), prompt, answer(VERDICTS[0], prompt_logs=True)) < near

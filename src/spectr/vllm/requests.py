@@ -7,20 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 EXPERTS = "spectr_experts"  # names, as a list or with commas
 ROUTING = "spectr_routing"  # "tokens" or "layers"
-LEVEL = "spectr_level"  # "prompt": held weights, or "prior": scores that are informed; else "token"
+ROUTER = "spectr_router"  # the name of one of the routers in the model's config; the first is the default
 VERDICT = "spectr_verdict"  # by an expert's name its weight or its prior, as somebody has decided; in place of names
 ROUTE_ID = "spectr_route_id"  # what reports of this request are marked with
 PROBE = "spectr_probe"  # the prompt is read for a decision among the experts, and is asked for by this name
 UNHEARD = "spectr_unheard"  # how many tokens at its beginning have no say
-LEVELS = ("token", "prompt", "prior")
-REFUSED = math.nan  # in the place of an expert's prior, for who may not use it
 _LONGEST = 200
 
 
@@ -33,7 +30,7 @@ class Asked:
         understood: Whether the names could be read at all.
         routing: ``"tokens"``, ``"layers"``, or ``""`` for no report.
         route_id: What its reports are marked with.
-        level: Of a router that reads the prompt first, what its verdict is; else ``"token"``.
+        router: The name of its router; empty for the default, and of one expert, whom every router gives all weight.
         verdict: What was found of the prompt, a number for each of the experts; ``None`` where nothing was.
         probe: Where its prompt is read for a decision, by the base model alone: what the verdict is asked for by.
         among: The experts that are decided among.
@@ -44,7 +41,7 @@ class Asked:
     understood: bool = True
     routing: str = ""
     route_id: str = ""
-    level: str = "token"
+    router: str = ""
     verdict: tuple[float, ...] | None = None
     probe: str = ""
     among: tuple[str, ...] = ()
@@ -56,55 +53,50 @@ class Asked:
         if not isinstance(extra_args, Mapping):
             return Asked()
         names, understood = _names(extra_args.get(EXPERTS))
-        level, verdict = extra_args.get(LEVEL, "token"), extra_args.get(VERDICT)
+        router, verdict = extra_args.get(ROUTER, ""), extra_args.get(VERDICT)
         probe, unheard = extra_args.get(PROBE), extra_args.get(UNHEARD, 0)
         if probe is not None:
-            if not (isinstance(probe, str) and len(probe) <= _LONGEST and isinstance(unheard, int) and unheard >= 0):
+            named = isinstance(router, str) and isinstance(probe, str) and len(probe) <= _LONGEST
+            if not (named and isinstance(unheard, int) and unheard >= 0):
                 return Asked(experts=(), understood=False)
-            return Asked(experts=(), probe=probe, among=names or (), unheard=unheard)
-        if level not in LEVELS or not (verdict is None or (level != "token" and _is_verdict(verdict))):
+            return Asked(experts=(), router=router, probe=probe, among=names or (), unheard=unheard)
+        if not isinstance(router, str) or not (verdict is None or _is_verdict(verdict)):
             return Asked(experts=(), understood=False)
         if verdict is not None:
-            names = tuple(sorted(name for name, number in verdict.items() if number > 0 or level == "prior"))
+            names = tuple(sorted(verdict))
             verdict = tuple(float(verdict[name]) for name in names)
         elif names is not None and len(names) < 2:
-            level = "token"  # there is nothing to decide
+            router = ""  # there is nothing to choose
         routing, route_id = extra_args.get(ROUTING), extra_args.get(ROUTE_ID)
         if not (routing in ("tokens", "layers") and isinstance(route_id, str) and len(route_id) <= _LONGEST):
             routing, route_id = "", ""
         return Asked(
-            experts=names, understood=understood, routing=routing, route_id=route_id, level=level, verdict=verdict
+            experts=names, understood=understood, routing=routing, route_id=route_id, router=router, verdict=verdict
         )
 
     @property
     def granted(self) -> Asked:
         """The same, less all that changes nothing of which experts it may use."""
-        return Asked(experts=self.experts, understood=self.understood, level=self.level, verdict=self.verdict)
-
-    @property
-    def undecided(self) -> bool:
-        """Whether it waits for somebody to read its prompt."""
-        return self.level != "token" and self.verdict is None
+        router = "" if self.probe else self.router
+        return Asked(experts=self.experts, understood=self.understood, router=router, verdict=self.verdict)
 
     def salt(self, removed: Collection[str] = ()) -> str:
-        """What keeps the cached prefixes of one set of experts, or one verdict, from those of others; empty for no set.
+        """What keeps the cached prefixes of one set, router or verdict from those of another; empty for none at all.
 
         Args:
             removed: Experts that have left the engine, so that nothing that they helped to compute is used again.
         """
         if self.granted == Asked() and not removed:
             return ""
-        names = None if self.experts is None else {name: self.granting(name) for name in self.experts}
-        left = None if names is None else sorted((name, names[name]) for name in set(names) - set(removed))
-        text = json.dumps([left, self.understood, self.undecided, sorted(removed) if left is None else []])
+        left = None if self.experts is None else [name for name in self.experts if name not in removed]
+        numbers = None if self.verdict is None else [self.number(name) for name in left or ()]
+        some = self.granted.router if numbers is not None or left is None or len(left) > 1 else ""
+        text = json.dumps([left, numbers, some, self.understood, sorted(removed) if left is None else []])
         return "spectr:" + hashlib.sha256(text.encode()).hexdigest()[:32]
 
-    def granting(self, name: str) -> float:
-        """What it may do with one of its experts; see :attr:`spectr.vllm.session.Session.granted_TE`."""
-        if self.experts is None or self.verdict is None:
-            return 1.0
-        number = self.verdict[self.experts.index(name)]
-        return -number if self.level == "prompt" else number
+    def number(self, name: str) -> float:
+        """What was found of one of its experts; 1 where nothing was."""
+        return 1.0 if self.experts is None or self.verdict is None else self.verdict[self.experts.index(name)]
 
     def allowed(self, known: Collection[str], access: str) -> frozenset[str]:
         """The experts that the request may use: nothing at all where a name is unknown or could not be read.

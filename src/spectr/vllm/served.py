@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeGuard
 
 from spectr.combine import get_combination, merge_factors, merge_outputs
@@ -21,71 +22,110 @@ from spectr.routers import (
     ShortlistRouter,
 )
 from spectr.routers.settings import combination_of, selection_of
+from spectr.vllm.ways import KIN
 
 
 class Routers(NamedTuple):
     """Who routes in one engine.
 
     Attributes:
-        layers: The layers hold its factors, and choose for each token as it does.
-        prompts: Decides on whole prompts, for requests that ask for it, or for all where no other does. What it weighs
-            the layers give whatever they would choose; its prior informs the scores that ``layers`` chooses by.
-        by_token: Whether requests may be routed token by token.
+        named: All of them by name, the default first.
+        ways: Those that layers choose as; they hold the factors of the first.
+        turns: By a router's name which of these chooses for its tokens.
     """
 
-    layers: Router
-    prompts: ProbingRouter | None
-    by_token: bool
+    named: dict[str, Router]
+    ways: tuple[Router, ...]
+    turns: dict[str, int]
+
+    @property
+    def layers(self) -> Router:
+        """Whose factors the layers hold."""
+        return self.ways[0]
+
+    @property
+    def prompts(self) -> dict[str, ProbingRouter]:
+        """Those that read a prompt first."""
+        return {name: router for name, router in self.named.items() if decides_on_prompts(router)}
 
     @property
     def alike(self) -> bool:
         """Whether prompts are scored by the factors that the layers hold."""
-        return self.layers is self.prompts or all(isinstance(one, Calibrated) for one in (self.layers, self.prompts))
+        return isinstance(self.layers, Calibrated)
 
     @property
     def held(self) -> int:
         """How many experts a verdict gives weights at most; 0 where it names one alone, which gets all of it anyhow."""
-        top_k = getattr(self.prompts, "top_k", 0)
-        return top_k if level_of(self.prompts) == "prompt" and top_k > 1 else 0
+        several = [_held_by(router) for router in self.named.values()]
+        return max(several) if max(several) > 1 else 0
 
-    def take(self, level: str, decided: bool, experts: int) -> bool:
-        """Whether a request may have so many experts, decided on or not."""
+    def turn(self, name: str) -> int:
+        """Which way the tokens of a router have."""
+        return self.turns.get(name, 0)
+
+    def granted(self, name: str, numbers: Mapping[str, float], decided: bool) -> Mapping[str, float]:
+        """What a request may do with its experts; see :attr:`spectr.vllm.session.Session.granted_TE`.
+
+        Args:
+            name: Its router's; of one that is not known it gets the base model alone.
+            numbers: What was found of its experts; ones where nothing was.
+            decided: Whether anything was.
+        """
+        router = self.named.get(name or next(iter(self.named)))
+        level = level_of(router)
         if not decided:
-            return experts < 2 or (level == "token" and self.by_token)
-        return experts <= self.held if level == "prompt" else level_of(self.prompts) == "prior"
+            return numbers if len(numbers) < 2 or (router is not None and level == "token") else {}
+        if level == "prompt":
+            held = {name: -number for name, number in numbers.items() if number > 0}
+            return held if len(held) <= _held_by(router) else {}
+        return numbers if level == "prior" else {}
+
+
+def _held_by(router: Router | None) -> int:
+    return getattr(router, "top_k", 0) if level_of(router) == "prompt" else 0
 
 
 def routers_of(settings: Settings) -> Routers:
     """Who routes by a model's config.
 
     Raises:
-        CompositionError: One of them cannot run inside vLLM, or not beside the other.
+        CompositionError: One of them cannot run inside vLLM, or not beside the others.
     """
-    router, beside = served(settings.make_router()), settings.make_prompts()
-    if beside is None:
-        found = router if decides_on_prompts(router) else None
-        return Routers(router, found, found is None)
-    if not decides_on_prompts(beside) or decides_on_prompts(router):
+    named = {name: served(router) for name, router in settings.make_routers().items()}
+    first = next(iter(named.values()))
+    for router in named.values():
+        if combination(router) != combination(first):
+            raise CompositionError(
+                f"combine={combination_of(first)!r}, and beside it {combination_of(router)!r}",
+                expected="one combination, as the layers hold an expert's factors once",
+                do="leave --combine out, or one of the routers",
+            )
+    if len({router.probe_tokens for router in named.values() if decides_on_prompts(router)}) > 1:
+        raise CompositionError("routers with other probe_tokens", expected="one number, as a prompt is read alike")
+    choosing = {name: router for name, router in named.items() if level_of(router) != "prompt"} or named
+    ways, turns = list[Router](), dict[str, int]()
+    for name, router in choosing.items():
+        same = [number for number, way in enumerate(ways) if _chooses_as(router, way)]
+        if not same:
+            ways.append(router)
+        elif level_of(router) == "prior":
+            ways[same[0]] = router  # which informs, by ones where there is no prior
+        turns[name] = same[0] if same else len(ways) - 1
+    calibrated = [number for number, way in enumerate(ways) if isinstance(way, Calibrated)]
+    turns |= dict.fromkeys(named.keys() - choosing.keys(), calibrated[0] if calibrated else 0)  # for their scores
+    others = [router for router in ways if not isinstance(router, KIN)]
+    if len(ways) > 1 and others:
         raise CompositionError(
-            f"{router!r}, and beside it for whole prompts {beside!r}",
-            expected="a router that decides for each token, and beside it calibrated or calibrated-prior",
-            do="leave one of them out",
+            f"{others[0]!r} beside another router that chooses for each token",
+            expected=f"routers that score by the same factors: {', '.join(kin.__name__.lower() for kin in KIN)}",
+            do="name fewer, or --engine transformers",
         )
-    if combination(router) != combination(served(beside)):
-        raise CompositionError(
-            f"combine={combination_of(router)!r}, and beside it for whole prompts {combination_of(beside)!r}",
-            expected="one combination, as the layers hold an expert's factors once",
-            do="leave --combine out, or one of the routers",
-        )
-    if beside.level == "prompt":
-        return Routers(router, beside, True)
-    if not isinstance(router, Calibrated) or selection_of(router) != selection_of(beside):
-        raise CompositionError(
-            f"{router!r}, and beside it {beside!r}, whose prior informs the scores that the layers choose by",
-            expected="calibrated-token, which chooses as many experts by the same scores",
-            do="leave one of them out",
-        )
-    return Routers(beside, beside, True)
+    return Routers(named, tuple(ways), turns)
+
+
+def _chooses_as(one: Router, other: Router) -> bool:
+    """Whether two routers score tokens alike, and take as many."""
+    return isinstance(one, Calibrated) and isinstance(other, Calibrated) and selection_of(one) == selection_of(other)
 
 
 def combination(router: Router) -> Any:

@@ -16,7 +16,7 @@ from spectr.library import ExpertLibrary
 from spectr.routers import Router
 from spectr.spectral import Prepared
 from spectr.vllm.hearing import Hearing, Row
-from spectr.vllm.requests import REFUSED, Asked
+from spectr.vllm.requests import Asked
 from spectr.vllm.served import routers_of
 
 
@@ -32,6 +32,7 @@ class Session:
         granted_TE: What each token of the step may do with each of them. NaN: nothing. From zero on: choose it by its
             score, which this informs; 1 where no prompt was read. Below zero: minus the weight that it has unchosen.
             The base model alone until the first step is written.
+        turns_T: Which of several ways to choose is each token's.
         sampled_N: For each request in the batch, which token of the step its next token is sampled from.
         layers: The routed layers, by vLLM's name, in the model's order.
         routed: The modules that they stand for, by the library's names.
@@ -56,7 +57,8 @@ class Session:
         found = list(self.opened.values())
         self._calibration = needed_calibration(library, found) if self._any("calibrated") else None
         self._gates = needed_gates(library, found) if self._any("gated") else None
-        self.granted_TE = torch.full((tokens, len(self.experts)), REFUSED, dtype=torch.float32, device=device)
+        self.granted_TE = torch.full((tokens, len(self.experts)), torch.nan, dtype=torch.float32, device=device)
+        self.turns_T = torch.zeros(tokens, dtype=torch.int32, device=device)
         self.sampled_N = torch.zeros(requests, dtype=torch.long, device=device)
         self.layers: dict[str, Any] = {}
         self.routed: dict[str, Any] = {}
@@ -65,11 +67,11 @@ class Session:
         self._rows: dict[Asked, np.ndarray] = {}
         modules = {module for expert in found for module in expert.shapes}
         self.hearing = None
-        if self.routers.prompts is not None:
+        if self.routers.prompts:
             self.hearing = Hearing(self.routers.prompts, {module: self.users(module) for module in modules})
 
     def _any(self, needs: str) -> bool:
-        return any(getattr(router, needs, False) for router in self.routers)
+        return any(getattr(router, needs, False) for router in self.routers.named.values())
 
     def parts(self, module: str, router: Router) -> dict[str, Prepared]:
         """A module's experts as a router prepares them, float32; removed ones too."""
@@ -88,11 +90,10 @@ class Session:
         row = self._rows.get(asked)
         if row is None:
             names = asked.allowed(self.experts, self.settings.access)
-            if not self.routers.take(asked.level, asked.verdict is not None, len(names)):
-                names = frozenset[str]()
-            left = names - self.removed
-            told = [asked.granting(name) if name in left else REFUSED for name in self.experts]
-            row = np.array(told, dtype=np.float32)
+            numbers = {name: asked.number(name) for name in names}
+            granted = self.routers.granted(asked.router, numbers, asked.verdict is not None)
+            left = {name: number for name, number in granted.items() if name not in self.removed}
+            row = np.array([left.get(name, np.nan) for name in self.experts], dtype=np.float32)
             if len(self._rows) > 4096:
                 self._rows.clear()
             self._rows[asked] = row
@@ -110,6 +111,9 @@ class Session:
             self.hearing.begin(step, alive, self.granted_TE.device)
         rows_TE = np.repeat(np.stack([self.row(one.granted) for one in asked]), tokens, axis=0)
         self.granted_TE[: len(rows_TE)].copy_(torch.from_numpy(rows_TE), non_blocking=True)
+        if len(self.routers.ways) > 1:
+            turns = np.array([self.routers.turn(one.router) for one in asked], dtype=np.int32)
+            self.turns_T[: len(rows_TE)].copy_(torch.from_numpy(np.repeat(turns, tokens)), non_blocking=True)
         if self.settings.record:
             ends = torch.from_numpy(np.cumsum(tokens) - 1)
             self.sampled_N[: len(ends)].copy_(ends, non_blocking=True)
@@ -125,7 +129,7 @@ class Session:
             raise CompositionError(f"unknown expert '{name}'", do=did_you_mean(name, self.experts))
         self.removed.add(name)
         self._rows.clear()
-        self.granted_TE[:, self.experts.index(name)] = REFUSED
+        self.granted_TE[:, self.experts.index(name)] = torch.nan
         for layer in self.layers.values():
             layer.fill(self)
 
@@ -137,7 +141,7 @@ class Session:
             "modules": len(self.routed),
             "names": list(self.routed),
             "experts": experts,
-            "router": " and ".join(dict.fromkeys(str(router) for router in self.routers if router is not None)),
+            "router": " and ".join(map(str, self.routers.named.values())),
         }
 
     def check(self) -> None:

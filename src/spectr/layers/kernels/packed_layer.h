@@ -1,5 +1,18 @@
 /* The functions of packed.c for one dtype. */
 
+/* Lengths of the experts' parts of h, from the centers, each row scaled. */
+static void NAME(score_scaled)(const float *h, const TYPE *centers, const float *scales, float *scores, long experts,
+                               long rank) {
+  for (long e = 0; e < experts; e++) {
+    float square = 0;
+    for (long r = e * rank; r < (e + 1) * rank; r++) {
+      float scored = FROM(TO(h[r] - FROM(centers[r]))) * scales[r];
+      square += scored * scored;
+    }
+    scores[e] = sqrtf(square);
+  }
+}
+
 /* One token's weights for module `s`: those that it was given, or chosen among the experts that it may use, as in a library
    that has no others. */
 static void NAME(choose_granted)(const struct packed *p, long s, const struct layer *l, const struct many *m,
@@ -7,7 +20,13 @@ static void NAME(choose_granted)(const struct packed *p, long s, const struct la
   long experts = l->experts, chosen[l->k], count = 0;
   float scores[experts], weights[l->k];
   const float *granted = p->granted + token * p->apart;
-  NAME(score)(h, l->centers, 0, scores, experts, l->rows / experts);
+  long turn = p->turns ? p->turns[token] : 0;
+  const struct way *way = p->ways + turn;
+  const float *scales = p->modules[s].scales;
+  if (scales)
+    NAME(score_scaled)(h, (const TYPE *)l->centers + turn * l->rows, scales + turn * l->rows, scores, experts, l->rows / experts);
+  else
+    NAME(score)(h, l->centers, 0, scores, experts, l->rows / experts);
   for (long e = 0; e < experts; e++) {
     float given = granted[p->columns[e]];
     if (given >= 0) scores[e] *= given;
@@ -21,7 +40,7 @@ static void NAME(choose_granted)(const struct packed *p, long s, const struct la
   if (count == 0) {
     for (long e = 0; e < experts; e++)
       if (!(granted[p->columns[e]] >= 0)) scores[e] = -INFINITY;
-    choose(scores, experts, count = p->k, l->temperature, chosen, weights);
+    choose(scores, experts, count = way->k, way->temperature, chosen, weights);
   }
   for (; count < l->k; count++) {
     chosen[count] = 0;
@@ -41,7 +60,7 @@ static void NAME(add_module)(const struct packed *p, long s, const struct many *
                              long stride, long begin, long tokens, long threads) {
   const struct module *own = p->modules + s;
   const struct layer l = {.Bt = own->B, .centers = own->centers, .outputs = own->length, .rows = own->rows,
-                          .experts = p->experts, .k = p->most, .stride = stride, .temperature = p->temperature};
+                          .experts = p->experts, .k = p->most, .stride = stride};
   out += begin * stride + own->begin;
 #pragma omp for schedule(static)
   for (long t = 0; t < tokens; t++)
