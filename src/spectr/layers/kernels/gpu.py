@@ -116,7 +116,7 @@ def _add_chosen(
     )  # fmt: skip
     weighted_TP = tl.reshape(weighted_TER, (T, E * R))
     if Bt.dtype.element_ty == tl.float32:
-        sums_TO = tl.dot(weighted_TP, Bt_PO, input_precision="ieee")
+        sums_TO = tl.dot(weighted_TP, Bt_PO, input_precision="tf32x3")  # three products of halves: float32's digits
     else:
         sums_TO = tl.dot(weighted_TP, Bt_PO.to(tl.float32), input_precision="tf32")  # has all digits of short numbers
     t_T1 = tl.expand_dims(t, 1)

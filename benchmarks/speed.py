@@ -1,0 +1,141 @@
+"""What routing costs beside PEFT, on SmolLM2-135M: one table, with what it aims at and what the machine leaves.
+
+    $ python benchmarks/speed.py --work WORK
+
+Each setting (experts and dtype) is one run of ``spectr benchmark``: base model, routed model, PEFT with one adapter and
+PEFT's Arrow take turns, and ratios are medians of those within a round. A setting that is done is kept in WORK, so that
+a killed run goes on with the next; ``--fresh`` measures all again. Libraries of 1,000 experts and more, for which there
+is the shortlist, have a table of their own: ``benchmarks/scale.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+
+from rich.console import Console
+from rich.progress import Progress, TaskID
+from rich.table import Table
+
+from spectr import ExpertLibrary, Spectr
+from spectr.benchmark import Timing, benchmark, write_lookalikes
+from spectr.benchmark.subjects import BASE, OURS
+from spectr.models import load_model
+from spectr.shipped import shipped_experts
+
+SHIPPED = 9
+COLUMNS = (
+    "experts, dtype",
+    "work",
+    "ours over one adapter of PEFT",
+    "PEFT's Arrow over ours",
+    "memory, ours over one adapter",
+    "ours over base",
+    "limit",
+)
+
+
+class Aims(NamedTuple):
+    """What ratios should be: at most, at least, at most."""
+
+    single_prompt: float
+    single_decoding: float
+    arrow_prompt: float
+    arrow_decoding: float
+    memory: float
+
+
+AIMS = {SHIPPED: Aims(1.08, 1.0, 2.2, 2.2, 1.2), 64: Aims(1.5, 1.5, 15, 6, 1.5)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for synthetic experts and finished settings")
+    parser.add_argument("--experts", type=int, nargs="+", default=[SHIPPED, 64])
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--fresh", action="store_true", help="measure again what is in WORK")
+    given = parser.parse_args()
+    console, table = Console(width=160), Table(*COLUMNS)
+    origin: Mapping[str, Any] = {}
+    with Progress(console=console, transient=True) as bars:
+        for count in given.experts:
+            for dtype in given.dtype:
+                task = bars.add_task(f"{count} experts, {dtype}", total=None)
+                told = outcome(given, count, dtype, partial(_show, bars, task))
+                bars.remove_task(task)
+                for row in rows(told, f"{count}, {dtype}", AIMS.get(count)):
+                    table.add_row(*row)
+                origin = told["origin"]
+    console.print(table)
+    console.print(
+        f"{origin['router']}, {origin['threads']} threads, {origin['device']}, torch {origin['torch']}; medians of "
+        f"{given.rounds} rounds in turn; in brackets what is aimed at, * where it is missed. limit: over the base "
+        "if a machine did nothing but the added operations (prompt), or read the added bytes (decoding). memory: most "
+        "that one call held at once, as torch counts.",
+        highlight=False,
+    )
+
+
+def _show(bars: Progress, task: TaskID, done: int, total: int, what: str) -> None:
+    bars.update(task, completed=done, total=total)
+
+
+def outcome(
+    given: argparse.Namespace,
+    count: int,
+    dtype: Literal["float32", "bfloat16"],
+    progress: Callable[[int, int, str], None],
+) -> dict[str, Any]:
+    """What ``spectr benchmark`` gives, or gave."""
+    kept = given.work / f"{count}-{dtype}-{given.rounds}.json"
+    if not kept.is_file() or given.fresh:
+        model, _ = load_model(dtype=dtype)
+        library = ExpertLibrary.open(shipped_experts())
+        if count > len(library):
+            library = write_lookalikes(library, given.work / "experts", count)
+        few = {"batches": (1, 16), "steps": 16} if count <= SHIPPED else {"batches": (1,), "steps": 4}
+        measured = benchmark(model, library, Spectr(top_k=4), rounds=given.rounds, progress=progress, **few)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(dataclasses.asdict(measured)), encoding="utf-8")
+    return json.loads(kept.read_text(encoding="utf-8"))
+
+
+def rows(told: dict[str, Any], name: str, aims: Aims | None) -> Iterator[tuple[str, ...]]:
+    """One for each work."""
+    timings = {key: Timing(seconds=tuple(one["seconds"]), peak=one["peak"]) for key, one in told["timings"].items()}
+    for work, limit in told["limits"].items():
+        base, ours, single, arrow = (
+            timings[f"{subject} | {work}"] for subject in (BASE, OURS, "peft, one adapter", "peft, Arrow")
+        )
+        prompt = work.startswith("prompt")
+        yield (
+            name,
+            work,
+            _told(ours.over(single), aims and (aims.single_prompt if prompt else aims.single_decoding)),
+            _told(arrow.over(ours), aims and (aims.arrow_prompt if prompt else aims.arrow_decoding), least=True),
+            _told(ours.peak / single.peak, aims and aims.memory),
+            f"{ours.over(base):.2f}",
+            f"{limit:.2f}",
+        )
+        name = ""
+
+
+def _told(ratio: float, aim: float | None, *, least: bool = False) -> str:
+    """A ratio beside its aim, marked where that is missed."""
+    if aim is None:
+        return f"{ratio:.2f}"
+    text = f"{ratio:.2f} ({'>=' if least else '<='} {aim:g})"
+    return text if (ratio >= aim if least else ratio <= aim) else f"[bold]{text} *[/]"
+
+
+if __name__ == "__main__":
+    main()
