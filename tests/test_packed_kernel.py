@@ -88,10 +88,10 @@ class World:
         for number, select in enumerate(self.ways):
             turn = self.turns[:tokens] == number
             scored = h_TSER[turn]
-            if self.centers is not None:
-                scored = scored - self.centers[:, number].view(2, E, self.rank)
             if self.scales is not None:
                 scored = scored * self.scales[:, number].view(2, E, self.rank)
+            if self.centers is not None:
+                scored = scored - self.centers[:, number].view(2, E, self.rank)
             scores_TSE[turn] = scored.norm(dim=-1).float() * granted.where(granted >= 0, 1)[turn]
             weights_TSE[turn] = weights_among(select, scores_TSE[turn], granted[turn] >= 0)
         weights_TSE = (-granted).where(granted < 0, weights_TSE)

@@ -176,7 +176,7 @@ class Ear(nn.Module):
         for group, names in self.groups:
             rows = group.modules_S * group.rows
             h_NSP = h_NQ[:, start : start + rows].unflatten(-1, (group.modules_S, group.rows))
-            scores_NSE = group.scores(h_NSP, h_NQ[:, :0], x_NI)
+            scores_NSE = group.scores(h_NSP, x_NI)
             for module, scores_NE in zip(names, scores_NSE.unbind(1), strict=True):
                 self.hearing.take(module, scores_NE)
             start += rows

@@ -19,7 +19,7 @@ from spectr.vllm.product import Product
 from spectr.vllm.routing import Group, alike
 from spectr.vllm.session import Session
 from spectr.vllm.shards import Split
-from spectr.vllm.ways import Way
+from spectr.vllm.ways import Way, by_ways
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -101,11 +101,11 @@ class Experts(nn.Module):
         if self.split.by_input:
             h_TQ = self.reduce(h_TQ)
         granted_TF, turns_T = self.granted_TE[: len(x_TI)], self.turns_T[: len(x_TI)]
-        start, extra, module = 0, self.extra_begin, 0
+        start, module = 0, 0
         for number, group in enumerate(self.groups):
-            rows, more = group.modules_S * group.rows, group.modules_S * group.experts * group.folded
+            rows = group.modules_S * group.rows
             h_TSP = h_TQ[:, start : start + rows].unflatten(-1, (group.modules_S, group.rows))
-            scores_TSE, weights_TSE = group.choose(h_TSP, h_TQ[:, extra : extra + more], x_TI, granted_TF, turns_T)
+            scores_TSE, weights_TSE = group.choose(h_TSP, x_TI, granted_TF, turns_T)
             if self.record:
                 self._write(number, scores_TSE, weights_TSE)
             weighted_TSP = group.weighted(h_TSP, weights_TSE)[..., self.split.columns(group.rows)]
@@ -113,7 +113,7 @@ class Experts(nn.Module):
                 begin, length = self.places[module]
                 out_TO.narrow(-1, begin, length).add_(self.B[module](one_TP.contiguous()))
                 module += 1
-            start, extra = start + rows, extra + more
+            start += rows
         return out_TO
 
     def _stacks(self, session: Session, router: Router) -> list[Stack]:
@@ -136,9 +136,9 @@ class Experts(nn.Module):
         return runs, nn.ModuleList(groups).to(self.device)
 
     def _ways(self, session: Session, stacks: Sequence[Stack], routers: Sequence[Router]) -> list[list[Way]]:
-        """Of each module how each of several routers scores its experts; of one router nothing."""
+        """Of each module how each router scores its experts, where that is to be known."""
         ways: list[list[Way]] = [[] for _ in stacks]
-        for router in routers if len(routers) > 1 else ():
+        for router in routers if by_ways(routers) else ():
             for its, own, held in zip(ways, self._stacks(session, router), stacks, strict=True):
                 its.append(Way.of(own, held, router))
         return ways
@@ -156,13 +156,10 @@ class Experts(nn.Module):
         return A_PI, list(zip(groups, names, strict=True)), reduce
 
     def _factors(self, stacks: Sequence[Stack]) -> tuple[Tensor, list[Tensor]]:
-        """Input factors of all modules below each other, prototypes last, and each module's output factors."""
+        """Input factors of all modules below each other, and each module's output factors."""
         order = [number for run in self.runs for number in run]
         assert order == list(range(len(stacks)))
         rows = [self.split.inputs(stack.A_PI) for stack in stacks]
-        self.extra_begin = sum(map(len, rows))
-        if any(group.folded for group in self.groups):
-            rows += [self.split.inputs(stack.prototypes_EI) for stack in stacks if stack.prototypes_EI is not None]
         names = self.modules_S
         B_SOP = [
             self.split.outputs(stack.B_OP, names.index(module), len(names))

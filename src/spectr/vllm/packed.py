@@ -10,6 +10,7 @@ from spectr.combine import get_combination, merge_outputs
 from spectr.layers.kernels.packed import Choice, Choosing, Module, Packed, packed_works
 from spectr.routers.settings import combination_of
 from spectr.selection import Selection, TopK
+from spectr.vllm.ways import KIN
 
 
 def fits(experts: Any) -> bool:
@@ -36,7 +37,7 @@ def _simple(experts: Any) -> bool:
         return False
     [group] = experts.groups
     outputs = get_combination(combination_of(group.router)).merge is merge_outputs
-    by_norms = group.scales_SWP is not None or getattr(group.router, "by_norms", False)
+    by_norms = isinstance(group.router, KIN) or getattr(group.router, "by_norms", False)
     return bool(outputs and by_norms and group.common_rank is not None)
 
 

@@ -1,7 +1,7 @@
 """Scores and weights of a packed layer: pure torch, static shapes, any number of requests in a batch.
 
 Legend: T tokens, S modules that are packed in one layer and have like experts, E experts, P rows of their factors,
-R one expert's rows, X rows that score alone, F the engine's experts.
+R one expert's rows, W ways to score, F the engine's experts.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from jaxtyping import Bool, Float, Int32
 from torch import Tensor, nn
 
 from spectr.combine import get_combination, merge_factors
-from spectr.routers import Arrow, PromptRouter, Router, Uniform
+from spectr.routers import PromptRouter, Router
 from spectr.routers.base import segment_norms
 from spectr.routers.settings import combination_of, selection_of
 from spectr.selection import Everyone, Selection, TopK
 from spectr.spectral import Stack
-from spectr.vllm.ways import Way
+from spectr.vllm.ways import KIN, Way
 
 
 def weights_among(
@@ -46,9 +46,7 @@ def weights_among(
 
 def sees_input(router: Router) -> bool:
     """Whether a router's scores need all of a module's input, and not only products with it."""
-    return not (getattr(router, "by_norms", False) or getattr(router, "shares_A", False)) and not isinstance(
-        router, (Uniform, Arrow)
-    )
+    return not (isinstance(router, KIN) or getattr(router, "by_norms", False))
 
 
 class Group(nn.Module):
@@ -60,7 +58,7 @@ class Group(nn.Module):
         columns: Which of the engine's experts these are.
         engine_experts: How many that has.
         held: How many of them have weights at most that were decided on before.
-        ways: Of each module how each of several routers scores its experts; of one router nothing.
+        ways: Of each module how each router scores its experts, where :func:`by_ways` says so.
     """
 
     owner_P: Tensor
@@ -85,7 +83,7 @@ class Group(nn.Module):
         self.rows = len(first.A_PI)
         self.router, self.selects = router, [selection_of(one) for one in routers]
         self.merges = get_combination(combination_of(router)).merge is merge_factors
-        self.folded, self.held = isinstance(router, Arrow) and len(routers) == 1, held
+        self.held = held
         priors = [one for one in routers if isinstance(one, PromptRouter) and one.level == "prior"]
         self.informed = priors[0].informed if priors else None
         self.everyone = list(columns) == list(range(engine_experts))
@@ -97,7 +95,7 @@ class Group(nn.Module):
             "columns_E": torch.tensor(columns),
             "centers_SWP": centers_SWP,
             "scales_SWP": scales_SWP,
-            "prototypes_EI": None if self.folded or len(routers) > 1 else first.prototypes_EI,
+            "prototypes_EI": None if scales_SWP is not None else first.prototypes_EI,
         }
         for name, tensor in named.items():
             self.register_buffer(name, tensor, persistent=False)
@@ -113,7 +111,6 @@ class Group(nn.Module):
     def choose(
         self,
         h_TSP: Float[Tensor, "T S P"],
-        extra_TX: Float[Tensor, "T X"],
         x_TI: Tensor,
         granted_TF: Float[Tensor, "T F"],
         turns_T: Int32[Tensor, " T"],
@@ -122,15 +119,11 @@ class Group(nn.Module):
 
         Args:
             h_TSP: ``A x``.
-            extra_TX: Products of the input with the prototypes, where the router is Arrow.
             x_TI: The input itself; a part of it in a row-parallel layer, whose router does not look.
             granted_TF: What each token may do with the engine's experts; see :attr:`Session.granted_TE`.
             turns_T: Which of several routers each token has.
         """
-        if self.scales_SWP is None:
-            scores_TSE = self.scores(h_TSP, extra_TX, x_TI)
-        else:
-            scores_TSE = self._scores_by_turns(h_TSP, turns_T)
+        scores_TSE = self.scores(h_TSP, x_TI) if self.scales_SWP is None else self._scores_by_ways(h_TSP, turns_T)
         granted_TE = granted_TF if self.everyone else granted_TF[:, self.columns_E]
         granted_TSE = granted_TE[:, None].expand_as(scores_TSE)
         allowed_TSE = granted_TSE >= 0
@@ -144,22 +137,18 @@ class Group(nn.Module):
             weights_TSE = (-granted_TSE).where(granted_TSE < 0, weights_TSE)
         return scores_TSE, weights_TSE
 
-    def scores(
-        self, h_TSP: Float[Tensor, "T S P"], extra_TX: Float[Tensor, "T X"], x_TI: Tensor
-    ) -> Float[Tensor, "T S E"]:
+    def scores(self, h_TSP: Float[Tensor, "T S P"], x_TI: Tensor) -> Float[Tensor, "T S E"]:
         """The first router's scores alone; see :meth:`choose`."""
         scored_TSP = h_TSP if self.centers_SWP is None else h_TSP - self.centers_SWP[:, 0]
-        if self.folded:
-            return extra_TX.float().abs().unflatten(-1, (self.modules_S, self.experts))
         norms_TSE = segment_norms(scored_TSP, self.common_rank, self.member_EP)
         x_TSI = x_TI[:, None].expand(-1, self.modules_S, -1)
         return self.router.scores(x_TSI, norms_TSE, self.prototypes_EI)
 
-    def _scores_by_turns(self, h_TSP: Float[Tensor, "T S P"], turns_T: Int32[Tensor, " T"]) -> Float[Tensor, "T S E"]:
+    def _scores_by_ways(self, h_TSP: Float[Tensor, "T S P"], turns_T: Int32[Tensor, " T"]) -> Float[Tensor, "T S E"]:
         assert self.centers_SWP is not None
         assert self.scales_SWP is not None
         centers_TSP, scales_TSP = (table[:, turns_T].movedim(0, 1) for table in (self.centers_SWP, self.scales_SWP))
-        return segment_norms((h_TSP - centers_TSP) * scales_TSP, self.common_rank, self.member_EP)
+        return segment_norms(h_TSP * scales_TSP - centers_TSP, self.common_rank, self.member_EP)
 
     def weighted(self, h_TSP: Float[Tensor, "T S P"], weights_TSE: Float[Tensor, "T S E"]) -> Float[Tensor, "T S P"]:
         """What the output factors are multiplied with: zero for experts without a weight, whatever their ``h`` is."""
@@ -186,6 +175,6 @@ def _tables(stacks: Sequence[Stack], ways: Sequence[Sequence[Way]]) -> tuple[Ten
 
 def alike(one: Any, other: Any, router: Router) -> bool:
     """Whether two stacks can be scored in one go."""
-    loose = isinstance(router, Arrow) or (one.prototypes_EI is None and other.prototypes_EI is None)
+    loose = isinstance(router, KIN) or (one.prototypes_EI is None and other.prototypes_EI is None)
     same = (one.experts, one.ranks) == (other.experts, other.ranks)
     return loose and same and one.common_rank is not None

@@ -2,7 +2,7 @@
 
 struct module {
   const void *B, *centers; /* output factors as the function has them, and (ways, rows), taken away before scoring, or none */
-  const float *scales; /* (ways, rows), what is left is multiplied by before scoring, or none, where there is one way */
+  const float *scales; /* (ways, rows), A x is multiplied by before that, or none; then there are centers, too */
   long rows, first, begin, length; /* where its A x and its output begin in the layer's */
 };
 

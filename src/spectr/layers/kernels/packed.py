@@ -29,7 +29,7 @@ class Module(NamedTuple):
         B_OP: Its experts' output factors.
         centers_WP: For each way to choose taken away before scoring, if anything is.
         begin: Where its output begins in the layer's.
-        scales_WP: For each of several ways what is left is multiplied by, float32; then there are centers, too.
+        scales_WP: What ``A x`` is multiplied by before that, float32, if by anything; then there are centers, too.
     """
 
     B_OP: Tensor

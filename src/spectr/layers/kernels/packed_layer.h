@@ -1,12 +1,12 @@
 /* The functions of packed.c for one dtype. */
 
-/* Lengths of the experts' parts of h, from the centers, each row scaled. */
+/* Lengths of the experts' parts of h, each row scaled, less the centers. */
 static void NAME(score_scaled)(const float *h, const TYPE *centers, const float *scales, float *scores, long experts,
                                long rank) {
   for (long e = 0; e < experts; e++) {
     float square = 0;
     for (long r = e * rank; r < (e + 1) * rank; r++) {
-      float scored = FROM(TO(h[r] - FROM(centers[r]))) * scales[r];
+      float scored = h[r] * scales[r] - FROM(centers[r]);
       square += scored * scored;
     }
     scores[e] = sqrtf(square);

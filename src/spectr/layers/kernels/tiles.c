@@ -118,10 +118,9 @@ static void decide(const struct packed *l, const struct module *m, const float *
     __m512 sum = _mm512_setzero_ps();
     for (long r = e * rank; r < (e + 1) * rank; r++) {
       __m512 each = _mm512_i32gather_ps(places, h + r, 4);
-      if (m->scales) {
-        each = _mm512_sub_ps(each, _mm512_i32gather_ps(own, centers + r, 4));
-        each = _mm512_mul_ps(each, _mm512_i32gather_ps(own, m->scales + r, 4));
-      } else if (centers)
+      if (m->scales)
+        each = _mm512_fmsub_ps(each, _mm512_i32gather_ps(own, m->scales + r, 4), _mm512_i32gather_ps(own, centers + r, 4));
+      else if (centers)
         each = _mm512_sub_ps(each, _mm512_set1_ps(centers[r]));
       sum = _mm512_fmadd_ps(each, each, sum);
     }
