@@ -56,8 +56,8 @@ class Routers(NamedTuple):
     @property
     def held(self) -> int:
         """How many experts a verdict gives weights at most; 0 where it names one alone, which gets all of it anyhow."""
-        several = [_held_by(router) for router in self.named.values()]
-        return max(several) if max(several) > 1 else 0
+        most = max(map(_held_by, self.named.values()))
+        return most if most > 1 else 0
 
     def turn(self, name: str) -> int:
         """Which way the tokens of a router have."""

@@ -23,10 +23,11 @@ static void NAME(choose_granted)(const struct packed *p, long s, const struct la
   long turn = p->turns ? p->turns[token] : 0;
   const struct way *way = p->ways + turn;
   const float *scales = p->modules[s].scales;
+  long own = turn * l->rows, rank = l->rows / experts;
   if (scales)
-    NAME(score_scaled)(h, (const TYPE *)l->centers + turn * l->rows, scales + turn * l->rows, scores, experts, l->rows / experts);
+    NAME(score_scaled)(h, (const TYPE *)l->centers + own, scales + own, scores, experts, rank);
   else
-    NAME(score)(h, l->centers, 0, scores, experts, l->rows / experts);
+    NAME(score)(h, l->centers, 0, scores, experts, rank);
   for (long e = 0; e < experts; e++) {
     float given = granted[p->columns[e]];
     if (given >= 0) scores[e] *= given;
