@@ -110,6 +110,8 @@ def test_answers_and_decisions_are_those_of_transformers_with_each_router_and_se
     expected = judge(requests)
     several = [token for _, shares in expected.values() for token in shares if sum(s > 0 for s in token.values()) > 1]
     assert len(several) > len(expected)
+    texts = [{expected[router["name"], (*prompt,), None][0] for router in routers} for prompt in PROMPTS[:3]]
+    assert [len(one) for one in texts] == [len(routers)] * 3  # each router has another answer
     without = judge([(router, PROMPTS[0], NAMES[1:]) for router in routers])
 
     async def story():
