@@ -10,7 +10,7 @@ words of ``pooling_words.yaml``, which are neither the experts' nor those of ``s
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -103,8 +103,14 @@ def collect(arguments: argparse.Namespace) -> tuple[list[Prompt], Usual]:
     return found, Usual(texts, f"the model wrote with seed {arguments.seed}")
 
 
-def rows(arguments: argparse.Namespace) -> Iterator[tuple[Example, str, bool]]:
-    words = yaml.safe_load((Path(__file__).parent / "pooling_words.yaml").read_text(encoding="utf-8"))
+def rows(
+    arguments: argparse.Namespace, words: Mapping[str, Sequence[str]] | None = None
+) -> Iterator[tuple[Example, str, bool]]:
+    """Training rows of each task in its expert's own words, then in others, by default those of
+    ``pooling_words.yaml``."""
+    if words is None:
+        words = yaml.safe_load((Path(__file__).parent / "pooling_words.yaml").read_text(encoding="utf-8"))
+    assert words is not None
     for name, task in shipped_tasks().items():
         assert task.train is not None
         variants = [task.model_copy(update={"prompt": prompt}) for prompt in words[name]]

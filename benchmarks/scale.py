@@ -1,10 +1,10 @@
-"""A library of very many experts: what each step costs, whether the right expert is found, and what an answer costs.
+"""A library of very many experts: what each step costs, and what an answer costs.
 
 The nine shipped experts stand among synthetic ones that resemble them in spectrum and size. The library is made,
-calibrated and indexed in WORK, which is kept: a second run measures again what it can. Prompts are rows of the tasks'
-*training* files, half in the experts' own words and half in those of ``pooling_words.yaml``.
+calibrated and indexed in WORK, which is kept: a second run measures again what it can. ``recall.py`` tells whether the
+right expert is found in it.
 
-    python benchmarks/scale.py --work WORK --data-root DATA [--experts 1000] [--prompts 4] [--rounds 5]
+    python benchmarks/scale.py --work WORK [--experts 1000] [--rounds 5]
 """
 
 from __future__ import annotations
@@ -27,27 +27,22 @@ from rich.progress import track
 from rich.table import Table
 from torch import nn
 
-from pooling import rows, share
 from spectr import Calibrated, ExpertLibrary, Shortlist, Spectr, build_index, calibrate, compose
 from spectr.benchmark.subjects import twin
 from spectr.benchmark.synthetic import write_lookalikes
 from spectr.composition import Paged
 from spectr.library import LibraryStore
-from spectr.models import encode_prompt, load_model
+from spectr.models import load_model
 from spectr.shipped import shipped_experts
-from spectr.tasks import Example
 
 ANSWER = 32  # tokens of an answer
 PROMPT = 256
-EVERY = (1, 2, 3, 5)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for the library; some 5 MB an expert")
-    parser.add_argument("--data-root", type=Path, help="folder of the tasks' data")
     parser.add_argument("--experts", type=int, default=1000)
-    parser.add_argument("--prompts", type=int, default=4, help="training rows of each task, in each kind of words")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--answer", action="store_true", help="only open, compose and answer once, for the memory")
     arguments = parser.parse_args()
@@ -66,8 +61,6 @@ def main() -> None:
     for step, figure in (*adding(arguments.work), *alone(arguments.work)):
         table.add_row(step, figure)
     console.print(table)
-    if arguments.data_root:
-        console.print(found(model, tokenizer, few, many, list(rows(arguments))))
     console.print(timed(model, few, many, arguments.rounds))
     console.print(
         f"float32, {torch.get_num_threads()} threads, torch {torch.__version__}; medians of {arguments.rounds}"
@@ -162,31 +155,6 @@ def answer_once(root: Path) -> None:
         "peak memory of the process, the base model alone": f"{peak:.2f} GiB, {before:.2f} GiB",
     }
     print(json.dumps(told))
-
-
-# Finding the right expert
-
-
-@torch.inference_mode()
-def found(
-    model: nn.Module, tokenizer, few: ExpertLibrary, many: ExpertLibrary, prompts: list[tuple[Example, str, bool]]
-) -> Table:
-    table = Table("decision", "experts", "own words", "among 16", "other words", "among 16")
-    cases = [("calibrated, all directions", few, Calibrated()), ("shortlist", few, Shortlist(size=1))]
-    cases += [(f"shortlist, every {n}", many, Shortlist(size=1, every=n)) for n in EVERY]
-    cases += [(f"shortlist, {n} tokens", many, Shortlist(size=1, probe_tokens=n)) for n in (16, 64)]
-    for name, library, router in cases:
-        composed = twin(model)
-        routed = compose(composed, library, router)
-        assert routed.prompt is not None
-        places = []
-        for example, task, own in track(prompts, f"{name}, {len(library)}"):
-            evidence_E = routed.prompt.evidence(torch.tensor([encode_prompt(tokenizer, example.prompt)]))[0]
-            right = evidence_E[routed.experts.index(task)]
-            places.append((int((evidence_E > right).sum()) + 1, own))
-        mine, other = [p for p, own in places if own], [p for p, own in places if not own]
-        table.add_row(name, str(len(library)), share(mine, 1), share(mine, 16), share(other, 1), share(other, 16))
-    return table
 
 
 # What an answer costs

@@ -2,6 +2,7 @@
 
 from importlib import import_module
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,11 +18,13 @@ from spectr.selection import Everyone, TopK
 from spectr.spectral import Stack, align
 from spectr.vllm import EXPERTS, ROUTE_ID, ROUTING
 from spectr.vllm.hearing import Row
+from spectr.vllm.layer import _kept
 from spectr.vllm.register import _supported, check_version, register
-from spectr.vllm.requests import LEVEL, PROBE, UNHEARD, Asked
+from spectr.vllm.requests import PROBE, ROUTER, UNHEARD, VERDICT, Asked
 from spectr.vllm.routing import Group, weights_among
 from spectr.vllm.served import decides_on_prompts, routers_of, served
 from spectr.vllm.shards import Split
+from spectr.vllm.ways import Way, by_ways
 
 KNOWN = ("amber", "blue", "cyan")
 
@@ -70,9 +73,9 @@ def test_salts_are_equal_for_equal_sets_alone():
     assert salt(None) == ""
     assert salt(["amber", "blue"]) == salt("blue,amber,amber")
     different = [salt(None), salt([]), salt(["amber"]), salt(["amber", "blue"]), salt(7), salt(None, {"blue"})]
-    different += [Asked.of({**told, LEVEL: "prompt"}).salt() for told in ({}, {EXPERTS: ["amber", "blue"]})]
+    different += [Asked.of({**told, ROUTER: "calibrated"}).salt() for told in ({}, {EXPERTS: ["amber", "blue"]})]
     assert len(set(different)) == len(different)
-    assert Asked.of({EXPERTS: ["amber"], LEVEL: "prompt"}).salt() == salt(["amber"])  # there is nothing to decide
+    assert Asked.of({EXPERTS: ["amber"], ROUTER: "arrow"}).salt() == salt(["amber"])  # there is nothing to choose
     assert Asked.of({EXPERTS: ["amber"], ROUTING: "tokens", ROUTE_ID: "x"}).salt() == salt(["amber"])
     assert salt(["amber", "blue"], {"blue"}) == salt(["amber"])  # what is left is that set, and computes the same
     assert salt(["amber"], {"blue"}) == salt(["amber"])
@@ -115,12 +118,6 @@ ROUTERS = [
 ]
 
 
-def extra_of(router, stacks, x_TI):
-    if not isinstance(router, spectr.Arrow):
-        return x_TI[:, :0]
-    return x_TI @ torch.cat([stack.prototypes_EI for stack in stacks]).mT
-
-
 @pytest.mark.parametrize("router", ROUTERS, ids=str)
 @pytest.mark.parametrize("ranks", [(3, 3, 3), (2, 4, 3)], ids=str)
 def test_packed_modules_are_the_routed_layers_of_each(router, ranks):
@@ -130,10 +127,11 @@ def test_packed_modules_are_the_routed_layers_of_each(router, ranks):
     named = dict(zip(KNOWN, ranks, strict=True))
     stacks = [stack_of(router, named, seed) for seed in range(many)]
     x_TI = torch.randn(6, 12, generator=torch.Generator().manual_seed(9))
-    group = Group(stacks, router, [0, 1, 2], 3)
+    ways = [[Way.of(stack, stack, router)] for stack in stacks if by_ways([router])]
+    group, turns_T = Group(stacks, [router], [0, 1, 2], 3, ways=ways), torch.zeros(6, dtype=torch.int32)
     h_TSP = torch.stack([x_TI @ stack.A_PI.mT for stack in stacks], dim=1)
-    allowed_TF = torch.ones(6, 3, dtype=torch.bool)
-    scores_TSE, weights_TSE = group.choose(h_TSP, extra_of(router, stacks, x_TI), x_TI, allowed_TF)
+    granted_TF = torch.ones(6, 3)
+    scores_TSE, weights_TSE = group.choose(h_TSP, x_TI, granted_TF, turns_T)
     weighted_TSP = group.weighted(h_TSP, weights_TSE)
     for number, stack in enumerate(stacks):
         base = torch.nn.Linear(12, 10, bias=False)
@@ -143,67 +141,154 @@ def test_packed_modules_are_the_routed_layers_of_each(router, ranks):
         torch.testing.assert_close(weighted_TSP[:, number] @ stack.B_OP.mT, update_TO, rtol=1e-4, atol=1e-5)
 
 
+def test_scores_are_informed_where_a_prior_is_and_weights_held_are_no_choice():
+    router = spectr.Calibrated(level="prior", top_k=1)
+    group = Group([stack_of(router, dict.fromkeys(KNOWN, 2), 0)], [router], [2, 0, 1], 3, held=2)
+    h_TSP = torch.tensor([1.0, 0, 2, 0, 3, 0]).expand(3, 1, 6)
+    granted_TF = torch.tensor([[1, torch.nan, 2.5], [-0.7, torch.nan, torch.nan], [-0.2, -0.5, torch.nan]])
+    x_TI = torch.ones(3, 12)
+    scores_TSE, weights_TSE = group.choose(h_TSP, x_TI, granted_TF, torch.zeros(len(x_TI), dtype=torch.int32))
+    assert scores_TSE[:, 0].tolist() == [[2.5, 2, 3], [1, 2, 3], [1, 2, 3]]
+    torch.testing.assert_close(weights_TSE[:, 0], torch.tensor([[1, 0, 0], [0, 0.7, 0], [0, 0.2, 0.5]]))
+
+
+KIN = [
+    spectr.Spectr(top_k=2),
+    spectr.Calibrated(level="token", top_k=1),
+    spectr.Arrow(top_k=3),
+    spectr.Uniform(),
+    spectr.Spectr(top_k=1, score="projection"),
+    spectr.Seqr(top_k=2, weights="softmax"),
+]
+
+
+@pytest.mark.parametrize("ranks", [(3, 3, 3), (2, 4, 3)], ids=str)
+@pytest.mark.parametrize("first", range(len(KIN)))
+def test_by_the_factors_of_one_router_each_of_its_kin_scores_and_chooses_as_by_its_own(first, ranks):
+    routers = KIN[first:] + KIN[:first]
+    named, x_TI = dict(zip(KNOWN, ranks, strict=True)), torch.randn(60, 12, generator=torch.Generator().manual_seed(9))
+
+    def stacks(router, removed=()):
+        found = []
+        for seed in range(2):
+            parts = stack_of(router, named, seed).parts()
+            if isinstance(router, spectr.Calibrated):
+                mean = torch.randn(12, generator=torch.Generator().manual_seed(seed))
+                parts = {name: part.calibrated(mean, 2.0 + len(name)) for name, part in parts.items()}
+            found.append(Stack.of({n: _kept(part, n in removed) for n, part in parts.items()}))
+        return found
+
+    def ways(removed=()):
+        held = stacks(routers[0], removed)
+        return [[Way.of(stacks(router, removed)[s], held[s], router) for router in routers] for s in range(len(held))]
+
+    held, turns_T = stacks(routers[0]), torch.arange(60, dtype=torch.int32) % len(routers)
+    group = Group(held, routers, [0, 1, 2], 3, ways=ways())
+    h_TSP = torch.stack([x_TI @ stack.A_PI.mT for stack in held], dim=1)
+    scores_TSE, weights_TSE = group.choose(h_TSP, x_TI, torch.ones(60, 3), turns_T)
+    for number, router in enumerate(routers):
+        for s, own in enumerate(stacks(router)):
+            layer, mine = RoutedLinear(torch.nn.Linear(12, 10), own, router), turns_T == number
+            torch.testing.assert_close(scores_TSE[mine, s], layer.scores(x_TI[mine]), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(weights_TSE[mine, s], layer.route(x_TI[mine]).weights_TE, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(own.B_OP @ own.A_PI, held[s].B_OP @ held[s].A_PI, rtol=1e-4, atol=1e-5)
+    group.refill(stacks(routers[0], ["blue"]), ways(["blue"]))
+    blue = group.member_EP[1] > 0
+    assert not group.scales_SWP[..., blue].any()
+    assert set(group.centers_SWP[..., blue].unique().tolist()) == {0, 1}  # one is what all are scored by Uniform
+
+
 def test_an_expert_without_weight_does_nothing_whatever_its_numbers():
     router = spectr.Spectr(top_k=1)
-    group = Group([stack_of(router, dict.fromkeys(KNOWN, 2), 0)], router, [0, 1, 2], 3)
+    group = Group([stack_of(router, dict.fromkeys(KNOWN, 2), 0)], [router], [0, 1, 2], 3)
     h_TSP = torch.ones(1, 1, 6)
     h_TSP[..., 2:4] = torch.inf
-    x_TI, allowed_TF = torch.ones(1, 12), torch.tensor([[True, False, True]])
-    scores_TSE, weights_TSE = group.choose(h_TSP, x_TI[:, :0], x_TI, allowed_TF)
+    x_TI, granted_TF = torch.ones(1, 12), torch.tensor([[1.0, torch.nan, 1.0]])
+    scores_TSE, weights_TSE = group.choose(h_TSP, x_TI, granted_TF, torch.zeros(len(x_TI), dtype=torch.int32))
     assert scores_TSE[0, 0, 1] == torch.inf
     assert weights_TSE[0, 0, 1] == 0
     assert group.weighted(h_TSP, weights_TSE).isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["calibrated-prior", "lag", "shortlist", "glider-global", "glider"])
+@pytest.mark.parametrize("name", ["lag", "shortlist", "glider-global", "glider"])
 def test_other_routers_for_prompts_are_refused(name):
     with pytest.raises(CompositionError) as error:
         served(spectr.get_router(name))
     assert_says(error.value, given=("cannot run inside vLLM",), expected="calibrated-token", do="spectr for any")
 
 
-def test_calibrated_holds_one_expert_inside_vllm():
-    assert decides_on_prompts(served(spectr.get_router("calibrated")))
-    assert not decides_on_prompts(served(spectr.get_router("calibrated-token")))
-    with pytest.raises(CompositionError) as error:  # weights that are held for several are not a set's
-        served(spectr.get_router("calibrated", top_k=2))
-    assert_says(error.value, given=("cannot run inside vLLM",), expected="top_k=1", do="spectr for any")
+def test_calibrated_decides_on_prompts_inside_vllm():
+    for name, decides in (("calibrated", True), ("calibrated-prior", True), ("calibrated-token", False)):
+        assert decides_on_prompts(served(spectr.get_router(name))) is decides
 
 
-def two(router, **prompts):
-    return Settings(library="experts", router={"name": router}, prompts={"name": "calibrated", **prompts})
-
-
-def test_who_decides_on_prompts_beside_a_router_for_tokens():
-    routers = routers_of(two("calibrated-token"))
-    assert (routers.layers, routers.prompts) == (spectr.get_router("calibrated-token"), spectr.Calibrated())
-    assert routers.by_token
-    assert routers.alike
-    assert not routers_of(two("spectr")).alike  # prompts are scored by calibrated factors, which these are not
-    alone = routers_of(Settings(library="experts", router={"name": "calibrated"}))
-    assert (alone.by_token, alone.alike) == (False, True)
-    assert routers_of(Settings(library="experts")).prompts is None
+def several(*routers):
+    first, *beside = [{"name": router} if isinstance(router, str) else router for router in routers]
+    return Settings(library="experts", router=first, beside=beside)
 
 
 @pytest.mark.parametrize(
-    ("settings", "given"),
-    [
-        (two("calibrated"), "Calibrated("),
-        (two("spectr", name="arrow"), "Arrow("),
-        (two("spectr", top_k=2), "top_k=2"),
-    ],
-    ids=["two for prompts", "two for tokens", "two experts"],
+    ("name", "top_k", "held", "prior"),
+    [("calibrated", 1, 0, False), ("calibrated", 3, 3, False), ("calibrated-prior", 3, 0, True)],
 )
-def test_routers_of_one_kind_are_refused(settings, given):
-    with pytest.raises(CompositionError) as error:
-        routers_of(settings)
-    assert_says(error.value, given=(given, "for whole prompts"), expected="calibrated with top_k=1", do="leave one")
+@pytest.mark.parametrize("beside", [(), ("spectr",)], ids=["alone", "beside another"])
+def test_who_may_have_how_many_experts(name, top_k, held, prior, beside):
+    routers = routers_of(several(*beside, {"name": name, "top_k": top_k}))
+    assert routers.held == held
+    numbers = {"amber": 0.5, "blue": 0.25, "cyan": 0.25, "dun": 0.0}
+    two, three = (dict(list(numbers.items())[:count]) for count in (2, 3))
+    assert routers.granted(name, {"amber": 1.0}, False) == {"amber": 1.0}
+    assert routers.granted("arrow", {"amber": 1.0}, False) == {"amber": 1.0}
+    assert routers.granted(name, dict.fromkeys(two, 1.0), False) == {}  # nobody has decided
+    assert routers.granted("", dict.fromkeys(two, 1.0), False) == (dict.fromkeys(two, 1.0) if beside else {})
+    assert routers.granted("arrow", two, True) == routers.granted("arrow", two, False) == {}  # which is not there
+    if prior:
+        assert routers.granted(name, numbers, True) == numbers
+    else:
+        minus = {expert: -number for expert, number in three.items()}
+        assert routers.granted(name, numbers, True) == (minus if held else {})
+        assert routers.granted(name, dict.fromkeys(numbers, 0.25), True) == {}
 
 
-def test_routers_whose_factors_differ_in_what_is_dropped_are_refused():
+def test_routers_beside_each_other_share_a_way_where_they_choose_alike():
+    routers = routers_of(several("calibrated-token", "calibrated"))
+    assert routers.ways == (spectr.get_router("calibrated-token"),)
+    assert routers.prompts == {"calibrated": spectr.Calibrated()}
+    assert routers.alike
+    assert not routers_of(several("spectr", "calibrated")).alike  # prompts are scored by calibrated factors
+    prior = {"name": "calibrated-prior", "top_k": 4}
+    informed = routers_of(several("calibrated-token", prior))
+    assert informed.ways == (spectr.Calibrated(level="prior", top_k=4),)  # who asks for no prior has ones
+    every = routers_of(several("spectr", "arrow", "calibrated", "calibrated-token", prior, "uniform"))
+    assert [type(way).__name__ for way in every.ways] == ["Spectr", "Arrow", "Calibrated", "Uniform"]
+    turns = [
+        every.turn(name)
+        for name in ("spectr", "arrow", "calibrated", "calibrated-token", "calibrated-prior", "uniform")
+    ]
+    assert turns == [0, 1, 2, 2, 2, 3]
+    assert routers_of(several("calibrated")).ways == (spectr.Calibrated(),)
+    assert not routers_of(Settings(library="experts")).prompts
+
+
+def test_routers_that_score_by_other_factors_are_refused_beside_others():
     with pytest.raises(CompositionError) as error:
-        routers_of(two("spectr", combine="dare:0.5"))
-    assert_says(error.value, given=("'outputs'", "'dare:0.5'"), expected="drop the same", do="leave --combine out")
+        routers_of(several("spectr", "phatgoose"))
+    assert_says(
+        error.value, given=("Phatgoose(",), expected="spectr, seqr, calibrated, arrow, uniform", do="name fewer"
+    )
+    assert len(routers_of(several("phatgoose", "calibrated")).ways) == 1  # which chooses nothing
+
+
+def test_routers_that_read_other_parts_of_a_prompt_are_refused():
+    with pytest.raises(CompositionError) as error:
+        routers_of(several("calibrated", {"name": "calibrated-prior", "probe_tokens": 7}))
+    assert_says(error.value, given=("other probe_tokens",), expected="one number", do=None)
+
+
+def test_routers_whose_combinations_differ_are_refused():
+    with pytest.raises(CompositionError) as error:
+        routers_of(several("spectr", {"name": "calibrated", "combine": "dare:0.5"}))
+    assert_says(error.value, given=("'outputs'", "'dare:0.5'"), expected="one combination", do="leave --combine out")
 
 
 def test_a_probe_is_the_base_models_whoever_it_decides_among():
@@ -268,21 +353,62 @@ def test_another_version_registers_nothing_and_says_so(monkeypatch):
         register()  # does not import the engine, or this would fail
 
 
+def assert_same(one, other):
+    torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def asked_by(verdict, router="calibrated"):
+    return Asked.of({VERDICT: verdict, ROUTER: router})
+
+
+def test_masks_hold_what_was_found_of_a_prompt_and_salts_tell_it_apart(tmp_path):
+    nan, found = torch.nan, {"amber": 0.75, "blue": 0.25}
+    held = session_of(tmp_path, KNOWN)
+    held.routers = routers_of(several("spectr", {"name": "calibrated", "top_k": 2}))
+    told = [
+        asked_by(found),
+        asked_by({**found, "cyan": 0}),
+        asked_by({**found, "cyan": 0.1}),
+        asked_by(found, "calibrated-prior"),
+    ]
+    none = [nan, nan, nan]
+    rows = [held.row(one).tolist() for one in told]
+    assert_same(torch.tensor(rows), torch.tensor([[-0.75, -0.25, nan], [-0.75, -0.25, nan], none, none]))
+    informed = session_of(tmp_path / "informed", KNOWN)
+    informed.routers = routers_of(several("calibrated-prior"))
+    assert_same(torch.from_numpy(informed.row(told[3])), torch.tensor([0.75, 0.25, nan]))
+    assert np.isnan(informed.row(told[0])).all()
+    held.remove("blue")
+    assert_same(torch.from_numpy(held.row(told[0])), torch.tensor([-0.75, nan, nan]))
+    wrong = ({"amber": -1}, {"amber": "1"}, {"amber": nan}, {"umber": 1.0}, ["amber"], 3)
+    assert all(np.isnan(held.row(asked)).all() for asked in (*map(asked_by, wrong), asked_by(found, "spectr")))
+    salts = [asked.salt() for asked in (*told, asked_by(found | {"blue": 0.2}), asked_by({"amber": 0.75}))]
+    salts += [Asked.of({EXPERTS: ["amber", "blue"], ROUTER: name}).salt() for name in ("", "spectr", "calibrated")]
+    assert len(set(salts)) == len(salts)
+    assert told[0].salt({"blue"}) == asked_by({"amber": 0.75}).salt()
+
+
 def test_masks_of_a_step(tmp_path):
     session = session_of(tmp_path, KNOWN)
     asked = [*(Asked.of({EXPERTS: names}) for names in (["amber"], ["nobody"], "cyan,blue")), Asked()]
     step = [Row(str(number), one, 0, 1 + (number == 0), 9) for number, one in enumerate(asked)]
     session.write(step, ["0", "1", "2", "3"])
-    expected = [[1, 0, 0], [1, 0, 0], [0, 0, 0], [0, 1, 1], [1, 1, 1]]
-    assert session.allowed_TE[:5].int().tolist() == expected
+    nan = torch.nan
+    expected = torch.tensor([[1, nan, nan], [1, nan, nan], [nan, nan, nan], [nan, 1, 1], [1, 1, 1]])
+    assert_same(session.granted_TE[:5], expected)
     session.remove("blue")
     session.write(step, ["0", "1", "2", "3"])
-    assert session.allowed_TE[:5].int().tolist() == [[row[0], 0, row[2]] for row in expected]
+    expected[:, 1] = nan
+    assert_same(session.granted_TE[:5], expected)
     assert session.status()["experts"] == ["amber", "cyan"]
-    undecided = [Asked.of({EXPERTS: names, LEVEL: "prompt"}) for names in (["amber", "cyan"], ["cyan"])]
-    odd = Asked.of({EXPERTS: ["cyan"], LEVEL: "layer"})
+    session.routers = routers_of(several("spectr", "calibrated", "arrow"))
+    undecided = [Asked.of({EXPERTS: names, ROUTER: "calibrated"}) for names in (["amber", "cyan"], ["cyan"])]
+    odd = Asked.of({EXPERTS: ["amber", "cyan"], ROUTER: "layer"})
     session.write([Row(str(n), one, 0, 1, 9) for n, one in enumerate((*undecided, odd))], ["0", "1", "2"])
-    assert session.allowed_TE[:3].int().tolist() == [[0, 0, 0], [0, 0, 1], [0, 0, 0]]
+    assert_same(session.granted_TE[:3], torch.tensor([[nan, nan, nan], [nan, nan, 1], [nan, nan, nan]]))
+    both = [Asked.of({EXPERTS: ["amber", "cyan"], ROUTER: name}) for name in ("arrow", "spectr", "")]
+    session.write([Row(str(n), one, 0, 2, 9) for n, one in enumerate(both)], ["0", "1", "2"])
+    assert session.turns_T[:6].tolist() == [1, 1, 0, 0, 0, 0]
     with pytest.raises(CompositionError) as error:
         session.remove("umber")
     assert_says(error.value, given=("unknown expert 'umber'",), expected=None, do="did you mean 'amber'")

@@ -70,7 +70,7 @@ def build_index(
     def keep(module: str, x_TI: Float[Tensor, "T I"]) -> None:
         inputs[module] = x_TI.float() - known.means[module].to(x_TI.device)
 
-    read_inputs(model, modules, known, keep)
+    read_inputs(model, modules, known.said, keep)
     to = None if folder is None else Path(folder)
     work = _Parts(missing, to, lambda part: _entries(part, library, inputs, known))
     workers = _workers(work, inputs.values())
@@ -161,7 +161,7 @@ def _entries(
             entries[expert.name] = IndexEntry(
                 modules=layout,
                 sha256=library.sha256(expert.name),
-                calibration=known.digest,
+                calibration=known.said.digest,
                 codes_C=codes_C,
                 steps_M=steps_M,
                 error_M=error_M,

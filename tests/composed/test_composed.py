@@ -188,7 +188,9 @@ def test_settings_of_a_router_are_written_where_they_differ():
         ({"library": "x", "access": "all"}, "access='all'", "'open' or 'closed'"),
         ({"library": "x", "record": "yes"}, "record='yes'", "true or false"),
         ({"library": "x", "router": "spectr"}, "router='spectr'", '"name"'),
-        ({"library": "x", "prompts": {"top_k": 1}}, "prompts={'top_k': 1}", '"name"'),
+        ({"library": "x", "beside": [{"top_k": 1}]}, "beside={'top_k': 1}", '"name"'),
+        ({"library": "x", "beside": "arrow"}, "beside='arrow'", '[{"name"'),
+        ({"library": "x", "beside": [{"name": "spectr"}]}, "routers spectr, spectr", "each name once"),
         ({"library": "x", "router": {"name": "spektr"}}, "unknown router 'spektr'", None),
     ],
 )

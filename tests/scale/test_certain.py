@@ -107,12 +107,12 @@ def test_what_an_interval_decides():
 
 
 @torch.no_grad()
-def true_evidence(library, ids, every=1):
+def true_evidence(library, ids, heard=("",)):
     """From the adapters' own factors, in float64: no index, no codes, no bounds."""
     known, total, count = library.calibration, {}, {}
     inputs = read(ids, known.means)
     texts = [read(row[real][None], known.means) for row, real in zip(known.input_ids, known.real, strict=True)]
-    for module in list(known.means)[::every]:
+    for module in (name for name in known.means if name.endswith(heard)):
         names = [name for name in library if module in library[name].shapes]
         v_EI = torch.stack([full_prototype(library, name, module) for name in names])
         rms_E = torch.stack([usual_size(library, name, module) for name in names])
@@ -145,14 +145,18 @@ def usual_size(library, name, module):
     return entry.rms_M[[m.name for m in entry.modules].index(module)]
 
 
+@pytest.fixture(scope="module")
+def plain(library):
+    """Without a chat's frame, which has no say."""
+    return build_index(make_model(), library.with_calibration(replace(library.calibration, settings={})))
+
+
 @pytest.mark.parametrize("bits", [16, 32])
 @pytest.mark.parametrize("size", [1, 3, 20])
-def test_lists_are_those_of_the_truth(library, bits, size):
-    plain = replace(library.calibration, settings={})  # without a chat's frame, which has no say
-    library = library.with_calibration(plain)
-    _, routed = routed_model(library, Shortlist(size=size, local=Spectr(top_k=1), bits=bits))
+def test_lists_are_those_of_the_truth(plain, bits, size):
+    _, routed = routed_model(plain, Shortlist(size=size, local=Spectr(top_k=1), bits=bits))
     for prompt in PROMPTS:
-        truth_E = true_evidence(library, ids_of(prompt))
+        truth_E = true_evidence(plain, ids_of(prompt))
         evidence_E = routed.prompt.evidence(ids_of(prompt))[0]
         torch.testing.assert_close(evidence_E, truth_E, rtol=2e-3 if bits == 16 else 1e-5, atol=0)
         held_E = routed.prompt.router.verdict(evidence_E[None])[0]
@@ -161,6 +165,17 @@ def test_lists_are_those_of_the_truth(library, bits, size):
     assert figures.at_once + figures.in_full == len(PROMPTS)
     assert figures.tied == 0
     assert figures.in_full == 0 or bits == 16
+
+
+@pytest.mark.parametrize("bits", [8, 16, 32])
+@pytest.mark.parametrize("heard", [("q_proj",), ("self_attn.q_proj", "down_proj")], ids=str)
+def test_the_modules_that_are_heard_alone_decide(plain, bits, heard):
+    _, routed = routed_model(plain, Shortlist(size=1, bits=bits, heard=heard))
+    assert all(module.endswith(heard) for module in routed.prototypes)
+    for prompt in PROMPTS:
+        truth_E = true_evidence(plain, ids_of(prompt), heard)
+        rtol = {8: 5e-2, 16: 2e-3, 32: 1e-5}[bits]
+        torch.testing.assert_close(routed.prompt.evidence(ids_of(prompt))[0].double(), truth_E, rtol=rtol, atol=0)
 
 
 @pytest.fixture(scope="module")

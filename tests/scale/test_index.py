@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from models import close, dense_deltas, peft_adapter
-from scaling import TEXTS, ids_of, make_library
-from spectr import ExpertLibrary, build_index, calibrate, indexing
+from scaling import TEXTS, ids_of, make_library, routed_model
+from spectr import ExpertLibrary, Shortlist, build_index, calibrate, indexing
 from spectr.calibration import read_inputs
+from spectr.composition.routed import calibration_texts
 from spectr.errors import AdapterError, CompositionError, LibraryError
+from spectr.layers.probe import Probe
 from spectr.library import Index, LibraryStore
 from spectr.spectral import reference
 from text_model import make_model, make_tokenizer
@@ -37,8 +39,8 @@ def test_prototypes_score_as_arrow_over_the_usual(root, library):
     model(input_ids=known.input_ids, attention_mask=known.real.long())
     model(input_ids=ids_of("is the grass blue"))
     handle.remove()
-    usual, x = texts[0][known.counted], texts[1][0]
-    mean = usual.mean(0)
+    usual, x = texts[0][known.said.counted], texts[1][0]
+    mean = texts[0][known.counted].mean(0)
     found = prototypes[module].scores(x.float())
     for place, name in enumerate(prototypes[module].experts):
         delta = dense_deltas(root / name)[module]
@@ -50,6 +52,20 @@ def test_prototypes_score_as_arrow_over_the_usual(root, library):
         bound = error * (x - mean).norm(dim=-1) / rms
         assert ((found[:, place].double() - exact).abs() <= bound + 2e-4 * (1 + exact)).all()
         assert error < 0.05
+
+
+@torch.no_grad()
+def test_sizes_are_over_the_words_that_a_probe_hears(library):
+    known, heard = library.calibration, {}
+    _, routed = routed_model(library, Shortlist(size=1))
+    opening, usual = calibration_texts(known)
+    probe = Probe(routed.model, routed.layers, routed.voters, routed.router, routed.experts, opening)
+    probe.listen(lambda name, x_NI, *_: heard.update({name: x_NI - known.means[name]}), **usual)
+    entry = library.index["cats"]
+    rows = entry.full_C.split([module.inputs for module in entry.modules])
+    for module, v_I, rms in zip(entry.modules, rows, entry.rms_M, strict=True):
+        close((heard[module.name] @ v_I).square().mean().sqrt(), rms, 1e-5)
+    assert known.said.counted.sum() == known.counted.sum() - len(TEXTS) * len(known.closing) < known.counted.sum()
 
 
 def test_an_expert_that_adapts_fewer_modules_is_scored_at_those(library):

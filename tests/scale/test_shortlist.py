@@ -117,6 +117,13 @@ def test_every_other_module_can_be_asked(library):
     assert not torch.equal(every.prompt.evidence(ids_of(PROMPTS[1])), other.prompt.evidence(ids_of(PROMPTS[1])))
 
 
+def test_an_expert_that_would_have_no_say_is_told(library):
+    with pytest.raises(CompositionError, match=r"adapted by wasp(.|\n)*of down_proj, (.|\n)*each expert adapts"):
+        compose(make_model(), library, Shortlist(size=1, heard=("k_proj",)))
+    with pytest.raises(CompositionError, match="adapted by ants, bees, cats, dogs, eels and 2 more"):
+        compose(make_model(), library, Shortlist(size=1, heard=("proj",)))
+
+
 def test_bfloat16_models_are_served(library):
     model = make_model().bfloat16()
     routed = compose(model, library, Shortlist(size=2, local=Spectr(top_k=1)))
@@ -207,6 +214,7 @@ def test_settings_for_a_shelf_are_refused_elsewhere(library):
         ({"size": 0}, "size=0"),
         ({"size": True}, "size=True"),
         ({"every": 0}, "every=0"),
+        ({"heard": ("q_proj", "")}, "a tuple of names"),
         ({"probe_tokens": 0}, "probe_tokens=0"),
         ({"pool_temperature": 0.0}, "above zero"),
         ({"local": Calibrated()}, "for each token"),

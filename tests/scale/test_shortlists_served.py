@@ -25,6 +25,7 @@ SETS = [
 SHORTLISTS = [
     Shortlist(size=1),
     Shortlist(size=1, every=3),
+    Shortlist(size=1, heard=("q_proj",), every=2),
     Shortlist(size=3),
     Shortlist(size=3, every=2),
     Shortlist(size=3, local=Spectr(top_k=2, weights="softmax")),

@@ -107,17 +107,16 @@ def test_help_shows_the_options_of_the_engine_once_and_the_default_router(spectr
     assert code == 0
     words = " ".join(out.replace("\u2502", " ").split())
     assert "serve [OPTIONS] [-- OPTIONS]..." in words
-    assert "vllm: one token by token, and calibrated. [default: (auto)]" in words
+    assert "vllm: all but glider, lag and shortlist. [default: (auto)]" in words
 
 
-def test_vllm_is_given_one_router_for_tokens(spectr, given, monkeypatch):
+def test_vllm_is_given_routers_that_it_can_run(spectr, given, monkeypatch):
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "WARNING")
     monkeypatch.setattr("spectr.cli.serve._check_vllm", lambda: None)
-    code, _, err = spectr("serve", *given, "--engine", "vllm", "-r", "spectr", "-r", "uniform")
+    code, _, err = spectr("serve", *given, "--engine", "vllm", "-r", "spectr", "-r", "lag")
     assert code == 2
-    assert "2 routers: spectr, uniform" in err
+    assert "this router cannot run inside vLLM: Lag(" in err
     assert "expected: one that decides for each token" in err
-    assert "name fewer, or --engine transformers" in err
 
 
 def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(spectr, given, unloaded):

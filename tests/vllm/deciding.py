@@ -63,6 +63,32 @@ def by_transformers(world, prompt, experts):
     return text, routed.experts[place]
 
 
+def decided(world, router, prompt, experts):
+    """Its greedy answer by this router, and each of its tokens' shares, in a model that has these experts alone."""
+    routed = in_transformers(world, experts, get_router(router))
+    text, [ids] = text_of(world, routed, prompt), torch.tensor([prompt])[None]
+    made = routed.model.generate(ids, attention_mask=ids > -1, max_new_tokens=NEW, do_sample=False)
+    if routed.prompt is not None:
+        routed.prompt.hold(routed.prompt.decide(input_ids=ids))
+    weights = {name: [] for name in routed.experts}
+    for layer in routed.layers.values():
+
+        def listen(x, layer=layer):
+            for name, weights_T in zip(layer.experts, layer.explain(x).weights_TE[0].mT, strict=True):
+                weights[name].append(weights_T)
+
+        layer.listen = listen
+    with torch.no_grad():
+        routed.model(made)
+    layers = len(routed.layers)
+    shares = {name: sum(given)[len(prompt) - 1 : -1] / layers for name, given in weights.items() if given}
+    return text, [{name: float(share[token]) for name, share in shares.items()} for token in range(NEW)]
+
+
+def get_router(config):
+    return spectr.get_router(config["name"], **{key: value for key, value in config.items() if key != "name"})
+
+
 async def answered(client, path="/v1/completions", **body):
     """An answer's text, and its routing."""
     exact = {"model": "spectr", "max_tokens": NEW, "temperature": 0, "ignore_eos": True, "return_routing": True}

@@ -60,7 +60,7 @@ def serve(
             "--router",
             "-r",
             help="A router that requests may name, once for each; the first is the default. auto, or one of those that "
-            "spectr generate --help names. vllm: one token by token, and calibrated.",
+            "spectr generate --help names. vllm: all but glider, lag and shortlist.",
             show_default="auto",
             rich_help_panel="Routing",
         ),

@@ -31,7 +31,7 @@ class Settings:
         record: Whether the layers keep what they choose, for requests that ask.
         inner: The base model's own ``quantization_config``, where its weights are quantised.
         experts: Those of the library that are there; ``None`` for all of them.
-        prompts: A further router, which decides on whole prompts, for requests that ask for it; in vLLM alone.
+        beside: Further routers, for requests that ask for one of them by its name; in vLLM alone.
     """
 
     library: str
@@ -40,7 +40,7 @@ class Settings:
     record: bool = False
     inner: Mapping[str, Any] | None = None
     experts: Sequence[str] | None = None
-    prompts: Mapping[str, Any] | None = None
+    beside: Sequence[Mapping[str, Any]] = ()
 
     @staticmethod
     def of(config: Mapping[str, Any]) -> Settings:
@@ -77,18 +77,23 @@ class Settings:
             raise CompositionError(f"record={self.record!r}", expected="true or false")
         if isinstance(self.experts, str) or not all(isinstance(name, str) for name in self.experts or ()):
             raise CompositionError(f"experts={self.experts!r}", expected="a list of names, or nothing for all")
-        for key, given in (("router", self.router), ("prompts", self.prompts or {"name": "calibrated"})):
+        if isinstance(self.beside, (str, Mapping)):
+            raise CompositionError(f"beside={self.beside!r}", expected='[{"name": "calibrated"}] or the like')
+        for key, given in (("router", self.router), *(("beside", given) for given in self.beside)):
             if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
                 raise CompositionError(f"{key}={given!r}", expected='{"name": "spectr", "top_k": 4} or the like')
             _made(given)
+        names = [given["name"] for given in (self.router, *self.beside)]
+        if len(set(names)) < len(names):
+            raise CompositionError(f"routers {', '.join(names)}", expected="each name once, by which requests ask")
 
     def make_router(self) -> Router:
         """The router."""
         return _made(self.router)
 
-    def make_prompts(self) -> Router | None:
-        """The router for whole prompts that is beside it, if there is one."""
-        return None if self.prompts is None else _made(self.prompts)
+    def make_routers(self) -> dict[str, Router]:
+        """All routers by name, the default first."""
+        return {given["name"]: _made(given) for given in (self.router, *self.beside)}
 
     def open_library(self, model: str | Path) -> ExpertLibrary:
         """The library, whose relative path starts from the model's folder, checked against the router."""
@@ -110,6 +115,7 @@ class Settings:
         """The ``quantization_config``."""
         kept = {f.name: getattr(self, f.name) for f in fields(Settings)}
         kept["experts"] = None if self.experts is None else list(self.experts)
+        kept["beside"] = list(self.beside) or None
         return {"quant_method": METHOD, "version": VERSION, **{k: v for k, v in kept.items() if v is not None}}
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from spectr.adapters import Expert, FactorShape
-from spectr.composition.prepare import needed_gates, needed_index, prepare_expert
+from spectr.composition.prepare import heard_modules, needed_gates, needed_index, prepare_expert
 from spectr.composition.routed import Progress, Routed, calibration_texts
 from spectr.errors import CompositionError
 from spectr.layers.certain import CertainProbe, Certainty
@@ -74,7 +74,8 @@ class Paged(Routed):
         }
         self._places = {module: placement(base, self.model) for module, base in bases.items()}
         self._check_memory(library, names)
-        means = {module: known.means[module].to(device) for module, (device, _) in self._places.items()}
+        heard = heard_modules(library, names, self.router)
+        means = {module: known.means[module].to(self._places[module][0]) for module in heard}
         self.prototypes = library.index.prototypes(names, means, self.router.bits)
         self.shelf = Shelf(lambda name: self._load(self.library[name]), self._memory, self._policy)
         self._filled = ()
@@ -136,7 +137,7 @@ class Paged(Routed):
     def _decision(self, entry: nn.Module, router: PromptRouter, names: tuple[str, ...]) -> PromptDecision:
         assert isinstance(router, Shortlist)
         layers = self.layers
-        heard = list(layers)[:: router.every]
+        heard = [module for module in layers if module in self.prototypes][:: router.every]
         probe = Probe(
             entry,
             {module: layers[module] for module in heard},

@@ -13,6 +13,7 @@ from spectr.errors import CompositionError
 from spectr.library import Calibration, ExpertLibrary
 from spectr.routers.base import Router
 from spectr.routers.settings import combination_of
+from spectr.routers.shortlist import Shortlist
 from spectr.spectral import Aligned, Prepared, Rotation, align
 
 Gates = Mapping[str, Mapping[str, Tensor]]
@@ -161,6 +162,25 @@ def needed_index(library: ExpertLibrary, names: Sequence[str], *, in_full: bool 
             expected="prototypes in full, for shortlists that are certain",
             do=f"spectr library index --library {library.origin} --fresh, or 8 bits",
         )
+
+
+def heard_modules(library: ExpertLibrary, names: Sequence[str], router: Shortlist) -> set[str]:
+    """The modules that may take part in the decision for a shortlist of indexed experts.
+
+    Raises:
+        CompositionError: An expert adapts none of those that the router names.
+    """
+    layouts = {some: [module.name for module in modules] for modules, some in library.index.alike(names).items()}
+    ends = tuple(f".{part}" for part in router.heard)
+    heard = {module for modules in layouts.values() for module in modules if not ends or f".{module}".endswith(ends)}
+    silent = [name for some, modules in layouts.items() if heard.isdisjoint(modules) for name in some]
+    if silent:
+        parts = sorted({module.rpartition(".")[2] for modules in layouts.values() for module in modules})
+        raise CompositionError(
+            f"heard={router.heard}, and of modules named so none is adapted by {_some(sorted(silent))}",
+            expected=f"of {', '.join(parts)} such that each expert adapts one",
+        )
+    return heard
 
 
 def _some(names: Sequence[str]) -> str:

@@ -46,7 +46,8 @@ class Readers:
             assert routed.guide is not None
             return routed.guide.reader(routed.library.descriptions, names)
         voters = {module: _Some(voter, names) for module, voter in routed.voters.items()}
-        heard = [module for module in routed.layers if voters[module].experts][:: getattr(router, "every", 1)]
+        known = [module for module in routed.layers if module in voters and voters[module].experts]
+        heard = known[:: getattr(router, "every", 1)]
         layers = {module: layer for module, layer in routed.layers.items() if module in heard}
         opening, usual = calibration_texts(routed.library.calibration)
         usual_E = None

@@ -75,6 +75,16 @@ class Calibration:
         marked = self.input_ids * self.counted * 2 + self.real
         return hashlib.sha256(marked.contiguous().numpy().tobytes()).hexdigest()[:16]
 
+    @cached_property
+    def said(self) -> Calibration:
+        """The same, with what the chat template writes after a user's words not counted: no probe hears that."""
+        counted, end = self.counted.clone(), list(self.closing)
+        for row_T, ids_T, length in zip(counted, self.input_ids, self.real.sum(1).tolist(), strict=True):
+            words = length - len(end)
+            if ids_T[max(words, 0) : length].tolist() == end and row_T[: max(words, 0)].any():
+                row_T[words:] = False
+        return replace(self, counted=counted)
+
     def covers(self, expert: Expert) -> bool:
         """Whether this very expert, by its weights, was calibrated in all of its modules."""
         known = self.rms.get(expert.name, {})

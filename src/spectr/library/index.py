@@ -195,7 +195,7 @@ class Index(Mapping[str, IndexEntry]):
 
         Args:
             names: Experts of this index.
-            means: By module the mean input, (inputs,).
+            means: By module the mean input, (inputs,); other modules are left out.
             bits: 8, 16 or 32 for each number; more than 8 need entries with prototypes in full.
         """
         parts: dict[str, list[_Part]] = {}
@@ -203,8 +203,9 @@ class Index(Mapping[str, IndexEntry]):
             entries = [self[name] for name in together]
             ends = list(accumulate(module.inputs for module in modules))
             for place, (module, end) in enumerate(zip(modules, ends, strict=True)):
-                part = _Part(together, entries, place, slice(end - module.inputs, end), means[module.name].device)
-                parts.setdefault(module.name, []).append(part)
+                if module.name in means:
+                    part = _Part(together, entries, place, slice(end - module.inputs, end), means[module.name].device)
+                    parts.setdefault(module.name, []).append(part)
         return {
             module: Prototypes(
                 experts=tuple(name for part in here for name in part.experts),

@@ -184,7 +184,7 @@ class ExpertLibrary:
         if name not in self.index or self.calibration is None:
             return False
         entry = self.index[name]
-        return entry.sha256 == self.sha256(name) and entry.calibration == self.calibration.digest
+        return entry.sha256 == self.sha256(name) and entry.calibration == self.calibration.said.digest
 
     def _digests_but(self, name: str) -> dict[str, str]:
         return {other: digest for other, digest in self._digests.items() if other != name}

@@ -36,7 +36,9 @@ class Shortlist:
         local: Decides for each token and module among them; any router that does so, and :class:`Calibrated` with the
             level ``"prior"``, which the prompt's evidence informs.
         probe_tokens: Tokens of a prompt that are read for the decision at most.
-        every: Every which module takes part in it; more costs less and finds less.
+        heard: Last parts of the names of the modules that take part in it, such as ``("q_proj", "k_proj")``; no
+            prototypes of others are in memory. None given: all do.
+        every: Every which of these takes part; more costs less and finds less.
         bits: Of each number of a prototype in memory: 8, 16 or 32. From 16 on the list is certain: it is the one that
             prototypes in full give, in real numbers. 16 bits bound each expert's evidence; where that does not decide
             the list, the prototypes are read in full.
@@ -49,6 +51,7 @@ class Shortlist:
     size: int = 16
     local: Router = field(default_factory=_informed)
     probe_tokens: int = 256
+    heard: tuple[str, ...] = ()
     every: int = 1
     bits: int = 8
     pool_temperature: float = 0.2
@@ -58,6 +61,8 @@ class Shortlist:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise CompositionError(f"{name}={value}", expected="a whole number of at least 1")
+        if isinstance(self.heard, str) or not all(isinstance(part, str) and part for part in self.heard):
+            raise CompositionError(f"heard={self.heard!r}", expected='a tuple of names, such as ("q_proj", "k_proj")')
         if self.bits not in (8, 16, 32):
             raise CompositionError(f"bits={self.bits}", expected="8, or for a list that is certain 16 or 32")
         if not self.pool_temperature > 0:

@@ -18,7 +18,7 @@ from spectr.layers.kernels.packed import packed_works
 from spectr.library import ExpertLibrary
 from spectr.vllm.deciding import DECIDES
 from spectr.vllm.method import routed_method
-from spectr.vllm.served import fingerprint, routers_of
+from spectr.vllm.served import decides_on_prompts, fingerprint, routers_of
 from spectr.vllm.session import Session
 
 _RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
@@ -79,7 +79,7 @@ class SpectrConfig(QuantizationConfig):
             )
         os.environ[_RUNNER] = "0"
         settings = Settings.of(config)
-        if not routers_of(settings).by_token and DECIDES not in os.environ:
+        if all(map(decides_on_prompts, routers_of(settings).named.values())) and DECIDES not in os.environ:
             raise CompositionError(
                 f"nobody decides on prompts here: {settings.router['name']}",
                 expected="a router that decides for each token, in vLLM by itself",
@@ -108,7 +108,7 @@ class SpectrConfig(QuantizationConfig):
         """This worker's experts and buffers, made when the first layer asks."""
         if self._session is None:
             engine = get_current_vllm_config()  # pyright: ignore[reportCallIssue]  (vLLM is not installed where it runs)
-            _check_engine(engine, routers_of(self.settings).prompts is not None)
+            _check_engine(engine, bool(routers_of(self.settings).prompts))
             library = self.library or self.settings.narrowed(ExpertLibrary.open(self.origin))
             scheduler = engine.scheduler_config
             device = torch.device(engine.device_config.device)

@@ -1,35 +1,36 @@
-"""Decisions for whole prompts: each is read by the base model before it is answered with the expert that was found."""
+"""Decisions for whole prompts: each is read by the base model before it is answered by what was found."""
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from typing import Any
 
 from spectr.composition.routed import calibration_texts
 from spectr.errors import CompositionError
 from spectr.layers.opening import Opening
 from spectr.library import ExpertLibrary
-from spectr.vllm.requests import EXPERTS, LEVEL, PROBE, UNHEARD
+from spectr.vllm.requests import EXPERTS, PROBE, ROUTER, UNHEARD, VERDICT
 
 DECIDES = "SPECTR_DECIDES"  # set where somebody decides before an engine answers; no graph depends on it
 
 
 class Decider:
-    """Stands before an engine's ``generate``: of requests that ask for it, what it passes on names one expert at most.
+    """Stands before an engine's ``generate``: requests that ask for it are passed on with a verdict.
 
-    The engine reads a prompt as a request of its own (:mod:`spectr.vllm.hearing`), so that the answer proper is that of
-    a request for the expert that was found: its masks, its cache salt.
+    The engine reads a prompt as a request of its own (:mod:`spectr.vllm.hearing`). Where one expert is found the answer
+    proper is that of a request for it: its masks, its cache salt.
 
     Args:
         client: vLLM's ``AsyncLLM``, whose ``generate`` is replaced.
         library: The experts; what is known of the calibration's texts.
+        routers: Names of those that decide.
         probe_tokens: Tokens of a prompt that have a say at most.
     """
 
-    def __init__(self, client: Any, library: ExpertLibrary, probe_tokens: int):
+    def __init__(self, client: Any, library: ExpertLibrary, routers: Collection[str], probe_tokens: int):
         opening, self._usual = calibration_texts(library.calibration)
-        self._opening, self._limit = opening or Opening(), probe_tokens
+        self._opening, self._routers, self._limit = opening or Opening(), frozenset(routers), probe_tokens
         self._client, self._plain = client, client.generate
         client.generate = self.generate
 
@@ -41,27 +42,29 @@ class Decider:
         texts = {uuid.uuid4().hex: ids[real.bool()].tolist() for ids, real in rows}
         await self._client.collective_rpc("spectr_learn", args=(list(texts),))
         for probe, ids in texts.items():
-            await self._read(probe, ids, [])
+            await self._read(probe, ids, {})
 
     async def generate(self, prompt: Any, sampling_params: Any, request_id: str, **options: Any) -> AsyncIterator[Any]:
         """As ``AsyncLLM.generate``."""
         extra = dict(sampling_params.extra_args or {})
-        if extra.pop(LEVEL, None) == "prompt" and len(extra.get(EXPERTS) or ()) > 1:
+        if extra.get(ROUTER) in self._routers and len(extra.get(EXPERTS) or ()) > 1:
+            asked = {ROUTER: extra[ROUTER], EXPERTS: extra.pop(EXPERTS)}
+            found = await self._decide(prompt, asked)
             sampling_params = sampling_params.clone()
-            sampling_params.extra_args = extra | {EXPERTS: await self._decide(prompt, extra[EXPERTS])}
+            sampling_params.extra_args = extra | ({EXPERTS: list(found)} if len(found) < 2 else {VERDICT: found})
         async for output in self._plain(prompt, sampling_params, request_id, **options):
             yield output
 
-    async def _decide(self, prompt: Any, experts: list[str]) -> list[str]:
+    async def _decide(self, prompt: Any, asked: dict[str, Any]) -> dict[str, float]:
         ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
         if not ids:
             raise CompositionError("a prompt that is no text cannot be decided on", do="name one expert")
         probe = uuid.uuid4().hex
-        await self._read(probe, list(ids), experts)
+        await self._read(probe, list(ids), asked)
         [found, *_] = await self._client.collective_rpc("spectr_verdict", args=(probe,))
         return found
 
-    async def _read(self, probe: str, ids: list[int], experts: list[str]) -> None:
+    async def _read(self, probe: str, ids: list[int], asked: dict[str, Any]) -> None:
         from vllm.sampling_params import SamplingParams
 
         turn, unheard = self._opening.heard(ids, self._limit)
@@ -70,7 +73,7 @@ class Decider:
             temperature=0,
             detokenize=False,
             skip_reading_prefix_cache=True,  # what is cached passes no layer
-            extra_args={PROBE: probe, UNHEARD: unheard, EXPERTS: experts},
+            extra_args={PROBE: probe, UNHEARD: unheard, **asked},
         )
         async for _ in self._plain({"prompt_token_ids": turn}, params, f"probe-{probe}"):
             pass

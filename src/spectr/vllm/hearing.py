@@ -49,23 +49,23 @@ class Hearing:
     """The probes of one worker.
 
     Args:
-        router: Decides for whole prompts.
+        routers: Decide for whole prompts, by name.
         modules: By routed module its experts' names.
 
     Attributes:
         rows_N: Of the current step the tokens that have a say; ``None`` where there is none.
     """
 
-    def __init__(self, router: Any, modules: Mapping[str, Sequence[str]]):
-        self.router, self.modules = router, modules
+    def __init__(self, routers: Mapping[str, Any], modules: Mapping[str, Sequence[str]]):
+        self.routers, self.modules = routers, modules
         self.rows_N: Tensor | None = None
         self._parts: list[_Part] = []
         self._complete: list[Row] = []
         self._heard: dict[str, dict[str, list[Tensor]]] = {}
         self._awaited: set[str] = set()
         self._usual: list[dict[str, Heard]] = []
-        self._usual_E: dict[tuple[str, ...], Tensor] = {}
-        self._verdicts = OrderedDict[str, list[str]]()
+        self._usual_E: dict[tuple[str, tuple[str, ...]], Tensor] = {}
+        self._verdicts = OrderedDict[str, dict[str, float]]()
 
     def begin(self, step: Sequence[Row], alive: Collection[str], device: torch.device) -> None:
         """What is in the step that comes; what was heard of requests that are gone is let go."""
@@ -98,8 +98,9 @@ class Hearing:
                 self._awaited.discard(row.asked.probe)
                 self._usual.append(heard)
                 self._usual_E.clear()
-            else:
-                self._verdicts[row.asked.probe] = self._decide(heard, sorted(set(row.asked.among) - set(removed)))
+            elif row.asked.router in self.routers:
+                names = tuple(sorted(set(row.asked.among) - set(removed)))
+                self._verdicts[row.asked.probe] = self._decide(heard, row.asked.router, names)
         while len(self._verdicts) > _KEPT:
             self._verdicts.popitem(last=False)
         self.rows_N, self._parts, self._complete = None, [], []
@@ -108,27 +109,29 @@ class Hearing:
         """These probes are the calibration's texts, and say what is usual."""
         self._awaited, self._usual, self._usual_E = set(probes), [], {}
 
-    def verdict(self, probe: str) -> list[str]:
-        """The experts that are held for the prompt of a probe; none where it is not known."""
-        return self._verdicts.pop(probe, [])
+    def verdict(self, probe: str) -> dict[str, float]:
+        """The weights that are held for the prompt of a probe, or its prior; of no expert where it is not known."""
+        return self._verdicts.pop(probe, {})
 
-    def _decide(self, heard: Mapping[str, Heard], names: Sequence[str]) -> list[str]:
-        if len(names) < 2:
-            return list(names)
-        evidence_1E = evidence_of(heard, self.modules, self.router, names)
+    def _decide(self, heard: Mapping[str, Heard], name: str, experts: tuple[str, ...]) -> dict[str, float]:
+        if len(experts) < 2:
+            return dict.fromkeys(experts, 1.0)
+        router = self.routers[name]
+        evidence_1E = evidence_of(heard, self.modules, router, experts)
         if self._usual:
-            evidence_1E = evidence_1E - self._usual_among(tuple(names)) + 1
-        [weights_E] = self.router.verdict(evidence_1E)
-        return [name for name, weight in zip(names, weights_E.tolist(), strict=True) if weight > 0]
+            evidence_1E = evidence_1E - self._usual_among(name, experts) + 1
+        [verdict_E] = router.verdict(evidence_1E)
+        found = dict(zip(experts, verdict_E.tolist(), strict=True))
+        return {expert: number for expert, number in found.items() if number > 0 or router.level == "prior"}
 
-    def _usual_among(self, names: tuple[str, ...]) -> Tensor:
+    def _usual_among(self, name: str, experts: tuple[str, ...]) -> Tensor:
         """These experts' evidence from the calibration's texts, which takes longer than a prompt's, and stays."""
-        if names not in self._usual_E:
+        if (name, experts) not in self._usual_E:
             if len(self._usual_E) >= _SETS:
                 self._usual_E.clear()
-            texts = [evidence_of(text, self.modules, self.router, names) for text in self._usual]
-            self._usual_E[names] = torch.cat(texts).mean(0)
-        return self._usual_E[names]
+            texts = [evidence_of(text, self.modules, self.routers[name], experts) for text in self._usual]
+            self._usual_E[name, experts] = torch.cat(texts).mean(0)
+        return self._usual_E[name, experts]
 
 
 class Ear(nn.Module):
@@ -173,7 +176,7 @@ class Ear(nn.Module):
         for group, names in self.groups:
             rows = group.modules_S * group.rows
             h_NSP = h_NQ[:, start : start + rows].unflatten(-1, (group.modules_S, group.rows))
-            scores_NSE = group.scores(h_NSP, h_NQ[:, :0], x_NI)
+            scores_NSE = group.scores(h_NSP, x_NI)
             for module, scores_NE in zip(names, scores_NSE.unbind(1), strict=True):
                 self.hearing.take(module, scores_NE)
             start += rows

@@ -19,6 +19,7 @@ from spectr.vllm.product import Product
 from spectr.vllm.routing import Group, alike
 from spectr.vllm.session import Session
 from spectr.vllm.shards import Split
+from spectr.vllm.ways import Way, by_ways
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -33,7 +34,8 @@ class Experts(nn.Module):
         reduce: Sums a tensor over the ranks; used in row-parallel layers.
     """
 
-    allowed_TE: Tensor
+    granted_TE: Tensor
+    turns_T: Tensor
     sampled_N: Tensor
     groups: Any
     B: Any
@@ -47,7 +49,7 @@ class Experts(nn.Module):
         self.modules_S, self.split, self.reduce = tuple(modules), split, reduce
         self.record = session.settings.record
         self.packed = self.ear = None
-        for name in ("allowed_TE", "sampled_N"):
+        for name in ("granted_TE", "turns_T", "sampled_N"):
             self.register_buffer(name, getattr(session, name), persistent=False)
 
     def build(self, session: Session, device: torch.device, dtype: torch.dtype, name: str) -> None:
@@ -62,7 +64,7 @@ class Experts(nn.Module):
         self.device, self.dtype = device, dtype
         self.held = [module for module in self.modules_S if session.users(module)]
         stacks = self._stacks(session, session.router)
-        self.runs, self.groups = self._grouped(session, stacks, session.router)
+        self.runs, self.groups = self._grouped(session, stacks, session.routers.ways)
         places = dict(zip(self.modules_S, self.split.places(len(self.modules_S)), strict=True))
         self.places = [places[module] for module in self.held]
         if self.record:
@@ -78,13 +80,14 @@ class Experts(nn.Module):
     def fill(self, session: Session) -> None:
         """The factors anew, zero for experts that have been removed."""
         stacks = self._stacks(session, session.router)
+        ways = self._ways(session, stacks, session.routers.ways)
         for run, group in zip(self.runs, self.groups, strict=True):
-            group.refill([stacks[i] for i in run])
+            group.refill([stacks[i] for i in run], [ways[i] for i in run])
         A_PI, B_SOP = self._factors(stacks)
         if self.ear is not None:
             self.ear.hear_by(*self._heard(session, A_PI))
         if self.packed is not None:
-            self.packed.fill(A_PI, B_SOP, self.groups[0].centers_SP)
+            self.packed.fill(A_PI, B_SOP, self.groups[0].centers_SWP)
             return
         self.A.replace(A_PI)
         for product, B_OP in zip(self.B, B_SOP, strict=True):
@@ -97,12 +100,12 @@ class Experts(nn.Module):
         h_TQ = self.A(x_TI)
         if self.split.by_input:
             h_TQ = self.reduce(h_TQ)
-        allowed_TF = self.allowed_TE[: len(x_TI)]
-        start, extra, module = 0, self.extra_begin, 0
+        granted_TF, turns_T = self.granted_TE[: len(x_TI)], self.turns_T[: len(x_TI)]
+        start, module = 0, 0
         for number, group in enumerate(self.groups):
-            rows, more = group.modules_S * group.rows, group.modules_S * group.experts * group.folded
+            rows = group.modules_S * group.rows
             h_TSP = h_TQ[:, start : start + rows].unflatten(-1, (group.modules_S, group.rows))
-            scores_TSE, weights_TSE = group.choose(h_TSP, h_TQ[:, extra : extra + more], x_TI, allowed_TF)
+            scores_TSE, weights_TSE = group.choose(h_TSP, x_TI, granted_TF, turns_T)
             if self.record:
                 self._write(number, scores_TSE, weights_TSE)
             weighted_TSP = group.weighted(h_TSP, weights_TSE)[..., self.split.columns(group.rows)]
@@ -110,7 +113,7 @@ class Experts(nn.Module):
                 begin, length = self.places[module]
                 out_TO.narrow(-1, begin, length).add_(self.B[module](one_TP.contiguous()))
                 module += 1
-            start, extra = start + rows, extra + more
+            start += rows
         return out_TO
 
     def _stacks(self, session: Session, router: Router) -> list[Stack]:
@@ -119,36 +122,44 @@ class Experts(nn.Module):
         return [Stack.of({name: _kept(part, name in session.removed) for name, part in one.items()}) for one in parts]
 
     def _grouped(
-        self, session: Session, stacks: Sequence[Stack], router: Router
+        self, session: Session, stacks: Sequence[Stack], routers: Sequence[Router]
     ) -> tuple[list[list[int]], nn.ModuleList]:
-        """Numbers of stacks that are scored in one go, and what scores them."""
-        runs = _runs(stacks, router)
+        """Numbers of stacks that are scored in one go, and what scores them; several routers each in its own way."""
+        runs = _runs(stacks, routers[0])
+        ways = self._ways(session, stacks, routers)
         columns = {module: [session.experts.index(name) for name in session.users(module)] for module in self.held}
+        engine = len(session.experts), session.routers.held
         groups = (
-            Group([stacks[i] for i in run], router, columns[self.held[run[0]]], len(session.experts)) for run in runs
+            Group([stacks[i] for i in run], routers, columns[self.held[run[0]]], *engine, [ways[i] for i in run])
+            for run in runs
         )
         return runs, nn.ModuleList(groups).to(self.device)
+
+    def _ways(self, session: Session, stacks: Sequence[Stack], routers: Sequence[Router]) -> list[list[Way]]:
+        """Of each module how each router scores its experts, where that is to be known."""
+        ways: list[list[Way]] = [[] for _ in stacks]
+        for router in routers if by_ways(routers) else ():
+            for its, own, held in zip(ways, self._stacks(session, router), stacks, strict=True):
+                its.append(Way.of(own, held, router))
+        return ways
 
     def _heard(self, session: Session, A_PI: Tensor) -> tuple[Tensor, list[tuple[Any, list[str]]], Reduce]:
         """By what prompts are scored: the layer's own factors, or those of the router that decides on them."""
         runs, groups = self.runs, self.groups
         if not session.routers.alike:
-            assert session.routers.prompts is not None
-            stacks = self._stacks(session, session.routers.prompts)
-            runs, groups = self._grouped(session, stacks, session.routers.prompts)
+            router = next(iter(session.routers.prompts.values()))
+            stacks = self._stacks(session, router)
+            runs, groups = self._grouped(session, stacks, [router])
             A_PI = self._placed(torch.cat([self.split.inputs(stack.A_PI) for stack in stacks]))
         names = [[self.held[number] for number in run] for run in runs]
         reduce = self.reduce if self.split.by_input else lambda h: h
         return A_PI, list(zip(groups, names, strict=True)), reduce
 
     def _factors(self, stacks: Sequence[Stack]) -> tuple[Tensor, list[Tensor]]:
-        """Input factors of all modules below each other, prototypes last, and each module's output factors."""
+        """Input factors of all modules below each other, and each module's output factors."""
         order = [number for run in self.runs for number in run]
         assert order == list(range(len(stacks)))
         rows = [self.split.inputs(stack.A_PI) for stack in stacks]
-        self.extra_begin = sum(map(len, rows))
-        if any(group.folded for group in self.groups):
-            rows += [self.split.inputs(stack.prototypes_EI) for stack in stacks if stack.prototypes_EI is not None]
         names = self.modules_S
         B_SOP = [
             self.split.outputs(stack.B_OP, names.index(module), len(names))

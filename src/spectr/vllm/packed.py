@@ -7,9 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from spectr.combine import get_combination, merge_outputs
-from spectr.layers.kernels.packed import Choosing, Module, Packed, packed_works
+from spectr.layers.kernels.packed import Choice, Choosing, Module, Packed, packed_works
 from spectr.routers.settings import combination_of
-from spectr.selection import TopK
+from spectr.selection import Selection, TopK
+from spectr.vllm.ways import KIN
 
 
 def fits(experts: Any) -> bool:
@@ -20,14 +21,14 @@ def fits(experts: Any) -> bool:
 def packed_of(experts: Any, A_PI: Tensor, B_SOP: list[Tensor]) -> Packed:
     """A layer's experts for that operation."""
     [group] = experts.groups
-    centers = group.centers_SP
-    modules = [
-        Module(B_OP, None if centers is None else centers[s], experts.places[s][0]) for s, B_OP in enumerate(B_SOP)
-    ]
+    tables = group.centers_SWP, group.scales_SWP
+    centers, scales = ([None] * len(B_SOP) if table is None else table for table in tables)
+    begins = (begin for begin, _ in experts.places)
+    modules = [Module(*one) for one in zip(B_SOP, centers, begins, scales, strict=True)]
     kept = experts.kept() if experts.record else None
-    return Packed(
-        A_PI, modules, Choosing(group.columns_E, experts.allowed_TE, group.select.k, _temperature(group), kept)
-    )
+    choices = [_choice(select, group.experts) for select in group.selects]
+    turns, most = experts.turns_T if len(choices) > 1 else None, max(group.held, *(choice.k for choice in choices), 1)
+    return Packed(A_PI, modules, Choosing(group.columns_E, experts.granted_TE, choices, turns, most, kept))
 
 
 def _simple(experts: Any) -> bool:
@@ -35,11 +36,12 @@ def _simple(experts: Any) -> bool:
     if experts.split.by_input or len(experts.groups) != 1:
         return False
     [group] = experts.groups
-    router = group.router
-    outputs = get_combination(combination_of(router)).merge is merge_outputs
-    ours = getattr(router, "by_norms", False) and outputs and isinstance(group.select, TopK)
-    return bool(ours and group.common_rank is not None)
+    outputs = get_combination(combination_of(group.router)).merge is merge_outputs
+    by_norms = isinstance(group.router, KIN) or getattr(group.router, "by_norms", False)
+    return bool(outputs and by_norms and group.common_rank is not None)
 
 
-def _temperature(group: Any) -> float:
-    return group.select.temperature if group.select.weighting == "softmax" else 0.0
+def _choice(select: Selection, experts: int) -> Choice:
+    if not isinstance(select, TopK):
+        return Choice(experts, 0.0)
+    return Choice(select.k, select.temperature if select.weighting == "softmax" else 0.0)

@@ -13,7 +13,8 @@ from typing import Any
 
 EXPERTS = "spectr_experts"  # names, as a list or with commas
 ROUTING = "spectr_routing"  # "tokens" or "layers"
-LEVEL = "spectr_level"  # "prompt": one expert for all of it, which somebody has to decide on; "token" is the default
+ROUTER = "spectr_router"  # the name of one of the routers in the model's config; the first is the default
+VERDICT = "spectr_verdict"  # by an expert's name its weight or its prior, as somebody has decided; in place of names
 ROUTE_ID = "spectr_route_id"  # what reports of this request are marked with
 PROBE = "spectr_probe"  # the prompt is read for a decision among the experts, and is asked for by this name
 UNHEARD = "spectr_unheard"  # how many tokens at its beginning have no say
@@ -29,7 +30,8 @@ class Asked:
         understood: Whether the names could be read at all.
         routing: ``"tokens"``, ``"layers"``, or ``""`` for no report.
         route_id: What its reports are marked with.
-        undecided: Whether it waits for one of its experts to be held for all of it.
+        router: The name of its router; empty for the default, and of one expert, whom every router gives all weight.
+        verdict: What was found of the prompt, a number for each of the experts; ``None`` where nothing was.
         probe: Where its prompt is read for a decision, by the base model alone: what the verdict is asked for by.
         among: The experts that are decided among.
         unheard: Tokens at the prompt's beginning that have no say.
@@ -39,7 +41,8 @@ class Asked:
     understood: bool = True
     routing: str = ""
     route_id: str = ""
-    undecided: bool = False
+    router: str = ""
+    verdict: tuple[float, ...] | None = None
     probe: str = ""
     among: tuple[str, ...] = ()
     unheard: int = 0
@@ -50,37 +53,50 @@ class Asked:
         if not isinstance(extra_args, Mapping):
             return Asked()
         names, understood = _names(extra_args.get(EXPERTS))
+        router, verdict = extra_args.get(ROUTER, ""), extra_args.get(VERDICT)
         probe, unheard = extra_args.get(PROBE), extra_args.get(UNHEARD, 0)
         if probe is not None:
-            if not (isinstance(probe, str) and len(probe) <= _LONGEST and isinstance(unheard, int) and unheard >= 0):
+            named = isinstance(router, str) and isinstance(probe, str) and len(probe) <= _LONGEST
+            if not (named and isinstance(unheard, int) and unheard >= 0):
                 return Asked(experts=(), understood=False)
-            return Asked(experts=(), probe=probe, among=names or (), unheard=unheard)
-        level = extra_args.get(LEVEL, "token")
-        if level not in ("token", "prompt"):
+            return Asked(experts=(), router=router, probe=probe, among=names or (), unheard=unheard)
+        if not isinstance(router, str) or not (verdict is None or _is_verdict(verdict)):
             return Asked(experts=(), understood=False)
+        if verdict is not None:
+            names = tuple(sorted(verdict))
+            verdict = tuple(float(verdict[name]) for name in names)
+        elif names is not None and len(names) < 2:
+            router = ""  # there is nothing to choose
         routing, route_id = extra_args.get(ROUTING), extra_args.get(ROUTE_ID)
         if not (routing in ("tokens", "layers") and isinstance(route_id, str) and len(route_id) <= _LONGEST):
             routing, route_id = "", ""
-        one = names is not None and len(names) < 2
-        undecided = level == "prompt" and not one
-        return Asked(experts=names, understood=understood, routing=routing, route_id=route_id, undecided=undecided)
+        return Asked(
+            experts=names, understood=understood, routing=routing, route_id=route_id, router=router, verdict=verdict
+        )
 
     @property
     def granted(self) -> Asked:
         """The same, less all that changes nothing of which experts it may use."""
-        return Asked(experts=self.experts, understood=self.understood, undecided=self.undecided)
+        router = "" if self.probe else self.router
+        return Asked(experts=self.experts, understood=self.understood, router=router, verdict=self.verdict)
 
     def salt(self, removed: Collection[str] = ()) -> str:
-        """What keeps the cached prefixes of one set of experts from those of another; empty for no set at all.
+        """What keeps the cached prefixes of one set, router or verdict from those of another; empty for none at all.
 
         Args:
             removed: Experts that have left the engine, so that nothing that they helped to compute is used again.
         """
         if self.granted == Asked() and not removed:
             return ""
-        names = None if self.experts is None else sorted(set(self.experts) - set(removed))
-        text = json.dumps([names, self.understood, self.undecided, sorted(removed) if names is None else []])
+        left = None if self.experts is None else [name for name in self.experts if name not in removed]
+        numbers = None if self.verdict is None else [self.number(name) for name in left or ()]
+        some = self.granted.router if numbers is not None or left is None or len(left) > 1 else ""
+        text = json.dumps([left, numbers, some, self.understood, sorted(removed) if left is None else []])
         return "spectr:" + hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def number(self, name: str) -> float:
+        """What was found of one of its experts; 1 where nothing was."""
+        return 1.0 if self.experts is None or self.verdict is None else self.verdict[self.experts.index(name)]
 
     def allowed(self, known: Collection[str], access: str) -> frozenset[str]:
         """The experts that the request may use: nothing at all where a name is unknown or could not be read.
@@ -103,3 +119,10 @@ def _names(given: Any) -> tuple[tuple[str, ...] | None, bool]:
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         return (), False
     return tuple(sorted({name.strip() for name in names} - {""})), True
+
+
+def _is_verdict(given: Any) -> bool:
+    """Whether it has numbers of at least zero by name."""
+    return isinstance(given, Mapping) and all(
+        isinstance(name, str) and isinstance(number, (int, float)) and number >= 0 for name, number in given.items()
+    )

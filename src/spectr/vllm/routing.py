@@ -1,7 +1,7 @@
-"""Scores, masks and weights of a packed layer: pure torch, static shapes, any number of requests in a batch.
+"""Scores and weights of a packed layer: pure torch, static shapes, any number of requests in a batch.
 
 Legend: T tokens, S modules that are packed in one layer and have like experts, E experts, P rows of their factors,
-R one expert's rows, X rows that score alone.
+R one expert's rows, W ways to score, F the engine's experts.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int32
 from torch import Tensor, nn
 
 from spectr.combine import get_combination, merge_factors
-from spectr.routers import Arrow, Router, Uniform
+from spectr.routers import PromptRouter, Router
 from spectr.routers.base import segment_norms
 from spectr.routers.settings import combination_of, selection_of
 from spectr.selection import Everyone, Selection, TopK
 from spectr.spectral import Stack
+from spectr.vllm.ways import KIN, Way
 
 
 def weights_among(
@@ -45,84 +46,109 @@ def weights_among(
 
 def sees_input(router: Router) -> bool:
     """Whether a router's scores need all of a module's input, and not only products with it."""
-    return not (getattr(router, "by_norms", False) or getattr(router, "shares_A", False)) and not isinstance(
-        router, (Uniform, Arrow)
-    )
+    return not (isinstance(router, KIN) or getattr(router, "by_norms", False))
 
 
 class Group(nn.Module):
     """Modules packed in one layer, next to each other, that have the same experts of the same ranks.
 
     Args:
-        stacks: Of each module, its experts as the router prepared them.
-        router: Decides for each token.
+        stacks: Of each module, its experts as the first router prepared them.
+        routers: Decide for each token: the first, or of several the one whose turn it is.
         columns: Which of the engine's experts these are.
+        engine_experts: How many that has.
+        held: How many of them have weights at most that were decided on before.
+        ways: Of each module how each router scores its experts, where :func:`by_ways` says so.
     """
 
     owner_P: Tensor
     member_EP: Tensor
     columns_E: Tensor
-    centers_SP: Tensor | None
+    centers_SWP: Tensor | None
+    scales_SWP: Tensor | None
     prototypes_EI: Tensor | None
 
-    def __init__(self, stacks: Sequence[Stack], router: Router, columns: Sequence[int], engine_experts: int):
+    def __init__(
+        self,
+        stacks: Sequence[Stack],
+        routers: Sequence[Router],
+        columns: Sequence[int],
+        engine_experts: int,
+        held: int = 0,
+        ways: Sequence[Sequence[Way]] = (),
+    ):
         super().__init__()
-        first = stacks[0]
+        first, router = stacks[0], routers[0]
         self.modules_S, self.experts, self.common_rank = len(stacks), len(first.experts), first.common_rank
         self.rows = len(first.A_PI)
-        self.router, self.select = router, selection_of(router)
+        self.router, self.selects = router, [selection_of(one) for one in routers]
         self.merges = get_combination(combination_of(router)).merge is merge_factors
-        self.folded = isinstance(router, Arrow)
+        self.held = held
+        priors = [one for one in routers if isinstance(one, PromptRouter) and one.level == "prior"]
+        self.informed = priors[0].informed if priors else None
         self.everyone = list(columns) == list(range(engine_experts))
         member_EP = nn.functional.one_hot(first.owner_P, self.experts).mT.contiguous().float()
-        centers = [stack.centers_P for stack in stacks if stack.centers_P is not None]
+        centers_SWP, scales_SWP = _tables(stacks, ways)
         named: dict[str, Tensor | None] = {
             "owner_P": first.owner_P,
             "member_EP": member_EP,
             "columns_E": torch.tensor(columns),
-            "centers_SP": torch.stack(centers) if centers else None,
-            "prototypes_EI": None if self.folded else first.prototypes_EI,
+            "centers_SWP": centers_SWP,
+            "scales_SWP": scales_SWP,
+            "prototypes_EI": None if scales_SWP is not None else first.prototypes_EI,
         }
         for name, tensor in named.items():
             self.register_buffer(name, tensor, persistent=False)
 
-    def refill(self, stacks: Sequence[Stack]) -> None:
+    def refill(self, stacks: Sequence[Stack], ways: Sequence[Sequence[Way]] = ()) -> None:
         """What these stacks have beside their factors, in the place of what was there."""
-        if self.centers_SP is not None:
-            self.centers_SP.copy_(torch.stack([s.centers_P for s in stacks if s.centers_P is not None]))
+        for here, table in zip((self.centers_SWP, self.scales_SWP), _tables(stacks, ways), strict=True):
+            if here is not None and table is not None:
+                here.copy_(table)
         if self.prototypes_EI is not None and stacks[0].prototypes_EI is not None:
             self.prototypes_EI.copy_(stacks[0].prototypes_EI)
 
     def choose(
         self,
         h_TSP: Float[Tensor, "T S P"],
-        extra_TX: Float[Tensor, "T X"],
         x_TI: Tensor,
-        allowed_TF: Bool[Tensor, "T F"],
+        granted_TF: Float[Tensor, "T F"],
+        turns_T: Int32[Tensor, " T"],
     ) -> tuple[Float[Tensor, "T S E"], Float[Tensor, "T S E"]]:
         """Scores and weights of each token and module.
 
         Args:
             h_TSP: ``A x``.
-            extra_TX: Products of the input with the prototypes, where the router is Arrow.
             x_TI: The input itself; a part of it in a row-parallel layer, whose router does not look.
-            allowed_TF: Which of the engine's experts each token may use.
+            granted_TF: What each token may do with the engine's experts; see :attr:`Session.granted_TE`.
+            turns_T: Which of several routers each token has.
         """
-        scores_TSE = self.scores(h_TSP, extra_TX, x_TI)
-        allowed_TE = allowed_TF if self.everyone else allowed_TF[:, self.columns_E]
-        allowed_TSE = allowed_TE[:, None].expand_as(scores_TSE)
-        return scores_TSE, weights_among(self.select, scores_TSE, allowed_TSE)
+        scores_TSE = self.scores(h_TSP, x_TI) if self.scales_SWP is None else self._scores_by_ways(h_TSP, turns_T)
+        granted_TE = granted_TF if self.everyone else granted_TF[:, self.columns_E]
+        granted_TSE = granted_TE[:, None].expand_as(scores_TSE)
+        allowed_TSE = granted_TSE >= 0
+        if self.informed is not None:
+            scores_TSE = self.informed(scores_TSE, granted_TSE).where(allowed_TSE, scores_TSE)
+        weights_TSE = weights_among(self.selects[0], scores_TSE, allowed_TSE)
+        for number, select in enumerate(self.selects[1:], start=1):
+            others_TSE = weights_among(select, scores_TSE, allowed_TSE)
+            weights_TSE = others_TSE.where((turns_T == number)[:, None, None], weights_TSE)
+        if self.held:
+            weights_TSE = (-granted_TSE).where(granted_TSE < 0, weights_TSE)
+        return scores_TSE, weights_TSE
 
-    def scores(
-        self, h_TSP: Float[Tensor, "T S P"], extra_TX: Float[Tensor, "T X"], x_TI: Tensor
-    ) -> Float[Tensor, "T S E"]:
-        """Scores alone; see :meth:`choose`."""
-        scored_TSP = h_TSP if self.centers_SP is None else h_TSP - self.centers_SP
-        if self.folded:
-            return extra_TX.float().abs().unflatten(-1, (self.modules_S, self.experts))
+    def scores(self, h_TSP: Float[Tensor, "T S P"], x_TI: Tensor) -> Float[Tensor, "T S E"]:
+        """The first router's scores alone; see :meth:`choose`."""
+        scored_TSP = h_TSP if self.centers_SWP is None else h_TSP - self.centers_SWP[:, 0]
         norms_TSE = segment_norms(scored_TSP, self.common_rank, self.member_EP)
         x_TSI = x_TI[:, None].expand(-1, self.modules_S, -1)
         return self.router.scores(x_TSI, norms_TSE, self.prototypes_EI)
+
+    def _scores_by_ways(self, h_TSP: Float[Tensor, "T S P"], turns_T: Int32[Tensor, " T"]) -> Float[Tensor, "T S E"]:
+        assert self.centers_SWP is not None
+        assert self.scales_SWP is not None
+        centers_TSP, scales_TSP = (table[:, turns_T].movedim(0, 1) for table in (self.centers_SWP, self.scales_SWP))
+        return segment_norms(h_TSP * scales_TSP - centers_TSP, self.common_rank, self.member_EP)
 
     def weighted(self, h_TSP: Float[Tensor, "T S P"], weights_TSE: Float[Tensor, "T S E"]) -> Float[Tensor, "T S P"]:
         """What the output factors are multiplied with: zero for experts without a weight, whatever their ``h`` is."""
@@ -137,8 +163,18 @@ class Group(nn.Module):
         return kept_TSER.flatten(-2)
 
 
+def _tables(stacks: Sequence[Stack], ways: Sequence[Sequence[Way]]) -> tuple[Tensor | None, Tensor | None]:
+    """Centers and scales, (S, W, P), where there are any."""
+    if not any(ways):
+        centers = [stack.centers_P[None] for stack in stacks if stack.centers_P is not None]
+        return torch.stack(centers) if centers else None, None
+    tables = [[torch.stack(rows) for rows in zip(*its, strict=True)] for its in ways]
+    centers, scales = zip(*tables, strict=True)
+    return torch.stack(centers), torch.stack(scales)
+
+
 def alike(one: Any, other: Any, router: Router) -> bool:
     """Whether two stacks can be scored in one go."""
-    loose = isinstance(router, Arrow) or (one.prototypes_EI is None and other.prototypes_EI is None)
+    loose = isinstance(router, KIN) or (one.prototypes_EI is None and other.prototypes_EI is None)
     same = (one.experts, one.ranks) == (other.experts, other.ranks)
     return loose and same and one.common_rank is not None

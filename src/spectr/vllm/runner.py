@@ -120,8 +120,8 @@ def _learn(self: Any, probes: list[str]) -> None:
     _hearing(self).learn(probes)
 
 
-def _verdict(self: Any, probe: str) -> list[str]:
-    """Worker method: the experts that are held for a prompt that was read."""
+def _verdict(self: Any, probe: str) -> dict[str, float]:
+    """Worker method: the experts' weights, or their prior, for a prompt that was read."""
     return _hearing(self).verdict(probe)
 
 

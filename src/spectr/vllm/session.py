@@ -1,4 +1,4 @@
-"""What one worker knows: the experts, which of them each token of the step may use, and what was chosen."""
+"""What one worker knows: the experts, what each token of the step may do with them, and what was chosen."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ class Session:
         routers: Who chooses among them.
         router: The one whose factors the layers hold.
         experts: Names of all that were loaded, in the order of all masks; a removed one keeps its place.
-        allowed_TE: Which of them each token of the step may use; the base model alone until the first step is written.
+        granted_TE: What each token of the step may do with each of them. NaN: nothing. From zero on: choose it by its
+            score, which this informs; 1 where no prompt was read. Below zero: minus the weight that it has unchosen.
+            The base model alone until the first step is written.
+        turns_T: Which of several ways to choose is each token's.
         sampled_N: For each request in the batch, which token of the step its next token is sampled from.
         layers: The routed layers, by vLLM's name, in the model's order.
         routed: The modules that they stand for, by the library's names.
@@ -54,7 +57,8 @@ class Session:
         found = list(self.opened.values())
         self._calibration = needed_calibration(library, found) if self._any("calibrated") else None
         self._gates = needed_gates(library, found) if self._any("gated") else None
-        self.allowed_TE = torch.zeros(tokens, len(self.experts), dtype=torch.bool, device=device)
+        self.granted_TE = torch.full((tokens, len(self.experts)), torch.nan, dtype=torch.float32, device=device)
+        self.turns_T = torch.zeros(tokens, dtype=torch.int32, device=device)
         self.sampled_N = torch.zeros(requests, dtype=torch.long, device=device)
         self.layers: dict[str, Any] = {}
         self.routed: dict[str, Any] = {}
@@ -63,11 +67,11 @@ class Session:
         self._rows: dict[Asked, np.ndarray] = {}
         modules = {module for expert in found for module in expert.shapes}
         self.hearing = None
-        if self.routers.prompts is not None:
+        if self.routers.prompts:
             self.hearing = Hearing(self.routers.prompts, {module: self.users(module) for module in modules})
 
     def _any(self, needs: str) -> bool:
-        return any(getattr(router, needs, False) for router in self.routers)
+        return any(getattr(router, needs, False) for router in self.routers.named.values())
 
     def parts(self, module: str, router: Router) -> dict[str, Prepared]:
         """A module's experts as a router prepares them, float32; removed ones too."""
@@ -82,20 +86,21 @@ class Session:
         return [name for name in self.experts if module in self.opened[name].shapes]
 
     def row(self, asked: Asked) -> np.ndarray:
-        """Which experts a request may use, as one row of the mask; remembered."""
+        """What a request may do with each expert, as one row of :attr:`granted_TE`; remembered."""
         row = self._rows.get(asked)
         if row is None:
             names = asked.allowed(self.experts, self.settings.access)
-            if len(names) > 1 and (asked.undecided or not self.routers.by_token):  # nobody has decided
-                names = frozenset[str]()
-            row = np.array([name in names and name not in self.removed for name in self.experts])
+            numbers = {name: asked.number(name) for name in names}
+            granted = self.routers.granted(asked.router, numbers, asked.verdict is not None)
+            left = {name: number for name, number in granted.items() if name not in self.removed}
+            row = np.array([left.get(name, np.nan) for name in self.experts], dtype=np.float32)
             if len(self._rows) > 4096:
                 self._rows.clear()
             self._rows[asked] = row
         return row
 
     def write(self, step: Sequence[Row], alive: Collection[str]) -> None:
-        """Write the masks of a step.
+        """Write what a step's tokens may do.
 
         Args:
             step: The requests of the batch.
@@ -103,9 +108,12 @@ class Session:
         """
         asked, tokens = [row.asked for row in step], np.array([row.tokens for row in step])
         if self.hearing is not None:
-            self.hearing.begin(step, alive, self.allowed_TE.device)
+            self.hearing.begin(step, alive, self.granted_TE.device)
         rows_TE = np.repeat(np.stack([self.row(one.granted) for one in asked]), tokens, axis=0)
-        self.allowed_TE[: len(rows_TE)].copy_(torch.from_numpy(rows_TE), non_blocking=True)
+        self.granted_TE[: len(rows_TE)].copy_(torch.from_numpy(rows_TE), non_blocking=True)
+        if len(self.routers.ways) > 1:
+            turns = np.array([self.routers.turn(one.router) for one in asked], dtype=np.int32)
+            self.turns_T[: len(rows_TE)].copy_(torch.from_numpy(np.repeat(turns, tokens)), non_blocking=True)
         if self.settings.record:
             ends = torch.from_numpy(np.cumsum(tokens) - 1)
             self.sampled_N[: len(ends)].copy_(ends, non_blocking=True)
@@ -121,7 +129,7 @@ class Session:
             raise CompositionError(f"unknown expert '{name}'", do=did_you_mean(name, self.experts))
         self.removed.add(name)
         self._rows.clear()
-        self.allowed_TE[:, self.experts.index(name)] = False
+        self.granted_TE[:, self.experts.index(name)] = torch.nan
         for layer in self.layers.values():
             layer.fill(self)
 
@@ -133,7 +141,7 @@ class Session:
             "modules": len(self.routed),
             "names": list(self.routed),
             "experts": experts,
-            "router": " and ".join(dict.fromkeys(str(router) for router in self.routers if router is not None)),
+            "router": " and ".join(map(str, self.routers.named.values())),
         }
 
     def check(self) -> None:

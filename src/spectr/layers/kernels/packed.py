@@ -27,13 +27,27 @@ class Module(NamedTuple):
 
     Attributes:
         B_OP: Its experts' output factors.
-        centers_P: Taken away before scoring, if anything is.
+        centers_WP: For each way to choose taken away before scoring, if anything is.
         begin: Where its output begins in the layer's.
+        scales_WP: What ``A x`` is multiplied by before that, float32, if by anything; then there are centers, too.
     """
 
     B_OP: Tensor
-    centers_P: Tensor | None
+    centers_WP: Tensor | None
     begin: int
+    scales_WP: Tensor | None = None
+
+
+class Choice(NamedTuple):
+    """A way to choose.
+
+    Attributes:
+        k: Experts at most.
+        temperature: Of the softmax over their scores; 0 weighs them alike.
+    """
+
+    k: int
+    temperature: float
 
 
 class Choosing(NamedTuple):
@@ -41,31 +55,38 @@ class Choosing(NamedTuple):
 
     Attributes:
         columns_E: Of these experts in a token's mask.
-        allowed_TF: Masks of a step's tokens, which may be written anew.
-        k: How many are taken at most.
-        temperature: Of the softmax over their scores; 0 weighs them alike.
+        granted_TF: Masks of a step's tokens, float32, which may be written anew: of an expert that may not be used NaN,
+            of one that may be chosen what its score is multiplied by, from zero on, else minus the weight that it has.
+        ways: How.
+        turns_T: Which of several ways is a token's, int32, which may be written anew as well.
+        most: How many have a weight, chosen or not.
         kept: Which tokens' scores and weights to keep, (N,), and where, (N, S, E); or nothing.
     """
 
     columns_E: Tensor
-    allowed_TF: Tensor
-    k: int
-    temperature: float
+    granted_TF: Tensor
+    ways: Sequence[Choice]
+    turns_T: Tensor | None
+    most: int
     kept: tuple[Tensor, Tensor, Tensor] | None
 
 
 class _Module(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("B", "centers")),
+        *((name, ctypes.c_void_p) for name in ("B", "centers", "scales")),
         *((name, ctypes.c_long) for name in ("rows", "first", "begin", "length")),
     )
 
 
+class _Choice(ctypes.Structure):
+    _fields_ = (("k", ctypes.c_long), ("temperature", ctypes.c_float))
+
+
 class _Layer(ctypes.Structure):
     _fields_ = (
-        *((n, ctypes.c_void_p) for n in ("add", "A", "modules", "columns", "allowed", "sampled", "scores", "weights")),
-        *((n, ctypes.c_long) for n in ("apart", "requests", "count", "experts", "k", "inputs", "rows", "parts")),
-        ("temperature", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("add", "A", "modules", "columns", "granted", "ways", "turns")),
+        *((name, ctypes.c_void_p) for name in ("sampled", "scores", "weights")),
+        *((n, ctypes.c_long) for n in ("apart", "requests", "count", "experts", "inputs", "rows", "most", "parts")),
     )
 
 
@@ -102,30 +123,34 @@ class Packed(nn.Module):
         super().__init__()
         self._way = way = _way_for(A_PI)
         self.A, self.B_S = way.inner(A_PI), [way.outer(module.B_OP) for module in modules]
-        self.centers_S = [None if m.centers_P is None else m.centers_P.to(way.centers).contiguous() for m in modules]
+        self.centers_S = [None if m.centers_WP is None else m.centers_WP.to(way.centers).contiguous() for m in modules]
+        self.scales_S = [None if m.scales_WP is None else m.scales_WP.float().contiguous() for m in modules]
         self.choosing = choosing._replace(columns_E=choosing.columns_E.to(torch.int32).contiguous())
         told, first = [], 0
-        for (B_OP, _, begin), B, centers in zip(modules, self.B_S, self.centers_S, strict=True):
-            outputs, rows = B_OP.shape
-            told.append(_Module(place(B), place(centers), rows, first, begin, outputs))
+        for module, *parts in zip(modules, self.B_S, self.centers_S, self.scales_S, strict=True):
+            outputs, rows = module.B_OP.shape
+            told.append(_Module(*map(place, parts), rows, first, module.begin, outputs))
             first += rows
         self._told = (_Module * len(told))(*told)
-        columns_E, allowed_TF, k, temperature, kept = self.choosing
+        columns_E, granted_TF, ways, turns_T, most, kept = self.choosing
         sampled, scores, weights = kept or (None, None, None)
+        experts = len(columns_E)
+        self._ways = (_Choice * len(ways))(*((min(k, experts), temperature) for k, temperature in ways))
         self._layer = _Layer(
             way.add,
             place(self.A),
             ctypes.addressof(self._told),
-            *map(place, (columns_E, allowed_TF, sampled, scores, weights)),
-            allowed_TF.stride(0),
+            *map(place, (columns_E, granted_TF)),
+            ctypes.addressof(self._ways),
+            *map(place, (turns_T, sampled, scores, weights)),
+            granted_TF.stride(0),
             0 if sampled is None else len(sampled),
             len(told),
-            len(columns_E),
-            min(k, len(columns_E)),
+            experts,
             A_PI.shape[1],
             first,
+            min(most, experts),
             way.parts,
-            temperature,
         )
         at = torch.tensor([ctypes.addressof(self._layer)])  # a tensor, so that no graph takes it for a constant
         self.register_buffer("at", at, persistent=False)
@@ -135,14 +160,14 @@ class Packed(nn.Module):
         torch.ops.spectr.add_experts(out_TO, x_TI.contiguous(), self.at)
         return out_TO
 
-    def fill(self, A_PI: Tensor, B_SOP: Sequence[Tensor], centers_SP: Tensor | None) -> None:
+    def fill(self, A_PI: Tensor, B_SOP: Sequence[Tensor], centers_SWP: Tensor | None) -> None:
         """Other factors of the same sizes, in the place of what was there."""
         self.A.copy_(self._way.inner(A_PI))
         for B, B_OP in zip(self.B_S, B_SOP, strict=True):
             B.copy_(self._way.outer(B_OP))
         for number, centers in enumerate(self.centers_S):
-            if centers is not None and centers_SP is not None:
-                centers.copy_(centers_SP[number])
+            if centers is not None and centers_SWP is not None:
+                centers.copy_(centers_SWP[number])
 
 
 def packed_works(dtype: torch.dtype) -> bool:

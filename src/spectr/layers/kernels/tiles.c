@@ -26,7 +26,7 @@
 
 /* One expert, of 16 tokens. */
 struct lanes {
-  __m512 score, among, weight; /* `among`: the score, or less than any of who may not be used */
+  __m512 granted, score, among, weight; /* `among`: the score, or less than any of who is not to be chosen */
 };
 
 /* The unit, for blocks of so many tokens; 0 to leave it to others. */
@@ -91,42 +91,62 @@ static inline void narrow(uint16_t *to, __mmask16 some, __m512 value) {
   _mm256_mask_storeu_epi16(to, some, (__m256i)_mm512_cvtneps_pbh(value));
 }
 
-/* Up to 16 tokens of one module: scores, weights among the experts that each may use, as in a library that has no others,
-   and w A x. Tokens are the lanes of vectors; `allowed` has a bit for each. */
-static void decide(const struct packed *l, const struct module *m, const float *h, long h_stride, const __mmask16 *allowed,
-                   struct lanes *lanes, uint16_t *to, long to_stride, long tokens) {
+/* How 16 tokens choose. */
+struct turns {
+  __m512i way, k;
+  __m512 temperature;
+  __mmask16 soft; /* who has a temperature */
+};
+
+/* For up to 16 numbers that lie `stride` apart, where each of 16 lanes finds its own, those past the end the last one. */
+static __m512i apart(long stride, long numbers) {
+  int32_t place[SIDE];
+  for (long u = 0; u < SIDE; u++) place[u] = (u < numbers ? u : numbers - 1) * stride;
+  return _mm512_loadu_si512(place);
+}
+
+/* Up to 16 tokens of one module: scores, the weights that each has been given, or among the experts that it may use, as in a
+   library that has no others, and w A x. Tokens are the lanes of vectors. */
+static void decide(const struct packed *l, const struct module *m, const float *h, long h_stride,
+                   const struct turns *turns, struct lanes *lanes, uint16_t *to, long to_stride, long tokens) {
   long experts = l->experts, rank = m->rows / experts;
   const float *centers = m->centers;
-  int32_t place[SIDE];
-  for (long u = 0; u < SIDE; u++) place[u] = (u < tokens ? u : tokens - 1) * h_stride;
-  __m512i places = _mm512_loadu_si512(place), one = _mm512_set1_epi32(1), k = _mm512_set1_epi32(l->k);
-  __m512 best = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
+  __m512i places = apart(h_stride, tokens), one = _mm512_set1_epi32(1);
+  __m512i own = _mm512_mullo_epi32(turns->way, _mm512_set1_epi32(m->rows));
+  __m512 none = _mm512_setzero_ps(), best = _mm512_set1_ps(-INFINITY), total = none;
   for (long e = 0; e < experts; e++) {
     __m512 sum = _mm512_setzero_ps();
     for (long r = e * rank; r < (e + 1) * rank; r++) {
       __m512 each = _mm512_i32gather_ps(places, h + r, 4);
-      if (centers) each = _mm512_sub_ps(each, _mm512_set1_ps(centers[r]));
+      if (m->scales)
+        each = _mm512_fmsub_ps(each, _mm512_i32gather_ps(own, m->scales + r, 4), _mm512_i32gather_ps(own, centers + r, 4));
+      else if (centers)
+        each = _mm512_sub_ps(each, _mm512_set1_ps(centers[r]));
       sum = _mm512_fmadd_ps(each, each, sum);
     }
-    lanes[e].score = _mm512_sqrt_ps(sum);
-    lanes[e].among = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), allowed[e], lanes[e].score);
+    __m512 score = _mm512_sqrt_ps(sum), granted = lanes[e].granted;
+    __mmask16 chosen = _mm512_cmp_ps_mask(granted, none, _CMP_GE_OQ);
+    lanes[e].score = _mm512_mask_mul_ps(score, chosen, score, granted);
+    lanes[e].among = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), chosen, lanes[e].score);
     best = _mm512_max_ps(best, lanes[e].among);
   }
   for (long e = 0; e < experts; e++) { /* chosen is who has fewer than k before it, the first of equals first */
     __m512i before = _mm512_setzero_si512();
-    __m512 own = lanes[e].among, weight = _mm512_set1_ps(1);
+    __m512 its = lanes[e].among, weight = _mm512_set1_ps(1);
     for (long f = 0; f < e; f++)
-      before = _mm512_mask_add_epi32(before, _mm512_cmp_ps_mask(lanes[f].among, own, _CMP_GE_OQ), before, one);
+      before = _mm512_mask_add_epi32(before, _mm512_cmp_ps_mask(lanes[f].among, its, _CMP_GE_OQ), before, one);
     for (long f = e + 1; f < experts; f++)
-      before = _mm512_mask_add_epi32(before, _mm512_cmp_ps_mask(lanes[f].among, own, _CMP_GT_OQ), before, one);
-    if (l->temperature > 0)
-      for (long u = 0; u < SIDE; u++) weight[u] = expf((own[u] - best[u]) / l->temperature);
-    lanes[e].weight = _mm512_maskz_mov_ps(allowed[e] & _mm512_cmplt_epi32_mask(before, k), weight);
+      before = _mm512_mask_add_epi32(before, _mm512_cmp_ps_mask(lanes[f].among, its, _CMP_GT_OQ), before, one);
+    for (long u = 0; u < SIDE && turns->soft; u++)
+      if (turns->soft >> u & 1) weight[u] = expf((its[u] - best[u]) / turns->temperature[u]);
+    __mmask16 chosen = _mm512_cmp_ps_mask(lanes[e].granted, none, _CMP_GE_OQ);
+    lanes[e].weight = _mm512_maskz_mov_ps(chosen & _mm512_cmplt_epi32_mask(before, turns->k), weight);
     total = _mm512_add_ps(total, lanes[e].weight);
   }
   for (long e = 0; e < experts; e++) {
-    __m512 weight = lanes[e].weight;
-    lanes[e].weight = _mm512_maskz_div_ps(_mm512_cmp_ps_mask(weight, _mm512_setzero_ps(), _CMP_NEQ_UQ), weight, total);
+    __m512 weight = lanes[e].weight, granted = lanes[e].granted;
+    weight = _mm512_maskz_div_ps(_mm512_cmp_ps_mask(weight, none, _CMP_NEQ_UQ), weight, total);
+    lanes[e].weight = _mm512_mask_sub_ps(weight, _mm512_cmp_ps_mask(granted, none, _CMP_LT_OQ), none, granted);
     for (long u = 0; u < tokens; u++)
       for (long r = e * rank; r < (e + 1) * rank; r += SIDE) {
         float share = lanes[e].weight[u];
@@ -137,12 +157,23 @@ static void decide(const struct packed *l, const struct module *m, const float *
   }
 }
 
-/* The tokens' masks as bits: of each expert one for each of up to 16 tokens. */
-static void masks(const struct packed *l, const uint8_t *allowed, long tokens, __mmask16 *to) {
-  for (long e = 0; e < l->experts; e++) {
-    to[e] = 0;
-    for (long u = 0; u < tokens; u++) to[e] |= (__mmask16)(allowed[u * l->apart + l->columns[e]] != 0) << u;
+/* Whose turn it is, of up to 16 tokens from `t` on. */
+static struct turns read_turns(const struct packed *l, long t, long tokens) {
+  struct turns turns = {.soft = 0};
+  for (long u = 0; u < SIDE; u++) {
+    long way = l->turns ? l->turns[t + (u < tokens ? u : tokens - 1)] : 0;
+    ((int32_t *)&turns.way)[u] = way;
+    ((int32_t *)&turns.k)[u] = l->ways[way].k;
+    turns.temperature[u] = l->ways[way].temperature;
+    turns.soft |= (__mmask16)(l->ways[way].temperature > 0) << u;
   }
+  return turns;
+}
+
+/* The masks of up to 16 tokens. */
+static void read_masks(const struct packed *l, const float *granted, long tokens, struct lanes *lanes) {
+  __m512i places = apart(l->apart, tokens);
+  for (long e = 0; e < l->experts; e++) lanes[e].granted = _mm512_i32gather_ps(places, granted + l->columns[e], 4);
 }
 
 /* out += w A x B of few tokens: of each tile the chosen experts' rows alone, two terms a row. */
@@ -217,13 +248,13 @@ int add(const struct packed *l, const void *tokens_in, void *answer, long stride
       for (long t = 0; t < tokens; t += SIDE) {
         long some = tokens - t < SIDE ? tokens - t : SIDE;
         struct lanes *lanes = memory + THREAD * l->experts;
-        __mmask16 allowed[l->experts];
-        masks(l, l->allowed + t * l->apart, some, allowed);
+        struct turns turns = read_turns(l, t, some);
+        read_masks(l, l->granted + t * l->apart, some, lanes);
         uint16_t *to = weighted;
         for (long s = 0; s < l->count; s++) {
           const struct module *m = l->modules + s;
           long room = UP(m->rows, DEEP);
-          decide(l, m, h + t * wide + m->first, wide, allowed, lanes, to + t * room, room, some);
+          decide(l, m, h + t * wide + m->first, wide, &turns, lanes, to + t * room, room, some);
           to += tokens * room;
           for (long n = 0; l->sampled && n < some * l->experts; n++) {
             long u = n / l->experts, e = n % l->experts, at = (t + u) * each + s * l->experts + e;

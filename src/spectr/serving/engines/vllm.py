@@ -12,7 +12,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
-from itertools import chain
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from spectr.serving.suspicion import spectral_norm, suspicion
 from spectr.vllm.deciding import DECIDES, Decider
 from spectr.vllm.recording import Listener
 from spectr.vllm.register import check_version, engine_version
-from spectr.vllm.requests import EXPERTS, LEVEL, ROUTE_ID, ROUTING
+from spectr.vllm.requests import EXPERTS, ROUTE_ID, ROUTER, ROUTING
 from spectr.vllm.served import decides_on_prompts, routers_of, served
 
 INNER = "spectr"  # what vLLM's application calls the composed model
@@ -51,8 +50,8 @@ class VllmEngine:
         status: What its workers say of the routing.
         listener: Gets the reports.
         base_model: The base model's name for clients.
-        routers: Names for clients of those that requests may ask for, the default first; each with the level at which
-            it decides, ``"prompt"`` or ``"token"``.
+        routers: Names for clients of those that requests may ask for, the default first; each with its name in the
+            model's config.
         suspicion: Experts whose norm is far out, and how far.
         records: Whether the layers keep what they choose.
 
@@ -76,7 +75,7 @@ class VllmEngine:
         if not status["layers"]:
             raise CompositionError("no layer of this model is routed", do="compose it with a library of experts")
         self.client, self.listener, self.base_model, self.records = client, listener, base_model, records
-        self.routers, self._levels, self.suspicion = tuple(routers), dict(routers), dict(suspicion or {})
+        self.routers, self._inner, self.suspicion = tuple(routers), dict(routers), dict(suspicion or {})
         self.layers, self._known = tuple(status["names"]), tuple(status["experts"])
         self.experts = self._known
         self._choices: dict[str, int] = {}
@@ -99,7 +98,7 @@ class VllmEngine:
             if body.get(field):
                 raise RefusalError(f"{field} is not possible here", code="unsupported_parameter", param=field)
         told = {key: value for key, value in body.items() if key not in _NOT_THE_CLIENTS}
-        extra: dict[str, Any] = {EXPERTS: list(ticket.experts), LEVEL: self._levels[ticket.router]}
+        extra: dict[str, Any] = {EXPERTS: list(ticket.experts), ROUTER: self._inner[ticket.router]}
         if ticket.record != "none" and self.records:
             extra |= {ROUTING: _ROUTING[ticket.record], ROUTE_ID: ticket.id}
             told["return_token_ids"] = True  # says how many tokens a chunk has
@@ -199,7 +198,7 @@ async def launched(
     settings = settings or _of_folder(model)
     closed = replace(settings, access="closed", record=record)  # whatever passes the gateway by gets the base model
     prompts, listener = routers_of(closed).prompts, Listener()
-    if prompts is not None:
+    if prompts:
         os.environ[DECIDES] = "1"
     try:
         arguments = ["--model", model, "--served-model-name", INNER, "--hf-overrides"]
@@ -207,8 +206,8 @@ async def launched(
         async with _application(arguments) as (app, client):
             [status, *_] = await client.collective_rpc("spectr_status")
             library = closed.open_library(model)
-            if prompts is not None:
-                await Decider(client, library, prompts.probe_tokens).learn()
+            if prompts:
+                await Decider(client, library, prompts, next(iter(prompts.values())).probe_tokens).learn()
             yield (
                 app,
                 VllmEngine(
@@ -216,7 +215,7 @@ async def launched(
                     status,
                     listener,
                     base_model=base_model,
-                    routers=routers or _levels(settings),
+                    routers=routers or {name: name for name in settings.make_routers()},
                     suspicion=_suspicion(library),
                     records=record,
                 ),
@@ -256,21 +255,14 @@ def _end(number: int, frame: Any) -> None:
 
 def _routed(settings: Served) -> Settings:
     """How the model is routed, in the words of its config."""
-    levels: dict[str, list[Router]] = {"token": [], "prompt": []}
-    for router in settings.routers.values():
-        levels[_level(router)].append(_fitting(served(router), len(settings.experts)))
-    if max(map(len, levels.values())) > 1:
-        raise CompositionError(
-            f"{len(settings.routers)} routers: {', '.join(settings.routers)}",
-            expected="one that decides for each token, whose factors the layers inside vLLM hold, and calibrated",
-            do="name fewer, or --engine transformers",
-        )
-    first, *beside = [router_config(router) for router in chain(*levels.values())]
+    routers = [_fitting(served(router), len(settings.experts)) for router in settings.routers.values()]
+    order = sorted(routers, key=decides_on_prompts)  # where nobody asks, or decides, one that needs no decision
+    first, *beside = map(router_config, order)
     everyone = settings.experts == settings.library.names
     routed = Settings(
         library=str(Path(settings.library.origin).expanduser().absolute()),
         router=first,
-        prompts=beside[0] if beside else None,
+        beside=tuple(beside),
         experts=None if everyone else settings.experts,
         inner=_inner(settings.model),
     )
@@ -282,16 +274,6 @@ def _fitting(router: Router, experts: int) -> Router:
     if getattr(router, "top_k", 0) <= experts:
         return router
     return replace(router, top_k=experts)  # pyright: ignore[reportArgumentType]
-
-
-def _level(router: Router) -> str:
-    return "prompt" if decides_on_prompts(router) else "token"
-
-
-def _levels(settings: Settings) -> dict[str, str]:
-    """The routers' levels, by their names in a model's config."""
-    beside = {} if settings.prompts is None else {settings.prompts["name"]: "prompt"}
-    return {settings.router["name"]: _level(settings.make_router()), **beside}
 
 
 def _inner(model: str | None) -> dict[str, Any] | None:
@@ -309,7 +291,7 @@ async def _serve(
         model,
         routed,
         base_model=settings.base_name,
-        routers={name: _level(router) for name, router in settings.routers.items()},
+        routers={name: router_config(router)["name"] for name, router in settings.routers.items()},
         options=["--dtype", settings.dtype, *settings.options],
     )
     async with started as (app, engine):
