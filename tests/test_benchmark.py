@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from models import close, logits, peft_library, peft_on_new_transformers, tiny_llama, tokens
+from models import close, logits, peft_adapter, peft_library, peft_on_new_transformers, tiny_llama, tokens
 from spectr import ExpertLibrary, Spectr, compose
 from spectr.benchmark import Timing, benchmark, measure, write_lookalikes
 from spectr.benchmark.measure import Work, peak_bytes
@@ -15,7 +15,7 @@ from spectr.benchmark.subjects import BASE, OURS, Subject, get_peer, ours, twin
 from spectr.errors import CompositionError, LibraryError
 from spectr.flops import count_flops
 from spectr.spectral import align
-from text_model import save_experts, save_model
+from text_model import make_model, save_experts, save_model
 
 RANKS = {"ants": 4, "bees": 4}
 
@@ -182,6 +182,22 @@ def test_what_cannot_be_measured_is_refused(spectr, folders, given, message):
     code, _, said = spectr("benchmark", *folders, *given)
     assert code == 2
     assert message in said
+
+
+def test_experts_that_peft_arrow_cannot_hold(spectr, folders, tmp_path):
+    peft_adapter(make_model(), tmp_path / "experts" / "c", 3, rank=2)
+    quick = ("--prompt", 4, "--batch", 1, "--steps", 1, "--rounds", 1, "--dtype", "float32", "-r", "spectr")
+    code, _, said = spectr("benchmark", *folders, *quick, "--against", "peft-single,peft-arrow")
+    assert code == 2
+    assert "Arrow cannot hold these experts" in said
+    assert "--against peft-single" in said
+    assert "loading" not in said
+    with peft_on_new_transformers():
+        code, text, said = spectr("benchmark", *folders, *quick)
+    assert code == 0
+    assert "Arrow is left out" in " ".join(said.split())
+    assert "one adapter" in text
+    assert "Arrow" not in text
 
 
 def test_synthetic_experts_have_no_calibration(spectr):

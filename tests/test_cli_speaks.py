@@ -72,6 +72,9 @@ def test_list_says_who_is_calibrated_and_add_says_what_is_next(spectr, world, tm
     assert f"spectr library calibrate --library {library}" in " ".join(notes.split())
     shown = ("--model", world / "model", "--dtype", "float32")
     assert spectr("library", "calibrate", "-l", library, "--samples", 2, "--tokens", 4, *shown)[0] == 0
+    code, text, notes = spectr("library", "calibrate", "-l", library, *shown)
+    assert (code, text) == (0, "all 1 experts are calibrated; --fresh measures them anew\n")
+    assert "loading" not in notes
     spectr("library", "add", "blue", world / "adapters" / "blue", "-l", library)
     rows = {line.split("│")[1].strip(): line.split("│")[5].strip() for line in _table(spectr, library)}
     assert rows == {"amber": "yes", "blue": "no"}
@@ -180,6 +183,9 @@ def test_adding_an_expert_tells_of_twins_and_of_another_base_model(spectr, tmp_p
     assert " org/base" in notes
     rows = json.loads(spectr("library", "list", "-l", library, "--json")[1])
     assert [row["calibrated"] for row in rows] == [False] * 3
+    notes = spectr("library", "list", "-l", library)[2]
+    assert "law, tax for org/base: " in notes
+    assert "sql for org/other: " in notes
     for name in ("law", "tax", "sql"):
         spectr("library", "remove", name, "-l", library)
     assert "is an empty library" in spectr("library", "list", "-l", library)[1]
@@ -187,6 +193,16 @@ def test_adding_an_expert_tells_of_twins_and_of_another_base_model(spectr, tmp_p
     assert code == 2
     assert "is an empty library" in notes
     assert f"spectr library add NAME ADAPTER --library {library}" in notes
+
+
+def test_a_card_of_blanks_is_not_shown(spectr, tmp_path):
+    library, adapter = tmp_path / "library", write_adapter(tmp_path / "one")
+    (adapter / "README.md").write_text("# Model Card for Model ID\n\nDeveloped by: [More Information Needed]\n")
+    spectr("library", "add", "law", adapter, "-l", library)
+    code, text, notes = spectr("library", "show", "law", "-l", library)
+    assert code == 0
+    assert "More Information" not in text
+    assert "its card is PEFT's template" in notes
 
 
 def test_a_path_in_a_note_is_told_as_it_is(spectr, tmp_path):

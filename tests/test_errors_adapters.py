@@ -356,6 +356,8 @@ def test_a_missing_extra_is_an_import_error_with_the_command():
         ("slq", ["sql", "law"], "did you mean 'sql'? known: law, sql"),
         ("zzz", ["sql", "law"], "known: law, sql"),
         ("sql", [], "known: none"),
+        ("r9", [f"q{i}" for i in range(40)], f"did you mean 'q9'? known: {', '.join(f'q{i}' for i in range(40))}"),
+        ("zzz", [f"q{i}" for i in range(42)], f"known: {', '.join(f'q{i}' for i in range(40))} and 2 more"),
     ],
 )
 def test_did_you_mean(name, known, phrase):

@@ -10,6 +10,8 @@ import difflib
 import re
 from collections.abc import Iterable
 
+_SHOWN = 40  # known names that a message lists
+
 
 class SpectrError(ValueError):
     """A mistake that the user can mend.
@@ -87,11 +89,12 @@ def raise_together(
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A closing phrase for an unknown name: the nearest known one, and then all of them."""
+    """A closing phrase for an unknown name: the nearest known one, and then all of them, or the first of very many."""
     options = sorted(known, key=lambda text: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", text)])
     near = nearest(name, options, likeness=0.5)
     hint = f"did you mean '{near}'? " if near else ""
-    return f"{hint}known: {', '.join(options) if options else 'none'}"
+    more = f" and {len(options) - _SHOWN} more" if len(options) > _SHOWN else ""
+    return f"{hint}known: {', '.join(options[:_SHOWN]) if options else 'none'}{more}"
 
 
 def nearest(name: str, known: Iterable[str], *, likeness: float = 0.6) -> str | None:

@@ -5,9 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models import close, greedy, logits
-from scaling import PROMPTS, ids_of, listed, routed_model
-from spectr import Arrow, Calibrated, ExpertLibrary, Lag, Oracle, Seqr, Shortlist, Spectr, Uniform, compose, trace
+from models import close, greedy, logits, peft_adapter
+from scaling import PROMPTS, TEXTS, ids_of, listed, routed_model
+from spectr import (
+    Arrow,
+    Calibrated,
+    ExpertLibrary,
+    Lag,
+    Oracle,
+    Seqr,
+    Shortlist,
+    Spectr,
+    Uniform,
+    build_index,
+    calibrate,
+    compose,
+    trace,
+)
 from spectr.errors import CompositionError
 from spectr.models import encode_batch
 from spectr.paging import Lfu
@@ -164,6 +178,20 @@ def test_a_trace_follows_the_shortlist(library):
             last = listed(routed)[0][0]
     assert last in record.experts
     assert sum(record.shares().values()) == pytest.approx(1, abs=0.3)  # an expert may leave modules alone
+
+
+def test_a_trace_has_modules_that_none_of_a_shortlist_adapts(tmp_path):
+    targets = {"moth": "q_proj", "newt": "down_proj"}
+    for seed, (name, target) in enumerate(targets.items()):
+        peft_adapter(make_model(), tmp_path / name, seed, targets=[target])
+    plain = ExpertLibrary.open(tmp_path)
+    known = plain.with_calibration(calibrate(make_model(), plain, make_tokenizer(), texts=TEXTS))
+    model, routed = routed_model(build_index(make_model(), known), Shortlist(size=1))
+    with trace(model) as record:
+        logits(model, ids_of(PROMPTS[0]))
+    [first] = listed(routed)[0]
+    assert {name for name, layer in record.items() if layer.experts} == {n for n in record if targets[first] in n}
+    assert record.shares() == {first: pytest.approx(0.5)}
 
 
 def test_the_library_needs_an_index(root, library):

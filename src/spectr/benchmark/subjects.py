@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -49,7 +49,12 @@ def peft_single(model: nn.Module, library: ExpertLibrary, top_k: int) -> Subject
 
 
 def peft_arrow(model: nn.Module, library: ExpertLibrary, top_k: int) -> Subject:
-    """PEFT's own Arrow, over all experts, which have to be of one rank there."""
+    """PEFT's own Arrow, over all experts.
+
+    Raises:
+        CompositionError: The experts differ in rank or modules, which PEFT's Arrow does not take.
+    """
+    check_peers(["peft-arrow"], library)
     peft = _peft()
     folders = [str(library[name].weights.parent) for name in library]
     with warnings.catch_warnings():
@@ -73,6 +78,28 @@ def get_peer(name: str) -> Callable[[nn.Module, ExpertLibrary, int], Subject]:
     if name not in PEERS:
         raise CompositionError(f"unknown peer '{name}'", do=did_you_mean(name, PEERS))
     return partial(PEERS[name])
+
+
+def check_peers(names: Sequence[str], library: ExpertLibrary) -> None:
+    """See that peers are known, and can hold these experts.
+
+    Raises:
+        CompositionError: A name is unknown, or PEFT's Arrow is named and the experts differ in rank or modules.
+    """
+    for name in names:
+        get_peer(name)
+    if "peft-arrow" in names and not alike(library):
+        raise CompositionError(
+            "PEFT's Arrow cannot hold these experts: they differ in rank or modules",
+            expected="experts of the same modules with the same ranks there",
+            do="compare with one adapter alone: --against peft-single",
+        )
+
+
+def alike(library: ExpertLibrary) -> bool:
+    """Whether all experts have the same modules with the same ranks."""
+    first, *others = (library[name].shapes for name in library)
+    return all(other == first for other in others)
 
 
 def _peft():

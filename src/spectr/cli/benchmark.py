@@ -15,8 +15,6 @@ from rich.table import Table
 from spectr.cli.console import bar, out, say
 from spectr.cli.options import JsonOption, Routing, check_target, with_routing
 
-_ALL = "peft-single,peft-arrow"
-
 
 @with_routing
 def benchmark(
@@ -25,7 +23,13 @@ def benchmark(
         int | None,
         typer.Option(help="Measure with so many experts: the library's, and synthetic ones like them.", min=1),
     ] = None,
-    against: Annotated[str, typer.Option(help="peft-single, peft-arrow, both with a comma, or none.")] = _ALL,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="peft-single, peft-arrow, both with a comma, or none; "
+            "by default both, where PEFT's Arrow can hold the experts.",
+        ),
+    ] = None,
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt.", min=1)] = 256,
     batch: Annotated[str, typer.Option(help="Rows that are decoded together; several with commas.")] = "1,16",
     steps: Annotated[int, typer.Option(help="Tokens that are decoded in a round.", min=1)] = 16,
@@ -41,13 +45,14 @@ def benchmark(
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     from spectr.benchmark.report import COLUMNS
     from spectr.benchmark.report import benchmark as run
-    from spectr.benchmark.subjects import get_peer
+    from spectr.benchmark.subjects import PEERS, alike, check_peers, get_peer
     from spectr.benchmark.synthetic import write_lookalikes
     from spectr.errors import SpectrError
     from spectr.routers import GuidedRouter
 
     check_target(file, ".json")
-    peers = [name.strip() for name in against.split(",") if name.strip() not in ("", "none")]
+    named = PEERS if against is None else map(str.strip, against.split(","))
+    peers = [name for name in named if name not in ("", "none")]
     for name in peers:
         get_peer(name)
     try:
@@ -57,6 +62,10 @@ def benchmark(
     if min(batches) < 1:
         raise SpectrError(f"--batch {batch}", expected="numbers of at least 1, with commas: 1,16")
     library, router = routing.experts()
+    if against is None and not alike(library):
+        peers.remove("peft-arrow")
+        say("PEFT's Arrow is left out: it cannot hold experts that differ in rank or modules")
+    check_peers(peers, library)
     if routing.allow:
         raise SpectrError("--allow makes no difference here", do="give a library with these experts")
     if isinstance(router, GuidedRouter):

@@ -26,6 +26,7 @@ from spectr.library.manifest import MANIFEST_FILE, any_entry
 from spectr.tasks.rows import read_lines
 
 _BESIDE = f"{CALIBRATION_FILE}, {DESCRIPTIONS_FILE}, {INDEX_FOLDER}"
+_UNFILLED = "# Model Card for Model ID"  # the title of PEFT's template
 app = typer.Typer(
     help="Experts on disk: add, remove, list, show, verify, calibrate, index, describe.", no_args_is_help=True
 )
@@ -93,20 +94,18 @@ def list_experts(library: LibraryOption = None, as_json: JsonOption = False) -> 
     if not entries:
         out.print(f"{store.root} is an empty library", highlight=False)
         return
-    same = {entry.targets for entry in entries}, {entry.base_model for entry in entries}
-    shared = all(len(values) == 1 for values in same)  # told once, below the table
     table = Table("expert", "rank", "modules", "parameters", "calibrated", "gates", "described")
-    for column in () if shared else ("targets", "base model"):
-        table.add_column(column)
+    kin: dict[tuple[str | None, tuple[str, ...]], list[str]] = {}  # told below the table, which has no room for it
     for entry in entries:
+        kin.setdefault((entry.base_model, tuple(entry.targets)), []).append(entry.name)
         row = (entry.name, "/".join(map(str, entry.ranks)), str(entry.modules), f"{entry.parameters:,}")
         calibrated = bool(known) and known.sha256.get(entry.name) == entry.sha256.get(WEIGHTS_FILE)
         has = ("yes" if it else "no" for it in (calibrated, GATES_FILE in entry.sha256, entry.name in words))
-        more = () if shared else (", ".join(entry.targets), entry.base_model or "not stated")
-        table.add_row(*row, *has, *more)
+        table.add_row(*row, *has)
     out.print(table)
-    if shared:
-        say(f"all for {entries[0].base_model or 'a base model that is not stated'}: {', '.join(entries[0].targets)}")
+    for (base, targets), names in kin.items():
+        who = "all" if len(kin) == 1 else ", ".join(names)
+        say(f"{who} for {base or 'a base model that is not stated'}: {', '.join(targets)}")
     strangers = sorted(set(words) - set(opened.names))
     if strangers:
         say(f"{DESCRIPTIONS_FILE} also describes what is not there: {', '.join(strangers)}")
@@ -131,10 +130,12 @@ def show(
     kept = {"description": opened.descriptions.get(name, "none"), "calibrated": "yes" if calibrated else "no"}
     kept["indexed"] = "yes" if opened.indexed(name) else "no"
     kept["gates"] = "yes" if GATES_FILE in entry.sha256 else "no"
-    for key, value in {**kept, **_facts(entry, store.root)}.items():
+    for key, value in {**_facts(entry, store.root), **kept}.items():
         table.add_row(key, str(value))
     out.print(table)
-    if text:
+    if _UNFILLED in text:
+        say(f"its card is PEFT's template, whose title nobody filled in: {card}")
+    elif text:
         from rich.markdown import Markdown
 
         out.print(Markdown(text.split("---\n", 2)[-1]))
@@ -162,7 +163,10 @@ def calibrate(
     """
     experts = open_library(library)
     lines = read_lines(texts) if texts else None
-    _ = experts.calibration  # a damaged file is told before the model is loaded
+    known = experts.calibration  # a damaged file is told before the model is loaded
+    if known and not fresh and lines is None and all(map(experts.calibrated, experts)):
+        out.print(f"all {len(experts)} experts are calibrated; --fresh measures them anew", highlight=False)
+        return
     base, tokenizer = open_model(model, dtype)
 
     from spectr.calibration import calibrate

@@ -209,4 +209,4 @@ def _spread(
 
 def _three_axes(tensor: Tensor) -> Tensor:
     tensor = tensor.detach().float().cpu()
-    return tensor.reshape(1, *tensor.shape) if tensor.ndim == 2 else tensor.reshape(len(tensor), -1, tensor.shape[-1])
+    return tensor.unsqueeze(0) if tensor.ndim == 2 else tensor.flatten(1, -2)
