@@ -176,6 +176,7 @@ def test_the_command_prints_a_table_and_writes_all_numbers(spectr, folders, tmp_
         (("-o", "x.txt"), "does not end in .json"),
         (("--experts", 1, "-r", "spectr"), "the library alone has 2"),
         (("--allow", "a", "-r", "spectr"), "give a library with these experts"),
+        (("--prompt", 9000, "-r", "spectr"), "tokens in all, this model's context"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(spectr, folders, given, message):

@@ -48,6 +48,7 @@ def benchmark(
     from spectr.benchmark.subjects import PEERS, alike, check_peers, get_peer
     from spectr.benchmark.synthetic import write_lookalikes
     from spectr.errors import SpectrError
+    from spectr.models.text import context_length
     from spectr.routers import GuidedRouter
 
     check_target(file, ".json")
@@ -75,6 +76,11 @@ def benchmark(
             "synthetic experts have no calibration and no gates", do="-r spectr, -r arrow, -r lag, -r seqr or -r mu"
         )
     model, _ = routing.base()
+    context = context_length(model)
+    if context is not None and prompt + steps > context:
+        raise SpectrError(
+            f"--prompt {prompt} and --steps {steps}", expected=f"at most {context} tokens in all, this model's context"
+        )
     with tempfile.TemporaryDirectory(prefix="spectr-benchmark-") as folder, bar() as advance:
         if experts:
             library = write_lookalikes(
