@@ -1,4 +1,4 @@
-"""A worker's session of tiny experts, without an engine."""
+"""A worker's session of tiny experts, and engines' configs, without an engine."""
 
 import torch
 
@@ -16,3 +16,9 @@ def session_of(root, names, tokens=16):
         write_adapter(root / name, factors)
     settings = Settings(library=str(root), router={"name": "spectr", "top_k": 2})
     return Session(settings, ExpertLibrary.open(root), tokens, 4, torch.device("cpu"))
+
+
+def several(*routers):
+    """The config of an engine with these routers, by name or with settings."""
+    first, *beside = [{"name": router} if isinstance(router, str) else router for router in routers]
+    return Settings(library="experts", router=first, beside=beside)

@@ -8,9 +8,8 @@ import torch
 
 import spectr
 from adapters_on_disk import assert_says
-from composed_parts import session_of
+from composed_parts import session_of, several
 from models import random_factors
-from spectr.composed import Settings
 from spectr.errors import CompositionError
 from spectr.layers import RoutedLinear
 from spectr.routers.settings import selection_of
@@ -22,7 +21,7 @@ from spectr.vllm.layer import _kept
 from spectr.vllm.register import _supported, check_version, register
 from spectr.vllm.requests import PROBE, ROUTER, UNHEARD, VERDICT, Asked
 from spectr.vllm.routing import Group, weights_among
-from spectr.vllm.served import decides_on_prompts, routers_of, served
+from spectr.vllm.served import routers_of, served
 from spectr.vllm.shards import Split
 from spectr.vllm.ways import Way, by_ways
 
@@ -210,87 +209,6 @@ def test_an_expert_without_weight_does_nothing_whatever_its_numbers():
     assert group.weighted(h_TSP, weights_TSE).isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["lag", "shortlist", "glider-global", "glider"])
-def test_other_routers_for_prompts_are_refused(name):
-    with pytest.raises(CompositionError) as error:
-        served(spectr.get_router(name))
-    assert_says(error.value, given=("cannot run inside vLLM",), expected="calibrated-token", do="spectr for any")
-
-
-def test_calibrated_decides_on_prompts_inside_vllm():
-    for name, decides in (("calibrated", True), ("calibrated-prior", True), ("calibrated-token", False)):
-        assert decides_on_prompts(served(spectr.get_router(name))) is decides
-
-
-def several(*routers):
-    first, *beside = [{"name": router} if isinstance(router, str) else router for router in routers]
-    return Settings(library="experts", router=first, beside=beside)
-
-
-@pytest.mark.parametrize(
-    ("name", "top_k", "held", "prior"),
-    [("calibrated", 1, 0, False), ("calibrated", 3, 3, False), ("calibrated-prior", 3, 0, True)],
-)
-@pytest.mark.parametrize("beside", [(), ("spectr",)], ids=["alone", "beside another"])
-def test_who_may_have_how_many_experts(name, top_k, held, prior, beside):
-    routers = routers_of(several(*beside, {"name": name, "top_k": top_k}))
-    assert routers.held == held
-    numbers = {"amber": 0.5, "blue": 0.25, "cyan": 0.25, "dun": 0.0}
-    two, three = (dict(list(numbers.items())[:count]) for count in (2, 3))
-    assert routers.granted(name, {"amber": 1.0}, False) == {"amber": 1.0}
-    assert routers.granted("arrow", {"amber": 1.0}, False) == {"amber": 1.0}
-    assert routers.granted(name, dict.fromkeys(two, 1.0), False) == {}  # nobody has decided
-    assert routers.granted("", dict.fromkeys(two, 1.0), False) == (dict.fromkeys(two, 1.0) if beside else {})
-    assert routers.granted("arrow", two, True) == routers.granted("arrow", two, False) == {}  # which is not there
-    if prior:
-        assert routers.granted(name, numbers, True) == numbers
-    else:
-        minus = {expert: -number for expert, number in three.items()}
-        assert routers.granted(name, numbers, True) == (minus if held else {})
-        assert routers.granted(name, dict.fromkeys(numbers, 0.25), True) == {}
-
-
-def test_routers_beside_each_other_share_a_way_where_they_choose_alike():
-    routers = routers_of(several("calibrated-token", "calibrated"))
-    assert routers.ways == (spectr.get_router("calibrated-token"),)
-    assert routers.prompts == {"calibrated": spectr.Calibrated()}
-    assert routers.alike
-    assert not routers_of(several("spectr", "calibrated")).alike  # prompts are scored by calibrated factors
-    prior = {"name": "calibrated-prior", "top_k": 4}
-    informed = routers_of(several("calibrated-token", prior))
-    assert informed.ways == (spectr.Calibrated(level="prior", top_k=4),)  # who asks for no prior has ones
-    every = routers_of(several("spectr", "arrow", "calibrated", "calibrated-token", prior, "uniform"))
-    assert [type(way).__name__ for way in every.ways] == ["Spectr", "Arrow", "Calibrated", "Uniform"]
-    turns = [
-        every.turn(name)
-        for name in ("spectr", "arrow", "calibrated", "calibrated-token", "calibrated-prior", "uniform")
-    ]
-    assert turns == [0, 1, 2, 2, 2, 3]
-    assert routers_of(several("calibrated")).ways == (spectr.Calibrated(),)
-    assert not routers_of(Settings(library="experts")).prompts
-
-
-def test_routers_that_score_by_other_factors_are_refused_beside_others():
-    with pytest.raises(CompositionError) as error:
-        routers_of(several("spectr", "phatgoose"))
-    assert_says(
-        error.value, given=("Phatgoose(",), expected="spectr, seqr, calibrated, arrow, uniform", do="name fewer"
-    )
-    assert len(routers_of(several("phatgoose", "calibrated")).ways) == 1  # which chooses nothing
-
-
-def test_routers_that_read_other_parts_of_a_prompt_are_refused():
-    with pytest.raises(CompositionError) as error:
-        routers_of(several("calibrated", {"name": "calibrated-prior", "probe_tokens": 7}))
-    assert_says(error.value, given=("other probe_tokens",), expected="one number", do=None)
-
-
-def test_routers_whose_combinations_differ_are_refused():
-    with pytest.raises(CompositionError) as error:
-        routers_of(several("spectr", {"name": "calibrated", "combine": "dare:0.5"}))
-    assert_says(error.value, given=("'outputs'", "'dare:0.5'"), expected="one combination", do="leave --combine out")
-
-
 def test_a_probe_is_the_base_models_whoever_it_decides_among():
     told = {EXPERTS: ["blue", "amber"], PROBE: "one", UNHEARD: 3}
     asked = Asked.of(told)
@@ -299,12 +217,6 @@ def test_a_probe_is_the_base_models_whoever_it_decides_among():
     assert asked.salt() == Asked(experts=()).salt() != Asked.of({EXPERTS: ["blue", "amber"]}).salt()
     for wrong in ({PROBE: 7}, {PROBE: "x" * 300}, {UNHEARD: -1}, {UNHEARD: "3"}):
         assert not Asked.of({**told, **wrong}).understood
-
-
-def test_a_combination_that_needs_whole_outputs_is_refused():
-    with pytest.raises(CompositionError) as error:
-        served(spectr.Spectr(combine="ties"))
-    assert_says(error.value, given=("combine='ties'",), expected="'outputs'", do=None)
 
 
 def split(by_input, rank, parts, whole, index):
