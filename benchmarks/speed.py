@@ -105,7 +105,9 @@ def outcome(
         few = {"batches": (1, 16), "steps": 16} if count <= SHIPPED else {"batches": (1,), "steps": 4}
         measured = benchmark(model, library, Spectr(top_k=4), rounds=given.rounds, progress=progress, **few)
         kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(dataclasses.asdict(measured)), encoding="utf-8")
+        half = kept.with_suffix(".half")
+        half.write_text(json.dumps(dataclasses.asdict(measured)), encoding="utf-8")
+        half.replace(kept)  # whole or not at all, whenever a run is killed
     return json.loads(kept.read_text(encoding="utf-8"))
 
 
