@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
+from transformers import Cache
 
 from spectr.benchmark.subjects import Subject
+from spectr.models.cache import growing_cache
 
 _CALL = "the call that is measured"
 
@@ -102,7 +104,7 @@ def timed(model: nn.Module, work: Work) -> float:
     ids = _ids(model, work)
     if not work.steps:
         return _seconds(lambda: _read(model, ids), ids)
-    cache, last = _read(model, ids).past_key_values, ids[:, -1:]
+    cache, last = _read(model, ids, growing_cache(model)).past_key_values, ids[:, -1:]
     mask = torch.ones(work.batch, work.prompt + work.steps, dtype=torch.long, device=ids.device)
 
     def decode() -> None:
@@ -121,7 +123,8 @@ def peak_bytes(model: nn.Module, work: Work) -> int:
     def begin() -> dict[str, Any]:
         if not work.steps:
             return {"input_ids": ids, "use_cache": True, "logits_to_keep": 1}
-        return {"input_ids": ids[:, -1:], "past_key_values": _read(model, ids).past_key_values, "use_cache": True}
+        cache = _read(model, ids, growing_cache(model)).past_key_values
+        return {"input_ids": ids[:, -1:], "past_key_values": cache, "use_cache": True}
 
     if ids.is_cuda:
         call = begin()
@@ -151,8 +154,8 @@ def _ids(model: nn.Module, work: Work) -> Tensor:
     return ids.to(next(model.parameters()).device)
 
 
-def _read(model: nn.Module, ids: Tensor) -> Any:
-    return model(input_ids=ids, use_cache=True, logits_to_keep=1)
+def _read(model: nn.Module, ids: Tensor, cache: Cache | None = None) -> Any:
+    return model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
 
 def _seconds(run: Callable[[], Any], ids: Tensor) -> float:

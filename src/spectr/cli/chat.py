@@ -78,6 +78,7 @@ def _answer(
     from transformers import TextStreamer
 
     from spectr.layers import trace
+    from spectr.models import growing_cache
 
     batch = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     batch = batch.to(model.device)
@@ -88,6 +89,7 @@ def _answer(
             **batch,
             max_new_tokens=max_new_tokens,
             streamer=streamer,
+            past_key_values=growing_cache(model),
             pad_token_id=tokenizer.pad_token_id,
             **sampling,
         )

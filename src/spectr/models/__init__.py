@@ -1,5 +1,6 @@
 """Base models: fetching the default one, loading any other, and going from text to tokens and back."""
 
+from spectr.models.cache import growing_cache
 from spectr.models.fetch import DEFAULT_MODEL, HUB_ID, fetch_default_model
 from spectr.models.generate import encode_batch, generate_answers, pad_batch
 from spectr.models.load import load_model, pick_dtype
@@ -14,6 +15,7 @@ __all__ = [
     "encode_prompt",
     "fetch_default_model",
     "generate_answers",
+    "growing_cache",
     "load_model",
     "pad_batch",
     "pick_dtype",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from spectr.models.cache import growing_cache
 from spectr.models.text import encode_prompt
 
 
@@ -58,6 +59,7 @@ def generate_answers(
     sampling: dict[str, Any] = {"do_sample": temperature > 0, "pad_token_id": tokenizer.pad_token_id}
     if temperature > 0:
         sampling["temperature"] = temperature
+    more.setdefault("past_key_values", growing_cache(model))
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(seed)
         ids: Any = model.generate(**batch, max_new_tokens=max_new_tokens, **sampling, **more)  # pyright: ignore

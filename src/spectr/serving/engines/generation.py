@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from spectr.models import growing_cache
 from spectr.serving.engines.conducting import Conductor
 from spectr.serving.engines.requests import Running
 from spectr.serving.errors import RefusalError
@@ -125,7 +126,7 @@ class OneAtATime:
                 input_ids=input_ids,
                 generation_config=generation_config,
                 stopping_criteria=[_left(running)],
-                **given,
+                **{"past_key_values": growing_cache(self._model)} | given,
             )
 
 

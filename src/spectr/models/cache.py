@@ -1,0 +1,100 @@
+"""Keys and values of the tokens that were read, in memory that has room for the next ones.
+
+Transformers' own cache copies all of a layer's keys and values for every token that is decoded, which takes longer than
+the model's products where prompts are long or batches large. Here a token's are written behind them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+_LEAST = 64  # tokens that there is room for at least
+_SHARE = 4  # of those that are there, what part there is room for: each is copied so many times in the mean
+
+
+class Room:
+    """Memory that begins with the numbers of all tokens so far, as :meth:`add` has returned them."""
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+
+    def add(self, held: Shaped[Tensor, "..."] | None, more: Shaped[Tensor, "B H T D"]) -> Shaped[Tensor, "B H S D"]:
+        """``held`` with ``more`` behind it, along the tokens.
+
+        Args:
+            held: What was returned last, or part of it, or anything else, which is copied; without any number nothing.
+            more: Of the next tokens.
+        """
+        before = 0 if held is None or not held.numel() else held.shape[-2]
+        after = before + more.shape[-2]
+        memory = self._memory
+        if memory is None or after > memory.shape[-2] or not self._begins_with(held):
+            shape = (*more.shape[:-2], after + max(_LEAST, after // _SHARE), more.shape[-1])
+            memory = more.new_empty(shape)
+            if held is not None and before:
+                memory[..., :before, :] = held
+            self._memory = memory
+        memory[..., before:after, :] = more
+        return memory[..., :after, :]
+
+    def _begins_with(self, held: Tensor | None) -> bool:
+        memory = self._memory
+        if memory is None or held is None:
+            return False
+        if memory.is_inference() and not torch.is_inference_mode_enabled():
+            return False  # nobody may write there any more
+        alike = held.shape[:-2] == memory.shape[:-2] and held.stride() == memory.stride()
+        return alike and held.data_ptr() == memory.data_ptr() and held.dtype == memory.dtype
+
+
+class GrowingLayer(DynamicLayer):
+    """Transformers' ``DynamicLayer`` with room: the same keys and values, as views of memory that is written on.
+
+    Where gradients are asked for, or torch compiles, it does as ``DynamicLayer`` does.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._rooms = Room(), Room()
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Shaped[Tensor, "B H S D"], Shaped[Tensor, "B H S D"]]:
+        """See ``DynamicLayer``."""
+        if is_compiling() or (torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)):
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            super().update(key_states[..., :0, :], value_states[..., :0, :], *args, **kwargs)
+        keys, values = self._rooms
+        self.keys, self.values = keys.add(self.keys, key_states), values.add(self.values, value_states)
+        return self.keys, self.values
+
+
+def growing_cache(model: nn.Module) -> Cache | None:
+    """An empty cache for ``model(past_key_values=...)`` and ``model.generate``; layers that keep all tokens have room.
+
+    Args:
+        model: A causal language model of transformers, plain or composed, or in PEFT's hands.
+
+    Returns:
+        The cache; ``None``, which leaves it to transformers, where the model or the configuration of its generation has
+        a kind of its own.
+    """
+    known: Any = model
+    settings = known.generation_config
+    if settings.cache_implementation is not None or settings.use_cache is False:
+        return None
+    if known.config.is_encoder_decoder or known._is_stateful or not known._supports_default_dynamic_cache():
+        return None
+    cache = DynamicCache(config=known.config)
+    if not cache.layers:
+        return Cache(layer_class_to_replicate=GrowingLayer)
+    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
