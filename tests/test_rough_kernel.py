@@ -144,3 +144,89 @@ def test_a_tensor_that_tells_no_change_is_left_alone():
         A = numbers(64, 8, seed=0)
     assert Rough.of(A, 16) is None
     assert Rough.of(numbers(64, 8, seed=0), 16) is not None
+
+
+def in_float64(layer, x, top_k):
+    """The layer's output, and for which tokens float32 cannot take another expert for one of the best."""
+    A, B, x = layer.A_PI.double(), layer.B_OP.double(), x.double()
+    h = (x @ A.mT).unflatten(-1, (len(layer.experts), -1))
+    scores = h.norm(dim=-1)
+    best = scores.topk(top_k + 1, dim=-1)
+    weights = torch.zeros_like(scores).scatter(-1, best.indices[..., :-1], best.values[..., :-1].softmax(-1))
+    clear = best.values[..., -2] - best.values[..., -1] > 1e-5 * best.values[..., 0]
+    return layer.base.double()(x) + (h * weights[..., None]).flatten(-2) @ B.mT, clear
+
+
+@needs_a_compiler
+@settings(max_examples=100, deadline=None)
+@given(
+    experts=st.integers(16, 80),
+    rank=st.integers(1, 9),
+    top_k=st.integers(1, 2),
+    inputs=st.sampled_from([5, 37, 70, 128, 600]),
+    tokens=st.sampled_from([(17,), (33,), (2, 50), (300,)]),
+    spread=st.sampled_from([1e-3, 1e-2, 1.0]),
+    precision=st.sampled_from(["highest", "high"]),
+    seed=st.integers(0, 10_000),
+)
+@torch.no_grad()
+def test_many_tokens_choose_the_same(experts, rank, top_k, inputs, tokens, spread, precision, seed):
+    factors = numbers(1, rank, inputs, seed=seed) + spread * numbers(experts, rank, inputs, seed=seed + 1)
+    layer, x = layer_of(factors / inputs**0.5, top_k), numbers(*tokens, inputs, seed=seed + 2)
+    torch.set_float32_matmul_precision(precision)
+    try:
+        found = layer(x)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert layer.fusable.whole.layer.rough
+    expected, clear = in_float64(layer, x, top_k)
+    assert clear.any()
+    near = 1e-5 if precision == "highest" else 2e-4
+    size = expected.abs().max().item()
+    torch.testing.assert_close(found[clear].double() / size, expected[clear] / size, rtol=0, atol=near)
+
+
+@needs_a_compiler
+@torch.no_grad()
+def test_of_many_tokens_the_first_of_equals_is_taken():
+    layer = layer_of(numbers(1, 4, INPUTS, seed=0).repeat(40, 1, 1))
+    x = numbers(90, INPUTS, seed=1)
+    shared = x @ layer.A_PI[:4].mT
+    expected = layer.base(x) + (shared @ layer.B_OP.mT[:4] + shared @ layer.B_OP.mT[4:8]) / 2
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-4)
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("rows", [1, 2])
+def test_many_tokens_with_centers_and_a_prior(rows):
+    router = Calibrated(level="prior", top_k=2, weights="softmax")
+    layer = layer_of(0.1 * numbers(40, 4, INPUTS, seed=0), router=router, centers=0.1 * numbers(40, 4, seed=1))
+    layer.inform(numbers(rows, 40, seed=2).abs() * torch.linspace(0, 3, 40))
+    roughly, exactly = both(layer, numbers(2, 140, INPUTS, seed=3))
+    torch.testing.assert_close(roughly, exactly, rtol=1e-5, atol=1e-4)
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 3.4e38])
+@torch.no_grad()
+def test_a_number_that_is_none_is_its_own_tokens_alone(bad):
+    layer, x = layer_of(numbers(40, 4, INPUTS, seed=0)), numbers(90, INPUTS, seed=1)
+    before = layer(x)
+    x[20, 7] = bad
+    after = layer(x)
+    others = torch.arange(90) != 20
+    torch.testing.assert_close(after[others], before[others], rtol=0, atol=0)
+    assert not torch.equal(after[20], before[20])
+
+
+@needs_a_compiler
+@torch.no_grad()
+def test_what_bfloat16_leaves_out_of_many_tokens_is_seen():
+    """An expert is the best of a token, and another of its nearest bfloat16."""
+    factors, x = torch.zeros(40, 1, 64), torch.zeros(20, 64)
+    factors[:, 0, 0] = 1 / 64
+    factors[3, 0, 16:32], factors[30, 0, 32:48] = 1, 1
+    x[:, 16:24], x[:, 24:32], x[:, 32:48] = 1.0040, 1.0030, 1.0038  # 1 + 1/128, 1 and 1
+    layer = layer_of(factors, top_k=1)
+    expected = layer.base(x) + (x @ factors[30].mT) @ layer.B_OP.mT[30:31]
+    torch.testing.assert_close(layer(x), expected)

@@ -32,22 +32,31 @@ static inline void store_square(float *to, long stride) {
   _tile_stored(3, to + SIDE * stride + SIDE, apart);
 }
 
-/* The next part of 16 pairs of numbers, pair beside pair, which are left with what remains. The last one is rounded. */
-static inline line next_part(__m512 *first, __m512 *second, int last) {
-  const line upper = _mm512_set1_epi32(0xffff0000), half = _mm512_set1_epi32(0x8000);
+/* Bits of numbers whose upper halves are the nearest bfloat16, unless that is infinite. */
+static inline line rounded(__m512 numbers) {
+  line bits = (line)numbers, magnitude = _mm512_and_epi32(bits, _mm512_set1_epi32(0x7fffffff));
+  __mmask16 finite = _mm512_cmplt_epi32_mask(magnitude, _mm512_set1_epi32(0x7f7f8000));
+  return _mm512_mask_add_epi32(bits, finite, bits, _mm512_set1_epi32(0x8000));
+}
+
+/* The next part of 16 pairs of numbers, pair beside pair, which are left with what remains. It is cut off, or `nearest`; the
+   last one is. */
+static inline line next_part(__m512 *first, __m512 *second, int nearest, int last) {
+  const line upper = _mm512_set1_epi32(0xffff0000);
   line a = (line)*first, b = (line)*second;
-  if (last) {
-    a = _mm512_add_epi32(a, half);
-    b = _mm512_add_epi32(b, half);
-  } else {
+  if (nearest || last) {
+    a = rounded(*first);
+    b = rounded(*second);
+  }
+  if (!last) {
     *first -= (__m512)_mm512_and_epi32(a, upper);
     *second -= (__m512)_mm512_and_epi32(b, upper);
   }
   return _mm512_or_epi32(_mm512_and_epi32(b, upper), _mm512_srli_epi32(a, 16));
 }
 
-/* 16 rows of a matrix as tiles, `parts` for each DEEP of its columns, of which number c is beside number c + 16. Zero for rows
-   and columns that are not there. */
+/* 16 tokens as tiles, `parts` for each DEEP of their numbers, of which number c is beside number c + 16; the first part is the
+   nearest bfloat16. Zero for tokens and numbers that are not there. */
 static inline void lay_rows_f32(const float *from, long rows, long columns, int parts, uint16_t *to) {
   for (long c = 0; c < columns; c += DEEP, to += parts * TILE) {
     __mmask16 near = first_of(columns - c), far = first_of(columns - c - SIDE);
@@ -58,7 +67,7 @@ static inline void lay_rows_f32(const float *from, long rows, long columns, int 
         second = _mm512_maskz_loadu_ps(far, from + r * columns + c + SIDE);
       }
       for (int p = 0; p < parts; p++)
-        _mm512_store_si512(to + p * TILE + r * DEEP, next_part(&first, &second, p == parts - 1));
+        _mm512_store_si512(to + p * TILE + r * DEEP, next_part(&first, &second, p == 0, p == parts - 1));
     }
   }
 }
@@ -90,7 +99,7 @@ static inline void fetch_next(const void *from, long stride, long bytes) {
     for (long line = 0; line < bytes; line += 64) _mm_prefetch((const char *)from + r * stride + line, _MM_HINT_T1);
 }
 
-/* As lay_rows_f32, each tile turned: the second factor of a product. */
+/* The same of 16 rows of a matrix, each tile turned: the second factor of a product. */
 static inline void lay_turned_f32(const float *from, long rows, long columns, int parts, uint16_t *to) {
   for (long c = 0; c < columns; c += DEEP, to += parts * TILE) {
     float edge[SIDE][DEEP];
@@ -109,7 +118,7 @@ static inline void lay_turned_f32(const float *from, long rows, long columns, in
       turn(at + SIDE + q, apart * sizeof *at, second);
       for (int r = 0; r < 4; r++)
         for (int p = 0; p < parts; p++)
-          _mm512_store_si512(to + p * TILE + (q + r) * DEEP, next_part(first + r, second + r, p == parts - 1));
+          _mm512_store_si512(to + p * TILE + (q + r) * DEEP, next_part(first + r, second + r, 0, p == parts - 1));
     }
   }
 }
@@ -168,14 +177,25 @@ static inline void multiply(const uint16_t *a, const uint16_t *b, long apart, lo
       FIRST(0) SECOND(0) SUM
     }
   }
+}
+
+/* The same with the first part of `a`, which has `parts`, and `b`, which has one. */
+static inline void multiply_first(const uint16_t *a, const uint16_t *b, long apart, long deep, int parts) {
+  written(a);
+  for (long c = 0; c < deep; c++, a += parts * TILE, b += TILE) {
+    _tile_loadd(6, b, 4 * SIDE);
+    _tile_loadd(7, b + apart / parts, 4 * SIDE);
+    FIRST(0) SUM
+  }
+}
 #undef FIRST
 #undef SECOND
 #undef SUM
-}
 
 /* Room for tiles of x and, for each thread, of STRIP rows of a matrix, and for h = A x, (tokens, rows). */
 struct tiles {
   uint16_t *x, *panels;
+  __mmask16 *near; /* of 16 tokens after the other, for each expert, which of them it may be among the best of; or none */
   float *h;
   long tokens, rows, each; /* those numbers, as many as fill tiles; and bfloat16 numbers of 16 rows of x or a matrix */
 };
@@ -201,24 +221,44 @@ struct given {
 
 static inline long row_of(const struct given *given, long token) { return token * given->count / given->all; }
 
-/* The largest scores of 16 tokens and their weights, as choose() has them: `scores` of one expert after the other. */
-static void choose_side(const vector *scores, long experts, long k, float temperature, vector *chosen, vector *weights) {
+/* The priors of 16 tokens from `begin` on, of which `there` are there; `priors` itself, where there are any. */
+static const float *const *priors_of(const struct layer *l, const struct given *given, long begin, long there,
+                                     const float *priors[SIDE]) {
+  for (long u = 0; u < SIDE && given->rows; u++)
+    priors[u] = (const float *)given->rows + row_of(given, begin + (u < there ? u : 0)) * l->experts;
+  return given->rows ? priors : 0;
+}
+
+/* What they say of an expert. */
+static inline vector prior_of(const float *const priors[SIDE], long expert) {
+  vector by;
+  for (int u = 0; u < SIDE; u++) by[u] = priors[u][expert];
+  return by;
+}
+
+/* The k largest scores of 16 tokens, and whose they are: `scores` of one expert after the other. */
+static void find_largest(const vector *scores, long experts, long k, vector *chosen, vector *largest) {
   for (long e = 0; e < experts; e++) {
     long place = e < k ? e : k - 1;
-    __mmask16 larger = e < k ? 0xffff : _mm512_cmp_ps_mask(scores[e], weights[place], _CMP_GT_OQ);
+    __mmask16 larger = e < k ? 0xffff : _mm512_cmp_ps_mask(scores[e], largest[place], _CMP_GT_OQ);
     if (!larger) continue;
-    weights[place] = _mm512_mask_mov_ps(weights[place], larger, scores[e]);
+    largest[place] = _mm512_mask_mov_ps(largest[place], larger, scores[e]);
     chosen[place] = _mm512_mask_mov_ps(chosen[place], larger, _mm512_set1_ps(e));
     for (; place > 0; place--) {
-      larger = _mm512_cmp_ps_mask(weights[place], weights[place - 1], _CMP_GT_OQ);
+      larger = _mm512_cmp_ps_mask(largest[place], largest[place - 1], _CMP_GT_OQ);
       if (!larger) break;
-      vector weight = weights[place], who = chosen[place];
-      weights[place] = _mm512_mask_mov_ps(weight, larger, weights[place - 1]);
+      vector score = largest[place], who = chosen[place];
+      largest[place] = _mm512_mask_mov_ps(score, larger, largest[place - 1]);
       chosen[place] = _mm512_mask_mov_ps(who, larger, chosen[place - 1]);
-      weights[place - 1] = _mm512_mask_mov_ps(weights[place - 1], larger, weight);
+      largest[place - 1] = _mm512_mask_mov_ps(largest[place - 1], larger, score);
       chosen[place - 1] = _mm512_mask_mov_ps(chosen[place - 1], larger, who);
     }
   }
+}
+
+/* They with their weights, as choose() has them. */
+static void choose_side(const vector *scores, long experts, long k, float temperature, vector *chosen, vector *weights) {
+  find_largest(scores, experts, k, chosen, weights);
   vector best = weights[0], total = {0};
   for (long c = 0; c < k; c++) {
     for (int t = 0; t < SIDE; t++)
@@ -228,6 +268,11 @@ static void choose_side(const vector *scores, long experts, long k, float temper
   for (long c = 0; c < k; c++) weights[c] /= total;
 }
 
+static void choose_near(const struct layer *l, const struct tiles *s, const struct many *m, const struct given *given,
+                        const float *x, long begin, long tokens, vector *scratch, int parts);
+
 #define FUNCTIONS "amx_layer.h"
 #include "dtypes.h"
 #undef FUNCTIONS
+
+#include "amx_near.h"

@@ -32,11 +32,11 @@ INLINED void NAME(inner_tiles)(const struct layer *l, const struct tiles *s, lon
     }
 }
 
-/* The choice of 16 tokens from place `t` on, into `scratch`; `prior` is that of each. */
-static void NAME(choose_among)(const struct layer *l, const struct tiles *s, const float *const prior[SIDE], long t,
-                               vector *scratch) {
+/* The scores of 16 tokens from place `t` on; `prior` is that of each, or none. */
+static void NAME(score_side)(const struct layer *l, const struct tiles *s, const float *const *prior, long t,
+                             vector *scores) {
   long experts = l->experts, rank = l->rows / experts;
-  memset(scratch, 0, experts * sizeof *scratch);
+  memset(scores, 0, experts * sizeof *scores);
   for (long p = 0, e = 0, r = 0; p < l->rows; p += 4) {
     __m512 turned[4];
     turn(s->h + t * s->rows + p, s->rows * sizeof *s->h, turned);
@@ -46,18 +46,14 @@ static void NAME(choose_among)(const struct layer *l, const struct tiles *s, con
         scored -= FROM(((const TYPE *)l->centers)[p + i]);
         for (int u = 0; u < SIDE && sizeof(TYPE) < sizeof(float); u++) scored[u] = FROM(TO(scored[u]));
       }
-      scratch[e] += scored * scored;
+      scores[e] += scored * scored;
       if (++r == rank) r = 0, e++;
     }
   }
   for (long e = 0; e < experts; e++) {
-    vector by;
-    scratch[e] = _mm512_sqrt_ps(scratch[e]);
-    if (!prior[0]) continue;
-    for (int u = 0; u < SIDE; u++) by[u] = prior[u][e];
-    scratch[e] *= by;
+    scores[e] = _mm512_sqrt_ps(scores[e]);
+    if (prior) scores[e] *= prior_of(prior, e);
   }
-  choose_side(scratch, experts, l->k, l->temperature, scratch + experts, scratch + experts + l->k);
 }
 
 /* Choose for some tokens, which begin at `begin`. */
@@ -66,11 +62,10 @@ static void NAME(choose_all)(const struct layer *l, const struct tiles *s, const
   vector *chosen = scratch + l->experts, *weights = chosen + l->k;
 #pragma omp for schedule(static)
   for (long t = 0; t < tokens; t += SIDE) {
-    const float *priors[SIDE] = {0};
+    const float *priors[SIDE];
     long there = tokens - t < SIDE ? tokens - t : SIDE;
-    for (long u = 0; u < SIDE && given->rows; u++)
-      priors[u] = (const float *)given->rows + row_of(given, begin + t + (u < there ? u : 0)) * l->experts;
-    NAME(choose_among)(l, s, priors, t, scratch);
+    NAME(score_side)(l, s, priors_of(l, given, begin + t, there, priors), t, scratch);
+    choose_side(scratch, l->experts, l->k, l->temperature, chosen, weights);
     for (long u = 0; u < there; u++)
       for (long c = 0; c < l->k; c++) remember(l, m, t + u, c, chosen[c][u], weights[c][u], s->h + (t + u) * s->rows);
   }
@@ -109,23 +104,26 @@ INLINED void NAME(outer_tiles)(const struct layer *l, const struct tiles *s, con
   }
 }
 
-/* Lay some tokens out, and h = A x of them. */
-INLINED void NAME(lay_and_inner)(const struct layer *l, const struct tiles *s, const TYPE *x, long tokens, long threads,
-                                 int parts) {
+/* Lay some tokens out. */
+INLINED void NAME(lay_tokens)(const struct layer *l, const struct tiles *s, const TYPE *x, long tokens, int parts) {
 #pragma omp for schedule(static)
   for (long t = 0; t < s->tokens; t += SIDE)
     NAME(lay_rows)(x + t * l->inputs, tokens - t, l->inputs, parts, s->x + t / SIDE * s->each);
-  NAME(inner_tiles)(l, s, threads, parts);
 }
 
 /* Some tokens, which begin at `begin`. */
 INLINED void NAME(chunk)(const struct layer *l, const struct tiles *s, const struct many *m, const struct given *given,
                          const TYPE *x, TYPE *out, long begin, long tokens, vector *scratch, long threads, int parts) {
-  NAME(lay_and_inner)(l, s, x, tokens, threads, parts);
-  if (given->held)
-    NAME(hold_all)(l, s, m, given, begin, tokens);
-  else
-    NAME(choose_all)(l, s, m, given, begin, tokens, scratch);
+  NAME(lay_tokens)(l, s, x, tokens, parts);
+  if (sizeof(TYPE) == sizeof(float) && s->near)
+    choose_near(l, s, m, given, (const float *)x, begin, tokens, scratch, parts);
+  else {
+    NAME(inner_tiles)(l, s, threads, parts);
+    if (given->held)
+      NAME(hold_all)(l, s, m, given, begin, tokens);
+    else
+      NAME(choose_all)(l, s, m, given, begin, tokens, scratch);
+  }
   sort_chosen(l, m, tokens);
   NAME(outer_tiles)(l, s, m, out, tokens, threads, parts);
 }
@@ -134,15 +132,16 @@ INLINED void NAME(chunk)(const struct layer *l, const struct tiles *s, const str
 int NAME(tiles)(const struct layer *l, const TYPE *x, const void *rows, TYPE *out, long tokens, long count, long held,
                 long parts, long threads) {
   parts = sizeof(TYPE) < sizeof(float) ? 1 : parts;
-  long own = l->experts + 2 * l->k;
-  size_t scratch = threads * own * sizeof(vector);
+  long own = 2 * (l->experts + l->k), roughly = sizeof(TYPE) == sizeof(float) && l->rough && !held;
+  size_t scratch = threads * own * sizeof(vector), near = roughly * CHUNK / SIDE * l->experts * sizeof(__mmask16);
   char *memory, *at = 0;
   struct given given = {rows, count, tokens, held};
   tiles_for(l->rows, l->inputs, tokens, parts, threads, &at);
-  struct many m = room_for(l, threads, scratch + (size_t)at, &memory);
+  struct many m = room_for(l, threads, scratch + (size_t)at + near, &memory);
   if (!memory) return 1;
   at = memory + scratch;
   struct tiles s = tiles_for(l->rows, l->inputs, tokens, parts, threads, &at);
+  if (roughly) s.near = (__mmask16 *)at;
 #pragma omp parallel num_threads(threads)
   {
     tiles_begin();
@@ -169,10 +168,15 @@ int NAME(tiles)(const struct layer *l, const TYPE *x, const void *rows, TYPE *ou
 /* h = A x alone, of some tokens. */
 static void NAME(inner_alone)(const struct layer *l, const struct tiles *s, const TYPE *x, long tokens, long parts,
                               long threads) {
-  if (sizeof(TYPE) < sizeof(float))
-    NAME(lay_and_inner)(l, s, x, tokens, threads, 1);
-  else if (parts == 3)
-    NAME(lay_and_inner)(l, s, x, tokens, threads, 3);
-  else
-    NAME(lay_and_inner)(l, s, x, tokens, threads, 2);
+#define INNER(parts) \
+  NAME(lay_tokens)(l, s, x, tokens, parts); \
+  NAME(inner_tiles)(l, s, threads, parts);
+  if (sizeof(TYPE) < sizeof(float)) {
+    INNER(1)
+  } else if (parts == 3) {
+    INNER(3)
+  } else {
+    INNER(2)
+  }
+#undef INNER
 }

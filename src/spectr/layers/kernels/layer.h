@@ -191,10 +191,10 @@ static long NAME(find_near)(const struct layer *l, const float *x, const float *
   long experts = l->experts, rank = l->rows / experts, found = 0;
   float *scores = scratch, *least = scores + experts, *weights = least + experts, square = 0;
   for (long i = 0; i < l->inputs; i++) square += x[i] * x[i];
-  float length = sqrtf(square) * (1 + 1e-3f) + 1e-17f, rounding = (rank + 4) * 2 * FLT_EPSILON;
+  float length = sqrtf(square) * (1 + 1e-3f) + TINY;
   NAME(score)(ht, l->centers, prior, scores, experts, rank);
   for (long e = 0; e < experts; e++) {
-    float error = (l->errors[e] * length + 1e-17f) * (prior ? fabsf(prior[e]) : 1) + rounding * scores[e];
+    float error = (l->errors[e] * length + TINY) * (prior ? fabsf(prior[e]) : 1) + rounding_of(rank) * fabsf(scores[e]);
     least[e] = scores[e] - error;
     scores[e] += error;
   }

@@ -20,11 +20,13 @@ class Rough(NamedTuple):
         A_PI: To the nearest.
         errors_E: By how much of a token's length an expert's score by these differs at most from that by ``A`` in
             float32: ``||A_t - rough A_t||``, and what both sums round.
+        sizes_E: By how much of the length of what is left out of a token it differs besides: ``||rough A_t||``.
         version: Of ``A`` when it was read.
     """
 
     A_PI: BFloat16[Tensor, "P I"]
     errors_E: Float[Tensor, " E"]
+    sizes_E: Float[Tensor, " E"]
     version: int
 
     @classmethod
@@ -33,8 +35,14 @@ class Rough(NamedTuple):
         if A_PI.is_inference():
             return None
         rough_PI = A_PI.bfloat16()
-        left_ERI = (A_PI - rough_PI).unflatten(0, (experts, -1))
-        largest_E = torch.bmm(left_ERI, left_ERI.mT).abs().sum(-1).amax(-1)  # no eigenvalue is beyond a row's sum
         terms = A_PI.shape[1] / _LANES + 3 * _LANES
         rounding_E = 2 * terms * _UNIT * A_PI.unflatten(0, (experts, -1)).norm(dim=(1, 2))
-        return cls(rough_PI, largest_E.sqrt() * (1 + 1e-3) + rounding_E, A_PI._version)
+        left_E, sizes_E = (_norms(factors_PI, experts) for factors_PI in (A_PI - rough_PI, rough_PI.float()))
+        return cls(rough_PI, left_E + rounding_E, sizes_E, A_PI._version)
+
+
+def _norms(A_PI: Float[Tensor, "P I"], experts: int) -> Float[Tensor, " E"]:
+    """``||A_t||`` at least."""
+    A_ERI = A_PI.unflatten(0, (experts, -1))
+    largest_E = torch.bmm(A_ERI, A_ERI.mT).abs().sum(-1).amax(-1)  # no eigenvalue is beyond a row's sum
+    return largest_E.sqrt() * (1 + 1e-3)

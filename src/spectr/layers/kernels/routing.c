@@ -22,6 +22,7 @@
 #define STRIP 128 /* their outputs at once at most, */
 #define SIDES 32  /* and what parts of the outputs are multiples of */
 #define AHEAD 4   /* tokens whose outputs are fetched before they are needed */
+#define TINY 1e-17f /* more than sums of squares lose that are too small for float32 */
 #define ROUND(n, to) (((n) + (to) - 1) / (to) * (to))
 #ifdef __AVX512F__ /* as registers allow: tokens that a row is multiplied with at once; */
 #define TOKENS 4
@@ -41,8 +42,9 @@ struct layer {
   const void *W, *bias;   /* (outputs, inputs) and (outputs) of the base layer; none where that has answered already */
   const void *A, *Bt;     /* (rows, inputs), or none where A x is given, and (rows, outputs): an expert's rows lie together */
   const void *centers;    /* (rows), taken away before scoring, or none */
-  const uint16_t *rough;  /* A in bfloat16, of few tokens read first, or none; */
-  const float *errors;    /* and of each expert, by how much of a token's length its score is off by that at most */
+  const uint16_t *rough;  /* A in bfloat16, which is read first, or none; */
+  const float *errors;    /* of each expert, by how much of a token's length its score is off by that at most, */
+  const float *sizes;     /* and by how much of the length of what is left out of a token */
   long inputs, outputs, rows, experts, k; /* all experts have as many rows */
   long stride;            /* between the outputs of two tokens */
   float temperature;      /* of the softmax over the chosen scores; 0 weighs them alike */
@@ -188,6 +190,9 @@ static void sort_chosen(const struct layer *l, const struct many *m, long tokens
 static inline int reads_roughly(const struct layer *l, long tokens) {
   return l->rough && 2 * tokens * (l->k + 2) < l->experts;
 }
+
+/* By how much scores of experts of this rank are rounded at most, relatively. */
+static inline float rounding_of(long rank) { return (rank + 4) * 2 * FLT_EPSILON; }
 
 static void products_bf16(const float *x, const uint16_t *M, const uint16_t *bias, float *to, long tokens, long inputs,
                           long rows, int rounds, long threads);

@@ -17,7 +17,7 @@ class Layer(ctypes.Structure):
     """``struct layer`` of the source."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("W", "bias", "A", "Bt", "centers", "rough", "errors")),
+        *((name, ctypes.c_void_p) for name in ("W", "bias", "A", "Bt", "centers", "rough", "errors", "sizes")),
         *((name, ctypes.c_long) for name in ("inputs", "outputs", "rows", "experts", "k", "stride")),
         ("temperature", ctypes.c_float),
     )
@@ -28,7 +28,7 @@ class Layer(ctypes.Structure):
         (rows, inputs), outputs = A_PI.shape, Bt_PO.shape[1]
         experts, k, temperature = choice or Choice(1, 1, 0.0)
         places = (None, None, place(A_PI), place(Bt_PO), place(centers_P))
-        return Layer(*places, None, None, inputs, outputs, rows, experts, k, outputs, temperature)
+        return Layer(*places, None, None, None, inputs, outputs, rows, experts, k, outputs, temperature)
 
 
 class Calls(NamedTuple):
@@ -70,7 +70,12 @@ class WholeLayer:
     def _roughen(self) -> None:
         self.rough = rough.Rough.of(self.kept[0], self.layer.experts)
         if self.rough is not None:
-            self.layer.rough, self.layer.errors = place(self.rough.A_PI), place(self.rough.errors_E)
+            kept = self.rough
+            self.layer.rough, self.layer.errors, self.layer.sizes = (
+                place(kept.A_PI),
+                place(kept.errors_E),
+                place(kept.sizes_E),
+            )
 
     def __call__(self, x: Tensor, rows: Tensor | None) -> Tensor | None:
         """See :class:`spectr.layers.kernels.base.Whole`."""
