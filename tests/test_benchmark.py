@@ -11,7 +11,7 @@ from models import close, logits, peft_adapter, peft_library, peft_on_new_transf
 from spectr import ExpertLibrary, Spectr, compose
 from spectr.benchmark import Timing, benchmark, measure, write_lookalikes
 from spectr.benchmark.measure import Work, peak_bytes
-from spectr.benchmark.subjects import BASE, OURS, Subject, get_peer, ours, twin
+from spectr.benchmark.subjects import BASE, OURS, Subject, check_peers, get_peer, ours, twin
 from spectr.errors import CompositionError, LibraryError
 from spectr.flops import count_flops
 from spectr.spectral import align
@@ -199,6 +199,13 @@ def test_experts_that_peft_arrow_cannot_hold(spectr, folders, tmp_path):
     assert "Arrow is left out" in " ".join(said.split())
     assert "one adapter" in text
     assert "Arrow" not in text
+
+
+def test_experts_of_other_scales_are_for_peft_arrow_too(library, tmp_path):
+    whole = write_lookalikes(library, tmp_path / "made", 4)
+    scales = {shape.scale for name in whole for shape in whole[name].shapes.values()}
+    assert len(scales) > 1
+    check_peers(["peft-arrow"], whole)
 
 
 def test_synthetic_experts_have_no_calibration(spectr):

@@ -98,7 +98,7 @@ def check_peers(names: Sequence[str], library: ExpertLibrary) -> None:
 
 def alike(library: ExpertLibrary) -> bool:
     """Whether all experts have the same modules with the same ranks."""
-    first, *others = (library[name].shapes for name in library)
+    first, *others = ({module: shape.rank for module, shape in library[name].shapes.items()} for name in library)
     return all(other == first for other in others)
 
 
