@@ -102,8 +102,8 @@ def outcome(
         library = ExpertLibrary.open(shipped_experts())
         if count > len(library):
             library = write_lookalikes(library, given.work / "experts", count)
-        few = {"batches": (1, 16), "steps": 16} if count <= SHIPPED else {"batches": (1,), "steps": 4}
-        measured = benchmark(model, library, Spectr(top_k=4), rounds=given.rounds, progress=progress, **few)
+        steps = 16 if count <= SHIPPED else 4
+        measured = benchmark(model, library, Spectr(top_k=4), rounds=given.rounds, steps=steps, progress=progress)
         kept.parent.mkdir(parents=True, exist_ok=True)
         half = kept.with_suffix(".half")
         half.write_text(json.dumps(dataclasses.asdict(measured)), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -71,8 +72,10 @@ def measure(
 ) -> Mapping[tuple[str, str], Timing]:
     """Time every model at every work, in turn: each round times all of them, beginning with another one.
 
+    The prompt before tokens that are decoded is read by the first model, for all of them.
+
     Args:
-        subjects: Causal models of transformers.
+        subjects: Causal models of transformers, all of one architecture.
         works: What each of them does.
         rounds: How often; one more comes first and is not counted, and one under the memory profiler.
         progress: Is told (done, total, what).
@@ -82,6 +85,7 @@ def measure(
     """
     found: dict[tuple[str, str], list[float]] = {}
     peaks: dict[tuple[str, str], int] = {}
+    caches = {work.name: _filled(subjects[0].model, work) for work in works if work.steps}
     total, done = (rounds + 2) * len(subjects) * len(works), 0
     for turn in range(-2, rounds):
         for place in range(len(subjects)):
@@ -89,9 +93,9 @@ def measure(
             for work in works:
                 key = subject.name, work.name
                 if turn == -1:
-                    peaks[key] = peak_bytes(subject.model, work)
+                    peaks[key] = peak_bytes(subject.model, work, caches.get(work.name))
                 else:
-                    seconds = timed(subject.model, work)
+                    seconds = timed(subject.model, work, caches.get(work.name))
                     if turn >= 0:
                         found.setdefault(key, []).append(seconds)
                 done += 1
@@ -99,12 +103,12 @@ def measure(
     return {key: Timing(seconds=tuple(seconds), peak=peaks[key]) for key, seconds in found.items()}
 
 
-def timed(model: nn.Module, work: Work) -> float:
-    """Seconds of one prompt, or of one decoded token."""
+def timed(model: nn.Module, work: Work, cache: Cache | None = None) -> float:
+    """Seconds of one prompt, or of one decoded token after the prompt that is in ``cache``, which stays as it is."""
     ids = _ids(model, work)
     if not work.steps:
         return _seconds(lambda: _read(model, ids), ids)
-    cache, last = _read(model, ids, growing_cache(model)).past_key_values, ids[:, -1:]
+    cache, last = copy.deepcopy(_filled(model, work) if cache is None else cache), ids[:, -1:]
     mask = torch.ones(work.batch, work.prompt + work.steps, dtype=torch.long, device=ids.device)
 
     def decode() -> None:
@@ -116,15 +120,16 @@ def timed(model: nn.Module, work: Work) -> float:
     return _seconds(decode, ids) / work.steps
 
 
-def peak_bytes(model: nn.Module, work: Work) -> int:
-    """The most bytes that one prompt, or one decoded token, holds at once beyond what was there before it."""
+def peak_bytes(model: nn.Module, work: Work, cache: Cache | None = None) -> int:
+    """The most bytes that a call as of :func:`timed` holds at once beyond what was there before it."""
     ids = _ids(model, work)
+    if work.steps and cache is None:
+        cache = _filled(model, work)
 
     def begin() -> dict[str, Any]:
         if not work.steps:
             return {"input_ids": ids, "use_cache": True, "logits_to_keep": 1}
-        cache = _read(model, ids, growing_cache(model)).past_key_values
-        return {"input_ids": ids[:, -1:], "past_key_values": cache, "use_cache": True}
+        return {"input_ids": ids[:, -1:], "past_key_values": copy.deepcopy(cache), "use_cache": True}
 
     if ids.is_cuda:
         call = begin()
@@ -152,6 +157,11 @@ def _ids(model: nn.Module, work: Work) -> Tensor:
     chance = torch.Generator().manual_seed(work.prompt * 1000 + work.batch)
     ids = torch.randint(words, (work.batch, work.prompt), generator=chance)
     return ids.to(next(model.parameters()).device)
+
+
+def _filled(model: nn.Module, work: Work) -> Cache:
+    """What a model knows of a work's prompt."""
+    return _read(model, _ids(model, work), growing_cache(model)).past_key_values
 
 
 def _read(model: nn.Module, ids: Tensor, cache: Cache | None = None) -> Any:
