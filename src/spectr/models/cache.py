@@ -1,7 +1,7 @@
 """Keys and values of the tokens that were read, in memory that has room for the next ones.
 
-Transformers' own cache copies all of a layer's keys and values for every token that is decoded, which takes longer than
-the model's products where prompts are long or batches large. Here a token's are written behind them.
+Transformers' own cache copies all of a layer's keys and values for every token that is decoded, which takes the longer, the
+longer the prompts and the larger the batches. Here a token's are written behind them.
 """
 
 from __future__ import annotations
