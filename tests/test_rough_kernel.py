@@ -207,6 +207,15 @@ def test_many_tokens_with_centers_and_a_prior(rows):
 
 
 @needs_a_compiler
+@torch.no_grad()
+def test_of_many_tokens_an_expert_without_numbers_is_nobodys():
+    """As of few: it is no larger than who comes before it."""
+    factors = numbers(40, 4, INPUTS, seed=0)
+    factors[30, 2, 7] = torch.nan
+    assert layer_of(factors)(numbers(90, INPUTS, seed=1)).isfinite().all()
+
+
+@needs_a_compiler
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, 3.4e38])
 @torch.no_grad()
 def test_a_number_that_is_none_is_its_own_tokens_alone(bad):

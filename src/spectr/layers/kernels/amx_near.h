@@ -136,10 +136,7 @@ static void inner_exact(const struct layer *l, const struct tiles *s, const floa
 /* Choose for some tokens, which begin at `begin`. */
 static void choose_near(const struct layer *l, const struct tiles *s, const struct many *m, const struct given *given,
                         const float *x, long begin, long tokens, vector *scratch, int parts) {
-  if (parts == 3)
-    inner_rough(l, s, 3);
-  else
-    inner_rough(l, s, 2);
+  inner_rough(l, s, parts);
 #pragma omp for schedule(static)
   for (long t = 0; t < tokens; t += SIDE) {
     const float *priors[SIDE];
@@ -148,23 +145,18 @@ static void choose_near(const struct layer *l, const struct tiles *s, const stru
     find_near_side(l, s, x + t * l->inputs, prior, t, there, scratch, s->near + t / SIDE * l->experts);
   }
   inner_exact(l, s, x, tokens);
-  long rank = l->rows / l->experts, *chosen = (long *)(scratch + l->experts);
+  long *chosen = (long *)(scratch + l->experts);
   float *scores = (float *)scratch, *weights = scores + l->experts;
   int32_t *near = (int32_t *)(scratch + l->experts + l->k);
 #pragma omp for schedule(static)
   for (long t = 0; t < tokens; t++) {
-    const float *ht = s->h + t * s->rows, *centers = l->centers;
+    const float *ht = s->h + t * s->rows;
     const float *prior = given->rows ? (const float *)given->rows + row_of(given, begin + t) * l->experts : 0;
-    long count = 0;
-    for (long e = 0; e < l->experts; e++) {
-      near[count] = e;
-      count += s->near[t / SIDE * l->experts + e] >> t % SIDE & 1;
-    }
-    for (long i = 0; i < count; i++) {
-      long e = near[i], row = e * rank;
-      score_f32(ht + row, centers ? centers + row : 0, prior ? prior + e : 0, scores + i, 1, rank);
-    }
-    choose(scores, count, l->k, l->temperature, chosen, weights);
-    for (long c = 0; c < l->k; c++) remember(l, m, t, c, near[chosen[c]], weights[c], ht);
+    near[0] = 0;
+    for (long e = 0; e < l->experts; e++)
+      if (s->near[t / SIDE * l->experts + e] >> t % SIDE & 1) near[++near[0]] = e;
+    score_near_f32(l, ht, prior, near, scores);
+    choose(scores, l->experts, l->k, l->temperature, chosen, weights);
+    for (long c = 0; c < l->k; c++) remember(l, m, t, c, chosen[c], weights[c], ht);
   }
 }
