@@ -104,11 +104,11 @@ def measure(
 
 
 def timed(model: nn.Module, work: Work, cache: Cache | None = None) -> float:
-    """Seconds of one prompt, or of one decoded token after the prompt that is in ``cache``, which stays as it is."""
+    """Seconds of one prompt, or of one decoded token after the prompt in ``cache``, which stays as it is."""
     ids = _ids(model, work)
     if not work.steps:
         return _seconds(lambda: _read(model, ids), ids)
-    cache, last = copy.deepcopy(_filled(model, work) if cache is None else cache), ids[:, -1:]
+    cache, last = copy.deepcopy(cache), ids[:, -1:]
     mask = torch.ones(work.batch, work.prompt + work.steps, dtype=torch.long, device=ids.device)
 
     def decode() -> None:
@@ -123,8 +123,6 @@ def timed(model: nn.Module, work: Work, cache: Cache | None = None) -> float:
 def peak_bytes(model: nn.Module, work: Work, cache: Cache | None = None) -> int:
     """The most bytes that a call as of :func:`timed` holds at once beyond what was there before it."""
     ids = _ids(model, work)
-    if work.steps and cache is None:
-        cache = _filled(model, work)
 
     def begin() -> dict[str, Any]:
         if not work.steps:

@@ -1,7 +1,7 @@
 """Keys and values of the tokens that were read, in memory that has room for the next ones.
 
-Transformers' own cache copies all of a layer's keys and values for every token that is decoded, which takes the longer, the
-longer the prompts and the larger the batches. Here a token's are written behind them.
+Transformers' own cache copies all of a layer's keys and values for every token that is decoded, which takes the
+longer, the longer the prompts and the larger the batches. Here a token's are written behind them.
 """
 
 from __future__ import annotations
@@ -23,35 +23,29 @@ class Room:
     """Memory that begins with the numbers of all tokens so far, as :meth:`add` has returned them."""
 
     def __init__(self) -> None:
-        self._memory: Tensor | None = None
+        self._memory = torch.empty(0)
 
-    def add(self, held: Shaped[Tensor, "..."] | None, more: Shaped[Tensor, "B H T D"]) -> Shaped[Tensor, "B H S D"]:
+    def add(self, held: Shaped[Tensor, "B H S D"], more: Shaped[Tensor, "B H T D"]) -> Shaped[Tensor, "B H U D"]:
         """``held`` with ``more`` behind it, along the tokens.
 
         Args:
-            held: What was returned last, or part of it, or anything else, which is copied; without any number nothing.
+            held: What was returned last, or part of it, or anything else, which is copied.
             more: Of the next tokens.
         """
-        before = 0 if held is None or not held.numel() else held.shape[-2]
-        after = before + more.shape[-2]
-        memory = self._memory
-        if memory is None or after > memory.shape[-2] or not self._begins_with(held):
-            shape = (*more.shape[:-2], after + max(_LEAST, after // _SHARE), more.shape[-1])
-            memory = more.new_empty(shape)
-            if held is not None and before:
-                memory[..., :before, :] = held
-            self._memory = memory
-        memory[..., before:after, :] = more
-        return memory[..., :after, :]
+        before, after = held.shape[-2], held.shape[-2] + more.shape[-2]
+        if not self._begins_with(held) or after > self._memory.shape[-2]:
+            room = max(_LEAST, after // _SHARE)
+            self._memory = more.new_empty(*more.shape[:-2], after + room, more.shape[-1])
+            self._memory[..., :before, :] = held
+        self._memory[..., before:after, :] = more
+        return self._memory[..., :after, :]
 
-    def _begins_with(self, held: Tensor | None) -> bool:
+    def _begins_with(self, held: Tensor) -> bool:
         memory = self._memory
-        if memory is None or held is None:
-            return False
         if memory.is_inference() and not torch.is_inference_mode_enabled():
             return False  # nobody may write there any more
         alike = held.shape[:-2] == memory.shape[:-2] and held.stride() == memory.stride()
-        return alike and held.data_ptr() == memory.data_ptr() and held.dtype == memory.dtype
+        return alike and held.data_ptr() == memory.data_ptr()
 
 
 class GrowingLayer(DynamicLayer):
@@ -72,6 +66,8 @@ class GrowingLayer(DynamicLayer):
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             super().update(key_states[..., :0, :], value_states[..., :0, :], *args, **kwargs)
+        assert self.keys is not None
+        assert self.values is not None
         keys, values = self._rooms
         self.keys, self.values = keys.add(self.keys, key_states), values.add(self.values, value_states)
         return self.keys, self.values
