@@ -233,8 +233,12 @@ def test_weights_that_are_not_finite(tmp_path, key, value):
         "do": "train or download the adapter again",
     }
     assert_says(refusal(folder), **says)
-    with read_adapter(folder, "sql", check_values=False).open() as read, pytest.raises(AdapterError) as caught:
+    expert = read_adapter(folder, "sql", check_values=False)
+    with expert.open() as read, pytest.raises(AdapterError) as caught:
         read(Q)
+    assert_says(caught.value, **says)
+    with pytest.raises(AdapterError) as caught:
+        expert.stacked([Q])
     assert_says(caught.value, **says)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from inspect import signature
 from itertools import islice
 from typing import Any
 
@@ -151,7 +152,16 @@ def read_inputs(
     device = next(model.parameters()).device
     counted_BT = known.counted.to(device)
     with _watched(model, modules, lambda module, x: see(module, x[counted_BT.to(x.device)])):
-        model(input_ids=known.input_ids.to(device), attention_mask=known.real.long().to(device), use_cache=False)
+        ids, mask = known.input_ids.to(device), known.real.long().to(device)
+        model(input_ids=ids, attention_mask=mask, use_cache=False, **_without_logits(model, modules))
+
+
+def _without_logits(model: Any, modules: Sequence[str]) -> dict[str, int]:
+    """What spares a model the logits of all tokens but the last, unless it is their layer's inputs that are read."""
+    head = model.get_output_embeddings()
+    if "logits_to_keep" not in signature(model.forward).parameters:
+        return {}
+    return {} if any(model.get_submodule(name) is head for name in modules) else {"logits_to_keep": 1}
 
 
 @contextmanager

@@ -209,9 +209,8 @@ def _measured(experts: Sequence[Expert], modules: list[str], inputs: Mapping[str
 
 def _aligned(expert: Expert, modules: list[str]) -> tuple[Rotation, Bool[Tensor, " N"], Float[Tensor, "N I"]]:
     """Modules of one shape: their rotations, for which these hold, and the first row of ``V^T`` of each."""
-    with expert.open() as read:
-        A, B, scale = zip(*map(read, modules), strict=True)
-    A_NRI, B_NOR, scale_N = torch.stack(A).float(), torch.stack(B).float(), torch.tensor(scale)
+    A_NRI, B_NOR, scale_N = expert.stacked(modules)
+    A_NRI, B_NOR = A_NRI.float(), B_NOR.float()
     turned, holds_N = rotate(A_NRI, B_NOR, scale_N)
     first_NI = (turned.right[:, :1] @ A_NRI).squeeze(1)
     for i in (~holds_N).nonzero()[:, 0].tolist():

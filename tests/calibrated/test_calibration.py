@@ -32,6 +32,21 @@ def test_means_and_root_mean_squares_are_those_of_the_dense_updates(root, librar
             assert found.rms == pytest.approx(slow, rel=1e-4)
 
 
+@torch.no_grad()
+def test_a_module_that_makes_logits_is_measured_at_every_counted_token(tmp_path):
+    peft_adapter(make_model(), tmp_path / "dogs", seed=9, targets=["lm_head", "q_proj"])
+    known = calibrate(make_model(), ExpertLibrary.open(tmp_path), make_tokenizer(), texts=TEXTS)
+    seen = {}
+    model = make_model()
+    model.lm_head.register_forward_pre_hook(lambda _, given: seen.update(x=given[0]))
+    model(input_ids=known.input_ids, attention_mask=known.real.long())
+    x_TI = seen["x"][known.counted].double()
+    found = known.of("dogs", "lm_head")
+    close(found.mean_I.double(), x_TI.mean(0))
+    answers_TO = (x_TI - x_TI.mean(0)) @ dense_deltas(tmp_path / "dogs")["lm_head"].mT
+    assert found.rms == pytest.approx(float(answers_TO.square().sum(1).mean().sqrt()), rel=1e-4)
+
+
 def test_self_samples_depend_on_the_seed_alone_and_count_what_the_model_wrote(root):
     plain = ExpertLibrary.open(root)
     one, same, other = (calibrate(make_model(), plain, make_tokenizer(), seed=seed, samples=3) for seed in (1, 1, 2))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float
 from safetensors import safe_open
 from torch import Tensor
@@ -22,6 +23,14 @@ class Factors(NamedTuple):
     A: Float[Tensor, "rank inputs"]
     B: Float[Tensor, "outputs rank"]
     scale: float
+
+
+class Stacked(NamedTuple):
+    """Factors of N modules whose shapes are the same, in the file's dtype, on the CPU."""
+
+    A_NRI: Float[Tensor, "N R I"]
+    B_NOR: Float[Tensor, "N O R"]
+    scale_N: Float[Tensor, " N"]
 
 
 class FactorShape(NamedTuple):
@@ -75,15 +84,37 @@ class Expert:
                 shape = self.shapes[module]
                 A, B = file.get_tensor(shape.key_A), file.get_tensor(shape.key_B)
                 for key, tensor in ((shape.key_A, A), (shape.key_B, B)):
-                    if not all_finite(tensor):
-                        raise AdapterError(
-                            f"expert '{self.name}': {key} holds NaN or infinite numbers",
-                            expected="finite weights",
-                            do="train or download the adapter again",
-                        )
+                    self._check(key, tensor)
                 return Factors(A, B, shape.scale)
 
             yield read
+
+    def stacked(self, modules: Sequence[str]) -> Stacked:
+        """Read modules whose factors have the same shapes.
+
+        Raises:
+            AdapterError: As :meth:`open` and ``read`` do.
+        """
+        shapes = [self.shapes[module] for module in modules]
+        with open_safetensors(self.weights, self.name) as file:
+
+            def stack(keys: Sequence[str]) -> Tensor:
+                stack_NXY = torch.stack([file.get_tensor(key) for key in keys])
+                if not all_finite(stack_NXY):
+                    for key, tensor in zip(keys, stack_NXY, strict=True):
+                        self._check(key, tensor)
+                return stack_NXY
+
+            A_NRI, B_NOR = stack([shape.key_A for shape in shapes]), stack([shape.key_B for shape in shapes])
+        return Stacked(A_NRI, B_NOR, torch.tensor([shape.scale for shape in shapes]))
+
+    def _check(self, key: str, tensor: Tensor) -> None:
+        if not all_finite(tensor):
+            raise AdapterError(
+                f"expert '{self.name}': {key} holds NaN or infinite numbers",
+                expected="finite weights",
+                do="train or download the adapter again",
+            )
 
 
 def all_finite(tensor: Tensor) -> bool:

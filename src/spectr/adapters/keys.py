@@ -20,8 +20,11 @@ def pair_keys(keys: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]
     """Sort tensor names into ``{module: {"A": key, "B": key}}`` and a list of faults."""
     pairs: dict[str, dict[str, str]] = {}
     faults: list[str] = []
-    for key in sorted(keys):
-        stranger = next((what for mark, what in _STRANGERS if mark in key), None)
+    ordered = sorted(keys)
+    together = "\n".join(ordered)
+    strangers = [(mark, what) for mark, what in _STRANGERS if mark in together]
+    for key in ordered:
+        stranger = next((what for mark, what in strangers if mark in key), None)
         match = _FACTOR.match(key)
         if stranger or not match:
             faults.append(f"{key} is {stranger or 'not a LoRA factor'}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -92,7 +93,9 @@ def needed_calibration(library: ExpertLibrary, experts: Sequence[Expert]) -> Cal
         CompositionError: Some were not calibrated, or have other weights by now.
     """
     calibration = library.calibration
-    missing = [expert.name for expert in experts if calibration is None or not calibration.covers(expert)]
+    with ThreadPoolExecutor() as pool:  # files are hashed in it
+        covered = pool.map(lambda expert: calibration is not None and calibration.covers(expert), experts)
+    missing = [expert.name for expert, known in zip(experts, covered, strict=True) if not known]
     if missing or calibration is None:
         raise CompositionError(
             f"not calibrated: {', '.join(missing)}",
