@@ -2,10 +2,11 @@
 
     $ python benchmarks/speed.py --work WORK
 
-Each setting (experts and dtype) is one run of ``spectr benchmark``: base model, routed model, PEFT with one adapter and
-PEFT's Arrow take turns, and ratios are medians of those within a round. A setting that is done is kept in WORK, so that
-a killed run goes on with the next; ``--fresh`` measures all again. Libraries of 1,000 experts and more, for which there
-is the shortlist, have a table of their own: ``benchmarks/scale.py``.
+Each setting (experts and dtype) is measured as by ``spectr benchmark``: base model, routed model, PEFT with one adapter
+and PEFT's Arrow take turns, and ratios are medians of those within a round. Prompts and decoding have a process each:
+what a process did before decides how soon it gets memory, of which Arrow's prompts need much. What is done is kept in
+WORK, so that a killed run goes on with the next; ``--fresh`` measures all again. Libraries of 1,000 experts and more,
+for which there is the shortlist, have a table of their own: ``benchmarks/scale.py``.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -32,6 +35,7 @@ from spectr.models import load_model
 from spectr.shipped import shipped_experts
 
 SHIPPED = 9
+PARTS = ("prompt", "decoding")
 COLUMNS = (
     "experts, dtype",
     "work",
@@ -41,6 +45,14 @@ COLUMNS = (
     "ours over base",
     "limit",
 )
+
+
+class Setting(NamedTuple):
+    """What a process measures."""
+
+    experts: int
+    dtype: Literal["float32", "bfloat16"]
+    part: str
 
 
 class Aims(NamedTuple):
@@ -69,12 +81,15 @@ def main() -> None:
     with Progress(console=console, transient=True) as bars:
         for count in given.experts:
             for dtype in given.dtype:
-                task = bars.add_task(f"{count} experts, {dtype}", total=None)
-                told = outcome(given, count, dtype, partial(_show, bars, task))
-                bars.remove_task(task)
-                for row in rows(told, f"{count}, {dtype}", AIMS.get(count)):
-                    table.add_row(*row)
-                origin = told["origin"]
+                name = f"{count}, {dtype}"
+                for part in PARTS:
+                    task = bars.add_task(f"{count} experts, {dtype}, {part}", total=None)
+                    told = outcome(given, Setting(count, dtype, part), partial(_show, bars, task))
+                    bars.remove_task(task)
+                    for row in rows(told, name, AIMS.get(count)):
+                        table.add_row(*row)
+                        name = ""
+                    origin = told["origin"]
     console.print(table)
     console.print(
         f"{origin['router']}, {origin['threads']} threads, {origin['device']}, torch {origin['torch']}; medians of "
@@ -89,26 +104,46 @@ def _show(bars: Progress, task: TaskID, done: int, total: int, what: str) -> Non
     bars.update(task, completed=done, total=total)
 
 
-def outcome(
-    given: argparse.Namespace,
-    count: int,
-    dtype: Literal["float32", "bfloat16"],
-    progress: Callable[[int, int, str], None],
-) -> dict[str, Any]:
-    """What ``spectr benchmark`` gives, or gave."""
-    kept = given.work / f"{count}-{dtype}-{given.rounds}.json"
+def outcome(given: argparse.Namespace, setting: Setting, progress: Callable[[int, int, str], None]) -> dict[str, Any]:
+    """What :func:`spectr.benchmark.benchmark` gives in a process of its own, or gave."""
+    kept = given.work / f"{setting.experts}-{setting.dtype}-{setting.part}-{given.rounds}.json"
     if not kept.is_file() or given.fresh:
-        model, _ = load_model(dtype=dtype)
-        library = ExpertLibrary.open(shipped_experts())
-        if count > len(library):
-            library = write_lookalikes(library, given.work / "experts", count)
-        steps = 16 if count <= SHIPPED else 4
-        measured = benchmark(model, library, Spectr(top_k=4), rounds=given.rounds, steps=steps, progress=progress)
-        kept.parent.mkdir(parents=True, exist_ok=True)
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=measured, args=(given.work, setting, given.rounds, theirs), daemon=True)
+        process.start()
+        theirs.close()
+        try:
+            while isinstance(told := ours.recv(), tuple):
+                progress(*told)
+        except EOFError:
+            process.join()
+            raise SystemExit(f"{setting}: its process ended with {process.exitcode}") from None
+        process.join()
         half = kept.with_suffix(".half")
-        half.write_text(json.dumps(dataclasses.asdict(measured)), encoding="utf-8")
+        half.write_text(json.dumps(told), encoding="utf-8")
         half.replace(kept)  # whole or not at all, whenever a run is killed
     return json.loads(kept.read_text(encoding="utf-8"))
+
+
+def measured(work: Path, setting: Setting, rounds: int, tell: Connection) -> None:
+    """Measure; ``tell`` is sent (done, total, what) again and again, and at last all that was measured."""
+    model, _ = load_model(dtype=setting.dtype)
+    library = ExpertLibrary.open(shipped_experts())
+    if setting.experts > len(library):
+        library = write_lookalikes(library, work / "experts", setting.experts)
+    prompts = setting.part == "prompt"
+    found = benchmark(
+        model,
+        library,
+        Spectr(top_k=4),
+        time_prompt=prompts,
+        batches=() if prompts else (1, 16),
+        steps=16 if setting.experts <= SHIPPED else 4,
+        rounds=rounds,
+        progress=lambda *told: tell.send(told),
+    )
+    tell.send(dataclasses.asdict(found))
 
 
 def rows(told: dict[str, Any], name: str, aims: Aims | None) -> Iterator[tuple[str, ...]]:

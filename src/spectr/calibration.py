@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from spectr.composition import prepare_module
 from spectr.errors import CompositionError, DataError
-from spectr.hashing import file_sha256
+from spectr.hashing import known_sha256
 from spectr.layers.plan import make_plan
 from spectr.layers.routed import RoutedLinear
 from spectr.library import Calibration, ExpertLibrary
@@ -106,7 +106,7 @@ def calibrate(
     fresh_part = Calibration(
         means=means,
         rms=rms,
-        sha256={name: file_sha256(experts[name].weights) for name in new},
+        sha256={name: known_sha256(experts[name].weights) for name in new},
         input_ids=known.input_ids,
         counted=known.counted,
         real=known.real,

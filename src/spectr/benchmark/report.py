@@ -47,6 +47,7 @@ def benchmark(
     *,
     peers: Sequence[str] = ("peft-single", "peft-arrow"),
     prompt: int = 256,
+    time_prompt: bool = True,
     batches: Sequence[int] = (1, 16),
     steps: int = 16,
     rounds: int = 7,
@@ -61,7 +62,8 @@ def benchmark(
         router: How they are chosen.
         peers: Of :data:`spectr.benchmark.PEERS`.
         prompt: Tokens of the prompt.
-        batches: Rows of the decoded batches; the prompt is one row.
+        time_prompt: Whether a prompt of one row is timed by itself.
+        batches: Rows of the batches that are decoded, each after prompts as long.
         steps: Tokens that are decoded in a round.
         rounds: How often each is timed.
         guide: For a guided router.
@@ -75,7 +77,8 @@ def benchmark(
     top_k = min(getattr(router, "top_k", len(library)), len(library))
     routed = ours(model, library, router, guide)
     subjects = [Subject(name=BASE, model=model), routed, *(peer(model, library, top_k) for peer in make)]
-    works = [Work(prompt=prompt), *(Work(prompt=prompt, batch=batch, steps=steps) for batch in batches)]
+    works = [Work(prompt=prompt, batch=batch, steps=steps) for batch in batches]
+    works = [Work(prompt=prompt), *works] if time_prompt else works
     timings = measure(subjects, works, rounds=rounds, progress=progress)
     limits = {work.name: limit(model, routed.model, work) for work in works}
     rows = [_row(subject.name, work, timings, limits) for work in works for subject in subjects]
