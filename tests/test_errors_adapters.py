@@ -238,7 +238,7 @@ def test_weights_that_are_not_finite(tmp_path, key, value):
         read(Q)
     assert_says(caught.value, **says)
     with pytest.raises(AdapterError) as caught:
-        expert.stacked([Q])
+        list(expert.stacked([[Q]]))
     assert_says(caught.value, **says)
 
 

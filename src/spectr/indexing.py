@@ -123,12 +123,18 @@ def _workers(work: _Parts, inputs: Iterable[Tensor]) -> int:
     return min(len(work), len(os.sched_getaffinity(0)), _PROCESSES)
 
 
+class _Aligned(NamedTuple):
+    """Modules of one shape of one expert."""
+
+    turned: Rotation
+    holds_N: Bool[Tensor, " N"]  # for which of them these hold
+    first_NI: Float[Tensor, "N I"]  # the first row of V^T of each
+
+
 class _Measured(NamedTuple):
     """Modules of one shape of some experts that adapt the same."""
 
     modules: list[str]
-    turned: list[Rotation]  # of each expert
-    holds: list[Bool[Tensor, " N"]]  # of each expert, for which modules
     full_ENI: Float[Tensor, "E N I"]
     codes_ENI: Int8[Tensor, "E N I"]
     steps_EN: Float[Tensor, "E N"]
@@ -149,15 +155,16 @@ def _entries(
         layouts.setdefault(tuple(IndexedModule(m, *shape[:3]) for m, shape in shapes), []).append(expert)
     entries = {}
     for layout, together in layouts.items():
-        groups = [_measured(together, modules, inputs) for modules in _alike(layout)]
+        alike = _alike(layout)
+        aligned = [[_aligned(*factors) for factors in expert.stacked(alike)] for expert in together]
+        groups = [_measured(*group, inputs) for group in zip(alike, zip(*aligned, strict=True), strict=True)]
         place = {module: i for i, module in enumerate(module for group in groups for module in group.modules)}
         order = [place[module.name] for module in layout]
         full_EC = _in_order([group.full_ENI for group in groups], order)
         codes_EC = _in_order([group.codes_ENI for group in groups], order)
-        numbers = (torch.cat(parts, dim=1)[:, order] for parts in zip(*(group[5:] for group in groups), strict=True))
+        numbers = (torch.cat(parts, dim=1)[:, order] for parts in zip(*(group[3:] for group in groups), strict=True))
         for e, (expert, *row) in enumerate(zip(together, full_EC, codes_EC, *numbers, strict=True)):
             full_C, codes_C, steps_M, error_M, rms_M = (values.clone() for values in row)
-            aligned = [(group.modules, group.turned[e], group.holds[e]) for group in groups]
             entries[expert.name] = IndexEntry(
                 modules=layout,
                 sha256=library.sha256(expert.name),
@@ -166,7 +173,7 @@ def _entries(
                 steps_M=steps_M,
                 error_M=error_M,
                 rms_M=rms_M,
-                rotations=partial(_rotations, aligned),
+                rotations=partial(_rotations, alike, [(one.turned, one.holds_N) for one in aligned[e]]),
                 full_C=full_C,
             )
     return entries
@@ -186,9 +193,17 @@ def _alike(layout: Layout) -> list[list[str]]:
     return list(found.values())
 
 
-def _measured(experts: Sequence[Expert], modules: list[str], inputs: Mapping[str, Float[Tensor, "T I"]]) -> _Measured:
-    aligned = [_aligned(expert, modules) for expert in experts]  # one by one, so that the factors stay near
-    first_ENI = torch.stack([first_NI for *_, first_NI in aligned])
+def _aligned(A: Float[Tensor, "N R I"], B: Float[Tensor, "N O R"], scale_N: Float[Tensor, " N"]) -> _Aligned:
+    A_NRI, B_NOR = A.float(), B.float()
+    turned, holds_N = rotate(A_NRI, B_NOR, scale_N)
+    first_NI = (turned.right[:, :1] @ A_NRI).squeeze(1)
+    for i in (~holds_N).nonzero()[:, 0].tolist():
+        first_NI[i] = align(A_NRI[i], B_NOR[i], scale_N[i]).Vh[0]
+    return _Aligned(turned, holds_N, first_NI)
+
+
+def _measured(modules: list[str], aligned: Sequence[_Aligned], inputs: Mapping[str, Float[Tensor, "T I"]]) -> _Measured:
+    first_ENI = torch.stack([one.first_NI for one in aligned])
     step_EN = (first_ENI.abs().amax(-1) / 127).clamp(min=1e-30)
     code_ENI = (first_ENI / step_EN[..., None]).round()
     rms_NE = [
@@ -197,8 +212,6 @@ def _measured(experts: Sequence[Expert], modules: list[str], inputs: Mapping[str
     ]
     return _Measured(
         modules=modules,
-        turned=[turned for turned, *_ in aligned],
-        holds=[holds_N for _, holds_N, _ in aligned],
         full_ENI=first_ENI,
         codes_ENI=code_ENI.to(torch.int8),
         steps_EN=step_EN,
@@ -207,21 +220,12 @@ def _measured(experts: Sequence[Expert], modules: list[str], inputs: Mapping[str
     )
 
 
-def _aligned(expert: Expert, modules: list[str]) -> tuple[Rotation, Bool[Tensor, " N"], Float[Tensor, "N I"]]:
-    """Modules of one shape: their rotations, for which these hold, and the first row of ``V^T`` of each."""
-    A_NRI, B_NOR, scale_N = expert.stacked(modules)
-    A_NRI, B_NOR = A_NRI.float(), B_NOR.float()
-    turned, holds_N = rotate(A_NRI, B_NOR, scale_N)
-    first_NI = (turned.right[:, :1] @ A_NRI).squeeze(1)
-    for i in (~holds_N).nonzero()[:, 0].tolist():
-        first_NI[i] = align(A_NRI[i], B_NOR[i], scale_N[i]).Vh[0]
-    return turned, holds_N, first_NI
-
-
-def _rotations(groups: Sequence[tuple[list[str], Rotation, Bool[Tensor, " N"]]]) -> dict[str, Rotation]:
+def _rotations(
+    alike: Sequence[Sequence[str]], found: Sequence[tuple[Rotation, Bool[Tensor, " N"]]]
+) -> dict[str, Rotation]:
     """By module, of those that can be aligned by one."""
-    found = {}
-    for modules, turned, holds_N in groups:
+    rotations = {}
+    for modules, (turned, holds_N) in zip(alike, found, strict=True):
         rows = zip(modules, holds_N.tolist(), *turned, strict=True)
-        found |= {module: Rotation(*parts) for module, holds, *parts in rows if holds}
-    return found
+        rotations |= {module: Rotation(*parts) for module, holds, *parts in rows if holds}
+    return rotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from safetensors import safe_open
+from safetensors.torch import load
 from torch import Tensor
 
 from spectr.errors import AdapterError
@@ -89,24 +90,26 @@ class Expert:
 
             yield read
 
-    def stacked(self, modules: Sequence[str]) -> Stacked:
-        """Read modules whose factors have the same shapes.
+    def stacked(self, groups: Iterable[Sequence[str]]) -> Iterator[Stacked]:
+        """Read the file at once, and yield each group of modules, whose factors have the same shapes.
 
         Raises:
             AdapterError: As :meth:`open` and ``read`` do.
         """
-        shapes = [self.shapes[module] for module in modules]
-        with open_safetensors(self.weights, self.name) as file:
+        with telling_unreadable(self.weights, self.name):
+            tensors = load(self.weights.read_bytes())
 
-            def stack(keys: Sequence[str]) -> Tensor:
-                stack_NXY = torch.stack([file.get_tensor(key) for key in keys])
-                if not all_finite(stack_NXY):
-                    for key, tensor in zip(keys, stack_NXY, strict=True):
-                        self._check(key, tensor)
-                return stack_NXY
+        def stack(keys: Sequence[str]) -> Tensor:
+            stack_NXY = torch.stack([tensors[key] for key in keys])
+            if not all_finite(stack_NXY):
+                for key in keys:
+                    self._check(key, tensors[key])
+            return stack_NXY
 
+        for modules in groups:
+            shapes = [self.shapes[module] for module in modules]
             A_NRI, B_NOR = stack([shape.key_A for shape in shapes]), stack([shape.key_B for shape in shapes])
-        return Stacked(A_NRI, B_NOR, torch.tensor([shape.scale for shape in shapes]))
+            yield Stacked(A_NRI, B_NOR, torch.tensor([shape.scale for shape in shapes]))
 
     def _check(self, key: str, tensor: Tensor) -> None:
         if not all_finite(tensor):
@@ -131,8 +134,15 @@ def open_safetensors(path: Path, name: str):
     Raises:
         AdapterError: The file is missing, cut short or corrupt.
     """
-    try:
+    with telling_unreadable(path, name):
         return safe_open(path, framework="pt")
+
+
+@contextmanager
+def telling_unreadable(path: Path, name: str) -> Iterator[None]:
+    """Raise what goes wrong with a safetensors file as :class:`AdapterError`."""
+    try:
+        yield
     except Exception as error:  # safetensors raises its own kinds, OSError among them
         raise AdapterError(
             f"expert '{name}': {path} cannot be read as safetensors ({error})",
