@@ -22,7 +22,7 @@ from spectr.models.samples import encode_texts, self_samples
 from spectr.routers import Spectr
 
 Progress = Callable[[int, int], None]
-_AT_ONCE = 64  # experts measured in one pass
+_AT_ONCE = 128  # experts measured in one pass
 
 
 @torch.no_grad()
@@ -135,9 +135,11 @@ def _root_mean_squares(
 
     def see(module: str, x_TI: Tensor) -> None:
         centred_TI = x_TI.float() - means[module].to(x_TI.device)
-        for name, part in prepare_module(factors[module], module, Spectr(top_k=1)).items():
-            h_TR = centred_TI @ part.A.to(x_TI.device).mT
-            found.setdefault(name, {})[module] = h_TR.double().square().sum(-1).mean().sqrt().item()
+        parts = prepare_module(factors[module], module, Spectr(top_k=1))
+        A_SI = torch.cat([part.A for part in parts.values()])  # S: the ranks of all
+        mean_S = (centred_TI @ A_SI.to(x_TI.device).mT).square().mean(0, dtype=torch.float64)
+        for name, mean_R in zip(parts, mean_S.cpu().split([len(part.A) for part in parts.values()]), strict=True):
+            found.setdefault(name, {})[module] = mean_R.sum().sqrt().item()
 
     read_inputs(model, [module for module, readers in factors.items() if readers], known, see)
     return found
