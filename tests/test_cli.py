@@ -116,6 +116,11 @@ def test_chat_answers_and_obeys_its_commands(spectr, given):
     assert "unknown expert 'nobody'" in notes
 
 
+def test_chat_samples_by_its_seed(spectr, given):
+    said = [spectr("chat", "-n", 8, "-t", 2, "--seed", seed, *given, stdin="what is it\n")[1] for seed in (3, 3, 4)]
+    assert said[0] == said[1] != said[2]
+
+
 def test_demo_shows_a_table_and_writes_both_pictures(spectr, given, tmp_path):
     code, text, _ = spectr("demo", "--out", tmp_path / "out", *given)
     assert code == 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from spectr.cli.console import errors, out
 from spectr.cli.generate import MaxNewTokens, Temperature
@@ -20,6 +22,7 @@ def chat(
     routing: Routing,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampling; without it no chat is like another.")] = None,
 ) -> None:
     """Talk with the routed model; after each answer it says which experts did the work.
 
@@ -30,6 +33,10 @@ def chat(
     if tokenizer.chat_template is None:
         raise SpectrError("this model has no chat template", do="use spectr generate --no-chat")
     routed = routing.compose(base, tokenizer, library, router)
+    if seed is not None:
+        import torch
+
+        torch.manual_seed(seed)
     errors.print(f"[dim]{HELP}[/]", highlight=False)
     turns: list[dict[str, str]] = []
     while (line := _read()) is not None:

@@ -10,7 +10,7 @@ import typer
 from spectr.cli.console import bar, out, say
 from spectr.cli.guides import open_writer
 from spectr.cli.opened import open_library
-from spectr.cli.options import DataRootOption, DtypeOption, ModelOption
+from spectr.cli.options import BaseOption, DataRootOption, DtypeOption
 from spectr.cli.rows import AnswerOption, ChoicesOption, PromptOption, chosen_task, rows_option, source_of
 from spectr.errors import DataError, SpectrError, raise_together
 
@@ -36,7 +36,7 @@ def describe(
         str | None,
         typer.Option(help="Who writes: a model, or http(s)://host/v1#MODEL; by default the model of --model."),
     ] = None,
-    model: ModelOption = None,
+    model: BaseOption = None,
     dtype: DtypeOption = "auto",
 ) -> None:
     """Describe experts in words, for the router "glider": a language model looks at a few rows of each.

@@ -15,7 +15,7 @@ from rich.table import Table
 from spectr.cli.asked import COMPARING, ORDER, Asked
 from spectr.cli.console import bar, out, resumable, say
 from spectr.cli.opened import open_library, open_model
-from spectr.cli.options import DataRootOption, DtypeOption, JsonOption, LettersOption, LibraryOption, ModelOption
+from spectr.cli.options import BaseOption, DataRootOption, DtypeOption, JsonOption, LettersOption, LibraryOption
 from spectr.errors import DataError, SpectrError, did_you_mean
 from spectr.routers import router_names
 
@@ -29,7 +29,7 @@ _OTHERS = "Other experts"
 def evaluate(
     experiment: Annotated[str, typer.Argument(help=f"{', '.join(ORDER)}, or all.")],
     folder: Folder = Path("out/evaluation"),
-    model: ModelOption = None,
+    model: BaseOption = None,
     library: LibraryOption = None,
     task: Annotated[
         list[str] | None, typer.Option("--task", help="A shipped task or a task file; the default is all shipped ones.")

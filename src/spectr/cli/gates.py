@@ -9,7 +9,7 @@ import typer
 
 from spectr.cli.console import bar, out, say
 from spectr.cli.opened import open_library, open_model
-from spectr.cli.options import DataRootOption, DtypeOption, LettersOption, ModelOption
+from spectr.cli.options import BaseOption, DataRootOption, DtypeOption, LettersOption
 from spectr.cli.rows import (
     AnswerOption,
     ChoicesOption,
@@ -42,7 +42,7 @@ def gates(
     prompt: PromptOption = None,
     answer: AnswerOption = None,
     choices: ChoicesOption = None,
-    model: ModelOption = None,
+    model: BaseOption = None,
     dtype: DtypeOption = "float32",
     fresh: Annotated[bool, typer.Option("--fresh", help="Train gates anew where there are some.")] = False,
     steps: Annotated[int, setting("Optimiser steps.")] = 100,

@@ -16,7 +16,7 @@ from spectr.adapters.read import WEIGHTS_FILE
 from spectr.cli.console import bar, out, say
 from spectr.cli.describe import describe
 from spectr.cli.opened import open_library, open_model
-from spectr.cli.options import DtypeOption, JsonOption, LibraryOption, ModelOption
+from spectr.cli.options import BaseOption, DtypeOption, JsonOption, LibraryOption
 from spectr.errors import LibraryError, SpectrError, raise_together
 from spectr.library import Calibration, Entry, ExpertLibrary, LibraryStore
 from spectr.library.calibration import CALIBRATION_FILE
@@ -144,7 +144,7 @@ def show(
 @app.command()
 def calibrate(
     library: Annotated[Path, typer.Option("--library", "-l", help="Folder of experts; the calibration goes there.")],
-    model: ModelOption = None,
+    model: BaseOption = None,
     texts: Annotated[
         Path | None, typer.Option(help="Your own unlabelled texts, one a line; else the model writes some itself.")
     ] = None,
@@ -190,7 +190,7 @@ def calibrate(
 @app.command()
 def index(
     library: Annotated[Path, typer.Option("--library", "-l", help="Folder of experts; the index goes there.")],
-    model: ModelOption = None,
+    model: BaseOption = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Index experts anew that are indexed already.")] = False,
     dtype: DtypeOption = "auto",
 ) -> None:

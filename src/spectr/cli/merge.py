@@ -10,7 +10,7 @@ from rich.table import Table
 
 from spectr.cli.console import bar, out, say
 from spectr.cli.opened import open_library, open_model
-from spectr.cli.options import LibraryOption, ModelOption, known_dtype
+from spectr.cli.options import BaseOption, LibraryOption, known_dtype
 from spectr.errors import MergeError, SpectrError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def merge(
     into_base: Annotated[
         bool, typer.Option("--into-base", help="Write a whole model with the merge in its weights, not an adapter.")
     ] = False,
-    model: ModelOption = None,
+    model: BaseOption = None,
     dtype: Annotated[
         str | None, typer.Option(help="Of --into-base: float32 (the default), bfloat16, float16 or auto.")
     ] = None,

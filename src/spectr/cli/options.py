@@ -32,6 +32,15 @@ ModelOption = Annotated[
         "without it SmolLM2-135M-Instruct.",
     ),
 ]
+BaseOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="Folder or Hub id of the base model, or a composed folder, for the base model in it; "
+        "without it SmolLM2-135M-Instruct.",
+    ),
+]
 LibraryOption = Annotated[
     Path | None,
     typer.Option("--library", "-l", help="Folder of experts; the default is the shipped ones."),

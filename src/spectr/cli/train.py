@@ -10,7 +10,7 @@ import typer
 
 from spectr.cli.console import bar, out, say
 from spectr.cli.opened import open_model
-from spectr.cli.options import DataRootOption, DtypeOption, LettersOption, ModelOption
+from spectr.cli.options import BaseOption, DataRootOption, DtypeOption, LettersOption
 from spectr.cli.rows import (
     AnswerOption,
     ChoicesOption,
@@ -45,7 +45,7 @@ def train(
     answer: AnswerOption = None,
     choices: ChoicesOption = None,
     name: Annotated[str | None, typer.Option(help="The expert's name; by default the task's or the folder's.")] = None,
-    model: ModelOption = None,
+    model: BaseOption = None,
     dtype: DtypeOption = "float32",
     validation: Annotated[
         int, typer.Option(help="Hold out the first rows of the data, and keep the epoch that is best on them.", min=0)
