@@ -81,7 +81,7 @@ class Batching:
             if body.get(key):
                 raise RefusalError(
                     f"'{key}' is not served together with continuous batching",
-                    do=f"leave '{key}' out",
+                    do=f"leave '{key}' out, or ask a server that runs without --batch",
                     code="unsupported_value",
                     param=key,
                 )
