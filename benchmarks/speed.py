@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--fresh", action="store_true", help="measure again what is in WORK")
     given = parser.parse_args()
+    given.work.mkdir(parents=True, exist_ok=True)
     console, table = Console(width=160), Table(*COLUMNS)
     origin: Mapping[str, Any] = {}
     with Progress(console=console, transient=True) as bars:
