@@ -61,8 +61,10 @@ def test_fewer_experts_than_are_real_are_refused(library, tmp_path):
 def test_a_twin_shares_weights_and_nothing_else():
     model = tiny_llama()
     other = twin(model)
-    pairs = zip(model.parameters(), other.parameters(), strict=True)
-    assert all(mine is theirs for mine, theirs in pairs)
+    pairs = list(zip(model.parameters(), other.parameters(), strict=True))
+    assert all(mine.data_ptr() == theirs.data_ptr() for mine, theirs in pairs)
+    other.requires_grad_(False)
+    assert all(mine.requires_grad and not theirs.requires_grad for mine, theirs in pairs)
     assert not set(map(id, model.modules())) & set(map(id, other.modules()))
 
 
@@ -165,6 +167,17 @@ def test_the_command_prints_a_table_and_writes_all_numbers(spectr, folders, tmp_
     assert "decoding, batch 2" in text
     saved = json.loads((tmp_path / "x.json").read_text())
     assert len(saved["timings"]["spectr | decoding, batch 1"]["seconds"]) == 2
+
+
+@pytest.mark.parametrize("router", [(), ("-r", "calibrated-prior"), ("-r", "shortlist", "--shortlist", 2)])
+def test_routers_that_decide_on_prompts_are_timed_at_any_batch(spectr, folders, router):
+    assert spectr("library", "calibrate", *folders, "--samples", 2, "--tokens", 4)[0] == 0
+    assert spectr("library", "index", *folders)[0] == 0
+    quick = ("--prompt", 8, "--batch", "3,1", "--steps", 2, "--rounds", 1, "--dtype", "float32", "--against", "none")
+    code, text, _ = spectr("benchmark", *folders, *quick, *router)
+    assert code == 0
+    assert "decoding, batch 3" in text
+    assert "Calibrated(" in text
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import Cache
 
 from spectr.benchmark.subjects import Subject
+from spectr.layers.prompt import pinned
 from spectr.models.cache import growing_cache
 
 _CALL = "the call that is measured"
@@ -72,7 +74,8 @@ def measure(
 ) -> Mapping[tuple[str, str], Timing]:
     """Time every model at every work, in turn: each round times all of them, beginning with another one.
 
-    The prompt before tokens that are decoded is read by the first model, for all of them.
+    The prompt before tokens that are decoded is read by the first model, for all of them; what a model decides on it
+    is held while it decodes.
 
     Args:
         subjects: Causal models of transformers, all of one architecture.
@@ -85,19 +88,27 @@ def measure(
     """
     found: dict[tuple[str, str], list[float]] = {}
     peaks: dict[tuple[str, str], int] = {}
-    caches = {work.name: _filled(subjects[0].model, work) for work in works if work.steps}
+    decoded = [work for work in works if work.steps]
+    caches = {work.name: _filled(subjects[0].model, work) for work in decoded}
+    decided = {
+        (subject.name, work.name): subject.prompt.decide(input_ids=_ids(subject.model, work))
+        for subject in subjects
+        for work in decoded
+        if subject.prompt
+    }
     total, done = (rounds + 2) * len(subjects) * len(works), 0
     for turn in range(-2, rounds):
         for place in range(len(subjects)):
             subject = subjects[(place + max(turn, 0)) % len(subjects)]
             for work in works:
-                key = subject.name, work.name
-                if turn == -1:
-                    peaks[key] = peak_bytes(subject.model, work, caches.get(work.name))
-                else:
-                    seconds = timed(subject.model, work, caches.get(work.name))
-                    if turn >= 0:
-                        found.setdefault(key, []).append(seconds)
+                key, cache = (subject.name, work.name), caches.get(work.name)
+                with pinned(subject.prompt, decided[key]) if subject.prompt and key in decided else nullcontext():
+                    if turn == -1:
+                        peaks[key] = peak_bytes(subject.model, work, cache)
+                    else:
+                        seconds = timed(subject.model, work, cache)
+                        if turn >= 0:
+                            found.setdefault(key, []).append(seconds)
                 done += 1
                 progress(done, total, f"{subject.name}, {work.name}")
     return {key: Timing(seconds=tuple(seconds), peak=peaks[key]) for key, seconds in found.items()}

@@ -12,6 +12,7 @@ from torch import nn
 
 from spectr.composition import Guide, compose
 from spectr.errors import CompositionError, MissingExtraError, did_you_mean
+from spectr.layers.prompt import PromptDecision
 from spectr.library import ExpertLibrary
 from spectr.routers import Router
 
@@ -20,23 +21,37 @@ BASE, OURS = "base model", "spectr"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Subject:
-    """One model to measure, by the name that a table shows."""
+    """One model to measure, by the name that a table shows.
+
+    Attributes:
+        name: What a table says.
+        model: A causal model of transformers.
+        prompt: How it decides on prompts, where it does.
+    """
 
     name: str
     model: nn.Module
+    prompt: PromptDecision | None = None
 
 
 def twin(model: nn.Module) -> nn.Module:
-    """The same modules once more, with the very same parameters and buffers."""
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    """The same weights in modules and parameters of their own.
+
+    PEFT freezes the parameters of a model that it is given. A frozen layer is another product for torch, which may copy
+    its weights for it first, and the others are not to be timed like that.
+    """
+    shared = {id(buffer): buffer for buffer in model.buffers()}
+    for weight in model.parameters():
+        plain = type(weight) is nn.Parameter
+        shared[id(weight)] = nn.Parameter(weight.detach(), weight.requires_grad) if plain else weight
     return copy.deepcopy(model, shared)
 
 
 def ours(model: nn.Module, library: ExpertLibrary, router: Router, guide: Guide | None = None) -> Subject:
     """The base model composed with the library."""
     composed = twin(model)
-    compose(composed, library, router, guide=guide)
-    return Subject(name=OURS, model=composed)
+    routed = compose(composed, library, router, guide=guide)
+    return Subject(name=OURS, model=composed, prompt=routed.prompt)
 
 
 def peft_single(model: nn.Module, library: ExpertLibrary, top_k: int) -> Subject:
