@@ -16,6 +16,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from multiprocessing.connection import Connection
@@ -120,6 +121,8 @@ def outcome(given: argparse.Namespace, setting: Setting, progress: Callable[[int
         except EOFError:
             process.join()
             raise SystemExit(f"{setting}: its process ended with {process.exitcode}") from None
+        except KeyboardInterrupt:
+            raise SystemExit(f"stopped; what is done is in {given.work}") from None
         process.join()
         half = kept.with_suffix(".half")
         half.write_text(json.dumps(told), encoding="utf-8")
@@ -129,6 +132,7 @@ def outcome(given: argparse.Namespace, setting: Setting, progress: Callable[[int
 
 def measured(work: Path, setting: Setting, rounds: int, tell: Connection) -> None:
     """Measure; ``tell`` is sent (done, total, what) again and again, and at last all that was measured."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that waits ends this one
     model, _ = load_model(dtype=setting.dtype)
     library = ExpertLibrary.open(shipped_experts())
     if setting.experts > len(library):

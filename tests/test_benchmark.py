@@ -178,6 +178,11 @@ def test_routers_that_decide_on_prompts_are_timed_at_any_batch(spectr, folders, 
     assert code == 0
     assert "decoding, batch 3" in text
     assert "Calibrated(" in text
+    assert spectr("benchmark", *folders, *quick, *router, "--experts", 2)[0] == 0
+    code, _, said = spectr("benchmark", *folders, *quick, *router, "--experts", 3)
+    assert code == 2
+    assert "synthetic experts have no calibration" in said
+    assert "loading" not in said
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -63,6 +64,42 @@ def test_one_decision_for_a_whole_prompt_is_said(spectr, given, world, tmp_path)
 
 
 # Libraries
+
+
+def test_weights_that_changed_after_they_were_added_are_told_wherever_they_count(spectr, world, tmp_path):
+    library = tmp_path / "library"
+    shown = ("-l", library, "--model", world / "model", "--dtype", "float32")
+    for name in ("amber", "blue"):
+        spectr("library", "add", name, world / "adapters" / name, "-l", library)
+    assert spectr("library", "calibrate", "--samples", 2, "--tokens", 4, *shown)[0] == 0
+    assert spectr("library", "index", *shown)[0] == 0
+    [amber], [blue] = (list(library.glob(f"{name}-*/adapter_model.safetensors")) for name in ("amber", "blue"))
+    shutil.copy(blue, amber)
+    alone = ("-r", "shortlist", "--shortlist", 1, "--allow", "amber")
+    for command in (
+        ("library", "calibrate", "--fresh"),
+        ("library", "index", "--fresh"),
+        ("generate", "what is it"),
+        ("generate", "what is it", *alone),
+    ):
+        code, _, notes = spectr(*command, *shown)
+        assert code == 2
+        assert f"{amber} is not the file that was added" in notes
+        assert "spectr library verify" in notes
+    assert spectr("generate", "what is it", *alone[:-1], "blue", *shown)[0] == 0
+
+
+def test_a_damaged_calibration_is_made_anew(spectr, world, tmp_path):
+    shutil.copytree(world / "adapters", tmp_path / "adapters")
+    shown = ("-l", tmp_path / "adapters", "--model", world / "model", "--samples", 2, "--tokens", 4)
+    assert spectr("library", "calibrate", *shown)[0] == 0
+    path = tmp_path / "adapters" / "calibration.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    code, _, notes = spectr("library", "calibrate", *shown)
+    assert code == 2
+    assert "--fresh" in notes
+    assert spectr("library", "calibrate", "--fresh", *shown)[0] == 0
+    assert spectr("library", "calibrate", *shown)[1].startswith("all 3 experts are calibrated")
 
 
 def test_list_says_who_is_calibrated_and_add_says_what_is_next(spectr, world, tmp_path):

@@ -57,6 +57,7 @@ def calibrate(
 
     Raises:
         CompositionError: The model is composed or is no decoder-only one, or experts do not fit it.
+        LibraryError: An expert has other weights by now than the library says.
         DataError: ``texts`` is empty.
     """
     if any(isinstance(module, RoutedLinear) for module in model.modules()):
@@ -69,6 +70,8 @@ def calibrate(
         raise DataError("there are no texts to calibrate on", do="give some, or leave texts out")
     known = None if fresh or texts is not None else library.calibration
     new = [name for name in library if known is None or not library.calibrated(name)]
+    for name in new:
+        library.check_weights(name)
     experts = {name: library[name] for name in new}
     plan = make_plan(model, list(experts.values()), Spectr(top_k=1))
     total = 2 + -(-len(new) // _AT_ONCE)

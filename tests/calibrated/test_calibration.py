@@ -107,7 +107,7 @@ def test_a_damaged_calibration_says_what_to_do(library, tmp_path, damage):
         path.write_bytes(path.read_bytes()[:-7])
     else:
         save_file({"x": torch.zeros(1)}, path, metadata={"format": "0"})
-    with pytest.raises(LibraryError, match="delete it and calibrate again"):
+    with pytest.raises(LibraryError, match=r"calibrate again: spectr library calibrate --library .* --fresh"):
         Calibration.load(tmp_path)
 
 

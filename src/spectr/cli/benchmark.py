@@ -7,13 +7,16 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from spectr.cli.console import bar, out, say
 from spectr.cli.options import JsonOption, Routing, check_target, with_routing
+
+if TYPE_CHECKING:
+    from spectr.routers import Router
 
 
 @with_routing
@@ -71,7 +74,7 @@ def benchmark(
         raise SpectrError("--allow makes no difference here", do="give a library with these experts")
     if isinstance(router, GuidedRouter):
         raise SpectrError(f"{router} writes text for every prompt", do="time its local router: -r phatgoose")
-    if experts and (getattr(router, "calibrated", False) or getattr(router, "gated", False)):
+    if experts and experts > len(library) and _goes_by_measures(router):
         raise SpectrError(
             "synthetic experts have no calibration and no gates", do="-r spectr, -r arrow, -r lag, -r seqr or -r mu"
         )
@@ -121,3 +124,10 @@ def benchmark(
         "one call held at once.",
         highlight=False,
     )
+
+
+def _goes_by_measures(router: Router) -> bool:
+    """Whether a router needs what was measured or trained of each expert."""
+    from spectr.routers import Shortlist
+
+    return isinstance(router, Shortlist) or any(getattr(router, kind, False) for kind in ("calibrated", "gated"))

@@ -163,8 +163,8 @@ def calibrate(
     """
     experts = open_library(library)
     lines = read_lines(texts) if texts else None
-    known = experts.calibration  # a damaged file is told before the model is loaded
-    if known and not fresh and lines is None and all(map(experts.calibrated, experts)):
+    known = None if fresh else experts.calibration  # a damaged file is told before the model is loaded
+    if known and lines is None and all(map(experts.calibrated, experts)):
         out.print(f"all {len(experts)} experts are calibrated; --fresh measures them anew", highlight=False)
         return
     base, tokenizer = open_model(model, dtype)
@@ -181,7 +181,7 @@ def calibrate(
             tokens=tokens,
             seed=seed,
             fresh=fresh,
-            progress=lambda done, total: advance("calibrating", done, total, ""),
+            progress=lambda done, total: advance("calibrating, passes of the model", done, total, ""),
         )
     path = result.save(library)
     out.print(f"calibrated {len(experts)} experts on {result.settings['tokens']} tokens: {path}", highlight=False)

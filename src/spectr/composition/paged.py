@@ -95,12 +95,13 @@ class Paged(Routed):
         if largest * listed > self._memory:
             raise CompositionError(
                 f"expert_memory={self._memory} bytes, and {listed} on a shortlist take up to {largest} each",
-                expected=f"at least {largest * listed} bytes",
-                do="give more memory, or a shorter list: Shortlist(size=...)",
+                expected=f"at least {largest * listed} bytes ({largest * listed / (1 << 30):.3f} GiB)",
+                do="give more memory (--expert-memory), or a shorter list (--shortlist): Shortlist(size=...)",
             )
 
     def _load(self, expert: Expert) -> dict[str, Prepared]:
         assert isinstance(self.router, Shortlist)
+        self.library.check_weights(expert.name)
         local = self.router.local
         calibration = self.library.calibration if getattr(local, "calibrated", False) else None
         gates = needed_gates(self.library, [expert]) if getattr(local, "gated", False) else None

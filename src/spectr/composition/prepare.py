@@ -90,12 +90,15 @@ def needed_calibration(library: ExpertLibrary, experts: Sequence[Expert]) -> Cal
     """The library's calibration, which has to cover these experts.
 
     Raises:
-        CompositionError: Some were not calibrated, or have other weights by now.
+        CompositionError: Some were not calibrated.
+        LibraryError: Some have other weights by now than the library says.
     """
     calibration = library.calibration
     with ThreadPoolExecutor() as pool:  # files are hashed in it
         covered = pool.map(lambda expert: calibration is not None and calibration.covers(expert), experts)
     missing = [expert.name for expert, known in zip(experts, covered, strict=True) if not known]
+    for name in missing:
+        library.check_weights(name)
     if missing or calibration is None:
         raise CompositionError(
             f"not calibrated: {', '.join(missing)}",

@@ -139,7 +139,7 @@ class Calibration:
             raise LibraryError(
                 f"{path} cannot be read ({error})",
                 expected="a calibration that this version wrote",
-                do=f"delete it and calibrate again: spectr library calibrate --library {folder}",
+                do=f"calibrate again: spectr library calibrate --library {folder} --fresh",
             ) from error
         means = {key.removeprefix("mean/"): tensor for key, tensor in tensors.items() if key.startswith("mean/")}
         modules = sorted(means)
