@@ -73,6 +73,9 @@ def test_weights_that_changed_after_they_were_added_are_told_wherever_they_count
         spectr("library", "add", name, world / "adapters" / name, "-l", library)
     assert spectr("library", "calibrate", "--samples", 2, "--tokens", 4, *shown)[0] == 0
     assert spectr("library", "index", *shown)[0] == 0
+    said = " ".join(spectr("library", "add", "cyan", world / "adapters" / "cyan", "-l", library)[2].split())
+    assert f"calibrate --library {library}, then spectr library index --library {library}" in said
+    spectr("library", "remove", "cyan", "-l", library)
     [amber], [blue] = (list(library.glob(f"{name}-*/adapter_model.safetensors")) for name in ("amber", "blue"))
     shutil.copy(blue, amber)
     alone = ("-r", "shortlist", "--shortlist", 1, "--allow", "amber")

@@ -58,7 +58,9 @@ def add(
         say(f"its base model, as the adapter says, is {bases}: their sizes agree, but are they for one model?")
     known = Calibration.load(store.root)
     if known is None or known.sha256.get(entry.name) != entry.sha256[WEIGHTS_FILE]:
-        say(f"not calibrated yet; when all are added: spectr library calibrate --library {shlex.quote(str(library))}")
+        steps = ("calibrate", "index") if (store.root / INDEX_FOLDER).is_dir() else ("calibrate",)
+        commands = (f"spectr library {step} --library {shlex.quote(str(library))}" for step in steps)
+        say(f"not calibrated yet; when all are added: {', then '.join(commands)}")
 
 
 @app.command()
