@@ -85,7 +85,7 @@ def benchmark(
             f"--prompt {prompt} and --steps {steps}", expected=f"at most {context} tokens in all, this model's context"
         )
     with tempfile.TemporaryDirectory(prefix="spectr-benchmark-") as folder, bar() as advance:
-        if experts:
+        if experts and experts != len(library):
             library = write_lookalikes(
                 library,
                 Path(folder),
