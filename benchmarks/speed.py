@@ -77,6 +77,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--fresh", action="store_true", help="measure again what is in WORK")
     given = parser.parse_args()
+    if min(given.experts) < SHIPPED or given.rounds < 1:
+        parser.error(f"--experts from {SHIPPED} on, and one round at least")
     given.work.mkdir(parents=True, exist_ok=True)
     console, table = Console(width=160), Table(*COLUMNS)
     origin: Mapping[str, Any] = {}
