@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,7 +135,6 @@ class _Aligned(NamedTuple):
 class _Measured(NamedTuple):
     """Modules of one shape of some experts that adapt the same."""
 
-    modules: list[str]
     full_ENI: Float[Tensor, "E N I"]
     codes_ENI: Int8[Tensor, "E N I"]
     steps_EN: Float[Tensor, "E N"]
@@ -158,11 +158,11 @@ def _entries(
         alike = _alike(layout)
         aligned = [[_aligned(*factors) for factors in expert.stacked(alike)] for expert in together]
         groups = [_measured(*group, inputs) for group in zip(alike, zip(*aligned, strict=True), strict=True)]
-        place = {module: i for i, module in enumerate(module for group in groups for module in group.modules)}
+        place = {module: i for i, module in enumerate(chain.from_iterable(alike))}
         order = [place[module.name] for module in layout]
         full_EC = _in_order([group.full_ENI for group in groups], order)
         codes_EC = _in_order([group.codes_ENI for group in groups], order)
-        numbers = (torch.cat(parts, dim=1)[:, order] for parts in zip(*(group[3:] for group in groups), strict=True))
+        numbers = (torch.cat(parts, dim=1)[:, order] for parts in zip(*(group[2:] for group in groups), strict=True))
         for e, (expert, *row) in enumerate(zip(together, full_EC, codes_EC, *numbers, strict=True)):
             full_C, codes_C, steps_M, error_M, rms_M = (values.clone() for values in row)
             entries[expert.name] = IndexEntry(
@@ -211,7 +211,6 @@ def _measured(modules: list[str], aligned: Sequence[_Aligned], inputs: Mapping[s
         for m, v_EI in zip(modules, first_ENI.unbind(1), strict=True)
     ]
     return _Measured(
-        modules=modules,
         full_ENI=first_ENI,
         codes_ENI=code_ENI.to(torch.int8),
         steps_EN=step_EN,
