@@ -70,9 +70,9 @@ def calibrate(
         raise DataError("there are no texts to calibrate on", do="give some, or leave texts out")
     known = None if fresh or texts is not None else library.calibration
     new = [name for name in library if known is None or not library.calibrated(name)]
-    for name in new:
-        library.check_weights(name)
     experts = {name: library[name] for name in new}
+    for expert in experts.values():
+        library.check_weights(expert)
     plan = make_plan(model, list(experts.values()), Spectr(top_k=1))
     total = 2 + -(-len(new) // _AT_ONCE)
     if known is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from functools import partial
 from torch import nn
 
 from spectr.composition import Guide, compose
+from spectr.composition.several import twin
 from spectr.errors import CompositionError, MissingExtraError, did_you_mean
 from spectr.layers.prompt import PromptDecision
 from spectr.library import ExpertLibrary
@@ -32,19 +32,6 @@ class Subject:
     name: str
     model: nn.Module
     prompt: PromptDecision | None = None
-
-
-def twin(model: nn.Module) -> nn.Module:
-    """The same weights in modules and parameters of their own.
-
-    PEFT freezes the parameters of a model that it is given. A frozen layer is another product for torch, which may copy
-    its weights for it first, and the others are not to be timed like that.
-    """
-    shared = {id(buffer): buffer for buffer in model.buffers()}
-    for weight in model.parameters():
-        plain = type(weight) is nn.Parameter
-        shared[id(weight)] = nn.Parameter(weight.detach(), weight.requires_grad) if plain else weight
-    return copy.deepcopy(model, shared)
 
 
 def ours(model: nn.Module, library: ExpertLibrary, router: Router, guide: Guide | None = None) -> Subject:

@@ -101,7 +101,7 @@ class Paged(Routed):
 
     def _load(self, expert: Expert) -> dict[str, Prepared]:
         assert isinstance(self.router, Shortlist)
-        self.library.check_weights(expert.name)
+        self.library.check_weights(expert)
         local = self.router.local
         calibration = self.library.calibration if getattr(local, "calibrated", False) else None
         gates = needed_gates(self.library, [expert]) if getattr(local, "gated", False) else None

@@ -96,12 +96,12 @@ def needed_calibration(library: ExpertLibrary, experts: Sequence[Expert]) -> Cal
     calibration = library.calibration
     with ThreadPoolExecutor() as pool:  # files are hashed in it
         covered = pool.map(lambda expert: calibration is not None and calibration.covers(expert), experts)
-    missing = [expert.name for expert, known in zip(experts, covered, strict=True) if not known]
-    for name in missing:
-        library.check_weights(name)
+    missing = [expert for expert, known in zip(experts, covered, strict=True) if not known]
+    for expert in missing:
+        library.check_weights(expert)
     if missing or calibration is None:
         raise CompositionError(
-            f"not calibrated: {', '.join(missing)}",
+            f"not calibrated: {', '.join(expert.name for expert in missing)}",
             expected="experts whose answers to the base model's own texts are known",
             do=f"spectr library calibrate --library {library.origin}, or "
             "library.with_calibration(spectr.calibrate(model, library, tokenizer))",

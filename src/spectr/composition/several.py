@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -111,9 +110,16 @@ def check_alike(held: Mapping[str, Sequence[str]]) -> None:
 
 
 def twin(model: nn.Module) -> nn.Module:
-    """The same weights in modules of their own; what is put in the place of one is not seen by the other."""
-    tensors = chain(model.parameters(), model.buffers())
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    """The same weights in modules and parameters of their own.
+
+    What is put in the place of one is not seen by the other, nor whether its weights are frozen, as PEFT does: a frozen
+    layer is another product for torch, which may copy its weights for it first.
+    """
+    shared: dict[int, Tensor] = {id(buffer): buffer for buffer in model.buffers()}
+    for weight in model.parameters():
+        plain = type(weight) is nn.Parameter
+        shared[id(weight)] = nn.Parameter(weight.detach(), weight.requires_grad) if plain else weight
+    return copy.deepcopy(model, shared)
 
 
 def _held(layer: RoutedLinear) -> dict[str, Tensor]:

@@ -136,18 +136,18 @@ class ExpertLibrary:
         self.check(name)
         return self._digests.get(name) or known_sha256(self[name].weights)
 
-    def check_weights(self, name: str) -> None:
+    def check_weights(self, expert: Expert) -> None:
         """See that an expert's weights are those that its entry speaks of; of a plain folder any are.
 
         Raises:
             LibraryError: They are others by now.
         """
-        known, weights = self._digests.get(name), self[name].weights
-        if known and known_sha256(weights) != known:
+        known = self._digests.get(expert.name)
+        if known and known_sha256(expert.weights) != known:
             raise LibraryError(
-                f"{weights} is not the file that was added (its SHA-256 differs)",
+                f"{expert.weights} is not the file that was added (its SHA-256 differs)",
                 expected=known,
-                do=f"add '{name}' again with --replace; spectr library verify --library {self.origin} tells of all",
+                do=f"add '{expert.name}' again with --replace; all faults: spectr library verify --library {self.origin}",
             )
 
     @cached_property
