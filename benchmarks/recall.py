@@ -25,8 +25,8 @@ from torch import nn
 
 from pooling import place, rows, share
 from spectr import Calibrated, ExpertLibrary, Shortlist, build_index, compose
-from spectr.benchmark.subjects import twin
 from spectr.composition import Paged
+from spectr.composition.several import twin
 from spectr.models import encode_prompt, load_model
 from spectr.routers import Router
 from spectr.shipped import shipped_experts

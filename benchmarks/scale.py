@@ -28,9 +28,9 @@ from rich.table import Table
 from torch import nn
 
 from spectr import Calibrated, ExpertLibrary, Shortlist, Spectr, build_index, calibrate, compose
-from spectr.benchmark.subjects import twin
 from spectr.benchmark.synthetic import write_lookalikes
 from spectr.composition import Paged
+from spectr.composition.several import twin
 from spectr.library import LibraryStore
 from spectr.models import load_model
 from spectr.shipped import shipped_experts

@@ -11,7 +11,8 @@ from models import close, logits, peft_adapter, peft_library, peft_on_new_transf
 from spectr import ExpertLibrary, Spectr, compose
 from spectr.benchmark import Timing, benchmark, measure, write_lookalikes
 from spectr.benchmark.measure import Work, peak_bytes
-from spectr.benchmark.subjects import BASE, OURS, Subject, check_peers, get_peer, ours, twin
+from spectr.benchmark.subjects import BASE, OURS, Subject, check_peers, get_peer, ours
+from spectr.composition.several import twin
 from spectr.errors import CompositionError, LibraryError
 from spectr.flops import count_flops
 from spectr.spectral import align

@@ -147,7 +147,7 @@ class ExpertLibrary:
             raise LibraryError(
                 f"{expert.weights} is not the file that was added (its SHA-256 differs)",
                 expected=known,
-                do=f"add '{expert.name}' again with --replace; all faults: spectr library verify --library {self.origin}",
+                do=f"add '{expert.name}' again with --replace; see spectr library verify --library {self.origin}",
             )
 
     @cached_property
