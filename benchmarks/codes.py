@@ -34,9 +34,9 @@ from torch import Tensor
 from pooling import place, rows, share
 from spectr import ExpertLibrary, Shortlist, compose
 from spectr.composition import Paged
-from spectr.layers.certain import CertainProbe, Certainty, Interval
-from spectr.layers.probe import Probe
 from spectr.models import encode_prompt, load_model
+from spectr.prompts.bounds import CertainProbe, Certainty, Interval
+from spectr.prompts.probe import Probe
 from spectr.spectral import Codes, Prototypes
 from spectr.tasks import Example
 
@@ -136,8 +136,6 @@ def prepared(model, library: ExpertLibrary) -> Readers:
     assert isinstance(known, CertainProbe)
     means = {module: prototypes.mean_I for module, prototypes in routed.prototypes.items()}
     kinds = {bits: library.index.prototypes(routed.experts, means, bits) for bits in (8, 16)} | {32: routed.prototypes}
-    for layer in routed.layers.values():
-        layer.asleep = True  # the model is the base model from now on
     plain = probe_by(known, kinds[8])
     plain.usual = known.probe.usual
     plain.learn_usual()

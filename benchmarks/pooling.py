@@ -22,6 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 from spectr import Calibrated, ExpertLibrary, calibrate, compose
+from spectr.layers.batch_routing import BatchRouting, routed_by
 from spectr.models import encode_prompt, load_model
 from spectr.shipped import shipped_experts
 from spectr.tasks import Example, read_examples, shipped_tasks
@@ -126,11 +127,12 @@ def rows(
 def scores(routed, ids: Tensor) -> Tensor:
     """Log calibrated scores of every token, (N, M, E) float16."""
     gathered: list[Tensor] = []
-    for layer in routed.layers.values():
-        layer.listen = lambda x, layer=layer: gathered.append(layer.scores(x)[0].clamp(min=1e-12).log().half())
-    routed.prompt.entry.forward(input_ids=ids, use_cache=False, logits_to_keep=1)
-    for layer in routed.layers.values():
-        layer.listen = None
+
+    def see(layer, x: Tensor) -> None:
+        gathered.append(layer.scores(x)[0].clamp(min=1e-12).log().half())
+
+    with routed_by(BatchRouting(base_only=True, observe=see)):
+        routed.model(input_ids=ids, use_cache=False, logits_to_keep=1)
     return torch.stack(gathered, dim=1)
 
 

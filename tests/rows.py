@@ -48,5 +48,6 @@ def together(model, steering, requests):
     mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[None, None]
     steering.steer(spans)
     ids = torch.cat([ids for _, ids in requests])[None]
-    logits = model(input_ids=ids, position_ids=place[None], attention_mask=mask, use_cache=False).logits[0]
+    with steering.in_force():
+        logits = model(input_ids=ids, position_ids=place[None], attention_mask=mask, use_cache=False).logits[0]
     return logits.split([len(ids) for _, ids in requests])

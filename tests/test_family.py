@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from holding import holding
 from models import close, dense_deltas, logits, peft_library, random_factors, tiny_llama, tokens, write_adapter
 from spectr import Arrow, ExpertLibrary, Lag, Seqr, Spectr, compose, trace
 from spectr.combine import drop, get_combination
@@ -119,9 +120,9 @@ def test_seqr_holds_a_decision(tmp_path):
     weights = torch.zeros(1, 5)
     weights[0, 2] = 1
     base = model.layer.base
-    model.layer.hold(weights)
     delta = deltas_of(tmp_path, "c")[0].float()
-    close(model(x_TI[None])[0], base(x_TI) + x_TI @ delta.T, 1e-4)
+    with holding(model.layer, weights=weights):
+        close(model(x_TI[None])[0], base(x_TI) + x_TI @ delta.T, 1e-4)
 
 
 @pytest.mark.parametrize("density", [0.2, 0.5, 1.0])

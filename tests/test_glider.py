@@ -11,6 +11,7 @@ import torch
 from transformers import T5Config, T5ForConditionalGeneration
 from typer.testing import CliRunner
 
+from holding import holding
 from models import random_factors, types_unchecked, write_adapter
 from spectr import Arrow, Calibrated, ExpertLibrary, Glider, Lag, Phatgoose, Spectr, compose, trace
 from spectr.cli import describe as describing
@@ -111,8 +112,10 @@ def test_global_and_local_scores_add_up_in_every_layer(library, local):
     layer, other = model.get_submodule(name), plain.get_submodule(name)
     x_TI = torch.randn(1, 4, 48, generator=torch.Generator().manual_seed(0))
     expected = other.route(x_TI).scores_TE + 2 * cosines("what is the sky")[:, None]
-    torch.testing.assert_close(layer.decide(x_TI).scores_TE, expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(layer.decide(x_TI).weights_TE, expected.softmax(-1), rtol=1e-5, atol=1e-5)
+    with holding(layer, prior=2 * cosines("what is the sky")):
+        decision = layer.explain(x_TI)
+    torch.testing.assert_close(decision.scores_TE, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(decision.weights_TE, expected.softmax(-1), rtol=1e-5, atol=1e-5)
     assert record[name].scores.shape[1] == given["input_ids"].shape[1]
 
 
@@ -131,10 +134,11 @@ def test_global_routing_alone_is_held(library):
     top = cosines("green grass")[0].topk(2)
     torch.testing.assert_close(weights[0, top.indices], top.values.softmax(-1), rtol=0, atol=1e-5)
     assert (weights > 0).sum() == 2
-    model(**batch("green grass"))
-    layer = model.get_submodule("model.layers.0.mlp.up_proj")
-    assert layer.held is not None
-    assert layer.held.A_PI.shape[0] == 8  # the two that were chosen, of rank 4 each
+    call = routed.prompt.routing(weights).of(model.get_submodule("model.layers.0.mlp.up_proj"))
+    assert call.factors.A_PI.shape[0] == 8  # the two that were chosen, of rank 4 each
+    with trace(model) as record:
+        model(**batch("green grass"))
+    assert record.shares() == pytest.approx(dict(zip(NAMES, weights[0].tolist(), strict=True)))
 
 
 def test_a_conversation_is_compared_once(library):

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from holding import holding
 from models import close
 from spectr import Calibrated, Spectr
 from spectr.layers import kernels
@@ -29,7 +30,7 @@ def kernel():
     return GpuKernels(DEVICE)
 
 
-def both(kernel, layer, x):
+def both(kernel, layer, x, prior=None):
     """The layer's output by the kernel, which has to be used, and by torch."""
     done = []
 
@@ -40,10 +41,13 @@ def both(kernel, layer, x):
 
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         patch.setattr("spectr.layers.routed.kernels_for", lambda device: Watched(DEVICE))
-        fused = layer(x)
+        layer.prepare()
+        with holding(layer, prior=prior):
+            fused = layer(x)
         patch.setattr("spectr.layers.routed.kernels_for", lambda device: None)
-        layer.fusable = None
-        plain = layer(x)
+        layer.prepare()
+        with holding(layer, prior=prior):
+            plain = layer(x)
     assert done == [True], "the kernel was not used"
     return fused, plain
 
@@ -71,11 +75,10 @@ def test_centers_and_a_prior_count(kernel, rows):
     layer = layer_of(Calibrated(level="prior", top_k=2, weights="softmax"), 7, 4, torch.float32, 0, centers=True).to(
         DEVICE
     )
-    layer.inform(torch.rand(rows, 7, generator=torch.Generator().manual_seed(1)).to(DEVICE) * 3)
+    prior = torch.rand(rows, 7, generator=torch.Generator().manual_seed(1)).to(DEVICE) * 3
     x = torch.randn(3, 2, INPUTS, generator=torch.Generator().manual_seed(2)).to(DEVICE)
-    fused, plain = both(kernel, layer, x)
+    fused, plain = both(kernel, layer, x, prior)
     close(fused, plain, 1e-5)
-    layer.inform(None)
     other, _ = both(kernel, layer, x)
     assert not torch.allclose(other, fused)
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from compiled import needs_a_compiler
+from holding import holding
 from models import close
 from spectr import Calibrated, Spectr
 from spectr.flops import count_flops
@@ -43,7 +44,7 @@ def layer_of(router, experts, rank, dtype, seed, *, centers=False, inputs=INPUTS
     return RoutedLinear(base(inputs, OUTPUTS).to(dtype), Stack.of(parts), router)
 
 
-def both(monkeypatch, layer, x, tiles=True):
+def both(monkeypatch, layer, x, tiles=True, **held):
     """The layer's output by the kernels, which have to be used (their tiles, too, if there are any), and by torch."""
     functions = {key: call for key, call in vars(cpu_kernels())["_functions"].items() if tiles or key[0] != "tiles"}
     calls = []
@@ -59,10 +60,13 @@ def both(monkeypatch, layer, x, tiles=True):
 
     with torch.no_grad(), monkeypatch.context() as patch:
         patch.setattr("spectr.layers.routed.kernels_for", lambda device: Counted())
-        fused = layer(x)
+        layer.prepare()
+        with holding(layer, **held):
+            fused = layer(x)
         patch.setattr("spectr.layers.routed.kernels_for", lambda device: None)
-        layer.fusable = None
-        plain = layer(x)
+        layer.prepare()
+        with holding(layer, **held):
+            plain = layer(x)
     assert calls, "the kernels were not used"
     return fused, plain
 
@@ -70,7 +74,7 @@ def both(monkeypatch, layer, x, tiles=True):
 def clear(layer, x):
     """Whether no choice hangs on rounding: the k-th and the next score differ by more than it."""
     k = layer.select.k
-    top = layer.decide(x).scores_TE.sort(-1, descending=True).values
+    top = layer.scores(x).sort(-1, descending=True).values
     return k >= top.shape[-1] or bool((top[..., k - 1] - top[..., k] > 0.02 * top[..., k]).all())
 
 
@@ -103,11 +107,10 @@ def test_routing_is_that_of_torch(experts, rank, top_k, tokens, dtype, weights, 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_centers_and_a_prior_count(monkeypatch, rows, length, tiles):
     layer = layer_of(Calibrated(level="prior", top_k=2, weights="softmax"), 7, 4, torch.float32, 0, centers=True)
-    layer.inform(torch.rand(rows, 7, generator=torch.Generator().manual_seed(1)) * 3)
+    prior = torch.rand(rows, 7, generator=torch.Generator().manual_seed(1)) * 3
     x = torch.randn(3, length, INPUTS, generator=torch.Generator().manual_seed(2))
-    fused, plain = both(monkeypatch, layer, x, tiles)
+    fused, plain = both(monkeypatch, layer, x, tiles, prior=prior)
     close(fused, plain, 1e-5)
-    layer.inform(None)
     other, _ = both(monkeypatch, layer, x)
     assert not torch.allclose(other, fused)
 
@@ -119,9 +122,8 @@ def test_centers_and_a_prior_count(monkeypatch, rows, length, tiles):
 def test_held_weights_are_those_of_torch(monkeypatch, dtype, rows, base):
     layer = layer_of(Spectr(top_k=2), 5, 4, dtype, 0, base=base)
     weights = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0], [1.0, 0, 0, 0, 0], [0, 0, 0, 0.25, 0.75]])[:rows]
-    layer.hold(weights)
     x = torch.randn(3, 2, INPUTS, generator=torch.Generator().manual_seed(2)).to(dtype)
-    fused, plain = both(monkeypatch, layer, x)
+    fused, plain = both(monkeypatch, layer, x, weights=weights)
     close(fused.float(), plain.float(), TOLERANCE[dtype])
 
 
@@ -135,12 +137,11 @@ def test_tokens_of_another_width_are_refused_as_the_base_layer_does():
 
 
 @needs_a_compiler
-def test_a_cast_while_weights_are_held_is_seen():
-    """What is held keeps its dtype when the model is cast: the kernels must not read it as another."""
+def test_a_cast_while_weights_are_fixed_is_seen():
+    """The factors of a call keep their dtype when the model is cast: the kernels must not read them as another."""
     layer = layer_of(Spectr(top_k=2), 5, 4, torch.float32, 0)
-    layer.hold(torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]]))
     x = torch.randn(1, INPUTS, generator=torch.Generator().manual_seed(2))
-    with torch.no_grad():
+    with torch.no_grad(), holding(layer, weights=torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]])):
         before = layer(x)
         close(layer.bfloat16()(x.bfloat16()).float(), before, 3e-2)
 
@@ -152,19 +153,18 @@ def test_a_cast_while_weights_are_held_is_seen():
 @pytest.mark.parametrize("inputs", [INPUTS, 37, 5])
 def test_the_whole_layer_in_one_call(held, dtype, tokens, inputs):
     layer = layer_of(Spectr(top_k=2), 5, 4, dtype, 0, inputs=inputs)
-    if held:
-        layer.hold(torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]]))
+    weights = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]]) if held else None
     x = torch.randn(tokens, inputs, generator=torch.Generator().manual_seed(2)).to(dtype)
-    if tokens > 16 and not tiles_work():
-        with torch.no_grad():
-            assert layer._whole(x) is None
-        return
-    with torch.no_grad():
+    with torch.no_grad(), holding(layer, weights=weights):
+        call = layer.in_force()
+        if tokens > 16 and not tiles_work():
+            assert layer._whole(x, call) is None
+            return
         for bias in (layer.base.bias, None):
             layer.base.bias = bias
-            whole = layer._whole(x)
+            whole = layer._whole(x, call)
             layer.base.register_forward_hook(lambda *_: None)
-            assert layer._whole(x) is None
+            assert layer._whole(x, call) is None
             close(whole.float(), layer(x).float(), TOLERANCE[dtype])
             layer.base._forward_hooks.clear()
 
@@ -174,11 +174,9 @@ def test_the_whole_layer_in_one_call(held, dtype, tokens, inputs):
 def test_many_tokens_are_as_exact_as_float32(monkeypatch, held):
     """Whatever the machine multiplies with: no further from float64 than torch's own float32."""
     layer = layer_of(Spectr(top_k=5), 5, 8, torch.float32, 0, inputs=700)
-    if held:
-        layer.hold(torch.tensor([[0.1, 0.2, 0.0, 0.3, 0.4]]))
     x = torch.randn(300, 700, generator=torch.Generator().manual_seed(3))
-    fused, plain = both(monkeypatch, layer, x)
-    weights = torch.full((5,), 0.2) if layer.held is None else layer.held.all_weights_B1E[0, 0]
+    weights = torch.tensor([0.1, 0.2, 0.0, 0.3, 0.4]) if held else torch.full((5,), 0.2)
+    fused, plain = both(monkeypatch, layer, x, weights=weights[None] if held else None)
     with torch.no_grad():
         shares = (x.double() @ layer.A_PI.double().mT) * weights.double().repeat_interleave(8)
         exact = shares @ layer.B_OP.double().mT + layer.base.double()(x.double())
@@ -224,11 +222,11 @@ def test_the_whole_layer_reads_the_weight_that_is_there():
 def test_the_whole_layer_takes_no_weight_that_it_cannot_read(weight):
     layer = layer_of(Spectr(top_k=2), 5, 4, torch.float32, 0)
     with torch.no_grad():
-        assert layer._whole(torch.randn(1, INPUTS)) is not None
+        assert layer._whole(torch.randn(1, INPUTS), layer.call) is not None
         layer.base.weight = nn.Parameter(weight)
-        assert layer._whole(torch.randn(1, INPUTS)) is None
+        assert layer._whole(torch.randn(1, INPUTS), layer.call) is None
         layer.base.weight = nn.Parameter(torch.empty(OUTPUTS, INPUTS, device="meta"))
-        assert layer._whole(torch.randn(1, INPUTS)) is None  # accelerate keeps it elsewhere between calls
+        assert layer._whole(torch.randn(1, INPUTS), layer.call) is None  # accelerate keeps it elsewhere between calls
 
 
 @needs_a_compiler

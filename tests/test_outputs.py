@@ -79,8 +79,8 @@ def test_gathering_is_for_few_of_many_of_one_rank():
     assert not gathering_pays(TopK(k=4), 15, 8)
     assert not gathering_pays(TopK(k=4), 64, None)
     assert not gathering_pays(Everyone(), 64, 8)
-    assert routed([8] * 16, 4).gathers
-    assert not RoutedLinear(nn.Linear(INPUTS, OUTPUTS), routed([8] * 16, 4).stack(), Uniform()).gathers
+    assert routed([8] * 16, 4).rows_ER is not None
+    assert RoutedLinear(nn.Linear(INPUTS, OUTPUTS), routed([8] * 16, 4).stack(), Uniform()).rows_ER is None
 
 
 @pytest.mark.parametrize("ranks", [[4] * 3, [4] * 20, [1, 2, 3]], ids=["masked", "gathered", "unequal"])

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from compiled import needs_a_compiler
+from holding import holding
 from spectr import Calibrated, Spectr
 from spectr.layers import RoutedLinear
 from spectr.layers.kernels.rough import Rough
@@ -34,20 +35,20 @@ def layer_of(factors, top_k=2, router=None, centers=None):
 
 
 @torch.no_grad()
-def both(layer, x):
+def both(layer, x, prior=None):
     """The layer's output as it comes, which has to be by a rough `A`, and with that taken away."""
-    layer(x)
-    whole = layer.fusable.whole
-    assert whole.layer.rough, "all of A was read"
-    roughly = layer(x)
-    whole.rough = whole.layer.rough = None
-    exactly = layer(x)
-    layer.fusable = None
+    whole = layer.factors.plan.whole
+    assert whole.layer.rough, "all of A is read"
+    with holding(layer, prior=prior):
+        roughly = layer(x)
+        whole.rough = whole.layer.rough = None
+        exactly = layer(x)
+    layer.prepare()
     return roughly, exactly
 
 
-def same(layer, x):
-    roughly, exactly = both(layer, x)
+def same(layer, x, prior=None):
+    roughly, exactly = both(layer, x, prior)
     torch.testing.assert_close(roughly, exactly, rtol=0, atol=0, equal_nan=True)
 
 
@@ -74,8 +75,7 @@ def test_the_same_is_chosen(experts, rank, top_k, inputs, tokens, spread, size, 
 def test_with_centers_and_a_prior(rows):
     router = Calibrated(level="prior", top_k=2, weights="softmax")
     layer = layer_of(numbers(40, 4, INPUTS, seed=0), router=router, centers=numbers(40, 4, seed=1))
-    layer.inform(numbers(rows, 40, seed=2).abs() * torch.linspace(0, 3, 40))
-    same(layer, numbers(2, 1, INPUTS, seed=3))
+    same(layer, numbers(2, 1, INPUTS, seed=3), numbers(rows, 40, seed=2).abs() * torch.linspace(0, 3, 40))
 
 
 @needs_a_compiler
@@ -122,7 +122,7 @@ def test_more_tokens_and_few_experts_read_all():
     few = layer_of(numbers(15, 4, INPUTS, seed=0))
     with torch.no_grad():
         few(numbers(1, INPUTS, seed=1))
-    assert few.fusable.whole.rough is None, "half of A and four experts' are as much as all"
+    assert few.factors.plan.whole.rough is None, "half of A and four experts' are as much as all"
 
 
 def test_the_bound_holds_and_is_near():
@@ -178,7 +178,7 @@ def test_many_tokens_choose_the_same(experts, rank, top_k, inputs, tokens, sprea
         found = layer(x)
     finally:
         torch.set_float32_matmul_precision("highest")
-    assert layer.fusable.whole.layer.rough
+    assert layer.factors.plan.whole.layer.rough
     expected, clear = in_float64(layer, x, top_k)
     assert clear.any()
     near = 1e-5 if precision == "highest" else 2e-4
@@ -201,8 +201,8 @@ def test_of_many_tokens_the_first_of_equals_is_taken():
 def test_many_tokens_with_centers_and_a_prior(rows):
     router = Calibrated(level="prior", top_k=2, weights="softmax")
     layer = layer_of(0.1 * numbers(40, 4, INPUTS, seed=0), router=router, centers=0.1 * numbers(40, 4, seed=1))
-    layer.inform(numbers(rows, 40, seed=2).abs() * torch.linspace(0, 3, 40))
-    roughly, exactly = both(layer, numbers(2, 140, INPUTS, seed=3))
+    prior = numbers(rows, 40, seed=2).abs() * torch.linspace(0, 3, 40)
+    roughly, exactly = both(layer, numbers(2, 140, INPUTS, seed=3), prior)
     torch.testing.assert_close(roughly, exactly, rtol=1e-5, atol=1e-4)
 
 

@@ -12,11 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spectr.errors import CompositionError
-from spectr.layers.opening import Opening
-from spectr.layers.prompt import Reader
 from spectr.models.embed import Embedder, load_embedder
 from spectr.models.samples import template_parts
 from spectr.models.writer import LocalWriter, Writer
+from spectr.prompts.chat_template import Opening
+from spectr.prompts.decision import Reader
 from spectr.tasks import Example
 
 _QUERY = (

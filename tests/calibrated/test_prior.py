@@ -7,6 +7,7 @@ from calibrating import DOWN, PROMPTS, Q, ids_of, routed_model
 
 from models import close, greedy, logits
 from spectr import Calibrated, get_router, trace
+from spectr.layers.batch_routing import routed_by
 from spectr.models import encode_batch
 from text_model import make_tokenizer
 
@@ -38,9 +39,10 @@ def test_every_score_is_the_calibrated_one_times_the_evidence_to_that_power(libr
     _, evident = routed_model(library, level="prompt", top_k=3)
     evidence_E = evident.prompt.evidence(input_ids=ids)[0]
     given = torch.randn(1, 5, plain.get_submodule(Q).in_features, generator=torch.Generator().manual_seed(0))
-    model(input_ids=ids)
+    with routed_by(routed.prompt.routing(routed.prompt.decide(input_ids=ids))):
+        found = model.get_submodule(Q).explain(given)
     close(
-        model.get_submodule(Q).decide(given).scores_TE,
+        found.scores_TE,
         plain.get_submodule(Q).route(given).scores_TE * evidence_E**3.0,
         1e-4,
     )
@@ -55,8 +57,6 @@ def test_it_holds_while_the_answer_is_written_and_ends_with_the_prompt(library):
     assert routed.prompt.weights_BE is held
     model(input_ids=ids_of(PROMPTS[1]))
     assert not torch.equal(routed.prompt.weights_BE, held)
-    routed.remove()
-    assert not any(getattr(module, "prior_B1E", None) is not None for module in model.modules())
 
 
 def test_a_batch_has_a_prior_for_each_row(library):

@@ -12,9 +12,9 @@ from scaling import PROMPTS, TEXTS, ids_of, listed, make_library, routed_model
 from spectr import ExpertLibrary, Shortlist, Spectr, build_index, calibrate, compose
 from spectr.composition.readers import Readers
 from spectr.errors import CompositionError
-from spectr.layers.certain import Interval
 from spectr.library import IndexEntry
 from spectr.models import encode_batch
+from spectr.prompts.bounds import Interval
 from spectr.routers.calibrated import soft_vote, vote_bounds
 from spectr.spectral import Codes, Prototypes
 from text_model import make_model, make_tokenizer
@@ -263,8 +263,6 @@ def test_a_set_is_read_for_as_a_library_of_it_alone(library, bits):
     _, alone = routed_model(library, router)
     alone.allow(names)
     reader = Readers(routed).of(names)
-    for layer in routed.layers.values():
-        layer.asleep = True
     for prompt in PROMPTS:
         found = reader(input_ids=ids_of(prompt))
         torch.testing.assert_close(found, alone.prompt.evidence(ids_of(prompt)), rtol=1e-6, atol=1e-6)

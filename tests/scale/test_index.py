@@ -16,8 +16,8 @@ from spectr import ExpertLibrary, Shortlist, build_index, calibrate, indexing
 from spectr.calibration import read_inputs
 from spectr.composition.routed import calibration_texts
 from spectr.errors import AdapterError, CompositionError, LibraryError
-from spectr.layers.probe import Probe
 from spectr.library import Index, LibraryStore
+from spectr.prompts.probe import Probe
 from spectr.spectral import reference
 from text_model import make_model, make_tokenizer
 

@@ -6,7 +6,6 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,6 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import Cache
 
 from spectr.benchmark.subjects import Subject
-from spectr.layers.prompt import pinned
 from spectr.models.cache import growing_cache
 
 _CALL = "the call that is measured"
@@ -89,26 +87,23 @@ def measure(
     found: dict[tuple[str, str], list[float]] = {}
     peaks: dict[tuple[str, str], int] = {}
     decoded = [work for work in works if work.steps]
-    caches = {work.name: _filled(subjects[0].model, work) for work in decoded}
-    decided = {
-        (subject.name, work.name): subject.prompt.decide(input_ids=_ids(subject.model, work))
-        for subject in subjects
-        for work in decoded
-        if subject.prompt
+    filled = {work.name: _filled(subjects[0].model, work) for work in decoded}
+    caches = {
+        (subject.name, work.name): _taken(filled[work.name], subject, work) for subject in subjects for work in decoded
     }
     total, done = (rounds + 2) * len(subjects) * len(works), 0
     for turn in range(-2, rounds):
         for place in range(len(subjects)):
             subject = subjects[(place + max(turn, 0)) % len(subjects)]
             for work in works:
-                key, cache = (subject.name, work.name), caches.get(work.name)
-                with pinned(subject.prompt, decided[key]) if subject.prompt and key in decided else nullcontext():
-                    if turn == -1:
-                        peaks[key] = peak_bytes(subject.model, work, cache)
-                    else:
-                        seconds = timed(subject.model, work, cache)
-                        if turn >= 0:
-                            found.setdefault(key, []).append(seconds)
+                key = (subject.name, work.name)
+                cache = caches.get(key)
+                if turn == -1:
+                    peaks[key] = peak_bytes(subject.model, work, cache)
+                else:
+                    seconds = timed(subject.model, work, cache)
+                    if turn >= 0:
+                        found.setdefault(key, []).append(seconds)
                 done += 1
                 progress(done, total, f"{subject.name}, {work.name}")
     return {key: Timing(seconds=tuple(seconds), peak=peaks[key]) for key, seconds in found.items()}
@@ -171,6 +166,15 @@ def _ids(model: nn.Module, work: Work) -> Tensor:
 def _filled(model: nn.Module, work: Work) -> Cache:
     """What a model knows of a work's prompt."""
     return _read(model, _ids(model, work), growing_cache(model)).past_key_values
+
+
+def _taken(cache: Cache, subject: Subject, work: Work) -> Cache:
+    """The cache for a subject, with what it decides on the prompt."""
+    if subject.routed is None:
+        return cache
+    own = copy.deepcopy(cache)
+    subject.routed.adopt(own, _ids(subject.model, work))
+    return own
 
 
 def _read(model: nn.Module, ids: Tensor, cache: Cache | None = None) -> Any:

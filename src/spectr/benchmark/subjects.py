@@ -9,10 +9,9 @@ from functools import partial
 
 from torch import nn
 
-from spectr.composition import Guide, compose
+from spectr.composition import Guide, Routed, compose
 from spectr.composition.several import twin
 from spectr.errors import CompositionError, MissingExtraError, did_you_mean
-from spectr.layers.prompt import PromptDecision
 from spectr.library import ExpertLibrary
 from spectr.routers import Router
 
@@ -26,19 +25,19 @@ class Subject:
     Attributes:
         name: What a table says.
         model: A causal model of transformers.
-        prompt: How it decides on prompts, where it does.
+        routed: The handle of a composed one.
     """
 
     name: str
     model: nn.Module
-    prompt: PromptDecision | None = None
+    routed: Routed | None = None
 
 
 def ours(model: nn.Module, library: ExpertLibrary, router: Router, guide: Guide | None = None) -> Subject:
     """The base model composed with the library."""
     composed = twin(model)
     routed = compose(composed, library, router, guide=guide)
-    return Subject(name=OURS, model=composed, prompt=routed.prompt)
+    return Subject(name=OURS, model=composed, routed=routed)
 
 
 def peft_single(model: nn.Module, library: ExpertLibrary, top_k: int) -> Subject:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from itertools import accumulate
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from spectr.composition.several import Several
 from spectr.composition.steering import Look, Rule, Steering
+from spectr.layers.batch_routing import BASE, Span, routed_by
 
 
 class Junction:
@@ -28,6 +30,7 @@ class Junction:
     def __init__(self, several: Several):
         self.several = several
         self._steerings = {name: Steering(routed, name) for name, routed in several.compositions.items()}
+        self._branches = {name: place for place, name in enumerate(several.compositions)}
         self._device = next(several.model.parameters()).device
         self._counts: list[int] = []
         self._own: dict[str, list[int]] = {}
@@ -38,13 +41,20 @@ class Junction:
         return self._steerings[router].rule(experts, input_ids)
 
     def steer(self, spans: Sequence[tuple[Rule, int]]) -> None:
-        """Give the next call's tokens their rules: of each so many, one after the other; one span serves any length."""
+        """Say what the next calls' tokens are: a number of each rule in turn; one span serves any length."""
         self._counts, self._own = [count for _, count in spans], {}
         for number, (rule, _) in enumerate(spans):
             self._own.setdefault(rule.router, []).append(number)
         for router, numbers in self._own.items():
             self._steerings[router].steer([spans[number] for number in numbers])
-        self.several.turn([(router, self._places(numbers)) for router, numbers in self._own.items()])
+
+    def in_force(self) -> AbstractContextManager[None]:
+        """Calls of this thread inside the block are routed so."""
+        spans = [
+            Span(self._branches[router], self._places(numbers), self._steerings[router].routing())
+            for router, numbers in self._own.items()
+        ]
+        return routed_by(spans[0].routing if len(spans) == 1 else BASE, spans=spans)
 
     def watch(self, spans: Iterable[int], layers: bool) -> None:
         """Have the next call remember what is decided for the last token of these spans.
@@ -81,7 +91,6 @@ class Junction:
         for steering in self._steerings.values():
             steering.close()
         self.several.refork()
-        self.several.turn([(next(iter(self._steerings)), slice(None))])
 
     def _places(self, numbers: list[int]) -> slice | Tensor:
         """Where these spans' tokens are."""

@@ -11,18 +11,20 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from spectr.adapters import Expert, FactorShape
+from spectr.composition.factor_sets import FactorSets, Table
 from spectr.composition.prepare import heard_modules, needed_gates, needed_index, prepare_expert
 from spectr.composition.routed import Progress, Routed, calibration_texts
 from spectr.errors import CompositionError
-from spectr.layers.certain import CertainProbe, Certainty
+from spectr.layers.factors import Factors
 from spectr.layers.linear import placement
 from spectr.layers.plan import make_plan
-from spectr.layers.probe import Probe, Voter
-from spectr.layers.prompt import PromptDecision
-from spectr.layers.routed import RoutedLinear
+from spectr.layers.routed import RoutedLinear, fixes_weights
 from spectr.library import ExpertLibrary
 from spectr.paging import Policy, Shelf
-from spectr.routers import PromptRouter, Shortlist
+from spectr.prompts.bounds import CertainProbe, Certainty
+from spectr.prompts.decision import PromptDecision
+from spectr.prompts.probe import Probe, Voter
+from spectr.routers import Shortlist
 from spectr.spectral import Prepared, Prototypes, Stack
 
 
@@ -50,7 +52,6 @@ class Paged(Routed):
         policy: Policy,
     ):
         self._memory, self._policy = expert_memory, policy
-        self._filled: tuple[str, ...] = ()
         self.certainty = Certainty()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="spectr-read-ahead")
         super().__init__(model, library, router, progress)
@@ -78,10 +79,9 @@ class Paged(Routed):
         means = {module: known.means[module].to(self._places[module][0]) for module in heard}
         self.prototypes = library.index.prototypes(names, means, self.router.bits)
         self.shelf = Shelf(lambda name: self._load(self.library[name]), self._memory, self._policy)
-        self._filled = ()
         fresh = {}
         for done, (module, base) in enumerate(bases.items(), start=1):
-            fresh[module] = RoutedLinear(base, None, self.router.local)
+            fresh[module] = RoutedLinear(base, None, self.router.local, decided=True)
             progress(done, len(bases))
         return fresh
 
@@ -110,11 +110,6 @@ class Paged(Routed):
         return {module: share.to(*self._places[module]) for module, share in shares.items()}
 
     @property
-    def filled(self) -> tuple[str, ...]:
-        """The experts that the layers hold now."""
-        return self._filled
-
-    @property
     def voters(self) -> Mapping[str, Voter]:
         """See :class:`Routed`: the prototypes."""
         return self.prototypes
@@ -124,20 +119,20 @@ class Paged(Routed):
         assert isinstance(self.router, Shortlist)
         return CertainProbe(probe, self.certainty) if self.router.certain else probe
 
-    def bring(self, names: Sequence[str]) -> None:
-        """Have the layers hold these experts, from memory or from disk, in the place of those before."""
-        wanted = tuple(sorted(names))
-        if wanted == self._filled:
-            return
-        shares = self.shelf.fetch(wanted)
-        for module, layer in self.layers.items():
+    def _factors(self, layers: Sequence[RoutedLinear], names: tuple[str, ...]) -> Table:
+        """Every layer's factors of some experts, from memory or from disk."""
+        shares, fixed = self.shelf.fetch(names), fixes_weights(self.router)
+        table: dict[RoutedLinear, Factors | None] = {}
+        for layer in layers:
+            module = self._modules[layer]
             here = {name: share[module] for name, share in shares.items() if module in share}
-            layer.fill(Stack.of(here) if here else None)
-        self._filled = wanted
+            table[layer] = layer.planned(layer.factors_of(Stack.of(here)), fixed=fixed) if here else None
+        return table
 
-    def _decision(self, entry: nn.Module, router: PromptRouter, names: tuple[str, ...]) -> PromptDecision:
+    def _decision(self, entry: nn.Module, names: tuple[str, ...]) -> PromptDecision:
+        router, layers = self.router, self.layers
         assert isinstance(router, Shortlist)
-        layers = self.layers
+        self._modules = {layer: module for module, layer in layers.items()}
         heard = [module for module in layers if module in self.prototypes][:: router.every]
         probe = Probe(
             entry,
@@ -155,7 +150,7 @@ class Paged(Routed):
             self._reader.submit(self._read_ahead, [names[place] for place in next_BK.flatten().unique().tolist()])
             return evidence_BE
 
-        return PromptDecision(entry, layers, router, names, read, self.bring)
+        return PromptDecision(router, names, read, FactorSets(layers.values(), self._factors, single=1, gathered=1))
 
     def _read_ahead(self, names: Sequence[str]) -> None:
         """Ask the system to have these experts' files in its memory soon, where it can be asked."""

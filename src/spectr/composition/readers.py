@@ -10,10 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spectr.composition.routed import Routed, calibration_texts
-from spectr.layers.certain import BoundedVoter
-from spectr.layers.opening import Opening
-from spectr.layers.probe import Heard, Probe, Voter
-from spectr.layers.prompt import Reader, entry_of
+from spectr.prompts.bounds import BoundedVoter
+from spectr.prompts.chat_template import Opening
+from spectr.prompts.decision import Reader, entry_of
+from spectr.prompts.probe import Heard, Probe, Voter
 from spectr.routers import ProbingRouter, PromptRouter, Shortlist
 
 _KEPT = 64  # sets whose reader is kept

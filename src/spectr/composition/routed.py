@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from spectr.composition.factor_sets import FactorSets
 from spectr.composition.prepare import needed_calibration, needed_gates, prepare_module
 from spectr.errors import CompositionError
 from spectr.layers.linear import placement
-from spectr.layers.opening import Opening
 from spectr.layers.plan import make_plan
-from spectr.layers.probe import Probe, Voter
-from spectr.layers.prompt import PromptDecision, Reader, entry_of
-from spectr.layers.routed import RoutedLinear
+from spectr.layers.routed import RoutedLinear, decides_for_prompts
 from spectr.layers.swap import swap_module
 from spectr.library import Calibration, ExpertLibrary
+from spectr.prompts.calls import Calls
+from spectr.prompts.chat_template import Opening
+from spectr.prompts.decision import PromptDecision, Reader, entry_of
+from spectr.prompts.exclusion import Exclusion
+from spectr.prompts.probe import Probe, Voter
 from spectr.routers import ProbingRouter, PromptRouter, Router
 from spectr.routers.settings import residents
 from spectr.spectral import Stack
@@ -54,6 +57,8 @@ class Routed:
     ):
         self.model, self.library, self.router, self.guide = model, library, router, guide
         self._originals: dict[str, nn.Module] = {}
+        self._calls: Calls | None = None
+        self._exclusion = Exclusion()
         self._allowed: tuple[str, ...] | None = None
         self._removed = False
         self._hold(residents(router, library.names), library, progress)
@@ -105,7 +110,7 @@ class Routed:
             CompositionError: It does not fit the model.
         """
         library = self.library.with_expert(name, source)
-        self._hold(self._choose(library, self._allowed), library)
+        self._hold(self._choose(library, self._allowed), library, others=True)
         return self
 
     def discard(self, name: str) -> Routed:
@@ -119,17 +124,44 @@ class Routed:
         allowed = None if self._allowed is None else tuple(other for other in self._allowed if other != name)
         if not (library.names if allowed is None else allowed):
             raise CompositionError(f"'{name}' is the last expert", do="call remove() to get the base model back")
-        self._hold(self._choose(library, allowed), library)
+        self._hold(self._choose(library, allowed), library, others=True)
         self._allowed = allowed
         return self
 
     def remove(self) -> nn.Module:
         """Give the model its own modules back, the very same objects, and return it."""
-        for name, original in self._originals.items():
-            swap_module(self.model, name, original)
-        self._originals, self._resident, self._removed = {}, (), True
-        self._watch_prompts(())
+        with self._exclusion.changing():
+            self.release()
+            for name, original in self._originals.items():
+                swap_module(self.model, name, original)
+            self._originals, self._resident, self._removed = {}, (), True
+            self.prompt = None
         return self.model
+
+    def adopt(self, cache: Any, input_ids: Tensor) -> None:
+        """Have a cache that another model filled go on as if this one had filled it, and decide on its prompt.
+
+        Args:
+            cache: Of transformers. Its keys and values stay those of the other model.
+            input_ids: The tokens that it holds, (batch, tokens).
+
+        Raises:
+            CompositionError: The handle was removed from its model.
+        """
+        if self._calls is None:
+            raise CompositionError("this handle was removed from its model", do="compose the model again")
+        self._calls.adopt(cache, input_ids)
+
+    def release(self) -> None:
+        """Leave the model's calls to somebody else, who sets what holds for each of them."""
+        if self._calls is not None:
+            self._calls.close()
+            self._calls = None
+
+    def take(self) -> None:
+        """Decide for the model's calls again, after :meth:`release`."""
+        if self._calls is None and not self._removed:
+            self._calls = Calls(self.model, self._resident, self.prompt, exclusion=self._exclusion)
 
     def _choose(self, library: ExpertLibrary, allowed: tuple[str, ...] | None) -> tuple[str, ...]:
         """The experts to hold; the router's demands on a library are checked on the whole one, not on a restriction."""
@@ -144,18 +176,36 @@ class Routed:
             )
         return kept
 
-    def _hold(self, names: tuple[str, ...], library: ExpertLibrary, progress: Progress = lambda *_: None) -> None:
-        """Make ``names`` the experts that can be chosen: plan, check and prepare first, swap at the end."""
+    def _hold(
+        self,
+        names: tuple[str, ...],
+        library: ExpertLibrary,
+        progress: Progress = lambda *_: None,
+        *,
+        others: bool = False,
+    ) -> None:
+        """Make ``names`` the experts that can be chosen: plan, check and prepare first, swap at the end.
+
+        Args:
+            names: Of the library.
+            library: It replaces the handle's.
+            progress: Is told (done, total) layers.
+            others: Whether a name may mean another expert than before, so that no cache goes on.
+        """
         if self._removed:
             raise CompositionError("this handle was removed from its model", do="compose the model again")
-        fresh = self._make_layers(names, library, progress)
-        for module in set(self.layers) - set(fresh):
-            swap_module(self.model, module, self._originals.pop(module))
-        for module, layer in fresh.items():
-            self._originals.setdefault(module, layer.base)
-            swap_module(self.model, module, layer)
-        self._resident, self.library = names, library
-        self._watch_prompts(names)
+        with self._exclusion.changing():
+            fresh = self._make_layers(names, library, progress)
+            for module in set(self.layers) - set(fresh):
+                swap_module(self.model, module, self._originals.pop(module))
+            for module, layer in fresh.items():
+                self._originals.setdefault(module, layer.base)
+                swap_module(self.model, module, layer)
+            self._resident, self.library = names, library
+            self.prompt = self._decision(entry_of(self.model), names)
+            key = None if self._calls is None or others else self._calls.key
+            self.release()
+            self._calls = Calls(self.model, names, self.prompt, key=key, exclusion=self._exclusion)
 
     def _make_layers(
         self, names: tuple[str, ...], library: ExpertLibrary, progress: Progress
@@ -184,23 +234,19 @@ class Routed:
                 progress(done, len(plan.modules))
         return fresh
 
-    def _watch_prompts(self, names: tuple[str, ...]) -> None:
-        if self.prompt is not None:
-            self.prompt.close()
-            self.prompt = None
-        if names and isinstance(self.router, PromptRouter) and self.router.level != "token":
-            self.prompt = self._decision(entry_of(self.model), self.router, names)
-
-    def _decision(self, entry: nn.Module, router: PromptRouter, names: tuple[str, ...]) -> PromptDecision:
-        """How a prompt is decided on: read through the layers, or by the guide."""
+    def _decision(self, entry: nn.Module, names: tuple[str, ...]) -> PromptDecision | None:
+        """How a prompt is decided on: read through the layers, or by the guide; ``None`` where tokens decide."""
+        router = self.router
+        if not decides_for_prompts(router):
+            return None
+        assert isinstance(router, PromptRouter)
+        layers = self.layers
         if isinstance(router, ProbingRouter):
-            read: Reader = Probe(
-                entry, self.layers, self.layers, router, names, *calibration_texts(self.library.calibration)
-            )
+            read: Reader = Probe(entry, layers, layers, router, names, *calibration_texts(self.library.calibration))
         else:
             assert self.guide is not None
             read = self.guide.reader(self.library.descriptions, names)
-        return PromptDecision(entry, self.layers, router, names, read)
+        return PromptDecision(router, names, read, FactorSets(layers.values()))
 
     def __repr__(self) -> str:
         return f"Routed({len(self.layers)} layers, experts {', '.join(self.experts)}, {self.router})"

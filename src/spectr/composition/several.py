@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from spectr.composition.routed import Routed
 from spectr.errors import CompositionError
-from spectr.layers.fork import Fork, Switch, Turn
+from spectr.layers.fork import Fork
 from spectr.layers.routed import RoutedLinear
 from spectr.layers.swap import swap_module
 
@@ -34,7 +33,7 @@ class Several:
     """
 
     def __init__(self, model: nn.Module, makers: Mapping[str, Callable[[nn.Module], Routed]]):
-        self.model, self._switch, self._forks = model, Switch(), dict[str, Fork]()
+        self.model, self._forks = model, dict[str, Fork]()
         self.compositions: dict[str, Routed] = {}
         for name, make in makers.items():
             self.compositions[name] = make(twin(model) if len(makers) > 1 else model)
@@ -63,11 +62,6 @@ class Several:
             seen |= set(tensors)
         return taken
 
-    def turn(self, turns: Sequence[tuple[str, slice | Tensor]]) -> None:
-        """Say which tokens of the coming calls are whose: routers by name; one alone has all tokens."""
-        places = {name: place for place, name in enumerate(self.compositions)}
-        self._switch.turns = [Turn(places[name], tokens) for name, tokens in turns]
-
     def refork(self) -> None:
         """Take to the layers that the routers have now; to be called when one of them has changed its own."""
         for name in self.compositions:
@@ -83,18 +77,16 @@ class Several:
             swap_module(self.model, module, self._forks.pop(module).base)
         for module in layers[0]:
             base = self._forks[module].base if module in self._forks else self.model.get_submodule(module)
-            fork = self._forks[module] = Fork(base, [own[module] for own in layers], self._switch)
+            fork = self._forks[module] = Fork(base, [own[module] for own in layers])
             swap_module(self.model, module, fork)
 
     def _share(self, name: str) -> None:
         """Keep what this router's layers have in common with those of the routers before it once."""
         before = list(self.compositions)[: list(self.compositions).index(name)]
-        theirs = [self.compositions[other].layers for other in before]
-        for module, layer in self.compositions[name].layers.items():
-            for key, tensor in _held(layer).items():
-                equals = (_held(layers[module]).get(key) for layers in theirs)
-                found = next((other for other in equals if other is not None and _equal(tensor, other)), tensor)
-                setattr(layer, key, found)
+        for other in before:
+            theirs = self.compositions[other].layers
+            for module, layer in self.compositions[name].layers.items():
+                layer.share(theirs[module])
 
 
 def check_alike(held: Mapping[str, Sequence[str]]) -> None:
@@ -124,7 +116,3 @@ def twin(model: nn.Module) -> nn.Module:
 
 def _held(layer: RoutedLinear) -> dict[str, Tensor]:
     return dict(layer.named_buffers(recurse=False))
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one, other)

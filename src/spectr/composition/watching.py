@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from spectr.layers.batch_routing import LayerCall
 from spectr.layers.routed import RoutedLinear
 
 
@@ -34,17 +35,17 @@ class Watch:
 
     def __init__(self, layers: Sequence[RoutedLinear], rows: tuple[int, ...], in_full: bool):
         self._rows, self._in_full = rows, in_full
-        self._held = [layer.experts for layer in layers]
+        self._numbers = {layer: number for number, layer in enumerate(layers)}
+        self._held: list[tuple[str, ...]] = [()] * len(layers)
         self._found: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def ear(self, number: int, layer: RoutedLinear) -> Callable[[Tensor], None]:
-        """What is to listen to the layer of this number."""
-
-        def hear(x: Tensor) -> None:
-            if layer.experts and not layer.asleep:
-                self._found[number] = _explain(layer, x, self._rows)
-
-        return hear
+    def observe(self, layer: RoutedLinear, x: Tensor) -> None:
+        """What a layer is given, and so what it decides."""
+        call = layer.in_force()
+        if call.factors is not None and call.shown is not None:
+            number = self._numbers[layer]
+            self._held[number] = call.shown.experts
+            self._found[number] = _explain(layer, x, call, self._rows)
 
     def looks(self) -> list[Look]:
         """What was decided for each of the tokens."""
@@ -87,18 +88,15 @@ class Watch:
 
 
 @torch.no_grad()
-def _explain(layer: RoutedLinear, x: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _explain(layer: RoutedLinear, x: Tensor, call: LayerCall, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Scores and weights of some tokens, (tokens, experts), float32."""
-    kept = layer.among_B1E, layer.prior_B1E
-    layer.among_B1E, layer.prior_B1E = (_rows(given, rows) for given in kept)
-    try:
-        decision = layer.decide(x.flatten(0, -2)[list(rows)][None])
-    finally:
-        layer.among_B1E, layer.prior_B1E = kept
-    held = None if layer.held is None else _rows(layer.held.all_weights_B1E, rows)
-    weights = decision.weights_TE if held is None else held.expand_as(decision.scores_TE)
-    return decision.scores_TE[0].float(), weights[0].float()
+    fixed = call.fixed
+    if fixed is not None:
+        fixed = fixed._replace(shown_BTF=_rows(fixed.shown_BTF, rows))
+    alone = call._replace(fixed=fixed, prior_BTE=_rows(call.prior_BTE, rows), among_BTE=_rows(call.among_BTE, rows))
+    decision = layer.explain(x.flatten(0, -2)[list(rows)][None], alone)
+    return decision.scores_TE[0].float(), decision.weights_TE[0].float()
 
 
-def _rows(given_1TN: Tensor | None, rows: Sequence[int]) -> Tensor | None:
+def _rows(given_1TN: Any, rows: Sequence[int]) -> Any:
     return given_1TN if given_1TN is None or given_1TN.shape[1] == 1 else given_1TN[:, list(rows)]

@@ -9,9 +9,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from spectr.evaluation.metrics import Metric
-from spectr.layers.prompt import PromptDecision
 from spectr.models.generate import generate_answers
 from spectr.models.text import context_length
+from spectr.prompts.decision import PromptDecision
 from spectr.tasks import Example
 
 _BATCH = 16

@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from spectr.errors import DataError
 from spectr.evaluation.encode import Encoding, encode_examples
-from spectr.layers.prompt import PromptDecision, decides_by_prompt, pinned
 from spectr.models.generate import pad_batch
 from spectr.models.text import context_length, shared_prefix
+from spectr.prompts.decision import PromptDecision, decides_by_prompt
 from spectr.tasks import Example
 
 Progress = Callable[[int], None]
@@ -86,7 +86,7 @@ def routed_logprobs(
         groups.setdefault(tuple(row), []).append(number)
     found: dict[int, Tensor] = {}
     for row, members in groups.items():
-        with pinned(decision, torch.tensor([row])):
+        with decision.using(torch.tensor([row])):
             scores = _logprobs(model, tokenizer, [encoded[i] for i in members], length_normalised)
         found.update(zip(members, scores, strict=True))
     return [found[i] for i in range(len(examples))], weights_NE

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -74,12 +75,11 @@ def find_experts(
             rows = [dict(zip(routed.experts, row, strict=True)) for row in evidence_BE.tolist()]
             found += [_finding(row, expert) for row in rows]
             continue
+        held = nullcontext()
         if routed.prompt and evidence_BE is not None:  # read once, not once more by the call below
-            routed.prompt.hold(routed.prompt.router.verdict(evidence_BE))
-        with trace(model) as record:
+            held = routed.prompt.using(routed.prompt.router.verdict(evidence_BE))
+        with trace(model) as record, held:
             model(**batch, use_cache=False, logits_to_keep=1)
-        if routed.prompt:
-            routed.prompt.hold(None)
         real_BT = record.mask & (record.mask.cumsum(1) > skip)
         for row in range(len(real_BT)):
             votes, hits = Counter[str](), torch.zeros(2, dtype=torch.float64)

@@ -17,7 +17,6 @@ import torch
 from spectr.composition import compose
 from spectr.errors import MissingExtraError
 from spectr.guidance import QueryGuide
-from spectr.layers.prompt import pinned
 from spectr.library import ExpertLibrary
 from spectr.models import load_model
 from spectr.routers import GuidedRouter, get_router
@@ -96,7 +95,7 @@ class SpectrLM(HFLM):
             groups.setdefault(chosen[tuple(context)], []).append(number)
         found: dict[int, tuple[float, bool]] = {}
         for row, members in groups.items():
-            with pinned(decision, torch.tensor([row])):
+            with decision.using(torch.tensor([row])):
                 scores = super()._loglikelihood_tokens([requests[i] for i in members], disable_tqdm, override_bs)
             found.update(zip(members, scores, strict=True))
         return [found[i] for i in range(len(requests))]

@@ -19,8 +19,8 @@ from spectr.evaluation.answers import answer_records, decided
 from spectr.evaluation.choices import choice_logprobs, predict, routed_logprobs
 from spectr.evaluation.encode import encode_examples
 from spectr.evaluation.metrics import text_metric
-from spectr.layers.prompt import PromptDecision
 from spectr.models.text import context_length
+from spectr.prompts.decision import PromptDecision
 from spectr.tasks import Example
 from spectr.tasks.check import CHOICE_METRICS, TEXT_METRICS
 

@@ -3,37 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from spectr.layers.batch_routing import routed_by, thread
 from spectr.layers.names import take_names_of_base
 from spectr.layers.routed import RoutedLinear
-
-
-class Turn(NamedTuple):
-    """Tokens of a call, and which branch computes them.
-
-    Attributes:
-        branch: Its number.
-        tokens: Places along the token axis.
-    """
-
-    branch: int
-    tokens: slice | Tensor
-
-
-@dataclass
-class Switch:
-    """Says to all forks of a model whose tokens a call is made of.
-
-    Attributes:
-        turns: Every token is in one of them. A single turn has all tokens, however many they are.
-    """
-
-    turns: Sequence[Turn] = (Turn(0, slice(None)),)
 
 
 class Fork(nn.Module):
@@ -43,24 +20,28 @@ class Fork(nn.Module):
 
     Args:
         base: The layer as it was; never changed.
-        branches: What the routers have made of it, in the order of their numbers.
-        switch: Says which branch each token takes.
+        branches: What the routers have made of it, in the order of their numbers. Which of them computes a token is
+            said by the thread's spans (:class:`spectr.layers.batch_routing.Span`); where there are none, the first.
     """
 
-    def __init__(self, base: nn.Module, branches: Sequence[RoutedLinear], switch: Switch):
+    def __init__(self, base: nn.Module, branches: Sequence[RoutedLinear]):
         super().__init__()
-        self.base, self.branches, self.switch = base, tuple(branches), switch
+        self.base, self.branches = base, tuple(branches)
         take_names_of_base(self)
         self.train(base.training)
 
     def forward(self, input: Float[Tensor, "*B T I"], *args: Any, **kwargs: Any) -> Float[Tensor, "*B T O"]:
         """The base layer's output, computed once, and each token's update; of one branch alone, what that one gives."""
-        turns = self.switch.turns
-        if len(turns) == 1:
-            return self.branches[turns[0].branch](input, *args, **kwargs)
+        spans = thread.spans
+        if not spans:
+            return self.branches[0](input, *args, **kwargs)
+        if len(spans) == 1:
+            with routed_by(spans[0].routing):
+                return self.branches[spans[0].branch](input, *args, **kwargs)
         out = self.base(input, *args, **kwargs)
-        for branch, tokens in turns:
-            out[..., tokens, :] = self.branches[branch].update(out[..., tokens, :], input[..., tokens, :])
+        for branch, tokens, routing in spans:
+            with routed_by(routing):
+                out[..., tokens, :] = self.branches[branch].update(out[..., tokens, :], input[..., tokens, :])
         return out
 
     @property

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from spectr.errors import CompositionError, did_you_mean
+from spectr.layers.batch_routing import base_alone
 from spectr.layers.routed import RoutedLinear
 
 
@@ -152,7 +153,7 @@ def trace(model: nn.Module) -> Iterator[Trace]:
     if not routed:
         raise CompositionError("this model has no routed layers", do="compose it first: spectr.compose(model, library)")
     record = Trace()
-    handles = [model.register_forward_pre_hook(_watch_input(record, list(routed.values())), with_kwargs=True)]
+    handles = [model.register_forward_pre_hook(_watch_input(record), with_kwargs=True)]
     for name, layer in routed.items():
         record.layers[name] = LayerTrace(experts=layer.experts)
         handles.append(layer.register_forward_pre_hook(_watch_layer(record.layers[name]), with_kwargs=True))
@@ -167,22 +168,23 @@ def _watch_layer(record: LayerTrace) -> Callable[[nn.Module, Any, Any], None]:
     @torch.no_grad()
     def hook(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         assert isinstance(layer, RoutedLinear)
-        if layer.asleep:  # asked about a prompt, before it is read
+        if base_alone():  # it reads a prompt, before that is answered
             return
         x = args[0] if args else kwargs["input"]
-        if not layer.experts:  # none of a prompt's shortlist adapts it
+        call = layer.in_force()
+        if call.shown is None:  # none of a prompt's shortlist adapts it
             nothing = _three_axes(x.new_zeros(*x.shape[:-1], 0))
             record.add((), nothing, nothing)
             return
-        decision = layer.explain(x)
-        record.add(layer.experts, _three_axes(decision.scores_TE), _three_axes(decision.weights_TE))
+        decision = layer.explain(x, call)
+        record.add(call.shown.experts, _three_axes(decision.scores_TE), _three_axes(decision.weights_TE))
 
     return hook
 
 
-def _watch_input(record: Trace, routed: list[RoutedLinear]) -> Callable[[nn.Module, Any, Any], None]:
+def _watch_input(record: Trace) -> Callable[[nn.Module, Any, Any], None]:
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if routed[0].asleep:  # the base model writes something of its own
+        if base_alone():  # the base model writes something of its own
             return
         ids = kwargs.get("input_ids", args[0] if args else None)
         given = kwargs.get("inputs_embeds") if ids is None else ids

@@ -8,8 +8,8 @@ from typing import Any
 
 from spectr.composition.routed import calibration_texts
 from spectr.errors import CompositionError
-from spectr.layers.opening import Opening
 from spectr.library import ExpertLibrary
+from spectr.prompts.chat_template import Opening
 from spectr.vllm.requests import EXPERTS, PROBE, ROUTER, UNHEARD, VERDICT
 
 DECIDES = "SPECTR_DECIDES"  # set where somebody decides before an engine answers; no graph depends on it

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from spectr.layers.probe import Heard, evidence_of
+from spectr.prompts.probe import Heard, evidence_of
 from spectr.vllm.requests import Asked
 
 _KEPT = 1024  # verdicts that nobody has asked for yet

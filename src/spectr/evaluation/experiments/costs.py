@@ -10,6 +10,7 @@ from torch import Tensor
 from spectr.evaluation.experiments.base import Bench, Result, routers_that_fit, unfit_in_words
 from spectr.flops import count_flops
 from spectr.layers import RoutedLinear
+from spectr.layers.batch_routing import BatchRouting, LayerCall, routed_by
 
 ROUTERS: list[tuple[str, dict[str, Any]]] = [
     ("arrow", {"top_k": 4}),
@@ -44,11 +45,12 @@ def costs(bench: Bench) -> Result:
             if routed.prompt:
                 routed.prompt.decide(input_ids=ids.roll(1, dims=1))  # what is done before a first prompt is told apart
                 probe = count_flops(lambda r=routed: r.prompt.decide(input_ids=ids))  # pyright: ignore[reportOptionalMemberAccess]
-                routed.prompt.hold(routed.prompt.decide(input_ids=ids))
+                routing = routed.prompt.routing(routed.prompt.decide(input_ids=ids))
             else:
-                probe = 0
-            added = count_flops(lambda: bench.model(input_ids=ids, use_cache=False, logits_to_keep=1)) - base
-            formula = sum(_formula(layer) for layer in layers.values())
+                probe, routing = 0, BatchRouting()
+            with routed_by(routing):
+                added = count_flops(lambda: bench.model(input_ids=ids, use_cache=False, logits_to_keep=1)) - base
+            formula = sum(_formula(layer, routing.of(layer)) for layer in layers.values())
         row = {"memory": held, "flops": added / SAMPLE_TOKENS, "formula": formula, "probe": probe / SAMPLE_TOKENS}
         data[label] = row
         rows.append(
@@ -101,18 +103,22 @@ def sample_ids(bench: Bench) -> Tensor:
     return torch.arange(SAMPLE_TOKENS, device=bench.model.device)[None] % words
 
 
-def _formula(layer: RoutedLinear) -> int:
+def _formula(layer: RoutedLinear, call: LayerCall) -> int:
+    factors = call.factors
+    if factors is None:
+        return 0
     if layer.shortlists:
         scored, taken = layer.router.shortlist, layer.router.top_k  # pyright: ignore[reportAttributeAccessIssue]
-        count, rank = len(layer.experts), len(layer.owner_P) / len(layer.experts)  # of unequal ranks their mean
+        count, rank = len(layer.experts), len(factors.owner_P) / len(layer.experts)  # of unequal ranks their mean
         chosen = rank * (min(scored, count) * layer.in_features + min(taken, count) * layer.out_features)
         return round(2 * (count * layer.in_features + chosen))
-    if layer.held is not None:
-        return 2 * (layer.held.A_PI.numel() + layer.held.B_OP.numel())
-    prototypes = 0 if layer.prototypes_EI is None else layer.prototypes_EI.numel()
-    summing = 0 if layer.common_rank else 2 * len(layer.A_PI) * len(layer.experts)
-    taken = layer.select.k / len(layer.experts) if layer.gathers else 1  # pyright: ignore[reportAttributeAccessIssue]
-    return round(2 * (layer.A_PI.numel() + taken * layer.B_OP.numel() + prototypes + summing))
+    if call.fixed is not None:
+        return 2 * (factors.A_PI.numel() + factors.B_OP.numel())
+    prototypes = 0 if factors.prototypes_EI is None else factors.prototypes_EI.numel()
+    summing = 0 if factors.common_rank else 2 * len(factors.A_PI) * len(factors.experts)
+    gathers = factors.rows_ER is not None
+    taken = layer.select.k / len(factors.experts) if gathers else 1  # pyright: ignore[reportAttributeAccessIssue]
+    return round(2 * (factors.A_PI.numel() + taken * factors.B_OP.numel() + prototypes + summing))
 
 
 def _usual_tokens(bench: Bench) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -53,11 +53,12 @@ class Conductor:
         self._nobody = self.junction.rule(next(iter(several.compositions)), (), None)
         self._deciding = False
         self._speakers: dict[int, Running] = {}
+        self._call = ExitStack()
         model = several.model
         self._device = next(model.parameters()).device
         self._hooks = [
             model.register_forward_pre_hook(self._before),
-            model.register_forward_hook(self._after),
+            model.register_forward_hook(self._after, always_call=True),
         ]
 
     def decide(self, running: Running, prompt: Tensor) -> None:
@@ -99,6 +100,7 @@ class Conductor:
         looked_at = {number: running for number, running in self._speakers.items() if running.always is None}
         in_full = any(running.ticket.record == "layers" for running in looked_at.values())
         self.junction.watch(looked_at, in_full)
+        self._call.enter_context(self.junction.in_force())
 
     def _rule(self, part: Part) -> Rule:
         running = part.running
@@ -114,8 +116,11 @@ class Conductor:
         assert running.rule is not None
         return running.rule
 
-    def _after(self, *_: Any) -> None:
+    def _after(self, _model: Any, _inputs: Any, output: Any) -> None:
         if self._deciding:
+            return
+        self._call.close()
+        if output is None:  # the call failed
             return
         looks = self.junction.seen()
         for number, running in self._speakers.items():

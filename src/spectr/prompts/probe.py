@@ -11,8 +11,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from spectr.errors import CompositionError
-from spectr.layers.opening import Opening
+from spectr.layers.batch_routing import BatchRouting, routed_by
 from spectr.layers.routed import RoutedLinear
+from spectr.prompts.chat_template import Opening
 from spectr.routers.base import ProbingRouter
 
 
@@ -136,13 +137,14 @@ class Probe:
             kwargs: Likewise.
         """
         given, counted_BT = _probe(self.entry, args, kwargs, self.router.probe_tokens, self.opening)
-        for name, layer in self.layers.items():
-            layer.listen = _listener(see, name, counted_BT)
-        try:
+        read = {layer: _listener(see, name, counted_BT) for name, layer in self.layers.items()}
+
+        def observe(layer: RoutedLinear, x: Tensor) -> None:
+            if layer in read:
+                read[layer](x)
+
+        with routed_by(BatchRouting(base_only=True, observe=observe)):
             self.entry.forward(**given)  # not the call: whoever watches the model's calls is not to see this one
-        finally:
-            for layer in self.layers.values():
-                layer.listen = None
 
     def evidence_of(self, heard: Mapping[str, Heard], experts: Sequence[str]) -> Float[Tensor, "B E"]:
         """See :func:`evidence_of`."""

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from spectr.layers.probe import Probe, Voter, pooled
+from spectr.prompts.probe import Probe, Voter, pooled
 from spectr.routers.shortlist import Shortlist
 
 _TOGETHER = 256  # tokens that are scored at once, in float64

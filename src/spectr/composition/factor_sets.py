@@ -1,0 +1,69 @@
+"""Factors of sets of experts, for calls whose rows have weights or shortlists of their own."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from spectr.layers.factors import Factors
+from spectr.layers.routed import RoutedLinear
+
+Table = Mapping[RoutedLinear, Factors | None]
+Make = Callable[[Sequence[RoutedLinear], tuple[str, ...]], Table]
+
+_SINGLE, _GATHERED = 64, 2  # sets that are kept: of one expert, which are views, and of several, which are copies
+
+
+def held_factors(layers: Sequence[RoutedLinear], names: tuple[str, ...]) -> Table:
+    """Of what the layers hold."""
+    return {layer: layer.subset(names) for layer in layers}
+
+
+class FactorSets:
+    """By set of experts the factors of every layer, which all sequences share. Those used last are kept.
+
+    Args:
+        layers: The routed layers.
+        make: From layers and names to factors.
+        single: Sets of one expert that are kept.
+        gathered: Sets of several experts that are kept.
+    """
+
+    def __init__(
+        self,
+        layers: Iterable[RoutedLinear],
+        make: Make = held_factors,
+        *,
+        single: int = _SINGLE,
+        gathered: int = _GATHERED,
+    ):
+        self._layers, self._make, self.single, self.gathered = tuple(layers), make, single, gathered
+        self._tables: OrderedDict[tuple[str, ...], tuple[tuple[Factors | None, ...], Table]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def table(self, names: tuple[str, ...]) -> Table:
+        """Every layer's factors of these experts; made where they are not there, or the layers hold others by now."""
+        held = tuple(layer.factors for layer in self._layers)
+        with self._lock:
+            found = self._tables.get(names)
+            if found is None or any(a is not b for a, b in zip(found[0], held, strict=True)):
+                self._forget(room=1)
+                found = self._tables[names] = held, self._make(self._layers, names)
+            self._tables.move_to_end(names)
+            self._forget()
+        return found[1]
+
+    def _forget(self, room: int = 0) -> None:
+        for several, most in ((False, self.single), (True, self.gathered)):
+            names = [kept for kept in self._tables if (len(kept) > 1) == several]
+            for old in names[: max(0, len(names) + room - most)]:
+                del self._tables[old]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which make their own."""
+        return {**vars(self), "_tables": OrderedDict(), "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.Lock())

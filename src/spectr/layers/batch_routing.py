@@ -1,0 +1,214 @@
+"""What holds for the rows of one forward call, and how a layer finds it.
+
+A call of a composed model has one :class:`BatchRouting`. The model's entry sets it for the thread that runs the call,
+and every routed layer reads it. Nothing is written into layers, so that threads and interleaved sequences cannot meet.
+
+Legend: B rows of the batch, T tokens of a row (1: the same for all of a row's tokens), E experts, P rows of factors.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from spectr.errors import CompositionError
+
+if TYPE_CHECKING:
+    from spectr.layers.factors import Factors
+    from spectr.layers.routed import RoutedLinear
+
+Observe = Callable[["RoutedLinear", Tensor], None]
+
+
+class FixedWeights(NamedTuple):
+    """Weights that hold whatever the tokens are, of the experts that take part and of all that a layer shows."""
+
+    weights_BTE: Float[Tensor, "B T E"]
+    weights_BTP: Float[Tensor, "B T P"]
+    shown_BTF: Float[Tensor, "B T F"]
+
+
+class LayerCall(NamedTuple):
+    """What holds for one layer in one call.
+
+    Attributes:
+        factors: Of the experts that are computed; ``None``: the base layer alone.
+        shown: Of the experts that a trace shows.
+        fixed: Their weights, where these do not depend on the tokens.
+        prior_BTE: Multiplies or shifts the scores, as the router says; float32.
+        among_BTE: Experts that may be chosen; all, if left out.
+        observe: Receives the layer and its input before it computes.
+    """
+
+    factors: Factors | None
+    shown: Factors | None
+    fixed: FixedWeights | None = None
+    prior_BTE: Float[Tensor, "B T E"] | None = None
+    among_BTE: Bool[Tensor, "B T E"] | None = None
+    observe: Observe | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class BatchRouting:
+    """What holds for each row (or token) of a call, by expert. Made once and used by any number of calls.
+
+    Attributes:
+        experts: Names of the columns.
+        weights_BTE: Fixed weights; ``None`` where tokens choose.
+        prior_BTE: A prior for the scores of those that choose.
+        among_BTE: Experts that they may choose; all, if left out.
+        factors: By layer the factors of the experts that take part; ``None``: those that the layer holds.
+        base_only: No expert takes part.
+        observe: Receives each layer and its input.
+    """
+
+    experts: tuple[str, ...] = ()
+    weights_BTE: Float[Tensor, "B T E"] | None = None
+    prior_BTE: Float[Tensor, "B T E"] | None = None
+    among_BTE: Bool[Tensor, "B T E"] | None = None
+    factors: Mapping[RoutedLinear, Factors | None] | None = None
+    base_only: bool = False
+    observe: Observe | None = None
+    _calls: dict[RoutedLinear, LayerCall] = field(default_factory=dict, init=False, repr=False)
+    _alike: dict[tuple[Any, ...], LayerCall] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def several(self) -> bool:
+        """Whether several experts take part, so that their factors are copies."""
+        rows_BTE = self.weights_BTE if self.weights_BTE is not None else self.among_BTE
+        return rows_BTE is not None and int((rows_BTE != 0).flatten(0, 1).any(0).sum()) > 1
+
+    def of(self, layer: RoutedLinear) -> LayerCall:
+        """What holds for this layer."""
+        known = self._calls.get(layer)
+        if known is None:
+            known = self._calls[layer] = self._of(layer)
+        return known
+
+    def _of(self, layer: RoutedLinear) -> LayerCall:
+        held = layer.factors
+        factors = held if self.factors is None else self.factors.get(layer)
+        if self.base_only or factors is None:
+            return LayerCall(None, held, observe=self.observe)
+        shown = held or factors
+        key = (factors.experts, shown.experts, factors.A_PI.device, factors.A_PI.dtype)
+        alike = self._alike.get(key)  # layers of the same experts share tensors
+        if alike is None:
+            alike = self._alike[key] = self._resolved(factors, shown)
+        return alike._replace(factors=factors, shown=shown)
+
+    def _resolved(self, factors: Factors, shown: Factors) -> LayerCall:
+        device = factors.A_PI.device
+        fixed = None
+        if self.weights_BTE is not None:
+            weights_BTE = self._columns(self.weights_BTE, factors).to(device)
+            weights_BTP = weights_BTE[..., factors.owner_P].to(factors.A_PI.dtype).contiguous()
+            fixed = FixedWeights(weights_BTE, weights_BTP, self._columns(self.weights_BTE, shown).to(device))
+        prior = None if self.prior_BTE is None else self._columns(self.prior_BTE, factors)
+        among = None if self.among_BTE is None else self._columns(self.among_BTE, factors)
+        return LayerCall(
+            None,
+            None,
+            fixed,
+            None if prior is None else prior.to(device, torch.float32).contiguous(),
+            None if among is None or bool(among.all()) else among.to(device),
+            self.observe,
+        )
+
+    def _columns(self, rows_BTE: Tensor, factors: Factors) -> Tensor:
+        return rows_BTE[..., [self.experts.index(name) for name in factors.experts]]
+
+
+BASE = BatchRouting(base_only=True)
+
+
+class Span(NamedTuple):
+    """Tokens of a call that one branch of a fork computes.
+
+    Attributes:
+        branch: Its number.
+        tokens: Places along the token axis.
+        routing: What holds for them.
+    """
+
+    branch: int
+    tokens: slice | Tensor
+    routing: BatchRouting | None
+
+
+class _Thread(threading.local):
+    """What a thread's call is made of.
+
+    Attributes:
+        routing: What holds; ``None``: every token chooses among all experts.
+        shape: Rows and tokens of the call, where they are known.
+        kept: Of a call whose tokens have weights of their own the tokens that the output head is given.
+        spans: Of forked layers.
+    """
+
+    routing: BatchRouting | None = None
+    shape: tuple[int, int] | None = None
+    kept: slice | Tensor | None = None
+    spans: Sequence[Span] = ()
+
+
+thread = _Thread()
+
+
+@contextmanager
+def routed_by(
+    routing: BatchRouting | None,
+    shape: tuple[int, int] | None = None,
+    kept: slice | Tensor | None = None,
+    spans: Sequence[Span] = (),
+) -> Iterator[None]:
+    """Have this hold for the thread's calls while the block runs."""
+    before = thread.routing, thread.shape, thread.kept, thread.spans
+    thread.routing, thread.shape, thread.kept, thread.spans = routing, shape, kept, spans
+    try:
+        yield
+    finally:
+        thread.routing, thread.shape, thread.kept, thread.spans = before
+
+
+def base_alone() -> bool:
+    """Whether this thread's calls are the base model's, as while it reads a prompt for a decision."""
+    return thread.routing is not None and thread.routing.base_only
+
+
+def spread(rows_BTN: Tensor, x: Tensor) -> Tensor:
+    """Rows' numbers so that they broadcast over the leading axes of a layer's input.
+
+    Raises:
+        CompositionError: Rows differ, and the input does not show which of them its tokens belong to.
+    """
+    rows, tokens = rows_BTN.shape[:2]
+    leading = x.shape[:-1]
+    if rows == tokens == 1:
+        return rows_BTN.view(*(1 for _ in leading), -1)
+    if tokens == 1:
+        if leading[0] == rows:
+            return rows_BTN.view(rows, *(1 for _ in leading[1:]), -1)
+        shape = thread.shape
+        if len(leading) == 1 and shape is not None and rows == shape[0] and leading[0] == rows * shape[1]:
+            return rows_BTN[:, 0].repeat_interleave(shape[1], 0)  # one row's tokens after the other's
+    elif leading[-1] != tokens and thread.kept is not None:
+        rows_BTN = rows_BTN[:, thread.kept]
+        tokens = rows_BTN.shape[1]
+    if tokens > 1 or thread.kept is not None:
+        if tuple(leading) == (rows, tokens):
+            return rows_BTN
+        if rows == 1 and leading.numel() == tokens:
+            return rows_BTN[0].view(*leading, -1)
+    raise CompositionError(
+        f"a layer is given tokens of shape {tuple(leading)} in a batch of {rows} rows that have experts of their own",
+        expected="the batch as first axis, or all tokens of one row after the other",
+        do="run one prompt at a time",
+    )

@@ -1,0 +1,5 @@
+"""Decisions for whole prompts: how a prompt is read, what is decided, and which calls of a model it holds for."""
+
+from spectr.prompts.decision import PromptDecision, Reader, decides_by_prompt, entry_of
+
+__all__ = ["PromptDecision", "Reader", "decides_by_prompt", "entry_of"]

@@ -1,0 +1,254 @@
+"""What was decided for the tokens of a cache, kept next to it. The one file that knows transformers' cache classes.
+
+A record follows its cache: copies, reordered, repeated, selected and cropped rows have the record that belongs to them.
+Transformers has no place for that, so a cache with a record is of a subclass of its class (``isinstance`` and the
+class's name stay), which is made when it is needed first. States that are no ``Cache`` (tuples, XLNet's ``mems``) are
+known by their first tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+# Arguments by which models of transformers are given what they remember, and by which they return it.
+STATES = ("past_key_values", "cache_params", "mems", "past_buckets_states", "state", "rwkv_state", "past_key_value")
+_MASKED = -1
+
+
+@dataclass
+class CacheRecord:
+    """What a cache holds, and under which decision it was computed.
+
+    Attributes:
+        composition: Names the experts and router that wrote it.
+        allowed: The experts that could be chosen.
+        history: From which token on which verdict holds, (rows, experts); ``None`` where tokens decide.
+        ids: Token ids as they were read, (rows, tokens) each, -1 where masked; ``None`` where they are not known.
+        positions: Their positions, where they were given.
+        length: How many tokens were read.
+        frame: The generation or block that wrote it, whose verdict it has whatever its rows are.
+    """
+
+    composition: str
+    allowed: tuple[str, ...]
+    history: tuple[tuple[int, Float[Tensor, "B E"] | None], ...] = ()
+    ids: tuple[Int[Tensor, "B T"], ...] | None = ()
+    positions: tuple[Int[Tensor, "B T"] | None, ...] = ()
+    length: int = 0
+    frame: object | None = field(default=None, compare=False)
+
+    @property
+    def verdict_BE(self) -> Float[Tensor, "B E"] | None:
+        """What holds for the next token."""
+        return self.history[-1][1] if self.history else None
+
+    @property
+    def ids_BT(self) -> Int[Tensor, "B T"] | None:
+        """All token ids, -1 where masked."""
+        return None if not self.ids else torch.cat(self.ids, dim=1)
+
+    @property
+    def positions_BT(self) -> Int[Tensor, "B T"] | None:
+        """All positions; ``None`` where none was given, and a model takes the next ones by itself."""
+        if not self.ids or all(positions is None for positions in self.positions):
+            return None
+        parts, start = [], 0
+        for ids_BT, positions in zip(self.ids, self.positions, strict=True):
+            following = torch.arange(start, start + ids_BT.shape[1], device=ids_BT.device)
+            parts.append(following.expand(ids_BT.shape) if positions is None else positions.expand(ids_BT.shape))
+            start += ids_BT.shape[1]
+        return torch.cat(parts, dim=1)
+
+    def read(self, ids_BT: Tensor | None, mask_BT: Tensor | None, tokens: int, positions: Tensor | None = None) -> None:
+        """Note tokens that follow those that are there."""
+        known = None if ids_BT is None or self.ids is None else (*self.ids, masked_ids(ids_BT, mask_BT))
+        self.ids, self.length = known, self.length + tokens
+        self.positions = (*self.positions, None if positions is None else positions.detach())
+
+    def rows(self, index: Tensor) -> None:
+        """Keep these rows, in this order."""
+
+        def pick(rows: Tensor) -> Tensor:
+            return rows[index.to(rows.device)]
+
+        self.ids = None if self.ids is None else tuple(map(pick, self.ids))
+        self.positions = tuple(p if p is None or len(p) == 1 else pick(p) for p in self.positions)
+        self.history = tuple((start, None if held is None else pick(held)) for start, held in self.history)
+
+    def repeat(self, times: int) -> None:
+        """Have each row ``times`` times, one after the other."""
+        first = next((held for _, held in self.history if held is not None), None)
+        known = self.ids[0] if self.ids else first
+        if known is not None:
+            self.rows(torch.arange(len(known)).repeat_interleave(times))
+
+    def crop(self, tokens: int) -> None:
+        """Forget all but the first ``tokens``."""
+        if tokens >= self.length:
+            return
+        ids, positions = self.ids_BT, self.positions_BT
+        self.ids = None if self.ids is None else () if ids is None else (ids[:, :tokens],)
+        self.positions = () if not self.ids else (None if positions is None else positions[:, :tokens],)
+        self.history = tuple((start, held) for start, held in self.history if start == 0 or start < tokens)
+        self.length = tokens
+        if tokens == 0:
+            self.ids, self.positions = (), ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CacheRecord:
+        """A copy of its own, of the same frame."""
+        return replace(self)
+
+
+def masked_ids(ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
+    """Token ids with -1 where the mask (of these tokens, or of more before them) is zero."""
+    if mask_BT is None or mask_BT.ndim != 2 or len(mask_BT) != len(ids_BT) or mask_BT.shape[1] < ids_BT.shape[1]:
+        return ids_BT.detach()
+    own_BT = mask_BT[:, mask_BT.shape[1] - ids_BT.shape[1] :].to(ids_BT.device)
+    return ids_BT.detach().masked_fill(own_BT == 0, _MASKED)
+
+
+class _Recorded:
+    """What a cache class gets so that its record follows it."""
+
+    _record: CacheRecord
+
+    def reset(self) -> None:
+        super().reset()  # pyright: ignore[reportAttributeAccessIssue]
+        self._record.crop(0)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # pyright: ignore[reportAttributeAccessIssue]
+        self._record.rows(beam_idx)
+
+    def crop(self, length: int) -> None:
+        super().crop(length)  # pyright: ignore[reportAttributeAccessIssue]
+        # below zero: tokens to remove; above: tokens to keep, as transformers had it before 5
+        self._record.crop(max(0, self._record.length + length) if length <= 0 else length)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # pyright: ignore[reportAttributeAccessIssue]
+        self._record.repeat(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # pyright: ignore[reportAttributeAccessIssue]
+        self._record.rows(torch.as_tensor(indices))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _restored, (type(self).__mro__[2],), vars(self)
+
+
+@lru_cache(maxsize=256)
+def _recorded_class(plain: type) -> type:
+    named = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
+    return type(plain.__name__, (_Recorded, plain), named)
+
+
+def _restored(plain: type) -> Any:
+    made = _recorded_class(plain)
+    return object.__new__(made)
+
+
+_by_object: WeakKeyDictionary[Any, CacheRecord] = WeakKeyDictionary()
+_by_tensor: list[WeakKeyDictionary[Any, CacheRecord]] = []
+
+
+def _tensors() -> Any:
+    """Records by tensor; a tensor's own comparison is of its numbers, so it takes torch's kind of dictionary."""
+    if not _by_tensor:
+        from torch.utils.weak import WeakTensorKeyDictionary
+
+        _by_tensor.append(WeakTensorKeyDictionary())  # pyright: ignore[reportArgumentType]
+    return _by_tensor[0]
+
+
+def record_of(state: Any) -> CacheRecord | None:
+    """The record of a cache or of another state; ``None`` where it has none."""
+    if isinstance(state, _Recorded):
+        return state._record
+    first = _first_tensor(state)
+    if first is not None:
+        return _tensors().get(first)
+    try:
+        return _by_object.get(state)
+    except TypeError:
+        return None
+
+
+def attach(state: Any, record: CacheRecord) -> None:
+    """Have a cache or another state be followed by this record."""
+    if isinstance(state, _Recorded):
+        state._record = record
+        return
+    first = _first_tensor(state)
+    if first is not None:
+        _tensors()[first] = record
+    elif (hasattr(state, "reorder_cache") and hasattr(state, "layers")) or hasattr(state, "self_attention_cache"):
+        state.__class__ = _recorded_class(type(state))
+        state._record = record
+    else:
+        try:
+            _by_object[state] = record
+        except TypeError:  # nothing that can be known again
+            return
+
+
+def is_filled(state: Any) -> bool:
+    """Whether a state holds tokens."""
+    if state is None:
+        return False
+    if hasattr(state, "get_seq_length"):
+        length = length_of(state)
+        if length is not None:
+            return length > 0
+        return bool(state.has_previous_state()) if hasattr(state, "has_previous_state") else True
+    return not isinstance(state, (tuple, list)) or _first_tensor(state) is not None
+
+
+def length_of(state: Any) -> int | None:
+    """Tokens that a cache holds; ``None`` where it does not say."""
+    try:
+        return int(state.get_seq_length())
+    except (AttributeError, ValueError, TypeError):
+        return None
+
+
+def is_recurrent(state: Any) -> bool:
+    """Whether a state folds its tokens together, so that nobody can tell them apart or take one back."""
+    if state is not None and not hasattr(state, "get_seq_length"):
+        return True
+    layers = getattr(state, "layers", None) or ()
+    return any(hasattr(layer, "recurrent_states") or hasattr(layer, "conv_states") for layer in layers)
+
+
+def can_reset(state: Any) -> bool:
+    """Whether a cache can be emptied in place."""
+    return hasattr(state, "reset")
+
+
+def states_in(values: Any) -> Iterator[tuple[str, Any]]:
+    """What a model remembers among its arguments by name, or in its output."""
+    if isinstance(values, Mapping):
+        for name in STATES:
+            if values.get(name) is not None:
+                yield name, values[name]
+    elif isinstance(values, tuple):
+        for value in values:
+            if hasattr(value, "get_seq_length"):
+                yield "past_key_values", value
+
+
+def _first_tensor(state: Any) -> Tensor | None:
+    while isinstance(state, (tuple, list)) and state:
+        found: Sequence[Any] = [part for part in state if part is not None]
+        if not found:
+            return None
+        state = found[0]
+    return state if isinstance(state, Tensor) else None
