@@ -51,6 +51,7 @@ $(VENV)/.torch: requirements/torch.txt
 	@$(PIP) -r requirements/torch.txt
 	@touch $@
 
+# The extra "demo" without its experts, which a clone has in experts/.
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml requirements/constraints.txt
 	@echo "· installing spectr"
 	@$(PIP) -c requirements/constraints.txt -e ".[models,plots]"

@@ -11,7 +11,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from spectr.paging import Workload, get_policy, simulate
+from simulate import simulate
+from spectr.paging import get_policy
+from workload import Workload
 
 POLICIES = ("lru", "lfu", "lfu-aging", "polar")
 WORKLOADS = {

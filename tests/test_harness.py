@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
+from importlib.metadata import entry_points
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from lm_eval.api.registry import get_model
 
 from spectr import ExpertLibrary, calibrate, compose, get_router
 from spectr.errors import CompositionError
-from spectr.evaluation import choice_logprobs, routed_logprobs
+from spectr.evaluation import choice_logprobs, harness, routed_logprobs
 from spectr.evaluation.harness import SpectrLM
 from spectr.library.descriptions import write_descriptions
 from spectr.tasks import Example
@@ -93,10 +96,43 @@ def test_a_mistake_is_told_before_a_model_is_loaded(world):
         SpectrLM(base="/no/model", library=str(world / "experts"), router="arow")
 
 
-@pytest.mark.parametrize(("name", "known"), [("lm_eval", True), ("other", False)])
-def test_the_harness_own_command_knows_the_model(tmp_path, name, known):
-    """A fresh process that was started as ``lm_eval`` finds the model before anything of ours is imported."""
-    script = tmp_path / name
-    script.write_text("from lm_eval.api.registry import model_registry\nprint('spectr' in model_registry)\n")
-    said = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
-    assert said.stdout.strip() == str(known)
+def test_the_entry_point_is_the_model():
+    [point] = [point for point in entry_points(group="lm_eval.models") if point.name == "spectr"]
+    assert point.load() is SpectrLM
+
+
+def test_the_command_evaluates_a_task(world, tmp_path):
+    """A fresh process, as a user starts it, on a task of two rows without a network."""
+    rows = [{"prompt": "what is it", "label": 0}, {"prompt": "is the grass blue", "label": 1}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    task = {
+        "task": "tiny",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{prompt}}",
+        "doc_to_choice": ["yes", "no"],
+        "doc_to_target": "label",
+    }
+    (tmp_path / "tiny.yaml").write_text(json.dumps(task), encoding="utf-8")  # YAML takes JSON
+    command = [sys.executable, "-m", "spectr.evaluation.harness", "--model", "spectr", "--tasks", "tiny"]
+    command += ["--model_args", f"base={world / 'model'},library={world / 'experts'},router=calibrated,dtype=float32"]
+    command += ["--include_path", str(tmp_path), "--output_path", str(tmp_path / "results.json")]
+    alone = {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_DATASETS_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | alone)
+    assert done.returncode == 0, done.stderr
+    [found] = tmp_path.glob("results*.json")
+    results = json.loads(found.read_text(encoding="utf-8"))
+    assert results["config"]["model"] == "spectr"
+    assert results["results"]["tiny"]["acc,none"] in (0, 0.5, 1)
+
+
+def test_the_command_reports_a_mistake_without_a_traceback(monkeypatch, capsys):
+    def mistaken():
+        raise CompositionError("no such router", do="name another one")
+
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", mistaken)
+    with pytest.raises(SystemExit, match="2"):
+        harness.main()
+    assert capsys.readouterr().err == "error: no such router\n  to do: name another one\n"

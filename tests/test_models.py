@@ -1,7 +1,6 @@
 """The default model's way here: hashes, the cache, and what happens without a network."""
 
 import subprocess
-import sys
 import zipfile
 
 import pytest
@@ -85,14 +84,3 @@ def test_dtype_by_name_and_by_hardware(monkeypatch):
     assert pick_dtype("auto", "cpu") is torch.bfloat16
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
     assert pick_dtype("auto", "cpu") is torch.float32
-
-
-def test_importing_spectr_loads_no_heavy_library():
-    """In a process of its own: neither transformers nor plotting nor, until something is used, torch."""
-    code = "import sys, spectr; print([m for m in ('torch', 'transformers', 'matplotlib', 'peft') if m in sys.modules])"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout == "[]\n"
-    used = "import sys, spectr; spectr.compose, spectr.trace; "
-    code = used + "print([m for m in ('transformers', 'peft') if m in sys.modules])"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout == "[]\n"

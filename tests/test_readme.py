@@ -16,11 +16,11 @@ README = Path(__file__).parents[1] / "README.md"
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    """What the example loads, made small; it opens "experts/" where it is run."""
+    """What the example loads, made small."""
     save_experts(tmp_path / "experts", ("agnews", "sst2", "qqp"))
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("spectr.shipped.shipped_experts", lambda: tmp_path / "experts")
     monkeypatch.setattr(spectr.models, "load_model", lambda: (make_model(), make_tokenizer()))
-    library = spectr.ExpertLibrary.open("experts/")
+    library = spectr.ExpertLibrary.open(tmp_path / "experts")
     spectr.calibrate(make_model(), library, make_tokenizer(), samples=2, tokens=8).save(tmp_path / "experts")
 
 

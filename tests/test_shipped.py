@@ -7,6 +7,7 @@ import torch
 
 from spectr import ExpertLibrary, Spectr
 from spectr.adapters import read_gates
+from spectr.errors import MissingExtraError
 from spectr.layers import make_plan
 from spectr.library import LibraryStore
 from spectr.shipped import shipped_experts
@@ -66,3 +67,31 @@ def test_each_has_gates_that_differ_from_all_others_and_a_description():
         assert (stacked.abs().amax(1) > 0).all()
         cosines = torch.nn.functional.cosine_similarity(stacked[:, None], stacked[None], dim=-1)
         assert (cosines.fill_diagonal_(0) < 0.999).all()
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """No checkout: where packages are installed, empty as yet."""
+    monkeypatch.setattr("spectr.shipped._REPOSITORY", tmp_path / "lib")
+    monkeypatch.setattr("spectr.shipped.DISTRIBUTION", "experts-of-a-test")
+    monkeypatch.syspath_prepend(tmp_path / "site-packages")
+    return tmp_path / "site-packages"
+
+
+def test_an_installed_package_finds_the_distribution_of_experts(installed):
+    facts = installed / "experts_of_a_test-0.1.0.dist-info"
+    facts.mkdir(parents=True)
+    (facts / "METADATA").write_text("Metadata-Version: 2.4\nName: experts-of-a-test\nVersion: 0.1.0\n")
+    assert shipped_experts() == installed / "spectr_experts"
+
+
+def test_without_a_checkout_and_the_distribution_the_error_names_the_extra(installed):
+    with pytest.raises(MissingExtraError, match="library of shipped experts needs the extra 'demo'"):
+        shipped_experts()
+
+
+@pytest.mark.parametrize("words", [("library", "list"), ("generate", "who"), ("merge", "sst2", "--out", "merged")])
+def test_commands_report_that_the_experts_are_missing(installed, spectr, words):
+    code, _, err = spectr(*words)
+    assert code == 2
+    assert 'pip install "spectr-lora[demo]", or name a library of your own with --library' in err

@@ -59,12 +59,18 @@ class ExtractionError(SpectrError):
 
 
 class MissingExtraError(SpectrError, ImportError):
-    """An optional dependency that the called feature needs."""
+    """An optional dependency that the called feature needs.
 
-    def __init__(self, feature: str, extra: str):
+    Args:
+        feature: What needs it.
+        extra: Its name among those of ``spectr-lora``.
+        instead: What else the user can do.
+    """
+
+    def __init__(self, feature: str, extra: str, *, instead: str | None = None):
         super().__init__(
             f"{feature} needs the extra '{extra}', which is not installed",
-            do=f'pip install "spectr-lora[{extra}]"',
+            do=f'pip install "spectr-lora[{extra}]"' + (f", or {instead}" if instead else ""),
         )
 
 

@@ -1,23 +1,30 @@
-"""Where the experts are that come with the package."""
+"""Where the shipped experts are."""
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-from spectr.errors import LibraryError
+from spectr.errors import MissingExtraError
+
+DISTRIBUTION = "spectr-lora-experts"
+_FOLDER = "spectr_experts"  # in site-packages; a package of data without code
+_REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def shipped_experts() -> Path:
-    """Folder of the shipped experts, in an installed package or in a checkout of the repository.
+    """Folder of the shipped experts: ``experts/`` in a checkout of the repository, else that of their distribution.
 
     Raises:
-        LibraryError: This installation came without them.
+        MissingExtraError: This is no checkout, and ``spectr-lora-experts`` is not installed.
     """
-    here = Path(__file__).resolve().parent
-    for folder in (here / "shipped_experts", here.parents[1] / "experts"):
-        if (folder / "manifest.json").is_file():
-            return folder
-    raise LibraryError(
-        "this installation of spectr came without the shipped experts",
-        do="name a library of your own with --library, or install from the repository",
-    )
+    folder = _REPOSITORY / "experts"
+    if (folder / "manifest.json").is_file() and (_REPOSITORY / "pyproject.toml").is_file():
+        return folder
+    try:
+        folder = Path(str(distribution(DISTRIBUTION).locate_file(_FOLDER)))
+    except PackageNotFoundError:
+        raise MissingExtraError(
+            "the library of shipped experts", "demo", instead="name a library of your own with --library"
+        ) from None
+    return folder

@@ -1,8 +1,8 @@
 """A composed model as a model of EleutherAI's lm-evaluation-harness, under the name "spectr".
 
-``lm_eval --model spectr --model_args library=experts,router=calibrated --tasks ...``: by an entry point of the group
-``lm_eval.models``, and with releases that read none by a start-up file (``src/harness_hook``).
-``python -m spectr.evaluation.harness`` takes the same arguments.
+``python -m spectr.evaluation.harness --model spectr --model_args library=experts,router=calibrated --tasks ...`` is
+the harness' command line with this model registered. ``lm_eval --model spectr`` needs a harness that reads the entry
+points of the group ``lm_eval.models``; its releases up to 0.4.13 do not.
 """
 
 # The harness' decorator hides the class that HFLM is from the type checker.
@@ -10,12 +10,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 
 from spectr.composition import compose
-from spectr.errors import MissingExtraError
+from spectr.errors import MissingExtraError, SpectrError
 from spectr.guidance import QueryGuide
 from spectr.library import ExpertLibrary
 from spectr.models import load_model
@@ -101,7 +102,16 @@ class SpectrLM(HFLM):
         return [found[i] for i in range(len(requests))]
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Run the harness' command line; a user's mistake ends with its message and exit code 2."""
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except SpectrError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -2,8 +2,6 @@
 
 from spectr.paging.policies import DEFAULT_POLICY, Lfu, Lru, Polar, Policy, get_policy
 from spectr.paging.shelf import Shelf, ShelfFigures
-from spectr.paging.simulate import Simulated, simulate
-from spectr.paging.workload import Workload
 
 __all__ = [
     "DEFAULT_POLICY",
@@ -13,8 +11,5 @@ __all__ = [
     "Policy",
     "Shelf",
     "ShelfFigures",
-    "Simulated",
-    "Workload",
     "get_policy",
-    "simulate",
 ]

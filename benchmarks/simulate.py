@@ -1,4 +1,4 @@
-"""What a policy would do on a workload, without any expert being read."""
+"""A cache policy on a simulated workload: hit rate and added time. No expert is read."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 
 from spectr.paging.policies import Policy
 from spectr.paging.shelf import Shares, Shelf
-from spectr.paging.workload import Workload
 from spectr.spectral import Prepared
+from workload import Workload
 
 _ONE: Shares = {"": Prepared(torch.zeros(1, 1), torch.zeros(0, 1))}  # an expert of four bytes
 _SIZE = 4
@@ -17,11 +17,11 @@ _SIZE = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Simulated:
-    """Of the second half of a workload, when the cache is warm.
+    """Results for the second half of a workload, when the cache is warm.
 
     Attributes:
-        hit_rate: Share of prompts whose expert was in memory.
-        added: Milliseconds that a prompt waits for its expert, on average.
+        hit_rate: Fraction of prompts whose expert was in memory.
+        added: Mean time in milliseconds that a prompt waits for its expert.
     """
 
     hit_rate: float
@@ -29,14 +29,14 @@ class Simulated:
 
 
 def simulate(workload: Workload, policy: Policy, *, room: int, prompts: int, load_ms: float) -> Simulated:
-    """Serve a workload with the real cache and the real policy; only the experts are not read.
+    """Serve a workload with the real cache and the real policy; only the reading of experts is left out.
 
     Args:
-        workload: Which experts are called for.
-        policy: A fresh one.
-        room: Experts that fit.
-        prompts: How many; the first half warms up.
-        load_ms: What reading one expert takes.
+        workload: Gives the prompts and their experts.
+        policy: A fresh policy, without history.
+        room: Number of experts that fit into the cache.
+        prompts: Number of prompts; the first half warms the cache.
+        load_ms: Time in milliseconds to read one expert.
     """
     shelf = Shelf(lambda _: _ONE, room * _SIZE, policy)
     warm_hits = warm_misses = 0

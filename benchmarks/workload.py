@@ -1,4 +1,4 @@
-"""Streams of prompts for a cache to serve: which expert each calls for, and what is known of it."""
+"""Simulated prompts for the cache of experts: the expert that each prompt needs, and its context."""
 
 from __future__ import annotations
 
@@ -12,20 +12,19 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """Prompts that call for one of many experts, few of them for most.
+    """Prompts that each need one of many experts; a few experts serve most prompts.
 
-    Experts belong to topics; a prompt's context is its topic's direction with noise. Within a topic and among topics
-    popularity follows Zipf's law. Where it drifts, the topics' popularity is dealt anew, one pair of topics changing
-    places after every ``drift`` prompts.
+    Each expert belongs to a topic. A prompt's context is its topic's direction plus noise. Popularity follows Zipf's
+    law, within a topic and among topics. Two random topics exchange their popularity every ``drift`` prompts.
 
     Attributes:
-        experts: How many there are.
-        topics: Of how many topics.
-        exponent: Of Zipf's law; 0 is uniform.
-        drift: Prompts between two changes; ``None`` for none.
-        width: Numbers in a context.
-        noise: Standard deviation of a context's entries around its topic's, which are of size one.
-        seed: Of everything random.
+        experts: Number of experts.
+        topics: Number of topics.
+        exponent: Exponent of Zipf's law; 0 is uniform.
+        drift: Prompts between two changes of popularity; ``None`` for a constant popularity.
+        width: Size of a context.
+        noise: Standard deviation of a context's entries; those of a topic's direction have standard deviation one.
+        seed: Seed of all random numbers.
     """
 
     experts: int = 1000
@@ -37,7 +36,7 @@ class Workload:
     seed: int = 0
 
     def prompts(self, count: int) -> Iterator[tuple[str, Float[Tensor, " D"]]]:
-        """That many prompts: the expert that each calls for, and its context."""
+        """Yield ``count`` prompts: the name of the expert that each needs, and its context."""
         chance = torch.Generator().manual_seed(self.seed)
         direction_ZD = torch.randn(self.topics, self.width, generator=chance)
         place = torch.randperm(self.topics, generator=chance)

@@ -1,4 +1,4 @@
-"""Simulated workloads: what policies are judged by."""
+"""The simulated workloads that benchmarks/paging.py compares cache policies on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections import Counter
 import pytest
 import torch
 
-from spectr.paging import Lfu, Lru, Workload, simulate
+from simulate import simulate
+from spectr.paging import Lfu, Lru
+from workload import Workload
 
 
 def test_a_workload_is_the_same_each_time():
