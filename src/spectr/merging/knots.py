@@ -11,7 +11,7 @@ import torch
 from spectr.errors import MergeError
 from spectr.merging.lowrank import LowRank
 from spectr.merging.method import Site, check_settings, ones
-from spectr.merging.ties import elect_and_mean, trim
+from spectr.merging.ties import ties_of
 from spectr.spectral import align
 
 _ROUNDING = 1e-6  # entries below this share of the largest singular value are rounding of float32
@@ -58,8 +58,5 @@ class Knots:
         # SVD would have signs, and count in the mean.
         parts = [(U.mT @ delta.B) @ delta.A for delta in deltas]
         parts = [part * (part.abs() > _ROUNDING * S[0]) for part in parts]
-        if self.inner == "ties":
-            merged = elect_and_mean([trim(part, self.density) for part in parts])
-        else:
-            merged = torch.stack(parts).mean(0)
+        merged = ties_of(parts, self.density) if self.inner == "ties" else torch.stack(parts).mean(0)
         return LowRank(U, self.scale * merged)
