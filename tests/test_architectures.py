@@ -240,6 +240,7 @@ FAMILY = [
     Seqr(),
     Spectr(top_k=2, combine="ties:density=0.5"),
     Spectr(top_k=2, combine="dare-ties"),
+    Spectr(top_k=2, combine="knots"),
 ]
 
 

@@ -154,7 +154,9 @@ def test_dare_inside_the_routing_is_the_dropped_factor(tmp_path):
     assert torch.equal(alone.layer.stack().parts()["b"].B, parts["b"].B)
 
 
-@pytest.mark.parametrize("combine", ["ties", "dare", "dare-ties", "ties:density=0.4", "dare-ties:density=0.9,trim=0.4"])
+@pytest.mark.parametrize(
+    "combine", ["ties", "dare", "dare-ties", "knots", "ties:density=0.4", "dare-ties:density=0.9,trim=0.4"]
+)
 @pytest.mark.parametrize("router", [Spectr, Arrow, Lag], ids=lambda kind: kind.__name__)
 def test_combinations_go_with_every_router_that_selects(tmp_path, combine, router):
     model, ids = tiny_llama(), tokens()

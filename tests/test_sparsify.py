@@ -5,7 +5,9 @@ import torch
 from peft.utils import merge_utils as peft
 
 from spectr.combine import COMBINATIONS, get_combination
+from spectr.composed.settings import Settings
 from spectr.errors import CompositionError
+from spectr.routers.settings import combination_of
 from spectr.spectral.sparsify import drop, elect_and_mean, trim
 
 
@@ -103,6 +105,20 @@ def test_numbers_without_names_keep_their_meaning_and_warn(old, new):
     named = get_combination(new)
     assert combination.density == named.density
     assert getattr(combination.merge, "keywords", None) == getattr(named.merge, "keywords", None)
+
+
+def test_a_saved_model_with_a_number_without_a_name_loads_as_it_was():
+    saved = {
+        "quant_method": "spectr",
+        "version": 1,
+        "library": "x",
+        "router": {"name": "spectr", "combine": "dare:0.9"},
+    }
+    with pytest.warns(FutureWarning, match="write 'dare:density=0.1'"):
+        router = Settings.of(saved).make_router()
+    with pytest.warns(FutureWarning, match="write 'dare:density=0.1'"):
+        combination = get_combination(combination_of(router))
+    assert combination == get_combination("dare:density=0.1")
 
 
 @pytest.mark.parametrize("name", COMBINATIONS)

@@ -150,7 +150,8 @@ class Routing:
         str | None,
         typer.Option(
             help="Choose how the chosen experts become one: outputs (their mean output), factors (as in the paper's "
-            "tables), ties, dare or dare-ties. ties:density=0.5 keeps half of the entries, dare:density=0.1 a tenth.",
+            "tables), ties, dare, dare-ties or knots. ties:density=0.5 keeps half of the entries, dare:density=0.1 "
+            "a tenth.",
             rich_help_panel=_PANEL,
         ),
     ] = None

@@ -1,6 +1,6 @@
 """From weights to the update of a module's output: how the chosen experts are put together.
 
-By name: ``outputs``, ``factors``, ``ties``, ``dare``, ``dare-ties``; with options after a colon, as in
+By name: ``outputs``, ``factors``, ``ties``, ``dare``, ``dare-ties``, ``knots``; with options after a colon, as in
 ``ties:density=0.5``. An option is a share of entries, what is kept.
 """
 
@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from spectr.combine.base import Combination
 from spectr.combine.factors import factors, merge_factors
+from spectr.combine.knots import knots, merge_knots
 from spectr.combine.options import parse, warn_of_numbers
 from spectr.combine.outputs import dare, merge_outputs, outputs
 from spectr.combine.ties import dare_ties, merge_ties, ties
@@ -23,6 +24,7 @@ COMBINATIONS: dict[str, Callable[..., Combination]] = {
     "ties": ties,
     "dare": dare,
     "dare-ties": dare_ties,
+    "knots": knots,
 }
 
 
@@ -54,6 +56,7 @@ __all__ = [
     "Combination",
     "get_combination",
     "merge_factors",
+    "merge_knots",
     "merge_outputs",
     "merge_ties",
 ]

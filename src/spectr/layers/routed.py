@@ -46,6 +46,8 @@ class RoutedLinear(nn.Module):
     prototypes_EI: Tensor | None
     centers_P: Tensor | None
     mix_PR: Tensor | None
+    C_QP: Tensor | None
+    U_OQ: Tensor | None
     held: Held | None = None
     fusable: Fusable | None = None
     prior_B1E: Tensor | None = None
@@ -58,10 +60,12 @@ class RoutedLinear(nn.Module):
         self.base = base
         self.router = router
         self.select = selection_of(router)
-        self.combine = get_combination(combination_of(router)).merge
+        combination = get_combination(combination_of(router))
+        self.combine, self.prepare = combination.merge, combination.prepare
         self.sums = self.combine is merge_outputs
         self.shortlists = isinstance(router, ShortlistRouter)
-        for name in ("A_PI", "B_OP", "owner_P", "member_EP", "rows_ER", "prototypes_EI", "centers_P", "mix_PR"):
+        stacked = ("A_PI", "B_OP", "owner_P", "member_EP", "rows_ER", "prototypes_EI", "centers_P", "mix_PR")
+        for name in (*stacked, "C_QP", "U_OQ"):
             self.register_buffer(name, None, persistent=False)
         self.fill(stack)
         take_names_of_base(self)
@@ -102,6 +106,7 @@ class RoutedLinear(nn.Module):
         rows_ER = torch.arange(len(owner_P)).view(len(self.experts), -1) if self.gathers else None
         self.rows_ER = None if rows_ER is None else rows_ER.to(stack.A_PI.device)
         self.prototypes_EI, self.centers_P, self.mix_PR = stack.prototypes_EI, stack.centers_P, stack.mix_PR
+        self.C_QP, self.U_OQ = (None, None) if self.prepare is None else self.prepare(stack)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which look at their own factors."""
@@ -196,7 +201,7 @@ class RoutedLinear(nn.Module):
             return _add(out, gathered_sum(h_TP, index_TK, weights_TK, B_OP, tensors["rows_ER"]))  # pyright: ignore
         weights_TE = self._weights(scores_TE)
         if not self.sums:
-            return _add(out, self.combine(h_TP, weights_TE, B_OP, self.owner_P))
+            return _add(out, self._combined(h_TP, weights_TE, B_OP if self.C_QP is None else self.C_QP, self.owner_P))
         if self.shortlists:
             return _add(out, grouped_outputs(h_TP, weights_TE, self.B_OP, self.ranks))
         return self._add_masked(out, weighted(h_TP, weights_TE, self.common_rank, tensors["member_EP"]), B_OP)  # pyright: ignore
@@ -269,7 +274,12 @@ class RoutedLinear(nn.Module):
         if self.sums:
             return self._add_masked(out, h_TP * _by_row(held.weights_B1P, x), held.B_OP)
         weights_TE = _by_row(held.weights_B1E, x).expand(*h_TP.shape[:-1], -1)
-        return _add(out, self.combine(h_TP, weights_TE, held.B_OP, held.owner_P))
+        return _add(out, self._combined(h_TP, weights_TE, held.B_OP, held.owner_P))
+
+    def _combined(self, h_TP: Tensor, weights_TE: Tensor, B_OP: Tensor, owner_P: Tensor) -> Float[Tensor, "*T O"]:
+        """What the combination makes of output factors, or of what it prepared of these."""
+        prepared = () if self.U_OQ is None else (self.U_OQ,)
+        return self.combine(h_TP, weights_TE, B_OP, owner_P, *prepared)
 
     def _add_masked(self, out: Tensor, weighted_TP: Tensor, B_OP: Tensor) -> Float[Tensor, "*T O"]:
         if out.dtype != B_OP.dtype or out.device != B_OP.device:
@@ -297,7 +307,7 @@ class RoutedLinear(nn.Module):
         weights_B1E = weights_BE[:, None, taken_E].to(self.A_PI.device)
         self.held = Held(
             A_PI=self.A_PI[rows_P] if self.mix_PR is None else self.mix_PR[rows_P] @ self.A_PI,
-            B_OP=self.B_OP.mT[rows_P].mT,  # an expert's rows lie together
+            B_OP=(self.B_OP if self.C_QP is None else self.C_QP).mT[rows_P].mT,  # an expert's rows lie together
             owner_P=owner_P,
             weights_B1E=weights_B1E,
             weights_B1P=weights_B1E[..., owner_P].to(self.A_PI.dtype).contiguous(),

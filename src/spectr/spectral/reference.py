@@ -121,6 +121,13 @@ def merge_ties(deltas: list[Tensor], weights: list[float], x: Tensor, density: f
     return _ties([delta @ x for delta in deltas], weights, density)
 
 
+def merge_knots(deltas: list[Tensor], weights: list[float], x: Tensor, density: float) -> Tensor:
+    """TIES of the coordinates in the left singular vectors of all experts' dense updates side by side."""
+    U, S, _ = torch.linalg.svd(torch.cat(deltas, dim=1), full_matrices=False)
+    U = U[:, 1e-6 * S[0] < S]
+    return U @ _ties([U.T @ (delta @ x) for delta in deltas], weights, density)
+
+
 def _ties(updates: list[Tensor], weights: list[float], density: float) -> Tensor:
     size = len(updates[0])
     kept = max(1, math.floor(density * size))
