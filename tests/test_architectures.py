@@ -235,7 +235,13 @@ def test_composing_leaves_the_weights_of_the_base_alone(libraries):
         assert all(torch.equal(after[key], before[key]) for key in before)
 
 
-FAMILY = [Lag(shortlist=2, top_k=1), Seqr(), Spectr(top_k=2, combine="ties:0.5"), Spectr(top_k=2, combine="dare-ties")]
+FAMILY = [
+    Lag(shortlist=2, top_k=1),
+    Seqr(),
+    Spectr(top_k=2, combine="ties:density=0.5"),
+    Spectr(top_k=2, combine="dare-ties"),
+    Spectr(top_k=2, combine="knots"),
+]
 
 
 @pytest.mark.parametrize("router", FAMILY, ids=str)

@@ -82,8 +82,10 @@ def test_routers_that_read_other_parts_of_a_prompt_are_refused():
 
 def test_routers_whose_combinations_differ_are_refused():
     with pytest.raises(CompositionError) as error:
-        routers_of(several("spectr", {"name": "calibrated", "combine": "dare:0.5"}))
-    assert_says(error.value, given=("'outputs'", "'dare:0.5'"), expected="one combination", do="leave --combine out")
+        routers_of(several("spectr", {"name": "calibrated", "combine": "dare:density=0.5"}))
+    assert_says(
+        error.value, given=("'outputs'", "'dare:density=0.5'"), expected="one combination", do="leave --combine out"
+    )
 
 
 def test_a_combination_that_needs_whole_outputs_is_refused():

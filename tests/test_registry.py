@@ -23,7 +23,9 @@ from spectr import (
 from spectr.errors import CompositionError
 from spectr.routers import Router, get_router, registry, router_names
 
-UNKNOWN_COMBINATION = "unknown combination combine='sum'\n  to do: known: dare, dare-ties, factors, outputs, ties"
+UNKNOWN_COMBINATION = (
+    "unknown combination combine='sum'\n  to do: known: dare, dare-ties, factors, knots, outputs, ties"
+)
 
 BY_NAME = {
     "arrow": Arrow(),

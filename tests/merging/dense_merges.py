@@ -62,8 +62,8 @@ def slow_elect(deltas: list[Tensor]) -> Tensor:
     """Entry by entry: which sign has the larger sum, and the mean of the entries of that sign."""
     merged = []
     for entries in zip(*(delta.flatten().tolist() for delta in deltas), strict=True):
-        positive = sum(entries) >= 0
-        agreeing = [entry for entry in entries if entry != 0 and (entry > 0) == positive]
+        total = sum(entries)
+        agreeing = [entry for entry in entries if entry * total > 0]
         merged.append(sum(agreeing) / len(agreeing) if agreeing else 0.0)
     return torch.tensor(merged, dtype=torch.float64).reshape(deltas[0].shape)
 

@@ -35,9 +35,8 @@ from spectr.merging import (
     merged_modules,
     method_names,
 )
-from spectr.merging.dare import drop
 from spectr.merging.lowrank import cut_dense, cut_factors
-from spectr.merging.ties import elect_and_mean, trim
+from spectr.spectral.sparsify import drop
 
 NAMES = ("amber", "blue", "cyan")
 WEIGHTS = (1.0, 0.5, -0.75)
@@ -156,35 +155,6 @@ def test_updates_that_are_zero_merge_to_zero(method):
 def test_experts_alike_merge_to_what_they_are(method):
     delta = low_rank(3, 12, 10, 0)
     close(dense(method.merge([delta] * 3, Site("m", NAMES))), delta.dense(), 1e-5)
-
-
-def test_opposed_entries_leave_the_larger_one():
-    a, b, c = torch.tensor([[3.0, -1.0, 0.0]]), torch.tensor([[-1.0, -3.0, 0.0]]), torch.tensor([[1.0, 0.0, 0.0]])
-    assert elect_and_mean([a, b, c]).tolist() == [[2.0, -2.0, 0.0]]
-
-
-def test_trimming_keeps_the_largest_entries_and_at_least_one():
-    delta = torch.tensor([[1.0, -5.0], [3.0, 2.0]])
-    assert trim(delta, 0.5).tolist() == [[0.0, -5.0], [3.0, 0.0]]
-    assert trim(delta, 0.01).tolist() == [[0.0, -5.0], [0.0, 0.0]]
-    assert trim(delta, 1.0) is delta
-
-
-def test_a_mask_depends_on_seed_expert_and_module_alone():
-    ones = torch.ones(200, 100)
-
-    def mask(seed=0, expert="a", module="m"):
-        return drop(ones, 0.2, seed=seed, expert=expert, module=module)
-
-    before = torch.random.get_rng_state()
-    first = mask()
-    assert torch.equal(first, mask())
-    assert torch.equal(before, torch.random.get_rng_state())
-    assert set(first.unique().tolist()) == {0.0, 5.0}
-    assert float((first > 0).float().mean()) == pytest.approx(0.2, abs=0.02)
-    for other in (mask(seed=1), mask(expert="b"), mask(module="n")):
-        # two independent masks of density 0.2 share a fifth of what each keeps
-        assert float((other[first > 0] > 0).float().mean()) == pytest.approx(0.2, abs=0.03)
 
 
 def test_the_companions_do_not_change_what_dare_leaves_of_an_expert(experts):

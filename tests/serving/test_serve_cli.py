@@ -77,6 +77,7 @@ def test_several_routers_are_told_listed_and_answer(start):
         (("-r", "spectr", "-r", "arrow", "-r", "spectr"), "--router spectr twice"),
         (("-r", "auto", "-r", "spectr"), "--router spectr twice"),
         (("-r", "spectr", "-r", "calibrated"), "not calibrated"),
+        (("-r", "spectr", "--combine", "knots"), "answers would depend on all experts of the server"),
         (("-r", "uniform", "-r", "arrow", "-k", "2"), "router 'uniform' does not take these options: top_k"),
     ],
 )

@@ -149,8 +149,9 @@ class Routing:
     combine: Annotated[
         str | None,
         typer.Option(
-            help="How the chosen are put together: outputs (their mean output), factors (as in the paper's tables), "
-            "ties, dare or dare-ties (ties:0.5 keeps half of the entries, dare:0.9 drops nine tenths).",
+            help="Choose how the chosen experts become one: outputs (their mean output), factors (as in the paper's "
+            "tables), ties, dare, dare-ties or knots. ties:density=0.5 keeps half of the entries, dare:density=0.1 "
+            "a tenth.",
             rich_help_panel=_PANEL,
         ),
     ] = None

@@ -1,77 +1,62 @@
 """From weights to the update of a module's output: how the chosen experts are put together.
 
-A combination is a function ``(h_TP, weights_TE, B_OP, owner_P) -> delta_TO`` with ``h = A x`` of all experts, and the
-share of an expert's output factor that is dropped when it is prepared. By name: ``outputs``, ``factors``, ``ties``,
-``dare``, ``dare-ties``; after a colon what is adjustable, ``ties:0.5`` or ``dare-ties:0.5:0.9``.
+By name: ``outputs``, ``factors``, ``ties``, ``dare``, ``dare-ties``, ``knots``; with options after a colon, as in
+``ties:density=0.5``. An option is a share of entries, what is kept.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from functools import partial
-from typing import NamedTuple
 
-from torch import Tensor
-
-from spectr.combine.dare import drop
-from spectr.combine.factors import merge_factors
-from spectr.combine.outputs import merge_outputs
-from spectr.combine.ties import merge_ties
+from spectr.combine.base import Combination
+from spectr.combine.factors import factors, merge_factors
+from spectr.combine.knots import knots, merge_knots
+from spectr.combine.options import parse, warn_of_numbers
+from spectr.combine.outputs import dare, merge_outputs, outputs
+from spectr.combine.ties import dare_ties, merge_ties, ties
 from spectr.errors import CompositionError, did_you_mean
 
 NEEDS_EQUAL_RANKS = frozenset({"factors"})
-_DENSITY, _RATE = 0.2, 0.5
-_ARGUMENTS = {"outputs": (), "factors": (), "ties": (_DENSITY,), "dare": (_RATE,), "dare-ties": (_DENSITY, _RATE)}
-_DENSITIES, _RATES = "DENSITY, what is kept, above 0 and at most 1", "RATE, what is dropped, from 0 to below 1"
-_MEANING = {
-    "ties": f"ties:{_DENSITIES}",
-    "dare": f"dare:{_RATES}",
-    "dare-ties": f"dare-ties:DENSITY:RATE; {_DENSITIES}; {_RATES}",
+COMBINATIONS: dict[str, Callable[..., Combination]] = {
+    "outputs": outputs,
+    "factors": factors,
+    "ties": ties,
+    "dare": dare,
+    "dare-ties": dare_ties,
+    "knots": knots,
 }
-COMBINATIONS = tuple(_ARGUMENTS)
 
 
-class Combination(NamedTuple):
-    """How the chosen experts are put together; ``drop_rate`` of the output factors goes beforehand."""
-
-    merge: Callable[..., Tensor]
-    drop_rate: float = 0.0
-
-
-def get_combination(name: str) -> Combination:
-    """A combination by name.
+def get_combination(text: str) -> Combination:
+    """A combination by its name and options, as in ``"dare:density=0.1"``.
 
     Raises:
-        CompositionError: The name is unknown, or a number after it is out of range.
+        CompositionError: The name or an option is unknown, or an option is out of range.
     """
-    kind, *numbers = name.split(":")
-    if kind not in _ARGUMENTS:
-        raise CompositionError(f"unknown combination combine={name!r}", do=did_you_mean(kind, COMBINATIONS))
-    defaults = _ARGUMENTS[kind]
+    kind = text.partition(":")[0]
+    if kind not in COMBINATIONS:
+        raise CompositionError(f"unknown combination combine={text!r}", do=did_you_mean(kind, COMBINATIONS))
+    known = tuple(inspect.signature(COMBINATIONS[kind]).parameters)
     try:
-        given = tuple(float(number) for number in numbers)
+        options = parse(text)[1]
     except ValueError:
-        given = (-1.0,)
-    values = (*given, *defaults[len(given) :])
-    density = values[0] if "ties" in kind else 1.0
-    rate = values[-1] if "dare" in kind else 0.0
-    if len(values) > len(defaults) or not (0 < density <= 1 and 0 <= rate < 1):
-        raise CompositionError(
-            f"combine={name!r}",
-            expected=_MEANING.get(kind, f"no number after {kind}"),
-        )
-    if "ties" in kind:
-        return Combination(partial(merge_ties, density=density), rate)
-    return Combination(merge_factors if kind == "factors" else merge_outputs, rate)
+        options = {"": 0.0}
+    if not (options.keys() <= set(known) and all(0 < share <= 1 for share in options.values())):
+        spelled = f"{kind}:{','.join(f'{option}=SHARE' for option in known)}"
+        shares = f"{spelled}, a SHARE that is kept, above 0 and at most 1"
+        raise CompositionError(f"combine={text!r}", expected=shares if known else f"no options after {kind}")
+    warn_of_numbers(text, kind, options)
+    return COMBINATIONS[kind](**options)
 
 
 __all__ = [
     "COMBINATIONS",
     "NEEDS_EQUAL_RANKS",
     "Combination",
-    "drop",
     "get_combination",
     "merge_factors",
+    "merge_knots",
     "merge_outputs",
     "merge_ties",
 ]

@@ -6,6 +6,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import linear
 
+from spectr.combine.base import Combination
+
+
+def factors() -> Combination:
+    """The merged output factor applied to the merged ``A x``."""
+    return Combination(merge_factors)
+
 
 def merge_factors(
     h_TP: Float[Tensor, "*T P"],

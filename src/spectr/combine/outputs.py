@@ -1,10 +1,28 @@
-"""The weighted mean of the chosen experts' outputs."""
+"""The weighted mean of the chosen experts' outputs. Also after DARE."""
 
 from __future__ import annotations
 
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import linear
+
+from spectr.combine.base import Combination
+
+
+def outputs() -> Combination:
+    """The weighted mean of the chosen experts' outputs."""
+    return Combination(merge_outputs)
+
+
+def dare(*, density: float = 0.5) -> Combination:
+    """The same, where a random share ``density`` of each output factor's entries is kept and the rest is zero.
+
+    Entries are dropped once, when an expert is prepared, and the others enlarged to make up for it. The mean over masks
+    is the expert itself, for any token.
+
+    Source: DARE (Yu et al., 2024), on the factor that SpectR's section 3.3 merges.
+    """
+    return Combination(merge_outputs, density)
 
 
 def merge_outputs(

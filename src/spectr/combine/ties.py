@@ -1,13 +1,28 @@
-"""TIES across the chosen experts: trim what each adds, elect signs, average what agrees."""
+"""TIES across the chosen experts: trim what each adds, elect signs, average what agrees. Also after DARE."""
 
 from __future__ import annotations
 
-import math
+from functools import partial
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import linear
+
+from spectr.combine.base import Combination
+from spectr.spectral.sparsify import elect_and_mean, trim
+
+
+def ties(*, density: float = 0.2) -> Combination:
+    """TIES of what the chosen experts add to a token; ``density`` is the share of entries that is kept."""
+    return Combination(partial(merge_ties, density=density))
+
+
+def dare_ties(*, density: float = 0.5, trim: float = 1.0) -> Combination:
+    """DARE with ``density``, then TIES that keeps the share ``trim``: by default the dropping replaces the trimming.
+
+    Source: DARE (Yu et al., 2024) with TIES-Merging (Yadav et al., 2023).
+    """
+    return Combination(partial(merge_ties, density=trim), density)
 
 
 def merge_ties(
@@ -34,24 +49,12 @@ def merge_ties(
     Source: TIES-Merging (Yadav et al., 2023), applied as SpectR's section 3.3 allows, to what each expert adds to a
     token instead of to its weights: merging weights anew for each token would form them in full.
     """
-    kept = max(1, math.ceil(density * len(B_OP)))
-    votes_TO = merged_TO = total_TO = None
-    parts = []
+    weights_TE = weights_TE.float()
+    updates, weights = [], []
     for expert in range(weights_TE.shape[-1]):
         columns = (owner_P == expert).nonzero().squeeze(1)
         y_TO = linear(h_TP[..., columns], B_OP[:, columns]).float()
-        floor_T1 = y_TO.abs().topk(kept, dim=-1).values[..., -1:]
-        weight_T1 = weights_TE[..., expert, None].float()
-        trimmed_TO = torch.where(y_TO.abs() >= floor_T1, y_TO, 0) * weight_T1
-        parts.append((trimmed_TO, weight_T1))
-        votes_TO = trimmed_TO if votes_TO is None else votes_TO + trimmed_TO
-    assert votes_TO is not None
-    elected_TO = votes_TO.sign()
-    for trimmed_TO, weight_T1 in parts:
-        agrees_TO = (trimmed_TO.sign() == elected_TO) & (trimmed_TO != 0)
-        part_TO, share_TO = torch.where(agrees_TO, trimmed_TO, 0), torch.where(agrees_TO, weight_T1, 0)
-        merged_TO = part_TO if merged_TO is None else merged_TO + part_TO
-        total_TO = share_TO if total_TO is None else total_TO + share_TO
-    assert merged_TO is not None
-    assert total_TO is not None
-    return (merged_TO / torch.where(total_TO > 0, total_TO, 1)).to(h_TP.dtype)
+        weight_T1 = weights_TE[..., expert, None]
+        updates.append(trim(y_TO, density) * weight_T1)
+        weights.append(weight_T1)
+    return elect_and_mean(updates, weights).to(h_TP.dtype)

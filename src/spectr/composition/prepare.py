@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from spectr.adapters import Expert, Factors, has_gates, read_gates
-from spectr.combine import drop, get_combination
+from spectr.combine import get_combination
 from spectr.errors import CompositionError
 from spectr.library import Calibration, ExpertLibrary
 from spectr.routers.base import Router
 from spectr.routers.settings import combination_of
 from spectr.routers.shortlist import Shortlist
 from spectr.spectral import Aligned, Prepared, Rotation, align
+from spectr.spectral.sparsify import drop
 
 Gates = Mapping[str, Mapping[str, Tensor]]
 
@@ -76,9 +77,9 @@ def _prepared(
     part = router.prepare(aligned)
     if getattr(router, "shares_A", False):
         part = part.rooted(pair.A.float(), pair.B.float() * pair.scale)
-    rate = get_combination(combination_of(router)).drop_rate
-    if rate:
-        part = part._replace(B=drop(part.B, rate, f"{module}/{name}"))
+    density = get_combination(combination_of(router)).density
+    if density < 1:
+        part = part._replace(B=drop(part.B, density, seed=0, expert=name, module=module))
     if calibration is not None:
         part = part.calibrated(*calibration.of(name, module))
     if gates is not None:

@@ -39,6 +39,8 @@ class Factors(NamedTuple):
         prototypes_EI: One vector an expert, where scores come from those.
         centers_P: Subtracted from ``A x`` before it is scored.
         mix_PR: Makes the experts' input factors of a shared one.
+        C_QP: What the combination made of the output factors, in their place.
+        U_OQ: And what it needs with that.
         plan: What kernels know of them; ``None``: torch computes.
     """
 
@@ -53,6 +55,8 @@ class Factors(NamedTuple):
     prototypes_EI: Float[Tensor, "E I"] | None = None
     centers_P: Float[Tensor, " P"] | None = None
     mix_PR: Float[Tensor, "P Q"] | None = None
+    C_QP: Float[Tensor, "Q P"] | None = None
+    U_OQ: Float[Tensor, "O Q"] | None = None
     plan: KernelPlan | None = None
 
 

@@ -24,7 +24,7 @@ from spectr.routers.settings import combination_of, selection_of
 from spectr.selection import TopK
 from spectr.spectral import Stack
 
-_BUFFERS = ("A_PI", "B_OP", "owner_P", "member_EP", "rows_ER", "prototypes_EI", "centers_P", "mix_PR")
+_BUFFERS = ("A_PI", "B_OP", "owner_P", "member_EP", "rows_ER", "prototypes_EI", "centers_P", "mix_PR", "C_QP", "U_OQ")
 
 
 class RoutedLinear(nn.Module):
@@ -54,6 +54,8 @@ class RoutedLinear(nn.Module):
     prototypes_EI: Tensor | None
     centers_P: Tensor | None
     mix_PR: Tensor | None
+    C_QP: Tensor | None
+    U_OQ: Tensor | None
     call: LayerCall
 
     def __init__(self, base: nn.Module, stack: Stack | None, router: Router, *, decided: bool | None = None):
@@ -61,7 +63,8 @@ class RoutedLinear(nn.Module):
         self.base = base
         self.router = router
         self.select = selection_of(router)
-        self.combine = get_combination(combination_of(router)).merge
+        self.combination = get_combination(combination_of(router))
+        self.combine = self.combination.merge
         self.sums = self.combine is merge_outputs
         self.shortlists = isinstance(router, ShortlistRouter)
         self.decided = decides_for_prompts(router) if decided is None else decided
@@ -91,7 +94,10 @@ class RoutedLinear(nn.Module):
         rows_ER = None
         if self.sums and not self.shortlists and gathering_pays(self.select, count, stack.common_rank):
             rows_ER = torch.arange(len(owner_P)).view(count, -1).to(device)
+        C_QP, U_OQ = (None, None) if self.combination.prepare is None else self.combination.prepare(stack)
         return Factors(
+            C_QP=C_QP,
+            U_OQ=U_OQ,
             experts=stack.experts,
             ranks=stack.ranks,
             common_rank=stack.common_rank,
@@ -126,6 +132,8 @@ class RoutedLinear(nn.Module):
             common_rank=ranks[0] if len(set(ranks)) == 1 else None,
             A_PI=held.A_PI[rows] if held.mix_PR is None else held.mix_PR[rows] @ held.A_PI,
             B_OP=held.B_OP.mT[rows].mT,
+            C_QP=None if held.C_QP is None else held.C_QP[:, rows],
+            U_OQ=held.U_OQ,
             owner_P=owner_P,
             member_EP=torch.nn.functional.one_hot(owner_P, len(places)).mT.to(held.A_PI),
         )
@@ -342,7 +350,7 @@ class RoutedLinear(nn.Module):
             return _add(out, gathered_sum(h_TP, index_TK, weights_TK, B_OP, factors.rows_ER))
         weights_TE = self._weights(scores_TE, x, call)
         if not self.sums:
-            return _add(out, self.combine(h_TP, weights_TE, B_OP, factors.owner_P))
+            return _add(out, self._combined(h_TP, weights_TE, factors))
         if self.shortlists:
             return _add(out, grouped_outputs(h_TP, weights_TE, B_OP, factors.ranks))
         return self._add_masked(out, weighted(h_TP, weights_TE, factors.common_rank, factors.member_EP), B_OP)
@@ -385,7 +393,13 @@ class RoutedLinear(nn.Module):
         if self.sums:
             return self._add_masked(out, h_TP * spread(fixed.weights_BTP, x), factors.B_OP)
         weights_TE = spread(fixed.weights_BTE, x).expand(*h_TP.shape[:-1], -1)
-        return _add(out, self.combine(h_TP, weights_TE, factors.B_OP, factors.owner_P))
+        return _add(out, self._combined(h_TP, weights_TE, factors))
+
+    def _combined(self, h_TP: Tensor, weights_TE: Tensor, factors: Factors) -> Float[Tensor, "*T O"]:
+        """What the combination makes of output factors, or of what it prepared of these."""
+        if factors.C_QP is None:
+            return self.combine(h_TP, weights_TE, factors.B_OP, factors.owner_P)
+        return self.combine(h_TP, weights_TE, factors.C_QP, factors.owner_P, factors.U_OQ)
 
     def _add_masked(self, out: Tensor, weighted_TP: Tensor, B_OP: Tensor) -> Float[Tensor, "*T O"]:
         if out.dtype != B_OP.dtype or out.device != B_OP.device:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,23 +12,7 @@ from torch import Tensor
 
 from spectr.merging.lowrank import LowRank
 from spectr.merging.method import Site, check_settings, ones, shares
-from spectr.merging.ties import elect_and_mean
-
-
-def drop(delta: Float[Tensor, "M N"], density: float, *, seed: int, expert: str, module: str) -> Float[Tensor, "M N"]:
-    """Each entry stays with probability ``density`` and is divided by it, else it is zero: the same on average.
-
-    Args:
-        delta: Any matrix.
-        density: ``1 - p`` with the paper's drop rate ``p``; above 0, at most 1.
-        seed: Of the mask, which depends on seed, expert and module alone: never on the other experts.
-        expert: Its name.
-        module: Its name.
-    """
-    digest = hashlib.sha256("\0".join((str(seed), expert, module)).encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    mask = torch.rand(delta.shape, generator=generator) < density
-    return delta * mask / density
+from spectr.spectral.sparsify import drop, elect_and_mean
 
 
 def _dropped(deltas: Sequence[LowRank], site: Site, density: float, seed: int) -> list[Tensor]:

@@ -11,10 +11,8 @@ import torch
 from spectr.errors import MergeError
 from spectr.merging.lowrank import LowRank
 from spectr.merging.method import Site, check_settings, ones
-from spectr.merging.ties import elect_and_mean, trim
-from spectr.spectral import align
-
-_ROUNDING = 1e-6  # entries below this share of the largest singular value are rounding of float32
+from spectr.merging.ties import ties_of
+from spectr.spectral.basis import left_basis, without_rounding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,16 +48,10 @@ class Knots:
 
     def merge(self, deltas: Sequence[LowRank], site: Site) -> LowRank:
         """See :class:`spectr.merging.Method`."""
-        U, S, _ = align(torch.block_diag(*(delta.A for delta in deltas)), LowRank.joined(deltas).B, 1.0)
-        U = U[:, S > 0]  # the density is a share of what there is, however many ranks the factors have
+        U, S = left_basis((delta.A, delta.B) for delta in deltas)
         if not U.shape[1]:
             return LowRank.zero(U.shape[0], deltas[0].A.shape[1])
-        # S V_t^T = U^T delta_t, in which an expert that leaves the module alone is zero to the bit: the rounding of an
-        # SVD would have signs, and count in the mean.
-        parts = [(U.mT @ delta.B) @ delta.A for delta in deltas]
-        parts = [part * (part.abs() > _ROUNDING * S[0]) for part in parts]
-        if self.inner == "ties":
-            merged = elect_and_mean([trim(part, self.density) for part in parts])
-        else:
-            merged = torch.stack(parts).mean(0)
+        # S V_t^T = U^T delta_t, in which an expert that leaves the module alone is zero to the bit.
+        parts = [without_rounding((U.mT @ delta.B) @ delta.A, S[0]) for delta in deltas]
+        merged = ties_of(parts, self.density) if self.inner == "ties" else torch.stack(parts).mean(0)
         return LowRank(U, self.scale * merged)

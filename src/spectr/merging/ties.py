@@ -6,46 +6,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from spectr.merging.lowrank import LowRank
 from spectr.merging.method import Site, check_settings, ones
+from spectr.spectral.sparsify import elect_and_mean, trim
 
 
-def trim(delta: Float[Tensor, "M N"], density: float) -> Float[Tensor, "M N"]:
-    """The ``density`` of the entries that are largest in magnitude, at least one of them; the others zero.
-
-    Entries as large as the smallest of those that stay do so too.
-
-    Args:
-        delta: Any matrix.
-        density: Share of the entries, above 0, at most 1.
-    """
-    if density == 1:
-        return delta
-    sizes = delta.abs()
-    cut = sizes.numel() - max(1, int(density * sizes.numel()))
-    return delta * (sizes >= sizes.reshape(-1).kthvalue(cut + 1).values)
-
-
-def elect_and_mean(deltas: Sequence[Float[Tensor, "M N"]]) -> Float[Tensor, "M N"]:
-    """For each entry the mean of those that have the sign of the entries' sum; zeros do not count.
-
-    A sum of exactly zero counts as positive.
+def ties_of(deltas: Sequence[Float[Tensor, "M N"]], density: float) -> Float[Tensor, "M N"]:
+    """TIES of matrices of one shape: each trimmed as a whole, signs elected, the mean of the entries that agree.
 
     Args:
-        deltas: Matrices of one shape, at least one.
+        deltas: At least one.
+        density: Share of each one's entries that stay.
     """
-    total = sum(deltas[1:], start=deltas[0])
-    elected = torch.where(total < 0, -1.0, 1.0)
-    merged, agreeing = torch.zeros_like(elected), torch.zeros_like(elected)
-    for delta in deltas:
-        agrees = delta.sign() == elected
-        merged += delta * agrees
-        agreeing += agrees
-    return merged / agreeing.clamp(min=1)
+    merged = elect_and_mean([trim(delta.flatten(), density) for delta in deltas])
+    return merged.view_as(deltas[0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,4 +52,4 @@ class Ties:
 
     def merge(self, deltas: Sequence[LowRank], site: Site) -> Float[Tensor, "O I"]:
         """See :class:`spectr.merging.Method`."""
-        return self.scale * elect_and_mean([trim(delta.dense(), self.density) for delta in deltas])
+        return self.scale * ties_of([delta.dense() for delta in deltas], self.density)

@@ -21,7 +21,7 @@ class Arrow:
         top_k: Experts for each token and module.
         weights: ``"softmax"`` of the chosen scores, or ``"uniform"``.
         temperature: Of the softmax.
-        combine: ``"outputs"`` or ``"factors"``.
+        combine: ``"outputs"``, or another of :data:`spectr.combine.COMBINATIONS`.
 
     Source: Arrow (Ostapenko et al., 2024); SpectR eq. 4 and 5.
     """

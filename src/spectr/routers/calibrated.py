@@ -37,7 +37,7 @@ class Calibrated:
         certainty_weight: How much more a one-sided vote counts; 0 counts all alike.
         prior_strength: 0 is ``level="token"``; the larger, the more the prompt decides.
         probe_tokens: Tokens of a prompt that are read for the decision at most.
-        combine: ``"outputs"`` or ``"factors"``.
+        combine: ``"outputs"``, or another of :data:`spectr.combine.COMBINATIONS`.
 
     Source: ours; see docs/routers.md.
     """

@@ -24,6 +24,11 @@ def combination_of(router: Router) -> str:
     return getattr(router, "combine", "outputs")
 
 
+def depends_on_residents(router: Router) -> bool:
+    """Whether what a token gets depends on experts in memory that were not chosen, as with the combination knots."""
+    return get_combination(combination_of(router)).prepare is not None
+
+
 def residents(router: Router, experts: Sequence[str]) -> tuple[str, ...]:
     """Those of a library's experts that the model has to hold: all, or what the router's own ``resident`` says.
 

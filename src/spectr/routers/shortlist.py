@@ -12,6 +12,7 @@ from torch import Tensor
 from spectr.errors import CompositionError
 from spectr.routers.base import PromptRouter, Router
 from spectr.routers.calibrated import Calibrated, soft_vote, vote_bounds
+from spectr.routers.settings import depends_on_residents
 from spectr.spectral import Aligned, Prepared
 
 
@@ -77,6 +78,12 @@ class Shortlist:
                 f"local={self.local!r} does not decide for each token among those it is given",
                 expected="a router for each token, such as Spectr(top_k=4), or Calibrated(level='prior')",
                 do="for one expert a prompt: Shortlist(size=1)",
+            )
+        if depends_on_residents(self.local):
+            raise CompositionError(
+                f"local={self.local!r} merges by all experts in memory, which change with the prompts of a batch",
+                expected="another combination than 'knots'",
+                do="leave combine out, or use a router that holds all experts",
             )
         if 1 < self.size < getattr(self.local, "top_k", 1):
             raise CompositionError(

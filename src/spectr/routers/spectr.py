@@ -24,7 +24,8 @@ class Spectr:
         top_k: Experts for each token and module.
         weights: ``"uniform"`` (``1 / k``) or ``"softmax"`` of the chosen scores.
         temperature: Of the softmax.
-        combine: ``"outputs"`` (eq. 13) or ``"factors"`` (eq. 10 to 12, the paper's experiments).
+        combine: ``"outputs"`` (eq. 13), ``"factors"`` (eq. 10 to 12, the paper's experiments), or another of
+            :data:`spectr.combine.COMBINATIONS`.
 
     Source: SpectR (Fleshman and Van Durme, 2025), eq. 2 to 13.
     """

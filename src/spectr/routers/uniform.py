@@ -17,7 +17,7 @@ class Uniform:
     """All experts that adapt a module, each with weight ``1 / E``.
 
     Attributes:
-        combine: ``"outputs"`` or ``"factors"``.
+        combine: ``"outputs"``, or another of :data:`spectr.combine.COMBINATIONS`.
 
     Source: mu-routing (Ostapenko et al., 2024).
     """

@@ -11,6 +11,7 @@ from pathlib import Path
 from spectr.errors import SpectrError
 from spectr.library import ExpertLibrary
 from spectr.routers import Router
+from spectr.routers.settings import combination_of, depends_on_residents
 from spectr.serving.policy import Policy, read_policy
 
 _BACKLOG = 2048  # connections that wait until they are taken, as uvicorn has it
@@ -73,9 +74,18 @@ class Settings:
         """Everything that can be checked before a model is loaded, but for the socket.
 
         Raises:
-            SpectrError: See :meth:`policy`; or the composed model has the base model's name.
+            SpectrError: See :meth:`policy`; or the composed model has the base model's name, or an answer would depend
+                on experts that its request may not use.
         """
         self.policy()
+        for name, router in self.routers.items():
+            if depends_on_residents(router):
+                raise SpectrError(
+                    f"router '{name}' with combine='{combination_of(router)}': answers would depend on all experts "
+                    "of the server, also on those that a request may not use",
+                    expected="a combination of the chosen experts alone",
+                    do="leave --combine out, or --combine ties",
+                )
         if self.served == self.base_name:
             raise SpectrError(
                 f"'{self.served}' is the base model's own name", do="serve under another name: --served-name"

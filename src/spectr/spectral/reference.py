@@ -118,14 +118,24 @@ def merge_factors(A: list[Tensor], B: list[Tensor], weights: list[float], x: Ten
 
 def merge_ties(deltas: list[Tensor], weights: list[float], x: Tensor, density: float) -> Tensor:
     """TIES of what each expert with a weight adds to one token, entry by entry."""
-    updates = [delta @ x for delta in deltas]
+    return _ties([delta @ x for delta in deltas], weights, density)
+
+
+def merge_knots(deltas: list[Tensor], weights: list[float], x: Tensor, density: float) -> Tensor:
+    """TIES of the coordinates in the left singular vectors of all experts' dense updates side by side."""
+    U, S, _ = torch.linalg.svd(torch.cat(deltas, dim=1), full_matrices=False)
+    U = U[:, 1e-6 * S[0] < S]
+    return U @ _ties([U.T @ (delta @ x) for delta in deltas], weights, density)
+
+
+def _ties(updates: list[Tensor], weights: list[float], density: float) -> Tensor:
     size = len(updates[0])
-    kept = max(1, math.ceil(density * size))
+    kept = max(1, math.floor(density * size))
     trimmed = []
     for update in updates:
         largest = sorted(range(size), key=lambda i, u=update: -abs(float(u[i])))[:kept]
         trimmed.append([float(update[i]) if i in largest else 0.0 for i in range(size)])
-    out = torch.zeros(size, dtype=x.dtype)
+    out = torch.zeros_like(updates[0])
     for i in range(size):
         votes = [(weight * update[i], weight) for update, weight in zip(trimmed, weights, strict=True)]
         total = sum(vote for vote, _ in votes)

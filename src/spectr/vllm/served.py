@@ -160,7 +160,8 @@ def served(router: Router) -> Router:
     merge = get_combination(combination_of(router)).merge
     if merge not in (merge_outputs, merge_factors):
         raise CompositionError(
-            f"combine={combination_of(router)!r} cannot run inside vLLM", expected="'outputs', 'factors' or 'dare:RATE'"
+            f"combine={combination_of(router)!r} cannot run inside vLLM",
+            expected="'outputs', 'factors' or 'dare:density=SHARE'",
         )
     return router
 

@@ -1,0 +1,27 @@
+"""What a combination is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from spectr.spectral import Stack
+
+
+class Combination(NamedTuple):
+    """How the chosen experts' updates become one.
+
+    Attributes:
+        merge: ``(h_TP, weights_TE, B_OP, owner_P) -> delta_TO``, pure, with ``h = A x`` of all experts.
+        density: Share of the entries of an expert's output factor that stay when it is prepared; see
+            :func:`spectr.spectral.sparsify.drop`.
+        prepare: Makes, of the stack of all experts of a module, what ``merge`` gets in place of ``B_OP`` and one more
+            tensor for it. It runs when the layer gets its experts, and a token's result then depends on experts that
+            were not chosen too. ``None``: ``merge`` gets ``B_OP``.
+    """
+
+    merge: Callable[..., Tensor]
+    density: float = 1.0
+    prepare: Callable[[Stack], tuple[Tensor, Tensor]] | None = None

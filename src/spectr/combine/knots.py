@@ -1,0 +1,65 @@
+"""KnOTS among the chosen experts: TIES in the coordinates of a basis that all experts of the module share."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import linear
+
+from spectr.combine.base import Combination
+from spectr.combine.ties import merge_ties
+from spectr.spectral import Stack
+from spectr.spectral.basis import left_basis, without_rounding
+
+
+def knots(*, density: float = 1.0) -> Combination:
+    """TIES of the coordinates of what the chosen experts add; ``density`` is the share of coordinates that is kept."""
+    return Combination(partial(merge_knots, density=density), prepare=coordinates)
+
+
+@torch.no_grad()
+def coordinates(stack: Stack) -> tuple[Float[Tensor, "Q P"], Float[Tensor, "O Q"]]:
+    """``U^T B_t`` of every expert, and the basis ``U`` of ``[delta_1 ... delta_E] = U S [V_1^T ... V_E^T]``.
+
+    Args:
+        stack: All experts of a module; another expert makes another basis.
+    """
+    parts = stack.parts().values()
+    U_OQ, _ = left_basis((part.A, part.B) for part in parts)
+    C_QP = torch.cat([without_rounding(U_OQ.mT @ part.B.float(), part.B.float().norm(dim=0)) for part in parts], dim=1)
+    return C_QP.to(stack.B_OP.dtype), U_OQ.to(stack.B_OP.dtype)
+
+
+def merge_knots(
+    h_TP: Float[Tensor, "*T P"],
+    weights_TE: Float[Tensor, "*T E"],
+    C_QP: Float[Tensor, "Q P"],
+    owner_P: Int[Tensor, " P"],
+    U_OQ: Float[Tensor, "O Q"],
+    *,
+    density: float = 1.0,
+) -> Float[Tensor, "*T O"]:
+    """``U * ties(c_t)`` with the coordinates ``c_t = U^T delta_t x = (U^T B_t) h_t`` of what each expert adds.
+
+    :func:`spectr.combine.merge_ties` of the vectors ``c_t`` in place of the outputs ``y_t = U c_t``: each keeps its
+    largest coordinates, each coordinate elects a sign, and the weighted mean takes the coordinates that agree.
+
+    ``spectr merge --method knots`` takes TIES of the matrices ``S V_t^T`` themselves. Here each is applied to the token
+    first, ``c_t = (S V_t^T) x``, and TIES is taken of the result. The basis there is that of the merged experts with
+    their weights. Here it is that of all experts of the module with weight 1, so that it is made once and not for each
+    choice. Signs of the columns of ``U`` make no difference.
+
+    Args:
+        h_TP: ``A x`` of every expert.
+        weights_TE: Weight of every expert, zero where it is not chosen.
+        C_QP: Coordinates of their output factors, ``U^T B_t``.
+        owner_P: Which expert a column of ``C_QP`` belongs to.
+        U_OQ: The basis.
+        density: Share of coordinates that is kept, above 0 and at most 1.
+
+    Source: KnOTS (Stoica et al., 2024), section 4, with TIES-Merging (Yadav et al., 2023).
+    """
+    return linear(merge_ties(h_TP, weights_TE, C_QP, owner_P, density=density), U_OQ)

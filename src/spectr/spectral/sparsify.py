@@ -1,0 +1,78 @@
+"""TIES and DARE, for merges before anything runs and for merges at each token alike.
+
+Both make updates sparse. TIES keeps the largest entries (:func:`trim`) and lets the updates elect a sign for each entry
+(:func:`elect_and_mean`). DARE keeps entries at random (:func:`drop`). A share of entries is always the ``density``:
+what is kept. ``N`` is the axis of entries here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def trim(x_TN: Float[Tensor, "*T N"], density: float) -> Float[Tensor, "*T N"]:
+    """Each row with its ``k = max(1, floor(density * N))`` entries of largest magnitude; the others are zero.
+
+    Entries as large as the smallest that is kept are kept too, so that the result does not depend on their order.
+
+    Args:
+        x_TN: Updates, one in a row.
+        density: Share of the entries, above 0, at most 1.
+
+    Source: TIES-Merging (Yadav et al., 2023), section 4, "Trim", and Algorithm 1. It does not say how the number of
+    entries is rounded. PEFT and mergekit round down.
+    """
+    entries = x_TN.shape[-1]
+    kept = max(1, int(density * entries))
+    if kept >= entries:
+        return x_TN
+    size_TN = x_TN.abs()
+    smallest_T1 = size_TN.kthvalue(entries - kept + 1, dim=-1, keepdim=True).values
+    return x_TN * (size_TN >= smallest_T1)
+
+
+def elect_and_mean(
+    updates: Sequence[Float[Tensor, "*T N"]], weights: Sequence[Float[Tensor, "*T 1"]] | None = None
+) -> Float[Tensor, "*T N"]:
+    """For each entry ``e = sgn(sum_t u_t)``, and the mean of those ``u_t`` whose sign is ``e``.
+
+    Entries that are zero do not count. Where the sum is exactly zero no sign is elected, and the result is zero: the
+    sign of zero is zero, no entry has it, and a merge of the negated updates stays the negated merge.
+
+    Args:
+        updates: Updates of one shape, at least one, multiplied by their weights.
+        weights: The divisor of the mean is the sum of the weights that agree. ``None``: it is their number.
+
+    Source: TIES-Merging (Yadav et al., 2023), section 4, "Elect" and "Disjoint Merge", and Algorithm 1.
+    """
+    elected_TN = sum(updates[1:], start=updates[0]).sign()
+    merged_TN, total_TN = torch.zeros_like(elected_TN), torch.zeros_like(elected_TN)
+    for number, update_TN in enumerate(updates):
+        agrees_TN = update_TN * elected_TN > 0
+        merged_TN = merged_TN + update_TN * agrees_TN
+        total_TN = total_TN + (agrees_TN if weights is None else weights[number] * agrees_TN)
+    return merged_TN / torch.where(total_TN > 0, total_TN, 1)
+
+
+def drop(x_MN: Float[Tensor, "M N"], density: float, *, seed: int, expert: str, module: str) -> Float[Tensor, "M N"]:
+    """Each entry divided by ``density`` with that probability, else zero: ``x`` on average.
+
+    Args:
+        x_MN: Any matrix.
+        density: ``1 - p`` with the paper's drop rate ``p``; above 0, at most 1.
+        seed: The mask depends on seed, expert and module alone, never on the other experts.
+        expert: Its name.
+        module: Its name.
+
+    Source: DARE (Yu et al., 2024), "drop and rescale": drop with probability ``p``, multiply the rest by
+    ``1 / (1 - p)``.
+    """
+    digest = hashlib.sha256("\0".join((str(seed), expert, module)).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    mask_MN = torch.rand(x_MN.shape, generator=generator) < density
+    return x_MN * mask_MN.to(x_MN.device) / density
