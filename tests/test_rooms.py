@@ -1,0 +1,99 @@
+"""The rooms of the package: each imports only from those before it, and no two modules import each other.
+
+Imports inside functions count. Those under ``TYPE_CHECKING`` do not: nothing runs by them.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import spectr
+
+ROOT = Path(spectr.__file__).parent
+ROOMS = (
+    ("errors", "saving", "hashing", "flops"),
+    ("spectral",),
+    ("adapters",),
+    ("library",),
+    ("selection", "combine", "routers"),
+    ("layers",),
+    ("models",),
+    ("prompts",),
+    ("paging",),
+    ("composition",),
+    ("composed",),
+    ("tasks", "guidance", "calibration", "indexing"),
+    ("vllm", "serving"),
+    ("merging", "extraction", "training", "evaluation", "plots", "benchmark", "demo", "shipped"),
+    ("cli", "__main__"),
+)
+PLACE = {name: number for number, room in enumerate(ROOMS) for name in room}
+
+
+def imports(path: Path) -> list[tuple[str, int]]:
+    """Modules of the package that a file imports, with the line."""
+    found = []
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "spectr":
+            for name in node.names:
+                whole = f"{node.module}.{name.name}"
+                found.append((whole if is_module(whole) else node.module, node.lineno))
+        elif isinstance(node, ast.Import):
+            found.extend((name.name, node.lineno) for name in node.names if name.name.startswith("spectr."))
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")))
+    return found
+
+
+def is_module(name: str) -> bool:
+    place = ROOT.parent.joinpath(*name.split("."))
+    return place.with_suffix(".py").is_file() or (place / "__init__.py").is_file()
+
+
+def files() -> list[Path]:
+    return [path for path in sorted(ROOT.rglob("*.py")) if path != ROOT / "__init__.py"]
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def test_every_module_has_a_room():
+    assert {path.relative_to(ROOT).with_suffix("").parts[0] for path in files()} == set(PLACE)
+
+
+def test_each_room_imports_only_from_those_before_it():
+    upward = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in files()
+        for name, line in imports(path)
+        if name != "spectr" and PLACE[name.split(".")[1]] > PLACE[path.relative_to(ROOT).with_suffix("").parts[0]]
+    ]
+    assert not upward, "\n".join(upward)
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """A package's ``__init__`` stands for the modules that it names, and is left out."""
+    graph = {
+        module_of(path): {name for name, _ in imports(path) if not (ROOT.parent.joinpath(*name.split("."))).is_dir()}
+        for path in files()
+        if path.name != "__init__.py"
+    }
+    done: set[str] = set()
+
+    def follow(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " -> ".join((*above[above.index(name) :], name))
+        if name not in done:
+            for other in sorted(graph.get(name, ())):
+                follow(other, (*above, name))
+            done.add(name)
+
+    for name in sorted(graph):
+        follow(name, ())
