@@ -174,7 +174,7 @@ def by_near_ones(readers: Readers, first: Interval, ids: Tensor, size: int) -> I
 
 def interval(known: CertainProbe, voters, ids: Tensor, *, exact: bool = False) -> Interval:
     """What is known by these voters, less what is usual by the prototypes in full."""
-    reader = CertainProbe(probe_by(known, voters), Certainty())
+    reader = CertainProbe(probe_by(known, voters), known.router, Certainty())
     reader._usual = known._usual
     return reader._less_usual(reader._read((), {"input_ids": ids}, exact=exact))
 

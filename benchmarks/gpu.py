@@ -27,7 +27,7 @@ from spectr.benchmark.measure import Timing, Work, measure
 from spectr.benchmark.report import limit
 from spectr.benchmark.subjects import BASE, OURS, ours
 from spectr.layers import RoutedLinear
-from spectr.spectral import Prepared, Stack
+from spectr.spectral import Share, Stack
 
 SHAPES: dict[str, dict[str, Any]] = {
     "smollm2-135m": {
@@ -142,7 +142,7 @@ def layers(shape: str, experts: int, rank: int, top_k: int, dtype: torch.dtype) 
     narrow, wide = SHAPES[shape]["hidden_size"], SHAPES[shape]["intermediate_size"]
     placed = torch.device("cuda"), dtype
     parts = {
-        f"expert-{number:03}": Prepared(torch.randn(rank, narrow), torch.randn(wide, rank)).to(*placed)
+        f"expert-{number:03}": Share(torch.randn(rank, narrow), torch.randn(wide, rank)).to(*placed)
         for number in range(experts)
     }
     layer = RoutedLinear(

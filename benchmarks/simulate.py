@@ -8,10 +8,10 @@ import torch
 
 from spectr.paging.policies import Policy
 from spectr.paging.shelf import Shares, Shelf
-from spectr.spectral import Prepared
+from spectr.spectral import Share
 from workload import Workload
 
-_ONE: Shares = {"": Prepared(torch.zeros(1, 1), torch.zeros(0, 1))}  # an expert of four bytes
+_ONE: Shares = {"": Share(torch.zeros(1, 1), torch.zeros(0, 1))}  # an expert of four bytes
 _SIZE = 4
 
 

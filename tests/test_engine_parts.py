@@ -12,9 +12,8 @@ from composed_parts import session_of, several
 from models import random_factors
 from spectr.errors import CompositionError
 from spectr.layers import RoutedLinear
-from spectr.routers.settings import selection_of
 from spectr.selection import Everyone, TopK
-from spectr.spectral import Stack, align
+from spectr.spectral import AlignedExpert, SideData, Stack
 from spectr.vllm import EXPERTS, ROUTE_ID, ROUTING
 from spectr.vllm.hearing import Row
 from spectr.vllm.layer import _kept
@@ -95,16 +94,20 @@ def test_weights_are_those_of_a_library_of_the_allowed_alone(select):
 
 @pytest.mark.parametrize("name", ["spectr", "calibrated-token", "arrow", "uniform", "seqr", "phatgoose"])
 def test_a_token_that_may_use_one_expert_gives_it_all_weight_whoever_routes(name):
-    select = selection_of(served(spectr.get_router(name)))
+    select = served(spectr.get_router(name)).selection
     scores_TE = torch.randn(5, 5, generator=torch.Generator().manual_seed(1)) * 30
     assert torch.equal(weights_among(select, scores_TE, torch.eye(5).bool()), torch.eye(5))
 
 
-def stack_of(router, ranks, seed, inputs=12, outputs=10):
+def plain_side(name):
+    return SideData(torch.zeros(12), 1.0, torch.ones(12))
+
+
+def stack_of(router, ranks, seed, inputs=12, outputs=10, side=plain_side):
     parts = {}
     for number, (name, rank) in enumerate(ranks.items()):
         A, B = random_factors(rank, inputs, outputs, 10 * seed + number)
-        parts[name] = router.prepare(align(A, B, 2.0))
+        parts[name] = router.init_expert(AlignedExpert.of(A, B, 2.0), side(name))
     return Stack.of(parts)
 
 
@@ -170,10 +173,8 @@ def test_by_the_factors_of_one_router_each_of_its_kin_scores_and_chooses_as_by_i
     def stacks(router, removed=()):
         found = []
         for seed in range(2):
-            parts = stack_of(router, named, seed).parts()
-            if isinstance(router, spectr.Calibrated):
-                mean = torch.randn(12, generator=torch.Generator().manual_seed(seed))
-                parts = {name: part.calibrated(mean, 2.0 + len(name)) for name, part in parts.items()}
+            mean = torch.randn(12, generator=torch.Generator().manual_seed(seed))
+            parts = stack_of(router, named, seed, side=lambda name, m=mean: SideData(m, 2.0 + len(name))).parts()
             found.append(Stack.of({n: _kept(part, n in removed) for n, part in parts.items()}))
         return found
 

@@ -17,7 +17,7 @@ from spectr import Calibrated, Spectr
 from spectr.flops import count_flops
 from spectr.layers import RoutedLinear
 from spectr.layers.kernels import cpu, cpu_kernels
-from spectr.spectral import Prepared, Stack
+from spectr.spectral import Share, Stack
 
 INPUTS, OUTPUTS = 24, 20
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -34,7 +34,7 @@ class OtherLinear(nn.Linear):
 def layer_of(router, experts, rank, dtype, seed, *, centers=False, inputs=INPUTS, base=nn.Linear):
     chance = torch.Generator().manual_seed(seed)
     parts = {
-        f"e{number:02}": Prepared(
+        f"e{number:02}": Share(
             torch.randn(rank, inputs, generator=chance),
             torch.randn(OUTPUTS, rank, generator=chance),
             center=torch.randn(rank, generator=chance) if centers else None,

@@ -15,7 +15,7 @@ from spectr.layers.outputs import gathering_pays
 from spectr.layers.routed import RoutedLinear
 from spectr.routers import Spectr, Uniform
 from spectr.selection import Everyone, TopK
-from spectr.spectral import Prepared, Stack
+from spectr.spectral import Share, Stack
 
 INPUTS, OUTPUTS = 12, 10
 
@@ -23,7 +23,7 @@ INPUTS, OUTPUTS = 12, 10
 def routed(ranks, top_k, weights="softmax", dtype=torch.float32, base=None):
     chance = torch.Generator().manual_seed(len(ranks) * 100 + top_k)
     parts = {
-        f"e{i:02}": Prepared(
+        f"e{i:02}": Share(
             torch.randn(r, INPUTS, generator=chance).to(dtype), torch.randn(OUTPUTS, r, generator=chance).to(dtype)
         )
         for i, r in enumerate(ranks)

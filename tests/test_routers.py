@@ -31,7 +31,6 @@ from spectr import (
     compose,
 )
 from spectr.routers import Router
-from spectr.routers.settings import combination_of
 from spectr.spectral import reference
 
 INPUTS, OUTPUTS, EXPERTS, TOKENS = 24, 16, 5, 12
@@ -124,7 +123,7 @@ def test_a_routed_layer_equals_the_reference_token_by_token(tmp_path, router, ra
     for t, x in enumerate(x_TI.double()):
         scores = [score(router, delta, x, ranks[name]) for delta, name in zip(deltas, names, strict=True)]
         weights = weigh(router, scores)
-        if combination_of(router) == "factors":
+        if router.combine == "factors":
             update = reference.merge_factors([A for A, _ in factors], [B for _, B in factors], weights, x)
         else:
             update = reference.merge_outputs(deltas, weights, x)
@@ -167,13 +166,13 @@ def test_in_half_precision_a_routed_layer_equals_the_reference_on_its_rounded_fa
         )
         weights = weigh(router, scores)
         ordered = sorted(scores, reverse=True)
-        k = getattr(router, "top_k", len(scores))
+        k = router.selection.k or len(scores)
         if k < len(scores) and ordered[k - 1] - ordered[k] < 2 * eps * size:
             continue  # rounding may choose either
         compared += 1
         wobble = 2 * eps * size  # of a weight, by the rounding of scores, at temperature 1
         torch.testing.assert_close(decision.weights_TE[t].double(), torch.tensor(weights).double(), rtol=0, atol=wobble)
-        if combination_of(router) == "factors":
+        if router.combine == "factors":
             update = reference.merge_factors([p.A for p in parts], [p.B for p in parts], weights, x)
         else:
             update = reference.merge_outputs([p.B @ p.A for p in parts], weights, x)

@@ -7,7 +7,6 @@ from peft.utils import merge_utils as peft
 from spectr.combine import COMBINATIONS, get_combination
 from spectr.composed.settings import Settings
 from spectr.errors import CompositionError
-from spectr.routers.settings import combination_of
 from spectr.spectral.sparsify import drop, elect_and_mean, trim
 
 
@@ -117,7 +116,7 @@ def test_a_saved_model_with_a_number_without_a_name_loads_as_it_was():
     with pytest.warns(FutureWarning, match="write 'dare:density=0.1'"):
         router = Settings.of(saved).make_router()
     with pytest.warns(FutureWarning, match="write 'dare:density=0.1'"):
-        combination = get_combination(combination_of(router))
+        combination = router.combination
     assert combination == get_combination("dare:density=0.1")
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models import random_factors
-from spectr.spectral import Prepared, Stack, align, reference
+from spectr.spectral import Share, Stack, align, reference
 
 EPS = torch.finfo(torch.float32).eps
 SHAPES = st.fixed_dictionaries(
@@ -180,7 +180,7 @@ def stack_of(ranks):
     parts = {}
     for seed, (name, rank) in enumerate(ranks.items()):
         A, B = random_factors(rank, 6, 5, seed)
-        parts[name] = Prepared(A, B, A[0], A[:, 1].clone())
+        parts[name] = Share(A, B, A[0], A[:, 1].clone())
     return parts, Stack.of(parts)
 
 
@@ -203,19 +203,3 @@ def test_parts_of_a_stack_are_what_it_was_made_of():
     for name, part in stack.parts().items():
         for mine, given_part in zip(part, parts[name], strict=True):
             assert (mine is None and given_part is None) or torch.equal(mine, given_part)
-
-
-def test_only_keeps_the_named_experts_and_none_for_nobody():
-    parts, stack = stack_of({"zoo": 2, "ant": 3, "bee": 1})
-    small = stack.only(["bee", "zoo", "unheard of"])
-    assert small.experts == ("bee", "zoo")
-    assert torch.equal(small.A_PI, torch.cat([parts["bee"].A, parts["zoo"].A]))
-    assert stack.only(["unheard of"]) is None
-
-
-def test_a_stack_moves_all_of_its_tensors():
-    _, stack = stack_of({"zoo": 2, "ant": 3})
-    moved = stack.to(torch.device("cpu"), torch.bfloat16)
-    tensors = (moved.A_PI, moved.B_OP, moved.prototypes_EI, moved.centers_P)
-    assert {tensor.dtype for tensor in tensors} == {torch.bfloat16}
-    assert torch.equal(moved.B_OP, stack.B_OP.bfloat16())

@@ -8,7 +8,6 @@ import torch
 from models import build, greedy, logits, peft_adapter, peft_library, tiny_llama, tokens
 from spectr import Arrow, ExpertLibrary, RoutedLinear, Spectr, Uniform, compose, trace
 from spectr.errors import CompositionError
-from spectr.routers.settings import selection_of
 
 RANKS = {"dogs": 4, "ants": 2, "cats": 8}
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"
@@ -66,7 +65,7 @@ def test_scores_and_weights_are_those_that_are_computed(library, router, name):
     else:
         scores = torch.ones(2, 6, 3)
     torch.testing.assert_close(record[name].scores, scores, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(record[name].weights, selection_of(router)(scores), rtol=0, atol=1e-5)
+    torch.testing.assert_close(record[name].weights, router.selection(scores), rtol=0, atol=1e-5)
     assert record[name].experts == layer.experts == ("ants", "cats", "dogs")
 
 

@@ -17,11 +17,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from spectr.adapters import Expert
 from spectr.calibration import read_inputs
-from spectr.composition import needed_calibration
 from spectr.errors import SpectrError
 from spectr.layers.plan import make_plan
 from spectr.library import Calibration, ExpertLibrary
 from spectr.library.index import INDEX_FOLDER, IndexedModule, IndexEntry
+from spectr.library.needs import CALIBRATED
 from spectr.routers import Spectr
 from spectr.spectral import Rotation, align, rotate
 
@@ -64,7 +64,9 @@ def build_index(
     if not missing:
         return library
     make_plan(model, list(missing.values()), Spectr(top_k=1))
-    known = needed_calibration(library, list(missing.values()))
+    CALIBRATED.check(library, list(missing))
+    known = library.calibration
+    assert known is not None
     modules = sorted({module for expert in missing.values() for module in expert.shapes})
     inputs: dict[str, Float[Tensor, "T I"]] = {}
 

@@ -17,7 +17,14 @@ Weighting = Literal["uniform", "softmax"]
 
 @runtime_checkable
 class Selection(Protocol):
-    """Turns a token's scores into weights; where an expert is not taken its weight is zero."""
+    """Turns a token's scores into weights; where an expert is not taken its weight is zero.
+
+    Attributes:
+        k: How many are taken; ``None`` for all.
+    """
+
+    @property
+    def k(self) -> int | None: ...  # noqa: D102
 
     def __call__(self, scores_TE: Float[Tensor, "*T E"]) -> Float[Tensor, "*T E"]:
         """Weights of the same shape as the float32 scores, summing to one over the experts."""
@@ -27,6 +34,11 @@ class Selection(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class Everyone:
     """All experts that adapt the module, each with weight ``1 / E`` (mu-routing)."""
+
+    @property
+    def k(self) -> None:
+        """See :class:`Selection`."""
+        return None
 
     def __call__(self, scores_TE: Float[Tensor, "*T E"]) -> Float[Tensor, "*T E"]:
         """See :class:`Selection`."""

@@ -7,7 +7,7 @@ import torch
 
 from spectr.errors import CompositionError, LibraryError
 from spectr.paging import Lfu, Lru, Polar, Shelf, get_policy
-from spectr.spectral import Prepared
+from spectr.spectral import Share
 
 SIZE = 4 * (2 * 3 + 5 * 2)  # bytes of one expert
 
@@ -15,7 +15,7 @@ SIZE = 4 * (2 * 3 + 5 * 2)  # bytes of one expert
 def share(name):
     if name == "broken":
         raise LibraryError("broken")
-    return {"layer": Prepared(torch.full((2, 3), float(ord(name[0]))), torch.zeros(5, 2))}
+    return {"layer": Share(torch.full((2, 3), float(ord(name[0]))), torch.zeros(5, 2))}
 
 
 def shelf(room, policy=None):

@@ -74,7 +74,7 @@ def benchmark(
         MissingExtraError: A peer's package is not installed.
     """
     make = [get_peer(name) for name in peers]
-    top_k = min(getattr(router, "top_k", len(library)), len(library))
+    top_k = min(router.selection.k or len(library), len(library))
     routed = ours(model, library, router, guide)
     subjects = [Subject(name=BASE, model=model), routed, *(peer(model, library, top_k) for peer in make)]
     works = [Work(prompt=prompt, batch=batch, steps=steps) for batch in batches]

@@ -128,6 +128,6 @@ def benchmark(
 
 def _goes_by_measures(router: Router) -> bool:
     """Whether a router needs what was measured or trained of each expert."""
-    from spectr.routers import Shortlist
+    from spectr.library.needs import SIDE_DATA, Indexed
 
-    return isinstance(router, Shortlist) or any(getattr(router, kind, False) for kind in ("calibrated", "gated"))
+    return any(need in SIDE_DATA or isinstance(need, Indexed) for need in router.needs)

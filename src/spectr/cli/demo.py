@@ -32,7 +32,7 @@ def demo(
 
     shown = demonstrate(base, tokenizer, library, router, list(shipped_tasks().values()), allow=routing.allow, say=say)
     palette = tints(library.names)
-    table = Table(title=f"{name}, top {getattr(router, 'top_k', len(library))}, {len(library)} experts", expand=True)
+    table = Table(title=f"{name}, top {router.selection.k or len(library)}, {len(library)} experts", expand=True)
     for column, ratio in (("task", 2), ("right answer", 3), ("base model", 5), ("routed model", 5), ("at work", 4)):
         table.add_column(column, ratio=ratio, overflow="fold")
     for row in shown:

@@ -189,9 +189,7 @@ class Routing:
 
         Without ``top_k`` the router takes at most as many experts as there are.
         """
-        from spectr.composition import needed_calibration, needed_descriptions, needed_gates, needed_index
-        from spectr.routers import GuidedRouter, Shortlist
-        from spectr.routers.settings import residents
+        from spectr.routers import GuidedRouter, check_needs, residents
 
         library = self._opened_library()
         if self.expert and self.router != "oracle":
@@ -206,19 +204,12 @@ class Routing:
                 do="-r oracle -e NAME",
             )
         router = self._router(self.router_name(library))
-        if self.top_k is None and getattr(router, "top_k", 0) > len(library):
+        if self.top_k is None and (router.selection.k or 0) > len(library):
             router = dataclasses.replace(router, top_k=len(library))  # pyright: ignore[reportArgumentType]
         residents(router, library.names)
         library.check(*(self.allow or []))
-        if getattr(router, "calibrated", False):
-            needed_calibration(library, [library[name] for name in self.allow or library])
-        if getattr(router, "gated", False):
-            needed_gates(library, [library[name] for name in self.allow or library])
-        if isinstance(router, Shortlist):
-            needed_index(library, self.allow or library.names, in_full=router.certain)
-        if isinstance(router, GuidedRouter):
-            needed_descriptions(library)
-        elif self.writer or self.embedder:
+        check_needs(router, library, self.allow or library.names)
+        if not isinstance(router, GuidedRouter) and (self.writer or self.embedder):
             say("--writer and --embedder make no difference: this router compares no descriptions")
         self._tell(library, router)
         return library, router
@@ -273,7 +264,7 @@ class Routing:
                 f"router: spectr, token by token, as {_some(new)} not calibrated; for the far better one: "
                 f"spectr library calibrate --library {library.origin}"
             )
-        there, k = len(self.allow or library), getattr(router, "top_k", 0)
+        there, k = len(self.allow or library), router.selection.k or 0
         if k > 1 and k >= there:
             say(f"{'all' if there > 1 else 'one'} of {there} work on every token: the router takes up to {k}")
 
@@ -302,7 +293,7 @@ class Routing:
         """The model composed with the experts that are allowed, with a progress bar."""
         from spectr.cli.guides import make_guide
         from spectr.composition import compose
-        from spectr.routers import GuidedRouter, Shortlist
+        from spectr.routers import GuidedRouter, PagedRouter
 
         guide = None
         if isinstance(router, GuidedRouter):
@@ -314,7 +305,7 @@ class Routing:
                 router,
                 progress=lambda done, total: advance(what, done, total, ""),
                 guide=guide,
-                expert_memory=int(self.expert_memory * (1 << 30)) if isinstance(router, Shortlist) else None,
+                expert_memory=int(self.expert_memory * (1 << 30)) if isinstance(router, PagedRouter) else None,
             )
             return routed.allow(self.allow) if self.allow else routed
 

@@ -46,7 +46,7 @@ def route(
     from spectr.models import encode_batch, generate_answers
     from spectr.plots.tokens import token_routing
 
-    routed = routing.compose(base, tokenizer, library, router)
+    routing.compose(base, tokenizer, library, router)
     with trace(base) as record:
         if answer_tokens:
             generate_answers(base, tokenizer, [text], max_new_tokens=answer_tokens, chat=chat)
@@ -58,7 +58,7 @@ def route(
         sys.stdout.write(json.dumps(_as_data(found, str(router))) + "\n")
     else:
         _print(found, shown)
-        if routed.prompt and routed.prompt.router.level == "prompt":
+        if router.use is not None and router.use.fixes:
             say("decided once for the whole prompt: spectr route -r spectr shows a choice for every token and layer")
     if html:
         from spectr.plots import write_page

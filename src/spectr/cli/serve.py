@@ -141,7 +141,7 @@ def _settings(
 def _routers(routings: Sequence[Routing]) -> tuple[ExpertLibrary, dict[str, Router]]:
     """The library and the routers by name; all that is wrong with them is told at once."""
     from spectr.composition.several import check_alike
-    from spectr.routers.settings import residents
+    from spectr.routers import residents
 
     routers: dict[str, Router] = {}
     problems: list[SpectrError] = []

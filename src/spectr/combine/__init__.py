@@ -17,7 +17,6 @@ from spectr.combine.outputs import dare, merge_outputs, outputs
 from spectr.combine.ties import dare_ties, merge_ties, ties
 from spectr.errors import CompositionError, did_you_mean
 
-NEEDS_EQUAL_RANKS = frozenset({"factors"})
 COMBINATIONS: dict[str, Callable[..., Combination]] = {
     "outputs": outputs,
     "factors": factors,
@@ -52,7 +51,6 @@ def get_combination(text: str) -> Combination:
 
 __all__ = [
     "COMBINATIONS",
-    "NEEDS_EQUAL_RANKS",
     "Combination",
     "get_combination",
     "merge_factors",

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from spectr.library.needs import Need
 from spectr.spectral import Stack
 
 
@@ -20,8 +21,15 @@ class Combination(NamedTuple):
         prepare: Makes, of the stack of all experts of a module, what ``merge`` gets in place of ``B_OP`` and one more
             tensor for it. It runs when the layer gets its experts, and a token's result then depends on experts that
             were not chosen too. ``None``: ``merge`` gets ``B_OP``.
+        needs: What the library has to bring.
     """
 
     merge: Callable[..., Tensor]
     density: float = 1.0
     prepare: Callable[[Stack], tuple[Tensor, Tensor]] | None = None
+    needs: tuple[Need, ...] = ()
+
+    @property
+    def depends_on_residents(self) -> bool:
+        """Whether what a token gets depends on experts in memory that were not chosen."""
+        return self.prepare is not None

@@ -7,11 +7,12 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from spectr.combine.base import Combination
+from spectr.library.needs import EqualRanks
 
 
 def factors() -> Combination:
     """The merged output factor applied to the merged ``A x``."""
-    return Combination(merge_factors)
+    return Combination(merge_factors, needs=(EqualRanks("factors"),))
 
 
 def merge_factors(

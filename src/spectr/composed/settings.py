@@ -9,8 +9,7 @@ from typing import Any
 
 from spectr.errors import CompositionError, did_you_mean
 from spectr.library import ExpertLibrary
-from spectr.routers import Router, get_router
-from spectr.routers.settings import residents
+from spectr.routers import Router, get_router, residents
 
 METHOD = "spectr"
 VERSION = 1

@@ -2,13 +2,7 @@
 
 from spectr.composition.compose import compose
 from spectr.composition.paged import Paged
-from spectr.composition.prepare import (
-    needed_calibration,
-    needed_descriptions,
-    needed_gates,
-    needed_index,
-    prepare_module,
-)
+from spectr.composition.prepare import prepare_module, side_data
 from spectr.composition.routed import Guide, Routed
 
 __all__ = [
@@ -16,9 +10,6 @@ __all__ = [
     "Paged",
     "Routed",
     "compose",
-    "needed_calibration",
-    "needed_descriptions",
-    "needed_gates",
-    "needed_index",
     "prepare_module",
+    "side_data",
 ]

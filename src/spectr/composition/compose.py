@@ -7,14 +7,14 @@ from pathlib import Path
 from torch import nn
 
 from spectr.composition.paged import Paged
-from spectr.composition.prepare import needed_descriptions
 from spectr.composition.routed import Guide, Progress, Routed
 from spectr.errors import CompositionError
 from spectr.layers.fork import Fork
 from spectr.layers.routed import RoutedLinear
 from spectr.library import ExpertLibrary
 from spectr.paging import DEFAULT_POLICY, Policy, get_policy
-from spectr.routers import GuidedRouter, Router, Shortlist, Spectr
+from spectr.routers import GuidedRouter, PagedRouter, Router, Spectr, check_needs, residents
+from spectr.routers.version1 import adapted
 
 _EXPERT_MEMORY = 1 << 30
 
@@ -60,6 +60,7 @@ def compose(
     library = library if isinstance(library, ExpertLibrary) else ExpertLibrary.open(library)
     router = Spectr(top_k=min(4, len(library))) if router is None else router
     model = getattr(model, "_orig_mod", model)  # of a compiled model: the module itself
+    router = adapted(router)
     if isinstance(router, type) or not isinstance(router, Router):
         raise CompositionError(
             f"router={router!r} is no router",
@@ -68,7 +69,7 @@ def compose(
         )
     if any(isinstance(module, (RoutedLinear, Fork)) for module in model.modules()):
         raise CompositionError("this model is composed already", do="call remove() on its handle first")
-    if isinstance(router, Shortlist):
+    if isinstance(router, PagedRouter):
         memory = _EXPERT_MEMORY if expert_memory is None else expert_memory
         return Paged(
             model, library, router, progress, expert_memory=memory, policy=policy or get_policy(DEFAULT_POLICY)
@@ -80,7 +81,7 @@ def compose(
             do="compose(model, library, spectr.Shortlist(), expert_memory=...)",
         )
     if isinstance(router, GuidedRouter):
-        needed_descriptions(library)
+        check_needs(router, library, residents(router, library.names))
         if guide is None:
             raise CompositionError(
                 f"{router} compares prompts with descriptions, and there is no guide",

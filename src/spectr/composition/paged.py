@@ -12,24 +12,24 @@ from torch import Tensor, nn
 
 from spectr.adapters import Expert, FactorShape
 from spectr.composition.factor_sets import FactorSets, Table
-from spectr.composition.prepare import heard_modules, needed_gates, needed_index, prepare_expert
+from spectr.composition.prepare import heard_modules, prepare_expert, side_data
 from spectr.composition.routed import Progress, Routed, calibration_texts
 from spectr.errors import CompositionError
 from spectr.layers.factors import Factors
 from spectr.layers.linear import placement
 from spectr.layers.plan import make_plan
-from spectr.layers.routed import RoutedLinear, fixes_weights
+from spectr.layers.routed import RoutedLinear
 from spectr.library import ExpertLibrary
 from spectr.paging import Policy, Shelf
 from spectr.prompts.bounds import CertainProbe, Certainty
 from spectr.prompts.decision import PromptDecision
 from spectr.prompts.probe import Probe, Voter
-from spectr.routers import Shortlist
-from spectr.spectral import Prepared, Prototypes, Stack
+from spectr.routers import PagedRouter, check_needs
+from spectr.spectral import Prototypes, Share
 
 
 class Paged(Routed):
-    """A handle on a model composed with a :class:`Shortlist`: as :class:`Routed`, with most experts on disk.
+    """A handle on a model composed with a :class:`spectr.Shortlist`: as :class:`Routed`, with most experts on disk.
 
     Attributes:
         shelf: The experts that are in memory.
@@ -45,13 +45,13 @@ class Paged(Routed):
         self,
         model: nn.Module,
         library: ExpertLibrary,
-        router: Shortlist,
+        router: PagedRouter,
         progress: Progress,
         *,
         expert_memory: int,
         policy: Policy,
     ):
-        self._memory, self._policy = expert_memory, policy
+        self._memory, self._policy, self._lister = expert_memory, policy, router
         self.certainty = Certainty()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="spectr-read-ahead")
         super().__init__(model, library, router, progress)
@@ -64,34 +64,33 @@ class Paged(Routed):
     def _make_layers(
         self, names: tuple[str, ...], library: ExpertLibrary, progress: Progress
     ) -> dict[str, RoutedLinear]:
-        assert isinstance(self.router, Shortlist)
-        needed_index(library, names, in_full=self.router.certain)
+        router = self._lister
+        check_needs(router, library, names)
         known = library.calibration
         assert known is not None
-        plan = make_plan(self.model, _specimens(library, names), self.router.local)
+        plan = make_plan(self.model, _specimens(library, names), router.local)
         held = self.layers
         bases = {
             module: held[module].base if module in held else self.model.get_submodule(module) for module in plan.modules
         }
         self._places = {module: placement(base, self.model) for module, base in bases.items()}
         self._check_memory(library, names)
-        heard = heard_modules(library, names, self.router)
+        heard = heard_modules(library, names, router)
         means = {module: known.means[module].to(self._places[module][0]) for module in heard}
-        self.prototypes = library.index.prototypes(names, means, self.router.bits)
+        self.prototypes = library.index.prototypes(names, means, router.bits)
         self.shelf = Shelf(lambda name: self._load(self.library[name]), self._memory, self._policy)
         fresh = {}
         for done, (module, base) in enumerate(bases.items(), start=1):
-            fresh[module] = RoutedLinear(base, None, self.router.local, decided=True)
+            fresh[module] = RoutedLinear(base, None, router.local, decided=True)
             progress(done, len(bases))
         return fresh
 
     def _check_memory(self, library: ExpertLibrary, names: tuple[str, ...]) -> None:
         """Raise :class:`CompositionError` where a shortlist has no room."""
-        assert isinstance(self.router, Shortlist)
         size = {module: dtype.itemsize for module, (_, dtype) in self._places.items()}
         layouts = library.index.alike(names)
         largest = max(sum(size[m.name] * m.rank * (m.inputs + m.outputs) for m in modules) for modules in layouts)
-        listed = min(self.router.size, len(names))
+        listed = min(self._lister.size, len(names))
         if largest * listed > self._memory:
             raise CompositionError(
                 f"expert_memory={self._memory} bytes, and {listed} on a shortlist take up to {largest} each",
@@ -99,14 +98,11 @@ class Paged(Routed):
                 do="give more memory (--expert-memory), or a shorter list (--shortlist): Shortlist(size=...)",
             )
 
-    def _load(self, expert: Expert) -> dict[str, Prepared]:
-        assert isinstance(self.router, Shortlist)
+    def _load(self, expert: Expert) -> dict[str, Share]:
         self.library.check_weights(expert)
-        local = self.router.local
-        calibration = self.library.calibration if getattr(local, "calibrated", False) else None
-        gates = needed_gates(self.library, [expert]) if getattr(local, "gated", False) else None
+        local = self._lister.local
         rotations = self.library.index[expert.name].rotations()
-        shares = prepare_expert(expert, rotations, local, calibration, gates)
+        shares = prepare_expert(expert, rotations, local, side_data(local, self.library, [expert.name]))
         return {module: share.to(*self._places[module]) for module, share in shares.items()}
 
     @property
@@ -116,22 +112,21 @@ class Paged(Routed):
 
     def reader(self, probe: Probe) -> Probe | CertainProbe:
         """See :class:`Routed`."""
-        assert isinstance(self.router, Shortlist)
-        return CertainProbe(probe, self.certainty) if self.router.certain else probe
+        return CertainProbe(probe, self._lister, self.certainty) if self._lister.certain else probe
 
     def _factors(self, layers: Sequence[RoutedLinear], names: tuple[str, ...]) -> Table:
         """Every layer's factors of some experts, from memory or from disk."""
-        shares, fixed = self.shelf.fetch(names), fixes_weights(self.router)
+        shares, router = self.shelf.fetch(names), self._lister
+        fixed = router.use is not None and router.use.fixes
         table: dict[RoutedLinear, Factors | None] = {}
         for layer in layers:
             module = self._modules[layer]
             here = {name: share[module] for name, share in shares.items() if module in share}
-            table[layer] = layer.planned(layer.factors_of(Stack.of(here)), fixed=fixed) if here else None
+            table[layer] = layer.planned(layer.factors_of(router.stack(here)), fixed=fixed) if here else None
         return table
 
     def _decision(self, entry: nn.Module, names: tuple[str, ...]) -> PromptDecision:
-        router, layers = self.router, self.layers
-        assert isinstance(router, Shortlist)
+        router, layers = self._lister, self.layers
         self._modules = {layer: module for module, layer in layers.items()}
         heard = [module for module in layers if module in self.prototypes][:: router.every]
         probe = Probe(

@@ -14,7 +14,7 @@ from spectr.prompts.bounds import BoundedVoter
 from spectr.prompts.chat_template import Opening
 from spectr.prompts.decision import Reader, entry_of
 from spectr.prompts.probe import Heard, Probe, Voter
-from spectr.routers import ProbingRouter, PromptRouter, Shortlist
+from spectr.routers import PagedRouter, ProbingRouter
 
 _KEPT = 64  # sets whose reader is kept
 
@@ -41,17 +41,16 @@ class Readers:
 
     def _make(self, names: tuple[str, ...]) -> Reader:
         routed, router = self._routed, self._routed.router
-        assert isinstance(router, PromptRouter)
         if not isinstance(router, ProbingRouter):
             assert routed.guide is not None
             return routed.guide.reader(routed.library.descriptions, names)
         voters = {module: _Some(voter, names) for module, voter in routed.voters.items()}
         known = [module for module in routed.layers if module in voters and voters[module].experts]
-        heard = known[:: getattr(router, "every", 1)]
+        heard = known[:: router.every]
         layers = {module: layer for module, layer in routed.layers.items() if module in heard}
         opening, usual = calibration_texts(routed.library.calibration)
         usual_E = None
-        if usual is not None and not isinstance(router, Shortlist):  # whose scores are too many to be kept
+        if usual is not None and not isinstance(router, PagedRouter):  # whose scores are too many to be kept
             usual_E = self._usual(router, opening, usual, names)
         some = {module: voters[module] for module in heard}
         return routed.reader(Probe(entry_of(routed.model), layers, some, router, names, opening, usual, usual_E))

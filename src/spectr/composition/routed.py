@@ -10,11 +10,11 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from spectr.composition.factor_sets import FactorSets
-from spectr.composition.prepare import needed_calibration, needed_gates, prepare_module
+from spectr.composition.prepare import prepare_module, side_data
 from spectr.errors import CompositionError
 from spectr.layers.linear import placement
 from spectr.layers.plan import make_plan
-from spectr.layers.routed import RoutedLinear, decides_for_prompts
+from spectr.layers.routed import RoutedLinear
 from spectr.layers.swap import swap_module
 from spectr.library import Calibration, ExpertLibrary
 from spectr.prompts.calls import Calls
@@ -22,9 +22,7 @@ from spectr.prompts.chat_template import Opening
 from spectr.prompts.decision import PromptDecision, Reader, entry_of
 from spectr.prompts.exclusion import Exclusion
 from spectr.prompts.probe import Probe, Voter
-from spectr.routers import ProbingRouter, PromptRouter, Router
-from spectr.routers.settings import residents
-from spectr.spectral import Stack
+from spectr.routers import ProbingRouter, PromptRouter, Router, check_needs, residents
 
 Progress = Callable[[int, int], None]
 
@@ -213,31 +211,29 @@ class Routed:
         """Routed layers for the modules that these experts adapt; nothing is changed yet."""
         experts = {name: library[name] for name in names}
         plan = make_plan(self.model, list(experts.values()), self.router)
-        calibrated = getattr(self.router, "calibrated", False)
-        calibration = needed_calibration(library, list(experts.values())) if calibrated else None
-        gates = needed_gates(library, list(experts.values())) if getattr(self.router, "gated", False) else None
-        shares_A = getattr(self.router, "shares_A", False)  # whether they do depends on all that are there
+        check_needs(self.router, library, names)
+        side = side_data(self.router, library, names)
         held = self.layers
         fresh: dict[str, RoutedLinear] = {}
         with ExitStack() as files:
             readers = {name: files.enter_context(expert.open()) for name, expert in experts.items()}
             for done, (module, users) in enumerate(plan.modules.items(), start=1):
                 layer = held.get(module)
-                known = layer.stack().parts() if layer and layer.is_as_prepared and not shares_A else {}
+                known = self.router.shares(layer.stack()) if layer and layer.is_as_prepared else {}
                 parts = {name: known[name] for name in users if name in known}
                 missing = {name: readers[name] for name in users if name not in parts}
-                parts.update(prepare_module(missing, module, self.router, calibration, gates))
+                parts.update(prepare_module(missing, module, self.router, side))
                 base = layer.base if layer else self.model.get_submodule(module)
                 device, dtype = placement(base, self.model)
                 placed = {name: part.to(device, dtype) for name, part in parts.items()}
-                fresh[module] = RoutedLinear(base, Stack.of(placed), self.router)
+                fresh[module] = RoutedLinear(base, self.router.stack(placed), self.router)
                 progress(done, len(plan.modules))
         return fresh
 
     def _decision(self, entry: nn.Module, names: tuple[str, ...]) -> PromptDecision | None:
         """How a prompt is decided on: read through the layers, or by the guide; ``None`` where tokens decide."""
         router = self.router
-        if not decides_for_prompts(router):
+        if router.use is None:
             return None
         assert isinstance(router, PromptRouter)
         layers = self.layers

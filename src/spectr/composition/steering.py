@@ -16,6 +16,7 @@ from spectr.composition.readers import Readers
 from spectr.composition.routed import Routed
 from spectr.composition.watching import Look, Watch
 from spectr.layers.batch_routing import BASE, BatchRouting, routed_by
+from spectr.prompts.decision import routing_of
 from spectr.routers import PromptRouter
 
 
@@ -25,7 +26,7 @@ class Rule:
 
     Attributes:
         experts: Its set.
-        among_E: Of all experts those in the set; of a shortlist, those on it.
+        among_E: Of all experts those in the set.
         verdict_E: What was found of its prompt: weights, or a prior; ``None`` of a router that reads no prompt.
         router: Its router's name.
     """
@@ -54,12 +55,6 @@ class Steering:
         self._watching: Watch | None = None
         self._take_over()
 
-    @property
-    def level(self) -> str:
-        """``"token"``, ``"prompt"`` (weights are held), ``"prior"`` or ``"shortlist"``."""
-        router = self.routed.router
-        return router.level if isinstance(router, PromptRouter) else "token"
-
     def rule(self, experts: Sequence[str], input_ids: Tensor | None) -> Rule:
         """What is to hold for a request with this set; its prompt is read for it, where the router wants that.
 
@@ -72,14 +67,11 @@ class Steering:
         among_E = torch.zeros(len(self.routed.experts), dtype=torch.bool)
         among_E[places] = True
         rule = Rule(names, among_E, router=self.name)
-        if self.level != "token":
-            rule.verdict_E = torch.ones(len(among_E)) if self.level == "prior" else torch.zeros(len(among_E))
+        if self._use is not None:
+            rule.verdict_E = torch.full((len(among_E),), self._use.neutral)
             if names:
                 assert input_ids is not None
                 rule.verdict_E[places] = self._verdict(names, input_ids[None])[0].float().cpu()
-        if self.level == "shortlist":
-            assert rule.verdict_E is not None
-            rule.among_E = rule.verdict_E != 0
         self._rules.add(rule)
         return rule
 
@@ -105,19 +97,16 @@ class Steering:
             return BASE
         experts = self.routed.experts
         among_1TE = torch.stack([rule.among_E for rule in rules]).repeat_interleave(counts, 0)[None]
+        if self._use is None:
+            return BatchRouting(experts, among_BTE=among_1TE)
         found = [rule.verdict_E for rule in rules if rule.verdict_E is not None]
-        verdict_1TE = torch.stack(found).repeat_interleave(counts, 0)[None] if found else None
-        factors = None
-        if self.level in ("prompt", "shortlist"):
-            kept = self._rules if self.level == "shortlist" else rules  # all that are in force: none is read twice
-            verdicts = [rule.verdict_E for rule in kept if rule.verdict_E is not None]
-            taken = (torch.stack(verdicts) != 0).any(0).tolist()
-            assert self._sets is not None
-            factors = self._sets.table(tuple(name for name, takes in zip(experts, taken, strict=True) if takes))
-        if self.level == "prompt":
-            return BatchRouting(experts, weights_BTE=verdict_1TE, factors=factors)
-        informs = getattr(self.routed.router, "informs", True)
-        return BatchRouting(experts, prior_BTE=verdict_1TE if informs else None, among_BTE=among_1TE, factors=factors)
+        verdict_1TE = torch.stack(found).repeat_interleave(counts, 0)[None]
+        kept = rules if self._use.fixes else self._rules  # all that are in force: none is read twice
+        verdicts = [rule.verdict_E for rule in kept if rule.verdict_E is not None]
+        taken = (torch.stack(verdicts) != 0).any(0).tolist()
+        names = tuple(name for name, takes in zip(experts, taken, strict=True) if takes)
+        assert self._sets is not None
+        return routing_of(self._use, experts, verdict_1TE, self._sets, names, among_1TE)
 
     def watch(self, rows: Sequence[int], layers: bool) -> None:
         """Have the next call remember what is decided for the tokens at these places.
@@ -136,7 +125,7 @@ class Steering:
         """The shares of every token of a rule whose weights are held; ``None`` where tokens differ."""
         if not rule.experts:
             return Look({})
-        if self.level != "prompt":
+        if self._use is None or not self._use.fixes:
             return None
         assert rule.verdict_E is not None
         verdicts = dict(zip(self.routed.experts, rule.verdict_E.tolist(), strict=True))
@@ -164,7 +153,7 @@ class Steering:
     def _take_over(self) -> None:
         """From the composition, whose layers are new ones."""
         self.routed.release()
-        self._readers = Readers(self.routed)
+        self._readers, self._use = Readers(self.routed), self.routed.router.use
         self._ordered = list(self.routed.layers.values())
         self._sets = None if self.routed.prompt is None else self.routed.prompt.sets
         self._layout: tuple[list[tuple[Rule, int]], BatchRouting] | None = None

@@ -71,7 +71,7 @@ def find_experts(
         batch: dict[str, Any] = encode_batch(tokenizer, prompts[start : start + _BATCH], limit=limit)
         batch = {key: value.to(next(model.parameters()).device) for key, value in batch.items()}
         evidence_BE = routed.prompt.evidence(**batch) if routed.prompt else None
-        if evidence_BE is not None and routed.prompt and routed.prompt.router.level == "prompt":
+        if evidence_BE is not None and routed.router.use is not None and routed.router.use.fixes:
             rows = [dict(zip(routed.experts, row, strict=True)) for row in evidence_BE.tolist()]
             found += [_finding(row, expert) for row in rows]
             continue

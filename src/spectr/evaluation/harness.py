@@ -20,8 +20,7 @@ from spectr.errors import MissingExtraError, SpectrError
 from spectr.guidance import QueryGuide
 from spectr.library import ExpertLibrary
 from spectr.models import load_model
-from spectr.routers import GuidedRouter, get_router
-from spectr.routers.settings import residents
+from spectr.routers import GuidedRouter, check_needs, get_router, residents
 from spectr.shipped import shipped_experts
 
 try:
@@ -68,7 +67,7 @@ class SpectrLM(HFLM):
         chosen = None
         if router != "base":
             chosen = get_router(router, **{key: value for key, value in given.items() if value is not None})
-            residents(chosen, experts.names)  # before a model is loaded
+            check_needs(chosen, experts, residents(chosen, experts.names))  # before a model is loaded
         if device and device.startswith("cuda") and not torch.cuda.is_available():
             device = None  # the harness' default wherever it runs
         model, tokenizer = load_model(base, dtype=dtype, device=device)  # pyright: ignore[reportArgumentType]

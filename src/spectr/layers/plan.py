@@ -9,12 +9,11 @@ from typing import NamedTuple
 from torch import nn
 
 from spectr.adapters import Expert
-from spectr.combine import NEEDS_EQUAL_RANKS
 from spectr.errors import CompositionError, did_you_mean, raise_together
 from spectr.layers.linear import features
 from spectr.layers.routed import RoutedLinear
+from spectr.library.needs import EqualRanks, some_of
 from spectr.routers.base import Router
-from spectr.routers.settings import combination_of
 
 _SHOWN = 3
 
@@ -40,8 +39,8 @@ def make_plan(model: nn.Module, experts: Sequence[Expert], router: Router) -> Pl
     for expert in experts:
         for module in expert.shapes:
             users.setdefault(module, []).append(expert.name)
-    if combination_of(router) in NEEDS_EQUAL_RANKS:
-        problems += _unequal_ranks(experts, users, router)
+    for need in router.needs:
+        problems += need.problems(experts) if isinstance(need, EqualRanks) else []
     raise_together("the experts do not fit this model", problems, CompositionError)
     return Plan(modules={name: tuple(sorted(users[name])) for name in layers if name in users})
 
@@ -71,7 +70,7 @@ def _faults(expert: Expert, layers: Mapping[str, nn.Module]) -> list[_Fault]:
     if missing:
         found.append(
             _Fault(
-                f"adapts {_some(missing)} that this model does not have",
+                f"adapts {some_of(missing, _SHOWN, ' modules')} that this model does not have",
                 f"modules of this model ({did_you_mean_module(missing[0], layers)}){base}",
                 "load the base model that the adapter was trained on, in the same class",
             )
@@ -79,7 +78,7 @@ def _faults(expert: Expert, layers: Mapping[str, nn.Module]) -> list[_Fault]:
     if strange:
         found.append(
             _Fault(
-                f"adapts {_some(strange)}, which are not linear layers that can be routed",
+                f"adapts {some_of(strange, _SHOWN, ' modules')}, which are not linear layers that can be routed",
                 "layers that the model calls, mapping (..., inputs) to (..., outputs)",
                 "retrain it without these modules",
             )
@@ -87,7 +86,7 @@ def _faults(expert: Expert, layers: Mapping[str, nn.Module]) -> list[_Fault]:
     if unfit:
         found.append(
             _Fault(
-                f"was made for layers of other sizes: {_some(unfit)}",
+                f"was made for layers of other sizes: {some_of(unfit, _SHOWN, ' modules')}",
                 f"an adapter for this base model{base}",
                 "leave the expert out, or load its base model",
             )
@@ -116,25 +115,3 @@ def did_you_mean_module(name: str, layers: Mapping[str, nn.Module]) -> str:
     last = name.rpartition(".")[2]
     alike = [layer for layer in layers if layer.rpartition(".")[2] == last]
     return f"it has {alike[0]}" if alike else did_you_mean(last, {layer.rpartition(".")[2] for layer in layers})
-
-
-def _unequal_ranks(experts: Sequence[Expert], users: Mapping[str, list[str]], router: Router) -> list[CompositionError]:
-    by_name = {expert.name: expert for expert in experts}
-    uneven = [
-        module for module, names in users.items() if len({by_name[name].shapes[module].rank for name in names}) > 1
-    ]
-    if not uneven:
-        return []
-    ranks = ", ".join(f"{expert.name} {'/'.join(map(str, expert.ranks))}" for expert in experts)
-    return [
-        CompositionError(
-            f"combine='{combination_of(router)}' merges factors of unequal ranks ({ranks}; in {_some(uneven)})",
-            expected="experts of one rank",
-            do="use combine='outputs', or leave experts out",
-        )
-    ]
-
-
-def _some(names: Sequence[str]) -> str:
-    rest = f" and {len(names) - _SHOWN} more modules" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + rest

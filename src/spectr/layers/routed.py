@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.functional import linear
 
-from spectr.combine import get_combination, merge_outputs
+from spectr.combine import merge_outputs
 from spectr.errors import CompositionError
 from spectr.layers.batch_routing import LayerCall, spread, thread
 from spectr.layers.factors import Decision, Factors, KernelPlan
@@ -19,8 +19,7 @@ from spectr.layers.kernels import Choice, kernels_for
 from spectr.layers.linear import Features, features
 from spectr.layers.names import take_names_of_base
 from spectr.layers.outputs import add_masked, gathered_sum, gathering_pays, weighted
-from spectr.routers.base import PromptRouter, Router, ShortlistRouter, segment_norms
-from spectr.routers.settings import combination_of, selection_of
+from spectr.routers.base import LengthRouter, PromptRouter, Router, ShortlistRouter
 from spectr.selection import TopK
 from spectr.spectral import Stack
 
@@ -62,12 +61,12 @@ class RoutedLinear(nn.Module):
         super().__init__()
         self.base = base
         self.router = router
-        self.select = selection_of(router)
-        self.combination = get_combination(combination_of(router))
+        self.select, self.combination = router.selection, router.combination
         self.combine = self.combination.merge
         self.sums = self.combine is merge_outputs
-        self.shortlists = isinstance(router, ShortlistRouter)
-        self.decided = decides_for_prompts(router) if decided is None else decided
+        self.lister = router if isinstance(router, ShortlistRouter) else None
+        self.informer = router if isinstance(router, PromptRouter) else None
+        self.decided = router.use is not None if decided is None else decided
         for name in _BUFFERS:
             self.register_buffer(name, None, persistent=False)
         self.fill(stack)
@@ -83,7 +82,8 @@ class RoutedLinear(nn.Module):
         self._keep(held)
 
     def _keep(self, factors: Factors | None) -> None:
-        if factors is not None and not (self.decided and fixes_weights(self.router)):  # no token chooses there
+        use = self.router.use
+        if factors is not None and not (self.decided and use is not None and use.fixes):  # no token chooses there
             factors = self.planned(factors)
         self.call = LayerCall(factors, factors)
 
@@ -92,7 +92,7 @@ class RoutedLinear(nn.Module):
         count, device = len(stack.experts), stack.A_PI.device
         owner_P = stack.owner_P
         rows_ER = None
-        if self.sums and not self.shortlists and gathering_pays(self.select, count, stack.common_rank):
+        if self.sums and self.lister is None and gathering_pays(self.select, count, stack.common_rank):
             rows_ER = torch.arange(len(owner_P)).view(count, -1).to(device)
         C_QP, U_OQ = (None, None) if self.combination.prepare is None else self.combination.prepare(stack)
         return Factors(
@@ -104,7 +104,7 @@ class RoutedLinear(nn.Module):
             A_PI=stack.A_PI.contiguous(),
             B_OP=stack.B_OP.mT.contiguous().mT,  # an expert's rows lie together
             owner_P=owner_P.to(device),
-            member_EP=torch.nn.functional.one_hot(owner_P, count).mT.contiguous().to(stack.A_PI),
+            member_EP=stack.member_EP,
             rows_ER=rows_ER,
             prototypes_EI=stack.prototypes_EI,
             centers_P=stack.centers_P,
@@ -161,13 +161,11 @@ class RoutedLinear(nn.Module):
 
     def _fuses(self, factors: Factors) -> bool:
         """Whether the kernels' own way to choose is this router's."""
-        return (
-            self.sums
-            and getattr(self.router, "by_norms", False)
-            and isinstance(self.select, TopK)
-            and factors.common_rank is not None
-            and factors.mix_PR is None
-        )
+        if not (self.sums and isinstance(self.router, LengthRouter) and isinstance(self.select, TopK)):
+            return False
+        if factors.common_rank is None or factors.mix_PR is not None:
+            return False
+        return self.router.lengths(factors).A_PI is factors.A_PI
 
     def _apply(self, fn: Any, recurse: bool = True) -> RoutedLinear:
         """As ``nn.Module``; the factors are taken from the buffers, which may have moved or been cast."""
@@ -276,24 +274,18 @@ class RoutedLinear(nn.Module):
         return held
 
     def _score(
-        self, x: Float[Tensor, "*T I"], factors: Factors, among_BTE: Tensor | None = None
+        self, x: Float[Tensor, "*T I"], factors: Factors, allowed_TE: Tensor | None = None
     ) -> tuple[Float[Tensor, "*T P"], Float[Tensor, "*T E"]]:
         """``A x`` and the scores. Of experts that are not on a token's shortlist, zero and minus infinity."""
-        A_PI, member_EP, prototypes_EI = factors.A_PI, factors.member_EP, factors.prototypes_EI
+        A_PI = factors.A_PI
         if x.dtype != A_PI.dtype or x.device != A_PI.device:
             x = x.to(A_PI.device, A_PI.dtype)
-        if self.shortlists:
-            among = None if among_BTE is None else spread(among_BTE, x)
-            taken_TE = self.router.candidates(x, prototypes_EI, among)  # pyright: ignore[reportAttributeAccessIssue]
-            h_TP = grouped_inputs(x, A_PI, factors.ranks, taken_TE)
-            norms_TE = segment_norms(h_TP, factors.common_rank, member_EP)
-            return h_TP, self.router.scores(x, norms_TE, prototypes_EI).masked_fill(~taken_TE, -torch.inf)
-        h_TP = linear(x, A_PI)
-        if factors.mix_PR is not None:
-            h_TP = linear(h_TP, factors.mix_PR)
-        scored_TP = h_TP if factors.centers_P is None else h_TP - factors.centers_P
-        norms_TE = segment_norms(scored_TP, factors.common_rank, member_EP)
-        return h_TP, self.router.scores(x, norms_TE, prototypes_EI)
+        if self.lister is not None:
+            listed_TE = self.lister.candidates(factors, x, allowed_TE)
+            h_TP = grouped_inputs(x, A_PI, factors.ranks, listed_TE)
+            return h_TP, self.lister.listed_scores(factors, h_TP, listed_TE)
+        h_TP = self.router.inputs(factors, x)
+        return h_TP, self.router.scores(factors, x, h_TP, allowed_TE)
 
     def _weights(self, scores_TE: Float[Tensor, "*T E"], x: Tensor, call: LayerCall) -> Float[Tensor, "*T E"]:
         """The selection's weights, among the experts that a row may choose from."""
@@ -308,12 +300,13 @@ class RoutedLinear(nn.Module):
         self, x: Float[Tensor, "*T I"], call: LayerCall
     ) -> tuple[Float[Tensor, "*T P"], Float[Tensor, "*T E"]]:
         assert call.factors is not None
-        h_TP, scores_TE = self._score(x, call.factors, call.among_BTE)
+        allowed_TE = None if call.among_BTE is None else spread(call.among_BTE, x)
+        h_TP, scores_TE = self._score(x, call.factors, allowed_TE)
         if call.prior_BTE is not None:
-            prior = spread(call.prior_BTE, x)
-            scores_TE = self.router.informed(scores_TE, prior)  # pyright: ignore[reportAttributeAccessIssue]
-        if call.among_BTE is not None:
-            scores_TE = scores_TE.masked_fill(~spread(call.among_BTE, x), -torch.inf)
+            assert self.informer is not None
+            scores_TE = self.informer.informed(scores_TE, spread(call.prior_BTE, x))
+        if allowed_TE is not None:
+            scores_TE = scores_TE.masked_fill(~allowed_TE, -torch.inf)
         return h_TP, scores_TE
 
     def forward(self, input: Float[Tensor, "*T I"], *args: Any, **kwargs: Any) -> Float[Tensor, "*T O"]:
@@ -351,7 +344,7 @@ class RoutedLinear(nn.Module):
         weights_TE = self._weights(scores_TE, x, call)
         if not self.sums:
             return _add(out, self._combined(h_TP, weights_TE, factors))
-        if self.shortlists:
+        if self.lister is not None:
             return _add(out, grouped_outputs(h_TP, weights_TE, B_OP, factors.ranks))
         return self._add_masked(out, weighted(h_TP, weights_TE, factors.common_rank, factors.member_EP), B_OP)
 
@@ -387,9 +380,7 @@ class RoutedLinear(nn.Module):
         factors, fixed = call.factors, call.fixed
         assert factors is not None
         assert fixed is not None
-        h_TP = linear(x.to(factors.A_PI.device, factors.A_PI.dtype), factors.A_PI)
-        if factors.mix_PR is not None:
-            h_TP = linear(h_TP, factors.mix_PR)
+        h_TP = self.router.inputs(factors, x.to(factors.A_PI.device, factors.A_PI.dtype))
         if self.sums:
             return self._add_masked(out, h_TP * spread(fixed.weights_BTP, x), factors.B_OP)
         weights_TE = spread(fixed.weights_BTE, x).expand(*h_TP.shape[:-1], -1)
@@ -427,7 +418,7 @@ class RoutedLinear(nn.Module):
             return size * (factors.A_PI.numel() + factors.B_OP.numel())
         share = 1.0
         if factors.rows_ER is not None or (factors.plan is not None and self._fuses(factors)):
-            share = min(1.0, tokens * self.select.k / len(factors.experts))  # pyright: ignore[reportAttributeAccessIssue]
+            share = min(1.0, tokens * (self.select.k or 1) / len(factors.experts))
         mixing = 0 if factors.mix_PR is None else factors.mix_PR.numel()
         prototypes = 0 if factors.prototypes_EI is None else factors.prototypes_EI.numel()
         return round(size * (factors.A_PI.numel() + mixing + prototypes + share * factors.B_OP.numel()))
@@ -468,16 +459,6 @@ class RoutedLinear(nn.Module):
     def extra_repr(self) -> str:
         """What ``print(model)`` shows beside the base layer."""
         return f"experts={len(self.experts)}, ranks={sorted(set(self.ranks))}, router={self.router}"
-
-
-def decides_for_prompts(router: Router) -> bool:
-    """Whether a router decides something for a whole prompt before it is answered."""
-    return isinstance(router, PromptRouter) and router.level != "token"
-
-
-def fixes_weights(router: Router) -> bool:
-    """Whether what a router decides for a prompt are the experts' weights for all of its tokens."""
-    return isinstance(router, PromptRouter) and router.level == "prompt"
 
 
 def _fits(rows: Tensor | None, x: Tensor) -> bool:

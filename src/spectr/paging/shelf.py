@@ -11,9 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spectr.paging.policies import Policy
-from spectr.spectral import Prepared
+from spectr.spectral import Share
 
-Shares = Mapping[str, Prepared]  # one expert's share of each module's stack
+Shares = Mapping[str, Share]  # one expert's share of each module's stack
 
 
 @dataclass

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from spectr.prompts.probe import Probe, Voter, pooled
-from spectr.routers.shortlist import Shortlist
+from spectr.routers.base import PagedRouter
 
 _TOGETHER = 256  # tokens that are scored at once, in float64
 
@@ -70,16 +70,16 @@ class Interval(NamedTuple):
 
 
 class CertainProbe:
-    """Reads prompts for a :class:`Shortlist` whose lists are to be certain; called as a :class:`Probe` is.
+    """Reads prompts for a shortlist that is to be certain; called as a :class:`Probe` is.
 
     Args:
         probe: Its voters know how far their scores may be off.
+        router: Whose lists they are.
         figures: Where it is counted what was needed.
     """
 
-    def __init__(self, probe: Probe, figures: Certainty):
-        assert isinstance(probe.router, Shortlist)
-        self.probe, self.router, self.figures = probe, probe.router, figures
+    def __init__(self, probe: Probe, router: PagedRouter, figures: Certainty):
+        self.probe, self.router, self.figures = probe, router, figures
         self._usual: Interval | None = None
 
     @torch.no_grad()

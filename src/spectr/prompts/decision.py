@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from spectr.errors import CompositionError
 from spectr.layers.batch_routing import BASE, BatchRouting, routed_by
 from spectr.layers.factors import Factors
-from spectr.layers.routed import RoutedLinear, decides_for_prompts
+from spectr.layers.routed import RoutedLinear
 from spectr.routers.base import PromptRouter
+from spectr.routers.use import Use
 
 if TYPE_CHECKING:
     from spectr.prompts.calls import Calls
@@ -117,17 +118,8 @@ class PromptDecision:
         verdict_BTE = verdict_NE[None] if by_token else verdict_NE[:, None]
         taken = (verdict_NE != 0).any(0).tolist()
         names = tuple(name for name, takes_part in zip(self.experts, taken, strict=True) if takes_part)
-        if self.router.level == "prompt":
-            return BatchRouting(self.experts, weights_BTE=verdict_BTE, factors=self.sets.table(names))
-        if self.router.level == "prior":
-            return BatchRouting(self.experts, prior_BTE=verdict_BTE)
-        informs = getattr(self.router, "informs", True)
-        return BatchRouting(
-            self.experts,
-            prior_BTE=verdict_BTE if informs else None,
-            among_BTE=verdict_BTE != 0,
-            factors=self.sets.table(names),
-        )
+        assert self.router.use is not None
+        return routing_of(self.router.use, self.experts, verdict_BTE, self.sets, names)
 
     def _check(self, verdict_BE: Tensor) -> None:
         if verdict_BE.ndim != 2 or verdict_BE.shape[1] != len(self.experts):
@@ -138,11 +130,33 @@ class PromptDecision:
             )
 
 
+def routing_of(
+    use: Use,
+    experts: tuple[str, ...],
+    verdict_BTE: Float[Tensor, "B T E"],
+    sets: Sets,
+    taken: tuple[str, ...],
+    among_BTE: Tensor | None = None,
+) -> BatchRouting:
+    """What a verdict makes of a call.
+
+    Args:
+        use: Of the router that gave it.
+        experts: Names of its columns.
+        verdict_BTE: Of each row or token.
+        sets: Where factors come from.
+        taken: The experts that take part, where others do not.
+        among_BTE: Those that a row may use; all, if left out.
+    """
+    factors = sets.table(taken) if use.gathers else None
+    return BatchRouting(experts, *use.rows(verdict_BTE, among_BTE), factors=factors)
+
+
 def decides_by_prompt(model: nn.Module) -> bool:
     """Whether a model is composed with a router that reads a prompt before it answers."""
     routers = (module.router for module in model.modules() if isinstance(module, RoutedLinear))
     router = next(routers, None)
-    return router is not None and decides_for_prompts(router)
+    return router is not None and router.use is not None
 
 
 def entry_of(model: nn.Module) -> nn.Module:

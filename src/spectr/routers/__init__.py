@@ -1,7 +1,18 @@
 """Routers: how a token's experts are scored and chosen. Each is a small frozen dataclass that is its configuration."""
 
 from spectr.routers.arrow import Arrow
-from spectr.routers.base import GuidedRouter, ProbingRouter, PromptRouter, Router, ShortlistRouter
+from spectr.routers.base import (
+    GuidedRouter,
+    LengthRouter,
+    PagedRouter,
+    ProbingRouter,
+    PromptRouter,
+    Router,
+    ShortlistRouter,
+    check_needs,
+    first_lack,
+    residents,
+)
 from spectr.routers.calibrated import Calibrated
 from spectr.routers.glider import Glider
 from spectr.routers.lag import Lag
@@ -19,7 +30,9 @@ __all__ = [
     "Glider",
     "GuidedRouter",
     "Lag",
+    "LengthRouter",
     "Oracle",
+    "PagedRouter",
     "Phatgoose",
     "ProbingRouter",
     "PromptRouter",
@@ -29,6 +42,9 @@ __all__ = [
     "ShortlistRouter",
     "Spectr",
     "Uniform",
+    "check_needs",
+    "first_lack",
     "get_router",
+    "residents",
     "router_names",
 ]

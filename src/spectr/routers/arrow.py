@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import linear
 
-from spectr.routers.settings import check_settings
-from spectr.selection import Weighting
-from spectr.spectral import Aligned, Prepared
+from spectr.routers.base import LengthRouter, Lengths
+from spectr.routers.settings import check_settings, first_rows
+from spectr.selection import TopK, Weighting
+from spectr.spectral import AlignedExpert, InputState, Share, SideData, State
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arrow:
+class Arrow(LengthRouter):
     """Arrow routing: ``|v_t . x|`` with the top right singular vector ``v_t`` of ``delta_t``, softmax of the top k.
 
     Attributes:
@@ -26,6 +28,8 @@ class Arrow:
     Source: Arrow (Ostapenko et al., 2024); SpectR eq. 4 and 5.
     """
 
+    reads = "x"
+
     top_k: int = 4
     weights: Weighting = "softmax"
     temperature: float = 1.0
@@ -34,13 +38,25 @@ class Arrow:
     def __post_init__(self) -> None:
         check_settings(self)
 
-    def prepare(self, aligned: Aligned) -> Prepared:
+    @property
+    def selection(self) -> TopK:
         """See :class:`Router`."""
-        return Prepared.spectral(aligned)._replace(prototype=aligned.Vh[0])
+        return TopK(k=self.top_k, weighting=self.weights, temperature=self.temperature)
+
+    def init_expert(self, expert: AlignedExpert, side: SideData) -> Share:
+        """See :class:`Router`: the prototype is ``v_t``."""
+        return Share.spectral(expert.aligned)._replace(prototype=expert.aligned.Vh[0])
 
     def scores(
-        self, x_TI: Float[Tensor, "*T I"], norms_TE: Float[Tensor, "*T E"], prototypes_EI: Tensor | None
+        self, state: State, x_TI: Float[Tensor, "*T I"], h_TP: Tensor, allowed_TE: Tensor | None
     ) -> Float[Tensor, "*T E"]:
-        """See :class:`Router`."""
-        assert prototypes_EI is not None
-        return linear(x_TI, prototypes_EI).float().abs()
+        """See :class:`Router`: ``|v_t . x|``."""
+        assert state.prototypes_EI is not None
+        return linear(x_TI, state.prototypes_EI).float().abs()
+
+    def lengths(self, state: InputState) -> Lengths:
+        """See :class:`LengthRouter`: of an expert's rows the first is ``v_t``, the others are zero."""
+        assert state.prototypes_EI is not None
+        A_PI = torch.zeros_like(state.A_PI)
+        A_PI[first_rows(state.ranks)] = state.prototypes_EI
+        return Lengths(A_PI)

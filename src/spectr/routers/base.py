@@ -1,139 +1,244 @@
-"""What a router is: three small axes (score, select, combine), prepared once."""
+"""What a router is: three small axes (score, select, combine), prepared once.
+
+All of these are interfaces; a router is a frozen dataclass that implements them and is its own configuration.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.functional import linear
 
-from spectr.spectral import Aligned, Prepared
+from spectr.combine import Combination, get_combination
+from spectr.errors import CompositionError
+from spectr.library.library import ExpertLibrary
+from spectr.library.needs import AtMost, Need
+from spectr.routers.use import Use
+from spectr.selection import Selection
+from spectr.spectral import AlignedExpert, InputState, Share, SideData, Stack, State
+
+PROTOCOL = 2  # 1: prepare(aligned) and scores(x, norms, prototypes); see spectr.routers.version1
 
 
-@runtime_checkable
-class Router(Protocol):
-    """The interface that composing, tracing and serving know; anything that has it is a router.
+class Router(ABC):
+    """The interface that composing, tracing and serving know.
 
-    How its scores become an update follows from its fields (:mod:`spectr.routers.settings`): ``top_k``, ``weights`` and
-    ``temperature`` (without ``top_k`` all experts are taken), and ``combine``. A method ``resident(experts)`` says
-    which of a library's experts the model has to hold, where that is not all of them.
+    ``init_expert`` runs once for each expert and module, alone, so that an expert more or less changes nothing for the
+    others; ``stack`` puts the shares together. ``scores`` runs for each token and is pure. What is not abstract here is
+    what holds for most routers.
 
-    ``prepare`` runs once for each expert and module, alone, so that an expert more or less changes nothing for the
-    others. ``scores`` runs for each token and is pure.
-
-    A router with an attribute ``calibrated`` that is true is given calibrated shares, for which the library has to be
-    calibrated (:func:`spectr.calibrate`): ``norms_TE`` are then ``||A_t (x - m)||_2`` over their root mean square.
-    One with an attribute ``gated`` that is true is given each expert's trained gate as its prototype
-    (:meth:`spectr.spectral.Prepared.gated`). One with an attribute ``shares_A`` that is true has the input factor that
-    all experts of a module share computed once (:meth:`spectr.spectral.Prepared.rooted`). One with an attribute
-    ``by_norms`` that is true has ``norms_TE`` as its scores, times a prompt's prior where there is one; few tokens
-    are routed by a compiled function (:mod:`spectr.layers.kernels`).
+    Attributes:
+        combine: How the chosen experts' updates become one; see :func:`spectr.combine.get_combination`.
+        reads: What ``scores`` reads: the input ``x``, the products ``h = A* x``, both, or nothing.
     """
 
-    def prepare(self, aligned: Aligned) -> Prepared:
-        """One expert's share of a module's stack, float32."""
-        ...
+    combine: str = "outputs"
+    reads: Literal["x", "h", "xh", ""] = "h"
 
+    @property
+    @abstractmethod
+    def selection(self) -> Selection:
+        """From scores to weights."""
+
+    @property
+    def combination(self) -> Combination:
+        """From weights to an update."""
+        return get_combination(self.combine)
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """What the library has to bring."""
+        k = self.selection.k
+        return (*(() if k is None else (AtMost(k),)), *self.combination.needs)
+
+    @property
+    def use(self) -> Use | None:
+        """What is done with what was found of a whole prompt; ``None``: none is read before it is answered."""
+        return None
+
+    @abstractmethod
+    def init_expert(self, expert: AlignedExpert, side: SideData) -> Share:
+        """One expert's share of a module's stack, float32.
+
+        Args:
+            expert: Its factors.
+            side: What the library knows of it, as far as :attr:`needs` asks for that.
+        """
+
+    def stack(self, shares: Mapping[str, Share]) -> Stack:
+        """The experts of a module, from their shares by name."""
+        return Stack.of(shares)
+
+    def shares(self, stack: Stack) -> Mapping[str, Share]:
+        """Shares that another stack can be made of; those that are missing have to be made anew."""
+        return stack.parts()
+
+    def inputs(self, state: InputState, x_TI: Float[Tensor, "*T I"]) -> Float[Tensor, "*T P"]:
+        """``h = A*_t x`` of every expert."""
+        return linear(x_TI, state.A_PI)
+
+    @abstractmethod
     def scores(
         self,
+        state: State,
         x_TI: Float[Tensor, "*T I"],
-        norms_TE: Float[Tensor, "*T E"],
-        prototypes_EI: Float[Tensor, "E I"] | None,
+        h_TP: Float[Tensor, "*T P"],
+        allowed_TE: Bool[Tensor, "*B E"] | None,
     ) -> Float[Tensor, "*T E"]:
         """Scores of all experts for each token, float32.
 
         Args:
+            state: The experts of the module.
             x_TI: The module's input.
-            norms_TE: ``||A_t x||_2`` of the prepared factors, float32.
-            prototypes_EI: The stack's prototypes, where ``prepare`` made some.
+            h_TP: What :meth:`inputs` gives.
+            allowed_TE: Those that may be chosen, for a row of tokens or for each token; all, if left out. Whoever calls
+                this takes the others out of the result.
         """
-        ...
 
 
-@runtime_checkable
-class ShortlistRouter(Router, Protocol):
-    """A router that scores only some experts for each token; the rest are not computed for it."""
+class Lengths(NamedTuple):
+    """Scores ``||A_t x - center_t||``, rows of ``A_t`` one expert after the other; no center is zero."""
 
+    A_PI: Float[Tensor, "P I"]
+    centers_P: Float[Tensor, " P"] | None = None
+
+
+class LengthRouter(Router):
+    """A router whose scores are lengths of vectors of the experts' ranks, which kernels and vLLM compute.
+
+    A prompt's prior, where there is one, is multiplied with them.
+    """
+
+    @abstractmethod
+    def lengths(self, state: InputState) -> Lengths:
+        """The scores of :meth:`Router.scores` as lengths. Where experts share their input factor this is not asked."""
+
+
+class ShortlistRouter(Router):
+    """A router that scores only some experts for each token; the rest are not computed for it.
+
+    Attributes:
+        shortlist: How many are scored at most.
+    """
+
+    shortlist: int
+
+    @abstractmethod
     def candidates(
-        self,
-        x_TI: Float[Tensor, "*T I"],
-        prototypes_EI: Float[Tensor, "E I"],
-        among_B1E: Bool[Tensor, "B _ E"] | None = None,
+        self, state: State, x_TI: Float[Tensor, "*T I"], allowed_TE: Bool[Tensor, "*B E"] | None = None
     ) -> Bool[Tensor, "*T E"]:
-        """Which experts are scored for each token.
+        """Which experts are scored for each token, as if there were none but those that are allowed."""
 
-        Args:
-            x_TI: The module's input.
-            prototypes_EI: The stack's prototypes, which ``prepare`` made.
-            among_B1E: Those that may be, for a row of tokens or for each token, as if there were no others.
-        """
-        ...
+    @abstractmethod
+    def listed_scores(
+        self, state: State, h_TP: Float[Tensor, "*T P"], listed_TE: Bool[Tensor, "*T E"]
+    ) -> Float[Tensor, "*T E"]:
+        """The scores, where the candidates are known; ``h_TP`` of the others may be anything."""
 
 
-@runtime_checkable
-class PromptRouter(Router, Protocol):
-    """A router for which a whole prompt is read before it is answered; the verdict is held."""
+class PromptRouter(Router):
+    """A router that may have a whole prompt read before it is answered, as :attr:`Router.use` says."""
 
-    @property
-    def level(self) -> str:
-        """``"prompt"``: the verdict is the experts' weights, for all tokens. ``"prior"``: it informs each token's
-        scores. ``"token"``: no prompt is read, the router is used like any other."""
-        ...
-
+    @abstractmethod
     def verdict(self, evidence_BE: Float[Tensor, "B E"]) -> Float[Tensor, "B E"]:
         """From what speaks for each expert to its weight, or to the prior."""
-        ...
 
+    @abstractmethod
     def informed(self, scores_TE: Float[Tensor, "*T E"], prior_B1E: Float[Tensor, "B _ E"]) -> Float[Tensor, "*T E"]:
         """A token's scores with the prompt's prior, one for a row of tokens, or each token's own."""
-        ...
 
 
-@runtime_checkable
-class ProbingRouter(PromptRouter, Protocol):
+class ProbingRouter(PromptRouter):
     """A router whose evidence comes from its own scores, pooled over the prompt.
 
     Before a prompt is read, the base model reads it once alone (the probe). Every module's scores become evidence,
     whose mean over tokens and modules decides, less what the same experts have on the calibration's texts.
+
+    Attributes:
+        probe_tokens: Tokens of a prompt that the probe reads at most.
+        every: Every which of the modules takes part.
     """
 
-    @property
-    def probe_tokens(self) -> int:
-        """Tokens of a prompt that the probe reads at most."""
-        ...
+    probe_tokens: int = 256
+    every: int = 1
 
+    @abstractmethod
     def evidence(self, scores_TE: Float[Tensor, "*T E"]) -> Float[Tensor, "*T E"]:
         """What one module's scores of one token say for each of its experts, float32; 1 says nothing."""
-        ...
 
+    @abstractmethod
     def certainty(self, evidence_TE: Float[Tensor, "*T E"]) -> Float[Tensor, "*T"]:
         """How much each token's evidence counts in its module's mean, above zero."""
-        ...
 
 
-@runtime_checkable
-class GuidedRouter(PromptRouter, Protocol):
-    """A router whose evidence comes from a guide: how like the prompt each expert's description is."""
+class PagedRouter(ProbingRouter):
+    """A router whose experts stay on disk until a prompt calls for them.
+
+    Attributes:
+        size: Experts that a prompt calls for.
+        local: Decides for each token among them.
+        heard: Last parts of the names of the modules that take part in the decision; none given: all do.
+        bits: Of each number of the prototypes in memory, by which it is made.
+    """
+
+    size: int
+    local: Router
+    heard: tuple[str, ...] = ()
+    bits: int = 8
 
     @property
-    def guided(self) -> bool:
-        """True."""
-        ...
+    @abstractmethod
+    def certain(self) -> bool:
+        """Whether the list has to be the one that prototypes in full give."""
+
+    @abstractmethod
+    def bounds(
+        self, scores_TE: Float[Tensor, "*T E"], off_TE: Float[Tensor, "*T E"]
+    ) -> tuple[Float[Tensor, "*T E"], Float[Tensor, "*T E"]]:
+        """The least and the most that the evidence can be, where scores may be off by so much; float64."""
 
 
-def segment_norms(
-    h_TP: Float[Tensor, "*T P"], common_rank: int | None, member_EP: Float[Tensor, "E P"]
-) -> Float[Tensor, "*T E"]:
-    """``||h_t||_2`` of each expert's own part of ``h``, in float32 whatever the dtype of ``h`` (float64 stays so).
+class GuidedRouter(PromptRouter):
+    """A router whose evidence comes from a guide: how like the prompt each expert's description is."""
+
+
+def residents(router: Router, experts: Sequence[str]) -> tuple[str, ...]:
+    """Those of a library's experts that the model has to hold.
+
+    Raises:
+        CompositionError: The router cannot work with these experts.
+    """
+    held = tuple(experts)
+    for need in router.needs:
+        held = need.resident(held)
+    return held
+
+
+def first_lack(router: Router, library: ExpertLibrary, names: Sequence[str]) -> tuple[Need, CompositionError] | None:
+    """What a router needs and a library does not bring, with the error that says so; ``None`` where it brings all.
 
     Args:
-        h_TP: The experts' parts, one after the other.
-        common_rank: Their length; ``None`` where it differs.
-        member_EP: One where row ``p`` belongs to expert ``e``, else zero; used where the lengths differ.
+        router: Names what it needs.
+        library: All that there is.
+        names: The experts of it that are to be used.
+
+    Raises:
+        LibraryError: Some experts have other weights by now than the library says.
     """
-    wide = torch.promote_types(h_TP.dtype, torch.float32)
-    if common_rank is None:
-        return (h_TP.to(wide).square() @ member_EP.mT.to(wide)).sqrt()
-    parts_TER = h_TP.unflatten(-1, (len(member_EP), common_rank))
-    return torch.linalg.vector_norm(parts_TER, dim=-1, dtype=wide)
+    for need in router.needs:
+        try:
+            need.check(library, names)
+        except CompositionError as error:
+            return need, error
+    return None
+
+
+def check_needs(router: Router, library: ExpertLibrary, names: Sequence[str]) -> None:
+    """Raise :class:`CompositionError` unless a library brings all that a router needs; see :func:`first_lack`."""
+    lack = first_lack(router, library, names)
+    if lack is not None:
+        raise lack[1]

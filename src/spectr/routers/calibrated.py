@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from spectr.errors import CompositionError
-from spectr.routers.settings import check_settings, selection_of
-from spectr.selection import Weighting
-from spectr.spectral import Aligned, Prepared
+from spectr.library.needs import CALIBRATED, Need
+from spectr.routers.base import LengthRouter, Lengths, ProbingRouter
+from spectr.routers.settings import check_settings
+from spectr.routers.use import HoldWeights, InformScores, Use
+from spectr.selection import TopK, Weighting
+from spectr.spectral import AlignedExpert, InputState, Share, SideData, State, segment_norms
+
+_USES: dict[str, Use | None] = {"prompt": HoldWeights(), "token": None, "prior": InformScores()}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calibrated:
+class Calibrated(LengthRouter, ProbingRouter):
     """``||A*_t (x - m)|| / c_t``: the spectral score less what is the same for every input.
 
     ``m`` is a module's mean input and ``c_t`` the root mean square of ``||A*_t (x - m)||``, both over texts that the
@@ -42,9 +47,6 @@ class Calibrated:
     Source: ours; see docs/routers.md.
     """
 
-    calibrated: ClassVar[bool] = True
-    by_norms: ClassVar[bool] = True
-
     level: Literal["prompt", "token", "prior"] = "prompt"
     top_k: int = 1
     weights: Weighting = "uniform"
@@ -56,7 +58,7 @@ class Calibrated:
     combine: str = "outputs"
 
     def __post_init__(self) -> None:
-        check_settings(self, level=(self.level, ("prompt", "token", "prior")))
+        check_settings(self, level=(self.level, tuple(_USES)))
         if not self.pool_temperature > 0:
             raise CompositionError(f"pool_temperature={self.pool_temperature}", expected="a number above zero")
         for name in ("prior_strength", "certainty_weight"):
@@ -65,29 +67,55 @@ class Calibrated:
         if self.probe_tokens < 1:
             raise CompositionError(f"probe_tokens={self.probe_tokens}", expected="at least 1")
 
-    def prepare(self, aligned: Aligned) -> Prepared:
+    @property
+    def selection(self) -> TopK:
         """See :class:`Router`."""
-        return Prepared.spectral(aligned)
+        return TopK(k=self.top_k, weighting=self.weights, temperature=self.temperature)
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """See :class:`Router`."""
+        return (*super().needs, CALIBRATED)
+
+    @property
+    def use(self) -> Use | None:
+        """See :class:`Router`: as the level says."""
+        return _USES[self.level]
+
+    def init_expert(self, expert: AlignedExpert, side: SideData) -> Share:
+        """See :class:`Router`: ``A* / c``, ``B* c`` and ``A* m / c``, so that the scores have the root mean square 1.
+
+        An expert that does nothing here (``c`` 0) stays as it is.
+        """
+        assert side.mean_I is not None
+        share, rms = Share.spectral(expert.aligned), side.rms or 1.0
+        A = share.A / rms
+        return Share(A, share.B * rms, center=A @ side.mean_I)
 
     def scores(
-        self, x_TI: Float[Tensor, "*T I"], norms_TE: Float[Tensor, "*T E"], prototypes_EI: Tensor | None
+        self, state: State, x_TI: Float[Tensor, "*T I"], h_TP: Float[Tensor, "*T P"], allowed_TE: Tensor | None
     ) -> Float[Tensor, "*T E"]:
-        """See :class:`Router`."""
-        return norms_TE
+        """See :class:`Router`: ``||A*_t (x - m)|| / c_t``."""
+        assert state.centers_P is not None
+        return segment_norms(h_TP - state.centers_P, state)
+
+    def lengths(self, state: InputState) -> Lengths:
+        """See :class:`LengthRouter`."""
+        return Lengths(state.A_PI, state.centers_P)
 
     def evidence(self, scores_TE: Float[Tensor, "*T E"]) -> Float[Tensor, "*T E"]:
-        """See :class:`PromptRouter`: the soft vote, times the number of experts."""
+        """See :class:`ProbingRouter`: the soft vote, times the number of experts."""
         return soft_vote(scores_TE, self.pool_temperature)
 
     def certainty(self, evidence_TE: Float[Tensor, "*T E"]) -> Float[Tensor, "*T"]:
-        """See :class:`PromptRouter`: ``exp(-certainty_weight * entropy)`` of the vote, in nats."""
+        """See :class:`ProbingRouter`: ``exp(-certainty_weight * entropy)`` of the vote, in nats."""
         vote_TE = evidence_TE / evidence_TE.shape[-1]
         return (self.certainty_weight * torch.special.xlogy(vote_TE, vote_TE).sum(-1)).exp()
 
     def verdict(self, evidence_BE: Float[Tensor, "B E"]) -> Float[Tensor, "B E"]:
         """See :class:`PromptRouter`."""
-        if self.level == "prompt":
-            return selection_of(self)(evidence_BE)
+        if self.use == HoldWeights():
+            return self.selection(evidence_BE)
         return evidence_BE.clamp(min=1e-3) ** self.prior_strength
 
     def informed(self, scores_TE: Float[Tensor, "*T E"], prior_B1E: Float[Tensor, "B _ E"]) -> Float[Tensor, "*T E"]:

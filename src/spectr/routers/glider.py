@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from spectr.errors import CompositionError
-from spectr.routers.base import PromptRouter, Router, ShortlistRouter
+from spectr.library.needs import DESCRIBED, SIDE_DATA, Need
+from spectr.routers.base import GuidedRouter, Router, ShortlistRouter
 from spectr.routers.phatgoose import Phatgoose
-from spectr.routers.settings import check_settings, selection_of
-from spectr.selection import Weighting
-from spectr.spectral import Aligned, Prepared
+from spectr.routers.settings import check_settings
+from spectr.routers.use import HoldWeights, InformScores, Use
+from spectr.selection import TopK, Weighting
+from spectr.spectral import AlignedExpert, InputState, Share, SideData, Stack, State
 
 
 @dataclass(frozen=True, kw_only=True)
-class Glider:
+class Glider(GuidedRouter):
     """``s_t(x) + alpha cos(e_t, q)``, softmax of the top k.
 
     ``e_t`` embeds an instruction that describes expert ``t``'s task, ``q`` the instruction that a language model
@@ -40,7 +43,7 @@ class Glider:
     Source: GLIDER (Li et al., 2024). Their released code sets one alpha by hand.
     """
 
-    guided: ClassVar[bool] = True
+    reads = "xh"
 
     local: Router | None = field(default_factory=Phatgoose)
     alpha: float | Literal["gated"] = "gated"
@@ -56,43 +59,51 @@ class Glider:
         check_settings(self)
         if isinstance(self.alpha, str) and self.alpha != "gated":
             raise CompositionError(f"alpha={self.alpha!r}", expected="a number, or 'gated'")
-        by_prompt = isinstance(self.local, PromptRouter) and self.local.level != "token"
-        if by_prompt or isinstance(self.local, ShortlistRouter):
+        if self.local is not None and (self.local.use is not None or isinstance(self.local, ShortlistRouter)):
             raise CompositionError(
                 f"local={self.local}", expected="a router that scores every expert for each token, or None"
             )
 
     @property
-    def gated(self) -> bool:
-        """See :class:`Router`: as the local router."""
-        return getattr(self.local, "gated", False)
-
-    @property
-    def calibrated(self) -> bool:
-        """See :class:`Router`: as the local router."""
-        return getattr(self.local, "calibrated", False)
-
-    @property
-    def shares_A(self) -> bool:
-        """See :class:`Router`: as the local router."""
-        return getattr(self.local, "shares_A", False)
-
-    @property
-    def level(self) -> str:
-        """See :class:`PromptRouter`."""
-        return "prompt" if self.local is None else "prior"
-
-    def prepare(self, aligned: Aligned) -> Prepared:
+    def selection(self) -> TopK:
         """See :class:`Router`."""
-        return Prepared.spectral(aligned) if self.local is None else self.local.prepare(aligned)
+        return TopK(k=self.top_k, weighting=self.weights, temperature=self.temperature)
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """See :class:`Router`: descriptions, and what the local router reads of a library."""
+        local = () if self.local is None else self.local.needs
+        return (*super().needs, *(need for need in local if need in SIDE_DATA), DESCRIBED)
+
+    @property
+    def use(self) -> Use:
+        """See :class:`Router`."""
+        return HoldWeights() if self.local is None else InformScores()
+
+    def init_expert(self, expert: AlignedExpert, side: SideData) -> Share:
+        """See :class:`Router`: the local router's share."""
+        return Share.spectral(expert.aligned) if self.local is None else self.local.init_expert(expert, side)
+
+    def stack(self, shares: Mapping[str, Share]) -> Stack:
+        """See :class:`Router`: as the local router."""
+        return super().stack(shares) if self.local is None else self.local.stack(shares)
+
+    def shares(self, stack: Stack) -> Mapping[str, Share]:
+        """See :class:`Router`: as the local router."""
+        return super().shares(stack) if self.local is None else self.local.shares(stack)
+
+    def inputs(self, state: InputState, x_TI: Float[Tensor, "*T I"]) -> Float[Tensor, "*T P"]:
+        """See :class:`Router`: as the local router."""
+        return super().inputs(state, x_TI) if self.local is None else self.local.inputs(state, x_TI)
 
     def scores(
-        self, x_TI: Float[Tensor, "*T I"], norms_TE: Float[Tensor, "*T E"], prototypes_EI: Tensor | None
+        self, state: State, x_TI: Float[Tensor, "*T I"], h_TP: Float[Tensor, "*T P"], allowed_TE: Tensor | None
     ) -> Float[Tensor, "*T E"]:
         """See :class:`Router`: the local part."""
         if self.local is None:
-            return torch.zeros_like(norms_TE)
-        return self.local.scores(x_TI, norms_TE, prototypes_EI)
+            dtype = torch.promote_types(x_TI.dtype, torch.float32)
+            return x_TI.new_zeros(*x_TI.shape[:-1], len(state.ranks), dtype=dtype)
+        return self.local.scores(state, x_TI, h_TP, allowed_TE)
 
     def verdict(self, evidence_BE: Float[Tensor, "B E"]) -> Float[Tensor, "B E"]:
         """See :class:`PromptRouter`: from cosines to ``alpha cos``, or to the weights of global routing alone."""
@@ -101,7 +112,7 @@ class Glider:
             global_BE = torch.where(near_B1, self.alpha_near, self.alpha_far) * evidence_BE
         else:
             global_BE = self.alpha * evidence_BE
-        return selection_of(self)(global_BE) if self.local is None else global_BE
+        return self.selection(global_BE) if self.local is None else global_BE
 
     def informed(self, scores_TE: Float[Tensor, "*T E"], prior_B1E: Float[Tensor, "B _ E"]) -> Float[Tensor, "*T E"]:
         """See :class:`PromptRouter`: their sum."""

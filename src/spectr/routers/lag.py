@@ -10,13 +10,14 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from spectr.errors import CompositionError
+from spectr.routers.base import ShortlistRouter
 from spectr.routers.settings import check_settings
-from spectr.selection import Weighting
-from spectr.spectral import Aligned, Prepared
+from spectr.selection import TopK, Weighting
+from spectr.spectral import AlignedExpert, Share, SideData, State, segment_norms
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lag:
+class Lag(ShortlistRouter):
     """The ``shortlist`` largest ``|v_t . x|``, and among these experts the ``top_k`` largest ``||A*_t x||``.
 
     Experts that are not on a token's shortlist have the score minus infinity, and are not computed for it.
@@ -31,6 +32,8 @@ class Lag:
     Source: LoRA-Augmented Generation (Fleshman and Van Durme, 2025).
     """
 
+    reads = "xh"
+
     shortlist: int = 20
     top_k: int = 1
     weights: Weighting = "uniform"
@@ -44,26 +47,39 @@ class Lag:
                 f"shortlist={self.shortlist} and top_k={self.top_k}", expected="a shortlist of at least top_k experts"
             )
 
-    def prepare(self, aligned: Aligned) -> Prepared:
+    @property
+    def selection(self) -> TopK:
         """See :class:`Router`."""
-        return Prepared.spectral(aligned)._replace(prototype=aligned.Vh[0])
+        return TopK(k=self.top_k, weighting=self.weights, temperature=self.temperature)
+
+    def init_expert(self, expert: AlignedExpert, side: SideData) -> Share:
+        """See :class:`Router`: the prototype is ``v_t``."""
+        return Share.spectral(expert.aligned)._replace(prototype=expert.aligned.Vh[0])
 
     def candidates(
-        self,
-        x_TI: Float[Tensor, "*T I"],
-        prototypes_EI: Float[Tensor, "E I"],
-        among_B1E: Bool[Tensor, "B _ E"] | None = None,
+        self, state: State, x_TI: Float[Tensor, "*T I"], allowed_TE: Bool[Tensor, "*B E"] | None = None
     ) -> Bool[Tensor, "*T E"]:
-        """Which experts are on each token's shortlist."""
-        likeness_TE = linear(x_TI, prototypes_EI).float().abs()
-        if among_B1E is not None:
-            likeness_TE = likeness_TE.masked_fill(~among_B1E, -torch.inf)
+        """See :class:`ShortlistRouter`: those of the largest ``|v_t . x|``."""
+        assert state.prototypes_EI is not None
+        likeness_TE = linear(x_TI, state.prototypes_EI).float().abs()
+        if allowed_TE is not None:
+            likeness_TE = likeness_TE.masked_fill(~allowed_TE, -torch.inf)
         index_TK = likeness_TE.topk(min(self.shortlist, likeness_TE.shape[-1]), dim=-1).indices
         listed_TE = torch.zeros_like(likeness_TE, dtype=torch.bool).scatter(-1, index_TK, True)
-        return listed_TE if among_B1E is None else listed_TE & among_B1E
+        return listed_TE if allowed_TE is None else listed_TE & allowed_TE
+
+    def listed_scores(
+        self, state: State, h_TP: Float[Tensor, "*T P"], listed_TE: Bool[Tensor, "*T E"]
+    ) -> Float[Tensor, "*T E"]:
+        """See :class:`ShortlistRouter`: ``||A*_t x||``, and minus infinity for the others."""
+        return segment_norms(h_TP, state).masked_fill(~listed_TE, -torch.inf)
 
     def scores(
-        self, x_TI: Float[Tensor, "*T I"], norms_TE: Float[Tensor, "*T E"], prototypes_EI: Tensor | None
+        self,
+        state: State,
+        x_TI: Float[Tensor, "*T I"],
+        h_TP: Float[Tensor, "*T P"],
+        allowed_TE: Bool[Tensor, "*B E"] | None,
     ) -> Float[Tensor, "*T E"]:
-        """See :class:`Router`."""
-        return norms_TE
+        """See :class:`Router`: both steps."""
+        return self.listed_scores(state, h_TP, self.candidates(state, x_TI, allowed_TE))

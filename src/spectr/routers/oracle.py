@@ -2,41 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spectr.errors import CompositionError, did_you_mean
-from spectr.spectral import Aligned, Prepared
+from spectr.library.needs import Need, OneExpert
+from spectr.routers.base import Router
+from spectr.selection import Everyone
+from spectr.spectral import AlignedExpert, Share, SideData, Stack, State
 
 
 @dataclass(frozen=True, kw_only=True)
-class Oracle:
+class Oracle(Router):
     """Always the named expert with weight 1: the fine-tuned model itself. The other experts are not even loaded.
 
     Attributes:
         expert: Its name.
     """
 
+    reads = ""
+
     expert: str
 
-    def resident(self, experts: Sequence[str]) -> tuple[str, ...]:
+    @property
+    def selection(self) -> Everyone:
         """See :class:`Router`."""
-        if self.expert not in experts:
-            raise CompositionError(
-                f"the oracle's expert '{self.expert}' is not there", do=did_you_mean(self.expert, experts)
-            )
-        return (self.expert,)
+        return Everyone()
 
-    def prepare(self, aligned: Aligned) -> Prepared:
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """See :class:`Router`: this expert, and no other is held."""
+        return (OneExpert(self.expert),)
+
+    def init_expert(self, expert: AlignedExpert, side: SideData) -> Share:
         """See :class:`Router`."""
-        return Prepared.spectral(aligned)
+        return Share.spectral(expert.aligned)
+
+    def stack(self, shares: Mapping[str, Share]) -> Stack:
+        """See :class:`Router`: of the named expert alone."""
+        return Stack.of({self.expert: shares[self.expert]})
 
     def scores(
-        self, x_TI: Float[Tensor, "*T I"], norms_TE: Float[Tensor, "*T E"], prototypes_EI: Tensor | None
+        self, state: State, x_TI: Float[Tensor, "*T I"], h_TP: Tensor, allowed_TE: Tensor | None
     ) -> Float[Tensor, "*T E"]:
-        """See :class:`Router`; all ones."""
-        return torch.ones_like(norms_TE)
+        """See :class:`Router`; one, of the one expert."""
+        return x_TI.new_ones(*x_TI.shape[:-1], 1, dtype=torch.promote_types(x_TI.dtype, torch.float32))

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear
 
+from spectr.library.needs import GATED, Need
+from spectr.routers.base import Router
 from spectr.routers.settings import check_settings
-from spectr.selection import Weighting
-from spectr.spectral import Aligned, Prepared
+from spectr.selection import TopK, Weighting
+from spectr.spectral import AlignedExpert, Share, SideData, State
 
 
 @dataclass(frozen=True, kw_only=True)
-class Phatgoose:
+class Phatgoose(Router):
     """``LN(x) . LN(v_t) / sqrt(I)`` with the gates ``v_t`` that ``spectr train gates`` trained; softmax of the top k.
 
     LayerNorm is without affine. The softmax over the chosen is that over all experts, renormalised.
@@ -29,7 +30,7 @@ class Phatgoose:
     Source: PHATGOOSE (Muqeeth et al., 2024), section 3.
     """
 
-    gated: ClassVar[bool] = True
+    reads = "x"
 
     top_k: int = 2
     weights: Weighting = "softmax"
@@ -39,15 +40,26 @@ class Phatgoose:
     def __post_init__(self) -> None:
         check_settings(self)
 
-    def prepare(self, aligned: Aligned) -> Prepared:
+    @property
+    def selection(self) -> TopK:
         """See :class:`Router`."""
-        return Prepared.spectral(aligned)
+        return TopK(k=self.top_k, weighting=self.weights, temperature=self.temperature)
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """See :class:`Router`."""
+        return (*super().needs, GATED)
+
+    def init_expert(self, expert: AlignedExpert, side: SideData) -> Share:
+        """See :class:`Router`: the prototype is ``LN(v_t)``."""
+        assert side.gate_I is not None
+        return Share.spectral(expert.aligned)._replace(prototype=layer_norm(side.gate_I.float(), side.gate_I.shape))
 
     def scores(
-        self, x_TI: Float[Tensor, "*T I"], norms_TE: Float[Tensor, "*T E"], prototypes_EI: Tensor | None
+        self, state: State, x_TI: Float[Tensor, "*T I"], h_TP: Tensor, allowed_TE: Tensor | None
     ) -> Float[Tensor, "*T E"]:
-        """See :class:`Router`; the prototypes are the gates after their LayerNorm."""
-        assert prototypes_EI is not None
+        """See :class:`Router`: ``LN(x) . LN(v_t) / sqrt(I)``."""
+        assert state.prototypes_EI is not None
         inputs = x_TI.shape[-1]
         normed_TI = layer_norm(x_TI.float(), (inputs,))
-        return linear(normed_TI, prototypes_EI.float()) / inputs**0.5
+        return linear(normed_TI, state.prototypes_EI.float()) / inputs**0.5

@@ -24,6 +24,7 @@ from spectr.routers.seqr import Seqr
 from spectr.routers.shortlist import Shortlist
 from spectr.routers.spectr import Spectr
 from spectr.routers.uniform import Uniform
+from spectr.routers.version1 import adapted
 
 ENTRY_POINTS = "spectr.routers"
 
@@ -88,4 +89,4 @@ def get_router(name: str, **options: Any) -> Router:
             f"router '{name}' does not take these options: {', '.join(options) or 'none'}",
             expected=f"some of: {', '.join(fields)}" if fields else str(error),
         ) from error
-    return make(**options)
+    return adapted(make(**options))

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from spectr.errors import CompositionError
-from spectr.routers.base import PromptRouter, Router
+from spectr.library.needs import GATED, Indexed, Need, OneExpert
+from spectr.routers.base import GuidedRouter, PagedRouter, PromptRouter, Router
 from spectr.routers.calibrated import Calibrated, soft_vote, vote_bounds
-from spectr.routers.settings import depends_on_residents
-from spectr.spectral import Aligned, Prepared
+from spectr.routers.use import HoldWeights, KeepShortlist, Use
+from spectr.selection import Everyone
+from spectr.spectral import AlignedExpert, InputState, Share, SideData, Stack, State
 
 
 def _informed() -> Router:
@@ -21,7 +23,7 @@ def _informed() -> Router:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shortlist:
+class Shortlist(PagedRouter):
     """For each prompt the ``size`` experts that its words call for; among these ``local`` decides for each token.
 
     The shortlist is the calibrated decision of :class:`Calibrated`, made with one direction of each expert in place of
@@ -72,49 +74,70 @@ class Shortlist:
             raise CompositionError(
                 f"local={self.local!r} is no router", expected="a router object, as in Spectr(top_k=4)"
             )
-        level = self.local.level if isinstance(self.local, PromptRouter) else "token"
-        if level in ("prompt", "shortlist") or hasattr(self.local, "guided") or hasattr(self.local, "resident"):
+        one = any(isinstance(need, OneExpert) for need in self.local.needs)
+        gathers = self.local.use is not None and self.local.use.gathers
+        if gathers or one or isinstance(self.local, GuidedRouter):
             raise CompositionError(
                 f"local={self.local!r} does not decide for each token among those it is given",
                 expected="a router for each token, such as Spectr(top_k=4), or Calibrated(level='prior')",
                 do="for one expert a prompt: Shortlist(size=1)",
             )
-        if depends_on_residents(self.local):
+        if self.local.combination.depends_on_residents:
             raise CompositionError(
                 f"local={self.local!r} merges by all experts in memory, which change with the prompts of a batch",
                 expected="another combination than 'knots'",
                 do="leave combine out, or use a router that holds all experts",
             )
-        if 1 < self.size < getattr(self.local, "top_k", 1):
+        most = self.local.selection.k or 1
+        if 1 < self.size < most:
             raise CompositionError(
-                f"a shortlist of {self.size}, of which {self.local!r} is to take {getattr(self.local, 'top_k', 1)}",
+                f"a shortlist of {self.size}, of which {self.local!r} is to take {most}",
                 expected="a size of at least top_k",
             )
 
     @property
-    def level(self) -> str:
-        """See :class:`PromptRouter`: ``"prompt"`` for a shortlist of one, else ``"shortlist"``."""
-        return "prompt" if self.size == 1 else "shortlist"
+    def selection(self) -> Everyone:
+        """See :class:`Router`: all on the list are held."""
+        return Everyone()
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """See :class:`Router`: an index, and gates where the local router reads them."""
+        return (Indexed(self.certain), *(need for need in self.local.needs if need == GATED))
+
+    @property
+    def use(self) -> Use:
+        """See :class:`Router`: of a list of one, its weight."""
+        return HoldWeights() if self.size == 1 else KeepShortlist(self._informing is not None)
+
+    @property
+    def _informing(self) -> PromptRouter | None:
+        """The local router, where the prompt's evidence informs its scores too."""
+        local = self.local
+        return local if self.size > 1 and isinstance(local, PromptRouter) and local.use is not None else None
 
     @property
     def certain(self) -> bool:
-        """Whether the list has to be the one that prototypes in full give."""
+        """See :class:`PagedRouter`."""
         return self.bits > 8
 
-    @property
-    def informs(self) -> bool:
-        """Whether the prompt's evidence informs the local router's scores too."""
-        return self.size > 1 and isinstance(self.local, PromptRouter) and self.local.level == "prior"
+    def init_expert(self, expert: AlignedExpert, side: SideData) -> Share:
+        """See :class:`Router`: the local router's share."""
+        return self.local.init_expert(expert, side)
 
-    def prepare(self, aligned: Aligned) -> Prepared:
-        """See :class:`Router`: as the local router does."""
-        return self.local.prepare(aligned)
+    def stack(self, shares: Mapping[str, Share]) -> Stack:
+        """See :class:`Router`: as the local router."""
+        return self.local.stack(shares)
+
+    def inputs(self, state: InputState, x_TI: Float[Tensor, "*T I"]) -> Float[Tensor, "*T P"]:
+        """See :class:`Router`: as the local router."""
+        return self.local.inputs(state, x_TI)
 
     def scores(
-        self, x_TI: Float[Tensor, "*T I"], norms_TE: Float[Tensor, "*T E"], prototypes_EI: Tensor | None
+        self, state: State, x_TI: Float[Tensor, "*T I"], h_TP: Float[Tensor, "*T P"], allowed_TE: Tensor | None
     ) -> Float[Tensor, "*T E"]:
         """See :class:`Router`: the local router's."""
-        return self.local.scores(x_TI, norms_TE, prototypes_EI)
+        return self.local.scores(state, x_TI, h_TP, allowed_TE)
 
     def evidence(self, scores_TE: Float[Tensor, "*T E"]) -> Float[Tensor, "*T E"]:
         """See :class:`ProbingRouter`: the soft vote, times the number of experts."""
@@ -123,7 +146,7 @@ class Shortlist:
     def bounds(
         self, scores_TE: Float[Tensor, "*T E"], off_TE: Float[Tensor, "*T E"]
     ) -> tuple[Float[Tensor, "*T E"], Float[Tensor, "*T E"]]:
-        """The least and the most that the evidence can be, where scores may be off by so much; float64."""
+        """See :class:`PagedRouter`."""
         return vote_bounds(scores_TE, off_TE, self.pool_temperature)
 
     def certainty(self, evidence_TE: Float[Tensor, "*T E"]) -> Float[Tensor, "*T"]:
@@ -134,12 +157,10 @@ class Shortlist:
         """See :class:`PromptRouter`: zero for experts off the shortlist; of the others the prior, or alike."""
         index_BK = evidence_BE.topk(min(self.size, evidence_BE.shape[-1]), dim=-1).indices
         listed_BE = torch.zeros_like(evidence_BE).scatter(-1, index_BK, 1.0)
-        if self.informs:
-            local: Any = self.local
-            return (local.verdict(evidence_BE) * listed_BE).float()
+        if self._informing is not None:
+            return (self._informing.verdict(evidence_BE) * listed_BE).float()
         return (listed_BE / index_BK.shape[-1]).float()
 
     def informed(self, scores_TE: Float[Tensor, "*T E"], prior_B1E: Float[Tensor, "B _ E"]) -> Float[Tensor, "*T E"]:
         """See :class:`PromptRouter`: as the local router does."""
-        local: Any = self.local
-        return local.informed(scores_TE, prior_B1E) if self.informs else scores_TE
+        return scores_TE if self._informing is None else self._informing.informed(scores_TE, prior_B1E)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
+from spectr.routers.base import LengthRouter, Lengths
 from spectr.routers.settings import check_settings
-from spectr.selection import Weighting
-from spectr.spectral import Aligned, Prepared
+from spectr.selection import TopK, Weighting
+from spectr.spectral import AlignedExpert, InputState, Share, SideData, State, segment_norms
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spectr:
+class Spectr(LengthRouter):
     """Spectral routing: the ``top_k`` experts with the longest ``A*_t x``.
 
     Attributes:
@@ -30,8 +31,6 @@ class Spectr:
     Source: SpectR (Fleshman and Van Durme, 2025), eq. 2 to 13.
     """
 
-    by_norms: ClassVar[bool] = True
-
     score: Literal["spectral", "projection"] = "spectral"
     top_k: int = 4
     weights: Weighting = "uniform"
@@ -41,14 +40,24 @@ class Spectr:
     def __post_init__(self) -> None:
         check_settings(self, score=(self.score, ("spectral", "projection")))
 
-    def prepare(self, aligned: Aligned) -> Prepared:
+    @property
+    def selection(self) -> TopK:
         """See :class:`Router`."""
+        return TopK(k=self.top_k, weighting=self.weights, temperature=self.temperature)
+
+    def init_expert(self, expert: AlignedExpert, side: SideData) -> Share:
+        """See :class:`Router`: ``A*`` and ``B*``."""
         if self.score == "projection":
-            return Prepared(aligned.Vh, aligned.U * aligned.S)
-        return Prepared.spectral(aligned)
+            U, S, Vh = expert.aligned
+            return Share(Vh, U * S)
+        return Share.spectral(expert.aligned)
 
     def scores(
-        self, x_TI: Float[Tensor, "*T I"], norms_TE: Float[Tensor, "*T E"], prototypes_EI: Tensor | None
+        self, state: State, x_TI: Float[Tensor, "*T I"], h_TP: Float[Tensor, "*T P"], allowed_TE: Tensor | None
     ) -> Float[Tensor, "*T E"]:
-        """See :class:`Router`."""
-        return norms_TE
+        """See :class:`Router`: ``||h_t||``, eq. 8."""
+        return segment_norms(h_TP, state)
+
+    def lengths(self, state: InputState) -> Lengths:
+        """See :class:`LengthRouter`."""
+        return Lengths(state.A_PI)

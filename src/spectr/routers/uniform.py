@@ -8,12 +8,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spectr.routers.settings import check_settings
-from spectr.spectral import Aligned, Prepared
+from spectr.routers.base import LengthRouter, Lengths
+from spectr.routers.settings import check_settings, first_rows
+from spectr.selection import Everyone
+from spectr.spectral import AlignedExpert, InputState, Share, SideData, State
 
 
 @dataclass(frozen=True, kw_only=True)
-class Uniform:
+class Uniform(LengthRouter):
     """All experts that adapt a module, each with weight ``1 / E``.
 
     Attributes:
@@ -22,17 +24,30 @@ class Uniform:
     Source: mu-routing (Ostapenko et al., 2024).
     """
 
+    reads = ""
+
     combine: str = "outputs"
 
     def __post_init__(self) -> None:
         check_settings(self)
 
-    def prepare(self, aligned: Aligned) -> Prepared:
+    @property
+    def selection(self) -> Everyone:
         """See :class:`Router`."""
-        return Prepared.spectral(aligned)
+        return Everyone()
+
+    def init_expert(self, expert: AlignedExpert, side: SideData) -> Share:
+        """See :class:`Router`."""
+        return Share.spectral(expert.aligned)
 
     def scores(
-        self, x_TI: Float[Tensor, "*T I"], norms_TE: Float[Tensor, "*T E"], prototypes_EI: Tensor | None
+        self, state: State, x_TI: Float[Tensor, "*T I"], h_TP: Tensor, allowed_TE: Tensor | None
     ) -> Float[Tensor, "*T E"]:
         """See :class:`Router`; all ones."""
-        return torch.ones_like(norms_TE)
+        dtype = torch.promote_types(x_TI.dtype, torch.float32)
+        return x_TI.new_ones(*x_TI.shape[:-1], len(state.ranks), dtype=dtype)
+
+    def lengths(self, state: InputState) -> Lengths:
+        """See :class:`LengthRouter`: rows that are zero, one from each center."""
+        centers_P = state.A_PI.new_zeros(len(state.A_PI)).index_fill(0, first_rows(state.ranks), 1.0)
+        return Lengths(torch.zeros_like(state.A_PI), centers_P)

@@ -11,7 +11,6 @@ from pathlib import Path
 from spectr.errors import SpectrError
 from spectr.library import ExpertLibrary
 from spectr.routers import Router
-from spectr.routers.settings import combination_of, depends_on_residents
 from spectr.serving.policy import Policy, read_policy
 
 _BACKLOG = 2048  # connections that wait until they are taken, as uvicorn has it
@@ -79,9 +78,9 @@ class Settings:
         """
         self.policy()
         for name, router in self.routers.items():
-            if depends_on_residents(router):
+            if router.combination.depends_on_residents:
                 raise SpectrError(
-                    f"router '{name}' with combine='{combination_of(router)}': answers would depend on all experts "
+                    f"router '{name}' with combine='{router.combine}': answers would depend on all experts "
                     "of the server, also on those that a request may not use",
                     expected="a combination of the chosen experts alone",
                     do="leave --combine out, or --combine ties",

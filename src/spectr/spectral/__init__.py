@@ -7,6 +7,23 @@ stack's experts one after the other, ``I`` inputs, ``O`` outputs, ``N`` a batch 
 from spectr.spectral.align import Aligned, align
 from spectr.spectral.prototypes import Codes, Prototypes
 from spectr.spectral.rotate import Rotation, rotate
-from spectr.spectral.stack import Prepared, Stack
+from spectr.spectral.stack import AlignedExpert, InputState, Share, SideData, Stack, State, segment_norms
 
-__all__ = ["Aligned", "Codes", "Prepared", "Prototypes", "Rotation", "Stack", "align", "rotate"]
+Prepared = Share  # its name in the first protocol of routers
+
+__all__ = [
+    "Aligned",
+    "AlignedExpert",
+    "Codes",
+    "InputState",
+    "Prepared",
+    "Prototypes",
+    "Rotation",
+    "Share",
+    "SideData",
+    "Stack",
+    "State",
+    "align",
+    "rotate",
+    "segment_norms",
+]

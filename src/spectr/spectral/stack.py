@@ -1,22 +1,64 @@
-"""The experts of one module in one pair of matrices, whatever their ranks."""
+"""The experts of one module: each one's share, made alone, and all of them in one pair of matrices.
+
+Legend: O outputs, I inputs, R an expert's rank, E experts, P the sum of their ranks, Q rows of a shared input factor.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from spectr.spectral.align import Aligned
+from spectr.spectral.align import Aligned, align
 
 
-class Prepared(NamedTuple):
-    """One expert's share of a stack: what a router's ``prepare`` made of its aligned factors.
+class AlignedExpert(NamedTuple):
+    """One expert at one module, float32: the SVD of its update, and the adapter's own factors ``delta = B A``.
 
-    ``A = mix @ root`` where these are given: ``root`` is the adapter's own input factor, which others may share.
+    Attributes:
+        aligned: ``delta = U S V^T``.
+        A_RI: The adapter's ``A_t``.
+        B_OR: Its ``c B_t``, with the scale.
+    """
+
+    aligned: Aligned
+    A_RI: Float[Tensor, "R I"]
+    B_OR: Float[Tensor, "O R"]
+
+    @staticmethod
+    def of(A_RI: Float[Tensor, "R I"], B_OR: Float[Tensor, "O R"], scale: float) -> AlignedExpert:
+        """From an adapter's factors."""
+        return AlignedExpert(align(A_RI, B_OR, scale), A_RI.float(), B_OR.float() * scale)
+
+
+class SideData(NamedTuple):
+    """What a library knows of an expert at a module besides its factors; ``None`` where nobody asked for it.
+
+    Attributes:
+        mean_I: The module's mean input over the calibration's texts.
+        rms: Root mean square of ``||A* (x - mean)||`` over these.
+        gate_I: The expert's trained gate.
+    """
+
+    mean_I: Float[Tensor, " I"] | None = None
+    rms: float | None = None
+    gate_I: Float[Tensor, " I"] | None = None
+
+
+class Share(NamedTuple):
+    """One expert's share of a stack: what a router's ``init_expert`` makes of it.
+
+    Attributes:
+        A: Input factor of the update ``B A``.
+        B: Output factor.
+        prototype: A vector that it is scored by.
+        center: Subtracted from ``A x`` before it is scored.
+        root: An input factor that others may share, with ``A = mix @ root``.
+        mix: See ``root``.
     """
 
     A: Float[Tensor, "R I"]
@@ -27,40 +69,62 @@ class Prepared(NamedTuple):
     mix: Float[Tensor, "R Q"] | None = None
 
     @staticmethod
-    def spectral(aligned: Aligned) -> Prepared:
+    def spectral(aligned: Aligned) -> Share:
         """``A* = S V^T`` and ``B* = U``, SpectR eq. 3."""
-        return Prepared(aligned.S[:, None] * aligned.Vh, aligned.U)
+        return Share(aligned.S[:, None] * aligned.Vh, aligned.U)
 
-    def calibrated(self, mean_I: Float[Tensor, " I"], rms: float) -> Prepared:
-        """The same update with ``A / rms`` and ``B rms``, so that ``||A (x - m)||`` has the root mean square 1.
-
-        ``A m`` is kept as ``center``. An expert that does nothing here (``rms`` 0) stays as it is.
-        """
-        scale = rms if rms > 0 else 1.0
-        A = self.A / scale
-        return self._replace(A=A, B=self.B * scale, center=A @ mean_I)
-
-    def rooted(self, root: Float[Tensor, "Q I"], B_OQ: Float[Tensor, "O Q"]) -> Prepared:
-        """The same update with ``A`` taken apart: ``A*_t = U^T c B_t A_t``, by the orthonormal columns of ``U``.
-
-        Args:
-            root: The adapter's ``A_t``.
-            B_OQ: Its output factor with the scale, ``c B_t``.
-        """
-        return self._replace(root=root, mix=self.B.mT @ B_OQ)
-
-    def gated(self, gate_I: Float[Tensor, " I"]) -> Prepared:
-        """The same update with a trained gate as its prototype: ``LN(v)``, LayerNorm without affine."""
-        return self._replace(prototype=torch.nn.functional.layer_norm(gate_I.float(), gate_I.shape))
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> Prepared:
+    def to(self, device: torch.device, dtype: torch.dtype) -> Share:
         """The share on a device and in a dtype."""
-        return Prepared(*(None if tensor is None else tensor.to(device, dtype) for tensor in self))  # pyright: ignore
+        return Share(*(None if tensor is None else tensor.to(device, dtype) for tensor in self))  # pyright: ignore
+
+
+@runtime_checkable
+class State(Protocol):
+    """What a router's ``scores`` reads of the experts of a module.
+
+    Attributes:
+        ranks: Their ranks; the P axis has their sum.
+        common_rank: The rank of all, ``None`` where they differ.
+        member_EP: One where row ``p`` belongs to expert ``e``, else zero.
+        prototypes_EI: One vector an expert.
+        centers_P: See :class:`Share`.
+    """
+
+    @property
+    def ranks(self) -> tuple[int, ...]: ...  # noqa: D102
+
+    @property
+    def common_rank(self) -> int | None: ...  # noqa: D102
+
+    @property
+    def member_EP(self) -> Tensor: ...  # noqa: D102
+
+    @property
+    def prototypes_EI(self) -> Tensor | None: ...  # noqa: D102
+
+    @property
+    def centers_P(self) -> Tensor | None: ...  # noqa: D102
+
+
+@runtime_checkable
+class InputState(State, Protocol):
+    """The same with the input factors: a :class:`Stack`, or a layer's factors.
+
+    Attributes:
+        A_PI: Input factors; of experts that share theirs, that one, (Q, I).
+        mix_PR: Makes the experts' input factors of the shared one; ``None`` where none is shared.
+    """
+
+    @property
+    def A_PI(self) -> Tensor: ...  # noqa: D102
+
+    @property
+    def mix_PR(self) -> Tensor | None: ...  # noqa: D102
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Stack:
-    """Experts of one module, one after the other along P, in alphabetical order of their names.
+    """Experts of one module, one after the other along P, in alphabetical order of their names. An :class:`InputState`.
 
     Attributes:
         experts: Their names.
@@ -68,7 +132,7 @@ class Stack:
         A_PI: Input factors, (P, I); where all experts share theirs, that one, (Q, I).
         B_OP: Output factors, (O, P).
         prototypes_EI: One vector an expert, (E, I), where the router scores by those.
-        centers_P: ``A m`` of the mean input ``m``, where scores are calibrated.
+        centers_P: Subtracted from ``A x`` before it is scored.
         mix_PR: Makes the experts' input factors of the shared one, (P, Q); ``None`` where none is shared.
     """
 
@@ -81,21 +145,19 @@ class Stack:
     mix_PR: Float[Tensor, "P Q"] | None = None
 
     @staticmethod
-    def of(prepared: Mapping[str, Prepared]) -> Stack:
-        """Stack experts by name; there must be at least one."""
-        names = sorted(prepared)
-        parts = [prepared[name] for name in names]
+    def of(shares: Mapping[str, Share]) -> Stack:
+        """Stack experts by name, each with an input factor of its own; there must be at least one."""
+        names = sorted(shares)
+        parts = [shares[name] for name in names]
         prototypes = [part.prototype for part in parts if part.prototype is not None]
         centers = [part.center for part in parts if part.center is not None]
-        root = _shared_root(parts)
         return Stack(
             experts=tuple(names),
             ranks=tuple(part.A.shape[0] for part in parts),
-            A_PI=torch.cat([part.A for part in parts]) if root is None else root,
+            A_PI=torch.cat([part.A for part in parts]),
             B_OP=torch.cat([part.B for part in parts], dim=1),
             prototypes_EI=torch.stack(prototypes) if prototypes else None,
             centers_P=torch.cat(centers) if centers else None,
-            mix_PR=None if root is None else torch.cat([part.mix for part in parts if part.mix is not None]),
         )
 
     @property
@@ -104,36 +166,37 @@ class Stack:
         return torch.repeat_interleave(torch.arange(len(self.ranks)), torch.tensor(self.ranks, dtype=torch.long))
 
     @property
+    def member_EP(self) -> Float[Tensor, "E P"]:
+        """See :class:`State`."""
+        member_EP = torch.nn.functional.one_hot(self.owner_P, len(self.ranks)).mT
+        return member_EP.contiguous().to(self.A_PI)
+
+    @property
     def common_rank(self) -> int | None:
         """The rank of all experts, ``None`` where they differ."""
         return self.ranks[0] if len(set(self.ranks)) == 1 else None
 
-    def parts(self) -> dict[str, Prepared]:
-        """The experts taken apart again, by name."""
+    def parts(self) -> dict[str, Share]:
+        """The experts taken apart again, by name, each with an input factor of its own."""
         whole = self.A_PI if self.mix_PR is None else self.mix_PR @ self.A_PI
         A, B = whole.split(self.ranks), self.B_OP.split(self.ranks, dim=1)
         nothing = [None] * len(self.experts)
-        roots = nothing if self.mix_PR is None else [self.A_PI] * len(self.experts)
-        mixes = nothing if self.mix_PR is None else self.mix_PR.split(self.ranks)
         prototypes = nothing if self.prototypes_EI is None else list(self.prototypes_EI)
         centers = nothing if self.centers_P is None else self.centers_P.split(self.ranks)
-        columns = zip(A, B, prototypes, centers, roots, mixes, strict=True)
-        return dict(zip(self.experts, (Prepared(*share) for share in columns), strict=True))
-
-    def only(self, names: Iterable[str]) -> Stack | None:
-        """The stack of those of its experts that are named; ``None`` where none is left."""
-        kept = {name: part for name, part in self.parts().items() if name in set(names)}
-        return Stack.of(kept) if kept else None
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> Stack:
-        """The stack on a device and in a dtype."""
-        return Stack.of({name: part.to(device, dtype) for name, part in self.parts().items()})
+        columns = zip(A, B, prototypes, centers, strict=True)
+        return dict(zip(self.experts, (Share(*share) for share in columns), strict=True))
 
 
-def _shared_root(parts: Sequence[Prepared]) -> Tensor | None:
-    """The input factor that all experts have in common, bit for bit; ``None`` where there is none, or one alone."""
-    first = parts[0].root
-    if first is None or len(parts) < 2:
-        return None
-    same = all(part.root is not None and torch.equal(part.root, first) for part in parts)
-    return first if same else None
+def segment_norms(h_TP: Float[Tensor, "*T P"], state: State) -> Float[Tensor, "*T E"]:
+    """``||h_t||_2`` of each expert's own part of ``h``, in float32 whatever the dtype of ``h`` (float64 stays so).
+
+    Args:
+        h_TP: The experts' parts, one after the other.
+        state: Whose ranks and members say which are whose.
+    """
+    wide = torch.promote_types(h_TP.dtype, torch.float32)
+    rank = state.common_rank
+    if rank is None:
+        return (h_TP.to(wide).square() @ state.member_EP.mT.to(wide)).sqrt()
+    parts_TER = h_TP.unflatten(-1, (len(state.ranks), rank))
+    return torch.linalg.vector_norm(parts_TER, dim=-1, dtype=wide)

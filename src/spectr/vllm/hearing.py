@@ -122,7 +122,7 @@ class Hearing:
             evidence_1E = evidence_1E - self._usual_among(name, experts) + 1
         [verdict_E] = router.verdict(evidence_1E)
         found = dict(zip(experts, verdict_E.tolist(), strict=True))
-        return {expert: number for expert, number in found.items() if number > 0 or router.level == "prior"}
+        return {expert: number for expert, number in found.items() if number > 0 or not router.use.fixes}
 
     def _usual_among(self, name: str, experts: tuple[str, ...]) -> Tensor:
         """These experts' evidence from the calibration's texts, which takes longer than a prompt's, and stays."""

@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from spectr.errors import CompositionError
-from spectr.routers import Router
-from spectr.spectral import Prepared, Stack
+from spectr.routers import LengthRouter, Router
+from spectr.spectral import Share, Stack
 from spectr.vllm.hearing import Ear, key_of
 from spectr.vllm.packed import fits, packed_of
 from spectr.vllm.product import Product
@@ -139,6 +139,7 @@ class Experts(nn.Module):
         """Of each module how each router scores its experts, where that is to be known."""
         ways: list[list[Way]] = [[] for _ in stacks]
         for router in routers if by_ways(routers) else ():
+            assert isinstance(router, LengthRouter)
             for its, own, held in zip(ways, self._stacks(session, router), stacks, strict=True):
                 its.append(Way.of(own, held, router))
         return ways
@@ -209,15 +210,9 @@ def check_sizes(name: str, module: str, inputs: int, outputs: int, session: Sess
         )
 
 
-def _kept(part: Prepared, removed: bool) -> Prepared:
-    """A share as the engine holds it: with its own input factor, and zero where the expert is gone."""
-    part = part._replace(root=None, mix=None)
-    return part._replace(A=torch.zeros_like(part.A), B=torch.zeros_like(part.B), **_zeros(part)) if removed else part
-
-
-def _zeros(part: Prepared) -> dict[str, Tensor]:
-    known = {"prototype": part.prototype, "center": part.center}
-    return {name: torch.zeros_like(tensor) for name, tensor in known.items() if tensor is not None}
+def _kept(share: Share, removed: bool) -> Share:
+    """A share as the engine holds it: zero where the expert is gone."""
+    return Share(*(None if t is None else torch.zeros_like(t) for t in share)) if removed else share  # pyright: ignore
 
 
 def _runs(stacks: Sequence[Stack], router: Router) -> list[list[int]]:

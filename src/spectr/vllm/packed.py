@@ -6,11 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from spectr.combine import get_combination, merge_outputs
+from spectr.combine import merge_outputs
 from spectr.layers.kernels.packed import Choice, Choosing, Module, Packed, packed_works
-from spectr.routers.settings import combination_of
+from spectr.routers import LengthRouter
 from spectr.selection import Selection, TopK
-from spectr.vllm.ways import KIN
 
 
 def fits(experts: Any) -> bool:
@@ -36,9 +35,8 @@ def _simple(experts: Any) -> bool:
     if experts.split.by_input or len(experts.groups) != 1:
         return False
     [group] = experts.groups
-    outputs = get_combination(combination_of(group.router)).merge is merge_outputs
-    by_norms = isinstance(group.router, KIN) or getattr(group.router, "by_norms", False)
-    return bool(outputs and by_norms and group.common_rank is not None)
+    outputs = group.router.combination.merge is merge_outputs
+    return bool(outputs and isinstance(group.router, LengthRouter) and group.common_rank is not None)
 
 
 def _choice(select: Selection, experts: int) -> Choice:

@@ -7,19 +7,17 @@ R one expert's rows, W ways to score, F the engine's experts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int32
 from torch import Tensor, nn
 
-from spectr.combine import get_combination, merge_factors
-from spectr.routers import PromptRouter, Router
-from spectr.routers.base import segment_norms
-from spectr.routers.settings import combination_of, selection_of
+from spectr.combine import merge_factors
+from spectr.routers import LengthRouter, PromptRouter, Router
 from spectr.selection import Everyone, Selection, TopK
-from spectr.spectral import Stack
-from spectr.vllm.ways import KIN, Way
+from spectr.spectral import Stack, segment_norms
+from spectr.vllm.ways import Way
 
 
 def weights_among(
@@ -46,7 +44,17 @@ def weights_among(
 
 def sees_input(router: Router) -> bool:
     """Whether a router's scores need all of a module's input, and not only products with it."""
-    return not (isinstance(router, KIN) or getattr(router, "by_norms", False))
+    return "x" in router.reads and not isinstance(router, LengthRouter)
+
+
+class _State(NamedTuple):
+    """What a router reads of a group; see :class:`spectr.spectral.State`."""
+
+    ranks: tuple[int, ...]
+    common_rank: int | None
+    member_EP: Tensor
+    prototypes_EI: Tensor | None = None
+    centers_P: Tensor | None = None
 
 
 class Group(nn.Module):
@@ -80,18 +88,19 @@ class Group(nn.Module):
         super().__init__()
         first, router = stacks[0], routers[0]
         self.modules_S, self.experts, self.common_rank = len(stacks), len(first.experts), first.common_rank
+        self.ranks = first.ranks
         self.rows = len(first.A_PI)
-        self.router, self.selects = router, [selection_of(one) for one in routers]
-        self.merges = get_combination(combination_of(router)).merge is merge_factors
+        self.router, self.selects = router, [one.selection for one in routers]
+        self.merges = router.combination.merge is merge_factors
         self.held = held
-        priors = [one for one in routers if isinstance(one, PromptRouter) and one.level == "prior"]
+        prompted = [one for one in routers if isinstance(one, PromptRouter)]
+        priors = [one for one in prompted if one.use is not None and not one.use.fixes]
         self.informed = priors[0].informed if priors else None
         self.everyone = list(columns) == list(range(engine_experts))
-        member_EP = nn.functional.one_hot(first.owner_P, self.experts).mT.contiguous().float()
         centers_SWP, scales_SWP = _tables(stacks, ways)
         named: dict[str, Tensor | None] = {
             "owner_P": first.owner_P,
-            "member_EP": member_EP,
+            "member_EP": first.member_EP.float(),
             "columns_E": torch.tensor(columns),
             "centers_SWP": centers_SWP,
             "scales_SWP": scales_SWP,
@@ -139,16 +148,17 @@ class Group(nn.Module):
 
     def scores(self, h_TSP: Float[Tensor, "T S P"], x_TI: Tensor) -> Float[Tensor, "T S E"]:
         """The first router's scores alone; see :meth:`choose`."""
-        scored_TSP = h_TSP if self.centers_SWP is None else h_TSP - self.centers_SWP[:, 0]
-        norms_TSE = segment_norms(scored_TSP, self.common_rank, self.member_EP)
+        centers_SP = None if self.centers_SWP is None else self.centers_SWP[:, 0]
+        state = _State(self.ranks, self.common_rank, self.member_EP, self.prototypes_EI, centers_SP)
         x_TSI = x_TI[:, None].expand(-1, self.modules_S, -1)
-        return self.router.scores(x_TSI, norms_TSE, self.prototypes_EI)
+        return self.router.scores(state, x_TSI, h_TSP, None)
 
     def _scores_by_ways(self, h_TSP: Float[Tensor, "T S P"], turns_T: Int32[Tensor, " T"]) -> Float[Tensor, "T S E"]:
         assert self.centers_SWP is not None
         assert self.scales_SWP is not None
         centers_TSP, scales_TSP = (table[:, turns_T].movedim(0, 1) for table in (self.centers_SWP, self.scales_SWP))
-        return segment_norms(h_TSP * scales_TSP - centers_TSP, self.common_rank, self.member_EP)
+        state = _State(self.ranks, self.common_rank, self.member_EP)
+        return segment_norms(h_TSP * scales_TSP - centers_TSP, state)
 
     def weighted(self, h_TSP: Float[Tensor, "T S P"], weights_TSE: Float[Tensor, "T S E"]) -> Float[Tensor, "T S P"]:
         """What the output factors are multiplied with: zero for experts without a weight, whatever their ``h`` is."""
@@ -175,6 +185,6 @@ def _tables(stacks: Sequence[Stack], ways: Sequence[Sequence[Way]]) -> tuple[Ten
 
 def alike(one: Any, other: Any, router: Router) -> bool:
     """Whether two stacks can be scored in one go."""
-    loose = isinstance(router, KIN) or (one.prototypes_EI is None and other.prototypes_EI is None)
+    loose = isinstance(router, LengthRouter) or (one.prototypes_EI is None and other.prototypes_EI is None)
     same = (one.experts, one.ranks) == (other.experts, other.ranks)
     return loose and same and one.common_rank is not None

@@ -5,24 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeGuard
+from typing import NamedTuple, TypeGuard
 
-from spectr.combine import get_combination, merge_factors, merge_outputs
+from spectr.combine import merge_factors, merge_outputs
 from spectr.composed.settings import Settings
 from spectr.errors import CompositionError
 from spectr.library import ExpertLibrary
-from spectr.routers import (
-    Calibrated,
-    GuidedRouter,
-    Oracle,
-    ProbingRouter,
-    PromptRouter,
-    Router,
-    Shortlist,
-    ShortlistRouter,
-)
-from spectr.routers.settings import combination_of, selection_of
-from spectr.vllm.ways import KIN
+from spectr.library.needs import CALIBRATED, OneExpert
+from spectr.routers import LengthRouter, PagedRouter, ProbingRouter, Router, ShortlistRouter
 
 
 class Routers(NamedTuple):
@@ -51,7 +41,7 @@ class Routers(NamedTuple):
     @property
     def alike(self) -> bool:
         """Whether prompts are scored by the factors that the layers hold."""
-        return isinstance(self.layers, Calibrated)
+        return CALIBRATED in self.layers.needs
 
     @property
     def held(self) -> int:
@@ -72,17 +62,23 @@ class Routers(NamedTuple):
             decided: Whether anything was.
         """
         router = self.named.get(name or next(iter(self.named)))
-        level = level_of(router)
+        use = None if router is None else router.use
         if not decided:
-            return numbers if len(numbers) < 2 or (router is not None and level == "token") else {}
-        if level == "prompt":
-            held = {name: -number for name, number in numbers.items() if number > 0}
-            return held if len(held) <= _held_by(router) else {}
-        return numbers if level == "prior" else {}
+            return numbers if len(numbers) < 2 or (router is not None and use is None) else {}
+        if router is None or use is None:
+            return {}
+        if not use.fixes:
+            return numbers
+        held = {name: -number for name, number in numbers.items() if number > 0}
+        return held if len(held) <= _held_by(router) else {}
 
 
-def _held_by(router: Router | None) -> int:
-    return getattr(router, "top_k", 0) if level_of(router) == "prompt" else 0
+def _held_by(router: Router) -> int:
+    return (router.selection.k or 0) if _fixes(router) else 0
+
+
+def _fixes(router: Router) -> bool:
+    return router.use is not None and router.use.fixes
 
 
 def routers_of(settings: Settings) -> Routers:
@@ -94,53 +90,43 @@ def routers_of(settings: Settings) -> Routers:
     named = {name: served(router) for name, router in settings.make_routers().items()}
     first = next(iter(named.values()))
     for router in named.values():
-        if combination(router) != combination(first):
+        if router.combination != first.combination:
             raise CompositionError(
-                f"combine={combination_of(first)!r}, and beside it {combination_of(router)!r}",
+                f"combine={first.combine!r}, and beside it {router.combine!r}",
                 expected="one combination, as the layers hold an expert's factors once",
                 do="leave --combine out, or one of the routers",
             )
     if len({router.probe_tokens for router in named.values() if decides_on_prompts(router)}) > 1:
         raise CompositionError("routers with other probe_tokens", expected="one number, as a prompt is read alike")
-    choosing = {name: router for name, router in named.items() if level_of(router) != "prompt"} or named
+    choosing = {name: router for name, router in named.items() if not _fixes(router)} or named
     ways, turns = list[Router](), dict[str, int]()
     for name, router in choosing.items():
         same = [number for number, way in enumerate(ways) if _chooses_as(router, way)]
         if not same:
             ways.append(router)
-        elif level_of(router) == "prior":
+        elif router.use is not None:
             ways[same[0]] = router  # which informs, by ones where there is no prior
         turns[name] = same[0] if same else len(ways) - 1
-    calibrated = [number for number, way in enumerate(ways) if isinstance(way, Calibrated)]
+    calibrated = [number for number, way in enumerate(ways) if CALIBRATED in way.needs]
     turns |= dict.fromkeys(named.keys() - choosing.keys(), calibrated[0] if calibrated else 0)  # for their scores
-    others = [router for router in ways if not isinstance(router, KIN)]
+    others = [router for router in ways if not isinstance(router, LengthRouter)]
     if len(ways) > 1 and others:
         raise CompositionError(
             f"{others[0]!r} beside another router that chooses for each token",
-            expected=f"routers that score by the same factors: {', '.join(kin.__name__.lower() for kin in KIN)}",
+            expected="routers that score by the same factors: spectr, seqr, calibrated, arrow, uniform",
             do="name fewer, or --engine transformers",
         )
     return Routers(named, tuple(ways), turns)
 
 
 def _chooses_as(one: Router, other: Router) -> bool:
-    """Whether two routers score tokens alike, and take as many."""
-    return isinstance(one, Calibrated) and isinstance(other, Calibrated) and selection_of(one) == selection_of(other)
-
-
-def combination(router: Router) -> Any:
-    """What a router makes of an expert's factors, and of those that are chosen."""
-    return get_combination(combination_of(router))
-
-
-def level_of(router: Router | None) -> str:
-    """``"prompt"`` or ``"prior"`` of a router that reads prompts before it decides, else ``"token"``."""
-    return router.level if isinstance(router, PromptRouter) else "token"
+    """Whether two routers score tokens alike, by calibrated factors, and take as many."""
+    return CALIBRATED in one.needs and CALIBRATED in other.needs and one.selection == other.selection
 
 
 def decides_on_prompts(router: Router) -> TypeGuard[ProbingRouter]:
     """Whether a router reads a prompt through its own scores, and holds weights or informs scores by what it finds."""
-    return isinstance(router, ProbingRouter) and level_of(router) in ("prompt", "prior")
+    return isinstance(router, ProbingRouter) and not isinstance(router, PagedRouter) and router.use is not None
 
 
 def served(router: Router) -> Router:
@@ -150,17 +136,18 @@ def served(router: Router) -> Router:
         CompositionError: They cannot, or its combination needs what a tensor-parallel layer does not have.
     """
     instead = "one that decides for each token (spectr, calibrated-token, arrow, ...), calibrated or calibrated-prior"
-    by_prompt = level_of(router) != "token" and not decides_on_prompts(router)
-    if isinstance(router, (Shortlist, ShortlistRouter, GuidedRouter, Oracle)) or by_prompt:
+    by_prompt = router.use is not None and not decides_on_prompts(router)
+    one = any(isinstance(need, OneExpert) for need in router.needs)
+    if by_prompt or one or isinstance(router, ShortlistRouter):
         raise CompositionError(
             f"this router cannot run inside vLLM: {router!r}",
             expected=instead,
             do="choose calibrated-token for a calibrated library, or spectr for any",
         )
-    merge = get_combination(combination_of(router)).merge
+    merge = router.combination.merge
     if merge not in (merge_outputs, merge_factors):
         raise CompositionError(
-            f"combine={combination_of(router)!r} cannot run inside vLLM",
+            f"combine={router.combine!r} cannot run inside vLLM",
             expected="'outputs', 'factors' or 'dare:density=SHARE'",
         )
     return router

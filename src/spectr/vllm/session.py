@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from spectr.composed.settings import Settings
-from spectr.composition import needed_calibration, needed_gates, prepare_module
+from spectr.composition import prepare_module, side_data
 from spectr.errors import CompositionError, did_you_mean
 from spectr.library import ExpertLibrary
-from spectr.routers import Router
-from spectr.spectral import Prepared
+from spectr.routers import Router, check_needs
+from spectr.spectral import Share
 from spectr.vllm.hearing import Hearing, Row
 from spectr.vllm.requests import Asked
 from spectr.vllm.served import routers_of
@@ -55,8 +55,9 @@ class Session:
         self.experts = library.names
         self.opened = {name: library[name] for name in library}
         found = list(self.opened.values())
-        self._calibration = needed_calibration(library, found) if self._any("calibrated") else None
-        self._gates = needed_gates(library, found) if self._any("gated") else None
+        for router in self.routers.named.values():
+            check_needs(router, library, library.names)
+        self._side = {router: side_data(router, library, library.names) for router in self.routers.named.values()}
         self.granted_TE = torch.full((tokens, len(self.experts)), torch.nan, dtype=torch.float32, device=device)
         self.turns_T = torch.zeros(tokens, dtype=torch.int32, device=device)
         self.sampled_N = torch.zeros(requests, dtype=torch.long, device=device)
@@ -70,16 +71,11 @@ class Session:
         if self.routers.prompts:
             self.hearing = Hearing(self.routers.prompts, {module: self.users(module) for module in modules})
 
-    def _any(self, needs: str) -> bool:
-        return any(getattr(router, needs, False) for router in self.routers.named.values())
-
-    def parts(self, module: str, router: Router) -> dict[str, Prepared]:
+    def parts(self, module: str, router: Router) -> dict[str, Share]:
         """A module's experts as a router prepares them, float32; removed ones too."""
-        calibration = self._calibration if getattr(router, "calibrated", False) else None
-        gates = self._gates if getattr(router, "gated", False) else None
         with ExitStack() as stack:
             readers = {name: stack.enter_context(self.opened[name].open()) for name in self.users(module)}
-            return prepare_module(readers, module, router, calibration, gates)
+            return prepare_module(readers, module, router, self._side[router])
 
     def users(self, module: str) -> list[str]:
         """The experts that adapt a module, in their order."""

@@ -9,10 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spectr.routers import Arrow, Calibrated, Router, Seqr, Spectr, Uniform
+from spectr.routers import LengthRouter, Router
 from spectr.spectral import Stack
-
-KIN = (Spectr, Seqr, Calibrated, Arrow, Uniform)  # their factors are S V^T and U, up to a scale of each row
 
 
 class Way(NamedTuple):
@@ -27,29 +25,20 @@ class Way(NamedTuple):
     scales_P: Float[Tensor, " P"]
 
     @staticmethod
-    def of(own: Stack, held: Stack, router: Router) -> Way:
+    def of(own: Stack, held: Stack, router: LengthRouter) -> Way:
         """A router's scores by the factors that are held.
 
         Args:
             own: The module's experts as the router prepares them.
             held: The same as another of its kin does.
-            router: One of :data:`KIN`.
+            router: Whose way it is.
         """
-        A_PI, centers_P = own.A_PI, own.centers_P
-        firsts = torch.tensor((0, *own.ranks[:-1])).cumsum(0)
-        if centers_P is None:
-            centers_P = torch.zeros(len(A_PI))
-        if isinstance(router, (Arrow, Uniform)):
-            A_PI = torch.zeros_like(A_PI)
-        if isinstance(router, Arrow):
-            assert own.prototypes_EI is not None
-            A_PI[firsts] = own.prototypes_EI
-        if isinstance(router, Uniform):
-            centers_P = centers_P.index_fill(0, firsts, 1.0)  # all score one
+        A_PI, centers_P = router.lengths(own)
+        centers_P = torch.zeros(len(A_PI)) if centers_P is None else centers_P
         length_P = held.A_PI.norm(dim=1)
         return Way(centers_P, A_PI.norm(dim=1) / length_P.where(length_P > 0, 1))
 
 
 def by_ways(routers: Sequence[Router]) -> bool:
-    """Whether the layers score in ways, and not as the one router that there is does."""
-    return len(routers) > 1 or isinstance(routers[0], (Arrow, Uniform))
+    """Whether the layers score in ways: several routers do, and one whose scores are no lengths of its own products."""
+    return len(routers) > 1 or (isinstance(routers[0], LengthRouter) and routers[0].reads != "h")

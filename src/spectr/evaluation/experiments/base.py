@@ -14,9 +14,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spectr.adapters import GATES_FILE, has_gates
+from spectr.adapters import GATES_FILE
 from spectr.calibration import calibrate
-from spectr.combine import NEEDS_EQUAL_RANKS
 from spectr.composition import Guide, Routed, compose
 from spectr.errors import DataError, SpectrError, raise_together
 from spectr.evaluation.encode import encode_examples
@@ -25,9 +24,9 @@ from spectr.evaluation.metrics import text_metric
 from spectr.evaluation.score import Measurement, score_examples, score_of
 from spectr.hashing import known_sha256
 from spectr.library import Calibration, ExpertLibrary
+from spectr.library.needs import CALIBRATED, DESCRIBED, GATED
 from spectr.models.text import context_length, encode_prompt, shared_prefix
-from spectr.routers import GuidedRouter, Router, Shortlist, get_router
-from spectr.routers.settings import combination_of
+from spectr.routers import GuidedRouter, Router, first_lack, get_router
 from spectr.tasks import Example, Task
 
 Progress = Callable[[str, int, int, str], None]
@@ -187,7 +186,7 @@ class Bench:
 
     def _over_seeds(self, router: Router) -> Iterator[Bench]:
         """This bench as it is; for a calibrated router with the calibration of each seed, which are kept."""
-        if not self.seeds or not getattr(router, "calibrated", False):
+        if not self.seeds or CALIBRATED not in router.needs:
             yield self
             return
         for seed in self.seeds:
@@ -240,10 +239,10 @@ class Bench:
     def _needed_by(self, routed: Routed | None) -> dict[str, Any]:
         """What a router's results depend on beside the experts' weights."""
         facts: dict[str, Any] = {"router": str(routed.router) if routed else None}
-        if routed and getattr(routed.router, "gated", False):
+        if routed and GATED in routed.router.needs:
             files = {name: self.library[name].weights.parent / GATES_FILE for name in routed.experts}
             facts["gates"] = {name: known_sha256(file)[:16] for name, file in files.items()}
-        if routed and isinstance(routed.router, GuidedRouter):
+        if routed and DESCRIBED in routed.router.needs:
             facts["descriptions"] = dict(self.library.descriptions)
             facts["guide"] = str(routed.guide)
         return facts
@@ -336,25 +335,10 @@ def _asked(names: Sequence[tuple[str, dict[str, Any]]], bench: Bench) -> Sequenc
 
 def _lacks(router: Router, bench: Bench) -> str | None:
     """What a router needs and this bench does not have."""
-    library = bench.library
-    missing = {
-        "experts": getattr(router, "top_k", 1) > len(library),
-        "a calibration": getattr(router, "calibrated", False) and library.calibration is None,
-        "equal ranks": combination_of(router) in NEEDS_EQUAL_RANKS and _has_unequal_ranks(library),
-        "trained gates": getattr(router, "gated", False) and not all(has_gates(library[name]) for name in library),
-        "an index (spectr library index)": isinstance(router, Shortlist) and not all(map(library.indexed, library)),
-        "descriptions, or of a model that embeds them": isinstance(router, GuidedRouter)
-        and (bench.guide is None or set(library.names) - set(library.descriptions)),
-    }
-    return next((what for what, lacks in missing.items() if lacks), None)
-
-
-def _has_unequal_ranks(library: ExpertLibrary) -> bool:
-    ranks: dict[str, set[int]] = {}
-    for name in library:
-        for module, shape in library[name].shapes.items():
-            ranks.setdefault(module, set()).add(shape.rank)
-    return any(len(some) > 1 for some in ranks.values())
+    lack = first_lack(router, bench.library, bench.library.names)
+    if lack is not None:
+        return lack[0].lacking
+    return DESCRIBED.lacking if DESCRIBED in router.needs and bench.guide is None else None
 
 
 def _form(task: Task) -> str:

@@ -107,8 +107,8 @@ def _formula(layer: RoutedLinear, call: LayerCall) -> int:
     factors = call.factors
     if factors is None:
         return 0
-    if layer.shortlists:
-        scored, taken = layer.router.shortlist, layer.router.top_k  # pyright: ignore[reportAttributeAccessIssue]
+    if layer.lister is not None:
+        scored, taken = layer.lister.shortlist, layer.select.k or len(layer.experts)
         count, rank = len(layer.experts), len(factors.owner_P) / len(layer.experts)  # of unequal ranks their mean
         chosen = rank * (min(scored, count) * layer.in_features + min(taken, count) * layer.out_features)
         return round(2 * (count * layer.in_features + chosen))
@@ -117,7 +117,7 @@ def _formula(layer: RoutedLinear, call: LayerCall) -> int:
     prototypes = 0 if factors.prototypes_EI is None else factors.prototypes_EI.numel()
     summing = 0 if factors.common_rank else 2 * len(factors.A_PI) * len(factors.experts)
     gathers = factors.rows_ER is not None
-    taken = layer.select.k / len(factors.experts) if gathers else 1  # pyright: ignore[reportAttributeAccessIssue]
+    taken = layer.select.k / len(factors.experts) if gathers and layer.select.k else 1
     return round(2 * (factors.A_PI.numel() + taken * factors.B_OP.numel() + prototypes + summing))
 
 

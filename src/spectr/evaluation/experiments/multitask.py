@@ -47,7 +47,7 @@ def multitask(bench: Bench) -> Result:
     methods: dict[str, dict[str, Any]] = {}
     for label, router in routers_that_fit(METHODS, bench):
         found[label] = bench.scores_over_seeds(router, label)
-        methods[label] = {"k": getattr(router, "top_k", None), "family": label.partition(", k ")[0]}
+        methods[label] = {"k": router.selection.k, "family": label.partition(", k ")[0]}
     found["its own expert"] = own
     rows = []
     for label, by_task in found.items():

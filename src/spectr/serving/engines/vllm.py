@@ -271,7 +271,7 @@ def _routed(settings: Served) -> Settings:
 
 
 def _fitting(router: Router, experts: int) -> Router:
-    if getattr(router, "top_k", 0) <= experts:
+    if (router.selection.k or 0) <= experts:
         return router
     return replace(router, top_k=experts)  # pyright: ignore[reportArgumentType]
 

@@ -1,0 +1,90 @@
+"""Routers of the first protocol (``prepare(aligned)``, ``scores(x, norms, prototypes)``) in the form of the second."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import layer_norm
+
+from spectr.errors import CompositionError
+from spectr.library.needs import CALIBRATED, GATED, Need
+from spectr.routers.base import PROTOCOL, Router
+from spectr.selection import Everyone, Selection, TopK
+from spectr.spectral import AlignedExpert, Share, SideData, State, segment_norms
+
+_FIRST = ("prepare", "scores")
+_MORE = ("candidates", "level", "resident")  # members of the first protocol that are not adapted
+
+
+@dataclass(frozen=True)
+class VersionOne(Router):
+    """A router of the first protocol that scores every expert for each token.
+
+    Attributes:
+        router: The router.
+    """
+
+    reads = "xh"
+
+    router: Any
+
+    @property
+    def combine(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """See :class:`Router`."""
+        return self._declared("combine", "outputs")
+
+    @property
+    def selection(self) -> Selection:
+        """See :class:`Router`."""
+        k = self._declared("top_k", None)
+        if k is None:
+            return Everyone()
+        return TopK(k=k, weighting=self._declared("weights", "uniform"), temperature=self._declared("temperature", 1.0))
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """See :class:`Router`: as its attributes ``calibrated`` and ``gated`` say."""
+        flags = {"calibrated": CALIBRATED, "gated": GATED}
+        return (*super().needs, *(need for flag, need in flags.items() if self._declared(flag, False)))
+
+    def init_expert(self, expert: AlignedExpert, side: SideData) -> Share:
+        """See :class:`Router`."""
+        share = self.router.prepare(expert.aligned)
+        if side.mean_I is not None:
+            rms = side.rms or 1.0
+            A = share.A / rms
+            share = share._replace(A=A, B=share.B * rms, center=A @ side.mean_I)
+        if side.gate_I is not None:
+            share = share._replace(prototype=layer_norm(side.gate_I.float(), side.gate_I.shape))
+        return share
+
+    def scores(
+        self, state: State, x_TI: Float[Tensor, "*T I"], h_TP: Float[Tensor, "*T P"], allowed_TE: Tensor | None
+    ) -> Float[Tensor, "*T E"]:
+        """See :class:`Router`."""
+        scored_TP = h_TP if state.centers_P is None else h_TP - state.centers_P
+        return self.router.scores(x_TI, segment_norms(scored_TP, state), state.prototypes_EI)
+
+    def _declared(self, name: str, default: Any) -> Any:
+        return getattr(self.router, name, default)
+
+
+def adapted(router: Any) -> Any:
+    """A router as it is; one of the first protocol in the form of the second.
+
+    Raises:
+        CompositionError: It is of the first protocol, and does more than score every expert for each token.
+    """
+    if isinstance(router, (Router, type)) or not all(callable(getattr(router, name, None)) for name in _FIRST):
+        return router
+    more = [name for name in _MORE if getattr(router, name, None) is not None]
+    if more:
+        raise CompositionError(
+            f"{router!r} has the first protocol of routers, with {', '.join(more)}",
+            expected=f"protocol {PROTOCOL}: a class that implements spectr.routers.Router",
+            do="update the package that it comes from; see CONTRIBUTING.md",
+        )
+    return VersionOne(router)
