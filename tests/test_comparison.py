@@ -111,7 +111,7 @@ def test_quality_against_cost_puts_experiments_together():
 
 
 def test_every_experiment_can_be_asked_for():
-    assert set(ORDER) == set(EXPERIMENTS)
+    assert set(ORDER) == set(EXPERIMENTS.entries)
 
 
 @pytest.fixture

@@ -171,7 +171,7 @@ def tasks():
     return {name: (task(name), EXAMPLES[:4]) for name in ("ants", "bees", "unknown")}
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", EXPERIMENTS.entries)
 def test_every_experiment_gives_a_table_a_picture_and_the_model_back(library, tasks, tmp_path, name):
     from spectr.plots.figures import as_svg, figure
 
@@ -190,7 +190,7 @@ def test_every_experiment_gives_a_table_a_picture_and_the_model_back(library, ta
         companions=[("bees in place of ants", "ants", library["bees"].weights.parent)],
         held_out={"unknown": tasks["unknown"]},
     )
-    result = EXPERIMENTS[name](bench)
+    result = EXPERIMENTS.load(name)(bench)
     assert torch.equal(model(torch.tensor([[1, 5, 9]])).logits, before)
     loaded = Result.load(result.save(tmp_path))
     assert loaded.name == name
@@ -201,7 +201,7 @@ def test_every_experiment_gives_a_table_a_picture_and_the_model_back(library, ta
     assert drawing == as_svg(figure(loaded))
 
 
-COMPARING = [name for name in EXPERIMENTS if name not in ("quality", "similarity", "agreement")]
+COMPARING = [name for name in EXPERIMENTS.entries if name not in ("quality", "similarity", "agreement")]
 
 
 @pytest.mark.parametrize("name", COMPARING)
@@ -219,11 +219,11 @@ def test_a_router_that_an_experiment_does_not_know_is_compared_when_it_is_asked_
         ranks={4: library.without("bees")},
         held_out={"unknown": tasks["unknown"]},
     )
-    without = EXPERIMENTS[name](bench)
+    without = EXPERIMENTS.load(name)(bench)
     assert any("Left out for lack of an index" in note and "shortlist" in note for note in without.notes)
     if name in ("ranks", "robustness"):  # whose libraries are made while they run: without an index
         return
-    indexed = EXPERIMENTS[name](dataclasses.replace(bench, library=build_index(make_model(), library)))
+    indexed = EXPERIMENTS.load(name)(dataclasses.replace(bench, library=build_index(make_model(), library)))
     assert any("shortlist" in map(str, row) for row in indexed.rows)
     assert not any("Left out" in note for note in indexed.notes)
 
@@ -257,7 +257,7 @@ def test_a_changed_expert_is_the_same_update(library, tmp_path):
 
 def test_the_oracle_is_the_measure_of_the_multitask_table(library, tasks, tmp_path):
     bench = Bench(model=make_model(), tokenizer=make_tokenizer(), library=library, tasks=tasks, folder=tmp_path)
-    methods = EXPERIMENTS["multitask"](bench).data["methods"]
+    methods = EXPERIMENTS.load("multitask")(bench).data["methods"]
     own = methods["its own expert"]
     for name, found in methods.items():
         expected = [found["accuracy"][t] / max(own["accuracy"][t], 1e-9) for t in ("ants", "bees")]
@@ -268,7 +268,7 @@ def test_the_oracle_is_the_measure_of_the_multitask_table(library, tasks, tmp_pa
 
 def test_the_formula_of_costs_is_what_is_measured(library, tmp_path):
     bench = Bench(model=make_model(), tokenizer=make_tokenizer(), library=library, tasks={}, folder=tmp_path)
-    found = EXPERIMENTS["costs"](bench).data["routers"]
+    found = EXPERIMENTS.load("costs")(bench).data["routers"]
     assert set(found) == {"mu", "calibrated-prior, k 1", "calibrated", "lag, shortlist 3, k 1"}
     for name, router in found.items():
         if not name.startswith("lag"):  # whose experts of unequal ranks are taken as the tokens want them

@@ -122,7 +122,7 @@ def evaluate(
                 progress=advance,
             )
             bench.check()
-            made = EXPERIMENTS[name](bench)
+            made = EXPERIMENTS.load(name)(bench)
         if not made.rows and len(asked.experiments) == 1:
             reasons = [note for note in made.notes if note.startswith("Left out")]
             raise DataError(

@@ -2,7 +2,8 @@
 
 A combination is a function ``(h_TP, weights_TE, B_OP, owner_P) -> delta_TO`` with ``h = A x`` of all experts, and the
 share of an expert's output factor that is dropped when it is prepared. By name: ``outputs``, ``factors``, ``ties``,
-``dare``, ``dare-ties``; after a colon what is adjustable, ``ties:0.5`` or ``dare-ties:0.5:0.9``.
+``dare``, ``dare-ties``; after a colon what is adjustable, ``ties:0.5`` or ``dare-ties:0.5:0.9``. One of another package
+is called with the texts after the colons and returns a :class:`Combination`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from spectr.combine.dare import drop
 from spectr.combine.factors import merge_factors
 from spectr.combine.outputs import merge_outputs
 from spectr.combine.ties import merge_ties
-from spectr.errors import CompositionError, did_you_mean
+from spectr.errors import CompositionError
+from spectr.registry import Registry, entry
 
 NEEDS_EQUAL_RANKS = frozenset({"factors"})
 _DENSITY, _RATE = 0.2, 0.5
@@ -38,6 +40,14 @@ class Combination(NamedTuple):
     drop_rate: float = 0.0
 
 
+REGISTRY: Registry[Combination] = Registry(
+    kind="combination",
+    group="spectr.combinations",
+    error=CompositionError,
+    entries={kind: entry("spectr.combine:get_combination", name=kind) for kind in _ARGUMENTS},
+)
+
+
 def get_combination(name: str) -> Combination:
     """A combination by name.
 
@@ -46,7 +56,7 @@ def get_combination(name: str) -> Combination:
     """
     kind, *numbers = name.split(":")
     if kind not in _ARGUMENTS:
-        raise CompositionError(f"unknown combination combine={name!r}", do=did_you_mean(kind, COMBINATIONS))
+        return REGISTRY.load(kind)(*numbers)
     defaults = _ARGUMENTS[kind]
     try:
         given = tuple(float(number) for number in numbers)
