@@ -1,10 +1,14 @@
-"""Where the experts are that come with the package."""
+"""The experts that come with the package."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from spectr.errors import LibraryError
+
+if TYPE_CHECKING:
+    from spectr.library import ExpertLibrary
 
 
 def shipped_experts() -> Path:
@@ -21,3 +25,19 @@ def shipped_experts() -> Path:
         "this installation of spectr came without the shipped experts",
         do="name a library of your own with --library, or install from the repository",
     )
+
+
+def open_library(path: Path | None) -> ExpertLibrary:
+    """The library at that path, or the shipped one.
+
+    Raises:
+        LibraryError: There is none, or it is empty.
+    """
+    from spectr.library import ExpertLibrary
+
+    library = ExpertLibrary.open(path or shipped_experts())
+    if not len(library):
+        raise LibraryError(
+            f"{library.origin} is an empty library", do=f"spectr library add NAME ADAPTER --library {library.origin}"
+        )
+    return library

@@ -77,7 +77,9 @@ def test_several_routers_are_told_listed_and_answer(start):
         (("-r", "spectr", "-r", "arrow", "-r", "spectr"), "--router spectr twice"),
         (("-r", "auto", "-r", "spectr"), "--router spectr twice"),
         (("-r", "spectr", "-r", "calibrated"), "not calibrated"),
-        (("-r", "uniform", "-r", "arrow", "-k", "2"), "router 'uniform' has no top_k"),
+        (("-r", "uniform", "-k", "2"), "router 'uniform' has no top_k"),
+        (("-r", "uniform", "-r", "arrow", "--set", "topk=2"), "no router asked for has topk"),
+        (("-r", "uniform", "-r", "arrow", "--set", "spectr.top_k=2"), "the router spectr is not asked for"),
     ],
 )
 def test_what_cannot_be_served_is_told_before_a_model_is_loaded(spectr, given, words, told, monkeypatch, unloaded):

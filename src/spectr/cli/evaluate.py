@@ -14,10 +14,11 @@ from rich.table import Table
 
 from spectr.cli.asked import COMPARING, ORDER, Asked
 from spectr.cli.console import bar, out, resumable, say
-from spectr.cli.opened import open_library, open_model
+from spectr.cli.opened import open_model
 from spectr.cli.options import BaseOption, DataRootOption, DtypeOption, JsonOption, LettersOption, LibraryOption
 from spectr.errors import DataError, SpectrError, did_you_mean
 from spectr.routers import router_names
+from spectr.shipped import open_library
 
 if TYPE_CHECKING:
     from spectr.evaluation.experiments import Result

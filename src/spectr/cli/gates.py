@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spectr.cli.console import bar, out, say
-from spectr.cli.opened import open_library, open_model
+from spectr.cli.opened import open_model
 from spectr.cli.options import BaseOption, DataRootOption, DtypeOption, LettersOption
 from spectr.cli.rows import (
     AnswerOption,
@@ -22,6 +22,7 @@ from spectr.cli.rows import (
     told_where_it_stopped,
 )
 from spectr.errors import DataError, SpectrError, raise_together
+from spectr.shipped import open_library
 
 if TYPE_CHECKING:
     from spectr.adapters import Expert

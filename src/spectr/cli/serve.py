@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from spectr.cli.console import say
-from spectr.cli.options import Routing, with_routing
-from spectr.errors import LibraryError, SpectrError, raise_together
+from spectr.cli.options import Routing, routers_of, with_routing
+from spectr.errors import LibraryError, SpectrError
 
 if TYPE_CHECKING:
-    from spectr.library import ExpertLibrary
-    from spectr.routers import Router
     from spectr.serving.settings import Settings
 
 
@@ -103,10 +101,13 @@ def _settings(
     record: bool,
     grace: float,
 ) -> Settings:
+    from spectr.composition.several import check_alike
     from spectr.models import HUB_ID
+    from spectr.routers.settings import residents
     from spectr.serving.settings import Settings, base_name
 
-    library, routers = _routers(routings)
+    library, routers = routers_of(routings)
+    check_alike({name: residents(router, library.names) for name, router in routers.items()})
     routing = routings[0]
     library.check(*(exclude or []))
     experts = tuple(name for name in sorted(routing.allow or library) if name not in (exclude or []))
@@ -128,26 +129,3 @@ def _settings(
     )
     settings.check()
     return settings
-
-
-def _routers(routings: Sequence[Routing]) -> tuple[ExpertLibrary, dict[str, Router]]:
-    """The library and the routers by name; all that is wrong with them is told at once."""
-    from spectr.composition.several import check_alike
-    from spectr.routers.settings import residents
-
-    routers: dict[str, Router] = {}
-    problems: list[SpectrError] = []
-    library = None
-    for routing in routings:
-        try:
-            library, router = routing.experts()
-            name = routing.router_name(library)
-            if name in routers:
-                raise SpectrError(f"--router {name} twice", expected="each router once", do="leave one out")
-            routers[name] = router
-        except SpectrError as error:
-            problems.append(error)
-    raise_together("these routers cannot be served", problems)
-    assert library is not None
-    check_alike({name: residents(router, library.names) for name, router in routers.items()})
-    return library, routers
