@@ -255,6 +255,32 @@ def test_a_changed_expert_is_the_same_update(library, tmp_path):
             close(changed[module], factor * delta, 1e-4)
 
 
+def test_records_name_the_router_by_its_config_and_older_ones_are_read(library, tasks, tmp_path, monkeypatch):
+    def run(folder):
+        bench = Bench(
+            model=make_model(),
+            tokenizer=make_tokenizer(),
+            library=library,
+            tasks=tasks,
+            folder=folder,
+            only=["mu"],
+        )
+        for name in ("multitask", "routing"):
+            EXPERIMENTS.load(name)(bench)
+        return {path.name: path.read_text() for path in (folder / "records").iterdir()}
+
+    with monkeypatch.context() as older:
+        older.setattr("spectr.evaluation.experiments.base._written", str)
+        before = run(tmp_path / "old")
+    assert run(tmp_path / "old") == before  # nothing was scored or looked for again
+    origins = []
+    for name, text in run(tmp_path / "new").items():
+        origins.append(json.loads(text.splitlines()[0] if name.endswith(".jsonl") else text)["origin"])
+    routers = [origin["router"] for origin in origins]
+    assert {"name": "uniform"} in routers
+    assert all(router is None or router["name"] in ("uniform", "oracle") for router in routers)
+
+
 def test_the_oracle_is_the_measure_of_the_multitask_table(library, tasks, tmp_path):
     bench = Bench(model=make_model(), tokenizer=make_tokenizer(), library=library, tasks=tasks, folder=tmp_path)
     methods = EXPERIMENTS.load("multitask")(bench).data["methods"]

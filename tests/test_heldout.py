@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from spectr import ExpertLibrary, calibrate
-from spectr.cli.asked import Asked
 from spectr.errors import DataError
 from spectr.evaluation.experiments import EXPERIMENTS, Bench
+from spectr.evaluation.plan import read_plan
 from spectr.evaluation.shares import mean_difference
 from spectr.guidance import QueryGuide
 from spectr.tasks import Task, heldout_tasks, shipped_tasks
@@ -113,13 +113,13 @@ def test_what_heldout_is_asked(tmp_path):
             f"name: {name}\nversion: 1\nprompt: the {{thing}}\nchoices: [green, blue]\ntest: {rows}\n"
         )
     given = {"data_root": str(tmp_path), "letters": False, "limit": 3, "ranks": None, "companions": ()}
-    asked = Asked.read("heldout", library, tasks=[str(tmp_path / "other.yaml")], **given)
+    asked = read_plan("heldout", library, tasks=[str(tmp_path / "other.yaml")], **given)
     assert list(asked.held_out) == ["other"]
     assert len(asked.held_out["other"][1]) == 3
     with pytest.raises(DataError, match="has an expert of its own for amber"):
-        Asked.read("heldout", library, tasks=[str(tmp_path / "amber.yaml")], **given)
+        read_plan("heldout", library, tasks=[str(tmp_path / "amber.yaml")], **given)
     with pytest.raises(DataError, match=r"no data file at(.|\n)*no data file at"):  # all of them
-        Asked.read("heldout", library, tasks=(), **given)
+        read_plan("heldout", library, tasks=(), **given)
 
 
 def test_without_held_out_tasks_there_is_nothing_to_measure(library, tmp_path):

@@ -18,7 +18,7 @@ from spectr.adapters import GATES_FILE, has_gates
 from spectr.calibration import calibrate
 from spectr.combine import NEEDS_EQUAL_RANKS
 from spectr.composition import Guide, Routed, compose
-from spectr.errors import DataError, SpectrError, raise_together
+from spectr.errors import CompositionError, DataError, SpectrError, raise_together
 from spectr.evaluation.encode import encode_examples
 from spectr.evaluation.finding import Finding, find_experts, keep_findings, kept_findings, over_runs
 from spectr.evaluation.metrics import text_metric
@@ -27,6 +27,8 @@ from spectr.hashing import known_sha256
 from spectr.library import Calibration, ExpertLibrary
 from spectr.models.text import context_length, encode_prompt, shared_prefix
 from spectr.routers import GuidedRouter, Router, Shortlist, get_router
+from spectr.routers.config import router_config
+from spectr.routers.options import read_settings
 from spectr.routers.settings import combination_of
 from spectr.tasks import Example, Task
 
@@ -82,6 +84,7 @@ class Bench:
         reworded: By task the same examples in each of its paraphrases.
         folder: For records that let a killed run go on.
         only: Names of the routers to compare; all of an experiment's if empty.
+        settings: Of these routers, each ``NAME=VALUE``; see :func:`spectr.routers.options.read_settings`.
         seeds: Of the calibrations that calibrated routers are measured with; the library's own alone if empty.
         ranks: By rank a library of the same tasks' experts.
         held_out: As ``tasks``, of which the library has no expert; for "heldout".
@@ -98,6 +101,7 @@ class Bench:
     folder: Path
     reworded: Mapping[str, Sequence[Sequence[Example]]] = field(default_factory=dict)
     only: Sequence[str] = ()
+    settings: Sequence[str] = ()
     seeds: Sequence[int] = ()
     ranks: Mapping[int, ExpertLibrary] = field(default_factory=dict)
     companions: Sequence[tuple[str, str, Path]] = ()
@@ -147,7 +151,7 @@ class Bench:
             expert = self.expert_of(task)
             path = self.folder / "records" / f"{task}--{phase.replace(':', '')}.json"
             made_of = {**self.origin(), **self._needed_by(routed), "expert": expert, "prompts": prompts}
-            kept = kept_findings(path, made_of)
+            kept = kept_findings(path, made_of, {**made_of, "router": str(routed.router)})
             if kept is None:
                 kept = find_experts(self.model, routed, self.tokenizer, prompts, expert, skip=self.opening)
                 keep_findings(path, made_of, kept)
@@ -222,6 +226,7 @@ class Bench:
             done += count
             self.progress(phase, done, len(examples), "")
 
+        origin = {**self.origin(), **self._needed_by(routed), "task": about.version}
         records = score_examples(
             self.model,
             self.tokenizer,
@@ -231,7 +236,8 @@ class Bench:
             max_new_tokens=about.max_new_tokens,
             decision=routed.prompt if routed else None,
             keep=self.folder / "records" / f"{task}{_form(about)}--{method}.jsonl",
-            origin={**self.origin(), **self._needed_by(routed), "task": about.version},
+            origin=origin,
+            former={**origin, "router": str(routed.router)} if routed else None,
             name=task,
             progress=advance,
         )
@@ -239,7 +245,7 @@ class Bench:
 
     def _needed_by(self, routed: Routed | None) -> dict[str, Any]:
         """What a router's results depend on beside the experts' weights."""
-        facts: dict[str, Any] = {"router": str(routed.router) if routed else None}
+        facts: dict[str, Any] = {"router": _written(routed.router) if routed else None}
         if routed and getattr(routed.router, "gated", False):
             files = {name: self.library[name].weights.parent / GATES_FILE for name in routed.experts}
             facts["gates"] = {name: known_sha256(file)[:16] for name, file in files.items()}
@@ -327,11 +333,14 @@ def unfit_in_words(names: Sequence[tuple[str, dict[str, Any]]], bench: Bench) ->
 
 
 def _asked(names: Sequence[tuple[str, dict[str, Any]]], bench: Bench) -> Sequence[tuple[str, dict[str, Any]]]:
-    if not bench.only:
-        return names
+    """The routers to compare, each with its settings once; those of the bench win."""
     compared = {name for name, _ in names}
     more: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in bench.only if name not in compared]
-    return [*(pair for pair in names if pair[0] in bench.only), *more]
+    asked = [*(pair for pair in names if not bench.only or pair[0] in bench.only), *more]
+    if not bench.settings:
+        return asked
+    given = read_settings(bench.settings, list(dict.fromkeys(name for name, _ in asked)), strict=False)
+    return list({_label(*pair): pair for pair in ((name, {**own, **given[name]}) for name, own in asked)}.values())
 
 
 def _lacks(router: Router, bench: Bench) -> str | None:
@@ -357,13 +366,29 @@ def _has_unequal_ranks(library: ExpertLibrary) -> bool:
     return any(len(some) > 1 for some in ranks.values())
 
 
+def _written(router: Router) -> dict[str, Any] | str:
+    """A router as stored results name it: its config, which a new setting with a default does not change."""
+    try:
+        return router_config(router)
+    except CompositionError:  # no name gives it
+        return str(router)
+
+
 def _form(task: Task) -> str:
     """What sets a task apart from choices in words: ", lettered", ", rougeL", or nothing."""
     return (", lettered" if task.form == "letters" else "") + (f", {task.metric}" if task.metric != "accuracy" else "")
 
 
 def _label(name: str, options: Mapping[str, Any]) -> str:
-    return ", ".join([name, *(f"{key.replace('top_k', 'k')} {value}" for key, value in options.items())])
+    return ", ".join([name, *(f"{key.replace('top_k', 'k')} {_in_words(value)}" for key, value in options.items())])
+
+
+def _in_words(value: Any) -> str:
+    """A setting for a label: of a router its name, and its settings in brackets."""
+    if not isinstance(value, Mapping):
+        return str(value)
+    inner = [f"{key} {_in_words(one)}" for key, one in value.items() if key != "name"]
+    return str(value["name"]) + (f" ({', '.join(inner)})" if inner else "")
 
 
 def seeds_note(label: str, runs: Sequence[Mapping[str, Sequence[Finding]]], bench: Bench) -> list[str]:
