@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -108,7 +108,7 @@ def evaluate(
     }
     base, tokenizer = open_model(model, dtype)
 
-    from spectr.evaluation.run import keep_result, run_experiment
+    from spectr.evaluation.run import run_experiment
 
     guide = guide_maker(base, tokenizer, writer, dtype)
     for name in plan.experiments:
@@ -116,14 +116,21 @@ def evaluate(
             result = run_experiment(
                 name, plan, base, tokenizer, folder=folder, seeds=seeds, guide=guide, progress=advance
             )
-        path, before = keep_result(result, folder, given)
-        if before:
-            say(f"another run's result of {name} is kept as {before}")
-        if as_json:
-            sys.stdout.write(path.read_text(encoding="utf-8").replace("\n", " ") + "\n")
-        else:
-            _show(result)
-        say(f"results: {path.resolve()}")
+        _keep(result, folder, given, as_json)
+
+
+def _keep(result: Result, folder: Path, given: dict[str, Any], as_json: bool) -> None:
+    """Write a result and show it."""
+    from spectr.evaluation.run import keep_result
+
+    path, before = keep_result(result, folder, given)
+    if before:
+        say(f"another run's result of {result.name} is kept as {before}")
+    if as_json:
+        sys.stdout.write(path.read_text(encoding="utf-8").replace("\n", " ") + "\n")
+    else:
+        _show(result)
+    say(f"results: {path.resolve()}")
 
 
 def report(

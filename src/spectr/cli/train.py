@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
@@ -75,6 +76,7 @@ def train(
     """
     if context.invoked_subcommand:
         return
+    from spectr.training import TrainingSettings
     from spectr.training.plan import Source, read_plan, run_plan
 
     source = Source(
@@ -87,22 +89,7 @@ def train(
         root=data_root,
         letters=letters,
     )
-    settings = {
-        "rank": rank,
-        "alpha": alpha,
-        "dropout": dropout,
-        "rslora": rslora,
-        "target_modules": target_modules,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "schedule": schedule,
-        "warmup": warmup,
-        "weight_decay": weight_decay,
-        "epochs": epochs,
-        "examples": examples,
-        "max_length": max_length,
-        "seed": seed,
-    }
+    settings = {f.name: context.params[f.name] for f in fields(TrainingSettings) if f.name in context.params}
     plan = read_plan(out_folder, source, name=name, validation=validation, test_limit=test_limit, settings=settings)
     for remark in plan.remarks:
         say(remark)

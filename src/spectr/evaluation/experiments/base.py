@@ -14,9 +14,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spectr.adapters import GATES_FILE, has_gates
+from spectr.adapters import GATES_FILE
 from spectr.calibration import calibrate
-from spectr.combine import NEEDS_EQUAL_RANKS
 from spectr.composition import Guide, Routed, compose
 from spectr.errors import CompositionError, DataError, SpectrError, raise_together
 from spectr.evaluation.encode import encode_examples
@@ -26,10 +25,8 @@ from spectr.evaluation.score import Measurement, score_examples, score_of
 from spectr.hashing import known_sha256
 from spectr.library import Calibration, ExpertLibrary
 from spectr.models.text import context_length, encode_prompt, shared_prefix
-from spectr.routers import GuidedRouter, Router, Shortlist, get_router
+from spectr.routers import GuidedRouter, Router
 from spectr.routers.config import router_config
-from spectr.routers.options import read_settings
-from spectr.routers.settings import combination_of
 from spectr.tasks import Example, Task
 
 Progress = Callable[[str, int, int, str], None]
@@ -311,61 +308,6 @@ class Bench:
         }
 
 
-def routers_that_fit(names: Sequence[tuple[str, dict[str, Any]]], bench: Bench) -> list[tuple[str, Router]]:
-    """Routers with a label each, less those for which the library lacks something (:func:`unfit_in_words`).
-
-    Args:
-        names: Of the routers that the experiment compares, with their settings. Others that were asked for have none.
-        bench: Says which were asked for, and what there is.
-    """
-    chosen = [(_label(name, options), get_router(name, **options)) for name, options in _asked(names, bench)]
-    return [(label, router) for label, router in chosen if _lacks(router, bench) is None]
-
-
-def unfit_in_words(names: Sequence[tuple[str, dict[str, Any]]], bench: Bench) -> list[str]:
-    """What is to be said of routers that were left out: which, and what the library lacks for them."""
-    found: dict[str, list[str]] = {}
-    for name, options in _asked(names, bench):
-        lack = _lacks(get_router(name, **options), bench)
-        if lack:
-            found.setdefault(lack, []).append(_label(name, options))
-    return [f"Left out for lack of {lack}: {'; '.join(labels)}." for lack, labels in found.items()]
-
-
-def _asked(names: Sequence[tuple[str, dict[str, Any]]], bench: Bench) -> Sequence[tuple[str, dict[str, Any]]]:
-    """The routers to compare, each with its settings once; those of the bench win."""
-    compared = {name for name, _ in names}
-    more: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in bench.only if name not in compared]
-    asked = [*(pair for pair in names if not bench.only or pair[0] in bench.only), *more]
-    if not bench.settings:
-        return asked
-    given = read_settings(bench.settings, list(dict.fromkeys(name for name, _ in asked)), strict=False)
-    return list({_label(*pair): pair for pair in ((name, {**own, **given[name]}) for name, own in asked)}.values())
-
-
-def _lacks(router: Router, bench: Bench) -> str | None:
-    """What a router needs and this bench does not have."""
-    library = bench.library
-    missing = {
-        "experts": getattr(router, "top_k", 1) > len(library),
-        "a calibration": getattr(router, "calibrated", False) and library.calibration is None,
-        "equal ranks": combination_of(router) in NEEDS_EQUAL_RANKS and _has_unequal_ranks(library),
-        "trained gates": getattr(router, "gated", False) and not all(has_gates(library[name]) for name in library),
-        "an index (spectr library index)": isinstance(router, Shortlist) and not all(map(library.indexed, library)),
-        "descriptions, or of a model that embeds them": isinstance(router, GuidedRouter)
-        and (bench.guide is None or set(library.names) - set(library.descriptions)),
-    }
-    return next((what for what, lacks in missing.items() if lacks), None)
-
-
-def _has_unequal_ranks(library: ExpertLibrary) -> bool:
-    ranks: dict[str, set[int]] = {}
-    for name in library:
-        for module, shape in library[name].shapes.items():
-            ranks.setdefault(module, set()).add(shape.rank)
-    return any(len(some) > 1 for some in ranks.values())
-
-
 def _written(router: Router) -> dict[str, Any] | str:
     """A router as stored results name it: its config, which a new setting with a default does not change."""
     try:
@@ -377,18 +319,6 @@ def _written(router: Router) -> dict[str, Any] | str:
 def _form(task: Task) -> str:
     """What sets a task apart from choices in words: ", lettered", ", rougeL", or nothing."""
     return (", lettered" if task.form == "letters" else "") + (f", {task.metric}" if task.metric != "accuracy" else "")
-
-
-def _label(name: str, options: Mapping[str, Any]) -> str:
-    return ", ".join([name, *(f"{key.replace('top_k', 'k')} {_in_words(value)}" for key, value in options.items())])
-
-
-def _in_words(value: Any) -> str:
-    """A setting for a label: of a router its name, and its settings in brackets."""
-    if not isinstance(value, Mapping):
-        return str(value)
-    inner = [f"{key} {_in_words(one)}" for key, one in value.items() if key != "name"]
-    return str(value["name"]) + (f" ({', '.join(inner)})" if inner else "")
 
 
 def seeds_note(label: str, runs: Sequence[Mapping[str, Sequence[Finding]]], bench: Bench) -> list[str]:
