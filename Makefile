@@ -18,8 +18,9 @@ help:
 demo: $(VENV)/.demo
 	$(BIN)/spectr demo
 
+# One process a core, each with one thread; a file's tests share what they make.
 test: $(VENV)/.test lint
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 test-browser: $(VENV)/.test
 	@command -v "$${SPECTR_CHROMIUM:-chromium}" >/dev/null || { echo "no chromium here: apt-get install chromium, or set SPECTR_CHROMIUM to one"; exit 1; }

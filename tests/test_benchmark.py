@@ -170,7 +170,7 @@ def test_the_command_prints_a_table_and_writes_all_numbers(spectr, folders, tmp_
     assert len(saved["timings"]["spectr | decoding, batch 1"]["seconds"]) == 2
 
 
-@pytest.mark.parametrize("router", [(), ("-r", "calibrated-prior"), ("-r", "shortlist", "--shortlist", 2)])
+@pytest.mark.parametrize("router", [(), ("-r", "calibrated-prior"), ("-r", "shortlist", "--set", "size=2")])
 def test_routers_that_decide_on_prompts_are_timed_at_any_batch(spectr, folders, router):
     assert spectr("library", "calibrate", *folders, "--samples", 2, "--tokens", 4)[0] == 0
     assert spectr("library", "index", *folders)[0] == 0

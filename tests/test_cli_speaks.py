@@ -78,7 +78,7 @@ def test_weights_that_changed_after_they_were_added_are_told_wherever_they_count
     spectr("library", "remove", "cyan", "-l", library)
     [amber], [blue] = (list(library.glob(f"{name}-*/adapter_model.safetensors")) for name in ("amber", "blue"))
     shutil.copy(blue, amber)
-    alone = ("-r", "shortlist", "--shortlist", 1, "--allow", "amber")
+    alone = ("-r", "shortlist", "--set", "size=1", "--allow", "amber")
     for command in (
         ("library", "calibrate", "--fresh"),
         ("library", "index", "--fresh"),

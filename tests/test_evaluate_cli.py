@@ -47,6 +47,17 @@ def test_free_text_from_the_command_line(spectr, world, tmp_path):
     assert "free is free text, measured by rougeL." in json.loads((tmp_path / "quality.json").read_text())["notes"]
 
 
+def test_settings_of_routers_from_the_command_line(spectr, world, tmp_path):
+    words = ("routing", "--task", "words.yaml", "--out", tmp_path)
+    code, text, _ = evaluate(spectr, world, *words, "-r", "arrow", "-r", "mu", "--set", "top_k=1")
+    assert code == 0, text
+    result = json.loads((tmp_path / "routing.json").read_text())
+    assert [row[0] for row in result["rows"] if "arrow" in row[0]] == ["arrow, k 1"]
+    assert "--set top_k=1" in result["origin"]["command"]
+    code, text, _ = evaluate(spectr, world, *words, "-r", "lag", "--set", "shortlist=2", "--set", "top_k=1")
+    assert [row[0] for row in json.loads((tmp_path / "routing.json").read_text())["rows"]] == ["lag, shortlist 2, k 1"]
+
+
 def test_letters_from_the_command_line(spectr, world, tmp_path):
     for letters in ((), ("--letters",)):
         code, *_ = evaluate(spectr, world, "quality", "--task", "both.yaml", "--out", tmp_path, *letters)
@@ -95,6 +106,9 @@ def test_data_from_the_hub_by_one_setting(spectr, world, tmp_path, monkeypatch):
     [
         (("quality", "--task", "words.yaml", "--letters"), "task 'words' has no form with lettered options"),
         (("wording", "--task", "both.yaml", "--letters"), "lettered options have no paraphrases to do: leave out"),
+        (("routing", "-r", "arrow", "--set", "topk=1"), "router 'arrow' has no topk"),
+        (("routing", "-r", "arrow", "--set", "combine=sum"), "router 'arrow' cannot be compared: unknown combination"),
+        (("routing", "--set", "toq_k=1"), "no router asked for has toq_k"),
         (("wording", "--task", "words.yaml"), "none of these tasks has paraphrases to do: add 'paraphrases'"),
         (("quality", "--task", "words.yaml", "--data-root", "hub"), "task 'words' names no test data on the Hub"),
         (("quality", "--task", "words.yaml", "--task", "none.yaml"), "task 'none' belongs to the expert 'bleu', which"),

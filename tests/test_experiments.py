@@ -171,7 +171,7 @@ def tasks():
     return {name: (task(name), EXAMPLES[:4]) for name in ("ants", "bees", "unknown")}
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", EXPERIMENTS.entries)
 def test_every_experiment_gives_a_table_a_picture_and_the_model_back(library, tasks, tmp_path, name):
     from spectr.plots.figures import as_svg, figure
 
@@ -190,7 +190,7 @@ def test_every_experiment_gives_a_table_a_picture_and_the_model_back(library, ta
         companions=[("bees in place of ants", "ants", library["bees"].weights.parent)],
         held_out={"unknown": tasks["unknown"]},
     )
-    result = EXPERIMENTS[name](bench)
+    result = EXPERIMENTS.load(name)(bench)
     assert torch.equal(model(torch.tensor([[1, 5, 9]])).logits, before)
     loaded = Result.load(result.save(tmp_path))
     assert loaded.name == name
@@ -201,7 +201,7 @@ def test_every_experiment_gives_a_table_a_picture_and_the_model_back(library, ta
     assert drawing == as_svg(figure(loaded))
 
 
-COMPARING = [name for name in EXPERIMENTS if name not in ("quality", "similarity", "agreement")]
+COMPARING = [name for name in EXPERIMENTS.entries if name not in ("quality", "similarity", "agreement")]
 
 
 @pytest.mark.parametrize("name", COMPARING)
@@ -219,11 +219,11 @@ def test_a_router_that_an_experiment_does_not_know_is_compared_when_it_is_asked_
         ranks={4: library.without("bees")},
         held_out={"unknown": tasks["unknown"]},
     )
-    without = EXPERIMENTS[name](bench)
+    without = EXPERIMENTS.load(name)(bench)
     assert any("Left out for lack of an index" in note and "shortlist" in note for note in without.notes)
     if name in ("ranks", "robustness"):  # whose libraries are made while they run: without an index
         return
-    indexed = EXPERIMENTS[name](dataclasses.replace(bench, library=build_index(make_model(), library)))
+    indexed = EXPERIMENTS.load(name)(dataclasses.replace(bench, library=build_index(make_model(), library)))
     assert any("shortlist" in map(str, row) for row in indexed.rows)
     assert not any("Left out" in note for note in indexed.notes)
 
@@ -255,9 +255,35 @@ def test_a_changed_expert_is_the_same_update(library, tmp_path):
             close(changed[module], factor * delta, 1e-4)
 
 
+def test_records_name_the_router_by_its_config_and_older_ones_are_read(library, tasks, tmp_path, monkeypatch):
+    def run(folder):
+        bench = Bench(
+            model=make_model(),
+            tokenizer=make_tokenizer(),
+            library=library,
+            tasks=tasks,
+            folder=folder,
+            only=["mu"],
+        )
+        for name in ("multitask", "routing"):
+            EXPERIMENTS.load(name)(bench)
+        return {path.name: path.read_text() for path in (folder / "records").iterdir()}
+
+    with monkeypatch.context() as older:
+        older.setattr("spectr.evaluation.experiments.base._written", str)
+        before = run(tmp_path / "old")
+    assert run(tmp_path / "old") == before  # nothing was scored or looked for again
+    origins = []
+    for name, text in run(tmp_path / "new").items():
+        origins.append(json.loads(text.splitlines()[0] if name.endswith(".jsonl") else text)["origin"])
+    routers = [origin["router"] for origin in origins]
+    assert {"name": "uniform"} in routers
+    assert all(router is None or router["name"] in ("uniform", "oracle") for router in routers)
+
+
 def test_the_oracle_is_the_measure_of_the_multitask_table(library, tasks, tmp_path):
     bench = Bench(model=make_model(), tokenizer=make_tokenizer(), library=library, tasks=tasks, folder=tmp_path)
-    methods = EXPERIMENTS["multitask"](bench).data["methods"]
+    methods = EXPERIMENTS.load("multitask")(bench).data["methods"]
     own = methods["its own expert"]
     for name, found in methods.items():
         expected = [found["accuracy"][t] / max(own["accuracy"][t], 1e-9) for t in ("ants", "bees")]
@@ -268,7 +294,7 @@ def test_the_oracle_is_the_measure_of_the_multitask_table(library, tasks, tmp_pa
 
 def test_the_formula_of_costs_is_what_is_measured(library, tmp_path):
     bench = Bench(model=make_model(), tokenizer=make_tokenizer(), library=library, tasks={}, folder=tmp_path)
-    found = EXPERIMENTS["costs"](bench).data["routers"]
+    found = EXPERIMENTS.load("costs")(bench).data["routers"]
     assert set(found) == {"mu", "calibrated-prior, k 1", "calibrated", "lag, shortlist 3, k 1"}
     for name, router in found.items():
         if not name.startswith("lag"):  # whose experts of unequal ranks are taken as the tokens want them

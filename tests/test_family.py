@@ -171,7 +171,7 @@ def test_combinations_go_with_every_router_that_selects(tmp_path, combine, route
 
 
 def test_an_unknown_combination():
-    with pytest.raises(CompositionError, match="unknown combination combine='outputz'"):
+    with pytest.raises(CompositionError, match="unknown combination 'outputz'"):
         Spectr(combine="outputz")
 
 

@@ -293,7 +293,7 @@ def test_quality_and_multitask_serve_both_kinds(tmp_path, library):
     free = Task.of(name="bees", version=1, prompt="{x}", answer="{x}", metric="rougeL", max_new_tokens=3)
     long = [Example(prompt=LONG, answer="yes", choices=("yes", "no"), label=0), *CHOICES]
     given = bench(tmp_path, library, short_model(16), ants=(choices, long), bees=(free, FREE))
-    result = EXPERIMENTS["quality"](given)
+    result = EXPERIMENTS.load("quality")(given)
     [ants, bees] = result.rows
     assert (ants[2], bees[2]) == ("100.0%", "")  # the majority class is for choices
     assert "bees is free text, measured by rougeL." in result.notes
@@ -309,6 +309,6 @@ def test_quality_and_multitask_serve_both_kinds(tmp_path, library):
     assert result.data["expert"][1] == pytest.approx(sum(scores) / len(scores), abs=1e-4)
     [line, *_] = (tmp_path / "records" / "bees, rougeL--base.jsonl").read_text().splitlines()[1:]
     assert {"answer", "reference", "score"} <= set(json.loads(line))
-    methods = EXPERIMENTS["multitask"](given).data["methods"]
+    methods = EXPERIMENTS.load("multitask")(given).data["methods"]
     assert methods["base"]["accuracy"]["bees"] == pytest.approx(result.data["base"][1])
     assert {"spectr, k 2", "calibrated, k 2"} <= set(methods)

@@ -16,7 +16,6 @@ from library_on_disk import folders
 from spectr import ExpertLibrary, Phatgoose, compose
 from spectr.adapters import GATES_FILE, read_adapter, read_gates
 from spectr.cli.app import app
-from spectr.cli.gates import keep_gates
 from spectr.errors import AdapterError, CompositionError, DataError
 from spectr.library import LibraryStore
 from spectr.spectral import reference
@@ -24,7 +23,7 @@ from spectr.tasks import Task
 from spectr.training import GateSettings, encode, train_gates
 from spectr.training.data import batches
 from spectr.training.fit import answer_loss
-from spectr.training.gates import GatedLinear, checkpoint_of, forget
+from spectr.training.gates import GatedLinear, checkpoint_of, forget, keep_gates
 from text_model import make_model, make_tokenizer, save_experts, save_model, save_rows
 
 TASK = Task.of(name="colours", version=1, prompt="what is the colour of the {thing}", choices=("green", "blue"))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from spectr import ExpertLibrary, calibrate
-from spectr.cli.asked import Asked
 from spectr.errors import DataError
 from spectr.evaluation.experiments import EXPERIMENTS, Bench
+from spectr.evaluation.plan import read_plan
 from spectr.evaluation.shares import mean_difference
 from spectr.guidance import QueryGuide
 from spectr.tasks import Task, heldout_tasks, shipped_tasks
@@ -41,7 +41,7 @@ def bench_of(library, folder, **more):
 
 
 def test_hindsight_is_the_best_of_the_experts(library, tmp_path):
-    found = EXPERIMENTS["heldout"](bench_of(library, tmp_path)).data
+    found = EXPERIMENTS.load("heldout")(bench_of(library, tmp_path)).data
     alone, methods = found["experts_alone"], found["methods"]
     for task in found["tasks"]:
         best = methods["best expert of each task in hindsight"]["accuracy"][task]
@@ -66,12 +66,12 @@ def test_differences_are_paired():
 @pytest.mark.parametrize("name", ["routing", "multitask", "wording", "costs"])
 def test_the_family_takes_part_and_the_rest_is_told(library, tmp_path, name):
     reworded = {task: [EXAMPLES] for task in ("grass", "sky")}
-    result = EXPERIMENTS[name](bench_of(library, tmp_path, reworded=reworded))
+    result = EXPERIMENTS.load(name)(bench_of(library, tmp_path, reworded=reworded))
     labels = [row[0] for row in result.rows]
     assert {"phatgoose", "glider"} <= set(labels)
     assert any("Left out for lack of experts: arrow, k 4" in note for note in result.notes)
     bare = ExpertLibrary.from_adapters({name: library[name].weights.parent for name in library})
-    notes = EXPERIMENTS[name](bench_of(bare, tmp_path / "bare", reworded=reworded)).notes
+    notes = EXPERIMENTS.load(name)(bench_of(bare, tmp_path / "bare", reworded=reworded)).notes
     assert any(note.startswith("Left out for lack of a calibration: calibrated") for note in notes)
     assert any(
         note.startswith("Left out for lack of descriptions, or of a model that embeds them: glider") for note in notes
@@ -80,10 +80,10 @@ def test_the_family_takes_part_and_the_rest_is_told(library, tmp_path, name):
 
 def test_records_depend_on_gates_and_descriptions(library, tmp_path):
     bench = bench_of(library, tmp_path, only=("phatgoose", "glider", "mu"))
-    EXPERIMENTS["multitask"](bench)
+    EXPERIMENTS.load("multitask")(bench)
     keys = {path.name: path.read_text().splitlines()[0] for path in (tmp_path / "records").glob("sky--*.jsonl")}
     other = bench_of(library.with_descriptions({**DESCRIPTIONS, "sky": "film"}), tmp_path, only=bench.only)
-    EXPERIMENTS["multitask"](other)
+    EXPERIMENTS.load("multitask")(other)
     again = {path.name: path.read_text().splitlines()[0] for path in (tmp_path / "records").glob("sky--*.jsonl")}
     changed = {name for name, key in keys.items() if again[name] != key}
     assert changed == {"sky--glider.jsonl"}
@@ -91,7 +91,7 @@ def test_records_depend_on_gates_and_descriptions(library, tmp_path):
 
 
 def test_lag_with_a_full_shortlist_always_agrees(library, tmp_path):
-    found = EXPERIMENTS["agreement"](bench_of(library, tmp_path)).data["routers"]
+    found = EXPERIMENTS.load("agreement")(bench_of(library, tmp_path)).data["routers"]
     shares = [found[f"lag, shortlist {size}"]["agreement"] for size in (1, 2)]
     assert 0 < shares[0] <= shares[1] <= 1
     assert found["seqr, experts that share A"]["agreement"] > 0.99
@@ -113,16 +113,16 @@ def test_what_heldout_is_asked(tmp_path):
             f"name: {name}\nversion: 1\nprompt: the {{thing}}\nchoices: [green, blue]\ntest: {rows}\n"
         )
     given = {"data_root": str(tmp_path), "letters": False, "limit": 3, "ranks": None, "companions": ()}
-    asked = Asked.read("heldout", library, tasks=[str(tmp_path / "other.yaml")], **given)
+    asked = read_plan("heldout", library, tasks=[str(tmp_path / "other.yaml")], **given)
     assert list(asked.held_out) == ["other"]
     assert len(asked.held_out["other"][1]) == 3
     with pytest.raises(DataError, match="has an expert of its own for amber"):
-        Asked.read("heldout", library, tasks=[str(tmp_path / "amber.yaml")], **given)
+        read_plan("heldout", library, tasks=[str(tmp_path / "amber.yaml")], **given)
     with pytest.raises(DataError, match=r"no data file at(.|\n)*no data file at"):  # all of them
-        Asked.read("heldout", library, tasks=(), **given)
+        read_plan("heldout", library, tasks=(), **given)
 
 
 def test_without_held_out_tasks_there_is_nothing_to_measure(library, tmp_path):
     bench = bench_of(library, tmp_path)
     with pytest.raises(DataError, match="no held-out tasks were given"):
-        EXPERIMENTS["heldout"](Bench(**{**vars(bench), "held_out": {}}))
+        EXPERIMENTS.load("heldout")(Bench(**{**vars(bench), "held_out": {}}))

@@ -19,12 +19,13 @@ from routers_alone import LIBRARIES, METHODS
 from spectr import compose
 from spectr.errors import CompositionError
 from spectr.library import needs
-from spectr.routers import Router, base, first_lack, registry
+from spectr.routers import Router, base, first_lack
+from spectr.routers.registry import ROUTERS
 from spectr.spectral import Share, segment_norms
 
 SRC = Path(spectr.__file__).parent
 TREES = {path.relative_to(SRC).as_posix(): ast.parse(path.read_text()) for path in sorted(SRC.rglob("*.py"))}
-KINDS = {make for make in registry._BUILT_IN.values() if isinstance(make, type)}
+KINDS = {make for name in ROUTERS.entries if isinstance(make := ROUTERS.load(name), type)}
 FACES = [kind for kind in vars(base).values() if isinstance(kind, type) and issubclass(kind, Router)]
 FACTS = {name for kind in (*KINDS, *FACES) for name in (*vars(kind), *kind.__annotations__) if not name.startswith("_")}
 FACTS |= {"calibrated", "gated", "guided", "shares_A", "by_norms", "informs", "resident", "lacking", "k", "density"}
@@ -122,7 +123,7 @@ def test_each_entrance_asks_the_same_of_a_library(tmp_path, monkeypatch):
     lack = first_lack(router, library, library.names)
     assert lack is not None
     assert lack[0].lacking == "what nobody has"
-    monkeypatch.setitem(registry._BUILT_IN, "spectr", Demanding)
+    monkeypatch.setitem(ROUTERS.entries, "spectr", f"{__name__}:Demanding")
 
     def in_vllm():
         return session_of(tmp_path / "others", ("ants", "bees"))

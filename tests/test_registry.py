@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint
+
 import pytest
 
 import spectr
@@ -20,12 +23,13 @@ from spectr import (
     Spectr,
     Uniform,
 )
+from spectr.combine import Combination, get_combination, merge_outputs
 from spectr.errors import CompositionError
-from spectr.routers import Router, get_router, registry, router_names
+from spectr.registry import Registry, entry
+from spectr.routers import Router, get_router, router_names
+from spectr.routers.config import router_config
 
-UNKNOWN_COMBINATION = (
-    "unknown combination combine='sum'\n  to do: known: dare, dare-ties, factors, knots, outputs, ties"
-)
+UNKNOWN_COMBINATION = "unknown combination 'sum'\n  to do: known: dare, dare-ties, factors, knots, outputs, ties"
 
 BY_NAME = {
     "arrow": Arrow(),
@@ -72,33 +76,137 @@ def test_an_unknown_name_is_answered_with_the_nearest_and_all():
 
 @pytest.mark.parametrize("name", ["arrow", "spectr-paper"])
 def test_an_unknown_option_is_answered_with_those_that_are_known(name):
-    with pytest.raises(CompositionError, match=f"router '{name}' does not take these options: topk") as caught:
-        get_router(name, topk=2)
+    with pytest.raises(CompositionError, match=f"router '{name}' has no topk") as caught:
+        get_router(name, topk=2, temperature=1.0)
     assert "top_k, weights, temperature, combine" in caught.value.expected
+    assert "did you mean 'top_k'" in caught.value.do
 
 
 def test_a_missing_option_is_asked_for():
     with pytest.raises(CompositionError, match="router 'oracle'") as caught:
         get_router("oracle")
-    assert caught.value.do == "--expert ..., or get_router('oracle', expert=...)"
+    assert caught.value.do == "--set expert=..., or in Python expert=..."
 
 
-def test_a_third_partys_router_is_found_by_entry_point(monkeypatch):
-    class Point:
-        name = "theirs"
+def test_a_router_inside_a_router_can_be_plain_data():
+    assert get_router("glider", local={"name": "spectr", "top_k": 1}) == get_router("glider-spectr")
 
-        @staticmethod
-        def load():
-            return lambda top_k=3: Spectr(top_k=top_k, weights="softmax")
 
-    monkeypatch.setattr(registry, "entry_points", lambda group: [Point] if group == "spectr.routers" else [])
+# Other packages
+
+
+class Theirs(Spectr):
+    pass
+
+
+class Later(Spectr):
+    spectr_protocol = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tabled(Spectr):
+    table: object = None
+
+
+def theirs(top_k=3):
+    return Spectr(top_k=top_k, weights="softmax")
+
+
+def their_combination(share=1.0):
+    return Combination(merge_outputs, share)
+
+
+@pytest.fixture
+def plugins(monkeypatch):
+    """Entry points by group, name and value."""
+    found = []
+    monkeypatch.setattr(
+        "spectr.registry.entry_points", lambda group: [point for point in found if point.group == group]
+    )
+
+    def add(name, value, group="spectr.routers"):
+        found.append(EntryPoint(name=name, value=value if ":" in value else f"{__name__}:{value}", group=group))
+
+    return add
+
+
+def test_a_third_partys_router_is_found_by_entry_point(plugins):
+    plugins("theirs", "theirs")
     assert "theirs" in router_names()
     assert get_router("theirs") == Spectr(top_k=3, weights="softmax")
     assert get_router("theirs", top_k=1) == Spectr(top_k=1, weights="softmax")
-    with pytest.raises(CompositionError, match="router 'theirs' does not take these options: k"):
+    with pytest.raises(CompositionError, match="router 'theirs' has no k"):
         get_router("theirs", k=1)
     with pytest.raises(CompositionError, match="did you mean 'theirs'"):
         get_router("their")
+
+
+def test_a_broken_plugin_breaks_no_other_name(plugins):
+    plugins("broken", "no_such_package:Router")
+    plugins("bare", "NoSuchRouter")
+    plugins("theirs", "Theirs")
+    assert {"broken", "bare", "theirs", "spectr"} <= set(router_names())
+    assert get_router("theirs") == Theirs()
+    assert router_config(Spectr(top_k=2)) == {"name": "spectr", "top_k": 2}
+    assert router_config(Theirs(top_k=2)) == {"name": "theirs", "top_k": 2}
+    with pytest.raises(
+        CompositionError, match=r"'broken' of no_such_package:Router cannot be imported: ModuleNotFound"
+    ):
+        get_router("broken")
+    with pytest.raises(CompositionError, match=r"'bare' of .*NoSuchRouter cannot be imported: AttributeError"):
+        get_router("bare")
+
+
+def test_a_plugin_of_another_protocol_is_refused_by_name_or_adapted(plugins):
+    plugins("later", "Later")
+    with pytest.raises(CompositionError, match=r"router 'later' of .*:Later is made for version 2") as caught:
+        get_router("later")
+    assert caught.value.expected == "version 1"
+    plugins("old", "theirs", "things")
+    plugins("new", "Later", "things")
+    things = Registry(
+        kind="thing", group="things", entries={}, protocol=2, adapters={1: lambda make: lambda: ["adapted", make()]}
+    )
+    assert things.make("old") == ["adapted", theirs()]
+    assert things.make("new") == Later()
+
+
+def test_a_router_with_a_setting_that_is_no_plain_value_cannot_be_written_down(plugins):
+    plugins("tabled", "Tabled")
+    assert router_config(Tabled()) == {"name": "tabled"}
+    with pytest.raises(CompositionError, match="cannot be written down: table is no plain value"):
+        router_config(Tabled(table=b"1"))
+
+
+def test_two_packages_of_one_name_are_refused_and_ours_win(plugins):
+    plugins("twice", "theirs")
+    plugins("twice", "Theirs")
+    plugins("spectr", "Theirs")
+    with pytest.raises(CompositionError, match=r"several packages add the router 'twice': .*:theirs, .*:Theirs"):
+        get_router("twice")
+    assert type(get_router("spectr")) is Spectr
+
+
+def test_a_groups_former_name_works_with_a_warning(plugins):
+    plugins("old", "theirs", "former")
+    with pytest.warns(FutureWarning, match="the entry-point group former is now things"):
+        assert Registry(kind="thing", group="things", entries={}, old_group="former").make("old") == theirs()
+
+
+def test_names_are_listed_and_entries_loaded_without_importing_the_rest():
+    things = Registry(
+        kind="thing",
+        group="things",
+        entries={"missing": "no_such_package:Thing", "pair": entry("builtins:dict", a=entry("builtins:int"))},
+    )
+    assert things.names() == ("missing", "pair")
+    assert things.load("pair")() == {"a": 0}
+
+
+def test_a_third_partys_combination_is_called_with_what_follows_its_name(plugins):
+    plugins("theirs", "their_combination", "spectr.combinations")
+    assert get_combination("theirs:share=0.75") == Combination(merge_outputs, 0.75)
+    assert Spectr(combine="theirs:share=0.75").combine == "theirs:share=0.75"
 
 
 # Settings

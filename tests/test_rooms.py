@@ -12,7 +12,7 @@ import spectr
 
 ROOT = Path(spectr.__file__).parent
 ROOMS = (
-    ("errors", "saving", "hashing", "flops"),
+    ("errors", "saving", "hashing", "flops", "lazy", "registry"),
     ("spectral",),
     ("adapters",),
     ("library",),
@@ -23,7 +23,7 @@ ROOMS = (
     ("paging",),
     ("composition",),
     ("composed",),
-    ("tasks", "guidance", "calibration", "indexing"),
+    ("tasks", "guidance", "calibration", "indexing", "choosing"),
     ("vllm", "serving"),
     ("merging", "extraction", "training", "evaluation", "plots", "benchmark", "demo", "shipped"),
     ("cli", "__main__"),

@@ -120,7 +120,7 @@ def test_a_saved_model_with_a_number_without_a_name_loads_as_it_was():
     assert combination == get_combination("dare:density=0.1")
 
 
-@pytest.mark.parametrize("name", COMBINATIONS)
+@pytest.mark.parametrize("name", COMBINATIONS.names())
 def test_every_combination_is_made_by_its_name_alone(name):
     assert callable(get_combination(name).merge)
 

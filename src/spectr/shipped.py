@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from spectr.errors import MissingExtraError
+from spectr.errors import LibraryError, MissingExtraError
 
 DISTRIBUTION = "spectr-lora-experts"
 _FOLDER = "spectr_experts"  # in site-packages; a package of data without code
 _REPOSITORY = Path(__file__).resolve().parents[2]
+
+if TYPE_CHECKING:
+    from spectr.library import ExpertLibrary
 
 
 def shipped_experts() -> Path:
@@ -28,3 +32,19 @@ def shipped_experts() -> Path:
             "the library of shipped experts", "demo", instead="name a library of your own with --library"
         ) from None
     return folder
+
+
+def open_library(path: Path | None) -> ExpertLibrary:
+    """The library at that path, or the shipped one.
+
+    Raises:
+        LibraryError: There is none, or it is empty.
+    """
+    from spectr.library import ExpertLibrary
+
+    library = ExpertLibrary.open(path or shipped_experts())
+    if not len(library):
+        raise LibraryError(
+            f"{library.origin} is an empty library", do=f"spectr library add NAME ADAPTER --library {library.origin}"
+        )
+    return library

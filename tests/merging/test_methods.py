@@ -266,10 +266,8 @@ def test_methods_by_name():
 def test_a_package_can_add_a_method_by_entry_point(monkeypatch):
     from importlib.metadata import EntryPoint
 
-    from spectr.merging import registry
-
-    point = EntryPoint(name="soup", value="spectr.merging.linear:Average", group=registry.ENTRY_POINTS)
-    monkeypatch.setattr(registry, "entry_points", lambda group: [point] if group == registry.ENTRY_POINTS else [])
+    point = EntryPoint(name="soup", value="spectr.merging.linear:Average", group="spectr.merge_methods")
+    monkeypatch.setattr("spectr.registry.entry_points", lambda group: [point] if group == point.group else [])
     assert "soup" in method_names()
     assert get_method("soup") == Average()
 

@@ -30,19 +30,19 @@ def test_from_nothing_to_an_answer(spectr, given, world):
     _, text, notes = spectr("library", "index", *given)
     assert "all 3 experts are indexed" in text
     assert "loading" not in notes
-    code, text, _ = spectr("generate", "what is it", "-n", 2, "--json", "-r", "shortlist", "--shortlist", 1, *given)
+    code, text, _ = spectr("generate", "what is it", "-n", 2, "--json", "-r", "shortlist", "--set", "size=1", *given)
     assert code == 0
     assert list(json.loads(text)["experts"].values()) == [1.0]
-    options = ("--shortlist", 2, "--local", "spectr", "-k", 1, "--expert-memory", 0.5)
+    options = ("--set", "size=2", "--set", "local=spectr", "-k", 1, "--expert-memory", 0.5)
     code, text, _ = spectr("generate", "what is it", "-n", 2, "--json", "-r", "shortlist", *options, *given)
     assert code == 0
     assert sum(json.loads(text)["experts"].values()) == pytest.approx(1, abs=1e-3)
     assert len(json.loads(text)["experts"]) == 2
-    options = ("--shortlist", 1, "--bits", 16)
+    options = ("--set", "size=1", "--set", "bits=16")
     code, text, _ = spectr("generate", "what is it", "-n", 2, "--json", "-r", "shortlist", *options, *given)
     assert code == 0
     assert list(json.loads(text)["experts"].values()) == [1.0]
-    code, text, notes = spectr("route", "what is it", "-r", "shortlist", "--shortlist", 1, *given)
+    code, text, notes = spectr("route", "what is it", "-r", "shortlist", "--set", "size=1", *given)
     assert code == 0
     assert "decided once for the whole prompt" in said(notes)
 
@@ -50,15 +50,15 @@ def test_from_nothing_to_an_answer(spectr, given, world):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("-r", "spectr", "--shortlist", 3), "for the router shortlist, not spectr"),
-        (("--bits", 16), "for the router shortlist"),
-        (("-r", "shortlist", "--bits", 12), "bits=12"),
-        (("--local", "arrow"), "for the router shortlist"),
-        (("-r", "shortlist", "--shortlist", 1, "--local", "arrow"), "nothing to choose"),
-        (("-r", "shortlist", "--shortlist", 1, "-k", 2), "nothing to choose"),
-        (("-r", "shortlist", "--local", "calibrated"), "does not decide for each token"),
-        (("-r", "shortlist", "--local", "arow"), "arrow"),
-        (("-r", "shortlist", "--shortlist", 2, "--local", "spectr", "-k", 3), "at least top_k"),
+        (("-r", "spectr", "--set", "size=3"), "router 'spectr' has no size"),
+        (("-r", "spectr", "--set", "top-q=3"), "did you mean 'top_k'"),
+        (("-r", "arrow", "--set", "weights=soft"), "weights=soft expected: uniform or softmax"),
+        (("-r", "shortlist", "--set", "bits=12"), "bits=12"),
+        (("-r", "shortlist", "--set", "size=1", "--set", "local=arrow"), "nothing to choose"),
+        (("-r", "shortlist", "--set", "size=1", "-k", 2), "nothing to choose"),
+        (("-r", "shortlist", "--set", "local=calibrated"), "does not decide for each token"),
+        (("-r", "shortlist", "--set", "local=arow"), "arrow"),
+        (("-r", "shortlist", "--set", "size=2", "--set", "local=spectr", "-k", 3), "at least top_k"),
     ],
 )
 def test_a_mistake_is_told_before_the_model_is_loaded(spectr, given, options, message):

@@ -64,7 +64,7 @@ def test_several_routers_are_told_listed_and_answer(start):
     ("words", "told"),
     [
         (("--host", "0.0.0.0"), "without a policy"),
-        (("--engine", "magic"), "transformers or vllm"),
+        (("--engine", "magic"), "known: transformers, vllm"),
         (("--engine", "vllm"), "spectr-lora[vllm]"),
         (("--policy", "nowhere.yaml"), "nowhere.yaml"),
         (("--except", "nobody"), "nobody"),
@@ -78,7 +78,9 @@ def test_several_routers_are_told_listed_and_answer(start):
         (("-r", "auto", "-r", "spectr"), "--router spectr twice"),
         (("-r", "spectr", "-r", "calibrated"), "not calibrated"),
         (("-r", "spectr", "--combine", "knots"), "answers would depend on all experts of the server"),
-        (("-r", "uniform", "-r", "arrow", "-k", "2"), "router 'uniform' does not take these options: top_k"),
+        (("-r", "uniform", "-k", "2"), "router 'uniform' has no top_k"),
+        (("-r", "uniform", "-r", "arrow", "--set", "topk=2"), "no router asked for has topk"),
+        (("-r", "uniform", "-r", "arrow", "--set", "spectr.top_k=2"), "the router spectr is not asked for"),
     ],
 )
 def test_what_cannot_be_served_is_told_before_a_model_is_loaded(spectr, given, words, told, monkeypatch, unloaded):
@@ -113,7 +115,7 @@ def test_help_shows_the_options_of_the_engine_once_and_the_default_router(spectr
 
 def test_vllm_is_given_routers_that_it_can_run(spectr, given, monkeypatch):
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "WARNING")
-    monkeypatch.setattr("spectr.cli.serve._check_vllm", lambda: None)
+    monkeypatch.setattr("spectr.serving.engines.launchers.Vllm.check", lambda *_: None)
     code, _, err = spectr("serve", *given, "--engine", "vllm", "-r", "spectr", "-r", "lag")
     assert code == 2
     assert "this router cannot run inside vLLM: Lag(" in err

@@ -9,10 +9,10 @@ import typer
 
 from spectr.cli.console import bar, out, say
 from spectr.cli.guides import open_writer
-from spectr.cli.opened import open_library
 from spectr.cli.options import BaseOption, DataRootOption, DtypeOption
-from spectr.cli.rows import AnswerOption, ChoicesOption, PromptOption, chosen_task, rows_option, source_of
+from spectr.cli.rows import AnswerOption, ChoicesOption, PromptOption, rows_option
 from spectr.errors import DataError, SpectrError, raise_together
+from spectr.shipped import open_library
 
 
 def describe(
@@ -69,6 +69,7 @@ def describe(
         out.print(f"{chosen[0]}: {path}", highlight=False)
         return
     from spectr.tasks import read_examples
+    from spectr.tasks.chosen import chosen_task, source_of
 
     shown, problems = {}, []
     for name in chosen:

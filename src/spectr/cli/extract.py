@@ -10,9 +10,9 @@ import typer
 from rich.table import Table
 
 from spectr.cli.console import bar, out, say
-from spectr.cli.opened import open_library
 from spectr.cli.options import LibraryOption, check_target
 from spectr.errors import MissingExtraError
+from spectr.shipped import open_library
 
 if TYPE_CHECKING:
     from spectr.adapters import Expert

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from spectr.cli.console import bar, out, say
-from spectr.cli.opened import open_library, open_model
+from spectr.cli.opened import open_model
 from spectr.cli.options import BaseOption, DataRootOption, DtypeOption, LettersOption
 from spectr.cli.rows import (
     AnswerOption,
     ChoicesOption,
     PromptOption,
-    chosen_task,
-    origin_of,
     rows_option,
     setting,
-    source_of,
     told_where_it_stopped,
 )
-from spectr.errors import DataError, SpectrError, raise_together
-
-if TYPE_CHECKING:
-    from spectr.adapters import Expert
-    from spectr.tasks import Example
+from spectr.errors import DataError
+from spectr.shipped import open_library
 
 
 def gates(
@@ -72,37 +66,12 @@ def gates(
     if not chosen:
         out.print("all of these experts have gates; --fresh trains them anew")
         return
-    own = any((task, data, prompt, answer, choices))
-    if own and len(chosen) > 1:
-        raise DataError(
-            f"one task's data for {len(chosen)} experts ({', '.join(chosen)})", do="name the expert that it belongs to"
-        )
+    from spectr.training.plan import Source, read_gate_data
 
-    from spectr.tasks import shipped_tasks
-
-    def rows_of(name: str) -> tuple[list[Example], dict[str, Any]]:
-        if not own and name not in shipped_tasks():
-            raise DataError(
-                f"no shipped task has the name of the expert '{name}'",
-                do="name its data: --task FILE, or --data ROWS with --prompt and --choices (or --answer)",
-            )
-        about = chosen_task(task or (None if own and prompt else name), prompt, answer, choices, name)
-        about = about.lettered() if letters else about
-        source = data or source_of(about, "train", data_root)
-        if source is None:
-            raise DataError(f"no training data was named for '{name}'", do="give --data, or a task that names its own")
-        from spectr.tasks import read_examples
-
-        rows = read_examples(about, source, root=data_root, limit=examples)
-        return rows, origin_of(about, source, None, data_root)
-
-    found, problems = {}, []
-    for name in chosen:  # all data are read before a model is loaded
-        try:
-            found[name] = rows_of(name)
-        except SpectrError as error:
-            problems.append(error)
-    raise_together("the gates' training data", problems, DataError)
+    source = Source(
+        task=task, prompt=prompt, answer=answer, choices=choices, train=data, root=data_root, letters=letters
+    )
+    found = read_gate_data(chosen, source, limit=examples)
     from spectr.training.settings import GateSettings
 
     settings = GateSettings(
@@ -116,7 +85,7 @@ def gates(
     )
     base, tokenizer = open_model(model, dtype)
 
-    from spectr.training.gates import forget, train_gates
+    from spectr.training.gates import forget, keep_gates, train_gates
 
     for number, (name, (rows, origin)) in enumerate(found.items(), start=1):
         say(f"gates of '{name}' ({number} of {len(found)}): {steps} steps on {len(rows)} examples")
@@ -129,18 +98,3 @@ def gates(
         keep_gates(library, expert, vectors, facts)
         forget(work)
     out.print(f"gates of {', '.join(found)}: {library.resolve()}", highlight=False)
-
-
-def keep_gates(library: Path, expert: Expert, gates: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Put gates beside an expert: of a library through its entry, of a plain folder into the adapter's own."""
-    from spectr.adapters import GATES_FILE, write_gates
-    from spectr.library import LibraryStore
-    from spectr.library.manifest import MANIFEST_FILE
-
-    if (library / MANIFEST_FILE).is_file():
-        LibraryStore(library).add_gates(expert.name, gates, facts)
-        return
-    place = expert.weights.parent / GATES_FILE
-    scratch = place.with_suffix(".partial")
-    write_gates(scratch, gates, facts)
-    scratch.replace(place)

@@ -15,7 +15,7 @@ from spectr.adapters import GATES_FILE
 from spectr.adapters.read import WEIGHTS_FILE
 from spectr.cli.console import bar, out, say
 from spectr.cli.describe import describe
-from spectr.cli.opened import open_library, open_model
+from spectr.cli.opened import open_model
 from spectr.cli.options import BaseOption, DtypeOption, JsonOption, LibraryOption
 from spectr.errors import LibraryError, SpectrError, raise_together
 from spectr.library import Calibration, Entry, ExpertLibrary, LibraryStore
@@ -23,6 +23,7 @@ from spectr.library.calibration import CALIBRATION_FILE
 from spectr.library.descriptions import DESCRIPTIONS_FILE
 from spectr.library.index import INDEX_FOLDER
 from spectr.library.manifest import MANIFEST_FILE, any_entry
+from spectr.shipped import open_library
 from spectr.tasks.rows import read_lines
 
 _BESIDE = f"{CALIBRATION_FILE}, {DESCRIPTIONS_FILE}, {INDEX_FOLDER}"

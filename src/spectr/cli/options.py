@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from spectr.cli.console import bar, say
-from spectr.cli.opened import open_composed, open_library, open_model
+from spectr.cli.opened import open_model
 from spectr.errors import DataError, SpectrError
+from spectr.shipped import open_library
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from spectr.composed import Settings
     from spectr.composition import Routed
     from spectr.library import ExpertLibrary
     from spectr.routers import Router
@@ -83,7 +85,7 @@ LettersOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
 
 _PANEL = "Routing"
-_MANY = 64  # experts, beyond which "auto" reads them from disk as prompts call for them
+_FORMER = {"shortlist": "size", "local": "local", "bits": "bits", "router_temperature": "temperature"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,26 +117,13 @@ class Routing:
         str | None,
         typer.Option("--expert", "-e", help="The expert that the router oracle always takes.", rich_help_panel=_PANEL),
     ] = None
-    shortlist: Annotated[
-        int | None,
+    settings: Annotated[
+        list[str] | None,
         typer.Option(
-            "--shortlist",
-            help="Experts on a prompt's shortlist, for the router shortlist.",
-            min=1,
-            rich_help_panel=_PANEL,
-        ),
-    ] = None
-    local: Annotated[
-        str | None,
-        typer.Option(
-            help="The router among those on the shortlist; by default calibrated-prior.", rich_help_panel=_PANEL
-        ),
-    ] = None
-    bits: Annotated[
-        int | None,
-        typer.Option(
-            help="Bits of each number that a shortlist is made by: 8; with 16 (best for a list of one) or 32 it is "
-            "certain to be the one that exact numbers give, which takes more memory and time.",
+            "--set",
+            metavar="NAME=VALUE",
+            help="Set another setting of the router, once for each: --set temperature=0.5. With several routers it is "
+            "for all that have it; --set arrow.temperature=0.5 is for one. See docs/routers.md.",
             rich_help_panel=_PANEL,
         ),
     ] = None
@@ -154,9 +143,6 @@ class Routing:
             "a tenth.",
             rich_help_panel=_PANEL,
         ),
-    ] = None
-    router_temperature: Annotated[
-        float | None, typer.Option(help="Temperature of the softmax over scores.", rich_help_panel=_PANEL)
     ] = None
     allow: Annotated[
         list[str] | None,
@@ -183,82 +169,67 @@ class Routing:
         ),
     ] = None
     dtype: DtypeOption = "auto"
+    shortlist: Annotated[int | None, typer.Option("--shortlist", hidden=True)] = None
+    local: Annotated[str | None, typer.Option("--local", hidden=True)] = None
+    bits: Annotated[int | None, typer.Option("--bits", hidden=True)] = None
+    router_temperature: Annotated[float | None, typer.Option("--router-temperature", hidden=True)] = None
 
     def experts(self) -> tuple[ExpertLibrary, Router]:
         """The library and the router, checked against each other before any model is loaded.
 
         Without ``top_k`` the router takes at most as many experts as there are.
         """
-        from spectr.routers import GuidedRouter, check_needs, residents
-
-        library = self._opened_library()
-        if self.expert and self.router != "oracle":
-            raise SpectrError(
-                f"--expert {self.expert} is for the router that always takes it",
-                do=f"-r oracle -e {self.expert}, or --allow {self.expert}",
-            )
-        if self.router == "oracle" and not self.expert:
-            raise SpectrError(
-                "router 'oracle' needs expert: the one that it always takes",
-                expected=f"one of {', '.join(library)}",
-                do="-r oracle -e NAME",
-            )
-        router = self._router(self.router_name(library))
-        if self.top_k is None and (router.selection.k or 0) > len(library):
-            router = dataclasses.replace(router, top_k=len(library))  # pyright: ignore[reportArgumentType]
-        residents(router, library.names)
-        library.check(*(self.allow or []))
-        check_needs(router, library, self.allow or library.names)
-        if not isinstance(router, GuidedRouter) and (self.writer or self.embedder):
-            say("--writer and --embedder make no difference: this router compares no descriptions")
-        self._tell(library, router)
+        library, routers = routers_of([self])
+        [router] = routers.values()
         return library, router
+
+    def _texts(self) -> list[str]:
+        """All settings as ``NAME=VALUE``; options that ``--set`` replaces still work, with a warning."""
+        texts = list(self.settings or [])
+        for option, setting in _FORMER.items():
+            if (value := getattr(self, option)) is not None:
+                flag = f"--{option.replace('_', '-')}"
+                say(f"warning: {flag} is deprecated, and the next version drops it; use --set {setting}={value}")
+                texts.append(f"{setting}={value}")
+        short = {"top_k": self.top_k, "expert": self.expert, "combine": self.combine}
+        return [*texts, *(f"{name}={value}" for name, value in short.items() if value is not None)]
+
+    def _defaults(self, name: str) -> dict[str, Any]:
+        """Settings that "auto" stands for: a composed folder's, or a shortlist of one."""
+        if self.router != "auto":
+            return {}
+        if folder := self._composed():
+            return {key: value for key, value in folder.router.items() if key != "name"}
+        return {"size": 1} if name == "shortlist" else {}
 
     def for_tokens(self) -> Routing:
         """The same, with "auto" standing for a router that decides for each token, as vLLM needs."""
-        if self.router != "auto" or open_composed(self.model):
+        from spectr.choosing import token_router_for
+
+        if self.router != "auto" or self._composed():
             return self
-        library = self._opened_library()
-        name = "calibrated-token" if _is_calibrated(library) else "spectr"
+        name = token_router_for(self._opened_library())
         say(f"router: {name}, token by token, as vLLM routes; another by --router")
         return dataclasses.replace(self, router=name)
 
+    def _composed(self) -> Settings | None:
+        from spectr.choosing import open_composed
+
+        return open_composed(self.model)
+
     def _opened_library(self) -> ExpertLibrary:
         """The library that was named, or a composed folder's own, or the shipped one."""
-        folder = None if self.library else open_composed(self.model)
+        folder = None if self.library else self._composed()
         return folder.open_library(str(self.model)) if folder else open_library(self.library)
-
-    def _router(self, name: str) -> Router:
-        from spectr.routers import Shortlist, get_router
-
-        options = {
-            "top_k": self.top_k,
-            "expert": self.expert,
-            "combine": self.combine,
-            "temperature": self.router_temperature,
-        }
-        given = {key: value for key, value in options.items() if value is not None}
-        if self.router == "auto" and (folder := open_composed(self.model)):
-            own = {key: value for key, value in folder.router.items() if key != "name"}
-            return get_router(name, **{**own, **given})
-        if name != "shortlist":
-            if self.shortlist or self.local or self.bits:
-                raise SpectrError(
-                    f"--shortlist, --local and --bits are for the router shortlist, not {name}", do="-r shortlist"
-                )
-            return get_router(name, **given)
-        size = self.shortlist or (1 if self.router == "auto" else Shortlist().size)
-        if size == 1 and (given or self.local):
-            raise SpectrError(
-                "a shortlist of one leaves nothing to choose: --local and its settings make no difference",
-                do="leave them out, or ask for a longer one: --shortlist 16",
-            )
-        local = get_router(self.local or "calibrated-prior", **given)
-        return Shortlist(size=size, local=local, bits=Shortlist().bits if self.bits is None else self.bits)
 
     def _tell(self, library: ExpertLibrary, router: Router) -> None:
         """What a user would not expect of the router that stands in for "auto", or of its number of experts."""
-        if self.router == "auto" and not _is_calibrated(library) and open_composed(self.model) is None:
+        from spectr.choosing import is_calibrated
+        from spectr.routers import GuidedRouter
+
+        if (self.writer or self.embedder) and not isinstance(router, GuidedRouter):
+            say("--writer and --embedder make no difference: this router compares no descriptions")
+        if self.router == "auto" and not is_calibrated(library) and self._composed() is None:
             new = [name for name in library if not library.calibrated(name)]
             say(
                 f"router: spectr, token by token, as {_some(new)} not calibrated; for the far better one: "
@@ -272,11 +243,10 @@ class Routing:
         """The router that was asked for, or the one that "auto" stands for with this library."""
         if self.router != "auto":
             return self.router
-        if folder := open_composed(self.model):
-            return folder.router["name"]
-        if not _is_calibrated(library):
-            return "spectr"
-        return "shortlist" if len(library) > _MANY and all(map(library.indexed, library)) else "calibrated"
+        from spectr.choosing import router_for
+
+        folder = self._composed()
+        return folder.router["name"] if folder else router_for(library)
 
     def base(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The base model and its tokenizer."""
@@ -310,13 +280,38 @@ class Routing:
             return routed.allow(self.allow) if self.allow else routed
 
 
+def routers_of(routings: Sequence[Routing]) -> tuple[ExpertLibrary, dict[str, Router]]:
+    """The library and the routers by name of requests that differ in their router alone, checked against each other."""
+    from spectr.choosing import make_routers
+
+    first = routings[0]
+    library = first._opened_library()
+    names = [routing.router_name(library) for routing in routings]
+    for name in names:
+        if names.count(name) > 1:
+            raise SpectrError(f"--router {name} twice", expected="each router once", do="leave one out")
+    if first.expert and "oracle" not in names:
+        raise SpectrError(
+            f"--expert {first.expert} is for the router that always takes it",
+            do=f"-r oracle -e {first.expert}, or --allow {first.expert}",
+        )
+    texts = first._texts()
+    if "oracle" in names and not any(text.startswith(("expert=", "oracle.expert=")) for text in texts):
+        raise SpectrError(
+            "router 'oracle' needs expert: the one that it always takes",
+            expected=f"one of {', '.join(library)}",
+            do="-r oracle -e NAME",
+        )
+    defaults = {name: routing._defaults(name) for name, routing in zip(names, routings, strict=True)}
+    routers = make_routers(names, texts, library, defaults=defaults, allow=first.allow)
+    for routing, router in zip(routings, routers.values(), strict=True):
+        routing._tell(library, router)
+    return library, routers
+
+
 def _some(names: list[str]) -> str:
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return f"{shown} {'is' if len(names) == 1 else 'are'}"
-
-
-def _is_calibrated(library: ExpertLibrary) -> bool:
-    return all(library.calibrated(name) for name in library)
 
 
 def with_routing(command: Callable[..., None]) -> Callable[..., None]:

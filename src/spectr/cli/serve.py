@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
-import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from spectr.cli.console import say
-from spectr.cli.options import Routing, with_routing
-from spectr.errors import LibraryError, MissingExtraError, SpectrError, raise_together
+from spectr.cli.options import Routing, routers_of, with_routing
+from spectr.errors import LibraryError, SpectrError
 
 if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedModel
-
-    from spectr.composition import Routed
-    from spectr.library import ExpertLibrary
-    from spectr.routers import Router
-    from spectr.serving.engines.batching import Batching
     from spectr.serving.settings import Settings
-
-_ENGINES = ("transformers", "vllm")
 
 
 @with_routing
@@ -75,30 +64,31 @@ def serve(
     [dim]spectr serve --router calibrated --router spectr[/]
     [dim]spectr serve --engine vllm -- --max-model-len 2048 --tensor-parallel-size 2[/]
     """
-    if engine not in _ENGINES:
-        raise SpectrError(f"--engine {engine}", expected=" or ".join(_ENGINES))
+    from spectr.serving.engines.launchers import ENGINES, Parts
+
+    launcher = ENGINES.make(engine)
     routings = [dataclasses.replace(routing, router=name) for name in router or ["auto"]]
     if len(routings) > 1 and (routing.expert or "oracle" in (router or ())):
         raise SpectrError(
             "the router oracle, for which --expert is, holds one expert alone and is not served beside others",
             do=f"leave them out; a request asks for one expert alone by its model, {served_name}/EXPERT",
         )
-    if engine == "vllm":
-        _check_vllm()
-        routings = [one.for_tokens() for one in routings]
-    elif options:
-        do = "leave it out; a policy file follows --policy, and each router its own --router"
-        raise SpectrError(f"{' '.join(options)}: the engine transformers has no options of its own", do=do)
+    launcher.check(options or ())
+    routings = [one.for_tokens() for one in routings] if launcher.by_token else routings
     for name in router or ():
         if "," in name:
             raise SpectrError(f"--router {name}", do=f"give each its own: --router {name.replace(',', ' --router ')}")
     settings = _settings(routings, exclude, host, port, policy, served_name, record, grace)
-    if engine == "vllm":
-        _launch_vllm(dataclasses.replace(settings, options=tuple(options or ())))
-        return
-    from spectr.serving.engines.batching import Batching
-
-    _serve_transformers(routing, settings, Batching(cache_tokens=cache_tokens) if batch else None)
+    settings = dataclasses.replace(settings, options=tuple(options or ()))
+    narrowed = dataclasses.replace(routing, allow=list(settings.experts))
+    parts = Parts(
+        open_model=routing.base,
+        compose=lambda model, tokenizer, chosen, what: narrowed.compose(
+            model, tokenizer, settings.library, chosen, what=what
+        ),
+        cache_tokens=cache_tokens if batch else None,
+    )
+    launcher.launch(settings, parts, say)
 
 
 def _settings(
@@ -111,10 +101,13 @@ def _settings(
     record: bool,
     grace: float,
 ) -> Settings:
+    from spectr.composition.several import check_alike
     from spectr.models import HUB_ID
+    from spectr.routers import residents
     from spectr.serving.settings import Settings, base_name
 
-    library, routers = _routers(routings)
+    library, routers = routers_of(routings)
+    check_alike({name: residents(router, library.names) for name, router in routers.items()})
     routing = routings[0]
     library.check(*(exclude or []))
     experts = tuple(name for name in sorted(routing.allow or library) if name not in (exclude or []))
@@ -136,82 +129,3 @@ def _settings(
     )
     settings.check()
     return settings
-
-
-def _routers(routings: Sequence[Routing]) -> tuple[ExpertLibrary, dict[str, Router]]:
-    """The library and the routers by name; all that is wrong with them is told at once."""
-    from spectr.composition.several import check_alike
-    from spectr.routers import residents
-
-    routers: dict[str, Router] = {}
-    problems: list[SpectrError] = []
-    library = None
-    for routing in routings:
-        try:
-            library, router = routing.experts()
-            name = routing.router_name(library)
-            if name in routers:
-                raise SpectrError(f"--router {name} twice", expected="each router once", do="leave one out")
-            routers[name] = router
-        except SpectrError as error:
-            problems.append(error)
-    raise_together("these routers cannot be served", problems)
-    assert library is not None
-    check_alike({name: residents(router, library.names) for name, router in routers.items()})
-    return library, routers
-
-
-def _check_vllm() -> None:
-    if importlib.util.find_spec("vllm") is None:
-        raise MissingExtraError("--engine vllm", "vllm")
-
-
-def _launch_vllm(settings: Settings) -> None:
-    try:
-        from spectr.serving.engines.vllm import launch
-    except ImportError as error:
-        raise MissingExtraError("--engine vllm", "vllm") from error
-    launch(settings, say)
-
-
-def _serve_transformers(routing: Routing, settings: Settings, batching: Batching | None) -> None:
-    try:
-        from spectr.serving.engines.transformers import TransformersEngine, check_version
-        from spectr.serving.run import listen
-    except ImportError as error:
-        raise MissingExtraError("spectr serve", "serve") from error
-    from spectr.composition.several import Several
-    from spectr.serving.suspicion import suspicious
-
-    check_version()
-    bound = settings.listen()
-    base, tokenizer = routing.base()
-    narrowed = dataclasses.replace(routing, allow=list(settings.experts))
-
-    def maker(name: str, router: Router) -> Callable[[nn.Module], Routed]:
-        what = "preparing layers" + (f" for {name}" if len(settings.routers) > 1 else "")
-        return lambda model: narrowed.compose(
-            cast("PreTrainedModel", model), tokenizer, settings.library, router, what=what
-        )
-
-    composed = Several(base, {name: maker(name, router) for name, router in settings.routers.items()})
-    for name, size in list(composed.bytes.items())[1:]:
-        say(f"router {name}: {size / (1 << 20):.1f} MiB more for its factors")
-    engine = TransformersEngine(
-        composed,
-        tokenizer,
-        base_model=settings.base_name,
-        suspicion=suspicious(settings.library[name] for name in composed.experts),
-        batching=batching,
-    )
-
-    async def listening() -> None:
-        try:
-            await listen(engine.app, engine, settings, bound, say)
-        finally:
-            engine.stop()
-
-    try:
-        asyncio.run(listening())
-    finally:
-        bound.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
@@ -15,14 +15,10 @@ from spectr.cli.rows import (
     AnswerOption,
     ChoicesOption,
     PromptOption,
-    chosen_task,
-    origin_of,
     rows_option,
     setting,
-    source_of,
     told_where_it_stopped,
 )
-from spectr.errors import DataError, MissingExtraError
 
 app = typer.Typer()
 
@@ -80,73 +76,34 @@ def train(
     """
     if context.invoked_subcommand:
         return
-    if out_folder is None:
-        raise DataError("nothing says where the expert goes", do="give a folder: --out runs/mine")
-    from spectr.tasks import read_examples
+    from spectr.training import TrainingSettings
+    from spectr.training.plan import Source, read_plan, run_plan
 
-    chosen = chosen_task(task, prompt, answer, choices, name or out_folder.name)
-    chosen = chosen.lettered() if letters else chosen
-    train_source = data or source_of(chosen, "train", data_root)
-    test_source = test or source_of(chosen, "test", data_root)
-    if train_source is None:
-        raise DataError("no training data was named", do="give --data, or a task that names its own")
-    limit = None if examples is None else validation + examples
-    rows = read_examples(chosen, train_source, root=data_root, limit=limit)
-    if validation >= len(rows):
-        raise DataError(
-            f"--validation {validation} holds out all of the {len(rows)} rows that there are",
-            do="hold out fewer, or give more data",
-        )
-    test_examples = read_examples(chosen, test_source, root=data_root, limit=test_limit) if test_source else []
-    if find_spec("peft") is None:
-        raise MissingExtraError("training", "train")
+    source = Source(
+        task=task,
+        prompt=prompt,
+        answer=answer,
+        choices=choices,
+        train=data,
+        test=test,
+        root=data_root,
+        letters=letters,
+    )
+    settings = {f.name: context.params[f.name] for f in fields(TrainingSettings) if f.name in context.params}
+    plan = read_plan(out_folder, source, name=name, validation=validation, test_limit=test_limit, settings=settings)
+    for remark in plan.remarks:
+        say(remark)
+    base, tokenizer = open_model(model, dtype)
+    say(f"training '{plan.name}' on {len(plan.train)} examples")
 
     from spectr.models import HUB_ID
-    from spectr.training import TrainingSettings, check_folder, train_expert
 
-    settings = TrainingSettings(
-        rank=rank,
-        alpha=alpha,
-        dropout=dropout,
-        rslora=rslora,
-        target_modules=target_modules,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        schedule=schedule,  # pyright: ignore[reportArgumentType]
-        warmup=warmup,
-        weight_decay=weight_decay,
-        epochs=epochs,
-        examples=examples,
-        max_length=max_length,
-        seed=seed,
-    )
-    check_folder(out_folder)  # all of this before a model is loaded
-    if test_source == train_source:
-        say("the test rows are training rows: the accuracy says nothing about new ones")
-    base, tokenizer = open_model(model, dtype)
-    say(f"training '{name or chosen.name}' on {len(rows) - validation} examples")
-    with bar() as advance, told_where_it_stopped(out_folder):
-        report = train_expert(
-            base,
-            tokenizer,
-            name=name or chosen.name,
-            base_model=model or HUB_ID,
-            train=rows[validation:],
-            test=test_examples,
-            validation=rows[:validation],
-            settings=settings,
-            out=out_folder,
-            data=origin_of(chosen, train_source, test_source, data_root),
-            length_normalised=chosen.length_normalised,
-            metric=chosen.metric,
-            max_new_tokens=chosen.max_new_tokens,
-            note=chosen.note,
-            progress=advance,
-        )
+    with bar() as advance, told_where_it_stopped(plan.out):
+        report = run_plan(plan, base, tokenizer, base_model=model or HUB_ID, progress=advance)
     if report.accuracy_after is not None:
         out.print(
             f"{report.metric} {report.accuracy_after:.1%} on {report.test_examples} test rows; the base model had "
             f"{report.accuracy_before:.1%}",
             highlight=False,
         )
-    out.print(f"expert: {out_folder.resolve()}", highlight=False)
+    out.print(f"expert: {plan.out.resolve()}", highlight=False)

@@ -95,7 +95,7 @@ class Paged(Routed):
             raise CompositionError(
                 f"expert_memory={self._memory} bytes, and {listed} on a shortlist take up to {largest} each",
                 expected=f"at least {largest * listed} bytes ({largest * listed / (1 << 30):.3f} GiB)",
-                do="give more memory (--expert-memory), or a shorter list (--shortlist): Shortlist(size=...)",
+                do="give more memory (--expert-memory), or a shorter list (--set size=...): Shortlist(size=...)",
             )
 
     def _load(self, expert: Expert) -> dict[str, Share]:

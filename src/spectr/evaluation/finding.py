@@ -99,11 +99,16 @@ def find_experts(
     return found
 
 
-def kept_findings(path: Path, made_of: Mapping[str, Any]) -> list[Finding] | None:
-    """What :func:`keep_findings` wrote of the same prompts, model, experts and router; ``None`` if it did not."""
+def kept_findings(path: Path, *made_of: Mapping[str, Any]) -> list[Finding] | None:
+    """What :func:`keep_findings` wrote of the same prompts, model, experts and router; ``None`` if it did not.
+
+    Args:
+        path: The file.
+        made_of: As that takes it, and how earlier versions wrote it.
+    """
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
-        return [Finding(**one) for one in kept["findings"]] if kept["key"] == _key(made_of) else None
+        return [Finding(**one) for one in kept["findings"]] if kept["key"] in map(_key, made_of) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

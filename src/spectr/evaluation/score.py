@@ -56,6 +56,7 @@ def score_examples(
     decision: PromptDecision | None = None,
     keep: Path | None = None,
     origin: dict[str, Any] | None = None,
+    former: dict[str, Any] | None = None,
     name: str | None = None,
     progress: Progress = lambda _: None,
 ) -> list[dict[str, Any]]:
@@ -76,6 +77,7 @@ def score_examples(
         keep: JSONL file to write records to as they are made, and to read those of a killed run from.
         origin: What else decides the results (model, router, experts, data); with it a file is told from one of
             another run, which is then begun anew.
+        former: As earlier versions wrote ``origin``; a file of theirs is read, and goes on.
         name: Of the task, for errors.
         progress: Is told how many examples were finished since the last call.
 
@@ -93,11 +95,12 @@ def score_examples(
     room = 0 if choose else max_new_tokens
     lost = [e.lost for e in encode_examples(tokenizer, examples, context_length(model), max_new_tokens=room, name=name)]
     measure = None if choose else text_metric(metric)
-    key = _key(examples, length_normalised, origin, [] if choose else [metric, max_new_tokens])
-    done = _kept(keep, key) if keep else {}
+    form = [] if choose else [metric, max_new_tokens]
+    keys = [_key(examples, length_normalised, one, form) for one in ([origin, former] if former else [origin])]
+    done = _kept(keep, keys) if keep else {}
     progress(len(done))
     order = sorted(set(range(len(examples))) - set(done), key=lambda i: (-len(examples[i].prompt), i))
-    with _appending(keep, key, origin, fresh=not done) as write:
+    with _appending(keep, keys[0], origin, fresh=not done) as write:
         for chosen in _chunks(order):
             some = [examples[i] for i in chosen]
             if measure is None:
@@ -145,13 +148,13 @@ def _key(examples: Sequence[Example], length_normalised: bool, origin: dict[str,
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _kept(path: Path, key: str) -> dict[int, dict[str, Any]]:
-    """The whole records of a file with this key; a last line that a kill cut short is left out."""
+def _kept(path: Path, keys: Sequence[str]) -> dict[int, dict[str, Any]]:
+    """The whole records of a file with one of these keys; a last line that a kill cut short is left out."""
     if not path.is_file():
         return {}
     lines = path.read_text(encoding="utf-8").split("\n")
     try:
-        if json.loads(lines[0]).get("key") != key:
+        if json.loads(lines[0]).get("key") not in keys:
             return {}
     except json.JSONDecodeError:
         return {}

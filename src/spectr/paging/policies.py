@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spectr.errors import CompositionError, did_you_mean
+from spectr.errors import CompositionError
+from spectr.registry import Registry, entry
 
 Context = Float[Tensor, " D"]
 
@@ -141,20 +142,23 @@ class Polar:
 
 DEFAULT_POLICY = "lfu-aging"  # by benchmarks/paging.py: docs/scale.md has the figures
 
-_POLICIES: dict[str, Callable[[], Policy]] = {
-    "lru": Lru,
-    "lfu": Lfu,
-    "lfu-aging": lambda: Lfu(half_life=2000),
-    "polar": Polar,
-}
+POLICIES: Registry[Policy] = Registry(
+    kind="policy",
+    group="spectr.paging_policies",
+    error=CompositionError,
+    entries={
+        "lru": "spectr.paging.policies:Lru",
+        "lfu": "spectr.paging.policies:Lfu",
+        "lfu-aging": entry("spectr.paging.policies:Lfu", half_life=2000.0),
+        "polar": "spectr.paging.policies:Polar",
+    },
+)
 
 
 def get_policy(name: str) -> Policy:
-    """A policy by name: lru, lfu, lfu-aging or polar.
+    """A policy by name: lru, lfu, lfu-aging, polar, or one that a package added.
 
     Raises:
         CompositionError: There is none of that name.
     """
-    if name not in _POLICIES:
-        raise CompositionError(f"unknown policy '{name}'", do=did_you_mean(name, tuple(_POLICIES)))
-    return _POLICIES[name]()
+    return POLICIES.make(name)

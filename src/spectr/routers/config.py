@@ -8,30 +8,23 @@ from typing import Any
 
 from spectr.errors import CompositionError
 from spectr.routers.base import Router
-from spectr.routers.registry import get_router, router_names
+from spectr.routers.registry import ROUTERS, get_router, router_names
 
 
 def router_config(router: Router) -> dict[str, Any]:
     """``{"name": ..., setting: value, ...}``, which gives an equal router with :func:`spectr.get_router`.
 
+    All values are JSON's own. A router inside a router is such a dictionary, too.
+
     Raises:
         CompositionError: No known name gives such a router, or a setting is no plain value.
     """
     settings = {f.name: getattr(router, f.name) for f in fields(router)} if is_dataclass(router) else {}
-    odd = [name for name, value in settings.items() if not isinstance(value, (str, int, float, bool, type(None)))]
-    if odd:
-        raise CompositionError(
-            f"{router!r} cannot be written down: {', '.join(odd)} is no plain value",
-            expected="a router whose settings are texts and numbers",
-        )
-    found = []
-    for name in sorted(router_names(), key=lambda name: (name != type(router).__name__.lower(), name)):
-        plain = _made(name, {})
-        kept = {key: value for key, value in settings.items() if plain is None or getattr(plain, key, ...) != value}
-        if _made(name, kept) == router:
-            found.append({"name": name, **kept})
-    if found:
-        return min(found, key=len)
+    for names in (ROUTERS.entries, [name for name in router_names() if name not in ROUTERS.entries]):
+        found = [config for name in names if (config := _named(name, router, settings))]
+        if found:
+            own_first = sorted(found, key=lambda c: (c["name"] != type(router).__name__.lower(), c["name"]))
+            return {key: _plain(router, key, value) for key, value in min(own_first, key=len).items()}
     raise CompositionError(
         f"{router!r} has no name",
         expected="a router that spectr.get_router makes",
@@ -39,8 +32,29 @@ def router_config(router: Router) -> dict[str, Any]:
     )
 
 
-def _made(name: str, options: Mapping[str, Any]) -> Router | None:
+def _named(name: str, router: Router, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The config under a name, if that name gives such a router. A package's router may do anything but that."""
     try:
-        return get_router(name, **options)
+        plain = get_router(name)
     except CompositionError:
+        plain = None
+    except Exception:
         return None
+    kept = {key: value for key, value in settings.items() if plain is None or getattr(plain, key, ...) != value}
+    try:
+        return {"name": name, **kept} if get_router(name, **kept) == router else None
+    except Exception:
+        return None
+
+
+def _plain(router: Router, key: str, value: Any) -> Any:
+    if isinstance(value, (str, int, float, bool, type(None))):
+        return value
+    if isinstance(value, tuple) and all(isinstance(part, (str, int, float, bool)) for part in value):
+        return list(value)
+    if isinstance(value, Router):
+        return router_config(value)
+    raise CompositionError(
+        f"{router!r} cannot be written down: {key} is no plain value",
+        expected="a router whose settings are texts and numbers",
+    )

@@ -1,59 +1,51 @@
-"""Routers by name: every combination that the papers use, and what third parties add by entry point.
-
-A package adds a router with an entry point of the group ``spectr.routers`` whose object is called with options and
-returns a router; the built-in ones go through the same table.
-"""
+"""Routers by name: every combination that the papers use, and what other packages add (:mod:`spectr.registry`)."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from functools import partial
-from importlib.metadata import entry_points
+from collections.abc import Mapping
 from typing import Any
 
-from spectr.errors import CompositionError, did_you_mean
-from spectr.routers.arrow import Arrow
-from spectr.routers.base import Router
-from spectr.routers.calibrated import Calibrated
-from spectr.routers.glider import Glider
-from spectr.routers.lag import Lag
-from spectr.routers.oracle import Oracle
-from spectr.routers.phatgoose import Phatgoose
-from spectr.routers.seqr import Seqr
-from spectr.routers.shortlist import Shortlist
-from spectr.routers.spectr import Spectr
-from spectr.routers.uniform import Uniform
-from spectr.routers.version1 import adapted
+from spectr.errors import CompositionError
+from spectr.registry import Registry, entry
+from spectr.routers.base import PROTOCOL, Router
+from spectr.routers.version1 import adapted_maker
 
-ENTRY_POINTS = "spectr.routers"
+_SPECTR, _CALIBRATED = "spectr.routers.spectr:Spectr", "spectr.routers.calibrated:Calibrated"
+_GLIDER, _UNIFORM = "spectr.routers.glider:Glider", "spectr.routers.uniform:Uniform"
 
-_BUILT_IN: dict[str, Callable[..., Router]] = {
-    "spectr": Spectr,
-    "spectr-paper": partial(Spectr, combine="factors"),
-    "spectr-softmax": partial(Spectr, weights="softmax"),
-    "spectr-projection": partial(Spectr, score="projection"),
-    "spectr-code": partial(Spectr, score="projection", combine="factors"),
-    "calibrated": Calibrated,
-    "calibrated-prior": partial(Calibrated, level="prior"),
-    "calibrated-token": partial(Calibrated, level="token", top_k=4),
-    "arrow": Arrow,
-    "phatgoose": Phatgoose,
-    "glider": Glider,
-    "glider-global": partial(Glider, local=None),
-    "glider-spectr": partial(Glider, local=Spectr(top_k=1)),
-    "lag": Lag,
-    "seqr": Seqr,
-    "shortlist": Shortlist,
-    "mu": Uniform,
-    "uniform": Uniform,
-    "oracle": Oracle,
-}
+ROUTERS: Registry[Router] = Registry(
+    kind="router",
+    group="spectr.routers",
+    error=CompositionError,
+    protocol=PROTOCOL,
+    adapters={1: adapted_maker},
+    entries={
+        "spectr": _SPECTR,
+        "spectr-paper": entry(_SPECTR, combine="factors"),
+        "spectr-softmax": entry(_SPECTR, weights="softmax"),
+        "spectr-projection": entry(_SPECTR, score="projection"),
+        "spectr-code": entry(_SPECTR, score="projection", combine="factors"),
+        "calibrated": _CALIBRATED,
+        "calibrated-prior": entry(_CALIBRATED, level="prior"),
+        "calibrated-token": entry(_CALIBRATED, level="token", top_k=4),
+        "arrow": "spectr.routers.arrow:Arrow",
+        "phatgoose": "spectr.routers.phatgoose:Phatgoose",
+        "glider": _GLIDER,
+        "glider-global": entry(_GLIDER, local=None),
+        "glider-spectr": entry(_GLIDER, local=entry(_SPECTR, top_k=1)),
+        "lag": "spectr.routers.lag:Lag",
+        "seqr": "spectr.routers.seqr:Seqr",
+        "shortlist": "spectr.routers.shortlist:Shortlist",
+        "mu": _UNIFORM,
+        "uniform": _UNIFORM,
+        "oracle": "spectr.routers.oracle:Oracle",
+    },
+)
 
 
 def router_names() -> tuple[str, ...]:
     """All names that :func:`get_router` knows, in alphabetical order."""
-    return tuple(sorted({*_BUILT_IN, *(point.name for point in entry_points(group=ENTRY_POINTS))}))
+    return ROUTERS.names()
 
 
 def get_router(name: str, **options: Any) -> Router:
@@ -61,32 +53,16 @@ def get_router(name: str, **options: Any) -> Router:
 
     Args:
         name: One of :func:`router_names`.
-        options: Its settings, as in ``top_k=2``.
+        options: Its settings, as in ``top_k=2``. A router inside a router may be plain data, such as
+            ``{"name": "spectr", "top_k": 2}``.
 
     Raises:
         CompositionError: The name or an option is unknown, or an option's value is out of range.
     """
-    make: Any = _BUILT_IN.get(name)
-    if make is None:
-        point = next((p for p in entry_points(group=ENTRY_POINTS) if p.name == name), None)
-        if point is None:
-            raise CompositionError(f"unknown router '{name}'", do=did_you_mean(name, router_names()))
-        make = point.load()
-    signature = inspect.signature(make)
-    needed = [p.name for p in signature.parameters.values() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
-    missing = [option for option in needed if option not in options]
-    if missing and not set(options) - set(signature.parameters):
-        raise CompositionError(
-            f"router '{name}' needs {' and '.join(missing)}",
-            do=" ".join(f"--{option.replace('_', '-')} ..." for option in missing)
-            + f", or get_router('{name}', {', '.join(f'{option}=...' for option in missing)})",
-        )
-    try:
-        signature.bind(**options)
-    except TypeError as error:
-        fields = getattr(getattr(make, "func", make), "__dataclass_fields__", {})
-        raise CompositionError(
-            f"router '{name}' does not take these options: {', '.join(options) or 'none'}",
-            expected=f"some of: {', '.join(fields)}" if fields else str(error),
-        ) from error
-    return adapted(make(**options))
+    return ROUTERS.make(name, **{option: _from_data(value) for option, value in options.items()})
+
+
+def _from_data(value: Any) -> Any:
+    if isinstance(value, Mapping) and "name" in value:
+        return get_router(**value)
+    return tuple(value) if isinstance(value, list) else value

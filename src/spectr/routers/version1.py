@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 from jaxtyping import Float
@@ -88,3 +90,15 @@ def adapted(router: Any) -> Any:
             do="update the package that it comes from; see CONTRIBUTING.md",
         )
     return VersionOne(router)
+
+
+def adapted_maker(make: Callable[..., Any]) -> Callable[..., Any]:
+    """What makes a router of another package that declares no version: the router itself, or adapted."""
+    if isinstance(make, type) and issubclass(make, Router):
+        return make
+
+    @wraps(make, updated=())
+    def made(**options: Any) -> Any:
+        return adapted(make(**options))
+
+    return made

@@ -1,10 +1,23 @@
 """Training one LoRA expert on peft and transformers."""
 
-from spectr.training.data import Encoded, batches, encode
-from spectr.training.gates import train_gates
-from spectr.training.report import Report
-from spectr.training.run import check_folder, checkpoint_step, train_expert
-from spectr.training.settings import GateSettings, TrainingSettings
+from typing import TYPE_CHECKING
+
+from spectr.lazy import lazy
+
+if TYPE_CHECKING:
+    from spectr.training.data import Encoded, batches, encode
+    from spectr.training.gates import train_gates
+    from spectr.training.report import Report
+    from spectr.training.run import check_folder, checkpoint_step, train_expert
+    from spectr.training.settings import GateSettings, TrainingSettings
+
+_HOMES = {
+    "data": ("Encoded", "batches", "encode"),
+    "gates": ("train_gates",),
+    "report": ("Report",),
+    "run": ("check_folder", "checkpoint_step", "train_expert"),
+    "settings": ("GateSettings", "TrainingSettings"),
+}
 
 __all__ = [
     "Encoded",
@@ -18,3 +31,4 @@ __all__ = [
     "train_expert",
     "train_gates",
 ]
+__getattr__ = lazy(__name__, {name: home for home, names in _HOMES.items() for name in names})

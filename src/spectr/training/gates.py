@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spectr.adapters import Expert, Factors
+from spectr.adapters import GATES_FILE, Expert, Factors, write_gates
 from spectr.errors import DataError
 from spectr.hashing import known_sha256
 from spectr.layers.linear import placement
@@ -132,6 +132,20 @@ def forget(work: str | Path) -> None:
     folder = Path(work)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
+
+
+def keep_gates(library: Path, expert: Expert, gates: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Put gates beside an expert: of a library through its entry, of a plain folder into the adapter's own."""
+    from spectr.library import LibraryStore
+    from spectr.library.manifest import MANIFEST_FILE
+
+    if (library / MANIFEST_FILE).is_file():
+        LibraryStore(library).add_gates(expert.name, gates, facts)
+        return
+    place = expert.weights.parent / GATES_FILE
+    scratch = place.with_suffix(".partial")
+    write_gates(scratch, gates, facts)
+    scratch.replace(place)
 
 
 @contextmanager

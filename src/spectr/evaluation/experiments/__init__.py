@@ -1,32 +1,35 @@
 """The paper's experiments, one file each; a new one is a file and a line here."""
 
-from spectr.evaluation.experiments.agreement import agreement
-from spectr.evaluation.experiments.base import Bench, Result
-from spectr.evaluation.experiments.costs import costs
-from spectr.evaluation.experiments.heldout import heldout
-from spectr.evaluation.experiments.mixed import mixed
-from spectr.evaluation.experiments.multitask import multitask
-from spectr.evaluation.experiments.quality import quality
-from spectr.evaluation.experiments.ranks import ranks
-from spectr.evaluation.experiments.robustness import robustness
-from spectr.evaluation.experiments.routing import routing
-from spectr.evaluation.experiments.similarity import similarity
-from spectr.evaluation.experiments.tokens import tokens
-from spectr.evaluation.experiments.wording import wording
+from typing import TYPE_CHECKING
 
-EXPERIMENTS = {
-    "quality": quality,
-    "similarity": similarity,
-    "tokens": tokens,
-    "routing": routing,
-    "ranks": ranks,
-    "multitask": multitask,
-    "heldout": heldout,
-    "wording": wording,
-    "mixed": mixed,
-    "robustness": robustness,
-    "agreement": agreement,
-    "costs": costs,
-}
+from spectr.errors import DataError
+from spectr.lazy import lazy
+from spectr.registry import Registry
+
+if TYPE_CHECKING:
+    from spectr.evaluation.experiments.base import Bench, Result
+
+_HOME = "spectr.evaluation.experiments"
+
+EXPERIMENTS: "Registry[Result]" = Registry(
+    kind="experiment",
+    group="spectr.experiments",
+    error=DataError,
+    entries={
+        "quality": f"{_HOME}.quality:quality",
+        "similarity": f"{_HOME}.similarity:similarity",
+        "tokens": f"{_HOME}.tokens:tokens",
+        "routing": f"{_HOME}.routing:routing",
+        "ranks": f"{_HOME}.ranks:ranks",
+        "multitask": f"{_HOME}.multitask:multitask",
+        "heldout": f"{_HOME}.heldout:heldout",
+        "wording": f"{_HOME}.wording:wording",
+        "mixed": f"{_HOME}.mixed:mixed",
+        "robustness": f"{_HOME}.robustness:robustness",
+        "agreement": f"{_HOME}.agreement:agreement",
+        "costs": f"{_HOME}.costs:costs",
+    },
+)
 
 __all__ = ["EXPERIMENTS", "Bench", "Result"]
+__getattr__ = lazy(__name__, {"Bench": "base", "Result": "base"})

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spectr.adapters import GATES_FILE
 from spectr.calibration import calibrate
 from spectr.composition import Guide, Routed, compose
-from spectr.errors import DataError, SpectrError, raise_together
+from spectr.errors import CompositionError, DataError, SpectrError, raise_together
 from spectr.evaluation.encode import encode_examples
 from spectr.evaluation.finding import Finding, find_experts, keep_findings, kept_findings, over_runs
 from spectr.evaluation.metrics import text_metric
@@ -26,7 +26,8 @@ from spectr.hashing import known_sha256
 from spectr.library import Calibration, ExpertLibrary
 from spectr.library.needs import CALIBRATED, DESCRIBED, GATED
 from spectr.models.text import context_length, encode_prompt, shared_prefix
-from spectr.routers import GuidedRouter, Router, first_lack, get_router
+from spectr.routers import GuidedRouter, Router
+from spectr.routers.config import router_config
 from spectr.tasks import Example, Task
 
 Progress = Callable[[str, int, int, str], None]
@@ -81,6 +82,7 @@ class Bench:
         reworded: By task the same examples in each of its paraphrases.
         folder: For records that let a killed run go on.
         only: Names of the routers to compare; all of an experiment's if empty.
+        settings: Of these routers, each ``NAME=VALUE``; see :func:`spectr.routers.options.read_settings`.
         seeds: Of the calibrations that calibrated routers are measured with; the library's own alone if empty.
         ranks: By rank a library of the same tasks' experts.
         held_out: As ``tasks``, of which the library has no expert; for "heldout".
@@ -97,6 +99,7 @@ class Bench:
     folder: Path
     reworded: Mapping[str, Sequence[Sequence[Example]]] = field(default_factory=dict)
     only: Sequence[str] = ()
+    settings: Sequence[str] = ()
     seeds: Sequence[int] = ()
     ranks: Mapping[int, ExpertLibrary] = field(default_factory=dict)
     companions: Sequence[tuple[str, str, Path]] = ()
@@ -146,7 +149,7 @@ class Bench:
             expert = self.expert_of(task)
             path = self.folder / "records" / f"{task}--{phase.replace(':', '')}.json"
             made_of = {**self.origin(), **self._needed_by(routed), "expert": expert, "prompts": prompts}
-            kept = kept_findings(path, made_of)
+            kept = kept_findings(path, made_of, {**made_of, "router": str(routed.router)})
             if kept is None:
                 kept = find_experts(self.model, routed, self.tokenizer, prompts, expert, skip=self.opening)
                 keep_findings(path, made_of, kept)
@@ -221,6 +224,7 @@ class Bench:
             done += count
             self.progress(phase, done, len(examples), "")
 
+        origin = {**self.origin(), **self._needed_by(routed), "task": about.version}
         records = score_examples(
             self.model,
             self.tokenizer,
@@ -230,7 +234,8 @@ class Bench:
             max_new_tokens=about.max_new_tokens,
             decision=routed.prompt if routed else None,
             keep=self.folder / "records" / f"{task}{_form(about)}--{method}.jsonl",
-            origin={**self.origin(), **self._needed_by(routed), "task": about.version},
+            origin=origin,
+            former={**origin, "router": str(routed.router)} if routed else None,
             name=task,
             progress=advance,
         )
@@ -238,7 +243,7 @@ class Bench:
 
     def _needed_by(self, routed: Routed | None) -> dict[str, Any]:
         """What a router's results depend on beside the experts' weights."""
-        facts: dict[str, Any] = {"router": str(routed.router) if routed else None}
+        facts: dict[str, Any] = {"router": _written(routed.router) if routed else None}
         if routed and GATED in routed.router.needs:
             files = {name: self.library[name].weights.parent / GATES_FILE for name in routed.experts}
             facts["gates"] = {name: known_sha256(file)[:16] for name, file in files.items()}
@@ -304,50 +309,17 @@ class Bench:
         }
 
 
-def routers_that_fit(names: Sequence[tuple[str, dict[str, Any]]], bench: Bench) -> list[tuple[str, Router]]:
-    """Routers with a label each, less those for which the library lacks something (:func:`unfit_in_words`).
-
-    Args:
-        names: Of the routers that the experiment compares, with their settings. Others that were asked for have none.
-        bench: Says which were asked for, and what there is.
-    """
-    chosen = [(_label(name, options), get_router(name, **options)) for name, options in _asked(names, bench)]
-    return [(label, router) for label, router in chosen if _lacks(router, bench) is None]
-
-
-def unfit_in_words(names: Sequence[tuple[str, dict[str, Any]]], bench: Bench) -> list[str]:
-    """What is to be said of routers that were left out: which, and what the library lacks for them."""
-    found: dict[str, list[str]] = {}
-    for name, options in _asked(names, bench):
-        lack = _lacks(get_router(name, **options), bench)
-        if lack:
-            found.setdefault(lack, []).append(_label(name, options))
-    return [f"Left out for lack of {lack}: {'; '.join(labels)}." for lack, labels in found.items()]
-
-
-def _asked(names: Sequence[tuple[str, dict[str, Any]]], bench: Bench) -> Sequence[tuple[str, dict[str, Any]]]:
-    if not bench.only:
-        return names
-    compared = {name for name, _ in names}
-    more: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in bench.only if name not in compared]
-    return [*(pair for pair in names if pair[0] in bench.only), *more]
-
-
-def _lacks(router: Router, bench: Bench) -> str | None:
-    """What a router needs and this bench does not have."""
-    lack = first_lack(router, bench.library, bench.library.names)
-    if lack is not None:
-        return lack[0].lacking
-    return DESCRIBED.lacking if DESCRIBED in router.needs and bench.guide is None else None
+def _written(router: Router) -> dict[str, Any] | str:
+    """A router as stored results name it: its config, which a new setting with a default does not change."""
+    try:
+        return router_config(router)
+    except CompositionError:  # no name gives it
+        return str(router)
 
 
 def _form(task: Task) -> str:
     """What sets a task apart from choices in words: ", lettered", ", rougeL", or nothing."""
     return (", lettered" if task.form == "letters" else "") + (f", {task.metric}" if task.metric != "accuracy" else "")
-
-
-def _label(name: str, options: Mapping[str, Any]) -> str:
-    return ", ".join([name, *(f"{key.replace('top_k', 'k')} {value}" for key, value in options.items())])
 
 
 def seeds_note(label: str, runs: Sequence[Mapping[str, Sequence[Finding]]], bench: Bench) -> list[str]:

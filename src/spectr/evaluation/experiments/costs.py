@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectr.evaluation.experiments.base import Bench, Result, routers_that_fit, unfit_in_words
+from spectr.evaluation.experiments.base import Bench, Result
+from spectr.evaluation.experiments.compared import routers_that_fit, unfit_in_words
 from spectr.flops import count_flops
 from spectr.layers import RoutedLinear
 from spectr.layers.batch_routing import BatchRouting, LayerCall, routed_by

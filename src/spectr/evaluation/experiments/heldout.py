@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from spectr.errors import DataError
-from spectr.evaluation.experiments.base import Bench, Result, percent, routers_that_fit, unfit_in_words
+from spectr.evaluation.experiments.base import Bench, Result, percent
+from spectr.evaluation.experiments.compared import routers_that_fit, unfit_in_words
 from spectr.evaluation.score import Measurement
 from spectr.evaluation.shares import mean_difference
 from spectr.routers import Oracle

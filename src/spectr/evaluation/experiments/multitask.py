@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from spectr.evaluation.experiments.base import Bench, Result, routers_that_fit, unfit_in_words
+from spectr.evaluation.experiments.base import Bench, Result
+from spectr.evaluation.experiments.compared import routers_that_fit, unfit_in_words
 from spectr.evaluation.score import Measurement
 from spectr.evaluation.shares import in_words, mean_share
 from spectr.routers import Oracle

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spectr.calibration import calibrate
-from spectr.evaluation.experiments.base import Bench, Result, percent, routers_that_fit, unfit_in_words
+from spectr.evaluation.experiments.base import Bench, Result, percent
+from spectr.evaluation.experiments.compared import routers_that_fit, unfit_in_words
 from spectr.evaluation.finding import over_runs
 from spectr.library import ExpertLibrary
 

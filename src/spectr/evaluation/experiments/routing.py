@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from spectr.evaluation.experiments.base import Bench, Result, percent, routers_that_fit, seeds_note, unfit_in_words
+from spectr.evaluation.experiments.base import Bench, Result, percent, seeds_note
+from spectr.evaluation.experiments.compared import routers_that_fit, unfit_in_words
 from spectr.evaluation.finding import over_runs
 from spectr.evaluation.similarity import cosines, mean_cosines
 

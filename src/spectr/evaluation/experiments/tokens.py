@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from spectr.evaluation.experiments.base import Bench, Result, routers_that_fit, unfit_in_words
+from spectr.evaluation.experiments.base import Bench, Result
+from spectr.evaluation.experiments.compared import routers_that_fit, unfit_in_words
 from spectr.layers import trace
 from spectr.models import encode_batch
 

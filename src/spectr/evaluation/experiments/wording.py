@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from spectr.evaluation.experiments.base import Bench, Result, percent, routers_that_fit, seeds_note, unfit_in_words
+from spectr.evaluation.experiments.base import Bench, Result, percent, seeds_note
+from spectr.evaluation.experiments.compared import routers_that_fit, unfit_in_words
 from spectr.evaluation.finding import over_runs
 from spectr.evaluation.shares import in_words, mean_share
 from spectr.routers import Oracle

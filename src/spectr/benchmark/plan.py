@@ -1,0 +1,172 @@
+"""What is to be measured, checked before a model is loaded."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from spectr.benchmark.report import Outcome, benchmark
+from spectr.benchmark.subjects import PEERS, alike, check_peers, get_peer
+from spectr.benchmark.synthetic import write_lookalikes
+from spectr.errors import SpectrError
+from spectr.library import ExpertLibrary
+from spectr.library.needs import SIDE_DATA, Indexed
+from spectr.models.text import context_length
+from spectr.routers import GuidedRouter, Router
+
+Progress = Callable[[str, int, int, str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One benchmark.
+
+    Attributes:
+        library: The experts.
+        router: How they are chosen.
+        peers: Of :data:`spectr.benchmark.PEERS`.
+        experts: Number of experts, where that is not the library's: synthetic ones are added.
+        prompt: Tokens of the prompt.
+        batches: Rows that are decoded together.
+        steps: Tokens that are decoded in a round.
+        rounds: How often each is timed.
+        remarks: What was left out, and why.
+    """
+
+    library: ExpertLibrary
+    router: Router
+    peers: Sequence[str]
+    experts: int | None
+    prompt: int
+    batches: Sequence[int]
+    steps: int
+    rounds: int
+    remarks: Sequence[str] = ()
+
+
+def read_peers(against: str | None) -> list[str]:
+    """Peers with commas between them, or "none"; all of them by default.
+
+    Raises:
+        CompositionError: A name is unknown.
+    """
+    named = PEERS if against is None else map(str.strip, against.split(","))
+    peers = [name for name in named if name not in ("", "none")]
+    for name in peers:
+        get_peer(name)
+    return peers
+
+
+def read_batches(text: str) -> list[int]:
+    """Numbers of rows with commas between them.
+
+    Raises:
+        SpectrError: One is no number of at least 1.
+    """
+    try:
+        batches = [int(number) for number in text.split(",")]
+    except ValueError:
+        batches = [0]
+    if min(batches) < 1:
+        raise SpectrError(f"--batch {text}", expected="numbers of at least 1, with commas: 1,16")
+    return batches
+
+
+def make_plan(
+    library: ExpertLibrary,
+    router: Router,
+    *,
+    peers: Sequence[str],
+    fitting: bool = False,
+    experts: int | None = None,
+    prompt: int = 256,
+    batches: Sequence[int] = (1, 16),
+    steps: int = 16,
+    rounds: int = 7,
+) -> Plan:
+    """Check a benchmark's parts against each other.
+
+    Args:
+        library: The experts.
+        router: How they are chosen.
+        peers: Of :data:`spectr.benchmark.PEERS`.
+        fitting: Whether a peer that cannot hold the experts is left out, with a remark.
+        experts: See :class:`Plan`.
+        prompt: See :class:`Plan`.
+        batches: See :class:`Plan`.
+        steps: See :class:`Plan`.
+        rounds: See :class:`Plan`.
+
+    Raises:
+        SpectrError: A peer cannot hold the experts, or the router cannot be timed.
+    """
+    remarks = []
+    if fitting and not alike(library):
+        peers = [name for name in peers if name != "peft-arrow"]
+        remarks.append("PEFT's Arrow is left out: it cannot hold experts that differ in rank or modules")
+    check_peers(peers, library)
+    if isinstance(router, GuidedRouter):
+        raise SpectrError(f"{router} writes text for every prompt", do="time its local router: -r phatgoose")
+    if experts and experts > len(library) and _needs_measures(router):
+        raise SpectrError(
+            "synthetic experts have no calibration and no gates", do="-r spectr, -r arrow, -r lag, -r seqr or -r mu"
+        )
+    return Plan(
+        library=library,
+        router=router,
+        peers=peers,
+        experts=experts,
+        prompt=prompt,
+        batches=batches,
+        steps=steps,
+        rounds=rounds,
+        remarks=remarks,
+    )
+
+
+def run_plan(plan: Plan, model: nn.Module, progress: Progress = lambda *_: None) -> Outcome:
+    """Measure a plan with a model.
+
+    Args:
+        plan: What to measure.
+        model: The base model.
+        progress: Receives (phase, done, total, remark).
+
+    Raises:
+        SpectrError: The model's context is too short for the plan.
+    """
+    context = context_length(model)
+    if context is not None and plan.prompt + plan.steps > context:
+        raise SpectrError(
+            f"--prompt {plan.prompt} and --steps {plan.steps}",
+            expected=f"at most {context} tokens in all, this model's context",
+        )
+    library = plan.library
+    with tempfile.TemporaryDirectory(prefix="spectr-benchmark-") as folder:
+        if plan.experts and plan.experts != len(library):
+            library = write_lookalikes(
+                library,
+                Path(folder),
+                plan.experts,
+                progress=lambda done, total: progress("making experts", done, total, ""),
+            )
+        return benchmark(
+            model,
+            library,
+            plan.router,
+            peers=plan.peers,
+            prompt=plan.prompt,
+            batches=plan.batches,
+            steps=plan.steps,
+            rounds=plan.rounds,
+            progress=lambda done, total, what: progress("timing", done, total, what),
+        )
+
+
+def _needs_measures(router: Router) -> bool:
+    """Whether a router needs what was measured or trained of each expert."""
+    return any(need in SIDE_DATA or isinstance(need, Indexed) for need in router.needs)

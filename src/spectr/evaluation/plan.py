@@ -1,0 +1,289 @@
+"""What is to be evaluated: tasks, experts, experiments and routers, read and checked before a model is loaded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from spectr.errors import DataError, LibraryError, SpectrError, did_you_mean, raise_together
+from spectr.evaluation.experiments import EXPERIMENTS
+from spectr.library import ExpertLibrary
+from spectr.tasks import Example, Task
+
+Tasks = Mapping[str, tuple[Task, Sequence[Example]]]
+ORDER = tuple(EXPERIMENTS.entries)  # of "all"
+COMPARES_NONE = frozenset({"quality", "similarity", "agreement"})  # experiments that have no routers to choose from
+_RANKED = re.compile(r"(.+)-r(\d+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that experiments are run on, except the model.
+
+    Attributes:
+        experiments: Names, in the order to run.
+        library: The experts.
+        tasks: Each with its examples.
+        reworded: By task the same examples in each of its paraphrases.
+        held_out: As ``tasks``, of which the library has no expert.
+        ranks: By rank a library of experts.
+        companions: (case, expert, adapter folder) of each adapter that takes an expert's place.
+        routers: Names of those to compare; all of an experiment's if empty.
+        settings: Of the routers, each ``NAME=VALUE``.
+        remarks: What was left out, and why.
+    """
+
+    experiments: Sequence[str]
+    library: ExpertLibrary
+    tasks: Tasks = field(default_factory=dict)
+    reworded: Mapping[str, Sequence[Sequence[Example]]] = field(default_factory=dict)
+    held_out: Tasks = field(default_factory=dict)
+    ranks: Mapping[int, ExpertLibrary] = field(default_factory=dict)
+    companions: Sequence[tuple[str, str, Path]] = ()
+    routers: Sequence[str] = ()
+    settings: Sequence[str] = ()
+    remarks: Sequence[str] = ()
+
+
+def read_plan(
+    experiment: str,
+    library: ExpertLibrary,
+    *,
+    tasks: Sequence[str] = (),
+    data_root: str | None = None,
+    letters: bool = False,
+    limit: int | None = None,
+    ranks: Path | None = None,
+    companions: Sequence[str] = (),
+    routers: Sequence[str] = (),
+    settings: Sequence[str] = (),
+) -> Plan:
+    """Read and check it all.
+
+    Args:
+        experiment: A name of :data:`EXPERIMENTS`, or "all".
+        library: The experts.
+        tasks: Names of shipped tasks, or task files; the shipped ones if empty.
+        data_root: Folder that relative paths of data start from, or "hub".
+        letters: List the options as letters.
+        limit: Examples of each task at most.
+        ranks: For "ranks": a folder of adapters ``EXPERT-rRANK``.
+        companions: For "robustness": each ``EXPERT=FOLDER``.
+        routers: Names of those to compare; all of an experiment's if empty.
+        settings: Of the routers, each ``NAME=VALUE``.
+
+    Raises:
+        DataError: An unknown experiment, routers that cannot be compared, tasks that cannot be read, or an experiment
+            that lacks what it needs.
+        CompositionError: A setting is unknown, or its value is out of range.
+        LibraryError: A task that was named, or a companion, belongs to an expert that the library does not have.
+        AdapterError: An adapter of another rank, or a companion, cannot be used.
+    """
+    known = (*EXPERIMENTS.names(), "all")
+    if experiment not in known:
+        raise DataError(f"unknown experiment '{experiment}'", do=did_you_mean(experiment, known))
+    _check_routers(routers, settings)
+    _ = library.calibration  # a damaged one is found now
+    plan = Plan(experiments=[experiment], library=library, routers=routers, settings=settings)
+    if experiment == "heldout":
+        return replace(plan, held_out=_held_out(tasks, library, data_root, limit))
+    chosen = _tasks(tasks, letters)
+    if tasks:
+        _check_experts(chosen, library)
+    read, reworded = _read([] if experiment in ("similarity", "costs") else chosen, data_root, limit)
+    owned = _owned(read, library)
+    lacks = {
+        "wording": None if any(reworded.values()) else _no_paraphrases(letters),
+        "mixed": None if len(owned) > 1 or not read else _ONE_TASK,
+        "ranks": None if ranks else _NO_RANKS,
+    }
+    held_out: Tasks = {}
+    if experiment == "all":
+        try:
+            held_out = _held_out((), library, data_root, limit)
+        except SpectrError as error:
+            lacks["heldout"] = (error.given, "")
+    names, left_out = _possible(experiment, lacks)
+    idle = [name for name in read if name not in owned]
+    remarks = [f"left out, as the library has no expert for them: {', '.join(idle)}"] if idle else []
+    if routers and set(names) <= COMPARES_NONE:
+        left_out.append(f"--router makes no difference: {experiment} compares no routers")
+    return replace(
+        plan,
+        experiments=names,
+        tasks=read,
+        reworded=reworded,
+        held_out=held_out,
+        ranks=_ranks(ranks) if ranks and "ranks" in names else {},
+        companions=_companions(companions, library),
+        remarks=[*remarks, *left_out],
+    )
+
+
+def _read(chosen: Sequence[Task], root: str | None, limit: int | None) -> tuple[Tasks, dict[str, list[list[Example]]]]:
+    """Tasks with their examples, and the same examples in each paraphrase."""
+    read = {about.name: (about, _examples(about, root, limit)) for about in chosen}
+    reworded = {
+        about.name: [_examples(about.reworded(i), root, limit) for i in range(len(about.paraphrases))]
+        for about in chosen
+    }
+    return read, reworded
+
+
+def _check_routers(names: Sequence[str], settings: Sequence[str]) -> None:
+    """Raise for names that are no routers, routers that need to be told more than a name, and settings of none."""
+    from spectr.routers import get_router, router_names
+    from spectr.routers.options import read_settings
+    from spectr.routers.registry import ROUTERS
+
+    for name in names:
+        if name not in router_names():
+            raise DataError(f"unknown router '{name}'", do=did_you_mean(name, router_names()))
+    given = read_settings(settings, names or tuple(ROUTERS.entries)) if names or settings else {}
+    for name in names:
+        try:
+            get_router(name, **given[name])
+        except SpectrError as error:
+            raise DataError(
+                f"router '{name}' cannot be compared: {error.given}",
+                do="leave it out; 'quality' has each task's own expert",
+            ) from error
+
+
+def _owned(read: Tasks, library: ExpertLibrary) -> list[str]:
+    """The tasks whose expert is in the library: at least one, where there are tasks."""
+    owned = [name for name, (about, _) in read.items() if (about.expert or name) in library]
+    if read and not owned:
+        raise DataError(
+            f"none of the tasks ({', '.join(read)}) belongs to an expert of {library.origin} "
+            f"({', '.join(library.names)})",
+            do="name a task file whose 'expert' is in the library",
+        )
+    return owned
+
+
+def _possible(experiment: str, lacks: Mapping[str, tuple[str, str] | None]) -> tuple[list[str], list[str]]:
+    """The experiments to run, and a remark on each of "all" that lacks what it needs."""
+    names: list[str] = [*ORDER] if experiment == "all" else [experiment]
+    remarks = []
+    for name, lack in lacks.items():
+        if lack is None or name not in names:
+            continue
+        reason, do = lack
+        if experiment == name:
+            raise DataError(f"{name}: {reason}", do=do)
+        remarks.append(f"{name} is left out: {reason}")
+        names.remove(name)
+    return names, remarks
+
+
+_ONE_TASK = ("it asks two tasks at once, and there is one", "give more tasks whose experts are in the library")
+_NO_RANKS = (
+    "there are no experts of other ranks",
+    "give --ranks FOLDER, with adapters named EXPERT-rRANK in it, such as sst2-r16 (spectr train --rank 16)",
+)
+
+
+def _no_paraphrases(letters: bool) -> tuple[str, str]:
+    if letters:
+        return "lettered options have no paraphrases", "leave out --letters"
+    return "none of these tasks has paraphrases", "add 'paraphrases' to a task's file"
+
+
+def _tasks(names: Sequence[str], letters: bool) -> list[Task]:
+    from spectr.tasks import shipped_tasks
+
+    found = list(shipped_tasks().values())
+    if names:
+        found = [Task.load(name) if name.endswith((".yaml", ".yml")) else Task.shipped(name) for name in names]
+    return [task.lettered() for task in found] if letters else found
+
+
+def _held_out(
+    names: Sequence[str], library: ExpertLibrary, root: str | None, limit: int | None
+) -> dict[str, tuple[Task, Sequence[Example]]]:
+    """The held-out tasks that were named, or those that come with the package and have no expert in the library."""
+    from spectr.tasks import heldout_tasks
+
+    if names:
+        tasks = [Task.load(name) if name.endswith((".yaml", ".yml")) else Task.shipped(name) for name in names]
+    else:
+        tasks = [task for task in heldout_tasks().values() if (task.expert or task.name) not in library]
+    owned = [task.name for task in tasks if (task.expert or task.name) in library]
+    if owned:
+        raise DataError(
+            f"{library.origin} has an expert of its own for {', '.join(owned)}",
+            expected="tasks that no expert was trained on",
+            do="name other tasks, or a library without these experts",
+        )
+    found, problems = {}, []
+    for task in tasks:
+        try:
+            found[task.name] = (task, _examples(task, root, limit))
+        except SpectrError as error:
+            problems.append(error)
+    raise_together("held-out tasks", problems, DataError)
+    return found
+
+
+def _check_experts(tasks: Sequence[Task], library: ExpertLibrary) -> None:
+    """Raise :class:`LibraryError` unless the library has the expert of each task that was named."""
+    absent = [
+        LibraryError(
+            f"task '{task.name}' belongs to the expert '{task.expert or task.name}', which {library.origin} does not "
+            "have",
+            expected=f"one of {', '.join(library.names)}",
+            do=f"add it with spectr library add {task.expert or task.name} ADAPTER, or name another 'expert' in the "
+            "task's file",
+        )
+        for task in tasks
+        if (task.expert or task.name) not in library
+    ]
+    raise_together("tasks without an expert", absent, LibraryError)
+
+
+def _examples(task: Task, root: str | None, limit: int | None) -> list[Example]:
+    from spectr.tasks import data_source, read_examples
+
+    source = data_source(task, "test", root)
+    if source is None:
+        raise DataError(f"task '{task.name}' names no test data", do="add 'test' to its file")
+    return read_examples(task, source, root=root, limit=limit)
+
+
+def _ranks(folder: Path) -> dict[int, ExpertLibrary]:
+    """By rank a library of the adapters ``EXPERT-rRANK`` of a folder."""
+    found: dict[int, dict[str, str]] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        match = _RANKED.fullmatch(path.name)
+        if match and (path / "adapter_config.json").is_file():
+            found.setdefault(int(match[2]), {})[match[1]] = str(path)
+    if not found:
+        raise DataError(f"{folder} holds no adapters named EXPERT-rRANK, such as sst2-r16", do=_NO_RANKS[1])
+    experts = set.union(*map(set, found.values()))
+    gaps = [f"{name}-r{rank}" for rank, paths in sorted(found.items()) for name in sorted(experts - set(paths))]
+    if gaps:
+        raise DataError(f"{folder} lacks {', '.join(gaps)}", expected="every expert at every rank", do=_NO_RANKS[1])
+    return {rank: ExpertLibrary.from_adapters(paths) for rank, paths in sorted(found.items())}
+
+
+def _companions(given: Sequence[str], library: ExpertLibrary) -> list[tuple[str, str, Path]]:
+    """Each ``EXPERT=FOLDER``; the adapters are read once, so that a bad one is found now."""
+    found: list[tuple[str, str, Path]] = []
+    problems: list[SpectrError] = []
+    for text in given:
+        name, _, folder = text.partition("=")
+        if not (name and folder):
+            problems.append(DataError(f"--companion {text}", expected="EXPERT=FOLDER"))
+            continue
+        try:
+            library.check(name)
+            library.without(name).with_expert(name, folder)
+        except SpectrError as error:
+            problems.append(error)
+            continue
+        found.append((f"{Path(folder).name} in place of {name}", name, Path(folder)))
+    raise_together("companions that cannot be used", problems, DataError)
+    return found

@@ -1,0 +1,151 @@
+"""Objects by name: ours from a table, those of other packages by entry point. Nothing is imported before it is used."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from spectr.errors import SpectrError, did_you_mean
+
+T = TypeVar("T")
+PROTOCOL = 1  # of the objects that packages add; one that declares no spectr_protocol is of version 1
+
+
+class Entry(NamedTuple):
+    """Where a maker is, and the options that the name stands for."""
+
+    target: str
+    preset: Mapping[str, Any]
+
+
+def entry(target: str, **preset: Any) -> Entry:
+    """``entry("spectr.routers.spectr:Spectr", combine="factors")``: a module's attribute, with some options.
+
+    An option that is an entry itself stands for the object that it makes.
+    """
+    return Entry(target, preset)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Registry(Generic[T]):
+    """Makers of ``T`` by name. To add a name, add a line to ``entries``; another package declares an entry point.
+
+    The object of an entry point may have an attribute ``spectr_protocol: ClassVar[int]``, the version of the protocol
+    that it implements, 1 if absent. One of another version than ``protocol`` is adapted by ``adapters``, or refused.
+
+    Attributes:
+        kind: What ``T`` is, for messages: "router".
+        group: The entry points' group.
+        entries: By name a maker, ``"module:attribute"`` or :func:`entry`. They win over entry points.
+        error: What is raised.
+        protocol: The version that callers of this registry expect.
+        adapters: By an older version what makes a maker of it one of ``protocol``.
+        old_group: The group's former name, which still works, with a warning.
+    """
+
+    kind: str
+    group: str
+    entries: Mapping[str, str | Entry]
+    error: type[SpectrError] = SpectrError
+    protocol: int = PROTOCOL
+    adapters: Mapping[int, Callable[[Any], Any]] = field(default_factory=dict)
+    old_group: str | None = None
+
+    def names(self) -> tuple[str, ...]:
+        """All names in alphabetical order; nothing is imported."""
+        return tuple(sorted({*self.entries, *(point.name for point in self._points())}))
+
+    def load(self, name: str) -> Callable[..., T]:
+        """What makes the object of this name.
+
+        Raises:
+            SpectrError: The name is unknown, or its package is broken or made for another version; of ``error``'s type.
+        """
+        found = self.entries.get(name)
+        return self._load_plugin(name) if found is None else _maker(found)
+
+    def make(self, name: str, **options: Any) -> T:
+        """The object of this name, made with these options.
+
+        Raises:
+            SpectrError: As :meth:`load`, or an option is unknown or missing; of ``error``'s type.
+        """
+        make = self.load(name)
+        parameters = inspect.signature(make).parameters
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        strange = [] if open_ended else [option for option in options if option not in parameters]
+        if strange:
+            raise self.error(
+                f"{self.kind} '{name}' has no {' and no '.join(strange)}",
+                expected=f"some of: {', '.join(parameters)}" if parameters else "no settings",
+                do=did_you_mean(strange[0], parameters) if parameters else "leave it out",
+            )
+        fixed = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        needed = [n for n, p in parameters.items() if p.default is p.empty and p.kind not in fixed]
+        missing = [option for option in needed if option not in options]
+        if missing:
+            raise self.error(
+                f"{self.kind} '{name}' needs {' and '.join(missing)}",
+                do=" ".join(f"--set {option}=..." for option in missing)
+                + f", or in Python {', '.join(f'{option}=...' for option in missing)}",
+            )
+        return make(**options)
+
+    def _points(self) -> list[EntryPoint]:
+        points = list(entry_points(group=self.group))
+        for point in entry_points(group=self.old_group) if self.old_group else ():
+            warnings.warn(
+                f"{point.value}: the entry-point group {self.old_group} is now {self.group}; the next version does not "
+                "read the old one",
+                FutureWarning,
+                stacklevel=4,
+            )
+            points.append(point)
+        return points
+
+    def _load_plugin(self, name: str) -> Callable[..., T]:
+        points = [point for point in self._points() if point.name == name]
+        if not points:
+            raise self.error(f"unknown {self.kind} '{name}'", do=did_you_mean(name, self.names()))
+        if len({point.value for point in points}) > 1:
+            raise self.error(
+                f"several packages add the {self.kind} '{name}': {', '.join(map(_origin, points))}",
+                do="uninstall all but one",
+            )
+        what = f"the {self.kind} '{name}' of {_origin(points[0])}"
+        try:
+            found = points[0].load()
+        except Exception as error:
+            raise self.error(
+                f"{what} cannot be imported: {type(error).__name__}: {error}", do="repair or uninstall that package"
+            ) from error
+        version = getattr(found, "spectr_protocol", 1)
+        if version == self.protocol:
+            return found
+        if version in self.adapters:
+            return self.adapters[version](found)
+        readable = ", ".join(map(str, sorted({*self.adapters, self.protocol})))
+        raise self.error(
+            f"{what} is made for version {version} of the plugin protocol",
+            expected=f"version {readable}",
+            do="update spectr-lora, or install another version of that package",
+        )
+
+
+def _maker(found: str | Entry) -> Callable[..., Any]:
+    target, preset = (found, {}) if isinstance(found, str) else found
+    module, _, attribute = target.partition(":")
+    make = getattr(import_module(module), attribute)
+    given = {name: _maker(value)() if isinstance(value, Entry) else value for name, value in preset.items()}
+    return partial(make, **given) if given else make
+
+
+def _origin(point: EntryPoint) -> str:
+    """The package that an entry point comes from, as far as that is known."""
+    return f"{point.dist.name} {point.dist.version} ({point.value})" if point.dist else point.value

@@ -1,0 +1,228 @@
+"""Settings of routers as texts, ``name=value``: names, types and defaults are those of the router's own fields.
+
+Another package's router needs nothing for this but fields with types, or a function's parameters with types.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from functools import partial
+from types import UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+from spectr.errors import CompositionError, nearest
+from spectr.routers.base import Router
+from spectr.routers.config import router_config
+from spectr.routers.registry import ROUTERS
+
+_NONE = type(None)
+_SAID = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+class Option(NamedTuple):
+    """One setting: its type, and its default (``inspect.Parameter.empty`` where it has none)."""
+
+    hint: Any
+    default: Any
+
+    @property
+    def holds_router(self) -> bool:
+        """Whether the value is a router itself, whose settings can be given as well."""
+        return Router in (self.hint, *get_args(self.hint))
+
+
+def options_of(name: str) -> dict[str, Option]:
+    """The settings of a router by name.
+
+    Raises:
+        CompositionError: There is no router of this name.
+    """
+    make = ROUTERS.load(name)
+    hints, made = _hints(make), _factory_defaults(make)
+    parameters = inspect.signature(make).parameters.values()
+    named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    return {p.name: Option(hints.get(p.name, Any), made.get(p.name, p.default)) for p in named}
+
+
+def read_settings(texts: Sequence[str], routers: Sequence[str], *, strict: bool = True) -> dict[str, dict[str, Any]]:
+    """What ``--set`` says of each router, as options of :func:`spectr.get_router`: plain data.
+
+    ``temperature=2`` is for every router that has this setting, ``arrow.temperature=2`` for one of them, and wins. A
+    setting that a router lacks is that of the router inside it, where that has it: ``local.top_k=2`` says so in full.
+
+    Args:
+        texts: Each ``NAME=VALUE``.
+        routers: Their names.
+        strict: Whether a setting that none of them has is an error.
+
+    Raises:
+        CompositionError: A text has another form or is there twice, no router has the setting, or it has another type.
+    """
+    given = [_split(text) for text in texts]
+    twice = sorted(key for key, count in Counter(key for key, _ in given).items() if count > 1)
+    if twice:
+        raise CompositionError(f"{' and '.join(twice)} set twice", expected="each setting once", do="leave one out")
+    names = {f"{name}." for name in (*routers, *ROUTERS.names())} if any("." in key for key, _ in given) else set()
+    general = {key: text for key, text in given if not key.startswith(tuple(names))}
+    found: dict[str, dict[str, Any]] = {}
+    placed: set[str] = set()
+    for name in routers:
+        own = f"{name}."
+        addressed = {key.removeprefix(own): text for key, text in given if key.startswith(own)}
+        found[name], used = _settled(name, {**general, **addressed})
+        placed |= used | {own + key for key in used & set(addressed)}
+    for key in [key for key, _ in given if key not in placed] if strict else ():
+        _refuse(key, routers)
+    return found
+
+
+def _settled(name: str, given: Mapping[str, str]) -> tuple[dict[str, Any], set[str]]:
+    """Options of one router, and which of the given names it has."""
+    known = options_of(name)
+    settled = {key: parse(text, known[key].hint, key) for key, text in given.items() if key in known}
+    used = set(settled)
+    for place in [key for key, option in known.items() if option.holds_router]:
+        within = {key: text for key, text in given.items() if key not in known and "." not in key}
+        within |= {k.removeprefix(f"{place}."): text for k, text in given.items() if k.startswith(f"{place}.")}
+        inner = settled.get(place, known[place].default)
+        if not within or not isinstance(inner, (Mapping, Router)):
+            continue
+        inner = router_config(inner) if isinstance(inner, Router) else inner
+        more, took = _settled(inner["name"], within)
+        if more:
+            settled[place] = {**inner, **more}
+        used |= took & set(given) | {f"{place}.{key}" for key in took}
+    return settled, used
+
+
+def parse(text: str, hint: Any, name: str) -> Any:
+    """A value of this type.
+
+    Args:
+        text: As it was given.
+        hint: A type of a field: int, float, bool, str, a Literal, a tuple of these (with commas), a router's name; or
+            several of them, or None ("none").
+        name: The setting's, for messages.
+
+    Raises:
+        CompositionError: The text is no such value.
+    """
+    for kind in _kinds(hint):
+        try:
+            return _parsed(text, kind, name)
+        except (ValueError, SyntaxError, KeyError) as error:
+            if isinstance(error, CompositionError):
+                raise
+    raise CompositionError(f"{name}={text}", expected=" or ".join(map(_in_words, _kinds(hint))))
+
+
+def _parsed(text: str, kind: Any, name: str) -> Any:
+    if kind in _PARSERS:
+        return _PARSERS[kind](text)
+    if get_origin(kind) is Literal:
+        return {str(value): value for value in get_args(kind)}[text]
+    if get_origin(kind) is tuple:
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        return tuple(parse(part, get_args(kind)[0], name) for part in parts)
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _router(text: str) -> dict[str, Any]:
+    ROUTERS.load(text)
+    return {"name": text}
+
+
+_PARSERS: dict[Any, Callable[[str], Any]] = {
+    _NONE: lambda text: {"none": None, "": None}[text.lower()],
+    bool: lambda text: _SAID[text.lower()],
+    int: int,
+    float: float,
+    str: str,
+    Router: _router,
+}
+
+
+def _kinds(hint: Any) -> list[Any]:
+    """The members of a union, any text last."""
+    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return sorted(parts, key=lambda part: (part is str, part is not _NONE))
+
+
+def _in_words(kind: Any) -> str:
+    words = {_NONE: "none", bool: "true or false", int: "a whole number", float: "a number", Router: "a router's name"}
+    if get_origin(kind) is Literal:
+        return " or ".join(map(str, get_args(kind)))
+    if get_origin(kind) is tuple:
+        return f"{_in_words(get_args(kind)[0])}, several with commas"
+    return words.get(kind, "a text")
+
+
+def _split(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name.strip() and equals):
+        raise CompositionError(f"--set {text}", expected="NAME=VALUE, such as temperature=0.5")
+    place, dot, last = name.strip().rpartition(".")
+    return place + dot + last.replace("-", "_"), value.strip()
+
+
+def _refuse(key: str, routers: Sequence[str]) -> None:
+    """Raise: no router has this setting."""
+    first, dot, rest = key.partition(".")
+    if dot and first in ROUTERS.names() and first not in routers:
+        raise CompositionError(
+            f"--set {key}: the router {first} is not asked for", expected=f"one of {', '.join(routers)}"
+        )
+    asked, name = ([first], rest) if dot and first in routers else (list(routers), key)
+    known = list(dict.fromkeys(named for router in asked for named, _ in _all_of(router)))
+    near = nearest(name, known)
+    shown = [f"{router}: {', '.join(_shown(router)) or 'none'}" for router in asked]
+    raise CompositionError(
+        f"router '{asked[0]}' has no {name}" if len(asked) == 1 else f"no router asked for has {name}",
+        expected=f"one of these settings, here with their defaults; {'; '.join(shown)}",
+        do=f"did you mean '{near}'?" if near else None,
+    )
+
+
+def _shown(router: str) -> list[str]:
+    empty = inspect.Parameter.empty
+    return [name if value is empty else f"{name}={_as_text(value)}" for name, value in _all_of(router)]
+
+
+def _all_of(router: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """A router's settings and those of the router inside it, with their defaults."""
+    for name, option in options_of(router).items():
+        inner = router_config(option.default) if isinstance(option.default, Router) else None
+        yield prefix + name, inner["name"] if inner else option.default
+        if inner:
+            yield from _all_of(inner["name"], f"{prefix}{name}.")
+
+
+def _as_text(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _hints(make: Callable[..., Any]) -> dict[str, Any]:
+    source: Any = make.func if isinstance(make, partial) else make
+    try:
+        plain_class = inspect.isclass(source) and not is_dataclass(source)
+        return get_type_hints(source.__init__ if plain_class else source)
+    except (NameError, TypeError):  # names that are there for type checkers alone
+        return {}
+
+
+def _factory_defaults(make: Callable[..., Any]) -> dict[str, Any]:
+    """Defaults that a dataclass makes anew for each object, where the name does not stand for another value."""
+    source, preset = (make.func, make.keywords) if isinstance(make, partial) else (make, {})
+    if not is_dataclass(source):
+        return {}
+    made = [(f.name, f.default_factory) for f in fields(source) if f.default_factory is not MISSING]
+    return {name: factory() for name, factory in made if name not in preset}

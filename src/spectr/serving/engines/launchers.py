@@ -1,0 +1,149 @@
+"""How ``spectr serve`` starts each engine; a package adds one by an entry point of the group ``spectr.engines``."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from spectr.errors import MissingExtraError, SpectrError
+from spectr.registry import Registry
+
+if TYPE_CHECKING:
+    from spectr.composition import Routed
+    from spectr.routers import Router
+    from spectr.serving.engines.batching import Batching
+    from spectr.serving.settings import Settings
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What an engine of this process makes its models of; one with processes of its own needs none of it.
+
+    Attributes:
+        open_model: Gives base model and tokenizer.
+        compose: Routes a model: (model, tokenizer, router, what progress says).
+        cache_tokens: Tokens of all running requests in memory, in continuous batches; ``None`` for one after the other.
+    """
+
+    open_model: Callable[[], tuple[Any, Any]]
+    compose: Callable[[Any, Any, Router, str], Routed]
+    cache_tokens: int | None = None
+
+
+class Launcher(Protocol):
+    """Starts an engine and serves until the process is interrupted.
+
+    Attributes:
+        by_token: Whether the router "auto" has to be one that decides for each token.
+    """
+
+    by_token: ClassVar[bool]
+
+    def check(self, options: Sequence[str]) -> None:
+        """Raise :class:`SpectrError` where the engine is not installed, or does not take these options of its own."""
+        ...
+
+    def launch(self, settings: Settings, parts: Parts, say: Say) -> None:
+        """Serve what was asked for; ``say`` shows one line."""
+        ...
+
+
+class Transformers:
+    """The engine on transformers' own serving code. See :class:`Launcher`."""
+
+    by_token: ClassVar[bool] = False
+
+    def check(self, options: Sequence[str]) -> None:
+        """See :class:`Launcher`: no options of its own."""
+        if options:
+            raise SpectrError(
+                f"{' '.join(options)}: the engine transformers has no options of its own",
+                do="leave it out; a policy file follows --policy, and each router its own --router",
+            )
+
+    def launch(self, settings: Settings, parts: Parts, say: Say) -> None:
+        """See :class:`Launcher`."""
+        try:
+            from spectr.serving.engines.transformers import TransformersEngine, check_version
+            from spectr.serving.run import listen
+        except ImportError as error:
+            raise MissingExtraError("spectr serve", "serve") from error
+        from spectr.serving.suspicion import suspicious
+
+        check_version()
+        bound = settings.listen()
+        composed, tokenizer = _composed(settings, parts, say)
+        engine = TransformersEngine(
+            composed,
+            tokenizer,
+            base_model=settings.base_name,
+            suspicion=suspicious(settings.library[name] for name in composed.experts),
+            batching=_batching(parts.cache_tokens),
+        )
+
+        async def listening() -> None:
+            try:
+                await listen(engine.app, engine, settings, bound, say)
+            finally:
+                engine.stop()
+
+        try:
+            asyncio.run(listening())
+        finally:
+            bound.close()
+
+
+class Vllm:
+    """vLLM, in processes of its own. See :class:`Launcher`."""
+
+    by_token: ClassVar[bool] = True
+
+    def check(self, options: Sequence[str]) -> None:
+        """See :class:`Launcher`; vLLM checks its options itself."""
+        if importlib.util.find_spec("vllm") is None:
+            raise MissingExtraError("--engine vllm", "vllm")
+
+    def launch(self, settings: Settings, parts: Parts, say: Say) -> None:
+        """See :class:`Launcher`."""
+        try:
+            from spectr.serving.engines.vllm import launch
+        except ImportError as error:
+            raise MissingExtraError("--engine vllm", "vllm") from error
+        launch(settings, say)
+
+
+def _composed(settings: Settings, parts: Parts, say: Say) -> tuple[Any, Any]:
+    """The model with all of its routers, and its tokenizer."""
+    from spectr.composition.several import Several
+
+    base, tokenizer = parts.open_model()
+
+    def maker(name: str, router: Router) -> Callable[[Any], Routed]:
+        what = "preparing layers" + (f" for {name}" if len(settings.routers) > 1 else "")
+        return lambda model: parts.compose(model, tokenizer, router, what)
+
+    composed = Several(base, {name: maker(name, router) for name, router in settings.routers.items()})
+    for name, size in list(composed.bytes.items())[1:]:
+        say(f"router {name}: {size / (1 << 20):.1f} MiB more for its factors")
+    return composed, tokenizer
+
+
+def _batching(cache_tokens: int | None) -> Batching | None:
+    from spectr.serving.engines.batching import Batching
+
+    return None if cache_tokens is None else Batching(cache_tokens=cache_tokens)
+
+
+ENGINES: Registry[Launcher] = Registry(
+    kind="engine",
+    group="spectr.engines",
+    entries={
+        "transformers": "spectr.serving.engines.launchers:Transformers",
+        "vllm": "spectr.serving.engines.launchers:Vllm",
+    },
+)
