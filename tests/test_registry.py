@@ -100,7 +100,7 @@ class Theirs(Spectr):
 
 
 class Later(Spectr):
-    spectr_protocol = 2
+    spectr_protocol = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,13 +159,13 @@ def test_a_broken_plugin_breaks_no_other_name(plugins):
 
 def test_a_plugin_of_another_protocol_is_refused_by_name_or_adapted(plugins):
     plugins("later", "Later")
-    with pytest.raises(CompositionError, match=r"router 'later' of .*:Later is made for version 2") as caught:
+    with pytest.raises(CompositionError, match=r"router 'later' of .*:Later is made for version 3") as caught:
         get_router("later")
-    assert caught.value.expected == "version 1"
+    assert caught.value.expected == "version 1, 2"
     plugins("old", "theirs", "things")
     plugins("new", "Later", "things")
     things = Registry(
-        kind="thing", group="things", entries={}, protocol=2, adapters={1: lambda make: lambda: ["adapted", make()]}
+        kind="thing", group="things", entries={}, protocol=3, adapters={1: lambda make: lambda: ["adapted", make()]}
     )
     assert things.make("old") == ["adapted", theirs()]
     assert things.make("new") == Later()
