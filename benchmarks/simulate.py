@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from spectr.paging.expert_cache import Shares, Shelf
 from spectr.paging.policies import Policy
-from spectr.paging.shelf import Shares, Shelf
 from spectr.spectral import Share
 from workload import Workload
 

@@ -39,7 +39,7 @@ async def measured(given: argparse.Namespace) -> list[dict[int, tuple[float, flo
     import httpx
 
     from spectr import ExpertLibrary
-    from spectr.composed import Settings
+    from spectr.composed_model import Settings
     from spectr.models import fetch_default_model
     from spectr.serving.engines.vllm import launched
     from spectr.serving.gateway import Gateway

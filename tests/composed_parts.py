@@ -4,8 +4,8 @@ import torch
 
 from models import random_factors, write_adapter
 from spectr import ExpertLibrary
-from spectr.composed import Settings
-from spectr.vllm.session import Session
+from spectr.composed_model import Settings
+from spectr.vllm.worker_state import Session
 
 MODULES = ("model.layers.0.mlp.up_proj", "model.layers.0.mlp.gate_proj")
 

@@ -8,9 +8,9 @@ import pytest
 
 from spectr.errors import SpectrError
 from spectr.evaluation.experiments import EXPERIMENTS, Result
-from spectr.evaluation.finding import Finding, over_runs
+from spectr.evaluation.expert_recall import Finding, over_runs
+from spectr.evaluation.paired_statistics import in_words, mean_share
 from spectr.evaluation.plan import ORDER, read_plan
-from spectr.evaluation.shares import in_words, mean_share
 from spectr.evaluation.summary import summary, tradeoff
 from spectr.library import ExpertLibrary
 from text_model import save_experts, save_rows

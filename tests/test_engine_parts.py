@@ -15,14 +15,14 @@ from spectr.layers import RoutedLinear
 from spectr.selection import Everyone, TopK
 from spectr.spectral import AlignedExpert, SideData, Stack
 from spectr.vllm import EXPERTS, ROUTE_ID, ROUTING
-from spectr.vllm.hearing import Row
 from spectr.vllm.layer import _kept
+from spectr.vllm.probes import Row
 from spectr.vllm.register import _supported, check_version, register
 from spectr.vllm.requests import PROBE, ROUTER, UNHEARD, VERDICT, Asked
+from spectr.vllm.router_set import routers_of, served
 from spectr.vllm.routing import Group, weights_among
-from spectr.vllm.served import routers_of, served
-from spectr.vllm.shards import Split
-from spectr.vllm.ways import Way, by_ways
+from spectr.vllm.score_transforms import Way, by_ways
+from spectr.vllm.tensor_parallel import Split
 
 KNOWN = ("amber", "blue", "cyan")
 

@@ -5,9 +5,9 @@ import pytest
 import spectr
 from adapters_on_disk import assert_says
 from composed_parts import several
-from spectr.composed import Settings
+from spectr.composed_model import Settings
 from spectr.errors import CompositionError
-from spectr.vllm.served import decides_on_prompts, routers_of, served
+from spectr.vllm.router_set import decides_on_prompts, routers_of, served
 
 
 @pytest.mark.parametrize("name", ["lag", "shortlist", "glider-global", "glider"])

@@ -14,7 +14,7 @@ from spectr import Calibrated, ExpertLibrary, Oracle, Spectr, build_index, calib
 from spectr.errors import DataError
 from spectr.evaluation import choice_logprobs, routed_logprobs
 from spectr.evaluation.experiments import EXPERIMENTS, Bench, Result
-from spectr.evaluation.finding import find_experts
+from spectr.evaluation.expert_recall import find_experts
 from spectr.evaluation.score import Measurement, score_examples
 from spectr.evaluation.similarity import cosines, mean_cosines
 from spectr.models import encode_batch

@@ -17,7 +17,7 @@ from spectr.errors import DataError, MissingExtraError
 from spectr.evaluation import choice_logprobs, routed_logprobs, text_metric
 from spectr.evaluation.encode import encode_examples
 from spectr.evaluation.experiments import EXPERIMENTS, Bench
-from spectr.evaluation.finding import find_experts
+from spectr.evaluation.expert_recall import find_experts
 from spectr.evaluation.score import score_examples, score_of
 from spectr.models import context_length, encode_answer, encode_prompt, generate_answers
 from spectr.tasks import Example, Task

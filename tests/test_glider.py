@@ -18,7 +18,7 @@ from spectr.cli import describe as describing
 from spectr.cli.app import app
 from spectr.errors import CompositionError, DataError, LibraryError
 from spectr.evaluation import routed_logprobs
-from spectr.evaluation.finding import find_experts
+from spectr.evaluation.expert_recall import find_experts
 from spectr.guidance import QueryGuide, describe
 from spectr.library.descriptions import DESCRIPTIONS_FILE, read_descriptions, write_descriptions
 from spectr.models.generate import encode_batch, generate_answers

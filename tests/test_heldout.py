@@ -7,8 +7,8 @@ import pytest
 from spectr import ExpertLibrary, calibrate
 from spectr.errors import DataError
 from spectr.evaluation.experiments import EXPERIMENTS, Bench
+from spectr.evaluation.paired_statistics import mean_difference
 from spectr.evaluation.plan import read_plan
-from spectr.evaluation.shares import mean_difference
 from spectr.guidance import QueryGuide
 from spectr.tasks import Task, heldout_tasks, shipped_tasks
 from test_experiments import CHOICES, EXAMPLES

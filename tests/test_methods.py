@@ -116,7 +116,6 @@ class Demanding(spectr.Spectr):
 
 def test_each_entrance_asks_the_same_of_a_library(tmp_path, monkeypatch):
     from spectr.cli.options import Routing
-    from spectr.vllm import session
 
     model, router = tiny_llama(), Demanding(top_k=1)
     library = peft_library(model, tmp_path / "experts", {"ants": 2, "bees": 2})

@@ -12,7 +12,7 @@ import spectr
 
 ROOT = Path(spectr.__file__).parent
 ROOMS = (
-    ("errors", "saving", "hashing", "flops", "lazy", "registry"),
+    ("errors", "renamed", "atomic_write", "hashing", "flops", "lazy", "registry"),
     ("spectral",),
     ("adapters",),
     ("library",),
@@ -22,7 +22,7 @@ ROOMS = (
     ("prompts",),
     ("paging",),
     ("composition",),
-    ("composed",),
+    ("composed_model",),
     ("tasks", "guidance", "calibration", "indexing", "choosing"),
     ("vllm", "serving"),
     ("merging", "extraction", "training", "evaluation", "plots", "benchmark", "demo", "shipped"),

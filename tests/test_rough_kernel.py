@@ -12,7 +12,7 @@ from compiled import needs_a_compiler
 from holding import holding
 from spectr import Calibrated, Spectr
 from spectr.layers import RoutedLinear
-from spectr.layers.kernels.rough import Rough
+from spectr.layers.kernels.screening import Rough
 from spectr.spectral import Share, Stack
 
 INPUTS, OUTPUTS = 70, 20

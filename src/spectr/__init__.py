@@ -8,6 +8,8 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from spectr.renamed import install
+
 if TYPE_CHECKING:
     from spectr import evaluation as evaluation
     from spectr import extraction as extraction
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from spectr import tasks as tasks
     from spectr import training as training
     from spectr.calibration import calibrate
-    from spectr.composed import load_composed, save_composed
+    from spectr.composed_model import load_composed, save_composed
     from spectr.composition import Routed, compose
     from spectr.errors import SpectrError
     from spectr.indexing import build_index
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "calibration": ("calibrate",),
-    "composed": ("load_composed", "save_composed"),
+    "composed_model": ("load_composed", "save_composed"),
     "composition": ("Routed", "compose"),
     "errors": ("SpectrError",),
     "indexing": ("build_index",),
@@ -69,6 +71,7 @@ _MODULES = ("evaluation", "extraction", "guidance", "merging", "models", "paging
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __version__ = version("spectr-lora")
+install()
 __all__ = [
     "Arrow",
     "Calibrated",

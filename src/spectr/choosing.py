@@ -14,7 +14,7 @@ from spectr.routers import Router, check_needs, get_router, residents
 from spectr.routers.options import options_of, read_settings
 
 if TYPE_CHECKING:
-    from spectr.composed import Settings
+    from spectr.composed_model import Settings
 
 _MANY = 64  # experts, beyond which "auto" reads them from disk as prompts call for them
 
@@ -24,8 +24,8 @@ def open_composed(model: str | None) -> Settings | None:
     if model is None or not (Path(model) / "config.json").is_file():
         return None
     try:
-        from spectr.composed import Settings
-        from spectr.composed.load import is_composed
+        from spectr.composed_model import Settings
+        from spectr.composed_model.load import is_composed
     except ImportError as error:
         raise MissingExtraError("running a model", "models") from error
     if not is_composed(model):

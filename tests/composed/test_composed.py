@@ -11,8 +11,8 @@ import torch
 
 import spectr
 from adapters_on_disk import assert_says, tree
-from spectr.composed import Settings, save_composed
-from spectr.composed.save import new_folder
+from spectr.composed_model import Settings, save_composed
+from spectr.composed_model.save import new_folder
 from spectr.errors import CompositionError, ModelError
 from spectr.routers import get_router, router_names
 from spectr.routers.config import router_config
@@ -96,7 +96,7 @@ def test_what_cannot_be_saved_is_told_before_a_model_is_loaded(
 
 
 def test_transformers_alone_says_that_it_skips_what_it_does_not_know(saved):
-    """It cannot be made to refuse: it warns, and gives the plain model. ``import spectr.composed`` makes it route."""
+    """It cannot be made to refuse: it warns, and gives the plain model. ``import spectr.composed_model`` helps."""
     _, folder = saved
     program = (
         "import sys; {}from transformers import AutoModelForCausalLM as A; "
@@ -108,7 +108,7 @@ def test_transformers_alone_says_that_it_skips_what_it_does_not_know(saved):
         words = [sys.executable, "-c", program.format(first), str(folder)]
         return subprocess.run(words, capture_output=True, text=True, check=True, env=environment)
 
-    alone, ours = run(""), run("import spectr.composed; ")
+    alone, ours = run(""), run("import spectr.composed_model; ")
     assert alone.stdout.strip() == "Linear"
     assert "Unknown quantization type, got spectr" in alone.stderr
     assert ours.stdout.strip() == "RoutedLinear"

@@ -10,7 +10,7 @@ import torch
 
 from scaling import PROMPTS, TEXTS, ids_of, listed, make_library, routed_model
 from spectr import ExpertLibrary, Shortlist, Spectr, build_index, calibrate, compose
-from spectr.composition.readers import Readers
+from spectr.composition.subset_probes import Readers
 from spectr.errors import CompositionError
 from spectr.library import IndexEntry
 from spectr.models import encode_batch

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from spectr.serving.api_fields import ChatRequest, CompletionRequest, parse
 from spectr.serving.errors import RefusalError
-from spectr.serving.extras import ChatRequest, CompletionRequest, parse
 
 TURN = {"role": "user", "content": "what is it"}
 TURNS = 'a list of one turn or more: {"role": "user", "content": "..."}'

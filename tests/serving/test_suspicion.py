@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from models import dense_deltas, peft_adapter
 from spectr import ExpertLibrary
-from spectr.serving.suspicion import spectral_norm, suspicion, suspicious
+from spectr.serving.outliers import spectral_norm, suspicion, suspicious
 from spectr.shipped import shipped_experts
 from text_model import make_model
 

@@ -11,7 +11,7 @@ from engine import tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import spectr
-from spectr.composed import Settings
+from spectr.composed_model import Settings
 from spectr.library import LibraryStore
 from spectr.serving.engines.vllm import launched
 from spectr.serving.gateway import Gateway

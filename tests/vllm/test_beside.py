@@ -21,7 +21,7 @@ from deciding import (
 )
 
 import spectr
-from spectr.composed import Settings
+from spectr.composed_model import Settings
 
 NAMES = ["amber", "blue", "cyan", "dun", "ecru"]
 KINDS = {

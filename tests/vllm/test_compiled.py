@@ -3,7 +3,7 @@
 from engine import NAMES, SETS, TOLERANCE, composed, engine, judged, tokens
 
 from spectr.vllm import ROUTE_ID, ROUTING
-from spectr.vllm.recording import Listener
+from spectr.vllm.routing_records import Listener
 
 
 def test_a_compiled_graph_sees_sets_reports_and_removals(served, monkeypatch, tmp_path):

@@ -7,7 +7,7 @@ from engine import TOLERANCE, Engine, judged
 import spectr
 from spectr.shipped import shipped_experts
 from spectr.vllm import ROUTE_ID, ROUTING
-from spectr.vllm.recording import Listener
+from spectr.vllm.routing_records import Listener
 
 QUESTION = "Is the sentiment of this movie review positive or negative?\n\nA dull, lifeless film."
 SETS = (None, ["sst2"], ["agnews", "mnli", "qqp"])

@@ -8,7 +8,7 @@ import pytest
 from command import save_tokenizer
 from engine import ROUTER
 
-from spectr.composed import Settings
+from spectr.composed_model import Settings
 from spectr.serving.engines import Engine
 from spectr.serving.engines.vllm import launched
 from spectr.serving.gateway import Gateway

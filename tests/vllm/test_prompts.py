@@ -20,7 +20,7 @@ from deciding import (
     tokenizer_of,
 )
 
-from spectr.composed import Settings
+from spectr.composed_model import Settings
 from spectr.errors import CompositionError
 
 UNSUMMED = ("--worker-extension-cls", "unsummed.Unsummed")

@@ -13,8 +13,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from spectr.adapters.expert import Expert
+from spectr.atomic_write import save_readable
 from spectr.errors import AdapterError
-from spectr.saving import save_readable
 
 GATES_FILE = "gates.safetensors"
 _FORMAT = "1"

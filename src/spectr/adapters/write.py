@@ -14,7 +14,7 @@ from torch import Tensor
 from spectr.adapters.config import CONFIG_FILE
 from spectr.adapters.expert import Expert
 from spectr.adapters.read import WEIGHTS_FILE
-from spectr.saving import save_readable
+from spectr.atomic_write import save_readable
 
 Pair = tuple[Float[Tensor, "outputs rank"], Float[Tensor, "rank inputs"]]
 

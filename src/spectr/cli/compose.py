@@ -32,7 +32,7 @@ def compose(
     [dim]python -m vllm.entrypoints.openai.api_server --model runs/composed[/]
     """
     try:
-        from spectr.composed.save import check_folder, check_saving, save_composed
+        from spectr.composed_model.save import check_folder, check_saving, save_composed
     except ImportError as error:
         raise MissingExtraError("spectr compose", "models") from error
     check_folder(save, overwrite)  # before a word on the router

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from spectr.cli.console import bar, out, resumable, say
 from spectr.cli.guides import guide_maker
-from spectr.cli.opened import open_model
+from spectr.cli.model_loading import open_model
 from spectr.cli.options import BaseOption, DataRootOption, DtypeOption, JsonOption, LettersOption, LibraryOption
 from spectr.shipped import open_library
 

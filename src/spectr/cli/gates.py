@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from spectr.cli.console import bar, out, say
-from spectr.cli.opened import open_model
+from spectr.cli.model_loading import open_model
 from spectr.cli.options import BaseOption, DataRootOption, DtypeOption, LettersOption
 from spectr.cli.rows import (
     AnswerOption,

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from spectr.cli.console import say
-from spectr.cli.opened import open_model
+from spectr.cli.model_loading import open_model
 from spectr.errors import DataError, ModelError
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from spectr.adapters import GATES_FILE
 from spectr.adapters.read import WEIGHTS_FILE
 from spectr.cli.console import bar, out, say
 from spectr.cli.describe import describe
-from spectr.cli.opened import open_model
+from spectr.cli.model_loading import open_model
 from spectr.cli.options import BaseOption, DtypeOption, JsonOption, LibraryOption
 from spectr.errors import LibraryError, SpectrError, raise_together
 from spectr.library import Calibration, Entry, ExpertLibrary, LibraryStore

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from spectr.cli.console import bar, out, say
-from spectr.cli.opened import open_model
+from spectr.cli.model_loading import open_model
 from spectr.cli.options import BaseOption, LibraryOption, known_dtype
 from spectr.errors import MergeError, SpectrError
 from spectr.shipped import open_library

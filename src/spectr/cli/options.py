@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from spectr.cli.console import bar, say
-from spectr.cli.opened import open_model
+from spectr.cli.model_loading import open_model
 from spectr.errors import DataError, SpectrError
 from spectr.shipped import open_library
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from spectr.composed import Settings
+    from spectr.composed_model import Settings
     from spectr.composition import Routed
     from spectr.library import ExpertLibrary
     from spectr.routers import Router

@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spectr.composition.readers import Readers
+from spectr.composition.recorder import Look, Watch
 from spectr.composition.routed import Routed
-from spectr.composition.watching import Look, Watch
+from spectr.composition.subset_probes import Readers
 from spectr.layers.batch_routing import BASE, BatchRouting, routed_by
 from spectr.prompts.decision import routing_of
 from spectr.routers import PromptRouter

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from spectr.adapters.config import CONFIG_FILE
 from spectr.adapters.read import WEIGHTS_FILE
+from spectr.atomic_write import save_readable
 from spectr.errors import ExtractionError
 from spectr.extraction.report import Report, Spread, summary
-from spectr.saving import save_readable
 
 CARD, CARD_DATA = "README.md", "expert.json"
 

@@ -17,9 +17,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from spectr.adapters import Expert
+from spectr.atomic_write import replacing, save_readable
 from spectr.errors import LibraryError
 from spectr.hashing import known_sha256
-from spectr.saving import replacing, save_readable
 
 CALIBRATION_FILE = "calibration.safetensors"
 _FORMAT = "2"  # 1 was calibrated on texts of another kind

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import yaml
 
+from spectr.atomic_write import replacing
 from spectr.errors import LibraryError
-from spectr.saving import replacing
 
 DESCRIPTIONS_FILE = "descriptions.yaml"
 _HEAD = (

@@ -21,8 +21,8 @@ from jaxtyping import Float, Int8
 from safetensors import safe_open
 from torch import Tensor
 
+from spectr.atomic_write import replacing, save_readable
 from spectr.errors import LibraryError
-from spectr.saving import replacing, save_readable
 from spectr.spectral import Codes, Prototypes, Rotation
 
 INDEX_FOLDER = "index"

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
+from spectr.atomic_write import INCOMING, replacing
 from spectr.errors import LibraryError, raise_together
-from spectr.saving import INCOMING, replacing
 
 MANIFEST_FILE = "manifest.json"
 ENTRIES_FOLDER = "entries"

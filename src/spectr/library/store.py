@@ -29,6 +29,7 @@ from torch import Tensor
 from spectr.adapters import GATES_FILE, Expert, read_adapter, read_gates, write_gates
 from spectr.adapters.config import CONFIG_FILE
 from spectr.adapters.read import WEIGHTS_FILE
+from spectr.atomic_write import INCOMING, SCRATCH, sync_folder
 from spectr.errors import AdapterError, LibraryError, SpectrError, did_you_mean
 from spectr.hashing import file_sha256
 from spectr.library.index import INDEX_FOLDER
@@ -45,7 +46,6 @@ from spectr.library.manifest import (
     read_entry,
     write_entry,
 )
-from spectr.saving import INCOMING, SCRATCH, sync_folder
 
 _KEPT_FILES = (CONFIG_FILE, WEIGHTS_FILE, "README.md", "expert.json", GATES_FILE)
 _DIGITS = 12

@@ -15,9 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from spectr.atomic_write import cache_folder
 from spectr.errors import ModelError
 from spectr.hashing import file_sha256
-from spectr.saving import cache_folder
 
 DEFAULT_MODEL = "smollm2"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from spectr.errors import SpectrError, nearest
+from spectr.serving.api_fields import Request
 from spectr.serving.engines.base import Engine
 from spectr.serving.errors import RefusalError
-from spectr.serving.extras import Request
 from spectr.serving.policy import Policy
 
 

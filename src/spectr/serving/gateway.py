@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from spectr.errors import SpectrError
-from spectr.serving.answers import Answer, Edit
+from spectr.serving.api_fields import ChatRequest, CompletionRequest, Request, parse, routing
 from spectr.serving.asgi import (
     App,
     HangUpError,
@@ -29,11 +29,11 @@ from spectr.serving.asgi import (
 from spectr.serving.catalog import Catalog
 from spectr.serving.engines.base import Engine, Recording, Ticket
 from spectr.serving.errors import RefusalError
-from spectr.serving.extras import ChatRequest, CompletionRequest, Request, parse, routing
 from spectr.serving.metrics import CONTENT_TYPE, Metrics
 from spectr.serving.page import find_page, page_file
 from spectr.serving.policy import Policy
-from spectr.serving.stopping import LAST_WORDS, Stopping, stopped
+from spectr.serving.responses import Answer, Edit
+from spectr.serving.shutdown import LAST_WORDS, Stopping, stopped
 from spectr.serving.usage import Usage
 
 log = logging.getLogger("spectr.serving")

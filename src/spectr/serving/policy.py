@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, field_validator, model_validator
 
 from spectr.errors import DataError, did_you_mean, raise_together
-from spectr.serving.faults import faults
+from spectr.serving.validation import faults
 
 _SEE = "see docs/serving.md, Who may use which expert"
 

@@ -16,7 +16,7 @@ from spectr.errors import CompositionError
 from spectr.serving.engines.base import Engine
 from spectr.serving.gateway import Gateway
 from spectr.serving.settings import Settings
-from spectr.serving.stopping import Stopping
+from spectr.serving.shutdown import Stopping
 
 if TYPE_CHECKING:
     import uvicorn

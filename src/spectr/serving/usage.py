@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from spectr.serving.extras import Request
+from spectr.serving.api_fields import Request
 
 
 class Usage:

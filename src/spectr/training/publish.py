@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from spectr.saving import save_readable
+from spectr.atomic_write import save_readable
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -12,14 +12,14 @@ from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, Unqu
 from vllm.model_executor.layers.quantization import get_quantization_config, register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
-from spectr.composed.settings import METHOD, Settings
+from spectr.composed_model.settings import METHOD, Settings
 from spectr.errors import CompositionError, raise_together
 from spectr.layers.kernels.packed import packed_works
 from spectr.library import ExpertLibrary
-from spectr.vllm.deciding import DECIDES
 from spectr.vllm.method import routed_method
-from spectr.vllm.served import decides_on_prompts, fingerprint, routers_of
-from spectr.vllm.session import Session
+from spectr.vllm.prompt_decisions import DECIDES
+from spectr.vllm.router_set import decides_on_prompts, fingerprint, routers_of
+from spectr.vllm.worker_state import Session
 
 _RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from spectr.errors import CompositionError
 from spectr.routers import LengthRouter, Router
 from spectr.spectral import Share, Stack
-from spectr.vllm.hearing import Ear, key_of
 from spectr.vllm.packed import fits, packed_of
+from spectr.vllm.probes import Ear, key_of
 from spectr.vllm.product import Product
 from spectr.vllm.routing import Group, alike
-from spectr.vllm.session import Session
-from spectr.vllm.shards import Split
-from spectr.vllm.ways import Way, by_ways
+from spectr.vllm.score_transforms import Way, by_ways
+from spectr.vllm.tensor_parallel import Split
+from spectr.vllm.worker_state import Session
 
 Reduce = Callable[[Tensor], Tensor]
 

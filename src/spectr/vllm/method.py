@@ -16,8 +16,8 @@ from vllm.model_executor.layers.linear import (
 from spectr.errors import CompositionError
 from spectr.vllm.layer import Experts, check_sizes
 from spectr.vllm.routing import sees_input
-from spectr.vllm.session import Session
-from spectr.vllm.shards import Split
+from spectr.vllm.tensor_parallel import Split
+from spectr.vllm.worker_state import Session
 
 
 class RoutedLinearMethod(LinearMethodBase):

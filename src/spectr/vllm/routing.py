@@ -17,7 +17,7 @@ from spectr.combine import merge_factors
 from spectr.routers import LengthRouter, PromptRouter, Router
 from spectr.selection import Everyone, Selection, TopK
 from spectr.spectral import Stack, segment_norms
-from spectr.vllm.ways import Way
+from spectr.vllm.score_transforms import Way
 
 
 def weights_among(

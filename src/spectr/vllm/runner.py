@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from spectr.errors import CompositionError
-from spectr.vllm.hearing import Hearing, Row
-from spectr.vllm.recording import Reporter
+from spectr.vllm.cache_salt import REMOVE
+from spectr.vllm.probes import Hearing, Row
 from spectr.vllm.requests import Asked
-from spectr.vllm.salt import REMOVE
-from spectr.vllm.session import Session
+from spectr.vllm.routing_records import Reporter
+from spectr.vllm.worker_state import Session
 
 
 def hook_runner() -> None:

@@ -19,7 +19,7 @@ from spectr.calibration import calibrate
 from spectr.composition import Guide, Routed, compose
 from spectr.errors import CompositionError, DataError, SpectrError, raise_together
 from spectr.evaluation.encode import encode_examples
-from spectr.evaluation.finding import Finding, find_experts, keep_findings, kept_findings, over_runs
+from spectr.evaluation.expert_recall import Finding, find_experts, keep_findings, kept_findings, over_runs
 from spectr.evaluation.metrics import text_metric
 from spectr.evaluation.score import Measurement, score_examples, score_of
 from spectr.hashing import known_sha256

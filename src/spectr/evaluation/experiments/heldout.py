@@ -9,8 +9,8 @@ from typing import Any
 from spectr.errors import DataError
 from spectr.evaluation.experiments.base import Bench, Result, percent
 from spectr.evaluation.experiments.compared import routers_that_fit, unfit_in_words
+from spectr.evaluation.paired_statistics import mean_difference
 from spectr.evaluation.score import Measurement
-from spectr.evaluation.shares import mean_difference
 from spectr.routers import Oracle
 
 METHODS: list[tuple[str, dict[str, Any]]] = [

@@ -6,8 +6,8 @@ from typing import Any
 
 from spectr.evaluation.experiments.base import Bench, Result
 from spectr.evaluation.experiments.compared import routers_that_fit, unfit_in_words
+from spectr.evaluation.paired_statistics import in_words, mean_share
 from spectr.evaluation.score import Measurement
-from spectr.evaluation.shares import in_words, mean_share
 from spectr.routers import Oracle
 
 _KS = (2, 4, 8)

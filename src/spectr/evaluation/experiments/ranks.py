@@ -9,7 +9,7 @@ from spectr.calibration import calibrate
 from spectr.errors import DataError
 from spectr.evaluation.experiments.base import Bench, Result, percent
 from spectr.evaluation.experiments.compared import routers_that_fit, unfit_in_words
-from spectr.evaluation.finding import over_runs
+from spectr.evaluation.expert_recall import over_runs
 
 ROUTERS: list[tuple[str, dict[str, Any]]] = [
     ("arrow", {"top_k": 1}),

@@ -16,7 +16,7 @@ from torch import Tensor
 from spectr.calibration import calibrate
 from spectr.evaluation.experiments.base import Bench, Result, percent
 from spectr.evaluation.experiments.compared import routers_that_fit, unfit_in_words
-from spectr.evaluation.finding import over_runs
+from spectr.evaluation.expert_recall import over_runs
 from spectr.library import ExpertLibrary
 
 ROUTERS: list[tuple[str, dict[str, Any]]] = [("arrow", {"top_k": 4}), ("spectr", {"top_k": 4}), ("calibrated", {})]

@@ -8,7 +8,7 @@ import torch
 
 from spectr.evaluation.experiments.base import Bench, Result, percent, seeds_note
 from spectr.evaluation.experiments.compared import routers_that_fit, unfit_in_words
-from spectr.evaluation.finding import over_runs
+from spectr.evaluation.expert_recall import over_runs
 from spectr.evaluation.similarity import cosines, mean_cosines
 
 ROUTERS: list[tuple[str, dict[str, Any]]] = [

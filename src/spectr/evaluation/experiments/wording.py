@@ -6,8 +6,8 @@ from typing import Any
 
 from spectr.evaluation.experiments.base import Bench, Result, percent, seeds_note
 from spectr.evaluation.experiments.compared import routers_that_fit, unfit_in_words
-from spectr.evaluation.finding import over_runs
-from spectr.evaluation.shares import in_words, mean_share
+from spectr.evaluation.expert_recall import over_runs
+from spectr.evaluation.paired_statistics import in_words, mean_share
 from spectr.routers import Oracle
 
 ROUTERS: list[tuple[str, dict[str, Any]]] = [

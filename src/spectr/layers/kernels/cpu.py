@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from spectr.atomic_write import cache_folder
 from spectr.layers.kernels.base import Choice, Kernels, Whole
-from spectr.layers.kernels.whole import Calls, Layer, WholeLayer, place
-from spectr.saving import cache_folder
+from spectr.layers.kernels.fused_linear import Calls, Layer, WholeLayer, place
 
 # Reductions may be reordered, or nothing is vectorised. Not -ffast-math: it changes how the whole process rounds.
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math")

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from spectr.layers.kernels.cpu import compiled_library, parts_of_float32, tiles_work
-from spectr.layers.kernels.whole import place
+from spectr.layers.kernels.fused_linear import place
 
 _SIDE, _DEEP = 16, 32  # columns of a tile, and terms
 _VECTORS = {torch.float32: "add_f32", torch.bfloat16: "add_bf16"}

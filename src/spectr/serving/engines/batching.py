@@ -11,7 +11,7 @@ from typing import Any
 from spectr.errors import CompositionError
 from spectr.layers.fork import Fork
 from spectr.layers.routed import RoutedLinear
-from spectr.serving.engines.conducting import Conductor, Part
+from spectr.serving.engines.batch_scheduling import Conductor, Part
 from spectr.serving.engines.generation import mark_pieces
 from spectr.serving.engines.requests import Running
 from spectr.serving.errors import RefusalError

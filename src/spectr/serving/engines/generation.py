@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from spectr.models import growing_cache
-from spectr.serving.engines.conducting import Conductor
+from spectr.serving.engines.batch_scheduling import Conductor
 from spectr.serving.engines.requests import Running
 from spectr.serving.errors import RefusalError
 

@@ -73,7 +73,7 @@ class Transformers:
             from spectr.serving.run import listen
         except ImportError as error:
             raise MissingExtraError("spectr serve", "serve") from error
-        from spectr.serving.suspicion import suspicious
+        from spectr.serving.outliers import suspicious
 
         check_version()
         bound = settings.listen()

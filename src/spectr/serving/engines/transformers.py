@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 from spectr.composition.several import Several
 from spectr.errors import CompositionError, MissingExtraError, SpectrError, nearest
 from spectr.serving.engines.base import Step, Ticket
-from spectr.serving.engines.conducting import Conductor
+from spectr.serving.engines.batch_scheduling import Conductor
 from spectr.serving.engines.generation import Bound, OneAtATime, State
 from spectr.serving.engines.requests import Running
 from spectr.serving.errors import RefusalError
-from spectr.serving.faults import shown
+from spectr.serving.validation import shown
 
 if TYPE_CHECKING:
     from spectr.serving.engines.batching import Batching

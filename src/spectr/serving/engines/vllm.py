@@ -16,7 +16,7 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
-from spectr.composed.settings import METHOD, Settings
+from spectr.composed_model.settings import METHOD, Settings
 from spectr.errors import CompositionError, MissingExtraError, SpectrError
 from spectr.library import ExpertLibrary
 from spectr.models import fetch_default_model
@@ -24,14 +24,14 @@ from spectr.routers import Router
 from spectr.routers.config import router_config
 from spectr.serving.engines.base import Step, Ticket
 from spectr.serving.errors import RefusalError
+from spectr.serving.outliers import spectral_norm, suspicion
 from spectr.serving.run import listen
 from spectr.serving.settings import Settings as Served
-from spectr.serving.suspicion import spectral_norm, suspicion
-from spectr.vllm.deciding import DECIDES, Decider
-from spectr.vllm.recording import Listener
+from spectr.vllm.prompt_decisions import DECIDES, Decider
 from spectr.vllm.register import check_version, engine_version
 from spectr.vllm.requests import EXPERTS, ROUTE_ID, ROUTER, ROUTING
-from spectr.vllm.served import decides_on_prompts, routers_of, served
+from spectr.vllm.router_set import decides_on_prompts, routers_of, served
+from spectr.vllm.routing_records import Listener
 
 INNER = "spectr"  # what vLLM's application calls the composed model
 _PATIENCE = 0.25  # seconds that an answer waits for its reports

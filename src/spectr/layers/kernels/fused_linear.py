@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, get_num_threads, nn
 
-from spectr.layers.kernels import rough
+from spectr.layers.kernels import screening
 from spectr.layers.kernels.base import Choice, own_numbers, watched
 
 
@@ -59,16 +59,16 @@ class WholeLayer:
         calls: ``route`` or ``held``, of few tokens and of many.
     """
 
-    rough: rough.Rough | None = None
+    rough: screening.Rough | None = None
 
     def __init__(self, base: nn.Linear, kept: tuple[Tensor, Tensor, Tensor | None], layer: Layer, calls: Calls):
         self.base, self.kept, self.layer, self.calls, self.dtype = base, kept, layer, calls, kept[0].dtype
         self.place, self.inputs, self.outputs = ctypes.addressof(layer), layer.inputs, layer.outputs
-        if self.dtype is torch.float32 and layer.experts >= rough.PAYS * layer.k:
+        if self.dtype is torch.float32 and layer.experts >= screening.PAYS * layer.k:
             self._roughen()
 
     def _roughen(self) -> None:
-        self.rough = rough.Rough.of(self.kept[0], self.layer.experts)
+        self.rough = screening.Rough.of(self.kept[0], self.layer.experts)
         if self.rough is not None:
             kept = self.rough
             self.layer.rough, self.layer.errors, self.layer.sizes = (

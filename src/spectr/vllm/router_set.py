@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import NamedTuple, TypeGuard
 
 from spectr.combine import merge_factors, merge_outputs
-from spectr.composed.settings import Settings
+from spectr.composed_model.settings import Settings
 from spectr.errors import CompositionError
 from spectr.library import ExpertLibrary
 from spectr.library.needs import CALIBRATED, OneExpert
@@ -54,7 +54,7 @@ class Routers(NamedTuple):
         return self.turns.get(name, 0)
 
     def granted(self, name: str, numbers: Mapping[str, float], decided: bool) -> Mapping[str, float]:
-        """What a request may do with its experts; see :attr:`spectr.vllm.session.Session.granted_TE`.
+        """What a request may do with its experts; see :attr:`spectr.vllm.worker_state.Session.granted_TE`.
 
         Args:
             name: Its router's; of one that is not known it gets the base model alone.

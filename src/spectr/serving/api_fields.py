@@ -25,7 +25,7 @@ from pydantic import (
 from spectr.errors import nearest
 from spectr.serving.engines.base import Step, Ticket
 from spectr.serving.errors import RefusalError
-from spectr.serving.faults import Fault, faults, shown
+from spectr.serving.validation import Fault, faults, shown
 
 OURS = ("experts", "router", "return_routing")
 _DIGITS = 3

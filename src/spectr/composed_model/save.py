@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spectr.composed.settings import Settings
+from spectr.composed_model.settings import Settings
 from spectr.composition import Routed
 from spectr.errors import CompositionError
 from spectr.library import ExpertLibrary, LibraryStore

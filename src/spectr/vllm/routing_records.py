@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from spectr.vllm.session import Session
+from spectr.vllm.worker_state import Session
 
 SOCKET = "SPECTR_ROUTES_SOCKET"  # path of a Unix socket that somebody listens at; no graph depends on it
 _ROOM = 64 << 20  # bytes that wait for a slow reader at most

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from spectr.atomic_write import replacing
 from spectr.composition import Routed
 from spectr.evaluation.score import Measurement
 from spectr.layers import trace
 from spectr.models.generate import encode_batch
 from spectr.models.text import context_length
 from spectr.routers import ProbingRouter
-from spectr.saving import replacing
 
 _BATCH = 16
 

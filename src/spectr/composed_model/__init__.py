@@ -3,8 +3,8 @@
 Importing this teaches transformers to load such a folder as it loads any other.
 """
 
-from spectr.composed.load import load_composed
-from spectr.composed.save import save_composed
-from spectr.composed.settings import Settings
+from spectr.composed_model.load import load_composed
+from spectr.composed_model.save import save_composed
+from spectr.composed_model.settings import Settings
 
 __all__ = ["Settings", "load_composed", "save_composed"]

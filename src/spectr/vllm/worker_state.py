@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from spectr.composed.settings import Settings
+from spectr.composed_model.settings import Settings
 from spectr.composition import prepare_module, side_data
 from spectr.errors import CompositionError, did_you_mean
 from spectr.library import ExpertLibrary
 from spectr.routers import Router, check_needs
 from spectr.spectral import Share
-from spectr.vllm.hearing import Hearing, Row
+from spectr.vllm.probes import Hearing, Row
 from spectr.vllm.requests import Asked
-from spectr.vllm.served import routers_of
+from spectr.vllm.router_set import routers_of
 
 
 class Session:

@@ -11,7 +11,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from spectr.composed.settings import METHOD, Settings
+from spectr.composed_model.settings import METHOD, Settings
 from spectr.composition import Routed, compose
 from spectr.errors import ModelError
 from spectr.models import pick_dtype

@@ -18,7 +18,7 @@ DECIDES = "SPECTR_DECIDES"  # set where somebody decides before an engine answer
 class Decider:
     """Stands before an engine's ``generate``: requests that ask for it are passed on with a verdict.
 
-    The engine reads a prompt as a request of its own (:mod:`spectr.vllm.hearing`). Where one expert is found the answer
+    The engine reads a prompt as a request of its own (:mod:`spectr.vllm.probes`). Where one expert is found the answer
     proper is that of a request for it: its masks, its cache salt.
 
     Args:

@@ -1,0 +1,43 @@
+"""Old names of modules resolve to the modules themselves, with a warning."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+import spectr
+from spectr.renamed import MODULES, new_name
+
+ROOT = Path(spectr.__file__).parent.parent
+
+
+@pytest.mark.parametrize("old", sorted(set(MODULES) - {name for name in MODULES if name.startswith("spectr.vllm")}))
+def test_an_old_name_is_the_module_itself(old):
+    with pytest.warns(DeprecationWarning, match=f"the module {old} is {MODULES[old]} now"):
+        found = importlib.import_module(old)
+    assert found is importlib.import_module(MODULES[old])
+    assert found.__spec__.name == MODULES[old]
+
+
+def test_modules_of_a_package_that_has_another_name():
+    assert new_name("spectr.composed.load") == "spectr.composed_model.load"
+    with pytest.warns(DeprecationWarning, match="spectr.composed_model.load now"):
+        from spectr.composed.load import load_composed
+    assert load_composed is spectr.load_composed
+
+
+def test_no_old_name_has_a_file_and_every_new_one_has():
+    for old, new in MODULES.items():
+        for name, exists in ((old, False), (new, True)):
+            place = ROOT.joinpath(*name.split("."))
+            assert (place.with_suffix(".py").is_file() or place.is_dir()) == exists, name
+
+
+def test_the_table_in_the_docs_is_complete():
+    docs = ROOT.parent / "docs" / "old-names.md"
+    if not docs.is_file():
+        pytest.skip("an installed package comes without docs")
+    text = docs.read_text(encoding="utf-8")
+    assert all(f"| `{old}` | `{new}` |" in text for old, new in MODULES.items())
