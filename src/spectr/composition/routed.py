@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -128,7 +128,7 @@ class Routed:
 
     def remove(self) -> nn.Module:
         """Give the model its own modules back, the very same objects, and return it."""
-        with self._exclusion.changing():
+        with self._changing():
             self.release()
             for name, original in self._originals.items():
                 swap_module(self.model, name, original)
@@ -161,6 +161,13 @@ class Routed:
         if self._calls is None and not self._removed:
             self._calls = Calls(self.model, self._resident, self.prompt, exclusion=self._exclusion)
 
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        with self._exclusion.changing():
+            if self._calls is not None:
+                self._calls.batches.check_idle()
+            yield
+
     def _choose(self, library: ExpertLibrary, allowed: tuple[str, ...] | None) -> tuple[str, ...]:
         """The experts to hold; the router's demands on a library are checked on the whole one, not on a restriction."""
         resident = residents(self.router, library.names)
@@ -192,7 +199,7 @@ class Routed:
         """
         if self._removed:
             raise CompositionError("this handle was removed from its model", do="compose the model again")
-        with self._exclusion.changing():
+        with self._changing():
             fresh = self._make_layers(names, library, progress)
             for module in set(self.layers) - set(fresh):
                 swap_module(self.model, module, self._originals.pop(module))

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -79,7 +80,7 @@ class BatchRouting:
     _calls: dict[RoutedLinear, LayerCall] = field(default_factory=dict, init=False, repr=False)
     _alike: dict[tuple[Any, ...], LayerCall] = field(default_factory=dict, init=False, repr=False)
 
-    @property
+    @cached_property
     def several(self) -> bool:
         """Whether several experts take part, so that their factors are copies."""
         rows_BTE = self.weights_BTE if self.weights_BTE is not None else self.among_BTE

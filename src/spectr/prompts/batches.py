@@ -7,17 +7,19 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from inspect import signature
 from typing import TYPE_CHECKING, Any, NamedTuple
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
 
+from spectr.errors import CompositionError
 from spectr.layers.batch_routing import BASE, BatchRouting
 
 if TYPE_CHECKING:
     from spectr.prompts.calls import Calls
 
 _KEPT = 1 << 16  # requests whose verdict is remembered
+_managers: WeakSet[Any] = WeakSet()  # of all composed models; they outlive a change of the experts
 
 
 class Batch(NamedTuple):
@@ -40,8 +42,7 @@ class Batches:
 
     def __init__(self, calls: Calls):
         self.calls, self.model = calls, calls.model
-        self._managers: WeakSet[Any] = WeakSet()
-        self._verdicts: OrderedDict[tuple[int, str], Tensor] = OrderedDict()
+        self._verdicts: WeakKeyDictionary[Any, OrderedDict[str, Tensor]] = WeakKeyDictionary()
 
     @property
     def plain(self) -> Callable[..., Any]:
@@ -63,26 +64,50 @@ class Batches:
             config.use_cuda_graph = False
             config.use_async_batching = False
         manager = self.plain(**{**given, "continuous_batching_config": config})
-        if manager not in self._managers:
-            self._managers.add(manager)
-            manager.add_request = _Adding(self, manager)
+        if self.calls.closed:
+            return manager
+        if manager.continuous_batching_config.allow_block_sharing:
+            raise CompositionError(
+                "the model keeps a manager from before it was composed, whose requests share their cache",
+                do="call model.destroy_cached_continuous_batching_manager() first",
+            )
+        _managers.add(manager)
+        manager.add_request = _Adding(manager)
         return manager
 
-    def take_along(self, manager: Any, request: str | None, verdict_1E: Tensor | None) -> None:
-        """Remember what was decided for a request before it was added."""
-        if request is not None and verdict_1E is not None:
+    def begin(self, manager: Any, request: str, verdict_1E: Tensor | None) -> None:
+        """Remember what was decided for a request before it was added, and nothing of one that had its name."""
+        self._verdicts.setdefault(manager, OrderedDict()).pop(request, None)
+        if verdict_1E is not None:
             self._remember(manager, request, verdict_1E)
+
+    def check_idle(self) -> None:
+        """Refuse a change of the experts while requests are answered, whose cache the present ones have written.
+
+        Raises:
+            CompositionError: There is such a request.
+        """
+        for manager in list(_managers):
+            processor = manager.batch_processor
+            if manager.model is self.model and processor is not None and processor.has_pending_requests():
+                raise CompositionError(
+                    "the experts cannot be changed while requests of a batch are answered",
+                    do="wait for these requests, or stop their manager",
+                )
 
     def of(self, given: Mapping[str, Any]) -> Batch | None:
         """The step that a call is, where it is one of a batch."""
         cache = given.get("cache")
-        manager = next((m for m in self._managers if cache is not None and _processor(m).cache is cache), None)
-        if manager is None:
+        if cache is None:
+            return None
+        known = ((m, m.batch_processor) for m in list(_managers))
+        manager, processor = next((pair for pair in known if getattr(pair[1], "cache", None) is cache), (None, None))
+        if processor is None:
             return None
         tokens = given["input_ids"].shape[-1]
         if self.calls.prompt is None:
             return Batch(None, tokens, None)
-        futures = _processor(manager).inputs_and_outputs.requests_in_batch
+        futures = processor.inputs_and_outputs.requests_in_batch
         counts = [future.query_length for future in futures]
         if not futures or sum(counts) > tokens:
             return Batch(BASE, tokens, None)  # a rehearsal, of nobody's tokens
@@ -94,7 +119,7 @@ class Batches:
 
     def _verdict(self, manager: Any, state: Any) -> Tensor:
         name = str(state.request_id).partition("__child#")[0]
-        found = self._verdicts.get((id(manager), name))
+        found = self._verdicts.get(manager, {}).get(name)
         if found is None:
             held = self.calls.prompt.held_BE if self.calls.prompt is not None else None
             ids = torch.tensor([state.initial_tokens], device=next(self.model.parameters()).device)
@@ -103,34 +128,33 @@ class Batches:
         return found
 
     def _remember(self, manager: Any, request: str, verdict_1E: Tensor) -> None:
-        self._verdicts[id(manager), request] = verdict_1E
-        while len(self._verdicts) > _KEPT:
-            self._verdicts.popitem(last=False)
+        verdicts = self._verdicts.setdefault(manager, OrderedDict())
+        verdicts[request] = verdict_1E
+        while len(verdicts) > _KEPT:
+            verdicts.popitem(last=False)
 
     def __getstate__(self) -> dict[str, Any]:
         """Managers are not copied."""
         return {"calls": self.calls, "model": self.model}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _managers=WeakSet(), _verdicts=OrderedDict())
+        vars(self).update(state, _verdicts=WeakKeyDictionary())
 
 
 class _Adding:
     """Stands in for a manager's ``add_request``."""
 
-    def __init__(self, batches: Batches, manager: Any):
-        self.batches, self.manager, self.plain = batches, manager, manager.add_request
+    def __init__(self, manager: Any):
+        self.manager, self.plain = manager, type(manager).add_request.__get__(manager)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        verdict_1E = self.batches.calls.request_verdict()
-        if verdict_1E is not None and kwargs.get("request_id") is None and len(args) < 2:
+        batches = vars(self.manager.model).get("init_continuous_batching")
+        if not isinstance(batches, Batches):  # the experts were removed
+            return self.plain(*args, **kwargs)
+        given = {**dict(zip(signature(self.plain).parameters, args, strict=False)), **kwargs}
+        if given.get("request_id") is None:
             with self.manager._request_lock:  # its name is needed before it is added
-                kwargs["request_id"] = f"req_{self.manager._request_counter}"
+                given["request_id"] = f"req_{self.manager._request_counter}"
                 self.manager._request_counter += 1
-        name = kwargs.get("request_id") if len(args) < 2 else args[1]
-        self.batches.take_along(self.manager, name, verdict_1E)
-        return self.plain(*args, **kwargs)
-
-
-def _processor(manager: Any) -> Any:
-    return manager.batch_processor
+        batches.begin(self.manager, given["request_id"], batches.calls.request_verdict())
+        return self.plain(**given)

@@ -34,6 +34,7 @@ class CacheRecord:
         ids: Token ids as they were read, (rows, tokens) each, -1 where masked; ``None`` where they are not known.
         positions: Their positions, where they were given.
         length: How many tokens were read.
+        before: What the cache counts besides them, as the model puts its own in front.
         frame: The generation or block that wrote it, whose verdict it has whatever its rows are.
     """
 
@@ -43,6 +44,7 @@ class CacheRecord:
     ids: tuple[Int[Tensor, "B T"], ...] | None = ()
     positions: tuple[Int[Tensor, "B T"] | None, ...] = ()
     length: int = 0
+    before: int = 0
     frame: object | None = field(default=None, compare=False)
 
     @property
@@ -67,8 +69,29 @@ class CacheRecord:
             start += ids_BT.shape[1]
         return torch.cat(parts, dim=1)
 
-    def read(self, ids_BT: Tensor | None, mask_BT: Tensor | None, tokens: int, positions: Tensor | None = None) -> None:
-        """Note tokens that follow those that are there."""
+    def read(
+        self,
+        ids_BT: Tensor | None,
+        mask_BT: Tensor | None,
+        tokens: int,
+        positions: Tensor | None = None,
+        held: int | None = None,
+    ) -> None:
+        """Note tokens that follow those that are there.
+
+        Args:
+            ids_BT: Their ids, where they are known.
+            mask_BT: Of them, or of more before them.
+            tokens: How many they are.
+            positions: Theirs, where they are given.
+            held: What the cache counts now. A model may be given the whole text, and add what is new.
+        """
+        if held is not None and not self.length:
+            self.before = max(0, held - tokens)
+        elif held is not None and 0 < held - self.before - self.length < tokens:
+            tokens = held - self.before - self.length
+            ids_BT = None if ids_BT is None else ids_BT[:, -tokens:]
+            positions = None if positions is None else positions[:, -tokens:]
         known = None if ids_BT is None or self.ids is None else (*self.ids, masked_ids(ids_BT, mask_BT))
         self.ids, self.length = known, self.length + tokens
         self.positions = (*self.positions, None if positions is None else positions.detach())
@@ -131,7 +154,7 @@ class _Recorded:
     def crop(self, length: int) -> None:
         super().crop(length)  # pyright: ignore[reportAttributeAccessIssue]
         # below zero: tokens to remove; above: tokens to keep, as transformers had it before 5
-        self._record.crop(max(0, self._record.length + length) if length <= 0 else length)
+        self._record.crop(max(0, self._record.length + length if length <= 0 else length - self._record.before))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)  # pyright: ignore[reportAttributeAccessIssue]
@@ -140,6 +163,13 @@ class _Recorded:
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)  # pyright: ignore[reportAttributeAccessIssue]
         self._record.rows(torch.as_tensor(indices))
+
+    @property
+    def is_compileable(self) -> bool:
+        # transformers asks for the very class, so as not to compile a DynamicCache whose layers all could be
+        from transformers import DynamicCache
+
+        return type(self).__mro__[2] is not DynamicCache and super().is_compileable  # pyright: ignore[reportAttributeAccessIssue]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _restored, (type(self).__mro__[2],), vars(self)
@@ -218,6 +248,12 @@ def length_of(state: Any) -> int | None:
         return int(state.get_seq_length())
     except (AttributeError, ValueError, TypeError):
         return None
+
+
+def agrees(state: Any, record: CacheRecord) -> bool:
+    """Whether a cache holds what its record says, as far as it shows: others may have filled it since."""
+    length = length_of(state)
+    return length is None or length == record.before + record.length
 
 
 def is_recurrent(state: Any) -> bool:

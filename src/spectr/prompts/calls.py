@@ -5,7 +5,7 @@
 2. A cache never changes the answer: one that was filled under another verdict or other experts, or by somebody else, is
    reset and its tokens are read again. Where its tokens are not known the call is refused.
 3. Any other call decides for itself; calls on the cache that it filled keep that.
-4. ``prompt.hold`` (all threads) and ``prompt.using`` (one thread) take the place of what calls would decide.
+4. ``prompt.hold`` (all threads) and ``prompt.using`` (one thread or asyncio task) take the place of what calls decide.
 5. With an encoder a decision belongs to the encoder's outputs.
 
 What is decided is set for the thread that runs the call (:mod:`spectr.layers.batch_routing`); next to a cache it is
@@ -18,7 +18,9 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import lru_cache
 from inspect import signature
 from itertools import pairwise
 from operator import is_
@@ -36,11 +38,12 @@ from spectr.layers.routed import RoutedLinear
 from spectr.prompts import cache_records as records
 from spectr.prompts.batches import Batches
 from spectr.prompts.cache_records import CacheRecord
-from spectr.prompts.decision import PromptDecision
+from spectr.prompts.decision import PromptDecision, plain_verdict
 from spectr.prompts.exclusion import Exclusion
 
 _TOKENS = ("input_ids", "inputs_embeds")
 _CHECKPOINT = "_gradient_checkpointing_func"  # where transformers keeps it
+_ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")  # what others propose is verified
 _ROUTINGS = 16  # verdicts whose routing is kept
 
 
@@ -69,14 +72,13 @@ class Frame:
 
 
 class _Stack(threading.local):
-    """Of a thread: its frames, the innermost last, and the compositions that one of its calls is in."""
+    """Of a thread: the compositions that one of its calls is in."""
 
-    def __init__(self) -> None:
-        self.frames: list[Frame] = []
-        self.inside: tuple[Calls, ...] = ()
+    inside: tuple[Calls, ...] = ()
 
 
 _stack = _Stack()
+_frames: ContextVar[tuple[Frame, ...]] = ContextVar("spectr_frames", default=())  # of a thread or task; innermost last
 
 
 class Entry:
@@ -91,20 +93,21 @@ class Entry:
     def __init__(self, calls: Calls, module: nn.Module, part: str):
         self.calls, self.module, self.part = calls, module, part
         self.own: Callable[..., Any] | None = module.__dict__.get("forward")  # accelerate's, for one
-        self.names = tuple(signature(self.plain).parameters)
+        self.names = tuple(self.__signature__.parameters)
 
-    @property
-    def plain(self) -> Callable[..., Any]:
+    def plain(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own ``forward``."""
-        return self.own or type(self.module).forward.__get__(self.module)
+        if self.own is not None:
+            return self.own(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)  # Dynamo takes a bound one for this entry
 
     @property
     def __signature__(self) -> Any:
-        return signature(self.plain)
+        return signature(self.own or type(self.module).forward.__get__(self.module))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the module's own."""
-        if thread.routing is not None or (is_compiling() and self.calls.prompt is None):
+        if thread.routing is not None or self.calls.closed or (is_compiling() and self.calls.prompt is None):
             return self.plain(*args, **kwargs)
         return self.calls.run(self, args, kwargs)
 
@@ -136,7 +139,7 @@ class Generation:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's own."""
-        return self.calls.generate(self, args, kwargs)
+        return self.plain(*args, **kwargs) if self.calls.closed else self.calls.generate(self, args, kwargs)
 
 
 class Checkpointing:
@@ -186,6 +189,8 @@ class _Again:
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         routing, shape, kept = thread.routing, thread.shape, thread.kept
+        if not torch.is_grad_enabled():  # as while a prompt is read for a decision
+            return function(*args, **kwargs)
 
         def again(*given: Any, **more: Any) -> Any:
             with routed_by(routing, shape, kept):
@@ -202,6 +207,24 @@ class _Tokens(NamedTuple):
     positions: Tensor | None
     rows: int
     count: int
+
+
+class _Step(NamedTuple):
+    """A call: what holds for its layers, and what will be known of a cache that it fills."""
+
+    given: dict[str, Any]
+    routing: BatchRouting | None
+    shape: tuple[int, int] | None
+    kept: slice | Tensor | None
+    tokens: _Tokens | None = None
+    record: CacheRecord | None = None
+
+
+@lru_cache(maxsize=1)
+def _keep_out_of_graphs() -> None:
+    """Have decisions made outside of compiled graphs. Not on import, as torch's compiler takes seconds to load."""
+    for name, all_inside in {"run": False, "_begin": True, "_end": True}.items():  # the model inside is compiled
+        setattr(Calls, name, torch.compiler.disable(getattr(Calls, name), recursive=all_inside))
 
 
 class Calls:
@@ -231,8 +254,10 @@ class Calls:
         self._held: list[LayerCall] = []
         if prompt is not None:
             prompt.calls = self
+            _keep_out_of_graphs()
         self.batches = Batches(self)
-        self._stand_ins: list[tuple[nn.Module, str, Any]] = []
+        self._stand_ins: list[tuple[nn.Module, str, Any, Any]] = []
+        self.closed = False
         self._install()
 
     # Standing in for the model's methods
@@ -249,18 +274,21 @@ class Calls:
             Checkpointing(self.model).take()  # where it is on already
 
     def _replace(self, module: nn.Module, name: str, stand_in: Any) -> None:
-        self._stand_ins.append((module, name, vars(module).get(name)))
+        self._stand_ins.append((module, name, stand_in, vars(module).get(name)))
         setattr(module, name, stand_in)
 
     def close(self) -> None:
-        """Give the model its own methods back."""
-        for module, name, own in reversed(self._stand_ins):
+        """Give the model its own methods back. Where somebody has wrapped ours since, as accelerate does, it stays."""
+        for module, name, stand_in, own in reversed(self._stand_ins):
+            if vars(module).get(name) is not stand_in:
+                continue
             if own is None:
-                vars(module).pop(name, None)
+                del vars(module)[name]
             else:
                 setattr(module, name, own)
         Checkpointing(self.model).leave()
-        self._stand_ins = []
+        self._stand_ins, self._layers, self._held, self.closed = [], [], [], True
+        self._routings.clear()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_routings": OrderedDict(), "_held": []}
@@ -268,21 +296,21 @@ class Calls:
     # Frames
 
     def _frame(self) -> Frame | None:
-        return next((frame for frame in reversed(_stack.frames) if frame.calls is self), None)
+        return next((frame for frame in reversed(_frames.get()) if frame.calls is self), None)
 
     @contextmanager
     def using(self, verdict_BE: Tensor) -> Iterator[None]:
         """Have a verdict hold for this thread's calls."""
-        with self._framed(Frame(self, verdict_BE)):
+        with self._framed(Frame(self, plain_verdict(verdict_BE))):
             yield
 
     @contextmanager
     def _framed(self, frame: Frame) -> Iterator[None]:
-        _stack.frames.append(frame)
+        _frames.set((*_frames.get(), frame))
         try:
             yield
         finally:
-            _stack.frames.remove(frame)
+            _frames.set(tuple(other for other in _frames.get() if other is not frame))
 
     def adopt(self, state: Any, ids_BT: Tensor) -> None:
         """Have a cache go on as if this composition had filled it with these tokens."""
@@ -311,23 +339,28 @@ class Calls:
         if self in _stack.inside:
             return entry.plain(*args, **kwargs)
         with self.exclusion.running():
-            given = entry.given(args, kwargs)
-            batch = self.batches.of(given)
-            if batch is not None:
-                with self._inside(batch.routing, (1, batch.tokens), batch.kept):
-                    return entry.plain(*args, **kwargs)
-            packed = None if self.prompt is None else _packed_lengths(given)
-            if packed is not None and self._wanted(self._frame()) is None:
-                with self._inside(self._packed(given, packed), None, _kept(given)):
-                    return entry.plain(*args, **kwargs)
-            tokens = _tokens_of(entry, given)
-            record = self._record_for(entry, given, tokens)
-            verdict_BE = record.verdict_BE
-            routing = None if verdict_BE is None else self.routing(verdict_BE)
-            with self._inside(routing, (tokens.rows, tokens.count)):
+            if self.closed:  # the experts were changed while it waited
+                return entry.module.forward(*args, **kwargs)
+            step = self._begin(entry, args, kwargs)
+            with self._inside(step.routing, step.shape, step.kept):
                 out = entry.plain(*args, **kwargs)
-            self._note(entry, given, out, tokens, record)
+            self._end(step, entry, out)
             return out
+
+    def _begin(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Step:
+        """What holds for a call, decided now or known."""
+        given = entry.given(args, kwargs)
+        batch = self.batches.of(given)
+        if batch is not None:
+            return _Step(given, batch.routing, (1, batch.tokens), batch.kept)
+        packed = None if self.prompt is None else _packed_lengths(given)
+        if packed is not None and self._wanted(self._frame()) is None:
+            return _Step(given, self._packed(given, packed), None, _kept(given))
+        tokens = _tokens_of(entry, given)
+        record = self._record_for(entry, given, tokens)
+        verdict_BE = record.verdict_BE
+        routing = None if verdict_BE is None else self.routing(verdict_BE)
+        return _Step(given, routing, (tokens.rows, tokens.count), None, tokens, record)
 
     @contextmanager
     def _inside(
@@ -357,9 +390,10 @@ class Calls:
                 self._routings.clear()
                 self._held = held
             found = self._routings.get(key)
-            if found is None:
-                self._routings[key] = found = self.prompt.routing(verdict_NE)
-            self._routings.move_to_end(key)
+            if found is not None:
+                self._routings.move_to_end(key)
+                return found
+            self._routings[key] = found = self.prompt.routing(verdict_NE)
             sets, several = self.prompt.sets, any(kept.several for kept in self._routings.values())
             most = min(_ROUTINGS, sets.gathered if several else sets.single)
             while len(self._routings) > most:
@@ -393,7 +427,7 @@ class Calls:
 
     def _decide(self, given: Mapping[str, Any]) -> Tensor:
         assert self.prompt is not None
-        return self.prompt.decide(**{name: value for name, value in given.items() if value is not None})
+        return plain_verdict(self.prompt.decide(**{name: value for name, value in given.items() if value is not None}))
 
     def _continued(
         self, entry: Entry, given: Mapping[str, Any], state: Any, tokens: _Tokens, frame: Frame | None, wanted: Any
@@ -413,6 +447,8 @@ class Calls:
                 if verdict_BE is not None and self.prompt is not None:
                     self.prompt.show(verdict_BE)
                 return record
+        elif frame is not None and frame.generates and not hasattr(state, "get_seq_length"):
+            return self._fresh(wanted, frame)  # a part of what this generation had, as XLNet cuts its own
         return self._read_again(entry.plain, given, state, tokens, frame, wanted)
 
     def _known(self, state: Any) -> CacheRecord | None:
@@ -420,11 +456,11 @@ class Calls:
         record = records.record_of(state)
         if record is None or record.composition != self.key or record.allowed != self.experts:
             return None
-        length = records.length_of(state)
-        if length is not None and length != record.length:
+        if not records.agrees(state, record):
             if self.prompt is not None:
                 return None
-            record.ids, record.length = None, length  # by compiled calls, which note nothing and decide nothing
+            # by compiled calls, which note nothing and decide nothing
+            record.ids, record.length, record.before = None, records.length_of(state) or 0, 0
         return record
 
     def _read_again(
@@ -438,8 +474,7 @@ class Calls:
     ) -> CacheRecord:
         """Empty a cache and read its tokens under what holds now; refused where these are not known."""
         before = records.record_of(state)
-        length = records.length_of(state)
-        ids_BT = None if before is None or (length is not None and length != before.length) else before.ids_BT
+        ids_BT = None if before is None or not records.agrees(state, before) else before.ids_BT
         if ids_BT is None or not records.can_reset(state) or len(ids_BT) != tokens.rows:
             raise CompositionError(
                 "the cache was filled under other experts or another decision, and its tokens are not known",
@@ -453,15 +488,20 @@ class Calls:
             wanted = self._decide(_as_prompt(torch.cat([ids_BT.to(new_BT.device), new_BT], dim=1)))
         assert before is not None
         positions = before.positions_BT
+        record = self._fresh(wanted, frame)  # before the reset, which empties the record there is
+        record.ids, record.positions, record.length, record.before = (
+            before.ids,
+            before.positions,
+            before.length,
+            before.before,
+        )
         state.reset()
-        record = self._fresh(wanted, frame)
         routing = None if wanted is None else self.routing(wanted)
         read = {**_as_prompt(ids_BT), "past_key_values": state, "use_cache": True}
         if positions is not None:
             read["position_ids"] = positions
         with torch.no_grad(), self._inside(routing, (len(ids_BT), ids_BT.shape[1])):
             forward(**read)
-        record.ids, record.positions, record.length = before.ids, before.positions, before.length
         records.attach(state, record)
         if wanted is not None and self.prompt is not None:
             self.prompt.show(wanted)
@@ -484,8 +524,11 @@ class Calls:
         assert record.verdict_BE is not None
         return _expanded(record.verdict_BE, tokens.rows, None)
 
-    def _note(self, entry: Entry, given: Mapping[str, Any], out: Any, tokens: _Tokens, record: CacheRecord) -> None:
-        """Keep with a cache and with an encoder's outputs what holds for them."""
+    def _end(self, step: _Step, entry: Entry, out: Any) -> None:
+        """Keep with a cache and with an encoder's outputs what held for a call."""
+        given, tokens, record = step.given, step.tokens, step.record
+        if tokens is None or record is None:
+            return
         if _is_pair(self.model) and self.prompt is not None:
             hidden = _get(out, "last_hidden_state" if entry.part == "encoder" else "encoder_last_hidden_state")
             if isinstance(hidden, Tensor):
@@ -493,7 +536,7 @@ class Calls:
         states = [state for _, state in records.states_in(out)] or [state for _, state in records.states_in(given)]
         for state in states[:1]:
             if entry.part != "encoder" and records.is_filled(state):
-                record.read(tokens.ids, tokens.mask, tokens.count, tokens.positions)
+                record.read(tokens.ids, tokens.mask, tokens.count, tokens.positions, records.length_of(state))
                 records.attach(state, record)
 
     # Several prompts in one row
@@ -518,6 +561,8 @@ class Calls:
         if thread.routing is not None or self in _stack.inside or (outer is not None and outer.generates):
             return generation.plain(*args, **kwargs)
         with self.exclusion.running():
+            if self.closed:
+                return self.model.generate(*args, **kwargs)
             names = tuple(signature(generation.plain).parameters)
             given = {**dict(zip(names, args, strict=False)), **kwargs}
             settings = _Settings.of(self.model, given)
@@ -531,6 +576,9 @@ class Calls:
             frame.verdict_BE = self._verdict_for(whole, outer, settings, known, given)
             with self._framed(frame):
                 if state is not None:
+                    # assisted, transformers reads the whole text again behind what a cache holds
+                    again = settings.assisted or records.is_recurrent(state)
+                    known = None if again else known
                     kwargs = {**kwargs, name: self._fitting(state, known, whole, prompt, frame, only_new)}
                     kwargs = {key: value for key, value in kwargs.items() if value is not None or key != name}
                 return generation.plain(*args, **kwargs)
@@ -543,8 +591,7 @@ class Calls:
         if mask.ndim != 2 or mask.shape[1] <= ids.shape[1]:
             return prompt, False
         record = records.record_of(state)
-        length = records.length_of(state)
-        before = None if record is None or (length is not None and length != record.length) else record.ids_BT
+        before = None if record is None or not records.agrees(state, record) else record.ids_BT
         if before is None or before.shape[1] + ids.shape[1] != mask.shape[1]:
             raise CompositionError(
                 "generate is given new tokens alone, and those of the cache are not known",
@@ -559,7 +606,8 @@ class Calls:
         if self.prompt is None:
             return None
         verdict_BE = self._wanted(outer)
-        around = _stack.frames[-1] if _stack.frames and _stack.frames[-1].calls is not self else None
+        around = next(iter(_frames.get()[-1:]), None)
+        around = None if around is None or around.calls is self else around
         if verdict_BE is None and around is not None and self.key in around.assistants:
             verdict_BE = around.assistants[self.key]
         if verdict_BE is None and settings.assists and known is not None:
@@ -580,8 +628,7 @@ class Calls:
         self, state: Any, known: CacheRecord | None, whole: dict[str, Any], prompt: Any, frame: Frame, only_new: bool
     ) -> Any:
         """A given cache, so that it does not change the answer: as it is, read again, or emptied."""
-        recurrent = records.is_recurrent(state)
-        if known is not None and not recurrent and _begins(whole, known, only_new):
+        if known is not None and _begins(whole, known, only_new):
             wanted = frame.verdict_BE
             fits = wanted is None or (
                 known.verdict_BE is not None and _same(known.verdict_BE, _expanded(wanted, len(known.verdict_BE), None))
@@ -592,20 +639,14 @@ class Calls:
         if only_new:
             ids = prompt["input_ids"]
             tokens = _Tokens(ids, None, None, len(ids), ids.shape[1])
-            forward = next(own for module, name, own in self._plain_forwards() if module is self.model)
-            self._read_again(forward, {}, state, tokens, frame, frame.verdict_BE)
+            entry = next(entry for module, _, entry, _ in self._stand_ins if module is self.model)
+            self._read_again(entry.plain, {}, state, tokens, frame, frame.verdict_BE)
             return state
         if not records.can_reset(state):
             return None  # then generate begins without
         state.reset()
         records.attach(state, self._fresh(frame.verdict_BE, frame))
         return state
-
-    def _plain_forwards(self) -> Iterator[tuple[nn.Module, str, Callable[..., Any]]]:
-        for module, name, _ in self._stand_ins:
-            stand_in = vars(module).get(name)
-            if isinstance(stand_in, Entry):
-                yield module, name, stand_in.plain
 
 
 class _Settings(NamedTuple):
@@ -616,6 +657,7 @@ class _Settings(NamedTuple):
     bos: Any
     expand: int | None
     assists: bool
+    assisted: bool
 
     @staticmethod
     def of(model: Any, given: Mapping[str, Any]) -> _Settings:
@@ -631,7 +673,8 @@ class _Settings(NamedTuple):
         assists = bool(getattr(config, "is_assistant", False))
         eos = find("eos_token_id")
         eos = eos.tolist() if isinstance(eos, Tensor) else eos
-        return _Settings(find("pad_token_id"), eos, find("bos_token_id"), expand if known else None, assists)
+        assisted = any(find(name) is not None for name in _ASSISTED)
+        return _Settings(find("pad_token_id"), eos, find("bos_token_id"), expand if known else None, assists, assisted)
 
 
 def _prompt_of(model: Any, given: Mapping[str, Any], settings: _Settings) -> dict[str, Any]:

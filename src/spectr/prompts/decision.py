@@ -86,14 +86,15 @@ class PromptDecision:
         """
         if verdict_BE is not None:
             self._check(verdict_BE)
-        self.held_BE = verdict_BE
+        self.held_BE = None if verdict_BE is None else plain_verdict(verdict_BE)
 
     @contextmanager
     def using(self, verdict_BE: Float[Tensor, "B E"]) -> Iterator[None]:
         """Have this verdict hold for this thread's calls while the block runs, in the place of what they would decide.
 
-        For what was decided on more text than one call sees. ``generate_batch`` and its manager take the verdict along
-        with the requests that are added in the block, a row for each in turn.
+        For what was decided on more text than one call sees. In a task of asyncio it holds for that task alone, and for
+        what it runs by ``asyncio.to_thread``. ``generate_batch`` and its manager take the verdict along with the
+        requests that are added in the block, a row for each in turn.
         """
         self._check(verdict_BE)
         with self.calls.using(verdict_BE):
@@ -150,6 +151,11 @@ def routing_of(
     """
     factors = sets.table(taken) if use.gathers else None
     return BatchRouting(experts, *use.rows(verdict_BTE, among_BTE), factors=factors)
+
+
+def plain_verdict(verdict_BE: Tensor) -> Float[Tensor, "B E"]:
+    """A verdict as sequences keep it: float32 and on the CPU, whatever gave it."""
+    return verdict_BE.detach().to("cpu", torch.float32)
 
 
 def decides_by_prompt(model: nn.Module) -> bool:

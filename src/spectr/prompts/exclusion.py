@@ -9,9 +9,13 @@ from typing import Any
 
 from spectr.errors import CompositionError
 
+_PATIENCE = 30.0  # seconds; a running call may itself wait for the new one, so that neither can wait for ever
+
 
 class Exclusion:
     """Any number of calls run at once; a change waits until none of another thread runs, and then runs alone.
+
+    A new call lets changes that wait go first, for some time.
 
     Attributes:
         lock: Guards what calls share.
@@ -22,14 +26,16 @@ class Exclusion:
         self._state = threading.Condition()
         self._running: dict[int, int] = {}
         self._changer: int | None = None
+        self._waiting = 0
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """A call."""
         me = threading.get_ident()
         with self._state:
-            while me not in self._running and self._changer not in (None, me):
-                self._state.wait()
+            if me not in self._running and self._changer != me:
+                self._state.wait_for(lambda: self._changer is None and not self._waiting, _PATIENCE)
+                self._state.wait_for(lambda: self._changer is None)
             self._running[me] = self._running.get(me, 0) + 1
         try:
             yield
@@ -54,8 +60,9 @@ class Exclusion:
                     "the experts cannot be changed from inside a call of the model",
                     do="change them when it has returned",
                 )
-            while self._running or self._changer not in (None, me):
-                self._state.wait()
+            self._waiting += 1
+            self._state.wait_for(lambda: not self._running and self._changer in (None, me))
+            self._waiting -= 1
             before, self._changer = self._changer, me
         try:
             yield
