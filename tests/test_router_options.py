@@ -50,7 +50,7 @@ def made_by_a_function(count: int = 2, anything=None):
 
 @pytest.fixture
 def plugins(monkeypatch):
-    values = {"theirs": "Theirs", "function": "made_by_a_function"}
+    values = {"theirs": "Theirs", "function": "made_by_a_function", "always": "Always"}
     points = [EntryPoint(name=n, value=f"{__name__}:{v}", group="spectr.routers") for n, v in values.items()]
     monkeypatch.setattr("spectr.registry.entry_points", lambda group: points if group == "spectr.routers" else [])
 
@@ -187,3 +187,28 @@ def test_combine_is_short_for_a_setting(spectr, given):
     code, _, err = spectr("generate", "what", "-n", 1, "-r", "mu", "--combine", "ties", "--set", "combine=dare", *given)
     assert code == 2
     assert "combine set twice" in err
+
+
+@pytest.mark.filterwarnings("always::spectr.errors.SpectrWarning")
+def test_a_deprecated_text_is_one_line(spectr, given):
+    code, _, err = spectr("generate", "what", "-n", 1, "-r", "mu", "--combine", "dare:0.5", *given)
+    assert code == 0
+    lines = [line for line in err.splitlines() if "deprecated" in line]
+    assert lines == ["\u00b7 warning: combine='dare:0.5' is deprecated: write 'dare:density=0.5'"]
+    assert "Warning" not in err
+
+
+@dataclass(frozen=True, kw_only=True)
+class Always(Spectr):
+    """Another package's router with a setting of the oracle's name."""
+
+    expert: str = "amber"
+
+
+def test_the_expert_of_another_packages_router(spectr, given, plugins):
+    code, out, _ = spectr("generate", "what", "-n", 1, "--json", "-r", "always", "-e", "blue", *given)
+    assert code == 0
+    assert "expert='blue'" in json.loads(out)["router"]
+    code, _, err = spectr("generate", "what", "-n", 1, "-r", "mu", "-e", "blue", *given)
+    assert code == 2
+    assert "--expert blue is for a router that has this setting" in err

@@ -11,7 +11,7 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from spectr.errors import SpectrError, did_you_mean
+from spectr.errors import SpectrError, SpectrWarning, did_you_mean
 
 T = TypeVar("T")
 PROTOCOL = 1  # of the objects that packages add; one that declares no spectr_protocol is of version 1
@@ -117,7 +117,7 @@ class Registry(Generic[T]):
             warnings.warn(
                 f"{point.value}: the entry-point group {self.old_group} is now {self.group}; the next version does not "
                 "read the old one",
-                FutureWarning,
+                SpectrWarning,
                 stacklevel=4,
             )
             points.append(point)
