@@ -147,3 +147,21 @@ def test_without_task_those_whose_expert_is_absent_are_left_out(spectr, world, t
     assert code == 0
     assert "left out, as the library has no expert for them: lost" in notes
     assert "words" in text
+
+
+def test_the_command_keeps_ids_and_addresses_and_quotes(tmp_path):
+    from spectr.evaluation.run import _command
+
+    folder = tmp_path / "my experts"
+    folder.mkdir()
+    given = {
+        "model": "org/model",
+        "library": folder,
+        "companion": [f"fine={folder}"],
+        "writer": "http://host/v1#org/model",
+        "json": True,
+    }
+    assert _command("robustness", given) == (
+        "spectr evaluate robustness --model org/model --library 'my experts' --companion 'fine=my experts' "
+        "--writer 'http://host/v1#org/model' --json"
+    )

@@ -96,6 +96,50 @@ def test_a_mistake_is_told_before_a_model_is_loaded(world):
         SpectrLM(base="/no/model", library=str(world / "experts"), router="arow")
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"temperature": 0.01, "tempratur": 3}, "has tempratur\n  to do: did you mean 'temperature'"),
+        (
+            {"bach_size": 4},
+            "neither the router 'arrow' nor the harness' HFLM has bach_size\n  to do: did you mean 'batch_",
+        ),
+        ({"temperature": "hot"}, "temperature=hot\n  expected: a number"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+    ],
+)
+def test_a_wrong_setting_is_refused_before_a_model_is_loaded(world, given, message):
+    with pytest.raises(CompositionError) as caught:
+        SpectrLM(base="/no/model", library=str(world / "experts"), router="arrow", **given)
+    assert message in str(caught.value)
+
+
+def test_settings_go_to_the_router_and_the_rest_to_the_harness():
+    given = {"temperature": 0.01, "weights": "uniform", "batch_size": 4}
+    assert harness._settings("arrow", given) == {"temperature": 0.01, "weights": "uniform"}
+    assert given == {"batch_size": 4}
+
+
+@pytest.mark.parametrize("lm_eval", ["there", "missing"])
+def test_as_a_script_it_registers_the_modules_class_or_reports_what_is_missing(lm_eval):
+    script = f"""
+import runpy, sys
+if {lm_eval == "missing"}:
+    sys.modules["lm_eval"] = None
+else:
+    import lm_eval.__main__
+    from lm_eval.api.registry import get_model
+    lm_eval.__main__.cli_evaluate = lambda: print(get_model("spectr").__module__)
+runpy.run_module("spectr.evaluation.harness", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    if lm_eval == "there":
+        assert (done.returncode, done.stdout) == (0, "spectr.evaluation.harness\n")
+    else:
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: lm-evaluation-harness needs the extra 'harness'")
+
+
 def test_the_entry_point_is_the_model():
     [point] = [point for point in entry_points(group="lm_eval.models") if point.name == "spectr"]
     assert point.load() is SpectrLM

@@ -23,11 +23,13 @@ from spectr import (
     Spectr,
     Uniform,
 )
-from spectr.combine import Combination, get_combination, merge_outputs
-from spectr.errors import CompositionError
+from spectr.combine import COMBINATIONS, Combination, get_combination, merge_outputs
+from spectr.errors import CompositionError, SpectrError
+from spectr.merging.registry import METHODS
 from spectr.registry import Registry, entry
 from spectr.routers import Router, get_router, router_names
 from spectr.routers.config import router_config
+from spectr.routers.registry import ROUTERS
 
 UNKNOWN_COMBINATION = "unknown combination 'sum'\n  to do: known: dare, dare-ties, factors, knots, outputs, ties"
 
@@ -155,6 +157,51 @@ def test_a_broken_plugin_breaks_no_other_name(plugins):
         get_router("broken")
     with pytest.raises(CompositionError, match=r"'bare' of .*NoSuchRouter cannot be imported: AttributeError"):
         get_router("bare")
+
+
+NO_MAKER = "text"
+
+
+def raises(limit=1):
+    raise ZeroDivisionError("by 0")
+
+
+def makes_a_text():
+    return "text"
+
+
+def needs_a_number(alpha):
+    return Combination(merge_outputs, alpha)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("NO_MAKER", "cannot be called: 'text' is not a callable object"),
+        ("raises", "cannot be made: ZeroDivisionError: by 0"),
+        ("makes_a_text", "makes an object of the type str\n  expected: a spectr.routers.Router"),
+    ],
+)
+def test_a_plugin_that_makes_no_router_is_refused_with_its_package(plugins, value, message):
+    plugins("theirs", value)
+    with types_unchecked(), pytest.raises(CompositionError) as caught:
+        get_router("theirs")
+    assert f"the router 'theirs' of {__name__}:{value} {message}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("registry", "group", "do"),
+    [
+        (ROUTERS, "spectr.routers", "--set alpha=..., or in Python alpha=..."),
+        (COMBINATIONS, "spectr.combinations", "theirs:alpha=..., or in Python alpha=..."),
+        (METHODS, "spectr.merge_methods", "in Python alpha=..."),
+    ],
+)
+def test_a_missing_option_is_asked_for_in_the_form_of_its_kind(plugins, registry, group, do):
+    plugins("theirs", "needs_a_number", group)
+    with pytest.raises(SpectrError) as caught:
+        registry.make("theirs")
+    assert caught.value.do == do
 
 
 def test_a_plugin_of_another_protocol_is_refused_by_name_or_adapted(plugins):

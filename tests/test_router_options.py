@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from enum import Enum
 from importlib.metadata import EntryPoint
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import pytest
 
 from spectr import Calibrated, Glider, Shortlist, Spectr, get_router
 from spectr.errors import CompositionError
-from spectr.routers import Router
-from spectr.routers.options import options_of, read_settings
+from spectr.routers import Router, router_names
+from spectr.routers.options import _parser, kinds, options_of, read_settings
+
+if TYPE_CHECKING:
+    from decimal import Decimal
+
+
+class Level(Enum):
+    LOW = "low"
+    HIGH = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +36,12 @@ class Theirs(Spectr):
     loud: bool = False
     mode: float | Literal["auto"] = "auto"
     inner: Router | None = None
+    names: list[str] | None = None
+    level: Level = Level.LOW
+    place: Path = Path()
+    pair: tuple[int, float] = (1, 1.0)
+    table: dict[str, int] | None = None
+    price: Decimal | None = None
 
 
 def made_by_a_function(count: int = 2, anything=None):
@@ -34,7 +50,7 @@ def made_by_a_function(count: int = 2, anything=None):
 
 @pytest.fixture
 def plugins(monkeypatch):
-    values = {"theirs": "Theirs", "function": "made_by_a_function"}
+    values = {"theirs": "Theirs", "function": "made_by_a_function", "always": "Always"}
     points = [EntryPoint(name=n, value=f"{__name__}:{v}", group="spectr.routers") for n, v in values.items()]
     monkeypatch.setattr("spectr.registry.entry_points", lambda group: points if group == "spectr.routers" else [])
 
@@ -57,6 +73,13 @@ def plugins(monkeypatch):
         ("top-k=3", 3),
         ("combine=dare:0.1", "dare:0.1"),
         ("weights=softmax", "softmax"),
+        ("names=a, b", ["a", "b"]),
+        ("level=HIGH", Level.HIGH),
+        ("level=low", Level.LOW),
+        ("level=2", Level.HIGH),
+        ("place=a/b", Path("a/b")),
+        ("pair=2,0.5", (2, 0.5)),
+        ("table=none", None),
     ],
 )
 def test_a_value_has_the_type_of_its_field(plugins, text, value):
@@ -68,7 +91,18 @@ def test_a_third_partys_router_is_usable_by_its_fields_alone(plugins):
     assert get_router("theirs", **given) == Theirs(share=0.5, inner=Spectr(top_k=2))
     assert get_router("function", **read_settings(["count=3"], ["function"])["function"]) == Spectr(top_k=3)
     assert read_settings(["anything=[1, 2]"], ["function"]) == {"function": {"anything": [1, 2]}}
-    assert list(options_of("theirs"))[-7:] == ["share", "modules", "sizes", "limit", "loud", "mode", "inner"]
+    assert list(options_of("theirs"))[-13:-6] == ["share", "modules", "sizes", "limit", "loud", "mode", "inner"]
+
+
+def test_a_list_stays_a_list_where_the_field_is_one(plugins):
+    assert get_router("theirs", share=1.0, names=["a"], sizes=[2]) == Theirs(share=1.0, names=["a"], sizes=(2,))
+
+
+def test_every_type_of_our_own_routers_can_be_set_from_text():
+    types = [
+        (key, kind) for n in router_names() for key, option in options_of(n).items() for kind in kinds(option.hint)
+    ]
+    assert [key for key, kind in types if _parser(kind, key) is None] == []
 
 
 def test_a_setting_of_the_router_inside_is_found_by_its_name_or_its_place():
@@ -106,6 +140,10 @@ def test_with_several_routers_a_setting_is_for_all_that_have_it_or_for_the_one_t
         (["loud=perhaps"], ["theirs"], "loud=perhaps\n  expected: true or false"),
         (["sizes=1,x"], ["theirs"], "sizes=x\n  expected: a whole number"),
         (["limit=few"], ["theirs"], "limit=few\n  expected: none or a whole number"),
+        (["pair=2"], ["theirs"], "pair=2\n  expected: 2 values with commas: a whole number, a number"),
+        (["level=mid"], ["theirs"], "level=mid\n  expected: LOW or HIGH"),
+        (["table={}"], ["theirs"], "table cannot be set from text: its type is dict[str, int] | None\n  to do: set it"),
+        (["price=2"], ["theirs"], "price cannot be set from text: its type cannot be resolved: NameError: name 'Dec"),
         (["inner=arow"], ["theirs"], "did you mean 'arrow'"),
     ],
 )
@@ -149,3 +187,28 @@ def test_combine_is_short_for_a_setting(spectr, given):
     code, _, err = spectr("generate", "what", "-n", 1, "-r", "mu", "--combine", "ties", "--set", "combine=dare", *given)
     assert code == 2
     assert "combine set twice" in err
+
+
+@pytest.mark.filterwarnings("always::spectr.errors.SpectrWarning")
+def test_a_deprecated_text_is_one_line(spectr, given):
+    code, _, err = spectr("generate", "what", "-n", 1, "-r", "mu", "--combine", "dare:0.5", *given)
+    assert code == 0
+    lines = [line for line in err.splitlines() if "deprecated" in line]
+    assert lines == ["\u00b7 warning: combine='dare:0.5' is deprecated: write 'dare:density=0.5'"]
+    assert "Warning" not in err
+
+
+@dataclass(frozen=True, kw_only=True)
+class Always(Spectr):
+    """Another package's router with a setting of the oracle's name."""
+
+    expert: str = "amber"
+
+
+def test_the_expert_of_another_packages_router(spectr, given, plugins):
+    code, out, _ = spectr("generate", "what", "-n", 1, "--json", "-r", "always", "-e", "blue", *given)
+    assert code == 0
+    assert "expert='blue'" in json.loads(out)["router"]
+    code, _, err = spectr("generate", "what", "-n", 1, "-r", "mu", "-e", "blue", *given)
+    assert code == 2
+    assert "--expert blue is for a router that has this setting" in err

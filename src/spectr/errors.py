@@ -30,6 +30,10 @@ class SpectrError(ValueError):
         super().__init__("\n".join(lines))
 
 
+class SpectrWarning(FutureWarning):
+    """What still works but will not for long, or has no effect; the command line shows each text once."""
+
+
 class AdapterError(SpectrError):
     """An adapter that cannot be read, or cannot be routed exactly."""
 

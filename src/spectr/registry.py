@@ -11,7 +11,7 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from spectr.errors import SpectrError, did_you_mean
+from spectr.errors import SpectrError, SpectrWarning, did_you_mean
 
 T = TypeVar("T")
 PROTOCOL = 1  # of the objects that packages add; one that declares no spectr_protocol is of version 1
@@ -47,6 +47,7 @@ class Registry(Generic[T]):
         protocol: The version that callers of this registry expect.
         adapters: By an older version what makes a maker of it one of ``protocol``.
         old_group: The group's former name, which still works, with a warning.
+        as_text: How the command line takes a name with options such as "density=...", for messages; ``None``: not.
     """
 
     kind: str
@@ -56,6 +57,7 @@ class Registry(Generic[T]):
     protocol: int = PROTOCOL
     adapters: Mapping[int, Callable[[Any], Any]] = field(default_factory=dict)
     old_group: str | None = None
+    as_text: Callable[[str, list[str]], str] | None = None
 
     def names(self) -> tuple[str, ...]:
         """All names in alphabetical order; nothing is imported."""
@@ -90,12 +92,24 @@ class Registry(Generic[T]):
         needed = [n for n, p in parameters.items() if p.default is p.empty and p.kind not in fixed]
         missing = [option for option in needed if option not in options]
         if missing:
+            given = [f"{option}=..." for option in missing]
             raise self.error(
                 f"{self.kind} '{name}' needs {' and '.join(missing)}",
-                do=" ".join(f"--set {option}=..." for option in missing)
-                + f", or in Python {', '.join(f'{option}=...' for option in missing)}",
+                do=(f"{self.as_text(name, given)}, or " if self.as_text else "") + f"in Python {', '.join(given)}",
             )
-        return make(**options)
+        try:
+            return make(**options)
+        except Exception as error:
+            if name in self.entries or isinstance(error, SpectrError):
+                raise
+            raise self.error(
+                f"{self.described(name)} cannot be made: {type(error).__name__}: {error}",
+                do="check its settings, or repair or uninstall that package",
+            ) from error
+
+    def described(self, name: str) -> str:
+        """A name that a package adds, with that package, for messages."""
+        return f"the {self.kind} '{name}' of {next(_origin(point) for point in self._points() if point.name == name)}"
 
     def _points(self) -> list[EntryPoint]:
         points = list(entry_points(group=self.group))
@@ -103,7 +117,7 @@ class Registry(Generic[T]):
             warnings.warn(
                 f"{point.value}: the entry-point group {self.old_group} is now {self.group}; the next version does not "
                 "read the old one",
-                FutureWarning,
+                SpectrWarning,
                 stacklevel=4,
             )
             points.append(point)
@@ -118,12 +132,20 @@ class Registry(Generic[T]):
                 f"several packages add the {self.kind} '{name}': {', '.join(map(_origin, points))}",
                 do="uninstall all but one",
             )
-        what = f"the {self.kind} '{name}' of {_origin(points[0])}"
+        what = self.described(name)
         try:
             found = points[0].load()
         except Exception as error:
             raise self.error(
                 f"{what} cannot be imported: {type(error).__name__}: {error}", do="repair or uninstall that package"
+            ) from error
+        try:
+            inspect.signature(found)
+        except (TypeError, ValueError) as error:
+            raise self.error(
+                f"{what} cannot be called: {error}",
+                expected="a class or a function with named parameters",
+                do="repair or uninstall that package",
             ) from error
         version = getattr(found, "spectr_protocol", 1)
         if version == self.protocol:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
+from typing import Any
 
 import typer
 
@@ -23,8 +25,8 @@ from spectr.cli import (
     serve,
     train,
 )
-from spectr.cli.console import errors, out
-from spectr.errors import SpectrError
+from spectr.cli.console import errors, out, say
+from spectr.errors import SpectrError, SpectrWarning
 
 app = typer.Typer(
     name="spectr",
@@ -67,7 +69,9 @@ def run() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        app()
+        with warnings.catch_warnings():
+            _show_warnings()
+            app()
     except SpectrError as error:
         errors.print(f"[bold red]error:[/] {_escaped(error)}", highlight=False, soft_wrap=True)
         sys.exit(2)
@@ -82,6 +86,20 @@ def run() -> None:
         errors.print(f"error: {place}{error.strerror or error}", markup=False, highlight=False, soft_wrap=True)
         errors.print("  to do: check the path, its permissions and the free space", highlight=False)
         sys.exit(2)
+
+
+def _show_warnings() -> None:
+    """Show ours as lines, each text once; all others as Python does."""
+    others, shown = warnings.showwarning, set()
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if not issubclass(category, SpectrWarning):
+            others(message, category, *place, **more)
+        elif str(message) not in shown:
+            shown.add(str(message))
+            say(f"warning: {message}")
+
+    warnings.showwarning = show
 
 
 def _escaped(error: SpectrError) -> str:

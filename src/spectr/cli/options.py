@@ -283,6 +283,7 @@ class Routing:
 def routers_of(routings: Sequence[Routing]) -> tuple[ExpertLibrary, dict[str, Router]]:
     """The library and the routers by name of requests that differ in their router alone, checked against each other."""
     from spectr.choosing import make_routers
+    from spectr.routers.options import options_of
 
     first = routings[0]
     library = first._opened_library()
@@ -290,9 +291,9 @@ def routers_of(routings: Sequence[Routing]) -> tuple[ExpertLibrary, dict[str, Ro
     for name in names:
         if names.count(name) > 1:
             raise SpectrError(f"--router {name} twice", expected="each router once", do="leave one out")
-    if first.expert and "oracle" not in names:
+    if first.expert and not any("expert" in options_of(name) for name in names):
         raise SpectrError(
-            f"--expert {first.expert} is for the router that always takes it",
+            f"--expert {first.expert} is for a router that has this setting, such as oracle",
             do=f"-r oracle -e {first.expert}, or --allow {first.expert}",
         )
     texts = first._texts()

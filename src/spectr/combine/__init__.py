@@ -22,6 +22,7 @@ COMBINATIONS: Registry[Combination] = Registry(
     kind="combination",
     group="spectr.combinations",
     error=CompositionError,
+    as_text=lambda name, options: f"{name}:{','.join(options)}",
     entries={
         "outputs": "spectr.combine.outputs:outputs",
         "factors": "spectr.combine.factors:factors",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 
+from spectr.errors import SpectrWarning
+
 
 def parse(text: str) -> tuple[str, dict[str, float]]:
     """``"dare-ties:density=0.1,trim=0.5"`` as ``("dare-ties", {"density": 0.1, "trim": 0.5})``.
@@ -32,7 +34,7 @@ def warn_of_numbers(text: str, name: str, options: Mapping[str, float]) -> None:
     if options and "=" not in text:
         now = ",".join(f"{key}={number:g}" for key, number in options.items())
         # Its place is this line for all callers: Python shows one text once. Users of the command line see it too.
-        warnings.warn(f"combine={text!r} is deprecated: write {f'{name}:{now}'!r}", FutureWarning, stacklevel=1)
+        warnings.warn(f"combine={text!r} is deprecated: write {f'{name}:{now}'!r}", SpectrWarning, stacklevel=1)
 
 
 def _of_numbers(name: str, numbers: list[float]) -> dict[str, float]:

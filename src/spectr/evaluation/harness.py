@@ -10,18 +10,38 @@ points of the group ``lm_eval.models``; its releases up to 0.4.13 do not.
 
 from __future__ import annotations
 
+import inspect
 import sys
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from spectr.composition import compose
-from spectr.errors import MissingExtraError, SpectrError
+from spectr.errors import CompositionError, MissingExtraError, SpectrError, did_you_mean
 from spectr.guidance import QueryGuide
-from spectr.library import ExpertLibrary
 from spectr.models import load_model
 from spectr.routers import GuidedRouter, check_needs, get_router, residents
-from spectr.shipped import shipped_experts
+from spectr.routers.options import options_of, parse
+from spectr.shipped import open_library
+
+
+def main() -> None:
+    """Run the harness' command line; a user's mistake ends with its message and exit code 2."""
+    try:
+        import_module("spectr.evaluation.harness")  # registers its class; that of __main__ would be another one
+        from lm_eval.__main__ import cli_evaluate
+
+        cli_evaluate()
+    except SpectrError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+
+
+if __name__ == "__main__":  # before the harness is imported and the class is registered
+    main()
+    sys.exit()
 
 try:
     from lm_eval.api.registry import register_model
@@ -44,11 +64,12 @@ class SpectrLM(HFLM):
         base: Folder or Hub id of the base model; the default is SmolLM2-135M-Instruct.
         library: Folder of experts; the default is the shipped ones.
         router: A router's name, or "base" for the base model alone.
-        top_k: Of the router, if it is to be another than its own.
-        expert: The oracle's.
         dtype: auto, float32, bfloat16 or float16.
         device: Where to run; the accelerator where there is one.
-        more: Goes to the harness' ``HFLM``, such as ``batch_size``.
+        more: Settings of the router, such as ``top_k``; all others go to the harness' ``HFLM``, such as ``batch_size``.
+
+    Raises:
+        SpectrError: The router or a setting is unknown, or the library lacks what the router needs.
     """
 
     def __init__(
@@ -56,17 +77,15 @@ class SpectrLM(HFLM):
         base: str | None = None,
         library: str | None = None,
         router: str = "spectr",
-        top_k: int | None = None,
-        expert: str | None = None,
         dtype: str = "auto",
         device: str | None = None,
         **more: Any,
     ):
-        experts = ExpertLibrary.open(library or shipped_experts())
-        given = {"top_k": top_k, "expert": expert}
+        settings = _settings(router, more)
+        experts = open_library(Path(library) if library else None)
         chosen = None
         if router != "base":
-            chosen = get_router(router, **{key: value for key, value in given.items() if value is not None})
+            chosen = get_router(router, **settings)
             check_needs(chosen, experts, residents(chosen, experts.names))  # before a model is loaded
         if device and device.startswith("cuda") and not torch.cuda.is_available():
             device = None  # the harness' default wherever it runs
@@ -101,16 +120,18 @@ class SpectrLM(HFLM):
         return [found[i] for i in range(len(requests))]
 
 
-def main() -> None:
-    """Run the harness' command line; a user's mistake ends with its message and exit code 2."""
-    from lm_eval.__main__ import cli_evaluate
+def _settings(router: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Those of the router, taken out of what was given; the rest is for ``HFLM``.
 
-    try:
-        cli_evaluate()
-    except SpectrError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()
+    Raises:
+        CompositionError: Neither the router nor ``HFLM`` has a name, or a value has another type.
+    """
+    options = {} if router == "base" else options_of(router)
+    known = [*options, *inspect.signature(HFLM.__init__).parameters]
+    if strange := [name for name in given if name not in known]:
+        raise CompositionError(
+            f"neither the router '{router}' nor the harness' HFLM has {' and '.join(strange)}",
+            do=did_you_mean(strange[0], set(known) - {"self", "pretrained", "tokenizer", "kwargs"}),
+        )
+    taken = {name: given.pop(name) for name in options if name in given}
+    return {k: parse(str(v), options[k].hint, k) if isinstance(v, (str, int, float)) else v for k, v in taken.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -113,15 +114,16 @@ def _in_order(folder: Path) -> list[str]:
 
 
 def _command(experiment: str, given: Mapping[str, Any]) -> str:
-    """What gives this result again; of folders and files only the last part of their path."""
+    """What gives this result again; of folders and files that exist only the last part of their path."""
     words = ["spectr", "evaluate", experiment]
     for option, value in given.items():
         if not value or _OF_OTHERS.get(option, experiment) != experiment:
             continue
         for one in value if isinstance(value, list) else [value]:
             name, equals, path = str(one).rpartition("=")
-            words += [f"--{option}"] if one is True else [f"--{option}", name + equals + Path(path).name]
-    return " ".join(words)
+            last = Path(path).name if Path(path).exists() else path
+            words += [f"--{option}"] if one is True else [f"--{option}", name + equals + (last or path)]
+    return shlex.join(words)
 
 
 def _replaces_other(path: Path, result: Result) -> bool:

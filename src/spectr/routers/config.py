@@ -50,7 +50,7 @@ def _named(name: str, router: Router, settings: Mapping[str, Any]) -> dict[str, 
 def _plain(router: Router, key: str, value: Any) -> Any:
     if isinstance(value, (str, int, float, bool, type(None))):
         return value
-    if isinstance(value, tuple) and all(isinstance(part, (str, int, float, bool)) for part in value):
+    if isinstance(value, (tuple, list)) and all(isinstance(part, (str, int, float, bool)) for part in value):
         return list(value)
     if isinstance(value, Router):
         return router_config(value)

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import ast
 import inspect
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
+from enum import Enum
 from functools import partial
+from inspect import formatannotation
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -33,6 +37,12 @@ class Option(NamedTuple):
     def holds_router(self) -> bool:
         """Whether the value is a router itself, whose settings can be given as well."""
         return Router in (self.hint, *get_args(self.hint))
+
+
+class Unresolved(NamedTuple):
+    """Stands for a type whose annotation cannot be resolved, with the reason."""
+
+    cause: str
 
 
 def options_of(name: str) -> dict[str, Option]:
@@ -104,30 +114,53 @@ def parse(text: str, hint: Any, name: str) -> Any:
 
     Args:
         text: As it was given.
-        hint: A type of a field: int, float, bool, str, a Literal, a tuple of these (with commas), a router's name; or
-            several of them, or None ("none").
+        hint: A type of a field: int, float, bool, str, Path, an Enum (a member's name or value), a Literal, a router's
+            name, a tuple, list or Sequence of these (with commas), several of them, or None ("none"). Any takes a
+            Python literal, or else the text.
         name: The setting's, for messages.
 
     Raises:
-        CompositionError: The text is no such value.
+        CompositionError: The text is no such value, or no text can be one.
     """
-    for kind in _kinds(hint):
+    parsers = {kind: parser for kind in kinds(hint) if (parser := _parser(kind, name))}
+    for parser in parsers.values():
         try:
-            return _parsed(text, kind, name)
+            return parser(text)
         except (ValueError, SyntaxError, KeyError) as error:
             if isinstance(error, CompositionError):
                 raise
-    raise CompositionError(f"{name}={text}", expected=" or ".join(map(_in_words, _kinds(hint))))
+    if len(parsers) < len(kinds(hint)):
+        reason = f"cannot be resolved: {hint.cause}" if isinstance(hint, Unresolved) else f"is {formatannotation(hint)}"
+        raise CompositionError(f"{name} cannot be set from text: its type {reason}", do="set it in Python")
+    raise CompositionError(f"{name}={text}", expected=" or ".join(map(_in_words, parsers)))
 
 
-def _parsed(text: str, kind: Any, name: str) -> Any:
-    if kind in _PARSERS:
-        return _PARSERS[kind](text)
-    if get_origin(kind) is Literal:
-        return {str(value): value for value in get_args(kind)}[text]
-    if get_origin(kind) is tuple:
-        parts = [part.strip() for part in text.split(",") if part.strip()]
-        return tuple(parse(part, get_args(kind)[0], name) for part in parts)
+def _parser(kind: Any, name: str) -> Callable[[str], Any] | None:
+    """What reads a text as this type; ``None``: no text stands for a value of it."""
+    if inspect.isclass(kind) and issubclass(kind, Enum):
+        return {**{str(member.value): member for member in kind}, **kind.__members__}.__getitem__
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return {str(value): value for value in parts}.__getitem__
+    if origin not in _SEVERAL:
+        return _PARSERS.get(kind)
+    if not parts or any(_parser(one, name) is None for part in parts if part is not ... for one in kinds(part)):
+        return None
+
+    def several(text: str) -> Any:
+        texts = [part.strip() for part in text.split(",") if part.strip()]
+        hints = parts if _is_fixed(kind) else parts[:1] * len(texts)
+        return _SEVERAL[origin](parse(one, part, name) for one, part in zip(texts, hints, strict=True))
+
+    return several
+
+
+def _is_fixed(kind: Any) -> bool:
+    """Whether it is a tuple of a known length."""
+    return get_origin(kind) is tuple and get_args(kind)[1:] != (...,)
+
+
+def _literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -145,11 +178,14 @@ _PARSERS: dict[Any, Callable[[str], Any]] = {
     int: int,
     float: float,
     str: str,
+    Path: Path,
     Router: _router,
+    Any: _literal,
 }
+_SEVERAL: dict[Any, Callable[..., Any]] = {tuple: tuple, list: list, Sequence: tuple}
 
 
-def _kinds(hint: Any) -> list[Any]:
+def kinds(hint: Any) -> list[Any]:
     """The members of a union, any text last."""
     parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     return sorted(parts, key=lambda part: (part is str, part is not _NONE))
@@ -159,7 +195,11 @@ def _in_words(kind: Any) -> str:
     words = {_NONE: "none", bool: "true or false", int: "a whole number", float: "a number", Router: "a router's name"}
     if get_origin(kind) is Literal:
         return " or ".join(map(str, get_args(kind)))
-    if get_origin(kind) is tuple:
+    if inspect.isclass(kind) and issubclass(kind, Enum):
+        return " or ".join(kind.__members__)
+    if _is_fixed(kind):
+        return f"{len(get_args(kind))} values with commas: {', '.join(map(_in_words, get_args(kind)))}"
+    if get_origin(kind) in _SEVERAL:
         return f"{_in_words(get_args(kind)[0])}, several with commas"
     return words.get(kind, "a text")
 
@@ -211,12 +251,25 @@ def _as_text(value: Any) -> str:
 
 
 def _hints(make: Callable[..., Any]) -> dict[str, Any]:
-    source: Any = make.func if isinstance(make, partial) else make
+    """The type of each parameter. Each annotation is resolved alone, so that one that fails hides no other."""
+    source: Any = inspect.unwrap(make.func if isinstance(make, partial) else make)
+    if is_dataclass(source):
+        return {
+            name: _resolved(hint, vars(sys.modules[owner.__module__]), vars(owner))
+            for owner in reversed(inspect.getmro(source))
+            for name, hint in inspect.get_annotations(owner).items()
+        }
+    function = source.__init__ if inspect.isclass(source) else source
+    names = getattr(function, "__globals__", {})
+    return {name: _resolved(hint, names, {}) for name, hint in inspect.get_annotations(function).items()}
+
+
+def _resolved(hint: Any, names: dict[str, Any], local: Mapping[str, Any]) -> Any:
+    holder = type("_", (), {"__annotations__": {"it": hint}})
     try:
-        plain_class = inspect.isclass(source) and not is_dataclass(source)
-        return get_type_hints(source.__init__ if plain_class else source)
-    except (NameError, TypeError):  # names that are there for type checkers alone
-        return {}
+        return get_type_hints(holder, names, dict(local))["it"]
+    except Exception as error:  # a name that is there for type checkers alone, or anything else that evaluating raises
+        return Unresolved(f"{type(error).__name__}: {error}")
 
 
 def _factory_defaults(make: Callable[..., Any]) -> dict[str, Any]:

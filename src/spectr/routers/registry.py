@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_origin
 
 from spectr.errors import CompositionError
 from spectr.registry import Registry, entry
@@ -19,6 +19,7 @@ ROUTERS: Registry[Router] = Registry(
     error=CompositionError,
     protocol=PROTOCOL,
     adapters={1: adapted_maker},
+    as_text=lambda _, options: " ".join(f"--set {option}" for option in options),
     entries={
         "spectr": _SPECTR,
         "spectr-paper": entry(_SPECTR, combine="factors"),
@@ -57,9 +58,21 @@ def get_router(name: str, **options: Any) -> Router:
             ``{"name": "spectr", "top_k": 2}``.
 
     Raises:
-        CompositionError: The name or an option is unknown, or an option's value is out of range.
+        CompositionError: The name or an option is unknown, an option's value is out of range, or what a package adds
+            makes no router.
     """
-    return ROUTERS.make(name, **{option: _from_data(value) for option, value in options.items()})
+    from spectr.routers.options import kinds, options_of
+
+    known = options_of(name) if any(isinstance(value, list) for value in options.values()) else {}
+    lists = {key for key, option in known.items() if any(get_origin(k) is list for k in kinds(option.hint))}
+    made: object = ROUTERS.make(name, **{k: v if k in lists else _from_data(v) for k, v in options.items()})
+    if not isinstance(made, Router):
+        raise CompositionError(
+            f"{ROUTERS.described(name)} makes an object of the type {type(made).__name__}",
+            expected="a spectr.routers.Router",
+            do="repair or uninstall that package",
+        )
+    return made
 
 
 def _from_data(value: Any) -> Any:
