@@ -24,7 +24,7 @@ from spectr import (
     Uniform,
 )
 from spectr.combine import COMBINATIONS, Combination, get_combination, merge_outputs
-from spectr.errors import CompositionError, SpectrError
+from spectr.errors import CompositionError, SpectrError, SpectrWarning
 from spectr.merging.registry import METHODS
 from spectr.registry import Registry, entry
 from spectr.routers import Router, get_router, router_names
@@ -225,13 +225,20 @@ def test_a_router_with_a_setting_that_is_no_plain_value_cannot_be_written_down(p
         router_config(Tabled(table=b"1"))
 
 
-def test_two_packages_of_one_name_are_refused_and_ours_win(plugins):
+def test_two_packages_of_one_name_are_refused(plugins):
     plugins("twice", "theirs")
     plugins("twice", "Theirs")
-    plugins("spectr", "Theirs")
     with pytest.raises(CompositionError, match=r"several packages add the router 'twice': .*:theirs, .*:Theirs"):
         get_router("twice")
-    assert type(get_router("spectr")) is Spectr
+
+
+def test_a_plugin_with_a_built_in_name_is_ignored_with_one_warning(plugins):
+    plugins("pair", "theirs", "things")
+    things = Registry(kind="thing", group="things", entries={"pair": "builtins:dict", "list": "builtins:list"})
+    things.load("list")
+    with pytest.warns(SpectrWarning, match=r"the thing 'pair' of .*:theirs is ignored: pair is built in"):
+        assert things.load("pair") is dict
+    assert things.load("pair") is dict
 
 
 def test_a_groups_former_name_works_with_a_warning(plugins):

@@ -6,7 +6,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -70,7 +70,15 @@ class Registry(Generic[T]):
             SpectrError: The name is unknown, or its package is broken or made for another version; of ``error``'s type.
         """
         found = self.entries.get(name)
-        return self._load_plugin(name) if found is None else _maker(found)
+        if found is None:
+            return self._load_plugin(name)
+        if point := self._hidden.pop(name, None):
+            warnings.warn(
+                f"the {self.kind} '{name}' of {_origin(point)} is ignored: {name} is built in; rename the other",
+                SpectrWarning,
+                stacklevel=3,
+            )
+        return _maker(found)
 
     def make(self, name: str, **options: Any) -> T:
         """The object of this name, made with these options.
@@ -110,6 +118,11 @@ class Registry(Generic[T]):
     def described(self, name: str) -> str:
         """A name that a package adds, with that package, for messages."""
         return f"the {self.kind} '{name}' of {next(_origin(point) for point in self._points() if point.name == name)}"
+
+    @cached_property
+    def _hidden(self) -> dict[str, EntryPoint]:
+        """Entry points with a built-in name, until a warning has named them; looked up once."""
+        return {point.name: point for point in entry_points(group=self.group) if point.name in self.entries}
 
     def _points(self) -> list[EntryPoint]:
         points = list(entry_points(group=self.group))
