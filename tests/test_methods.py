@@ -133,7 +133,7 @@ def test_each_entrance_asks_the_same_of_a_library(tmp_path, monkeypatch):
     for enter in (lambda: compose(model, library, router), in_vllm, on_the_command_line):
         with pytest.raises(CompositionError, match="never enough: ants, bees of 2"):
             enter()
-    assert session.check_needs is base.check_needs
+    assert worker_state.check_needs is base.check_needs
 
 
 @dataclass(frozen=True, kw_only=True)

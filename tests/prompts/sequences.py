@@ -374,6 +374,7 @@ REMEMBERS_NOTHING = {"OpenAIGPT", "XLM"}  # no cache at all: every call reads th
 READS_WHOLE = {"CpmAnt"}  # a call on a cache is given the whole text; a plain model's answer changes on a begun cache
 REMEMBERS_INSIDE = {"RecurrentGemma"}  # the state is in the model's modules, so a loop needs prompt.using
 OWN_STATE = {"Rwkv", "XLNet", "Reformer", *REMEMBERS_NOTHING, *REMEMBERS_INSIDE}  # no Cache can be given
+REHASHES = {"Reformer"}  # its hashes of a row depend on the batch
 NO_BEAMS = {"Rwkv": "its state cannot be reordered"}
 NOT_BUILT = {"xLSTM": "transformers' own generate fails on a CPU with a tiny configuration (shape of matC_old)"}
 

@@ -30,6 +30,7 @@ from sequences import (
     NO_BEAMS,
     OWN_STATE,
     READS_WHOLE,
+    REHASHES,
     REMEMBERS_INSIDE,
     REMEMBERS_NOTHING,
     ROUTERS,
@@ -126,7 +127,7 @@ def test_ways_of_calling(world, name):
 def test_families(tmp_path, name):
     made = family(name, tmp_path)
     model, routed = made.routed()
-    (ids, expert), (other, _) = prompts_of(routed)
+    (ids, expert), (other, second) = prompts_of(routed)
     oracle = made.oracle(expert)
 
     def between():
@@ -149,6 +150,11 @@ def test_families(tmp_path, name):
         whole = name in READS_WHOLE
         steps = step_by_step(model, ids, between, whole=whole)
         wrong += differences("loop", steps, step_by_step(oracle, ids, lambda: None, whole=whole))
+    for rows in (2, len(ids[0])):  # as many as a row has tokens, so that shapes do not tell the axes apart
+        batch = torch.cat([ids, other] * (rows // 2))
+        logits, alone = model(batch).logits, torch.cat([oracle(ids).logits, made.oracle(second)(other).logits])
+        if name not in REHASHES:
+            close(logits, alone.repeat(rows // 2, *(1 for _ in alone.shape[1:])), 1e-4)
     if name not in OWN_STATE:
         argument = "cache_params" if "cache_params" in signature(model.forward).parameters else "past_key_values"
         fills = {"empty": None, "begun": ids[:, :3], "filled by another prompt": other}

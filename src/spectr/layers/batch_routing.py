@@ -67,6 +67,7 @@ class BatchRouting:
         among_BTE: Experts that they may choose; all, if left out.
         factors: By layer the factors of the experts that take part; ``None``: those that the layer holds.
         base_only: No expert takes part.
+        batch_axis: Of what the model's layers are given: 0, or 1 where a row's tokens come first.
         observe: Receives each layer and its input.
     """
 
@@ -76,6 +77,7 @@ class BatchRouting:
     among_BTE: Bool[Tensor, "B T E"] | None = None
     factors: Mapping[RoutedLinear, Factors | None] | None = None
     base_only: bool = False
+    batch_axis: int = 0
     observe: Observe | None = None
     _calls: dict[RoutedLinear, LayerCall] = field(default_factory=dict, init=False, repr=False)
     _alike: dict[tuple[Any, ...], LayerCall] = field(default_factory=dict, init=False, repr=False)
@@ -195,9 +197,12 @@ def spread(rows_BTN: Tensor, x: Tensor) -> Tensor:
     if rows == tokens == 1:
         return rows_BTN.view(*(1 for _ in leading), -1)
     if tokens == 1:
-        if leading[0] == rows:
-            return rows_BTN.view(rows, *(1 for _ in leading[1:]), -1)
-        shape = thread.shape
+        shape, first = thread.shape, 0 if thread.routing is None else thread.routing.batch_axis
+        for axis in (first, 1 - first):
+            if axis == 0 and leading[0] == rows:
+                return rows_BTN.view(rows, *(1 for _ in leading[1:]), -1)
+            if axis == 1 and leading[1:2] == (rows,) and shape == (rows, leading[0]):
+                return rows_BTN.view(1, rows, *(1 for _ in leading[2:]), -1)
         if len(leading) == 1 and shape is not None and rows == shape[0] and leading[0] == rows * shape[1]:
             return rows_BTN[:, 0].repeat_interleave(shape[1], 0)  # one row's tokens after the other's
     elif leading[-1] != tokens and thread.kept is not None:

@@ -462,8 +462,11 @@ class RoutedLinear(nn.Module):
 
 
 def _fits(rows: Tensor | None, x: Tensor) -> bool:
-    """Whether there is one row for all tokens, or one for each of the batch; not one for each token."""
-    return rows is None or (rows.shape[1] == 1 and (len(rows) == 1 or (x.ndim > 2 and len(rows) == len(x))))
+    """Whether there is one row for all tokens, or one for each of the batch, the first axis; not one for each token."""
+    if rows is None or rows.shape[1] > 1 or len(rows) == 1:
+        return rows is None or rows.shape[1] == 1
+    by_batch = thread.routing is None or thread.routing.batch_axis == 0
+    return by_batch and x.ndim > 2 and len(rows) == len(x)
 
 
 def _sizes(base: nn.Module) -> Features:

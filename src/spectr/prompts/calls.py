@@ -19,7 +19,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from inspect import signature
 from itertools import pairwise
@@ -42,6 +42,7 @@ from spectr.prompts.decision import PromptDecision, plain_verdict
 from spectr.prompts.exclusion import Exclusion
 
 _TOKENS = ("input_ids", "inputs_embeds")
+_TOKENS_FIRST = ("xlnet", "fsmt")  # kinds of models whose layers are given (tokens, rows, features)
 _CHECKPOINT = "_gradient_checkpointing_func"  # where transformers keeps it
 _ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")  # what others propose is verified
 _ROUTINGS = 16  # verdicts whose routing is kept
@@ -252,6 +253,7 @@ class Calls:
         self._routings: OrderedDict[tuple[Any, ...], BatchRouting] = OrderedDict()
         self._layers = [module for module in model.modules() if isinstance(module, RoutedLinear)]
         self._held: list[LayerCall] = []
+        self._batch_axis = int(getattr(getattr(model, "config", None), "model_type", "") in _TOKENS_FIRST)
         if prompt is not None:
             prompt.calls = self
             _keep_out_of_graphs()
@@ -393,7 +395,8 @@ class Calls:
             if found is not None:
                 self._routings.move_to_end(key)
                 return found
-            self._routings[key] = found = self.prompt.routing(verdict_NE)
+            found = replace(self.prompt.routing(verdict_NE), batch_axis=self._batch_axis)
+            self._routings[key] = found
             sets, several = self.prompt.sets, any(kept.several for kept in self._routings.values())
             most = min(_ROUTINGS, sets.gathered if several else sets.single)
             while len(self._routings) > most:

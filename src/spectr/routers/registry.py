@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, get_origin
+from inspect import signature
+from typing import Any
 
 from spectr.errors import CompositionError
 from spectr.registry import Registry, entry
@@ -61,10 +62,8 @@ def get_router(name: str, **options: Any) -> Router:
         CompositionError: The name or an option is unknown, an option's value is out of range, or what a package adds
             makes no router.
     """
-    from spectr.routers.options import kinds, options_of
-
-    known = options_of(name) if any(isinstance(value, list) for value in options.values()) else {}
-    lists = {key for key, option in known.items() if any(get_origin(k) is list for k in kinds(option.hint))}
+    fields = signature(ROUTERS.load(name)).parameters if any(isinstance(v, list) for v in options.values()) else {}
+    lists = {key for key, field in fields.items() if "list[" in str(field.annotation)}
     made: object = ROUTERS.make(name, **{k: v if k in lists else _from_data(v) for k, v in options.items()})
     if not isinstance(made, Router):
         raise CompositionError(
