@@ -22,6 +22,7 @@ from spectr.library import needs
 from spectr.routers import Router, base, first_lack
 from spectr.routers.registry import ROUTERS
 from spectr.spectral import Share, segment_norms
+from spectr.vllm import worker_state
 
 SRC = Path(spectr.__file__).parent
 TREES = {path.relative_to(SRC).as_posix(): ast.parse(path.read_text()) for path in sorted(SRC.rglob("*.py"))}
