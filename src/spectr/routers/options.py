@@ -256,7 +256,7 @@ def _hints(make: Callable[..., Any]) -> dict[str, Any]:
     if is_dataclass(source):
         return {
             name: _resolved(hint, vars(sys.modules[owner.__module__]), vars(owner))
-            for owner in reversed(inspect.getmro(source))
+            for owner in reversed(inspect.getmro(source))  # pyright: ignore[reportArgumentType]
             for name, hint in inspect.get_annotations(owner).items()
         }
     function = source.__init__ if inspect.isclass(source) else source
