@@ -84,7 +84,8 @@ def costs(bench: Bench) -> Result:
             "Formula: 2 P I for all scores and 2 O P for the updates of a module with I inputs, O outputs and P ranks "
             "in all (the weights of experts that were not chosen are zero, their products are made); 2 O R for each "
             "chosen expert where these alone are summed, as it is done where a fourth or less of one rank is chosen; "
-            "for prototypes 2 E I more, for unequal ranks 4 P E (2 P E where h is not scored); held, the chosen experts' P alone. "
+            "for prototypes 2 E I more, for unequal ranks 4 P E, 2 P E where h is not scored; "
+            "held, the chosen experts' P alone. "
             "LAG: 2 E I, and 2 R I for each of its shortlist and 2 R O for each chosen expert. "
             "One multiply-add counts as 2. Attention's own cost is in the base model's measurement.",
             "Once a prompt: what is spent before the answer, by token of a prompt of "
