@@ -17,14 +17,12 @@ Weighting = Literal["uniform", "softmax"]
 
 @runtime_checkable
 class Selection(Protocol):
-    """Turns a token's scores into weights; where an expert is not taken its weight is zero.
-
-    Attributes:
-        k: How many are taken; ``None`` for all.
-    """
+    """Turns a token's scores into weights; where an expert is not taken its weight is zero."""
 
     @property
-    def k(self) -> int | None: ...  # noqa: D102
+    def k(self) -> int | None:
+        """How many are chosen; ``None``: all."""
+        ...
 
     def __call__(self, scores_TE: Float[Tensor, "*T E"]) -> Float[Tensor, "*T E"]:
         """Weights of the same shape as the float32 scores, summing to one over the experts."""

@@ -192,6 +192,17 @@ def test_a_pinned_decision_outlives_prompts(library):
     assert torch.equal(routed.prompt.weights_BE, routed.prompt.decide(input_ids=ids_of(PROMPTS[0])))
 
 
+def test_a_handle_from_before_a_change_of_experts_is_refused(library):
+    _, routed = routed_model(library)
+    before, verdict = routed.prompt, torch.tensor([[0.0, 1.0, 0.0]])
+    routed.allow(["ants", "bees"])
+    with pytest.raises(CompositionError, match="take routed.prompt again"):
+        before.hold(verdict)
+    with pytest.raises(CompositionError, match="take routed.prompt again"), before.using(verdict):
+        pass
+    routed.prompt.hold(verdict[:, :2])
+
+
 def test_the_opening_has_no_say(root, library):
     """Without knowing the opening the decision is another one."""
     _, knowing = routed_model(library, top_k=3, weights="softmax")

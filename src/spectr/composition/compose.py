@@ -40,7 +40,7 @@ def compose(
         library: The experts, or the path of their folder.
         router: Scores, selects and combines; :class:`Spectr` with its defaults if left out (and ``top_k`` at
             most the number of experts).
-        progress: Is told (done, total) layers.
+        progress: Receives (done, total) layers.
         guide: Compares prompts with the library's descriptions, for :class:`Glider`; see
             :class:`spectr.guidance.QueryGuide`.
         expert_memory: For :class:`Shortlist`: bytes that experts may take in memory; the rest stay on disk. 1 GiB if

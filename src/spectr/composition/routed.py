@@ -194,7 +194,7 @@ class Routed:
         Args:
             names: Of the library.
             library: It replaces the handle's.
-            progress: Is told (done, total) layers.
+            progress: Receives (done, total) layers.
             others: Whether a name may mean another expert than before, so that no cache goes on.
         """
         if self._removed:

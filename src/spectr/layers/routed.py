@@ -403,7 +403,7 @@ class RoutedLinear(nn.Module):
         return plain and out.is_contiguous() and not torch.is_grad_enabled()
 
     def bytes_read(self, tokens: int, call: LayerCall | None = None) -> int:
-        """Bytes of the experts' factors that a call with so many tokens reads at least.
+        """Bytes of the experts' factors that a call with this number of tokens reads at least.
 
         Args:
             tokens: Of the call.

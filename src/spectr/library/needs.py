@@ -44,7 +44,7 @@ class Need(ABC):
 
 @dataclass(frozen=True)
 class AtMost(Need):
-    """``k`` experts are chosen, and so many there have to be."""
+    """The library has at least the ``k`` experts that are chosen."""
 
     k: int
     lacking: ClassVar[str] = "experts"

@@ -22,7 +22,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from inspect import signature
-from itertools import pairwise
 from operator import is_
 from typing import Any, NamedTuple
 from uuid import uuid4
@@ -30,21 +29,32 @@ from uuid import uuid4
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 
 from spectr.errors import CompositionError
 from spectr.layers.batch_routing import BatchRouting, LayerCall, routed_by, thread
 from spectr.layers.routed import RoutedLinear
 from spectr.prompts import cache_records as records
+from spectr.prompts.arguments import (
+    CallTokens,
+    GenerationSettings,
+    as_prompt,
+    begins_with,
+    expanded,
+    has_encoder,
+    kept_tokens,
+    packed_lengths,
+    part_of,
+    prompt_of,
+    same_verdict,
+    tokens_of,
+)
 from spectr.prompts.batches import Batches
 from spectr.prompts.cache_records import CacheRecord
 from spectr.prompts.decision import PromptDecision, plain_verdict
 from spectr.prompts.exclusion import Exclusion
+from spectr.prompts.stand_ins import Checkpointing, Entry, Generation, entries_of
 
-_TOKENS = ("input_ids", "inputs_embeds")
 _TOKENS_FIRST = ("xlnet", "fsmt")  # kinds of models whose layers are given (tokens, rows, features)
-_CHECKPOINT = "_gradient_checkpointing_func"  # where transformers keeps it
-_ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")  # what others propose is verified
 _ROUTINGS = 16  # verdicts whose routing is kept
 
 
@@ -82,134 +92,6 @@ _stack = _Stack()
 _frames: ContextVar[tuple[Frame, ...]] = ContextVar("spectr_frames", default=())  # of a thread or task; innermost last
 
 
-class Entry:
-    """Stands in for the ``forward`` of a module that is called with prompts.
-
-    Args:
-        calls: Decides.
-        module: The model, or its inner decoder or encoder.
-        part: ``"model"``, ``"encoder"`` or ``"decoder"``.
-    """
-
-    def __init__(self, calls: Calls, module: nn.Module, part: str):
-        self.calls, self.module, self.part = calls, module, part
-        self.own: Callable[..., Any] | None = module.__dict__.get("forward")  # accelerate's, for one
-        self.names = tuple(self.__signature__.parameters)
-
-    def plain(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own ``forward``."""
-        if self.own is not None:
-            return self.own(*args, **kwargs)
-        return type(self.module).forward(self.module, *args, **kwargs)  # Dynamo takes a bound one for this entry
-
-    @property
-    def __signature__(self) -> Any:
-        return signature(self.own or type(self.module).forward.__get__(self.module))
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the module's own."""
-        if thread.routing is not None or self.calls.closed or (is_compiling() and self.calls.prompt is None):
-            return self.plain(*args, **kwargs)
-        return self.calls.run(self, args, kwargs)
-
-    def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments by name."""
-        return {**dict(zip(self.names, args, strict=False)), **kwargs}
-
-
-class Generation:
-    """Stands in for the ``generate`` of a model.
-
-    Args:
-        calls: Decides.
-        model: The composed model.
-    """
-
-    def __init__(self, calls: Calls, model: Any):
-        self.calls, self.model = calls, model
-        self.own: Callable[..., Any] | None = model.__dict__.get("generate")
-
-    @property
-    def plain(self) -> Callable[..., Any]:
-        """The model's own ``generate``."""
-        return self.own or type(self.model).generate.__get__(self.model)
-
-    @property
-    def __signature__(self) -> Any:
-        return signature(self.plain)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the model's own."""
-        return self.plain(*args, **kwargs) if self.calls.closed else self.calls.generate(self, args, kwargs)
-
-
-class Checkpointing:
-    """Stands in for the method by which transformers turns gradient checkpointing on.
-
-    What is computed again in the backward pass, perhaps by another thread, is routed as it was before.
-    """
-
-    def __init__(self, model: Any):
-        self.model = model
-
-    @property
-    def plain(self) -> Callable[..., Any]:
-        """The model's own method."""
-        return type(self.model)._set_gradient_checkpointing.__get__(self.model)
-
-    @property
-    def __signature__(self) -> Any:
-        return signature(self.plain)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the model's own."""
-        done = self.plain(*args, **kwargs)
-        self.take()
-        return done
-
-    def take(self) -> None:
-        """Have the checkpoint functions that modules have now keep what holds."""
-        for module in self.model.modules():
-            own = vars(module).get(_CHECKPOINT)
-            if own is not None and not isinstance(own, _Again):
-                setattr(module, _CHECKPOINT, _Again(own))
-
-    def leave(self) -> None:
-        """Give modules their own functions back."""
-        for module in self.model.modules():
-            again = vars(module).get(_CHECKPOINT)
-            if isinstance(again, _Again):
-                setattr(module, _CHECKPOINT, again.checkpoint)
-
-
-class _Again:
-    """A checkpoint function whose function is routed alike whenever it runs."""
-
-    def __init__(self, checkpoint: Callable[..., Any]):
-        self.checkpoint = checkpoint
-
-    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        routing, shape, kept = thread.routing, thread.shape, thread.kept
-        if not torch.is_grad_enabled():  # as while a prompt is read for a decision
-            return function(*args, **kwargs)
-
-        def again(*given: Any, **more: Any) -> Any:
-            with routed_by(routing, shape, kept):
-                return function(*given, **more)
-
-        return self.checkpoint(again if routing is not None else function, *args, **kwargs)
-
-
-class _Tokens(NamedTuple):
-    """The tokens of a call that a cache will hold."""
-
-    ids: Tensor | None
-    mask: Tensor | None
-    positions: Tensor | None
-    rows: int
-    count: int
-
-
 class _Step(NamedTuple):
     """A call: what holds for its layers, and what will be known of a cache that it fills."""
 
@@ -217,7 +99,7 @@ class _Step(NamedTuple):
     routing: BatchRouting | None
     shape: tuple[int, int] | None
     kept: slice | Tensor | None
-    tokens: _Tokens | None = None
+    tokens: CallTokens | None = None
     record: CacheRecord | None = None
 
 
@@ -265,7 +147,7 @@ class Calls:
     # Standing in for the model's methods
 
     def _install(self) -> None:
-        for module, part in _entries(self.model):
+        for module, part in entries_of(self.model):
             self._replace(module, "forward", Entry(self, module, part))
         if hasattr(self.model, "generate"):
             self._replace(self.model, "generate", Generation(self, self.model))
@@ -355,10 +237,10 @@ class Calls:
         batch = self.batches.of(given)
         if batch is not None:
             return _Step(given, batch.routing, (1, batch.tokens), batch.kept)
-        packed = None if self.prompt is None else _packed_lengths(given)
+        packed = None if self.prompt is None else packed_lengths(given)
         if packed is not None and self._wanted(self._frame()) is None:
-            return _Step(given, self._packed(given, packed), None, _kept(given))
-        tokens = _tokens_of(entry, given)
+            return _Step(given, self._packed(given, packed), None, kept_tokens(given))
+        tokens = tokens_of(given, decoder=has_encoder(self.model) and entry.part == "model")
         record = self._record_for(entry, given, tokens)
         verdict_BE = record.verdict_BE
         routing = None if verdict_BE is None else self.routing(verdict_BE)
@@ -412,12 +294,12 @@ class Calls:
         token = None if frame is None else frame.token
         return CacheRecord(self.key, self.experts, ((0, verdict_BE),), frame=token)
 
-    def _record_for(self, entry: Entry, given: Mapping[str, Any], tokens: _Tokens) -> CacheRecord:
+    def _record_for(self, entry: Entry, given: Mapping[str, Any], tokens: CallTokens) -> CacheRecord:
         """What is known of the sequences of a call, whose tokens were read or are read now."""
         frame = self._frame()
         wanted = self._wanted(frame)
         if wanted is not None:
-            wanted = _expanded(wanted, tokens.rows, None if frame is None else frame.expand)
+            wanted = expanded(wanted, tokens.rows, None if frame is None else frame.expand)
         state = next((state for _, state in records.states_in(given)), None)
         if records.is_filled(state):
             return self._continued(entry, given, state, tokens, frame, wanted)
@@ -433,7 +315,7 @@ class Calls:
         return plain_verdict(self.prompt.decide(**{name: value for name, value in given.items() if value is not None}))
 
     def _continued(
-        self, entry: Entry, given: Mapping[str, Any], state: Any, tokens: _Tokens, frame: Frame | None, wanted: Any
+        self, entry: Entry, given: Mapping[str, Any], state: Any, tokens: CallTokens, frame: Frame | None, wanted: Any
     ) -> CacheRecord:
         """What holds for a cache that goes on; read again, where it was filled under something else."""
         record = self._known(state)
@@ -445,7 +327,7 @@ class Calls:
                     do="reorder, repeat or select its rows by the cache's own methods",
                 )
             mine = frame is not None and record.frame is frame.token
-            if mine or wanted is None or _same(verdict_BE, wanted):
+            if mine or wanted is None or same_verdict(verdict_BE, wanted):
                 record.frame = None if frame is None else frame.token
                 if verdict_BE is not None and self.prompt is not None:
                     self.prompt.show(verdict_BE)
@@ -471,7 +353,7 @@ class Calls:
         forward: Callable[..., Any],
         given: Mapping[str, Any],
         state: Any,
-        tokens: _Tokens,
+        tokens: CallTokens,
         frame: Frame | None,
         wanted: Tensor | None,
     ) -> CacheRecord:
@@ -488,7 +370,7 @@ class Calls:
             if tokens.ids is None:
                 raise CompositionError("a cache goes on with embeddings", do="read the prompt again, without it")
             new_BT = records.masked_ids(tokens.ids, tokens.mask)
-            wanted = self._decide(_as_prompt(torch.cat([ids_BT.to(new_BT.device), new_BT], dim=1)))
+            wanted = self._decide(as_prompt(torch.cat([ids_BT.to(new_BT.device), new_BT], dim=1)))
         assert before is not None
         positions = before.positions_BT
         record = self._fresh(wanted, frame)  # before the reset, which empties the record there is
@@ -500,7 +382,7 @@ class Calls:
         )
         state.reset()
         routing = None if wanted is None else self.routing(wanted)
-        read = {**_as_prompt(ids_BT), "past_key_values": state, "use_cache": True}
+        read = {**as_prompt(ids_BT), "past_key_values": state, "use_cache": True}
         if positions is not None:
             read["position_ids"] = positions
         with torch.no_grad(), self._inside(routing, (len(ids_BT), ids_BT.shape[1])):
@@ -510,10 +392,10 @@ class Calls:
             self.prompt.show(wanted)
         return record
 
-    def _encoded(self, entry: Entry, given: Mapping[str, Any], tokens: _Tokens) -> Tensor | None:
+    def _encoded(self, entry: Entry, given: Mapping[str, Any], tokens: CallTokens) -> Tensor | None:
         """What was decided for the outputs of an encoder that a call is given; ``None`` where it is given none."""
         outputs = given.get("encoder_outputs") if entry.part == "model" else given.get("encoder_hidden_states")
-        if entry.part == "encoder" or outputs is None or (entry.part == "model" and not _is_pair(self.model)):
+        if entry.part == "encoder" or outputs is None or (entry.part == "model" and not has_encoder(self.model)):
             return None
         hidden = outputs if isinstance(outputs, Tensor) else outputs[0]
         record = records.record_of(hidden)
@@ -525,15 +407,15 @@ class Calls:
                 "with routed.prompt.using(routed.prompt.decide(...)): ...",
             )
         assert record.verdict_BE is not None
-        return _expanded(record.verdict_BE, tokens.rows, None)
+        return expanded(record.verdict_BE, tokens.rows, None)
 
     def _end(self, step: _Step, entry: Entry, out: Any) -> None:
         """Keep with a cache and with an encoder's outputs what held for a call."""
         given, tokens, record = step.given, step.tokens, step.record
         if tokens is None or record is None:
             return
-        if _is_pair(self.model) and self.prompt is not None:
-            hidden = _get(out, "last_hidden_state" if entry.part == "encoder" else "encoder_last_hidden_state")
+        if has_encoder(self.model) and self.prompt is not None:
+            hidden = part_of(out, "last_hidden_state" if entry.part == "encoder" else "encoder_last_hidden_state")
             if isinstance(hidden, Tensor):
                 records.attach(hidden, self._fresh(record.verdict_BE, None))
         states = [state for _, state in records.states_in(out)] or [state for _, state in records.states_in(given)]
@@ -568,8 +450,8 @@ class Calls:
                 return self.model.generate(*args, **kwargs)
             names = tuple(signature(generation.plain).parameters)
             given = {**dict(zip(names, args, strict=False)), **kwargs}
-            settings = _Settings.of(self.model, given)
-            prompt = _prompt_of(self.model, given, settings)
+            settings = GenerationSettings.of(self.model, given)
+            prompt = prompt_of(self.model, given, settings)
             name, state = next(records.states_in(given), ("", None))
             if not records.is_filled(state):
                 state = None
@@ -589,7 +471,7 @@ class Calls:
     def _whole(self, prompt: dict[str, Any], given: Mapping[str, Any], state: Any) -> tuple[dict[str, Any], bool]:
         """A generation's whole input, and whether it is given the new tokens alone, as its mask shows."""
         ids, mask = prompt.get("input_ids"), given.get("attention_mask")
-        if state is None or not isinstance(ids, Tensor) or not isinstance(mask, Tensor) or _is_pair(self.model):
+        if state is None or not isinstance(ids, Tensor) or not isinstance(mask, Tensor) or has_encoder(self.model):
             return prompt, False
         if mask.ndim != 2 or mask.shape[1] <= ids.shape[1]:
             return prompt, False
@@ -604,7 +486,12 @@ class Calls:
         return {**prompt, "input_ids": whole, "attention_mask": mask}, True
 
     def _verdict_for(
-        self, whole: dict[str, Any], outer: Frame | None, settings: _Settings, known: CacheRecord | None, given: Any
+        self,
+        whole: dict[str, Any],
+        outer: Frame | None,
+        settings: GenerationSettings,
+        known: CacheRecord | None,
+        given: Any,
     ) -> Tensor | None:
         if self.prompt is None:
             return None
@@ -615,11 +502,11 @@ class Calls:
             verdict_BE = around.assistants[self.key]
         if verdict_BE is None and settings.assists and known is not None:
             verdict_BE = known.verdict_BE
-        if verdict_BE is None and _is_pair(self.model) and given.get("encoder_outputs") is not None:
+        if verdict_BE is None and has_encoder(self.model) and given.get("encoder_outputs") is not None:
             outputs = given["encoder_outputs"]
             hidden = outputs if isinstance(outputs, Tensor) else outputs[0]
             entry = Entry(self, self.model, "model")
-            verdict_BE = self._encoded(entry, given, _Tokens(None, None, None, len(hidden), 1))
+            verdict_BE = self._encoded(entry, given, CallTokens(None, None, None, len(hidden), 1))
         if verdict_BE is None:
             verdict_BE = self._decide(whole)
         if around is not None:
@@ -631,17 +518,18 @@ class Calls:
         self, state: Any, known: CacheRecord | None, whole: dict[str, Any], prompt: Any, frame: Frame, only_new: bool
     ) -> Any:
         """A given cache, so that it does not change the answer: as it is, read again, or emptied."""
-        if known is not None and _begins(whole, known, only_new):
+        if known is not None and begins_with(whole, known, only_new):
             wanted = frame.verdict_BE
             fits = wanted is None or (
-                known.verdict_BE is not None and _same(known.verdict_BE, _expanded(wanted, len(known.verdict_BE), None))
+                known.verdict_BE is not None
+                and same_verdict(known.verdict_BE, expanded(wanted, len(known.verdict_BE), None))
             )
             if fits:
                 known.frame = frame.token
                 return state
         if only_new:
             ids = prompt["input_ids"]
-            tokens = _Tokens(ids, None, None, len(ids), ids.shape[1])
+            tokens = CallTokens(ids, None, None, len(ids), ids.shape[1])
             entry = next(entry for module, _, entry, _ in self._stand_ins if module is self.model)
             self._read_again(entry.plain, {}, state, tokens, frame, frame.verdict_BE)
             return state
@@ -650,169 +538,3 @@ class Calls:
         state.reset()
         records.attach(state, self._fresh(frame.verdict_BE, frame))
         return state
-
-
-class _Settings(NamedTuple):
-    """What of a generation's settings matters for decisions."""
-
-    pad: Any
-    eos: Any
-    bos: Any
-    expand: int | None
-    assists: bool
-    assisted: bool
-
-    @staticmethod
-    def of(model: Any, given: Mapping[str, Any]) -> _Settings:
-        """From the arguments of ``generate`` and the model's own configuration."""
-        config, own = given.get("generation_config"), getattr(model, "generation_config", None)
-
-        def find(name: str) -> Any:
-            found = (given.get(name), getattr(config, name, None), getattr(own, name, None))
-            return next((value for value in found if value is not None), None)
-
-        expand = max(find("num_beams") or 1, find("num_return_sequences") or 1)
-        known = given.get("custom_generate") is None
-        assists = bool(getattr(config, "is_assistant", False))
-        eos = find("eos_token_id")
-        eos = eos.tolist() if isinstance(eos, Tensor) else eos
-        assisted = any(find(name) is not None for name in _ASSISTED)
-        return _Settings(find("pad_token_id"), eos, find("bos_token_id"), expand if known else None, assists, assisted)
-
-
-def _prompt_of(model: Any, given: Mapping[str, Any], settings: _Settings) -> dict[str, Any]:
-    """What a generation is given to answer, as the module that reads prompts is called."""
-    main = getattr(model, "main_input_name", "input_ids")
-    if _is_pair(model):
-        main = getattr(model.get_encoder(), "main_input_name", main)
-    prompt = {name: given[name] for name in (*_TOKENS, main, "attention_mask") if given.get(name) is not None}
-    if given.get("inputs") is not None:
-        prompt[main] = given["inputs"]
-    if not any(name in prompt for name in (*_TOKENS, main)) and given.get("encoder_outputs") is None:
-        bos = settings.bos if settings.bos is not None else 0
-        prompt["input_ids"] = torch.full((1, 1), bos, dtype=torch.long)
-    if "inputs_embeds" in prompt and main == "input_ids":
-        prompt.pop("input_ids", None)
-    ids = prompt.get("input_ids")
-    if isinstance(ids, Tensor) and "attention_mask" not in prompt and settings.pad is not None:
-        eos = settings.eos if isinstance(settings.eos, (list, tuple)) else [settings.eos]
-        pad = int(settings.pad)
-        if pad not in eos and bool((ids == pad).any()):  # as transformers takes it then
-            prompt["attention_mask"] = (ids != pad).long()
-    device = next(model.parameters()).device
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in prompt.items()}
-
-
-def _begins(whole: Mapping[str, Any], record: CacheRecord, only_new: bool) -> bool:
-    """Whether a generation's input begins with the tokens of a cache, and goes on."""
-    ids, before = whole.get("input_ids"), record.ids_BT
-    if only_new:
-        return True
-    if not isinstance(ids, Tensor) or before is None or ids.ndim != 2 or before.shape[1] >= ids.shape[1]:
-        return False
-    mine = records.masked_ids(ids, whole.get("attention_mask"))[:, : before.shape[1]]
-    return mine.shape == before.shape and bool((mine == before.to(mine.device)).all())
-
-
-def _as_prompt(ids_BT: Tensor) -> dict[str, Tensor]:
-    """Arguments for token ids of which -1 are masked."""
-    real_BT = ids_BT >= 0
-    given = {"input_ids": ids_BT.clamp(min=0)}
-    return given if bool(real_BT.all()) else {**given, "attention_mask": real_BT.long()}
-
-
-def _same(one_BE: Tensor | None, other_BE: Tensor) -> bool:
-    return one_BE is not None and one_BE.shape == other_BE.shape and bool((one_BE == other_BE).all())
-
-
-def _expanded(verdict_BE: Tensor, rows: int, expand: int | None) -> Tensor:
-    """A verdict for the rows that a generation makes of those that were decided on.
-
-    Each becomes ``expand`` rows, one after the other; then all of them together may be there several times, as guidance
-    has them.
-    """
-    given = len(verdict_BE)
-    if given == rows:
-        return verdict_BE
-    if given == 1:
-        return verdict_BE.expand(rows, -1)
-    times, rest = divmod(rows, given)
-    if rest or not times:
-        raise CompositionError(
-            f"{rows} rows are computed, and {given} were decided on",
-            expected=f"{given} rows, or several for each of them",
-            do="decide on all rows: with routed.prompt.using(routed.prompt.decide(...)): ...",
-        )
-    if expand is None or times % expand:
-        return verdict_BE.repeat_interleave(times, 0)
-    return verdict_BE.repeat_interleave(expand, 0).repeat(times // expand, 1)
-
-
-def _tokens_of(entry: Entry, given: Mapping[str, Any]) -> _Tokens:
-    pair = _is_pair(entry.calls.model) and entry.part == "model"
-    ids_name, embeds_name = ("decoder_input_ids", "decoder_inputs_embeds") if pair else _TOKENS
-    ids, embeds = given.get(ids_name), given.get(embeds_name)
-    mask = given.get("decoder_attention_mask" if pair else "attention_mask")
-    positions = given.get("position_ids")
-    if not isinstance(positions, Tensor) or positions.ndim != 2:
-        positions = None
-    if not isinstance(mask, Tensor):
-        mask = None
-    for tokens in (ids, embeds):
-        if isinstance(tokens, Tensor) and tokens.ndim > 1:
-            return _Tokens(ids if tokens is ids else None, mask, positions, tokens.shape[0], tokens.shape[1])
-    first = next((value for value in given.values() if isinstance(value, Tensor) and value.ndim > 1), None)
-    outputs = given.get("encoder_outputs")
-    if first is None and outputs is not None:
-        first = outputs if isinstance(outputs, Tensor) else outputs[0]
-    return _Tokens(None, None, None, 1 if first is None else len(first), 1 if first is None else first.shape[1])
-
-
-def _packed_lengths(given: Mapping[str, Any]) -> list[int] | None:
-    """Lengths of the prompts that stand one after the other in the only row of a call, as their positions show."""
-    ids, positions = given.get("input_ids"), given.get("position_ids")
-    tokens = ids if ids is not None else given.get("inputs_embeds")
-    filled = any(records.is_filled(state) for _, state in records.states_in(given))
-    if not isinstance(tokens, Tensor) or len(tokens) != 1 or filled:
-        return None
-    ends = given.get("cu_seq_lens_q")
-    if isinstance(ends, Tensor) and ends.ndim == 1 and int(ends[-1]) == tokens.shape[1]:
-        lengths = ends.diff().tolist()
-    elif given.get("attention_mask") is None and isinstance(positions, Tensor) and positions.shape == tokens.shape[:2]:
-        starts = [0, *((positions[0].diff() != 1).nonzero()[:, 0] + 1).tolist(), tokens.shape[1]]
-        lengths = [end - start for start, end in pairwise(starts)]
-    else:
-        return None
-    return lengths if len(lengths) > 1 else None
-
-
-def _kept(given: Mapping[str, Any]) -> slice | Tensor | None:
-    """The tokens that the output head is given."""
-    kept = given.get("logits_to_keep")
-    return kept if isinstance(kept, Tensor) else slice(-kept, None) if kept else None
-
-
-def _get(out: Any, name: str) -> Any:
-    if isinstance(out, Mapping):
-        return out.get(name)
-    return getattr(out, name, None) if not isinstance(out, tuple) else (out[0] if name == "last_hidden_state" else None)
-
-
-def _is_pair(model: Any) -> bool:
-    """Whether a model has an encoder and a decoder."""
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-
-
-def _entries(model: Any) -> Iterator[tuple[nn.Module, str]]:
-    """The modules that are called with prompts and hold routed layers, each with what it is; the model always."""
-    encoder = model.get_encoder() if _is_pair(model) else None
-    decoder = model.get_decoder() if _is_pair(model) else None
-    parts = {id(module): "decoder" for module in (decoder.modules() if decoder is not None else ())}
-    parts |= {id(module): "encoder" for module in (encoder.modules() if encoder is not None else ())}
-    for module in model.modules():
-        if module is model:
-            yield module, "model"
-        elif not isinstance(module, (RoutedLinear, nn.ModuleList, nn.ModuleDict)):
-            takes = any(name in signature(type(module).forward).parameters for name in _TOKENS)
-            if (takes or module is encoder) and any(isinstance(inner, RoutedLinear) for inner in module.modules()):
-                yield module, parts.get(id(module), "model")

@@ -123,6 +123,11 @@ class PromptDecision:
         return routing_of(self.router.use, self.experts, verdict_BTE, self.sets, names)
 
     def _check(self, verdict_BE: Tensor) -> None:
+        if self.calls.closed:
+            raise CompositionError(
+                "the experts were changed since this handle on decisions was taken, and it decides nothing any more",
+                do="take routed.prompt again",
+            )
         if verdict_BE.ndim != 2 or verdict_BE.shape[1] != len(self.experts):
             raise CompositionError(
                 f"a verdict of shape {tuple(verdict_BE.shape)}",

@@ -62,7 +62,7 @@ def read_settings(texts: Sequence[str], routers: Sequence[str], *, strict: bool 
     """What ``--set`` says of each router, as options of :func:`spectr.get_router`: plain data.
 
     ``temperature=2`` is for every router that has this setting, ``arrow.temperature=2`` for one of them, and wins. A
-    setting that a router lacks is that of the router inside it, where that has it: ``local.top_k=2`` says so in full.
+    setting that a router lacks is that of the router inside it, where that has it; ``local.top_k=2`` is the full form.
 
     Args:
         texts: Each ``NAME=VALUE``.

@@ -80,46 +80,47 @@ class Share(NamedTuple):
 
 @runtime_checkable
 class State(Protocol):
-    """What a router's ``scores`` reads of the experts of a module.
-
-    Attributes:
-        ranks: Their ranks; the P axis has their sum.
-        common_rank: The rank of all, ``None`` where they differ.
-        member_EP: One where row ``p`` belongs to expert ``e``, else zero.
-        prototypes_EI: One vector an expert.
-        centers_P: See :class:`Share`.
-    """
+    """What a router's ``scores`` reads of the experts of a module."""
 
     @property
-    def ranks(self) -> tuple[int, ...]: ...  # noqa: D102
+    def ranks(self) -> tuple[int, ...]:
+        """Of the experts, in their order."""
+        ...
 
     @property
-    def common_rank(self) -> int | None: ...  # noqa: D102
+    def common_rank(self) -> int | None:
+        """The rank of all; ``None`` where they differ."""
+        ...
 
     @property
-    def member_EP(self) -> Tensor: ...  # noqa: D102
+    def member_EP(self) -> Tensor:
+        """One where row ``p`` belongs to expert ``e``, else zero."""
+        ...
 
     @property
-    def prototypes_EI(self) -> Tensor | None: ...  # noqa: D102
+    def prototypes_EI(self) -> Tensor | None:
+        """One vector an expert, where scores come from those."""
+        ...
 
     @property
-    def centers_P(self) -> Tensor | None: ...  # noqa: D102
+    def centers_P(self) -> Tensor | None:
+        """Subtracted from ``A x`` before it is scored."""
+        ...
 
 
 @runtime_checkable
 class InputState(State, Protocol):
-    """The same with the input factors: a :class:`Stack`, or a layer's factors.
-
-    Attributes:
-        A_PI: Input factors; of experts that share theirs, that one, (Q, I).
-        mix_PR: Makes the experts' input factors of the shared one; ``None`` where none is shared.
-    """
+    """The same with the input factors: a :class:`Stack`, or a layer's factors."""
 
     @property
-    def A_PI(self) -> Tensor: ...  # noqa: D102
+    def A_PI(self) -> Tensor:
+        """Input factors; of experts that share theirs, that one."""
+        ...
 
     @property
-    def mix_PR(self) -> Tensor | None: ...  # noqa: D102
+    def mix_PR(self) -> Tensor | None:
+        """Makes the experts' input factors of a shared one."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -1,0 +1,187 @@
+"""What the arguments of a call or of a generation say: the prompt, its tokens, its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from spectr.errors import CompositionError
+from spectr.prompts import cache_records as records
+from spectr.prompts.cache_records import CacheRecord
+
+TOKENS = ("input_ids", "inputs_embeds")
+_ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")  # what others propose is verified
+
+
+class CallTokens(NamedTuple):
+    """The tokens of a call that a cache will hold."""
+
+    ids: Tensor | None
+    mask: Tensor | None
+    positions: Tensor | None
+    rows: int
+    count: int
+
+
+class GenerationSettings(NamedTuple):
+    """What of a generation's settings matters for decisions."""
+
+    pad: Any
+    eos: Any
+    bos: Any
+    expand: int | None
+    assists: bool
+    assisted: bool
+
+    @staticmethod
+    def of(model: Any, given: Mapping[str, Any]) -> GenerationSettings:
+        """From the arguments of ``generate`` and the model's own configuration."""
+        config, own = given.get("generation_config"), getattr(model, "generation_config", None)
+
+        def find(name: str) -> Any:
+            found = (given.get(name), getattr(config, name, None), getattr(own, name, None))
+            return next((value for value in found if value is not None), None)
+
+        expand = max(find("num_beams") or 1, find("num_return_sequences") or 1)
+        known = given.get("custom_generate") is None
+        assists = bool(getattr(config, "is_assistant", False))
+        eos = find("eos_token_id")
+        eos = eos.tolist() if isinstance(eos, Tensor) else eos
+        assisted = any(find(name) is not None for name in _ASSISTED)
+        return GenerationSettings(
+            find("pad_token_id"), eos, find("bos_token_id"), expand if known else None, assists, assisted
+        )
+
+
+def prompt_of(model: Any, given: Mapping[str, Any], settings: GenerationSettings) -> dict[str, Any]:
+    """What a generation is given to answer, as the module that reads prompts is called."""
+    main = getattr(model, "main_input_name", "input_ids")
+    if has_encoder(model):
+        main = getattr(model.get_encoder(), "main_input_name", main)
+    prompt = {name: given[name] for name in (*TOKENS, main, "attention_mask") if given.get(name) is not None}
+    if given.get("inputs") is not None:
+        prompt[main] = given["inputs"]
+    if not any(name in prompt for name in (*TOKENS, main)) and given.get("encoder_outputs") is None:
+        bos = settings.bos if settings.bos is not None else 0
+        prompt["input_ids"] = torch.full((1, 1), bos, dtype=torch.long)
+    if "inputs_embeds" in prompt and main == "input_ids":
+        prompt.pop("input_ids", None)
+    ids = prompt.get("input_ids")
+    if isinstance(ids, Tensor) and "attention_mask" not in prompt and settings.pad is not None:
+        eos = settings.eos if isinstance(settings.eos, (list, tuple)) else [settings.eos]
+        pad = int(settings.pad)
+        if pad not in eos and bool((ids == pad).any()):  # as transformers takes it then
+            prompt["attention_mask"] = (ids != pad).long()
+    device = next(model.parameters()).device
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in prompt.items()}
+
+
+def begins_with(whole: Mapping[str, Any], record: CacheRecord, only_new: bool) -> bool:
+    """Whether a generation's input begins with the tokens of a cache, and goes on."""
+    ids, before = whole.get("input_ids"), record.ids_BT
+    if only_new:
+        return True
+    if not isinstance(ids, Tensor) or before is None or ids.ndim != 2 or before.shape[1] >= ids.shape[1]:
+        return False
+    mine = records.masked_ids(ids, whole.get("attention_mask"))[:, : before.shape[1]]
+    return mine.shape == before.shape and bool((mine == before.to(mine.device)).all())
+
+
+def as_prompt(ids_BT: Tensor) -> dict[str, Tensor]:
+    """Arguments for token ids of which -1 are masked."""
+    real_BT = ids_BT >= 0
+    given = {"input_ids": ids_BT.clamp(min=0)}
+    return given if bool(real_BT.all()) else {**given, "attention_mask": real_BT.long()}
+
+
+def same_verdict(one_BE: Tensor | None, other_BE: Tensor) -> bool:
+    """Whether two verdicts say the same of every row."""
+    return one_BE is not None and one_BE.shape == other_BE.shape and bool((one_BE == other_BE).all())
+
+
+def expanded(verdict_BE: Tensor, rows: int, expand: int | None) -> Tensor:
+    """A verdict for the rows that a generation makes of those that were decided on.
+
+    Each becomes ``expand`` rows, one after the other; then all of them together may be there several times, as guidance
+    has them.
+    """
+    given = len(verdict_BE)
+    if given == rows:
+        return verdict_BE
+    if given == 1:
+        return verdict_BE.expand(rows, -1)
+    times, rest = divmod(rows, given)
+    if rest or not times:
+        raise CompositionError(
+            f"{rows} rows are computed, and {given} were decided on",
+            expected=f"{given} rows, or several for each of them",
+            do="decide on all rows: with routed.prompt.using(routed.prompt.decide(...)): ...",
+        )
+    if expand is None or times % expand:
+        return verdict_BE.repeat_interleave(times, 0)
+    return verdict_BE.repeat_interleave(expand, 0).repeat(times // expand, 1)
+
+
+def tokens_of(given: Mapping[str, Any], *, decoder: bool) -> CallTokens:
+    """The tokens of a call that a cache will hold.
+
+    Args:
+        given: The call's arguments by name.
+        decoder: Whether the model has an encoder too, so that they are the decoder's.
+    """
+    ids_name, embeds_name = ("decoder_input_ids", "decoder_inputs_embeds") if decoder else TOKENS
+    ids, embeds = given.get(ids_name), given.get(embeds_name)
+    mask = given.get("decoder_attention_mask" if decoder else "attention_mask")
+    positions = given.get("position_ids")
+    if not isinstance(positions, Tensor) or positions.ndim != 2:
+        positions = None
+    if not isinstance(mask, Tensor):
+        mask = None
+    for tokens in (ids, embeds):
+        if isinstance(tokens, Tensor) and tokens.ndim > 1:
+            return CallTokens(ids if tokens is ids else None, mask, positions, tokens.shape[0], tokens.shape[1])
+    first = next((value for value in given.values() if isinstance(value, Tensor) and value.ndim > 1), None)
+    outputs = given.get("encoder_outputs")
+    if first is None and outputs is not None:
+        first = outputs if isinstance(outputs, Tensor) else outputs[0]
+    return CallTokens(None, None, None, 1 if first is None else len(first), 1 if first is None else first.shape[1])
+
+
+def packed_lengths(given: Mapping[str, Any]) -> list[int] | None:
+    """Lengths of the prompts that stand one after the other in the only row of a call, as their positions show."""
+    ids, positions = given.get("input_ids"), given.get("position_ids")
+    tokens = ids if ids is not None else given.get("inputs_embeds")
+    filled = any(records.is_filled(state) for _, state in records.states_in(given))
+    if not isinstance(tokens, Tensor) or len(tokens) != 1 or filled:
+        return None
+    ends = given.get("cu_seq_lens_q")
+    if isinstance(ends, Tensor) and ends.ndim == 1 and int(ends[-1]) == tokens.shape[1]:
+        lengths = ends.diff().tolist()
+    elif given.get("attention_mask") is None and isinstance(positions, Tensor) and positions.shape == tokens.shape[:2]:
+        starts = [0, *((positions[0].diff() != 1).nonzero()[:, 0] + 1).tolist(), tokens.shape[1]]
+        lengths = [end - start for start, end in pairwise(starts)]
+    else:
+        return None
+    return lengths if len(lengths) > 1 else None
+
+
+def kept_tokens(given: Mapping[str, Any]) -> slice | Tensor | None:
+    """The tokens that the output head is given."""
+    kept = given.get("logits_to_keep")
+    return kept if isinstance(kept, Tensor) else slice(-kept, None) if kept else None
+
+
+def part_of(out: Any, name: str) -> Any:
+    """An output of a model or of an encoder by name, whatever kind of object holds it."""
+    if isinstance(out, Mapping):
+        return out.get(name)
+    return getattr(out, name, None) if not isinstance(out, tuple) else (out[0] if name == "last_hidden_state" else None)
+
+
+def has_encoder(model: Any) -> bool:
+    """Whether a model has an encoder and a decoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))

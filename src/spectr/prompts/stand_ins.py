@@ -1,0 +1,153 @@
+"""What stands in for a composed model's own methods, so that each of its calls has what was decided for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from inspect import signature
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.compiler import is_compiling
+
+from spectr.layers.batch_routing import routed_by, thread
+from spectr.layers.routed import RoutedLinear
+from spectr.prompts.arguments import TOKENS, has_encoder
+
+if TYPE_CHECKING:
+    from spectr.prompts.calls import Calls
+
+_CHECKPOINT = "_gradient_checkpointing_func"  # where transformers keeps it
+
+
+class Entry:
+    """Stands in for the ``forward`` of a module that is called with prompts.
+
+    Args:
+        calls: Decides.
+        module: The model, or its inner decoder or encoder.
+        part: ``"model"``, ``"encoder"`` or ``"decoder"``.
+    """
+
+    def __init__(self, calls: Calls, module: nn.Module, part: str):
+        self.calls, self.module, self.part = calls, module, part
+        self.own: Callable[..., Any] | None = module.__dict__.get("forward")  # accelerate's, for one
+        self.names = tuple(self.__signature__.parameters)
+
+    def plain(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own ``forward``."""
+        if self.own is not None:
+            return self.own(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)  # Dynamo takes a bound one for this entry
+
+    @property
+    def __signature__(self) -> Any:
+        return signature(self.own or type(self.module).forward.__get__(self.module))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the module's own."""
+        if thread.routing is not None or self.calls.closed or (is_compiling() and self.calls.prompt is None):
+            return self.plain(*args, **kwargs)
+        return self.calls.run(self, args, kwargs)
+
+    def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments by name."""
+        return {**dict(zip(self.names, args, strict=False)), **kwargs}
+
+
+class Generation:
+    """Stands in for the ``generate`` of a model.
+
+    Args:
+        calls: Decides.
+        model: The composed model.
+    """
+
+    def __init__(self, calls: Calls, model: Any):
+        self.calls, self.model = calls, model
+        self.own: Callable[..., Any] | None = model.__dict__.get("generate")
+
+    @property
+    def plain(self) -> Callable[..., Any]:
+        """The model's own ``generate``."""
+        return self.own or type(self.model).generate.__get__(self.model)
+
+    @property
+    def __signature__(self) -> Any:
+        return signature(self.plain)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's own."""
+        return self.plain(*args, **kwargs) if self.calls.closed else self.calls.generate(self, args, kwargs)
+
+
+class Checkpointing:
+    """Stands in for the method by which transformers turns gradient checkpointing on.
+
+    What is computed again in the backward pass, perhaps by another thread, is routed as it was before.
+    """
+
+    def __init__(self, model: Any):
+        self.model = model
+
+    @property
+    def plain(self) -> Callable[..., Any]:
+        """The model's own method."""
+        return type(self.model)._set_gradient_checkpointing.__get__(self.model)
+
+    @property
+    def __signature__(self) -> Any:
+        return signature(self.plain)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's own."""
+        done = self.plain(*args, **kwargs)
+        self.take()
+        return done
+
+    def take(self) -> None:
+        """Have the checkpoint functions that modules have now keep what holds."""
+        for module in self.model.modules():
+            own = vars(module).get(_CHECKPOINT)
+            if own is not None and not isinstance(own, _Again):
+                setattr(module, _CHECKPOINT, _Again(own))
+
+    def leave(self) -> None:
+        """Give modules their own functions back."""
+        for module in self.model.modules():
+            again = vars(module).get(_CHECKPOINT)
+            if isinstance(again, _Again):
+                setattr(module, _CHECKPOINT, again.checkpoint)
+
+
+class _Again:
+    """A checkpoint function whose function is routed alike whenever it runs."""
+
+    def __init__(self, checkpoint: Callable[..., Any]):
+        self.checkpoint = checkpoint
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        routing, shape, kept = thread.routing, thread.shape, thread.kept
+        if not torch.is_grad_enabled():  # as while a prompt is read for a decision
+            return function(*args, **kwargs)
+
+        def again(*given: Any, **more: Any) -> Any:
+            with routed_by(routing, shape, kept):
+                return function(*given, **more)
+
+        return self.checkpoint(again if routing is not None else function, *args, **kwargs)
+
+
+def entries_of(model: Any) -> Iterator[tuple[nn.Module, str]]:
+    """The modules that are called with prompts and hold routed layers, each with what it is; the model always."""
+    encoder = model.get_encoder() if has_encoder(model) else None
+    decoder = model.get_decoder() if has_encoder(model) else None
+    parts = {id(module): "decoder" for module in (decoder.modules() if decoder is not None else ())}
+    parts |= {id(module): "encoder" for module in (encoder.modules() if encoder is not None else ())}
+    for module in model.modules():
+        if module is model:
+            yield module, "model"
+        elif not isinstance(module, (RoutedLinear, nn.ModuleList, nn.ModuleDict)):
+            takes = any(name in signature(type(module).forward).parameters for name in TOKENS)
+            if (takes or module is encoder) and any(isinstance(inner, RoutedLinear) for inner in module.modules()):
+                yield module, parts.get(id(module), "model")
