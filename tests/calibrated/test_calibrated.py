@@ -196,9 +196,9 @@ def test_a_handle_from_before_a_change_of_experts_is_refused(library):
     _, routed = routed_model(library)
     before, verdict = routed.prompt, torch.tensor([[0.0, 1.0, 0.0]])
     routed.allow(["ants", "bees"])
-    with pytest.raises(CompositionError, match="take routed.prompt again"):
+    with pytest.raises(CompositionError, match=r"take routed\.prompt again"):
         before.hold(verdict)
-    with pytest.raises(CompositionError, match="take routed.prompt again"), before.using(verdict):
+    with pytest.raises(CompositionError, match=r"take routed\.prompt again"), before.using(verdict):
         pass
     routed.prompt.hold(verdict[:, :2])
 
