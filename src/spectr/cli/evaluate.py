@@ -10,60 +10,66 @@ import typer
 from rich.table import Table
 
 from spectr.cli.console import bar, out, resumable, say
-from spectr.cli.guides import guide_maker
+from spectr.cli.guides import check_writer, guide_maker
 from spectr.cli.model_loading import open_model
 from spectr.cli.options import BaseOption, DataRootOption, DtypeOption, JsonOption, LettersOption, LibraryOption
+from spectr.evaluation.experiments import EXPERIMENTS
 from spectr.shipped import open_library
 
 if TYPE_CHECKING:
     from spectr.evaluation.experiments import Result
 
-Folder = Annotated[Path, typer.Option("--out", "-o", help="Folder of the results; a killed run goes on there.")]
+Folder = Annotated[
+    Path, typer.Option("--out", "-o", help="Write the results to this folder; a killed run goes on there.")
+]
 _OTHERS = "Other experts"
-_EXPERIMENTS = (
-    "quality, similarity, tokens, routing, ranks, multitask, heldout, wording, mixed, robustness, agreement, "
-    "costs, or all."
-)
 
 
 def evaluate(
-    experiment: Annotated[str, typer.Argument(help=_EXPERIMENTS)],
+    experiment: Annotated[str, typer.Argument(help=f"Run {', '.join(EXPERIMENTS.entries)}, or all.")],
     folder: Folder = Path("out/evaluation"),
     model: BaseOption = None,
     library: LibraryOption = None,
     task: Annotated[
-        list[str] | None, typer.Option("--task", help="A shipped task or a task file; the default is all shipped ones.")
+        list[str] | None,
+        typer.Option("--task", help="Use this shipped task or task file; by default all shipped tasks."),
     ] = None,
     data_root: DataRootOption = None,
     letters: LettersOption = False,
     router: Annotated[
-        list[str] | None, typer.Option("--router", "-r", help="Compare only these; give it once for each.")
+        list[str] | None, typer.Option("--router", "-r", help="Compare only this router: once for each.")
     ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
             metavar="NAME=VALUE",
-            help="Set a setting of the routers that have it: --set temperature=0.5.",
+            help="Set a setting of the named routers that have it: --set temperature=0.5.",
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Test examples of each task at most.", min=2)] = None,
+    limit: Annotated[int | None, typer.Option(help="Limit the test examples of each task.", min=2)] = None,
     seeds: Annotated[
-        int, typer.Option(help="Measure calibrated routers with so many calibrations of their own; 0: the library's.")
+        int,
+        typer.Option(help="Measure calibrated routers with N calibrations of their own; 0: with the library's.", min=0),
     ] = 0,
     writer: Annotated[
         str | None,
         typer.Option(
-            help="Who writes GLIDER's instructions: a model, http(s)://host/v1#MODEL, none; or the base model."
+            help="Have this model write GLIDER's instructions, or http(s)://host/v1#MODEL; by default the base model.",
+            callback=check_writer,
         ),
     ] = None,
     ranks: Annotated[
         Path | None,
-        typer.Option(help='Of "ranks": a folder of adapters EXPERT-rRANK, as sst2-r16.', rich_help_panel=_OTHERS),
+        typer.Option(
+            help='Take the experts of "ranks" from this folder: EXPERT-rRANK, as sst2-r16.', rich_help_panel=_OTHERS
+        ),
     ] = None,
     companion: Annotated[
         list[str] | None,
-        typer.Option(help='Of "robustness": an adapter in an expert\'s place, EXPERT=FOLDER.', rich_help_panel=_OTHERS),
+        typer.Option(
+            help='Put an adapter in an expert\'s place in "robustness": EXPERT=FOLDER.', rich_help_panel=_OTHERS
+        ),
     ] = None,
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
@@ -134,8 +140,12 @@ def _keep(result: Result, folder: Path, given: dict[str, Any], as_json: bool) ->
 
 
 def report(
-    folder: Folder = Path("out/evaluation"),
-    page: Annotated[Path | None, typer.Option(help="The page; by default report.html in that folder.")] = None,
+    folder: Annotated[Path, typer.Option("--out", "-o", help="Read the results of this folder.")] = Path(
+        "out/evaluation"
+    ),
+    page: Annotated[
+        Path | None, typer.Option(help="Write the page here; by default to report.html in that folder.")
+    ] = None,
 ) -> None:
     """Draw all results of a folder into one self-contained HTML page.
 

@@ -12,6 +12,7 @@ from spectr.cli.console import bar, out, say
 from spectr.cli.model_loading import open_model
 from spectr.cli.options import BaseOption, LibraryOption, known_dtype
 from spectr.errors import MergeError, SpectrError
+from spectr.merging.registry import METHODS
 from spectr.shipped import open_library
 
 if TYPE_CHECKING:
@@ -22,36 +23,41 @@ _PANEL = "Settings of a method (docs/merging.md has their defaults)"
 
 
 def merge(
-    experts: Annotated[list[str], typer.Argument(help="Experts of the library, in the order of the weights.")],
-    out_folder: Annotated[Path, typer.Option("--out", "-o", help="Folder for the result; made, or empty.")],
+    experts: Annotated[list[str], typer.Argument(help="Merge these experts, in the order of the weights.")],
+    out_folder: Annotated[
+        Path, typer.Option("--out", "-o", help="Write the result to this folder, which is new or empty.")
+    ],
     library: LibraryOption = None,
     method: Annotated[
-        str, typer.Option("--method", help="average, linear, ties, dare, dare-ties, knots or genknowsub.")
+        str, typer.Option("--method", help=f"Merge by {', '.join(METHODS.entries)}, or a method of a package.")
     ] = "ties",
-    weights: Annotated[str | None, typer.Option(help='One number for each expert: "1,0.5".')] = None,
+    weights: Annotated[str | None, typer.Option(help='Weight the experts by these numbers: "1,0.5".')] = None,
     subtract: Annotated[
         str | None,
-        typer.Option(help="General expert (or several, with commas: their mean) to subtract from each expert first."),
+        typer.Option(help="Subtract this general expert from each expert first; of several, with commas, their mean."),
     ] = None,
-    strength: Annotated[float | None, typer.Option(help="How much of it to subtract; 1.0 by default.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Largest rank of the adapter.")] = None,
+    strength: Annotated[float | None, typer.Option(help="Subtract it times this number; 1.0 by default.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Limit the ranks of the adapter.")] = None,
     energy: Annotated[
-        float | None, typer.Option(help="Share of the merge to keep, from 0 to 1: the smallest ranks that do.")
+        float | None,
+        typer.Option(help="Keep this share of the merge, from 0 to 1, by the smallest ranks that hold it."),
     ] = None,
     into_base: Annotated[
         bool, typer.Option("--into-base", help="Write a whole model with the merge in its weights, not an adapter.")
     ] = False,
     model: BaseOption = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Of --into-base: float32 (the default), bfloat16, float16 or auto.")
-    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Choose the precision of --into-base; float32 by default.")] = None,
     density: Annotated[
-        float | None, typer.Option(help="Share of the entries that stay.", rich_help_panel=_PANEL)
+        float | None, typer.Option(help="Keep this share of the entries.", rich_help_panel=_PANEL)
     ] = None,
-    scale: Annotated[float | None, typer.Option(help="Of the merged update.", rich_help_panel=_PANEL)] = None,
-    seed: Annotated[int | None, typer.Option(help="Of DARE's random masks.", rich_help_panel=_PANEL)] = None,
+    scale: Annotated[
+        float | None, typer.Option(help="Multiply the merged update by this number.", rich_help_panel=_PANEL)
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Set the seed of DARE's random masks.", rich_help_panel=_PANEL)
+    ] = None,
     inner: Annotated[
-        str | None, typer.Option(help="What knots merges with: ties or average.", rich_help_panel=_PANEL)
+        str | None, typer.Option(help="Merge by ties or average within knots.", rich_help_panel=_PANEL)
     ] = None,
 ) -> None:
     """Merge LoRA experts into one adapter, or into the base model.

@@ -7,9 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from spectr.errors import DataError, LibraryError, SpectrError, did_you_mean, raise_together
+from spectr.choosing import check_names, problems_of
+from spectr.errors import CompositionError, DataError, LibraryError, SpectrError, did_you_mean, raise_together
 from spectr.evaluation.experiments import EXPERIMENTS
 from spectr.library import ExpertLibrary
+from spectr.routers import check_needs, get_router
+from spectr.routers.options import read_settings
+from spectr.routers.registry import ROUTERS
 from spectr.tasks import Example, Task
 
 Tasks = Mapping[str, tuple[Task, Sequence[Example]]]
@@ -84,9 +88,21 @@ def read_plan(
     known = (*EXPERIMENTS.names(), "all")
     if experiment not in known:
         raise DataError(f"unknown experiment '{experiment}'", do=did_you_mean(experiment, known))
-    _check_routers(routers, settings)
     _ = library.calibration  # a damaged one is found now
-    plan = Plan(experiments=[experiment], library=library, routers=routers, settings=settings)
+    _check_routers(experiment, routers, settings, library)
+    for option, value, reader in (("--ranks", ranks, "ranks"), ("--companion", companions, "robustness")):
+        if value and experiment not in (reader, "all"):
+            raise DataError(f"{option} is for the experiment {reader}", do="leave it out")
+    if experiment == "ranks" and not ranks:
+        raise DataError(f"ranks: {_NO_RANKS[0]}", do=_NO_RANKS[1])
+    plan = Plan(
+        experiments=[experiment],
+        library=library,
+        routers=routers,
+        settings=settings,
+        ranks=_ranks(ranks) if ranks else {},
+        companions=_companions(companions, library),
+    )
     if experiment == "heldout":
         return replace(plan, held_out=_held_out(tasks, library, data_root, limit))
     chosen = _tasks(tasks, letters)
@@ -108,16 +124,12 @@ def read_plan(
     names, left_out = _possible(experiment, lacks)
     idle = [name for name in read if name not in owned]
     remarks = [f"left out, as the library has no expert for them: {', '.join(idle)}"] if idle else []
-    if routers and set(names) <= COMPARES_NONE:
-        left_out.append(f"--router makes no difference: {experiment} compares no routers")
     return replace(
         plan,
         experiments=names,
         tasks=read,
         reworded=reworded,
         held_out=held_out,
-        ranks=_ranks(ranks) if ranks and "ranks" in names else {},
-        companions=_companions(companions, library),
         remarks=[*remarks, *left_out],
     )
 
@@ -132,24 +144,31 @@ def _read(chosen: Sequence[Task], root: str | None, limit: int | None) -> tuple[
     return read, reworded
 
 
-def _check_routers(names: Sequence[str], settings: Sequence[str]) -> None:
-    """Raise for names that are no routers, routers that need to be told more than a name, and settings of none."""
-    from spectr.routers import get_router, router_names
-    from spectr.routers.options import read_settings
-    from spectr.routers.registry import ROUTERS
+def _check_routers(experiment: str, names: Sequence[str], settings: Sequence[str], library: ExpertLibrary) -> None:
+    """Raise for routers or settings that the experiment does not use, and for routers that cannot be compared."""
+    if (names or settings) and experiment in COMPARES_NONE:
+        raise DataError(f"{experiment} compares no routers", do="leave out --router and --set")
+    if settings and not names:
+        raise DataError(f"--set {settings[0]} without a router", do="name the routers that it is for: --router NAME")
+    check_names(names)
+    title = "these routers cannot be compared"
+    raise_together(title, problems_of(ROUTERS.load, names), DataError)
+    given, made = read_settings(settings, names), {}
 
-    for name in names:
-        if name not in router_names():
-            raise DataError(f"unknown router '{name}'", do=did_you_mean(name, router_names()))
-    given = read_settings(settings, names or tuple(ROUTERS.entries)) if names or settings else {}
-    for name in names:
+    def make(name: str) -> None:
         try:
-            get_router(name, **given[name])
+            made[name] = get_router(name, **given[name])
         except SpectrError as error:
-            raise DataError(
-                f"router '{name}' cannot be compared: {error.given}",
-                do="leave it out; 'quality' has each task's own expert",
-            ) from error
+            own = "leave it out; 'quality' has each task's own expert"
+            do = own if name == "oracle" else error.do
+            raise DataError(f"router '{name}': {error.given}", expected=error.expected, do=do) from error
+
+    raise_together(title, problems_of(make, names), DataError)
+    if experiment == "ranks":  # which calibrates the experts of each rank itself
+        return
+    lacks = problems_of(lambda name: check_needs(made[name], library, library.names), names)
+    if len(lacks) == len(names):
+        raise_together(title, lacks, CompositionError)
 
 
 def _owned(read: Tasks, library: ExpertLibrary) -> list[str]:

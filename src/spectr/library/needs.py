@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from spectr.library.library import ExpertLibrary
 _SHOWN = 3
 
 
-class Need(ABC):
+class Need:
     """One thing that a library has to bring.
 
     Attributes:
@@ -24,9 +23,8 @@ class Need(ABC):
 
     lacking: ClassVar[str]
 
-    @abstractmethod
     def check(self, library: ExpertLibrary, names: Sequence[str]) -> None:
-        """Raise unless the library brings this.
+        """Raise unless the library brings this; by default by the names of all of its experts.
 
         Args:
             library: All that there is.
@@ -36,6 +34,7 @@ class Need(ABC):
             CompositionError: It does not.
             LibraryError: Some experts have other weights by now than the library says.
         """
+        self.resident(library.names)
 
     def resident(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """Those of a library's experts that a model has to hold; raises where their names alone do not do."""
@@ -48,10 +47,6 @@ class AtMost(Need):
 
     k: int
     lacking: ClassVar[str] = "experts"
-
-    def check(self, library: ExpertLibrary, names: Sequence[str]) -> None:
-        """See :class:`Need`: of the whole library, not of a restriction."""
-        self.resident(library.names)
 
     def resident(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """See :class:`Need`."""
@@ -70,10 +65,6 @@ class OneExpert(Need):
 
     expert: str
     lacking: ClassVar[str] = "the expert"
-
-    def check(self, library: ExpertLibrary, names: Sequence[str]) -> None:
-        """See :class:`Need`."""
-        self.resident(library.names)
 
     def resident(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """See :class:`Need`."""
