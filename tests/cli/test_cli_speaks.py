@@ -173,12 +173,11 @@ def task(tmp_path):
 
 def test_the_command_of_a_result_names_what_it_was_asked(spectr, given, task, tmp_path):
     out = tmp_path / "out"
-    code, _, notes = spectr("evaluate", "tokens", "--task", task, "--limit", 4, "-r", "arrow", "-o", out, *given)
+    code, _, notes = spectr("evaluate", "quality", "--task", task, "--limit", 4, "-o", out, *given)
     assert code == 0, notes
-    command = json.loads((out / "tokens.json").read_text())["origin"]["command"]
+    command = json.loads((out / "quality.json").read_text())["origin"]["command"]
     assert (
-        command == "spectr evaluate tokens --model model --library adapters --task blue.yaml --router arrow --limit 4 "
-        "--dtype float32"
+        command == "spectr evaluate quality --model model --library adapters --task blue.yaml --limit 4 --dtype float32"
     )
 
 

@@ -11,7 +11,8 @@ from spectr.choosing import check_names, problems_of
 from spectr.errors import CompositionError, DataError, LibraryError, SpectrError, did_you_mean, raise_together
 from spectr.evaluation.experiments import EXPERIMENTS
 from spectr.library import ExpertLibrary
-from spectr.routers import check_needs, get_router
+from spectr.library.needs import AtMost
+from spectr.routers import get_router
 from spectr.routers.options import read_settings
 from spectr.routers.registry import ROUTERS
 from spectr.tasks import Example, Task
@@ -166,7 +167,13 @@ def _check_routers(experiment: str, names: Sequence[str], settings: Sequence[str
     raise_together(title, problems_of(make, names), DataError)
     if experiment == "ranks":  # which calibrates the experts of each rank itself
         return
-    lacks = problems_of(lambda name: check_needs(made[name], library, library.names), names)
+
+    def check(name: str) -> None:
+        for need in made[name].needs:
+            if not isinstance(need, AtMost):  # the experiment may set another top_k
+                need.check(library, library.names)
+
+    lacks = problems_of(check, names)
     if len(lacks) == len(names):
         raise_together(title, lacks, CompositionError)
 
