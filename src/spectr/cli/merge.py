@@ -11,7 +11,8 @@ from rich.table import Table
 from spectr.cli.console import bar, out, say
 from spectr.cli.model_loading import open_model
 from spectr.cli.options import BaseOption, LibraryOption, known_dtype
-from spectr.errors import MergeError, SpectrError
+from spectr.errors import MergeError, SpectrError, collecting
+from spectr.folders import check_new_folder
 from spectr.shipped import open_library
 
 if TYPE_CHECKING:
@@ -95,17 +96,17 @@ def _checked(
     """Library and recipe, with everything told that is wrong with the request before anything is read or written."""
     from spectr.merging import make_recipe
     from spectr.merging.merge import size_faults
-    from spectr.merging.publish import folder_faults
-    from spectr.merging.recipe import noted
 
     rank, energy, into_base = size
-    problems: list[SpectrError] = [*folder_faults(out_folder), *size_faults(rank, energy), *idle]
+    problems: list[SpectrError] = [*size_faults(rank, energy), *idle]
     if into_base and (rank is not None or energy is not None):
         problems.append(MergeError("--into-base has no rank to limit", do="leave out --rank and --energy"))
     chosen, numbers = None, None
-    with noted(problems):
+    with collecting(problems):
+        check_new_folder(out_folder, MergeError)
+    with collecting(problems):
         chosen = open_library(path)
-    with noted(problems):
+    with collecting(problems):
         numbers = _numbers(weights)
     recipe = make_recipe(chosen, weights=numbers, problems=problems, **request)
     assert chosen is not None
