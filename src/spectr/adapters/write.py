@@ -61,7 +61,7 @@ def rank_settings(ranks: Mapping[str, int]) -> dict[str, Any]:
 
     The commonest rank is ``r``. The others are in ``rank_pattern``, and in ``alpha_pattern`` since PEFT divides a
     module's alpha by its own rank. PEFT reads their keys as regular expressions for the end of a module's name. The
-    keys are escaped and anchored, so that each is one module: "encoder.q" does not give its rank to "decoder.encoder.q".
+    keys are escaped and anchored, so that each is one module: "encoder.q" gives no rank to "decoder.encoder.q".
     """
     counts = Counter(ranks.values())
     commonest = max(counts, key=lambda rank: (counts[rank], rank))
