@@ -9,9 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spectr.errors import CompositionError, MissingExtraError, SpectrError, raise_together
+from spectr.errors import (
+    CompositionError,
+    MissingExtraError,
+    SpectrError,
+    collecting,
+    raise_together,
+    some_of,
+)
 from spectr.library import ExpertLibrary
-from spectr.library.needs import some_of
 from spectr.routers import Router, check_needs, get_router, residents
 from spectr.routers.options import options_of, read_settings
 from spectr.shipped import open_library
@@ -201,10 +207,8 @@ def _is_calibrated(library: ExpertLibrary) -> bool:
 
 def problems_of(check: Callable[[str], Any], names: Iterable[str]) -> list[SpectrError]:
     """What a check raises for each of these names."""
-    found = []
+    found: list[SpectrError] = []
     for name in names:
-        try:
+        with collecting(found):
             check(name)
-        except SpectrError as error:
-            found.append(error)
     return found

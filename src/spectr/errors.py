@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 _SHOWN = 40  # known names that a message lists
 
@@ -96,6 +97,20 @@ def raise_together(
         told = [str(problem) for problem in found[:most]]
         told += [f"and {len(found) - len(told)} more"] if len(found) > len(told) else []
         raise kind(f"{title}: {len(found)} problems\n" + "\n".join(f"- {line}" for line in told))
+
+
+@contextmanager
+def collecting(problems: list[SpectrError]) -> Iterator[None]:
+    """Append a :class:`SpectrError` of the block to a list, for :func:`raise_together`."""
+    try:
+        yield
+    except SpectrError as problem:
+        problems.append(problem)
+
+
+def some_of(names: Sequence[str], shown: int, what: str = "") -> str:
+    """The first few names, and how many more there are."""
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more{what}" if len(names) > shown else "")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

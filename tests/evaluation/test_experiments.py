@@ -169,7 +169,8 @@ def tasks():
 
 @pytest.mark.parametrize("name", EXPERIMENTS.entries)
 def test_every_experiment_gives_a_table_a_picture_and_the_model_back(library, tasks, tmp_path, name):
-    from spectr.plots.figures import as_svg, figure
+    from spectr.plots.axes import as_svg
+    from spectr.plots.figures import figure
 
     model = make_model()
     before = model(torch.tensor([[1, 5, 9]])).logits

@@ -124,13 +124,13 @@ def test_too_little_memory_names_the_largest_module(refused):
 def test_the_target_is_never_overwritten(pair, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").touch()
-    for target, what in ((tmp_path / "full", "not empty"), (tmp_path / "full" / "mine", "is a file")):
+    for target, what in ((tmp_path / "full", "is in use"), (tmp_path / "full" / "mine", "is a file")):
         with pytest.raises(ExtractionError) as caught:
             take(*pair, target, rank=2)
-        assert_says(caught.value, given=(what,), expected="not there yet", do="another --out")
+        assert_says(caught.value, given=(what,), expected="folder", do="another --out")
     with pytest.raises(ExtractionError) as caught:
         take(*pair, tmp_path / "full" / "mine" / "below", rank=2)
-    assert_says(caught.value, given=("cannot be written",), expected=None, do="permissions")
+    assert_says(caught.value, given=("cannot be made",), expected=None, do="another --out")
 
 
 def test_an_interrupted_run_leaves_nothing(pair, tmp_path, monkeypatch):

@@ -11,9 +11,7 @@ from rich.table import Table
 from spectr.cli.console import bar, out, say
 from spectr.cli.model_loading import open_model
 from spectr.cli.options import BaseOption, LibraryOption, known_dtype
-from spectr.errors import MergeError, SpectrError
 from spectr.merging.registry import METHODS
-from spectr.shipped import open_library
 
 if TYPE_CHECKING:
     from spectr.library import ExpertLibrary
@@ -46,7 +44,10 @@ def merge(
         bool, typer.Option("--into-base", help="Write a whole model with the merge in its weights, not an adapter.")
     ] = False,
     model: BaseOption = None,
-    dtype: Annotated[str | None, typer.Option(help="Choose the precision of --into-base; float32 by default.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Choose the precision of --into-base; float32 by default.", callback=known_dtype),
+    ] = None,
     density: Annotated[
         float | None, typer.Option(help="Keep this share of the entries.", rich_help_panel=_PANEL)
     ] = None,
@@ -69,61 +70,28 @@ def merge(
     [dim]spectr merge agnews sst2 --method knots --into-base --out runs/model[/]
     [dim]spectr merge agnews --method genknowsub --subtract sst2 --out runs/agnews-only[/]
     """
+    from spectr.merging.plan import read_plan
+
     options = {"density": density, "scale": scale, "seed": seed, "inner": inner}
-    chosen, recipe = _checked(
+    opened, recipe = read_plan(
         library,
+        _names(experts),
         out_folder,
-        experts=_names(experts),
         method=method,
         options={key: value for key, value in options.items() if value is not None},
         weights=weights,
         subtract=_names([subtract] if subtract else []),
-        strength=1.0 if strength is None else strength,
-        size=(rank, energy, into_base),
-        idle=_idle({"--model": model, "--dtype": dtype}, "--into-base", into_base)
-        + _idle({"--strength": strength}, "--subtract", bool(subtract)),
+        strength=strength,
+        rank=rank,
+        energy=energy,
+        into_base=into_base,
+        model=model,
+        dtype=dtype,
     )
     if into_base:
-        _into_base(chosen, recipe, out_folder, model, known_dtype(dtype or "float32"))
+        _into_base(opened, recipe, out_folder, model, dtype or "float32")
     else:
-        _into_adapter(chosen, recipe, out_folder, rank, energy)
-
-
-def _checked(
-    path: Path | None,
-    out_folder: Path,
-    *,
-    weights: str | None,
-    size: tuple[int | None, float | None, bool],
-    idle: list[SpectrError],
-    **request: Any,
-) -> tuple[ExpertLibrary, Recipe]:
-    """Library and recipe, with everything told that is wrong with the request before anything is read or written."""
-    from spectr.merging import make_recipe
-    from spectr.merging.merge import size_faults
-    from spectr.merging.publish import folder_faults
-    from spectr.merging.recipe import noted
-
-    rank, energy, into_base = size
-    problems: list[SpectrError] = [*folder_faults(out_folder), *size_faults(rank, energy), *idle]
-    if into_base and (rank is not None or energy is not None):
-        problems.append(MergeError("--into-base has no rank to limit", do="leave out --rank and --energy"))
-    chosen, numbers = None, None
-    with noted(problems):
-        chosen = open_library(path)
-    with noted(problems):
-        numbers = _numbers(weights)
-    recipe = make_recipe(chosen, weights=numbers, problems=problems, **request)
-    assert chosen is not None
-    return chosen, recipe
-
-
-def _idle(given: dict[str, Any], of: str, used: bool) -> list[SpectrError]:
-    """Options that make no difference without another one."""
-    wrong = [option for option, value in given.items() if value is not None and not used]
-    return [
-        MergeError(f"{option} makes no difference without {of}", do=f"leave it out, or add {of}") for option in wrong
-    ]
+        _into_adapter(opened, recipe, out_folder, rank, energy)
 
 
 def _into_adapter(
@@ -187,12 +155,3 @@ def _spread(values: Any, form: str) -> list[str]:
 def _names(texts: list[str]) -> list[str]:
     """Experts that were given one by one, or several with commas."""
     return [name.strip() for text in texts for name in text.split(",") if name.strip()]
-
-
-def _numbers(text: str | None) -> list[float] | None:
-    if text is None:
-        return None
-    try:
-        return [float(number) for number in text.split(",")]
-    except ValueError:
-        raise MergeError(f"--weights {text}", expected='numbers with commas between them: "1,0.5"') from None

@@ -53,9 +53,9 @@ LibraryOption = Annotated[
 _DTYPES = "auto, float32, bfloat16 or float16"
 
 
-def known_dtype(dtype: str) -> str:
+def known_dtype(dtype: str | None) -> str | None:
     """A precision by name, checked."""
-    if dtype not in _DTYPES.replace(" or", ",").split(", "):
+    if dtype is not None and dtype not in _DTYPES.replace(" or", ",").split(", "):
         raise SpectrError(f"--dtype {dtype}", expected=_DTYPES)
     return dtype
 

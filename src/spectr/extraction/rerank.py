@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ from spectr.extraction.extract import split, truncate
 from spectr.extraction.report import Kept, Report
 from spectr.extraction.settings import DTYPES, Truncation
 from spectr.extraction.svd import Truncated
-from spectr.extraction.write import check_target, rank_settings, versions, write_expert
+from spectr.extraction.write import PACKAGES, write_expert
+from spectr.folders import check_new_folder
 from spectr.hashing import file_sha256
 from spectr.spectral import align
+from spectr.versions import package_versions
 
 
 def rerank(
@@ -53,11 +55,13 @@ def rerank(
         AdapterError: A factor holds NaN or infinity.
     """
     out = Path(out)
-    check_target(out)
+    check_new_folder(out, ExtractionError)
     if dtype not in DTYPES:
         raise ExtractionError(f"dtype is '{dtype}'", expected=" or ".join(DTYPES))
     factors, modules = _truncated(expert, truncation, dtype, progress)
     _check_smaller(expert, modules, truncation)
+    # The expert's own configuration, which names the modules that it adapts.
+    config = json.loads((expert.weights.parent / CONFIG_FILE).read_text(encoding="utf-8"))
     report = Report(
         name=name or out.absolute().name,
         base_model=expert.base_model,
@@ -66,7 +70,7 @@ def rerank(
         remarks=(),
         origin=_origin(expert, truncation, dtype),
     )
-    write_expert(out, factors, _config(expert, {one.module: one.rank for one in modules}), report)
+    write_expert(out, factors, {**config, "init_lora_weights": True, "inference_mode": True}, report)
     return report
 
 
@@ -97,17 +101,11 @@ def _check_smaller(expert: Expert, modules: list[Kept], truncation: Truncation) 
     )
 
 
-def _config(expert: Expert, ranks: Mapping[str, int]) -> dict[str, Any]:
-    """The expert's own configuration, which says which modules it adapts, with the new ranks."""
-    old = json.loads((expert.weights.parent / CONFIG_FILE).read_text(encoding="utf-8"))
-    return {**old, **rank_settings(ranks), "init_lora_weights": True, "inference_mode": True}
-
-
 def _origin(expert: Expert, truncation: Truncation, dtype: str) -> dict[str, Any]:
     digest = file_sha256(expert.weights)
     return {
         "made": "truncated from another expert with `spectr rerank`",
         "source": {"expert": expert.name, "from": expert.origin, f"{expert.weights.name} sha256": digest},
         "settings": {**asdict(truncation), "dtype": dtype},
-        "versions": versions(),
+        "versions": package_versions(*PACKAGES),
     }

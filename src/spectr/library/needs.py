@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from spectr.adapters import Expert, has_gates
-from spectr.errors import CompositionError, did_you_mean
+from spectr.errors import CompositionError, did_you_mean, some_of
 from spectr.library.library import ExpertLibrary
 
 _SHOWN = 3
@@ -204,8 +204,3 @@ class EqualRanks(Need):
 
 CALIBRATED, DESCRIBED, GATED = Calibrated(), Described(), Gated()
 SIDE_DATA: tuple[Need, ...] = CALIBRATED, GATED  # what a router is given of each expert at each module
-
-
-def some_of(names: Sequence[str], shown: int, what: str = "") -> str:
-    """The first few names, and how many more there are."""
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more{what}" if len(names) > shown else "")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from spectr.errors import DataError, SpectrError, raise_together
+from spectr.errors import DataError, SpectrError, collecting, raise_together
 from spectr.tasks.chosen import chosen_task, origin_of, source_of
 from spectr.tasks.rows import read_examples
 from spectr.tasks.task import Example, Task, shipped_tasks
@@ -64,12 +64,11 @@ def read_expert_rows(
         raise DataError(
             f"one task's data for {len(names)} experts ({', '.join(names)})", do="name the expert that it belongs to"
         )
-    found, problems = {}, []
+    found: dict[str, tuple[list[Example], dict[str, Any]]] = {}
+    problems: list[SpectrError] = []
     for name in names:
-        try:
+        with collecting(problems):
             found[name] = _expert_rows(name, source, limit)
-        except SpectrError as error:
-            problems.append(error)
     raise_together("the data of these experts", problems, DataError)
     return found
 
