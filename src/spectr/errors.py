@@ -1,7 +1,7 @@
 """Errors that say what was given, what was expected and what to do.
 
-Everything a user can get wrong raises :class:`SpectrError` or one of its kin before anything is changed. A broken
-invariant of ours is an ``assert``, never one of these.
+Everything a user can get wrong raises :class:`SpectrError` or a subclass before anything is changed. A broken invariant
+of ours is an ``assert``, never one of these.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class AdapterError(SpectrError):
 
 
 class LibraryError(SpectrError):
-    """An expert library that is missing, damaged, or does not allow what was asked."""
+    """An expert library that is missing, damaged, or does not allow that."""
 
 
 class CompositionError(SpectrError):
@@ -48,7 +48,7 @@ class CompositionError(SpectrError):
 
 
 class MergeError(SpectrError):
-    """Experts that cannot be merged as asked."""
+    """Experts that cannot be merged like that."""
 
 
 class DataError(SpectrError):
@@ -60,7 +60,7 @@ class ModelError(SpectrError):
 
 
 class ExtractionError(SpectrError):
-    """Two checkpoints, or an expert, that no expert of the asked kind can be taken from."""
+    """Two checkpoints, or an expert, that no such expert can be taken from."""
 
 
 class MissingExtraError(SpectrError, ImportError):
@@ -88,15 +88,15 @@ def raise_together(
         title: What they are problems of.
         problems: What is wrong.
         kind: Of the error that carries several.
-        most: Problems that are told in full; of the others only the number is. By default all are told.
+        most: Problems that are written in full; of the others only the number. By default all are.
     """
     found = list(problems)
     if len(found) == 1:
         raise found[0]
     if found:
-        told = [str(problem) for problem in found[:most]]
-        told += [f"and {len(found) - len(told)} more"] if len(found) > len(told) else []
-        raise kind(f"{title}: {len(found)} problems\n" + "\n".join(f"- {line}" for line in told))
+        lines = [str(problem) for problem in found[:most]]
+        lines += [f"and {len(found) - len(lines)} more"] if len(found) > len(lines) else []
+        raise kind(f"{title}: {len(found)} problems\n" + "\n".join(f"- {line}" for line in lines))
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from spectr.library.manifest import MANIFEST_FILE, any_entry
 from spectr.shipped import open_library, shipped_experts
 from spectr.tasks.rows import read_lines
 
-_BESIDE = f"{CALIBRATION_FILE}, {DESCRIPTIONS_FILE}, {INDEX_FOLDER}"
+_SIDE_FILES = f"{CALIBRATION_FILE}, {DESCRIPTIONS_FILE}, {INDEX_FOLDER}"
 _UNFILLED = "# Model Card for Model ID"  # the title of PEFT's template
 app = typer.Typer(
     help="Keep experts on disk: add, remove, list, show, verify, calibrate, index, describe.", no_args_is_help=True
@@ -54,12 +54,12 @@ def add(
     store = LibraryStore(library)
     entry = store.add(name, adapter, replace=replace)
     out.print(f"added {entry.name}: {_ranks(entry)}, {entry.modules} modules, {entry.parameters:,} parameters")
-    for twin in store.twins(entry):
-        say(f"'{twin}' has the same files: routers for tokens count them twice")
+    for other in store.twins(entry):
+        say(f"'{other}' has the same files: routers for tokens count them twice")
     other = any_entry(store.root, but=entry.name)
     if other and other.base_model != entry.base_model:
         bases = f"{entry.base_model or 'nothing'}, and '{other.name}' {other.base_model or 'nothing'}"
-        say(f"its base model, as the adapter says, is {bases}: their sizes agree, but are they for one model?")
+        say(f"its base model in the adapter's configuration is {bases}: their sizes agree, but are they for one model?")
     known = Calibration.load(store.root)
     if known is None or known.sha256.get(entry.name) != entry.sha256[WEIGHTS_FILE]:
         steps = ("calibrate", "index") if (store.root / INDEX_FOLDER).is_dir() else ("calibrate",)
@@ -113,7 +113,7 @@ def show(
     library: LibraryOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show one expert: what the library knows of it, and its card."""
+    """Show one expert: the facts of the library, and its card."""
     store, opened = _open(library)
     entry = store.entry(name)
     card = store.root / entry.folder / "README.md"
@@ -222,7 +222,7 @@ def verify(library: LibraryOption = None, as_json: JsonOption = False) -> None:
     """Check every expert's files against their hashes and read them; exit code 2 if anything is wrong."""
     store, _ = _open(library)
     say(f"reading {len(store.entries)} experts in {store.root}")
-    faults = {**store.verify(), _BESIDE: _fault_beside(store.root)}
+    faults = {**store.verify(), _SIDE_FILES: _side_fault(store.root)}
     if as_json:
         sys.stdout.write(json.dumps({name: fault and str(fault) for name, fault in faults.items()}) + "\n")
     raise_together(f"{store.root} is damaged", [fault for fault in faults.values() if fault], LibraryError)
@@ -231,7 +231,7 @@ def verify(library: LibraryOption = None, as_json: JsonOption = False) -> None:
 
 
 def _open(path: Path | None) -> tuple[LibraryStore, ExpertLibrary]:
-    """A library on disk, to look at its entries and its experts."""
+    """A library on disk: its entries, and its experts."""
     root = path or shipped_experts()
     opened = ExpertLibrary.open(root)
     if not (root / MANIFEST_FILE).is_file():
@@ -242,7 +242,7 @@ def _open(path: Path | None) -> tuple[LibraryStore, ExpertLibrary]:
     return LibraryStore(root), opened
 
 
-def _fault_beside(root: Path) -> SpectrError | None:
+def _side_fault(root: Path) -> SpectrError | None:
     try:
         library = ExpertLibrary.open(root)
         _ = library.calibration, library.descriptions, dict(library.index)

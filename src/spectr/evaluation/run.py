@@ -71,7 +71,7 @@ def run_experiment(
 
 
 def keep_result(result: Result, folder: Path, given: Mapping[str, Any]) -> tuple[Path, Path | None]:
-    """Write a result with the command that gives it again; one of another run that is there is kept beside it.
+    """Write a result with the command that gives it again; one of another run is kept next to it.
 
     Args:
         result: Of :func:`run_experiment`.

@@ -1,4 +1,4 @@
-"""What a library has to bring for a router, a combination or what reads a prompt."""
+"""What a router, a combination or evidence for prompts needs of a library."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SHOWN = 3
 
 
 class Need:
-    """One thing that a library has to bring.
+    """One thing that a library has to provide.
 
     Attributes:
         lacking: What a library without it lacks, in words.
@@ -24,7 +24,7 @@ class Need:
     lacking: ClassVar[str]
 
     def check(self, library: ExpertLibrary, names: Sequence[str]) -> None:
-        """Raise unless the library brings this; by default by the names of all of its experts.
+        """Raise unless the library has this; by default by the names of all of its experts.
 
         Args:
             library: All that there is.
@@ -32,7 +32,7 @@ class Need:
 
         Raises:
             CompositionError: It does not.
-            LibraryError: Some experts have other weights by now than the library says.
+            LibraryError: Some experts have other weights now than when they were added.
         """
         self.resident(library.names)
 

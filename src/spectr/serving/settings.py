@@ -22,7 +22,7 @@ _BACKLOG = 2048  # connections that wait until they are taken, as uvicorn has it
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What ``spectr serve`` was asked for, checked.
+    """What a server is to serve, checked.
 
     Attributes:
         library: Has the experts.

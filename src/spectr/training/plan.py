@@ -74,7 +74,7 @@ def read_plan(
         MissingExtraError: PEFT is not installed.
     """
     if out is None:
-        raise DataError("nothing says where the expert goes", do="give a folder: --out runs/mine")
+        raise DataError("no folder was named for the expert", do="give a folder: --out runs/mine")
     task = source.read_task(name or out.name)
     train = source.train or source_of(task, "train", source.root)
     test = source.test or source_of(task, "test", source.root)
@@ -189,7 +189,7 @@ def read_gate_plan(
         LibraryError: There is no such library or expert.
     """
     if library is None:
-        raise DataError("nothing says which library the gates go into", do="give its folder: --library experts")
+        raise DataError("no library was named for the gates", do="give its folder: --library experts")
     experts = open_library(library)
     experts.check(*names)
     chosen = [name for name in names or experts if fresh or not has_gates(experts[name])]

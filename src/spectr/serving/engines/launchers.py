@@ -26,7 +26,7 @@ class Parts:
 
     Attributes:
         open_model: Gives base model and tokenizer.
-        compose: Routes a model: (model, tokenizer, router, what progress says).
+        compose: Routes a model: (model, tokenizer, router, phase of the progress).
         cache_tokens: Tokens of all running requests in memory, in continuous batches; ``None`` for one after the other.
     """
 
@@ -49,7 +49,7 @@ class Launcher(Protocol):
         ...
 
     def launch(self, settings: Settings, parts: Parts, say: Say) -> None:
-        """Serve what was asked for; ``say`` shows one line."""
+        """Serve these settings; ``say`` shows one line."""
         ...
 
 

@@ -98,12 +98,12 @@ class TransformersEngine:
 
     def admit(self, ticket: Ticket, body: Mapping[str, Any]) -> dict[str, Any]:
         """See :class:`Engine`."""
-        told = {key: value for key, value in body.items() if value not in (None, [])} | {"model": _NAME}
-        _check(told, len(self.tokenizer))
+        admitted = {key: value for key, value in body.items() if value not in (None, [])} | {"model": _NAME}
+        _check(admitted, len(self.tokenizer))
         if self.batching is not None:
-            self.batching.check(told)
-        self._running[ticket.id] = Running(ticket, told)
-        return told
+            self.batching.check(admitted)
+        self._running[ticket.id] = Running(ticket, admitted)
+        return admitted
 
     def steps(self, ticket: Ticket, answer: dict[str, Any]) -> Mapping[int, Sequence[Step]]:
         """See :class:`Engine`."""
@@ -256,16 +256,16 @@ def _check(body: Mapping[str, Any], vocabulary: int) -> None:
 
 def _check_message(place: str, message: Mapping[str, Any]) -> None:
     _check_calls(message.get("tool_calls", ()))
-    told = [(f"{place}.role", message["role"], _ROLES)]
+    found = [(f"{place}.role", message["role"], _ROLES)]
     content = message.get("content")
     parts = content if isinstance(content, list) else ()
-    told += [(f"{place}.content[{number}].type", part["type"], ("text",)) for number, part in enumerate(parts)]
-    for where, found, served in told:
-        if found not in served:
-            near = nearest(found, served)
+    found += [(f"{place}.content[{number}].type", part["type"], ("text",)) for number, part in enumerate(parts)]
+    for where, value, possible in found:
+        if value not in possible:
+            near = nearest(value, possible)
             raise RefusalError(
-                f"'{where}' is {shown(found)}, which is not served",
-                expected=" or ".join(f'"{one}"' for one in served),
+                f"'{where}' is {shown(value)}, which is not served",
+                expected=" or ".join(f'"{one}"' for one in possible),
                 do=f'if you mean "{near}", write that' if near else None,
                 code="unsupported_value",
                 param="messages",

@@ -1,4 +1,4 @@
-"""vLLM behind the gateway: its own OpenAI-compatible application, told of each request's experts by ``vllm_xargs``."""
+"""vLLM behind the gateway: its own OpenAI-compatible application, with each request's experts in ``vllm_xargs``."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from spectr.vllm.routing_records import Listener
 INNER = "spectr"  # what vLLM's application calls the composed model
 _PATIENCE = 0.25  # seconds that an answer waits for its reports
 _ROUTING = {"shares": "tokens", "layers": "layers"}
-# Fields by which a client could say itself what the ticket says, or reach what is not its own.
+# Fields by which a client could set what the ticket sets, or reach what is not its own.
 _NOT_THE_CLIENTS = ("vllm_xargs", "cache_salt", "request_id", "priority", "return_token_ids", "user")
 _NOT_HERE = ("use_beam_search", "kv_transfer_params", "ec_transfer_params", "prompt_embeds", "structural_tag")
 _REQUEST = re.compile(r"(?:(?P<child>\d+)_)?(?:chat)?cmpl-(?P<id>\w+?)(?:-(?P<prompt>\d{1,4}))?(?:-[0-9a-f]{8})?")
@@ -47,10 +47,10 @@ class VllmEngine:
 
     Args:
         client: vLLM's ``AsyncLLM``.
-        status: What its workers say of the routing.
+        status: Of the routing, from its workers.
         listener: Gets the reports.
         base_model: The base model's name for clients.
-        routers: Names for clients of those that requests may ask for, the default first; each with its name in the
+        routers: Names for clients of those that requests may name, the default first; each with its name in the
             model's config.
         suspicion: Experts whose norm is far out, and how far.
         records: Whether the layers keep what they choose.
@@ -80,7 +80,7 @@ class VllmEngine:
         self.experts = self._known
         self._choices: dict[str, int] = {}
         self._waiting: dict[str, dict[tuple[int, int], Step]] = {}
-        self._told: dict[str, dict[int, int]] = {}
+        self._reported: dict[str, dict[int, int]] = {}
 
     @property
     def fields(self) -> frozenset[str]:
@@ -97,29 +97,29 @@ class VllmEngine:
         for field in _NOT_HERE:
             if body.get(field):
                 raise RefusalError(f"{field} is not possible here", code="unsupported_parameter", param=field)
-        told = {key: value for key, value in body.items() if key not in _NOT_THE_CLIENTS}
+        admitted = {key: value for key, value in body.items() if key not in _NOT_THE_CLIENTS}
         extra: dict[str, Any] = {EXPERTS: list(ticket.experts), ROUTER: self._inner[ticket.router]}
         if ticket.record != "none" and self.records:
             extra |= {ROUTING: _ROUTING[ticket.record], ROUTE_ID: ticket.id}
-            told["return_token_ids"] = True  # says how many tokens a chunk has
+            admitted["return_token_ids"] = True  # gives the number of tokens of a chunk
             self._choices[ticket.id] = body.get("n") or 1
-            self._waiting[ticket.id], self._told[ticket.id] = {}, {}
+            self._waiting[ticket.id], self._reported[ticket.id] = {}, {}
             self.listener.expect(ticket.id)
         if body.get("stream"):
-            told["stream_options"] = {"include_usage": True}  # to be counted; the gateway says who reads it
-        told |= {"model": INNER, "vllm_xargs": extra}
+            admitted["stream_options"] = {"include_usage": True}  # to be counted; the gateway decides who reads it
+        admitted |= {"model": INNER, "vllm_xargs": extra}
         if ticket.salt:
-            told["cache_salt"] = ticket.salt  # beside the engine's own, which it does not trust anybody with
-        return told
+            admitted["cache_salt"] = ticket.salt  # next to the engine's own, which no client knows
+        return admitted
 
     def steps(self, ticket: Ticket, answer: dict[str, Any]) -> Mapping[int, Sequence[Step]]:
         """See :class:`Engine`. Reports leave the engine before their tokens do; it waits for them a moment at most."""
         fresh = {choice.get("index", 0): _tokens(choice) for choice in answer.get("choices") or ()}
         answer.pop("prompt_token_ids", None)
-        if ticket.id not in self._told:
+        if ticket.id not in self._reported:
             return {}
-        told, waiting = self._told[ticket.id], self._waiting[ticket.id]
-        wanted = {(c, told.get(c, 0) + n) for c, count in fresh.items() for n in range(count)}
+        reported, waiting = self._reported[ticket.id], self._waiting[ticket.id]
+        wanted = {(c, reported.get(c, 0) + n) for c, count in fresh.items() for n in range(count)}
         until = time.monotonic() + _PATIENCE
         while not wanted <= set(waiting) and (left := until - time.monotonic()) > 0:
             for report in self.listener.take(ticket.id, tokens=1, patience=left):
@@ -127,12 +127,12 @@ class VllmEngine:
         found: dict[int, list[Step]] = {}
         for choice, number in sorted(wanted):
             found.setdefault(choice, []).append(waiting.pop((choice, number), Step({})))
-            told[choice] = number + 1
+            reported[choice] = number + 1
         return found
 
     def finish(self, ticket: Ticket) -> None:
         """See :class:`Engine`."""
-        for kept in (self._choices, self._waiting, self._told):
+        for kept in (self._choices, self._waiting, self._reported):
             kept.pop(ticket.id, None)
         self.listener.forget(ticket.id)
 
@@ -163,7 +163,7 @@ class VllmEngine:
 
 
 def _tokens(choice: dict[str, Any]) -> int:
-    """How many tokens a choice has that were not told before; what says so is taken out."""
+    """How many new tokens a choice has; the fields that carry them are removed."""
     choice.pop("prompt_token_ids", None)
     return len(choice.pop("token_ids", None) or ())
 
@@ -182,10 +182,10 @@ async def launched(
 
     Args:
         model: A composed folder; or with ``settings`` any model that vLLM has, by folder or Hub id.
-        settings: How it is routed, where the folder does not say so.
+        settings: How it is routed, where the folder does not have them.
         base_model: The base model's name for clients.
         routers: As :class:`VllmEngine` takes them; by default those of the settings.
-        record: Whether routing can be asked for, and counted; it costs a little at each layer.
+        record: Whether routing can be returned and counted; it costs a little at each layer.
         options: Of vLLM's own command line.
 
     Raises:
@@ -249,20 +249,20 @@ def launch(settings: Served, say: Callable[[str], None]) -> None:
 
 
 def _end(number: int, frame: Any) -> None:
-    """Instead of ending at once, which would leave the engine's processes behind."""
+    """End by an exception: ending at once would leave the engine's processes behind."""
     raise SystemExit(128 + number)
 
 
 def _routed(settings: Served) -> Settings:
-    """How the model is routed, in the words of its config."""
+    """How the model is routed, as its config has it."""
     routers = [_fitting(served(router), len(settings.experts)) for router in settings.routers.values()]
-    order = sorted(routers, key=decides_on_prompts)  # where nobody asks, or decides, one that needs no decision
-    first, *beside = map(router_config, order)
+    order = sorted(routers, key=decides_on_prompts)  # by default one that needs no decision
+    first, *others = map(router_config, order)
     everyone = settings.experts == settings.library.names
     routed = Settings(
         library=str(Path(settings.library.origin).expanduser().absolute()),
         router=first,
-        beside=tuple(beside),
+        beside=tuple(others),
         experts=None if everyone else settings.experts,
         inner=_inner(settings.model),
     )
@@ -304,7 +304,7 @@ async def _serve(
 
         await listen(app, engine, settings, bound, say, watch)
         if engine.client.errored:
-            raise SpectrError("vLLM's engine has died; what it said is above", do="start the server again")
+            raise SpectrError("vLLM's engine has died; its output is above", do="start the server again")
 
 
 def _of_folder(model: str) -> Settings:
