@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +13,15 @@ from rich.table import Table
 from spectr.cli.console import bar, out, resumable, say
 from spectr.cli.guides import check_writer, guide_maker
 from spectr.cli.model_loading import open_model
-from spectr.cli.options import BaseOption, DataRootOption, DtypeOption, JsonOption, LettersOption, LibraryOption
+from spectr.cli.options import (
+    BaseOption,
+    DataRootOption,
+    DtypeOption,
+    JsonOption,
+    LettersOption,
+    LibraryOption,
+    with_options,
+)
 from spectr.evaluation.experiments import EXPERIMENTS
 from spectr.shipped import open_library
 
@@ -25,53 +34,62 @@ Folder = Annotated[
 _OTHERS = "Other experts"
 
 
-def evaluate(
-    experiment: Annotated[str, typer.Argument(help=f"Run {', '.join(EXPERIMENTS.entries)}, or all.")],
-    folder: Folder = Path("out/evaluation"),
-    model: BaseOption = None,
-    library: LibraryOption = None,
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What results depend on; in the order of the command that is kept with them."""
+
+    data_root: DataRootOption = None
+    model: BaseOption = None
+    library: LibraryOption = None
     task: Annotated[
         list[str] | None,
         typer.Option("--task", help="Use this shipped task or task file; by default all shipped tasks."),
-    ] = None,
-    data_root: DataRootOption = None,
-    letters: LettersOption = False,
+    ] = None
+    letters: LettersOption = False
     router: Annotated[
         list[str] | None, typer.Option("--router", "-r", help="Compare only this router: once for each.")
-    ] = None,
-    settings: Annotated[
+    ] = None
+    set: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
             metavar="NAME=VALUE",
             help="Set a setting of the named routers that have it: --set temperature=0.5.",
         ),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Limit the test examples of each task.", min=2)] = None,
+    ] = None
+    limit: Annotated[int | None, typer.Option(help="Limit the test examples of each task.", min=2)] = None
     seeds: Annotated[
         int,
         typer.Option(help="Measure calibrated routers with N calibrations of their own; 0: with the library's.", min=0),
-    ] = 0,
+    ] = 0
     writer: Annotated[
         str | None,
         typer.Option(
             help="Have this model write GLIDER's instructions, or http(s)://host/v1#MODEL; by default the base model.",
             callback=check_writer,
         ),
-    ] = None,
+    ] = None
     ranks: Annotated[
         Path | None,
         typer.Option(
             help='Take the experts of "ranks" from this folder: EXPERT-rRANK, as sst2-r16.', rich_help_panel=_OTHERS
         ),
-    ] = None,
-    companion: Annotated[
+    ] = None
+    substitute: Annotated[
         list[str] | None,
         typer.Option(
             help='Put an adapter in an expert\'s place in "robustness": EXPERT=FOLDER.', rich_help_panel=_OTHERS
         ),
-    ] = None,
-    dtype: DtypeOption = "auto",
+    ] = None
+    companion: Annotated[list[str] | None, typer.Option(hidden=True)] = None
+    dtype: DtypeOption = "auto"
+
+
+@with_options
+def evaluate(
+    request: Request,
+    experiment: Annotated[str, typer.Argument(help=f"Run {', '.join(EXPERIMENTS.entries)}, or all.")],
+    folder: Folder = Path("out/evaluation"),
     as_json: JsonOption = False,
 ) -> None:
     """Run one of the paper's experiments, or all: a table, a figure, and results with their origin as JSON.
@@ -83,44 +101,32 @@ def evaluate(
     """
     from spectr.evaluation.plan import read_plan
 
+    if request.companion:
+        say("warning: --companion is deprecated, and the next version drops it; use --substitute")
     plan = read_plan(
         experiment,
-        open_library(library),
-        tasks=task or (),
-        data_root=data_root,
-        letters=letters,
-        limit=limit,
-        ranks=ranks,
-        companions=companion or (),
-        routers=router or (),
-        settings=settings or (),
+        open_library(request.library),
+        tasks=request.task or (),
+        data_root=request.data_root,
+        letters=request.letters,
+        limit=request.limit,
+        ranks=request.ranks,
+        companions=[*(request.substitute or ()), *(request.companion or ())],
+        routers=request.router or (),
+        settings=request.set or (),
     )
     for remark in plan.remarks:
         say(remark)
-    given = {
-        "data-root": data_root,
-        "model": model,
-        "library": library,
-        "task": task,
-        "letters": letters,
-        "router": router,
-        "set": settings,
-        "limit": limit,
-        "seeds": seeds,
-        "writer": writer,
-        "ranks": ranks,
-        "companion": companion,
-        "dtype": None if dtype == "auto" else dtype,
-    }
-    base, tokenizer = open_model(model, dtype)
+    base, tokenizer = open_model(request.model, request.dtype)
 
     from spectr.evaluation.run import run_experiment
 
-    guide = guide_maker(base, tokenizer, writer, dtype)
+    guide = guide_maker(base, tokenizer, request.writer, request.dtype)
+    given = {name.replace("_", "-"): value for name, value in vars(request).items() if value != "auto"}
     for name in plan.experiments:
         with resumable(), bar() as advance:
             result = run_experiment(
-                name, plan, base, tokenizer, folder=folder, seeds=seeds, guide=guide, progress=advance
+                name, plan, base, tokenizer, folder=folder, seeds=request.seeds, guide=guide, progress=advance
             )
         _keep(result, folder, given, as_json)
 

@@ -91,11 +91,7 @@ def read_plan(
         raise DataError(f"unknown experiment '{experiment}'", do=did_you_mean(experiment, known))
     _ = library.calibration  # a damaged one is found now
     _check_routers(experiment, routers, settings, library)
-    for option, value, reader in (("--ranks", ranks, "ranks"), ("--companion", companions, "robustness")):
-        if value and experiment not in (reader, "all"):
-            raise DataError(f"{option} is for the experiment {reader}", do="leave it out")
-    if experiment == "ranks" and not ranks:
-        raise DataError(f"ranks: {_NO_RANKS[0]}", do=_NO_RANKS[1])
+    _check_options(experiment, ranks, companions)
     plan = Plan(
         experiments=[experiment],
         library=library,
@@ -116,23 +112,16 @@ def read_plan(
         "mixed": None if len(owned) > 1 or not read else _ONE_TASK,
         "ranks": None if ranks else _NO_RANKS,
     }
-    held_out: Tasks = {}
+    plan = replace(plan, tasks=read, reworded=reworded)
     if experiment == "all":
         try:
-            held_out = _held_out((), library, data_root, limit)
+            plan = replace(plan, held_out=_held_out((), library, data_root, limit))
         except SpectrError as error:
             lacks["heldout"] = (error.given, "")
     names, left_out = _possible(experiment, lacks)
     idle = [name for name in read if name not in owned]
     remarks = [f"left out, as the library has no expert for them: {', '.join(idle)}"] if idle else []
-    return replace(
-        plan,
-        experiments=names,
-        tasks=read,
-        reworded=reworded,
-        held_out=held_out,
-        remarks=[*remarks, *left_out],
-    )
+    return replace(plan, experiments=names, remarks=[*remarks, *left_out])
 
 
 def _read(chosen: Sequence[Task], root: str | None, limit: int | None) -> tuple[Tasks, dict[str, list[list[Example]]]]:
@@ -143,6 +132,15 @@ def _read(chosen: Sequence[Task], root: str | None, limit: int | None) -> tuple[
         for about in chosen
     }
     return read, reworded
+
+
+def _check_options(experiment: str, ranks: Path | None, companions: Sequence[str]) -> None:
+    """Raise for options that the experiment does not read, and for one that it needs."""
+    for option, value, reader in (("--ranks", ranks, "ranks"), ("--substitute", companions, "robustness")):
+        if value and experiment not in (reader, "all"):
+            raise DataError(f"{option} is for the experiment {reader}", do="leave it out")
+    if experiment == "ranks" and not ranks:
+        raise DataError(f"ranks: {_NO_RANKS[0]}", do=_NO_RANKS[1])
 
 
 def _check_routers(experiment: str, names: Sequence[str], settings: Sequence[str], library: ExpertLibrary) -> None:
@@ -302,7 +300,7 @@ def _companions(given: Sequence[str], library: ExpertLibrary) -> list[tuple[str,
     for text in given:
         name, _, folder = text.partition("=")
         if not (name and folder):
-            problems.append(DataError(f"--companion {text}", expected="EXPERT=FOLDER"))
+            problems.append(DataError(f"--substitute {text}", expected="EXPERT=FOLDER"))
             continue
         try:
             library.check(name)
