@@ -196,9 +196,14 @@ def _made(name: str, options: Mapping[str, Any], library: ExpertLibrary, *, fits
             do="leave them out, or ask for a longer one: --set size=16",
         )
     router = get_router(name, **options)
-    if fits and (router.selection.k or 0) > len(library):
-        router = dataclasses.replace(router, top_k=len(library))  # pyright: ignore[reportArgumentType]
-    return router
+    return fit_to(len(library), router) if fits else router
+
+
+def fit_to(experts: int, router: Router) -> Router:
+    """The router, which takes at most this number of experts."""
+    if (router.selection.k or 0) <= experts:
+        return router
+    return dataclasses.replace(router, top_k=experts)  # pyright: ignore[reportArgumentType]
 
 
 def _is_calibrated(library: ExpertLibrary) -> bool:

@@ -114,6 +114,15 @@ def test_a_setting_of_the_router_inside_is_found_by_its_name_or_its_place():
     assert get_router("glider", **given) == Glider(temperature=2.0, local=Spectr(temperature=3.0))
 
 
+def test_a_setting_of_the_router_inside_changes_the_one_that_is_given():
+    given = {"shortlist": {"size": 4, "local": {"name": "spectr", "combine": "ties"}}}
+    inside = {"local": {"name": "spectr", "combine": "ties", "top_k": 2}}
+    for text in ("top_k=2", "local.top_k=2"):
+        assert read_settings([text], ["shortlist"], defaults=given) == {"shortlist": inside}
+    replaced = read_settings(["local=arrow", "local.top_k=2"], ["shortlist"], defaults=given)
+    assert replaced == {"shortlist": {"local": {"name": "arrow", "top_k": 2}}}
+
+
 def test_with_several_routers_a_setting_is_for_all_that_have_it_or_for_the_one_that_is_named():
     given = read_settings(["temperature=2", "arrow.temperature=3", "spectr.top_k=1"], ["arrow", "spectr", "mu"])
     assert given == {"arrow": {"temperature": 3.0}, "spectr": {"temperature": 2.0, "top_k": 1}, "mu": {}}

@@ -14,7 +14,7 @@ from spectr.errors import SpectrError, nearest
 from spectr.serving.api_fields import Request
 from spectr.serving.engines.base import Engine, Recording, Ticket
 from spectr.serving.errors import RefusalError
-from spectr.serving.policy import Policy
+from spectr.serving.policy import Key, Policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +51,9 @@ class Catalog:
         Raises:
             RefusalError: 401: there is a policy, and no such key in it.
         """
-        if self.policy is None:
+        key = self._key(secret)
+        if self.policy is None or key is None:
             return Grant(experts=self.engine.experts, base=True)
-        key = self.policy.holder(secret)
-        if key is None:
-            raise _unknown_key(secret)
         return Grant(experts=self.policy.granted(key, self.engine.experts), base=key.base)
 
     def administrator(self, secret: str | None) -> str | None:
@@ -64,11 +62,9 @@ class Catalog:
         Raises:
             RefusalError: 401: no such key; 403: it is no administrator's.
         """
-        if self.policy is None:
-            return None
-        key = self.policy.holder(secret)
+        key = self._key(secret)
         if key is None:
-            raise _unknown_key(secret)
+            return None
         if not key.admin:
             raise RefusalError(
                 "this key may not do that",
@@ -78,6 +74,15 @@ class Catalog:
                 status=403,
             )
         return key.name
+
+    def _key(self, secret: str | None) -> Key | None:
+        """The policy's key; ``None`` where there is no policy."""
+        key = self.policy and self.policy.holder(secret)
+        if self.policy is not None and key is None:
+            given = "no API key" if secret is None else "an API key that is not known"
+            do = "send one of the policy's: Authorization: Bearer KEY"
+            raise RefusalError(given, do=do, code="invalid_api_key", status=401)
+        return key
 
     def listing(self, grant: Grant) -> dict[str, Any]:
         """The answer of ``/v1/models``."""
@@ -184,13 +189,6 @@ class Catalog:
         if score is None:
             return {}
         return {"suspicion": round(score, 1) if math.isfinite(score) else "not finite"}
-
-
-def _unknown_key(secret: str | None) -> RefusalError:
-    given = "no API key" if secret is None else "an API key that is not known"
-    return RefusalError(
-        given, do="send one of the policy's: Authorization: Bearer KEY", code="invalid_api_key", status=401
-    )
 
 
 def _meant(name: str, known: Sequence[str]) -> str | None:

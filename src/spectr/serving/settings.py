@@ -103,17 +103,12 @@ class Settings:
             SpectrError: The address is not there, or taken.
         """
         kind = socket.AF_INET6 if ":" in self.host else socket.AF_INET
-        bound = socket.socket(kind)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            bound.bind((self.host, self.port))
-            bound.listen(_BACKLOG)
+            return socket.create_server((self.host, self.port), family=kind, backlog=_BACKLOG)
         except OSError as error:
-            bound.close()
             raise SpectrError(
                 f"{self.host}, port {self.port}: {error.strerror or error}", do="choose others with --host and --port"
             ) from error
-        return bound
 
 
 def make_settings(request: RoutingRequest, *, exclude: Sequence[str] = (), served: str, **given: Any) -> Settings:

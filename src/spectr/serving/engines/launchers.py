@@ -76,26 +76,23 @@ class Transformers:
         from spectr.serving.outliers import suspicious
 
         check_version()
-        bound = settings.listen()
-        composed, tokenizer = _composed(settings, parts, say)
-        engine = TransformersEngine(
-            composed,
-            tokenizer,
-            base_model=settings.base_name,
-            suspicion=suspicious(settings.library[name] for name in composed.experts),
-            batching=_batching(parts.cache_tokens),
-        )
+        with settings.listen() as bound:
+            composed, tokenizer = _composed(settings, parts, say)
+            engine = TransformersEngine(
+                composed,
+                tokenizer,
+                base_model=settings.base_name,
+                suspicion=suspicious(settings.library[name] for name in composed.experts),
+                batching=_batching(parts.cache_tokens),
+            )
 
-        async def listening() -> None:
-            try:
-                await listen(engine.app, engine, settings, bound, say)
-            finally:
-                engine.stop()
+            async def listening() -> None:
+                try:
+                    await listen(engine.app, engine, settings, bound, say)
+                finally:
+                    engine.stop()
 
-        try:
             asyncio.run(listening())
-        finally:
-            bound.close()
 
 
 class Vllm:

@@ -235,21 +235,20 @@ def _check(body: Mapping[str, Any], vocabulary: int) -> None:
     for key in _UNSERVED:
         if body.get(key):
             raise _unserved(key)
-    if body.get("n", 1) != 1:
-        raise _unserved("n", "1: one answer for each request")
-    if not isinstance(body.get("prompt", ""), str):
-        raise _unserved("prompt", "one text")
-    if "prompt" in body and body.get("logit_bias"):  # which transformers heeds in chats alone
-        raise _unserved("logit_bias")
-    if body.get("frequency_penalty", 0) <= -1:
-        raise _unserved("frequency_penalty", "more than -1")
-    if any(not (key.isdigit() and int(key) < vocabulary) for key in body.get("logit_bias", {})):
-        raise _unserved("logit_bias", "numbers of the model's tokens as keys")
-    options = body.get("chat_template_kwargs", {})
-    if not isinstance(options, dict) or set(options) - _TEMPLATE_OPTIONS:
-        raise _unserved("chat_template_kwargs", f"no others than {', '.join(sorted(_TEMPLATE_OPTIONS))}")
-    if (body.get("response_format") or {}).get("type", "text") != "text":
-        raise _unserved("response_format", '{"type": "text"}')
+    bias, options = body.get("logit_bias", {}), body.get("chat_template_kwargs", {})
+    tokens = all(key.isdigit() and int(key) < vocabulary for key in bias)
+    known = isinstance(options, dict) and set(options) <= _TEMPLATE_OPTIONS
+    for key, possible, expected in (
+        ("n", body.get("n", 1) == 1, "1: one answer for each request"),
+        ("prompt", isinstance(body.get("prompt", ""), str), "one text"),
+        ("logit_bias", not bias or "prompt" not in body, None),  # which transformers heeds in chats alone
+        ("frequency_penalty", body.get("frequency_penalty", 0) > -1, "more than -1"),
+        ("logit_bias", tokens, "numbers of the model's tokens as keys"),
+        ("chat_template_kwargs", known, f"none but {', '.join(sorted(_TEMPLATE_OPTIONS))}"),
+        ("response_format", (body.get("response_format") or {}).get("type", "text") == "text", '{"type": "text"}'),
+    ):
+        if not possible:
+            raise _unserved(key, expected)
     for number, message in enumerate(body.get("messages", ())):
         _check_message(f"messages[{number}]", message)
 

@@ -16,15 +16,14 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
+from spectr.choosing import fit_to, open_composed
 from spectr.composed_model.settings import METHOD, Settings
 from spectr.errors import CompositionError, MissingExtraError, SpectrError
-from spectr.library import ExpertLibrary
 from spectr.models import fetch_default_model
-from spectr.routers import Router
 from spectr.routers.config import router_config
 from spectr.serving.engines.base import Step, Ticket
 from spectr.serving.errors import RefusalError
-from spectr.serving.outliers import spectral_norm, suspicion
+from spectr.serving.outliers import suspicious
 from spectr.serving.run import listen
 from spectr.serving.settings import Settings as Served
 from spectr.vllm.prompt_decisions import DECIDES, Decider
@@ -216,7 +215,7 @@ async def launched(
                     listener,
                     base_model=base_model,
                     routers=routers or {name: name for name in settings.make_routers()},
-                    suspicion=_suspicion(library),
+                    suspicion=suspicious(library[name] for name in library),
                     records=record,
                 ),
             )
@@ -238,14 +237,11 @@ def launch(settings: Served, say: Callable[[str], None]) -> None:
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # before vLLM is imported
     routed = _routed(settings)
-    bound = settings.listen()
-    model = settings.model or str(fetch_default_model(say))
-    say(f"starting vLLM with {model}; compiling takes a minute or two, and -- --enforce-eager leaves it out")
-    signal.signal(signal.SIGTERM, _end)
-    try:
+    with settings.listen() as bound:
+        model = settings.model or str(fetch_default_model(say))
+        say(f"starting vLLM with {model}; compiling takes a minute or two, and -- --enforce-eager leaves it out")
+        signal.signal(signal.SIGTERM, _end)
         asyncio.run(_serve(settings, routed, model, bound, say))
-    finally:
-        bound.close()
 
 
 def _end(number: int, frame: Any) -> None:
@@ -255,7 +251,7 @@ def _end(number: int, frame: Any) -> None:
 
 def _routed(settings: Served) -> Settings:
     """How the model is routed, as its config has it."""
-    routers = [_fitting(served(router), len(settings.experts)) for router in settings.routers.values()]
+    routers = [fit_to(len(settings.experts), served(router)) for router in settings.routers.values()]
     order = sorted(routers, key=decides_on_prompts)  # by default one that needs no decision
     first, *others = map(router_config, order)
     everyone = settings.experts == settings.library.names
@@ -268,12 +264,6 @@ def _routed(settings: Served) -> Settings:
     )
     routers_of(routed)
     return routed
-
-
-def _fitting(router: Router, experts: int) -> Router:
-    if (router.selection.k or 0) <= experts:
-        return router
-    return replace(router, top_k=experts)  # pyright: ignore[reportArgumentType]
 
 
 def _inner(model: str | None) -> dict[str, Any] | None:
@@ -308,19 +298,14 @@ async def _serve(
 
 
 def _of_folder(model: str) -> Settings:
-    config = Path(model) / "config.json"
-    known = json.loads(config.read_text(encoding="utf-8")).get("quantization_config") if config.is_file() else None
-    if not isinstance(known, dict) or known.get("quant_method") != METHOD:
+    settings = open_composed(model)
+    if settings is None:
         raise CompositionError(
             f"{model} is no composed folder",
             expected=f'a config.json whose quantization_config has "quant_method": "{METHOD}"',
             do="make one: spectr compose --save FOLDER; or name a library",
         )
-    return Settings.of(known)
-
-
-def _suspicion(library: ExpertLibrary) -> dict[str, float]:
-    return suspicion({name: spectral_norm(library[name]) for name in library})
+    return settings
 
 
 @asynccontextmanager
