@@ -26,6 +26,7 @@ MODULES = {
     "spectr.layers.opening": "spectr.prompts.chat_template",
     "spectr.layers.probe": "spectr.prompts.probe",
     "spectr.layers.prompt": "spectr.prompts.decision",
+    "spectr.merging.registry": "spectr.merging.method",
     "spectr.paging.shelf": "spectr.paging.expert_cache",
     "spectr.plots.family": "spectr.plots.figures",
     "spectr.saving": "spectr.atomic_write",

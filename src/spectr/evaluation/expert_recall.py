@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -19,6 +18,7 @@ from spectr.atomic_write import replacing
 from spectr.composition import Routed
 from spectr.evaluation.score import Measurement
 from spectr.folders import with_parents
+from spectr.hashing import json_sha256
 from spectr.layers import trace
 from spectr.models import context_length, encode_batch
 from spectr.routers import ProbingRouter
@@ -106,7 +106,7 @@ def kept_findings(path: Path, *made_of: Mapping[str, Any]) -> list[Finding] | No
     """
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
-        return [Finding(**one) for one in kept["findings"]] if kept["key"] in map(_key, made_of) else None
+        return [Finding(**one) for one in kept["findings"]] if kept["key"] in map(json_sha256, made_of) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -119,13 +119,9 @@ def keep_findings(path: Path, made_of: Mapping[str, Any], findings: Sequence[Fin
         made_of: All that decides them, JSON.
         findings: One for each prompt.
     """
-    kept = {"key": _key(made_of), "findings": [asdict(finding) for finding in findings], "origin": made_of}
+    kept = {"key": json_sha256(made_of), "findings": [asdict(finding) for finding in findings], "origin": made_of}
     with replacing(with_parents(path)) as scratch:
         scratch.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-
-
-def _key(made_of: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
 
 def over_runs(

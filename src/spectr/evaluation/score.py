@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from spectr.evaluation.choices import choice_logprobs, predict, routed_logprobs
 from spectr.evaluation.encode import encode_examples
 from spectr.evaluation.metrics import text_metric
 from spectr.folders import with_parents
+from spectr.hashing import json_sha256
 from spectr.models import context_length, generate_answers
 from spectr.prompts.decision import PromptDecision
 from spectr.tasks import Example
@@ -181,7 +181,7 @@ def _experts(decision: Any, weights_BE: Tensor) -> list[dict[str, Any]]:
 def _key(examples: Sequence[Example], length_normalised: bool, origin: dict[str, Any] | None, text: list[Any]) -> str:
     content = [[[e.prompt, list(e.choices), e.label] for e in examples], length_normalised, origin]
     content += [text, [e.answer for e in examples]] if text else []
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json_sha256(content)
 
 
 def _kept(path: Path, keys: Sequence[str]) -> dict[int, dict[str, Any]]:

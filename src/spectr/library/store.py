@@ -9,8 +9,6 @@ set, so that the next writer finds what a kill left behind without looking at ev
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -31,7 +29,7 @@ from spectr.adapters.config import CONFIG_FILE
 from spectr.adapters.read import WEIGHTS_FILE
 from spectr.atomic_write import INCOMING, SCRATCH, sync_file, sync_folder
 from spectr.errors import AdapterError, LibraryError, SpectrError, did_you_mean
-from spectr.hashing import file_sha256
+from spectr.hashing import file_sha256, json_sha256
 from spectr.library.index import INDEX_FOLDER
 from spectr.library.manifest import (
     MANIFEST_FILE,
@@ -374,7 +372,7 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _content_digits(digests: dict[str, str]) -> str:
-    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:_DIGITS]
+    return json_sha256(digests)[:_DIGITS]
 
 
 def _is_ours(folder: Path) -> bool:
