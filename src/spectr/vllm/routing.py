@@ -10,36 +10,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int32
+from jaxtyping import Float, Int32
 from torch import Tensor, nn
 
 from spectr.combine import merge_factors
 from spectr.routers import LengthRouter, PromptRouter, Router
-from spectr.selection import Everyone, Selection, TopK
+from spectr.selection import select_among
 from spectr.spectral import Stack, segment_norms
 from spectr.vllm.score_transforms import Way
-
-
-def weights_among(
-    select: Selection, scores_TE: Float[Tensor, "*T E"], allowed_TE: Bool[Tensor, "*T E"]
-) -> Float[Tensor, "*T E"]:
-    """The weights that a selection gives in a library that holds only each token's allowed experts.
-
-    Where fewer than ``k`` are allowed all of them are taken; where none is, all weights are zero.
-    """
-    if isinstance(select, Everyone):
-        taken_TE = allowed_TE.float()
-        return taken_TE / taken_TE.sum(-1, keepdim=True).clamp(min=1)
-    assert isinstance(select, TopK)
-    k = min(select.k, scores_TE.shape[-1])
-    top_TK, index_TK = scores_TE.masked_fill(~allowed_TE, -torch.inf).topk(k, dim=-1)
-    taken_TK = allowed_TE.gather(-1, index_TK)
-    if select.weighting == "softmax":
-        weights_TK = (top_TK / select.temperature).softmax(-1).where(taken_TK, 0.0)
-    else:
-        weights_TK = taken_TK.float()
-        weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp(min=1)
-    return torch.zeros_like(scores_TE).scatter(-1, index_TK, weights_TK)
 
 
 def sees_input(router: Router) -> bool:
@@ -138,9 +116,9 @@ class Group(nn.Module):
         allowed_TSE = granted_TSE >= 0
         if self.informed is not None:
             scores_TSE = self.informed(scores_TSE, granted_TSE).where(allowed_TSE, scores_TSE)
-        weights_TSE = weights_among(self.selects[0], scores_TSE, allowed_TSE)
+        weights_TSE = select_among(self.selects[0], scores_TSE, allowed_TSE)
         for number, select in enumerate(self.selects[1:], start=1):
-            others_TSE = weights_among(select, scores_TSE, allowed_TSE)
+            others_TSE = select_among(select, scores_TSE, allowed_TSE)
             weights_TSE = others_TSE.where((turns_T == number)[:, None, None], weights_TSE)
         if self.held:
             weights_TSE = (-granted_TSE).where(granted_TSE < 0, weights_TSE)
