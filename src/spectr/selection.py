@@ -85,7 +85,7 @@ class TopK:
 
 
 def select_among(
-    selection: Selection, scores_TE: Float[Tensor, "*T E"], allowed_TE: Bool[Tensor, "*T E"]
+    selection: Selection, scores_TE: Float[Tensor, "*T E"], allowed_TE: Bool[Tensor, "*B E"]
 ) -> Float[Tensor, "*T E"]:
     """The weights that a selection gives in a library that holds only each token's allowed experts.
 

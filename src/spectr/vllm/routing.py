@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int32
 from torch import Tensor, nn
 
-from spectr.combine import merge_factors
+from spectr.combine import merge_factors, merged_products
 from spectr.routers import LengthRouter, PromptRouter, Router
 from spectr.selection import select_among
 from spectr.spectral import Stack, segment_norms
@@ -140,15 +140,9 @@ class Group(nn.Module):
 
     def weighted(self, h_TSP: Float[Tensor, "T S P"], weights_TSE: Float[Tensor, "T S E"]) -> Float[Tensor, "T S P"]:
         """What the output factors are multiplied with: zero for experts without a weight, whatever their ``h`` is."""
-        if self.common_rank is None:
-            weights_TSP = weights_TSE[..., self.owner_P].to(h_TSP.dtype)
-            return h_TSP.where(weights_TSP != 0, 0) * weights_TSP
-        h_TSER = h_TSP.unflatten(-1, (self.experts, self.common_rank))
-        weights_TSE1 = weights_TSE[..., None].to(h_TSP.dtype)
-        kept_TSER = h_TSER.where(weights_TSE1 != 0, 0) * weights_TSE1
-        if self.merges:
-            kept_TSER = kept_TSER.sum(-2, keepdim=True) * weights_TSE1
-        return kept_TSER.flatten(-2)
+        weights_TSP = weights_TSE[..., self.owner_P].to(h_TSP.dtype)
+        h_TSP = h_TSP.where(weights_TSP != 0, 0)
+        return merged_products(h_TSP, weights_TSE) if self.merges else h_TSP * weights_TSP
 
 
 def _tables(stacks: Sequence[Stack], ways: Sequence[Sequence[Way]]) -> tuple[Tensor | None, Tensor | None]:
