@@ -7,7 +7,7 @@ R one expert's rows, W ways to score, F the engine's experts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int32
@@ -25,18 +25,10 @@ def sees_input(router: Router) -> bool:
     return "x" in router.reads and not isinstance(router, LengthRouter)
 
 
-class _State(NamedTuple):
-    """What a router reads of a group; see :class:`spectr.spectral.State`."""
-
-    ranks: tuple[int, ...]
-    common_rank: int | None
-    member_EP: Tensor
-    prototypes_EI: Tensor | None = None
-    centers_P: Tensor | None = None
-
-
 class Group(nn.Module):
     """Modules packed in one layer, next to each other, that have the same experts of the same ranks.
+
+    It is what a router's ``scores`` read; see :class:`spectr.spectral.State`.
 
     Args:
         stacks: Of each module, its experts as the first router prepared them.
@@ -126,17 +118,18 @@ class Group(nn.Module):
 
     def scores(self, h_TSP: Float[Tensor, "T S P"], x_TI: Tensor) -> Float[Tensor, "T S E"]:
         """The first router's scores alone; see :meth:`choose`."""
-        centers_SP = None if self.centers_SWP is None else self.centers_SWP[:, 0]
-        state = _State(self.ranks, self.common_rank, self.member_EP, self.prototypes_EI, centers_SP)
-        x_TSI = x_TI[:, None].expand(-1, self.modules_S, -1)
-        return self.router.scores(state, x_TSI, h_TSP, None)
+        return self.router.scores(self, x_TI[:, None].expand(-1, self.modules_S, -1), h_TSP, None)
+
+    @property
+    def centers_P(self) -> Float[Tensor, "S P"] | None:
+        """See :class:`spectr.spectral.State`; each module's own, as ``scores`` is given their products side by side."""
+        return None if self.centers_SWP is None else self.centers_SWP[:, 0]
 
     def _scores_by_ways(self, h_TSP: Float[Tensor, "T S P"], turns_T: Int32[Tensor, " T"]) -> Float[Tensor, "T S E"]:
         assert self.centers_SWP is not None
         assert self.scales_SWP is not None
         centers_TSP, scales_TSP = (table[:, turns_T].movedim(0, 1) for table in (self.centers_SWP, self.scales_SWP))
-        state = _State(self.ranks, self.common_rank, self.member_EP)
-        return segment_norms(h_TSP * scales_TSP - centers_TSP, state)
+        return segment_norms(h_TSP * scales_TSP - centers_TSP, self)
 
     def weighted(self, h_TSP: Float[Tensor, "T S P"], weights_TSE: Float[Tensor, "T S E"]) -> Float[Tensor, "T S P"]:
         """What the output factors are multiplied with: zero for experts without a weight, whatever their ``h`` is."""
