@@ -17,6 +17,7 @@ ROOMS = (
     ("adapters",),
     ("library",),
     ("selection", "combine", "routers"),
+    ("ops",),
     ("layers",),
     ("models",),
     ("prompts",),
