@@ -66,6 +66,12 @@ def module_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+def test_tests_mirror_the_package():
+    """``helpers`` serves all of them, and ``benchmarks`` mirrors the folder of that name."""
+    folders = {path.parent.name for path in Path(__file__).parent.glob("*/*.py")}
+    assert folders - {"helpers", "benchmarks"} <= {path.name for path in ROOT.iterdir()}
+
+
 def test_every_module_has_a_room():
     assert {path.relative_to(ROOT).with_suffix("").parts[0] for path in files()} == set(PLACE)
 

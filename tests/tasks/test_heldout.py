@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from guided import DESCRIPTIONS, NAMES, embed, library_with_gates
+from questions import CHOICES, EXAMPLES
 from spectr import ExpertLibrary, calibrate
 from spectr.errors import DataError
 from spectr.evaluation.experiments import EXPERIMENTS, Bench
@@ -11,9 +13,6 @@ from spectr.evaluation.paired_statistics import mean_difference
 from spectr.evaluation.plan import read_plan
 from spectr.guidance import QueryGuide
 from spectr.tasks import Task, heldout_tasks, shipped_tasks
-from test_experiments import CHOICES, EXAMPLES
-from test_gates import library_with_gates
-from test_glider import DESCRIPTIONS, NAMES, embed
 from text_model import make_model, make_tokenizer, save_experts, save_rows
 
 

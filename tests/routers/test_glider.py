@@ -11,6 +11,7 @@ import torch
 from transformers import T5Config, T5ForConditionalGeneration
 from typer.testing import CliRunner
 
+from guided import DESCRIPTIONS, NAMES, embed, library_with_gates
 from holding import holding
 from models import random_factors, types_unchecked, write_adapter
 from spectr import Arrow, Calibrated, ExpertLibrary, Glider, Lag, Phatgoose, Spectr, compose, trace
@@ -24,18 +25,7 @@ from spectr.library.descriptions import DESCRIPTIONS_FILE, read_descriptions, wr
 from spectr.models.generate import encode_batch, generate_answers
 from spectr.models.writer import EndpointWriter, LocalWriter
 from spectr.tasks import Example
-from test_gates import library_with_gates
 from text_model import make_model, make_tokenizer, save_experts, save_model, save_rows
-
-NAMES = ("grass", "sky", "who")
-DESCRIPTIONS = {"grass": "green grass", "sky": "blue sky", "who": "who is it"}
-WORDS = ("green", "blue", "who", "sky", "grass", "film")
-
-
-def embed(texts):
-    """A word count that is near one axis for each word: cosines that can be worked out by hand."""
-    counts = torch.tensor([[float(text.split().count(word)) for word in WORDS] + [0.1] for text in texts])
-    return torch.nn.functional.normalize(counts, dim=-1)
 
 
 class Echo:

@@ -13,13 +13,13 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
+from guided import embed
 from spectr import ExpertLibrary, calibrate, compose, get_router
 from spectr.errors import CompositionError
 from spectr.evaluation import choice_logprobs, harness, routed_logprobs
 from spectr.evaluation.harness import SpectrLM
 from spectr.library.descriptions import write_descriptions
 from spectr.tasks import Example
-from test_glider import embed
 from text_model import make_model, make_tokenizer, save_experts, save_model
 
 CHOICES = ("yes", "no", "a good film")

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5ForConditionalGeneration
 from typer.testing import CliRunner
 
+from guided import library_with_gates
 from library_on_disk import folders
 from spectr import ExpertLibrary, Phatgoose, compose
 from spectr.adapters import GATES_FILE, read_adapter, read_gates
@@ -39,18 +40,6 @@ def expert(tmp_path):
 def gates_of(expert, work, settings=SETTINGS, model=None, **more):
     model = model or make_model()
     return train_gates(model, make_tokenizer(), expert, train=EXAMPLES, settings=settings, work=work, **more)
-
-
-def library_with_gates(folder, names=("one", "two", "three")):
-    save_experts(folder / "plain", names)
-    for name in names:
-        LibraryStore(folder / "experts").add(name, folder / "plain" / name)
-    for seed, name in enumerate(names):
-        expert = ExpertLibrary.open(folder / "experts")[name]
-        generator = torch.Generator().manual_seed(seed)
-        gates = {m: torch.randn(shape.inputs, generator=generator) for m, shape in expert.shapes.items()}
-        LibraryStore(folder / "experts").add_gates(name, gates, {"seed": seed})
-    return ExpertLibrary.open(folder / "experts")
 
 
 def test_one_step_is_the_gradient_of_the_gated_loss(expert, tmp_path):

@@ -7,6 +7,7 @@ import torch
 
 from holding import holding
 from models import close, dense_deltas, random_factors, write_adapter
+from one_layer import EQUAL, INPUTS, OUTPUTS, UNEQUAL, one_layer_library, plain_layer, some_tokens
 from spectr import Arrow, ExpertLibrary, Seqr, Shortlist, Spectr, Uniform, compose
 from spectr.combine import merge_knots
 from spectr.combine.knots import coordinates
@@ -14,7 +15,6 @@ from spectr.errors import CompositionError
 from spectr.merging import Knots, LowRank, Site
 from spectr.spectral import Stack, reference
 from spectr.spectral.basis import left_basis
-from test_routers import EQUAL, INPUTS, OUTPUTS, UNEQUAL, one_layer_library, plain_layer, some_tokens
 
 FEW = {"a": 1, "b": 2, "c": 3}  # fewer directions than there are outputs
 

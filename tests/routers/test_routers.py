@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 
 import pytest
 import torch
-from torch import nn
 
 from models import (
     close,
@@ -22,6 +20,7 @@ from models import (
     tokens,
     write_adapter,
 )
+from one_layer import EQUAL, EXPERTS, INPUTS, OUTPUTS, TOKENS, UNEQUAL, one_layer_library, plain_layer, some_tokens
 from spectr import (
     Arrow,
     ExpertLibrary,
@@ -33,9 +32,6 @@ from spectr import (
 from spectr.routers import Router
 from spectr.spectral import reference
 
-INPUTS, OUTPUTS, EXPERTS, TOKENS = 24, 16, 5, 12
-EQUAL = dict.fromkeys("abcde", 4)
-UNEQUAL = {"a": 1, "b": 4, "c": 16, "d": 2, "e": 20}  # e has more than there are outputs
 FACTOR_ROUTERS = [
     Spectr(top_k=1, combine="factors"),
     Spectr(top_k=3, combine="factors"),
@@ -63,22 +59,6 @@ CASES = [(router, EQUAL) for router in ROUTERS + FACTOR_ROUTERS] + [(router, UNE
 
 def named(value):
     return repr(value) if isinstance(value, Router) else "equal" if value is EQUAL else "unequal"
-
-
-def plain_layer(dtype=torch.float32):
-    with torch.random.fork_rng():
-        torch.manual_seed(7)
-        return nn.Sequential(OrderedDict(layer=nn.Linear(INPUTS, OUTPUTS))).to(dtype)
-
-
-def one_layer_library(root, ranks, alpha=6.0):
-    for seed, (name, rank) in enumerate(ranks.items()):
-        write_adapter(root / name, {"layer": random_factors(rank, INPUTS, OUTPUTS, seed)}, alpha=alpha)
-    return ExpertLibrary.open(root)
-
-
-def some_tokens(dtype=torch.float32, size=1.0):
-    return (size * torch.randn(TOKENS, INPUTS, generator=torch.Generator().manual_seed(11))).to(dtype)
 
 
 def score(router, delta, x, rank):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from models import close, dense_deltas, peft_adapter, peft_library
+from questions import CHOICES, EXAMPLES, PROMPTS
 from spectr import Calibrated, ExpertLibrary, Oracle, Spectr, build_index, calibrate, compose, trace
 from spectr.errors import DataError
 from spectr.evaluation import choice_logprobs, routed_logprobs
@@ -22,11 +23,6 @@ from spectr.tasks import Example, Task
 from text_model import make_model, make_tokenizer
 
 RANKS = {"ants": 4, "bees": 2, "cats": 4}
-CHOICES = ("yes", "no", "a good film")
-PROMPTS = ["what is it", "is the grass blue", "who", "a good film of the sky is the x", "is it red", "the z of y"]
-EXAMPLES = [
-    Example(prompt=prompt, answer=CHOICES[i % 3], choices=CHOICES, label=i % 3) for i, prompt in enumerate(PROMPTS)
-]
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from holding import holding
 from models import close, dense_deltas, logits, peft_library, random_factors, tiny_llama, tokens, write_adapter
+from one_layer import EQUAL, EXPERTS, INPUTS, OUTPUTS, UNEQUAL, one_layer_library, plain_layer, some_tokens
 from spectr import Arrow, ExpertLibrary, Lag, Seqr, Spectr, compose, trace
 from spectr.errors import CompositionError
 from spectr.spectral import reference
 from spectr.spectral.sparsify import drop
-from test_routers import EQUAL, EXPERTS, INPUTS, OUTPUTS, UNEQUAL, one_layer_library, plain_layer, some_tokens
 
 
 def deltas_of(root, names):

@@ -10,12 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_kernels import INPUTS, TOLERANCE, clear, layer_of
 
 from holding import holding
 from models import close
 from spectr import Calibrated, Spectr
-from spectr.ops import Offer, backend_for
-from test_kernels import INPUTS, TOLERANCE, clear, layer_of
+from spectr.ops import Choice, Offer, backend_for, reference
 
 pytest.importorskip("triton", reason="Triton is for Linux")
 
