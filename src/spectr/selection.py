@@ -92,7 +92,8 @@ def largest(scores_TE: Float[Tensor, "*T E"], k: int) -> tuple[Float[Tensor, "*T
         return top_TK, index_TK
     least_T1 = top_TK[..., -1:]
     tied_TE = scores_TE == least_T1
-    if scores_TE.is_cpu and not is_compiling() and int(tied_TE.sum()) <= least_T1.numel():
+    at_hand = scores_TE.is_cpu and type(scores_TE) is Tensor and not is_compiling()  # to look is cheap there
+    if at_hand and int(tied_TE.sum()) <= least_T1.numel():
         return top_TK, index_TK
     room_T1 = k - (scores_TE > least_T1).sum(-1, keepdim=True)
     return scores_TE.masked_fill(tied_TE & (tied_TE.cumsum(-1) > room_T1), -math.inf).topk(k, dim=-1)

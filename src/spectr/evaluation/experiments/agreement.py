@@ -97,9 +97,9 @@ def _agreeing(bench: Bench, router: Router, check: Check) -> dict[str, float]:
 
 
 def _shortlisted(layer: RoutedLinear, x: Tensor, sizes: list[int]) -> dict[str, Tensor]:
-    assert layer.prototypes_EI is not None
+    assert layer.factors is not None
     first_T1 = layer.route(x).scores_TE.argmax(-1, keepdim=True)
-    order_TE = linear(x, layer.prototypes_EI).abs().argsort(dim=-1, descending=True)
+    order_TE = linear(x, layer.factors.own.prototypes_EI).abs().argsort(dim=-1, descending=True)
     return {str(size): (order_TE[..., :size] == first_T1).any(-1) for size in sizes}
 
 
