@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.compiler import is_compiling
 
@@ -97,3 +97,15 @@ def largest(scores_TE: Float[Tensor, "*T E"], k: int) -> tuple[Float[Tensor, "*T
         return top_TK, index_TK
     room_T1 = k - (scores_TE > least_T1).sum(-1, keepdim=True)
     return scores_TE.masked_fill(tied_TE & (tied_TE.cumsum(-1) > room_T1), -math.inf).topk(k, dim=-1)
+
+
+def select_among(
+    selection: Selection, scores_TE: Float[Tensor, "*T E"], allowed_TE: Bool[Tensor, "*B E"]
+) -> Float[Tensor, "*T E"]:
+    """The weights that a selection gives in a library that holds only each token's allowed experts.
+
+    Where fewer than ``k`` are allowed all of them are taken; where none is, all weights are zero.
+    """
+    weights_TE = selection(scores_TE.masked_fill(~allowed_TE, -torch.inf))
+    weights_TE = weights_TE.where(allowed_TE, 0.0)  # a selection may have had to fill up with others
+    return weights_TE / weights_TE.sum(-1, keepdim=True).clamp(min=1e-30)

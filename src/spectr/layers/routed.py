@@ -20,6 +20,7 @@ from spectr.ops import NOT_PREPARED, Plan, report_once, update_by_kernels
 from spectr.ops.grouped import grouped_inputs, grouped_outputs
 from spectr.ops.outputs import add_masked, gathered_sum, weighted
 from spectr.routers.base import PromptRouter, Router, ShortlistRouter
+from spectr.selection import select_among
 from spectr.spectral import Stack
 
 _BUFFERS = ("A_PI", "B_OP", "owner_P", "member_EP", "rows_ER", "mix_PR", "C_QP", "U_OQ")  # and the router's own
@@ -223,12 +224,9 @@ class RoutedLinear(nn.Module):
 
     def _weights(self, scores_TE: Float[Tensor, "*T E"], x: Tensor, call: LayerCall) -> Float[Tensor, "*T E"]:
         """The selection's weights, among the experts that a row may choose from."""
-        weights_TE = self.select(scores_TE)
         if call.among_BTE is None:
-            return weights_TE
-        # a selection may have had to fill up with others
-        weights_TE = weights_TE.where(spread(call.among_BTE, x), 0.0)
-        return weights_TE / weights_TE.sum(-1, keepdim=True).clamp(min=1e-30)
+            return self.select(scores_TE)
+        return select_among(self.select, scores_TE, spread(call.among_BTE, x))
 
     def _informed(
         self, x: Float[Tensor, "*T I"], call: LayerCall
