@@ -81,8 +81,9 @@ class RoutedLinear(nn.Module):
 
     def _keep(self, factors: Factors | None) -> None:
         use = self.router.use
-        if factors is not None and not (self.decided and use is not None and use.fixes):  # no token chooses there
-            factors = factors.planned(self.base, self.router)
+        if factors is not None:
+            fixed = self.decided and use is not None and use.fixes  # no token chooses there
+            factors = factors.planned(self.base, self.router, fixed=fixed)
         self.call = LayerCall(factors, factors)
 
     def factors_of(self, stack: Stack, *, fixed: bool = False) -> Factors:
@@ -339,9 +340,10 @@ class RoutedLinear(nn.Module):
         factors = call.factors
         if factors is None:
             return 0
-        chosen = factors.rows_ER is not None or (factors.plan is not None and factors.plan.choice is not None)
-        share = tokens * (self.select.k or 1) / len(factors.experts) if chosen and call.fixed is None else 1.0
-        return factors.bytes_read(min(1.0, share))
+        plan = factors.plan
+        by_kernels = plan is not None and plan.backend is not None and plan.choice is not None
+        chosen = call.fixed is None and (factors.rows_ER is not None or by_kernels)
+        return factors.bytes_read(min(1.0, tokens * (self.select.k or 1) / len(factors.experts)) if chosen else 1.0)
 
     def stack(self) -> Stack:
         """The experts that it holds; there must be at least one."""
