@@ -25,7 +25,7 @@ class Layer(ctypes.Structure):
     @staticmethod
     def over(A_PI: Tensor, Bt_PO: Tensor, centers_P: Tensor | None = None, choice: Choice | None = None) -> Layer:
         """By the places of factors, which have to be kept."""
-        return Layer.of(A_PI, Bt_PO, (*A_PI.shape, Bt_PO.shape[1]), centers_P, choice)
+        return Layer.of(A_PI, Bt_PO, (A_PI.shape[0], A_PI.shape[1], Bt_PO.shape[1]), centers_P, choice)
 
     @staticmethod
     def of(

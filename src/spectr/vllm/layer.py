@@ -211,7 +211,7 @@ def check_sizes(name: str, module: str, inputs: int, outputs: int, session: Sess
 
 def _kept(share: Share, removed: bool) -> Share:
     """A share as the engine holds it: zero where the expert is gone."""
-    return Share(*(None if t is None else torch.zeros_like(t) for t in share)) if removed else share  # pyright: ignore
+    return share.mapped(torch.zeros_like) if removed else share
 
 
 def _runs(stacks: Sequence[Stack], router: Router) -> list[list[int]]:
