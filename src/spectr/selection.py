@@ -99,7 +99,7 @@ def select_among(
 
 def largest(scores_TE: Float[Tensor, "*T E"], k: int) -> tuple[Float[Tensor, "*T K"], Int[Tensor, "*T K"]]:
     """The ``k`` largest scores and their places, of equal ones the first. ``topk`` takes any of these."""
-    if not scores_TE.is_cpu:  # as fast as topk there
+    if not scores_TE.is_cpu:  # nothing waits for the device
         sorted_TE, order_TE = scores_TE.sort(dim=-1, descending=True, stable=True)
         return sorted_TE[..., :k], order_TE[..., :k]
     top_TK, index_TK = scores_TE.topk(k, dim=-1)
