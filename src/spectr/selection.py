@@ -85,20 +85,6 @@ class TopK:
         return weights_TE.scatter_(-1, *self.choose(scores_TE))
 
 
-def largest(scores_TE: Float[Tensor, "*T E"], k: int) -> tuple[Float[Tensor, "*T K"], Int[Tensor, "*T K"]]:
-    """The ``k`` largest scores and their places, of equal ones the first. ``topk`` takes any of these."""
-    top_TK, index_TK = scores_TE.topk(k, dim=-1)
-    if k == scores_TE.shape[-1]:
-        return top_TK, index_TK
-    least_T1 = top_TK[..., -1:]
-    tied_TE = scores_TE == least_T1
-    at_hand = scores_TE.is_cpu and type(scores_TE) is Tensor and not is_compiling()  # to look is cheap there
-    if at_hand and int(tied_TE.sum()) <= least_T1.numel():
-        return top_TK, index_TK
-    room_T1 = k - (scores_TE > least_T1).sum(-1, keepdim=True)
-    return scores_TE.masked_fill(tied_TE & (tied_TE.cumsum(-1) > room_T1), -math.inf).topk(k, dim=-1)
-
-
 def select_among(
     selection: Selection, scores_TE: Float[Tensor, "*T E"], allowed_TE: Bool[Tensor, "*B E"]
 ) -> Float[Tensor, "*T E"]:
@@ -109,3 +95,20 @@ def select_among(
     weights_TE = selection(scores_TE.masked_fill(~allowed_TE, -torch.inf))
     weights_TE = weights_TE.where(allowed_TE, 0.0)  # a selection may have had to fill up with others
     return weights_TE / weights_TE.sum(-1, keepdim=True).clamp(min=1e-30)
+
+
+def largest(scores_TE: Float[Tensor, "*T E"], k: int) -> tuple[Float[Tensor, "*T K"], Int[Tensor, "*T K"]]:
+    """The ``k`` largest scores and their places, of equal ones the first. ``topk`` takes any of these."""
+    if not scores_TE.is_cpu:  # nothing waits for the device
+        sorted_TE, order_TE = scores_TE.sort(dim=-1, descending=True, stable=True)
+        return sorted_TE[..., :k], order_TE[..., :k]
+    top_TK, index_TK = scores_TE.topk(k, dim=-1)
+    if k == scores_TE.shape[-1]:
+        return top_TK, index_TK
+    least_T1 = top_TK[..., -1:]
+    tied_TE = scores_TE == least_T1
+    at_hand = type(scores_TE) is Tensor and not is_compiling()
+    if at_hand and int(tied_TE.sum()) <= least_T1.numel():
+        return top_TK, index_TK
+    room_T1 = k - (scores_TE > least_T1).sum(-1, keepdim=True)
+    return scores_TE.masked_fill(tied_TE & (tied_TE.cumsum(-1) > room_T1), -math.inf).topk(k, dim=-1)

@@ -16,7 +16,7 @@ from spectr.layers.batch_routing import LayerCall, spread, thread
 from spectr.layers.factors import Decision, Factors
 from spectr.layers.linear import Features, features
 from spectr.layers.names import take_names_of_base
-from spectr.ops import NOT_PREPARED, Plan, report_once, update_by_kernels
+from spectr.ops import NOT_PREPARED, report_once, update_by_kernels
 from spectr.ops.grouped import grouped_inputs, grouped_outputs
 from spectr.ops.outputs import add_masked, gathered_sum, weighted
 from spectr.routers.base import PromptRouter, Router, ShortlistRouter
@@ -272,8 +272,10 @@ class RoutedLinear(nn.Module):
             if not is_compiling():
                 report_once(NOT_PREPARED)
             return None
+        if plan.backend is None or call.among_BTE is not None or (plan.choice is None) is (fixed is None):
+            return None
         rows = call.prior_BTE if fixed is None else fixed.weights_BTP
-        if call.among_BTE is not None or not _made_for(plan, call) or not _fits(rows, x):
+        if rows is not None and not _fits(rows, x):
             return None
         return update_by_kernels(plan, out, x, factors.A_PI, rows, in_place=self._owns(out))
 
@@ -298,7 +300,7 @@ class RoutedLinear(nn.Module):
         if factors is None or call.observe is not None or call.among_BTE is not None:
             return None
         plan = factors.plan
-        if plan is None or plan.linear is None or not _made_for(plan, call):
+        if plan is None or plan.linear is None or (plan.choice is None) is (fixed is None):
             return None
         rows = call.prior_BTE if fixed is None else fixed.weights_BTP
         return plan.linear(x, rows) if rows is None or _fits(rows, x) else None
@@ -374,15 +376,10 @@ class RoutedLinear(nn.Module):
         return f"experts={len(self.experts)}, ranks={sorted(set(self.ranks))}, router={self.router}"
 
 
-def _made_for(plan: Plan, call: LayerCall) -> bool:
-    """Whether a plan is for weights as a call has them: chosen by tokens, or fixed."""
-    return (plan.choice is None) is (call.fixed is not None)
-
-
-def _fits(rows: Tensor | None, x: Tensor) -> bool:
+def _fits(rows: Tensor, x: Tensor) -> bool:
     """Whether there is one row for all tokens, or one for each of the batch, the first axis; not one for each token."""
-    if rows is None or rows.shape[1] > 1 or len(rows) == 1:
-        return rows is None or rows.shape[1] == 1
+    if rows.shape[1] > 1 or len(rows) == 1:
+        return rows.shape[1] == 1
     by_batch = thread.routing is None or thread.routing.batch_axis == 0
     return by_batch and x.ndim > 2 and len(rows) == len(x)
 

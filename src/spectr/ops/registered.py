@@ -170,8 +170,9 @@ def _choose_again(h: Tensor, centers: Tensor | None, prior: Tensor | None, *numb
     return choose_by_torch(h, centers, prior, Choice(*numbers))
 
 
-def _add_again(*given: Any) -> Tensor:
-    out, x, A, Bt, centers, rows, *numbers = given
+def _add_again(
+    out: Tensor, x: Tensor, A: Tensor, Bt: Tensor, centers: Tensor | None, rows: Tensor | None, *numbers: Any
+) -> Tensor:
     return add_update_by_torch(out, x, A, Bt, centers, rows, _choice(*numbers))
 
 
