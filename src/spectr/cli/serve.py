@@ -73,7 +73,7 @@ def serve(
         routing.request(router, token_level=launcher.by_token),
         exclude=exclude or (),
         dtype=routing.dtype,
-        served=served_name,
+        served_name=served_name,
         policy_file=policy,
         host=host,
         port=port,

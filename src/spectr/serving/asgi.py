@@ -74,8 +74,8 @@ async def respond(send: Send, status: int, body: bytes, kind: str = "application
     await send({"type": "http.response.body", "body": body})
 
 
-class Watched:
-    """``send``, with an eye on what was sent.
+class TrackedSend:
+    """``send``, with the state of the response.
 
     Args:
         send: ASGI's.
@@ -124,8 +124,8 @@ def rewritten(scope: Scope, body: bytes, request_id: str) -> Scope:
     return {**scope, "headers": [*kept, *ours.items()]}
 
 
-class Line:
-    """The line to a client: gives the application a body, and notices when the client hangs up."""
+class Connection:
+    """The connection to a client: gives the application a body, and notices when the client hangs up."""
 
     def __init__(self, receive: Receive, body: bytes):
         self._body: bytes | None = body

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from spectr.composition import Routed
     from spectr.routers import Router
     from spectr.serving.engines.batching import Batching
-    from spectr.serving.settings import Settings
+    from spectr.serving.settings import ServerSettings
 
 Say = Callable[[str], None]
 
@@ -48,7 +48,7 @@ class Launcher(Protocol):
         """Raise :class:`SpectrError` where the engine is not installed, or does not take these options of its own."""
         ...
 
-    def launch(self, settings: Settings, parts: Parts, say: Say) -> None:
+    def launch(self, settings: ServerSettings, parts: Parts, say: Say) -> None:
         """Serve these settings; ``say`` shows one line."""
         ...
 
@@ -66,7 +66,7 @@ class Transformers:
                 do="leave it out; a policy file follows --policy, and each router its own --router",
             )
 
-    def launch(self, settings: Settings, parts: Parts, say: Say) -> None:
+    def launch(self, settings: ServerSettings, parts: Parts, say: Say) -> None:
         """See :class:`Launcher`."""
         try:
             from spectr.serving.engines.transformers import TransformersEngine, check_version
@@ -105,7 +105,7 @@ class Vllm:
         if importlib.util.find_spec("vllm") is None:
             raise MissingExtraError("--engine vllm", "vllm")
 
-    def launch(self, settings: Settings, parts: Parts, say: Say) -> None:
+    def launch(self, settings: ServerSettings, parts: Parts, say: Say) -> None:
         """See :class:`Launcher`."""
         try:
             from spectr.serving.engines.vllm import launch
@@ -114,7 +114,7 @@ class Vllm:
         launch(settings, say)
 
 
-def _composed(settings: Settings, parts: Parts, say: Say) -> tuple[Any, Any]:
+def _composed(settings: ServerSettings, parts: Parts, say: Say) -> tuple[Any, Any]:
     """The model with all of its routers, and its tokenizer."""
     from spectr.composition.several import Several
 
