@@ -46,17 +46,18 @@ def benchmark(
     [dim]spectr benchmark --experts 64 -r spectr --dtype bfloat16[/]
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    from spectr.benchmark.plan import make_plan, read_batches, read_peers, run_plan
+    from spectr.benchmark.plan import Plan, fitting_peers, read_batches, read_peers, run_plan
 
     check_target(file, ".json")
     peers, batches = read_peers(against), read_batches(batch)
     library, router = routing.experts()
     if routing.allow:
         raise SpectrError("--allow makes no difference here", do="give a library with these experts")
+    if against is None and (fitting := fitting_peers(peers, library)) != peers:
+        say("PEFT's Arrow is left out: it cannot hold experts that differ in rank or modules")
+        peers = fitting
     sizes = {"experts": experts, "prompt": prompt, "batches": batches, "steps": steps, "rounds": rounds}
-    plan = make_plan(library, router, peers=peers, fitting=against is None, **sizes)
-    for remark in plan.remarks:
-        say(remark)
+    plan = Plan(library=library, router=router, peers=peers, **sizes)
     model, _ = routing.base()
     with bar() as advance:
         outcome = run_plan(plan, model, advance)
