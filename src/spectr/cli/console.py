@@ -26,12 +26,12 @@ def say(message: str) -> None:
 
 
 @contextmanager
-def resumable() -> Iterator[None]:
-    """Say at Ctrl-C what becomes of the work that was done."""
+def interruptible(remark: Callable[[], str]) -> Iterator[None]:
+    """Print at Ctrl-C what becomes of the work that was done."""
     try:
         yield
     except KeyboardInterrupt:
-        say("stopped; the same command takes what was scored or found until now from the records")
+        say(remark())
         raise
 
 
