@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 _SHOWN = 40  # known names that a message lists
 
@@ -106,6 +107,15 @@ def collecting(problems: list[SpectrError]) -> Iterator[None]:
         yield
     except SpectrError as problem:
         problems.append(problem)
+
+
+def range_faults(
+    error: type[SpectrError], expected: str, right: Callable[[Any], bool], **values: Any
+) -> Iterator[SpectrError]:
+    """An error for each value that is not ``right``; ``None`` always is."""
+    for name, value in values.items():
+        if value is not None and not right(value):
+            yield error(f"{name}={value}", expected=expected)
 
 
 def some_of(names: Sequence[str], shown: int, what: str = "") -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from spectr.errors import CompositionError
@@ -82,3 +82,15 @@ class TopK:
             k = min(self.k, scores_TE.shape[-1])
             return weights_TE.scatter_(-1, scores_TE.topk(k, dim=-1).indices, 1 / k)
         return weights_TE.scatter_(-1, *self.choose(scores_TE))
+
+
+def select_among(
+    selection: Selection, scores_TE: Float[Tensor, "*T E"], allowed_TE: Bool[Tensor, "*B E"]
+) -> Float[Tensor, "*T E"]:
+    """The weights that a selection gives in a library that holds only each token's allowed experts.
+
+    Where fewer than ``k`` are allowed all of them are taken; where none is, all weights are zero.
+    """
+    weights_TE = selection(scores_TE.masked_fill(~allowed_TE, -torch.inf))
+    weights_TE = weights_TE.where(allowed_TE, 0.0)  # a selection may have had to fill up with others
+    return weights_TE / weights_TE.sum(-1, keepdim=True).clamp(min=1e-30)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 
 from spectr.combine.base import Combination
-from spectr.combine.factors import merge_factors
+from spectr.combine.factors import merge_factors, merged_products
 from spectr.combine.knots import merge_knots
 from spectr.combine.options import parse, warn_of_numbers
 from spectr.combine.outputs import merge_outputs
@@ -65,4 +65,5 @@ __all__ = [
     "merge_knots",
     "merge_outputs",
     "merge_ties",
+    "merged_products",
 ]

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectr.composition import Guide
 from spectr.errors import DataError
-from spectr.evaluation.experiments import EXPERIMENTS, Bench, Result
+from spectr.evaluation.experiments import EXPERIMENTS, ExperimentSetup, Result
 from spectr.evaluation.experiments.base import Progress
 from spectr.evaluation.plan import Plan
 
@@ -50,7 +50,7 @@ def run_experiment(
     Raises:
         DataError: A task cannot be scored with this model, or of the plan's one experiment no router is left.
     """
-    bench = Bench(
+    setup = ExperimentSetup(
         model=model,
         tokenizer=tokenizer,
         library=plan.library,
@@ -66,8 +66,8 @@ def run_experiment(
         guide=guide,
         progress=progress,
     )
-    bench.check()
-    result = EXPERIMENTS.load(name)(bench)
+    setup.check()
+    result = EXPERIMENTS.load(name)(setup)
     if not result.rows and len(plan.experiments) == 1:
         reasons = [note for note in result.notes if note.startswith("Left out")]
         raise DataError(f"{name}: no router is left. {' '.join(reasons)}", do="give what is lacking, or other routers")

@@ -65,7 +65,7 @@ def merge_into(
         library: Holds the experts.
         recipe: Which of them, and how.
         undoable: Keep the weights from before, as long as the result lives.
-        progress: Is told after each module how many are done, and of how many.
+        progress: Receives after each module how many are done, and of how many.
 
     Raises:
         MergeError: Experts are unknown, or the model's layers cannot take an update.

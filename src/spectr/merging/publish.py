@@ -127,9 +127,9 @@ def _write_facts(folder: Path, file: str, facts: Mapping[str, Any], card: str) -
 def _adapter_card(name: str, facts: Mapping[str, Any]) -> str:
     low, middle, high = spread(facts["energy"])
     ranks = sorted(set(facts["ranks"].values()))
-    told = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    shown = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     kept = f"Share of the exact merge that its factors keep (squared Frobenius norm): {low:.1%} to {high:.1%}, "
-    body = f"{len(facts['ranks'])} modules, {told}, scale 1. {kept}median {middle:.1%}."
+    body = f"{len(facts['ranks'])} modules, {shown}, scale 1. {kept}median {middle:.1%}."
     return _card(name, facts, "library_name: peft", "lora, spectr, merge", f"A LoRA adapter. {body}")
 
 
@@ -146,14 +146,15 @@ def _card(name: str, facts: Mapping[str, Any], kind: str, tags: str, body: str) 
     method = facts["merge"]["method"] + (f" ({settings})" if settings else "")
     taken = ", ".join(e["expert"] for e in facts["subtracted"])
     taken = f"\nSubtracted from each first: {facts['strength']:g} times the mean of {taken}.\n" if taken else ""
-    base = f"base_model: {facts['base_model']}\n" if facts["base_model"] else ""
+    named = facts["base_model"]
+    base, made_for = (f"base_model: {named}\n", f" for `{named}`") if named else ("", "")
     return f"""---
 {base}{kind}
 tags: [{tags}]
 ---
 # {name}
 
-Made with `spectr merge` from {len(facts["experts"])} experts{_for(facts["base_model"])}. {body}
+Made with `spectr merge` from {len(facts["experts"])} experts{made_for}. {body}
 
 | expert | weight | SHA-256 of its weights |
 | --- | --- | --- |
@@ -161,7 +162,3 @@ Made with `spectr merge` from {len(facts["experts"])} experts{_for(facts["base_m
 {taken}
 Method: {method}. {", ".join(f"{package} {number}" for package, number in facts["versions"].items())}.
 """
-
-
-def _for(base_model: str | None) -> str:
-    return f" for `{base_model}`" if base_model else ""

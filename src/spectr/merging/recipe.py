@@ -10,8 +10,7 @@ from typing import Any
 from spectr.adapters import Expert
 from spectr.errors import MergeError, SpectrError, collecting, did_you_mean, raise_together, some_of
 from spectr.library import ExpertLibrary
-from spectr.merging.method import Method
-from spectr.merging.registry import get_method
+from spectr.merging.method import Method, get_method
 from spectr.merging.ties import Ties
 
 _SHOWN = 3
@@ -66,7 +65,7 @@ def make_recipe(
         weights: As in :class:`Recipe`.
         subtract: As in :class:`Recipe`.
         strength: As in :class:`Recipe`.
-        problems: What is wrong with the rest of the request, to be told along.
+        problems: What is wrong with the rest of the request, to be raised along.
 
     Raises:
         MergeError: All that is wrong.
