@@ -10,15 +10,13 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from starlette.types import ASGIApp, Receive, Scope, Send
+
 from spectr.errors import SpectrError
 from spectr.serving.api_fields import ChatRequest, CompletionRequest, Request, parse, routing
 from spectr.serving.asgi import (
-    App,
     Connection,
     HangUpError,
-    Receive,
-    Scope,
-    Send,
     TrackedSend,
     bearer,
     read_body,
@@ -78,7 +76,7 @@ class Gateway:
 
     def __init__(
         self,
-        app: App,
+        app: ASGIApp,
         engine: Engine,
         *,
         policy: Policy | None = None,

@@ -46,11 +46,9 @@ class Launcher(Protocol):
 
     def check(self, options: Sequence[str]) -> None:
         """Raise :class:`SpectrError` where the engine is not installed, or does not take these options of its own."""
-        ...
 
     def launch(self, settings: ServerSettings, parts: Parts, say: Say) -> None:
         """Serve these settings; ``say`` shows one line."""
-        ...
 
 
 class Transformers:
