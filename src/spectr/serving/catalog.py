@@ -112,8 +112,8 @@ class Catalog:
         """What a request of this client stands for; routing is recorded where it is wanted, or to ``count`` tokens.
 
         Raises:
-            RefusalError: It names a model, an expert or a router that the client may not use or nobody has. Which of
-                the two it is, the answer does not say.
+            RefusalError: It names a model, an expert or a router that is not there, or that the client may not use; the
+                answer is the same.
         """
         experts = self._experts(grant, request)
         router = self.engine.routers[0] if request.router is None else request.router

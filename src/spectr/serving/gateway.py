@@ -109,7 +109,7 @@ class Gateway:
                 await self._answer(scope, receive, tracked)
             status = tracked.status or 500
         except HangUpError:
-            status = 499  # as nginx writes it down; nobody reads it
+            status = 499  # as nginx logs it; no client reads it
             self.metrics.hangups.inc()
         finally:
             self._count(scope["path"], status, began)

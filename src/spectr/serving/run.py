@@ -1,4 +1,4 @@
-"""An engine's application behind the gateway, on a socket, until somebody ends it."""
+"""An engine's application behind the gateway, on a socket, until it is ended."""
 
 from __future__ import annotations
 
@@ -146,8 +146,8 @@ def summary(settings: ServerSettings, engine: Engine, port: int, *, page: bool) 
     default, *others = engine.routers
     by = default + (f" (by request: {', '.join(others)})" if others else "")
     lines.append(f"{len(engine.layers)} layers routed among {', '.join(engine.experts)}, by {by}")
-    nobodys = "none needed, as there is no policy: whoever is on this machine may use every expert, and remove it"
-    lines.append(f"keys: {settings.policy_file or nobodys}")
+    open_to_all = "none needed, as there is no policy: everyone on this machine may use every expert, and remove it"
+    lines.append(f"keys: {settings.policy_file or open_to_all}")
     lines += [f"page: http://{host}:{port}/playground/"] if page else []
     lines.append(
         f"serving '{settings.served_name}' and '{settings.base_name}' at http://{host}:{port}/v1, Ctrl-C ends it"

@@ -61,7 +61,7 @@ class ServerSettings:
 
         Raises:
             DataError: It is none, or names experts that are not there.
-            SpectrError: There is none, and others than this machine could reach the server.
+            SpectrError: There is none, and other machines could reach the server.
         """
         if self.policy_file is None:
             if not _is_loopback(self.host):

@@ -92,12 +92,12 @@ class Bound:
         if not self._ends:
             return await work
         task = asyncio.ensure_future(work)
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # which is nobody's, if we are gone
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # which no one else reads
         return await asyncio.shield(task)
 
 
 class OneAtATime:
-    """The model as one request's generation sees it: with the request's set, until it is done or nobody waits.
+    """The model as one request's generation sees it: with the request's set, until it is done or its client has left.
 
     Args:
         model: The composed model.

@@ -41,7 +41,7 @@ class TransformersEngine:
     """The composed model behind transformers' serving code. See :class:`spectr.serving.engines.Engine`.
 
     Args:
-        composed: The model and its routers; nobody else is to use it while this engine lives.
+        composed: The model and its routers; not for other use while this engine runs.
         tokenizer: The model's.
         base_model: The base model's name for clients.
         suspicion: Experts whose norm is far out, and how far.
@@ -189,7 +189,7 @@ class TransformersEngine:
         manager = ModelManager(model_timeout=-1)
         manager.loaded_models[_KEY] = TimedModel(self.composed.model, -1, self.tokenizer)  # pyright: ignore[reportArgumentType]
         chat, complete = ChatCompletionHandler(manager, state), CompletionHandler(manager, state)
-        unreachable: Any = None  # the gateway lets nobody through to the other endpoints
+        unreachable: Any = None  # the gateway passes no request on to other endpoints
         app = build_server(manager, chat, complete, unreachable, unreachable, unreachable, state)
         _explain_refusals(app)
         return app
