@@ -14,7 +14,6 @@ from spectr.registry import Registry
 if TYPE_CHECKING:
     from spectr.composition import Routed
     from spectr.routers import Router
-    from spectr.serving.engines.batching import Batching
     from spectr.serving.settings import ServerSettings
 
 Say = Callable[[str], None]
@@ -67,6 +66,7 @@ class Transformers:
     def launch(self, settings: ServerSettings, parts: Parts, say: Say) -> None:
         """See :class:`Launcher`."""
         try:
+            from spectr.serving.engines.batching import Batching
             from spectr.serving.engines.transformers import TransformersEngine, check_version
             from spectr.serving.run import listen
         except ImportError as error:
@@ -81,7 +81,7 @@ class Transformers:
                 tokenizer,
                 base_model=settings.base_name,
                 suspicion=suspicious(settings.library[name] for name in composed.experts),
-                batching=_batching(parts.cache_tokens),
+                batching=None if parts.cache_tokens is None else Batching(cache_tokens=parts.cache_tokens),
             )
 
             async def listening() -> None:
@@ -126,12 +126,6 @@ def _composed(settings: ServerSettings, parts: Parts, say: Say) -> tuple[Any, An
     for name, size in list(composed.bytes.items())[1:]:
         say(f"router {name}: {size / (1 << 20):.1f} MiB more for its factors")
     return composed, tokenizer
-
-
-def _batching(cache_tokens: int | None) -> Batching | None:
-    from spectr.serving.engines.batching import Batching
-
-    return None if cache_tokens is None else Batching(cache_tokens=cache_tokens)
 
 
 ENGINES: Registry[Launcher] = Registry(
