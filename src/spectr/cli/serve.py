@@ -81,8 +81,7 @@ def serve(
         grace=grace,
         options=tuple(options or ()),
     )
-    for remark in settings.remarks:
-        say(remark)
+    routing.announce(settings.routers.values(), settings.remarks)
     narrowed = dataclasses.replace(routing, allow=list(settings.experts))
     parts = Parts(
         open_model=routing.base,
