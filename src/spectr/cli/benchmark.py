@@ -14,6 +14,7 @@ from rich.table import Table
 from spectr.cli.console import bar, out, say
 from spectr.cli.options import JsonOption, Routing, check_target, with_options
 from spectr.errors import SpectrError
+from spectr.folders import with_parents
 
 if TYPE_CHECKING:
     from spectr.benchmark import Outcome
@@ -64,8 +65,7 @@ def benchmark(
         outcome = run_plan(plan, model, advance)
     text = json.dumps(dataclasses.asdict(outcome), indent=2)
     if file:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text + "\n", encoding="utf-8")
+        with_parents(file).write_text(text + "\n", encoding="utf-8")
         say(f"wrote {file}")
     if as_json:
         out.print(text, highlight=False, markup=False)
