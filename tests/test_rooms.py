@@ -12,10 +12,11 @@ import spectr
 
 ROOT = Path(spectr.__file__).parent
 ROOMS = (
-    ("errors", "renamed", "atomic_write", "hashing", "flops", "lazy", "registry"),
+    ("errors", "renamed", "atomic_write", "folders", "hashing", "versions", "flops", "lazy", "registry"),
     ("spectral",),
     ("adapters",),
     ("library",),
+    ("shipped",),
     ("selection", "combine", "routers"),
     ("layers",),
     ("models",),
@@ -23,9 +24,9 @@ ROOMS = (
     ("paging",),
     ("composition",),
     ("composed_model",),
-    ("tasks", "guidance", "calibration", "indexing", "choosing"),
+    ("tasks", "guidance", "calibration", "indexing", "choosing", "description"),
     ("vllm", "serving"),
-    ("merging", "extraction", "training", "evaluation", "plots", "benchmark", "demo", "shipped"),
+    ("merging", "extraction", "training", "evaluation", "plots", "benchmark", "demo"),
     ("cli", "__main__"),
 )
 PLACE = {name: number for number, room in enumerate(ROOMS) for name in room}

@@ -12,8 +12,8 @@ import torch
 import spectr
 from adapters_on_disk import assert_says, tree
 from spectr.composed_model import Settings, save_composed
-from spectr.composed_model.save import new_folder
 from spectr.errors import CompositionError, ModelError
+from spectr.folders import new_folder
 from spectr.routers import get_router, router_names
 from spectr.routers.config import router_config
 
@@ -131,7 +131,7 @@ def test_what_fails_leaves_the_old_folder_and_no_scratch(tmp_path):
     before = tree(tmp_path)
 
     def fail(overwrite):
-        with new_folder(out, overwrite) as folder:
+        with new_folder(out, CompositionError, "say --overwrite", overwrite=overwrite) as folder:
             (folder / "new").write_text("lost")
             raise KeyboardInterrupt
 
@@ -141,7 +141,7 @@ def test_what_fails_leaves_the_old_folder_and_no_scratch(tmp_path):
     with pytest.raises(CompositionError) as error:
         fail(overwrite=False)
     assert_says(error.value, given=("is in use",), expected="an empty folder", do="--overwrite")
-    with new_folder(out, overwrite=True) as folder:
+    with new_folder(out, CompositionError, overwrite=True) as folder:
         (folder / "new").write_text("there")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in out.iterdir()] == ["new"]
@@ -149,7 +149,7 @@ def test_what_fails_leaves_the_old_folder_and_no_scratch(tmp_path):
 
 def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CompositionError) as error, new_folder(tmp_path / "file", True):
+    with pytest.raises(CompositionError) as error, new_folder(tmp_path / "file", CompositionError, overwrite=True):
         pass
     assert_says(error.value, given=("is a file",), expected="a folder", do="another")
 

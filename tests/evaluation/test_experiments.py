@@ -14,10 +14,10 @@ from questions import CHOICES, EXAMPLES, PROMPTS
 from spectr import Calibrated, ExpertLibrary, Oracle, Spectr, build_index, calibrate, compose, trace
 from spectr.errors import DataError
 from spectr.evaluation import choice_logprobs, routed_logprobs
-from spectr.evaluation.experiments import EXPERIMENTS, Bench, Result
+from spectr.evaluation.experiments import EXPERIMENTS, ExperimentSetup, Result
+from spectr.evaluation.experiments.similarity import cosines, mean_cosines
 from spectr.evaluation.expert_recall import find_experts
 from spectr.evaluation.score import Measurement, score_examples
-from spectr.evaluation.similarity import cosines, mean_cosines
 from spectr.models import encode_batch
 from spectr.tasks import Example, Task
 from text_model import make_model, make_tokenizer
@@ -169,12 +169,13 @@ def tasks():
 
 @pytest.mark.parametrize("name", EXPERIMENTS.entries)
 def test_every_experiment_gives_a_table_a_picture_and_the_model_back(library, tasks, tmp_path, name):
-    from spectr.plots.figures import as_svg, figure
+    from spectr.plots.axes import as_svg
+    from spectr.plots.figures import figure
 
     model = make_model()
     before = model(torch.tensor([[1, 5, 9]])).logits
     other = [Example(prompt=f"the {e.prompt}", answer=e.answer, choices=e.choices, label=e.label) for e in EXAMPLES[:4]]
-    bench = Bench(
+    bench = ExperimentSetup(
         model=model,
         tokenizer=make_tokenizer(),
         library=library,
@@ -203,7 +204,7 @@ COMPARING = [name for name in EXPERIMENTS.entries if name not in ("quality", "si
 @pytest.mark.parametrize("name", COMPARING)
 def test_a_router_that_an_experiment_does_not_know_is_compared_when_it_is_asked_for(library, tasks, tmp_path, name):
     """Without an index it is said to lack one; with one it is there, with the library's own calibration."""
-    bench = Bench(
+    bench = ExperimentSetup(
         model=make_model(),
         tokenizer=make_tokenizer(),
         library=library,
@@ -225,7 +226,7 @@ def test_a_router_that_an_experiment_does_not_know_is_compared_when_it_is_asked_
 
 
 def test_examples_are_dealt_out_among_the_paraphrases(library, tasks, tmp_path):
-    bench = Bench(
+    bench = ExperimentSetup(
         model=make_model(),
         tokenizer=make_tokenizer(),
         library=library,
@@ -253,7 +254,7 @@ def test_a_changed_expert_is_the_same_update(library, tmp_path):
 
 def test_records_name_the_router_by_its_config_and_older_ones_are_read(library, tasks, tmp_path, monkeypatch):
     def run(folder):
-        bench = Bench(
+        bench = ExperimentSetup(
             model=make_model(),
             tokenizer=make_tokenizer(),
             library=library,
@@ -278,7 +279,9 @@ def test_records_name_the_router_by_its_config_and_older_ones_are_read(library, 
 
 
 def test_the_oracle_is_the_measure_of_the_multitask_table(library, tasks, tmp_path):
-    bench = Bench(model=make_model(), tokenizer=make_tokenizer(), library=library, tasks=tasks, folder=tmp_path)
+    bench = ExperimentSetup(
+        model=make_model(), tokenizer=make_tokenizer(), library=library, tasks=tasks, folder=tmp_path
+    )
     methods = EXPERIMENTS.load("multitask")(bench).data["methods"]
     own = methods["its own expert"]
     for name, found in methods.items():
@@ -289,7 +292,7 @@ def test_the_oracle_is_the_measure_of_the_multitask_table(library, tasks, tmp_pa
 
 
 def test_the_formula_of_costs_is_what_is_measured(library, tmp_path):
-    bench = Bench(model=make_model(), tokenizer=make_tokenizer(), library=library, tasks={}, folder=tmp_path)
+    bench = ExperimentSetup(model=make_model(), tokenizer=make_tokenizer(), library=library, tasks={}, folder=tmp_path)
     found = EXPERIMENTS.load("costs")(bench).data["routers"]
     assert set(found) == {"mu", "calibrated-prior, k 1", "calibrated", "lag, shortlist 3, k 1"}
     for name, router in found.items():

@@ -16,7 +16,7 @@ from spectr import Calibrated, Oracle, Spectr, calibrate, compose
 from spectr.errors import DataError, MissingExtraError
 from spectr.evaluation import choice_logprobs, routed_logprobs, text_metric
 from spectr.evaluation.encode import encode_examples
-from spectr.evaluation.experiments import EXPERIMENTS, Bench
+from spectr.evaluation.experiments import EXPERIMENTS, ExperimentSetup
 from spectr.evaluation.expert_recall import find_experts
 from spectr.evaluation.score import score_examples, score_of
 from spectr.models import context_length, encode_answer, encode_prompt, generate_answers
@@ -272,7 +272,9 @@ def test_choices_without_tokens_or_room_are_named_together():
 
 
 def bench(tmp_path, library, model=None, **tasks):
-    return Bench(model=model or make_model(), tokenizer=make_tokenizer(), library=library, tasks=tasks, folder=tmp_path)
+    return ExperimentSetup(
+        model=model or make_model(), tokenizer=make_tokenizer(), library=library, tasks=tasks, folder=tmp_path
+    )
 
 
 def test_a_bench_names_what_is_wrong_with_all_its_tasks(tmp_path, library, monkeypatch):

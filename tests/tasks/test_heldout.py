@@ -8,7 +8,7 @@ from guided import DESCRIPTIONS, NAMES, embed, library_with_gates
 from questions import CHOICES, EXAMPLES
 from spectr import ExpertLibrary, calibrate
 from spectr.errors import DataError
-from spectr.evaluation.experiments import EXPERIMENTS, Bench
+from spectr.evaluation.experiments import EXPERIMENTS, ExperimentSetup
 from spectr.evaluation.paired_statistics import mean_difference
 from spectr.evaluation.plan import read_plan
 from spectr.guidance import QueryGuide
@@ -27,7 +27,7 @@ def bench_of(library, folder, **more):
         return Task.of(name=name, version=1, prompt="{x}", choices=CHOICES), EXAMPLES
 
     tokenizer = make_tokenizer()
-    return Bench(
+    return ExperimentSetup(
         model=make_model(),
         tokenizer=tokenizer,
         library=library,
@@ -124,4 +124,4 @@ def test_what_heldout_is_asked(tmp_path):
 def test_without_held_out_tasks_there_is_nothing_to_measure(library, tmp_path):
     bench = bench_of(library, tmp_path)
     with pytest.raises(DataError, match="no held-out tasks were given"):
-        EXPERIMENTS.load("heldout")(Bench(**{**vars(bench), "held_out": {}}))
+        EXPERIMENTS.load("heldout")(ExperimentSetup(**{**vars(bench), "held_out": {}}))

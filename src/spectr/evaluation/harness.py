@@ -20,6 +20,7 @@ import torch
 
 from spectr.composition import compose
 from spectr.errors import CompositionError, MissingExtraError, SpectrError, did_you_mean
+from spectr.evaluation.choices import decided_alike
 from spectr.guidance import QueryGuide
 from spectr.models import load_model
 from spectr.routers import GuidedRouter, check_needs, get_router, residents
@@ -109,15 +110,12 @@ class SpectrLM(HFLM):
             mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in some], device=self.device)
             weights_BE = decision.decide(input_ids=ids, attention_mask=mask)
             chosen.update(zip(some, map(tuple, weights_BE.tolist()), strict=True))
-        groups: dict[tuple[float, ...], list[int]] = {}
-        for number, (_, context, _) in enumerate(requests):
-            groups.setdefault(chosen[tuple(context)], []).append(number)
-        found: dict[int, tuple[float, bool]] = {}
-        for row, members in groups.items():
-            with decision.using(torch.tensor([row])):
-                scores = super()._loglikelihood_tokens([requests[i] for i in members], disable_tqdm, override_bs)
-            found.update(zip(members, scores, strict=True))
-        return [found[i] for i in range(len(requests))]
+        likelihoods = super()._loglikelihood_tokens
+        return decided_alike(
+            decision,
+            [chosen[tuple(context)] for _, context, _ in requests],
+            lambda members: likelihoods([requests[i] for i in members], disable_tqdm, override_bs),
+        )
 
 
 def _settings(router: str, given: dict[str, Any]) -> dict[str, Any]:
