@@ -1,14 +1,13 @@
-"""From what was asked for to a library and routers: what "auto" stands for, settings, and what a router needs."""
+"""From a request to a library and routers: what "auto" stands for, settings, and what a router needs."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spectr.errors import CompositionError, MissingExtraError, SpectrError, raise_together
+from spectr.errors import CompositionError, MissingExtraError, SpectrError, collecting, raise_together
 from spectr.library import ExpertLibrary
 from spectr.routers import Router, check_needs, get_router, residents
 from spectr.routers.options import options_of, read_settings
@@ -25,12 +24,11 @@ def open_composed(model: str | None) -> Settings | None:
         return None
     try:
         from spectr.composed_model import Settings
-        from spectr.composed_model.load import is_composed
+        from spectr.models.load import composed_config
     except ImportError as error:
         raise MissingExtraError("running a model", "models") from error
-    if not is_composed(model):
-        return None
-    return Settings.of(json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))["quantization_config"])
+    known = composed_config(model)
+    return Settings.of(known) if known else None
 
 
 def router_for(library: ExpertLibrary) -> str:
@@ -100,10 +98,8 @@ def _made(name: str, options: Mapping[str, Any], most: int | None) -> Router:
 
 
 def _problems(check: Callable[[str], Any], names: Sequence[str]) -> list[SpectrError]:
-    found = []
+    found: list[SpectrError] = []
     for name in names:
-        try:
+        with collecting(found):
             check(name)
-        except SpectrError as error:
-            found.append(error)
     return found

@@ -11,6 +11,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 MODULES = {
+    "spectr.adapters.keys": "spectr.adapters.read",
+    "spectr.adapters.source": "spectr.adapters.read",
     "spectr.cli.opened": "spectr.cli.model_loading",
     "spectr.composed": "spectr.composed_model",
     "spectr.composition.readers": "spectr.composition.subset_probes",
@@ -36,6 +38,8 @@ MODULES = {
     "spectr.serving.faults": "spectr.serving.validation",
     "spectr.serving.stopping": "spectr.serving.shutdown",
     "spectr.serving.suspicion": "spectr.serving.outliers",
+    "spectr.training.interrupt": "spectr.training.fit",
+    "spectr.training.report": "spectr.training.publish",
     "spectr.vllm.deciding": "spectr.vllm.prompt_decisions",
     "spectr.vllm.hearing": "spectr.vllm.probes",
     "spectr.vllm.recording": "spectr.vllm.routing_records",

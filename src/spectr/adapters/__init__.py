@@ -2,8 +2,7 @@
 
 from spectr.adapters.expert import Expert, Factors, FactorShape
 from spectr.adapters.gates import GATES_FILE, has_gates, read_gates, write_gates
-from spectr.adapters.read import read_adapter
-from spectr.adapters.source import locate_adapter
+from spectr.adapters.read import locate_adapter, read_adapter
 
 __all__ = [
     "GATES_FILE",

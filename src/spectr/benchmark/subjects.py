@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from torch import nn
 
@@ -78,7 +77,7 @@ def get_peer(name: str) -> Callable[[nn.Module, ExpertLibrary, int], Subject]:
     """
     if name not in PEERS:
         raise CompositionError(f"unknown peer '{name}'", do=did_you_mean(name, PEERS))
-    return partial(PEERS[name])
+    return PEERS[name]
 
 
 def check_peers(names: Sequence[str], library: ExpertLibrary) -> None:

@@ -104,9 +104,8 @@ def _check_reachable(path: str, base_alone: bool) -> bool:
 
 
 def _check_plain(path: str, base_alone: bool) -> bool:
-    """A composed folder must not become its base model without a word."""
-    known = json.loads((Path(path) / "config.json").read_text(encoding="utf-8")).get("quantization_config")
-    composed = isinstance(known, dict) and known.get("quant_method") == "spectr"
+    """Whether a folder is a composed one, which must not become its base model unnoticed."""
+    composed = composed_config(path) is not None
     if composed and not base_alone:
         raise ModelError(
             f"{path} is a composed model, whose experts are in it",
@@ -114,3 +113,10 @@ def _check_plain(path: str, base_alone: bool) -> bool:
             do=f"spectr.load_composed({path!r}), or spectr generate -m {path}; or name its base model",
         )
     return composed
+
+
+def composed_config(folder: str | Path) -> dict[str, Any] | None:
+    """The ``quantization_config`` of a composed folder; ``None`` for anything else."""
+    path = Path(folder) / "config.json"
+    known = json.loads(path.read_text(encoding="utf-8")).get("quantization_config") if path.is_file() else None
+    return known if isinstance(known, dict) and known.get("quant_method") == "spectr" else None

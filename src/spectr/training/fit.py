@@ -7,10 +7,14 @@ step draws its randomness from (seed, step), so that a run killed anywhere ends 
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -19,7 +23,6 @@ from transformers import get_scheduler
 
 from spectr.training.checkpoint import load_checkpoint, save_checkpoint
 from spectr.training.data import Batch, Encoded, batches, count_steps
-from spectr.training.interrupt import deferred_interrupt
 from spectr.training.settings import GateSettings, TrainingSettings
 
 Progress = Callable[[str, int, int, str], None]
@@ -135,3 +138,27 @@ def answer_loss(model: Any, batch: Batch, prefix_1S: Tensor, device: torch.devic
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that are trained, in alphabetical order."""
     return {name: p for name, p in sorted(model.named_parameters()) if p.requires_grad}
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Yield a function that returns whether Ctrl-C was pressed; a second time it interrupts at once.
+
+    Outside the main thread, where Python allows no handlers, nothing is deferred.
+    """
+    pressed = False
+
+    def note(_number: int, _frame: FrameType | None) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)

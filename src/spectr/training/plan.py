@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from spectr.training.fit import Progress
-    from spectr.training.report import Report
+    from spectr.training.publish import Report
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from spectr.errors import CompositionError, DataError, SpectrError, collecting, 
 from spectr.evaluation.encode import encode_examples
 from spectr.evaluation.expert_recall import Finding, find_experts, keep_findings, kept_findings, over_runs
 from spectr.evaluation.metrics import text_metric
-from spectr.evaluation.score import Measurement, score_examples, score_of
+from spectr.evaluation.score import Measurement, counting, score_examples, score_of
 from spectr.folders import with_parents
 from spectr.hashing import known_sha256
 from spectr.library import Calibration, ExpertLibrary
@@ -252,13 +252,6 @@ class ExperimentSetup:
     def scores(self, task: str, method: str, routed: Routed | None = None) -> list[float]:
         """Each example's score with the model as it is now; what a killed run scored is not scored again."""
         about, examples = self.tasks[task]
-        phase, done = f"{task}: {method}", 0
-
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            self.progress(phase, done, len(examples), "")
-
         origin = {**self.origin(), **self._needed_by(routed), "task": about.version}
         records = score_examples(
             self.model,
@@ -272,7 +265,7 @@ class ExperimentSetup:
             origin=origin,
             former={**origin, "router": str(routed.router)} if routed else None,
             name=task,
-            progress=advance,
+            progress=counting(self.progress, f"{task}: {method}", len(examples)),
         )
         return [score_of(record) for record in records]
 
