@@ -115,7 +115,7 @@ def range_faults(
     """An error for each value that is not ``right``; ``None`` always is."""
     for name, value in values.items():
         if value is not None and not right(value):
-            yield error(f"{name}={value}", expected=expected)
+            yield error(f"{name}={value!r}", expected=expected)
 
 
 def some_of(names: Sequence[str], shown: int, what: str = "") -> str:

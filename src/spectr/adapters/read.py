@@ -7,8 +7,9 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from spectr.adapters.config import AdapterConfig, read_config
+from spectr.adapters.config import CONFIG_FILE, AdapterConfig, read_config
 from spectr.adapters.expert import Expert, FactorShape, open_safetensors
+from spectr.adapters.gates import GATES_FILE
 from spectr.errors import AdapterError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -26,7 +27,7 @@ _STRANGERS = (
     ("token_adapter", "trained rows of an embedding"),
 )
 _HUB_ID = re.compile(r"^(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<subfolder>[\w./-]+?))?(?:@(?P<revision>[\w./-]+))?$")
-_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md", "expert.json", "gates.safetensors")
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, "README.md", "expert.json", GATES_FILE)  # all that belongs to one
 
 
 def read_adapter(source: str | Path, name: str, *, check_values: bool = True) -> Expert:
@@ -167,7 +168,7 @@ def _from_hub(name: str, repo: str, subfolder: str | None, revision: str | None)
 
     inside = f"{subfolder}/" if subfolder else ""
     try:
-        root = snapshot_download(repo, revision=revision, allow_patterns=[inside + file for file in _FILES])
+        root = snapshot_download(repo, revision=revision, allow_patterns=[inside + file for file in ADAPTER_FILES])
     except Exception as error:  # the client raises its own, httpx's and OS errors
         raise AdapterError(
             f"expert '{name}': '{repo}{inside and '/' + inside}' is no folder here, and the Hub did not give it: "

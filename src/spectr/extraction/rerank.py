@@ -9,8 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from spectr.adapters import Expert
-from spectr.adapters.config import CONFIG_FILE
+from spectr.adapters import CONFIG_FILE, Expert
 from spectr.errors import ExtractionError, raise_together, range_faults
 from spectr.extraction.extract import split, truncate
 from spectr.extraction.report import Kept, Report

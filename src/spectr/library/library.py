@@ -8,9 +8,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from spectr.adapters import Expert, read_adapter
-from spectr.adapters.config import CONFIG_FILE
-from spectr.adapters.read import WEIGHTS_FILE
+from spectr.adapters import CONFIG_FILE, WEIGHTS_FILE, Expert, read_adapter
 from spectr.errors import AdapterError, LibraryError, SpectrError, collecting, did_you_mean, raise_together
 from spectr.hashing import known_sha256
 from spectr.library.calibration import Calibration
@@ -122,13 +120,13 @@ class ExpertLibrary:
         if name in self._readers:
             raise LibraryError(f"there already is an expert '{name}'", do="remove it first, or choose another name")
         expert = read_adapter(source, name)
-        return self._but(readers={**self._readers, name: lambda: expert}, digests=self._digests_but(name))
+        return self._but(readers={**self._readers, name: lambda: expert})
 
     def without(self, name: str) -> ExpertLibrary:
         """This library with one expert less; nothing on disk changes."""
         self.check(name)
-        kept = {n: reader for n, reader in self._readers.items() if n != name}
-        return self._but(readers=kept, digests=self._digests_but(name))
+        readers, digests = ({n: v for n, v in d.items() if n != name} for d in (self._readers, self._digests))
+        return self._but(readers=readers, digests=digests)
 
     def sha256(self, name: str) -> str:
         """Hash of an expert's weights: as its entry says; of a plain folder, of the file itself."""
@@ -198,9 +196,6 @@ class ExpertLibrary:
             return False
         entry = self.index[name]
         return entry.sha256 == self.sha256(name) and entry.calibration == self.calibration.said.digest
-
-    def _digests_but(self, name: str) -> dict[str, str]:
-        return {other: digest for other, digest in self._digests.items() if other != name}
 
     def _beside(self, root: Path) -> ExpertLibrary:
         """This library with what its folder holds beside the experts."""

@@ -24,9 +24,16 @@ from filelock import FileLock, Timeout
 from jaxtyping import Float
 from torch import Tensor
 
-from spectr.adapters import GATES_FILE, Expert, read_adapter, read_gates, write_gates
-from spectr.adapters.config import CONFIG_FILE
-from spectr.adapters.read import WEIGHTS_FILE
+from spectr.adapters import (
+    ADAPTER_FILES,
+    CONFIG_FILE,
+    GATES_FILE,
+    WEIGHTS_FILE,
+    Expert,
+    read_adapter,
+    read_gates,
+    write_gates,
+)
 from spectr.atomic_write import INCOMING, SCRATCH, sync_file, sync_folder
 from spectr.errors import AdapterError, LibraryError, SpectrError, did_you_mean
 from spectr.hashing import file_sha256, json_sha256
@@ -45,7 +52,6 @@ from spectr.library.manifest import (
     write_entry,
 )
 
-_KEPT_FILES = (CONFIG_FILE, WEIGHTS_FILE, "README.md", "expert.json", GATES_FILE)
 _DIGITS = 12
 _PENDING = ".pending-"
 _FOLDER = re.compile(rf"(?P<name>{NAME.pattern})-(?P<digits>[0-9a-f]{{{_DIGITS}}})")
@@ -282,7 +288,7 @@ class LibraryStore:
         source = expert.weights.parent
         scratch = Path(tempfile.mkdtemp(dir=self.root, prefix=INCOMING))
         try:
-            for file in _KEPT_FILES:
+            for file in ADAPTER_FILES:
                 if (source / file).is_file():
                     with (source / file).open("rb") as reading, (scratch / file).open("wb") as writing:
                         shutil.copyfileobj(reading, writing, 1 << 20)
@@ -368,7 +374,7 @@ class LibraryStore:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    return {file: file_sha256(folder / file) for file in _KEPT_FILES if (folder / file).is_file()}
+    return {file: file_sha256(folder / file) for file in ADAPTER_FILES if (folder / file).is_file()}
 
 
 def _content_digits(digests: dict[str, str]) -> str:

@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spectr.adapters.config import CONFIG_FILE
-from spectr.adapters.read import WEIGHTS_FILE
-from spectr.adapters.write import common_settings, write_adapter
+from spectr.adapters import CARD, CARD_DATA, CONFIG_FILE, WEIGHTS_FILE, common_settings, write_adapter
 from spectr.errors import MergeError
 from spectr.folders import new_folder
 from spectr.hashing import file_sha256, known_sha256
@@ -22,8 +20,6 @@ from spectr.versions import package_versions
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-CARD = "README.md"
-ADAPTER_FACTS = "expert.json"  # the name under which libraries and the Hub's reader keep an expert's facts
 MODEL_FACTS = "merge.json"
 
 
@@ -55,7 +51,7 @@ def save_merged_adapter(
             "ranks": {module: delta.rank for module, delta in merged.deltas.items()},
             "sha256": {file: file_sha256(folder / file) for file in (WEIGHTS_FILE, CONFIG_FILE)},
         }
-        _write_facts(folder, ADAPTER_FACTS, facts, _adapter_card(name or out.absolute().name, facts))
+        _write_facts(folder, CARD_DATA, facts, _adapter_card(name or out.absolute().name, facts))
     return out
 
 

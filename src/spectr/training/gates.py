@@ -18,10 +18,8 @@ from spectr.adapters import GATES_FILE, Expert, Factors, write_gates
 from spectr.atomic_write import replacing
 from spectr.errors import DataError
 from spectr.hashing import json_sha256, known_sha256
+from spectr.layers import RoutedLinear, make_plan, swap_module
 from spectr.layers.linear import placement
-from spectr.layers.plan import make_plan
-from spectr.layers.routed import RoutedLinear
-from spectr.layers.swap import swap_module
 from spectr.routers import Oracle
 from spectr.tasks import Example
 from spectr.training.checkpoint import read_facts

@@ -11,15 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from spectr.adapters import CARD, CARD_DATA
 from spectr.atomic_write import save_readable
 from spectr.training.settings import TrainingSettings
 from spectr.versions import package_versions
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-CARD = "README.md"
-CARD_DATA = "expert.json"
 
 
 @dataclass(frozen=True, kw_only=True)

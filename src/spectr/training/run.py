@@ -15,8 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectr.errors import DataError, MissingExtraError, some_of
-from spectr.evaluation import accuracy, choice_logprobs, predict
-from spectr.evaluation.metrics import text_metric
+from spectr.evaluation import accuracy, choice_logprobs, predict, text_metric
 from spectr.evaluation.score import Measurement, counting, score_examples, score_of
 from spectr.folders import check_new_folder
 from spectr.hashing import json_sha256

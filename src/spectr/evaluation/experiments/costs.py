@@ -33,6 +33,7 @@ def costs(setup: ExperimentSetup) -> Result:
     """
     experts = [setup.library[name] for name in setup.library]
     stored = sum(expert.weights.stat().st_size for expert in experts)
+    read = int(setup.library.calibration.real.sum()) if setup.library.calibration else 0
     ids = sample_ids(setup)
     base = count_flops(lambda: setup.model(input_ids=ids, use_cache=False, logits_to_keep=1))
     plain = sum(p.numel() * p.element_size() for p in setup.model.parameters())
@@ -43,7 +44,7 @@ def costs(setup: ExperimentSetup) -> Result:
             layers = routed.layers
             held = sum(b.numel() * b.element_size() for layer in layers.values() for b in layer.buffers(recurse=False))
             if routed.prompt:
-                routed.prompt.decide(input_ids=ids.roll(1, dims=1))  # what is done before a first prompt is told apart
+                routed.prompt.decide(input_ids=ids.roll(1, dims=1))  # the first prompt has work of its own
                 probe = count_flops(lambda r=routed: r.prompt.decide(input_ids=ids))  # pyright: ignore[reportOptionalMemberAccess]
                 routing = routed.prompt.routing(routed.prompt.decide(input_ids=ids))
             else:
@@ -91,7 +92,7 @@ def costs(setup: ExperimentSetup) -> Result:
             f"{SAMPLE_TOKENS}: the probe of the calibrated routers, and GLIDER's instruction, which the base model "
             "writes, whatever the prompt's length (its embedding, by another model, is not counted). Before a model's "
             "first prompt the calibrated routers also read the calibration's texts once, "
-            f"{_usual_tokens(setup)} tokens here.",
+            f"{read} tokens here.",
             *setup.left_out(ROUTERS),
         ],
         origin=setup.origin(),
@@ -121,7 +122,3 @@ def _formula(layer: RoutedLinear, call: LayerCall) -> int:
     gathers = factors.rows_ER is not None
     taken = layer.select.k / len(factors.experts) if gathers and layer.select.k else 1
     return round(2 * (factors.A_PI.numel() + taken * factors.B_OP.numel() + prototypes + summing))
-
-
-def _usual_tokens(setup: ExperimentSetup) -> int:
-    return int(setup.library.calibration.real.sum()) if setup.library.calibration else 0
