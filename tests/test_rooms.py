@@ -16,6 +16,7 @@ ROOMS = (
     ("spectral",),
     ("adapters",),
     ("library",),
+    ("shipped",),
     ("selection", "combine", "routers"),
     ("layers",),
     ("models",),
@@ -23,9 +24,9 @@ ROOMS = (
     ("paging",),
     ("composition",),
     ("composed_model",),
-    ("tasks", "guidance", "calibration", "indexing", "choosing"),
+    ("tasks", "guidance", "calibration", "indexing", "choosing", "description"),
     ("vllm", "serving"),
-    ("merging", "extraction", "training", "evaluation", "plots", "benchmark", "demo", "shipped"),
+    ("merging", "extraction", "training", "evaluation", "plots", "benchmark", "demo"),
     ("cli", "__main__"),
 )
 PLACE = {name: number for number, room in enumerate(ROOMS) for name in room}

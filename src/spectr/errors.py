@@ -1,7 +1,7 @@
 """Errors that say what was given, what was expected and what to do.
 
-Everything a user can get wrong raises :class:`SpectrError` or one of its kin before anything is changed. A broken
-invariant of ours is an ``assert``, never one of these.
+Everything a user can get wrong raises :class:`SpectrError` or a subclass before anything is changed. A broken invariant
+of ours is an ``assert``, never one of these.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _SHOWN = 40  # known names that a message lists
 
 
 class SpectrError(ValueError):
-    """A mistake that the user can mend.
+    """A mistake that the user can correct.
 
     Args:
         given: What was found, with the path or name it was found under.
@@ -41,7 +41,7 @@ class AdapterError(SpectrError):
 
 
 class LibraryError(SpectrError):
-    """An expert library that is missing, damaged, or does not allow what was asked."""
+    """An expert library that is missing, damaged, or does not allow that."""
 
 
 class CompositionError(SpectrError):
@@ -49,7 +49,7 @@ class CompositionError(SpectrError):
 
 
 class MergeError(SpectrError):
-    """Experts that cannot be merged as asked."""
+    """Experts that cannot be merged like that."""
 
 
 class DataError(SpectrError):
@@ -61,7 +61,7 @@ class ModelError(SpectrError):
 
 
 class ExtractionError(SpectrError):
-    """Two checkpoints, or an expert, that no expert of the asked kind can be taken from."""
+    """Two checkpoints, or an expert, that no such expert can be taken from."""
 
 
 class MissingExtraError(SpectrError, ImportError):
@@ -89,15 +89,15 @@ def raise_together(
         title: What they are problems of.
         problems: What is wrong.
         kind: Of the error that carries several.
-        most: Problems that are told in full; of the others only the number is. By default all are told.
+        most: Problems that are written in full; of the others only the number. By default all are.
     """
     found = list(problems)
     if len(found) == 1:
         raise found[0]
     if found:
-        told = [str(problem) for problem in found[:most]]
-        told += [f"and {len(found) - len(told)} more"] if len(found) > len(told) else []
-        raise kind(f"{title}: {len(found)} problems\n" + "\n".join(f"- {line}" for line in told))
+        lines = [str(problem) for problem in found[:most]]
+        lines += [f"and {len(found) - len(lines)} more"] if len(found) > len(lines) else []
+        raise kind(f"{title}: {len(found)} problems\n" + "\n".join(f"- {line}" for line in lines))
 
 
 @contextmanager
@@ -133,6 +133,6 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def nearest(name: str, known: Iterable[str], *, likeness: float = 0.6) -> str | None:
-    """The known name that looks most like this one; ``None`` where none is as alike, of 1."""
+    """The known name that is most similar to this one; ``None`` where none is as alike, of 1."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=likeness)
     return near[0] if near else None

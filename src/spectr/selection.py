@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from spectr.errors import CompositionError
+from spectr.lazy import lazy
 
 Weighting = Literal["uniform", "softmax"]
 
@@ -30,7 +31,7 @@ class Selection(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Everyone:
+class All:
     """All experts that adapt the module, each with weight ``1 / E`` (mu-routing)."""
 
     @property
@@ -82,3 +83,18 @@ class TopK:
             k = min(self.k, scores_TE.shape[-1])
             return weights_TE.scatter_(-1, scores_TE.topk(k, dim=-1).indices, 1 / k)
         return weights_TE.scatter_(-1, *self.choose(scores_TE))
+
+
+def select_among(
+    selection: Selection, scores_TE: Float[Tensor, "*T E"], allowed_TE: Bool[Tensor, "*B E"]
+) -> Float[Tensor, "*T E"]:
+    """The weights that a selection gives in a library that holds only each token's allowed experts.
+
+    Where fewer than ``k`` are allowed all of them are taken; where none is, all weights are zero.
+    """
+    weights_TE = selection(scores_TE.masked_fill(~allowed_TE, -torch.inf))
+    weights_TE = weights_TE.where(allowed_TE, 0.0)  # a selection may have had to fill up with others
+    return weights_TE / weights_TE.sum(-1, keepdim=True).clamp(min=1e-30)
+
+
+__getattr__ = lazy(__name__, {}, renamed={"Everyone": "All"})

@@ -3,7 +3,13 @@
 import json
 
 import pytest
+import typer
+from spectr.merging.registry import METHODS
 
+from spectr.combine import COMBINATIONS
+from spectr.evaluation.experiments import EXPERIMENTS
+from spectr.routers.registry import ROUTERS
+from spectr.serving.engines.launchers import ENGINES
 from text_model import save_experts, save_model, save_rows
 
 NAMES = ("amber", "blue", "cyan")
@@ -40,6 +46,40 @@ def test_every_command_has_help(spectr, command):
     code, text, notes = spectr(*command.split(), "--help")
     assert (code, notes) == (0, "")
     assert f"spectr {command}" in text
+
+
+VERBS = """Add Allow Answer Ask Calibrate Check Choose Combine Compare Copy Count Decode Delete Describe Draw
+Give Have Hold Index Install Keep Leave Let Limit List Listen Load Make Measure Merge Multiply Name
+Offer Pass Print Put Read Refuse Replace Route Run Sample Scale Serve Set Sharpen Show Start Store
+Subtract Take Talk Time Train Use Weight Write"""
+
+
+def test_help_texts_start_with_a_verb():
+    from spectr.cli.app import app
+
+    def texts(command):
+        yield command.help
+        yield from (option.help for option in command.params if getattr(option, "help", None))
+        for inner in getattr(command, "commands", {}).values():
+            yield from texts(inner)
+
+    first = {text.split()[0] for text in texts(typer.main.get_command(app))}
+    assert first - set(VERBS.split()) == set()
+
+
+@pytest.mark.parametrize(
+    ("command", "registry"),
+    [
+        ("generate", ROUTERS),
+        ("generate", COMBINATIONS),
+        ("merge", METHODS),
+        ("evaluate", EXPERIMENTS),
+        ("serve", ENGINES),
+    ],
+)
+def test_help_lists_every_name_of_a_registry(spectr, command, registry):
+    text = " ".join(spectr(command, "--help")[1].replace("\u2502", " ").split())
+    assert [name for name in registry.entries if name not in text] == []
 
 
 def test_version(spectr):

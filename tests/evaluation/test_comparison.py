@@ -7,7 +7,7 @@ import random
 import pytest
 
 from spectr.errors import SpectrError
-from spectr.evaluation.experiments import EXPERIMENTS, Result
+from spectr.evaluation.experiments import Result
 from spectr.evaluation.expert_recall import Finding, over_runs
 from spectr.evaluation.paired_statistics import in_words, mean_share
 from spectr.evaluation.plan import ORDER, read_plan
@@ -108,13 +108,6 @@ def test_quality_against_cost_puts_experiments_together():
 
 
 # What the command is asked
-
-
-def test_every_experiment_can_be_asked_for():
-    """The help names them without importing them."""
-    from spectr.cli.evaluate import _EXPERIMENTS
-
-    assert f"{', '.join(EXPERIMENTS.entries)}, or all." == _EXPERIMENTS
 
 
 @pytest.fixture

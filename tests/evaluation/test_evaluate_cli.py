@@ -107,8 +107,22 @@ def test_data_from_the_hub_by_one_setting(spectr, world, tmp_path, monkeypatch):
         (("quality", "--task", "words.yaml", "--letters"), "task 'words' has no form with lettered options"),
         (("wording", "--task", "both.yaml", "--letters"), "lettered options have no paraphrases to do: leave out"),
         (("routing", "-r", "arrow", "--set", "topk=1"), "router 'arrow' has no topk"),
-        (("routing", "-r", "arrow", "--set", "combine=sum"), "router 'arrow' cannot be compared: unknown combination"),
-        (("routing", "--set", "toq_k=1"), "no router asked for has toq_k"),
+        (("routing", "-r", "arrow", "--set", "combine=sum"), "router 'arrow': unknown combination 'sum'"),
+        (("routing", "--set", "top_k=1"), "--set top_k=1 without a router to do: name the routers that it is for"),
+        (("similarity", "-r", "arrow"), "similarity compares no routers to do: leave out --router and --set"),
+        (("quality", "--set", "top_k=1"), "quality compares no routers to do: leave out --router and --set"),
+        (("routing", "-r", "arrow", "-r", "mu", "-r", "arrow"), "--router arrow twice"),
+        (("routing", "-r", "arrow,mu"), "--router arrow --router mu"),
+        (("routing", "-r", "arow", "-r", "sepctr"), "these routers cannot be compared: 2 problems"),
+        (("routing", "-r", "arrow", "-r", "mu", "--set", "toq_k=1"), "none of these routers has toq_k"),
+        (("routing", "-r", "arrow", "--set", "top_k=0"), "router 'arrow': top_k=0 expected: a whole number"),
+        (("routing", "-r", "arrow", "--set", "spectr.top_k=1"), "the router spectr is not used here"),
+        (("all", "-r", "calibrated"), "not calibrated: amber, blue"),
+        (("quality", "--substitute", "amber=x"), "--substitute is for the experiment robustness to do: leave it out"),
+        (("robustness", "--companion", "amber"), "use --substitute"),
+        (("robustness", "--companion", "amber"), "--substitute amber expected: EXPERT=FOLDER"),
+        (("routing", "--writer", "http://host/v1"), "the model's name after the address: http://host/v1#MODEL"),
+        (("routng",), "unknown experiment 'routng' to do: did you mean 'routing'?"),
         (("wording", "--task", "words.yaml"), "none of these tasks has paraphrases to do: add 'paraphrases'"),
         (("quality", "--task", "words.yaml", "--data-root", "hub"), "task 'words' names no test data on the Hub"),
         (("quality", "--task", "words.yaml", "--task", "none.yaml"), "task 'none' belongs to the expert 'bleu', which"),
@@ -116,7 +130,8 @@ def test_data_from_the_hub_by_one_setting(spectr, world, tmp_path, monkeypatch):
         (("quality", "--task", "none.yaml", "--task", "lost.yaml"), "tasks without an expert: 2 problems"),
     ],
 )
-def test_mistakes_get_one_message(spectr, world, tmp_path, words, message):
+def test_mistakes_get_one_message_before_a_model_is_loaded(spectr, world, tmp_path, words, message, monkeypatch):
+    monkeypatch.setattr("spectr.cli.evaluate.open_model", None)
     code, text, notes = evaluate(spectr, world, *words, "--out", tmp_path / "out")
     assert (code, text) == (2, "")
     assert message in " ".join(notes.split())

@@ -234,7 +234,7 @@ def test_examples_are_dealt_out_among_the_paraphrases(library, tasks, tmp_path):
         reworded={"ants": [EXAMPLES[:4], EXAMPLES[2:6]], "bees": []},
         folder=tmp_path,
     )
-    dealt = bench.dealt().tasks
+    dealt = bench.paraphrased().tasks
     assert set(dealt) == {"ants"}
     assert dealt["ants"][1] == [EXAMPLES[0], EXAMPLES[3], EXAMPLES[2], EXAMPLES[5]]
 

@@ -8,8 +8,7 @@ import torch
 from compiled import needs_a_compiler
 from spectr.layers.kernels.cpu import has_unit
 from spectr.layers.kernels.packed import Choice, Choosing, Module, Packed, packed_works
-from spectr.selection import TopK
-from spectr.vllm.routing import weights_among
+from spectr.selection import TopK, select_among
 
 pytestmark = needs_a_compiler
 
@@ -93,7 +92,7 @@ class World:
             if self.centers is not None:
                 scored = scored - self.centers[:, number].view(2, E, self.rank)
             scores_TSE[turn] = scored.norm(dim=-1).float() * granted.where(granted >= 0, 1)[turn]
-            weights_TSE[turn] = weights_among(select, scores_TSE[turn], granted[turn] >= 0)
+            weights_TSE[turn] = select_among(select, scores_TSE[turn], granted[turn] >= 0)
         weights_TSE = (-granted).where(granted < 0, weights_TSE)
         weighted = (h_TSER * weights_TSE[..., None]).flatten(-2)
         added = [weighted[:, s] @ self.B[s].double().mT for s in range(2)]

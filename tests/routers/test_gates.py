@@ -227,9 +227,9 @@ def test_the_command_trains_keeps_and_skips(command, tmp_path):
 
 def test_the_command_says_what_is_missing(command, tmp_path):
     for words, expected in (
-        (("gates", "sky"), "nothing says which library"),
+        (("gates", "sky"), "no library was named for the gates"),
         (("gates", *command), "one task's data for 2 experts"),
         (("gates", "sky", "-l", tmp_path / "experts"), "no shipped task has the name of the expert 'sky'"),
-        (("--task", "sst2"), "nothing says where the expert goes"),
+        (("--task", "sst2"), "no folder was named for the expert"),
     ):
         assert expected in str(run("train", *words).exception), words

@@ -302,7 +302,7 @@ def test_the_commands_describe_and_route(tmp_path, url, monkeypatch):
     rows = save_rows(tmp_path / "rows.jsonl")
     experts, prompt = tmp_path / "experts", ("--prompt", "what is the {thing}", "--choices", "green,blue")
     given = ("-l", experts, "--data", rows, *prompt)
-    assert "one text or task for 3 experts" in str(run("library", "describe", *given).exception)
+    assert "one task's data for 3 experts" in str(run("library", "describe", *given).exception)
     assert run("library", "describe", "sky", *given, "--writer", f"{url}#small").exit_code == 0
     assert run("library", "describe", "grass", *given, "-m", tmp_path / "model").exit_code == 0
     assert run("library", "describe", "who", "-l", experts, "--text", "who is it").exit_code == 0
@@ -311,7 +311,7 @@ def test_the_commands_describe_and_route(tmp_path, url, monkeypatch):
     assert found["who"] == "who is it"
     assert "all of these experts are described" in run("library", "describe", "-l", experts).output
     for words, told in (
-        (("--text", "x"), "--text describes one expert"),
+        (("--text", "x"), "--text is the whole description of one expert"),
         (("sky", "--text", " "), "--text is empty"),
         (("sky", *given[2:], "--writer", "none"), "--writer none writes nothing"),
         (("sky", *given[2:], "--writer", url), "the model's name after the address"),

@@ -114,6 +114,15 @@ def test_a_setting_of_the_router_inside_is_found_by_its_name_or_its_place():
     assert get_router("glider", **given) == Glider(temperature=2.0, local=Spectr(temperature=3.0))
 
 
+def test_a_setting_of_the_router_inside_changes_the_one_that_is_given():
+    given = {"shortlist": {"size": 4, "local": {"name": "spectr", "combine": "ties"}}}
+    inside = {"local": {"name": "spectr", "combine": "ties", "top_k": 2}}
+    for text in ("top_k=2", "local.top_k=2"):
+        assert read_settings([text], ["shortlist"], defaults=given) == {"shortlist": inside}
+    replaced = read_settings(["local=arrow", "local.top_k=2"], ["shortlist"], defaults=given)
+    assert replaced == {"shortlist": {"local": {"name": "arrow", "top_k": 2}}}
+
+
 def test_with_several_routers_a_setting_is_for_all_that_have_it_or_for_the_one_that_is_named():
     given = read_settings(["temperature=2", "arrow.temperature=3", "spectr.top_k=1"], ["arrow", "spectr", "mu"])
     assert given == {"arrow": {"temperature": 3.0}, "spectr": {"temperature": 2.0, "top_k": 1}, "mu": {}}
@@ -128,9 +137,9 @@ def test_with_several_routers_a_setting_is_for_all_that_have_it_or_for_the_one_t
         (["temprature=2"], ["arrow"], "router 'arrow' has no temprature"),
         (["temprature=2"], ["arrow"], "here with their defaults; arrow: top_k=4, weights=softmax, temperature=1.0"),
         (["temprature=2"], ["arrow"], "to do: did you mean 'temperature'?"),
-        (["temperature=2"], ["mu", "oracle"], "no router asked for has temperature"),
+        (["temperature=2"], ["mu", "oracle"], "none of these routers has temperature"),
         (["temperature=2"], ["mu", "oracle"], "mu: combine=outputs; oracle: expert"),
-        (["arrow.temperature=2"], ["mu"], "the router arrow is not asked for\n  expected: one of mu"),
+        (["arrow.temperature=2"], ["mu"], "the router arrow is not used here\n  expected: one of mu"),
         (["arrow.temprature=2"], ["arrow", "mu"], "router 'arrow' has no temprature"),
         (["local.topk=2"], ["shortlist"], "did you mean 'local.top_k'?"),
         (["temperature=2", "temperature=3"], ["arrow"], "temperature set twice"),
@@ -211,4 +220,4 @@ def test_the_expert_of_another_packages_router(spectr, given, plugins):
     assert "expert='blue'" in json.loads(out)["router"]
     code, _, err = spectr("generate", "what", "-n", 1, "-r", "mu", "-e", "blue", *given)
     assert code == 2
-    assert "--expert blue is for a router that has this setting" in err
+    assert "-r oracle -e NAME, or --allow NAME" in err

@@ -1,4 +1,4 @@
-"""PHATGOOSE gates beside an adapter: one vector for each module, in one safetensors file."""
+"""PHATGOOSE gates next to an adapter: one vector for each module, in one safetensors file."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def read_gates(expert: Expert) -> dict[str, Float[Tensor, " I"]]:
 
 
 def has_gates(expert: Expert) -> bool:
-    """Whether gates lie beside the expert's weights."""
+    """Whether gates are next to the expert's weights."""
     return (expert.weights.parent / GATES_FILE).is_file()
 
 

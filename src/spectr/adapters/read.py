@@ -112,7 +112,7 @@ def _no_weights(folder: Path, name: str) -> AdapterError:
         )
     return AdapterError(
         f"expert '{name}': {folder} has no {WEIGHTS_FILE}",
-        expected="the weights beside the configuration",
+        expected="the weights next to the configuration",
         do="copy or download the adapter again",
     )
 

@@ -79,7 +79,7 @@ def measure(
         subjects: Causal models of transformers, all of one architecture.
         works: What each of them does.
         rounds: How often; one more comes first and is not counted, and one under the memory profiler.
-        progress: Is told (done, total, what).
+        progress: Receives (done, total, what).
 
     Returns:
         A timing for each (model's name, work's name).

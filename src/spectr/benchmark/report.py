@@ -67,7 +67,7 @@ def benchmark(
         steps: Tokens that are decoded in a round.
         rounds: How often each is timed.
         guide: For a guided router.
-        progress: Is told (done, total, what).
+        progress: Receives (done, total, what).
 
     Raises:
         CompositionError: The router does not fit the library, or a peer is unknown.

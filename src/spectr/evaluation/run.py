@@ -17,7 +17,11 @@ from spectr.evaluation.experiments import EXPERIMENTS, ExperimentSetup, Result
 from spectr.evaluation.experiments.base import Progress
 from spectr.evaluation.plan import Plan
 
-_OF_OTHERS = {"ranks": "ranks", "companion": "robustness"}  # options that one experiment alone reads
+_READERS = {
+    "ranks": "ranks",
+    "substitute": "robustness",
+    "companion": "robustness",
+}  # options that one experiment alone reads
 
 
 def run_experiment(
@@ -71,7 +75,7 @@ def run_experiment(
 
 
 def keep_result(result: Result, folder: Path, given: Mapping[str, Any]) -> tuple[Path, Path | None]:
-    """Write a result with the command that gives it again; one of another run that is there is kept beside it.
+    """Write a result with the command that gives it again; one of another run is kept next to it.
 
     Args:
         result: Of :func:`run_experiment`.
@@ -117,7 +121,7 @@ def _command(experiment: str, given: Mapping[str, Any]) -> str:
     """What gives this result again; of folders and files that exist only the last part of their path."""
     words = ["spectr", "evaluate", experiment]
     for option, value in given.items():
-        if not value or _OF_OTHERS.get(option, experiment) != experiment:
+        if not value or _READERS.get(option, experiment) != experiment:
             continue
         for one in value if isinstance(value, list) else [value]:
             name, equals, path = str(one).rpartition("=")

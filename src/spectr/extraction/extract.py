@@ -130,12 +130,11 @@ def _kept(
     assert one.pair.linear is not None
     module = one.pair.linear.module
     method = methods.methods[module]
-    delta_OI = difference(one.pair, old, new)
     if method == "exact":
-        svd = exact_svd(delta_OI)
+        svd = exact_svd(difference(one.pair, old, new))
     else:
         svd = randomised_svd(
-            delta_OI,
+            difference(one.pair, old, new),
             settings.truncation.most,
             oversampling=settings.oversampling,
             power_iterations=settings.power_iterations,

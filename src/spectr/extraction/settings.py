@@ -1,4 +1,4 @@
-"""What is asked of an extraction: how many ranks, by which method, within how much memory."""
+"""Settings of an extraction: how many ranks, by which method, within how much memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Truncation:
     """How many singular directions of an update are kept.
 
     Attributes:
-        rank: So many in every module.
+        rank: The number in every module.
         energy: In each module the fewest that hold this share of the squared Frobenius norm, above 0 and up to 1; with
             1 all that are not zero.
         max_rank: With ``energy``, the most that a module gets.
@@ -82,7 +82,7 @@ class Extraction:
         method: ``exact`` computes each whole SVD; ``randomised`` only its first directions; ``auto`` takes the exact
             one where it fits the memory and the smaller side of the matrix is at most 2048, beyond which it takes
             minutes for a module.
-        oversampling: Of the randomised SVD: directions that it looks at beside those that are wanted.
+        oversampling: Of the randomised SVD: directions that it computes in addition to the result.
         power_iterations: Of the randomised SVD: passes that sharpen a spectrum which decays slowly.
         seed: Of the randomised SVD; each module's random numbers depend on it and on the module's name alone.
         max_memory: Bytes that tensors may take at any time (see docs/extraction.md), Python and torch not counted.

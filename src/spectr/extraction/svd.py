@@ -1,6 +1,6 @@
 """The first singular directions of a dense matrix: exactly, or by a randomised method that needs far less.
 
-Shapes: O outputs, I inputs, R rank, Q directions that the randomised method looks at.
+Shapes: O outputs, I inputs, R rank, Q directions that the randomised method computes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def randomised_svd(
     Args:
         delta_OI: The matrix, float32.
         rank: Directions wanted; there are never more than min(O, I).
-        oversampling: Columns of G beside those.
+        oversampling: Further columns of G.
         power_iterations: p above.
         seed: Of G.
 
@@ -68,11 +68,11 @@ def sketch_width(outputs: int, inputs: int, rank: int, oversampling: int) -> int
 
 
 def exact_bytes(outputs: int, inputs: int) -> int:
-    """What :func:`exact_svd` takes at most beside its input: copies, U, V^T, workspace of LAPACK's ``gesdd``."""
+    """What :func:`exact_svd` takes at most besides its input: copies, U, V^T, workspace of LAPACK's ``gesdd``."""
     short = min(outputs, inputs)
     return _FLOAT * (3 * outputs * inputs + 6 * short * short + 32 * (outputs + inputs))
 
 
 def randomised_bytes(outputs: int, inputs: int, width: int) -> int:
-    """What :func:`randomised_svd` takes at most beside its input, with Q = ``width``."""
+    """What :func:`randomised_svd` takes at most in addition to its input, with Q = ``width``."""
     return _FLOAT * (4 * (outputs + inputs) * width + 8 * width * width + 32 * (outputs + inputs))

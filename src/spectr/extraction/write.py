@@ -19,7 +19,7 @@ PACKAGES = ("spectr-lora", "torch", "transformers", "safetensors")
 
 
 def write_expert(out: Path, factors: Mapping[str, Pair], config: Mapping[str, Any], report: Report) -> Path:
-    """Write the folder beside its place and then rename it, so that a kill leaves nothing half-made there.
+    """Write a scratch folder and then rename it, so that a kill leaves nothing half-made there.
 
     Args:
         out: Where it belongs.

@@ -20,7 +20,7 @@ from spectr.layers.linear import Features, features
 from spectr.layers.names import take_names_of_base
 from spectr.layers.outputs import add_masked, gathered_sum, gathering_pays, weighted
 from spectr.routers.base import LengthRouter, PromptRouter, Router, ShortlistRouter
-from spectr.selection import TopK
+from spectr.selection import TopK, select_among
 from spectr.spectral import Stack
 
 _BUFFERS = ("A_PI", "B_OP", "owner_P", "member_EP", "rows_ER", "prototypes_EI", "centers_P", "mix_PR", "C_QP", "U_OQ")
@@ -289,12 +289,9 @@ class RoutedLinear(nn.Module):
 
     def _weights(self, scores_TE: Float[Tensor, "*T E"], x: Tensor, call: LayerCall) -> Float[Tensor, "*T E"]:
         """The selection's weights, among the experts that a row may choose from."""
-        weights_TE = self.select(scores_TE)
         if call.among_BTE is None:
-            return weights_TE
-        # a selection may have had to fill up with others
-        weights_TE = weights_TE.where(spread(call.among_BTE, x), 0.0)
-        return weights_TE / weights_TE.sum(-1, keepdim=True).clamp(min=1e-30)
+            return self.select(scores_TE)
+        return select_among(self.select, scores_TE, spread(call.among_BTE, x))
 
     def _informed(
         self, x: Float[Tensor, "*T I"], call: LayerCall

@@ -2,7 +2,7 @@
 
 ``index/<expert>.safetensors`` holds, for each module, the *prototype* (the first row of ``V^T``, in 8 bits and in full)
 with its root mean square over the calibration's texts, and the *rotation* that aligns the adapter's own factors
-(:class:`spectr.spectral.Rotation`). An expert more is a file more; nothing that is there changes.
+(:class:`spectr.spectral.Rotation`). One more expert is one more file; no other changes.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def _in_full(parts: Sequence[_Part]) -> tuple[Float[Tensor, "E I"], ...]:
 
 
 class Index(Mapping[str, IndexEntry]):
-    """The entries of a library's experts by name, read when first asked for."""
+    """The entries of a library's experts by name, read on first use."""
 
     def __init__(self, entries: Mapping[str, IndexEntry | Path]):
         self._entries: dict[str, IndexEntry | Path] = dict(sorted(entries.items()))

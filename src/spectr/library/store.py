@@ -1,9 +1,10 @@
 """A library folder on disk: adding, removing and verifying, safe against being killed at any moment.
 
 An expert lives in a folder of its own, named ``<name>-<start of its hash>``, exactly as PEFT wrote it, so that PEFT
-can load it too. What counts are the entries alone (``manifest.py``). To add: copy beside, rename into place, then write
-the entry. To remove: delete the entry, then the folder. Before a folder comes or goes, a mark ``.pending-<folder>`` is
-set, so that the next writer finds what a kill left behind without looking at every folder; readers ignore it anyway.
+can load it too. The entries alone decide what a library holds (``manifest.py``). To add: copy to a scratch folder,
+rename into place, then write the entry. To remove: delete the entry, then the folder. Before a folder is added or
+deleted, a mark ``.pending-<folder>`` is set, so that the next writer finds what a kill left behind without reading every
+folder. Readers ignore it.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class LibraryStore:
 
     @cached_property
     def entries(self) -> tuple[Entry, ...]:
-        """The experts' entries in alphabetical order, read when first asked for, and again after a change made here."""
+        """The experts' entries in alphabetical order, read on first use, and again after a change made here."""
         return read_entries(self.root)
 
     def entry(self, name: str) -> Entry:
@@ -132,7 +133,7 @@ class LibraryStore:
             self._check_sizes(expert)
             return self._put(expert)
 
-    def twins(self, entry: Entry) -> list[str]:
+    def duplicates(self, entry: Entry) -> list[str]:
         """Other experts whose files are the same, by the names of their folders."""
         digits = entry.folder.rpartition("-")[2]
         found = [_FOLDER.fullmatch(name) for name in os.listdir(self.root) if name.endswith(f"-{digits}")]
@@ -140,7 +141,7 @@ class LibraryStore:
         return [name for name in names if name != entry.name and has_entry(self.root, name)]
 
     def add_gates(self, name: str, gates: Mapping[str, Float[Tensor, " I"]], facts: Mapping[str, Any]) -> Entry:
-        """Put PHATGOOSE gates beside an expert's weights, in the place of older ones.
+        """Put PHATGOOSE gates next to an expert's weights, in the place of older ones.
 
         Args:
             name: The expert.
@@ -365,7 +366,7 @@ class LibraryStore:
         try:
             entry = read_entry(self.root, folder["name"])
         except LibraryError:
-            return  # nobody knows what counts, until the entry is mended
+            return  # what counts is unknown until the entry is repaired
         if entry is None or entry.folder != folder[0]:
             shutil.rmtree(self.root / folder[0], ignore_errors=True)
         if entry is None:

@@ -69,7 +69,7 @@ def _unrouted(path: str | Path) -> Any:
 
 
 def _check_reachable(path: str, base_alone: bool) -> bool:
-    """One quick look before transformers tries, with many retries; gives whether it is a composed folder."""
+    """A quick check before transformers tries, with many retries; returns whether it is a composed folder."""
     if Path(path).is_dir():
         if not (Path(path) / "config.json").is_file():
             raise ModelError(

@@ -15,7 +15,7 @@ from enum import Enum
 from functools import partial
 from inspect import formatannotation
 from pathlib import Path
-from types import UnionType
+from types import MappingProxyType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from spectr.errors import CompositionError, nearest
@@ -24,7 +24,8 @@ from spectr.routers.config import router_config
 from spectr.routers.registry import ROUTERS
 
 _NONE = type(None)
-_SAID = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+_DETAILED = 3  # routers at most whose settings a message lists with their defaults
+_BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 class Option(NamedTuple):
@@ -58,8 +59,14 @@ def options_of(name: str) -> dict[str, Option]:
     return {p.name: Option(hints.get(p.name, Any), made.get(p.name, p.default)) for p in named}
 
 
-def read_settings(texts: Sequence[str], routers: Sequence[str], *, strict: bool = True) -> dict[str, dict[str, Any]]:
-    """What ``--set`` says of each router, as options of :func:`spectr.get_router`: plain data.
+def read_settings(
+    texts: Sequence[str],
+    routers: Sequence[str],
+    *,
+    defaults: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    strict: bool = True,
+) -> dict[str, dict[str, Any]]:
+    """The settings of each router, from texts to options of :func:`spectr.get_router`: plain data.
 
     ``temperature=2`` is for every router that has this setting, ``arrow.temperature=2`` for one of them, and wins. A
     setting that a router lacks is that of the router inside it, where that has it; ``local.top_k=2`` is the full form.
@@ -67,6 +74,7 @@ def read_settings(texts: Sequence[str], routers: Sequence[str], *, strict: bool 
     Args:
         texts: Each ``NAME=VALUE``.
         routers: Their names.
+        defaults: By router settings that the texts win over; a setting of the router inside one changes that router.
         strict: Whether a setting that none of them has is an error.
 
     Raises:
@@ -83,14 +91,14 @@ def read_settings(texts: Sequence[str], routers: Sequence[str], *, strict: bool 
     for name in routers:
         own = f"{name}."
         addressed = {key.removeprefix(own): text for key, text in given if key.startswith(own)}
-        found[name], used = _settled(name, {**general, **addressed})
+        found[name], used = _settled(name, {**general, **addressed}, defaults.get(name, {}))
         placed |= used | {own + key for key in used & set(addressed)}
     for key in [key for key, _ in given if key not in placed] if strict else ():
         _refuse(key, routers)
     return found
 
 
-def _settled(name: str, given: Mapping[str, str]) -> tuple[dict[str, Any], set[str]]:
+def _settled(name: str, given: Mapping[str, str], defaults: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
     """Options of one router, and which of the given names it has."""
     known = options_of(name)
     settled = {key: parse(text, known[key].hint, key) for key, text in given.items() if key in known}
@@ -98,11 +106,11 @@ def _settled(name: str, given: Mapping[str, str]) -> tuple[dict[str, Any], set[s
     for place in [key for key, option in known.items() if option.holds_router]:
         within = {key: text for key, text in given.items() if key not in known and "." not in key}
         within |= {k.removeprefix(f"{place}."): text for k, text in given.items() if k.startswith(f"{place}.")}
-        inner = settled.get(place, known[place].default)
+        inner = settled.get(place, defaults.get(place, known[place].default))
         if not within or not isinstance(inner, (Mapping, Router)):
             continue
         inner = router_config(inner) if isinstance(inner, Router) else inner
-        more, took = _settled(inner["name"], within)
+        more, took = _settled(inner["name"], within, inner)
         if more:
             settled[place] = {**inner, **more}
         used |= took & set(given) | {f"{place}.{key}" for key in took}
@@ -174,7 +182,7 @@ def _router(text: str) -> dict[str, Any]:
 
 _PARSERS: dict[Any, Callable[[str], Any]] = {
     _NONE: lambda text: {"none": None, "": None}[text.lower()],
-    bool: lambda text: _SAID[text.lower()],
+    bool: lambda text: _BOOLS[text.lower()],
     int: int,
     float: float,
     str: str,
@@ -217,16 +225,20 @@ def _refuse(key: str, routers: Sequence[str]) -> None:
     first, dot, rest = key.partition(".")
     if dot and first in ROUTERS.names() and first not in routers:
         raise CompositionError(
-            f"--set {key}: the router {first} is not asked for", expected=f"one of {', '.join(routers)}"
+            f"--set {key}: the router {first} is not used here", expected=f"one of {', '.join(routers)}"
         )
-    asked, name = ([first], rest) if dot and first in routers else (list(routers), key)
-    known = list(dict.fromkeys(named for router in asked for named, _ in _all_of(router)))
+    among, name = ([first], rest) if dot and first in routers else (list(routers), key)
+    known = list(dict.fromkeys(named for router in among for named, _ in _all_of(router)))
     near = nearest(name, known)
-    shown = [f"{router}: {', '.join(_shown(router)) or 'none'}" for router in asked]
+    if len(among) > _DETAILED:
+        expected = f"one of {', '.join(known)}"
+    else:
+        shown = [f"{router}: {', '.join(_shown(router)) or 'none'}" for router in among]
+        expected = f"one of these settings, here with their defaults; {'; '.join(shown)}"
     raise CompositionError(
-        f"router '{asked[0]}' has no {name}" if len(asked) == 1 else f"no router asked for has {name}",
-        expected=f"one of these settings, here with their defaults; {'; '.join(shown)}",
-        do=f"did you mean '{near}'?" if near else None,
+        f"router '{among[0]}' has no {name}" if len(among) == 1 else f"none of these routers has {name}",
+        expected=expected,
+        do="-r oracle -e NAME, or --allow NAME" if name == "expert" else near and f"did you mean '{near}'?",
     )
 
 

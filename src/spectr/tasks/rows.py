@@ -13,7 +13,7 @@ from spectr.tasks import template
 from spectr.tasks.task import Example, Task
 
 HUB = "hub"
-_SHOWN = 5  # problems of a file that are told in full
+_SHOWN = 5  # problems of a file that an error lists in full
 
 
 def read_rows(

@@ -235,10 +235,10 @@ def _validated(fields: dict[str, Any], what: str) -> Task:
         return Task.model_validate(fields)
     except ValidationError as error:
         found = [(".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")) for e in error.errors()]
-        told = [f"{place}: {message}" if place else message for place, message in found]
+        lines = [f"{place}: {message}" if place else message for place, message in found]
         if all(place for place, _ in found):  # with a wrong field, pydantic does not come to what is between fields
-            told += faults(fields)
-        raise DataError(f"{what}: {'; '.join(told)}", do="see the shipped tasks for the form") from error
+            lines += faults(fields)
+        raise DataError(f"{what}: {'; '.join(lines)}", do="see the shipped tasks for the form") from error
 
 
 @cache

@@ -32,7 +32,7 @@ class Encoded:
     shortened: int
 
     def length(self, index: int) -> int:
-        """Tokens of an example beside the shared ones."""
+        """Tokens of an example without the shared ones."""
         return len(self.prompts[index]) + len(self.answers[index])
 
 

@@ -132,7 +132,7 @@ def forget(work: str | Path) -> None:
 
 
 def keep_gates(library: Path, expert: Expert, gates: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Put gates beside an expert: of a library through its entry, of a plain folder into the adapter's own."""
+    """Put gates next to an expert: of a library through its entry, of a plain folder into the adapter's own."""
     from spectr.library import LibraryStore
     from spectr.library.manifest import MANIFEST_FILE
 

@@ -12,7 +12,7 @@ from composed_parts import session_of, several
 from models import random_factors
 from spectr.errors import CompositionError
 from spectr.layers import RoutedLinear
-from spectr.selection import Everyone, TopK
+from spectr.selection import select_among
 from spectr.spectral import AlignedExpert, SideData, Stack
 from spectr.vllm import EXPERTS, ROUTE_ID, ROUTING
 from spectr.vllm.layer import _kept
@@ -20,7 +20,7 @@ from spectr.vllm.probes import Row
 from spectr.vllm.register import _supported, check_version, register
 from spectr.vllm.requests import PROBE, ROUTER, UNHEARD, VERDICT, Asked
 from spectr.vllm.router_set import routers_of, served
-from spectr.vllm.routing import Group, weights_among
+from spectr.vllm.routing import Group
 from spectr.vllm.score_transforms import Way, by_ways
 from spectr.vllm.tensor_parallel import Split
 
@@ -79,24 +79,11 @@ def test_salts_are_equal_for_equal_sets_alone():
     assert salt(["amber"], {"blue"}) == salt(["amber"])
 
 
-@pytest.mark.parametrize("select", [TopK(k=2), TopK(k=3, weighting="softmax", temperature=0.5), Everyone()], ids=str)
-def test_weights_are_those_of_a_library_of_the_allowed_alone(select):
-    scores_TE = torch.rand(32, 5, generator=torch.Generator().manual_seed(0))
-    allowed_TE = torch.tensor([[bool(n >> e & 1) for e in range(5)] for n in range(32)])
-    weights_TE = weights_among(select, scores_TE, allowed_TE)
-    for token in range(32):
-        which = allowed_TE[token].nonzero().squeeze(1)
-        expected_E = torch.zeros(5)
-        if len(which):
-            expected_E[which] = select(scores_TE[token, which])
-        torch.testing.assert_close(weights_TE[token], expected_E)
-
-
 @pytest.mark.parametrize("name", ["spectr", "calibrated-token", "arrow", "uniform", "seqr", "phatgoose"])
 def test_a_token_that_may_use_one_expert_gives_it_all_weight_whoever_routes(name):
     select = served(spectr.get_router(name)).selection
     scores_TE = torch.randn(5, 5, generator=torch.Generator().manual_seed(1)) * 30
-    assert torch.equal(weights_among(select, scores_TE, torch.eye(5).bool()), torch.eye(5))
+    assert torch.equal(select_among(select, scores_TE, torch.eye(5).bool()), torch.eye(5))
 
 
 def plain_side(name):

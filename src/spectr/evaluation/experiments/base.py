@@ -116,14 +116,14 @@ class ExperimentSetup:
             return dict(self.tasks)
         return {name: pair for name, pair in self.tasks.items() if (pair[0].expert or name) in self.library}
 
-    def dealt(self) -> ExperimentSetup:
+    def paraphrased(self) -> ExperimentSetup:
         """This setup with every example in one of its task's paraphrases, in turn."""
-        dealt = {
+        tasks = {
             name: (task, [self.reworded[name][i % len(self.reworded[name])][i] for i in range(len(examples))])
             for name, (task, examples) in self.tasks.items()
             if self.reworded.get(name)
         }
-        return dataclasses.replace(self, tasks=dealt)
+        return dataclasses.replace(self, tasks=tasks)
 
     def expert_of(self, task: str) -> str:
         """The expert that belongs to a task."""
@@ -172,7 +172,7 @@ class ExperimentSetup:
     def find(self, routed: Routed, phase: str) -> dict[str, list[Finding]]:
         """By task, for each of its prompts, whether the model as it is routed now finds the task's expert.
 
-        What a killed run has found is not looked for again.
+        What a killed run has found is not found again.
         """
         found = {}
         for done, (task, (_, examples)) in enumerate(self.owned.items(), start=1):
@@ -270,7 +270,7 @@ class ExperimentSetup:
         return [score_of(record) for record in records]
 
     def _needed_by(self, routed: Routed | None) -> dict[str, Any]:
-        """What a router's results depend on beside the experts' weights."""
+        """What a router's results depend on in addition to the experts' weights."""
         facts: dict[str, Any] = {"router": _written(routed.router) if routed else None}
         if routed and GATED in routed.router.needs:
             files = {name: self.library[name].weights.parent / GATES_FILE for name in routed.experts}

@@ -1,4 +1,4 @@
-"""What routing costs: storage, memory and arithmetic, the formula beside the measurement."""
+"""What routing costs: storage, memory and arithmetic, the formula and the measurement."""
 
 from __future__ import annotations
 
