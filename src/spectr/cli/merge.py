@@ -11,7 +11,7 @@ from rich.table import Table
 from spectr.cli.console import bar, out, say
 from spectr.cli.model_loading import open_model
 from spectr.cli.options import BaseOption, LibraryOption, known_dtype
-from spectr.merging.registry import METHODS
+from spectr.merging.method import METHODS
 
 if TYPE_CHECKING:
     from spectr.library import ExpertLibrary

@@ -3,8 +3,8 @@
 An expert lives in a folder of its own, named ``<name>-<start of its hash>``, exactly as PEFT wrote it, so that PEFT
 can load it too. The entries alone decide what a library holds (``manifest.py``). To add: copy to a scratch folder,
 rename into place, then write the entry. To remove: delete the entry, then the folder. Before a folder is added or
-deleted, a mark ``.pending-<folder>`` is set, so that the next writer finds what a kill left behind without reading every
-folder. Readers ignore it.
+deleted, a mark ``.pending-<folder>`` is set, so that the next writer finds what a kill left behind without a look at
+every folder. Readers ignore it.
 """
 
 from __future__ import annotations
