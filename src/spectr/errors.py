@@ -101,11 +101,18 @@ def raise_together(
 
 
 @contextmanager
-def collecting(problems: list[SpectrError]) -> Iterator[None]:
-    """Append a :class:`SpectrError` of the block to a list, for :func:`raise_together`."""
+def collecting(problems: list[SpectrError], place: str = "") -> Iterator[None]:
+    """Append a :class:`SpectrError` of the block to a list, for :func:`raise_together`.
+
+    Args:
+        problems: The list.
+        place: Comes first in the error's text, such as a row of a file.
+    """
     try:
         yield
     except SpectrError as problem:
+        if place:
+            problem = type(problem)(f"{place}: {problem.given}", expected=problem.expected, do=problem.do)
         problems.append(problem)
 
 

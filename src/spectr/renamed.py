@@ -13,6 +13,7 @@ from types import ModuleType
 MODULES = {
     "spectr.adapters.keys": "spectr.adapters.read",
     "spectr.adapters.source": "spectr.adapters.read",
+    "spectr.benchmark.report": "spectr.benchmark.comparison",
     "spectr.cli.opened": "spectr.cli.model_loading",
     "spectr.composed": "spectr.composed_model",
     "spectr.composition.readers": "spectr.composition.subset_probes",
@@ -22,6 +23,7 @@ MODULES = {
     "spectr.evaluation.finding": "spectr.evaluation.expert_recall",
     "spectr.evaluation.shares": "spectr.evaluation.paired_statistics",
     "spectr.evaluation.similarity": "spectr.evaluation.experiments.similarity",
+    "spectr.extraction.report": "spectr.extraction.outcome",
     "spectr.layers.certain": "spectr.prompts.bounds",
     "spectr.layers.kernels.rough": "spectr.layers.kernels.screening",
     "spectr.layers.kernels.whole": "spectr.layers.kernels.fused_linear",

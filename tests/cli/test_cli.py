@@ -4,10 +4,10 @@ import json
 
 import pytest
 import typer
-from spectr.merging.registry import METHODS
 
 from spectr.combine import COMBINATIONS
 from spectr.evaluation.experiments import EXPERIMENTS
+from spectr.merging.method import METHODS
 from spectr.routers.registry import ROUTERS
 from spectr.serving.engines.launchers import ENGINES
 from text_model import save_experts, save_model, save_rows

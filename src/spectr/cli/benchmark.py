@@ -72,7 +72,7 @@ def benchmark(
 
 
 def _show(outcome: Outcome, rounds: int) -> None:
-    from spectr.benchmark.report import COLUMNS
+    from spectr.benchmark.comparison import COLUMNS
 
     table = Table(*COLUMNS)
     for row in outcome.rows:

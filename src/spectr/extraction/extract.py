@@ -16,7 +16,7 @@ from spectr.extraction.architecture import Architecture, read_architecture
 from spectr.extraction.checkpoint import Checkpoint, Rows, locate_model, read_checkpoint
 from spectr.extraction.compare import Difference, difference, measure, pair_up, unmatched
 from spectr.extraction.memory import Plan, plan
-from spectr.extraction.report import Kept, Left, Report
+from spectr.extraction.outcome import Kept, Left, Report
 from spectr.extraction.settings import DTYPES, Extraction, Truncation
 from spectr.extraction.svd import Truncated, exact_svd, randomised_svd
 from spectr.extraction.write import PACKAGES, targets, write_expert

@@ -12,7 +12,7 @@ from torch import Tensor
 from spectr.adapters import CONFIG_FILE, Expert
 from spectr.errors import ExtractionError, raise_together, range_faults
 from spectr.extraction.extract import split, truncate
-from spectr.extraction.report import Kept, Report
+from spectr.extraction.outcome import Kept, Report
 from spectr.extraction.settings import DTYPES, Truncation
 from spectr.extraction.svd import Truncated
 from spectr.extraction.write import PACKAGES, write_expert

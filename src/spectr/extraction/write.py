@@ -12,7 +12,7 @@ from typing import Any
 from spectr.adapters import CARD, CARD_DATA
 from spectr.adapters.write import Pair, write_adapter
 from spectr.errors import ExtractionError
-from spectr.extraction.report import Report, Spread, summary
+from spectr.extraction.outcome import Report, Spread, summary
 from spectr.folders import new_folder
 
 PACKAGES = ("spectr-lora", "torch", "transformers", "safetensors")

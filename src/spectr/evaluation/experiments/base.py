@@ -230,16 +230,19 @@ class ExperimentSetup:
             if own is not None and own.settings.get("seed") == seed:
                 kept = own
             elif kept is None or not all(kept.covers(self.library[name]) for name in self.library):
-                kept = calibrate(
-                    self.model,
-                    self.library,
-                    self.tokenizer,
-                    seed=seed,
-                    fresh=True,
-                    progress=lambda done, total, s=seed: self.progress(f"calibrating, seed {s}", done, total, ""),
-                )
+                kept = self.calibration_of(self.library, f"calibrating, seed {seed}", seed=seed, fresh=True)
                 kept.save(folder)
             yield dataclasses.replace(self, library=self.library.with_calibration(kept), folder=folder)
+
+    def calibration_of(self, library: ExpertLibrary, phase: str, **options: Any) -> Calibration:
+        """A library's calibration with this model; see :func:`spectr.calibrate`."""
+        return calibrate(
+            self.model,
+            library,
+            self.tokenizer,
+            progress=lambda done, total: self.progress(phase, done, total, ""),
+            **options,
+        )
 
     def own_scores(self, method: str = "its own expert") -> dict[str, list[float]]:
         """By task each example's score with the task's own expert alone."""

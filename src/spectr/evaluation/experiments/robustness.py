@@ -36,11 +36,10 @@ def robustness(setup: ExperimentSetup) -> Result:
             library = library.with_expert(name, source)
             if setup.library.calibration is not None:
                 library = library.with_calibration(calibrate(setup.model, library, setup.tokenizer))
-            changed = dataclasses.replace(setup, library=library)
+            changed = dataclasses.replace(setup, library=library, seeds=())
             odd[case] = name
             for label, router in changed.routers(ROUTERS):
-                with changed.routed(router) as routed:
-                    runs = [changed.find(routed, f"{case}: {label}")]
+                runs = changed.find_over_seeds(router, f"{case}: {label}")
                 found = over_runs(runs, lambda finding: finding.place == 1)
                 others = [task for task in runs[0] if setup.expert_of(task) != name]
                 taken = over_runs(runs, lambda finding, name=name: finding.winner == name, others)
