@@ -40,6 +40,7 @@ MODULES = {
     "spectr.serving.faults": "spectr.serving.validation",
     "spectr.serving.stopping": "spectr.serving.shutdown",
     "spectr.serving.suspicion": "spectr.serving.outliers",
+    "spectr.tasks.chosen": "spectr.tasks.sources",
     "spectr.training.interrupt": "spectr.training.fit",
     "spectr.training.report": "spectr.training.publish",
     "spectr.vllm.deciding": "spectr.vllm.prompt_decisions",
