@@ -13,7 +13,6 @@ from torch import nn
 import spectr
 from spectr.benchmark.measure import Timing, Work, measure
 from spectr.benchmark.subjects import BASE, OURS, Subject, get_peer, ours
-from spectr.composition import Guide
 from spectr.flops import count_flops
 from spectr.layers.kernels import kernels_for
 from spectr.layers.routed import RoutedLinear
@@ -51,7 +50,6 @@ def benchmark(
     batches: Sequence[int] = (1, 16),
     steps: int = 16,
     rounds: int = 7,
-    guide: Guide | None = None,
     progress: Callable[[int, int, str], None] = lambda *_: None,
 ) -> Outcome:
     """Measure a base model, the same model routed, and peers, in turn.
@@ -66,7 +64,6 @@ def benchmark(
         batches: Rows of the batches that are decoded, each after prompts as long.
         steps: Tokens that are decoded in a round.
         rounds: How often each is timed.
-        guide: For a guided router.
         progress: Receives (done, total, what).
 
     Raises:
@@ -75,7 +72,7 @@ def benchmark(
     """
     make = [get_peer(name) for name in peers]
     top_k = min(router.selection.k or len(library), len(library))
-    routed = ours(model, library, router, guide)
+    routed = ours(model, library, router)
     subjects = [Subject(name=BASE, model=model), routed, *(peer(model, library, top_k) for peer in make)]
     works = [Work(prompt=prompt, batch=batch, steps=steps) for batch in batches]
     works = [Work(prompt=prompt), *works] if time_prompt else works

@@ -26,8 +26,7 @@ class SpectrFolder(QuantizationConfigMixin):
 
     def __init__(self, **config: Any):
         self.quant_method: Any = METHOD
-        for key, value in config.items():
-            setattr(self, key, value)
+        self.__dict__.update(config)
 
     @property
     def settings(self) -> Settings:

@@ -124,15 +124,19 @@ def _adapter_card(name: str, facts: Mapping[str, Any]) -> str:
     low, middle, high = spread(facts["energy"])
     ranks = sorted(set(facts["ranks"].values()))
     shown = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    kept = f"Share of the exact merge that its factors keep (squared Frobenius norm): {low:.1%} to {high:.1%}, "
-    body = f"{len(facts['ranks'])} modules, {shown}, scale 1. {kept}median {middle:.1%}."
-    return _card(name, facts, "library_name: peft", "lora, spectr, merge", f"A LoRA adapter. {body}")
+    body = (
+        f"A LoRA adapter. {len(facts['ranks'])} modules, {shown}, scale 1. Share of the exact merge that its factors "
+        f"keep (squared Frobenius norm): {low:.1%} to {high:.1%}, median {middle:.1%}."
+    )
+    return _card(name, facts, "library_name: peft", "lora, spectr, merge", body)
 
 
 def _model_card(name: str, facts: Mapping[str, Any]) -> str:
     low, middle, high = spread(facts["change"])
-    change = f"{low:.2%} to {high:.2%} of the weight's norm, median {middle:.2%}"
-    body = f"A whole model in {facts['dtype']}: {len(facts['change'])} layers changed by {change}."
+    body = (
+        f"A whole model in {facts['dtype']}: {len(facts['change'])} layers changed by {low:.2%} to {high:.2%} of the "
+        f"weight's norm, median {middle:.2%}."
+    )
     return _card(name, facts, "library_name: transformers", "spectr, merge", body)
 
 

@@ -48,7 +48,6 @@ def fit(
     """
     parameters = trainable(model)
     per_epoch = count_steps(data, batch_size=settings.batch_size, epochs=1)
-    two_sided = bool(getattr(model.config, "is_encoder_decoder", False))
     optimizer = torch.optim.AdamW(
         list(parameters.values()), lr=settings.learning_rate, weight_decay=settings.weight_decay
     )
@@ -61,8 +60,14 @@ def fit(
     model.train()
     began = saved = time.monotonic()
     pad = model.config.pad_token_id if model.config.pad_token_id is not None else 0
-    order: dict[str, Any] = {"batch_size": settings.batch_size, "epochs": -(-total // per_epoch), "seed": settings.seed}
-    stream = batches(data, **order, pad=pad, two_sided=two_sided)
+    stream = batches(
+        data,
+        batch_size=settings.batch_size,
+        epochs=-(-total // per_epoch),
+        seed=settings.seed,
+        pad=pad,
+        two_sided=bool(getattr(model.config, "is_encoder_decoder", False)),
+    )
     with deferred_interrupt() as interrupted:
         for step, batch in enumerate(islice(stream, total)):
             if step < done:
