@@ -195,18 +195,14 @@ class ExperimentSetup:
 
     def find_over_seeds(self, router: Router, phase: str) -> list[dict[str, list[Finding]]]:
         """As :meth:`find`, once; of a calibrated router once for each of the seeds."""
-        runs = []
-        for setup in self._over_seeds(router):
-            with setup.routed(router) as routed:
-                runs.append(setup.find(routed, phase))
-        return runs
+        return [setup.find(routed, phase) for setup, routed in self._over_seeds(router)]
 
     def scores_over_seeds(self, router: Router, method: str) -> dict[str, list[float]]:
         """By task each example's score; of a calibrated router its mean over the seeds."""
-        runs = []
-        for setup in self._over_seeds(router):
-            with setup.routed(router) as routed:
-                runs.append({task: setup.scores(task, method, routed) for task in self.owned})
+        runs = [
+            {task: setup.scores(task, method, routed) for task in self.owned}
+            for setup, routed in self._over_seeds(router)
+        ]
         return {
             task: [sum(values) / len(values) for values in zip(*(run[task] for run in runs), strict=True)]
             for task in self.owned
@@ -218,19 +214,24 @@ class ExperimentSetup:
             return ""
         return f"Calibrated routers: mean over calibration seeds {', '.join(map(str, self.seeds))}."
 
-    def _over_seeds(self, router: Router) -> Iterator[ExperimentSetup]:
+    def _over_seeds(self, router: Router) -> Iterator[tuple[ExperimentSetup, Routed]]:
+        for setup in self._calibrations(router):
+            with setup.routed(router) as routed:
+                yield setup, routed
+
+    def _calibrations(self, router: Router) -> Iterator[ExperimentSetup]:
         """This setup as it is; for a calibrated router with the calibration of each seed, which are kept."""
         if not self.seeds or CALIBRATED not in router.needs:
             yield self
             return
         for seed in self.seeds:
             folder = self.folder / f"calibration-seed-{seed}"
-            folder.mkdir(parents=True, exist_ok=True)
             own, kept = self.library.calibration, Calibration.load(folder)
             if own is not None and own.settings.get("seed") == seed:
                 kept = own
             elif kept is None or not all(kept.covers(self.library[name]) for name in self.library):
                 kept = self.calibration_of(self.library, f"calibrating, seed {seed}", seed=seed, fresh=True)
+                folder.mkdir(parents=True, exist_ok=True)
                 kept.save(folder)
             yield dataclasses.replace(self, library=self.library.with_calibration(kept), folder=folder)
 

@@ -30,7 +30,12 @@ def robustness(setup: ExperimentSetup) -> Result:
     rows, data, odd = [], {}, {}
     first = setup.library.names[0]
     with tempfile.TemporaryDirectory() as folder:
-        cases = [(case.replace("NAME", first), *_made(setup.library, first, Path(folder), case)) for case in _CASES]
+        cases = []
+        for number, (case, change) in enumerate(_CASES.items()):
+            name = "random" if change is _random else first
+            cases.append(
+                (case.replace("NAME", first), name, _changed(setup.library, first, Path(folder, str(number)), change))
+            )
         for case, name, source in [*setup.companions, *cases]:
             library = setup.library.without(name) if name in setup.library else setup.library
             library = library.with_expert(name, source)
@@ -65,14 +70,6 @@ def robustness(setup: ExperimentSetup) -> Result:
         ],
         origin=setup.origin(),
     )
-
-
-def _made(library: ExpertLibrary, first: str, folder: Path, case: str) -> tuple[str, Path]:
-    """Name and adapter folder of a case's odd expert."""
-    name = "random" if case == "a random expert" else first
-    place = folder / f"{list(_CASES).index(case)}"
-    place.mkdir()
-    return name, _changed(library, first, place, _CASES[case])
 
 
 def _larger(tensors: dict[str, Tensor], config: dict) -> None:
@@ -110,7 +107,7 @@ def _changed(
     tensors, config = load_file(weights), json.loads((weights.parent / "adapter_config.json").read_text())
     change(tensors, config)
     target = folder / name
-    target.mkdir()
+    target.mkdir(parents=True)
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, target / weights.name)
     (target / "adapter_config.json").write_text(json.dumps(config))
     return target
