@@ -241,13 +241,12 @@ def test_examples_are_dealt_out_among_the_paraphrases(library, tasks, tmp_path):
 
 def test_a_changed_expert_is_the_same_update(library, tmp_path):
     """Rank 64 changes nothing, a hundred times the size changes that alone."""
-    from spectr.evaluation.experiments.robustness import _CASES, _changed
+    from spectr.evaluation.experiments.robustness import _CASES, changed_expert
 
     plain = dense_deltas(library["ants"].weights.parent)
     for number, (case, factor) in enumerate(zip(list(_CASES)[:2], (100, 1), strict=True)):
         folder = tmp_path / str(number)
-        folder.mkdir()
-        changed = dense_deltas(_changed(library, "ants", folder, _CASES[case]))
+        changed = dense_deltas(changed_expert(library, "ants", folder, _CASES[case]))
         for module, delta in plain.items():
             close(changed[module], factor * delta, 1e-4)
 

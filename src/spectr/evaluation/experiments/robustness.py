@@ -33,9 +33,8 @@ def robustness(setup: ExperimentSetup) -> Result:
         cases = []
         for number, (case, change) in enumerate(_CASES.items()):
             name = "random" if change is _random else first
-            cases.append(
-                (case.replace("NAME", first), name, _changed(setup.library, first, Path(folder, str(number)), change))
-            )
+            made = changed_expert(setup.library, first, Path(folder, str(number)), change)
+            cases.append((case.replace("NAME", first), name, made))
         for case, name, source in [*setup.companions, *cases]:
             library = setup.library.without(name) if name in setup.library else setup.library
             library = library.with_expert(name, source)
@@ -100,9 +99,10 @@ _CASES: dict[str, Callable[[dict[str, Tensor], dict], None]] = {
 }
 
 
-def _changed(
+def changed_expert(
     library: ExpertLibrary, name: str, folder: Path, change: Callable[[dict[str, Tensor], dict], None]
 ) -> Path:
+    """A copy of an expert in ``folder/NAME`` whose tensors and configuration ``change`` has altered."""
     weights = library[name].weights
     tensors, config = load_file(weights), json.loads((weights.parent / "adapter_config.json").read_text())
     change(tensors, config)
