@@ -266,7 +266,7 @@ def test_records_name_the_router_by_its_config_and_older_ones_are_read(library, 
         return {path.name: path.read_text() for path in (folder / "records").iterdir()}
 
     with monkeypatch.context() as older:
-        older.setattr("spectr.evaluation.experiments.base._written", str)
+        older.setattr("spectr.evaluation.experiments.setup._written", str)
         before = run(tmp_path / "old")
     assert run(tmp_path / "old") == before  # nothing was scored or looked for again
     origins = []

@@ -12,7 +12,7 @@ from spectr.errors import MergeError
 from spectr.folders import new_folder
 from spectr.hashing import file_sha256, known_sha256
 from spectr.library import ExpertLibrary
-from spectr.merging.base import MergedBase
+from spectr.merging.into_base import MergedBase
 from spectr.merging.merge import MergedAdapter, spread
 from spectr.merging.recipe import Recipe
 from spectr.versions import package_versions

@@ -7,7 +7,7 @@ from spectr.lazy import lazy
 from spectr.registry import Registry
 
 if TYPE_CHECKING:
-    from spectr.evaluation.experiments.base import ExperimentSetup, Result
+    from spectr.evaluation.experiments.setup import ExperimentSetup, Result
 
 _NAMES = (
     "quality",
@@ -32,4 +32,4 @@ EXPERIMENTS: "Registry[Result]" = Registry(
 )
 
 __all__ = ["EXPERIMENTS", "ExperimentSetup", "Result"]
-__getattr__ = lazy(__name__, {"ExperimentSetup": "base", "Result": "base"}, renamed={"Bench": "ExperimentSetup"})
+__getattr__ = lazy(__name__, {"ExperimentSetup": "setup", "Result": "setup"}, renamed={"Bench": "ExperimentSetup"})

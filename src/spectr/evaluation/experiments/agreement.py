@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import linear
 
-from spectr.evaluation.experiments.base import ExperimentSetup, Result
 from spectr.evaluation.experiments.costs import SAMPLE_TOKENS, sample_ids
 from spectr.evaluation.experiments.robustness import changed_expert
+from spectr.evaluation.experiments.setup import ExperimentSetup, Result
 from spectr.flops import count_flops
 from spectr.layers import RoutedLinear
 from spectr.library import ExpertLibrary

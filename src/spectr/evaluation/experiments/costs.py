@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectr.evaluation.experiments.base import ExperimentSetup, Result
+from spectr.evaluation.experiments.setup import ExperimentSetup, Result
 from spectr.flops import count_flops
 from spectr.layers import RoutedLinear
 from spectr.layers.batch_routing import BatchRouting, LayerCall, routed_by

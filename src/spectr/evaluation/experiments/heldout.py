@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from spectr.errors import DataError
-from spectr.evaluation.experiments.base import ExperimentSetup, Result, percent
+from spectr.evaluation.experiments.setup import ExperimentSetup, Result, percent
 from spectr.evaluation.paired_statistics import mean_difference
 from spectr.evaluation.score import Measurement
 from spectr.routers import Oracle

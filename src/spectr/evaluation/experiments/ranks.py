@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from spectr.errors import DataError
-from spectr.evaluation.experiments.base import ExperimentSetup, Result, percent
+from spectr.evaluation.experiments.setup import ExperimentSetup, Result, percent
 from spectr.evaluation.expert_recall import over_runs
 
 ROUTERS: list[tuple[str, dict[str, Any]]] = [

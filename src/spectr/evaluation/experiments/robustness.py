@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spectr.calibration import calibrate
-from spectr.evaluation.experiments.base import ExperimentSetup, Result, percent
+from spectr.evaluation.experiments.setup import ExperimentSetup, Result, percent
 from spectr.evaluation.expert_recall import over_runs
 from spectr.library import ExpertLibrary
 

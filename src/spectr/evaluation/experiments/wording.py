@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from spectr.evaluation.experiments.base import ExperimentSetup, Result, percent, seeds_note
+from spectr.evaluation.experiments.setup import ExperimentSetup, Result, percent, seeds_note
 from spectr.evaluation.expert_recall import over_runs
 from spectr.evaluation.paired_statistics import in_words, mean_share
 
