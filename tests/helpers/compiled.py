@@ -2,7 +2,7 @@
 
 import pytest
 
-from spectr.layers.kernels.cpu import find_compiler
+from spectr.ops.compiling import find_compiler
 
 # Where there is a compiler, a source that does not compile is a failure, not a reason to skip. Where there is none,
 # there are no kernels to test, and torch does their work: test_without_a_compiler_torch_does_it.

@@ -37,6 +37,7 @@ def benchmark(
     batch: Annotated[str, typer.Option(help="Decode this many rows together; several numbers with commas.")] = "1,16",
     steps: Annotated[int, typer.Option(help="Decode this many tokens in a round.", min=1)] = 16,
     rounds: Annotated[int, typer.Option(help="Time everything this often, in turn.", min=1)] = 7,
+    explain: Annotated[bool, typer.Option("--explain", help="Print which kernels serve the layers, and why.")] = False,
     file: Annotated[Path | None, typer.Option("--out", "-o", help="Write all numbers to this .json file too.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -68,10 +69,10 @@ def benchmark(
     if as_json:
         out.print(text, highlight=False, markup=False)
     else:
-        _show(outcome, rounds)
+        _show(outcome, rounds, explain=explain)
 
 
-def _show(outcome: Outcome, rounds: int) -> None:
+def _show(outcome: Outcome, rounds: int, *, explain: bool) -> None:
     from spectr.benchmark.comparison import COLUMNS
 
     table = Table(*COLUMNS)
@@ -87,3 +88,5 @@ def _show(outcome: Outcome, rounds: int) -> None:
         "one call held at once.",
         highlight=False,
     )
+    for line in outcome.backends if explain else ():
+        out.print(line, highlight=False, markup=False)

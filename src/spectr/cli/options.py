@@ -265,7 +265,7 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     An option that the command has itself is not added.
     """
     signature, hints = inspect.signature(command), get_type_hints(command, include_extras=True)
-    groups = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
     parameters = [p.replace(annotation=hints[name]) for name, p in signature.parameters.items() if name not in groups]
     members: dict[str, list[str]] = {}
     for group, kind in groups.items():

@@ -122,7 +122,7 @@ class Paged(Routed):
         for layer in layers:
             module = self._modules[layer]
             here = {name: share[module] for name, share in shares.items() if module in share}
-            table[layer] = layer.planned(layer.factors_of(router.stack(here)), fixed=fixed) if here else None
+            table[layer] = layer.factors_of(router.stack(here), fixed=fixed) if here else None
         return table
 
     def _decision(self, entry: nn.Module, names: tuple[str, ...]) -> PromptDecision:

@@ -16,7 +16,7 @@ from models import close
 from spectr import Calibrated, Spectr
 from spectr.flops import count_flops
 from spectr.layers import RoutedLinear
-from spectr.layers.kernels import cpu, cpu_kernels
+from spectr.ops import Offer, backend_for, compiling, cpu, report_once
 from spectr.spectral import Share, Stack
 
 INPUTS, OUTPUTS = 24, 20
@@ -24,7 +24,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 def tiles_work():
-    return cpu_kernels()._calls("route", torch.float32).many is not None
+    return backend_for("cpu").backend._calls("route", torch.float32).many is not None
 
 
 class OtherLinear(nn.Linear):
@@ -46,24 +46,26 @@ def layer_of(router, experts, rank, dtype, seed, *, centers=False, inputs=INPUTS
 
 def both(monkeypatch, layer, x, tiles=True, **held):
     """The layer's output by the kernels, which have to be used (their tiles, too, if there are any), and by torch."""
-    functions = {key: call for key, call in vars(cpu_kernels())["_functions"].items() if tiles or key[0] != "tiles"}
+    functions = {
+        key: call for key, call in vars(backend_for("cpu").backend)["_functions"].items() if tiles or key[0] != "tiles"
+    }
     calls = []
 
-    class Counted(cpu.CpuKernels):
+    class Counted(cpu.CpuBackend):
         def __init__(self):
             self._functions = functions
 
         def __getattribute__(self, name):
-            if name in ("route", "held", "whole"):
+            if name in ("add_chosen", "add_weighted", "fused_linear"):
                 calls.append(name)
             return super().__getattribute__(name)
 
     with torch.no_grad(), monkeypatch.context() as patch:
-        patch.setattr("spectr.layers.routed.kernels_for", lambda device: Counted())
+        patch.setattr("spectr.ops.dispatch.backend_for", lambda device: Offer(Counted(), "counted"))
         layer.prepare()
         with holding(layer, **held):
             fused = layer(x)
-        patch.setattr("spectr.layers.routed.kernels_for", lambda device: None)
+        patch.setattr("spectr.ops.dispatch.backend_for", lambda device: Offer(None, "none"))
         layer.prepare()
         with holding(layer, **held):
             plain = layer(x)
@@ -233,8 +235,8 @@ def test_the_whole_layer_takes_no_weight_that_it_cannot_read(weight):
 def test_factors_elsewhere_are_not_taken():
     with torch.no_grad():
         x = torch.randn(2, INPUTS)
-        assert not cpu_kernels().take(x, torch.zeros(4, INPUTS, device="meta"))
-        assert not cpu_kernels().take(x, torch.zeros(4, INPUTS, dtype=torch.bfloat16))
+        assert not backend_for("cpu").backend.take(x, torch.zeros(4, INPUTS, device="meta"))
+        assert not backend_for("cpu").backend.take(x, torch.zeros(4, INPUTS, dtype=torch.bfloat16))
 
 
 @needs_a_compiler
@@ -266,8 +268,8 @@ def test_what_is_not_finite_stays_so(monkeypatch):
     ids=["another dtype", "not contiguous", "none"],
 )
 def test_what_they_cannot_do_they_do_not_take(x):
-    assert not cpu_kernels().take(x)
-    assert cpu_kernels().take(torch.randn(2, INPUTS))
+    assert not backend_for("cpu").backend.take(x)
+    assert backend_for("cpu").backend.take(torch.randn(2, INPUTS))
 
 
 @needs_a_compiler
@@ -298,32 +300,35 @@ def test_a_hook_on_the_base_layer_sees_its_own_output():
 def fresh(monkeypatch, tmp_path):
     monkeypatch.setenv("SPECTR_CACHE", str(tmp_path))
     monkeypatch.delenv("SPECTR_KERNELS", raising=False)
-    cpu_kernels.cache_clear()
+    backend_for.cache_clear()
     yield tmp_path / "kernels"
-    cpu_kernels.cache_clear()
+    backend_for.cache_clear()
 
 
 @needs_a_compiler
 def test_they_are_compiled_once(fresh, monkeypatch):
-    assert cpu_kernels() is not None
+    assert backend_for("cpu").backend is not None
     [made] = fresh.iterdir()
-    cpu_kernels.cache_clear()
+    backend_for.cache_clear()
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("compiled again"))
-    assert cpu_kernels() is not None
+    assert backend_for("cpu").backend is not None
     assert list(fresh.iterdir()) == [made]
 
 
-def test_without_a_compiler_torch_does_it(fresh, monkeypatch):
-    monkeypatch.setattr(cpu.shutil, "which", lambda _: None)
-    assert cpu_kernels() is None
-    layer = layer_of(Spectr(top_k=2), 5, 4, torch.float32, 0)
+def test_without_a_compiler_torch_does_it_and_that_is_logged_once(fresh, monkeypatch, caplog):
+    monkeypatch.setattr(compiling.shutil, "which", lambda _: None)
+    report_once.cache_clear()
+    layers = [layer_of(Spectr(top_k=2), 5, 4, torch.float32, 0) for _ in range(2)]
     with torch.no_grad():
-        assert layer(torch.randn(1, INPUTS)).isfinite().all()
+        assert all(layer(torch.randn(1, INPUTS)).isfinite().all() for layer in layers)
+    assert layers[0].factors.plan.summary == "torch: there is no C compiler"
+    [record] = caplog.records
+    assert record.levelname == "WARNING"
 
 
 def test_a_compiler_that_fails_is_no_error(fresh, monkeypatch):
-    monkeypatch.setattr(cpu.shutil, "which", lambda _: "/bin/false")
-    assert cpu_kernels() is None
+    monkeypatch.setattr(compiling.shutil, "which", lambda _: "/bin/false")
+    assert backend_for("cpu").backend is None
     assert not list(fresh.glob("*.so"))
 
 
@@ -331,12 +336,12 @@ def test_a_compiler_that_fails_is_no_error(fresh, monkeypatch):
     ("said", "ours"), [("", True), ("default", True), ("avx512_core_amx", True), ("AVX512_CORE", False)]
 )
 def test_the_matrix_unit_is_ours_where_it_is_torchs(monkeypatch, said, ours):
-    monkeypatch.setattr(cpu, "_machine", lambda: "x86_64 flags: amx_bf16 amx_tile")
+    monkeypatch.setattr(cpu, "machine", lambda: "x86_64 flags: amx_bf16 amx_tile")
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", said)
     assert cpu.has_unit() == ours
 
 
 def test_they_can_be_switched_off(fresh, monkeypatch):
     monkeypatch.setenv("SPECTR_KERNELS", "0")
-    assert cpu_kernels() is None
+    assert backend_for("cpu").backend is None
     assert not fresh.exists()

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import logging
-import os
-import subprocess
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -15,8 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from spectr.layers.kernels.cpu import compiled_library, parts_of_float32, tiles_work
-from spectr.layers.kernels.fused_linear import place
+from spectr.ops.compiling import load
+from spectr.ops.cpu import parts_of_float32, tiles_work
+from spectr.ops.dispatch import report_once, switched_off
+from spectr.ops.fused_linear import place
 
 _SIDE, _DEEP = 16, 32  # columns of a tile, and terms
 _VECTORS = {torch.float32: "add_f32", torch.bfloat16: "add_bf16"}
@@ -202,14 +201,14 @@ def _address(function: Any) -> int | None:
 
 @lru_cache(maxsize=2)
 def _library(source: str) -> ctypes.CDLL | None:
-    if os.environ.get("SPECTR_KERNELS") == "0":
+    if switched_off():
         return None
     try:
-        library = ctypes.CDLL(str(compiled_library(Path(__file__).with_name(source))))
+        library = load(source)
         if source == "packed.c":
             _register(library)
-    except (OSError, subprocess.SubprocessError, AttributeError) as error:
-        logging.getLogger(__name__).info("layers in vLLM run without compiled kernels: %s", error)
+    except (OSError, AttributeError) as error:
+        report_once(f"layers in vLLM run without kernels: {error}")
         return None
     return library
 

@@ -26,11 +26,12 @@ def weighted(
     h_TP: Float[Tensor, "*T P"],
     weights_TE: Float[Tensor, "*T E"],
     common_rank: int | None,
-    member_EP: Float[Tensor, "E P"],
+    member_EP: Float[Tensor, "E P"] | None = None,
 ) -> Float[Tensor, "*T P"]:
-    """``w_t h_t`` of every expert."""
+    """``w_t h_t`` of every expert; of experts whose ranks differ, which are whose comes from ``member_EP``."""
     weights_TE = weights_TE.to(h_TP.dtype)
     if common_rank is None:
+        assert member_EP is not None
         return h_TP * (weights_TE @ member_EP)
     return (h_TP.unflatten(-1, (-1, common_rank)) * weights_TE[..., None]).flatten(-2)
 

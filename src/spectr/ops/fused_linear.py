@@ -1,4 +1,4 @@
-"""A routed layer as the compiled functions know it, and the call that does all of it."""
+"""A routed layer as the C functions know it, and the one call for a plain linear layer and its experts."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, get_num_threads, nn
 
-from spectr.layers.kernels import screening
-from spectr.layers.kernels.base import Choice, own_numbers, watched
+from spectr.ops import screening
+from spectr.ops.base import Choice, own_numbers, watched
 
 
 class Layer(ctypes.Structure):
@@ -23,10 +23,21 @@ class Layer(ctypes.Structure):
     )
 
     @staticmethod
-    def of(A_PI: Tensor, Bt_PO: Tensor, centers_P: Tensor | None = None, choice: Choice | None = None) -> Layer:
-        """By the places of tensors, which have to be kept."""
-        (rows, inputs), outputs = A_PI.shape, Bt_PO.shape[1]
-        experts, k, temperature = choice or Choice(1, 1, 0.0)
+    def over(A_PI: Tensor, Bt_PO: Tensor, centers_P: Tensor | None = None, choice: Choice | None = None) -> Layer:
+        """By the places of factors, which have to be kept."""
+        return Layer.of(A_PI, Bt_PO, (*A_PI.shape, Bt_PO.shape[1]), centers_P, choice)
+
+    @staticmethod
+    def of(
+        A_PI: Tensor | None,
+        Bt_PO: Tensor | None,
+        sizes: tuple[int, int, int],
+        centers_P: Tensor | None,
+        choice: Choice | None,
+    ) -> Layer:
+        """The same where ``A x`` is given, and so its (rows, inputs, outputs)."""
+        rows, inputs, outputs = sizes
+        experts, k, temperature, _ = choice or Choice(1, 1, 0.0)
         places = (None, None, place(A_PI), place(Bt_PO), place(centers_P))
         return Layer(*places, None, None, None, inputs, outputs, rows, experts, k, outputs, temperature)
 
@@ -45,12 +56,12 @@ class Calls(NamedTuple):
     many: Callable[..., int] | None
 
     def of(self, tokens: int) -> Callable[..., int] | None:
-        """The one for so many tokens."""
+        """The one for this number of tokens."""
         return self.few if tokens <= self.most else self.many
 
 
-class WholeLayer:
-    """A base layer and its experts in one call; see :class:`spectr.layers.kernels.base.Whole`.
+class FusedCpuLinear:
+    """A :class:`spectr.ops.base.FusedLinear`.
 
     Args:
         base: The base layer.
@@ -65,20 +76,12 @@ class WholeLayer:
         self.base, self.kept, self.layer, self.calls, self.dtype = base, kept, layer, calls, kept[0].dtype
         self.place, self.inputs, self.outputs = ctypes.addressof(layer), layer.inputs, layer.outputs
         if self.dtype is torch.float32 and layer.experts >= screening.PAYS * layer.k:
-            self._roughen()
-
-    def _roughen(self) -> None:
-        self.rough = screening.Rough.of(self.kept[0], self.layer.experts)
-        if self.rough is not None:
-            kept = self.rough
-            self.layer.rough, self.layer.errors, self.layer.sizes = (
-                place(kept.A_PI),
-                place(kept.errors_E),
-                place(kept.sizes_E),
-            )
+            self.rough = rough = screening.Rough.of(kept[0], layer.experts)
+            if rough is not None:
+                layer.rough, layer.errors, layer.sizes = place(rough.A_PI), place(rough.errors_E), place(rough.sizes_E)
 
     def __call__(self, x: Tensor, rows: Tensor | None) -> Tensor | None:
-        """See :class:`spectr.layers.kernels.base.Whole`."""
+        """See :class:`spectr.ops.base.FusedLinear`."""
         if type(x) is not Tensor or x.dtype is not self.dtype or not x.is_cpu or not x.is_contiguous() or watched():
             return None
         if x.shape[-1] != self.inputs or not x.numel():
@@ -88,7 +91,7 @@ class WholeLayer:
         if function is None or numbers is None:
             return None
         if self.rough is not None and self.rough.version != self.kept[0]._version:
-            self._roughen()
+            self.rough = self.layer.rough = None  # A was changed in place: all of it is read until it is prepared again
         self.layer.W, self.layer.bias = place(numbers[0]), place(numbers[1])
         out = x.new_empty((*x.shape[:-1], self.outputs))
         count = 1 if rows is None else len(rows)

@@ -12,7 +12,7 @@ from compiled import needs_a_compiler
 from holding import holding
 from spectr import Calibrated, Spectr
 from spectr.layers import RoutedLinear
-from spectr.layers.kernels.screening import Rough
+from spectr.ops.screening import Rough
 from spectr.spectral import Share, Stack
 
 INPUTS, OUTPUTS = 70, 20
@@ -37,7 +37,7 @@ def layer_of(factors, top_k=2, router=None, centers=None):
 @torch.no_grad()
 def both(layer, x, prior=None):
     """The layer's output as it comes, which has to be by a rough `A`, and with that taken away."""
-    whole = layer.factors.plan.whole
+    whole = layer.factors.plan.linear
     assert whole.layer.rough, "all of A is read"
     with holding(layer, prior=prior):
         roughly = layer(x)
@@ -113,6 +113,8 @@ def test_factors_changed_in_place_are_read_anew():
     layer.A_PI.copy_(numbers(160, INPUTS, seed=2))
     after = layer(x)
     assert not torch.allclose(before, after)
+    assert layer.factors.plan.linear.rough is None, "nothing is prepared in a call"
+    layer.prepare()
     same(layer, x)
     torch.testing.assert_close(after, layer(x))
 
@@ -122,7 +124,7 @@ def test_more_tokens_and_few_experts_read_all():
     few = layer_of(numbers(15, 4, INPUTS, seed=0))
     with torch.no_grad():
         few(numbers(1, INPUTS, seed=1))
-    assert few.factors.plan.whole.rough is None, "half of A and four experts' are as much as all"
+    assert few.factors.plan.linear.rough is None, "half of A and four experts' are as much as all"
 
 
 def test_the_bound_holds_and_is_near():
@@ -178,7 +180,7 @@ def test_many_tokens_choose_the_same(experts, rank, top_k, inputs, tokens, sprea
         found = layer(x)
     finally:
         torch.set_float32_matmul_precision("highest")
-    assert layer.factors.plan.whole.layer.rough
+    assert layer.factors.plan.linear.layer.rough
     expected, clear = in_float64(layer, x, top_k)
     assert clear.any()
     near = 1e-5 if precision == "highest" else 2e-4

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from compiled import needs_a_compiler
-from spectr.layers.kernels.cpu import has_unit
-from spectr.layers.kernels.packed import Choice, Choosing, Module, Packed, packed_works
+from spectr.ops.cpu import has_unit
+from spectr.ops.packed import Choice, Choosing, Module, Packed, packed_works
 from spectr.selection import TopK, select_among
 
 pytestmark = needs_a_compiler
@@ -214,3 +214,9 @@ def test_an_expert_that_is_not_chosen_spoils_nothing(way, tokens):
     x, out = world.given(tokens)
     world.packed(out, x)
     assert out.isfinite().all()
+
+
+def test_the_operation_is_what_torch_asks_of_operations(way):
+    world = World(way, 8)
+    x, out = world.given(9)
+    torch.library.opcheck(torch.ops.spectr.add_experts.default, (out, x.contiguous(), world.packed.at))

@@ -1,4 +1,7 @@
-"""What a routed layer asks of kernels, whatever machine they are for."""
+"""What the operations need of a backend, whatever machine it is for.
+
+Legend: T tokens, I inputs, O outputs, E experts, R the rank of each, P = E R, B rows that share the tokens equally.
+"""
 
 from __future__ import annotations
 
@@ -17,38 +20,44 @@ class Choice(NamedTuple):
         experts: How many there are; all of one rank.
         k: How many are taken.
         temperature: Of the softmax over their scores; 0 weighs them alike.
+        rule: Name of the rule that scores them, of :data:`spectr.ops.rules.RULES`.
     """
 
     experts: int
     k: int
     temperature: float
+    rule: str = "lengths"
 
 
 @runtime_checkable
-class Whole(Protocol):
-    """A base layer and its experts in one call."""
+class FusedLinear(Protocol):
+    """A plain linear layer and its experts in one call."""
 
     def __call__(self, x: Tensor, rows: Tensor | None) -> Tensor | None:
         """The routed layer's output; ``None`` where this call has to be made in parts.
 
         Args:
             x: Tokens, of any kind.
-            rows: Of a layer that routes the prior, (B, 1, E), if there is one; else the weights that are held,
-                (B, 1, P). A row for each equal share of the tokens.
+            rows: Of a layer that routes the prior, (B, 1, E), if there is one; else the fixed weights, (B, 1, P). A
+                row for each equal share of the tokens.
         """
         ...
 
 
-class Kernels(ABC):
-    """Functions that do the work of many of torch's calls.
+class Backend(ABC):
+    """Kernels that do the work of many of torch's calls.
 
     Attributes:
+        name: As reports show it.
         device: The kind of device whose tensors they take.
         dtypes: The dtypes that they take.
+        rules: Names of the rules that they score by.
     """
 
+    name: str
     device: str
     dtypes: tuple[torch.dtype, ...]
+    rules: tuple[str, ...] = ("lengths",)
 
     def take(self, *tensors: Tensor) -> bool:
         """Whether they can work on these, and nobody has to see single operations (autograd, a counter)."""
@@ -66,8 +75,26 @@ class Kernels(ABC):
                 return False
         return True
 
+    def prepare(self, A_PI: Tensor, Bt_PO: Tensor, centers_P: Tensor | None, choice: Choice) -> None:
+        """Compile what calls of this form need, so that none has to."""
+        return
+
     @abstractmethod
-    def route(
+    def choose(self, h_TP: Tensor, centers_P: Tensor | None, prior_BE: Tensor | None, choice: Choice) -> bool:
+        """In the memory of ``h``: ``w_t h_t`` of the chosen experts, zero for the others.
+
+        Args:
+            h_TP: ``A x`` of every expert, (..., P), contiguous.
+            centers_P: Subtracted before scoring.
+            prior_BE: Multiplied with the scores, float32; a row for each equal share of the tokens.
+            choice: Among how many, how many, and their weights.
+
+        Returns:
+            Whether it was done; if not, ``h`` is as it was.
+        """
+
+    @abstractmethod
+    def add_chosen(
         self,
         x: Tensor,
         A_PI: Tensor,
@@ -83,30 +110,30 @@ class Kernels(ABC):
             x: Tokens, (..., I), contiguous, in the dtype and on the device of all the others.
             A_PI: Input factors of all experts, contiguous.
             Bt_PO: Output factors, transposed, contiguous.
-            centers_P: Taken away before scoring.
-            prior_BE: Multiplied with the scores, float32; a row for each equal share of the tokens.
+            centers_P: See :meth:`choose`.
+            prior_BE: See :meth:`choose`.
             out: (..., O), contiguous.
-            choice: Among how many, how many, and their weights.
+            choice: See :meth:`choose`.
 
         Returns:
             Whether it was done; if not, ``out`` is as it was.
         """
 
-    def held(self, x: Tensor, A_PI: Tensor, Bt_PO: Tensor, weights_BP: Tensor, out: Tensor) -> bool:
-        """Add ``B (w A x)`` to ``out``; a row of weights for each equal share of the tokens. As :meth:`route` else."""
+    def add_weighted(self, x: Tensor, A_PI: Tensor, Bt_PO: Tensor, weights_BP: Tensor, out: Tensor) -> bool:
+        """Add ``B (w A x)`` to ``out``, as :meth:`add_chosen`; a row of weights for each equal share of the tokens."""
         return False
 
-    def whole(
+    def fused_linear(
         self, base: nn.Module, A_PI: Tensor, Bt_PO: Tensor, centers_P: Tensor | None, choice: Choice | None
-    ) -> Whole | None:
-        """A call for base layer and experts, where there is one for such a layer.
+    ) -> FusedLinear | None:
+        """One call for a base layer and its experts, where there is one for such a layer.
 
         Args:
             base: The base layer.
-            A_PI: Input factors, which the kernels know, as the next two.
+            A_PI: Input factors, which the backend knows, as the next two.
             Bt_PO: Output factors, transposed.
-            centers_P: Taken away before scoring.
-            choice: Of a layer that routes; ``None`` of one whose weights are held.
+            centers_P: Subtracted before scoring.
+            choice: Of a layer that routes; ``None`` of one whose weights are fixed.
         """
         return None
 
@@ -119,7 +146,7 @@ def watched() -> bool:
 def own_numbers(base: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
     """The weight and the bias of a base layer that does nothing but a product with them, as plain as these tokens are.
 
-    ``None`` where somebody watches the layer, or its numbers are quantised, sharded, or elsewhere.
+    ``None`` where the layer has hooks, or its numbers are quantised, sharded, or elsewhere.
     """
     own = base.__dict__  # a module's own look-up of an attribute costs more
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:

@@ -15,7 +15,7 @@ from test_kernels import INPUTS, TOLERANCE, clear, layer_of
 from holding import holding
 from models import close
 from spectr import Calibrated, Spectr
-from spectr.layers import kernels
+from spectr.ops import Choice, Offer, backend_for, reference
 
 pytest.importorskip("triton", reason="Triton is for Linux")
 
@@ -25,9 +25,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.fixture(scope="module")
 def kernel():
-    from spectr.layers.kernels.gpu import GpuKernels
+    from spectr.ops.gpu import GpuBackend
 
-    return GpuKernels(DEVICE)
+    return GpuBackend(DEVICE)
 
 
 def both(kernel, layer, x, prior=None):
@@ -35,16 +35,16 @@ def both(kernel, layer, x, prior=None):
     done = []
 
     class Watched(type(kernel)):
-        def route(self, *args, **settings):
-            done.append(super().route(*args, **settings))
+        def add_chosen(self, *args, **settings):
+            done.append(super().add_chosen(*args, **settings))
             return done[-1]
 
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("spectr.layers.routed.kernels_for", lambda device: Watched(DEVICE))
+        patch.setattr("spectr.ops.dispatch.backend_for", lambda device: Offer(Watched(DEVICE), "watched"))
         layer.prepare()
         with holding(layer, prior=prior):
             fused = layer(x)
-        patch.setattr("spectr.layers.routed.kernels_for", lambda device: None)
+        patch.setattr("spectr.ops.dispatch.backend_for", lambda device: Offer(None, "none"))
         layer.prepare()
         with holding(layer, prior=prior):
             plain = layer(x)
@@ -83,6 +83,32 @@ def test_centers_and_a_prior_count(kernel, rows):
     assert not torch.allclose(other, fused)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+@pytest.mark.parametrize("rows", [0, 2])
+def test_it_chooses_as_the_reference_does(kernel, rows, temperature):
+    chance = torch.Generator().manual_seed(5)
+    h, centers = torch.randn(6, 28, generator=chance), torch.randn(28, generator=chance)
+    h[:, 4:8], centers[4:8] = h[:, :4], centers[:4]  # experts alike: the first is taken
+    prior = torch.rand(rows, 7, generator=chance).index_fill(1, torch.tensor([0, 1]), 9.0) if rows else None
+    for k in (1, 3):
+        choice = Choice(7, k, temperature)
+        given = [None if tensor is None else tensor.to(DEVICE) for tensor in (h.clone(), centers, prior)]
+        assert kernel.choose(*given, choice)
+        torch.testing.assert_close(given[0].cpu(), reference.choose(h, centers, prior, choice))
+
+
+def test_all_that_calls_launch_is_launched_when_a_plan_is_made(kernel):
+    launched = []
+
+    class Watched(type(kernel)):
+        def _run(self, kernel, grid, tensors, numbers, form):
+            launched.append((kernel, form[6]))  # whether there is a prior
+
+    A, Bt = torch.zeros(20, INPUTS, device=DEVICE), torch.zeros(20, 8, device=DEVICE)
+    Watched(DEVICE).warm_up(A, Bt, None, Choice(5, 2, 0.0))
+    assert len(set(launched)) == 4
+
+
 @pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")  # numpy, as the interpreter
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_what_is_not_finite_stays_so(kernel, value):
@@ -98,16 +124,16 @@ def test_more_experts_than_a_program_holds_are_left_to_torch(kernel):
     layer = layer_of(Spectr(top_k=2), 1025, 9, torch.float32, 0).to(DEVICE)
     x = torch.randn(1, INPUTS, device=DEVICE)
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("spectr.layers.routed.kernels_for", lambda device: kernel)
+        patch.setattr("spectr.ops.dispatch.backend_for", lambda device: Offer(kernel, "Triton"))
         by_kernel = layer(x)
-        patch.setattr("spectr.layers.routed.kernels_for", lambda device: None)
+        patch.setattr("spectr.ops.dispatch.backend_for", lambda device: Offer(None, "none"))
         assert torch.equal(by_kernel, layer(x))
 
 
 def test_a_machine_without_a_gpu_has_none(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert torch.cuda.device_count() > 0 or kernels.kernels_for("cuda") is None
-    assert kernels.kernels_for("meta") is None
+    assert torch.cuda.device_count() > 0 or backend_for("cuda").backend is None
+    assert backend_for("meta").backend is None
 
 
 def test_it_compiles_for_a_gpu_that_is_not_here(tmp_path):
@@ -115,7 +141,7 @@ def test_it_compiles_for_a_gpu_that_is_not_here(tmp_path):
     program = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from spectr.layers.kernels import gpu
+from spectr.ops import gpu
 
 form = dict(EXPERTS=9, RANK=6, K=4, E=16, R=8, CENTERED=True, INFORMED=True, SOFTMAX=True, T=16)
 block = dict(OUTPUTS=200, BLOCK=64)

@@ -1,9 +1,7 @@
-"""The kernels for GPUs, in Triton, which comes with torch's builds for them."""
+"""The backend for GPUs, in Triton, which comes with torch's builds for them. Its plain form is in reference.py."""
 
 from __future__ import annotations
 
-import logging
-import os
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -13,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from triton.language import constexpr
 
-from spectr.layers.kernels.base import Choice, Kernels, Whole, own_numbers
+from spectr.ops.base import Backend, Choice, FusedLinear, own_numbers
 
 tl: Any = triton.language  # what it means inside a kernel is not what its signatures say
 _BLOCK = 64  # outputs that a program adds to, at most
@@ -170,20 +168,52 @@ class _Form(NamedTuple):
         return self.experts_held * self.rank_held
 
 
-class GpuKernels(Kernels):
+class GpuBackend(Backend):
     """A routed layer in two calls, ``A x`` by torch and the rest; of many tokens in three.
 
     Args:
         device: The kind of device; ``cpu`` under Triton's interpreter.
     """
 
+    name = "Triton"
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
 
     def __init__(self, device: str = "cuda"):
         self.device = device
         self._compiled: dict[tuple[Any, ...], Any] = {}
+        self._prepared: set[tuple[Any, ...]] = set()
 
-    def route(
+    def prepare(self, A_PI: Tensor, Bt_PO: Tensor, centers_P: Tensor | None, choice: Choice) -> None:
+        """See :meth:`Backend.prepare`: one call of few tokens and one of many, with a prior and without."""
+        key = (Bt_PO.shape, choice, centers_P is None, A_PI.dtype, A_PI.device)
+        if self.device == "cuda" and key not in self._prepared:
+            self._prepared.add(key)
+            self.warm_up(A_PI, Bt_PO, centers_P, choice)
+
+    @torch.no_grad()
+    def warm_up(self, A_PI: Tensor, Bt_PO: Tensor, centers_P: Tensor | None, choice: Choice) -> None:
+        """Launch each kernel that calls of this form launch."""
+        size = _form(len(Bt_PO), choice, False, False).size
+        for tokens in (1, _FEW // size + 1):
+            x, out = A_PI.new_zeros(tokens, A_PI.shape[1]), A_PI.new_zeros(tokens, Bt_PO.shape[1])
+            for prior_BE in (None, torch.ones(1, choice.experts, device=A_PI.device)):
+                self.add_chosen(x, A_PI, Bt_PO, centers_P, prior_BE, out, choice)
+
+    def choose(self, h_TP: Tensor, centers_P: Tensor | None, prior_BE: Tensor | None, choice: Choice) -> bool:
+        """See :meth:`Backend.choose`."""
+        form = _form(h_TP.shape[-1], choice, centers_P is not None, prior_BE is not None)
+        if form.size <= _MOST_ROWS:
+            self._choose(h_TP, centers_P, prior_BE, choice, form)
+        return form.size <= _MOST_ROWS
+
+    def _choose(
+        self, h: Tensor, centers_P: Tensor | None, prior_BE: Tensor | None, choice: Choice, form: _Form
+    ) -> None:
+        tokens, at_once = h.numel() // h.shape[-1], max(1, _WEIGHED // form.size)
+        read, numbers = _arguments(h, centers_P, prior_BE, choice)
+        self._run(_weigh, (triton.cdiv(tokens, at_once), 1, 1), read, numbers, (*form, at_once))
+
+    def add_chosen(
         self,
         x: Tensor,
         A_PI: Tensor,
@@ -193,33 +223,31 @@ class GpuKernels(Kernels):
         out: Tensor,
         choice: Choice,
     ) -> bool:
-        """See :meth:`Kernels.route`."""
+        """See :meth:`Backend.add_chosen`."""
         rows, outputs = Bt_PO.shape
         form = _form(rows, choice, centers_P is not None, prior_BE is not None)
         if form.size > _MOST_ROWS:
             return False
         h = linear(x, A_PI)
         tokens = h.numel() // rows
-        read = (h, h if centers_P is None else centers_P, h if prior_BE is None else prior_BE)
-        numbers = (tokens, 1 if prior_BE is None else len(prior_BE), choice.temperature or 1.0)
         if tokens * form.size <= _FEW and form.size <= _MOST_AT_ONCE:
             block = min(_BLOCK, _BLOCK_ROWS // form.size)
             grid = (triton.cdiv(tokens, _AT_ONCE), triton.cdiv(outputs, block), 1)
+            read, numbers = _arguments(h, centers_P, prior_BE, choice)
             self._run(_add_chosen, grid, (*read, Bt_PO, out), numbers, (*form, _AT_ONCE, outputs, block))
             return True
-        at_once = max(1, _WEIGHED // form.size)
-        self._run(_weigh, (triton.cdiv(tokens, at_once), 1, 1), read, numbers, (*form, at_once))
+        self._choose(h, centers_P, prior_BE, choice, form)
         sums = out.view(tokens, outputs)
         torch.addmm(sums, h.view(tokens, rows), Bt_PO, out=sums)
         return True
 
-    def whole(
+    def fused_linear(
         self, base: nn.Module, A_PI: Tensor, Bt_PO: Tensor, centers_P: Tensor | None, choice: Choice | None
-    ) -> Whole | None:
-        """See :meth:`Kernels.whole`."""
+    ) -> FusedLinear | None:
+        """See :meth:`Backend.fused_linear`."""
         if type(base) is not nn.Linear or choice is None or _form(len(Bt_PO), choice, False, False).size > _MOST_ROWS:
             return None
-        return _WholeLayer(self, base, (A_PI, Bt_PO, centers_P), choice)
+        return _FusedGpuLinear(self, base, (A_PI, Bt_PO, centers_P), choice)
 
     def _run(
         self,
@@ -246,11 +274,11 @@ class GpuKernels(Kernels):
         return None
 
 
-class _WholeLayer:
-    """A base layer and its experts; see :class:`spectr.layers.kernels.base.Whole`."""
+class _FusedGpuLinear:
+    """A :class:`spectr.ops.base.FusedLinear`."""
 
     def __init__(
-        self, kernels: GpuKernels, base: nn.Linear, factors: tuple[Tensor, Tensor, Tensor | None], choice: Choice
+        self, kernels: GpuBackend, base: nn.Linear, factors: tuple[Tensor, Tensor, Tensor | None], choice: Choice
     ):
         self.kernels, self.base, self.factors, self.choice = kernels, base, factors, choice
 
@@ -259,7 +287,7 @@ class _WholeLayer:
         if numbers is None or not self.kernels.take(x, self.factors[0]):
             return None
         out = linear(x, *numbers)
-        return out if self.kernels.route(x, *self.factors, rows, out, self.choice) else None
+        return out if self.kernels.add_chosen(x, *self.factors, rows, out, self.choice) else None
 
 
 @lru_cache(maxsize=4096)
@@ -270,21 +298,27 @@ def _form(rows: int, choice: Choice, centered: bool, informed: bool) -> _Form:
     return _Form(choice.experts, rank, choice.k, experts_held, held, centered, informed, choice.temperature > 0)
 
 
-@lru_cache(maxsize=1)
-def gpu_kernels() -> Kernels | None:
-    """The kernels for this machine's GPUs; ``None`` where they are not wanted, or do not run."""
-    if os.environ.get("SPECTR_KERNELS") == "0":
-        return None
-    kernels = GpuKernels()
-    try:
-        with torch.inference_mode():
-            A, Bt = (torch.ones(1, 16, device="cuda") for _ in range(2))
-            for tokens in (1, 1, _FEW, _FEW):  # each twice: there is a short way for the second time
-                x, out = (torch.ones(tokens, 16, device="cuda") for _ in range(2))
-                kernels.route(x, A, Bt, None, None, out, Choice(experts=1, k=1, temperature=0.0))
-                if not bool((out == 17).all()):
-                    raise RuntimeError("a wrong sum")
-    except Exception as error:  # compilers and drivers raise whatever they like
-        logging.getLogger(__name__).info("routed layers run without a GPU kernel: %s", error)
-        return None
+def _arguments(
+    h: Tensor, centers_P: Tensor | None, prior_BE: Tensor | None, choice: Choice
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, int, float]]:
+    """The tensors that every kernel reads, and its numbers."""
+    read = (h, h if centers_P is None else centers_P, h if prior_BE is None else prior_BE)
+    rows = 1 if prior_BE is None else len(prior_BE)
+    return read, (h.numel() // h.shape[-1], rows, choice.temperature or 1.0)
+
+
+def available() -> Backend:
+    """The backend for this machine's GPUs.
+
+    Raises:
+        Exception: They do not run, or give a wrong sum; compilers and drivers raise whatever they like.
+    """
+    kernels = GpuBackend()
+    with torch.inference_mode():
+        A, Bt = (torch.ones(1, 16, device="cuda") for _ in range(2))
+        for tokens in (1, 1, _FEW, _FEW):  # each twice: there is a short way for the second time
+            x, out = (torch.ones(tokens, 16, device="cuda") for _ in range(2))
+            kernels.add_chosen(x, A, Bt, None, None, out, Choice(experts=1, k=1, temperature=0.0))
+            if not bool((out == 17).all()):
+                raise RuntimeError("a wrong sum")
     return kernels

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from spectr.combine import merge_outputs
-from spectr.layers.outputs import gathering_pays
 from spectr.layers.routed import RoutedLinear
+from spectr.ops.outputs import gathering_pays
 from spectr.routers import Spectr, Uniform
 from spectr.selection import All, TopK
 from spectr.spectral import Share, Stack
