@@ -23,7 +23,7 @@ from transformers import get_scheduler
 
 from spectr.training.checkpoint import load_checkpoint, save_checkpoint
 from spectr.training.data import Batch, Encoded, batches, count_steps
-from spectr.training.settings import GateSettings, TrainingSettings
+from spectr.training.settings import OptimizerSettings
 
 Progress = Callable[[str, int, int, str], None]
 
@@ -31,7 +31,7 @@ Progress = Callable[[str, int, int, str], None]
 def fit(
     model: Any,
     data: Encoded,
-    settings: TrainingSettings | GateSettings,
+    settings: OptimizerSettings,
     total: int,
     facts: dict[str, Any],
     checkpoint: Path,
@@ -102,7 +102,7 @@ def _step(
     prefix: list[int],
     optimizer: torch.optim.Optimizer,
     parameters: Mapping[str, nn.Parameter],
-    settings: TrainingSettings | GateSettings,
+    settings: OptimizerSettings,
     step: int,
 ) -> float:
     device = next(iter(parameters.values())).device
