@@ -72,13 +72,10 @@ class Truncation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Extraction:
-    """Settings of :func:`spectr.extraction.extract`.
+class Extraction(Truncation):
+    """Settings of :func:`spectr.extraction.extract`, ranks included.
 
     Attributes:
-        rank: See :class:`Truncation`; so are ``energy`` and ``max_rank``.
-        energy: As above.
-        max_rank: As above.
         method: ``exact`` computes each whole SVD; ``randomised`` only its first directions; ``auto`` takes the exact
             one where it fits the memory and the smaller side of the matrix is at most 2048, beyond which it takes
             minutes for a module.
@@ -93,9 +90,6 @@ class Extraction:
         ExtractionError: Settings out of range; all at once.
     """
 
-    rank: int | None = None
-    energy: float | None = None
-    max_rank: int = 128
     method: Method = "auto"
     oversampling: int = 10
     power_iterations: int = 2
@@ -107,7 +101,7 @@ class Extraction:
     def __post_init__(self) -> None:
         faults: list[SpectrError] = []
         with collecting(faults):
-            _ = self.truncation
+            super().__post_init__()
         for name, known in (("method", get_args(Method)), ("dtype", tuple(DTYPES))):
             given = {name: getattr(self, name)}
             faults += range_faults(ExtractionError, " or ".join(known), known.__contains__, **given)
@@ -116,11 +110,6 @@ class Extraction:
         memory = self.max_memory
         faults += range_faults(ExtractionError, "a number of bytes above 0", lambda n: n > 0, max_memory=memory)
         raise_together(_TITLE, faults, ExtractionError)
-
-    @property
-    def truncation(self) -> Truncation:
-        """The part that says how many ranks."""
-        return Truncation(rank=self.rank, energy=self.energy, max_rank=self.max_rank)
 
 
 def shown_bytes(count: float) -> str:

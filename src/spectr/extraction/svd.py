@@ -5,32 +5,23 @@ Shapes: O outputs, I inputs, R rank, Q directions that the randomised method com
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from spectr.spectral import Aligned
+
 _FLOAT = 4  # bytes of a float32
 
 
-class Truncated(NamedTuple):
-    """``U diag(S) V^T``, float32, S descending."""
-
-    U: Float[Tensor, "O R"]
-    S: Float[Tensor, "R"]
-    Vh: Float[Tensor, "R I"]
-
-
-def exact_svd(delta_OI: Float[Tensor, "O I"]) -> Truncated:
+def exact_svd(delta_OI: Float[Tensor, "O I"]) -> Aligned:
     """All singular directions, R = min(O, I). Float32 in, float32 out."""
-    U, S, Vh = torch.linalg.svd(delta_OI, full_matrices=False)
-    return Truncated(U=U, S=S, Vh=Vh)
+    return Aligned(*torch.linalg.svd(delta_OI, full_matrices=False))
 
 
 def randomised_svd(
     delta_OI: Float[Tensor, "O I"], rank: int, *, oversampling: int, power_iterations: int, seed: int
-) -> Truncated:
+) -> Aligned:
     """The first ``rank`` singular directions, nearly: those of ``Q Q^T delta``.
 
     Q is an orthonormal basis of ``(delta delta^T)^p delta G`` with G Gaussian of ``rank + oversampling`` columns; a QR
@@ -59,7 +50,7 @@ def randomised_svd(
         Z_IQ = torch.linalg.qr(delta_OI.mT @ Q_OQ).Q
         Q_OQ = torch.linalg.qr(delta_OI @ Z_IQ).Q
     u_QQ, S_Q, Vh_QI = torch.linalg.svd(Q_OQ.mT @ delta_OI, full_matrices=False)
-    return Truncated(U=(Q_OQ @ u_QQ)[:, :rank], S=S_Q[:rank], Vh=Vh_QI[:rank])
+    return Aligned(U=(Q_OQ @ u_QQ)[:, :rank], S=S_Q[:rank], Vh=Vh_QI[:rank])
 
 
 def sketch_width(outputs: int, inputs: int, rank: int, oversampling: int) -> int:
