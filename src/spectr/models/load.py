@@ -77,7 +77,14 @@ def _check_reachable(path: str, base_alone: bool) -> bool:
                 expected="a folder with a transformers model",
                 do="check --model; leave it out for the default model",
             )
-        return _check_plain(path, base_alone)
+        composed = composed_config(path) is not None
+        if composed and not base_alone:  # it must not become its base model unnoticed
+            raise ModelError(
+                f"{path} is a composed model, whose experts are in it",
+                expected="a base model",
+                do=f"spectr.load_composed({path!r}), or spectr generate -m {path}; or name its base model",
+            )
+        return composed
     if Path(path).is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:  # what no Hub id looks like
         why = "it is a file" if Path(path).is_file() else "there is no such folder"
         raise ModelError(
@@ -101,18 +108,6 @@ def _check_reachable(path: str, base_alone: bool) -> bool:
             do="check --model and the network; leave --model out for the default model",
         ) from error
     return False
-
-
-def _check_plain(path: str, base_alone: bool) -> bool:
-    """Whether a folder is a composed one, which must not become its base model unnoticed."""
-    composed = composed_config(path) is not None
-    if composed and not base_alone:
-        raise ModelError(
-            f"{path} is a composed model, whose experts are in it",
-            expected="a base model",
-            do=f"spectr.load_composed({path!r}), or spectr generate -m {path}; or name its base model",
-        )
-    return composed
 
 
 def composed_config(folder: str | Path) -> dict[str, Any] | None:

@@ -208,12 +208,6 @@ class ExperimentSetup:
             for task in self.owned
         }
 
-    def seeds_in_words(self) -> str:
-        """What is to be said of the seeds, where there are any."""
-        if not self.seeds or self.library.calibration is None:
-            return ""
-        return f"Calibrated routers: mean over calibration seeds {', '.join(map(str, self.seeds))}."
-
     def _over_seeds(self, router: Router) -> Iterator[tuple[ExperimentSetup, Routed]]:
         for setup in self._calibrations(router):
             with setup.routed(router) as routed:
