@@ -46,17 +46,8 @@ class OptimizerSettings:
             )
 
 
-_POSITIVE = (
-    "rank",
-    "alpha",
-    "batch_size",
-    "learning_rate",
-    "epochs",
-    "steps",
-    "max_length",
-    "max_grad_norm",
-    "examples",
-)
+_SIZES = ("rank", "alpha", "batch_size", "epochs", "steps", "max_length", "examples")
+_RATES = ("learning_rate", "max_grad_norm")
 _SHARES = ("dropout", "warmup")
 
 
