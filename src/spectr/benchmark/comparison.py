@@ -14,7 +14,7 @@ from torch import nn
 import spectr
 from spectr.benchmark.measure import Timing, Work, measure
 from spectr.benchmark.subjects import BASE, OURS, Subject, get_peer, ours
-from spectr.flops import count_flops
+from spectr.flops import forward_flops
 from spectr.layers.routed import RoutedLinear
 from spectr.library import ExpertLibrary
 from spectr.ops import backend_for
@@ -131,11 +131,7 @@ def limit(base: nn.Module, routed: nn.Module, work: Work) -> float:
     layers = [layer for layer in routed.modules() if isinstance(layer, RoutedLinear)]
     if not work.steps:
         ids = torch.zeros(1, work.prompt, dtype=torch.long, device=next(base.parameters()).device)
-
-        def flops(model: nn.Module) -> int:
-            return count_flops(lambda: model(input_ids=ids, use_cache=False, logits_to_keep=1))
-
-        return flops(routed) / flops(base)
+        return forward_flops(routed, ids) / forward_flops(base, ids)
     plain = sum(p.numel() * p.element_size() for p in base.parameters())
     return 1 + sum(layer.bytes_read(work.batch) for layer in layers) / plain
 

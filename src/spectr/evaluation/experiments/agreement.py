@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 from spectr.evaluation.experiments.costs import SAMPLE_TOKENS, sample_ids
 from spectr.evaluation.experiments.robustness import changed_expert
 from spectr.evaluation.experiments.setup import ExperimentSetup, Result
-from spectr.flops import count_flops
+from spectr.flops import forward_flops
 from spectr.layers import RoutedLinear
 from spectr.library import ExpertLibrary
 from spectr.models import context_length, encode_batch
@@ -110,13 +110,9 @@ def _by_the_whole_factor(layer: RoutedLinear, x: Tensor) -> dict[str, Tensor]:
 def _added(setup: ExperimentSetup, router: Router) -> float:
     """Operations that routing adds for one token."""
     ids = sample_ids(setup)
-
-    def run() -> None:
-        setup.model(input_ids=ids, use_cache=False, logits_to_keep=1)
-
-    base = count_flops(run)
+    base = forward_flops(setup.model, ids)
     with setup.routed(router):
-        return (count_flops(run) - base) / SAMPLE_TOKENS
+        return (forward_flops(setup.model, ids) - base) / SAMPLE_TOKENS
 
 
 def _with_one_A(library: ExpertLibrary, folder: Path) -> ExpertLibrary:

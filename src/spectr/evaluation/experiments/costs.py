@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from spectr.evaluation.experiments.setup import ExperimentSetup, Result
-from spectr.flops import count_flops
+from spectr.flops import count_flops, forward_flops
 from spectr.layers import RoutedLinear
 from spectr.layers.batch_routing import BatchRouting, LayerCall, routed_by
 
@@ -35,7 +35,7 @@ def costs(setup: ExperimentSetup) -> Result:
     stored = sum(expert.weights.stat().st_size for expert in experts)
     read = int(setup.library.calibration.real.sum()) if setup.library.calibration else 0
     ids = sample_ids(setup)
-    base = count_flops(lambda: setup.model(input_ids=ids, use_cache=False, logits_to_keep=1))
+    base = forward_flops(setup.model, ids)
     plain = sum(p.numel() * p.element_size() for p in setup.model.parameters())
     rows = [["base model", f"{plain / 1e6:.1f}", "", f"{base / SAMPLE_TOKENS / 1e6:.1f}", "", ""]]
     data = {}
@@ -50,7 +50,7 @@ def costs(setup: ExperimentSetup) -> Result:
             else:
                 probe, routing = 0, BatchRouting()
             with routed_by(routing):
-                added = count_flops(lambda: setup.model(input_ids=ids, use_cache=False, logits_to_keep=1)) - base
+                added = forward_flops(setup.model, ids) - base
             formula = sum(_formula(layer, routing.of(layer)) for layer in layers.values())
         row = {"memory": held, "flops": added / SAMPLE_TOKENS, "formula": formula, "probe": probe / SAMPLE_TOKENS}
         data[label] = row
