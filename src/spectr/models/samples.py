@@ -10,6 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from spectr.models.generate import pad_rows
 from spectr.models.text import encode_prompt, shared_prefix
 
 
@@ -60,10 +61,8 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit
     """A user's texts, each a prompt cut after ``limit`` tokens; all but the template's opening counts."""
     opening, turn, closing = template_parts(tokenizer)
     rows = [encode_prompt(tokenizer, text)[: len(opening) + limit] for text in texts if text.strip()]
-    width = max(map(len, rows))
     pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
-    real = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows])
+    ids, real = pad_rows(rows, pad, left=False), pad_rows([[1] * len(row) for row in rows], 0, left=False).bool()
     counted = real.clone()
     counted[:, : len(opening)] = False
     return Texts(ids, counted, real, opening, turn, closing)
