@@ -136,9 +136,13 @@ class LibraryStore:
     def duplicates(self, entry: Entry) -> list[str]:
         """Other experts whose files are the same, by the names of their folders."""
         digits = entry.folder.rpartition("-")[2]
-        found = [_FOLDER.fullmatch(name) for name in os.listdir(self.root) if name.endswith(f"-{digits}")]
-        names = sorted(folder["name"] for folder in found if folder)
+        names = sorted(folder["name"] for folder in self._expert_folders() if folder["digits"] == digits)
         return [name for name in names if name != entry.name and has_entry(self.root, name)]
+
+    def _expert_folders(self) -> list[re.Match[str]]:
+        """Matches of the folders here that are named as experts' folders are."""
+        files = os.listdir(self.root) if self.root.is_dir() else []
+        return [folder for file in files if (folder := _FOLDER.fullmatch(file))]
 
     def add_gates(self, name: str, gates: Mapping[str, Float[Tensor, " I"]], facts: Mapping[str, Any]) -> Entry:
         """Put PHATGOOSE gates next to an expert's weights, in the place of older ones.
@@ -211,13 +215,13 @@ class LibraryStore:
     def _lost(self) -> dict[str, SpectrError]:
         """By name, experts whose folder is there without an entry."""
         found: dict[str, SpectrError] = {}
-        for file in os.listdir(self.root) if self.root.is_dir() else ():
-            folder = _FOLDER.fullmatch(file)
-            pending = (self.root / f"{_PENDING}{file}").exists()  # a killed writer's, which the next one sweeps up
-            if folder and not pending and not has_entry(self.root, folder["name"]) and _is_ours(self.root / file):
-                found[folder["name"]] = LibraryError(
-                    f"{self.root / file} belongs to no expert: its entry is missing",
-                    do=f"spectr library add {folder['name']} {self.root / file} --library {self.root}, or delete it",
+        for folder in self._expert_folders():
+            name, path = folder["name"], self.root / folder[0]
+            pending = (self.root / f"{_PENDING}{folder[0]}").exists()  # a killed writer's; the next one sweeps it up
+            if not pending and not has_entry(self.root, name) and _is_ours(path):
+                found[name] = LibraryError(
+                    f"{path} belongs to no expert: its entry is missing",
+                    do=f"spectr library add {name} {path} --library {self.root}, or delete it",
                 )
         return found
 
@@ -254,7 +258,6 @@ class LibraryStore:
                     self._begin()
                 self._sweep()
                 yield
-                self.__dict__.pop("entries", None)
         except Timeout as error:
             raise LibraryError(
                 f"{self.root} has been in use by another writer for {_PATIENCE} s; nothing was changed",
@@ -287,8 +290,8 @@ class LibraryStore:
     def _put(self, expert: Expert, alter: Callable[[Path], None] = lambda _: None, **kept: str) -> Entry:
         """Copy an expert in and let it count, in the place of one of its name."""
         source = expert.weights.parent
-        scratch = Path(tempfile.mkdtemp(dir=self.root, prefix=INCOMING))
-        try:
+        with tempfile.TemporaryDirectory(dir=self.root, prefix=INCOMING) as folder:
+            scratch = Path(folder)
             for file in ADAPTER_FILES:
                 if (source / file).is_file():
                     with (source / file).open("rb") as reading, (scratch / file).open("wb") as writing:
@@ -314,9 +317,6 @@ class LibraryStore:
                 self._put_in_place(scratch, self.root / entry.folder, digests)
                 sync_folder(self.root)
                 write_entry(self.root, entry)
-        except BaseException:
-            shutil.rmtree(scratch, ignore_errors=True)
-            raise
         return entry
 
     def _folders(self, name: str) -> list[str]:
@@ -324,16 +324,15 @@ class LibraryStore:
         try:
             entry = read_entry(self.root, name)
         except LibraryError:
-            named = {file: _FOLDER.fullmatch(file) for file in os.listdir(self.root)}
-            own = [file for file, folder in named.items() if folder and folder["name"] == name]
-            return [file for file in own if _is_ours(self.root / file)]
+            named = [folder[0] for folder in self._expert_folders() if folder["name"] == name]
+            return [folder for folder in named if _is_ours(self.root / folder)]
         return [entry.folder] if entry else []
 
     def _put_in_place(self, scratch: Path, folder: Path, digests: dict[str, str]) -> None:
-        if folder.exists() and _digests(folder) == digests:
-            shutil.rmtree(scratch)
-            return
-        if folder.exists():  # it is damaged: nothing is lost by a moment without it
+        if folder.exists():
+            if _digests(folder) == digests:
+                return
+            # It is damaged: nothing is lost by a moment without it.
             folder.rename(self.root / f"{INCOMING}damaged-{scratch.name.removeprefix(INCOMING)}")
         scratch.chmod(0o755)
         scratch.rename(folder)
