@@ -12,7 +12,7 @@ from composed_parts import session_of, several
 from models import random_factors
 from spectr.errors import CompositionError
 from spectr.layers import RoutedLinear
-from spectr.selection import Everyone, TopK
+from spectr.selection import All, TopK
 from spectr.spectral import AlignedExpert, SideData, Stack
 from spectr.vllm import EXPERTS, ROUTE_ID, ROUTING
 from spectr.vllm.layer import _kept
@@ -79,7 +79,7 @@ def test_salts_are_equal_for_equal_sets_alone():
     assert salt(["amber"], {"blue"}) == salt(["amber"])
 
 
-@pytest.mark.parametrize("select", [TopK(k=2), TopK(k=3, weighting="softmax", temperature=0.5), Everyone()], ids=str)
+@pytest.mark.parametrize("select", [TopK(k=2), TopK(k=3, weighting="softmax", temperature=0.5), All()], ids=str)
 def test_weights_are_those_of_a_library_of_the_allowed_alone(select):
     scores_TE = torch.rand(32, 5, generator=torch.Generator().manual_seed(0))
     allowed_TE = torch.tensor([[bool(n >> e & 1) for e in range(5)] for n in range(32)])

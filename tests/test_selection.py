@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from models import types_unchecked
 from spectr.errors import CompositionError
-from spectr.selection import Everyone, TopK
+from spectr.selection import All, TopK
 from spectr.spectral import reference
 
 SCORES = st.lists(st.floats(0, 1e4, width=32), min_size=1, max_size=8, unique=True)
@@ -41,7 +41,7 @@ def test_softmax_top_k_equals_the_reference(scores, k, temperature):
 @settings(max_examples=40, deadline=None)
 @given(SCORES)
 def test_everyone_weighs_all_alike(scores):
-    assert weights_of(Everyone(), scores).tolist() == pytest.approx([1 / len(scores)] * len(scores))
+    assert weights_of(All(), scores).tolist() == pytest.approx([1 / len(scores)] * len(scores))
 
 
 @settings(max_examples=40, deadline=None)
@@ -52,7 +52,7 @@ def test_weights_sum_to_one_and_only_the_largest_scores_have_some(scores, k, wei
     assert set(weights.nonzero().flatten().tolist()) == set(reference.top_k(scores, k))
 
 
-@pytest.mark.parametrize("select", [TopK(k=2), TopK(k=2, weighting="softmax"), Everyone()])
+@pytest.mark.parametrize("select", [TopK(k=2), TopK(k=2, weighting="softmax"), All()])
 def test_leading_axes_are_tokens_of_their_own(select):
     scores = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(0))
     together = select(scores)

@@ -88,9 +88,9 @@ def make_routers(
 
 def _made(name: str, options: Mapping[str, Any], most: int | None) -> Router:
     """A router whose ``top_k``, unless somebody set it, is at most the number of experts."""
-    if name == "shortlist" and options.get("size") == 1 and "local" in options:
+    if name == "shortlist" and options.get("size") == 1 and "token_router" in options:
         raise CompositionError(
-            "a shortlist of one leaves nothing to choose: local and its settings make no difference",
+            "a shortlist of one leaves nothing to choose: token_router and its settings make no difference",
             do="leave them out, or ask for a longer one: --set size=16",
         )
     router = get_router(name, **options)

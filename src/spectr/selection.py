@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from spectr.errors import CompositionError
+from spectr.renamed import old_attributes
 
 Weighting = Literal["uniform", "softmax"]
 
@@ -30,7 +31,7 @@ class Selection(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Everyone:
+class All:
     """All experts that adapt the module, each with weight ``1 / E`` (mu-routing)."""
 
     @property
@@ -82,3 +83,6 @@ class TopK:
             k = min(self.k, scores_TE.shape[-1])
             return weights_TE.scatter_(-1, scores_TE.topk(k, dim=-1).indices, 1 / k)
         return weights_TE.scatter_(-1, *self.choose(scores_TE))
+
+
+__getattr__ = old_attributes(__name__, Everyone="All")

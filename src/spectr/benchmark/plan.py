@@ -14,9 +14,9 @@ from spectr.benchmark.subjects import PEERS, alike, check_peers, get_peer
 from spectr.benchmark.synthetic import write_lookalikes
 from spectr.errors import SpectrError
 from spectr.library import ExpertLibrary
-from spectr.library.needs import SIDE_DATA, Indexed
+from spectr.library.needs import DESCRIBED, SIDE_DATA, Indexed
 from spectr.models.text import context_length
-from spectr.routers import GuidedRouter, Router
+from spectr.routers import Router
 
 Progress = Callable[[str, int, int, str], None]
 
@@ -109,8 +109,8 @@ def make_plan(
         peers = [name for name in peers if name != "peft-arrow"]
         remarks.append("PEFT's Arrow is left out: it cannot hold experts that differ in rank or modules")
     check_peers(peers, library)
-    if isinstance(router, GuidedRouter):
-        raise SpectrError(f"{router} writes text for every prompt", do="time its local router: -r phatgoose")
+    if DESCRIBED in router.needs:
+        raise SpectrError(f"{router} writes text for every prompt", do="time its token router: -r phatgoose")
     if experts and experts > len(library) and _needs_measures(router):
         raise SpectrError(
             "synthetic experts have no calibration and no gates", do="-r spectr, -r arrow, -r lag, -r seqr or -r mu"

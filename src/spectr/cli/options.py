@@ -85,7 +85,7 @@ LettersOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
 
 _PANEL = "Routing"
-_FORMER = {"shortlist": "size", "local": "local", "bits": "bits", "router_temperature": "temperature"}
+_FORMER = {"shortlist": "size", "local": "token_router", "bits": "bits", "router_temperature": "temperature"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -225,9 +225,9 @@ class Routing:
     def _tell(self, library: ExpertLibrary, router: Router) -> None:
         """What a user would not expect of the router that stands in for "auto", or of its number of experts."""
         from spectr.choosing import is_calibrated
-        from spectr.routers import GuidedRouter
+        from spectr.library.needs import DESCRIBED
 
-        if (self.writer or self.embedder) and not isinstance(router, GuidedRouter):
+        if (self.writer or self.embedder) and DESCRIBED not in router.needs:
             say("--writer and --embedder make no difference: this router compares no descriptions")
         if self.router == "auto" and not is_calibrated(library) and self._composed() is None:
             new = [name for name in library if not library.calibrated(name)]
@@ -263,10 +263,10 @@ class Routing:
         """The model composed with the experts that are allowed, with a progress bar."""
         from spectr.cli.guides import make_guide
         from spectr.composition import compose
-        from spectr.routers import GuidedRouter, PagedRouter
+        from spectr.library.needs import DESCRIBED
 
         guide = None
-        if isinstance(router, GuidedRouter):
+        if DESCRIBED in router.needs:
             guide = make_guide(model, tokenizer, self.writer, self.embedder, self.dtype)
         with bar() as advance:
             routed = compose(
@@ -275,7 +275,7 @@ class Routing:
                 router,
                 progress=lambda done, total: advance(what, done, total, ""),
                 guide=guide,
-                expert_memory=int(self.expert_memory * (1 << 30)) if isinstance(router, PagedRouter) else None,
+                expert_memory=int(self.expert_memory * (1 << 30)) if router.policy and router.policy.pages else None,
             )
             return routed.allow(self.allow) if self.allow else routed
 

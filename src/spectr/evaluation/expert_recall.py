@@ -21,7 +21,6 @@ from spectr.evaluation.score import Measurement
 from spectr.layers import trace
 from spectr.models.generate import encode_batch
 from spectr.models.text import context_length
-from spectr.routers import ProbingRouter
 
 _BATCH = 16
 
@@ -71,13 +70,13 @@ def find_experts(
         batch: dict[str, Any] = encode_batch(tokenizer, prompts[start : start + _BATCH], limit=limit)
         batch = {key: value.to(next(model.parameters()).device) for key, value in batch.items()}
         evidence_BE = routed.prompt.evidence(**batch) if routed.prompt else None
-        if evidence_BE is not None and routed.router.use is not None and routed.router.use.fixes:
+        if evidence_BE is not None and routed.policy is not None and routed.policy.use.fixes:
             rows = [dict(zip(routed.experts, row, strict=True)) for row in evidence_BE.tolist()]
             found += [_finding(row, expert) for row in rows]
             continue
         held = nullcontext()
         if routed.prompt and evidence_BE is not None:  # read once, not once more by the call below
-            held = routed.prompt.using(routed.prompt.router.verdict(evidence_BE))
+            held = routed.prompt.using(routed.prompt.use.verdict(evidence_BE))
         with trace(model) as record, held:
             model(**batch, use_cache=False, logits_to_keep=1)
         real_BT = record.mask & (record.mask.cumsum(1) > skip)
@@ -93,7 +92,7 @@ def find_experts(
                 total += len(scores_TE)
                 votes.update(layer.experts[i] for i in order_TE[:, 0].tolist())
             evidence = {name: float(votes[name]) for name in record.experts}
-            if evidence_BE is not None and isinstance(routed.router, ProbingRouter):
+            if evidence_BE is not None and routed.policy and routed.policy.evidence.reads != "words":
                 evidence = dict(zip(routed.experts, evidence_BE[row].tolist(), strict=True))
             found.append(_finding(evidence, expert, hits / max(total, 1)))
     return found

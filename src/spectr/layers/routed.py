@@ -19,7 +19,8 @@ from spectr.layers.kernels import Choice, kernels_for
 from spectr.layers.linear import Features, features
 from spectr.layers.names import take_names_of_base
 from spectr.layers.outputs import add_masked, gathered_sum, gathering_pays, weighted
-from spectr.routers.base import LengthRouter, PromptRouter, Router, ShortlistRouter
+from spectr.routers.base import LengthRouter, Router, ShortlistRouter
+from spectr.routers.use import Use
 from spectr.selection import TopK
 from spectr.spectral import Stack
 
@@ -37,8 +38,8 @@ class RoutedLinear(nn.Module):
         base: The layer as it was; never changed.
         stack: Its experts, on the device and in the dtype to compute in; ``None`` for none.
         router: Decides for each token.
-        decided: Whether something is decided for whole prompts, so that a call without a decision is refused; if left
-            out, as the router says.
+        use: What is done with the evidence of whole prompts, so that a call without a decision is refused; ``None``:
+            tokens alone decide.
 
     Attributes:
         experts: Names of the experts that it holds.
@@ -57,7 +58,7 @@ class RoutedLinear(nn.Module):
     U_OQ: Tensor | None
     call: LayerCall
 
-    def __init__(self, base: nn.Module, stack: Stack | None, router: Router, *, decided: bool | None = None):
+    def __init__(self, base: nn.Module, stack: Stack | None, router: Router, *, use: Use | None = None):
         super().__init__()
         self.base = base
         self.router = router
@@ -65,8 +66,7 @@ class RoutedLinear(nn.Module):
         self.combine = self.combination.merge
         self.sums = self.combine is merge_outputs
         self.lister = router if isinstance(router, ShortlistRouter) else None
-        self.informer = router if isinstance(router, PromptRouter) else None
-        self.decided = router.use is not None if decided is None else decided
+        self.use, self.decided = use, use is not None
         for name in _BUFFERS:
             self.register_buffer(name, None, persistent=False)
         self.fill(stack)
@@ -82,8 +82,7 @@ class RoutedLinear(nn.Module):
         self._keep(held)
 
     def _keep(self, factors: Factors | None) -> None:
-        use = self.router.use
-        if factors is not None and not (self.decided and use is not None and use.fixes):  # no token chooses there
+        if factors is not None and not (self.use is not None and self.use.fixes):  # no token chooses there
             factors = self.planned(factors)
         self.call = LayerCall(factors, factors)
 
@@ -303,8 +302,8 @@ class RoutedLinear(nn.Module):
         allowed_TE = None if call.among_BTE is None else spread(call.among_BTE, x)
         h_TP, scores_TE = self._score(x, call.factors, allowed_TE)
         if call.prior_BTE is not None:
-            assert self.informer is not None
-            scores_TE = self.informer.informed(scores_TE, spread(call.prior_BTE, x))
+            assert self.use is not None
+            scores_TE = self.use.informed(scores_TE, spread(call.prior_BTE, x))
         if allowed_TE is not None:
             scores_TE = scores_TE.masked_fill(~allowed_TE, -torch.inf)
         return h_TP, scores_TE

@@ -14,8 +14,8 @@ from jaxtyping import Bool, Float, Int32
 from torch import Tensor, nn
 
 from spectr.combine import merge_factors
-from spectr.routers import LengthRouter, PromptRouter, Router
-from spectr.selection import Everyone, Selection, TopK
+from spectr.routers import LengthRouter, Router
+from spectr.selection import All, Selection, TopK
 from spectr.spectral import Stack, segment_norms
 from spectr.vllm.score_transforms import Way
 
@@ -27,7 +27,7 @@ def weights_among(
 
     Where fewer than ``k`` are allowed all of them are taken; where none is, all weights are zero.
     """
-    if isinstance(select, Everyone):
+    if isinstance(select, All):
         taken_TE = allowed_TE.float()
         return taken_TE / taken_TE.sum(-1, keepdim=True).clamp(min=1)
     assert isinstance(select, TopK)
@@ -93,8 +93,8 @@ class Group(nn.Module):
         self.router, self.selects = router, [one.selection for one in routers]
         self.merges = router.combination.merge is merge_factors
         self.held = held
-        prompted = [one for one in routers if isinstance(one, PromptRouter)]
-        priors = [one for one in prompted if one.use is not None and not one.use.fixes]
+        uses = [one.policy.use for one in routers if one.policy is not None]
+        priors = [use for use in uses if not use.fixes]
         self.informed = priors[0].informed if priors else None
         self.everyone = list(columns) == list(range(engine_experts))
         centers_SWP, scales_SWP = _tables(stacks, ways)

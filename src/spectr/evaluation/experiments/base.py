@@ -26,7 +26,7 @@ from spectr.hashing import known_sha256
 from spectr.library import Calibration, ExpertLibrary
 from spectr.library.needs import CALIBRATED, DESCRIBED, GATED
 from spectr.models.text import context_length, encode_prompt, shared_prefix
-from spectr.routers import GuidedRouter, Router
+from spectr.routers import Router
 from spectr.routers.config import router_config
 from spectr.tasks import Example, Task
 
@@ -131,7 +131,7 @@ class Bench:
     @contextmanager
     def routed(self, router: Router) -> Iterator[Routed]:
         """The model composed while the block runs."""
-        guide = self.guide() if self.guide is not None and isinstance(router, GuidedRouter) else None
+        guide = self.guide() if self.guide is not None and DESCRIBED in router.needs else None
         routed = compose(self.model, self.library, router, guide=guide)
         try:
             yield routed
