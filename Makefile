@@ -25,7 +25,7 @@ test: $(VENV)/.test lint
 test-browser: $(VENV)/.test
 	@command -v "$${SPECTR_CHROMIUM:-chromium}" >/dev/null || { echo "no chromium here: apt-get install chromium, or set SPECTR_CHROMIUM to one"; exit 1; }
 	@$(PIP) -c requirements/constraints.txt playwright
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m browser tests/playground
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m browser tests/serving/playground
 
 # The engine pins a torch of its own. Packages of images and sound do not fit that CPU build, and break model loading.
 test-vllm: $(VLLM_VENV)/.test

@@ -46,7 +46,7 @@ EXPERIMENTS = {  # the longest first, so that two workers end together
     "wording": "--data-root data --limit 10 --seeds 3",
     "heldout": "--data-root heldout --limit 16",
     "ranks": "--data-root data --limit 8 --ranks ranks",
-    "robustness": "--data-root data --limit 4 --companion sst2=ranks/sst2-r64 --companion sst2=sst2-long",
+    "robustness": "--data-root data --limit 4 --substitute sst2=ranks/sst2-r64 --substitute sst2=sst2-long",
     "quality": "--data-root data --limit 20",
     "mixed": "--data-root data --limit 4",
     "agreement": "--data-root data --limit 2",

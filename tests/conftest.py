@@ -23,13 +23,11 @@ CHECKED = (
     "spectr.combine",
     "spectr.evaluation",
     "spectr.extraction.svd",
-    *(
-        f"spectr.layers.{name}"
-        for name in ("decision", "fork", "grouped", "outputs", "probe", "prompt", "routed", "trace")
-    ),
+    *(f"spectr.layers.{name}" for name in ("fork", "routed", "trace")),
     "spectr.merging.dare",
     "spectr.merging.lowrank",
     "spectr.merging.ties",
+    *(f"spectr.ops.{name}" for name in ("grouped", "outputs", "reference", "rules")),
     "spectr.routers",
     "spectr.selection",
     "spectr.spectral",

@@ -25,7 +25,7 @@ from spectr import (
 )
 from spectr.combine import COMBINATIONS, Combination, get_combination, merge_outputs
 from spectr.errors import CompositionError, SpectrError, SpectrWarning
-from spectr.merging.registry import METHODS
+from spectr.merging.method import METHODS
 from spectr.registry import Registry, entry
 from spectr.routers import Router, get_router, router_names
 from spectr.routers.config import router_config

@@ -12,20 +12,22 @@ import spectr
 
 ROOT = Path(spectr.__file__).parent
 ROOMS = (
-    ("errors", "renamed", "atomic_write", "hashing", "flops", "lazy", "registry"),
+    ("errors", "renamed", "atomic_write", "folders", "hashing", "versions", "flops", "lazy", "registry"),
     ("spectral",),
     ("adapters",),
     ("library",),
+    ("shipped",),
     ("selection", "combine", "routers"),
+    ("ops",),
     ("layers",),
     ("models",),
     ("prompts",),
     ("paging",),
     ("composition",),
     ("composed_model",),
-    ("tasks", "guidance", "calibration", "indexing", "choosing"),
+    ("tasks", "guidance", "calibration", "indexing", "choosing", "description"),
     ("vllm", "serving"),
-    ("merging", "extraction", "training", "evaluation", "plots", "benchmark", "demo", "shipped"),
+    ("merging", "extraction", "training", "evaluation", "plots", "benchmark", "demo"),
     ("cli", "__main__"),
 )
 PLACE = {name: number for number, room in enumerate(ROOMS) for name in room}
@@ -63,6 +65,12 @@ def files() -> list[Path]:
 def module_of(path: Path) -> str:
     parts = path.relative_to(ROOT.parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def test_tests_mirror_the_package():
+    """``helpers`` serves all of them, and ``benchmarks`` mirrors the folder of that name."""
+    folders = {path.parent.name for path in Path(__file__).parent.glob("*/*.py")}
+    assert folders - {"helpers", "benchmarks", "other_package"} <= {path.name for path in ROOT.iterdir()}
 
 
 def test_every_module_has_a_room():

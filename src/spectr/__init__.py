@@ -4,10 +4,10 @@ library = spectr.ExpertLibrary.open("experts/")
 routed = spectr.compose(model, library, router=spectr.Spectr(top_k=4))
 """
 
-from importlib import import_module
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from spectr.lazy import lazy
 from spectr.renamed import install
 
 if TYPE_CHECKING:
@@ -69,8 +69,8 @@ _HOMES = {
         "router_names",
     ),
 }
-_MODULES = ("evaluation", "extraction", "guidance", "merging", "models", "paging", "plots", "tasks", "training")
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_MODULES = ("evaluation", "extraction", "guidance", "merging", "models", "paging", "plots", "tasks", "training")
 
 __version__ = version("spectr-lora")
 install()
@@ -104,14 +104,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return import_module(f"spectr.{name}")
-    if name not in _HOME_OF:
-        raise AttributeError(f"module 'spectr' has no attribute '{name}'")
-    value = getattr(import_module(f"spectr.{_HOME_OF[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy(__name__, dict.fromkeys(_MODULES, "") | _HOME_OF)
 
 
 def __dir__() -> list[str]:

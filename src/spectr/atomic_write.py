@@ -44,14 +44,19 @@ def replacing(target: Path, scratch_in: Path | None = None) -> Iterator[Path]:
     scratch = Path(name)
     try:
         yield scratch
-        with scratch.open("r+b") as written:
-            os.fsync(written.fileno())
+        sync_file(scratch)
         scratch.chmod(0o644)
         scratch.replace(target)
     except BaseException:
         scratch.unlink(missing_ok=True)
         raise
     sync_folder(target.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Make a file's content last through a power cut."""
+    with path.open("r+b") as written:
+        os.fsync(written.fileno())
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,14 +1,16 @@
 """Errors that say what was given, what was expected and what to do.
 
-Everything a user can get wrong raises :class:`SpectrError` or one of its kin before anything is changed. A broken
-invariant of ours is an ``assert``, never one of these.
+Everything a user can get wrong raises :class:`SpectrError` or a subclass before anything is changed. A broken invariant
+of ours is an ``assert``, never one of these.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 _SHOWN = 40  # known names that a message lists
 
@@ -39,7 +41,7 @@ class AdapterError(SpectrError):
 
 
 class LibraryError(SpectrError):
-    """An expert library that is missing, damaged, or does not allow what was asked."""
+    """An expert library that is missing, damaged, or does not allow that."""
 
 
 class CompositionError(SpectrError):
@@ -47,7 +49,7 @@ class CompositionError(SpectrError):
 
 
 class MergeError(SpectrError):
-    """Experts that cannot be merged as asked."""
+    """Experts that cannot be merged like that."""
 
 
 class DataError(SpectrError):
@@ -59,7 +61,7 @@ class ModelError(SpectrError):
 
 
 class ExtractionError(SpectrError):
-    """Two checkpoints, or an expert, that no expert of the asked kind can be taken from."""
+    """Two checkpoints, or an expert, that no such expert can be taken from."""
 
 
 class MissingExtraError(SpectrError, ImportError):
@@ -87,15 +89,38 @@ def raise_together(
         title: What they are problems of.
         problems: What is wrong.
         kind: Of the error that carries several.
-        most: Problems that are told in full; of the others only the number is. By default all are told.
+        most: Problems that are written in full; of the others only the number. By default all are.
     """
     found = list(problems)
     if len(found) == 1:
         raise found[0]
     if found:
-        told = [str(problem) for problem in found[:most]]
-        told += [f"and {len(found) - len(told)} more"] if len(found) > len(told) else []
-        raise kind(f"{title}: {len(found)} problems\n" + "\n".join(f"- {line}" for line in told))
+        lines = [str(problem) for problem in found[:most]]
+        lines += [f"and {len(found) - len(lines)} more"] if len(found) > len(lines) else []
+        raise kind(f"{title}: {len(found)} problems\n" + "\n".join(f"- {line}" for line in lines))
+
+
+@contextmanager
+def collecting(problems: list[SpectrError]) -> Iterator[None]:
+    """Append a :class:`SpectrError` of the block to a list, for :func:`raise_together`."""
+    try:
+        yield
+    except SpectrError as problem:
+        problems.append(problem)
+
+
+def range_faults(
+    error: type[SpectrError], expected: str, right: Callable[[Any], bool], **values: Any
+) -> Iterator[SpectrError]:
+    """An error for each value that is not ``right``; ``None`` always is."""
+    for name, value in values.items():
+        if value is not None and not right(value):
+            yield error(f"{name}={value}", expected=expected)
+
+
+def some_of(names: Sequence[str], shown: int, what: str = "") -> str:
+    """The first few names, and how many more there are."""
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more{what}" if len(names) > shown else "")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

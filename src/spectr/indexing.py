@@ -60,11 +60,10 @@ def build_index(
         CompositionError: Experts are not calibrated, or do not fit the model.
         LibraryError: An entry on disk is damaged.
     """
-    missing = {name: library[name] for name in library if fresh or not library.indexed(name)}
+    missing = {name: library[name] for name in check_index(library, fresh=fresh)}
     if not missing:
         return library
     make_plan(model, list(missing.values()), Spectr(top_k=1))
-    CALIBRATED.check(library, list(missing))
     known = library.calibration
     assert known is not None
     modules = sorted({module for expert in missing.values() for module in expert.shapes})
@@ -87,6 +86,18 @@ def build_index(
             entries[name] = entry
             progress(len(entries), len(missing), name)
     return library.with_index(library.index.joined(entries))
+
+
+def check_index(library: ExpertLibrary, *, fresh: bool = False) -> list[str]:
+    """The experts that are to be indexed: those that are not, or all.
+
+    Raises:
+        CompositionError: They are not calibrated.
+    """
+    missing = [name for name in library if fresh or not library.indexed(name)]
+    if missing:
+        CALIBRATED.check(library, missing)
+    return missing
 
 
 class _Parts(Dataset[Any]):

@@ -6,9 +6,10 @@ import importlib
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial, wraps
+from functools import partial
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from inspect import signature
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -21,15 +22,23 @@ MODULES = {
     "spectr.composed": "spectr.composed_model",
     "spectr.composition.readers": "spectr.composition.subset_probes",
     "spectr.composition.watching": "spectr.composition.recorder",
+    "spectr.evaluation.answers": "spectr.evaluation.score",
+    "spectr.evaluation.experiments.compared": "spectr.evaluation.experiments.base",
     "spectr.evaluation.finding": "spectr.evaluation.expert_recall",
     "spectr.evaluation.shares": "spectr.evaluation.paired_statistics",
+    "spectr.evaluation.similarity": "spectr.evaluation.experiments.similarity",
     "spectr.layers.certain": "spectr.prompts.bounds",
-    "spectr.layers.kernels.rough": "spectr.layers.kernels.screening",
-    "spectr.layers.kernels.whole": "spectr.layers.kernels.fused_linear",
+    "spectr.layers.grouped": "spectr.ops.grouped",
+    "spectr.layers.kernels": "spectr.ops",
+    "spectr.layers.kernels.rough": "spectr.ops.screening",
+    "spectr.layers.kernels.whole": "spectr.ops.fused_linear",
     "spectr.layers.opening": "spectr.prompts.chat_template",
+    "spectr.layers.outputs": "spectr.ops.outputs",
     "spectr.layers.probe": "spectr.prompts.probe",
     "spectr.layers.prompt": "spectr.prompts.decision",
+    "spectr.merging.registry": "spectr.merging.method",
     "spectr.paging.shelf": "spectr.paging.expert_cache",
+    "spectr.plots.family": "spectr.plots.figures",
     "spectr.saving": "spectr.atomic_write",
     "spectr.serving.answers": "spectr.serving.responses",
     "spectr.serving.engines.conducting": "spectr.serving.engines.batch_scheduling",
@@ -103,12 +112,13 @@ def options_renamed(**names: str) -> Callable[[type[T]], type[T]]:
 
     def decorated(kind: type[T]) -> type[T]:
         make: Any = kind.__init__
+        shown = signature(kind)
 
-        @wraps(make)
         def init(self: T, **options: Any) -> None:
             make(self, **current_options(kind, options))
 
         kind.__init__ = init
+        kind.__signature__ = shown  # pyright: ignore[reportAttributeAccessIssue]
         _OPTIONS[kind] = names
         for old, new in names.items():
             setattr(kind, old, property(partial(_read, old=old, new=new)))

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from spectr.errors import CompositionError
 from spectr.renamed import old_attributes
@@ -46,7 +47,7 @@ class All:
 
 @dataclass(frozen=True, kw_only=True)
 class TopK:
-    """The ``k`` largest scores; where a module has fewer experts, all of them.
+    """The ``k`` largest scores, of equal ones the first; where a module has fewer experts, all of them.
 
     Attributes:
         k: Experts for each token.
@@ -71,7 +72,7 @@ class TopK:
     def choose(self, scores_TE: Float[Tensor, "*T E"]) -> tuple[Int[Tensor, "*T K"], Float[Tensor, "*T K"]]:
         """The chosen experts of each token, and their weights."""
         k = min(self.k, scores_TE.shape[-1])
-        top_TK, index_TK = scores_TE.topk(k, dim=-1)
+        top_TK, index_TK = largest(scores_TE, k)
         if self.weighting == "softmax":
             return index_TK, (top_TK / self.temperature).softmax(-1)
         return index_TK, torch.full_like(top_TK, 1 / k)
@@ -81,8 +82,33 @@ class TopK:
         weights_TE = torch.zeros_like(scores_TE)
         if self.weighting == "uniform":  # one operation less, which one token notices
             k = min(self.k, scores_TE.shape[-1])
-            return weights_TE.scatter_(-1, scores_TE.topk(k, dim=-1).indices, 1 / k)
+            return weights_TE.scatter_(-1, largest(scores_TE, k)[1], 1 / k)
         return weights_TE.scatter_(-1, *self.choose(scores_TE))
+
+
+def select_among(
+    selection: Selection, scores_TE: Float[Tensor, "*T E"], allowed_TE: Bool[Tensor, "*B E"]
+) -> Float[Tensor, "*T E"]:
+    """The weights that a selection gives in a library that holds only each token's allowed experts.
+
+    Where fewer than ``k`` are allowed all of them are taken; where none is, all weights are zero.
+    """
+    weights_TE = selection(scores_TE.masked_fill(~allowed_TE, -torch.inf))
+    weights_TE = weights_TE.where(allowed_TE, 0.0)  # a selection may have had to fill up with others
+    return weights_TE / weights_TE.sum(-1, keepdim=True).clamp(min=1e-30)
+
+
+def largest(scores_TE: Float[Tensor, "*T E"], k: int) -> tuple[Float[Tensor, "*T K"], Int[Tensor, "*T K"]]:
+    """The ``k`` largest scores and their places, of equal ones the first. ``topk`` takes any of these."""
+    top_TK, index_TK = scores_TE.topk(k, dim=-1)
+    if k == scores_TE.shape[-1]:
+        return top_TK, index_TK
+    least_T1 = top_TK[..., -1:]
+    tied_TE = scores_TE == least_T1
+    if scores_TE.is_cpu and not is_compiling() and int(tied_TE.sum()) <= least_T1.numel():
+        return top_TK, index_TK
+    room_T1 = k - (scores_TE > least_T1).sum(-1, keepdim=True)
+    return scores_TE.masked_fill(tied_TE & (tied_TE.cumsum(-1) > room_T1), -math.inf).topk(k, dim=-1)
 
 
 __getattr__ = old_attributes(__name__, Everyone="All")

@@ -1,4 +1,4 @@
-"""Policies for prompts: evidence x use x token router, rows of that table without a name, and other packages' evidence."""
+"""Policies for prompts: evidence x use x token router, also those without a name, and other packages' evidence."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import pytest
 import torch
 
 import spectr
+from guided import DESCRIPTIONS, NAMES, embed, library_with_gates
 from models import types_unchecked
 from spectr import Arrow, Calibrated, Glider, Lag, Oracle, PromptPolicy, Shortlist, Spectr, compose, get_router
 from spectr.errors import CompositionError, SpectrError
 from spectr.guidance import QueryGuide
 from spectr.models.generate import encode_batch
 from spectr.routers import (
+    AddToScores,
     DescriptionSimilarity,
     Evidence,
     HoldWeights,
@@ -28,8 +30,6 @@ from spectr.routers.config import part_config, router_config
 from spectr.routers.options import read_settings
 from spectr.routers.registry import EVIDENCE
 from spectr.spectral import reference
-from test_gates import library_with_gates
-from test_glider import DESCRIPTIONS, NAMES, batch, cosines, embed
 from text_model import make_model, make_tokenizer
 
 PROMPTS = ("what is the blue sky", "who is it", "green grass is good")
@@ -48,6 +48,14 @@ def plugins(monkeypatch):
         "spectr.registry.entry_points", lambda group: [point for point in found if point.group == group]
     )
     return lambda group, name, value: found.append(EntryPoint(name=name, value=f"{__name__}:{value}", group=group))
+
+
+def batch(*prompts):
+    return encode_batch(make_tokenizer(), prompts)
+
+
+def cosines(prompt):
+    return embed([prompt]) @ embed([DESCRIPTIONS[name] for name in NAMES]).mT
 
 
 def dense(library, listed, top_k):
@@ -83,6 +91,7 @@ def words(size, router):
     return PromptPolicy(evidence=DescriptionSimilarity(), use=KeepShortlist(size=size), router=router)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize(("size", "top_k"), [(1, 1), (2, 1), (2, 2)])
 def test_a_row_without_a_name_decides_and_generates_as_the_reference(library, size, top_k):
     """Similarity to descriptions x shortlist x Arrow."""
@@ -113,6 +122,16 @@ def test_a_named_row_is_its_parts(library, router):
     compose(model, library, router, guide=guide)
     compose(parts, library, router.policy, guide=guide)
     assert torch.equal(model(**batch(*PROMPTS)).logits, parts(**batch(*PROMPTS)).logits)
+
+
+def test_a_bias_is_added_whatever_computes_the_scores(library):
+    """Kernels multiply a prior: a router that they score for must not have its bias multiplied."""
+    model, plain, guide = make_model(), make_model(), QueryGuide(make_tokenizer(), embed)
+    router = Spectr(top_k=2, weights="softmax")
+    bias = AddToScores(alpha=2.0)
+    compose(model, library, PromptPolicy(evidence=DescriptionSimilarity(), use=bias, router=router), guide=guide)
+    compose(plain, library, Glider(token_router=router, alpha=2.0, top_k=2), guide=guide)
+    torch.testing.assert_close(model(**batch(*PROMPTS)).logits, plain(**batch(*PROMPTS)).logits)
 
 
 # From plain data
@@ -253,7 +272,8 @@ def test_what_makes_no_evidence_is_refused_with_its_package(plugins):
 @pytest.mark.parametrize(
     ("make", "now", "old"),
     [
-        (lambda: Shortlist(heard=("q_proj",), every=2), Shortlist(modules=("q_proj",), module_stride=2), "heard"),
+        (lambda: Shortlist(heard=("q_proj",)), Shortlist(modules=("q_proj",)), "heard"),
+        (lambda: Shortlist(every=2), Shortlist(module_stride=2), "every"),
         (lambda: Shortlist(local=Spectr(top_k=2)), Shortlist(token_router=Spectr(top_k=2)), "local"),
         (lambda: Glider(local=None), Glider(token_router=None), "local"),
         (lambda: get_router("glider", local={"name": "arrow"}), Glider(token_router=Arrow()), "local"),

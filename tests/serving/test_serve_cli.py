@@ -79,8 +79,8 @@ def test_several_routers_are_told_listed_and_answer(start):
         (("-r", "spectr", "-r", "calibrated"), "not calibrated"),
         (("-r", "spectr", "--combine", "knots"), "answers would depend on all experts of the server"),
         (("-r", "uniform", "-k", "2"), "router 'uniform' has no top_k"),
-        (("-r", "uniform", "-r", "arrow", "--set", "topk=2"), "no router asked for has topk"),
-        (("-r", "uniform", "-r", "arrow", "--set", "spectr.top_k=2"), "the router spectr is not asked for"),
+        (("-r", "uniform", "-r", "arrow", "--set", "topk=2"), "none of these routers has topk"),
+        (("-r", "uniform", "-r", "arrow", "--set", "spectr.top_k=2"), "the router spectr is not used here"),
     ],
 )
 def test_what_cannot_be_served_is_told_before_a_model_is_loaded(spectr, given, words, told, monkeypatch, unloaded):
@@ -90,12 +90,12 @@ def test_what_cannot_be_served_is_told_before_a_model_is_loaded(spectr, given, w
     assert told in err
 
 
-@pytest.mark.parametrize("words", [("-r", "oracle"), ("-r", "oracle", "-e", "blue"), ("-r", "arrow", "-e", "blue")])
-def test_a_router_that_holds_one_expert_alone_is_refused_beside_others(spectr, given, words, unloaded):
+@pytest.mark.parametrize("words", [("-r", "oracle"), ("-r", "oracle", "-e", "blue")])
+def test_a_router_that_holds_one_expert_alone_is_refused_next_to_others(spectr, given, words, unloaded):
     code, _, err = spectr("serve", *given, "-r", "spectr", *words, "--served-name", "ours")
     assert code == 2
-    assert "oracle, for which --expert is, holds one expert alone and is not served beside others" in err
-    assert "a request asks for one expert alone by its model, ours/EXPERT" in err
+    assert "the router oracle holds one expert alone and cannot be served next to others" in err
+    assert "a request names one expert alone by its model, ours/EXPERT" in err
 
 
 def test_a_router_that_holds_one_expert_alone_is_told_which_there_are(spectr, given, unloaded):

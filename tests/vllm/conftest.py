@@ -1,4 +1,7 @@
-"""Tests in a running engine; collected only where vLLM is installed, which is found out without importing it."""
+"""Tests in a running engine, collected only where vLLM is installed (found out without importing it).
+
+The tests in ``plugin`` need no engine.
+"""
 
 from pathlib import Path
 
@@ -12,7 +15,7 @@ collect_ignore_glob = [] if engine_version() else ["test_*.py"]
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if HERE in item.path.parents:
+        if item.path.parent == HERE:
             item.add_marker(pytest.mark.vllm)
             item.add_marker(pytest.mark.filterwarnings("ignore"))  # the engine's and its libraries' own
 

@@ -70,19 +70,10 @@ def decided(world, router, prompt, experts):
     made = routed.model.generate(ids, attention_mask=ids > -1, max_new_tokens=NEW, do_sample=False)
     if routed.prompt is not None:
         routed.prompt.hold(routed.prompt.decide(input_ids=ids))
-    weights = {name: [] for name in routed.experts}
-    for layer in routed.layers.values():
-
-        def listen(x, layer=layer):
-            for name, weights_T in zip(layer.experts, layer.explain(x).weights_TE[0].mT, strict=True):
-                weights[name].append(weights_T)
-
-        layer.listen = listen
-    with torch.no_grad():
+    with spectr.trace(routed.model) as seen, torch.no_grad():
         routed.model(made)
-    layers = len(routed.layers)
-    shares = {name: sum(given)[len(prompt) - 1 : -1] / layers for name, given in weights.items() if given}
-    return text, [{name: float(share[token]) for name, share in shares.items()} for token in range(NEW)]
+    shares_TE = seen.weights()[0, len(prompt) - 1 : -1]
+    return text, [dict(zip(seen.experts, shares_E.tolist(), strict=True)) for shares_E in shares_TE]
 
 
 def get_router(config):

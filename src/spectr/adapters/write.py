@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,23 @@ def write_adapter(folder: Path, factors: Mapping[str, Pair], settings: Mapping[s
     Args:
         folder: Is there; the files in it are replaced.
         factors: ``(B, A)`` by module name, any floating dtype, ranks of at least 1; at least one module.
-        settings: More of PEFT's settings, such as those that :func:`common_settings` finds.
+        settings: More of PEFT's settings, such as those that :func:`common_settings` finds; ranks and scale excepted.
     """
     tensors: dict[str, Tensor] = {}
     for module, (B, A) in factors.items():
         tensors[f"base_model.model.{module}.lora_A.weight"] = A.contiguous().cpu()
         tensors[f"base_model.model.{module}.lora_B.weight"] = B.contiguous().cpu()
     save_readable(tensors, folder / WEIGHTS_FILE, {"format": "pt"})
-    config = {**_lora_config({module: A.shape[0] for module, (_, A) in factors.items()}), **settings}
+    config = {
+        "peft_type": "LORA",
+        "target_modules": sorted(factors),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "init_lora_weights": True,
+        "inference_mode": True,
+        **settings,
+        **rank_settings({module: A.shape[0] for module, (_, A) in factors.items()}),
+    }
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -46,21 +56,15 @@ def common_settings(experts: Iterable[Expert]) -> dict[str, Any]:
     return found
 
 
-def _lora_config(ranks: Mapping[str, int]) -> dict[str, Any]:
-    largest = max(ranks.values())
-    # PEFT reads a key as a regular expression that may match the end of a name: "^" holds it to the whole name, so that
-    # "encoder.q" does not give its rank to "decoder.encoder.q", in whatever order the keys are.
-    smaller = {f"^{re.escape(module)}": rank for module, rank in ranks.items() if rank != largest}
-    return {
-        "peft_type": "LORA",
-        "r": largest,
-        "lora_alpha": largest,
-        "rank_pattern": smaller,
-        "alpha_pattern": smaller,
-        "target_modules": sorted(ranks),
-        "use_rslora": False,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "init_lora_weights": True,
-        "inference_mode": True,
-    }
+def rank_settings(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """The part of a PEFT configuration that gives every module its rank, and the scale 1.
+
+    The commonest rank is ``r``. The others are in ``rank_pattern``, and in ``alpha_pattern`` since PEFT divides a
+    module's alpha by its own rank. PEFT reads their keys as regular expressions for the end of a module's name. The
+    keys are escaped and anchored, so that each is one module: "encoder.q" gives no rank to "decoder.encoder.q".
+    """
+    counts = Counter(ranks.values())
+    commonest = max(counts, key=lambda rank: (counts[rank], rank))
+    pattern = {f"^{re.escape(module)}": rank for module, rank in ranks.items() if rank != commonest}
+    sizes = {"r": commonest, "lora_alpha": commonest, "rank_pattern": pattern, "alpha_pattern": pattern}
+    return {**sizes, "use_rslora": False}

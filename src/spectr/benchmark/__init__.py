@@ -1,4 +1,4 @@
-"""What routing costs on a user's own model and library: time and memory beside PEFT, in one interleaved run."""
+"""What routing costs on a user's own model and library: time and memory next to PEFT, in one interleaved run."""
 
 from spectr.benchmark.measure import Timing, measure
 from spectr.benchmark.report import Outcome, benchmark

@@ -11,7 +11,7 @@ from torch import nn
 
 from spectr.benchmark.report import Outcome, benchmark
 from spectr.benchmark.subjects import PEERS, alike, check_peers, get_peer
-from spectr.benchmark.synthetic import write_lookalikes
+from spectr.benchmark.synthetic import check_count, write_lookalikes
 from spectr.errors import SpectrError
 from spectr.library import ExpertLibrary
 from spectr.library.needs import DESCRIBED, SIDE_DATA, Indexed
@@ -111,10 +111,12 @@ def make_plan(
     check_peers(peers, library)
     if DESCRIBED in router.needs:
         raise SpectrError(f"{router} writes text for every prompt", do="time its token router: -r phatgoose")
-    if experts and experts > len(library) and _needs_measures(router):
-        raise SpectrError(
-            "synthetic experts have no calibration and no gates", do="-r spectr, -r arrow, -r lag, -r seqr or -r mu"
-        )
+    if experts is not None:
+        check_count(library, experts)
+        if experts > len(library) and _needs_measures(router):
+            raise SpectrError(
+                "synthetic experts have no calibration and no gates", do="-r spectr, -r arrow, -r lag, -r seqr or -r mu"
+            )
     return Plan(
         library=library,
         router=router,

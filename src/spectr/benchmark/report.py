@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,9 +16,9 @@ from spectr.benchmark.measure import Timing, Work, measure
 from spectr.benchmark.subjects import BASE, OURS, Subject, get_peer, ours
 from spectr.composition import Guide
 from spectr.flops import count_flops
-from spectr.layers.kernels import kernels_for
 from spectr.layers.routed import RoutedLinear
 from spectr.library import ExpertLibrary
+from spectr.ops import backend_for
 from spectr.routers import Router
 
 COLUMNS = ("work", "model", "time", "over the base", "theirs over ours", "limit", "memory")
@@ -32,12 +33,14 @@ class Outcome:
         timings: By "model | work" the seconds of every round and the peak in bytes.
         limits: By work: what ours takes over the base at least, by operations (prompt) or bytes (decoding) added.
         origin: Model, experts, router, dtype, threads, versions, machine.
+        backends: What :func:`explain` says of the routed model.
     """
 
     rows: Sequence[Sequence[str]]
     timings: Mapping[str, Mapping[str, Any]]
     limits: Mapping[str, float]
     origin: Mapping[str, Any]
+    backends: Sequence[str] = ()
 
 
 def benchmark(
@@ -87,7 +90,21 @@ def benchmark(
         timings={" | ".join(key): asdict(timing) for key, timing in timings.items()},
         limits=limits,
         origin=_origin(model, library, router, rounds=rounds, prompt=prompt),
+        backends=explain(routed.model),
     )
+
+
+def explain(model: nn.Module) -> list[str]:
+    """A line for each way in which routed layers are computed: how many layers, by which backend, and why."""
+    found: Counter[str] = Counter()
+    for layer in model.modules():
+        if isinstance(layer, RoutedLinear):
+            factors = layer.factors
+            if factors is not None and factors.plan is None:  # of prompts' fixed weights
+                factors = layer.subset(layer.experts[:1])
+            plan = None if factors is None else factors.plan
+            found["no expert is in memory" if plan is None else plan.summary] += 1
+    return [f"{count} layers: {why}" for why, count in found.most_common()]
 
 
 def _row(
@@ -135,7 +152,7 @@ def _origin(model: nn.Module, library: ExpertLibrary, router: Router, **settings
         "router": repr(router),
         "dtype": str(weight.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
-        "kernels": "compiled" if kernels_for(weight.device.type) else "none",
+        "kernels": backend_for(weight.device.type).reason,
         "device": device,
         "torch": torch.__version__,
         "spectr": spectr.__version__,

@@ -23,7 +23,7 @@ class Subject:
     """One model to measure, by the name that a table shows.
 
     Attributes:
-        name: What a table says.
+        name: For a table.
         model: A causal model of transformers.
         routed: The handle of a composed one.
     """

@@ -43,19 +43,14 @@ def write_lookalikes(
     Raises:
         LibraryError: ``count`` is less than the number of real experts, or a synthetic expert's name is taken.
     """
+    check_count(library, count)
     missing = count - len(library)
-    if missing < 0:
-        raise LibraryError(
-            f"{count} experts, but the library alone has {len(library)}", do=f"ask for at least {len(library)}"
-        )
     sources = {name: library[name].weights.parent for name in library}
     settings = common_settings(library[name] for name in library)
     with ExitStack() as files:
         readers = {name: files.enter_context(library[name].open()) for name in library}
         for number in range(1, missing + 1):
-            target = folder / f"synthetic-{number:05}"
-            if target.name in sources:
-                raise LibraryError(f"the library has an expert '{target.name}'", do="give it another name")
+            target = folder / _name(number)
             sources[target.name] = target
             if not (target / "adapter_config.json").is_file():
                 chance = torch.Generator().manual_seed(seed * 1_000_003 + number)
@@ -66,6 +61,21 @@ def write_lookalikes(
                 write_adapter(target, factors, settings)
             progress(number, missing)
     return ExpertLibrary.from_adapters(sources)
+
+
+def check_count(library: ExpertLibrary, count: int) -> None:
+    """Raise :class:`LibraryError` where a library cannot grow to this number of experts."""
+    if count < len(library):
+        raise LibraryError(
+            f"{count} experts, but the library alone has {len(library)}", do=f"ask for at least {len(library)}"
+        )
+    for name in map(_name, range(1, count - len(library) + 1)):
+        if name in library:
+            raise LibraryError(f"the library has an expert '{name}'", do="give it another name")
+
+
+def _name(number: int) -> str:
+    return f"synthetic-{number:05}"
 
 
 def _lookalike(pair: tuple[Tensor, Tensor, float], size: float, chance: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,6 @@ from spectr.cli import (
     demo,
     evaluate,
     extract,
-    gates,
     generate,
     library,
     merge,
@@ -30,7 +29,7 @@ from spectr.errors import SpectrError, SpectrWarning
 
 app = typer.Typer(
     name="spectr",
-    help="One language model and a folder of LoRA experts become one model that composes the right experts for every "
+    help="Make one model of a language model and a folder of LoRA experts: it composes the right experts for every "
     "token at every layer.\n\nWithout flags every command uses the default model (SmolLM2-135M-Instruct), the "
     "shipped experts, and the router that their calibration allows. Start with: spectr demo",
     no_args_is_help=True,
@@ -50,7 +49,6 @@ app.command("rerank")(extract.rerank)
 app.command("evaluate")(evaluate.evaluate)
 app.command("report")(evaluate.report)
 app.command("benchmark")(benchmark.benchmark)
-train.app.command("gates")(gates.gates)
 app.add_typer(train.app, name="train")
 app.add_typer(library.app, name="library")
 

@@ -12,35 +12,36 @@ import typer
 from rich.table import Table
 
 from spectr.cli.console import bar, out, say
-from spectr.cli.options import JsonOption, Routing, check_target, with_routing
+from spectr.cli.options import JsonOption, Routing, check_target, with_options
 from spectr.errors import SpectrError
 
 if TYPE_CHECKING:
     from spectr.benchmark import Outcome
 
 
-@with_routing
+@with_options
 def benchmark(
     routing: Routing,
     experts: Annotated[
         int | None,
-        typer.Option(help="Measure with so many experts: the library's, and synthetic ones like them.", min=1),
+        typer.Option(help="Measure with N experts: those of the library, and synthetic ones like them.", min=1),
     ] = None,
     against: Annotated[
         str | None,
         typer.Option(
-            help="peft-single, peft-arrow, both with a comma, or none; "
-            "by default both, where PEFT's Arrow can hold the experts.",
+            help="Compare with peft-single, peft-arrow, both with a comma, or none; by default with both, where PEFT's "
+            "Arrow can hold the experts.",
         ),
     ] = None,
-    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.", min=1)] = 256,
-    batch: Annotated[str, typer.Option(help="Rows that are decoded together; several with commas.")] = "1,16",
-    steps: Annotated[int, typer.Option(help="Tokens that are decoded in a round.", min=1)] = 16,
-    rounds: Annotated[int, typer.Option(help="How often everything is timed, in turn.", min=1)] = 7,
+    prompt: Annotated[int, typer.Option(help="Set the tokens of the prompt.", min=1)] = 256,
+    batch: Annotated[str, typer.Option(help="Decode this many rows together; several numbers with commas.")] = "1,16",
+    steps: Annotated[int, typer.Option(help="Decode this many tokens in a round.", min=1)] = 16,
+    rounds: Annotated[int, typer.Option(help="Time everything this often, in turn.", min=1)] = 7,
+    explain: Annotated[bool, typer.Option("--explain", help="Print which kernels serve the layers, and why.")] = False,
     file: Annotated[Path | None, typer.Option("--out", "-o", help="Write all numbers to this .json file too.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Time the routed model beside the base model and PEFT, in turn, on your own model and library.
+    """Time the routed model, the base model and PEFT in turn, on your own model and library.
 
     [dim]spectr benchmark[/]
     [dim]spectr benchmark --experts 64 -r spectr --dtype bfloat16[/]
@@ -68,10 +69,10 @@ def benchmark(
     if as_json:
         out.print(text, highlight=False, markup=False)
     else:
-        _show(outcome, rounds)
+        _show(outcome, rounds, explain=explain)
 
 
-def _show(outcome: Outcome, rounds: int) -> None:
+def _show(outcome: Outcome, rounds: int, *, explain: bool) -> None:
     from spectr.benchmark.report import COLUMNS
 
     table = Table(*COLUMNS)
@@ -87,3 +88,5 @@ def _show(outcome: Outcome, rounds: int) -> None:
         "one call held at once.",
         highlight=False,
     )
+    for line in outcome.backends if explain else ():
+        out.print(line, highlight=False, markup=False)

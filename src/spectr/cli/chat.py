@@ -8,7 +8,7 @@ import typer
 
 from spectr.cli.console import errors, out
 from spectr.cli.generate import MaxNewTokens, Temperature
-from spectr.cli.options import Routing, with_routing
+from spectr.cli.options import Routing, with_options
 from spectr.errors import SpectrError
 
 if TYPE_CHECKING:
@@ -17,14 +17,16 @@ if TYPE_CHECKING:
 HELP = "/experts lists them, /allow NAME ... restricts, /allow alone lifts that, /new starts over, /quit ends"
 
 
-@with_routing
+@with_options
 def chat(
     routing: Routing,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
-    seed: Annotated[int | None, typer.Option(help="Seed of the sampling; without it no chat is like another.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Set the seed of the sampling; by default each chat has its own.")
+    ] = None,
 ) -> None:
-    """Talk with the routed model; after each answer it says which experts did the work.
+    """Talk with the routed model; after each answer the experts with the most weight are shown.
 
     In the chat, /experts, /allow NAME ..., /new and /quit are commands.
     """

@@ -8,20 +8,20 @@ from typing import Annotated
 import typer
 
 from spectr.cli.console import bar, out
-from spectr.cli.options import Routing, with_routing
+from spectr.cli.options import Routing, with_options
 from spectr.errors import MissingExtraError
 
 
-@with_routing
+@with_options
 def compose(
     routing: Routing,
-    save: Annotated[Path, typer.Option("--save", "-s", help="Folder for the composed model.")],
+    save: Annotated[Path, typer.Option("--save", "-s", help="Write the composed model to this folder.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
     access: Annotated[
         str,
-        typer.Option(help="In vLLM, for requests that name no experts: open (all of them) or closed (the base model)."),
+        typer.Option(help="Give requests to vLLM that name no experts all of them (open) or the base model (closed)."),
     ] = "open",
-    record: Annotated[bool, typer.Option("--record", help="In vLLM, let requests ask what was chosen.")] = False,
+    record: Annotated[bool, typer.Option("--record", help="Let requests to vLLM ask what was chosen.")] = False,
 ) -> None:
     """Write base model, experts and router as one folder that transformers and vLLM load.
 
@@ -36,7 +36,7 @@ def compose(
     except ImportError as error:
         raise MissingExtraError("spectr compose", "models") from error
     check_folder(save, overwrite)  # before a word on the router
-    library, router = routing.for_tokens().experts()
+    library, router = routing.experts(token_level=True)
     experts = routing.allow or library.names
     check_saving(router, experts, save, access=access, record=record, overwrite=overwrite)  # before minutes of work
     base, tokenizer = routing.base()

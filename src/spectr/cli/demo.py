@@ -9,21 +9,21 @@ import typer
 from rich.table import Table
 
 from spectr.cli.console import out, say
-from spectr.cli.options import Routing, check_target, with_routing
+from spectr.cli.options import Routing, check_target, with_options
 
 
-@with_routing
+@with_options
 def demo(
     routing: Routing,
-    folder: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures.")] = Path("out"),
+    folder: Annotated[Path, typer.Option("--out", "-o", help="Write the pictures to this folder.")] = Path("out"),
 ) -> None:
     """Ask the base model and the routed model one question of each task, and draw who did the work.
 
     Writes a heat map as PNG and a page as HTML that shows, for every token and layer, the experts at work.
     """
     check_target(folder / "routing.png", ".png")
-    library, router = routing.experts()
-    name = routing.router_name(library)
+    found = routing.resolve()
+    library, router, name = found.library, found.router, next(iter(found.routers))
     base, tokenizer = routing.base()
 
     from spectr.demo import demonstrate

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,62 +11,85 @@ import typer
 from rich.table import Table
 
 from spectr.cli.console import bar, out, resumable, say
-from spectr.cli.guides import guide_maker
+from spectr.cli.guides import check_writer, guide_maker
 from spectr.cli.model_loading import open_model
-from spectr.cli.options import BaseOption, DataRootOption, DtypeOption, JsonOption, LettersOption, LibraryOption
+from spectr.cli.options import (
+    BaseOption,
+    DataRootOption,
+    DtypeOption,
+    JsonOption,
+    LettersOption,
+    LibraryOption,
+    with_options,
+)
+from spectr.evaluation.experiments import EXPERIMENTS
 from spectr.shipped import open_library
 
 if TYPE_CHECKING:
     from spectr.evaluation.experiments import Result
 
-Folder = Annotated[Path, typer.Option("--out", "-o", help="Folder of the results; a killed run goes on there.")]
+Folder = Annotated[
+    Path, typer.Option("--out", "-o", help="Write the results to this folder; a killed run goes on there.")
+]
 _OTHERS = "Other experts"
-_EXPERIMENTS = (
-    "quality, similarity, tokens, routing, ranks, multitask, heldout, wording, mixed, robustness, agreement, "
-    "costs, or all."
-)
 
 
-def evaluate(
-    experiment: Annotated[str, typer.Argument(help=_EXPERIMENTS)],
-    folder: Folder = Path("out/evaluation"),
-    model: BaseOption = None,
-    library: LibraryOption = None,
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What results depend on; in the order of the command that is kept with them."""
+
+    data_root: DataRootOption = None
+    model: BaseOption = None
+    library: LibraryOption = None
     task: Annotated[
-        list[str] | None, typer.Option("--task", help="A shipped task or a task file; the default is all shipped ones.")
-    ] = None,
-    data_root: DataRootOption = None,
-    letters: LettersOption = False,
+        list[str] | None,
+        typer.Option("--task", help="Use this shipped task or task file; by default all shipped tasks."),
+    ] = None
+    letters: LettersOption = False
     router: Annotated[
-        list[str] | None, typer.Option("--router", "-r", help="Compare only these; give it once for each.")
-    ] = None,
-    settings: Annotated[
+        list[str] | None, typer.Option("--router", "-r", help="Compare only this router: once for each.")
+    ] = None
+    set: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
             metavar="NAME=VALUE",
-            help="Set a setting of the routers that have it: --set temperature=0.5.",
+            help="Set a setting of the named routers that have it: --set temperature=0.5.",
         ),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Test examples of each task at most.", min=2)] = None,
+    ] = None
+    limit: Annotated[int | None, typer.Option(help="Limit the test examples of each task.", min=2)] = None
     seeds: Annotated[
-        int, typer.Option(help="Measure calibrated routers with so many calibrations of their own; 0: the library's.")
-    ] = 0,
+        int,
+        typer.Option(help="Measure calibrated routers with N calibrations of their own; 0: with the library's.", min=0),
+    ] = 0
     writer: Annotated[
         str | None,
         typer.Option(
-            help="Who writes GLIDER's instructions: a model, http(s)://host/v1#MODEL, none; or the base model."
+            help="Have this model write GLIDER's instructions, or http(s)://host/v1#MODEL; by default the base model.",
+            callback=check_writer,
         ),
-    ] = None,
+    ] = None
     ranks: Annotated[
         Path | None,
-        typer.Option(help='Of "ranks": a folder of adapters EXPERT-rRANK, as sst2-r16.', rich_help_panel=_OTHERS),
-    ] = None,
-    companion: Annotated[
+        typer.Option(
+            help='Take the experts of "ranks" from this folder: EXPERT-rRANK, as sst2-r16.', rich_help_panel=_OTHERS
+        ),
+    ] = None
+    substitute: Annotated[
         list[str] | None,
-        typer.Option(help='Of "robustness": an adapter in an expert\'s place, EXPERT=FOLDER.', rich_help_panel=_OTHERS),
-    ] = None,
-    dtype: DtypeOption = "auto",
+        typer.Option(
+            help='Put an adapter in an expert\'s place in "robustness": EXPERT=FOLDER.', rich_help_panel=_OTHERS
+        ),
+    ] = None
+    companion: Annotated[list[str] | None, typer.Option(hidden=True)] = None
+    dtype: DtypeOption = "auto"
+
+
+@with_options
+def evaluate(
+    request: Request,
+    experiment: Annotated[str, typer.Argument(help=f"Run {', '.join(EXPERIMENTS.entries)}, or all.")],
+    folder: Folder = Path("out/evaluation"),
     as_json: JsonOption = False,
 ) -> None:
     """Run one of the paper's experiments, or all: a table, a figure, and results with their origin as JSON.
@@ -77,44 +101,32 @@ def evaluate(
     """
     from spectr.evaluation.plan import read_plan
 
+    if request.companion:
+        say("warning: --companion is deprecated, and the next version drops it; use --substitute")
     plan = read_plan(
         experiment,
-        open_library(library),
-        tasks=task or (),
-        data_root=data_root,
-        letters=letters,
-        limit=limit,
-        ranks=ranks,
-        companions=companion or (),
-        routers=router or (),
-        settings=settings or (),
+        open_library(request.library),
+        tasks=request.task or (),
+        data_root=request.data_root,
+        letters=request.letters,
+        limit=request.limit,
+        ranks=request.ranks,
+        companions=[*(request.substitute or ()), *(request.companion or ())],
+        routers=request.router or (),
+        settings=request.set or (),
     )
     for remark in plan.remarks:
         say(remark)
-    given = {
-        "data-root": data_root,
-        "model": model,
-        "library": library,
-        "task": task,
-        "letters": letters,
-        "router": router,
-        "set": settings,
-        "limit": limit,
-        "seeds": seeds,
-        "writer": writer,
-        "ranks": ranks,
-        "companion": companion,
-        "dtype": None if dtype == "auto" else dtype,
-    }
-    base, tokenizer = open_model(model, dtype)
+    base, tokenizer = open_model(request.model, request.dtype)
 
     from spectr.evaluation.run import run_experiment
 
-    guide = guide_maker(base, tokenizer, writer, dtype)
+    guide = guide_maker(base, tokenizer, request.writer, request.dtype)
+    given = {name.replace("_", "-"): value for name, value in vars(request).items() if value != "auto"}
     for name in plan.experiments:
         with resumable(), bar() as advance:
             result = run_experiment(
-                name, plan, base, tokenizer, folder=folder, seeds=seeds, guide=guide, progress=advance
+                name, plan, base, tokenizer, folder=folder, seeds=request.seeds, guide=guide, progress=advance
             )
         _keep(result, folder, given, as_json)
 
@@ -134,8 +146,12 @@ def _keep(result: Result, folder: Path, given: dict[str, Any], as_json: bool) ->
 
 
 def report(
-    folder: Folder = Path("out/evaluation"),
-    page: Annotated[Path | None, typer.Option(help="The page; by default report.html in that folder.")] = None,
+    folder: Annotated[Path, typer.Option("--out", "-o", help="Read the results of this folder.")] = Path(
+        "out/evaluation"
+    ),
+    page: Annotated[
+        Path | None, typer.Option(help="Write the page here; by default to report.html in that folder.")
+    ] = None,
 ) -> None:
     """Draw all results of a folder into one self-contained HTML page.
 

@@ -18,39 +18,42 @@ if TYPE_CHECKING:
     from spectr.adapters import Expert
     from spectr.extraction import Report
 
-Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the expert; made, or empty.")]
-Rank = Annotated[int | None, typer.Option(help="Ranks of every module.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Write the expert to this folder, which is new or empty.")]
+Rank = Annotated[int | None, typer.Option(help="Give every module this rank.")]
 Energy = Annotated[
-    float | None, typer.Option(help="Instead: the fewest ranks that hold this share of each module's squared norm.")
+    float | None,
+    typer.Option(help="Hold this share of each module's squared norm by the fewest ranks, instead of --rank."),
 ]
-MaxRank = Annotated[int, typer.Option(help="With --energy, the most ranks of a module.")]
-Name = Annotated[str | None, typer.Option(help="The expert's name; by default the folder's.")]
-Written = Annotated[str, typer.Option("--dtype", help="Of the expert's weights: bfloat16 or float32.")]
-Png = Annotated[Path | None, typer.Option(help="Write a picture: what is kept, layers by kinds of module.")]
-Svg = Annotated[Path | None, typer.Option(help="The same picture as SVG, for a paper.")]
+MaxRank = Annotated[int, typer.Option(help="Limit the ranks of a module, with --energy.")]
+Name = Annotated[str | None, typer.Option(help="Name the expert; by default as the folder.")]
+Written = Annotated[str, typer.Option("--dtype", help="Write the expert's weights as bfloat16 or float32.")]
+Png = Annotated[Path | None, typer.Option(help="Write a picture of what is kept, layers by kinds of module.")]
+Svg = Annotated[Path | None, typer.Option(help="Write the same picture as SVG, for a paper.")]
 
 _LEFT_SHOWN = 5
 
 
 def extract(
-    fine_tuned: Annotated[str, typer.Argument(help="The fine-tuned model: a folder (safetensors) or a Hub id.")],
+    fine_tuned: Annotated[str, typer.Argument(help="Read this fine-tuned model: a folder (safetensors) or a Hub id.")],
     out_folder: Out,
     base: Annotated[
         str | None,
         typer.Option(
-            "--base", "-b", help="What it was fine-tuned from, likewise; the default is SmolLM2-135M-Instruct."
+            "--base", "-b", help="Read the model that it was fine-tuned from; by default SmolLM2-135M-Instruct."
         ),
     ] = None,
     rank: Rank = None,
     energy: Energy = None,
     max_rank: MaxRank = 128,
     method: Annotated[
-        str, typer.Option(help="Of the SVD: exact, randomised, or auto (exact where it fits and is quick).")
+        str, typer.Option(help="Choose the SVD: exact, randomised, or auto (exact where it fits and is quick).")
     ] = "auto",
-    oversampling: Annotated[int, typer.Option(help="Of the randomised SVD: directions beside those wanted.")] = 10,
-    power_iterations: Annotated[int, typer.Option(help="Of the randomised SVD: passes that sharpen it.")] = 2,
-    seed: Annotated[int, typer.Option(help="Of the randomised SVD.")] = 0,
-    max_memory: Annotated[float, typer.Option(help="GiB that tensors may take at any time.")] = 4.0,
+    oversampling: Annotated[
+        int, typer.Option(help="Add this many directions to those wanted, in the randomised SVD.")
+    ] = 10,
+    power_iterations: Annotated[int, typer.Option(help="Sharpen the randomised SVD by this many passes.")] = 2,
+    seed: Annotated[int, typer.Option(help="Set the seed of the randomised SVD.")] = 0,
+    max_memory: Annotated[float, typer.Option(help="Hold tensors in at most this many GiB.")] = 4.0,
     dtype: Written = "bfloat16",
     strict: Annotated[
         bool, typer.Option("--strict", help="Refuse where anything has changed that LoRA cannot carry.")
@@ -89,7 +92,9 @@ def extract(
 
 
 def rerank(
-    expert: Annotated[str, typer.Argument(help="An expert's name in the library, an adapter's folder, or a Hub id.")],
+    expert: Annotated[
+        str, typer.Argument(help="Read this expert: a name in the library, an adapter's folder, or a Hub id.")
+    ],
     out_folder: Out,
     library: LibraryOption = None,
     rank: Rank = None,

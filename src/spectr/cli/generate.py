@@ -10,12 +10,16 @@ import typer
 
 from spectr.cli.console import errors, out
 from spectr.cli.guides import tell_guide
-from spectr.cli.options import JsonOption, Routing, with_routing
+from spectr.cli.options import JsonOption, Routing, with_options
 from spectr.errors import DataError
 
-PromptArgument = Annotated[str | None, typer.Argument(help="The prompt; read from standard input if left out or -.")]
-MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Length of the answer at most.", min=1)]
-Temperature = Annotated[float, typer.Option("--temperature", "-t", help="0 for the likeliest tokens.", min=0)]
+PromptArgument = Annotated[
+    str | None, typer.Argument(help="Answer this prompt; by default, and for -, that of standard input.")
+]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Limit the tokens of the answer.", min=1)]
+Temperature = Annotated[
+    float, typer.Option("--temperature", "-t", help="Sample at this temperature; 0 takes the likeliest tokens.", min=0)
+]
 Chat = Annotated[bool, typer.Option("--chat/--no-chat", help="Use the model's chat template.")]
 
 
@@ -31,13 +35,13 @@ def read_prompt(prompt: str | None) -> str:
     return prompt.strip("\n")
 
 
-@with_routing
+@with_options
 def generate(
     routing: Routing,
     prompt: PromptArgument = None,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Set the seed of the sampling.")] = 0,
     chat: Chat = True,
     as_json: JsonOption = False,
 ) -> None:

@@ -23,15 +23,24 @@ def open_writer(name: str | None, dtype: str) -> Writer:
     """A writer: of an endpoint (``http://host/v1#MODEL``), a folder or a Hub id; by default the default model."""
     from spectr.models.writer import EndpointWriter, LocalWriter
 
-    if name and name.startswith(("http://", "https://")):
-        url, _, model = name.partition("#")
-        if not model:
-            raise DataError(f"--writer {name}", expected="the model's name after the address: http://host/v1#MODEL")
+    if _is_endpoint(check_writer(name)):
+        url, _, model = str(name).partition("#")
         return EndpointWriter(url, model)
     try:
         return LocalWriter(*open_model(name, dtype))
     except ModelError as error:
         raise ModelError(f"--writer {name}: {error.given}", expected=error.expected, do="check --writer") from error
+
+
+def check_writer(name: str | None) -> str | None:
+    """The name of a writer, checked as far as that goes without loading one."""
+    if _is_endpoint(name) and not str(name).partition("#")[2]:
+        raise DataError(f"--writer {name}", expected="the model's name after the address: http://host/v1#MODEL")
+    return name
+
+
+def _is_endpoint(name: str | None) -> bool:
+    return name is not None and name.startswith(("http://", "https://"))
 
 
 def make_guide(

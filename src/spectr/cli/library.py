@@ -23,26 +23,29 @@ from spectr.library.calibration import CALIBRATION_FILE
 from spectr.library.descriptions import DESCRIPTIONS_FILE
 from spectr.library.index import INDEX_FOLDER
 from spectr.library.manifest import MANIFEST_FILE, any_entry
-from spectr.shipped import open_library
+from spectr.shipped import open_library, shipped_experts
 from spectr.tasks.rows import read_lines
 
-_BESIDE = f"{CALIBRATION_FILE}, {DESCRIPTIONS_FILE}, {INDEX_FOLDER}"
+_SIDE_FILES = f"{CALIBRATION_FILE}, {DESCRIPTIONS_FILE}, {INDEX_FOLDER}"
 _UNFILLED = "# Model Card for Model ID"  # the title of PEFT's template
 app = typer.Typer(
-    help="Experts on disk: add, remove, list, show, verify, calibrate, index, describe.", no_args_is_help=True
+    help="Keep experts on disk: add, remove, list, show, verify, calibrate, index, describe.", no_args_is_help=True
 )
 app.command()(describe)
-WriteTo = Annotated[Path, typer.Option("--library", "-l", help="Folder of the library; made if it is not there.")]
+WriteTo = Annotated[
+    Path, typer.Option("--library", "-l", help="Use the library of this folder, which is made if it is not there.")
+]
 
 
 @app.command()
 def add(
-    name: Annotated[str, typer.Argument(help="The expert's name in the library.")],
+    name: Annotated[str, typer.Argument(help="Name the expert in the library.")],
     adapter: Annotated[
-        str, typer.Argument(help="A PEFT folder, or a Hub id: org/repo, org/repo/folder, either with @revision.")
+        str,
+        typer.Argument(help="Copy this PEFT folder, or a Hub id: org/repo, org/repo/folder, either with @revision."),
     ],
     library: WriteTo,
-    replace: Annotated[bool, typer.Option(help="Put it in the place of an expert of that name.")] = False,
+    replace: Annotated[bool, typer.Option(help="Replace an expert of that name.")] = False,
 ) -> None:
     """Check a LoRA adapter and copy it into a library.
 
@@ -51,12 +54,12 @@ def add(
     store = LibraryStore(library)
     entry = store.add(name, adapter, replace=replace)
     out.print(f"added {entry.name}: {_ranks(entry)}, {entry.modules} modules, {entry.parameters:,} parameters")
-    for twin in store.twins(entry):
-        say(f"'{twin}' has the same files: routers for tokens count them twice")
+    for other in store.twins(entry):
+        say(f"'{other}' has the same files: routers for tokens count them twice")
     other = any_entry(store.root, but=entry.name)
     if other and other.base_model != entry.base_model:
         bases = f"{entry.base_model or 'nothing'}, and '{other.name}' {other.base_model or 'nothing'}"
-        say(f"its base model, as the adapter says, is {bases}: their sizes agree, but are they for one model?")
+        say(f"its base model in the adapter's configuration is {bases}: their sizes agree, but are they for one model?")
     known = Calibration.load(store.root)
     if known is None or known.sha256.get(entry.name) != entry.sha256[WEIGHTS_FILE]:
         steps = ("calibrate", "index") if (store.root / INDEX_FOLDER).is_dir() else ("calibrate",)
@@ -66,48 +69,38 @@ def add(
 
 @app.command()
 def remove(
-    name: Annotated[str, typer.Argument(help="The expert to delete.")],
-    library: Annotated[Path, typer.Option("--library", "-l", help="Folder of the library.")],
+    name: Annotated[str, typer.Argument(help="Delete this expert.")],
+    library: Annotated[Path, typer.Option("--library", "-l", help="Use the library of this folder.")],
 ) -> None:
     """Take an expert out of a library and delete its files."""
-    if not library.is_dir():
-        raise LibraryError(f"there is no library folder {library}", do="check --library")
-    LibraryStore(library).remove(name)
+    store, _ = _open(library)
+    store.remove(name)
     out.print(f"removed {name}")
 
 
 @app.command("list")
 def list_experts(library: LibraryOption = None, as_json: JsonOption = False) -> None:
     """List a library's experts."""
-    store = _open(library)
-    entries, opened = store.entries, ExpertLibrary.open(store.root)
-    known, words = opened.calibration, opened.descriptions
+    store, opened = _open(library)
+    words = opened.descriptions
     if as_json:
-        rows = [
-            {
-                **entry.model_dump(),
-                "calibrated": opened.calibrated(entry.name),
-                "indexed": opened.indexed(entry.name),
-                "description": words.get(entry.name),
-            }
-            for entry in entries
-        ]
+        rows = [{**entry.model_dump(), **_kept(entry, opened)} for entry in store.entries]
         sys.stdout.write(json.dumps(rows) + "\n")
         return
-    if not entries:
+    if not store.entries:
         out.print(f"{store.root} is an empty library", highlight=False)
         return
     table = Table("expert", "rank", "modules", "parameters", "calibrated", "gates", "described")
-    kin: dict[tuple[str | None, tuple[str, ...]], list[str]] = {}  # told below the table, which has no room for it
-    for entry in entries:
-        kin.setdefault((entry.base_model, tuple(entry.targets)), []).append(entry.name)
-        row = (entry.name, "/".join(map(str, entry.ranks)), str(entry.modules), f"{entry.parameters:,}")
-        calibrated = bool(known) and known.sha256.get(entry.name) == entry.sha256.get(WEIGHTS_FILE)
-        has = ("yes" if it else "no" for it in (calibrated, GATES_FILE in entry.sha256, entry.name in words))
-        table.add_row(*row, *has)
+    alike: dict[tuple[str | None, tuple[str, ...]], list[str]] = {}  # below the table, which has no room for it
+    for entry in store.entries:
+        alike.setdefault((entry.base_model, tuple(entry.targets)), []).append(entry.name)
+        kept = _kept(entry, opened)
+        has = (kept["calibrated"], kept["gates"], kept["description"])
+        sizes = ("/".join(map(str, entry.ranks)), str(entry.modules), f"{entry.parameters:,}")
+        table.add_row(entry.name, *sizes, *("yes" if it else "no" for it in has))
     out.print(table)
-    for (base, targets), names in kin.items():
-        who = "all" if len(kin) == 1 else ", ".join(names)
+    for (base, targets), names in alike.items():
+        who = "all" if len(alike) == 1 else ", ".join(names)
         say(f"{who} for {base or 'a base model that is not stated'}: {', '.join(targets)}")
     strangers = sorted(set(words) - set(opened.names))
     if strangers:
@@ -116,10 +109,12 @@ def list_experts(library: LibraryOption = None, as_json: JsonOption = False) -> 
 
 @app.command()
 def show(
-    name: Annotated[str, typer.Argument(help="The expert.")], library: LibraryOption = None, as_json: JsonOption = False
+    name: Annotated[str, typer.Argument(help="Show this expert.")],
+    library: LibraryOption = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Show one expert: what the library knows of it, and its card."""
-    store = _open(library)
+    """Show one expert: the facts of the library, and its card."""
+    store, opened = _open(library)
     entry = store.entry(name)
     card = store.root / entry.folder / "README.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
@@ -127,14 +122,8 @@ def show(
         sys.stdout.write(json.dumps({**entry.model_dump(), "card": text}) + "\n")
         return
     table = Table(show_header=False)
-    opened = ExpertLibrary.open(store.root)
-    known = opened.calibration
-    calibrated = bool(known) and known.covers(opened[name])
-    kept = {"description": opened.descriptions.get(name, "none"), "calibrated": "yes" if calibrated else "no"}
-    kept["indexed"] = "yes" if opened.indexed(name) else "no"
-    kept["gates"] = "yes" if GATES_FILE in entry.sha256 else "no"
-    for key, value in {**_facts(entry, store.root), **kept}.items():
-        table.add_row(key, str(value))
+    for key, value in {**_facts(entry, store.root), **_kept(entry, opened)}.items():
+        table.add_row(key, {True: "yes", False: "no", None: "none"}.get(value) or str(value))
     out.print(table)
     if _UNFILLED in text:
         say(f"its card is PEFT's template, whose title nobody filled in: {card}")
@@ -146,14 +135,18 @@ def show(
 
 @app.command()
 def calibrate(
-    library: Annotated[Path, typer.Option("--library", "-l", help="Folder of experts; the calibration goes there.")],
+    library: Annotated[
+        Path,
+        typer.Option("--library", "-l", help="Calibrate the experts of this folder, and write the calibration there."),
+    ],
     model: BaseOption = None,
     texts: Annotated[
-        Path | None, typer.Option(help="Your own unlabelled texts, one a line; else the model writes some itself.")
+        Path | None,
+        typer.Option(help="Read unlabelled texts of your own, one a line; by default the model writes some."),
     ] = None,
-    samples: Annotated[int, typer.Option(help="How many texts the model writes.", min=1)] = 24,
-    tokens: Annotated[int, typer.Option(help="Length of each at most.", min=1)] = 64,
-    seed: Annotated[int, typer.Option(help="Seed of its writing.")] = 0,
+    samples: Annotated[int, typer.Option(help="Have the model write this many texts.", min=1)] = 24,
+    tokens: Annotated[int, typer.Option(help="Limit the tokens of each.", min=1)] = 64,
+    seed: Annotated[int, typer.Option(help="Set the seed of its writing.")] = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure experts anew that are calibrated already.")] = False,
     dtype: DtypeOption = "auto",
 ) -> None:
@@ -192,7 +185,9 @@ def calibrate(
 
 @app.command()
 def index(
-    library: Annotated[Path, typer.Option("--library", "-l", help="Folder of experts; the index goes there.")],
+    library: Annotated[
+        Path, typer.Option("--library", "-l", help="Index the experts of this folder, and write the index there.")
+    ],
     model: BaseOption = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Index experts anew that are indexed already.")] = False,
     dtype: DtypeOption = "auto",
@@ -203,18 +198,14 @@ def index(
 
     [dim]spectr library index --library experts[/]
     """
+    from spectr.indexing import build_index, check_index
+
     experts = open_library(library)
-    missing = [name for name in experts if fresh or not experts.indexed(name)]
-    known = experts.calibration
-    if known is None:
-        raise LibraryError(f"{library} is not calibrated", do=f"spectr library calibrate --library {library}")
+    missing = check_index(experts, fresh=fresh)
     if not missing:
         out.print(f"all {len(experts)} experts are indexed", highlight=False)
         return
     base, _ = open_model(model, dtype)
-
-    from spectr.indexing import build_index
-
     with bar() as advance:
         build_index(
             base,
@@ -229,9 +220,9 @@ def index(
 @app.command()
 def verify(library: LibraryOption = None, as_json: JsonOption = False) -> None:
     """Check every expert's files against their hashes and read them; exit code 2 if anything is wrong."""
-    store = _open(library)
+    store, _ = _open(library)
     say(f"reading {len(store.entries)} experts in {store.root}")
-    faults = {**store.verify(), _BESIDE: _fault_beside(store.root)}
+    faults = {**store.verify(), _SIDE_FILES: _side_fault(store.root)}
     if as_json:
         sys.stdout.write(json.dumps({name: fault and str(fault) for name, fault in faults.items()}) + "\n")
     raise_together(f"{store.root} is damaged", [fault for fault in faults.values() if fault], LibraryError)
@@ -239,20 +230,19 @@ def verify(library: LibraryOption = None, as_json: JsonOption = False) -> None:
         out.print(f"all {len(store.entries)} experts are as they were added")
 
 
-def _open(path: Path | None) -> LibraryStore:
-    from spectr.shipped import shipped_experts
-
+def _open(path: Path | None) -> tuple[LibraryStore, ExpertLibrary]:
+    """A library on disk: its entries, and its experts."""
     root = path or shipped_experts()
-    ExpertLibrary.open(root)
+    opened = ExpertLibrary.open(root)
     if not (root / MANIFEST_FILE).is_file():
         raise LibraryError(
             f"{root} is a plain folder of adapters, without a {MANIFEST_FILE}",
             do="make a library of them with: spectr library add NAME ADAPTER --library DIR",
         )
-    return LibraryStore(root)
+    return LibraryStore(root), opened
 
 
-def _fault_beside(root: Path) -> SpectrError | None:
+def _side_fault(root: Path) -> SpectrError | None:
     try:
         library = ExpertLibrary.open(root)
         _ = library.calibration, library.descriptions, dict(library.index)
@@ -263,6 +253,16 @@ def _fault_beside(root: Path) -> SpectrError | None:
 
 def _ranks(entry: Entry) -> str:
     return "rank " + "/".join(map(str, entry.ranks))
+
+
+def _kept(entry: Entry, opened: ExpertLibrary) -> dict[str, Any]:
+    """What the library keeps of an expert next to its weights."""
+    return {
+        "description": opened.descriptions.get(entry.name),
+        "calibrated": opened.calibrated(entry.name),
+        "indexed": opened.indexed(entry.name),
+        "gates": GATES_FILE in entry.sha256,
+    }
 
 
 def _facts(entry: Entry, root: Path) -> dict[str, Any]:

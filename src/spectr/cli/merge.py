@@ -11,8 +11,7 @@ from rich.table import Table
 from spectr.cli.console import bar, out, say
 from spectr.cli.model_loading import open_model
 from spectr.cli.options import BaseOption, LibraryOption, known_dtype
-from spectr.errors import MergeError, SpectrError
-from spectr.shipped import open_library
+from spectr.merging.method import METHODS
 
 if TYPE_CHECKING:
     from spectr.library import ExpertLibrary
@@ -22,36 +21,44 @@ _PANEL = "Settings of a method (docs/merging.md has their defaults)"
 
 
 def merge(
-    experts: Annotated[list[str], typer.Argument(help="Experts of the library, in the order of the weights.")],
-    out_folder: Annotated[Path, typer.Option("--out", "-o", help="Folder for the result; made, or empty.")],
+    experts: Annotated[list[str], typer.Argument(help="Merge these experts, in the order of the weights.")],
+    out_folder: Annotated[
+        Path, typer.Option("--out", "-o", help="Write the result to this folder, which is new or empty.")
+    ],
     library: LibraryOption = None,
     method: Annotated[
-        str, typer.Option("--method", help="average, linear, ties, dare, dare-ties, knots or genknowsub.")
+        str, typer.Option("--method", help=f"Merge by {', '.join(METHODS.entries)}, or a method of a package.")
     ] = "ties",
-    weights: Annotated[str | None, typer.Option(help='One number for each expert: "1,0.5".')] = None,
+    weights: Annotated[str | None, typer.Option(help='Weight the experts by these numbers: "1,0.5".')] = None,
     subtract: Annotated[
         str | None,
-        typer.Option(help="General expert (or several, with commas: their mean) to subtract from each expert first."),
+        typer.Option(help="Subtract this general expert from each expert first; of several, with commas, their mean."),
     ] = None,
-    strength: Annotated[float | None, typer.Option(help="How much of it to subtract; 1.0 by default.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Largest rank of the adapter.")] = None,
+    strength: Annotated[float | None, typer.Option(help="Subtract it times this number; 1.0 by default.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Limit the ranks of the adapter.")] = None,
     energy: Annotated[
-        float | None, typer.Option(help="Share of the merge to keep, from 0 to 1: the smallest ranks that do.")
+        float | None,
+        typer.Option(help="Keep this share of the merge, from 0 to 1, by the smallest ranks that hold it."),
     ] = None,
     into_base: Annotated[
         bool, typer.Option("--into-base", help="Write a whole model with the merge in its weights, not an adapter.")
     ] = False,
     model: BaseOption = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Of --into-base: float32 (the default), bfloat16, float16 or auto.")
+        str | None,
+        typer.Option(help="Choose the precision of --into-base; float32 by default.", callback=known_dtype),
     ] = None,
     density: Annotated[
-        float | None, typer.Option(help="Share of the entries that stay.", rich_help_panel=_PANEL)
+        float | None, typer.Option(help="Keep this share of the entries.", rich_help_panel=_PANEL)
     ] = None,
-    scale: Annotated[float | None, typer.Option(help="Of the merged update.", rich_help_panel=_PANEL)] = None,
-    seed: Annotated[int | None, typer.Option(help="Of DARE's random masks.", rich_help_panel=_PANEL)] = None,
+    scale: Annotated[
+        float | None, typer.Option(help="Multiply the merged update by this number.", rich_help_panel=_PANEL)
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Set the seed of DARE's random masks.", rich_help_panel=_PANEL)
+    ] = None,
     inner: Annotated[
-        str | None, typer.Option(help="What knots merges with: ties or average.", rich_help_panel=_PANEL)
+        str | None, typer.Option(help="Merge by ties or average within knots.", rich_help_panel=_PANEL)
     ] = None,
 ) -> None:
     """Merge LoRA experts into one adapter, or into the base model.
@@ -63,61 +70,28 @@ def merge(
     [dim]spectr merge agnews sst2 --method knots --into-base --out runs/model[/]
     [dim]spectr merge agnews --method genknowsub --subtract sst2 --out runs/agnews-only[/]
     """
+    from spectr.merging.plan import read_plan
+
     options = {"density": density, "scale": scale, "seed": seed, "inner": inner}
-    chosen, recipe = _checked(
+    opened, recipe = read_plan(
         library,
+        _names(experts),
         out_folder,
-        experts=_names(experts),
         method=method,
         options={key: value for key, value in options.items() if value is not None},
         weights=weights,
         subtract=_names([subtract] if subtract else []),
-        strength=1.0 if strength is None else strength,
-        size=(rank, energy, into_base),
-        idle=_idle({"--model": model, "--dtype": dtype}, "--into-base", into_base)
-        + _idle({"--strength": strength}, "--subtract", bool(subtract)),
+        strength=strength,
+        rank=rank,
+        energy=energy,
+        into_base=into_base,
+        model=model,
+        dtype=dtype,
     )
     if into_base:
-        _into_base(chosen, recipe, out_folder, model, known_dtype(dtype or "float32"))
+        _into_base(opened, recipe, out_folder, model, dtype or "float32")
     else:
-        _into_adapter(chosen, recipe, out_folder, rank, energy)
-
-
-def _checked(
-    path: Path | None,
-    out_folder: Path,
-    *,
-    weights: str | None,
-    size: tuple[int | None, float | None, bool],
-    idle: list[SpectrError],
-    **request: Any,
-) -> tuple[ExpertLibrary, Recipe]:
-    """Library and recipe, with everything told that is wrong with the request before anything is read or written."""
-    from spectr.merging import make_recipe
-    from spectr.merging.merge import size_faults
-    from spectr.merging.publish import folder_faults
-    from spectr.merging.recipe import noted
-
-    rank, energy, into_base = size
-    problems: list[SpectrError] = [*folder_faults(out_folder), *size_faults(rank, energy), *idle]
-    if into_base and (rank is not None or energy is not None):
-        problems.append(MergeError("--into-base has no rank to limit", do="leave out --rank and --energy"))
-    chosen, numbers = None, None
-    with noted(problems):
-        chosen = open_library(path)
-    with noted(problems):
-        numbers = _numbers(weights)
-    recipe = make_recipe(chosen, weights=numbers, problems=problems, **request)
-    assert chosen is not None
-    return chosen, recipe
-
-
-def _idle(given: dict[str, Any], of: str, used: bool) -> list[SpectrError]:
-    """Options that make no difference without another one."""
-    wrong = [option for option, value in given.items() if value is not None and not used]
-    return [
-        MergeError(f"{option} makes no difference without {of}", do=f"leave it out, or add {of}") for option in wrong
-    ]
+        _into_adapter(opened, recipe, out_folder, rank, energy)
 
 
 def _into_adapter(
@@ -181,12 +155,3 @@ def _spread(values: Any, form: str) -> list[str]:
 def _names(texts: list[str]) -> list[str]:
     """Experts that were given one by one, or several with commas."""
     return [name.strip() for text in texts for name in text.split(",") if name.strip()]
-
-
-def _numbers(text: str | None) -> list[float] | None:
-    if text is None:
-        return None
-    try:
-        return [float(number) for number in text.split(",")]
-    except ValueError:
-        raise MergeError(f"--weights {text}", expected='numbers with commas between them: "1,0.5"') from None

@@ -7,20 +7,23 @@ import inspect
 import os
 from collections.abc import Callable, Sequence
 from functools import wraps
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from spectr.cli.console import bar, say
+from spectr.cli.guides import check_writer, make_guide
 from spectr.cli.model_loading import open_model
-from spectr.errors import DataError, SpectrError
-from spectr.shipped import open_library
+from spectr.combine import COMBINATIONS
+from spectr.errors import DataError, MissingExtraError, SpectrError
+from spectr.routers.registry import ROUTERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from spectr.composed_model import Settings
+    from spectr.choosing import ResolvedRouting, RoutingRequest
     from spectr.composition import Routed
     from spectr.library import ExpertLibrary
     from spectr.routers import Router
@@ -30,8 +33,8 @@ ModelOption = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="Folder or Hub id of the base model, or a composed folder, whose experts and router are then the default; "
-        "without it SmolLM2-135M-Instruct.",
+        help="Load this base model: a folder or a Hub id, by default SmolLM2-135M-Instruct. Of a composed folder, its "
+        "experts and router are the default too.",
     ),
 ]
 BaseOption = Annotated[
@@ -39,21 +42,21 @@ BaseOption = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="Folder or Hub id of the base model, or a composed folder, for the base model in it; "
-        "without it SmolLM2-135M-Instruct.",
+        help="Load this base model: a folder (of a composed one, the base model in it) or a Hub id, by default "
+        "SmolLM2-135M-Instruct.",
     ),
 ]
 LibraryOption = Annotated[
     Path | None,
-    typer.Option("--library", "-l", help="Folder of experts; the default is the shipped ones."),
+    typer.Option("--library", "-l", help="Use the experts of this folder; by default the shipped ones."),
 ]
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_DTYPES = "auto, float32, bfloat16 or float16"
 
 
-def known_dtype(dtype: str) -> str:
+def known_dtype(dtype: str | None) -> str | None:
     """A precision by name, checked."""
-    if dtype not in _DTYPES:
-        raise SpectrError(f"--dtype {dtype}", expected="auto, float32, bfloat16 or float16")
+    if dtype is not None and dtype not in _DTYPES.replace(" or", ",").split(", "):
+        raise SpectrError(f"--dtype {dtype}", expected=_DTYPES)
     return dtype
 
 
@@ -69,13 +72,13 @@ def _split(names: list[str] | None) -> list[str] | None:
     return found
 
 
-DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.", callback=known_dtype)]
+DtypeOption = Annotated[str, typer.Option("--dtype", help=f"Choose the precision: {_DTYPES}.", callback=known_dtype)]
 DataRootOption = Annotated[
     str | None,
     typer.Option(
         "--data-root",
         envvar="SPECTR_DATA",
-        help='Folder that relative paths of data start from; or "hub": take each task\'s data from the Hub.',
+        help='Start relative paths of data from this folder; or "hub": take each task\'s data from the Hub.',
     ),
 ]
 LettersOption = Annotated[
@@ -90,7 +93,7 @@ _FORMER = {"shortlist": "size", "local": "token_router", "bits": "bits", "router
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Routing:
-    """Base model, experts and router, as every command that routes is given them; see :func:`with_routing`."""
+    """Options of every command that routes: base model, experts and router."""
 
     model: ModelOption = None
     library: LibraryOption = None
@@ -99,23 +102,27 @@ class Routing:
         typer.Option(
             "--router",
             "-r",
-            help="How experts are chosen. auto: calibrated where the library is (shortlist, of one expert, where it is "
-            "indexed and has more than 64), else spectr. Or shortlist, spectr, spectr-paper, "
-            "spectr-softmax, spectr-projection, spectr-code, calibrated, calibrated-token, calibrated-prior, arrow, "
-            "lag, seqr, phatgoose, glider, glider-global, glider-spectr, mu (or uniform), oracle, or one that a "
-            "package added. See docs/routers.md.",
+            help="Choose experts by this router. auto: calibrated where the library is (shortlist, of one expert, "
+            f"where it is indexed and has more than 64), else spectr. Or {', '.join(ROUTERS.entries)}, or one that a "
+            "package adds. See docs/routers.md.",
             rich_help_panel=_PANEL,
         ),
     ] = "auto"
     top_k: Annotated[
         int | None,
         typer.Option(
-            "--top-k", "-k", help="Experts for each token and layer, or each prompt.", min=1, rich_help_panel=_PANEL
+            "--top-k",
+            "-k",
+            help="Choose this many experts for each token and layer, or for each prompt.",
+            min=1,
+            rich_help_panel=_PANEL,
         ),
     ] = None
     expert: Annotated[
         str | None,
-        typer.Option("--expert", "-e", help="The expert that the router oracle always takes.", rich_help_panel=_PANEL),
+        typer.Option(
+            "--expert", "-e", help="Name the expert that the router oracle always takes.", rich_help_panel=_PANEL
+        ),
     ] = None
     settings: Annotated[
         list[str] | None,
@@ -130,7 +137,7 @@ class Routing:
     expert_memory: Annotated[
         float,
         typer.Option(
-            help="GiB that experts may take, for the router shortlist; the rest stay on disk.",
+            help="Hold experts in at most this many GiB, for the router shortlist; the others stay on disk.",
             min=0.01,
             rich_help_panel=_PANEL,
         ),
@@ -138,9 +145,8 @@ class Routing:
     combine: Annotated[
         str | None,
         typer.Option(
-            help="Choose how the chosen experts become one: outputs (their mean output), factors (as in the paper's "
-            "tables), ties, dare, dare-ties or knots. ties:density=0.5 keeps half of the entries, dare:density=0.1 "
-            "a tenth.",
+            help=f"Combine the chosen experts by {', '.join(COMBINATIONS.entries)}, or another of a package. outputs "
+            "is their mean output, factors that of the paper's tables. ties:density=0.5 keeps half of the entries.",
             rich_help_panel=_PANEL,
         ),
     ] = None
@@ -149,7 +155,7 @@ class Routing:
         typer.Option(
             "--allow",
             "-a",
-            help="Only these experts may be chosen: once for each, or with commas.",
+            help="Allow only these experts: once for each, or with commas.",
             rich_help_panel=_PANEL,
             callback=_split,
         ),
@@ -157,15 +163,17 @@ class Routing:
     writer: Annotated[
         str | None,
         typer.Option(
-            help="Who writes GLIDER's instruction for a prompt: folder or Hub id of a model, http(s)://host/v1#MODEL "
+            help="Have this model write GLIDER's instruction for a prompt: a folder, a Hub id, http(s)://host/v1#MODEL "
             "of an OpenAI-compatible endpoint, or none to compare the prompt itself; by default the base model.",
             rich_help_panel=_PANEL,
+            callback=check_writer,
         ),
     ] = None
     embedder: Annotated[
         str | None,
         typer.Option(
-            help="GLIDER's model of sentence-transformers; by default all-MiniLM-L6-v2.", rich_help_panel=_PANEL
+            help="Compare by this model of sentence-transformers, for GLIDER; by default all-MiniLM-L6-v2.",
+            rich_help_panel=_PANEL,
         ),
     ] = None
     dtype: DtypeOption = "auto"
@@ -174,14 +182,40 @@ class Routing:
     bits: Annotated[int | None, typer.Option("--bits", hidden=True)] = None
     router_temperature: Annotated[float | None, typer.Option("--router-temperature", hidden=True)] = None
 
-    def experts(self) -> tuple[ExpertLibrary, Router]:
+    def request(self, routers: Sequence[str] | None = None, *, token_level: bool = False) -> RoutingRequest:
+        """What was given, with these routers in place of the one; see :class:`spectr.choosing.RoutingRequest`."""
+        from spectr.choosing import RoutingRequest
+
+        return RoutingRequest(
+            model=self.model,
+            library=self.library,
+            routers=routers or [self.router],
+            settings=self._texts(),
+            allow=self.allow,
+            token_level=token_level,
+        )
+
+    def resolve(self, *, token_level: bool = False) -> ResolvedRouting:
         """The library and the router, checked against each other before any model is loaded.
 
         Without ``top_k`` the router takes at most as many experts as there are.
         """
-        library, routers = routers_of([self])
-        [router] = routers.values()
-        return library, router
+        from spectr.library.needs import DESCRIBED
+
+        found = self.request(token_level=token_level).resolve()
+        guided = DESCRIBED in found.router.needs
+        if guided and find_spec("sentence_transformers") is None:
+            raise MissingExtraError("comparing prompts with descriptions", "glider")
+        if (self.writer or self.embedder) and not guided:
+            say("--writer and --embedder make no difference: this router compares no descriptions")
+        for remark in found.remarks:
+            say(remark)
+        return found
+
+    def experts(self, *, token_level: bool = False) -> tuple[ExpertLibrary, Router]:
+        """The library and the router of :meth:`resolve`."""
+        found = self.resolve(token_level=token_level)
+        return found.library, found.router
 
     def _texts(self) -> list[str]:
         """All settings as ``NAME=VALUE``; options that ``--set`` replaces still work, with a warning."""
@@ -193,60 +227,6 @@ class Routing:
                 texts.append(f"{setting}={value}")
         short = {"top_k": self.top_k, "expert": self.expert, "combine": self.combine}
         return [*texts, *(f"{name}={value}" for name, value in short.items() if value is not None)]
-
-    def _defaults(self, name: str) -> dict[str, Any]:
-        """Settings that "auto" stands for: a composed folder's, or a shortlist of one."""
-        if self.router != "auto":
-            return {}
-        if folder := self._composed():
-            return {key: value for key, value in folder.router.items() if key != "name"}
-        return {"size": 1} if name == "shortlist" else {}
-
-    def for_tokens(self) -> Routing:
-        """The same, with "auto" standing for a router that decides for each token, as vLLM needs."""
-        from spectr.choosing import token_router_for
-
-        if self.router != "auto" or self._composed():
-            return self
-        name = token_router_for(self._opened_library())
-        say(f"router: {name}, token by token, as vLLM routes; another by --router")
-        return dataclasses.replace(self, router=name)
-
-    def _composed(self) -> Settings | None:
-        from spectr.choosing import open_composed
-
-        return open_composed(self.model)
-
-    def _opened_library(self) -> ExpertLibrary:
-        """The library that was named, or a composed folder's own, or the shipped one."""
-        folder = None if self.library else self._composed()
-        return folder.open_library(str(self.model)) if folder else open_library(self.library)
-
-    def _tell(self, library: ExpertLibrary, router: Router) -> None:
-        """What a user would not expect of the router that stands in for "auto", or of its number of experts."""
-        from spectr.choosing import is_calibrated
-        from spectr.library.needs import DESCRIBED
-
-        if (self.writer or self.embedder) and DESCRIBED not in router.needs:
-            say("--writer and --embedder make no difference: this router compares no descriptions")
-        if self.router == "auto" and not is_calibrated(library) and self._composed() is None:
-            new = [name for name in library if not library.calibrated(name)]
-            say(
-                f"router: spectr, token by token, as {_some(new)} not calibrated; for the far better one: "
-                f"spectr library calibrate --library {library.origin}"
-            )
-        there, k = len(self.allow or library), router.selection.k or 0
-        if k > 1 and k >= there:
-            say(f"{'all' if there > 1 else 'one'} of {there} work on every token: the router takes up to {k}")
-
-    def router_name(self, library: ExpertLibrary) -> str:
-        """The router that was asked for, or the one that "auto" stands for with this library."""
-        if self.router != "auto":
-            return self.router
-        from spectr.choosing import router_for
-
-        folder = self._composed()
-        return folder.router["name"] if folder else router_for(library)
 
     def base(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The base model and its tokenizer."""
@@ -261,7 +241,6 @@ class Routing:
         what: str = "preparing layers",
     ) -> Routed:
         """The model composed with the experts that are allowed, with a progress bar."""
-        from spectr.cli.guides import make_guide
         from spectr.composition import compose
         from spectr.library.needs import DESCRIBED
 
@@ -280,65 +259,31 @@ class Routing:
             return routed.allow(self.allow) if self.allow else routed
 
 
-def routers_of(routings: Sequence[Routing]) -> tuple[ExpertLibrary, dict[str, Router]]:
-    """The library and the routers by name of requests that differ in their router alone, checked against each other."""
-    from spectr.choosing import make_routers
-    from spectr.routers.options import options_of
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of each of its parameters that is a dataclass of options, after its own.
 
-    first = routings[0]
-    library = first._opened_library()
-    names = [routing.router_name(library) for routing in routings]
-    for name in names:
-        if names.count(name) > 1:
-            raise SpectrError(f"--router {name} twice", expected="each router once", do="leave one out")
-    if first.expert and not any("expert" in options_of(name) for name in names):
-        raise SpectrError(
-            f"--expert {first.expert} is for a router that has this setting, such as oracle",
-            do=f"-r oracle -e {first.expert}, or --allow {first.expert}",
-        )
-    texts = first._texts()
-    if "oracle" in names and not any(text.startswith(("expert=", "oracle.expert=")) for text in texts):
-        raise SpectrError(
-            "router 'oracle' needs expert: the one that it always takes",
-            expected=f"one of {', '.join(library)}",
-            do="-r oracle -e NAME",
-        )
-    defaults = {name: routing._defaults(name) for name, routing in zip(names, routings, strict=True)}
-    routers = make_routers(names, texts, library, defaults=defaults, allow=first.allow)
-    for routing, router in zip(routings, routers.values(), strict=True):
-        routing._tell(library, router)
-    return library, routers
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return f"{shown} {'is' if len(names) == 1 else 'are'}"
-
-
-def with_routing(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command that takes ``routing: Routing`` the options that make one, after its own.
-
-    One that the command has itself is not given to it again.
+    An option that the command has itself is not added.
     """
     signature, hints = inspect.signature(command), get_type_hints(command, include_extras=True)
-    shared = get_type_hints(Routing, include_extras=True)
-    fields = dataclasses.fields(Routing)
-    defaults = {field.name: field.default for field in fields if field.name not in signature.parameters}
-    own = [
-        parameter.replace(annotation=hints[name])
-        for name, parameter in signature.parameters.items()
-        if name != "routing"
-    ]
-    added = [
-        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=shared[name])
-        for name, default in defaults.items()
-    ]
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    parameters = [p.replace(annotation=hints[name]) for name, p in signature.parameters.items() if name not in groups]
+    members: dict[str, list[str]] = {}
+    for group, kind in groups.items():
+        shared = get_type_hints(kind, include_extras=True)
+        added = [field for field in dataclasses.fields(kind) if field.name not in signature.parameters]
+        members[group] = [field.name for field in added]
+        parameters += [
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=shared[f.name])
+            for f in added
+        ]
 
     @wraps(command)
     def called(**given: Any) -> None:
-        command(Routing(**{name: given.pop(name) for name in defaults}), **given)
+        made = {group: groups[group](**{name: given.pop(name) for name in names}) for group, names in members.items()}
+        command(**made, **given)
 
-    called.__signature__ = inspect.Signature([*own, *added])  # pyright: ignore[reportAttributeAccessIssue]
+    parameters.sort(key=lambda parameter: parameter.kind)
+    called.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportAttributeAccessIssue]
     called.__annotations__ = {}  # typer reads the signature
     return called
 

@@ -12,19 +12,20 @@ from rich.text import Text
 
 from spectr.cli.console import out, say
 from spectr.cli.generate import Chat, PromptArgument, read_prompt
-from spectr.cli.options import JsonOption, Routing, check_target, with_routing
+from spectr.cli.options import JsonOption, Routing, check_target, with_options
 from spectr.errors import DataError, did_you_mean
 
 if TYPE_CHECKING:
+    from spectr.library import ExpertLibrary
     from spectr.plots import TokenRouting
 
 
-@with_routing
+@with_options
 def route(
     routing: Routing,
     prompt: PromptArgument = None,
     answer_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", help="Also route an answer of up to so many tokens.", min=0)
+        int, typer.Option("--max-new-tokens", "-n", help="Route an answer of up to this many tokens too.", min=0)
     ] = 0,
     layer: Annotated[str | None, typer.Option(help='Show one layer in the terminal, as in --layer "layer 12".')] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with a tooltip per token and a layer switch.")] = None,
@@ -40,6 +41,7 @@ def route(
     check_target(html, ".html")
     check_target(png, ".png")
     library, router = routing.experts()
+    layer = layer and _layer(layer, library)
     base, tokenizer = routing.base()
 
     from spectr.layers import trace
@@ -53,7 +55,7 @@ def route(
         else:
             base(**{key: value.to(base.device) for key, value in encode_batch(tokenizer, [text], chat=chat).items()})
     found = token_routing(record, tokenizer, title=" ".join(text.split())[:80])
-    shown = _group(found, layer)
+    shown = found.layers.index(layer) if layer else 0
     if as_json:
         sys.stdout.write(json.dumps(_as_data(found, str(router))) + "\n")
     else:
@@ -77,13 +79,15 @@ def _tell(message: str, as_json: bool) -> None:
     (errors if as_json else out).print(message, highlight=False)
 
 
-def _group(routing: TokenRouting, layer: str | None) -> int:
-    if layer is None:
-        return 0
+def _layer(layer: str, library: ExpertLibrary) -> str:
+    """A layer's full name, checked."""
+    from spectr.plots.tokens import layer_groups
+
+    known = layer_groups(module for expert in library for module in library[expert].shapes)
     name = f"layer {layer}" if layer.isdigit() else layer
-    if name not in routing.layers:
-        raise DataError(f"unknown layer '{layer}'", do=did_you_mean(name, routing.layers))
-    return routing.layers.index(name)
+    if name not in known:
+        raise DataError(f"unknown layer '{layer}'", do=did_you_mean(name, known))
+    return name
 
 
 def _print(routing: TokenRouting, group: int) -> None:

@@ -4,26 +4,59 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from spectr.cli.console import say
+from spectr.cli.options import DataRootOption
+
+if TYPE_CHECKING:
+    from spectr.tasks.sources import Source
 
 _PANEL = "Settings (the paper's are the defaults)"
 
-PromptOption = Annotated[str | None, typer.Option(help='Template over the fields of a row: "Topic of: {title}"')]
-AnswerOption = Annotated[str | None, typer.Option(help="Template of the answer, for free text.")]
-ChoicesOption = Annotated[
-    str | None,
-    typer.Option(help='Answers, in the order of the numbers in the field "label" of a row: "World,Sports"'),
-]
 
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Rows of data with a task, or with a prompt and its answers."""
 
-def rows_option(what: str) -> Any:
-    """An option that names rows of data, with what they are for."""
-    return typer.Option(help=f"{what}: a JSONL file, or hub:<dataset>[:<config>]:<split>.")
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="Name a shipped task or a task file. For finished experts the default is the shipped task of the "
+            "expert's name."
+        ),
+    ] = None
+    data: Annotated[
+        str | None,
+        typer.Option(help="Take the training rows of a JSONL file, or of hub:<dataset>[:<config>]:<split>."),
+    ] = None
+    data_root: DataRootOption = None
+    prompt: Annotated[
+        str | None, typer.Option(help='Set the template over the fields of a row: "Topic of: {title}".')
+    ] = None
+    answer: Annotated[str | None, typer.Option(help="Set the template of the answer, for free text.")] = None
+    choices: Annotated[
+        str | None,
+        typer.Option(help='List the answers, in the order of the numbers in a row\'s field "label": "World,Sports".'),
+    ] = None
+
+    def source(self, **more: Any) -> Source:
+        """What was given, as the library takes it."""
+        from spectr.tasks.sources import Source
+
+        return Source(
+            task=self.task,
+            prompt=self.prompt,
+            answer=self.answer,
+            choices=self.choices,
+            train=self.data,
+            root=self.data_root,
+            **more,
+        )
 
 
 def setting(text: str) -> Any:
@@ -32,13 +65,13 @@ def setting(text: str) -> Any:
 
 
 @contextmanager
-def told_where_it_stopped(folder: Path) -> Iterator[None]:
-    """Say at Ctrl-C from which step on a run of this folder can go on."""
+def resuming(*folders: Path) -> Iterator[None]:
+    """Print at Ctrl-C from which step on a run of one of these folders can go on."""
     try:
         yield
     except KeyboardInterrupt:
         from spectr.training import checkpoint_step
 
-        step = checkpoint_step(folder)
+        step = max(map(checkpoint_step, folders))
         say(f"stopped after step {step}; the same command goes on from there" if step else "nothing was saved yet")
         raise

@@ -3,59 +3,60 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from spectr.cli.console import say
-from spectr.cli.options import Routing, routers_of, with_routing
-from spectr.errors import LibraryError, SpectrError
-
-if TYPE_CHECKING:
-    from spectr.serving.settings import Settings
+from spectr.cli.options import Routing, with_options
+from spectr.serving.engines.launchers import ENGINES, Parts
 
 
-@with_routing
+@with_options
 def serve(
     routing: Routing,
     options: Annotated[
         list[str] | None,
-        typer.Argument(metavar="-- OPTIONS", help="vllm: options of its own, such as -- --max-model-len 2048."),
+        typer.Argument(metavar="-- OPTIONS", help="Pass these options to vLLM, such as -- --max-model-len 2048."),
     ] = None,
-    engine: Annotated[str, typer.Option(help="transformers, or vllm where that is installed.")] = "transformers",
-    host: Annotated[str, typer.Option(help="Address to listen at; without a policy a loopback one.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen at; 0 for a free one.", min=0, max=65535)] = 8000,
+    engine: Annotated[
+        str,
+        typer.Option(
+            help=f"Serve by {' or '.join(ENGINES.entries)} (where that is installed), or by an engine of a package."
+        ),
+    ] = "transformers",
+    host: Annotated[str, typer.Option(help="Listen at this address; without a policy a loopback one.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Listen at this port; 0 for a free one.", min=0, max=65535)] = 8000,
     policy: Annotated[
-        Path | None, typer.Option(help="YAML or JSON: which API key may use which experts. See docs/serving.md.")
+        Path | None,
+        typer.Option(help="Read from this YAML or JSON file which API key may use which experts. See docs/serving.md."),
     ] = None,
-    served_name: Annotated[str, typer.Option(help="The composed model's name for clients.")] = "spectr",
-    exclude: Annotated[
-        list[str] | None, typer.Option("--except", help="Experts that are not loaded: once for each.")
-    ] = None,
+    served_name: Annotated[str, typer.Option(help="Name the composed model for clients.")] = "spectr",
+    exclude: Annotated[list[str] | None, typer.Option("--except", help="Leave this expert out: once for each.")] = None,
     record: Annotated[
         bool, typer.Option("--record/--no-record", help="Count tokens by expert for every request, for /metrics.")
     ] = True,
     batch: Annotated[
-        bool, typer.Option("--batch/--no-batch", help="transformers: many requests at once, by continuous batching.")
+        bool,
+        typer.Option("--batch/--no-batch", help="Answer many requests at once, by transformers' continuous batching."),
     ] = False,
     cache_tokens: Annotated[
-        int, typer.Option(help="With --batch: tokens of all running requests that are kept in memory.", min=256)
+        int, typer.Option(help="Hold this many tokens of all running requests in memory, with --batch.", min=256)
     ] = 16384,
     router: Annotated[
         list[str] | None,
         typer.Option(
             "--router",
             "-r",
-            help="A router that requests may name, once for each; the first is the default. auto, or one of those that "
-            "spectr generate --help names. vllm: all but glider, lag and shortlist.",
+            help="Offer this router to requests, once for each; the first is the default. spectr generate --help lists "
+            "them. vllm: all but glider, lag and shortlist.",
             show_default="auto",
             rich_help_panel="Routing",
         ),
     ] = None,
     grace: Annotated[
-        float, typer.Option(help="Seconds that answers under way have to end, after Ctrl-C or SIGTERM.", min=0)
+        float, typer.Option(help="Let unfinished answers go on for this many seconds after Ctrl-C or SIGTERM.", min=0)
     ] = 10.0,
 ) -> None:
     """Serve the routed model by OpenAI's API: chat completions, completions, models, metrics, and a page.
@@ -64,22 +65,24 @@ def serve(
     [dim]spectr serve --router calibrated --router spectr[/]
     [dim]spectr serve --engine vllm -- --max-model-len 2048 --tensor-parallel-size 2[/]
     """
-    from spectr.serving.engines.launchers import ENGINES, Parts
+    from spectr.serving.settings import make_settings
 
     launcher = ENGINES.make(engine)
-    routings = [dataclasses.replace(routing, router=name) for name in router or ["auto"]]
-    if len(routings) > 1 and (routing.expert or "oracle" in (router or ())):
-        raise SpectrError(
-            "the router oracle, for which --expert is, holds one expert alone and is not served beside others",
-            do=f"leave them out; a request asks for one expert alone by its model, {served_name}/EXPERT",
-        )
     launcher.check(options or ())
-    routings = [one.for_tokens() for one in routings] if launcher.by_token else routings
-    for name in router or ():
-        if "," in name:
-            raise SpectrError(f"--router {name}", do=f"give each its own: --router {name.replace(',', ' --router ')}")
-    settings = _settings(routings, exclude, host, port, policy, served_name, record, grace)
-    settings = dataclasses.replace(settings, options=tuple(options or ()))
+    settings = make_settings(
+        routing.request(router, token_level=launcher.by_token),
+        exclude=exclude or (),
+        dtype=routing.dtype,
+        served=served_name,
+        policy_file=policy,
+        host=host,
+        port=port,
+        count=record,
+        grace=grace,
+        options=tuple(options or ()),
+    )
+    for remark in settings.remarks:
+        say(remark)
     narrowed = dataclasses.replace(routing, allow=list(settings.experts))
     parts = Parts(
         open_model=routing.base,
@@ -89,43 +92,3 @@ def serve(
         cache_tokens=cache_tokens if batch else None,
     )
     launcher.launch(settings, parts, say)
-
-
-def _settings(
-    routings: Sequence[Routing],
-    exclude: list[str] | None,
-    host: str,
-    port: int,
-    policy: Path | None,
-    served: str,
-    record: bool,
-    grace: float,
-) -> Settings:
-    from spectr.composition.several import check_alike
-    from spectr.models import HUB_ID
-    from spectr.routers import residents
-    from spectr.serving.settings import Settings, base_name
-
-    library, routers = routers_of(routings)
-    check_alike({name: residents(router, library.names) for name, router in routers.items()})
-    routing = routings[0]
-    library.check(*(exclude or []))
-    experts = tuple(name for name in sorted(routing.allow or library) if name not in (exclude or []))
-    if not experts:
-        raise LibraryError("--except leaves no expert to serve", do="name fewer")
-    settings = Settings(
-        library=library,
-        experts=experts,
-        routers=routers,
-        model=routing.model,
-        base_name=base_name(routing.model, HUB_ID),
-        dtype=routing.dtype,
-        served=served,
-        policy_file=policy,
-        host=host,
-        port=port,
-        count=record,
-        grace=grace,
-    )
-    settings.check()
-    return settings

@@ -1,68 +1,59 @@
-"""``spectr train``."""
+"""``spectr train`` and ``spectr train gates``."""
 
 from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from spectr.cli.console import bar, out, say
 from spectr.cli.model_loading import open_model
-from spectr.cli.options import BaseOption, DataRootOption, DtypeOption, LettersOption
-from spectr.cli.rows import (
-    AnswerOption,
-    ChoicesOption,
-    PromptOption,
-    rows_option,
-    setting,
-    told_where_it_stopped,
-)
+from spectr.cli.options import BaseOption, DtypeOption, LettersOption, with_options
+from spectr.cli.rows import Rows, resuming, setting
 
 app = typer.Typer()
+BatchSize = Annotated[int, setting("Set the examples of a step.")]
+WarmUp = Annotated[float, setting("Set the share of the steps that warm up, from 0 to 1.")]
+WeightDecay = Annotated[float, setting("Set AdamW's weight decay.")]
+Examples = Annotated[int | None, setting("Limit the training examples, to the first of the data.")]
+MaxLength = Annotated[int, setting("Limit the tokens of an example; a longer prompt loses its middle.")]
 
 
 @app.callback(invoke_without_command=True)
+@with_options
 def train(
     context: typer.Context,
+    rows: Rows,
     out_folder: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder for the expert; a killed run goes on there.")
+        Path | None, typer.Option("--out", "-o", help="Write the expert to this folder; a killed run goes on there.")
     ] = None,
-    task: Annotated[
-        str | None,
-        typer.Option(help="A shipped task's name, or a task file; --data-root says where its data are."),
-    ] = None,
-    data: Annotated[str | None, rows_option("Training rows")] = None,
-    test: Annotated[str | None, typer.Option(help="Test rows, for the accuracy before and after.")] = None,
-    data_root: DataRootOption = None,
+    test: Annotated[str | None, typer.Option(help="Measure accuracy on these rows, before and after.")] = None,
     letters: LettersOption = False,
-    prompt: PromptOption = None,
-    answer: AnswerOption = None,
-    choices: ChoicesOption = None,
-    name: Annotated[str | None, typer.Option(help="The expert's name; by default the task's or the folder's.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name the expert; by default as the task or the folder.")] = None,
     model: BaseOption = None,
     dtype: DtypeOption = "float32",
     validation: Annotated[
         int, typer.Option(help="Hold out the first rows of the data, and keep the epoch that is best on them.", min=0)
     ] = 0,
-    test_limit: Annotated[int | None, typer.Option(help="Test rows used at most.", min=1)] = None,
-    rank: Annotated[int, setting("LoRA rank r.")] = 8,
-    alpha: Annotated[int, setting("LoRA alpha; the scale is alpha / r.")] = 16,
-    dropout: Annotated[float, setting("LoRA dropout.")] = 0.05,
-    rslora: Annotated[bool, setting("Scale alpha / sqrt(r) instead.")] = False,
+    test_limit: Annotated[int | None, typer.Option(help="Limit the test rows.", min=1)] = None,
+    rank: Annotated[int, setting("Set the LoRA rank r.")] = 8,
+    alpha: Annotated[int, setting("Set LoRA's alpha; the scale is alpha / r.")] = 16,
+    dropout: Annotated[float, setting("Set LoRA's dropout.")] = 0.05,
+    rslora: Annotated[bool, setting("Scale by alpha / sqrt(r) instead.")] = False,
     target_modules: Annotated[
-        str, setting("all-linear, names separated by commas, or a regular expression.")
+        str, setting("Choose the modules: all-linear, names separated by commas, or a regular expression.")
     ] = "all-linear",
-    batch_size: Annotated[int, setting("Examples a step.")] = 8,
-    learning_rate: Annotated[float, setting("AdamW's; 5e-4 to 1e-3 suits small models.")] = 1e-4,
-    schedule: Annotated[str, setting("constant, linear or cosine, after the warm-up.")] = "constant",
-    warmup: Annotated[float, setting("Share of the steps that warm up, from 0 to 1.")] = 0.0,
-    weight_decay: Annotated[float, setting("AdamW's.")] = 0.0,
-    epochs: Annotated[int, setting("Passes over the examples.")] = 1,
-    examples: Annotated[int | None, setting("Training examples used at most, the first of the data.")] = None,
-    max_length: Annotated[int, setting("Tokens; a longer prompt loses its middle.")] = 512,
-    seed: Annotated[int, setting("Of the initial weights, the order and the dropout.")] = 0,
+    batch_size: BatchSize = 8,
+    learning_rate: Annotated[float, setting("Set AdamW's step size; 5e-4 to 1e-3 suits small models.")] = 1e-4,
+    schedule: Annotated[str, setting("Choose what follows the warm-up: constant, linear or cosine.")] = "constant",
+    warmup: WarmUp = 0.0,
+    weight_decay: WeightDecay = 0.0,
+    epochs: Annotated[int, setting("Set the passes over the examples.")] = 1,
+    examples: Examples = None,
+    max_length: MaxLength = 512,
+    seed: Annotated[int, setting("Set the seed of the initial weights, the order and the dropout.")] = 0,
 ) -> None:
     """Train a LoRA expert: from a task, or from JSONL rows or a Hub dataset with a prompt template.
 
@@ -77,28 +68,19 @@ def train(
     if context.invoked_subcommand:
         return
     from spectr.training import TrainingSettings
-    from spectr.training.plan import Source, read_plan, run_plan
+    from spectr.training.plan import read_plan, run_plan
 
-    source = Source(
-        task=task,
-        prompt=prompt,
-        answer=answer,
-        choices=choices,
-        train=data,
-        test=test,
-        root=data_root,
-        letters=letters,
-    )
-    settings = {f.name: context.params[f.name] for f in fields(TrainingSettings) if f.name in context.params}
+    source = rows.source(test=test, letters=letters)
+    settings = _given(context, TrainingSettings)
     plan = read_plan(out_folder, source, name=name, validation=validation, test_limit=test_limit, settings=settings)
     for remark in plan.remarks:
         say(remark)
     base, tokenizer = open_model(model, dtype)
-    say(f"training '{plan.name}' on {len(plan.train)} examples")
 
     from spectr.models import HUB_ID
 
-    with bar() as advance, told_where_it_stopped(plan.out):
+    say(f"training '{plan.name}' on {len(plan.train)} examples")
+    with bar() as advance, resuming(plan.out):
         report = run_plan(plan, base, tokenizer, base_model=model or HUB_ID, progress=advance)
     if report.accuracy_after is not None:
         out.print(
@@ -107,3 +89,54 @@ def train(
             highlight=False,
         )
     out.print(f"expert: {plan.out.resolve()}", highlight=False)
+
+
+@app.command()
+@with_options
+def gates(
+    context: typer.Context,
+    rows: Rows,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Train gates for these experts; by default for all that have none.")
+    ] = None,
+    library: Annotated[
+        Path | None, typer.Option("--library", "-l", help="Write the gates to this folder of experts.")
+    ] = None,
+    letters: LettersOption = False,
+    model: BaseOption = None,
+    dtype: DtypeOption = "float32",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Train gates anew where there are some.")] = False,
+    steps: Annotated[int, setting("Set the optimiser steps.")] = 100,
+    batch_size: BatchSize = 8,
+    learning_rate: Annotated[float, setting("Set AdamW's step size.")] = 5e-3,
+    warmup: WarmUp = 0.06,
+    weight_decay: WeightDecay = 0.0,
+    examples: Examples = None,
+    max_length: MaxLength = 512,
+    seed: Annotated[int, setting("Set the seed of the order.")] = 0,
+) -> None:
+    """Train PHATGOOSE gates for finished experts, on the data that each was trained on.
+
+    One vector a layer, with the base model and the expert frozen: a few minutes for an expert on two cores. A run that
+    was stopped goes on when it is started again.
+
+    [dim]spectr train gates --library experts --data-root data[/]
+    [dim]spectr train gates mood -l experts --data rows.jsonl --prompt "Is this positive? {text}" --choices no,yes[/]
+    """
+    from spectr.training import GateSettings
+    from spectr.training.plan import read_gate_plan, run_gate_plan
+
+    source, settings = rows.source(letters=letters), _given(context, GateSettings)
+    plan = read_gate_plan(library, names or (), source, fresh=fresh, limit=examples, settings=settings)
+    if not plan.experts:
+        out.print("all of these experts have gates; --fresh trains them anew")
+        return
+    base, tokenizer = open_model(model, dtype)
+    with bar() as advance, resuming(*plan.work):
+        run_gate_plan(plan, base, tokenizer, progress=advance)
+    out.print(f"gates of {', '.join(plan.experts)}: {plan.library.resolve()}", highlight=False)
+
+
+def _given(context: typer.Context, kind: Any) -> dict[str, Any]:
+    """The options that are settings of this kind."""
+    return {field.name: context.params[field.name] for field in fields(kind) if field.name in context.params}

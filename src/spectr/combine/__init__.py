@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 
 from spectr.combine.base import Combination
-from spectr.combine.factors import merge_factors
+from spectr.combine.factors import merge_factors, merged_products
 from spectr.combine.knots import merge_knots
 from spectr.combine.options import parse, warn_of_numbers
 from spectr.combine.outputs import merge_outputs
@@ -41,16 +41,18 @@ def get_combination(text: str) -> Combination:
         CompositionError: The name or an option is unknown, or an option is out of range.
     """
     kind = text.partition(":")[0]
-    known = tuple(inspect.signature(COMBINATIONS.load(kind)).parameters)
+    parameters = inspect.signature(COMBINATIONS.load(kind)).parameters.values()
+    known = [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     try:
         options = parse(text)[1]
     except ValueError:
         options = {"": 0.0}
     ours = kind in COMBINATIONS.entries
     if not options.keys() <= set(known) or (ours and not all(0 < share <= 1 for share in options.values())):
-        spelled = f"{kind}:{','.join(f'{option}=SHARE' for option in known)}"
-        shares = f"{spelled}, a SHARE that is kept, above 0 and at most 1"
-        raise CompositionError(f"combine={text!r}", expected=shares if known else f"no options after {kind}")
+        number = "SHARE" if ours else "NUMBER"
+        spelled = f"{kind}:{','.join(f'{option}={number}' for option in known)}"
+        spelled += ", a SHARE that is kept, above 0 and at most 1" if ours else ""
+        raise CompositionError(f"combine={text!r}", expected=spelled if known else f"no options after {kind}")
     warn_of_numbers(text, kind, options)
     return COMBINATIONS.make(kind, **options)
 
@@ -63,4 +65,5 @@ __all__ = [
     "merge_knots",
     "merge_outputs",
     "merge_ties",
+    "merged_products",
 ]

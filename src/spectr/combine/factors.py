@@ -34,8 +34,12 @@ def merge_factors(
 
     Source: SpectR eq. 10 to 12.
     """
+    return linear(merged_products(h_TP, weights_TE), B_OP)
+
+
+def merged_products(h_TP: Float[Tensor, "*T P"], weights_TE: Float[Tensor, "*T E"]) -> Float[Tensor, "*T P"]:
+    """What :func:`merge_factors` multiplies the output factors with: ``w_t sum_u w_u h_u`` at the place of expert t."""
     weights_TE = weights_TE.to(h_TP.dtype)
     h_TER = h_TP.unflatten(-1, (weights_TE.shape[-1], -1))
     merged_TR = (weights_TE[..., None, :] @ h_TER).squeeze(-2)
-    weighted_TER = weights_TE[..., None] * merged_TR[..., None, :]
-    return linear(weighted_TER.flatten(-2), B_OP)
+    return (weights_TE[..., None] * merged_TR[..., None, :]).flatten(-2)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spectr.composed_model.settings import Settings
 from spectr.composition import Routed
 from spectr.errors import CompositionError
+from spectr.folders import check_new_folder, new_folder
 from spectr.library import ExpertLibrary, LibraryStore
 from spectr.library.descriptions import write_descriptions
 from spectr.library.needs import DESCRIBED
@@ -23,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 EXPERTS = "experts"
+_ELSEWHERE = "name another one, or say --overwrite"
 Progress = Callable[[str, int, int], None]
 
 
@@ -58,7 +57,7 @@ def save_composed(
     """
     out = Path(out)
     settings = check_saving(routed.router, routed.experts, out, access=access, record=record, overwrite=overwrite)
-    with new_folder(out, overwrite) as folder:
+    with new_folder(out, CompositionError, _ELSEWHERE, overwrite=overwrite) as folder:
         progress("writing the base model", 0, 1)
         _save_base(routed, tokenizer, folder, settings)
         progress("writing the base model", 1, 1)
@@ -127,54 +126,6 @@ def _save_experts(library: ExpertLibrary, names: tuple[str, ...], root: Path, pr
         write_descriptions(root, kept)
 
 
-@contextmanager
-def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A scratch folder beside ``out`` that takes its place when the block ends, and is gone where it raises.
-
-    Raises:
-        CompositionError: ``out`` is a file or in use, or no folder can be made there.
-    """
-    check_folder(out, overwrite)
-    above = out.absolute().parent
-    above.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=above, prefix=".composing-"))
-    try:
-        yield scratch
-        scratch.chmod(0o755)
-        _swap_in(scratch, out)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
-
-
 def check_folder(out: Path, overwrite: bool) -> None:
     """Raise :class:`CompositionError` where no composed model can be written."""
-    if out.exists() and not out.is_dir():
-        raise CompositionError(f"{out} is a file", expected="a folder", do="name another one")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise CompositionError(
-            f"{out} is in use", expected="an empty folder, or none yet", do="name another one, or say --overwrite"
-        )
-    above = next(folder for folder in out.absolute().parents if folder.exists())
-    try:
-        tempfile.TemporaryDirectory(dir=above, prefix=".composing-").cleanup()
-    except OSError as error:
-        raise CompositionError(
-            f"{out} cannot be made: {above} takes no new folder ({error.strerror})", do="name another folder"
-        ) from error
-
-
-def _swap_in(scratch: Path, out: Path) -> None:
-    """Rename into place; what was there goes only when the new folder stands."""
-    if not out.exists():
-        scratch.rename(out)
-        return
-    old = Path(tempfile.mkdtemp(dir=scratch.parent, prefix=".replaced-"))
-    out.rename(old / out.name)
-    try:
-        scratch.rename(out)
-    except BaseException:
-        (old / out.name).rename(out)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+    check_new_folder(out, CompositionError, _ELSEWHERE, overwrite=overwrite)

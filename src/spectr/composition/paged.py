@@ -127,8 +127,7 @@ class Paged(Routed):
         for layer in layers:
             module = self._modules[layer]
             here = {name: share[module] for name, share in shares.items() if module in share}
-            held = layer.factors_of(router.stack(here)) if here else None
-            table[layer] = held and layer.planned(held, fixed=self._use.fixes)
+            table[layer] = layer.factors_of(router.stack(here), fixed=self._use.fixes) if here else None
         return table
 
     def _decision(self, names: tuple[str, ...]) -> PromptDecision:

@@ -49,42 +49,49 @@ class Watch:
 
     def looks(self) -> list[Look]:
         """What was decided for each of the tokens."""
-        found = self._gathered()
-        return [Look(self._shares(found, row), self._layers(found, row)) for row in range(len(self._rows))]
+        return looks_of(self._held, self._found, len(self._rows), self._in_full)
 
-    def _gathered(self) -> dict[int, tuple[list[list[float]], list[list[float]]]]:
-        """Scores and weights by layer, fetched for all layers of one shape at once."""
-        alike: dict[object, list[int]] = {}
-        for number, (scores_NC, _) in self._found.items():
-            alike.setdefault((scores_NC.shape, scores_NC.device), []).append(number)
-        found = {}
-        for numbers in alike.values():
-            both = torch.stack([torch.stack(self._found[number]) for number in numbers]).tolist()
-            found |= {number: tuple(pair) for number, pair in zip(numbers, both, strict=True)}
-        return found
 
-    def _shares(self, found: Mapping[int, tuple[list[list[float]], list[list[float]]]], row: int) -> dict[str, float]:
-        totals: dict[str, float] = {}
-        for number, (_, weights) in found.items():
-            for name, weight in zip(self._held[number], weights[row], strict=True):
-                if weight > 0:
-                    totals[name] = totals.get(name, 0.0) + weight
-        return {name: total / len(self._held) for name, total in totals.items()}
+def looks_of(
+    experts: Sequence[tuple[str, ...]], found: Mapping[int, tuple[Tensor, Tensor]], tokens: int, in_full: bool
+) -> list[Look]:
+    """What layers decided, token by token.
 
-    def _layers(
-        self, found: Mapping[int, tuple[list[list[float]], list[list[float]]]], row: int
-    ) -> tuple[Mapping[str, tuple[float, float]], ...]:
-        if not self._in_full:
-            return ()
-        told: list[Mapping[str, tuple[float, float]]] = []
-        for number, experts in enumerate(self._held):
-            if number not in found:
-                told.append({})
-                continue
-            scores, weights = (values[row] for values in found[number])
-            rows = zip(experts, weights, scores, strict=True)
-            told.append({name: (weight, score) for name, weight, score in rows if weight > 0})
-        return tuple(told)
+    Args:
+        experts: Of each layer.
+        found: Scores and weights, (tokens, experts), of the layers that have some, by their numbers.
+        tokens: How many there are.
+        in_full: Whether each layer's decision is wanted, or shares alone.
+    """
+    rows = _gathered(found)
+    return [_look(experts, rows, token, in_full) for token in range(tokens)]
+
+
+_Rows = Mapping[int, tuple[list[list[float]], list[list[float]]]]
+
+
+def _gathered(found: Mapping[int, tuple[Tensor, Tensor]]) -> _Rows:
+    """Scores and weights by layer, fetched for all layers of one shape at once."""
+    alike: dict[object, list[int]] = {}
+    for number, (scores_NC, _) in found.items():
+        alike.setdefault((scores_NC.shape, scores_NC.device), []).append(number)
+    rows = {}
+    for numbers in alike.values():
+        both = torch.stack([torch.stack(found[number]) for number in numbers]).tolist()
+        rows |= {number: tuple(pair) for number, pair in zip(numbers, both, strict=True)}
+    return rows
+
+
+def _look(experts: Sequence[tuple[str, ...]], rows: _Rows, token: int, in_full: bool) -> Look:
+    totals: dict[str, float] = {}
+    layers: list[Mapping[str, tuple[float, float]]] = []
+    for number, names in enumerate(experts):
+        scores, weights = (values[token] for values in rows[number]) if number in rows else ((), ())
+        chosen = {n: (w, s) for n, w, s in zip(names, weights, scores, strict=True) if w > 0}
+        layers.append(chosen)
+        for name, (weight, _) in chosen.items():
+            totals[name] = totals.get(name, 0.0) + weight
+    return Look({name: total / len(experts) for name, total in totals.items()}, tuple(layers) if in_full else ())
 
 
 @torch.no_grad()

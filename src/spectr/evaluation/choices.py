@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -13,12 +13,12 @@ from transformers import PreTrainedTokenizerBase
 
 from spectr.errors import DataError
 from spectr.evaluation.encode import Encoding, encode_examples
-from spectr.models.generate import pad_batch
-from spectr.models.text import context_length, shared_prefix
+from spectr.models import context_length, pad_batch, shared_prefix
 from spectr.prompts.decision import PromptDecision, decides_by_prompt
 from spectr.tasks import Example
 
 Progress = Callable[[int], None]
+T = TypeVar("T")
 
 
 @torch.inference_mode()
@@ -43,7 +43,7 @@ def choice_logprobs(
         examples: Examples with choices.
         length_normalised: Mean instead of sum.
         batch_size: Prompts at a time.
-        progress: Is told how many examples were finished since the last call.
+        progress: Receives how many examples were finished since the last call.
 
     Returns:
         One float32 tensor of shape (choices,) an example, in nats, in the order given.
@@ -75,21 +75,38 @@ def routed_logprobs(
     All decisions come first; then the prompts that were decided alike are scored together, with one shared prefix.
     """
     encoded = encode_examples(tokenizer, examples, context_length(model))
-    weights_NE = torch.cat(
-        [
-            decision.decide(**_on(model, pad_batch(tokenizer, [one.prompt for one in encoded[i : i + 16]])))
-            for i in range(0, len(encoded), 16)
-        ]
+    device = next(model.parameters()).device
+    batches = [
+        pad_batch(tokenizer, [one.prompt for one in encoded[i : i + 16]], device=device)
+        for i in range(0, len(encoded), 16)
+    ]
+    weights_NE = torch.cat([decision.decide(**batch) for batch in batches])
+    scores = decided_alike(
+        decision,
+        weights_NE.tolist(),
+        lambda members: _logprobs(model, tokenizer, [encoded[i] for i in members], length_normalised),
     )
+    return scores, weights_NE
+
+
+def decided_alike(
+    decision: PromptDecision, rows: Sequence[Sequence[float]], score: Callable[[list[int]], Sequence[T]]
+) -> list[T]:
+    """Score examples together that were decided alike, while their decision holds.
+
+    Args:
+        decision: Of the model.
+        rows: For each example the weights that were decided.
+        score: From numbers of examples to their scores.
+    """
     groups: dict[tuple[float, ...], list[int]] = {}
-    for number, row in enumerate(weights_NE.tolist()):
+    for number, row in enumerate(rows):
         groups.setdefault(tuple(row), []).append(number)
-    found: dict[int, Tensor] = {}
+    found: dict[int, T] = {}
     for row, members in groups.items():
         with decision.using(torch.tensor([row])):
-            scores = _logprobs(model, tokenizer, [encoded[i] for i in members], length_normalised)
-        found.update(zip(members, scores, strict=True))
-    return [found[i] for i in range(len(examples))], weights_NE
+            found.update(zip(members, score(members), strict=True))
+    return [found[i] for i in range(len(rows))]
 
 
 def predict(logprobs: Sequence[Tensor]) -> list[int]:
@@ -129,11 +146,6 @@ def _logprobs(
     return [found[i] for i in range(len(encoded))]
 
 
-def _on(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    device = next(model.parameters()).device
-    return {key: value.to(device) for key, value in batch.items()}
-
-
 def _run(model: nn.Module, input_ids: Tensor, **more: Any) -> Any:
     return model(input_ids=input_ids, use_cache=True, logits_to_keep=1, **more)
 
@@ -154,8 +166,7 @@ def _batch_logprobs(
     position_BT = mask_BT.cumsum(-1).sub(1).clamp(min=0)
     if cache is not None:
         cache.batch_repeat_interleave(len(prompts))
-    more = {"attention_mask": mask_BT, "position_ids": position_BT[:, shared:]}
-    out = _run(model, ids_BT, past_key_values=cache, **more)
+    out = _run(model, ids_BT, attention_mask=mask_BT, position_ids=position_BT[:, shared:], past_key_values=cache)
     first_BV = out.logits[:, -1].float().log_softmax(-1)
 
     counts = [len(options) for options in choices]
@@ -169,13 +180,13 @@ def _batch_logprobs(
         out.past_key_values.batch_select_indices(owner_N)
         mask_NT = torch.cat([mask_BT[owner_N], real_NT[:, :-1]], dim=1)
         position_NT = mask_NT.cumsum(-1).sub(1)[:, -(longest - 1) :]
-        later = {
-            "attention_mask": mask_NT,
-            "position_ids": position_NT,
-            "past_key_values": out.past_key_values,
-        }
-        logits_NTV = model(input_ids=choice_NT[:, :-1], use_cache=True, **later).logits.float()
-        target_NT1 = choice_NT[:, 1:, None]
-        later_NT = logits_NTV.log_softmax(-1).gather(2, target_NT1).squeeze(2)
+        logits_NTV = model(
+            input_ids=choice_NT[:, :-1],
+            use_cache=True,
+            attention_mask=mask_NT,
+            position_ids=position_NT,
+            past_key_values=out.past_key_values,
+        ).logits
+        later_NT = logits_NTV.float().log_softmax(-1).gather(2, choice_NT[:, 1:, None]).squeeze(2)
         score_N = score_N + (later_NT * real_NT[:, 1:]).sum(-1)
     return list(score_N.cpu().split(counts))

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from spectr.errors import DataError, raise_together
-from spectr.models.text import encode_answer, encode_prompt
+from spectr.models import encode_answer, encode_prompt
 from spectr.tasks import Example
 
-_SHOWN = 5  # problems that are told in full
+_SHOWN = 5  # problems that an error lists in full
 
 
 @dataclass(frozen=True, kw_only=True)

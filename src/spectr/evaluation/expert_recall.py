@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -18,9 +17,10 @@ from transformers import PreTrainedTokenizerBase
 from spectr.atomic_write import replacing
 from spectr.composition import Routed
 from spectr.evaluation.score import Measurement
+from spectr.folders import with_parents
+from spectr.hashing import json_sha256
 from spectr.layers import trace
-from spectr.models.generate import encode_batch
-from spectr.models.text import context_length
+from spectr.models import context_length, encode_batch
 
 _BATCH = 16
 
@@ -65,10 +65,9 @@ def find_experts(
 
     Source: SpectR, section 4.3 (Tables 1 and 4).
     """
-    found, limit = [], context_length(model)
+    found, limit, device = [], context_length(model), next(model.parameters()).device
     for start in range(0, len(prompts), _BATCH):
-        batch: dict[str, Any] = encode_batch(tokenizer, prompts[start : start + _BATCH], limit=limit)
-        batch = {key: value.to(next(model.parameters()).device) for key, value in batch.items()}
+        batch = encode_batch(tokenizer, prompts[start : start + _BATCH], limit=limit, device=device)
         evidence_BE = routed.prompt.evidence(**batch) if routed.prompt else None
         if evidence_BE is not None and routed.policy is not None and routed.policy.use.fixes:
             rows = [dict(zip(routed.experts, row, strict=True)) for row in evidence_BE.tolist()]
@@ -81,8 +80,7 @@ def find_experts(
             model(**batch, use_cache=False, logits_to_keep=1)
         real_BT = record.mask & (record.mask.cumsum(1) > skip)
         for row in range(len(real_BT)):
-            votes, hits = Counter[str](), torch.zeros(2, dtype=torch.float64)
-            total = 0
+            votes, hits, total = Counter[str](), torch.zeros(2, dtype=torch.float64), 0
             for layer in record.values():
                 if expert not in layer.experts:
                     continue
@@ -107,7 +105,7 @@ def kept_findings(path: Path, *made_of: Mapping[str, Any]) -> list[Finding] | No
     """
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
-        return [Finding(**one) for one in kept["findings"]] if kept["key"] in map(_key, made_of) else None
+        return [Finding(**one) for one in kept["findings"]] if kept["key"] in map(json_sha256, made_of) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -120,14 +118,9 @@ def keep_findings(path: Path, made_of: Mapping[str, Any], findings: Sequence[Fin
         made_of: All that decides them, JSON.
         findings: One for each prompt.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept = {"key": _key(made_of), "findings": [asdict(finding) for finding in findings], "origin": made_of}
-    with replacing(path) as scratch:
+    kept = {"key": json_sha256(made_of), "findings": [asdict(finding) for finding in findings], "origin": made_of}
+    with replacing(with_parents(path)) as scratch:
         scratch.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-
-
-def _key(made_of: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
 
 def over_runs(

@@ -20,6 +20,7 @@ import torch
 
 from spectr.composition import compose
 from spectr.errors import CompositionError, MissingExtraError, SpectrError, did_you_mean
+from spectr.evaluation.choices import decided_alike
 from spectr.guidance import QueryGuide
 from spectr.library.needs import DESCRIBED
 from spectr.models import load_model
@@ -92,7 +93,7 @@ class SpectrLM(HFLM):
             device = None  # the harness' default wherever it runs
         model, tokenizer = load_model(base, dtype=dtype, device=device)  # pyright: ignore[reportArgumentType]
         super().__init__(pretrained=model, tokenizer=tokenizer, **more)
-        guide = QueryGuide.of(model, tokenizer) if DESCRIBED in chosen.needs else None
+        guide = QueryGuide.of(model, tokenizer) if chosen and DESCRIBED in chosen.needs else None
         self.routed = None if chosen is None else compose(model, experts, chosen, guide=guide)
 
     def _loglikelihood_tokens(
@@ -110,15 +111,12 @@ class SpectrLM(HFLM):
             mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in some], device=self.device)
             weights_BE = decision.decide(input_ids=ids, attention_mask=mask)
             chosen.update(zip(some, map(tuple, weights_BE.tolist()), strict=True))
-        groups: dict[tuple[float, ...], list[int]] = {}
-        for number, (_, context, _) in enumerate(requests):
-            groups.setdefault(chosen[tuple(context)], []).append(number)
-        found: dict[int, tuple[float, bool]] = {}
-        for row, members in groups.items():
-            with decision.using(torch.tensor([row])):
-                scores = super()._loglikelihood_tokens([requests[i] for i in members], disable_tqdm, override_bs)
-            found.update(zip(members, scores, strict=True))
-        return [found[i] for i in range(len(requests))]
+        likelihoods = super()._loglikelihood_tokens
+        return decided_alike(
+            decision,
+            [chosen[tuple(context)] for _, context, _ in requests],
+            lambda members: likelihoods([requests[i] for i in members], disable_tqdm, override_bs),
+        )
 
 
 def _settings(router: str, given: dict[str, Any]) -> dict[str, Any]:

@@ -7,9 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from spectr.errors import DataError, LibraryError, SpectrError, did_you_mean, raise_together
+from spectr.choosing import check_names, problems_of
+from spectr.errors import CompositionError, DataError, LibraryError, SpectrError, did_you_mean, raise_together
 from spectr.evaluation.experiments import EXPERIMENTS
 from spectr.library import ExpertLibrary
+from spectr.library.needs import AtMost
+from spectr.routers import get_router
+from spectr.routers.options import read_settings
+from spectr.routers.registry import ROUTERS
 from spectr.tasks import Example, Task
 
 Tasks = Mapping[str, tuple[Task, Sequence[Example]]]
@@ -84,9 +89,17 @@ def read_plan(
     known = (*EXPERIMENTS.names(), "all")
     if experiment not in known:
         raise DataError(f"unknown experiment '{experiment}'", do=did_you_mean(experiment, known))
-    _check_routers(routers, settings)
     _ = library.calibration  # a damaged one is found now
-    plan = Plan(experiments=[experiment], library=library, routers=routers, settings=settings)
+    _check_routers(experiment, routers, settings, library)
+    _check_options(experiment, ranks, companions)
+    plan = Plan(
+        experiments=[experiment],
+        library=library,
+        routers=routers,
+        settings=settings,
+        ranks=_ranks(ranks) if ranks else {},
+        companions=_companions(companions, library),
+    )
     if experiment == "heldout":
         return replace(plan, held_out=_held_out(tasks, library, data_root, limit))
     chosen = _tasks(tasks, letters)
@@ -99,27 +112,16 @@ def read_plan(
         "mixed": None if len(owned) > 1 or not read else _ONE_TASK,
         "ranks": None if ranks else _NO_RANKS,
     }
-    held_out: Tasks = {}
+    plan = replace(plan, tasks=read, reworded=reworded)
     if experiment == "all":
         try:
-            held_out = _held_out((), library, data_root, limit)
+            plan = replace(plan, held_out=_held_out((), library, data_root, limit))
         except SpectrError as error:
             lacks["heldout"] = (error.given, "")
     names, left_out = _possible(experiment, lacks)
     idle = [name for name in read if name not in owned]
     remarks = [f"left out, as the library has no expert for them: {', '.join(idle)}"] if idle else []
-    if routers and set(names) <= COMPARES_NONE:
-        left_out.append(f"--router makes no difference: {experiment} compares no routers")
-    return replace(
-        plan,
-        experiments=names,
-        tasks=read,
-        reworded=reworded,
-        held_out=held_out,
-        ranks=_ranks(ranks) if ranks and "ranks" in names else {},
-        companions=_companions(companions, library),
-        remarks=[*remarks, *left_out],
-    )
+    return replace(plan, experiments=names, remarks=[*remarks, *left_out])
 
 
 def _read(chosen: Sequence[Task], root: str | None, limit: int | None) -> tuple[Tasks, dict[str, list[list[Example]]]]:
@@ -132,24 +134,46 @@ def _read(chosen: Sequence[Task], root: str | None, limit: int | None) -> tuple[
     return read, reworded
 
 
-def _check_routers(names: Sequence[str], settings: Sequence[str]) -> None:
-    """Raise for names that are no routers, routers that need to be told more than a name, and settings of none."""
-    from spectr.routers import get_router, router_names
-    from spectr.routers.options import read_settings
-    from spectr.routers.registry import ROUTERS
+def _check_options(experiment: str, ranks: Path | None, companions: Sequence[str]) -> None:
+    """Raise for options that the experiment does not read, and for one that it needs."""
+    for option, value, reader in (("--ranks", ranks, "ranks"), ("--substitute", companions, "robustness")):
+        if value and experiment not in (reader, "all"):
+            raise DataError(f"{option} is for the experiment {reader}", do="leave it out")
+    if experiment == "ranks" and not ranks:
+        raise DataError(f"ranks: {_NO_RANKS[0]}", do=_NO_RANKS[1])
 
-    for name in names:
-        if name not in router_names():
-            raise DataError(f"unknown router '{name}'", do=did_you_mean(name, router_names()))
-    given = read_settings(settings, names or tuple(ROUTERS.entries)) if names or settings else {}
-    for name in names:
+
+def _check_routers(experiment: str, names: Sequence[str], settings: Sequence[str], library: ExpertLibrary) -> None:
+    """Raise for routers or settings that the experiment does not use, and for routers that cannot be compared."""
+    if (names or settings) and experiment in COMPARES_NONE:
+        raise DataError(f"{experiment} compares no routers", do="leave out --router and --set")
+    if settings and not names:
+        raise DataError(f"--set {settings[0]} without a router", do="name the routers that it is for: --router NAME")
+    check_names(names)
+    title = "these routers cannot be compared"
+    raise_together(title, problems_of(ROUTERS.load, names), DataError)
+    given, made = read_settings(settings, names), {}
+
+    def make(name: str) -> None:
         try:
-            get_router(name, **given[name])
+            made[name] = get_router(name, **given[name])
         except SpectrError as error:
-            raise DataError(
-                f"router '{name}' cannot be compared: {error.given}",
-                do="leave it out; 'quality' has each task's own expert",
-            ) from error
+            own = "leave it out; 'quality' has each task's own expert"
+            do = own if name == "oracle" else error.do
+            raise DataError(f"router '{name}': {error.given}", expected=error.expected, do=do) from error
+
+    raise_together(title, problems_of(make, names), DataError)
+    if experiment == "ranks":  # which calibrates the experts of each rank itself
+        return
+
+    def check(name: str) -> None:
+        for need in made[name].needs:
+            if not isinstance(need, AtMost):  # the experiment may set another top_k
+                need.check(library, library.names)
+
+    lacks = problems_of(check, names)
+    if len(lacks) == len(names):
+        raise_together(title, lacks, CompositionError)
 
 
 def _owned(read: Tasks, library: ExpertLibrary) -> list[str]:
@@ -276,7 +300,7 @@ def _companions(given: Sequence[str], library: ExpertLibrary) -> list[tuple[str,
     for text in given:
         name, _, folder = text.partition("=")
         if not (name and folder):
-            problems.append(DataError(f"--companion {text}", expected="EXPERT=FOLDER"))
+            problems.append(DataError(f"--substitute {text}", expected="EXPERT=FOLDER"))
             continue
         try:
             library.check(name)

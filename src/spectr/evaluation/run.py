@@ -13,11 +13,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectr.composition import Guide
 from spectr.errors import DataError
-from spectr.evaluation.experiments import EXPERIMENTS, Bench, Result
+from spectr.evaluation.experiments import EXPERIMENTS, ExperimentSetup, Result
 from spectr.evaluation.experiments.base import Progress
 from spectr.evaluation.plan import Plan
 
-_OF_OTHERS = {"ranks": "ranks", "companion": "robustness"}  # options that one experiment alone reads
+_READERS = {
+    "ranks": "ranks",
+    "substitute": "robustness",
+    "companion": "robustness",
+}  # options that one experiment alone reads
 
 
 def run_experiment(
@@ -46,7 +50,7 @@ def run_experiment(
     Raises:
         DataError: A task cannot be scored with this model, or of the plan's one experiment no router is left.
     """
-    bench = Bench(
+    setup = ExperimentSetup(
         model=model,
         tokenizer=tokenizer,
         library=plan.library,
@@ -62,8 +66,8 @@ def run_experiment(
         guide=guide,
         progress=progress,
     )
-    bench.check()
-    result = EXPERIMENTS.load(name)(bench)
+    setup.check()
+    result = EXPERIMENTS.load(name)(setup)
     if not result.rows and len(plan.experiments) == 1:
         reasons = [note for note in result.notes if note.startswith("Left out")]
         raise DataError(f"{name}: no router is left. {' '.join(reasons)}", do="give what is lacking, or other routers")
@@ -71,7 +75,7 @@ def run_experiment(
 
 
 def keep_result(result: Result, folder: Path, given: Mapping[str, Any]) -> tuple[Path, Path | None]:
-    """Write a result with the command that gives it again; one of another run that is there is kept beside it.
+    """Write a result with the command that gives it again; one of another run is kept next to it.
 
     Args:
         result: Of :func:`run_experiment`.
@@ -117,7 +121,7 @@ def _command(experiment: str, given: Mapping[str, Any]) -> str:
     """What gives this result again; of folders and files that exist only the last part of their path."""
     words = ["spectr", "evaluate", experiment]
     for option, value in given.items():
-        if not value or _OF_OTHERS.get(option, experiment) != experiment:
+        if not value or _READERS.get(option, experiment) != experiment:
             continue
         for one in value if isinstance(value, list) else [value]:
             name, equals, path = str(one).rpartition("=")

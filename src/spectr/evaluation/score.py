@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,21 +10,22 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from spectr.errors import DataError
-from spectr.evaluation.answers import answer_records, decided
 from spectr.evaluation.choices import choice_logprobs, predict, routed_logprobs
 from spectr.evaluation.encode import encode_examples
 from spectr.evaluation.metrics import text_metric
-from spectr.models.text import context_length
+from spectr.folders import with_parents
+from spectr.hashing import json_sha256
+from spectr.models import context_length, generate_answers
 from spectr.prompts.decision import PromptDecision
 from spectr.tasks import Example
 from spectr.tasks.check import CHOICE_METRICS, TEXT_METRICS
 
 Progress = Callable[[int], None]
-_CHUNK = 32  # examples that are kept at once
+_CHUNK, _BATCH = 32, 16  # examples that are kept at once, and that are answered at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +75,11 @@ def score_examples(
         max_new_tokens: Length at most of a free-text answer.
         decision: Of a model that is routed by prompts (``routed.prompt``); its experts are recorded as well.
         keep: JSONL file to write records to as they are made, and to read those of a killed run from.
-        origin: What else decides the results (model, router, experts, data); with it a file is told from one of
-            another run, which is then begun anew.
+        origin: What else decides the results (model, router, experts, data); a file of another run is known by it, and
+            begun anew.
         former: As earlier versions wrote ``origin``; a file of theirs is read, and goes on.
         name: Of the task, for errors.
-        progress: Is told how many examples were finished since the last call.
+        progress: Receives how many examples were finished since the last call.
 
     Raises:
         DataError: Examples cannot be scored by this metric, or not with this model (see :func:`encode_examples`);
@@ -101,12 +101,13 @@ def score_examples(
     progress(len(done))
     order = sorted(set(range(len(examples))) - set(done), key=lambda i: (-len(examples[i].prompt), i))
     with _appending(keep, keys[0], origin, fresh=not done) as write:
-        for chosen in _chunks(order):
+        for start in range(0, len(order), _CHUNK):
+            chosen = order[start : start + _CHUNK]
             some = [examples[i] for i in chosen]
             if measure is None:
                 made = _choice_records(model, tokenizer, some, length_normalised, decision)
             else:
-                made = answer_records(model, tokenizer, some, measure, max_new_tokens, decision)
+                made = _answer_records(model, tokenizer, some, measure, max_new_tokens, decision)
             for number, record in zip(chosen, made, strict=True):
                 done[number] = record | ({"lost": lost[number]} if lost[number] else {})
                 write({"number": number, **done[number]})
@@ -126,13 +127,15 @@ def _choice_records(
     length_normalised: bool,
     decision: PromptDecision | None,
 ) -> Iterator[dict[str, Any]]:
-    more: list[dict[str, Any]] = [{} for _ in examples]
     if decision is None:
-        scores = choice_logprobs(model, tokenizer, examples, length_normalised=length_normalised)
+        scores, parts = (
+            choice_logprobs(model, tokenizer, examples, length_normalised=length_normalised),
+            [{}] * len(examples),
+        )
     else:
         scores, weights_NE = routed_logprobs(model, tokenizer, examples, decision, length_normalised=length_normalised)
-        more = [{"experts": decided(decision, row)} for row in weights_NE.tolist()]
-    for example, score_C, prediction, part in zip(examples, scores, predict(scores), more, strict=True):
+        parts = _experts(decision, weights_NE)
+    for example, score_C, prediction, part in zip(examples, scores, predict(scores), parts, strict=True):
         yield {
             "label": example.label,
             "prediction": prediction,
@@ -142,10 +145,43 @@ def _choice_records(
         }
 
 
+def _answer_records(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    measure: Callable[[str, str], float],
+    max_new_tokens: int,
+    decision: PromptDecision | None,
+) -> Iterator[dict[str, Any]]:
+    """Greedy answers with their scores; a prompt that leaves no room for the answer loses its beginning."""
+    context = context_length(model)
+    limit = None if context is None else context - max_new_tokens
+    for start in range(0, len(examples), _BATCH):
+        some = examples[start : start + _BATCH]
+        answers = generate_answers(
+            model,  # pyright: ignore[reportArgumentType]
+            tokenizer,
+            [example.prompt for example in some],
+            max_new_tokens=max_new_tokens,
+            limit=limit,
+        )
+        weights_BE = None if decision is None else decision.weights_BE
+        parts = [{}] * len(some) if weights_BE is None else _experts(decision, weights_BE)
+        for example, answer, part in zip(some, answers, parts, strict=True):
+            score = round(measure(answer, example.answer), 5)
+            yield {"answer": answer, "reference": example.answer, "score": score, **part}
+
+
+def _experts(decision: Any, weights_BE: Tensor) -> list[dict[str, Any]]:
+    """For each prompt the part of its record with the experts that it was decided for, and their weights."""
+    rows = weights_BE.tolist()
+    return [{"experts": {e: round(w, 4) for e, w in zip(decision.experts, row, strict=True) if w}} for row in rows]
+
+
 def _key(examples: Sequence[Example], length_normalised: bool, origin: dict[str, Any] | None, text: list[Any]) -> str:
     content = [[[e.prompt, list(e.choices), e.label] for e in examples], length_normalised, origin]
     content += [text, [e.answer for e in examples]] if text else []
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json_sha256(content)
 
 
 def _kept(path: Path, keys: Sequence[str]) -> dict[int, dict[str, Any]]:
@@ -173,9 +209,8 @@ def _appending(
     if path is None:
         yield lambda _: None
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     if fresh:
-        path.write_text(json.dumps({"key": key, "origin": origin}) + "\n", encoding="utf-8")
+        with_parents(path).write_text(json.dumps({"key": key, "origin": origin}) + "\n", encoding="utf-8")
     else:  # a last line that was cut short goes
         text = path.read_text(encoding="utf-8")
         path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
@@ -186,8 +221,3 @@ def _appending(
             file.flush()
 
         yield write
-
-
-def _chunks(order: list[int]) -> Iterator[list[int]]:
-    for start in range(0, len(order), _CHUNK):
-        yield order[start : start + _CHUNK]

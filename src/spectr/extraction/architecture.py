@@ -22,6 +22,11 @@ class Linear(NamedTuple):
     inputs: int
     transposed: bool
 
+    @property
+    def stored(self) -> tuple[int, int]:
+        """The shape of its weight."""
+        return (self.inputs, self.outputs) if self.transposed else (self.outputs, self.inputs)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:

@@ -16,7 +16,7 @@ from jaxtyping import Shaped
 from safetensors import safe_open
 from torch import Tensor
 
-from spectr.errors import ModelError, SpectrError, raise_together
+from spectr.errors import ModelError, SpectrError, collecting, raise_together
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -84,14 +84,12 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         ModelError: No safetensors weights, a damaged index, or files that are missing or damaged; all of them at once.
     """
     files = _files(folder)
-    tensors, problems = {}, []
+    tensors: dict[str, Header] = {}
+    problems: list[SpectrError] = []
     for name in files:
-        try:
-            with _open(folder / name) as file:
-                parts = {key: file.get_slice(key) for key in list(file.keys())}
-                tensors |= {k: Header(tuple(p.get_shape()), p.get_dtype(), name) for k, p in parts.items()}
-        except SpectrError as problem:
-            problems.append(problem)
+        with collecting(problems), _open(folder / name) as file:
+            parts = {key: file.get_slice(key) for key in list(file.keys())}
+            tensors |= {k: Header(tuple(p.get_shape()), p.get_dtype(), name) for k, p in parts.items()}
     raise_together(f"{folder} cannot be read", problems, ModelError)
     return Checkpoint(folder=folder, tensors=tensors, files=files)
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spectr.errors import ExtractionError, SpectrError, raise_together
+from spectr.errors import ExtractionError, raise_together, some_of
 from spectr.extraction.architecture import Architecture, Linear
 from spectr.extraction.checkpoint import Checkpoint, Rows
 
@@ -69,7 +69,6 @@ def pair_up(base: Checkpoint, tuned: Checkpoint, architecture: Architecture) -> 
     wanted = [name for name in wanted if name not in architecture.tied or any(name in found for found in names)]
     strange = [name for name in names[0] if name not in wanted and name in names[1]]
     where = [{name: _find(name, found, architecture) for name in wanted + strange} for found in names]
-    faults = [_lacking(what, found) for what, found in zip(("base", "fine-tuned"), where, strict=True)]
     pairs, unequal, odd = [], [], []
     for name in wanted + strange:
         ours, theirs = where[0][name], where[1][name]
@@ -84,8 +83,8 @@ def pair_up(base: Checkpoint, tuned: Checkpoint, architecture: Architecture) -> 
             kind = architecture.kinds.get(name, "no parameter of the architecture")
             linear = architecture.linear.get(name)
             pairs.append(Pair(name=name, base=ours, tuned=theirs, shape=old.shape, linear=linear, kind=kind))
-    faults += [_unequal(unequal), _odd(odd), _misfit(pairs)]
-    raise_together("the two checkpoints do not go together", [f for f in faults if f], ExtractionError)
+    faults = _faults(where, unequal, odd, pairs)
+    raise_together("the two checkpoints do not go together", faults, ExtractionError)
     return tuple(pairs)
 
 
@@ -119,7 +118,9 @@ def measure(
         progress(done, len(pairs))
     if faults:
         raise ExtractionError(
-            f"NaN or infinite numbers in {_some(faults)}", expected="finite weights", do="download or train it again"
+            f"NaN or infinite numbers in {some_of(faults, _SHOWN)}",
+            expected="finite weights",
+            do="download or train it again",
         )
     return tuple(found)
 
@@ -149,61 +150,43 @@ def _find(name: str, found: Mapping[str, str], architecture: Architecture) -> st
     return next((found[option] for option in (name, *twins) if option in found), None)
 
 
-def _lacking(what: str, where: Mapping[str, str | None]) -> SpectrError | None:
-    missing = [name for name, key in where.items() if key is None]
-    if not missing:
-        return None
-    return ExtractionError(
-        f"the {what} checkpoint lacks {_some(missing)}",
-        expected="every parameter of the base's architecture in both checkpoints",
-        do="check that the folder is whole, and that the one was fine-tuned from the other",
-    )
-
-
-def _unequal(named: list[str]) -> SpectrError | None:
-    if not named:
-        return None
-    vocabulary = all("embed" in name or "lm_head" in name or "wte" in name for name in named)
-    return ExtractionError(
-        f"other sizes: {_some(named)}",
-        expected="a model that was fine-tuned from this very base"
-        + (", with its vocabulary as it was" if vocabulary else ""),
-        do="resize the fine-tuned model's embeddings to the base's vocabulary and save it again"
-        if vocabulary
-        else "give the base that it was fine-tuned from: --base",
-    )
-
-
-def _odd(named: list[str]) -> SpectrError | None:
-    if not named:
-        return None
-    return ExtractionError(
-        f"not plain floating numbers: {_some(named)}",
-        expected="F32, BF16, F16 or F64",
-        do="dequantise the model, save it and extract from that",
-    )
-
-
-def _misfit(pairs: list[Pair]) -> SpectrError | None:
-    wrong = []
-    for pair in pairs:
-        if pair.linear:
-            sizes = (pair.linear.outputs, pair.linear.inputs)
-            right = sizes[::-1] if pair.linear.transposed else sizes
-            wrong += [f"{pair.name} is {_shape(pair.shape)} (there: {_shape(right)})"] if pair.shape != right else []
-    if not wrong:
-        return None
-    return ExtractionError(
-        f"the base's weights have other sizes than its config.json says: {_some(wrong)}",
-        expected="configuration and weights of one model",
-        do="download or save the base again",
-    )
+def _faults(
+    where: Sequence[Mapping[str, str | None]], unequal: list[str], odd: list[str], pairs: list[Pair]
+) -> Iterator[ExtractionError]:
+    """Why two checkpoints do not go together, from what :func:`pair_up` has found."""
+    for what, found in zip(("base", "fine-tuned"), where, strict=True):
+        missing = [name for name, key in found.items() if key is None]
+        if missing:
+            yield ExtractionError(
+                f"the {what} checkpoint lacks {some_of(missing, _SHOWN)}",
+                expected="every parameter of the base's architecture in both checkpoints",
+                do="check that the folder is whole, and that the one was fine-tuned from the other",
+            )
+    if unequal:
+        vocabulary = all("embed" in name or "lm_head" in name or "wte" in name for name in unequal)
+        yield ExtractionError(
+            f"other sizes: {some_of(unequal, _SHOWN)}",
+            expected="a model that was fine-tuned from this very base"
+            + (", with its vocabulary as it was" if vocabulary else ""),
+            do="resize the fine-tuned model's embeddings to the base's vocabulary and save it again"
+            if vocabulary
+            else "give the base that it was fine-tuned from: --base",
+        )
+    if odd:
+        yield ExtractionError(
+            f"not plain floating numbers: {some_of(odd, _SHOWN)}",
+            expected="F32, BF16, F16 or F64",
+            do="dequantise the model, save it and extract from that",
+        )
+    stored = [(pair, pair.linear.stored) for pair in pairs if pair.linear]
+    misfit = [f"{pair.name} is {_shape(pair.shape)} (there: {_shape(s)})" for pair, s in stored if pair.shape != s]
+    if misfit:
+        yield ExtractionError(
+            f"the base's weights have other sizes than its config.json says: {some_of(misfit, _SHOWN)}",
+            expected="configuration and weights of one model",
+            do="download or save the base again",
+        )
 
 
 def _shape(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape)) or "a number"
-
-
-def _some(names: list[str]) -> str:
-    rest = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + rest

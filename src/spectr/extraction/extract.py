@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectr.errors import ExtractionError
+from spectr.errors import ExtractionError, some_of
 from spectr.extraction.architecture import Architecture, read_architecture
 from spectr.extraction.checkpoint import Checkpoint, Rows, locate_model, read_checkpoint
 from spectr.extraction.compare import Difference, difference, measure, pair_up, unmatched
@@ -19,8 +19,10 @@ from spectr.extraction.memory import Plan, plan
 from spectr.extraction.report import Kept, Left, Report
 from spectr.extraction.settings import DTYPES, Extraction, Truncation
 from spectr.extraction.svd import Truncated, exact_svd, randomised_svd
-from spectr.extraction.write import check_target, rank_settings, targets, versions, write_expert
+from spectr.extraction.write import PACKAGES, targets, write_expert
+from spectr.folders import check_new_folder
 from spectr.hashing import file_sha256
+from spectr.versions import package_versions
 
 Progress = Callable[[str, int, int, str], None]
 _COARSE = {"BF16": 8, "F16": 11, "F32": 24, "F64": 53}  # bits of precision
@@ -62,7 +64,7 @@ def extract(
     Source: Ilharco et al. (2023), task vectors; Fleshman and Van Durme (2024), RE-Adapt and its low-rank LoRE-Adapt.
     """
     out = Path(out)
-    check_target(out)
+    check_new_folder(out, ExtractionError)
     old, new = read_checkpoint(locate_model(base)), read_checkpoint(locate_model(tuned))
     architecture = read_architecture(old.folder)
     pairs = pair_up(old, new, architecture)
@@ -101,9 +103,8 @@ def _changed(found: Sequence[Difference], left: Sequence[Left], settings: Extrac
         )
     if left and (settings.strict or not changed):
         shown = [f"{one.name} ({one.kind}{'' if one.relative is None else f', {one.relative:.1e}'})" for one in left]
-        rest = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
         raise ExtractionError(
-            f"{len(left)} parameters have changed that LoRA cannot carry: {', '.join(shown[:_SHOWN])}{rest}",
+            f"{len(left)} parameters have changed that LoRA cannot carry: {some_of(shown, _SHOWN)}",
             expected="changes in weights of linear layers only" if changed else "a change in a linear layer",
             do="leave them out: without --strict" if changed else "there is nothing to extract from these two",
         )
@@ -129,22 +130,20 @@ def _kept(
     assert one.pair.linear is not None
     module = one.pair.linear.module
     method = methods.methods[module]
-    svd = _svd(difference(one.pair, old, new), method, settings, module)
+    delta_OI = difference(one.pair, old, new)
+    if method == "exact":
+        svd = exact_svd(delta_OI)
+    else:
+        svd = randomised_svd(
+            delta_OI,
+            settings.truncation.most,
+            oversampling=settings.oversampling,
+            power_iterations=settings.power_iterations,
+            seed=module_seed(settings.seed, module),
+        )
     rank, share = truncate(svd, settings.truncation, one.change**2)
     kept = Kept(module=module, rank=rank, share=share, change=one.change, relative=one.relative, method=method)
     return kept, split(svd, rank, DTYPES[settings.dtype])
-
-
-def _svd(delta: Tensor, method: str, settings: Extraction, module: str) -> Truncated:
-    if method == "exact":
-        return exact_svd(delta)
-    return randomised_svd(
-        delta,
-        settings.truncation.most,
-        oversampling=settings.oversampling,
-        power_iterations=settings.power_iterations,
-        seed=module_seed(settings.seed, module),
-    )
 
 
 def module_seed(seed: int, module: str) -> int:
@@ -159,10 +158,9 @@ def truncate(svd: Truncated, truncation: Truncation, total: float) -> tuple[int,
 
 
 def split(svd: Truncated, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """``A = sqrt(S) V^T`` and ``B = U sqrt(S)`` of the first directions: factors of one size, with scale 1."""
+    """``B = U sqrt(S)`` and ``A = sqrt(S) V^T`` of the first directions: factors of one size, with scale 1."""
     root_R = svd.S[:rank].sqrt()
-    A, B = root_R[:, None] * svd.Vh[:rank], svd.U[:, :rank] * root_R
-    return A.to(dtype), B.to(dtype)
+    return (svd.U[:, :rank] * root_R).to(dtype), (root_R[:, None] * svd.Vh[:rank]).to(dtype)
 
 
 def _remarks(old: Checkpoint, new: Checkpoint, modules: Sequence[Kept], settings: Extraction) -> tuple[str, ...]:
@@ -201,7 +199,7 @@ def _origin(
         "source": {"fine-tuned": str(tuned), "base": str(base), **hashes},
         "settings": asdict(settings),
         "memory_needed": methods.need,
-        "versions": versions(),
+        "versions": package_versions(*PACKAGES),
     }
 
 
@@ -209,13 +207,8 @@ def _config(modules: Sequence[Kept], architecture: Architecture, report: Report)
     names = [one.module for one in modules]
     transposed = {layer.module for layer in architecture.linear.values() if layer.transposed}
     return {
-        "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": report.base_model,
-        "inference_mode": True,
-        "bias": "none",
-        "lora_dropout": 0.0,
         "fan_in_fan_out": any(name in transposed for name in names),
         "target_modules": targets(names, architecture.modules),
-        **rank_settings({one.module: one.rank for one in modules}),
     }

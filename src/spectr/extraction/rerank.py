@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from spectr.adapters import Expert
 from spectr.adapters.config import CONFIG_FILE
-from spectr.errors import ExtractionError
+from spectr.errors import ExtractionError, raise_together, range_faults
 from spectr.extraction.extract import split, truncate
 from spectr.extraction.report import Kept, Report
 from spectr.extraction.settings import DTYPES, Truncation
 from spectr.extraction.svd import Truncated
-from spectr.extraction.write import check_target, rank_settings, versions, write_expert
+from spectr.extraction.write import PACKAGES, write_expert
+from spectr.folders import check_new_folder
 from spectr.hashing import file_sha256
 from spectr.spectral import align
+from spectr.versions import package_versions
 
 
 def rerank(
@@ -53,20 +54,30 @@ def rerank(
         AdapterError: A factor holds NaN or infinity.
     """
     out = Path(out)
-    check_target(out)
-    if dtype not in DTYPES:
-        raise ExtractionError(f"dtype is '{dtype}'", expected=" or ".join(DTYPES))
+    check_new_folder(out, ExtractionError)
+    raise_together("", range_faults(ExtractionError, " or ".join(DTYPES), DTYPES.__contains__, dtype=dtype))
     factors, modules = _truncated(expert, truncation, dtype, progress)
     _check_smaller(expert, modules, truncation)
+    # The expert's own configuration, which names the modules that it adapts.
+    config = json.loads((expert.weights.parent / CONFIG_FILE).read_text(encoding="utf-8"))
     report = Report(
         name=name or out.absolute().name,
         base_model=expert.base_model,
         modules=tuple(modules),
         left=(),
         remarks=(),
-        origin=_origin(expert, truncation, dtype),
+        origin={
+            "made": "truncated from another expert with `spectr rerank`",
+            "source": {
+                "expert": expert.name,
+                "from": expert.origin,
+                f"{expert.weights.name} sha256": file_sha256(expert.weights),
+            },
+            "settings": {**asdict(truncation), "dtype": dtype},
+            "versions": package_versions(*PACKAGES),
+        },
     )
-    write_expert(out, factors, _config(expert, {one.module: one.rank for one in modules}), report)
+    write_expert(out, factors, {**config, "init_lora_weights": True, "inference_mode": True}, report)
     return report
 
 
@@ -80,8 +91,8 @@ def _truncated(
             total = float(svd.S.double().square().sum())
             rank, share = truncate(svd, truncation, total) if total else (1, 1.0)
             factors[module] = split(svd, rank, DTYPES[dtype])
-            change = total**0.5
-            modules.append(Kept(module=module, rank=rank, share=share, change=change, relative=None, method="factors"))
+            kept = Kept(module=module, rank=rank, share=share, change=total**0.5, relative=None, method="factors")
+            modules.append(kept)
             progress("truncating", done, len(expert.shapes), module)
     return factors, modules
 
@@ -89,25 +100,9 @@ def _truncated(
 def _check_smaller(expert: Expert, modules: list[Kept], truncation: Truncation) -> None:
     if any(one.rank < expert.shapes[one.module].rank for one in modules):
         return
-    asked = f"rank {truncation.rank}" if truncation.rank else f"a share of {truncation.energy:g}"
+    wanted = f"rank {truncation.rank}" if truncation.rank else f"a share of {truncation.energy:g}"
     raise ExtractionError(
-        f"'{expert.name}' gets smaller nowhere at {asked}: its ranks are {', '.join(map(str, expert.ranks))}",
+        f"'{expert.name}' gets smaller nowhere at {wanted}: its ranks are {', '.join(map(str, expert.ranks))}",
         expected="fewer ranks than that; more would only add zeros",
         do="ask for a lower rank or a smaller share of the energy, or use the expert as it is",
     )
-
-
-def _config(expert: Expert, ranks: Mapping[str, int]) -> dict[str, Any]:
-    """The expert's own configuration, which says which modules it adapts, with the new ranks."""
-    old = json.loads((expert.weights.parent / CONFIG_FILE).read_text(encoding="utf-8"))
-    return {**old, **rank_settings(ranks), "init_lora_weights": True, "inference_mode": True}
-
-
-def _origin(expert: Expert, truncation: Truncation, dtype: str) -> dict[str, Any]:
-    digest = file_sha256(expert.weights)
-    return {
-        "made": "truncated from another expert with `spectr rerank`",
-        "source": {"expert": expert.name, "from": expert.origin, f"{expert.weights.name} sha256": digest},
-        "settings": {**asdict(truncation), "dtype": dtype},
-        "versions": versions(),
-    }

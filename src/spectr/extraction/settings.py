@@ -10,11 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spectr.errors import ExtractionError, SpectrError, raise_together
+from spectr.errors import ExtractionError, SpectrError, collecting, raise_together, range_faults
 
 GIB = 1 << 30
 Method = Literal["auto", "exact", "randomised"]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_TITLE = "these settings cannot be used"
 _NULL = 1e-6  # singular values below this share of the largest one are rounding of float32
 
 
@@ -39,20 +40,14 @@ class Truncation:
     max_rank: int = 128
 
     def __post_init__(self) -> None:
-        raise_together("these settings cannot be used", self.faults(), ExtractionError)
-
-    def faults(self) -> list[SpectrError]:
-        """What is wrong with the numbers."""
-        found: list[SpectrError] = []
+        faults: list[SpectrError] = []
         if (self.rank is None) == (self.energy is None):
             given = "neither a rank nor a share of energy" if self.rank is None else "both a rank and a share of energy"
-            found.append(ExtractionError(given, expected="one of the two", do="--rank 16, or --energy 0.9"))
-        for name, value in (("rank", self.rank), ("max_rank", self.max_rank)):
-            if value is not None and value < 1:
-                found.append(ExtractionError(f"{name} is {value}", expected="1 or more"))
-        if self.energy is not None and not 0 < self.energy <= 1:
-            found.append(ExtractionError(f"energy is {self.energy}", expected="a share above 0 and up to 1"))
-        return found
+            faults.append(ExtractionError(given, expected="one of the two", do="--rank 16, or --energy 0.9"))
+        sizes = {"rank": self.rank, "max_rank": self.max_rank}
+        faults += range_faults(ExtractionError, "1 or more", lambda n: n >= 1, **sizes)
+        faults += range_faults(ExtractionError, "a share above 0 and up to 1", lambda e: 0 < e <= 1, energy=self.energy)
+        raise_together(_TITLE, faults, ExtractionError)
 
     @property
     def most(self) -> int:
@@ -110,32 +105,22 @@ class Extraction:
     strict: bool = False
 
     def __post_init__(self) -> None:
-        raise_together("these settings cannot be used", self._faults(), ExtractionError)
+        faults: list[SpectrError] = []
+        with collecting(faults):
+            _ = self.truncation
+        for name, known in (("method", get_args(Method)), ("dtype", tuple(DTYPES))):
+            given = {name: getattr(self, name)}
+            faults += range_faults(ExtractionError, " or ".join(known), known.__contains__, **given)
+        counts = {name: getattr(self, name) for name in ("oversampling", "power_iterations", "seed")}
+        faults += range_faults(ExtractionError, "0 or more", lambda n: n >= 0, **counts)
+        memory = self.max_memory
+        faults += range_faults(ExtractionError, "a number of bytes above 0", lambda n: n > 0, max_memory=memory)
+        raise_together(_TITLE, faults, ExtractionError)
 
     @property
     def truncation(self) -> Truncation:
         """The part that says how many ranks."""
         return Truncation(rank=self.rank, energy=self.energy, max_rank=self.max_rank)
-
-    def _faults(self) -> list[SpectrError]:
-        found = _truncation_faults(self.rank, self.energy, self.max_rank)
-        for name, value, known in (("method", self.method, get_args(Method)), ("dtype", self.dtype, DTYPES)):
-            if value not in known:
-                found.append(ExtractionError(f"{name} is '{value}'", expected=" or ".join(known)))
-        for name in ("oversampling", "power_iterations", "seed"):
-            if getattr(self, name) < 0:
-                found.append(ExtractionError(f"{name} is {getattr(self, name)}", expected="0 or more"))
-        if self.max_memory <= 0:
-            found.append(ExtractionError(f"max_memory is {self.max_memory}", expected="a number of bytes above 0"))
-        return found
-
-
-def _truncation_faults(rank: int | None, energy: float | None, max_rank: int) -> list[SpectrError]:
-    try:
-        Truncation(rank=rank, energy=energy, max_rank=max_rank)
-    except SpectrError as fault:
-        return [fault]
-    return []
 
 
 def shown_bytes(count: float) -> str:

@@ -3,85 +3,35 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import re
-import shutil
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from spectr.adapters.config import CONFIG_FILE
-from spectr.adapters.read import WEIGHTS_FILE
-from spectr.atomic_write import save_readable
+from spectr.adapters.write import Pair, write_adapter
 from spectr.errors import ExtractionError
 from spectr.extraction.report import Report, Spread, summary
+from spectr.folders import new_folder
 
 CARD, CARD_DATA = "README.md", "expert.json"
+PACKAGES = ("spectr-lora", "torch", "transformers", "safetensors")
 
 
-def check_target(out: Path) -> None:
-    """Raise :class:`ExtractionError` where an expert could not be written, before any work is done."""
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise ExtractionError(
-            f"{out} is {'a file' if out.is_file() else 'there already and not empty'}",
-            expected="a folder that is not there yet",
-            do="choose another --out, or remove it",
-        )
-    above = next(folder for folder in out.absolute().parents if folder.exists())
-    if not (above.is_dir() and os.access(above, os.W_OK)):
-        raise ExtractionError(
-            f"{out} cannot be written: {above} is no folder that can be written to",
-            do="check the path and its permissions",
-        )
-
-
-def write_expert(
-    out: Path, factors: Mapping[str, tuple[Tensor, Tensor]], config: Mapping[str, Any], report: Report
-) -> Path:
+def write_expert(out: Path, factors: Mapping[str, Pair], config: Mapping[str, Any], report: Report) -> Path:
     """Write the folder beside its place and then rename it, so that a kill leaves nothing half-made there.
 
     Args:
         out: Where it belongs.
-        factors: A (rank, inputs) and B (outputs, rank) by module, in the dtype that is to be written.
-        config: For ``adapter_config.json``.
+        factors: B (outputs, rank) and A (rank, inputs) by module, in the dtype that is to be written.
+        config: For ``adapter_config.json``; its ranks are those of the factors.
         report: For the card and the record of its origin.
     """
-    out = out.absolute()
-    scratch = out.parent / f".{out.name}.partial"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    try:
-        tensors = {}
-        for module, (A, B) in factors.items():
-            tensors[f"base_model.model.{module}.lora_A.weight"] = A.contiguous()
-            tensors[f"base_model.model.{module}.lora_B.weight"] = B.contiguous()
-        save_readable(tensors, scratch / WEIGHTS_FILE, {"format": "pt"})
-        (scratch / CONFIG_FILE).write_text(_json(config), encoding="utf-8")
-        (scratch / CARD_DATA).write_text(_json(asdict(report)), encoding="utf-8")
-        (scratch / CARD).write_text(card(report), encoding="utf-8")
-        os.replace(scratch, out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with new_folder(out, ExtractionError) as folder:
+        write_adapter(folder, factors, config)
+        (folder / CARD_DATA).write_text(_json(asdict(report)), encoding="utf-8")
+        (folder / CARD).write_text(card(report), encoding="utf-8")
     return out
-
-
-def rank_settings(ranks: Mapping[str, int]) -> dict[str, Any]:
-    """The part of a PEFT configuration that gives every module its rank, and the scale 1.
-
-    The commonest rank is ``r``. The others stand in ``rank_pattern``, and in ``alpha_pattern`` since PEFT divides a
-    module's alpha by its own rank. PEFT reads their keys as regular expressions for the end of a module's name; these
-    are escaped and anchored, so that each is one module.
-    """
-    counts = Counter(ranks.values())
-    usual = max(counts, key=lambda rank: (counts[rank], rank))
-    pattern = {f"^{re.escape(module)}": rank for module, rank in ranks.items() if rank != usual}
-    return {"r": usual, "lora_alpha": usual, "use_rslora": False, "rank_pattern": pattern, "alpha_pattern": pattern}
 
 
 def targets(chosen: Sequence[str], modules: Iterable[str]) -> list[str] | str:
@@ -96,17 +46,6 @@ def targets(chosen: Sequence[str], modules: Iterable[str]) -> list[str] | str:
         if {module for module in every if f".{module}".endswith(ends)} == wanted:
             return names
     return "|".join(re.escape(name) for name in sorted(wanted))
-
-
-def versions() -> dict[str, str]:
-    """Of what computed it."""
-    found = {"python": platform.python_version()}
-    for package in ("spectr-lora", "torch", "transformers", "safetensors"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def card(report: Report) -> str:

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
-from spectr.layers.kernels import Choice, Kernels, Whole
-
-
-class KernelPlan(NamedTuple):
-    """What kernels know of factors that they have looked at, so that a call need not.
-
-    Attributes:
-        choice: How tokens choose, where they do.
-        whole: The base layer and its experts in one call, where there is one.
-    """
-
-    kernels: Kernels
-    Bt_PO: Float[Tensor, "P O"]
-    choice: Choice
-    whole: Whole | None
+from spectr.combine import merge_outputs
+from spectr.ops import Choice, Plan, make_plan
+from spectr.ops.outputs import gathering_pays
+from spectr.routers.base import Router, ShortlistRouter
+from spectr.routers.use import Use
+from spectr.selection import TopK
+from spectr.spectral import Stack
 
 
 class Factors(NamedTuple):
@@ -41,7 +34,7 @@ class Factors(NamedTuple):
         mix_PR: Makes the experts' input factors of a shared one.
         C_QP: What the combination made of the output factors, in their place.
         U_OQ: And what it needs with that.
-        plan: What kernels know of them; ``None``: torch computes.
+        plan: How they are computed; ``None``: nothing was prepared, and torch computes.
     """
 
     experts: tuple[str, ...]
@@ -57,7 +50,103 @@ class Factors(NamedTuple):
     mix_PR: Float[Tensor, "P Q"] | None = None
     C_QP: Float[Tensor, "Q P"] | None = None
     U_OQ: Float[Tensor, "O Q"] | None = None
-    plan: KernelPlan | None = None
+    plan: Plan | None = None
+
+    @staticmethod
+    def of(stack: Stack, router: Router) -> Factors:
+        """Experts as a router's calls need them, without a plan."""
+        count, device = len(stack.experts), stack.A_PI.device
+        owner_P, combination = stack.owner_P, router.combination
+        rows_ER = None
+        gathers = combination.merge is merge_outputs and not isinstance(router, ShortlistRouter)
+        if gathers and gathering_pays(router.selection, count, stack.common_rank):
+            rows_ER = torch.arange(len(owner_P)).view(count, -1).to(device)
+        C_QP, U_OQ = (None, None) if combination.prepare is None else combination.prepare(stack)
+        return Factors(
+            C_QP=C_QP,
+            U_OQ=U_OQ,
+            experts=stack.experts,
+            ranks=stack.ranks,
+            common_rank=stack.common_rank,
+            A_PI=stack.A_PI.contiguous(),
+            B_OP=stack.B_OP.mT.contiguous().mT,  # an expert's rows lie together
+            owner_P=owner_P.to(device),
+            member_EP=stack.member_EP,
+            rows_ER=rows_ER,
+            prototypes_EI=stack.prototypes_EI,
+            centers_P=stack.centers_P,
+            mix_PR=stack.mix_PR,
+        )
+
+    def stack(self) -> Stack:
+        """The experts as the router stacked them."""
+        names = ("experts", "ranks", "A_PI", "B_OP", "prototypes_EI", "centers_P", "mix_PR")
+        return Stack(**{name: getattr(self, name) for name in names})
+
+    def subset(self, names: tuple[str, ...]) -> Factors | None:
+        """Some of the experts, for weights that are fixed, without a plan; a single one without a copy."""
+        places = [place for place, name in enumerate(self.experts) if name in names]
+        if not places or len(places) == len(self.experts):
+            return self if places else None
+        ranks, device = tuple(self.ranks[place] for place in places), self.owner_P.device
+        starts = torch.tensor((0, *self.ranks)).cumsum(0).tolist()
+        rows: Any = slice(starts[places[0]], starts[places[0] + 1])
+        if len(places) > 1:
+            rows = torch.cat([torch.arange(starts[place], starts[place + 1]) for place in places]).to(device)
+        owner_P = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks)).to(device)
+        return Factors(
+            experts=tuple(self.experts[place] for place in places),
+            ranks=ranks,
+            common_rank=ranks[0] if len(set(ranks)) == 1 else None,
+            A_PI=self.A_PI[rows] if self.mix_PR is None else self.mix_PR[rows] @ self.A_PI,
+            B_OP=self.B_OP.mT[rows].mT,
+            C_QP=None if self.C_QP is None else self.C_QP[:, rows],
+            U_OQ=self.U_OQ,
+            owner_P=owner_P,
+            member_EP=torch.nn.functional.one_hot(owner_P, len(places)).mT.to(self.A_PI),
+        )
+
+    def planned(self, base: nn.Module, router: Router, use: Use | None = None, *, fixed: bool = False) -> Factors:
+        """The factors with the plan of a layer that has them.
+
+        Args:
+            base: The base layer.
+            router: Chooses among them.
+            use: What is done with the evidence of whole prompts.
+            fixed: Whether their weights will be fixed, rather than chosen by each token.
+        """
+        refusal = self._refusal(router, use, fixed)
+        if fixed or refusal:
+            return self._replace(plan=make_plan(base, self.A_PI, self.B_OP, refusal=refusal))
+        select = router.selection
+        assert isinstance(select, TopK)
+        temperature = select.temperature if select.weighting == "softmax" else 0.0
+        choice = Choice(len(self.experts), min(select.k, len(self.experts)), temperature, router.rule)
+        return self._replace(plan=make_plan(base, self.A_PI, self.B_OP, self.centers_P, choice))
+
+    def _refusal(self, router: Router, use: Use | None, fixed: bool) -> str:
+        """Why no kernel computes what the router wants; empty where one may."""
+        if router.combination.merge is not merge_outputs:
+            return f"no kernel combines by '{router.combine}'"
+        if fixed:
+            return ""
+        informs = use is None or use.in_kernels
+        if not router.rule or not informs:
+            return f"{type(router if informs else use).__name__} scores by no rule that has a kernel"
+        if not isinstance(router.selection, TopK):
+            return f"no kernel selects as {type(router.selection).__name__} does"
+        if self.common_rank is None:
+            return "the experts' ranks differ"
+        return "" if self.mix_PR is None else "the experts share their input factor"
+
+    def bytes_read(self, taken: float) -> int:
+        """Bytes that a call reads at least.
+
+        Args:
+            taken: Share of the output factors that it reads.
+        """
+        inputs = sum(t.numel() for t in (self.A_PI, self.mix_PR, self.prototypes_EI) if t is not None)
+        return round(self.A_PI.element_size() * (inputs + taken * self.B_OP.numel()))
 
 
 class Decision(NamedTuple):

@@ -13,15 +13,15 @@ from torch.nn.functional import linear
 from spectr.combine import merge_outputs
 from spectr.errors import CompositionError
 from spectr.layers.batch_routing import LayerCall, spread, thread
-from spectr.layers.factors import Decision, Factors, KernelPlan
-from spectr.layers.grouped import grouped_inputs, grouped_outputs
-from spectr.layers.kernels import Choice, kernels_for
+from spectr.layers.factors import Decision, Factors
 from spectr.layers.linear import Features, features
 from spectr.layers.names import take_names_of_base
-from spectr.layers.outputs import add_masked, gathered_sum, gathering_pays, weighted
-from spectr.routers.base import LengthRouter, Router, ShortlistRouter
+from spectr.ops import NOT_PREPARED, Plan, report_once, update_by_kernels
+from spectr.ops.grouped import grouped_inputs, grouped_outputs
+from spectr.ops.outputs import add_masked, gathered_sum, weighted
+from spectr.routers.base import Router, ShortlistRouter
 from spectr.routers.use import Use
-from spectr.selection import TopK
+from spectr.selection import select_among
 from spectr.spectral import Stack
 
 _BUFFERS = ("A_PI", "B_OP", "owner_P", "member_EP", "rows_ER", "prototypes_EI", "centers_P", "mix_PR", "C_QP", "U_OQ")
@@ -75,7 +75,7 @@ class RoutedLinear(nn.Module):
 
     def fill(self, stack: Stack | None) -> None:
         """Hold these experts in the place of those before; without any the layer is its base layer."""
-        held = None if stack is None else self.factors_of(stack)
+        held = None if stack is None else Factors.of(stack, self.router)
         self._prepared_dtype = None if held is None else held.A_PI.dtype
         for name in _BUFFERS:
             self._buffers[name] = None if held is None else getattr(held, name)
@@ -83,88 +83,22 @@ class RoutedLinear(nn.Module):
 
     def _keep(self, factors: Factors | None) -> None:
         if factors is not None and not (self.use is not None and self.use.fixes):  # no token chooses there
-            factors = self.planned(factors)
+            factors = factors.planned(self.base, self.router, self.use)
         self.call = LayerCall(factors, factors)
 
-    def factors_of(self, stack: Stack) -> Factors:
-        """Experts as this layer's calls need them."""
-        count, device = len(stack.experts), stack.A_PI.device
-        owner_P = stack.owner_P
-        rows_ER = None
-        if self.sums and self.lister is None and gathering_pays(self.select, count, stack.common_rank):
-            rows_ER = torch.arange(len(owner_P)).view(count, -1).to(device)
-        C_QP, U_OQ = (None, None) if self.combination.prepare is None else self.combination.prepare(stack)
-        return Factors(
-            C_QP=C_QP,
-            U_OQ=U_OQ,
-            experts=stack.experts,
-            ranks=stack.ranks,
-            common_rank=stack.common_rank,
-            A_PI=stack.A_PI.contiguous(),
-            B_OP=stack.B_OP.mT.contiguous().mT,  # an expert's rows lie together
-            owner_P=owner_P.to(device),
-            member_EP=stack.member_EP,
-            rows_ER=rows_ER,
-            prototypes_EI=stack.prototypes_EI,
-            centers_P=stack.centers_P,
-            mix_PR=stack.mix_PR,
-        )
+    def factors_of(self, stack: Stack, *, fixed: bool = False) -> Factors:
+        """Experts as this layer's calls need them.
+
+        Args:
+            stack: The experts.
+            fixed: Whether their weights will be fixed, rather than chosen by each token.
+        """
+        return Factors.of(stack, self.router).planned(self.base, self.router, self.use, fixed=fixed)
 
     def subset(self, names: tuple[str, ...]) -> Factors | None:
         """The factors of some experts, for weights that are fixed; of a single one without a copy."""
-        held = self.factors
-        places = [] if held is None else [place for place, name in enumerate(held.experts) if name in names]
-        if held is None or not places:
-            return None
-        if len(places) == len(held.experts):
-            return self.planned(held, fixed=True)
-        ranks = tuple(held.ranks[place] for place in places)
-        starts = torch.tensor((0, *held.ranks)).cumsum(0).tolist()
-        rows: Any = slice(starts[places[0]], starts[places[0] + 1])
-        if len(places) > 1:
-            parts = [torch.arange(starts[place], starts[place + 1]) for place in places]
-            rows = torch.cat(parts).to(held.owner_P.device)
-        owner_P = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks)).to(held.owner_P.device)
-        some = Factors(
-            experts=tuple(held.experts[place] for place in places),
-            ranks=ranks,
-            common_rank=ranks[0] if len(set(ranks)) == 1 else None,
-            A_PI=held.A_PI[rows] if held.mix_PR is None else held.mix_PR[rows] @ held.A_PI,
-            B_OP=held.B_OP.mT[rows].mT,
-            C_QP=None if held.C_QP is None else held.C_QP[:, rows],
-            U_OQ=held.U_OQ,
-            owner_P=owner_P,
-            member_EP=torch.nn.functional.one_hot(owner_P, len(places)).mT.to(held.A_PI),
-        )
-        return self.planned(some, fixed=True)
-
-    def planned(self, factors: Factors, *, fixed: bool = False) -> Factors:
-        """The factors with what the kernels of their device make of them.
-
-        Args:
-            factors: Of this layer's experts.
-            fixed: Whether their weights will be fixed, rather than chosen by each token.
-        """
-        kernels = kernels_for(factors.A_PI.device.type)
-        Bt_PO = factors.B_OP.mT
-        fuses = self.sums if fixed else self._fuses(factors)
-        if kernels is None or not fuses or not kernels.know(factors.A_PI, Bt_PO):
-            return factors._replace(plan=None)
-        select: Any = self.select
-        softmax = isinstance(select, TopK) and select.weighting == "softmax"
-        k = min(select.k, len(factors.experts)) if isinstance(select, TopK) else 0
-        choice = Choice(len(factors.experts), k, select.temperature if softmax else 0.0)
-        centers_P = None if fixed else factors.centers_P
-        whole = kernels.whole(self.base, factors.A_PI, Bt_PO, centers_P, None if fixed else choice)
-        return factors._replace(plan=KernelPlan(kernels, Bt_PO, choice, whole))
-
-    def _fuses(self, factors: Factors) -> bool:
-        """Whether the kernels' own way to choose is this router's."""
-        if not (self.sums and isinstance(self.router, LengthRouter) and isinstance(self.select, TopK)):
-            return False
-        if factors.common_rank is None or factors.mix_PR is not None:
-            return False
-        return self.router.lengths(factors).A_PI is factors.A_PI
+        some = None if self.factors is None else self.factors.subset(names)
+        return None if some is None else some.planned(self.base, self.router, self.use, fixed=True)
 
     def _apply(self, fn: Any, recurse: bool = True) -> RoutedLinear:
         """As ``nn.Module``; the factors are taken from the buffers, which may have moved or been cast."""
@@ -181,13 +115,13 @@ class RoutedLinear(nn.Module):
         self.prepare()
 
     def prepare(self) -> None:
-        """Look at the factors again: they moved or were cast, or there are other kernels."""
+        """Make a plan anew: the factors moved or were cast, or there are other kernels."""
         held = self.call.factors
         if held is not None:
             self._keep(held._replace(plan=None, **{name: self._buffers[name] for name in _BUFFERS}))
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: kernels' plans know places in memory, and are made anew."""
+        """For copies and pickles: plans know places in memory, and are made anew."""
         held = self.call.factors
         plain = None if held is None else held._replace(plan=None)
         return {**vars(self), "call": LayerCall(plain, plain)}
@@ -288,12 +222,9 @@ class RoutedLinear(nn.Module):
 
     def _weights(self, scores_TE: Float[Tensor, "*T E"], x: Tensor, call: LayerCall) -> Float[Tensor, "*T E"]:
         """The selection's weights, among the experts that a row may choose from."""
-        weights_TE = self.select(scores_TE)
         if call.among_BTE is None:
-            return weights_TE
-        # a selection may have had to fill up with others
-        weights_TE = weights_TE.where(spread(call.among_BTE, x), 0.0)
-        return weights_TE / weights_TE.sum(-1, keepdim=True).clamp(min=1e-30)
+            return self.select(scores_TE)
+        return select_among(self.select, scores_TE, spread(call.among_BTE, x))
 
     def _informed(
         self, x: Float[Tensor, "*T I"], call: LayerCall
@@ -326,11 +257,22 @@ class RoutedLinear(nn.Module):
             call.observe(self, x)
         if call.factors is None:
             return out
-        if not is_compiling() and call.factors.plan is not None:
-            fused = self._fused(out, x, call, call.factors.plan)
-            if fused is not None:
-                return fused
+        fused = self._by_kernels(out, x, call, call.factors)
+        if fused is not None:
+            return fused
         return self._add_chosen(out, x, call) if call.fixed is None else self._add_fixed(out, x, call)
+
+    def _by_kernels(self, out: Tensor, x: Tensor, call: LayerCall, factors: Factors) -> Tensor | None:
+        """All by one compiled call, where that is possible; in the memory of ``out`` where nobody else sees it."""
+        fixed, plan = call.fixed, factors.plan
+        if plan is None:
+            if not is_compiling():
+                report_once(NOT_PREPARED)
+            return None
+        rows = call.prior_BTE if fixed is None else fixed.weights_BTP
+        if call.among_BTE is not None or not _made_for(plan, call) or not _fits(rows, x):
+            return None
+        return update_by_kernels(plan, out, x, factors.A_PI, rows, in_place=self._owns(out))
 
     def _add_chosen(self, out: Tensor, x: Tensor, call: LayerCall) -> Tensor:
         factors = call.factors
@@ -347,33 +289,16 @@ class RoutedLinear(nn.Module):
             return _add(out, grouped_outputs(h_TP, weights_TE, B_OP, factors.ranks))
         return self._add_masked(out, weighted(h_TP, weights_TE, factors.common_rank, factors.member_EP), B_OP)
 
-    def _fused(self, out: Tensor, x: Tensor, call: LayerCall, plan: KernelPlan) -> Tensor | None:
-        """All by one compiled call, where that is possible; in the memory of ``out`` where nobody else sees it."""
-        kernels, factors = plan.kernels, call.factors
-        assert factors is not None
-        if x.dtype != factors.A_PI.dtype or not kernels.take(x, out):
-            return None
-        if call.fixed is not None:
-            rows = call.fixed.weights_BTP
-            if not (_fits(rows, x) and self._owns(out)):
-                return None
-            return out if kernels.held(x, factors.A_PI, plan.Bt_PO, rows, out) else None
-        if call.among_BTE is not None or not _fits(call.prior_BTE, x):
-            return None
-        target = out if self._owns(out) else out.clone()
-        done = kernels.route(x, factors.A_PI, plan.Bt_PO, factors.centers_P, call.prior_BTE, target, plan.choice)
-        return target if done else None
-
     def _whole(self, x: Tensor, call: LayerCall) -> Tensor | None:
-        """As :meth:`_fused`, the base layer too, where nobody watches it. With little Python: every token waits."""
+        """As :meth:`_by_kernels`, the base layer too, where nobody observes it. Few lines: they run for every token."""
         factors, fixed = call.factors, call.fixed
         if factors is None or call.observe is not None or call.among_BTE is not None:
             return None
         plan = factors.plan
-        if plan is None or plan.whole is None:
+        if plan is None or plan.linear is None or not _made_for(plan, call):
             return None
         rows = call.prior_BTE if fixed is None else fixed.weights_BTP
-        return plan.whole(x, rows) if rows is None or _fits(rows, x) else None
+        return plan.linear(x, rows) if rows is None or _fits(rows, x) else None
 
     def _add_fixed(self, out: Tensor, x: Tensor, call: LayerCall) -> Tensor:
         factors, fixed = call.factors, call.fixed
@@ -412,28 +337,13 @@ class RoutedLinear(nn.Module):
         factors = call.factors
         if factors is None:
             return 0
-        size = factors.A_PI.element_size()
-        if call.fixed is not None:
-            return size * (factors.A_PI.numel() + factors.B_OP.numel())
-        share = 1.0
-        if factors.rows_ER is not None or (factors.plan is not None and self._fuses(factors)):
-            share = min(1.0, tokens * (self.select.k or 1) / len(factors.experts))
-        mixing = 0 if factors.mix_PR is None else factors.mix_PR.numel()
-        prototypes = 0 if factors.prototypes_EI is None else factors.prototypes_EI.numel()
-        return round(size * (factors.A_PI.numel() + mixing + prototypes + share * factors.B_OP.numel()))
+        chosen = factors.rows_ER is not None or (factors.plan is not None and factors.plan.choice is not None)
+        share = tokens * (self.select.k or 1) / len(factors.experts) if chosen and call.fixed is None else 1.0
+        return factors.bytes_read(min(1.0, share))
 
     def stack(self) -> Stack:
         """The experts that it holds; there must be at least one."""
-        held = self._held()
-        return Stack(
-            experts=held.experts,
-            ranks=held.ranks,
-            A_PI=held.A_PI,
-            B_OP=held.B_OP,
-            prototypes_EI=held.prototypes_EI,
-            centers_P=held.centers_P,
-            mix_PR=held.mix_PR,
-        )
+        return self._held().stack()
 
     @property
     def weight(self) -> Tensor:
@@ -458,6 +368,11 @@ class RoutedLinear(nn.Module):
     def extra_repr(self) -> str:
         """What ``print(model)`` shows beside the base layer."""
         return f"experts={len(self.experts)}, ranks={sorted(set(self.ranks))}, router={self.router}"
+
+
+def _made_for(plan: Plan, call: LayerCall) -> bool:
+    """Whether a plan is for weights as a call has them: chosen by tokens, or fixed."""
+    return (plan.choice is None) is (call.fixed is not None)
 
 
 def _fits(rows: Tensor | None, x: Tensor) -> bool:

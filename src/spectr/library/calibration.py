@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import isnan
@@ -23,6 +24,16 @@ from spectr.hashing import known_sha256
 
 CALIBRATION_FILE = "calibration.safetensors"
 _FORMAT = "2"  # 1 was calibrated on texts of another kind
+
+
+@contextmanager
+def opened(path: Path, format: str) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """A safetensors file and the facts in its header; raises whatever is wrong with it, another format too."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        if metadata.get("format") != format:
+            raise ValueError(f"format {metadata.get('format')!r} is not {format!r}")
+        yield file, json.loads(metadata["facts"])
 
 
 class Statistics(NamedTuple):
@@ -129,11 +140,7 @@ class Calibration:
         if not path.is_file():
             return None
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise ValueError(f"format {metadata.get('format')!r} is not {_FORMAT!r}")
-                facts = json.loads(metadata["facts"])
+            with opened(path, _FORMAT) as (file, facts):
                 tensors = {key: file.get_tensor(key) for key in list(file.keys())}
         except Exception as error:  # safetensors raises its own kinds
             raise LibraryError(

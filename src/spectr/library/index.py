@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int8
-from safetensors import safe_open
 from torch import Tensor
 
 from spectr.atomic_write import replacing, save_readable
 from spectr.errors import LibraryError
+from spectr.library.calibration import opened
 from spectr.spectral import Codes, Prototypes, Rotation
 
 INDEX_FOLDER = "index"
@@ -87,7 +86,7 @@ class IndexEntry:
             LibraryError: It is damaged, or of another version.
         """
         try:
-            with _opened(path) as (file, facts):
+            with opened(path, _FORMAT) as (file, facts):
                 return IndexEntry(
                     modules=tuple(IndexedModule(*module) for module in facts["modules"]),
                     sha256=facts["sha256"],
@@ -103,18 +102,9 @@ class IndexEntry:
             raise _damaged(path, error) from error
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        if metadata.get("format") != _FORMAT:
-            raise ValueError(f"format {metadata.get('format')!r} is not {_FORMAT!r}")
-        yield file, json.loads(metadata["facts"])
-
-
 def _read_rotations(path: Path) -> dict[str, Rotation]:
     try:
-        with _opened(path) as (file, facts):
+        with opened(path, _FORMAT) as (file, facts):
             left, S, right = (file.get_tensor(part) for part in Rotation._fields)
         ranks = {name: rank for name, rank, *_ in facts["modules"]}
         names = facts["aligned"]
@@ -159,7 +149,7 @@ class _Part(NamedTuple):
         return torch.stack(rows)
 
 
-def _full(parts: Sequence[_Part]) -> tuple[Float[Tensor, "E I"], ...]:
+def _in_full(parts: Sequence[_Part]) -> tuple[Float[Tensor, "E I"], ...]:
     return tuple(part.full() for part in parts)
 
 
@@ -211,7 +201,7 @@ class Index(Mapping[str, IndexEntry]):
                 experts=tuple(name for part in here for name in part.experts),
                 parts=tuple(part.codes(bits) for part in here),
                 mean_I=means[module],
-                full=partial(_full, here),
+                full=partial(_in_full, here),
             )
             for module, here in parts.items()
         }

@@ -11,7 +11,7 @@ from typing import Any
 from spectr.adapters import Expert, read_adapter
 from spectr.adapters.config import CONFIG_FILE
 from spectr.adapters.read import WEIGHTS_FILE
-from spectr.errors import AdapterError, LibraryError, SpectrError, did_you_mean, raise_together
+from spectr.errors import AdapterError, LibraryError, SpectrError, collecting, did_you_mean, raise_together
 from spectr.hashing import known_sha256
 from spectr.library.calibration import Calibration
 from spectr.library.descriptions import read_descriptions
@@ -99,12 +99,11 @@ class ExpertLibrary:
         """
         if not adapters:
             raise LibraryError("no adapters were given", do='name at least one: {"sql": "org/sql-lora"}')
-        experts, problems = {}, []
+        experts: dict[str, Expert] = {}
+        problems: list[SpectrError] = []
         for name, source in adapters.items():
-            try:
+            with collecting(problems):
                 experts[name] = read_adapter(source, name)
-            except SpectrError as problem:
-                problems.append(problem)
         raise_together("the adapters cannot be used", problems, AdapterError)
         return cls({name: (lambda expert=expert: expert) for name, expert in experts.items()}, origin)
 

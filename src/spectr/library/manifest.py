@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from spectr.atomic_write import INCOMING, replacing
-from spectr.errors import LibraryError, raise_together
+from spectr.errors import LibraryError, SpectrError, collecting, raise_together
 
 MANIFEST_FILE = "manifest.json"
 ENTRIES_FOLDER = "entries"
@@ -96,21 +96,14 @@ def read_entries(root: Path) -> tuple[Entry, ...]:
     Raises:
         LibraryError: Files that are damaged, or of another format; all of them at once.
     """
-    if not (root / MANIFEST_FILE).is_file():
-        return ()
-    first_format = _read_manifest(root)
-    if first_format is not None:
-        return first_format
-    entries, problems = [], []
-    for name in sorted(_names(root)):
-        try:
-            entry = _read_entry(root, name)
-        except LibraryError as problem:
-            problems.append(problem)
-        else:
-            entries += [entry] if entry else []  # gone since the folder was listed
+    first_format = _first_format(root)
+    entries: list[Entry | None] = []
+    problems: list[SpectrError] = []
+    for name in sorted(_names(root, first_format)):
+        with collecting(problems):
+            entries.append(_entry(root, first_format, name))
     raise_together(f"{root} is damaged", problems, LibraryError)
-    return tuple(entries)
+    return tuple(entry for entry in entries if entry)  # some may be gone since the folder was listed
 
 
 def read_entry(root: Path, name: str) -> Entry | None:
@@ -119,40 +112,28 @@ def read_entry(root: Path, name: str) -> Entry | None:
     Raises:
         LibraryError: The entry is damaged, or the library is of another format.
     """
-    if not NAME.fullmatch(name) or not (root / MANIFEST_FILE).is_file():
-        return None
-    first_format = _read_manifest(root)
-    if first_format is None:
-        return _read_entry(root, name)
-    return next((entry for entry in first_format if entry.name == name), None)
+    return _entry(root, _first_format(root), name)
 
 
 def has_entry(root: Path, name: str) -> bool:
     """Whether there is an expert of that name, be its entry damaged or not."""
-    if not NAME.fullmatch(name) or not (root / MANIFEST_FILE).is_file():
-        return False
-    first_format = _read_manifest(root)
-    if first_format is None:
-        return (root / ENTRIES_FOLDER / f"{name}.json").is_file()
-    return any(entry.name == name for entry in first_format)
+    first_format = _first_format(root)
+    if first_format is not None:
+        return name in first_format
+    return NAME.fullmatch(name) is not None and (root / ENTRIES_FOLDER / f"{name}.json").is_file()
 
 
 def entry_names(root: Path) -> list[str]:
     """Names of all experts, in alphabetical order, be their entries damaged or not."""
-    if not (root / MANIFEST_FILE).is_file():
-        return []
-    first_format = _read_manifest(root)
-    return sorted(_names(root)) if first_format is None else [entry.name for entry in first_format]
+    return sorted(_names(root, _first_format(root)))
 
 
 def any_entry(root: Path, *, but: str) -> Entry | None:
     """The entry of some expert with another name than ``but``, without reading the rest."""
-    first_format = _read_manifest(root)
-    if first_format is not None:
-        return next((entry for entry in first_format if entry.name != but), None)
-    for name in _names(root):
+    first_format = _first_format(root)
+    for name in _names(root, first_format):
         with suppress(LibraryError):  # whose damage does not concern others
-            entry = _read_entry(root, name) if name != but else None
+            entry = _entry(root, first_format, name) if name != but else None
             if entry:
                 return entry
     return None
@@ -161,13 +142,13 @@ def any_entry(root: Path, *, but: str) -> Entry | None:
 def begin(root: Path) -> None:
     """Make a folder an empty library."""
     (root / ENTRIES_FOLDER).mkdir(exist_ok=True)
-    _write(root / MANIFEST_FILE, _Manifest(format=FORMAT))
+    _write(root, MANIFEST_FILE, _Manifest(format=FORMAT))
 
 
 def write_entry(root: Path, entry: Entry) -> None:
     """Let an expert count, in the place of one of its name: after a kill at any moment it is the old one or the new."""
     _upgrade(root)
-    _write(root / ENTRIES_FOLDER / f"{entry.name}.json", entry)
+    _write(root, f"{ENTRIES_FOLDER}/{entry.name}.json", entry)
 
 
 def drop_entry(root: Path, name: str) -> None:
@@ -178,26 +159,28 @@ def drop_entry(root: Path, name: str) -> None:
 
 def _upgrade(root: Path) -> None:
     """Turn a library of format 1 into one of this format; what replaces the manifest decides."""
-    first_format = _read_manifest(root)
+    first_format = _first_format(root)
     if first_format is None:
         return
     scratch = Path(tempfile.mkdtemp(dir=root, prefix=INCOMING))
-    for entry in first_format:
-        _write(scratch / f"{entry.name}.json", entry)
+    for name, entry in first_format.items():
+        _write(root, f"{scratch.name}/{name}.json", entry)
     shutil.rmtree(root / ENTRIES_FOLDER, ignore_errors=True)  # of an upgrade that was killed
     scratch.chmod(0o755)
     scratch.rename(root / ENTRIES_FOLDER)
     begin(root)
 
 
-def _write(path: Path, model: BaseModel) -> None:
-    root = path.parent if path.name == MANIFEST_FILE else path.parent.parent
-    with replacing(path, scratch_in=root) as scratch:
+def _write(root: Path, file: str, model: BaseModel) -> None:
+    with replacing(root / file, scratch_in=root) as scratch:
         scratch.write_text(model.model_dump_json(indent=1, exclude_none=True) + "\n", encoding="utf-8")
 
 
-def _names(root: Path) -> Iterator[str]:
-    """Names of the experts in no order, each when it is asked for."""
+def _names(root: Path, first_format: Mapping[str, Entry] | None) -> Iterator[str]:
+    """Names of the experts in no order, each when the caller asks for it."""
+    if first_format is not None:
+        yield from first_format
+        return
     try:
         with os.scandir(root / ENTRIES_FOLDER) as files:
             yield from (file.name.removesuffix(".json") for file in files if file.name.endswith(".json"))
@@ -209,16 +192,20 @@ def _names(root: Path) -> Iterator[str]:
         ) from error
 
 
-def _read_manifest(root: Path) -> tuple[Entry, ...] | None:
-    """The entries of a library of format 1; ``None`` of one of this format."""
+def _first_format(root: Path) -> Mapping[str, Entry] | None:
+    """The entries of a library of format 1, by name; none where there is no library; ``None`` of one of this format."""
+    if not (root / MANIFEST_FILE).is_file():
+        return {}
     mend = "restore the file, or build the library again with 'spectr library add'"
     found = _read(root / MANIFEST_FILE, _Manifest, "a library manifest", mend)
-    return None if found.format == FORMAT else found.experts or ()
+    return None if found.format == FORMAT else {entry.name: entry for entry in found.experts or ()}
 
 
-def _read_entry(root: Path, name: str) -> Entry | None:
+def _entry(root: Path, first_format: Mapping[str, Entry] | None, name: str) -> Entry | None:
+    if first_format is not None:
+        return first_format.get(name)
     path = root / ENTRIES_FOLDER / f"{name}.json"
-    if not path.is_file():
+    if not NAME.fullmatch(name) or not path.is_file():
         return None
     mend = f"add the expert again: spectr library add {name} ADAPTER --library {root} --replace; or remove it"
     entry = _read(path, Entry, "an expert's entry", mend)

@@ -1,22 +1,21 @@
-"""What a library has to bring for a router, a combination or what reads a prompt."""
+"""What a router, a combination or evidence for prompts needs of a library."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ClassVar
 
 from spectr.adapters import Expert, has_gates
-from spectr.errors import CompositionError, did_you_mean
+from spectr.errors import CompositionError, did_you_mean, some_of
 from spectr.library.library import ExpertLibrary
 
 _SHOWN = 3
 
 
-class Need(ABC):
-    """One thing that a library has to bring.
+class Need:
+    """One thing that a library has to provide.
 
     Attributes:
         lacking: What a library without it lacks, in words.
@@ -24,9 +23,8 @@ class Need(ABC):
 
     lacking: ClassVar[str]
 
-    @abstractmethod
     def check(self, library: ExpertLibrary, names: Sequence[str]) -> None:
-        """Raise unless the library brings this.
+        """Raise unless the library has this; by default by the names of all of its experts.
 
         Args:
             library: All that there is.
@@ -34,8 +32,9 @@ class Need(ABC):
 
         Raises:
             CompositionError: It does not.
-            LibraryError: Some experts have other weights by now than the library says.
+            LibraryError: Some experts have other weights now than when they were added.
         """
+        self.resident(library.names)
 
     def resident(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """Those of a library's experts that a model has to hold; raises where their names alone do not do."""
@@ -48,10 +47,6 @@ class AtMost(Need):
 
     k: int
     lacking: ClassVar[str] = "experts"
-
-    def check(self, library: ExpertLibrary, names: Sequence[str]) -> None:
-        """See :class:`Need`: of the whole library, not of a restriction."""
-        self.resident(library.names)
 
     def resident(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """See :class:`Need`."""
@@ -70,10 +65,6 @@ class OneExpert(Need):
 
     expert: str
     lacking: ClassVar[str] = "the expert"
-
-    def check(self, library: ExpertLibrary, names: Sequence[str]) -> None:
-        """See :class:`Need`."""
-        self.resident(library.names)
 
     def resident(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """See :class:`Need`."""
@@ -213,8 +204,3 @@ class EqualRanks(Need):
 
 CALIBRATED, DESCRIBED, GATED = Calibrated(), Described(), Gated()
 SIDE_DATA: tuple[Need, ...] = CALIBRATED, GATED  # what a router is given of each expert at each module
-
-
-def some_of(names: Sequence[str], shown: int, what: str = "") -> str:
-    """The first few names, and how many more there are."""
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more{what}" if len(names) > shown else "")

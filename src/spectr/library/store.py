@@ -9,8 +9,6 @@ set, so that the next writer finds what a kill left behind without looking at ev
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -29,9 +27,9 @@ from torch import Tensor
 from spectr.adapters import GATES_FILE, Expert, read_adapter, read_gates, write_gates
 from spectr.adapters.config import CONFIG_FILE
 from spectr.adapters.read import WEIGHTS_FILE
-from spectr.atomic_write import INCOMING, SCRATCH, sync_folder
+from spectr.atomic_write import INCOMING, SCRATCH, sync_file, sync_folder
 from spectr.errors import AdapterError, LibraryError, SpectrError, did_you_mean
-from spectr.hashing import file_sha256
+from spectr.hashing import file_sha256, json_sha256
 from spectr.library.index import INDEX_FOLDER
 from spectr.library.manifest import (
     MANIFEST_FILE,
@@ -196,10 +194,11 @@ class LibraryStore:
         for name in entry_names(self.root):
             try:
                 entry = read_entry(self.root, name)
-            except LibraryError as error:
+                if entry:  # else it is gone since the names were listed
+                    self._check(entry)
+                    faults[name] = None
+            except SpectrError as error:
                 faults[name] = error
-            else:
-                faults |= {name: self._fault(entry)} if entry else {}
         return faults | self._lost()
 
     def _lost(self) -> dict[str, SpectrError]:
@@ -215,35 +214,27 @@ class LibraryStore:
                 )
         return found
 
-    def _fault(self, entry: Entry) -> SpectrError | None:
+    def _check(self, entry: Entry) -> None:
+        """Raise :class:`SpectrError` where an expert's files are not those that were added."""
         try:
-            return self._changed_file(entry) or self._unreadable(entry)
-        except OSError as error:
-            return LibraryError(
-                f"expert '{entry.name}' cannot be read: {error}", do="check the permissions of its files"
-            )
-
-    def _changed_file(self, entry: Entry) -> SpectrError | None:
-        for file, expected in entry.sha256.items():
-            path = self.root / entry.folder / file
-            if not path.is_file():
-                return LibraryError(
-                    f"{path} is missing", do=f"spectr library add {entry.name} ADAPTER --library {self.root} --replace"
-                )
-            if file_sha256(path) != expected:
-                return LibraryError(
-                    f"{path} is not the file that was added (its SHA-256 differs)",
-                    expected=expected,
-                    do=f"add the expert again from {entry.origin or 'its origin'}, with --replace",
-                )
-        return None
-
-    def _unreadable(self, entry: Entry) -> SpectrError | None:
-        try:
+            for file, expected in entry.sha256.items():
+                path = self.root / entry.folder / file
+                if not path.is_file():
+                    raise LibraryError(
+                        f"{path} is missing",
+                        do=f"spectr library add {entry.name} ADAPTER --library {self.root} --replace",
+                    )
+                if file_sha256(path) != expected:
+                    raise LibraryError(
+                        f"{path} is not the file that was added (its SHA-256 differs)",
+                        expected=expected,
+                        do=f"add the expert again from {entry.origin or 'its origin'}, with --replace",
+                    )
             read_gates(read_adapter((self.root / entry.folder).absolute(), entry.name))
-        except SpectrError as error:
-            return error
-        return None
+        except OSError as error:
+            raise LibraryError(
+                f"expert '{entry.name}' cannot be read: {error}", do="check the permissions of its files"
+            ) from error
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -293,7 +284,9 @@ class LibraryStore:
         try:
             for file in _KEPT_FILES:
                 if (source / file).is_file():
-                    _copy_to_disk(source / file, scratch / file)
+                    with (source / file).open("rb") as reading, (scratch / file).open("wb") as writing:
+                        shutil.copyfileobj(reading, writing, 1 << 20)
+                    sync_file(scratch / file)
             alter(scratch)
             digests = _digests(scratch)
             # What counts is the copy, should the source change under our hands.
@@ -379,17 +372,10 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _content_digits(digests: dict[str, str]) -> str:
-    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:_DIGITS]
+    return json_sha256(digests)[:_DIGITS]
 
 
 def _is_ours(folder: Path) -> bool:
     """Whether a folder is named after the hash of its content, as only this module names folders."""
     digits = folder.name.rpartition("-")[2]
     return (folder / WEIGHTS_FILE).is_file() and _content_digits(_digests(folder)) == digits
-
-
-def _copy_to_disk(source: Path, target: Path) -> None:
-    with source.open("rb") as reading, target.open("wb") as writing:
-        shutil.copyfileobj(reading, writing, 1 << 20)
-        writing.flush()
-        os.fsync(writing.fileno())

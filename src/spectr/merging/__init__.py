@@ -13,10 +13,9 @@ from spectr.merging.knots import Knots
 from spectr.merging.linear import Average, GenKnowSub, Linear
 from spectr.merging.lowrank import LowRank
 from spectr.merging.merge import MergedAdapter, merge_adapter, merged_modules
-from spectr.merging.method import Method, Site
+from spectr.merging.method import Method, Site, get_method, method_names
 from spectr.merging.publish import save_merged_adapter, save_merged_model
 from spectr.merging.recipe import Recipe, make_recipe
-from spectr.merging.registry import get_method, method_names
 from spectr.merging.ties import Ties
 
 __all__ = [

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from spectr.errors import MergeError, SpectrError, raise_together
+from spectr.errors import MergeError, SpectrError, collecting, raise_together, some_of
 from spectr.layers.plan import make_plan
 from spectr.layers.routed import RoutedLinear
 from spectr.library import ExpertLibrary
 from spectr.merging.lowrank import LowRank
 from spectr.merging.merge import Progress, merged_modules
-from spectr.merging.recipe import Recipe, expert_faults, noted
+from spectr.merging.recipe import Recipe, expert_faults
 from spectr.routers import Uniform
 
 _SHOWN = 3
@@ -65,7 +65,7 @@ def merge_into(
         library: Holds the experts.
         recipe: Which of them, and how.
         undoable: Keep the weights from before, as long as the result lives.
-        progress: Is told after each module how many are done, and of how many.
+        progress: Receives after each module how many are done, and of how many.
 
     Raises:
         MergeError: Experts are unknown, or the model's layers cannot take an update.
@@ -93,7 +93,7 @@ def into_faults(model: nn.Module, library: ExpertLibrary, recipe: Recipe) -> lis
         return faults
     if any(isinstance(module, RoutedLinear) for module in model.modules()):
         return [MergeError("the model is composed with experts", do="call routed.remove() first")]
-    with noted(faults):
+    with collecting(faults):
         make_plan(model, [library[name] for name in names], Uniform())
     return faults or list(_weight_faults(model, sorted({m for name in names for m in library[name].shapes})))
 
@@ -107,7 +107,7 @@ def _weight_faults(model: nn.Module, modules: list[str]) -> Iterator[MergeError]
     packed = [name for name, layer in layers.items() if not _takes_sum(layer)]
     if packed:
         yield MergeError(
-            f"the weights of {_some(packed)} cannot be added to: they are quantised, or not in memory",
+            f"the weights of {some_of(packed, _SHOWN)} cannot be added to: they are quantised, or not in memory",
             expected="weights in float32, bfloat16 or float16",
             do="load the model unquantised and on one device, or merge into an adapter",
         )
@@ -115,7 +115,8 @@ def _weight_faults(model: nn.Module, modules: list[str]) -> Iterator[MergeError]
     if tied:
         others = sorted(holders[id(_weight(layers[tied[0]]))] - {tied[0]})
         yield MergeError(
-            f"{_some(tied)} shares its weight with {_some(others)}, which the merge would change too",
+            f"{some_of(tied, _SHOWN)} shares its weight with {some_of(others, _SHOWN)}, which the merge would "
+            "change too",
             expected="layers with a weight of their own",
             do="untie the weights, or merge into an adapter",
         )
@@ -137,7 +138,3 @@ def _weight(layer: nn.Module) -> nn.Parameter:
 def _in_layout(layer: nn.Module, delta: Tensor) -> Tensor:
     """The update (outputs, inputs) as the layer keeps its weight: transformers' ``Conv1D`` keeps (inputs, outputs)."""
     return delta if isinstance(getattr(layer, "in_features", None), int) else delta.mT
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from spectr.adapters import Expert, Factors
-from spectr.errors import MergeError, SpectrError, raise_together
+from spectr.errors import MergeError, SpectrError, raise_together, range_faults
 from spectr.library import ExpertLibrary
 from spectr.merging.lowrank import LowRank, cut_dense, cut_factors
 from spectr.merging.method import Site
 from spectr.merging.recipe import Recipe, expert_faults
 
 Progress = Callable[[int, int], None]
-_Read = Callable[[str], Factors]
 
 
 class MergedModule(NamedTuple):
@@ -64,7 +63,7 @@ def merge_adapter(
         rank: Largest rank of a module. ``None``: all of an exact merge; of a dense one as many directions as the
             experts' ranks in that module have in sum.
         energy: Keep the fewest directions whose share of ``||delta||^2`` is at least this; ``rank`` still limits them.
-        progress: Is told after each module how many are done, and of how many.
+        progress: Receives after each module how many are done, and of how many.
 
     Raises:
         MergeError: Experts are unknown or of different base models, a size is out of range, or the merge is zero.
@@ -90,12 +89,10 @@ def merge_adapter(
 
 def size_faults(rank: int | None, energy: float | None) -> list[SpectrError]:
     """What is wrong with the sizes of an adapter that is to be."""
-    faults: list[SpectrError] = []
-    if rank is not None and rank < 1:
-        faults.append(MergeError(f"rank={rank}", expected="a rank of at least 1"))
-    if energy is not None and not 0 < energy <= 1:
-        faults.append(MergeError(f"energy={energy}", expected="a share of the energy above 0, at most 1"))
-    return faults
+    return [
+        *range_faults(MergeError, "a rank of at least 1", lambda r: r >= 1, rank=rank),
+        *range_faults(MergeError, "a share of the energy above 0, at most 1", lambda e: 0 < e <= 1, energy=energy),
+    ]
 
 
 @torch.no_grad()
@@ -107,26 +104,22 @@ def merged_modules(
     Yields:
         Name, exact update (factors, or dense (outputs, inputs) float32), and the sum of ranks.
     """
-    experts = [library[name] for name in recipe.experts]
-    generals = [library[name] for name in recipe.subtract]
-    sizes = {m: (s.outputs, s.inputs) for e in (*experts, *generals) for m, s in e.shapes.items()}
-    with _opened(experts) as read_experts, _opened(generals) as read_generals:
+    experts = {name: library[name] for name in (*recipe.experts, *recipe.subtract)}
+    sizes = {m: (s.outputs, s.inputs) for expert in experts.values() for m, s in expert.shapes.items()}
+    with ExitStack() as files:
+        readers = {name: files.enter_context(expert.open()) for name, expert in experts.items()}
         for done, module in enumerate(sorted(sizes), start=1):
-            general = [_update(e, read, module, sizes[module]) for e, read in zip(generals, read_generals, strict=True)]
-            own = [_update(e, read, module, sizes[module]) for e, read in zip(experts, read_experts, strict=True)]
+            own, general = (
+                [_update(experts[name], readers[name], module, sizes[module]) for name in names]
+                for names in (recipe.experts, recipe.subtract)
+            )
             updates = _weighted(own, general, recipe)
             merged = recipe.method.merge(updates, Site(module, recipe.experts))
             yield MergedModule(module, merged, sum(update.rank for update in updates))
             progress(done, len(sizes))
 
 
-@contextmanager
-def _opened(experts: list[Expert]) -> Iterator[list[_Read]]:
-    with ExitStack() as files:
-        yield [files.enter_context(expert.open()) for expert in experts]
-
-
-def _update(expert: Expert, read: _Read, module: str, size: tuple[int, int]) -> LowRank:
+def _update(expert: Expert, read: Callable[[str], Factors], module: str, size: tuple[int, int]) -> LowRank:
     if module not in expert.shapes:
         return LowRank.zero(*size)
     A, B, scale = read(module)

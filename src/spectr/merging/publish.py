@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from importlib.metadata import version
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectr.adapters.config import CONFIG_FILE
 from spectr.adapters.read import WEIGHTS_FILE
 from spectr.adapters.write import common_settings, write_adapter
-from spectr.errors import MergeError, SpectrError, raise_together
+from spectr.errors import MergeError
+from spectr.folders import new_folder
 from spectr.hashing import file_sha256, known_sha256
 from spectr.library import ExpertLibrary
 from spectr.merging.base import MergedBase
 from spectr.merging.merge import MergedAdapter, spread
 from spectr.merging.recipe import Recipe
+from spectr.versions import package_versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,7 +46,7 @@ def save_merged_adapter(
     """
     out = Path(out)
     settings = common_settings(library[expert] for expert in merged.recipe.experts)
-    with _new_folder(out) as folder:
+    with new_folder(out, MergeError) as folder:
         write_adapter(folder, merged.deltas, settings)
         facts = {
             **origin(library, merged.recipe),
@@ -86,7 +84,7 @@ def save_merged_model(
         MergeError: The folder cannot be written, or holds something.
     """
     out = Path(out)
-    with _new_folder(out) as folder:
+    with new_folder(out, MergeError) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         for file in filter(Path.is_file, folder.iterdir()):
@@ -103,25 +101,6 @@ def save_merged_model(
     return out
 
 
-def folder_faults(out: Path) -> list[SpectrError]:
-    """What stands against writing a new folder there."""
-    if out.is_file():
-        return [MergeError(f"{out} is a file", expected="a folder to make", do="choose another --out")]
-    if out.is_dir() and any(out.iterdir()):
-        return [MergeError(f"{out} is in use", expected="an empty folder, or none yet", do="choose another --out")]
-    above = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    try:  # asking for the right to write is not enough: root has it on read-only file systems
-        with tempfile.TemporaryDirectory(dir=above):
-            return []
-    except OSError as error:
-        return [
-            MergeError(
-                f"{out} cannot be made: {above} is not a folder that can be written ({error.strerror})",
-                do="choose another --out",
-            )
-        ]
-
-
 def origin(library: ExpertLibrary, recipe: Recipe) -> dict[str, Any]:
     """What a merge was made of: experts with the hashes of their weights, method with its settings, versions."""
 
@@ -136,26 +115,8 @@ def origin(library: ExpertLibrary, recipe: Recipe) -> dict[str, Any]:
         "experts": [{**source(n), "weight": w} for n, w in zip(recipe.experts, weights, strict=True)],
         "subtracted": [source(expert) for expert in recipe.subtract],
         "strength": recipe.strength if recipe.subtract else None,
-        "versions": {package: version(package) for package in ("spectr-lora", "torch")},
+        "versions": package_versions("spectr-lora", "torch"),
     }
-
-
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into that becomes ``out`` when all is written, and is gone when something fails."""
-    raise_together("the merge cannot be written", folder_faults(out), MergeError)
-    above = out.absolute().parent
-    above.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=above, prefix=".merging-"))
-    try:
-        yield scratch
-        scratch.chmod(0o755)
-        if out.is_dir():
-            out.rmdir()
-        scratch.rename(out)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
 
 
 def _write_facts(folder: Path, file: str, facts: Mapping[str, Any], card: str) -> None:
@@ -166,9 +127,9 @@ def _write_facts(folder: Path, file: str, facts: Mapping[str, Any], card: str) -
 def _adapter_card(name: str, facts: Mapping[str, Any]) -> str:
     low, middle, high = spread(facts["energy"])
     ranks = sorted(set(facts["ranks"].values()))
-    told = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    shown = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     kept = f"Share of the exact merge that its factors keep (squared Frobenius norm): {low:.1%} to {high:.1%}, "
-    body = f"{len(facts['ranks'])} modules, {told}, scale 1. {kept}median {middle:.1%}."
+    body = f"{len(facts['ranks'])} modules, {shown}, scale 1. {kept}median {middle:.1%}."
     return _card(name, facts, "library_name: peft", "lora, spectr, merge", f"A LoRA adapter. {body}")
 
 
@@ -185,14 +146,15 @@ def _card(name: str, facts: Mapping[str, Any], kind: str, tags: str, body: str) 
     method = facts["merge"]["method"] + (f" ({settings})" if settings else "")
     taken = ", ".join(e["expert"] for e in facts["subtracted"])
     taken = f"\nSubtracted from each first: {facts['strength']:g} times the mean of {taken}.\n" if taken else ""
-    base = f"base_model: {facts['base_model']}\n" if facts["base_model"] else ""
+    named = facts["base_model"]
+    base, made_for = (f"base_model: {named}\n", f" for `{named}`") if named else ("", "")
     return f"""---
 {base}{kind}
 tags: [{tags}]
 ---
 # {name}
 
-Made with `spectr merge` from {len(facts["experts"])} experts{_for(facts["base_model"])}. {body}
+Made with `spectr merge` from {len(facts["experts"])} experts{made_for}. {body}
 
 | expert | weight | SHA-256 of its weights |
 | --- | --- | --- |
@@ -200,7 +162,3 @@ Made with `spectr merge` from {len(facts["experts"])} experts{_for(facts["base_m
 {taken}
 Method: {method}. {", ".join(f"{package} {number}" for package, number in facts["versions"].items())}.
 """
-
-
-def _for(base_model: str | None) -> str:
-    return f" for `{base_model}`" if base_model else ""

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from spectr.adapters import Expert
-from spectr.errors import MergeError, SpectrError, did_you_mean, raise_together
+from spectr.errors import MergeError, SpectrError, collecting, did_you_mean, raise_together, some_of
 from spectr.library import ExpertLibrary
-from spectr.merging.method import Method
-from spectr.merging.registry import get_method
+from spectr.merging.method import Method, get_method
 from spectr.merging.ties import Ties
 
 _SHOWN = 3
@@ -67,14 +65,14 @@ def make_recipe(
         weights: As in :class:`Recipe`.
         subtract: As in :class:`Recipe`.
         strength: As in :class:`Recipe`.
-        problems: What is wrong with the rest of the request, to be told along.
+        problems: What is wrong with the rest of the request, to be raised along.
 
     Raises:
         MergeError: All that is wrong.
     """
     found = list(problems)
     made: Method | None = None
-    with noted(found):
+    with collecting(found):
         made = get_method(method, **(options or {}))
     numbers = tuple(weights) if weights is not None else None
     found += recipe_faults(experts, made, numbers, subtract, strength)
@@ -82,15 +80,6 @@ def make_recipe(
     raise_together("nothing was merged", found, MergeError)
     assert made is not None
     return Recipe(experts=tuple(experts), method=made, weights=numbers, subtract=tuple(subtract), strength=strength)
-
-
-@contextmanager
-def noted(problems: list[SpectrError]) -> Iterator[None]:
-    """Put a :class:`SpectrError` of the block into a list, to be raised with others."""
-    try:
-        yield
-    except SpectrError as problem:
-        problems.append(problem)
 
 
 def recipe_faults(
@@ -110,7 +99,7 @@ def recipe_faults(
     if not (math.isfinite(strength) and strength != 0):
         faults.append(MergeError(f"strength={strength}", expected="a finite number other than 0"))
     if method is not None and experts:
-        with noted(faults):
+        with collecting(faults):
             method.weights(weights, len(experts))
     if getattr(method, "needs_general", False) and not subtract:
         faults.append(MergeError("method 'genknowsub' needs a general expert", do="name one: --subtract GENERAL"))
@@ -134,7 +123,7 @@ def _weight_faults(experts: Sequence[str], weights: Sequence[float]) -> Iterator
         yield MergeError(
             f"{len(weights)} weight{'s' * (len(weights) != 1)} for {len(experts)} experts",
             expected="one number for each expert, in the same order",
-            do=f"give {len(experts)}: {', '.join(experts[:_SHOWN])}{', ...' if len(experts) > _SHOWN else ''}",
+            do=f"give {len(experts)}: {some_of(experts, _SHOWN)}",
         )
     if not all(map(math.isfinite, weights)) or not any(weights):
         yield MergeError(f"weights {', '.join(map(str, weights))}", expected="finite numbers that are not all 0")
@@ -148,7 +137,7 @@ def expert_faults(library: ExpertLibrary, names: Iterable[str]) -> list[SpectrEr
         if name not in library:
             faults.append(MergeError(f"unknown expert '{name}'", do=did_you_mean(name, library.names)))
             continue
-        with noted(faults):
+        with collecting(faults):
             experts.append(library[name])
     return faults + list(_size_faults(experts))
 

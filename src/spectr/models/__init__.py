@@ -4,7 +4,7 @@ from spectr.models.cache import growing_cache
 from spectr.models.fetch import DEFAULT_MODEL, HUB_ID, fetch_default_model
 from spectr.models.generate import encode_batch, generate_answers, pad_batch
 from spectr.models.load import load_model, pick_dtype
-from spectr.models.text import context_length, encode_answer, encode_prompt, shared_prefix
+from spectr.models.text import context_length, encode_answer, encode_prompt, opening_length, shared_prefix
 
 __all__ = [
     "DEFAULT_MODEL",
@@ -17,6 +17,7 @@ __all__ = [
     "generate_answers",
     "growing_cache",
     "load_model",
+    "opening_length",
     "pad_batch",
     "pick_dtype",
     "shared_prefix",

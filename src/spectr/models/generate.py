@@ -13,20 +13,27 @@ from spectr.models.text import encode_prompt
 
 
 def encode_batch(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, chat: bool = True, limit: int | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    chat: bool = True,
+    limit: int | None = None,
+    device: torch.device | None = None,
 ) -> dict[str, torch.Tensor]:
     """``input_ids`` and ``attention_mask``, both (batch, tokens), of :func:`encode_prompt`, padded on the left."""
-    return pad_batch(tokenizer, [encode_prompt(tokenizer, prompt, chat=chat, limit=limit) for prompt in prompts])
+    encoded = [encode_prompt(tokenizer, prompt, chat=chat, limit=limit) for prompt in prompts]
+    return pad_batch(tokenizer, encoded, device=device)
 
 
-def pad_batch(tokenizer: PreTrainedTokenizerBase, encoded: Sequence[list[int]]) -> dict[str, torch.Tensor]:
+def pad_batch(
+    tokenizer: PreTrainedTokenizerBase, encoded: Sequence[list[int]], *, device: torch.device | None = None
+) -> dict[str, torch.Tensor]:
     """``input_ids`` and ``attention_mask``, both (batch, tokens), padded on the left."""
     width = max(map(len, encoded))
     pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return {
-        "input_ids": torch.tensor([[pad] * (width - len(ids)) + ids for ids in encoded]),
-        "attention_mask": torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in encoded]),
-    }
+    ids = [[pad] * (width - len(ids)) + ids for ids in encoded]
+    mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in encoded]
+    return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
 
 
 def generate_answers(
@@ -54,8 +61,7 @@ def generate_answers(
         limit: Tokens of a prompt at most; see :func:`encode_prompt`.
         more: Goes to ``model.generate``.
     """
-    encoded = encode_batch(tokenizer, prompts, chat=chat, limit=limit)
-    batch = {key: value.to(model.device) for key, value in encoded.items()}
+    batch = encode_batch(tokenizer, prompts, chat=chat, limit=limit, device=model.device)
     sampling: dict[str, Any] = {"do_sample": temperature > 0, "pad_token_id": tokenizer.pad_token_id}
     if temperature > 0:
         sampling["temperature"] = temperature

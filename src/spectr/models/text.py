@@ -35,13 +35,18 @@ def encode_prompt(
     ids = _encode(tokenizer, prompt, chat)
     if limit is None or len(ids) <= limit:
         return ids
-    opening = len(shared_prefix([_encode(tokenizer, text, chat) for text in ("a", "1", "\u4e2d")]))
+    opening = opening_length(tokenizer, chat=chat)
     if limit <= opening:
         raise DataError(
             f"there is room for {max(limit, 0)} tokens of a prompt, and the chat template's opening takes {opening}",
             do="shorten the answers (max_new_tokens, or the choices), or take a model with a longer context",
         )
     return ids[:opening] + ids[opening - limit :]
+
+
+def opening_length(tokenizer: PreTrainedTokenizerBase, *, chat: bool = True) -> int:
+    """How many tokens the chat template puts before every prompt; 0 without one."""
+    return len(shared_prefix([_encode(tokenizer, text, chat) for text in ("a", "1", "\u4e2d")]))
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> list[int]:

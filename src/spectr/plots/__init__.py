@@ -1,5 +1,12 @@
 """Pictures of routing: data for them, one HTML page, PNG files."""
 
+from importlib.util import find_spec
+
+from spectr.errors import MissingExtraError
+
+if find_spec("matplotlib") is None:
+    raise MissingExtraError("drawing pictures", "plots")
+
 from spectr.plots.energy import write_energy_map
 from spectr.plots.html import write_page
 from spectr.plots.palette import colours, tints

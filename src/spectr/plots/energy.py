@@ -7,23 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from spectr.errors import MissingExtraError
-
-try:
-    import matplotlib as mpl
-    from matplotlib.axes import Axes
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-except ImportError as error:
-    raise MissingExtraError("drawing pictures", "plots") from error
+from spectr.plots.axes import cell_texts, save
 
 if TYPE_CHECKING:
     from spectr.extraction import Kept, Report
 
-_DPI = 160
 _UNCHANGED = "#e3e5e8"
 _LEAST_RANGE = 5.0  # of a colour scale, so that differences that do not matter look alike
 _NUMBERED = 40  # layers up to which the cells are wide enough for numbers
@@ -40,7 +34,7 @@ def energy_figure(report: Report) -> Figure:
     maps = [("squared norm kept, %", "YlGnBu", _percent, _grid(cells, kinds, columns, _share))]
     ranks = {one.rank for one in report.modules}
     if len(ranks) > 1:
-        maps.append(("rank", "YlOrBr", _whole, _grid(cells, kinds, columns, _rank)))
+        maps.append(("rank", "YlOrBr", "{:.0f}".format, _grid(cells, kinds, columns, _rank)))
     width = max(5.0, 2.6 + 0.3 * len(columns)) if len(columns) <= _NUMBERED else 2.6 + 0.14 * len(columns)
     drawn = Figure(figsize=(width, 0.9 + len(maps) * (0.75 + 0.3 * len(kinds))), layout="constrained")
     for axes, (label, colours, text, grid) in zip(np.atleast_1d(drawn.subplots(len(maps), 1)), maps, strict=True):
@@ -57,15 +51,7 @@ def energy_figure(report: Report) -> Figure:
 
 def write_energy_map(report: Report, path: str | Path) -> Path:
     """Write :func:`energy_figure` as PNG, or as SVG where the path ends so."""
-    path, drawn = Path(path), energy_figure(report)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix.lower() == ".svg":
-        with mpl.rc_context({"svg.hashsalt": "spectr"}):  # the same picture gives the same text
-            drawn.savefig(path, metadata={"Date": None, "Creator": None})
-        return path
-    FigureCanvasAgg(drawn)
-    drawn.savefig(path, dpi=_DPI, metadata={"Software": "spectr"})
-    return path
+    return save(energy_figure(report), path)
 
 
 def _cells(report: Report) -> tuple[dict[tuple[str, int | None], list[Kept]], list[str], list[int | None]]:
@@ -113,21 +99,13 @@ def _heat_map(
     scale.set_label(label, fontsize=8)
     scale.ax.tick_params(labelsize=7)
     scale.outline.set_visible(False)
-    if text is None:
-        return
-    for row, column in np.argwhere(~np.isnan(grid)):
-        dark = grid[row, column] > low + 0.6 * (high - low)
-        style = {"ha": "center", "va": "center", "fontsize": 6.5, "color": "white" if dark else "black"}
-        axes.text(column, row, text(float(grid[row, column])), **style)
+    if text is not None:
+        cell_texts(axes, grid, low + 0.6 * (high - low), text, 6.5)
 
 
 def _percent(value: float) -> str:
     """Never "100" for what is not all, to a tenth."""
     return "100" if value >= 99.95 else f"{min(value, 99.0):.0f}"
-
-
-def _whole(value: float) -> str:
-    return f"{value:.0f}"
 
 
 def _title(report: Report, ranks: set[int]) -> str:

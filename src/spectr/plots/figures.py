@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import textwrap
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from spectr.plots.axes import GREY, legend_below, percent
-from spectr.plots.family import agreement, heldout, tradeoff
+from spectr.plots.axes import BLUE, DOTTED, GREY, ORANGE, canvas, grouped_bars, legend_below, listed_bars, percent
 from spectr.plots.palette import TINT, colours
 
 if TYPE_CHECKING:
@@ -32,23 +28,11 @@ def figure(result: Result) -> Figure:
     return _DRAW[result.name](dict(result.data))
 
 
-def as_svg(drawn: Figure) -> str:
-    """A figure as SVG text, to be put into a page as it is."""
-    stream = io.StringIO()
-    # The same picture gives the same text; words stay words, which are smaller than outlines and can be searched.
-    settings = {"svg.hashsalt": "spectr", "svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans"]}
-    with mpl.rc_context(settings):  # pyright: ignore[reportArgumentType]
-        FigureCanvasSVG(drawn)
-        drawn.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
-    return stream.getvalue()[stream.getvalue().index("<svg") :]
-
-
 def _quality(data: dict[str, Any]) -> Figure:
     tasks = data["tasks"]
-    drawn = Figure(figsize=(2 + 0.75 * len(tasks), 3.6), layout="constrained")
-    axes = drawn.subplots()
+    drawn, axes = canvas(2 + 0.75 * len(tasks), 3.6)
     place = np.arange(len(tasks))
-    for shift, key, label, colour in ((-0.2, "base", "base model", GREY), (0.2, "expert", "own expert", "#4a7fd6")):
+    for shift, key, label, colour in ((-0.2, "base", "base model", GREY), (0.2, "expert", "own expert", BLUE)):
         values, errors = np.array(data[key]) * 100, np.array(data[f"{key}_error"]) * 100
         axes.bar(place + shift, values, 0.38, yerr=errors, capsize=2, label=label, color=colour)
     known = [(i, share) for i, share in enumerate(data["majority"]) if share is not None]
@@ -57,15 +41,13 @@ def _quality(data: dict[str, Any]) -> Figure:
         axes.plot([i - 0.42, i + 0.42], [share * 100] * 2, color="black", lw=1.2, ls=":", label=label)
     axes.set_xticks(place, tasks, rotation=30, ha="right")
     percent(axes, "accuracy, %")
-    legend_below(drawn, axes)
+    legend_below(drawn)
     return drawn
 
 
 def _similarity(data: dict[str, Any]) -> Figure:
-    names, mean = data["experts"], np.array(data["mean"])
-    drawn = Figure(figsize=(3.6 + 0.45 * len(names) + 4, 1.8 + 0.42 * len(names)), layout="constrained")
-    left, right = drawn.subplots(1, 2)
-    shown = mean.copy()
+    names, shown = data["experts"], np.array(data["mean"])
+    drawn, (left, right) = canvas(3.6 + 0.45 * len(names) + 4, 1.8 + 0.42 * len(names), 2)
     np.fill_diagonal(shown, np.nan)
     limit = max(float(np.nanmax(np.abs(shown))), 1e-6)
     image = left.imshow(shown, cmap="PuOr", vmin=-limit, vmax=limit)
@@ -75,10 +57,8 @@ def _similarity(data: dict[str, Any]) -> Figure:
     drawn.colorbar(image, ax=left, shrink=0.8)
     palette = colours(list(data["by_kind"]))
     for kind, blocks in data["by_kind"].items():
-        depth = [int(block) for block in blocks]
-        right.plot(depth, list(blocks.values()), marker=".", lw=1, label=kind, color=palette[kind])
-    right.set_xlabel("layer")
-    right.set_ylabel("mean cosine of all pairs")
+        right.plot([*map(int, blocks)], list(blocks.values()), marker=".", lw=1, label=kind, color=palette[kind])
+    right.set(xlabel="layer", ylabel="mean cosine of all pairs")
     right.set_title("by layer and kind of module", fontsize=10)
     right.legend(fontsize=7, ncols=2)
     right.grid(alpha=0.3)
@@ -86,25 +66,20 @@ def _similarity(data: dict[str, Any]) -> Figure:
 
 
 def _routing(data: dict[str, Any]) -> Figure:
-    tasks, routers = data["tasks"], list(data["per_task"])
-    drawn = Figure(figsize=(4 + 0.9 * len(tasks), 3.8), layout="constrained")
-    left, right = drawn.subplots(1, 2, width_ratios=[3, 2])
-    palette = colours(routers)
-    place, width = np.arange(len(tasks)), 0.8 / len(routers)
-    for number, router in enumerate(routers):
-        shares = [data["per_task"][router][task]["first"] * 100 for task in tasks]
-        left.bar(place + (number - (len(routers) - 1) / 2) * width, shares, width, label=router, color=palette[router])
-        top_4 = [data["per_task"][router][task]["top_4"] * 100 for task in tasks]
-        right.scatter([data["nearest"][task] for task in tasks], top_4, s=18, color=palette[router], label=router)
-    left.axhline(100 / len(data["experts"]), color="black", ls=":", lw=1)
-    left.set_xticks(place, tasks, rotation=30, ha="right")
+    tasks, per_task = data["tasks"], data["per_task"]
+    drawn, (left, right) = canvas(4 + 0.9 * len(tasks), 3.8, 2, width_ratios=[3, 2])
+    grouped_bars(left, {name: [shares[task]["first"] * 100 for task in tasks] for name, shares in per_task.items()})
+    left.axhline(100 / len(data["experts"]), **DOTTED)
+    left.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right")
     left.set_title("prompts whose expert is found", fontsize=10)
-    percent(left, "prompts, %")
-    legend_below(drawn, left)
-    left.set_ylim(0, 105)
-    right.set_xlabel("cosine to the nearest other expert")
+    percent(left, "prompts, %", ylim=(0, 105))
+    legend_below(drawn)
+    palette = colours(list(per_task))
+    for name, shares in per_task.items():
+        top_4 = [shares[task]["top_4"] * 100 for task in tasks]
+        right.scatter([data["nearest"][task] for task in tasks], top_4, s=18, color=palette[name], label=name)
+    right.set(xlabel="cosine to the nearest other expert", ylabel="tokens and modules, %")
     right.set_title("right expert among four, by task similarity", fontsize=10)
-    right.set_ylabel("tokens and modules, %")
     right.grid(alpha=0.3)
     return drawn
 
@@ -112,35 +87,29 @@ def _routing(data: dict[str, Any]) -> Figure:
 def _multitask(data: dict[str, Any]) -> Figure:
     methods = data["methods"]
     shown = {name: m for name, m in methods.items() if m["family"] not in _FAMILIES or m["k"] in (None, 4)}
-    drawn = Figure(figsize=(11, 1.6 + 0.28 * len(shown)), layout="constrained")
-    left, right = drawn.subplots(1, 2, width_ratios=[3, 2], sharex=False)
-    names = list(shown)
-    shares = [shown[name]["share"] * 100 for name in names]
-    kinds = [GREY if name in ("base", "its own expert") else "#4a7fd6" for name in names]
-    kinds = ["#e69f00" if name.startswith("calibrated") else kind for name, kind in zip(names, kinds, strict=True)]
-    errors = [shown[name]["error"] * 100 for name in names]
-    left.barh(range(len(names)), shares, xerr=errors, color=kinds, capsize=2)
-    left.set_yticks(range(len(names)), names, fontsize=8)
-    left.invert_yaxis()
-    left.axvline(100, color="black", ls=":", lw=1)
+    drawn, (left, right) = canvas(11, 1.6 + 0.28 * len(shown), 2, width_ratios=[3, 2])
+    kinds = [GREY if name in ("base", "its own expert") else BLUE for name in shown]
+    kinds = [ORANGE if name.startswith("calibrated") else kind for name, kind in zip(shown, kinds, strict=True)]
+    shares, errors = ([m[key] * 100 for m in shown.values()] for key in ("share", "error"))
+    listed_bars(left, list(shown), shares, errors, kinds)
+    left.axvline(100, **DOTTED)
     for number, share in enumerate(shares):
         left.text(2, number, f"{share:.1f}", va="center", color="white", fontsize=8)
     left.set_xlabel("accuracy as a share of the own expert's, mean over tasks, %")
     families = [family for family in _FAMILIES if any(m["family"] == family for m in methods.values())]
     palette = colours([family.partition(",")[0] for family in families])
     for family in families:
-        alone = (
-            family.replace("-paper", "").replace("-code", "-projection").partition(",")[0]
-        )  # with k = 1 all the same
+        name = family.partition(",")[0]
+        alone = name.replace("-paper", "").replace("-code", "-projection")  # with k = 1 all the same
         line = sorted(
             (m["k"], m["share"] * 100, m["error"] * 100)
             for m in methods.values()
             if m["family"] == family or (m["k"] == 1 and m["family"] == alone)
         )
         k, share, error = zip(*line, strict=True)
-        style = {"ls": "--" if "softmax" in family else "-", "color": palette[family.partition(",")[0]]}
+        style = {"ls": "--" if "softmax" in family else "-", "color": palette[name]}
         right.errorbar(k, share, yerr=error, marker=".", lw=1, capsize=2, label=family, **style)
-    right.axhline(100, color="black", ls=":", lw=1)
+    right.axhline(100, **DOTTED)
     right.set_xlabel("experts for each token (k)")
     right.grid(alpha=0.3)
     right.legend(fontsize=7)
@@ -164,8 +133,7 @@ def _tokens(data: dict[str, Any]) -> Figure:
         rows.append(line)
     drawn = Figure(figsize=(11, 0.6 + 0.27 * len(rows)))
     axes = drawn.add_axes((0.01, 0.02, 0.98, 0.9))
-    axes.set_xlim(0, width * 1.02)
-    axes.set_ylim(len(rows), 0)
+    axes.set(xlim=(0, width * 1.02), ylim=(len(rows), 0))
     axes.axis("off")
     strongest = max(max(row) for weights in data["weights"].values() for row in weights)
     for number, line in enumerate(rows):
@@ -185,91 +153,134 @@ def _tokens(data: dict[str, Any]) -> Figure:
 
 def _ranks(data: dict[str, Any]) -> Figure:
     routers = data["routers"]
-    drawn = Figure(figsize=(9, 3.4), layout="constrained")
+    drawn, both = canvas(9, 3.4, 2)
     palette = colours(list(routers))
-    pairs = ((0, "tokens and modules, %"), (2, "prompts, by vote, %"))
-    for axes, (place, label) in zip(drawn.subplots(1, 2), pairs, strict=True):
+    for axes, place, label in zip(both, (0, 2), ("tokens and modules, %", "prompts, by vote, %"), strict=True):
         for router, by_rank in routers.items():
             ranks = sorted(map(int, by_rank))
             values = np.array([by_rank[str(rank)] for rank in ranks]) * 100
             style = {"marker": ".", "lw": 1.2, "capsize": 2, "color": palette[router], "label": router}
             axes.errorbar(ranks, values[:, place], yerr=values[:, place + 1], **style)
-        axes.axhline(data["chance"] * 100, color="black", ls=":", lw=1)
+        axes.axhline(data["chance"] * 100, **DOTTED)
         axes.set_xscale("log", base=2)
         axes.set_xticks(ranks, [str(rank) for rank in ranks])
-        axes.set_ylim(0, 105)
         axes.set_xlabel("rank of the experts")
-        percent(axes, label)
-    legend_below(drawn, drawn.axes[0])
+        percent(axes, label, ylim=(0, 105))
+    legend_below(drawn)
     return drawn
 
 
 def _mixed(data: dict[str, Any]) -> Figure:
-    routers = data["routers"]
-    drawn = Figure(figsize=(8, 3.2), layout="constrained")
-    axes = drawn.subplots()
-    palette = colours(list(routers))
-    place, width = np.arange(3), 0.8 / max(len(routers), 1)
-    for number, (router, values) in enumerate(routers.items()):
-        shares, errors = np.array(values).T * 100
-        shift = (number - (len(routers) - 1) / 2) * width
-        axes.bar(place + shift, shares, width, yerr=errors, capsize=2, label=router, color=palette[router])
-    axes.set_xticks(place, ["both experts are\nthe first two", "one of them is", "their share of the work"])
-    axes.set_ylim(0, 105)
-    percent(axes, "%")
-    legend_below(drawn, axes)
+    drawn, axes = canvas(8, 3.2)
+    columns = {name: np.array(values).T * 100 for name, values in data["routers"].items()}
+    shares, errors = ({name: column[i] for name, column in columns.items()} for i in (0, 1))
+    grouped_bars(axes, shares, errors)
+    axes.set_xticks(range(3), ["both experts are\nthe first two", "one of them is", "their share of the work"])
+    percent(axes, "%", ylim=(0, 105))
+    legend_below(drawn)
     return drawn
 
 
 def _wording(data: dict[str, Any]) -> Figure:
-    tasks, routers = data["tasks"], list(data["per_task"])
-    drawn = Figure(figsize=(2.5 + 0.9 * len(tasks), 3.6), layout="constrained")
-    axes = drawn.subplots()
-    palette = colours(routers)
-    place, width = np.arange(len(tasks)), 0.8 / len(routers)
-    for number, router in enumerate(routers):
-        shares = [data["per_task"][router][task] * 100 for task in tasks]
-        axes.bar(place + (number - (len(routers) - 1) / 2) * width, shares, width, label=router, color=palette[router])
-    axes.set_xticks(place, tasks, rotation=30, ha="right")
-    axes.set_ylim(0, 105)
-    percent(axes, "prompts whose expert is found, %")
-    legend_below(drawn, axes)
+    tasks = data["tasks"]
+    drawn, axes = canvas(2.5 + 0.9 * len(tasks), 3.6)
+    grouped_bars(axes, {name: [shares[task] * 100 for task in tasks] for name, shares in data["per_task"].items()})
+    axes.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right")
+    percent(axes, "prompts whose expert is found, %", ylim=(0, 105))
+    legend_below(drawn)
     return drawn
 
 
 def _robustness(data: dict[str, Any]) -> Figure:
     cases = data["cases"]
-    routers = list(next(iter(cases.values())))
-    drawn = Figure(figsize=(5 + 1.2 * len(cases), 3.4), layout="constrained")
-    palette = colours(routers)
-    pairs = (("found", "prompts whose expert is found, %"), ("stolen", "prompts that the odd one took, %"))
-    for axes, (key, label) in zip(drawn.subplots(1, 2), pairs, strict=True):
-        place, width = np.arange(len(cases)), 0.8 / len(routers)
-        for number, router in enumerate(routers):
-            shares = [case[router][key] * 100 for case in cases.values()]
-            shift = (number - (len(routers) - 1) / 2) * width
-            axes.bar(place + shift, shares, width, label=router, color=palette[router])
-        axes.set_xticks(place, ["\n".join(textwrap.wrap(name, 16)) for name in cases], fontsize=7)
-        axes.set_ylim(0, 105)
-        percent(axes, label)
-    legend_below(drawn, drawn.axes[0])
+    drawn, both = canvas(5 + 1.2 * len(cases), 3.4, 2)
+    labels = {"found": "prompts whose expert is found, %", "stolen": "prompts that the odd one took, %"}
+    for axes, (key, label) in zip(both, labels.items(), strict=True):
+        routers = next(iter(cases.values()))
+        grouped_bars(axes, {name: [case[name][key] * 100 for case in cases.values()] for name in routers})
+        axes.set_xticks(range(len(cases)), ["\n".join(textwrap.wrap(name, 16)) for name in cases], fontsize=7)
+        percent(axes, label, ylim=(0, 105))
+    legend_below(drawn)
     return drawn
 
 
 def _costs(data: dict[str, Any]) -> Figure:
     routers = data["routers"]
-    drawn = Figure(figsize=(7, 1.2 + 0.5 * len(routers)), layout="constrained")
-    axes = drawn.subplots()
+    drawn, axes = canvas(7, 1.2 + 0.5 * len(routers))
     place = np.arange(len(routers))
-    for shift, key, label, colour in ((-0.2, "formula", "formula", GREY), (0.2, "flops", "measured", "#4a7fd6")):
-        axes.barh(
-            place + shift, [row[key] / data["base"] * 100 for row in routers.values()], 0.38, label=label, color=colour
-        )
+    for shift, key, label, colour in ((-0.2, "formula", "formula", GREY), (0.2, "flops", "measured", BLUE)):
+        shares = [row[key] / data["base"] * 100 for row in routers.values()]
+        axes.barh(place + shift, shares, 0.38, label=label, color=colour)
     axes.set_yticks(place, list(routers))
     axes.invert_yaxis()
     axes.set_xlabel("arithmetic added for each token, % of the base model's")
     axes.legend(fontsize=8)
     return drawn
+
+
+def _heldout(data: dict[str, Any]) -> Figure:
+    """Points over the base model by method, and accuracy by task."""
+    methods, names, palette = data["methods"], list(data["methods"]), colours(data["tasks"])
+    drawn, (left, right) = canvas(11, 1.8 + 0.3 * len(methods), 2, sharey=True)
+    gains, errors = (np.array([method[key] for method in methods.values()]) * 100 for key in ("gain", "error"))
+    kinds = [GREY if "hindsight" in name or name == "base" else BLUE for name in names]
+    listed_bars(left, names, gains, errors, kinds)
+    left.axvline(0, color="black", lw=1)
+    left.set_xlabel("points over the base model, mean over tasks")
+    for task, colour in palette.items():
+        values = [method["accuracy"][task] * 100 for method in methods.values()]
+        right.plot(values, range(len(names)), marker="o", ls="", ms=5, color=colour, label=task)
+        right.axvline(methods["base"]["accuracy"][task] * 100, color=colour, lw=0.8, ls=":")
+    right.set_xlabel("accuracy, % (dotted: the base model)")
+    right.grid(axis="x", alpha=0.3)
+    legend_below(drawn, 1)
+    return drawn
+
+
+def _agreement(data: dict[str, Any]) -> Figure:
+    """How often a cheaper router chooses as SpectR does, against its arithmetic."""
+    drawn, axes = canvas(7, 3.6)
+    for name, row in data["routers"].items():
+        kind, _, more = name.partition(", ")
+        place = (row["flops"], row["agreement"] * 100)
+        axes.plot(*place, marker="o", color=BLUE if kind == "lag" else ORANGE, ls="")
+        words = f"{kind.upper()}\n{more.removeprefix('shortlist ') if kind == 'lag' else 'shared A'}"
+        side = {"xytext": (0, 6), "ha": "center"} if kind == "lag" else {"xytext": (8, -8), "ha": "left"}
+        axes.annotate(words, place, textcoords="offset points", fontsize=8, **side)
+    axes.axhline(100, **DOTTED)
+    axes.axvline(1, **DOTTED)
+    axes.set(xlabel="arithmetic added, as a share of SpectR's", xlim=(0, 1.15))
+    percent(axes, "same first choice, %", ylim=(0, 122))
+    return drawn
+
+
+def _tradeoff(data: dict[str, Any]) -> Figure:
+    """Quality against cost: held-in on the left, held-out on the right."""
+    points = data["points"]
+    drawn, (inside, outside) = canvas(11, 4.2, 2)
+    palette, place = colours(list(points)), _apart({name: point["cost"] * 100 for name, point in points.items()})
+    for axes, key in ((inside, "held_in"), (outside, "held_out")):
+        for name, (value, error) in ((name, point[key]) for name, point in points.items() if point[key]):
+            style = {"marker": "o", "ms": 6, "capsize": 3, "color": palette[name], "label": name}
+            axes.errorbar(place[name], value * 100, yerr=error * 100, **style)
+        axes.set_xlabel("arithmetic added to a token, % of the base model's")
+        axes.grid(alpha=0.3)
+        axes.set_xlim(left=0)
+    inside.axhline(100, **DOTTED)
+    inside.axhline(data["base"] * 100, color=GREY, lw=1)
+    inside.set_ylabel("held-in: share of the own expert's accuracy, %")
+    outside.axhline(0, color=GREY, lw=1)
+    outside.set_ylabel("held-out: points over the base model")
+    legend_below(drawn)
+    return drawn
+
+
+def _apart(costs: dict[str, float], step: float = 0.45) -> dict[str, float]:
+    """Places on an axis that are at least ``step`` apart, in the order of the costs."""
+    placed, last = {}, -step
+    for name in sorted(costs, key=costs.__getitem__):
+        last = placed[name] = max(costs[name], last + step)
+    return placed
 
 
 _DRAW: dict[str, Callable[[dict[str, Any]], Figure]] = {
@@ -279,9 +290,9 @@ _DRAW: dict[str, Callable[[dict[str, Any]], Figure]] = {
     "routing": _routing,
     "ranks": _ranks,
     "multitask": _multitask,
-    "heldout": heldout,
-    "tradeoff": tradeoff,
-    "agreement": agreement,
+    "heldout": _heldout,
+    "tradeoff": _tradeoff,
+    "agreement": _agreement,
     "wording": _wording,
     "mixed": _mixed,
     "robustness": _robustness,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
+from spectr.folders import with_parents
 from spectr.plots.palette import TINT, colours
 from spectr.plots.tokens import TokenRouting
 
@@ -31,8 +32,7 @@ def write_page(routings: Sequence[TokenRouting], path: str | Path, *, title: str
     }
     page = template.replace("{{title}}", html.escape(title)).replace("{{subtitle}}", html.escape(subtitle))
     page = page.replace("{{data}}", json.dumps(data, separators=(",", ":")).replace("</", "<\\/"))
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = with_parents(path)
     path.write_text(page, encoding="utf-8")
     return path
 

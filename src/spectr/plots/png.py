@@ -6,70 +6,47 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.patches import Patch
 
-from spectr.errors import MissingExtraError
+from spectr.plots.axes import canvas, cell_texts, save
 from spectr.plots.palette import colours
 from spectr.plots.tokens import TokenRouting
-
-try:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-except ImportError as error:
-    raise MissingExtraError("drawing pictures", "plots") from error
-
-_DPI = 160
 
 
 def write_heat_map(routings: Sequence[TokenRouting], path: str | Path, *, title: str) -> Path:
     """Texts by experts: how much of the work on each text each expert did, in percent."""
     experts = routings[0].experts
-    share = np.array([[routing.shares[name] for name in experts] for routing in routings])
-    figure = Figure(figsize=(1.9 + 0.72 * len(experts), 1.5 + 0.42 * len(routings)), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(share * 100, cmap="YlGnBu", aspect="auto", vmin=0)
+    share = 100 * np.array([[routing.shares[name] for name in experts] for routing in routings])
+    figure, axes = canvas(1.9 + 0.72 * len(experts), 1.5 + 0.42 * len(routings))
+    image = axes.imshow(share, cmap="YlGnBu", aspect="auto", vmin=0)
     axes.set_xticks(range(len(experts)), experts, rotation=40, ha="right")
     axes.set_yticks(range(len(routings)), [routing.title for routing in routings])
-    axes.set_xlabel("expert")
-    axes.set_ylabel("prompt")
-    for row, column in np.ndindex(share.shape):
-        dark = share[row, column] > 0.6 * share.max()
-        text = f"{share[row, column] * 100:.1f}"
-        axes.text(column, row, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
+    axes.set(xlabel="expert", ylabel="prompt")
+    cell_texts(axes, share, 0.6 * share.max(), "{:.1f}".format, 8)
     figure.colorbar(image, label="share of the work, %")
     axes.set_title(title, fontsize=11)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def write_token_map(routing: TokenRouting, path: str | Path) -> Path:
     """Layers by tokens (the paper's Figure 4): each cell in the colour of the expert that did most there."""
     palette = colours(routing.experts)
     rgb_E3 = np.array([[int(palette[name][i : i + 2], 16) / 255 for i in (1, 3, 5)] for name in routing.experts])
-    weights = routing.weights[1:] if len(routing.layers) > 1 else routing.weights
-    layers = routing.layers[1:] if len(routing.layers) > 1 else routing.layers
-    first = weights.argmax(-1).numpy()
+    first = min(1, len(routing.layers) - 1)  # "all layers" only where there is nothing else
+    weights, layers = routing.weights[first:], routing.layers[first:]
     strength = weights.amax(-1).numpy()[..., None]
     strength = 0.25 + 0.75 * strength / max(strength.max(), 1e-9)
     width = min(2.5 + 0.24 * len(routing.tokens), 40)
-    figure = Figure(figsize=(width, 2.2 + 0.16 * len(layers)), layout="constrained")
-    axes = figure.subplots()
-    axes.imshow(1 - strength * (1 - rgb_E3[first]), aspect="auto", interpolation="nearest")
+    figure, axes = canvas(width, 2.2 + 0.16 * len(layers))
+    axes.imshow(1 - strength * (1 - rgb_E3[weights.argmax(-1).numpy()]), aspect="auto", interpolation="nearest")
     axes.set_xticks(range(len(routing.tokens)), [_shown(t) for t in routing.tokens], rotation=90, fontsize=7)
     step = max(1, len(layers) // 15)
     axes.set_yticks(range(0, len(layers), step), layers[::step], fontsize=7)
     axes.set_title(routing.title or "Expert with the largest weight, for each token and layer", fontsize=10)
     handles = [Patch(color=palette[name], label=f"{name} {share:.0%}") for name, share in routing.leaders]
     figure.legend(handles=handles, loc="outside right upper", fontsize=7, title="share of the work", title_fontsize=7)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _shown(token: str) -> str:
     return token.strip().replace("$", r"\$") or {"\n": "\u23ce"}.get(token, "\u2423")
-
-
-def _save(figure: Figure, path: str | Path) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=_DPI, metadata={"Software": "spectr"})
-    return path

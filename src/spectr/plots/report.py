@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spectr.plots.figures import as_svg, figure
+from spectr.folders import with_parents
+from spectr.plots.axes import as_svg
+from spectr.plots.figures import figure
 
 if TYPE_CHECKING:
     from spectr.evaluation.experiments import Result
@@ -36,8 +38,7 @@ def write_report(results: Sequence[Result], path: str | Path, *, title: str) -> 
         f"<h1>{html.escape(title)}</h1>",
         *(_section(result) for result in results),
     ]
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = with_parents(path)
     path.write_text("\n".join(parts) + "\n</html>\n", encoding="utf-8")
     return path
 

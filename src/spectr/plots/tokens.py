@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from jaxtyping import Float
@@ -44,6 +45,16 @@ class TokenRouting:
         return tuple(sorted(self.shares.items(), key=lambda item: -item[1]))
 
 
+def layer_groups(modules: Iterable[str]) -> dict[str, list[str]]:
+    """Modules by "layer N", after all of them as "all layers"."""
+    groups = {ALL_LAYERS: list(modules)}
+    for name in groups[ALL_LAYERS]:
+        block = _BLOCK.search(f".{name}.")
+        if block:
+            groups.setdefault(f"layer {block[1]}", []).append(name)
+    return groups
+
+
 def token_routing(
     trace: Trace, tokenizer: PreTrainedTokenizerBase, *, title: str = "", batch: int = 0, skip: int = 0
 ) -> TokenRouting:
@@ -60,11 +71,7 @@ def token_routing(
 
     real_T = trace.mask[batch].clone()
     real_T[real_T.nonzero()[:skip]] = False
-    groups = {ALL_LAYERS: list(trace)}
-    for name in trace:
-        block = _BLOCK.search(f".{name}.")
-        if block:
-            groups.setdefault(f"layer {block[1]}", []).append(name)
+    groups = layer_groups(trace)
     members = {group: frozenset(names) for group, names in groups.items()}
     weights = torch.stack([trace.weights(names.__contains__)[batch][real_T] for names in members.values()])
     ids = trace.input_ids[batch][real_T].tolist()

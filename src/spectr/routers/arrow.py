@@ -28,7 +28,7 @@ class Arrow(LengthRouter):
     Source: Arrow (Ostapenko et al., 2024); SpectR eq. 4 and 5.
     """
 
-    reads = "x"
+    reads, rule = "x", ""
 
     top_k: int = 4
     weights: Weighting = "softmax"

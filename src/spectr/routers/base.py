@@ -36,10 +36,12 @@ class Router(ABC):
     Attributes:
         combine: How the chosen experts' updates become one; see :func:`spectr.combine.get_combination`.
         reads: What ``scores`` reads: the input ``x``, the products ``h = A* x``, both, or nothing.
+        rule: The name of ``scores`` among :data:`spectr.ops.rules.RULES`, where it is one of them.
     """
 
     combine: str = "outputs"
     reads: Literal["x", "h", "xh", ""] = "h"
+    rule: str = ""
 
     @property
     @abstractmethod
@@ -114,6 +116,8 @@ class LengthRouter(Router):
 
     A prompt's prior, where there is one, is multiplied with them.
     """
+
+    rule = "lengths"
 
     @abstractmethod
     def lengths(self, state: InputState) -> Lengths:

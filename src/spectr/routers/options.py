@@ -14,6 +14,7 @@ from enum import Enum
 from functools import partial
 from inspect import formatannotation
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from spectr.errors import CompositionError, nearest
@@ -25,7 +26,8 @@ from spectr.routers.hints import Unresolved, hints_of, kinds
 from spectr.routers.registry import PARTS, ROUTERS, part_of
 
 _NONE = type(None)
-_SAID = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+_DETAILED = 3  # routers at most whose settings a message lists with their defaults
+_BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 class Option(NamedTuple):
@@ -53,8 +55,14 @@ def options_of(name: str, kind: type = Router) -> dict[str, Option]:
     return {p.name: Option(hints.get(p.name, Any), made.get(p.name, p.default)) for p in named}
 
 
-def read_settings(texts: Sequence[str], routers: Sequence[str], *, strict: bool = True) -> dict[str, dict[str, Any]]:
-    """What ``--set`` says of each router, as options of :func:`spectr.get_router`: plain data.
+def read_settings(
+    texts: Sequence[str],
+    routers: Sequence[str],
+    *,
+    defaults: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    strict: bool = True,
+) -> dict[str, dict[str, Any]]:
+    """The settings of each router, from texts to options of :func:`spectr.get_router`: plain data.
 
     ``temperature=2`` is for every router that has this setting, ``arrow.temperature=2`` for one of them, and wins. A
     setting that a router lacks is that of the router inside it, where that has it; ``token_router.top_k=2`` is the full
@@ -63,6 +71,7 @@ def read_settings(texts: Sequence[str], routers: Sequence[str], *, strict: bool 
     Args:
         texts: Each ``NAME=VALUE``.
         routers: Their names.
+        defaults: By router settings that the texts win over; a setting of the router inside one changes that router.
         strict: Whether a setting that none of them has is an error.
 
     Raises:
@@ -79,14 +88,16 @@ def read_settings(texts: Sequence[str], routers: Sequence[str], *, strict: bool 
     for name in routers:
         own = f"{name}."
         addressed = {key.removeprefix(own): text for key, text in given if key.startswith(own)}
-        found[name], used = _settled(name, {**general, **addressed})
+        found[name], used = _settled(name, {**general, **addressed}, defaults.get(name, {}))
         placed |= used | {own + key for key in used & set(addressed)}
     for key in [key for key, _ in given if key not in placed] if strict else ():
         _refuse(key, routers)
     return found
 
 
-def _settled(name: str, texts: Mapping[str, str], kind: type = Router) -> tuple[dict[str, Any], set[str]]:
+def _settled(
+    name: str, texts: Mapping[str, str], defaults: Mapping[str, Any], kind: type = Router
+) -> tuple[dict[str, Any], set[str]]:
     """Options of one router, evidence or use, and which of the given names it has."""
     known = options_of(name, kind)
     as_given = current_options(PARTS[kind].load(name), {key: key for key in texts})
@@ -96,11 +107,11 @@ def _settled(name: str, texts: Mapping[str, str], kind: type = Router) -> tuple[
     for place, part in [(key, option.part) for key, option in known.items() if option.part is not None]:
         within = {key: text for key, text in given.items() if key not in known and "." not in key}
         within |= {k.removeprefix(f"{place}."): text for k, text in given.items() if k.startswith(f"{place}.")}
-        inner = settled.get(place, known[place].default)
+        inner = settled.get(place, defaults.get(place, known[place].default))
         if not within or not isinstance(inner, (Mapping, part)):
             continue
         inner = inner if isinstance(inner, Mapping) else part_config(inner)
-        more, took = _settled(inner["name"], within, part)
+        more, took = _settled(inner["name"], within, inner, part)
         if more:
             settled[place] = {**inner, **more}
         used |= took & set(given) | {f"{place}.{key}" for key in took}
@@ -173,7 +184,7 @@ def _named(registry: Registry[Any], text: str) -> dict[str, Any]:
 
 _PARSERS: dict[Any, Callable[[str], Any]] = {
     _NONE: lambda text: {"none": None, "": None}[text.lower()],
-    bool: lambda text: _SAID[text.lower()],
+    bool: lambda text: _BOOLS[text.lower()],
     int: int,
     float: float,
     str: str,
@@ -212,16 +223,20 @@ def _refuse(key: str, routers: Sequence[str]) -> None:
     first, dot, rest = key.partition(".")
     if dot and first in ROUTERS.names() and first not in routers:
         raise CompositionError(
-            f"--set {key}: the router {first} is not asked for", expected=f"one of {', '.join(routers)}"
+            f"--set {key}: the router {first} is not used here", expected=f"one of {', '.join(routers)}"
         )
-    asked, name = ([first], rest) if dot and first in routers else (list(routers), key)
-    known = list(dict.fromkeys(named for router in asked for named, _ in _all_of(router)))
+    among, name = ([first], rest) if dot and first in routers else (list(routers), key)
+    known = list(dict.fromkeys(named for router in among for named, _ in _all_of(router)))
     near = nearest(name, known)
-    shown = [f"{router}: {', '.join(_shown(router)) or 'none'}" for router in asked]
+    if len(among) > _DETAILED:
+        expected = f"one of {', '.join(known)}"
+    else:
+        shown = [f"{router}: {', '.join(_shown(router)) or 'none'}" for router in among]
+        expected = f"one of these settings, here with their defaults; {'; '.join(shown)}"
     raise CompositionError(
-        f"router '{asked[0]}' has no {name}" if len(asked) == 1 else f"no router asked for has {name}",
-        expected=f"one of these settings, here with their defaults; {'; '.join(shown)}",
-        do=f"did you mean '{near}'?" if near else None,
+        f"router '{among[0]}' has no {name}" if len(among) == 1 else f"none of these routers has {name}",
+        expected=expected,
+        do="-r oracle -e NAME, or --allow NAME" if name == "expert" else near and f"did you mean '{near}'?",
     )
 
 

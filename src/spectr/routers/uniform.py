@@ -24,7 +24,7 @@ class Uniform(LengthRouter):
     Source: mu-routing (Ostapenko et al., 2024).
     """
 
-    reads = ""
+    reads, rule = "", ""
 
     combine: str = "outputs"
 

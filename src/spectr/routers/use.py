@@ -37,11 +37,13 @@ class Use(ABC):
         fixes: Whether the verdict is the weights of all of the prompt's tokens, so that no token chooses.
         gathers: Whether an expert whose number is zero takes no part, so that its factors need not be there.
         neutral: The number of an expert of which nothing is known.
+        in_kernels: Whether scores are informed by a product alone, as kernels do it.
     """
 
     fixes: ClassVar[bool] = False
     gathers: ClassVar[bool] = False
     neutral: ClassVar[float] = 0.0
+    in_kernels: ClassVar[bool] = False
 
     @property
     def most(self) -> int | None:
@@ -75,6 +77,7 @@ class MultiplyScores(Use):
     """
 
     neutral: ClassVar[float] = 1.0
+    in_kernels: ClassVar[bool] = True
 
     strength: float = 8.0
 
@@ -177,6 +180,7 @@ class KeepShortlist(Use):
     """
 
     gathers: ClassVar[bool] = True
+    in_kernels: ClassVar[bool] = True
 
     size: int = 16
     prior: MultiplyScores | None = None

@@ -1,1 +1,1 @@
-"""Everything that speaks HTTP: who may use which expert, what a request asks for, and what an engine is told."""
+"""The HTTP API: who may use which expert, what a request asks for, and what an engine gets."""

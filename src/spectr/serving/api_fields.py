@@ -34,7 +34,7 @@ _COUNT, _PENALTY = "a whole number, at least 1", "a number from -2 to 2"
 _ELSEWHERE = {  # fields that other requests have
     "messages": "send it to /v1/chat/completions, or write one text as 'prompt'",
     "prompt": "send it to /v1/completions, or write turns as 'messages'",
-    "extra_body": "that is an argument of OpenAI's client; write the fields that are in it beside the others",
+    "extra_body": "that is an argument of OpenAI's client; write its fields next to the others",
 }
 _SLIP = 0.81  # likeness of names; ``top_k``, which others have, is no slip in ``top_p``
 Number = StrictFloat | StrictInt
@@ -46,7 +46,7 @@ def _field(expected: str, default: Any = ...) -> Any:
 
 
 class StreamOptions(BaseModel):
-    """What a stream has beside its text; it is never padded, so that there is no obfuscation to be left out."""
+    """Options of a stream; it is never padded, so that there is no obfuscation to be left out."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -88,7 +88,7 @@ class Request(BaseModel):
     @classmethod
     def _of_a_stream(cls, value: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
         if value is not None and not info.data.get("stream", True):
-            raise ValueError("is for streams alone", "\"stream\": true beside it, or no 'stream_options'")
+            raise ValueError("is for streams alone", "\"stream\": true too, or no 'stream_options'")
         return value
 
 
@@ -139,7 +139,7 @@ class CompletionRequest(Request):
 
 
 def parse(kind: type[Request], body: bytes, known: frozenset[str] = frozenset()) -> tuple[Request, dict[str, Any]]:
-    """A request's body, checked; and as it is, less our own fields.
+    """A request's body, checked; and as it is, without our own fields.
 
     Args:
         kind: What is to be made of it.
@@ -194,7 +194,7 @@ def _meant(name: str, known: frozenset[str]) -> str | None:
 def _refusal(found: Sequence[Fault]) -> RefusalError:
     first, *more = [f"'{fault.place}' {fault.found}; expected: {fault.expected}" for fault in found]
     param = re.split(r"[.\[]", found[0].place)[0]
-    return RefusalError("\n".join((first, *(f"also: {told}" for told in more))), code="invalid_value", param=param)
+    return RefusalError("\n".join((first, *(f"also: {fault}" for fault in more))), code="invalid_value", param=param)
 
 
 def routing(ticket: Ticket, steps: Sequence[Step], layers: Sequence[str]) -> dict[str, Any]:
@@ -203,17 +203,17 @@ def routing(ticket: Ticket, steps: Sequence[Step], layers: Sequence[str]) -> dic
     Args:
         ticket: Its experts are the names; nobody reads of others.
         steps: One for each token.
-        layers: The routed layers' names; told with ``record="layers"`` alone.
+        layers: The routed layers' names; in the answer with ``record="layers"`` alone.
     """
     place = {name: number for number, name in enumerate(ticket.experts)}
-    told: dict[str, Any] = {
+    found: dict[str, Any] = {
         "experts": list(ticket.experts),
         "tokens": [_shares(step.shares, place) for step in steps],
     }
     if ticket.record == "layers":
-        told["layers"] = list(layers)
-        told["by_layer"] = [[_decision(chosen, place) for chosen in step.layers] for step in steps]
-    return told
+        found["layers"] = list(layers)
+        found["by_layer"] = [[_decision(chosen, place) for chosen in step.layers] for step in steps]
+    return found
 
 
 def _shares(shares: Mapping[str, float], place: Mapping[str, int]) -> list[list[float]]:

@@ -125,7 +125,7 @@ def rewritten(scope: Scope, body: bytes, request_id: str) -> Scope:
 
 
 class Line:
-    """The line to a client: gives the application a body, and knows when the client hangs up."""
+    """The line to a client: gives the application a body, and notices when the client hangs up."""
 
     def __init__(self, receive: Receive, body: bytes):
         self._body: bytes | None = body

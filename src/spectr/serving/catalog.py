@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from spectr.errors import SpectrError, nearest
 from spectr.serving.api_fields import Request
-from spectr.serving.engines.base import Engine
+from spectr.serving.engines.base import Engine, Recording, Ticket
 from spectr.serving.errors import RefusalError
-from spectr.serving.policy import Policy
+from spectr.serving.policy import Key, Policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,15 +28,6 @@ class Grant:
 
     experts: tuple[str, ...]
     base: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """What a request stands for: see :class:`Ticket`."""
-
-    experts: tuple[str, ...]
-    router: str
-    salt: str
 
 
 class Catalog:
@@ -59,11 +51,9 @@ class Catalog:
         Raises:
             RefusalError: 401: there is a policy, and no such key in it.
         """
-        if self.policy is None:
+        key = self._key(secret)
+        if self.policy is None or key is None:
             return Grant(experts=self.engine.experts, base=True)
-        key = self.policy.holder(secret)
-        if key is None:
-            raise _unknown_key(secret)
         return Grant(experts=self.policy.granted(key, self.engine.experts), base=key.base)
 
     def administrator(self, secret: str | None) -> str | None:
@@ -72,11 +62,9 @@ class Catalog:
         Raises:
             RefusalError: 401: no such key; 403: it is no administrator's.
         """
-        if self.policy is None:
-            return None
-        key = self.policy.holder(secret)
+        key = self._key(secret)
         if key is None:
-            raise _unknown_key(secret)
+            return None
         if not key.admin:
             raise RefusalError(
                 "this key may not do that",
@@ -87,15 +75,24 @@ class Catalog:
             )
         return key.name
 
+    def _key(self, secret: str | None) -> Key | None:
+        """The policy's key; ``None`` where there is no policy."""
+        key = self.policy and self.policy.holder(secret)
+        if self.policy is not None and key is None:
+            given = "no API key" if secret is None else "an API key that is not known"
+            do = "send one of the policy's: Authorization: Bearer KEY"
+            raise RefusalError(given, do=do, code="invalid_api_key", status=401)
+        return key
+
     def listing(self, grant: Grant) -> dict[str, Any]:
         """The answer of ``/v1/models``."""
-        return {"object": "list", "data": [self._told(grant, name) for name in self._names(grant)]}
+        return {"object": "list", "data": [self._listed(grant, name) for name in self._names(grant)]}
 
     def entry(self, grant: Grant, name: str) -> dict[str, Any]:
         """One model, as it is listed."""
         if name not in self._names(grant):
             raise self._no_model(grant, name)
-        return self._told(grant, name)
+        return self._listed(grant, name)
 
     def loaded(self, name: str | None = None) -> dict[str, Any]:
         """The answer of ``/v1/experts``, which is for administrators: every expert that is loaded, or one.
@@ -104,15 +101,13 @@ class Catalog:
             RefusalError: 404: there is none of that name.
         """
         experts = self.engine.experts
-        told = {expert: {"id": expert, "object": "expert", **self._suspicion(expert)} for expert in experts}
-        if name is None:
-            return {"object": "list", "data": list(told.values())}
-        if name not in told:
+        if name is not None and name not in experts:
             raise self._no_expert([name], experts, param=None, where="/v1/experts lists those that are loaded")
-        return told[name]
+        found = [{"id": expert, "object": "expert", **self._suspicion(expert)} for expert in experts]
+        return {"object": "list", "data": found} if name is None else found[experts.index(name)]
 
-    def choose(self, grant: Grant, request: Request) -> Choice:
-        """What a request of this client stands for.
+    def ticket(self, grant: Grant, request: Request, *, count: bool) -> Ticket:
+        """What a request of this client stands for; routing is recorded where it is wanted, or to ``count`` tokens.
 
         Raises:
             RefusalError: It names a model, an expert or a router that the client may not use or nobody has. Which of
@@ -128,16 +123,22 @@ class Catalog:
                 code="router_not_served",
                 param="router",
             )
-        told = "\n".join((router, *experts))
-        return Choice(experts=experts, router=router, salt=hashlib.sha256(told.encode()).hexdigest()[:32])
+        record: Recording = "shares" if count or request.return_routing else "none"
+        return Ticket(
+            id=uuid.uuid4().hex,
+            experts=experts,
+            router=router,
+            salt=hashlib.sha256("\n".join((router, *experts)).encode()).hexdigest()[:32],
+            record="layers" if request.return_routing == "layers" else record,
+        )
 
     def _no_expert(
         self, names: Sequence[str], known: Sequence[str], param: str | None = "experts", **where: str
     ) -> RefusalError:
         """The one answer for experts that are not there and those that are not for this client, who knows ``known``."""
-        told = ", ".join(f"'{name}'" for name in names)
+        quoted = ", ".join(f"'{name}'" for name in names)
         do = _nearest(names[0], known, **where)
-        return RefusalError(f"there is no expert {told}", do=do, code="expert_not_found", param=param, status=404)
+        return RefusalError(f"there is no expert {quoted}", do=do, code="expert_not_found", param=param, status=404)
 
     def _no_model(self, grant: Grant, name: str) -> RefusalError:
         """The one answer for models that are not there and those that are not for this client."""
@@ -150,16 +151,16 @@ class Catalog:
         return RefusalError(f"there is no model '{name}'", do=do, code="model_not_found", param="model", status=404)
 
     def _experts(self, grant: Grant, request: Request) -> tuple[str, ...]:
-        model, asked = request.model, request.experts
+        model, named = request.model, request.experts
         if model not in self._names(grant):
             raise self._no_model(grant, model)
-        missing = sorted(set(asked or ()) - set(grant.experts))
+        missing = sorted(set(named or ()) - set(grant.experts))
         if missing:
             raise self._no_expert(missing, grant.experts)
         if model == self.served:
-            return grant.experts if asked is None else tuple(sorted(set(asked)))
+            return grant.experts if named is None else tuple(sorted(set(named)))
         alone = () if model == self.engine.base_model else (model.removeprefix(self.served + "/"),)
-        if asked is not None and set(asked) != set(alone):
+        if named is not None and set(named) != set(alone):
             raise RefusalError(
                 f"model '{model}' and other experts do not go together",
                 do=f"leave 'experts' out, or ask for model '{self.served}'",
@@ -172,29 +173,22 @@ class Catalog:
         composed = [self.served, *(f"{self.served}/{name}" for name in grant.experts)] if grant.experts else []
         return composed + ([self.engine.base_model] if grant.base else [])
 
-    def _told(self, grant: Grant, name: str) -> dict[str, Any]:
-        told: dict[str, Any] = {"id": name, "object": "model", "created": self._since, "owned_by": "spectr"}
+    def _listed(self, grant: Grant, name: str) -> dict[str, Any]:
+        facts: dict[str, Any] = {"id": name, "object": "model", "created": self._since, "owned_by": "spectr"}
         expert = name.removeprefix(self.served + "/") if name.startswith(self.served + "/") else None
         if name == self.served:
-            told |= {"experts": list(grant.experts), "routers": list(self.engine.routers)}
+            facts |= {"experts": list(grant.experts), "routers": list(self.engine.routers)}
         elif name == self.engine.base_model:
-            told |= {"experts": []}
+            facts |= {"experts": []}
         else:
-            told |= {"experts": [expert], "parent": self.engine.base_model}
-        return told if expert is None else told | self._suspicion(expert)
+            facts |= {"experts": [expert], "parent": self.engine.base_model}
+        return facts if expert is None else facts | self._suspicion(expert)
 
     def _suspicion(self, expert: str) -> dict[str, Any]:
         score = self.engine.suspicion.get(expert)
         if score is None:
             return {}
         return {"suspicion": round(score, 1) if math.isfinite(score) else "not finite"}
-
-
-def _unknown_key(secret: str | None) -> RefusalError:
-    given = "no API key" if secret is None else "an API key that is not known"
-    return RefusalError(
-        given, do="send one of the policy's: Authorization: Bearer KEY", code="invalid_api_key", status=401
-    )
 
 
 def _meant(name: str, known: Sequence[str]) -> str | None:

@@ -1,4 +1,4 @@
-"""Errors as OpenAI's API tells them: ``{"error": {"message", "type", "param", "code"}}``."""
+"""Errors in the form of OpenAI's API: ``{"error": {"message", "type", "param", "code"}}``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_
 
 
 class RefusalError(SpectrError):
-    """A request that is not answered, with the status and the body that say so.
+    """A request that is not answered, with the status and the body of its answer.
 
     Args:
         given: What is wrong.
@@ -51,34 +51,34 @@ def error_body(status: int, message: str, code: str | None = None, param: str | 
 def standardised(status: int, body: bytes) -> bytes:
     """An application's error body in the standard form; one that has it already stays as it is.
 
-    What a server says of its own failures (status 500 and above) is not passed on.
+    What an application reports of its own failures (status 500 and above) is not passed on.
     """
     try:
-        said = json.loads(body)
+        answer = json.loads(body)
     except ValueError:
-        said = body.decode("utf-8", "replace").strip()
-    if isinstance(said, dict) and isinstance(said.get("error"), dict) and status < 500:
-        return json.dumps({"error": {**_error(status, "", None, None), **said["error"]}}).encode()
-    if unknown := _unknown(said):
+        answer = body.decode("utf-8", "replace").strip()
+    if isinstance(answer, dict) and isinstance(answer.get("error"), dict) and status < 500:
+        return json.dumps({"error": {**_error(status, "", None, None), **answer["error"]}}).encode()
+    if unknown := _unknown(answer):
         do = "leave it out" if len(unknown) == 1 else "leave them out"
-        told = ", ".join(f"'{name}'" for name in unknown)
-        return error_body(status, f"{told}: no field that this engine knows\n  to do: {do}", _code(status), unknown[0])
-    return error_body(status, _message(status, said), _code(status))
+        named = ", ".join(f"'{name}'" for name in unknown)
+        return error_body(status, f"{named}: no field that this engine knows\n  to do: {do}", _code(status), unknown[0])
+    return error_body(status, _message(status, answer), _code(status))
 
 
-def _unknown(said: Any) -> list[str]:
-    """Fields that transformers says that it does not know."""
-    told = str(said.get("detail")) if isinstance(said, dict) else ""
-    return sorted(re.findall(r"'([^']*)'", told.partition("Unexpected fields in the request: ")[2]))
+def _unknown(answer: Any) -> list[str]:
+    """Fields that transformers does not know, from its message."""
+    detail = str(answer.get("detail")) if isinstance(answer, dict) else ""
+    return sorted(re.findall(r"'([^']*)'", detail.partition("Unexpected fields in the request: ")[2]))
 
 
-def _message(status: int, said: Any) -> str:
+def _message(status: int, answer: Any) -> str:
     if status >= 500:
         return "the engine failed on this request" if status == 500 else "the engine cannot take requests now"
     for key in ("detail", "message", "error"):
-        if isinstance(said, dict) and key in said:
-            said = said[key]
-    return said if isinstance(said, str) and said else json.dumps(said)
+        if isinstance(answer, dict) and key in answer:
+            answer = answer[key]
+    return answer if isinstance(answer, str) and answer else json.dumps(answer)
 
 
 def _code(status: int) -> str:

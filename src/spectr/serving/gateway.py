@@ -6,7 +6,6 @@ import asyncio
 import json
 import logging
 import time
-import uuid
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -27,7 +26,7 @@ from spectr.serving.asgi import (
     rewritten,
 )
 from spectr.serving.catalog import Catalog
-from spectr.serving.engines.base import Engine, Recording, Ticket
+from spectr.serving.engines.base import Engine, Ticket
 from spectr.serving.errors import RefusalError
 from spectr.serving.metrics import CONTENT_TYPE, Metrics
 from spectr.serving.page import find_page, page_file
@@ -62,7 +61,7 @@ def _near(path: str) -> str:
 
 
 class Gateway:
-    """An ASGI application around an engine's: who asks, what they may use, what the engine is told, what they read.
+    """An ASGI application around an engine's: it checks keys and requests, and completes answers.
 
     Args:
         app: The engine's own application.
@@ -171,10 +170,10 @@ class Gateway:
             )
 
     async def _point(self, send: Send) -> None:
-        """Where to go from here: who looks with a browser is taken to the page, where there is one."""
-        told = {"models": "/v1/models", "health": "/health"} | ({"page": "/playground/"} if self.page else {})
-        leads = {"location": "playground/"} if self.page else {}
-        await respond(send, 307 if self.page else 200, json.dumps(told).encode(), **leads)
+        """Where the models and the page are; a browser is sent to the page, where there is one."""
+        places = {"models": "/v1/models", "health": "/health"} | ({"page": "/playground/"} if self.page else {})
+        location = {"location": "playground/"} if self.page else {}
+        await respond(send, 307 if self.page else 200, json.dumps(places).encode(), **location)
 
     async def _metrics(self, scope: Scope, send: Send) -> None:
         self.catalog.administrator(bearer(scope))
@@ -182,8 +181,8 @@ class Gateway:
 
     async def _models(self, scope: Scope, send: Send, name: str) -> None:
         grant = self.catalog.grant(bearer(scope))
-        told = self.catalog.entry(grant, name) if name else self.catalog.listing(grant)
-        await respond(send, 200, json.dumps(told).encode())
+        found = self.catalog.entry(grant, name) if name else self.catalog.listing(grant)
+        await respond(send, 200, json.dumps(found).encode())
 
     async def _experts(self, scope: Scope, send: Send, name: str) -> None:
         self.catalog.administrator(bearer(scope))
@@ -221,19 +220,13 @@ class Gateway:
         grant = self.catalog.grant(bearer(scope))
         body = await read_body(receive, scope, self.max_body)
         request, raw = parse(_GENERATE[scope["path"]], body, self.engine.fields)
-        choice = self.catalog.choose(grant, request)
-        record: Recording = "layers" if request.return_routing == "layers" else "none"
-        if record == "none" and (self.count or request.return_routing):
-            record = "shares"
-        ticket = Ticket(
-            id=uuid.uuid4().hex, experts=choice.experts, router=choice.router, salt=choice.salt, record=record
-        )
-        told = json.dumps(self.engine.admit(ticket, raw)).encode()
+        ticket = self.catalog.ticket(grant, request, count=self.count)
+        admitted = json.dumps(self.engine.admit(ticket, raw)).encode()
         usage = Usage(request)
         with self._running(ticket, usage):
-            line = Line(receive, told)
+            line = Line(receive, admitted)
             answer = Answer(send, self._editor(ticket, request, usage))
-            work = self.app(rewritten(scope, told, ticket.id), line.receive, answer)
+            work = self.app(rewritten(scope, admitted, ticket.id), line.receive, answer)
             await line.hold_for(work, lambda: answer.done)
 
     @contextmanager
@@ -243,20 +236,20 @@ class Gateway:
                 yield
             finally:
                 self.engine.finish(ticket)
-                self.metrics.count_usage(usage.told)
+                self.metrics.count_usage(usage.last)
 
     def _editor(self, ticket: Ticket, request: Request, usage: Usage) -> Edit:
         """What is done to each JSON object of an answer."""
 
-        def edit(told: dict[str, Any]) -> list[dict[str, Any]]:
-            steps = self.engine.steps(ticket, told) if ticket.record != "none" else {}
-            for choice in told.get("choices") or ():
+        def edit(answer: dict[str, Any]) -> list[dict[str, Any]]:
+            steps = self.engine.steps(ticket, answer) if ticket.record != "none" else {}
+            for choice in answer.get("choices") or ():
                 done = steps.get(choice.get("index", 0), ())
                 self.metrics.count_steps(ticket.experts, done)
                 if request.return_routing:
                     choice["routing"] = routing(ticket, done, self.engine.layers)
-            if "model" in told:
-                told["model"] = request.model
-            return usage.placed(told)
+            if "model" in answer:
+                answer["model"] = request.model
+            return usage.placed(answer)
 
         return edit

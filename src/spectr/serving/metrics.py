@@ -24,11 +24,11 @@ class Metrics:
         self.seconds = Histogram("spectr_request_seconds", "From a request to the end of its answer", registry=own)
         self.prompt = Counter("spectr_prompt_tokens", "Tokens of prompts", registry=own)
         self.generated = Counter("spectr_generated_tokens", "Tokens of answers", registry=own)
-        told = f"Generated tokens, shared out among experts by weight; {BASE}: without any"
-        self.tokens = Counter("spectr_tokens", told, ["expert"], registry=own)
+        tokens = f"Generated tokens, shared out among experts by weight; {BASE}: without any"
+        self.tokens = Counter("spectr_tokens", tokens, ["expert"], registry=own)
         self.layers = Gauge("spectr_routed_layers", "Layers that are routed", registry=own)
-        told = "How far an expert's norm is above the others', a robust z-score"
-        self.suspicion = Gauge("spectr_expert_suspicion", told, ["expert"], registry=own)
+        score = "How far an expert's norm is above the others', a robust z-score"
+        self.suspicion = Gauge("spectr_expert_suspicion", score, ["expert"], registry=own)
 
     def describe(self, engine: Engine) -> None:
         """Set what is known without any request."""
@@ -37,7 +37,7 @@ class Metrics:
             self.suspicion.labels(name).set(score)
 
     def forget(self, expert: str) -> None:
-        """Tell no more of an expert that was removed, beside the work that it has done."""
+        """Drop what is no longer true of an expert that was removed; its tokens stay."""
         with suppress(KeyError):
             self.suspicion.remove(expert)
 

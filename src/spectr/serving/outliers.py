@@ -23,8 +23,8 @@ def spectral_norm(expert: Expert) -> float:
 def suspicion(norms: Mapping[str, float]) -> dict[str, float]:
     """Of experts that stand out above the others, how far: the robust z-score of the norm's logarithm.
 
-    ``z = 0.6745 (log n - median) / max(MAD, 0.35)``; told where it is at least 3.5, which is sixfold or more, or the
-    norm is not finite. Of fewer than three nothing can be said.
+    ``z = 0.6745 (log n - median) / max(MAD, 0.35)``; given where it is at least 3.5, which is sixfold or more, or the
+    norm is not finite. Of fewer than three there is no score.
 
     Args:
         norms: See :func:`spectral_norm`.

@@ -1,4 +1,4 @@
-"""The page to look at: static files, where they are installed."""
+"""The playground page: static files, where they are installed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def find_page() -> Path | None:
 
 
 def page_file(folder: Path | None, name: str) -> tuple[bytes, str]:
-    """One of the page's files, and of which kind it is.
+    """One of the page's files, with its content type.
 
     Raises:
         RefusalError: 404: there is none of this name.

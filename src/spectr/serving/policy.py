@@ -67,7 +67,7 @@ class Key(BaseModel):
 
 
 class Policy(BaseModel):
-    """What a policy file says.
+    """The content of a policy file.
 
     Attributes:
         keys: Each with its set.
@@ -93,7 +93,7 @@ class Policy(BaseModel):
         return self
 
     def holder(self, secret: str | None) -> Key | None:
-        """Whose key this is; all are compared, in a time that says nothing of any of them."""
+        """Whose key this is; all are compared, in a time that depends on none of them."""
         digest = hashlib.sha256((secret or "").encode("utf-8", "surrogateescape")).digest()
         found = None
         for key in self.keys:

@@ -23,7 +23,7 @@ class Answer:
     def __init__(self, send: Send, edit: Edit):
         self._send, self._edit = send, edit
         self._start: Message = {}
-        self._held = b""
+        self._buffer = b""
         self._streams = self._closed = False
         self.status: int | None = None
         self.done = False
@@ -33,7 +33,7 @@ class Answer:
         if message["type"] == "http.response.start":
             await self._begin(message)
         elif message["type"] == "http.response.body" and not self.done:
-            self._held += message.get("body", b"")
+            self._buffer += message.get("body", b"")
             last = not message.get("more_body", False)
             await (self._pass_events(last) if self._streams else self._pass_whole(last))
 
@@ -48,7 +48,7 @@ class Answer:
         if not last:
             return
         assert self.status is not None
-        body = self._held if self.status < 400 else standardised(self.status, self._held)
+        body = self._buffer if self.status < 400 else standardised(self.status, self._buffer)
         status = 400 if self.status == 422 else self.status
         if status < 400:
             body = b"".join(self._edited(body))
@@ -58,8 +58,8 @@ class Answer:
         await self._send({"type": "http.response.body", "body": body})
 
     async def _pass_events(self, last: bool) -> None:
-        *events, self._held = self._held.replace(b"\r\n", b"\n").split(b"\n\n")
-        events += [self._held] if last and self._held.strip() else []
+        *events, self._buffer = self._buffer.replace(b"\r\n", b"\n").split(b"\n\n")
+        events += [self._buffer] if last and self._buffer.strip() else []
         out = b"".join(self._event(event) for event in events)
         if last and not self._closed:
             out += b"data: [DONE]\n\n"
@@ -72,14 +72,14 @@ class Answer:
             return b"" if self._closed else event + b"\n\n"
         data = event.removeprefix(b"data:").strip()
         self._closed = data == b"[DONE]"
-        told = [data] if self._closed else self._edited(data)
-        return b"".join(b"data: " + one + b"\n\n" for one in told)
+        edited = [data] if self._closed else self._edited(data)
+        return b"".join(b"data: " + one + b"\n\n" for one in edited)
 
     def _edited(self, data: bytes) -> list[bytes]:
         try:
-            told = json.loads(data)
+            answer = json.loads(data)
         except ValueError:
-            told = {"error": None}
-        if not isinstance(told, dict) or "error" in told:
+            answer = {"error": None}
+        if not isinstance(answer, dict) or "error" in answer:
             return [error_body(500, "the engine failed while it answered", "engine_error")]
-        return [json.dumps(one, ensure_ascii=False, separators=(",", ":")).encode() for one in self._edit(told)]
+        return [json.dumps(one, ensure_ascii=False, separators=(",", ":")).encode() for one in self._edit(answer)]

@@ -41,7 +41,7 @@ async def listen(
     Args:
         app: The engine's own application.
         engine: Of that application.
-        settings: What was asked for.
+        settings: What is served.
         bound: From :meth:`Settings.listen`.
         say: Shows one line.
         watch: Is given the server, and may end it.
@@ -55,35 +55,35 @@ async def listen(
     if not engine.layers:
         raise CompositionError("no layer of this model is routed", do="check the library with spectr library list")
     gateway = Gateway(app, engine, policy=settings.policy(), served=settings.served, count=settings.count, say=say)
-    lines = told(settings, engine, bound.getsockname()[1], page=gateway.page is not None)
+    lines = summary(settings, engine, bound.getsockname()[1], page=gateway.page is not None)
     config = Config(gateway, log_level="warning", server_header=False, timeout_graceful_shutdown=2 * _LAST_BYTES)
     server = Server(config)
-    asked: list[int] = []
-    server.handle_exit = lambda sig, frame: _ask(asked, sig)
+    signals: list[int] = []
+    server.handle_exit = lambda sig, frame: _note(signals, sig)
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, server.handle_exit)  # stays when the server has given back what it found
-    beside = [
-        asyncio.ensure_future(_tell(server, lines, say)),
-        asyncio.ensure_future(_end(server, gateway.stopping, settings.grace, asked, say)),
+    tasks = [
+        asyncio.ensure_future(_announce(server, lines, say)),
+        asyncio.ensure_future(_end(server, gateway.stopping, settings.grace, signals, say)),
         *([asyncio.ensure_future(watch(server))] if watch else []),
     ]
     try:
         await server.serve(sockets=[bound])
     finally:
-        for task in beside:
+        for task in tasks:
             task.cancel()
-    if signal.SIGINT in asked:
+    if signal.SIGINT in signals:
         raise KeyboardInterrupt
 
 
-def _ask(asked: list[int], number: int) -> None:
+def _note(signals: list[int], number: int) -> None:
     """What a signal does: it is written down; the third one finds a process that does not react, and kills it.
 
     An engine's processes, which leave Ctrl-C to this one, go before it: those that do not react either are killed, too.
     """
-    asked.append(number)
-    if len(asked) > 2:
+    signals.append(number)
+    if len(signals) > 2:
         signal.signal(number, signal.SIG_DFL)  # one more does not wait for them
         _end_children()
         signal.raise_signal(number)
@@ -99,8 +99,8 @@ def _end_children() -> None:
         child.kill()
 
 
-async def _tell(server: uvicorn.Server, lines: list[str], say: Callable[[str], None]) -> None:
-    """Say what is served once it can be reached."""
+async def _announce(server: uvicorn.Server, lines: list[str], say: Callable[[str], None]) -> None:
+    """Print what is served once it can be reached."""
     while not server.started:
         await asyncio.sleep(0.02)
     for line in lines:
@@ -108,20 +108,20 @@ async def _tell(server: uvicorn.Server, lines: list[str], say: Callable[[str], N
 
 
 async def _end(
-    server: uvicorn.Server, stopping: Stopping, grace: float, asked: list[int], say: Callable[[str], None]
+    server: uvicorn.Server, stopping: Stopping, grace: float, signals: list[int], say: Callable[[str], None]
 ) -> None:
     """Once the server is to end, let the answers under way end first, but not for longer than the grace."""
-    while not (asked or server.should_exit):
+    while not (signals or server.should_exit):
         await asyncio.sleep(0.1)
     stopping.begin()
     until = time.monotonic() + grace
     if stopping.under_way and grace:
         say(f"ending; {_requests(stopping)} under way: {grace:g} seconds for them, and Ctrl-C again ends at once")
-    while stopping.under_way and len(asked) < 2 and time.monotonic() < until:
+    while stopping.under_way and len(signals) < 2 and time.monotonic() < until:
         await asyncio.sleep(0.05)
     say(f"ending; {_requests(stopping)} cut off" if stopping.under_way else "ending; nothing is under way")
     log = logging.getLogger("uvicorn.error")
-    log.disabled = True  # it would tell of each that was cut off
+    log.disabled = True  # it would list each that was cut off
     await stopping.end()
     log.disabled = False
     server.should_exit = True
@@ -133,8 +133,8 @@ def _requests(stopping: Stopping) -> str:
     return f"{stopping.under_way} request{'' if stopping.under_way == 1 else 's'}"
 
 
-def told(settings: Settings, engine: Engine, port: int, *, page: bool) -> list[str]:
-    """What is served, to whom, where; and which experts somebody should look at."""
+def summary(settings: Settings, engine: Engine, port: int, *, page: bool) -> list[str]:
+    """What is served, to whom and where, and experts that stand out."""
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     lines = [
         f"warning: the updates of '{name}' are far larger than the other experts' (robust z-score {score:.1f}); if you "

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from spectr.errors import SpectrError
+from spectr.choosing import RoutingRequest
+from spectr.composition.several import check_alike
+from spectr.errors import LibraryError, SpectrError
 from spectr.library import ExpertLibrary
-from spectr.routers import Router
+from spectr.models import HUB_ID
+from spectr.routers import Router, residents
 from spectr.serving.policy import Policy, read_policy
 
 _BACKLOG = 2048  # connections that wait until they are taken, as uvicorn has it
@@ -18,7 +22,7 @@ _BACKLOG = 2048  # connections that wait until they are taken, as uvicorn has it
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What ``spectr serve`` was asked for, checked.
+    """What a server is to serve, checked.
 
     Attributes:
         library: Has the experts.
@@ -34,6 +38,7 @@ class Settings:
         count: Whether tokens are counted by expert for every request.
         grace: Seconds that answers under way have to end when the server is to.
         options: Of the engine's own command line.
+        remarks: What a user might not expect.
     """
 
     library: ExpertLibrary
@@ -49,6 +54,7 @@ class Settings:
     count: bool
     grace: float = 10.0
     options: tuple[str, ...] = ()
+    remarks: Sequence[str] = ()
 
     def policy(self) -> Policy | None:
         """The policy, checked against the experts.
@@ -97,23 +103,56 @@ class Settings:
             SpectrError: The address is not there, or taken.
         """
         kind = socket.AF_INET6 if ":" in self.host else socket.AF_INET
-        bound = socket.socket(kind)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            bound.bind((self.host, self.port))
-            bound.listen(_BACKLOG)
+            return socket.create_server((self.host, self.port), family=kind, backlog=_BACKLOG)
         except OSError as error:
-            bound.close()
             raise SpectrError(
                 f"{self.host}, port {self.port}: {error.strerror or error}", do="choose others with --host and --port"
             ) from error
-        return bound
 
 
-def base_name(model: str | None, default: str) -> str:
+def make_settings(request: RoutingRequest, *, exclude: Sequence[str] = (), served: str, **given: Any) -> Settings:
+    """Check everything that a server needs before a model is loaded.
+
+    Args:
+        request: Library and routers.
+        exclude: Experts of the library that are not served.
+        served: See :class:`Settings`, as all others.
+        given: See :class:`Settings`.
+
+    Raises:
+        SpectrError: A name is unknown, no expert is left, the routers cannot be served together, or the settings do not
+            go together (:meth:`Settings.check`).
+    """
+    if len(request.routers) > 1 and "oracle" in request.routers:
+        raise SpectrError(
+            "the router oracle holds one expert alone and cannot be served next to others",
+            do=f"leave it out; a request names one expert alone by its model, {served}/EXPERT",
+        )
+    found = request.resolve()
+    check_alike({name: residents(router, found.library.names) for name, router in found.routers.items()})
+    found.library.check(*exclude)
+    experts = tuple(name for name in sorted(request.allow or found.library) if name not in exclude)
+    if not experts:
+        raise LibraryError("--except leaves no expert to serve", do="name fewer")
+    settings = Settings(
+        library=found.library,
+        experts=experts,
+        routers=found.routers,
+        model=request.model,
+        base_name=_base_name(request.model),
+        served=served,
+        remarks=found.remarks,
+        **given,
+    )
+    settings.check()
+    return settings
+
+
+def _base_name(model: str | None) -> str:
     """What clients call a base model: its Hub id, or its folder's name."""
     if model is None:
-        return default
+        return HUB_ID
     return Path(model).resolve().name if Path(model).exists() else model
 
 

@@ -1,4 +1,4 @@
-"""The end of a server: what is under way has time, what comes is turned away, and nobody is left without a word."""
+"""The end of a server: requests under way have time, new ones are refused, and each gets an answer."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from contextlib import contextmanager
 
 from spectr.serving.errors import RefusalError
 
-LAST_WORDS = 2.0  # seconds for saying to everybody that there will be no more
+LAST_WORDS = 2.0  # seconds for the last answers
 
 
 class Stopping:
     """Whether a server is to end, and which requests it still works on.
 
     Attributes:
-        begun: New requests are turned away.
+        begun: New requests are refused.
         over: What was under way is cut off.
     """
 
@@ -45,11 +45,11 @@ class Stopping:
             raise stopped("the server is stopping and takes no new requests")
 
     def begin(self) -> None:
-        """From now on new requests are turned away."""
+        """Refuse new requests from now on."""
         self.begun = True
 
     async def end(self) -> None:
-        """Cut off what is under way; returns when it was told so."""
+        """Cut off what is under way; returns when it has ended."""
         self.begin()
         self.over = True
         tasks = list(self._under_way)

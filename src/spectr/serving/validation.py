@@ -1,6 +1,6 @@
-"""What is wrong with a policy or a request, field by field and in our own words: pydantic finds it, and we say it.
+"""What is wrong with a policy or a request, field by field found by pydantic, in our own words.
 
-Each field of a model says in its ``description`` what is expected of it. One that must not be shown has ``repr=False``.
+Each field of a model has in its ``description`` what is expected of it. One that must not be shown has ``repr=False``.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def faults(model: type[BaseModel], given: Any, error: ValidationError) -> list[F
     Args:
         model: What was to be made of it.
         given: What it was to be made of.
-        error: What pydantic says to that.
+        error: Of pydantic.
     """
-    found = [_Found(model, given, told) for told in error.errors(include_url=False)]
+    found = [_Found(model, given, fault) for fault in error.errors(include_url=False)]
     kept: list[_Found] = []
     for one in sorted(found, key=lambda one: -len(one.path)):
         if not any(other.path[: len(one.path)] == one.path or other.of == one.of for other in kept):
@@ -58,12 +58,12 @@ class _Found:
         of: That of the field that it is an error of.
     """
 
-    def __init__(self, model: type[BaseModel], given: Any, told: Any):
-        self.kind, self.input, self.context = told["type"], told["input"], told.get("ctx", {})
+    def __init__(self, model: type[BaseModel], given: Any, fault: Any):
+        self.kind, self.input, self.context = fault["type"], fault["input"], fault.get("ctx", {})
         self.path: Path = ()
         self.of: Path = ()
         self.model, self.field = model, None
-        for part in told["loc"]:
+        for part in fault["loc"]:
             if not _leads_on(part, given, self.model):
                 continue
             self.path = (*self.path, part)
@@ -91,8 +91,8 @@ class _Found:
         assert self.field is not None
         if self.kind == "missing":
             return "is missing", self.field.description
-        told = shown(self.input) if self.field.repr else _kind(self.input)
-        return f"is {told}", self.field.description
+        found = shown(self.input) if self.field.repr else _kind(self.input)
+        return f"is {found}", self.field.description
 
 
 def _leads_on(part: str | int, given: Any, model: type[BaseModel]) -> bool:

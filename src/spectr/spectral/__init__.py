@@ -7,7 +7,7 @@ stack's experts one after the other, ``I`` inputs, ``O`` outputs, ``N`` a batch 
 from spectr.spectral.align import Aligned, align
 from spectr.spectral.prototypes import Codes, Prototypes
 from spectr.spectral.rotate import Rotation, rotate
-from spectr.spectral.stack import AlignedExpert, InputState, Share, SideData, Stack, State, segment_norms
+from spectr.spectral.stack import AlignedExpert, InputState, Share, SideData, Stack, State, norms, segment_norms
 
 Prepared = Share  # its name in the first protocol of routers
 
@@ -24,6 +24,7 @@ __all__ = [
     "Stack",
     "State",
     "align",
+    "norms",
     "rotate",
     "segment_norms",
 ]

@@ -199,5 +199,10 @@ def segment_norms(h_TP: Float[Tensor, "*T P"], state: State) -> Float[Tensor, "*
     rank = state.common_rank
     if rank is None:
         return (h_TP.to(wide).square() @ state.member_EP.mT.to(wide)).sqrt()
-    parts_TER = h_TP.unflatten(-1, (len(state.ranks), rank))
-    return torch.linalg.vector_norm(parts_TER, dim=-1, dtype=wide)
+    return norms(h_TP, len(state.ranks))
+
+
+def norms(h_TP: Float[Tensor, "*T P"], experts: int) -> Float[Tensor, "*T E"]:
+    """:func:`segment_norms` of experts of one rank."""
+    wide = torch.promote_types(h_TP.dtype, torch.float32)
+    return torch.linalg.vector_norm(h_TP.unflatten(-1, (experts, -1)), dim=-1, dtype=wide)

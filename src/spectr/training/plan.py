@@ -8,51 +8,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spectr.errors import DataError, MissingExtraError, SpectrError, raise_together
-from spectr.tasks import Example, Task, read_examples, shipped_tasks
-from spectr.tasks.chosen import chosen_task, origin_of, source_of
-from spectr.training.settings import TrainingSettings
+from spectr.adapters import Expert, has_gates
+from spectr.errors import DataError, MissingExtraError
+from spectr.shipped import open_library
+from spectr.tasks import Example, Task, read_examples
+from spectr.tasks.chosen import origin_of, source_of
+from spectr.tasks.sources import Source, read_expert_rows
+from spectr.training.settings import GateSettings, TrainingSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from spectr.training.fit import Progress
     from spectr.training.report import Report
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """A task and its data, as a command names them; see :func:`spectr.tasks.chosen.chosen_task`.
-
-    Attributes:
-        task: A shipped task's name, or a file.
-        prompt: Template over the fields of a row.
-        answer: Template of the answer.
-        choices: Answers with commas between them.
-        train: Rows to train on, where they are not the task's own.
-        test: Rows to measure on, likewise.
-        root: Folder that relative paths start from, or "hub".
-        letters: List the options as letters.
-    """
-
-    task: str | None = None
-    prompt: str | None = None
-    answer: str | None = None
-    choices: str | None = None
-    train: str | None = None
-    test: str | None = None
-    root: str | None = None
-    letters: bool = False
-
-    @property
-    def own(self) -> bool:
-        """Whether anything says what the data are."""
-        return any((self.task, self.train, self.prompt, self.answer, self.choices))
-
-    def read_task(self, name: str, task: str | None = None) -> Task:
-        """The task, by default that of the name ``task``."""
-        about = chosen_task(self.task or task, self.prompt, self.answer, self.choices, name)
-        return about.lettered() if self.letters else about
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +74,7 @@ def read_plan(
         MissingExtraError: PEFT is not installed.
     """
     if out is None:
-        raise DataError("nothing says where the expert goes", do="give a folder: --out runs/mine")
+        raise DataError("no folder was named for the expert", do="give a folder: --out runs/mine")
     task = source.read_task(name or out.name)
     train = source.train or source_of(task, "train", source.root)
     test = source.test or source_of(task, "test", source.root)
@@ -177,41 +145,87 @@ def run_plan(
     )
 
 
-def read_gate_data(
-    names: Sequence[str], source: Source, *, limit: int | None = None
-) -> dict[str, tuple[list[Example], dict[str, Any]]]:
-    """By expert the examples that its gates are trained on, and their origin.
+@dataclass(frozen=True, kw_only=True)
+class GatePlan:
+    """Experts whose gates are to be trained.
+
+    Attributes:
+        library: Folder of the experts.
+        experts: By name each with its examples and their origin.
+        settings: Of each run.
+    """
+
+    library: Path
+    experts: Mapping[str, tuple[Expert, list[Example], dict[str, Any]]]
+    settings: GateSettings
+
+    @property
+    def work(self) -> list[Path]:
+        """The folder of each expert's checkpoint."""
+        return [self.library / f".gates-{name}" for name in self.experts]
+
+
+def read_gate_plan(
+    library: Path | None,
+    names: Sequence[str],
+    source: Source,
+    *,
+    fresh: bool = False,
+    limit: int | None = None,
+    settings: Mapping[str, Any],
+) -> GatePlan:
+    """Read and check all of a run that trains gates.
 
     Args:
-        names: The experts.
+        library: Folder of the experts.
+        names: Some of them; all if empty.
         source: Task and data of the one expert; without any, each expert's are those of the shipped task of its name.
+        fresh: Whether those are trained too that have gates.
         limit: Examples of each at most.
+        settings: Of :class:`GateSettings`.
 
     Raises:
-        DataError: One source for several experts, or data that cannot be read, for all experts at once.
+        DataError: No library, one source for several experts, data that cannot be read, or a setting out of range.
+        LibraryError: There is no such library or expert.
     """
-    if source.own and len(names) > 1:
-        raise DataError(
-            f"one task's data for {len(names)} experts ({', '.join(names)})", do="name the expert that it belongs to"
-        )
-    found, problems = {}, []
-    for name in names:
-        try:
-            found[name] = _gate_data(name, source, limit)
-        except SpectrError as error:
-            problems.append(error)
-    raise_together("the gates' training data", problems, DataError)
-    return found
+    if library is None:
+        raise DataError("no library was named for the gates", do="give its folder: --library experts")
+    experts = open_library(library)
+    experts.check(*names)
+    chosen = [name for name in names or experts if fresh or not has_gates(experts[name])]
+    made = GateSettings(**settings)
+    found = read_expert_rows(chosen, source, limit=limit)
+    return GatePlan(
+        library=library, experts={name: (experts[name], *rows) for name, rows in found.items()}, settings=made
+    )
 
 
-def _gate_data(name: str, source: Source, limit: int | None) -> tuple[list[Example], dict[str, Any]]:
-    if not source.own and name not in shipped_tasks():
-        raise DataError(
-            f"no shipped task has the name of the expert '{name}'",
-            do="name its data: --task FILE, or --data ROWS with --prompt and --choices (or --answer)",
+def run_gate_plan(
+    plan: GatePlan,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    progress: Progress = lambda *_: None,
+) -> None:
+    """Train and keep each expert's gates in turn; see :func:`spectr.training.train_gates`.
+
+    Args:
+        plan: What to train.
+        model: The base model.
+        tokenizer: Its tokenizer.
+        progress: Receives (phase, done, total, remark).
+    """
+    from spectr.training.gates import forget, keep_gates, train_gates
+
+    for work, (name, (expert, rows, origin)) in zip(plan.work, plan.experts.items(), strict=True):
+        vectors, facts = train_gates(
+            model,
+            tokenizer,
+            expert,
+            train=rows,
+            settings=plan.settings,
+            work=work,
+            data=origin,
+            progress=lambda phase, *step, name=name: progress(f"{phase} gates of {name}", *step),
         )
-    about = source.read_task(name, None if source.own and source.prompt else name)
-    rows = source.train or source_of(about, "train", source.root)
-    if rows is None:
-        raise DataError(f"no training data was named for '{name}'", do="give --data, or a task that names its own")
-    return read_examples(about, rows, root=source.root, limit=limit), origin_of(about, rows, None, source.root)
+        keep_gates(plan.library, expert, vectors, facts)
+        forget(work)

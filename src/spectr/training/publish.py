@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from spectr.atomic_write import save_readable
+from spectr.versions import package_versions
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -37,7 +36,11 @@ def publish(model: PeftModel, out: Path, report: Report, note: str) -> None:
     config.base_model_name_or_path = report.base_model
     config.inference_mode = True
     config.save_pretrained(str(scratch))
-    facts = {**asdict(report), "note": note, "versions": _versions()}
+    facts = {
+        **asdict(report),
+        "note": note,
+        "versions": package_versions("spectr-lora", "torch", "transformers", "peft"),
+    }
     (scratch / CARD_DATA).write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (scratch / CARD).write_text(card(facts), encoding="utf-8")
     for name in ("adapter_model.safetensors", CARD_DATA, CARD, "adapter_config.json"):
@@ -100,8 +103,3 @@ def _validation(facts: dict[str, Any]) -> str:
         f"\nOn {facts['validation_examples']} rows held out of the training data: {listed} after each epoch in turn; "
         f"the weights are those of epoch {values.index(max(values)) + 1}.\n"
     )
-
-
-def _versions() -> dict[str, str]:
-    packages = ("spectr-lora", "torch", "transformers", "peft")
-    return {"python": platform.python_version(), **{package: version(package) for package in packages}}

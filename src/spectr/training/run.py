@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -16,10 +15,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spectr.errors import DataError, MissingExtraError
+from spectr.errors import DataError, MissingExtraError, some_of
 from spectr.evaluation import accuracy, choice_logprobs, predict
 from spectr.evaluation.metrics import text_metric
 from spectr.evaluation.score import Measurement, score_examples, score_of
+from spectr.folders import check_new_folder
 from spectr.layers import features
 from spectr.tasks import Example
 from spectr.training.checkpoint import read_facts
@@ -35,7 +35,6 @@ except ImportError as error:
     raise MissingExtraError("training", "train") from error
 
 CHECKPOINT = "checkpoint.safetensors"
-_FOLDER = "a new folder, or that of a run to go on with"
 _OWN = (CHECKPOINT, "checkpoint.partial", ".partial")
 
 
@@ -159,24 +158,14 @@ def check_folder(out: str | Path) -> None:
     out = Path(out)
     if (out / "adapter_config.json").exists():
         raise DataError(f"{out} already holds an expert", do="choose another --out, or delete that folder")
-    if out.exists() and not out.is_dir():
-        raise DataError(f"{out} is a file", expected=_FOLDER, do="choose another --out")
     others = sorted(path.name for path in out.iterdir() if path.name not in _OWN) if out.is_dir() else []
     if others:
         raise DataError(
-            f"{out} holds other files ({', '.join(others[:4])}{', ...' if len(others) > 4 else ''})",
-            expected=_FOLDER,
+            f"{out} holds other files ({some_of(others, 4)})",
+            expected="a new folder, or that of a run to go on with",
             do=f"choose another --out, such as {out / 'expert'}",
         )
-    ancestor = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    try:  # asking for the right to write is not enough: root has it on read-only file systems
-        with tempfile.TemporaryDirectory(dir=ancestor):
-            pass
-    except OSError as error:
-        raise DataError(
-            f"{out} cannot be made: {ancestor} is not a folder that can be written ({error.strerror})",
-            do="choose another --out",
-        ) from error
+    check_new_folder(out, DataError, inside=True)
 
 
 def _with_adapter(model: PreTrainedModel, settings: TrainingSettings) -> PeftModel:

@@ -14,8 +14,8 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from spectr.composed_model.settings import METHOD, Settings
 from spectr.errors import CompositionError, raise_together
-from spectr.layers.kernels.packed import packed_works
 from spectr.library import ExpertLibrary
+from spectr.ops.packed import packed_works
 from spectr.vllm.method import routed_method
 from spectr.vllm.prompt_decisions import DECIDES
 from spectr.vllm.router_set import decides_on_prompts, fingerprint, routers_of

@@ -187,12 +187,11 @@ class Experts(nn.Module):
         getattr(self, f"scores_{number}").copy_(scores_TSE.index_select(0, self.sampled_N))
         getattr(self, f"weights_{number}").copy_(weights_TSE.index_select(0, self.sampled_N))
 
-    def recorded(self, request: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Of each group the engine's numbers of its experts, scores and weights of a request's sampled token."""
-        return [
-            (group.columns_E, getattr(self, f"scores_{n}")[request], getattr(self, f"weights_{n}")[request])
-            for n, group in enumerate(self.groups)
-        ]
+    def recorded(self, requests: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """Of each module the scores and weights, (requests, experts), of these requests' sampled tokens."""
+        kept = [[getattr(self, f"{name}_{n}") for name in ("scores", "weights")] for n in range(len(self.groups))]
+        rows = [[tensor[list(requests)].unbind(1) for tensor in pair] for pair in kept]
+        return [pair for scores, weights in rows for pair in zip(scores, weights, strict=True)]
 
 
 def check_sizes(name: str, module: str, inputs: int, outputs: int, session: Session) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from spectr.combine import merge_outputs
-from spectr.layers.kernels.packed import Choice, Choosing, Module, Packed, packed_works
+from spectr.ops.packed import Choice, Choosing, Module, Packed, packed_works
 from spectr.routers import LengthRouter
 from spectr.selection import Selection, TopK
 

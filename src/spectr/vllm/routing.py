@@ -7,39 +7,17 @@ R one expert's rows, W ways to score, F the engine's experts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int32
+from jaxtyping import Float, Int32
 from torch import Tensor, nn
 
-from spectr.combine import merge_factors
+from spectr.combine import merge_factors, merged_products
 from spectr.routers import LengthRouter, Router
-from spectr.selection import All, Selection, TopK
+from spectr.selection import select_among
 from spectr.spectral import Stack, segment_norms
 from spectr.vllm.score_transforms import Way
-
-
-def weights_among(
-    select: Selection, scores_TE: Float[Tensor, "*T E"], allowed_TE: Bool[Tensor, "*T E"]
-) -> Float[Tensor, "*T E"]:
-    """The weights that a selection gives in a library that holds only each token's allowed experts.
-
-    Where fewer than ``k`` are allowed all of them are taken; where none is, all weights are zero.
-    """
-    if isinstance(select, All):
-        taken_TE = allowed_TE.float()
-        return taken_TE / taken_TE.sum(-1, keepdim=True).clamp(min=1)
-    assert isinstance(select, TopK)
-    k = min(select.k, scores_TE.shape[-1])
-    top_TK, index_TK = scores_TE.masked_fill(~allowed_TE, -torch.inf).topk(k, dim=-1)
-    taken_TK = allowed_TE.gather(-1, index_TK)
-    if select.weighting == "softmax":
-        weights_TK = (top_TK / select.temperature).softmax(-1).where(taken_TK, 0.0)
-    else:
-        weights_TK = taken_TK.float()
-        weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp(min=1)
-    return torch.zeros_like(scores_TE).scatter(-1, index_TK, weights_TK)
 
 
 def sees_input(router: Router) -> bool:
@@ -47,18 +25,10 @@ def sees_input(router: Router) -> bool:
     return "x" in router.reads and not isinstance(router, LengthRouter)
 
 
-class _State(NamedTuple):
-    """What a router reads of a group; see :class:`spectr.spectral.State`."""
-
-    ranks: tuple[int, ...]
-    common_rank: int | None
-    member_EP: Tensor
-    prototypes_EI: Tensor | None = None
-    centers_P: Tensor | None = None
-
-
 class Group(nn.Module):
     """Modules packed in one layer, next to each other, that have the same experts of the same ranks.
+
+    It is what a router's ``scores`` read; see :class:`spectr.spectral.State`.
 
     Args:
         stacks: Of each module, its experts as the first router prepared them.
@@ -138,9 +108,9 @@ class Group(nn.Module):
         allowed_TSE = granted_TSE >= 0
         if self.informed is not None:
             scores_TSE = self.informed(scores_TSE, granted_TSE).where(allowed_TSE, scores_TSE)
-        weights_TSE = weights_among(self.selects[0], scores_TSE, allowed_TSE)
+        weights_TSE = select_among(self.selects[0], scores_TSE, allowed_TSE)
         for number, select in enumerate(self.selects[1:], start=1):
-            others_TSE = weights_among(select, scores_TSE, allowed_TSE)
+            others_TSE = select_among(select, scores_TSE, allowed_TSE)
             weights_TSE = others_TSE.where((turns_T == number)[:, None, None], weights_TSE)
         if self.held:
             weights_TSE = (-granted_TSE).where(granted_TSE < 0, weights_TSE)
@@ -148,29 +118,24 @@ class Group(nn.Module):
 
     def scores(self, h_TSP: Float[Tensor, "T S P"], x_TI: Tensor) -> Float[Tensor, "T S E"]:
         """The first router's scores alone; see :meth:`choose`."""
-        centers_SP = None if self.centers_SWP is None else self.centers_SWP[:, 0]
-        state = _State(self.ranks, self.common_rank, self.member_EP, self.prototypes_EI, centers_SP)
-        x_TSI = x_TI[:, None].expand(-1, self.modules_S, -1)
-        return self.router.scores(state, x_TSI, h_TSP, None)
+        return self.router.scores(self, x_TI[:, None].expand(-1, self.modules_S, -1), h_TSP, None)
+
+    @property
+    def centers_P(self) -> Float[Tensor, "S P"] | None:
+        """See :class:`spectr.spectral.State`; each module's own, as ``scores`` is given their products side by side."""
+        return None if self.centers_SWP is None else self.centers_SWP[:, 0]
 
     def _scores_by_ways(self, h_TSP: Float[Tensor, "T S P"], turns_T: Int32[Tensor, " T"]) -> Float[Tensor, "T S E"]:
         assert self.centers_SWP is not None
         assert self.scales_SWP is not None
         centers_TSP, scales_TSP = (table[:, turns_T].movedim(0, 1) for table in (self.centers_SWP, self.scales_SWP))
-        state = _State(self.ranks, self.common_rank, self.member_EP)
-        return segment_norms(h_TSP * scales_TSP - centers_TSP, state)
+        return segment_norms(h_TSP * scales_TSP - centers_TSP, self)
 
     def weighted(self, h_TSP: Float[Tensor, "T S P"], weights_TSE: Float[Tensor, "T S E"]) -> Float[Tensor, "T S P"]:
         """What the output factors are multiplied with: zero for experts without a weight, whatever their ``h`` is."""
-        if self.common_rank is None:
-            weights_TSP = weights_TSE[..., self.owner_P].to(h_TSP.dtype)
-            return h_TSP.where(weights_TSP != 0, 0) * weights_TSP
-        h_TSER = h_TSP.unflatten(-1, (self.experts, self.common_rank))
-        weights_TSE1 = weights_TSE[..., None].to(h_TSP.dtype)
-        kept_TSER = h_TSER.where(weights_TSE1 != 0, 0) * weights_TSE1
-        if self.merges:
-            kept_TSER = kept_TSER.sum(-2, keepdim=True) * weights_TSE1
-        return kept_TSER.flatten(-2)
+        weights_TSP = weights_TSE[..., self.owner_P].to(h_TSP.dtype)
+        h_TSP = h_TSP.where(weights_TSP != 0, 0)
+        return merged_products(h_TSP, weights_TSE) if self.merges else h_TSP * weights_TSP
 
 
 def _tables(stacks: Sequence[Stack], ways: Sequence[Sequence[Way]]) -> tuple[Tensor | None, Tensor | None]:

@@ -12,11 +12,12 @@ import socket
 import tempfile
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from spectr.composition.recorder import Look, looks_of
+from spectr.vllm.requests import Asked
 from spectr.vllm.worker_state import Session
 
 SOCKET = "SPECTR_ROUTES_SOCKET"  # path of a Unix socket that somebody listens at; no graph depends on it
@@ -34,10 +35,12 @@ class Reporter:
 
     def __init__(self, session: Session, stream: socket.socket):
         self.session, self.stream = session, stream
-        self.modules = [module for layer in session.layers.values() for module in layer.held]
         self.lost = 0
         self._waiting = bytearray()
-        self._put({"experts": list(session.experts), "layers": self.modules})
+        self._place = {name: place for place, name in enumerate(session.experts)}
+        modules = [module for layer in session.layers.values() for module in layer.held]
+        self._experts = [tuple(session.users(module)) for module in modules]
+        self._put({"experts": list(session.experts), "layers": modules})
 
     @staticmethod
     def of(session: Session) -> Reporter | None:
@@ -54,31 +57,37 @@ class Reporter:
 
     def report(self, runner: Any) -> None:
         """Report the step that a runner has just computed, for the requests that ask. Before tokens are counted."""
-        for number, (request, asked) in enumerate(zip(runner.input_batch.req_ids, runner.spectr_asked, strict=True)):
-            if not asked.routing or runner.discard_request_mask.np[number]:
-                continue
-            told = {
-                "id": asked.route_id,
-                "request": request,
-                "token": len(runner.requests[request].output_token_ids),
-                **self.routing(number, asked.routing == "layers"),
-            }
-            self._put(told)
+        rows = {
+            number: options
+            for number, options in enumerate(runner.spectr_asked)
+            if options.routing and not runner.discard_request_mask.np[number]
+        }
+        for (number, options), look in zip(rows.items(), self._looks(rows), strict=True):
+            request = runner.input_batch.req_ids[number]
+            self._put(
+                {
+                    "id": options.route_id,
+                    "request": request,
+                    "token": len(runner.requests[request].output_token_ids),
+                    **self._in_numbers(look, options.routing == "layers"),
+                }
+            )
 
-    def routing(self, number: int, by_layer: bool) -> dict[str, Any]:
-        """What was chosen for the sampled token of one request of the batch, in the form of the API."""
-        total_E = torch.zeros(len(self.session.experts), dtype=torch.float32)
-        layers = []
-        for layer in self.session.layers.values():
-            for kept in layer.recorded(number):
-                columns_E, scores_SE, weights_SE = (tensor.cpu() for tensor in kept)
-                total_E.index_add_(0, columns_E, weights_SE.sum(0))
-                if by_layer:
-                    rows = zip(weights_SE.tolist(), scores_SE.tolist(), strict=True)
-                    layers += [_chosen(columns_E.tolist(), *row) for row in rows]
-        shares = sorted(enumerate((total_E / len(self.modules)).tolist()), key=lambda pair: -pair[1])
-        told: dict[str, Any] = {"shares": [[e, round(share, 6)] for e, share in shares if share > 0]}
-        return {**told, "by_layer": layers} if by_layer else told
+    def _looks(self, rows: Mapping[int, Asked]) -> list[Look]:
+        """What was chosen for the sampled tokens of some of the batch's requests."""
+        kept = [pair for layer in self.session.layers.values() for pair in layer.recorded(list(rows))]
+        in_full = any(options.routing == "layers" for options in rows.values())
+        return looks_of(self._experts, dict(enumerate(kept)), len(rows), in_full)
+
+    def _in_numbers(self, look: Look, by_layer: bool) -> dict[str, Any]:
+        """A report's routing: experts by their numbers, the largest weight first."""
+
+        def ordered(chosen: Mapping[str, Sequence[float]]) -> list[list[float]]:
+            rows = [[self._place[name], *(round(value, 6) for value in values)] for name, values in chosen.items()]
+            return sorted(rows, key=lambda row: -row[1])
+
+        told = {"shares": ordered({name: (share,) for name, share in look.shares.items()})}
+        return {**told, "by_layer": list(map(ordered, look.layers))} if by_layer else told
 
     def _put(self, told: dict[str, Any]) -> None:
         line = json.dumps(told, separators=(",", ":")).encode() + b"\n"
@@ -171,8 +180,3 @@ class Listener:
                     elif "layers" in told:
                         self.experts, self.layers = tuple(told["experts"]), tuple(told["layers"])
                     self._changed.notify_all()
-
-
-def _chosen(columns: list[int], weights: list[float], scores: list[float]) -> list[list[float]]:
-    taken = [[c, round(w, 6), round(s, 6)] for c, w, s in zip(columns, weights, scores, strict=True) if w > 0]
-    return sorted(taken, key=lambda triple: -triple[1])

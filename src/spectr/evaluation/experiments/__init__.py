@@ -7,7 +7,7 @@ from spectr.lazy import lazy
 from spectr.registry import Registry
 
 if TYPE_CHECKING:
-    from spectr.evaluation.experiments.base import Bench, Result
+    from spectr.evaluation.experiments.base import ExperimentSetup, Result
 
 _HOME = "spectr.evaluation.experiments"
 
@@ -31,5 +31,5 @@ EXPERIMENTS: "Registry[Result]" = Registry(
     },
 )
 
-__all__ = ["EXPERIMENTS", "Bench", "Result"]
-__getattr__ = lazy(__name__, {"Bench": "base", "Result": "base"})
+__all__ = ["EXPERIMENTS", "ExperimentSetup", "Result"]
+__getattr__ = lazy(__name__, {"ExperimentSetup": "base", "Result": "base"}, renamed={"Bench": "ExperimentSetup"})

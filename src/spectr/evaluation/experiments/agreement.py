@@ -13,13 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import linear
 
-from spectr.evaluation.experiments.base import Bench, Result
+from spectr.evaluation.experiments.base import ExperimentSetup, Result
 from spectr.evaluation.experiments.costs import SAMPLE_TOKENS, sample_ids
 from spectr.flops import count_flops
 from spectr.layers import RoutedLinear
 from spectr.library import ExpertLibrary
-from spectr.models.generate import encode_batch
-from spectr.models.text import context_length
+from spectr.models import context_length, encode_batch
 from spectr.routers import Lag, Router, Seqr, Spectr
 
 _SIZES = (1, 2, 3, 4, 6, 8, 16, 32)
@@ -27,31 +26,31 @@ Check = Callable[[RoutedLinear, Tensor], dict[str, Tensor]]
 
 
 @torch.inference_mode()
-def agreement(bench: Bench) -> Result:
+def agreement(setup: ExperimentSetup) -> Result:
     """For LAG by length of its shortlist, and for SEQR among experts that share their input factor.
 
     Source: LoRA-Augmented Generation and SEQR (both Fleshman and Van Durme, 2025).
     """
-    experts = len(bench.library)
+    experts = len(setup.library)
     sizes = [size for size in _SIZES if size < experts]
-    bench.progress("agreement", 0, 2, "LAG")
-    hits = _agreeing(bench, Lag(shortlist=experts), lambda layer, x: _shortlisted(layer, x, sizes))
-    full = _added(bench, Spectr(top_k=1))
+    setup.progress("agreement", 0, 2, "LAG")
+    hits = _agreeing(setup, Lag(shortlist=experts), lambda layer, x: _shortlisted(layer, x, sizes))
+    full = _added(setup, Spectr(top_k=1))
     rows, data = [], {}
     for size in sizes:
-        flops = _added(bench, Lag(shortlist=size))
+        flops = _added(setup, Lag(shortlist=size))
         share = hits[str(size)]
         rows.append([f"lag, shortlist {size}", f"{share:.1%}", f"{flops / 1e6:.2f}", f"{flops / full:.2f}"])
         data[f"lag, shortlist {size}"] = {"agreement": share, "flops": flops / full}
     rows.append(["spectr, k 1", "", f"{full / 1e6:.2f}", "1.00"])
-    bench.progress("agreement", 1, 2, "SEQR")
+    setup.progress("agreement", 1, 2, "SEQR")
     with tempfile.TemporaryDirectory() as folder:
-        shared = dataclasses.replace(bench, library=_with_one_A(bench.library, Path(folder)))
+        shared = dataclasses.replace(setup, library=_with_one_A(setup.library, Path(folder)))
         found = _agreeing(shared, Seqr(), _by_the_whole_factor)
         flops, whole = _added(shared, Seqr()), _added(shared, Spectr(top_k=1))
     rows.append(["seqr, experts that share A", f"{found['first']:.1%}", f"{flops / 1e6:.2f}", f"{flops / whole:.2f}"])
     data["seqr, experts that share A"] = {"agreement": found["first"], "flops": flops / whole}
-    bench.progress("agreement", 2, 2, "")
+    setup.progress("agreement", 2, 2, "")
     return Result(
         name="agreement",
         title="Cheaper ways to the same choice",
@@ -65,13 +64,13 @@ def agreement(bench: Bench) -> Result:
             f"Arithmetic measured on {SAMPLE_TOKENS} tokens, scores and updates together, one expert a token.",
             "SEQR needs experts that share A: here each has its own B with the first expert's A, which says nothing of "
             "their quality and is no use for answers. Its score is the full one, so that it agrees but for rounding.",
-            *bench.remarks(),
+            *setup.remarks(),
         ],
-        origin=bench.origin(),
+        origin=setup.origin(),
     )
 
 
-def _agreeing(bench: Bench, router: Router, check: Check) -> dict[str, float]:
+def _agreeing(setup: ExperimentSetup, router: Router, check: Check) -> dict[str, float]:
     """Shares of tokens and modules for which each of a layer's checks holds."""
     total, held = 0, {}
     counted: Tensor | None = None
@@ -83,14 +82,13 @@ def _agreeing(bench: Bench, router: Router, check: Check) -> dict[str, float]:
             held[name] = held.get(name, 0) + int(agrees[counted].sum())
         total += int(counted.sum())
 
-    with bench.routed(router) as routed:
+    with setup.routed(router) as routed:
         handles = [layer.register_forward_pre_hook(hook) for layer in routed.layers.values()]
-        for _, examples in bench.owned.values():
-            prompts = [example.prompt for example in examples]
-            batch = encode_batch(bench.tokenizer, prompts, limit=context_length(bench.model))
-            batch = {key: value.to(bench.model.device) for key, value in batch.items()}
+        for _, examples in setup.owned.values():
+            prompts, limit = [example.prompt for example in examples], context_length(setup.model)
+            batch = encode_batch(setup.tokenizer, prompts, limit=limit, device=setup.model.device)
             counted = batch["attention_mask"].bool()
-            bench.model(**batch, use_cache=False, logits_to_keep=1)
+            setup.model(**batch, use_cache=False, logits_to_keep=1)
         for handle in handles:
             handle.remove()
     return {name: count / total for name, count in held.items()}
@@ -109,15 +107,15 @@ def _by_the_whole_factor(layer: RoutedLinear, x: Tensor) -> dict[str, Tensor]:
     return {"first": layer.route(x).scores_TE.argmax(-1) == squares_TE.argmax(-1)}
 
 
-def _added(bench: Bench, router: Router) -> float:
+def _added(setup: ExperimentSetup, router: Router) -> float:
     """Operations that routing adds for one token."""
-    ids = sample_ids(bench)
+    ids = sample_ids(setup)
 
     def run() -> None:
-        bench.model(input_ids=ids, use_cache=False, logits_to_keep=1)
+        setup.model(input_ids=ids, use_cache=False, logits_to_keep=1)
 
     base = count_flops(run)
-    with bench.routed(router):
+    with setup.routed(router):
         return (count_flops(run) - base) / SAMPLE_TOKENS
 
 

@@ -1,14 +1,12 @@
-"""What experiments share: the bench that they work on, and the form of their results."""
+"""What experiments share: their setup, and the form of their results."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +15,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spectr.adapters import GATES_FILE
 from spectr.calibration import calibrate
 from spectr.composition import Guide, Routed, compose
-from spectr.errors import CompositionError, DataError, SpectrError, raise_together
+from spectr.errors import CompositionError, DataError, SpectrError, collecting, raise_together
 from spectr.evaluation.encode import encode_examples
 from spectr.evaluation.expert_recall import Finding, find_experts, keep_findings, kept_findings, over_runs
 from spectr.evaluation.metrics import text_metric
 from spectr.evaluation.score import Measurement, score_examples, score_of
+from spectr.folders import with_parents
 from spectr.hashing import known_sha256
 from spectr.library import Calibration, ExpertLibrary
 from spectr.library.needs import CALIBRATED, DESCRIBED, GATED
-from spectr.models.text import context_length, encode_prompt, shared_prefix
-from spectr.routers import Router
+from spectr.models import context_length, opening_length
+from spectr.routers import Oracle, Router, first_lack, get_router
 from spectr.routers.config import router_config
+from spectr.routers.options import read_settings
 from spectr.tasks import Example, Task
+from spectr.versions import package_versions
 
 Progress = Callable[[str, int, int, str], None]
+Compared = Sequence[tuple[str, Mapping[str, Any]]]  # names of routers, each with its settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +61,7 @@ class Result:
 
     def save(self, folder: Path) -> Path:
         """Write ``NAME.json`` into a folder."""
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{self.name}.json"
+        path = with_parents(folder / f"{self.name}.json")
         path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
         return path
 
@@ -71,7 +72,7 @@ class Result:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bench:
+class ExperimentSetup:
     """Base model, experts and tasks that an experiment works on.
 
     Attributes:
@@ -89,7 +90,7 @@ class Bench:
         ownerless: Whether ``tasks`` may have no expert in the library.
         guide: Makes what compares prompts with descriptions, for guided routers; called once.
         companions: Adapters that "robustness" puts in the place of experts: (case, expert, folder).
-        progress: Is told (phase, done, total, remark).
+        progress: Receives (phase, done, total, remark).
     """
 
     model: PreTrainedModel
@@ -115,8 +116,8 @@ class Bench:
             return dict(self.tasks)
         return {name: pair for name, pair in self.tasks.items() if (pair[0].expert or name) in self.library}
 
-    def dealt(self) -> Bench:
-        """This bench with every example in one of its task's paraphrases, in turn."""
+    def dealt(self) -> ExperimentSetup:
+        """This setup with every example in one of its task's paraphrases, in turn."""
         dealt = {
             name: (task, [self.reworded[name][i % len(self.reworded[name])][i] for i in range(len(examples))])
             for name, (task, examples) in self.tasks.items()
@@ -137,6 +138,36 @@ class Bench:
             yield routed
         finally:
             routed.remove()
+
+    def routers(self, compared: Compared) -> list[tuple[str, Router]]:
+        """Routers with a label each, without those that lack something (:meth:`left_out`).
+
+        Args:
+            compared: Those that the experiment compares. Others that :attr:`only` names have no settings.
+        """
+        return [(label, router) for label, router, lack in self._compared(compared) if lack is None]
+
+    def left_out(self, compared: Compared) -> list[str]:
+        """Remarks on the other routers: which, and what the library lacks for them."""
+        found: dict[str, list[str]] = {}
+        for label, _, lack in self._compared(compared):
+            if lack is not None:
+                found.setdefault(lack, []).append(label)
+        return [f"Left out for lack of {lack}: {'; '.join(labels)}." for lack, labels in found.items()]
+
+    def _compared(self, compared: Compared) -> Iterator[tuple[str, Router, str | None]]:
+        """Label, router and what is lacking for it, each label once; the settings of this setup win."""
+        known = {name for name, _ in compared}
+        chosen = [pair for pair in compared if not self.only or pair[0] in self.only]
+        chosen += [(name, {}) for name in self.only if name not in known]
+        given = read_settings(self.settings, [name for name, _ in chosen], strict=False)
+        pairs = [(name, {**own, **given[name]}) for name, own in chosen]
+        for label, (name, options) in {_label(*pair): pair for pair in pairs}.items():
+            router = get_router(name, **options)
+            lack = first_lack(router, self.library, self.library.names)
+            unguided = DESCRIBED if DESCRIBED in router.needs and self.guide is None else None
+            need = lack[0] if lack else unguided
+            yield label, router, need.lacking if need else None
 
     def find(self, routed: Routed, phase: str) -> dict[str, list[Finding]]:
         """By task, for each of its prompts, whether the model as it is routed now finds the task's expert.
@@ -160,22 +191,22 @@ class Bench:
     @property
     def opening(self) -> int:
         """How many tokens the chat template puts before every prompt."""
-        return len(shared_prefix([encode_prompt(self.tokenizer, text) for text in ("a", "1", "\u4e2d")]))
+        return opening_length(self.tokenizer)
 
     def find_over_seeds(self, router: Router, phase: str) -> list[dict[str, list[Finding]]]:
         """As :meth:`find`, once; of a calibrated router once for each of the seeds."""
         runs = []
-        for bench in self._over_seeds(router):
-            with bench.routed(router) as routed:
-                runs.append(bench.find(routed, phase))
+        for setup in self._over_seeds(router):
+            with setup.routed(router) as routed:
+                runs.append(setup.find(routed, phase))
         return runs
 
     def scores_over_seeds(self, router: Router, method: str) -> dict[str, list[float]]:
         """By task each example's score; of a calibrated router its mean over the seeds."""
         runs = []
-        for bench in self._over_seeds(router):
-            with bench.routed(router) as routed:
-                runs.append({task: bench.scores(task, method, routed) for task in self.owned})
+        for setup in self._over_seeds(router):
+            with setup.routed(router) as routed:
+                runs.append({task: setup.scores(task, method, routed) for task in self.owned})
         return {
             task: [sum(values) / len(values) for values in zip(*(run[task] for run in runs), strict=True)]
             for task in self.owned
@@ -187,8 +218,8 @@ class Bench:
             return ""
         return f"Calibrated routers: mean over calibration seeds {', '.join(map(str, self.seeds))}."
 
-    def _over_seeds(self, router: Router) -> Iterator[Bench]:
-        """This bench as it is; for a calibrated router with the calibration of each seed, which are kept."""
+    def _over_seeds(self, router: Router) -> Iterator[ExperimentSetup]:
+        """This setup as it is; for a calibrated router with the calibration of each seed, which are kept."""
         if not self.seeds or CALIBRATED not in router.needs:
             yield self
             return
@@ -210,9 +241,13 @@ class Bench:
                 kept.save(folder)
             yield dataclasses.replace(self, library=self.library.with_calibration(kept), folder=folder)
 
-    def accuracy(self, task: str, method: str, routed: Routed | None = None) -> Measurement:
-        """A task's accuracy (or its other metric) with the model as it is now."""
-        return Measurement.of(self.scores(task, method, routed))
+    def own_scores(self, method: str = "its own expert") -> dict[str, list[float]]:
+        """By task each example's score with the task's own expert alone."""
+        found = {}
+        for task in self.owned:
+            with self.routed(Oracle(expert=self.expert_of(task))) as routed:
+                found[task] = self.scores(task, method, routed)
+        return found
 
     def scores(self, task: str, method: str, routed: Routed | None = None) -> list[float]:
         """Each example's score with the model as it is now; what a killed run scored is not scored again."""
@@ -254,20 +289,18 @@ class Bench:
 
     def check(self) -> None:
         """Raise :class:`DataError` where a task's examples cannot be scored with this model, for all tasks at once."""
-        problems = []
+        problems: list[SpectrError] = []
         for name, (task, _) in self.owned.items():
-            try:
+            with collecting(problems):
                 self._lost(name)
                 if task.choices is None:
                     text_metric(task.metric)
-            except SpectrError as error:
-                problems.append(error)
         raise_together("the tasks cannot be scored with this model", problems, DataError)
 
     def remarks(self) -> list[str]:
         """What a reader of the accuracies should know of the tasks: their metric, their form, what was cut."""
-        counts = {name: len(examples) for name, (_, examples) in self.owned.items()}
-        found = [f"Examples: {', '.join(f'{name} {count}' for name, count in counts.items())}."]
+        counts = [f"{name} {len(examples)}" for name, (_, examples) in self.owned.items()]
+        found = [f"Examples: {', '.join(counts)}."]
         for name, (task, _) in self.owned.items():
             if task.metric != "accuracy":
                 found.append(f"{name} is free text, measured by {task.metric}.")
@@ -302,10 +335,7 @@ class Bench:
                 name: f"v{task.version}{_form(task)}, {len(examples)} examples"
                 for name, (task, examples) in self.tasks.items()
             },
-            "versions": {
-                "python": platform.python_version(),
-                **{name: version(name) for name in ("spectr-lora", "torch", "transformers")},
-            },
+            "versions": package_versions("spectr-lora", "torch", "transformers"),
         }
 
 
@@ -322,12 +352,24 @@ def _form(task: Task) -> str:
     return (", lettered" if task.form == "letters" else "") + (f", {task.metric}" if task.metric != "accuracy" else "")
 
 
-def seeds_note(label: str, runs: Sequence[Mapping[str, Sequence[Finding]]], bench: Bench) -> list[str]:
+def _label(name: str, options: Mapping[str, Any]) -> str:
+    return ", ".join([name, *(f"{key.replace('top_k', 'k')} {_in_words(value)}" for key, value in options.items())])
+
+
+def _in_words(value: Any) -> str:
+    """A setting for a label: of a router its name, and its settings in brackets."""
+    if not isinstance(value, Mapping):
+        return str(value)
+    inner = [f"{key} {_in_words(one)}" for key, one in value.items() if key != "name"]
+    return str(value["name"]) + (f" ({', '.join(inner)})" if inner else "")
+
+
+def seeds_note(label: str, runs: Sequence[Mapping[str, Sequence[Finding]]], setup: ExperimentSetup) -> list[str]:
     """What is to be said of a router that was measured once for each seed."""
     if len(runs) < 2:
         return []
     each = [over_runs([run], lambda finding: finding.place == 1).value for run in runs]
-    seeds = ", ".join(f"{seed}: {value:.1%}" for seed, value in zip(bench.seeds, each, strict=True))
+    seeds = ", ".join(f"{seed}: {value:.1%}" for seed, value in zip(setup.seeds, each, strict=True))
     return [f"{label} is the mean over calibration seeds, each prompt found at once by seed {seeds}."]
 
 

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectr.evaluation.experiments.base import Bench, Result
-from spectr.evaluation.experiments.compared import routers_that_fit, unfit_in_words
+from spectr.evaluation.experiments.base import ExperimentSetup, Result
 from spectr.flops import count_flops
 from spectr.layers import RoutedLinear
 from spectr.layers.batch_routing import BatchRouting, LayerCall, routed_by
@@ -27,20 +26,20 @@ SAMPLE_TOKENS = 64
 
 
 @torch.inference_mode()
-def costs(bench: Bench) -> Result:
+def costs(setup: ExperimentSetup) -> Result:
     """Storage of the library, memory and multiply-adds that each router adds for one token.
 
     Source: SpectR, section 5.
     """
-    experts = [bench.library[name] for name in bench.library]
+    experts = [setup.library[name] for name in setup.library]
     stored = sum(expert.weights.stat().st_size for expert in experts)
-    ids = sample_ids(bench)
-    base = count_flops(lambda: bench.model(input_ids=ids, use_cache=False, logits_to_keep=1))
-    plain = sum(p.numel() * p.element_size() for p in bench.model.parameters())
+    ids = sample_ids(setup)
+    base = count_flops(lambda: setup.model(input_ids=ids, use_cache=False, logits_to_keep=1))
+    plain = sum(p.numel() * p.element_size() for p in setup.model.parameters())
     rows = [["base model", f"{plain / 1e6:.1f}", "", f"{base / SAMPLE_TOKENS / 1e6:.1f}", "", ""]]
     data = {}
-    for done, (label, router) in enumerate(routers_that_fit(ROUTERS, bench), start=1):
-        with bench.routed(router) as routed:
+    for done, (label, router) in enumerate(setup.routers(ROUTERS), start=1):
+        with setup.routed(router) as routed:
             layers = routed.layers
             held = sum(b.numel() * b.element_size() for layer in layers.values() for b in layer.buffers(recurse=False))
             if routed.prompt:
@@ -50,7 +49,7 @@ def costs(bench: Bench) -> Result:
             else:
                 probe, routing = 0, BatchRouting()
             with routed_by(routing):
-                added = count_flops(lambda: bench.model(input_ids=ids, use_cache=False, logits_to_keep=1)) - base
+                added = count_flops(lambda: setup.model(input_ids=ids, use_cache=False, logits_to_keep=1)) - base
             formula = sum(_formula(layer, routing.of(layer)) for layer in layers.values())
         row = {"memory": held, "flops": added / SAMPLE_TOKENS, "formula": formula, "probe": probe / SAMPLE_TOKENS}
         data[label] = row
@@ -64,7 +63,7 @@ def costs(bench: Bench) -> Result:
                 f"{row['probe'] / 1e6:.1f}" if probe else "",
             ]
         )
-        bench.progress("costs", done, len(ROUTERS), label)
+        setup.progress("costs", done, len(ROUTERS), label)
     return Result(
         name="costs",
         title="What routing costs",
@@ -92,17 +91,17 @@ def costs(bench: Bench) -> Result:
             f"{SAMPLE_TOKENS}: the probe of the calibrated routers, and GLIDER's instruction, which the base model "
             "writes, whatever the prompt's length (its embedding, by another model, is not counted). Before a model's "
             "first prompt the calibrated routers also read the calibration's texts once, "
-            f"{_usual_tokens(bench)} tokens here.",
-            *unfit_in_words(ROUTERS, bench),
+            f"{_usual_tokens(setup)} tokens here.",
+            *setup.left_out(ROUTERS),
         ],
-        origin=bench.origin(),
+        origin=setup.origin(),
     )
 
 
-def sample_ids(bench: Bench) -> Tensor:
+def sample_ids(setup: ExperimentSetup) -> Tensor:
     """Tokens to count operations on, (1, SAMPLE_TOKENS)."""
-    words = bench.model.config.get_text_config().vocab_size
-    return torch.arange(SAMPLE_TOKENS, device=bench.model.device)[None] % words
+    words = setup.model.config.get_text_config().vocab_size
+    return torch.arange(SAMPLE_TOKENS, device=setup.model.device)[None] % words
 
 
 def _formula(layer: RoutedLinear, call: LayerCall) -> int:
@@ -124,5 +123,5 @@ def _formula(layer: RoutedLinear, call: LayerCall) -> int:
     return round(2 * (factors.A_PI.numel() + taken * factors.B_OP.numel() + prototypes + summing))
 
 
-def _usual_tokens(bench: Bench) -> int:
-    return int(bench.library.calibration.real.sum()) if bench.library.calibration else 0
+def _usual_tokens(setup: ExperimentSetup) -> int:
+    return int(setup.library.calibration.real.sum()) if setup.library.calibration else 0

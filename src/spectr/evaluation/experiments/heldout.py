@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from spectr.errors import DataError
-from spectr.evaluation.experiments.base import Bench, Result, percent
-from spectr.evaluation.experiments.compared import routers_that_fit, unfit_in_words
+from spectr.evaluation.experiments.base import ExperimentSetup, Result, percent
 from spectr.evaluation.paired_statistics import mean_difference
 from spectr.evaluation.score import Measurement
 from spectr.routers import Oracle
@@ -26,23 +25,23 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
 Scores = Mapping[str, Sequence[float]]
 
 
-def heldout(bench: Bench) -> Result:
+def heldout(setup: ExperimentSetup) -> Result:
     """Zero-shot accuracy of the base model, the routers, and the best single expert chosen in hindsight.
 
     Source: the setting of PHATGOOSE (Muqeeth et al., 2024), section 4; the tasks are ours.
     """
-    if not bench.held_out:
+    if not setup.held_out:
         raise DataError("no held-out tasks were given", do="spectr evaluate heldout --task FILE, or --data-root DATA")
-    bench = dataclasses.replace(bench, tasks=bench.held_out, ownerless=True, reworded={})
-    tasks, experts = list(bench.tasks), bench.library.names
-    base = {task: bench.scores(task, "base") for task in tasks}
+    setup = dataclasses.replace(setup, tasks=setup.held_out, ownerless=True, reworded={})
+    tasks, experts = list(setup.tasks), setup.library.names
+    base = {task: setup.scores(task, "base") for task in tasks}
     found: dict[str, Scores] = {"base": base}
-    for label, router in routers_that_fit(METHODS, bench):
-        found[label] = bench.scores_over_seeds(router, label)
+    for label, router in setup.routers(METHODS):
+        found[label] = setup.scores_over_seeds(router, label)
     alone: dict[str, Scores] = {}
     for expert in experts:
-        with bench.routed(Oracle(expert=expert)) as routed:
-            alone[expert] = {task: bench.scores(task, f"{expert} alone", routed) for task in tasks}
+        with setup.routed(Oracle(expert=expert)) as routed:
+            alone[expert] = {task: setup.scores(task, f"{expert} alone", routed) for task in tasks}
     best = {task: max(experts, key=lambda expert, task=task: sum(alone[expert][task])) for task in tasks}
     single = max(experts, key=lambda expert: sum(sum(alone[expert][task]) / len(base[task]) for task in tasks))
     found[f"best single expert in hindsight ({single})"] = alone[single]
@@ -72,10 +71,10 @@ def heldout(bench: Bench) -> Result:
             "example by example. In hindsight: the experts that were best on these very examples, which no one can "
             "know beforehand; with nine to choose from, the best of them is flattered by chance. "
             f"Best by task: {', '.join(f'{task} {expert}' for task, expert in best.items())}.",
-            *unfit_in_words(METHODS, bench),
-            *bench.remarks(),
+            *setup.left_out(METHODS),
+            *setup.remarks(),
         ],
-        origin=bench.origin(),
+        origin=setup.origin(),
     )
 
 

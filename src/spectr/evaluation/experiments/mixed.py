@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from spectr.evaluation.experiments.base import Bench, Result, percent
-from spectr.evaluation.experiments.compared import routers_that_fit, unfit_in_words
+from spectr.evaluation.experiments.base import ExperimentSetup, Result, percent
 from spectr.evaluation.score import Measurement
 from spectr.layers import trace
 from spectr.models import encode_batch
@@ -22,30 +21,29 @@ ROUTERS: list[tuple[str, dict[str, Any]]] = [
 
 
 @torch.inference_mode()
-def mixed(bench: Bench) -> Result:
+def mixed(setup: ExperimentSetup) -> Result:
     """One prompt for every pair of tasks, one question after the other.
 
     Found are both experts where they are the two with the largest weights over the whole prompt.
     """
-    tasks = bench.owned
+    tasks = setup.owned
     pairs = [pair[:: (-1) ** number] for number, pair in enumerate(combinations(tasks, 2))]  # both orders in turn
     prompts = {(a, b): f"{tasks[a][1][0].prompt}\n\n{tasks[b][1][-1].prompt}" for a, b in pairs}
     rows, data = [], {}
-    for label, router in routers_that_fit(ROUTERS, bench):
+    for label, router in setup.routers(ROUTERS):
         both, one, shares = [], [], []
-        with bench.routed(router) as routed:
+        with setup.routed(router) as routed:
             for done, ((a, b), prompt) in enumerate(prompts.items(), start=1):
-                batch = encode_batch(bench.tokenizer, [prompt])
-                batch = {key: value.to(bench.model.device) for key, value in batch.items()}
-                with trace(bench.model) as record:
-                    bench.model(**batch, use_cache=False, logits_to_keep=1)
-                mean_E = record.weights()[0, bench.opening :].mean(0)
-                right = {routed.experts.index(bench.expert_of(task)) for task in (a, b)}
+                batch = encode_batch(setup.tokenizer, [prompt], device=setup.model.device)
+                with trace(setup.model) as record:
+                    setup.model(**batch, use_cache=False, logits_to_keep=1)
+                mean_E = record.weights()[0, setup.opening :].mean(0)
+                right = {routed.experts.index(setup.expert_of(task)) for task in (a, b)}
                 hits = len(right & set(mean_E.topk(2).indices.tolist()))
                 both.append(float(hits == len(right)))
                 one.append(float(hits >= 1))
                 shares.append(float(mean_E[sorted(right)].sum()))
-                bench.progress(f"mixed: {label}", done, len(prompts), "")
+                setup.progress(f"mixed: {label}", done, len(prompts), "")
         measured = [Measurement.of(values) for values in (both, one, shares)]
         rows.append([label, *map(percent, measured)])
         data[label] = [[m.value, m.error] for m in measured]
@@ -55,12 +53,12 @@ def mixed(bench: Bench) -> Result:
         source="ours",
         columns=["router", "both experts are the first two", "one of them is", "their share of the work"],
         rows=rows,
-        data={"routers": data, "chance": 2 / (len(bench.library) * (len(bench.library) - 1))},
+        data={"routers": data, "chance": 2 / (len(setup.library) * (len(setup.library) - 1))},
         notes=[
             f"{len(prompts)} prompts: every pair of tasks, one question after the other. The two "
             "experts with the largest weight over all tokens after the template's opening and all layers. ± one "
             "standard error over prompts.",
-            *unfit_in_words(ROUTERS, bench),
+            *setup.left_out(ROUTERS),
         ],
-        origin=bench.origin(),
+        origin=setup.origin(),
     )

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from spectr.evaluation.experiments.base import Bench, Result
-from spectr.evaluation.experiments.compared import routers_that_fit, unfit_in_words
+from spectr.evaluation.experiments.base import ExperimentSetup, Result
 from spectr.evaluation.paired_statistics import in_words, mean_share
 from spectr.evaluation.score import Measurement
-from spectr.routers import Oracle
 
 _KS = (2, 4, 8)
 _FAMILY = ("spectr", "spectr-paper", "spectr-projection", "spectr-code")
@@ -34,20 +32,16 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def multitask(bench: Bench) -> Result:
+def multitask(setup: ExperimentSetup) -> Result:
     """Multi-task accuracy normalised by the fine-tuned expert, for the base model, every router, and the oracle.
 
     Source: SpectR, Table 2.
     """
-    tasks = bench.owned
-    own: dict[str, list[float]] = {}
-    for task in tasks:
-        with bench.routed(Oracle(expert=bench.expert_of(task))) as routed:
-            own[task] = bench.scores(task, "its own expert", routed)
-    found = {"base": {task: bench.scores(task, "base") for task in tasks}}
+    tasks, own = setup.owned, setup.own_scores()
+    found = {"base": {task: setup.scores(task, "base") for task in tasks}}
     methods: dict[str, dict[str, Any]] = {}
-    for label, router in routers_that_fit(METHODS, bench):
-        found[label] = bench.scores_over_seeds(router, label)
+    for label, router in setup.routers(METHODS):
+        found[label] = setup.scores_over_seeds(router, label)
         methods[label] = {"k": router.selection.k, "family": label.partition(", k ")[0]}
     found["its own expert"] = own
     rows = []
@@ -74,9 +68,9 @@ def multitask(bench: Bench) -> Result:
         notes=[
             "Accuracy by task, and the mean over tasks of accuracy divided by that of the task's own expert on the "
             "same examples. ± one standard error of that share, over the differences between method and expert example "
-            f"by example. {bench.seeds_in_words()}",
-            *unfit_in_words(METHODS, bench),
-            *bench.remarks(),
+            f"by example. {setup.seeds_in_words()}",
+            *setup.left_out(METHODS),
+            *setup.remarks(),
         ],
-        origin=bench.origin(),
+        origin=setup.origin(),
     )

@@ -4,32 +4,26 @@ from __future__ import annotations
 
 from collections import Counter
 
-from spectr.evaluation.experiments.base import Bench, Result, percent
-from spectr.routers import Oracle
+from spectr.evaluation.experiments.base import ExperimentSetup, Result, percent
+from spectr.evaluation.score import Measurement
 
 
-def quality(bench: Bench) -> Result:
+def quality(setup: ExperimentSetup) -> Result:
     """Accuracy of the base model and of the fine-tuned expert on its own task.
 
     Source: SpectR, Table 3.
     """
-    tasks = bench.owned
-    base = {task: bench.accuracy(task, "base") for task in tasks}
-    own = {}
-    for task in tasks:
-        with bench.routed(Oracle(expert=bench.expert_of(task))) as routed:
-            own[task] = bench.accuracy(task, "its own expert", routed)
+    tasks = setup.owned
+    base = {task: Measurement.of(setup.scores(task, "base")) for task in tasks}
+    own = {task: Measurement.of(scores) for task, scores in setup.own_scores().items()}
     majority = {
         task: max(Counter(e.label for e in examples).values()) / len(examples)
         if about.choices is not None and len({e.choices for e in examples}) == 1
         else None
         for task, (about, examples) in tasks.items()
     }
-    rows = []
-    for task in tasks:
-        share = majority[task]
-        most = "" if share is None else f"{share:.1%}"
-        rows.append([task, percent(base[task]), most, percent(own[task]), own[task].count])
+    most = {task: "" if share is None else f"{share:.1%}" for task, share in majority.items()}
+    rows = [[task, percent(base[task]), most[task], percent(own[task]), own[task].count] for task in tasks]
     return Result(
         name="quality",
         title="What each expert is worth on its own task",
@@ -44,6 +38,6 @@ def quality(bench: Bench) -> Result:
             "expert_error": [own[t].error for t in tasks],
             "majority": [majority[t] for t in tasks],
         },
-        notes=["± one standard error over examples.", *bench.remarks()],
-        origin=bench.origin(),
+        notes=["± one standard error over examples.", *setup.remarks()],
+        origin=setup.origin(),
     )

@@ -7,8 +7,7 @@ from typing import Any
 
 from spectr.calibration import calibrate
 from spectr.errors import DataError
-from spectr.evaluation.experiments.base import Bench, Result, percent
-from spectr.evaluation.experiments.compared import routers_that_fit, unfit_in_words
+from spectr.evaluation.experiments.base import ExperimentSetup, Result, percent
 from spectr.evaluation.expert_recall import over_runs
 
 ROUTERS: list[tuple[str, dict[str, Any]]] = [
@@ -19,7 +18,7 @@ ROUTERS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def ranks(bench: Bench) -> Result:
+def ranks(setup: ExperimentSetup) -> Result:
     """How often the right expert is found, by rank, among experts that were trained alike but for it.
 
     Source: SpectR, Figure 6.
@@ -27,30 +26,30 @@ def ranks(bench: Bench) -> Result:
     Raises:
         DataError: No library of experts of a rank was given.
     """
-    if not bench.ranks:
+    if not setup.ranks:
         raise DataError(
             "there are no experts of other ranks",
             expected="--ranks FOLDER, with adapters named EXPERT-rRANK in it, such as sst2-r16",
             do="train some: spectr train --task sst2 --rank 16 --out runs/ranks/sst2-r16",
         )
     rows, data = [], {}
-    for rank, library in sorted(bench.ranks.items()):
+    for rank, library in sorted(setup.ranks.items()):
         known = library.with_calibration(
             calibrate(
-                bench.model,
+                setup.model,
                 library,
-                bench.tokenizer,
-                progress=lambda done, total, r=rank: bench.progress(f"ranks: calibrating rank {r}", done, total, ""),
+                setup.tokenizer,
+                progress=lambda done, total, r=rank: setup.progress(f"ranks: calibrating rank {r}", done, total, ""),
             )
         )
-        among = dataclasses.replace(bench, library=known)
-        for label, router in routers_that_fit(ROUTERS, among):
+        among = dataclasses.replace(setup, library=known)
+        for label, router in among.routers(ROUTERS):
             with among.routed(router) as routed:
                 runs = [among.find(routed, f"ranks: rank {rank}, {label}")]
             tokens, prompts = over_runs(runs, lambda f: f.top_1), over_runs(runs, lambda f: f.place == 1)
             rows.append([rank, label, percent(tokens), percent(prompts)])
             data.setdefault(label, {})[str(rank)] = [tokens.value, tokens.error, prompts.value, prompts.error]
-    experts = sorted({name for library in bench.ranks.values() for name in library})
+    experts = sorted({name for library in setup.ranks.values() for name in library})
     return Result(
         name="ranks",
         title="Routing against the rank of the experts",
@@ -61,7 +60,7 @@ def ranks(bench: Bench) -> Result:
         notes=[
             f"Libraries of {len(experts)} experts ({', '.join(experts)}), all of one rank, trained alike but for the "
             f"rank. By chance {1 / len(experts):.1%}. ± one standard error over prompts.",
-            *unfit_in_words(ROUTERS, among),
+            *among.left_out(ROUTERS),
         ],
-        origin=bench.origin(),
+        origin=setup.origin(),
     )

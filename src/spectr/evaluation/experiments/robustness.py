@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spectr.calibration import calibrate
-from spectr.evaluation.experiments.base import Bench, Result, percent
-from spectr.evaluation.experiments.compared import routers_that_fit, unfit_in_words
+from spectr.evaluation.experiments.base import ExperimentSetup, Result, percent
 from spectr.evaluation.expert_recall import over_runs
 from spectr.library import ExpertLibrary
 
@@ -23,29 +22,29 @@ ROUTERS: list[tuple[str, dict[str, Any]]] = [("arrow", {"top_k": 4}), ("spectr",
 _LARGE, _RANK = 100.0, 64
 
 
-def robustness(bench: Bench) -> Result:
+def robustness(setup: ExperimentSetup) -> Result:
     """Routing where an expert is made a hundred times as large, or has rank 64, or a random one is added.
 
-    And where an expert is replaced by each of the bench's companions, such as one that was trained for longer.
+    And where an expert is replaced by each of the setup's companions, such as one that was trained for longer.
     """
     rows, data, odd = [], {}, {}
-    first = bench.library.names[0]
+    first = setup.library.names[0]
     with tempfile.TemporaryDirectory() as folder:
-        cases = [(case.replace("NAME", first), *_made(bench.library, first, Path(folder), case)) for case in _CASES]
-        for case, name, source in [*bench.companions, *cases]:
-            library = bench.library.without(name) if name in bench.library else bench.library
+        cases = [(case.replace("NAME", first), *_made(setup.library, first, Path(folder), case)) for case in _CASES]
+        for case, name, source in [*setup.companions, *cases]:
+            library = setup.library.without(name) if name in setup.library else setup.library
             library = library.with_expert(name, source)
-            if bench.library.calibration is not None:
-                library = library.with_calibration(calibrate(bench.model, library, bench.tokenizer))
-            changed = dataclasses.replace(bench, library=library)
+            if setup.library.calibration is not None:
+                library = library.with_calibration(calibrate(setup.model, library, setup.tokenizer))
+            changed = dataclasses.replace(setup, library=library)
             odd[case] = name
-            for label, router in routers_that_fit(ROUTERS, changed):
+            for label, router in changed.routers(ROUTERS):
                 with changed.routed(router) as routed:
                     runs = [changed.find(routed, f"{case}: {label}")]
                 found = over_runs(runs, lambda finding: finding.place == 1)
-                others = [task for task in runs[0] if bench.expert_of(task) != name]
+                others = [task for task in runs[0] if setup.expert_of(task) != name]
                 taken = over_runs(runs, lambda finding, name=name: finding.winner == name, others)
-                mine = [task for task in runs[0] if bench.expert_of(task) == name]
+                mine = [task for task in runs[0] if setup.expert_of(task) == name]
                 kept = over_runs(runs, lambda finding: finding.place == 1, mine) if mine else None
                 rows.append([case, label, percent(found), percent(kept) if kept else "", percent(taken)])
                 data.setdefault(case, {})[label] = {
@@ -62,10 +61,10 @@ def robustness(bench: Bench) -> Result:
         data={"cases": data, "odd": odd},
         notes=[
             "One expert of the library is changed, or one is added. ± one standard error over prompts.",
-            *unfit_in_words(ROUTERS, bench),
-            *bench.remarks(),
+            *setup.left_out(ROUTERS),
+            *setup.remarks(),
         ],
-        origin=bench.origin(),
+        origin=setup.origin(),
     )
 
 

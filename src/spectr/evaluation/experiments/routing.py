@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 
-from spectr.evaluation.experiments.base import Bench, Result, percent, seeds_note
-from spectr.evaluation.experiments.compared import routers_that_fit, unfit_in_words
+from spectr.evaluation.experiments.base import ExperimentSetup, Result, percent, seeds_note
+from spectr.evaluation.experiments.similarity import cosines, mean_cosines
 from spectr.evaluation.expert_recall import over_runs
-from spectr.evaluation.similarity import cosines, mean_cosines
 
 ROUTERS: list[tuple[str, dict[str, Any]]] = [
     ("arrow", {"top_k": 4}),
@@ -23,19 +22,19 @@ ROUTERS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def routing(bench: Bench) -> Result:
+def routing(setup: ExperimentSetup) -> Result:
     """Top-1 and top-4 routing accuracy per task and router, and against the similarity of tasks.
 
     Source: SpectR, Tables 1 and 4, Figure 5.
     """
-    tasks, names, notes = bench.owned, bench.library.names, []
+    tasks, names, notes = setup.owned, setup.library.names, []
     rows, per_task, winners, summary = [], {}, {}, {}
-    for label, router in routers_that_fit(ROUTERS, bench):
-        runs = bench.find_over_seeds(router, f"routing: {label}")
+    for label, router in setup.routers(ROUTERS):
+        runs = setup.find_over_seeds(router, f"routing: {label}")
         measured = {what: over_runs(runs, value) for what, value in _VALUES.items()}
         rows.append([label, *map(percent, measured.values())])
         summary[label] = {what: [m.value, m.error] for what, m in measured.items()}
-        notes += seeds_note(label, runs, bench)
+        notes += seeds_note(label, runs, setup)
         per_task[label] = {
             task: {what: over_runs(runs, value, [task]).value for what, value in _VALUES.items()} for task in tasks
         }
@@ -43,7 +42,7 @@ def routing(bench: Bench) -> Result:
             task: {name: over_runs(runs, lambda f, name=name: f.winner == name, [task]).value for name in names}
             for task in tasks
         }
-    nearest = (mean_cosines(cosines(bench.library)) - 2 * torch.eye(len(names))).amax(1)
+    nearest = (mean_cosines(cosines(setup.library)) - 2 * torch.eye(len(names))).amax(1)
     count = len(names)
     return Result(
         name="routing",
@@ -57,7 +56,7 @@ def routing(bench: Bench) -> Result:
             "summary": summary,
             "per_task": per_task,
             "winners": winners,
-            "nearest": {task: float(nearest[names.index(bench.expert_of(task))]) for task in tasks},
+            "nearest": {task: float(nearest[names.index(setup.expert_of(task))]) for task in tasks},
         },
         notes=[
             f"By chance: {1 / count:.1%} first, {min(4, count) / count:.1%} among four, {min(2, count) / count:.1%} "
@@ -67,10 +66,10 @@ def routing(bench: Bench) -> Result:
             "once for the prompt, by its evidence, and that holds for all of its tokens. ± one standard error over "
             "prompts.",
             *notes,
-            *unfit_in_words(ROUTERS, bench),
-            *bench.remarks(),
+            *setup.left_out(ROUTERS),
+            *setup.remarks(),
         ],
-        origin=bench.origin(),
+        origin=setup.origin(),
     )
 
 

@@ -1,25 +1,31 @@
-"""Similarity of experts, pairwise and over depth."""
+"""Similarity of experts, pairwise and over depth: cosines of their updates, from factors, without a product."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from spectr.evaluation.experiments.base import Bench, Result
-from spectr.evaluation.similarity import cosines, mean_cosines
+from spectr.adapters import Factors
+from spectr.errors import DataError
+from spectr.evaluation.experiments.base import ExperimentSetup, Result
+from spectr.library import ExpertLibrary
 
 _BLOCK = re.compile(r"\.(\d+)\.")
 
 
-def similarity(bench: Bench) -> Result:
+def similarity(setup: ExperimentSetup) -> Result:
     """Cosine between the experts' updates, averaged over modules; and by layer and kind of module.
 
     Source: SpectR, Figures 2, 3 and 7.
     """
-    by_module = cosines(bench.library, lambda done, total: bench.progress("similarity", done, total, ""))
+    by_module = cosines(setup.library, lambda done, total: setup.progress("similarity", done, total, ""))
     mean_EE = mean_cosines(by_module)
-    names = bench.library.names
+    names = setup.library.names
     off = ~torch.eye(len(names), dtype=torch.bool)
     kinds: dict[str, dict[int, list[float]]] = {}
     for module, table_EE in by_module.items():
@@ -48,5 +54,58 @@ def similarity(bench: Bench) -> Result:
             "factors.",
             f"Mean over all pairs: {float(mean_EE[off].nanmean()):.4f}.",
         ],
-        origin=bench.origin(),
+        origin=setup.origin(),
     )
+
+
+def inner_products(factors: Sequence[Factors]) -> Float[Tensor, "E E"]:
+    """``<delta_s, delta_t> = c_s c_t tr(A_s^T B_s^T B_t A_t) = c_s c_t sum((B_s^T B_t) * (A_s A_t^T))``, float64.
+
+    Args:
+        factors: ``A`` (R, I), ``B`` (O, R) and scale of each expert at one module; ranks may differ.
+    """
+    count = len(factors)
+    found = torch.zeros(count, count, dtype=torch.float64)
+    for s, (A_s, B_s, c_s) in enumerate(factors):
+        for t, (A_t, B_t, c_t) in enumerate(factors[: s + 1]):
+            value = c_s * c_t * ((B_s.double().mT @ B_t.double()) * (A_s.double() @ A_t.double().mT)).sum()
+            found[s, t] = found[t, s] = value
+    return found
+
+
+def cosines(
+    library: ExpertLibrary, progress: Callable[[int, int], None] = lambda *_: None
+) -> Mapping[str, Float[Tensor, "E E"]]:
+    """By module the cosines between all experts' updates, (experts, experts), NaN where one does not adapt it.
+
+    Source: SpectR, Figures 2, 3 and 7.
+
+    Raises:
+        DataError: The library has fewer than two experts.
+    """
+    names = library.names
+    if len(names) < 2:
+        raise DataError(f"similarity needs two experts or more, and {library.origin} has {len(names)}")
+    experts = {name: library[name] for name in names}
+    modules = sorted({module for expert in experts.values() for module in expert.shapes}, key=_by_layer)
+    found = {}
+    with ExitStack() as files:
+        readers = {name: files.enter_context(expert.open()) for name, expert in experts.items()}
+        for done, module in enumerate(modules, start=1):
+            users = [i for i, name in enumerate(names) if module in experts[name].shapes]
+            gram = inner_products([readers[names[i]](module) for i in users])
+            length = gram.diagonal().sqrt()
+            full = torch.full((len(names), len(names)), float("nan"), dtype=torch.float64)
+            full[torch.tensor(users)[:, None], torch.tensor(users)] = gram / (length[:, None] * length)
+            found[module] = full
+            progress(done, len(modules))
+    return found
+
+
+def mean_cosines(by_module: Mapping[str, Tensor]) -> Float[Tensor, "E E"]:
+    """The mean over the modules that both experts adapt."""
+    return torch.stack(list(by_module.values())).nanmean(0)
+
+
+def _by_layer(module: str) -> list[tuple[int, int | str]]:
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in module.split(".")]

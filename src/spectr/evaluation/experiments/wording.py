@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from spectr.evaluation.experiments.base import Bench, Result, percent, seeds_note
-from spectr.evaluation.experiments.compared import routers_that_fit, unfit_in_words
+from spectr.evaluation.experiments.base import ExperimentSetup, Result, percent, seeds_note
 from spectr.evaluation.expert_recall import over_runs
 from spectr.evaluation.paired_statistics import in_words, mean_share
-from spectr.routers import Oracle
 
 ROUTERS: list[tuple[str, dict[str, Any]]] = [
     ("arrow", {"top_k": 4}),
@@ -20,22 +18,19 @@ ROUTERS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def wording(bench: Bench) -> Result:
+def wording(setup: ExperimentSetup) -> Result:
     """Routing of prompts in paraphrases of their tasks, and accuracy against the right expert's.
 
     The examples of a task are dealt out among its paraphrases, so that every row of data is asked once.
     """
-    bench = bench.dealt()
-    tasks, own, notes = bench.owned, {}, []
-    for task in tasks:
-        with bench.routed(Oracle(expert=bench.expert_of(task))) as routed:
-            own[task] = bench.scores(task, "its own expert, reworded", routed)
+    setup = setup.dealt()
+    tasks, own, notes = setup.owned, setup.own_scores("its own expert, reworded"), []
     rows, per_task, summary = [], {}, {}
-    for label, router in routers_that_fit(ROUTERS, bench):
-        runs = bench.find_over_seeds(router, f"wording: {label}")
+    for label, router in setup.routers(ROUTERS):
+        runs = setup.find_over_seeds(router, f"wording: {label}")
         first = over_runs(runs, lambda finding: finding.place == 1)
         second = over_runs(runs, lambda finding: finding.place <= 2)
-        share = mean_share(bench.scores_over_seeds(router, f"{label}, reworded"), own)
+        share = mean_share(setup.scores_over_seeds(router, f"{label}, reworded"), own)
         per_task[label] = {task: over_runs(runs, lambda finding: finding.place == 1, [task]).value for task in tasks}
         summary[label] = {
             "first": [first.value, first.error],
@@ -43,7 +38,7 @@ def wording(bench: Bench) -> Result:
             "share": [share.value, share.error],
         }
         rows.append([label, percent(first), percent(second), in_words(share)])
-        notes += seeds_note(label, runs, bench)
+        notes += seeds_note(label, runs, setup)
     return Result(
         name="wording",
         title="The same tasks in other words",
@@ -61,8 +56,8 @@ def wording(bench: Bench) -> Result:
             "share of the right expert's on the same words, mean over tasks. ± one standard error over prompts, for "
             "shares over the differences between method and expert example by example.",
             *notes,
-            *unfit_in_words(ROUTERS, bench),
-            *bench.remarks(),
+            *setup.left_out(ROUTERS),
+            *setup.remarks(),
         ],
-        origin=bench.origin(),
+        origin=setup.origin(),
     )

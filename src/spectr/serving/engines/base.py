@@ -1,4 +1,4 @@
-"""What the gateway asks of an engine: to be told of a request's experts, and to say which of them did the work.
+"""What the gateway needs of an engine: it takes a request's experts, and reports which of them were chosen.
 
 The gateway is an ASGI middleware around an engine's own OpenAI-compatible application. Of each request it makes a
 :class:`Ticket`, has the engine write it into the request's body (:meth:`Engine.admit`), hands that body to the
@@ -27,7 +27,7 @@ __all__ = ["Engine", "Recording", "RefusalError", "Step", "Ticket"]
 
 @dataclass(frozen=True, kw_only=True)
 class Ticket:
-    """What an engine is told of one request. The gateway makes it; a client cannot.
+    """What an engine gets of one request. The gateway makes it; a client cannot.
 
     Attributes:
         id: Unique to this request; the header ``x-request-id`` that the application sees. Never the client's.
@@ -109,11 +109,11 @@ class Engine(Protocol):
         ``body`` was validated, and is without our own fields (``experts``, ``router``, ``return_routing``); its
         ``model`` is still the client's, which the gateway puts back into the answers. Must set ``model`` to what the
         application calls the composed model, and must overwrite or refuse every field by which a client could say
-        itself what the ticket says (for vLLM ``vllm_xargs``, ``cache_salt`` and their kind). An engine that tells by
-        other means than the body (by the header ``x-request-id``) keeps the ticket until :meth:`finish`.
+        itself what the ticket sets (for vLLM ``vllm_xargs``, ``cache_salt`` and the like). An engine that passes it
+        on by other means than the body (by the header ``x-request-id``) keeps the ticket until :meth:`finish`.
 
         Raises:
-            RefusalError: The engine cannot do what is asked. Nothing is kept.
+            RefusalError: The engine cannot do that. Nothing is kept.
         """
         ...
 

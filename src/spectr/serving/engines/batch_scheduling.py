@@ -23,16 +23,16 @@ class Part(NamedTuple):
     """Tokens of one call that belong together.
 
     Attributes:
-        running: Their request; ``None`` where nobody is known to have asked: they get no expert.
+        running: Their request; ``None`` where it is not known: they get no expert.
         tokens: How many they are.
-        speaks: Whether the last of them brings forth a token of the answer.
+        generates: Whether the last of them generates a token of the answer.
         prompt: What is read to decide, where that is not done yet.
         fail: Ends the request with an error.
     """
 
     running: Running | None
     tokens: int
-    speaks: bool
+    generates: bool
     prompt: list[int] | None = None
     fail: Callable[[Exception], None] = lambda _: None
 
@@ -41,7 +41,7 @@ class Conductor:
     """Gives each token of a composed model's calls the router and the set of its request, and writes down what was
     decided.
 
-    It watches the model's calls; what a call is made of, ``parts`` says.
+    It hooks the model's calls; ``parts`` gives the tokens that a call is made of.
 
     Args:
         several: The composed model.
@@ -52,7 +52,7 @@ class Conductor:
         self.parts: Callable[[], list[Part]] = list
         self._nobody = self.junction.rule(next(iter(several.compositions)), (), None)
         self._deciding = False
-        self._speakers: dict[int, Running] = {}
+        self._generating: dict[int, Running] = {}
         self._call = ExitStack()
         model = several.model
         self._device = next(model.parameters()).device
@@ -68,8 +68,8 @@ class Conductor:
             running.rule = self.junction.rule(running.ticket.router, running.ticket.experts, prompt)
         finally:
             self._deciding = False
-        look = self.junction.share(running.rule)
-        running.always = None if look is None or running.ticket.record == "layers" else Step(look.shares)
+        share = self.junction.share(running.rule)
+        running.always = None if share is None or running.ticket.record == "layers" else Step(share.shares)
 
     @contextmanager
     def only(self, running: Running, prompt: Tensor) -> Iterator[None]:
@@ -92,14 +92,14 @@ class Conductor:
             return
         parts = self.parts() or [Part(None, 1, False)]
         self.junction.steer([(self._rule(part), part.tokens) for part in parts])
-        self._speakers = {
+        self._generating = {
             number: part.running
             for number, part in enumerate(parts)
-            if part.running is not None and part.speaks and part.running.ticket.record != "none"
+            if part.running is not None and part.generates and part.running.ticket.record != "none"
         }
-        looked_at = {number: running for number, running in self._speakers.items() if running.always is None}
-        in_full = any(running.ticket.record == "layers" for running in looked_at.values())
-        self.junction.watch(looked_at, in_full)
+        recorded = {number: running for number, running in self._generating.items() if running.always is None}
+        in_full = any(running.ticket.record == "layers" for running in recorded.values())
+        self.junction.watch(recorded, in_full)
         self._call.enter_context(self.junction.in_force())
 
     def _rule(self, part: Part) -> Rule:
@@ -122,8 +122,8 @@ class Conductor:
         self._call.close()
         if output is None:  # the call failed
             return
-        looks = self.junction.seen()
-        for number, running in self._speakers.items():
-            step = running.always or Step(*looks[number])
+        routings = self.junction.seen()
+        for number, running in self._generating.items():
+            step = running.always or Step(*routings[number])
             running.steps.append(step)
-        self._speakers = {}
+        self._generating = {}

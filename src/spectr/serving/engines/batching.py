@@ -144,12 +144,12 @@ def _sampling_config(model: Any) -> Any:
 
 def _sampling(body: Mapping[str, Any], model: Any) -> dict[str, Any]:
     """A request's own temperature, top_k and top_p; greedy is the best one alone."""
-    usual, vocabulary = model.generation_config, model.config.get_text_config().vocab_size
+    default, vocabulary = model.generation_config, model.config.get_text_config().vocab_size
     temperature, top_p = body.get("temperature"), body.get("top_p")
-    if temperature == 0 or (temperature is None and top_p is None and not usual.do_sample):
+    if temperature == 0 or (temperature is None and top_p is None and not default.do_sample):
         return {"temperature": 1.0, "top_k": 1, "top_p": 1.0}
     return {
-        "temperature": float(temperature or usual.temperature or 1.0),
-        "top_k": min(usual.top_k or vocabulary, vocabulary),
-        "top_p": float(top_p or usual.top_p or 1.0),
+        "temperature": float(temperature or default.temperature or 1.0),
+        "top_k": min(default.top_k or vocabulary, vocabulary),
+        "top_p": float(top_p or default.top_p or 1.0),
     }

@@ -48,7 +48,7 @@ class Bound:
         find: A request by its id.
         context: Tokens that the model takes at most, answer included.
         enter: From the model and a request to what is given to the inner manager as the model.
-        begun: Is told of a stream before its first token.
+        begun: Gets a stream before its first token.
         ends: Whether a generation that is no longer waited for comes to an end by itself, and must be let to.
     """
 
@@ -151,7 +151,7 @@ def fit(running: Running, inputs: Mapping[str, Any], gen_config: Any, context: i
 
 
 def sampling(body: Mapping[str, Any], gen_config: Any) -> None:
-    """A temperature that is asked for is sampled with; a seed is set where nothing else draws in between."""
+    """Sample where a temperature is given; set the seed, as nothing else samples meanwhile."""
     if body.get("temperature") or (body.get("top_p") is not None and body.get("temperature") is None):
         gen_config.do_sample = True
     if body.get("seed") is not None:

@@ -26,7 +26,7 @@ class Parts:
 
     Attributes:
         open_model: Gives base model and tokenizer.
-        compose: Routes a model: (model, tokenizer, router, what progress says).
+        compose: Routes a model: (model, tokenizer, router, phase of the progress).
         cache_tokens: Tokens of all running requests in memory, in continuous batches; ``None`` for one after the other.
     """
 
@@ -49,7 +49,7 @@ class Launcher(Protocol):
         ...
 
     def launch(self, settings: Settings, parts: Parts, say: Say) -> None:
-        """Serve what was asked for; ``say`` shows one line."""
+        """Serve these settings; ``say`` shows one line."""
         ...
 
 
@@ -76,26 +76,23 @@ class Transformers:
         from spectr.serving.outliers import suspicious
 
         check_version()
-        bound = settings.listen()
-        composed, tokenizer = _composed(settings, parts, say)
-        engine = TransformersEngine(
-            composed,
-            tokenizer,
-            base_model=settings.base_name,
-            suspicion=suspicious(settings.library[name] for name in composed.experts),
-            batching=_batching(parts.cache_tokens),
-        )
+        with settings.listen() as bound:
+            composed, tokenizer = _composed(settings, parts, say)
+            engine = TransformersEngine(
+                composed,
+                tokenizer,
+                base_model=settings.base_name,
+                suspicion=suspicious(settings.library[name] for name in composed.experts),
+                batching=_batching(parts.cache_tokens),
+            )
 
-        async def listening() -> None:
-            try:
-                await listen(engine.app, engine, settings, bound, say)
-            finally:
-                engine.stop()
+            async def listening() -> None:
+                try:
+                    await listen(engine.app, engine, settings, bound, say)
+                finally:
+                    engine.stop()
 
-        try:
             asyncio.run(listening())
-        finally:
-            bound.close()
 
 
 class Vllm:

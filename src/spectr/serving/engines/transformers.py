@@ -98,12 +98,12 @@ class TransformersEngine:
 
     def admit(self, ticket: Ticket, body: Mapping[str, Any]) -> dict[str, Any]:
         """See :class:`Engine`."""
-        told = {key: value for key, value in body.items() if value not in (None, [])} | {"model": _NAME}
-        _check(told, len(self.tokenizer))
+        admitted = {key: value for key, value in body.items() if value not in (None, [])} | {"model": _NAME}
+        _check(admitted, len(self.tokenizer))
         if self.batching is not None:
-            self.batching.check(told)
-        self._running[ticket.id] = Running(ticket, told)
-        return told
+            self.batching.check(admitted)
+        self._running[ticket.id] = Running(ticket, admitted)
+        return admitted
 
     def steps(self, ticket: Ticket, answer: dict[str, Any]) -> Mapping[int, Sequence[Step]]:
         """See :class:`Engine`."""
@@ -235,37 +235,36 @@ def _check(body: Mapping[str, Any], vocabulary: int) -> None:
     for key in _UNSERVED:
         if body.get(key):
             raise _unserved(key)
-    if body.get("n", 1) != 1:
-        raise _unserved("n", "1: one answer for each request")
-    if not isinstance(body.get("prompt", ""), str):
-        raise _unserved("prompt", "one text")
-    if "prompt" in body and body.get("logit_bias"):  # which transformers heeds in chats alone
-        raise _unserved("logit_bias")
-    if body.get("frequency_penalty", 0) <= -1:
-        raise _unserved("frequency_penalty", "more than -1")
-    if any(not (key.isdigit() and int(key) < vocabulary) for key in body.get("logit_bias", {})):
-        raise _unserved("logit_bias", "numbers of the model's tokens as keys")
-    options = body.get("chat_template_kwargs", {})
-    if not isinstance(options, dict) or set(options) - _TEMPLATE_OPTIONS:
-        raise _unserved("chat_template_kwargs", f"no others than {', '.join(sorted(_TEMPLATE_OPTIONS))}")
-    if (body.get("response_format") or {}).get("type", "text") != "text":
-        raise _unserved("response_format", '{"type": "text"}')
+    bias, options = body.get("logit_bias", {}), body.get("chat_template_kwargs", {})
+    tokens = all(key.isdigit() and int(key) < vocabulary for key in bias)
+    known = isinstance(options, dict) and set(options) <= _TEMPLATE_OPTIONS
+    for key, possible, expected in (
+        ("n", body.get("n", 1) == 1, "1: one answer for each request"),
+        ("prompt", isinstance(body.get("prompt", ""), str), "one text"),
+        ("logit_bias", not bias or "prompt" not in body, None),  # which transformers heeds in chats alone
+        ("frequency_penalty", body.get("frequency_penalty", 0) > -1, "more than -1"),
+        ("logit_bias", tokens, "numbers of the model's tokens as keys"),
+        ("chat_template_kwargs", known, f"none but {', '.join(sorted(_TEMPLATE_OPTIONS))}"),
+        ("response_format", (body.get("response_format") or {}).get("type", "text") == "text", '{"type": "text"}'),
+    ):
+        if not possible:
+            raise _unserved(key, expected)
     for number, message in enumerate(body.get("messages", ())):
         _check_message(f"messages[{number}]", message)
 
 
 def _check_message(place: str, message: Mapping[str, Any]) -> None:
     _check_calls(message.get("tool_calls", ()))
-    told = [(f"{place}.role", message["role"], _ROLES)]
+    found = [(f"{place}.role", message["role"], _ROLES)]
     content = message.get("content")
     parts = content if isinstance(content, list) else ()
-    told += [(f"{place}.content[{number}].type", part["type"], ("text",)) for number, part in enumerate(parts)]
-    for where, found, served in told:
-        if found not in served:
-            near = nearest(found, served)
+    found += [(f"{place}.content[{number}].type", part["type"], ("text",)) for number, part in enumerate(parts)]
+    for where, value, possible in found:
+        if value not in possible:
+            near = nearest(value, possible)
             raise RefusalError(
-                f"'{where}' is {shown(found)}, which is not served",
-                expected=" or ".join(f'"{one}"' for one in served),
+                f"'{where}' is {shown(value)}, which is not served",
+                expected=" or ".join(f'"{one}"' for one in possible),
                 do=f'if you mean "{near}", write that' if near else None,
                 code="unsupported_value",
                 param="messages",

@@ -1,4 +1,4 @@
-"""vLLM behind the gateway: its own OpenAI-compatible application, told of each request's experts by ``vllm_xargs``."""
+"""vLLM behind the gateway: its own OpenAI-compatible application, with each request's experts in ``vllm_xargs``."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
+from spectr.choosing import fit_to, open_composed
 from spectr.composed_model.settings import METHOD, Settings
 from spectr.errors import CompositionError, MissingExtraError, SpectrError
-from spectr.library import ExpertLibrary
 from spectr.models import fetch_default_model
-from spectr.routers import Router
 from spectr.routers.config import router_config
 from spectr.serving.engines.base import Step, Ticket
 from spectr.serving.errors import RefusalError
-from spectr.serving.outliers import spectral_norm, suspicion
+from spectr.serving.outliers import suspicious
 from spectr.serving.run import listen
 from spectr.serving.settings import Settings as Served
 from spectr.vllm.prompt_decisions import DECIDES, Decider
@@ -36,7 +35,7 @@ from spectr.vllm.routing_records import Listener
 INNER = "spectr"  # what vLLM's application calls the composed model
 _PATIENCE = 0.25  # seconds that an answer waits for its reports
 _ROUTING = {"shares": "tokens", "layers": "layers"}
-# Fields by which a client could say itself what the ticket says, or reach what is not its own.
+# Fields by which a client could set what the ticket sets, or reach what is not its own.
 _NOT_THE_CLIENTS = ("vllm_xargs", "cache_salt", "request_id", "priority", "return_token_ids", "user")
 _NOT_HERE = ("use_beam_search", "kv_transfer_params", "ec_transfer_params", "prompt_embeds", "structural_tag")
 _REQUEST = re.compile(r"(?:(?P<child>\d+)_)?(?:chat)?cmpl-(?P<id>\w+?)(?:-(?P<prompt>\d{1,4}))?(?:-[0-9a-f]{8})?")
@@ -47,10 +46,10 @@ class VllmEngine:
 
     Args:
         client: vLLM's ``AsyncLLM``.
-        status: What its workers say of the routing.
+        status: Of the routing, from its workers.
         listener: Gets the reports.
         base_model: The base model's name for clients.
-        routers: Names for clients of those that requests may ask for, the default first; each with its name in the
+        routers: Names for clients of those that requests may name, the default first; each with its name in the
             model's config.
         suspicion: Experts whose norm is far out, and how far.
         records: Whether the layers keep what they choose.
@@ -80,7 +79,7 @@ class VllmEngine:
         self.experts = self._known
         self._choices: dict[str, int] = {}
         self._waiting: dict[str, dict[tuple[int, int], Step]] = {}
-        self._told: dict[str, dict[int, int]] = {}
+        self._reported: dict[str, dict[int, int]] = {}
 
     @property
     def fields(self) -> frozenset[str]:
@@ -97,29 +96,29 @@ class VllmEngine:
         for field in _NOT_HERE:
             if body.get(field):
                 raise RefusalError(f"{field} is not possible here", code="unsupported_parameter", param=field)
-        told = {key: value for key, value in body.items() if key not in _NOT_THE_CLIENTS}
+        admitted = {key: value for key, value in body.items() if key not in _NOT_THE_CLIENTS}
         extra: dict[str, Any] = {EXPERTS: list(ticket.experts), ROUTER: self._inner[ticket.router]}
         if ticket.record != "none" and self.records:
             extra |= {ROUTING: _ROUTING[ticket.record], ROUTE_ID: ticket.id}
-            told["return_token_ids"] = True  # says how many tokens a chunk has
+            admitted["return_token_ids"] = True  # gives the number of tokens of a chunk
             self._choices[ticket.id] = body.get("n") or 1
-            self._waiting[ticket.id], self._told[ticket.id] = {}, {}
+            self._waiting[ticket.id], self._reported[ticket.id] = {}, {}
             self.listener.expect(ticket.id)
         if body.get("stream"):
-            told["stream_options"] = {"include_usage": True}  # to be counted; the gateway says who reads it
-        told |= {"model": INNER, "vllm_xargs": extra}
+            admitted["stream_options"] = {"include_usage": True}  # to be counted; the gateway decides who reads it
+        admitted |= {"model": INNER, "vllm_xargs": extra}
         if ticket.salt:
-            told["cache_salt"] = ticket.salt  # beside the engine's own, which it does not trust anybody with
-        return told
+            admitted["cache_salt"] = ticket.salt  # next to the engine's own, which no client knows
+        return admitted
 
     def steps(self, ticket: Ticket, answer: dict[str, Any]) -> Mapping[int, Sequence[Step]]:
         """See :class:`Engine`. Reports leave the engine before their tokens do; it waits for them a moment at most."""
         fresh = {choice.get("index", 0): _tokens(choice) for choice in answer.get("choices") or ()}
         answer.pop("prompt_token_ids", None)
-        if ticket.id not in self._told:
+        if ticket.id not in self._reported:
             return {}
-        told, waiting = self._told[ticket.id], self._waiting[ticket.id]
-        wanted = {(c, told.get(c, 0) + n) for c, count in fresh.items() for n in range(count)}
+        reported, waiting = self._reported[ticket.id], self._waiting[ticket.id]
+        wanted = {(c, reported.get(c, 0) + n) for c, count in fresh.items() for n in range(count)}
         until = time.monotonic() + _PATIENCE
         while not wanted <= set(waiting) and (left := until - time.monotonic()) > 0:
             for report in self.listener.take(ticket.id, tokens=1, patience=left):
@@ -127,12 +126,12 @@ class VllmEngine:
         found: dict[int, list[Step]] = {}
         for choice, number in sorted(wanted):
             found.setdefault(choice, []).append(waiting.pop((choice, number), Step({})))
-            told[choice] = number + 1
+            reported[choice] = number + 1
         return found
 
     def finish(self, ticket: Ticket) -> None:
         """See :class:`Engine`."""
-        for kept in (self._choices, self._waiting, self._told):
+        for kept in (self._choices, self._waiting, self._reported):
             kept.pop(ticket.id, None)
         self.listener.forget(ticket.id)
 
@@ -163,7 +162,7 @@ class VllmEngine:
 
 
 def _tokens(choice: dict[str, Any]) -> int:
-    """How many tokens a choice has that were not told before; what says so is taken out."""
+    """How many new tokens a choice has; the fields that carry them are removed."""
     choice.pop("prompt_token_ids", None)
     return len(choice.pop("token_ids", None) or ())
 
@@ -182,10 +181,10 @@ async def launched(
 
     Args:
         model: A composed folder; or with ``settings`` any model that vLLM has, by folder or Hub id.
-        settings: How it is routed, where the folder does not say so.
+        settings: How it is routed, where the folder does not have them.
         base_model: The base model's name for clients.
         routers: As :class:`VllmEngine` takes them; by default those of the settings.
-        record: Whether routing can be asked for, and counted; it costs a little at each layer.
+        record: Whether routing can be returned and counted; it costs a little at each layer.
         options: Of vLLM's own command line.
 
     Raises:
@@ -216,7 +215,7 @@ async def launched(
                     listener,
                     base_model=base_model,
                     routers=routers or {name: name for name in settings.make_routers()},
-                    suspicion=_suspicion(library),
+                    suspicion=suspicious(library[name] for name in library),
                     records=record,
                 ),
             )
@@ -238,42 +237,33 @@ def launch(settings: Served, say: Callable[[str], None]) -> None:
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # before vLLM is imported
     routed = _routed(settings)
-    bound = settings.listen()
-    model = settings.model or str(fetch_default_model(say))
-    say(f"starting vLLM with {model}; compiling takes a minute or two, and -- --enforce-eager leaves it out")
-    signal.signal(signal.SIGTERM, _end)
-    try:
+    with settings.listen() as bound:
+        model = settings.model or str(fetch_default_model(say))
+        say(f"starting vLLM with {model}; compiling takes a minute or two, and -- --enforce-eager leaves it out")
+        signal.signal(signal.SIGTERM, _end)
         asyncio.run(_serve(settings, routed, model, bound, say))
-    finally:
-        bound.close()
 
 
 def _end(number: int, frame: Any) -> None:
-    """Instead of ending at once, which would leave the engine's processes behind."""
+    """End by an exception: ending at once would leave the engine's processes behind."""
     raise SystemExit(128 + number)
 
 
 def _routed(settings: Served) -> Settings:
-    """How the model is routed, in the words of its config."""
-    routers = [_fitting(served(router), len(settings.experts)) for router in settings.routers.values()]
-    order = sorted(routers, key=decides_on_prompts)  # where nobody asks, or decides, one that needs no decision
-    first, *beside = map(router_config, order)
+    """How the model is routed, as its config has it."""
+    routers = [fit_to(len(settings.experts), served(router)) for router in settings.routers.values()]
+    order = sorted(routers, key=decides_on_prompts)  # by default one that needs no decision
+    first, *others = map(router_config, order)
     everyone = settings.experts == settings.library.names
     routed = Settings(
         library=str(Path(settings.library.origin).expanduser().absolute()),
         router=first,
-        beside=tuple(beside),
+        beside=tuple(others),
         experts=None if everyone else settings.experts,
         inner=_inner(settings.model),
     )
     routers_of(routed)
     return routed
-
-
-def _fitting(router: Router, experts: int) -> Router:
-    if (router.selection.k or 0) <= experts:
-        return router
-    return replace(router, top_k=experts)  # pyright: ignore[reportArgumentType]
 
 
 def _inner(model: str | None) -> dict[str, Any] | None:
@@ -304,23 +294,18 @@ async def _serve(
 
         await listen(app, engine, settings, bound, say, watch)
         if engine.client.errored:
-            raise SpectrError("vLLM's engine has died; what it said is above", do="start the server again")
+            raise SpectrError("vLLM's engine has died; its output is above", do="start the server again")
 
 
 def _of_folder(model: str) -> Settings:
-    config = Path(model) / "config.json"
-    known = json.loads(config.read_text(encoding="utf-8")).get("quantization_config") if config.is_file() else None
-    if not isinstance(known, dict) or known.get("quant_method") != METHOD:
+    settings = open_composed(model)
+    if settings is None:
         raise CompositionError(
             f"{model} is no composed folder",
             expected=f'a config.json whose quantization_config has "quant_method": "{METHOD}"',
             do="make one: spectr compose --save FOLDER; or name a library",
         )
-    return Settings.of(known)
-
-
-def _suspicion(library: ExpertLibrary) -> dict[str, float]:
-    return suspicion({name: spectral_norm(library[name]) for name in library})
+    return settings
 
 
 @asynccontextmanager

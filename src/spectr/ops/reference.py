@@ -1,0 +1,60 @@
+"""What the operations compute, token by token and expert by expert. Every backend is tested against these.
+
+Legend: T tokens, I inputs, O outputs, E experts, R the rank of each, P = E R, B rows that share the tokens equally.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from spectr.ops.base import Choice
+
+
+def choose(
+    h_TP: Float[Tensor, "T P"],
+    centers_P: Float[Tensor, " P"] | None,
+    prior_BE: Float[Tensor, "B E"] | None,
+    choice: Choice,
+) -> Float[Tensor, "T P"]:
+    """``w_t h_t`` of each token's ``k`` best experts by ``||h_t - center_t||``, zero for the others.
+
+    Of experts with equal scores the first is better. See :func:`spectr.ops.choose` for the arguments.
+    """
+    tokens, weighted_TP = len(h_TP), torch.zeros_like(h_TP)
+    for token, h_P in enumerate(h_TP):
+        scored_P = h_P if centers_P is None else h_P - centers_P
+        scores = [float(part_R.float().norm()) for part_R in scored_P.view(choice.experts, -1)]
+        if prior_BE is not None:
+            prior_E = prior_BE[token * len(prior_BE) // tokens]
+            scores = [score * float(prior) for score, prior in zip(scores, prior_E, strict=True)]
+        best = sorted(range(choice.experts), key=lambda expert: -scores[expert])[: choice.k]  # sorting is stable
+        weights = torch.full((len(best),), 1 / len(best))
+        if choice.temperature:
+            weights = torch.tensor([scores[expert] / choice.temperature for expert in best]).softmax(0)
+        parts_ER, to_ER = h_P.view(choice.experts, -1), weighted_TP[token].view(choice.experts, -1)
+        for expert, weight in zip(best, weights, strict=True):
+            to_ER[expert] = (weight * parts_ER[expert].float()).to(h_P.dtype)
+    return weighted_TP
+
+
+def add_update(
+    out_TO: Float[Tensor, "T O"],
+    x_TI: Float[Tensor, "T I"],
+    A_PI: Float[Tensor, "P I"],
+    Bt_PO: Float[Tensor, "P O"],
+    centers_P: Float[Tensor, " P"] | None,
+    rows: Float[Tensor, "B N"] | None,
+    choice: Choice | None,
+) -> Float[Tensor, "T O"]:
+    """``out + sum_t w_t B_t A_t x``, with weights that are chosen, or the fixed ones in ``rows``.
+
+    See :func:`spectr.ops.add_update` for the arguments.
+    """
+    h_TP = x_TI @ A_PI.mT
+    if choice is not None:
+        return out_TO + choose(h_TP, centers_P, rows, choice) @ Bt_PO
+    assert rows is not None
+    weights_TP = torch.stack([rows[token * len(rows) // len(h_TP)] for token in range(len(h_TP))])
+    return out_TO + (weights_TP * h_TP) @ Bt_PO
