@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from spectr.errors import CompositionError
+from spectr.lazy import lazy
 
 Weighting = Literal["uniform", "softmax"]
 
@@ -31,7 +32,7 @@ class Selection(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Everyone:
+class All:
     """All experts that adapt the module, each with weight ``1 / E`` (mu-routing)."""
 
     @property
@@ -113,3 +114,6 @@ def largest(scores_TE: Float[Tensor, "*T E"], k: int) -> tuple[Float[Tensor, "*T
     tied_TE = scores_TE == least_T1
     room_T1 = k - (scores_TE > least_T1).sum(-1, keepdim=True)
     return scores_TE.masked_fill(tied_TE & (tied_TE.cumsum(-1) > room_T1), -math.inf).topk(k, dim=-1)
+
+
+__getattr__ = lazy(__name__, {}, renamed={"Everyone": "All"})

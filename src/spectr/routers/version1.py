@@ -14,7 +14,7 @@ from torch.nn.functional import layer_norm
 from spectr.errors import CompositionError
 from spectr.library.needs import CALIBRATED, GATED, Need
 from spectr.routers.base import PROTOCOL, Router
-from spectr.selection import Everyone, Selection, TopK
+from spectr.selection import All, Selection, TopK
 from spectr.spectral import AlignedExpert, Share, SideData, State, segment_norms
 
 _FIRST = ("prepare", "scores")
@@ -50,7 +50,7 @@ class VersionOne(Router):
         """See :class:`Router`."""
         k = self._declared("top_k", None)
         if k is None:
-            return Everyone()
+            return All()
         return TopK(k=k, weighting=self._declared("weights", "uniform"), temperature=self._declared("temperature", 1.0))
 
     @property
