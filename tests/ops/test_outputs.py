@@ -6,15 +6,14 @@ import contextlib
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from spectr.combine import merge_outputs
 from spectr.layers.routed import RoutedLinear
 from spectr.ops.outputs import gathering_pays
 from spectr.routers import Spectr, Uniform
-from spectr.selection import Everyone, TopK
+from spectr.selection import All, TopK
 from spectr.spectral import Share, Stack
 
 INPUTS, OUTPUTS = 12, 10
@@ -78,7 +77,7 @@ def test_gathering_is_for_few_of_many_of_one_rank():
     assert gathering_pays(TopK(k=4), 16, 8)
     assert not gathering_pays(TopK(k=4), 15, 8)
     assert not gathering_pays(TopK(k=4), 64, None)
-    assert not gathering_pays(Everyone(), 64, 8)
+    assert not gathering_pays(All(), 64, 8)
     assert routed([8] * 16, 4).rows_ER is not None
     assert RoutedLinear(nn.Linear(INPUTS, OUTPUTS), routed([8] * 16, 4).stack(), Uniform()).rows_ER is None
 

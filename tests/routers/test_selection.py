@@ -6,12 +6,11 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from models import types_unchecked
 from spectr.errors import CompositionError
-from spectr.selection import Everyone, TopK, select_among
+from spectr.selection import All, TopK, select_among
 from spectr.spectral import reference
 
 SCORES = st.lists(st.floats(0, 1e4, width=32), min_size=1, max_size=8, unique=True)
@@ -41,7 +40,7 @@ def test_softmax_top_k_equals_the_reference(scores, k, temperature):
 @settings(max_examples=40, deadline=None)
 @given(SCORES)
 def test_everyone_weighs_all_alike(scores):
-    assert weights_of(Everyone(), scores).tolist() == pytest.approx([1 / len(scores)] * len(scores))
+    assert weights_of(All(), scores).tolist() == pytest.approx([1 / len(scores)] * len(scores))
 
 
 @settings(max_examples=40, deadline=None)
@@ -52,7 +51,7 @@ def test_weights_sum_to_one_and_only_the_largest_scores_have_some(scores, k, wei
     assert set(weights.nonzero().flatten().tolist()) == set(reference.top_k(scores, k))
 
 
-@pytest.mark.parametrize("select", [TopK(k=2), TopK(k=2, weighting="softmax"), Everyone()])
+@pytest.mark.parametrize("select", [TopK(k=2), TopK(k=2, weighting="softmax"), All()])
 def test_leading_axes_are_tokens_of_their_own(select):
     scores = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(0))
     together = select(scores)
@@ -104,7 +103,7 @@ def test_the_weighting_has_to_be_a_known_one():
         TopK(k=1, weighting="equal")
 
 
-@pytest.mark.parametrize("select", [TopK(k=2), TopK(k=3, weighting="softmax", temperature=0.5), Everyone()], ids=str)
+@pytest.mark.parametrize("select", [TopK(k=2), TopK(k=3, weighting="softmax", temperature=0.5), All()], ids=str)
 def test_weights_are_those_of_a_library_of_the_allowed_alone(select):
     scores_TE = torch.rand(32, 5, generator=torch.Generator().manual_seed(0))
     allowed_TE = torch.tensor([[bool(n >> e & 1) for e in range(5)] for n in range(32)])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from spectr.benchmark.report import Outcome, benchmark
+from spectr.benchmark.comparison import Outcome, benchmark
 from spectr.benchmark.subjects import PEERS, alike, check_peers, get_peer
 from spectr.benchmark.synthetic import check_count, write_lookalikes
 from spectr.errors import SpectrError

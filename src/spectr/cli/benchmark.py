@@ -74,7 +74,7 @@ def benchmark(
 
 
 def _show(outcome: Outcome, rounds: int, *, explain: bool) -> None:
-    from spectr.benchmark.report import COLUMNS
+    from spectr.benchmark.comparison import COLUMNS
 
     table = Table(*COLUMNS)
     for row in outcome.rows:

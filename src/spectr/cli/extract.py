@@ -69,8 +69,7 @@ def extract(
 
     [dim]spectr extract ./fine-tuned --base ./base --rank 16 --out runs/expert --png energy.png[/]
     """
-    from spectr.extraction import Extraction
-    from spectr.extraction import extract as run
+    from spectr.extraction import Extraction, extract as run
 
     settings = Extraction(
         rank=rank,
@@ -109,8 +108,7 @@ def rerank(
 
     [dim]spectr rerank sst2 --rank 4 --out runs/small[/]
     """
-    from spectr.extraction import Truncation
-    from spectr.extraction import rerank as run
+    from spectr.extraction import Truncation, rerank as run
 
     truncation = Truncation(rank=rank, energy=energy, max_rank=max_rank)
     draw = _pictures(png, svg)

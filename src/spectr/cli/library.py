@@ -54,7 +54,7 @@ def add(
     store = LibraryStore(library)
     entry = store.add(name, adapter, replace=replace)
     out.print(f"added {entry.name}: {_ranks(entry)}, {entry.modules} modules, {entry.parameters:,} parameters")
-    for other in store.twins(entry):
+    for other in store.duplicates(entry):
         say(f"'{other}' has the same files: routers for tokens count them twice")
     other = any_entry(store.root, but=entry.name)
     if other and other.base_model != entry.base_model:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spectr.library.needs import Need, OneExpert
 from spectr.routers.base import Router
-from spectr.selection import Everyone
+from spectr.selection import All
 from spectr.spectral import AlignedExpert, Share, SideData, Stack, State
 
 
@@ -28,9 +28,9 @@ class Oracle(Router):
     expert: str
 
     @property
-    def selection(self) -> Everyone:
+    def selection(self) -> All:
         """See :class:`Router`."""
-        return Everyone()
+        return All()
 
     @property
     def needs(self) -> tuple[Need, ...]:

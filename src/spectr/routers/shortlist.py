@@ -14,7 +14,7 @@ from spectr.library.needs import GATED, Indexed, Need, OneExpert
 from spectr.routers.base import GuidedRouter, PagedRouter, PromptRouter, Router
 from spectr.routers.calibrated import Calibrated, soft_vote, vote_bounds
 from spectr.routers.use import HoldWeights, KeepShortlist, Use
-from spectr.selection import Everyone
+from spectr.selection import All
 from spectr.spectral import AlignedExpert, InputState, Share, SideData, Stack, State
 
 
@@ -96,9 +96,9 @@ class Shortlist(PagedRouter):
             )
 
     @property
-    def selection(self) -> Everyone:
+    def selection(self) -> All:
         """See :class:`Router`: all on the list are held."""
-        return Everyone()
+        return All()
 
     @property
     def needs(self) -> tuple[Need, ...]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spectr.routers.base import LengthRouter, Lengths
 from spectr.routers.settings import check_settings, first_rows
-from spectr.selection import Everyone
+from spectr.selection import All
 from spectr.spectral import AlignedExpert, InputState, Share, SideData, State
 
 
@@ -32,9 +32,9 @@ class Uniform(LengthRouter):
         check_settings(self)
 
     @property
-    def selection(self) -> Everyone:
+    def selection(self) -> All:
         """See :class:`Router`."""
-        return Everyone()
+        return All()
 
     def init_expert(self, expert: AlignedExpert, side: SideData) -> Share:
         """See :class:`Router`."""
