@@ -55,8 +55,6 @@ class TransformersEngine:
         SpectrError: The installed transformers is not one that this was tested with.
     """
 
-    name = "transformers"
-
     def __init__(
         self,
         composed: Several,
