@@ -26,7 +26,7 @@ def installed(tmp_path, monkeypatch) -> Path:
     site = tmp_path / "site"
     facts = site / "theirs-1.0.dist-info"
     facts.mkdir(parents=True)
-    shutil.copy(Path(__file__).parents[1] / "other_package" / "theirs.py", site)
+    shutil.copy(Path(__file__).parents[1] / "helpers" / "theirs.py", site)
     (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
     (facts / "entry_points.txt").write_text("".join(f"[{group}]\n{point}\n" for group, point in POINTS.items()))
     monkeypatch.syspath_prepend(site)
