@@ -96,10 +96,7 @@ def explain(model: nn.Module) -> list[str]:
     found: Counter[str] = Counter()
     for layer in model.modules():
         if isinstance(layer, RoutedLinear):
-            factors = layer.factors
-            if factors is not None and factors.plan is None:  # of prompts' fixed weights
-                factors = layer.subset(layer.experts[:1])
-            plan = None if factors is None else factors.plan
+            plan = None if layer.factors is None else layer.factors.plan
             found["no expert is in memory" if plan is None else plan.summary] += 1
     return [f"{count} layers: {why}" for why, count in found.most_common()]
 

@@ -120,17 +120,11 @@ def rerank(
 
 def _base(base: str | None) -> tuple[str | Path, str]:
     """Where the base is, and what the expert calls it."""
-    from spectr.models import HUB_ID
-
-    if base is not None and base != HUB_ID:
-        return base, base
     try:
         from spectr.models import HUB_ID, fetch_default_model
-    except MissingExtraError:
-        raise
     except ImportError as error:
         raise MissingExtraError("extracting experts", "models") from error
-    return fetch_default_model(say), HUB_ID
+    return (fetch_default_model(say), HUB_ID) if base in (None, HUB_ID) else (base, base)
 
 
 def _expert(name: str, library: Path | None) -> Expert:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -19,6 +19,12 @@ from spectr.selection import TopK, Weighting
 from spectr.spectral import AlignedExpert, InputState, Share, SideData, State, segment_norms
 
 _USES: dict[str, Use | None] = {"prompt": HoldWeights(), "token": None, "prior": InformScores()}
+
+
+class Centers(NamedTuple):
+    """``A*_t m / c_t`` of each expert, one after the other."""
+
+    centers_P: Float[Tensor, " P"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,18 +96,17 @@ class Calibrated(LengthRouter, ProbingRouter):
         assert side.mean_I is not None
         share, rms = Share.spectral(expert.aligned), side.rms or 1.0
         A = share.A / rms
-        return Share(A, share.B * rms, center=A @ side.mean_I)
+        return Share(A, share.B * rms, own=Centers(A @ side.mean_I))
 
     def scores(
         self, state: State, x_TI: Float[Tensor, "*T I"], h_TP: Float[Tensor, "*T P"], allowed_TE: Tensor | None
     ) -> Float[Tensor, "*T E"]:
         """See :class:`Router`: ``||A*_t (x - m)|| / c_t``."""
-        assert state.centers_P is not None
-        return segment_norms(h_TP - state.centers_P, state)
+        return segment_norms(h_TP - state.own.centers_P, state)
 
     def lengths(self, state: InputState) -> Lengths:
         """See :class:`LengthRouter`."""
-        return Lengths(state.A_PI, state.centers_P)
+        return Lengths(state.A_PI, state.own.centers_P)
 
     def evidence(self, scores_TE: Float[Tensor, "*T E"]) -> Float[Tensor, "*T E"]:
         """See :class:`ProbingRouter`: the soft vote, times the number of experts."""

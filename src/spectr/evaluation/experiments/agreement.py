@@ -95,9 +95,9 @@ def _agreeing(setup: ExperimentSetup, router: Router, check: Check) -> dict[str,
 
 
 def _shortlisted(layer: RoutedLinear, x: Tensor, sizes: list[int]) -> dict[str, Tensor]:
-    assert layer.prototypes_EI is not None
+    assert layer.factors is not None
     first_T1 = layer.route(x).scores_TE.argmax(-1, keepdim=True)
-    order_TE = linear(x, layer.prototypes_EI).abs().argsort(dim=-1, descending=True)
+    order_TE = linear(x, layer.factors.own.prototypes_EI).abs().argsort(dim=-1, descending=True)
     return {str(size): (order_TE[..., :size] == first_T1).any(-1) for size in sizes}
 
 

@@ -116,7 +116,7 @@ def _formula(layer: RoutedLinear, call: LayerCall) -> int:
         return round(2 * (count * layer.in_features + chosen))
     if call.fixed is not None:
         return 2 * (factors.A_PI.numel() + factors.B_OP.numel())
-    prototypes = 0 if factors.prototypes_EI is None else factors.prototypes_EI.numel()
+    prototypes = sum(own.numel() for own in factors.own if own.ndim == 2)
     sums = 2 if "h" in layer.router.reads else 1  # by expert: lengths of h, where these are the scores, and outputs
     summing = 0 if factors.common_rank else sums * len(factors.A_PI) * len(factors.experts)
     gathers = factors.rows_ER is not None
