@@ -56,6 +56,7 @@ MODULES = {
     "spectr.serving.suspicion": "spectr.serving.outliers",
     "spectr.spectral.basis": "spectr.spectral.align",
     "spectr.tasks.chosen": "spectr.tasks.sources",
+    "spectr.training.checkpoint": "spectr.training.fit",
     "spectr.training.interrupt": "spectr.training.fit",
     "spectr.training.report": "spectr.training.publish",
     "spectr.vllm.deciding": "spectr.vllm.prompt_decisions",

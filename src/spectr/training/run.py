@@ -21,9 +21,8 @@ from spectr.folders import check_new_folder
 from spectr.hashing import json_sha256
 from spectr.layers import features
 from spectr.tasks import Example
-from spectr.training.checkpoint import read_facts
 from spectr.training.data import Encoded, count_steps, encode
-from spectr.training.fit import Progress, fit, trainable
+from spectr.training.fit import Progress, fit, read_facts, trainable
 from spectr.training.publish import Report, publish
 from spectr.training.settings import TrainingSettings
 
