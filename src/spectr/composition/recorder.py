@@ -12,7 +12,7 @@ from spectr.layers.batch_routing import LayerCall
 from spectr.layers.routed import RoutedLinear
 
 
-class Look(NamedTuple):
+class TokenRouting(NamedTuple):
     """What was decided for one token.
 
     Attributes:
@@ -47,14 +47,14 @@ class Watch:
             self._held[number] = call.shown.experts
             self._found[number] = _explain(layer, x, call, self._rows)
 
-    def looks(self) -> list[Look]:
+    def routings(self) -> list[TokenRouting]:
         """What was decided for each of the tokens."""
-        return looks_of(self._held, self._found, len(self._rows), self._in_full)
+        return token_routings(self._held, self._found, len(self._rows), self._in_full)
 
 
-def looks_of(
+def token_routings(
     experts: Sequence[tuple[str, ...]], found: Mapping[int, tuple[Tensor, Tensor]], tokens: int, in_full: bool
-) -> list[Look]:
+) -> list[TokenRouting]:
     """What layers decided, token by token.
 
     Args:
@@ -64,7 +64,7 @@ def looks_of(
         in_full: Whether each layer's decision is wanted, or shares alone.
     """
     rows = _gathered(found)
-    return [_look(experts, rows, token, in_full) for token in range(tokens)]
+    return [_token_routing(experts, rows, token, in_full) for token in range(tokens)]
 
 
 _Rows = Mapping[int, tuple[list[list[float]], list[list[float]]]]
@@ -82,7 +82,7 @@ def _gathered(found: Mapping[int, tuple[Tensor, Tensor]]) -> _Rows:
     return rows
 
 
-def _look(experts: Sequence[tuple[str, ...]], rows: _Rows, token: int, in_full: bool) -> Look:
+def _token_routing(experts: Sequence[tuple[str, ...]], rows: _Rows, token: int, in_full: bool) -> TokenRouting:
     totals: dict[str, float] = {}
     layers: list[Mapping[str, tuple[float, float]]] = []
     for number, names in enumerate(experts):
@@ -91,7 +91,9 @@ def _look(experts: Sequence[tuple[str, ...]], rows: _Rows, token: int, in_full: 
         layers.append(chosen)
         for name, (weight, _) in chosen.items():
             totals[name] = totals.get(name, 0.0) + weight
-    return Look({name: total / len(experts) for name, total in totals.items()}, tuple(layers) if in_full else ())
+    return TokenRouting(
+        {name: total / len(experts) for name, total in totals.items()}, tuple(layers) if in_full else ()
+    )
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spectr.composition.recorder import Look, looks_of
+from spectr.composition.recorder import TokenRouting, token_routings
 from spectr.vllm.requests import Asked
 from spectr.vllm.worker_state import Session
 
@@ -73,13 +73,13 @@ class Reporter:
                 }
             )
 
-    def _looks(self, rows: Mapping[int, Asked]) -> list[Look]:
+    def _looks(self, rows: Mapping[int, Asked]) -> list[TokenRouting]:
         """What was chosen for the sampled tokens of some of the batch's requests."""
         kept = [pair for layer in self.session.layers.values() for pair in layer.recorded(list(rows))]
         in_full = any(options.routing == "layers" for options in rows.values())
-        return looks_of(self._experts, dict(enumerate(kept)), len(rows), in_full)
+        return token_routings(self._experts, dict(enumerate(kept)), len(rows), in_full)
 
-    def _in_numbers(self, look: Look, by_layer: bool) -> dict[str, Any]:
+    def _in_numbers(self, look: TokenRouting, by_layer: bool) -> dict[str, Any]:
         """A report's routing: experts by their numbers, the largest weight first."""
 
         def ordered(chosen: Mapping[str, Sequence[float]]) -> list[list[float]]:
