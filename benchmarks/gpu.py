@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 from spectr import ExpertLibrary, Spectr
 from spectr.adapters.write import write_adapter
 from spectr.benchmark import PEERS, Subject
+from spectr.benchmark.comparison import limit
 from spectr.benchmark.measure import Timing, Work, measure
-from spectr.benchmark.report import limit
 from spectr.benchmark.subjects import BASE, OURS, ours
 from spectr.layers import RoutedLinear
 from spectr.spectral import Share, Stack

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from spectr.paging.expert_cache import Shares, Shelf
+from spectr.paging.expert_cache import ExpertCache, Shares
 from spectr.paging.policies import Policy
 from spectr.spectral import Share
 from workload import Workload
@@ -38,7 +38,7 @@ def simulate(workload: Workload, policy: Policy, *, room: int, prompts: int, loa
         prompts: Number of prompts; the first half warms the cache.
         load_ms: Time in milliseconds to read one expert.
     """
-    shelf = Shelf(lambda _: _ONE, room * _SIZE, policy)
+    shelf = ExpertCache(lambda _: _ONE, room * _SIZE, policy)
     warm_hits = warm_misses = 0
     for number, (expert, context_D) in enumerate(workload.prompts(prompts)):
         if number == prompts // 2:

@@ -11,15 +11,17 @@ from spectr.lazy import lazy
 from spectr.renamed import install
 
 if TYPE_CHECKING:
-    from spectr import evaluation as evaluation
-    from spectr import extraction as extraction
-    from spectr import guidance as guidance
-    from spectr import merging as merging
-    from spectr import models as models
-    from spectr import paging as paging
-    from spectr import plots as plots
-    from spectr import tasks as tasks
-    from spectr import training as training
+    from spectr import (
+        evaluation as evaluation,
+        extraction as extraction,
+        guidance as guidance,
+        merging as merging,
+        models as models,
+        paging as paging,
+        plots as plots,
+        tasks as tasks,
+        training as training,
+    )
     from spectr.calibration import calibrate
     from spectr.composed_model import load_composed, save_composed
     from spectr.composition import Routed, compose

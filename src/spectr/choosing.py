@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,12 +126,11 @@ def open_composed(model: str | None) -> Settings | None:
         return None
     try:
         from spectr.composed_model import Settings
-        from spectr.composed_model.load import is_composed
+        from spectr.models.load import composed_config
     except ImportError as error:
         raise MissingExtraError("running a model", "models") from error
-    if not is_composed(model):
-        return None
-    return Settings.of(json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))["quantization_config"])
+    known = composed_config(model)
+    return Settings.of(known) if known else None
 
 
 def check_names(names: Sequence[str]) -> None:

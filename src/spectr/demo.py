@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spectr.composition import compose
 from spectr.layers import trace
 from spectr.library import ExpertLibrary
-from spectr.models import encode_batch, encode_prompt, generate_answers, shared_prefix
+from spectr.models import encode_batch, generate_answers, opening_length
 from spectr.plots.tokens import TokenRouting, token_routing
 from spectr.routers import Router
 from spectr.tasks import Task
@@ -67,7 +67,7 @@ def demonstrate(
             model(**encode_batch(tokenizer, prompts), use_cache=False, logits_to_keep=1)
     finally:
         routed.remove()
-    skip = len(shared_prefix([encode_prompt(tokenizer, prompt) for prompt in ("a", "b")]))
+    skip = opening_length(tokenizer)
     return [
         Demonstration(
             task=task.name,

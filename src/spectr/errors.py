@@ -16,7 +16,7 @@ _SHOWN = 40  # known names that a message lists
 
 
 class SpectrError(ValueError):
-    """A mistake that the user can mend.
+    """A mistake that the user can correct.
 
     Args:
         given: What was found, with the path or name it was found under.
@@ -101,11 +101,18 @@ def raise_together(
 
 
 @contextmanager
-def collecting(problems: list[SpectrError]) -> Iterator[None]:
-    """Append a :class:`SpectrError` of the block to a list, for :func:`raise_together`."""
+def collecting(problems: list[SpectrError], place: str = "") -> Iterator[None]:
+    """Append a :class:`SpectrError` of the block to a list, for :func:`raise_together`.
+
+    Args:
+        problems: The list.
+        place: Comes first in the error's text, such as a row of a file.
+    """
     try:
         yield
     except SpectrError as problem:
+        if place:
+            problem = type(problem)(f"{place}: {problem.given}", expected=problem.expected, do=problem.do)
         problems.append(problem)
 
 
@@ -115,7 +122,7 @@ def range_faults(
     """An error for each value that is not ``right``; ``None`` always is."""
     for name, value in values.items():
         if value is not None and not right(value):
-            yield error(f"{name}={value}", expected=expected)
+            yield error(f"{name}={value!r}", expected=expected)
 
 
 def some_of(names: Sequence[str], shown: int, what: str = "") -> str:
@@ -133,6 +140,6 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def nearest(name: str, known: Iterable[str], *, likeness: float = 0.6) -> str | None:
-    """The known name that looks most like this one; ``None`` where none is as alike, of 1."""
+    """The known name that is most similar to this one; ``None`` where none is as alike, of 1."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=likeness)
     return near[0] if near else None

@@ -19,6 +19,11 @@ def count_flops(run: Callable[[], Any]) -> int:
     return int(counter.get_total_flops())
 
 
+def forward_flops(model: Any, input_ids: torch.Tensor) -> int:
+    """Those of one forward call without a cache, with the logits of the last token alone."""
+    return count_flops(lambda: model(input_ids=input_ids, use_cache=False, logits_to_keep=1))
+
+
 def _bag_flops(weights: tuple[int, int], rows: tuple[int, ...], *_: Any, **__: Any) -> int:
     """A weighted sum of rows, which torch's counter does not know."""
     return 2 * math.prod(rows) * weights[1]

@@ -21,7 +21,7 @@ def lazy(package: str, homes: Mapping[str, str], *, renamed: Mapping[str, str] |
     def find(name: str) -> Any:
         if renamed and name in renamed:
             warnings.warn(f"{package}.{name} is now {package}.{renamed[name]}", DeprecationWarning, stacklevel=2)
-            return find(renamed[name])
+            return getattr(sys.modules[package], renamed[name])
         if name not in homes:
             raise AttributeError(f"module '{package}' has no attribute '{name}'")
         home = import_module(f"{package}.{homes[name] or name}")

@@ -18,15 +18,20 @@ from spectr.errors import CompositionError
 T = TypeVar("T")
 
 MODULES = {
+    "spectr.adapters.keys": "spectr.adapters.read",
+    "spectr.adapters.source": "spectr.adapters.read",
+    "spectr.benchmark.report": "spectr.benchmark.comparison",
     "spectr.cli.opened": "spectr.cli.model_loading",
     "spectr.composed": "spectr.composed_model",
     "spectr.composition.readers": "spectr.composition.subset_probes",
     "spectr.composition.watching": "spectr.composition.recorder",
     "spectr.evaluation.answers": "spectr.evaluation.score",
-    "spectr.evaluation.experiments.compared": "spectr.evaluation.experiments.base",
+    "spectr.evaluation.experiments.base": "spectr.evaluation.experiments.setup",
+    "spectr.evaluation.experiments.compared": "spectr.evaluation.experiments.setup",
     "spectr.evaluation.finding": "spectr.evaluation.expert_recall",
     "spectr.evaluation.shares": "spectr.evaluation.paired_statistics",
     "spectr.evaluation.similarity": "spectr.evaluation.experiments.similarity",
+    "spectr.extraction.report": "spectr.extraction.outcome",
     "spectr.layers.certain": "spectr.prompts.bounds",
     "spectr.layers.grouped": "spectr.ops.grouped",
     "spectr.layers.kernels": "spectr.ops",
@@ -36,6 +41,7 @@ MODULES = {
     "spectr.layers.outputs": "spectr.ops.outputs",
     "spectr.layers.probe": "spectr.prompts.probe",
     "spectr.layers.prompt": "spectr.prompts.decision",
+    "spectr.merging.base": "spectr.merging.into_base",
     "spectr.merging.registry": "spectr.merging.method",
     "spectr.paging.shelf": "spectr.paging.expert_cache",
     "spectr.plots.family": "spectr.plots.figures",
@@ -46,6 +52,9 @@ MODULES = {
     "spectr.serving.faults": "spectr.serving.validation",
     "spectr.serving.stopping": "spectr.serving.shutdown",
     "spectr.serving.suspicion": "spectr.serving.outliers",
+    "spectr.tasks.chosen": "spectr.tasks.sources",
+    "spectr.training.interrupt": "spectr.training.fit",
+    "spectr.training.report": "spectr.training.publish",
     "spectr.vllm.deciding": "spectr.vllm.prompt_decisions",
     "spectr.vllm.hearing": "spectr.vllm.probes",
     "spectr.vllm.recording": "spectr.vllm.routing_records",
@@ -151,15 +160,3 @@ def current_options(make: Any, options: Mapping[str, Any], *, warn: bool = True)
 def _read(owner: Any, *, old: str, new: str) -> Any:
     warnings.warn(f"{type(owner).__name__}.{old} is {new} now", DeprecationWarning, stacklevel=2)
     return getattr(owner, new)
-
-
-def old_attributes(module: str, **names: str) -> Callable[[str], Any]:
-    """What a module has as ``__getattr__``, so that old names of its attributes work, with a warning."""
-
-    def find(name: str) -> Any:
-        if name not in names:
-            raise AttributeError(f"module '{module}' has no attribute '{name}'")
-        warnings.warn(f"{module}.{name} is {names[name]} now", DeprecationWarning, stacklevel=2)
-        return getattr(sys.modules[module], names[name])
-
-    return find

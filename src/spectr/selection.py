@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from spectr.errors import CompositionError
-from spectr.renamed import old_attributes
+from spectr.lazy import lazy
 
 Weighting = Literal["uniform", "softmax"]
 
@@ -100,15 +100,19 @@ def select_among(
 
 def largest(scores_TE: Float[Tensor, "*T E"], k: int) -> tuple[Float[Tensor, "*T K"], Int[Tensor, "*T K"]]:
     """The ``k`` largest scores and their places, of equal ones the first. ``topk`` takes any of these."""
+    if not scores_TE.is_cpu:  # nothing waits for the device
+        sorted_TE, order_TE = scores_TE.sort(dim=-1, descending=True, stable=True)
+        return sorted_TE[..., :k], order_TE[..., :k]
     top_TK, index_TK = scores_TE.topk(k, dim=-1)
     if k == scores_TE.shape[-1]:
         return top_TK, index_TK
     least_T1 = top_TK[..., -1:]
     tied_TE = scores_TE == least_T1
-    if scores_TE.is_cpu and not is_compiling() and int(tied_TE.sum()) <= least_T1.numel():
+    at_hand = type(scores_TE) is Tensor and not is_compiling()
+    if at_hand and int(tied_TE.sum()) <= least_T1.numel():
         return top_TK, index_TK
     room_T1 = k - (scores_TE > least_T1).sum(-1, keepdim=True)
     return scores_TE.masked_fill(tied_TE & (tied_TE.cumsum(-1) > room_T1), -math.inf).topk(k, dim=-1)
 
 
-__getattr__ = old_attributes(__name__, Everyone="All")
+__getattr__ = lazy(__name__, {}, renamed={"Everyone": "All"})

@@ -156,7 +156,7 @@ def test_no_weights(adapter):
     assert_says(
         refusal(adapter),
         given=("expert 'sql'", f"{adapter} has no adapter_model.safetensors"),
-        expected="the weights beside the configuration",
+        expected="the weights next to the configuration",
         do="copy or download the adapter again",
     )
 

@@ -15,6 +15,7 @@ from spectr.benchmark.subjects import BASE, OURS, Subject, check_peers, get_peer
 from spectr.composition.several import twin
 from spectr.errors import CompositionError, LibraryError
 from spectr.flops import count_flops
+from spectr.ops.compiling import find_compiler
 from spectr.spectral import align
 from text_model import make_model, save_experts, save_model
 
@@ -161,9 +162,10 @@ def folders(tmp_path):
 def test_the_command_prints_a_table_and_writes_all_numbers(spectr, folders, tmp_path):
     quick = ("--prompt", 8, "--batch", "1,2", "--steps", 2, "--rounds", 2, "--dtype", "float32", "-r", "spectr")
     code, text, _ = spectr(
-        "benchmark", *folders, *quick, "--experts", 4, "--against", "none", "-o", tmp_path / "x.json"
+        "benchmark", *folders, *quick, "--experts", 4, "--against", "none", "--explain", "-o", tmp_path / "x.json"
     )
     assert code == 0
+    assert f"layers: {'C for cpu: top 4 of 4 by lengths' if find_compiler() else 'torch: there is no C'}" in text
     assert "4 experts, Spectr(" in text
     assert "decoding, batch 2" in text
     saved = json.loads((tmp_path / "x.json").read_text())

@@ -192,7 +192,7 @@ def test_the_result_of_another_run_is_not_replaced_in_silence(spectr, given, tas
 
 
 def test_where_all_are_alike_their_number_is_given(spectr):
-    from spectr.evaluation.experiments.base import percent
+    from spectr.evaluation.experiments.setup import percent
     from spectr.evaluation.score import Measurement
 
     assert percent(Measurement.of([1.0] * 12)) == "100% of 12"

@@ -10,8 +10,17 @@ import pickle
 import pytest
 import torch
 
-from models import close, greedy, logits, peft_library, peft_model, peft_on_new_transformers, tiny_llama, tokens
-from models import types_unchecked as unchecked
+from models import (
+    close,
+    greedy,
+    logits,
+    peft_library,
+    peft_model,
+    peft_on_new_transformers,
+    tiny_llama,
+    tokens,
+    types_unchecked as unchecked,
+)
 from spectr import Arrow, Oracle, Spectr, Uniform, compose, trace
 
 RANKS = {"ants": 4, "bees": 2, "cats": 8}

@@ -234,20 +234,19 @@ def test_examples_are_dealt_out_among_the_paraphrases(library, tasks, tmp_path):
         reworded={"ants": [EXAMPLES[:4], EXAMPLES[2:6]], "bees": []},
         folder=tmp_path,
     )
-    dealt = bench.dealt().tasks
+    dealt = bench.paraphrased().tasks
     assert set(dealt) == {"ants"}
     assert dealt["ants"][1] == [EXAMPLES[0], EXAMPLES[3], EXAMPLES[2], EXAMPLES[5]]
 
 
 def test_a_changed_expert_is_the_same_update(library, tmp_path):
     """Rank 64 changes nothing, a hundred times the size changes that alone."""
-    from spectr.evaluation.experiments.robustness import _CASES, _changed
+    from spectr.evaluation.experiments.robustness import _CASES, changed_expert
 
     plain = dense_deltas(library["ants"].weights.parent)
     for number, (case, factor) in enumerate(zip(list(_CASES)[:2], (100, 1), strict=True)):
         folder = tmp_path / str(number)
-        folder.mkdir()
-        changed = dense_deltas(_changed(library, "ants", folder, _CASES[case]))
+        changed = dense_deltas(changed_expert(library, "ants", folder, _CASES[case]))
         for module, delta in plain.items():
             close(changed[module], factor * delta, 1e-4)
 
@@ -267,7 +266,7 @@ def test_records_name_the_router_by_its_config_and_older_ones_are_read(library, 
         return {path.name: path.read_text() for path in (folder / "records").iterdir()}
 
     with monkeypatch.context() as older:
-        older.setattr("spectr.evaluation.experiments.base._written", str)
+        older.setattr("spectr.evaluation.experiments.setup._written", str)
         before = run(tmp_path / "old")
     assert run(tmp_path / "old") == before  # nothing was scored or looked for again
     origins = []

@@ -75,7 +75,7 @@ def test_what_is_left_out_is_said(spectr, tmp_path):
     [
         ((), "neither a rank nor a share of energy"),
         (("--rank", 2, "--energy", 0.5), "both a rank"),
-        (("--rank", 2, "--method", "fast"), "method=fast"),
+        (("--rank", 2, "--method", "fast"), "method='fast'"),
         (("--rank", 2, "--png", "energy.jpg"), "does not end in .png"),
         (("--rank", 2, "--svg", "energy.png"), "does not end in .svg"),
         (("--rank", 2, "--max-memory", 1e-6), "--max-memory"),

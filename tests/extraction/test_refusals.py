@@ -233,7 +233,7 @@ def test_settings_of_the_truncation(given, says):
 def test_settings_are_judged_together():
     with pytest.raises(ExtractionError) as caught:
         Extraction(rank=-1, method="fast", dtype="int8", seed=-1, oversampling=-1, power_iterations=-1, max_memory=0)
-    for part in ("rank=-1", "method=fast", "dtype=int8", "seed=-1", "oversampling=-1", "max_memory"):
+    for part in ("rank=-1", "method='fast'", "dtype='int8'", "seed=-1", "oversampling=-1", "max_memory"):
         assert part in str(caught.value)
     assert "auto or exact or randomised" in str(caught.value)
 

@@ -118,5 +118,5 @@ def test_what_would_not_get_smaller_is_refused(adapters, tmp_path, asked, says):
 
 
 def test_other_dtypes_are_refused(adapters, tmp_path):
-    with pytest.raises(ExtractionError, match="dtype=int8"):
+    with pytest.raises(ExtractionError, match="dtype='int8'"):
         rerank(read_adapter(adapters / "plain", "plain"), tmp_path / "small", Truncation(rank=1), dtype="int8")

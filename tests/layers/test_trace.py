@@ -61,7 +61,7 @@ def test_scores_and_weights_are_those_that_are_computed(library, router, name):
     if isinstance(router, Spectr):
         scores = torch.stack([(x @ part.A.T).norm(dim=-1) for part in parts.values()], dim=-1)
     elif isinstance(router, Arrow):
-        scores = torch.stack([(x @ part.prototype).abs() for part in parts.values()], dim=-1)
+        scores = torch.stack([(x @ part.own.prototypes_EI[0]).abs() for part in parts.values()], dim=-1)
     else:
         scores = torch.ones(2, 6, 3)
     torch.testing.assert_close(record[name].scores, scores, rtol=1e-5, atol=1e-5)

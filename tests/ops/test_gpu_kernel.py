@@ -8,8 +8,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from test_kernels import INPUTS, TOLERANCE, clear, layer_of
 
 from holding import holding

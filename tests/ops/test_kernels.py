@@ -6,8 +6,7 @@ import subprocess
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from compiled import needs_a_compiler
@@ -17,6 +16,7 @@ from spectr import Calibrated, Spectr
 from spectr.flops import count_flops
 from spectr.layers import RoutedLinear
 from spectr.ops import Offer, backend_for, compiling, cpu, report_once
+from spectr.routers.calibrated import Centers
 from spectr.spectral import Share, Stack
 
 INPUTS, OUTPUTS = 24, 20
@@ -37,7 +37,7 @@ def layer_of(router, experts, rank, dtype, seed, *, centers=False, inputs=INPUTS
         f"e{number:02}": Share(
             torch.randn(rank, inputs, generator=chance),
             torch.randn(OUTPUTS, rank, generator=chance),
-            center=torch.randn(rank, generator=chance) if centers else None,
+            own=Centers(torch.randn(rank, generator=chance)) if centers else (),
         ).to(torch.device("cpu"), dtype)
         for number in range(experts)
     }

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from compiled import needs_a_compiler
@@ -13,6 +12,7 @@ from holding import holding
 from spectr import Calibrated, Spectr
 from spectr.layers import RoutedLinear
 from spectr.ops.screening import Rough
+from spectr.routers.calibrated import Centers
 from spectr.spectral import Share, Stack
 
 INPUTS, OUTPUTS = 70, 20
@@ -26,7 +26,7 @@ def layer_of(factors, top_k=2, router=None, centers=None):
     """A layer of these experts, each a row of (E, R, I)."""
     parts = {
         f"e{number:03}": Share(
-            A, numbers(OUTPUTS, len(A), seed=number), center=None if centers is None else centers[number]
+            A, numbers(OUTPUTS, len(A), seed=number), () if centers is None else Centers(centers[number])
         )
         for number, A in enumerate(factors)
     }

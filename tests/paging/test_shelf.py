@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from spectr.errors import CompositionError, LibraryError
-from spectr.paging import Lfu, Lru, Polar, Shelf, get_policy
+from spectr.paging import ExpertCache, Lfu, Lru, Polar, get_policy
 from spectr.spectral import Share
 
 SIZE = 4 * (2 * 3 + 5 * 2)  # bytes of one expert
@@ -19,7 +19,7 @@ def share(name):
 
 
 def shelf(room, policy=None):
-    return Shelf(share, room * SIZE, policy or Lru())
+    return ExpertCache(share, room * SIZE, policy or Lru())
 
 
 def test_it_never_holds_more_than_it_may():

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch import Tensor
 
 from models import (
     close,
@@ -128,16 +129,14 @@ def test_in_half_precision_a_routed_layer_equals_the_reference_on_its_rounded_fa
     layer = model.layer
     compose(model, one_layer_library(tmp_path, ranks), router)
     assert {model.layer.A_PI.dtype, model.layer.B_OP.dtype} == {dtype}
-    parts = [
-        type(part)(*(None if f is None else f.double() for f in part)) for part in model.layer.stack().parts().values()
-    ]
+    parts = [part.mapped(Tensor.double) for part in model.layer.stack().parts().values()]
     decision, out_TO = model.layer.route(x_TI), model(x_TI)
     assert decision.scores_TE.dtype == torch.float32
     compared = 0
     for t, x in enumerate(x_TI.double()):
         scores = [float((part.A @ x).norm()) for part in parts]
         if isinstance(router, Arrow):
-            scores = [float((part.prototype @ x).abs()) for part in parts]
+            scores = [float((part.own.prototypes_EI[0] @ x).abs()) for part in parts]
         if isinstance(router, Uniform | Oracle):
             scores = [1.0] * len(parts)
         size = max(scores)

@@ -45,7 +45,7 @@ def answers(address, requests, at_once):
 
 def watch_for_mixed_calls(engine):
     """A list that grows with each call of the model for tokens of several sets."""
-    mixed, parts = [], engine.conductor.parts
+    mixed, parts = [], engine.scheduler.parts
 
     def watched():
         found = parts()
@@ -55,7 +55,7 @@ def watch_for_mixed_calls(engine):
         return found
 
     if engine.batching is not None:
-        engine.conductor.parts = watched
+        engine.scheduler.parts = watched
     return mixed
 
 

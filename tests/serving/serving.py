@@ -16,7 +16,7 @@ from spectr.serving.engines import Step
 from spectr.serving.engines.transformers import TransformersEngine
 from spectr.serving.gateway import Gateway
 from spectr.serving.policy import Policy
-from spectr.serving.settings import Settings
+from spectr.serving.settings import ServerSettings
 from text_model import make_model, make_tokenizer
 
 ALL, CATS, NONE, BASE, ADMIN = (
@@ -46,13 +46,13 @@ def settings(library, expert, **given):
         "model": None,
         "base_name": "tiny",
         "dtype": "float32",
-        "served": "spectr",
+        "served_name": "spectr",
         "policy_file": None,
         "host": "127.0.0.1",
         "port": 0,
         "count": True,
     }
-    return Settings(library=library, experts=(expert,), **{**plain, **given})
+    return ServerSettings(library=library, experts=(expert,), **{**plain, **given})
 
 
 def several(library, routers, names=None):

@@ -225,7 +225,7 @@ def test_health_is_the_applications_and_needs_no_key(ask, inner):
 
 def test_the_composed_model_cannot_have_the_base_models_name(inner, engine):
     with pytest.raises(SpectrError, match="base model's own name"):
-        Gateway(inner, engine, served="tiny")
+        Gateway(inner, engine, served_name="tiny")
 
 
 def test_the_page_is_served_without_a_key_and_nothing_beside_it(ask, tmp_path, monkeypatch):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import assume, example, given, settings
-from hypothesis import strategies as st
+from hypothesis import assume, example, given, settings, strategies as st
 
 from models import close
 from spectr.spectral import align, rotate

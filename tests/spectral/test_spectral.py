@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from models import random_factors
 from spectr.spectral import Share, Stack, align, reference
@@ -176,11 +177,18 @@ def test_reference_merges_of_matrices_known_by_heart():
     assert reference.merge_factors(A, B, weights, X).tolist() == [4.0, 8.0]
 
 
+class Own(NamedTuple):
+    """A router's own tensors."""
+
+    prototypes_EI: torch.Tensor
+    centers_P: torch.Tensor
+
+
 def stack_of(ranks):
     parts = {}
     for seed, (name, rank) in enumerate(ranks.items()):
         A, B = random_factors(rank, 6, 5, seed)
-        parts[name] = Share(A, B, A[0], A[:, 1].clone())
+        parts[name] = Share(A, B, Own(A[:1], A[:, 1].clone()))
     return parts, Stack.of(parts)
 
 
@@ -192,8 +200,8 @@ def test_a_stack_holds_its_experts_in_alphabetical_order_one_after_the_other():
     assert stack.common_rank is None
     assert torch.equal(stack.A_PI, torch.cat([parts["ant"].A, parts["bee"].A, parts["zoo"].A]))
     assert torch.equal(stack.B_OP, torch.cat([parts["ant"].B, parts["bee"].B, parts["zoo"].B], dim=1))
-    assert torch.equal(stack.prototypes_EI[2], parts["zoo"].prototype)
-    assert torch.equal(stack.centers_P, torch.cat([parts[name].center for name in ("ant", "bee", "zoo")]))
+    assert torch.equal(stack.own.prototypes_EI[2:], parts["zoo"].own.prototypes_EI)
+    assert torch.equal(stack.own.centers_P, torch.cat([parts[name].own.centers_P for name in ("ant", "bee", "zoo")]))
 
 
 def test_parts_of_a_stack_are_what_it_was_made_of():
@@ -201,5 +209,8 @@ def test_parts_of_a_stack_are_what_it_was_made_of():
     assert stack.common_rank == 2
     assert set(stack.parts()) == set(parts)
     for name, part in stack.parts().items():
-        for mine, given_part in zip(part, parts[name], strict=True):
-            assert (mine is None and given_part is None) or torch.equal(mine, given_part)
+        for mine, given_part in zip(
+            (part.A, part.B, *part.own), (parts[name].A, parts[name].B, *parts[name].own), strict=True
+        ):
+            assert torch.equal(mine, given_part)
+        assert type(part.own) is Own

@@ -1,18 +1,26 @@
 """LoRA adapters as PEFT writes them. All of PEFT's quirks end here."""
 
+from spectr.adapters.config import CONFIG_FILE
 from spectr.adapters.expert import Expert, Factors, FactorShape
 from spectr.adapters.gates import GATES_FILE, has_gates, read_gates, write_gates
-from spectr.adapters.read import read_adapter
-from spectr.adapters.source import locate_adapter
+from spectr.adapters.read import ADAPTER_FILES, WEIGHTS_FILE, locate_adapter, read_adapter
+from spectr.adapters.write import CARD, CARD_DATA, common_settings, write_adapter
 
 __all__ = [
+    "ADAPTER_FILES",
+    "CARD",
+    "CARD_DATA",
+    "CONFIG_FILE",
     "GATES_FILE",
+    "WEIGHTS_FILE",
     "Expert",
     "FactorShape",
     "Factors",
+    "common_settings",
     "has_gates",
     "locate_adapter",
     "read_adapter",
     "read_gates",
+    "write_adapter",
     "write_gates",
 ]

@@ -18,7 +18,7 @@ CONFIG_FILE = "adapter_config.json"
 _REFUSED: dict[str, str] = {
     "use_dora": "DoRA rescales the base weight's columns",
     "lora_bias": "the B matrix has a bias of its own",
-    "modules_to_save": "whole modules were trained beside the factors",
+    "modules_to_save": "whole modules were trained in addition to the factors",
     "target_parameters": "it adapts parameters of fused modules (such as mixture-of-experts weights)",
     "trainable_token_indices": "it trains rows of the embedding",
     "layer_replication": "it duplicates layers of the base model",

@@ -1,4 +1,4 @@
-"""One expert: its factors by module name, read from a memory-mapped file when asked for."""
+"""One expert: its factors by module name, read from a memory-mapped file on use."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Expert:
         Raises:
             AdapterError: As :meth:`open` and ``read`` do.
         """
-        with telling_unreadable(self.weights, self.name):
+        with unreadable_as_error(self.weights, self.name):
             tensors = load(self.weights.read_bytes())
 
         def stack(keys: Sequence[str]) -> Tensor:
@@ -134,12 +134,12 @@ def open_safetensors(path: Path, name: str):
     Raises:
         AdapterError: The file is missing, cut short or corrupt.
     """
-    with telling_unreadable(path, name):
+    with unreadable_as_error(path, name):
         return safe_open(path, framework="pt")
 
 
 @contextmanager
-def telling_unreadable(path: Path, name: str) -> Iterator[None]:
+def unreadable_as_error(path: Path, name: str) -> Iterator[None]:
     """Raise what goes wrong with a safetensors file as :class:`AdapterError`."""
     try:
         yield

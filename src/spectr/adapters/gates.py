@@ -1,4 +1,4 @@
-"""PHATGOOSE gates beside an adapter: one vector for each module, in one safetensors file."""
+"""PHATGOOSE gates next to an adapter: one vector for each module, in one safetensors file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from spectr.adapters.expert import Expert
 from spectr.atomic_write import save_readable
-from spectr.errors import AdapterError
+from spectr.errors import AdapterError, some_of
 
 GATES_FILE = "gates.safetensors"
 _FORMAT = "1"
@@ -41,13 +41,12 @@ def read_gates(expert: Expert) -> dict[str, Float[Tensor, " I"]]:
         if module in found and (found[module].shape != (shape.inputs,) or not torch.isfinite(found[module]).all())
     ]
     if wrong:
-        rest = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise _damaged(expert, f"{path} does not fit the adapter in {', '.join(wrong[:3])}{rest}")
+        raise _damaged(expert, f"{path} does not fit the adapter in {some_of(wrong, 3)}")
     return found
 
 
 def has_gates(expert: Expert) -> bool:
-    """Whether gates lie beside the expert's weights."""
+    """Whether gates are next to the expert's weights."""
     return (expert.weights.parent / GATES_FILE).is_file()
 
 

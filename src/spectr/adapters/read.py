@@ -1,18 +1,33 @@
-"""Reading an adapter folder into an :class:`Expert`, with everything checked that a file by itself can show."""
+"""Adapters here or on the Hub, read into an :class:`Expert`, with everything checked that a file can show."""
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
-from spectr.adapters.config import AdapterConfig, read_config
+from spectr.adapters.config import CONFIG_FILE, AdapterConfig, read_config
 from spectr.adapters.expert import Expert, FactorShape, open_safetensors
-from spectr.adapters.keys import pair_keys
-from spectr.adapters.source import locate_adapter
+from spectr.adapters.gates import GATES_FILE
 from spectr.errors import AdapterError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
+
+
+# "base_model.model.<module>.lora_A.weight"; files written by hand may name the adapter: "...lora_A.default.weight".
+_FACTOR = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight$")
+_STRANGERS = (
+    ("lora_magnitude_vector", "a DoRA magnitude"),
+    ("lora_embedding_", "factors of an embedding"),
+    ("modules_to_save", "a whole trained module"),
+    (".lora_B.bias", "a bias of the B matrix"),
+    ("token_adapter", "trained rows of an embedding"),
+)
+_HUB_ID = re.compile(r"^(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<subfolder>[\w./-]+?))?(?:@(?P<revision>[\w./-]+))?$")
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, "README.md", "expert.json", GATES_FILE)  # all that belongs to one
 
 
 def read_adapter(source: str | Path, name: str, *, check_values: bool = True) -> Expert:
@@ -33,7 +48,7 @@ def read_adapter(source: str | Path, name: str, *, check_values: bool = True) ->
         raise _no_weights(folder, name)
     with open_safetensors(weights, name) as file:
         keys = list(file.keys())
-        pairs, faults = pair_keys(keys)
+        pairs, faults = _pair_keys(keys)
         slices = {key: file.get_slice(key) for key in keys}
         shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
         faults += [f"{k} has dtype {part.get_dtype()}" for k, part in slices.items() if part.get_dtype() not in _FLOATS]
@@ -97,6 +112,68 @@ def _no_weights(folder: Path, name: str) -> AdapterError:
         )
     return AdapterError(
         f"expert '{name}': {folder} has no {WEIGHTS_FILE}",
-        expected="the weights beside the configuration",
+        expected="the weights next to the configuration",
         do="copy or download the adapter again",
     )
+
+
+def _pair_keys(keys: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Sort tensor names into ``{module: {"A": key, "B": key}}`` and a list of faults."""
+    pairs: dict[str, dict[str, str]] = {}
+    faults: list[str] = []
+    ordered = sorted(keys)
+    together = "\n".join(ordered)
+    strangers = [(mark, what) for mark, what in _STRANGERS if mark in together]
+    for key in ordered:
+        stranger = next((what for mark, what in strangers if mark in key), None)
+        match = _FACTOR.match(key)
+        if stranger or not match:
+            faults.append(f"{key} is {stranger or 'not a LoRA factor'}")
+        else:
+            sides = pairs.setdefault(match["module"], {})
+            if match["side"] in sides:
+                faults.append(
+                    f"{match['module']} has more than one factor {match['side']} (several adapters in one file)"
+                )
+            sides[match["side"]] = key
+    faults += [f"{module} has only one factor" for module, sides in pairs.items() if len(sides) < 2]
+    return pairs, faults
+
+
+def locate_adapter(source: str | Path, name: str) -> Path:
+    """The folder of an adapter, downloaded first where ``source`` is a Hub id.
+
+    Raises:
+        AdapterError: There is no such folder, and no such repository that can be reached.
+    """
+    folder = Path(os.path.expanduser(source))
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise AdapterError(
+            f"expert '{name}': {source} is a file", expected="a folder with adapter_config.json", do="give its folder"
+        )
+    match = _HUB_ID.match(str(source))
+    if not match or folder.is_absolute() or str(source).startswith("."):
+        raise AdapterError(
+            f"expert '{name}': there is no folder {source}",
+            expected="a folder with adapter_config.json, or a Hub id like org/repo",
+            do="check the path",
+        )
+    return _from_hub(name, **match.groupdict())
+
+
+def _from_hub(name: str, repo: str, subfolder: str | None, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    inside = f"{subfolder}/" if subfolder else ""
+    try:
+        root = snapshot_download(repo, revision=revision, allow_patterns=[inside + file for file in ADAPTER_FILES])
+    except Exception as error:  # the client raises its own, httpx's and OS errors
+        raise AdapterError(
+            f"expert '{name}': '{repo}{inside and '/' + inside}' is no folder here, and the Hub did not give it: "
+            f"{type(error).__name__}",
+            expected="an existing folder, or a Hub id that this machine can reach",
+            do="check the name, the network, and whether the repository needs a login (hf auth login)",
+        ) from error
+    return Path(root) / (subfolder or "")

@@ -17,6 +17,7 @@ from spectr.adapters.expert import Expert
 from spectr.adapters.read import WEIGHTS_FILE
 from spectr.atomic_write import save_readable
 
+CARD, CARD_DATA = "README.md", "expert.json"  # for people, and for programs
 Pair = tuple[Float[Tensor, "outputs rank"], Float[Tensor, "rank inputs"]]
 
 

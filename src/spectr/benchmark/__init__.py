@@ -1,7 +1,7 @@
 """What routing costs on a user's own model and library: time and memory next to PEFT, in one interleaved run."""
 
+from spectr.benchmark.comparison import Outcome, benchmark
 from spectr.benchmark.measure import Timing, measure
-from spectr.benchmark.report import Outcome, benchmark
 from spectr.benchmark.subjects import PEERS, Subject
 from spectr.benchmark.synthetic import write_lookalikes
 

@@ -79,7 +79,7 @@ def measure(
         subjects: Causal models of transformers, all of one architecture.
         works: What each of them does.
         rounds: How often; one more comes first and is not counted, and one under the memory profiler.
-        progress: Is told (done, total, what).
+        progress: Receives (done, total, what).
 
     Returns:
         A timing for each (model's name, work's name).
@@ -87,7 +87,8 @@ def measure(
     found: dict[tuple[str, str], list[float]] = {}
     peaks: dict[tuple[str, str], int] = {}
     decoded = [work for work in works if work.steps]
-    filled = {work.name: _filled(subjects[0].model, work) for work in decoded}
+    first = subjects[0].model
+    filled = {work.name: _read(first, _ids(first, work), growing_cache(first)).past_key_values for work in decoded}
     caches = {
         (subject.name, work.name): _taken(filled[work.name], subject, work) for subject in subjects for work in decoded
     }
@@ -161,11 +162,6 @@ def _ids(model: nn.Module, work: Work) -> Tensor:
     chance = torch.Generator().manual_seed(work.prompt * 1000 + work.batch)
     ids = torch.randint(words, (work.batch, work.prompt), generator=chance)
     return ids.to(next(model.parameters()).device)
-
-
-def _filled(model: nn.Module, work: Work) -> Cache:
-    """What a model knows of a work's prompt."""
-    return _read(model, _ids(model, work), growing_cache(model)).past_key_values
 
 
 def _taken(cache: Cache, subject: Subject, work: Work) -> Cache:

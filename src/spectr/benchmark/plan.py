@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from spectr.benchmark.report import Outcome, benchmark
+from spectr.benchmark.comparison import Outcome, benchmark
 from spectr.benchmark.subjects import PEERS, alike, check_peers, get_peer
 from spectr.benchmark.synthetic import check_count, write_lookalikes
 from spectr.errors import SpectrError
@@ -23,7 +23,7 @@ Progress = Callable[[str, int, int, str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One benchmark.
+    """One benchmark, whose parts are checked against each other.
 
     Attributes:
         library: The experts.
@@ -34,18 +34,30 @@ class Plan:
         batches: Rows that are decoded together.
         steps: Tokens that are decoded in a round.
         rounds: How often each is timed.
-        remarks: What was left out, and why.
+
+    Raises:
+        SpectrError: A peer cannot hold the experts, the router cannot be timed, or the library cannot have this size.
     """
 
     library: ExpertLibrary
     router: Router
     peers: Sequence[str]
-    experts: int | None
-    prompt: int
-    batches: Sequence[int]
-    steps: int
-    rounds: int
-    remarks: Sequence[str] = ()
+    experts: int | None = None
+    prompt: int = 256
+    batches: Sequence[int] = (1, 16)
+    steps: int = 16
+    rounds: int = 7
+
+    def __post_init__(self) -> None:
+        check_peers(self.peers, self.library)
+        if DESCRIBED in self.router.needs:
+            raise SpectrError(f"{self.router} writes text for every prompt", do="time its token router: -r phatgoose")
+        if self.experts is not None:
+            check_count(self.library, self.experts)
+        if (self.experts or 0) > len(self.library) and _needs_measures(self.router):
+            raise SpectrError(
+                "synthetic experts have no calibration and no gates", do="-r spectr, -r arrow, -r lag, -r seqr or -r mu"
+            )
 
 
 def read_peers(against: str | None) -> list[str]:
@@ -61,6 +73,11 @@ def read_peers(against: str | None) -> list[str]:
     return peers
 
 
+def fitting_peers(peers: Sequence[str], library: ExpertLibrary) -> list[str]:
+    """Those of the peers that can hold the experts: PEFT's Arrow takes none that differ in rank or modules."""
+    return [name for name in peers if name != "peft-arrow" or alike(library)]
+
+
 def read_batches(text: str) -> list[int]:
     """Numbers of rows with commas between them.
 
@@ -74,60 +91,6 @@ def read_batches(text: str) -> list[int]:
     if min(batches) < 1:
         raise SpectrError(f"--batch {text}", expected="numbers of at least 1, with commas: 1,16")
     return batches
-
-
-def make_plan(
-    library: ExpertLibrary,
-    router: Router,
-    *,
-    peers: Sequence[str],
-    fitting: bool = False,
-    experts: int | None = None,
-    prompt: int = 256,
-    batches: Sequence[int] = (1, 16),
-    steps: int = 16,
-    rounds: int = 7,
-) -> Plan:
-    """Check a benchmark's parts against each other.
-
-    Args:
-        library: The experts.
-        router: How they are chosen.
-        peers: Of :data:`spectr.benchmark.PEERS`.
-        fitting: Whether a peer that cannot hold the experts is left out, with a remark.
-        experts: See :class:`Plan`.
-        prompt: See :class:`Plan`.
-        batches: See :class:`Plan`.
-        steps: See :class:`Plan`.
-        rounds: See :class:`Plan`.
-
-    Raises:
-        SpectrError: A peer cannot hold the experts, or the router cannot be timed.
-    """
-    remarks = []
-    if fitting and not alike(library):
-        peers = [name for name in peers if name != "peft-arrow"]
-        remarks.append("PEFT's Arrow is left out: it cannot hold experts that differ in rank or modules")
-    check_peers(peers, library)
-    if DESCRIBED in router.needs:
-        raise SpectrError(f"{router} writes text for every prompt", do="time its token router: -r phatgoose")
-    if experts is not None:
-        check_count(library, experts)
-        if experts > len(library) and _needs_measures(router):
-            raise SpectrError(
-                "synthetic experts have no calibration and no gates", do="-r spectr, -r arrow, -r lag, -r seqr or -r mu"
-            )
-    return Plan(
-        library=library,
-        router=router,
-        peers=peers,
-        experts=experts,
-        prompt=prompt,
-        batches=batches,
-        steps=steps,
-        rounds=rounds,
-        remarks=remarks,
-    )
 
 
 def run_plan(plan: Plan, model: nn.Module, progress: Progress = lambda *_: None) -> Outcome:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from torch import nn
 
-from spectr.composition import Guide, Routed, compose
+from spectr.composition import Routed, compose
 from spectr.composition.several import twin
 from spectr.errors import CompositionError, MissingExtraError, did_you_mean
 from spectr.library import ExpertLibrary
@@ -33,11 +32,10 @@ class Subject:
     routed: Routed | None = None
 
 
-def ours(model: nn.Module, library: ExpertLibrary, router: Router, guide: Guide | None = None) -> Subject:
+def ours(model: nn.Module, library: ExpertLibrary, router: Router) -> Subject:
     """The base model composed with the library."""
-    composed = twin(model)
-    routed = compose(composed, library, router, guide=guide)
-    return Subject(name=OURS, model=composed, routed=routed)
+    routed = compose(twin(model), library, router)
+    return Subject(name=OURS, model=routed.model, routed=routed)
 
 
 def peft_single(model: nn.Module, library: ExpertLibrary, top_k: int) -> Subject:
@@ -78,7 +76,7 @@ def get_peer(name: str) -> Callable[[nn.Module, ExpertLibrary, int], Subject]:
     """
     if name not in PEERS:
         raise CompositionError(f"unknown peer '{name}'", do=did_you_mean(name, PEERS))
-    return partial(PEERS[name])
+    return PEERS[name]
 
 
 def check_peers(names: Sequence[str], library: ExpertLibrary) -> None:

@@ -38,7 +38,7 @@ def write_lookalikes(
             goes on.
         count: Experts in all; at least as many as are real.
         seed: Of the random numbers; each expert has its own.
-        progress: Is told (done, total) synthetic experts.
+        progress: Receives (done, total) synthetic experts.
 
     Raises:
         LibraryError: ``count`` is less than the number of real experts, or a synthetic expert's name is taken.

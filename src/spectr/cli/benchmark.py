@@ -14,6 +14,7 @@ from rich.table import Table
 from spectr.cli.console import bar, out, say
 from spectr.cli.options import JsonOption, Routing, check_target, with_options
 from spectr.errors import SpectrError
+from spectr.folders import with_parents
 
 if TYPE_CHECKING:
     from spectr.benchmark import Outcome
@@ -47,24 +48,24 @@ def benchmark(
     [dim]spectr benchmark --experts 64 -r spectr --dtype bfloat16[/]
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    from spectr.benchmark.plan import make_plan, read_batches, read_peers, run_plan
+    from spectr.benchmark.plan import Plan, fitting_peers, read_batches, read_peers, run_plan
 
     check_target(file, ".json")
     peers, batches = read_peers(against), read_batches(batch)
     library, router = routing.experts()
     if routing.allow:
         raise SpectrError("--allow makes no difference here", do="give a library with these experts")
+    if against is None and (fitting := fitting_peers(peers, library)) != peers:
+        say("PEFT's Arrow is left out: it cannot hold experts that differ in rank or modules")
+        peers = fitting
     sizes = {"experts": experts, "prompt": prompt, "batches": batches, "steps": steps, "rounds": rounds}
-    plan = make_plan(library, router, peers=peers, fitting=against is None, **sizes)
-    for remark in plan.remarks:
-        say(remark)
+    plan = Plan(library=library, router=router, peers=peers, **sizes)
     model, _ = routing.base()
     with bar() as advance:
         outcome = run_plan(plan, model, advance)
     text = json.dumps(dataclasses.asdict(outcome), indent=2)
     if file:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text + "\n", encoding="utf-8")
+        with_parents(file).write_text(text + "\n", encoding="utf-8")
         say(f"wrote {file}")
     if as_json:
         out.print(text, highlight=False, markup=False)
@@ -73,7 +74,7 @@ def benchmark(
 
 
 def _show(outcome: Outcome, rounds: int, *, explain: bool) -> None:
-    from spectr.benchmark.report import COLUMNS
+    from spectr.benchmark.comparison import COLUMNS
 
     table = Table(*COLUMNS)
     for row in outcome.rows:

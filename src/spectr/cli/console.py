@@ -10,14 +10,14 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-_WIDE = 200  # columns of a table where nobody looks, so that nothing is cut
+_WIDE = 200  # columns of a table that goes to a file, so that nothing is cut
 
 
 out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else _WIDE)
 errors = Console(stderr=True)
 
 Advance = Callable[[str, int, int, str], None]
-_QUIET_SECONDS = 15.0  # between two lines of one phase, where nobody watches
+_QUIET_SECONDS = 15.0  # between two lines of one phase, outside a terminal
 
 
 def say(message: str) -> None:
@@ -26,12 +26,12 @@ def say(message: str) -> None:
 
 
 @contextmanager
-def resumable() -> Iterator[None]:
-    """Say at Ctrl-C what becomes of the work that was done."""
+def interruptible(remark: Callable[[], str]) -> Iterator[None]:
+    """Print at Ctrl-C what becomes of the work that was done."""
     try:
         yield
     except KeyboardInterrupt:
-        say("stopped; the same command takes what was scored or found until now from the records")
+        say(remark())
         raise
 
 
@@ -57,13 +57,13 @@ def bar() -> Iterator[Advance]:
 
 
 def _lines() -> Advance:
-    told: dict[str, float] = {}
+    shown: dict[str, float] = {}
 
     def advance(phase: str, done: int, total: int, remark: str = "") -> None:
         now = time.monotonic()
-        began = told.setdefault(phase, now)
+        began = shown.setdefault(phase, now)
         if done == total or now - began >= _QUIET_SECONDS:
             say(f"{phase}: {done} of {total}{f' ({remark})' if remark else ''}")
-            told[phase] = now
+            shown[phase] = now
 
     return advance

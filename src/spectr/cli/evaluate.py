@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from spectr.cli.console import bar, out, resumable, say
+from spectr.cli.console import bar, interruptible, out, say
 from spectr.cli.guides import check_writer, guide_maker
 from spectr.cli.model_loading import open_model
 from spectr.cli.options import (
@@ -124,11 +124,15 @@ def evaluate(
     guide = guide_maker(base, tokenizer, request.writer, request.dtype)
     given = {name.replace("_", "-"): value for name, value in vars(request).items() if value != "auto"}
     for name in plan.experiments:
-        with resumable(), bar() as advance:
+        with interruptible(_recorded), bar() as advance:
             result = run_experiment(
                 name, plan, base, tokenizer, folder=folder, seeds=request.seeds, guide=guide, progress=advance
             )
         _keep(result, folder, given, as_json)
+
+
+def _recorded() -> str:
+    return "stopped; the same command takes what was scored or found until now from the records"
 
 
 def _keep(result: Result, folder: Path, given: dict[str, Any], as_json: bool) -> None:

@@ -69,8 +69,7 @@ def extract(
 
     [dim]spectr extract ./fine-tuned --base ./base --rank 16 --out runs/expert --png energy.png[/]
     """
-    from spectr.extraction import Extraction
-    from spectr.extraction import extract as run
+    from spectr.extraction import Extraction, extract as run
 
     settings = Extraction(
         rank=rank,
@@ -109,8 +108,7 @@ def rerank(
 
     [dim]spectr rerank sst2 --rank 4 --out runs/small[/]
     """
-    from spectr.extraction import Truncation
-    from spectr.extraction import rerank as run
+    from spectr.extraction import Truncation, rerank as run
 
     truncation = Truncation(rank=rank, energy=energy, max_rank=max_rank)
     draw = _pictures(png, svg)
@@ -122,17 +120,11 @@ def rerank(
 
 def _base(base: str | None) -> tuple[str | Path, str]:
     """Where the base is, and what the expert calls it."""
-    from spectr.models import HUB_ID
-
-    if base is not None and base != HUB_ID:
-        return base, base
     try:
         from spectr.models import HUB_ID, fetch_default_model
-    except MissingExtraError:
-        raise
     except ImportError as error:
         raise MissingExtraError("extracting experts", "models") from error
-    return fetch_default_model(say), HUB_ID
+    return (fetch_default_model(say), HUB_ID) if base in (None, HUB_ID) else (base, base)
 
 
 def _expert(name: str, library: Path | None) -> Expert:

@@ -54,7 +54,7 @@ def add(
     store = LibraryStore(library)
     entry = store.add(name, adapter, replace=replace)
     out.print(f"added {entry.name}: {_ranks(entry)}, {entry.modules} modules, {entry.parameters:,} parameters")
-    for other in store.twins(entry):
+    for other in store.duplicates(entry):
         say(f"'{other}' has the same files: routers for tokens count them twice")
     other = any_entry(store.root, but=entry.name)
     if other and other.base_model != entry.base_model:
@@ -126,7 +126,7 @@ def show(
         table.add_row(key, {True: "yes", False: "no", None: "none"}.get(value) or str(value))
     out.print(table)
     if _UNFILLED in text:
-        say(f"its card is PEFT's template, whose title nobody filled in: {card}")
+        say(f"its card is PEFT's template, with its title not filled in: {card}")
     elif text:
         from rich.markdown import Markdown
 
@@ -159,7 +159,7 @@ def calibrate(
     """
     experts = open_library(library)
     lines = read_lines(texts) if texts else None
-    known = None if fresh else experts.calibration  # a damaged file is told before the model is loaded
+    known = None if fresh else experts.calibration  # a damaged file is found before the model is loaded
     if known and lines is None and all(map(experts.calibrated, experts)):
         out.print(f"all {len(experts)} experts are calibrated; --fresh measures them anew", highlight=False)
         return

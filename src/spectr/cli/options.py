@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from importlib.util import find_spec
 from pathlib import Path
@@ -200,17 +200,25 @@ class Routing:
 
         Without ``top_k`` the router takes at most as many experts as there are.
         """
+        found = self.request(token_level=token_level).resolve()
+        self.announce(found.routers.values(), found.remarks)
+        return found
+
+    def announce(self, routers: Iterable[Router], remarks: Iterable[str]) -> None:
+        """Print remarks on these routers, and check what guided ones need of this machine.
+
+        Raises:
+            MissingExtraError: One is guided, and nothing can embed sentences.
+        """
         from spectr.library.needs import DESCRIBED
 
-        found = self.request(token_level=token_level).resolve()
-        guided = DESCRIBED in found.router.needs
+        guided = any(DESCRIBED in router.needs for router in routers)
         if guided and find_spec("sentence_transformers") is None:
             raise MissingExtraError("comparing prompts with descriptions", "glider")
         if (self.writer or self.embedder) and not guided:
-            say("--writer and --embedder make no difference: this router compares no descriptions")
-        for remark in found.remarks:
+            say("--writer and --embedder make no difference: no router here compares descriptions")
+        for remark in remarks:
             say(remark)
-        return found
 
     def experts(self, *, token_level: bool = False) -> tuple[ExpertLibrary, Router]:
         """The library and the router of :meth:`resolve`."""

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from spectr.cli.console import say
 from spectr.cli.options import DataRootOption
 
 if TYPE_CHECKING:
@@ -64,14 +61,9 @@ def setting(text: str) -> Any:
     return typer.Option(help=text, rich_help_panel=_PANEL)
 
 
-@contextmanager
-def resuming(*folders: Path) -> Iterator[None]:
-    """Print at Ctrl-C from which step on a run of one of these folders can go on."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        from spectr.training import checkpoint_step
+def last_step(*folders: Path) -> str:
+    """From which step on a run of one of these folders can go on."""
+    from spectr.training import checkpoint_step
 
-        step = max(map(checkpoint_step, folders))
-        say(f"stopped after step {step}; the same command goes on from there" if step else "nothing was saved yet")
-        raise
+    step = max(map(checkpoint_step, folders))
+    return f"stopped after step {step}; the same command goes on from there" if step else "nothing was saved yet"

@@ -73,7 +73,7 @@ def serve(
         routing.request(router, token_level=launcher.by_token),
         exclude=exclude or (),
         dtype=routing.dtype,
-        served=served_name,
+        served_name=served_name,
         policy_file=policy,
         host=host,
         port=port,
@@ -81,8 +81,7 @@ def serve(
         grace=grace,
         options=tuple(options or ()),
     )
-    for remark in settings.remarks:
-        say(remark)
+    routing.announce(settings.routers.values(), settings.remarks)
     narrowed = dataclasses.replace(routing, allow=list(settings.experts))
     parts = Parts(
         open_model=routing.base,

@@ -8,10 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from spectr.cli.console import bar, out, say
+from spectr.cli.console import bar, interruptible, out, say
 from spectr.cli.model_loading import open_model
 from spectr.cli.options import BaseOption, DtypeOption, LettersOption, with_options
-from spectr.cli.rows import Rows, resuming, setting
+from spectr.cli.rows import Rows, last_step, setting
 
 app = typer.Typer()
 BatchSize = Annotated[int, setting("Set the examples of a step.")]
@@ -80,7 +80,7 @@ def train(
     from spectr.models import HUB_ID
 
     say(f"training '{plan.name}' on {len(plan.train)} examples")
-    with bar() as advance, resuming(plan.out):
+    with bar() as advance, interruptible(lambda: last_step(plan.out)):
         report = run_plan(plan, base, tokenizer, base_model=model or HUB_ID, progress=advance)
     if report.accuracy_after is not None:
         out.print(
@@ -132,7 +132,7 @@ def gates(
         out.print("all of these experts have gates; --fresh trains them anew")
         return
     base, tokenizer = open_model(model, dtype)
-    with bar() as advance, resuming(*plan.work):
+    with bar() as advance, interruptible(lambda: last_step(*plan.work)):
         run_gate_plan(plan, base, tokenizer, progress=advance)
     out.print(f"gates of {', '.join(plan.experts)}: {plan.library.resolve()}", highlight=False)
 

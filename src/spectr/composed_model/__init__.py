@@ -1,4 +1,4 @@
-"""A composed model as a folder: the base model, its experts beside it, and a config that says how they are routed.
+"""A composed model as a folder: the base model, its experts in it, and a config that says how they are routed.
 
 Importing this teaches transformers to load such a folder as it loads any other.
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from spectr.composed_model.settings import METHOD, Settings
 from spectr.composition import Routed, compose
 from spectr.errors import ModelError
 from spectr.models import pick_dtype
+from spectr.models.load import composed_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,8 +26,7 @@ class SpectrFolder(QuantizationConfigMixin):
 
     def __init__(self, **config: Any):
         self.quant_method: Any = METHOD
-        for key, value in config.items():
-            setattr(self, key, value)
+        self.__dict__.update(config)
 
     @property
     def settings(self) -> Settings:
@@ -74,7 +73,7 @@ def load_composed(
     Raises:
         ModelError: The folder holds no composed model.
     """
-    if not is_composed(folder):
+    if composed_config(folder) is None:
         raise ModelError(
             f"{folder} is no composed folder",
             expected=f'a config.json whose quantization_config has "quant_method": "{METHOD}"',
@@ -83,12 +82,3 @@ def load_composed(
     kind = pick_dtype(dtype, device)  # pyright: ignore[reportArgumentType]
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=kind)
     return model.spectr, AutoTokenizer.from_pretrained(folder)
-
-
-def is_composed(folder: str | Path) -> bool:
-    """Whether a folder's config says that its model is routed."""
-    config = Path(folder) / "config.json"
-    if not config.is_file():
-        return False
-    known = json.loads(config.read_text(encoding="utf-8")).get("quantization_config")
-    return isinstance(known, dict) and known.get("quant_method") == METHOD

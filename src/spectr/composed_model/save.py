@@ -47,7 +47,7 @@ def save_composed(
         access: In vLLM, what a request gets that names no experts: ``"open"`` all, ``"closed"`` the base model alone.
         record: In vLLM, whether layers keep what they choose, for requests that ask.
         overwrite: Replace what is in the folder.
-        progress: Is told (what, done, total).
+        progress: Receives (what, done, total).
 
     Returns:
         The folder.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from spectr.errors import CompositionError, did_you_mean
+from spectr.errors import CompositionError, did_you_mean, raise_together, range_faults
 from spectr.library import ExpertLibrary
 from spectr.routers import Router, get_router, residents
 
@@ -70,14 +70,14 @@ class Settings:
 
     def check(self) -> None:
         """Raise :class:`CompositionError` where a value is out of range."""
-        if self.access not in ACCESS:
-            raise CompositionError(f"access={self.access!r}", expected="'open' or 'closed'")
-        if not isinstance(self.record, bool):
-            raise CompositionError(f"record={self.record!r}", expected="true or false")
-        if isinstance(self.experts, str) or not all(isinstance(name, str) for name in self.experts or ()):
-            raise CompositionError(f"experts={self.experts!r}", expected="a list of names, or nothing for all")
-        if isinstance(self.beside, (str, Mapping)):
-            raise CompositionError(f"beside={self.beside!r}", expected='[{"name": "calibrated"}] or the like')
+        checks = (
+            ("access", "'open' or 'closed'", ACCESS.__contains__),
+            ("record", "true or false", lambda value: isinstance(value, bool)),
+            ("experts", "a list of names, or nothing for all", _are_names),
+            ("beside", '[{"name": "calibrated"}] or the like', lambda value: not isinstance(value, (str, Mapping))),
+        )
+        for name, expected, right in checks:
+            raise_together("", range_faults(CompositionError, expected, right, **{name: getattr(self, name)}))
         for key, given in (("router", self.router), *(("beside", given) for given in self.beside)):
             if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
                 raise CompositionError(f"{key}={given!r}", expected='{"name": "spectr", "top_k": 4} or the like')
@@ -118,8 +118,12 @@ class Settings:
         return {"quant_method": METHOD, "version": VERSION, **{k: v for k, v in kept.items() if v is not None}}
 
 
-def _made(told: Mapping[str, Any]) -> Router:
-    return get_router(told["name"], **{key: value for key, value in told.items() if key != "name"})
+def _are_names(value: Any) -> bool:
+    return not isinstance(value, str) and all(isinstance(name, str) for name in value)
+
+
+def _made(config: Mapping[str, Any]) -> Router:
+    return get_router(config["name"], **{key: value for key, value in config.items() if key != "name"})
 
 
 def _folder(model: str, path: Path) -> Path:

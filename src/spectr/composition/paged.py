@@ -21,7 +21,7 @@ from spectr.layers.linear import placement
 from spectr.layers.plan import make_plan
 from spectr.layers.routed import RoutedLinear
 from spectr.library import ExpertLibrary
-from spectr.paging import Policy, Shelf
+from spectr.paging import ExpertCache, Policy
 from spectr.prompts.bounds import CertainProbe, Certainty
 from spectr.prompts.decision import PromptDecision
 from spectr.prompts.probe import Probe, Scorer
@@ -38,7 +38,7 @@ class Paged(Routed):
         certainty: What the lists needed to be certain, where the router wants them so; else nothing is counted.
     """
 
-    shelf: Shelf
+    shelf: ExpertCache
     certainty: Certainty
     prototypes: dict[str, Prototypes]
 
@@ -83,7 +83,7 @@ class Paged(Routed):
         modules = evidence_modules(library, names, evidence)
         means = {module: known.means[module].to(self._places[module][0]) for module in modules}
         self.prototypes = library.index.prototypes(names, means, evidence.bits)
-        self.shelf = Shelf(lambda name: self._load(self.library[name]), self._memory, self._eviction)
+        self.shelf = ExpertCache(lambda name: self._load(self.library[name]), self._memory, self._eviction)
         fresh = {}
         for done, (module, base) in enumerate(bases.items(), start=1):
             fresh[module] = RoutedLinear(base, None, router, use=self._use)

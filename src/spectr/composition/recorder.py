@@ -49,51 +49,69 @@ class Watch:
 
     def routings(self) -> list[TokenRouting]:
         """What was decided for each of the tokens."""
-        return token_routings(self._held, self._found, len(self._rows), self._in_full)
+        scores, weights = ({number: pair[part] for number, pair in self._found.items()} for part in (0, 1))
+        return token_routings(self._held, len(self._rows), weights, scores if self._in_full else None)
 
 
 def token_routings(
-    experts: Sequence[tuple[str, ...]], found: Mapping[int, tuple[Tensor, Tensor]], tokens: int, in_full: bool
+    experts: Sequence[tuple[str, ...]],
+    tokens: int,
+    weights: Mapping[int, Tensor],
+    scores: Mapping[int, Tensor] | None = None,
 ) -> list[TokenRouting]:
     """What layers decided, token by token.
 
     Args:
         experts: Of each layer.
-        found: Scores and weights, (tokens, experts), of the layers that have some, by their numbers.
         tokens: How many there are.
-        in_full: Whether each layer's decision is wanted, or shares alone.
+        weights: By the number of a layer, (tokens, experts); of those where experts take part.
+        scores: Likewise, where each layer's decision is wanted.
     """
-    rows = _gathered(found)
-    return [_token_routing(experts, rows, token, in_full) for token in range(tokens)]
+    layers = [()] * tokens if scores is None else _layers(experts, tokens, weights, scores)
+    return [TokenRouting(*pair) for pair in zip(_shares(experts, tokens, weights), layers, strict=True)]
 
 
-_Rows = Mapping[int, tuple[list[list[float]], list[list[float]]]]
-
-
-def _gathered(found: Mapping[int, tuple[Tensor, Tensor]]) -> _Rows:
-    """Scores and weights by layer, fetched for all layers of one shape at once."""
+def _shares(
+    experts: Sequence[tuple[str, ...]], tokens: int, weights: Mapping[int, Tensor]
+) -> list[Mapping[str, float]]:
+    """Layers of the same experts are summed before their numbers are fetched."""
     alike: dict[object, list[int]] = {}
-    for number, (scores_NC, _) in found.items():
-        alike.setdefault((scores_NC.shape, scores_NC.device), []).append(number)
-    rows = {}
+    for number, weights_NE in weights.items():
+        alike.setdefault((experts[number], weights_NE.device), []).append(number)
+    totals: list[dict[str, float]] = [{} for _ in range(tokens)]
     for numbers in alike.values():
-        both = torch.stack([torch.stack(found[number]) for number in numbers]).tolist()
-        rows |= {number: tuple(pair) for number, pair in zip(numbers, both, strict=True)}
-    return rows
+        sums = torch.stack([weights[number] for number in numbers]).sum(0, dtype=torch.float64).tolist()
+        for total, row in zip(totals, sums, strict=True):
+            for name, weight in zip(experts[numbers[0]], row, strict=True):
+                if weight > 0:
+                    total[name] = total.get(name, 0.0) + weight
+    return [{name: weight / len(experts) for name, weight in total.items()} for total in totals]
 
 
-def _token_routing(experts: Sequence[tuple[str, ...]], rows: _Rows, token: int, in_full: bool) -> TokenRouting:
-    totals: dict[str, float] = {}
-    layers: list[Mapping[str, tuple[float, float]]] = []
-    for number, names in enumerate(experts):
-        scores, weights = (values[token] for values in rows[number]) if number in rows else ((), ())
-        chosen = {n: (w, s) for n, w, s in zip(names, weights, scores, strict=True) if w > 0}
-        layers.append(chosen)
-        for name, (weight, _) in chosen.items():
-            totals[name] = totals.get(name, 0.0) + weight
-    return TokenRouting(
-        {name: total / len(experts) for name, total in totals.items()}, tuple(layers) if in_full else ()
-    )
+def _layers(
+    experts: Sequence[tuple[str, ...]], tokens: int, weights: Mapping[int, Tensor], scores: Mapping[int, Tensor]
+) -> list[tuple[Mapping[str, tuple[float, float]], ...]]:
+    """Numbers are fetched for all layers of one shape at once."""
+    alike: dict[object, list[int]] = {}
+    for number, weights_NE in weights.items():
+        alike.setdefault((weights_NE.shape, weights_NE.device), []).append(number)
+    found: dict[int, list[list[list[float]]]] = {}
+    for numbers in alike.values():
+        both = torch.stack([torch.stack([weights[number], scores[number]], dim=-1) for number in numbers])
+        found |= zip(numbers, both.tolist(), strict=True)
+    return [
+        tuple(
+            {
+                name: (weight, score)
+                for name, (weight, score) in zip(names, found[number][token], strict=True)
+                if weight > 0
+            }
+            if number in found
+            else {}
+            for number, names in enumerate(experts)
+        )
+        for token in range(tokens)
+    ]
 
 
 @torch.no_grad()

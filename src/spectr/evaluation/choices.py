@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from spectr.errors import DataError
 from spectr.evaluation.encode import Encoding, encode_examples
-from spectr.models import context_length, pad_batch, shared_prefix
+from spectr.models import context_length, pad_batch, pad_rows, shared_prefix
 from spectr.prompts.decision import PromptDecision, decides_by_prompt
 from spectr.tasks import Example
 
@@ -160,9 +160,9 @@ def _batch_logprobs(
 ) -> list[Tensor]:
     """Log-likelihoods of each prompt's choices, ``cache`` holding the ``shared`` tokens before every prompt."""
     device = next(model.parameters()).device
-    width = max(map(len, prompts))
-    ids_BT = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
-    mask_BT = torch.tensor([[1] * shared + [0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    ids_BT = pad_rows(prompts, pad, device=device)
+    own_BT = pad_rows([[1] * len(prompt) for prompt in prompts], 0, device=device)
+    mask_BT = nn.functional.pad(own_BT, (shared, 0), value=1)
     position_BT = mask_BT.cumsum(-1).sub(1).clamp(min=0)
     if cache is not None:
         cache.batch_repeat_interleave(len(prompts))
@@ -172,14 +172,14 @@ def _batch_logprobs(
     counts = [len(options) for options in choices]
     flat = [option for options in choices for option in options]
     owner_N = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor(counts)).to(device)
-    longest = max(map(len, flat))
-    choice_NT = torch.tensor([option + [pad] * (longest - len(option)) for option in flat], device=device)
-    real_NT = torch.tensor([[1] * len(option) + [0] * (longest - len(option)) for option in flat], device=device)
+    choice_NT = pad_rows(flat, pad, left=False, device=device)
+    real_NT = pad_rows([[1] * len(option) for option in flat], 0, left=False, device=device)
     score_N = first_BV[owner_N].gather(1, choice_NT[:, :1]).squeeze(1)
-    if longest > 1:
+    later = choice_NT.shape[1] - 1
+    if later:
         out.past_key_values.batch_select_indices(owner_N)
         mask_NT = torch.cat([mask_BT[owner_N], real_NT[:, :-1]], dim=1)
-        position_NT = mask_NT.cumsum(-1).sub(1)[:, -(longest - 1) :]
+        position_NT = mask_NT.cumsum(-1).sub(1)[:, -later:]
         logits_NTV = model(
             input_ids=choice_NT[:, :-1],
             use_cache=True,

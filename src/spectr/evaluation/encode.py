@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from spectr.errors import DataError, raise_together
+from spectr.errors import DataError, SpectrError, collecting, raise_together
 from spectr.models import encode_answer, encode_prompt
 from spectr.tasks import Example
 
@@ -50,12 +50,11 @@ def encode_examples(
         DataError: Choices have no tokens, or choices or answers leave no room for a prompt; all of these are named.
     """
     place = f"task '{name}', example" if name else "example"
-    encoded, problems = [], []
+    encoded: list[Encoding] = []
+    problems: list[SpectrError] = []
     for number, example in enumerate(examples, start=1):
-        try:
+        with collecting(problems, f"{place} {number}"):
             encoded.append(_encode(tokenizer, example, context, max_new_tokens))
-        except DataError as error:
-            problems.append(DataError(f"{place} {number}: {error.given}", expected=error.expected, do=error.do))
     raise_together(f"task '{name}'" if name else "the examples", problems, DataError, most=_SHOWN)
     return encoded
 

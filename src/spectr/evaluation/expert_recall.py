@@ -111,7 +111,7 @@ def kept_findings(path: Path, *made_of: Mapping[str, Any]) -> list[Finding] | No
 
 
 def keep_findings(path: Path, made_of: Mapping[str, Any], findings: Sequence[Finding]) -> None:
-    """Write findings, so that a killed run need not look again.
+    """Write findings, so that a killed run need not find them again.
 
     Args:
         path: The file.

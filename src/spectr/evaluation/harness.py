@@ -23,7 +23,7 @@ from spectr.errors import CompositionError, MissingExtraError, SpectrError, did_
 from spectr.evaluation.choices import decided_alike
 from spectr.guidance import QueryGuide
 from spectr.library.needs import DESCRIBED
-from spectr.models import load_model
+from spectr.models import load_model, pad_rows
 from spectr.routers import check_needs, get_router, residents
 from spectr.routers.options import options_of, parse
 from spectr.shipped import open_library
@@ -106,9 +106,8 @@ class SpectrLM(HFLM):
         chosen: dict[tuple[int, ...], tuple[float, ...]] = {}
         for start in range(0, len(contexts), _AT_ONCE):
             some = contexts[start : start + _AT_ONCE]
-            width = max(map(len, some))
-            ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in some], device=self.device)
-            mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in some], device=self.device)
+            ids = pad_rows(list(map(list, some)), 0, left=False, device=self.device)
+            mask = pad_rows([[1] * len(row) for row in some], 0, left=False, device=self.device)
             weights_BE = decision.decide(input_ids=ids, attention_mask=mask)
             chosen.update(zip(some, map(tuple, weights_BE.tolist()), strict=True))
         likelihoods = super()._loglikelihood_tokens

@@ -8,7 +8,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from spectr.choosing import check_names, problems_of
-from spectr.errors import CompositionError, DataError, LibraryError, SpectrError, did_you_mean, raise_together
+from spectr.errors import (
+    CompositionError,
+    DataError,
+    LibraryError,
+    SpectrError,
+    collecting,
+    did_you_mean,
+    raise_together,
+)
 from spectr.evaluation.experiments import EXPERIMENTS
 from spectr.library import ExpertLibrary
 from spectr.library.needs import AtMost
@@ -216,12 +224,14 @@ def _no_paraphrases(letters: bool) -> tuple[str, str]:
     return "none of these tasks has paraphrases", "add 'paraphrases' to a task's file"
 
 
+def _named(names: Sequence[str]) -> list[Task]:
+    return [Task.load(name) if name.endswith((".yaml", ".yml")) else Task.shipped(name) for name in names]
+
+
 def _tasks(names: Sequence[str], letters: bool) -> list[Task]:
     from spectr.tasks import shipped_tasks
 
-    found = list(shipped_tasks().values())
-    if names:
-        found = [Task.load(name) if name.endswith((".yaml", ".yml")) else Task.shipped(name) for name in names]
+    found = _named(names) or list(shipped_tasks().values())
     return [task.lettered() for task in found] if letters else found
 
 
@@ -231,10 +241,7 @@ def _held_out(
     """The held-out tasks that were named, or those that come with the package and have no expert in the library."""
     from spectr.tasks import heldout_tasks
 
-    if names:
-        tasks = [Task.load(name) if name.endswith((".yaml", ".yml")) else Task.shipped(name) for name in names]
-    else:
-        tasks = [task for task in heldout_tasks().values() if (task.expert or task.name) not in library]
+    tasks = _named(names) or [task for task in heldout_tasks().values() if (task.expert or task.name) not in library]
     owned = [task.name for task in tasks if (task.expert or task.name) in library]
     if owned:
         raise DataError(
@@ -242,12 +249,11 @@ def _held_out(
             expected="tasks that no expert was trained on",
             do="name other tasks, or a library without these experts",
         )
-    found, problems = {}, []
+    found: dict[str, tuple[Task, Sequence[Example]]] = {}
+    problems: list[SpectrError] = []
     for task in tasks:
-        try:
+        with collecting(problems):
             found[task.name] = (task, _examples(task, root, limit))
-        except SpectrError as error:
-            problems.append(error)
     raise_together("held-out tasks", problems, DataError)
     return found
 
@@ -299,15 +305,11 @@ def _companions(given: Sequence[str], library: ExpertLibrary) -> list[tuple[str,
     problems: list[SpectrError] = []
     for text in given:
         name, _, folder = text.partition("=")
-        if not (name and folder):
-            problems.append(DataError(f"--substitute {text}", expected="EXPERT=FOLDER"))
-            continue
-        try:
+        with collecting(problems):
+            if not (name and folder):
+                raise DataError(f"--substitute {text}", expected="EXPERT=FOLDER")
             library.check(name)
             library.without(name).with_expert(name, folder)
-        except SpectrError as error:
-            problems.append(error)
-            continue
-        found.append((f"{Path(folder).name} in place of {name}", name, Path(folder)))
-    raise_together("companions that cannot be used", problems, DataError)
+            found.append((f"{Path(folder).name} in place of {name}", name, Path(folder)))
+    raise_together("substitutes that cannot be used", problems, DataError)
     return found

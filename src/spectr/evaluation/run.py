@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spectr.composition import Guide
 from spectr.errors import DataError
 from spectr.evaluation.experiments import EXPERIMENTS, ExperimentSetup, Result
-from spectr.evaluation.experiments.base import Progress
+from spectr.evaluation.experiments.setup import Progress
 from spectr.evaluation.plan import Plan
 
 _READERS = {

@@ -115,6 +115,18 @@ def score_examples(
     return [done[i] for i in range(len(examples))]
 
 
+def counting(progress: Callable[[str, int, int, str], None], phase: str, total: int) -> Progress:
+    """A :data:`Progress` that reports (phase, done so far, total, no remark)."""
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(phase, done, total, "")
+
+    return advance
+
+
 def score_of(record: dict[str, Any]) -> float:
     """A record's score, from 0 to 1: of choices whether the prediction is right."""
     return float(record["score"] if "score" in record else record["right"])

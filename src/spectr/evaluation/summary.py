@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from spectr.evaluation.experiments.base import Result
+from spectr.evaluation.experiments.setup import Result
 
 _COLUMNS = ("routing", "first"), ("wording", "first"), ("wording", "two"), ("multitask", "share"), ("wording", "share")
 _HEADINGS = (

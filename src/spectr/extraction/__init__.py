@@ -1,7 +1,7 @@
 """Experts out of other weights: of fully fine-tuned models, and of experts with more ranks."""
 
 from spectr.extraction.extract import extract
-from spectr.extraction.report import Kept, KindSummary, Left, Place, Report, Spread, places, summary
+from spectr.extraction.outcome import Kept, KindSummary, Left, Place, Report, Spread, places, summary
 from spectr.extraction.rerank import rerank
 from spectr.extraction.settings import Extraction, Truncation
 

@@ -1,4 +1,4 @@
-"""Which of a model's parameters are weights of linear layers: asked of transformers, without any memory for weights."""
+"""Which of a model's parameters are weights of linear layers, from transformers, without any memory for weights."""
 
 from __future__ import annotations
 
@@ -110,9 +110,9 @@ def _linear(name: str, module: nn.Module) -> Linear | None:
 
 
 def _kind(name: str, owner: nn.Module, tied: Mapping[str, str]) -> str:
-    twins = [other for other, first in tied.items() if first == name]
-    twins += [tied[name]] if name in tied else []
-    tie = f", tied to {', '.join(twins)}" if twins else ""
+    others = [other for other, first in tied.items() if first == name]
+    others += [tied[name]] if name in tied else []
+    tie = f", tied to {', '.join(others)}" if others else ""
     if name.endswith("bias"):
         return f"bias{tie}"
     if isinstance(owner, nn.Embedding):

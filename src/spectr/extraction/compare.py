@@ -146,8 +146,8 @@ def _by_parameter(checkpoint: Checkpoint, architecture: Architecture) -> dict[st
 
 def _find(name: str, found: Mapping[str, str], architecture: Architecture) -> str | None:
     """A parameter's tensor: its own, or that of a parameter it is tied to."""
-    twins = [architecture.tied.get(name), *(other for other, first in architecture.tied.items() if first == name)]
-    return next((found[option] for option in (name, *twins) if option in found), None)
+    others = [architecture.tied.get(name), *(other for other, first in architecture.tied.items() if first == name)]
+    return next((found[option] for option in (name, *others) if option in found), None)
 
 
 def _faults(

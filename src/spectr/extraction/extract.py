@@ -16,12 +16,13 @@ from spectr.extraction.architecture import Architecture, read_architecture
 from spectr.extraction.checkpoint import Checkpoint, Rows, locate_model, read_checkpoint
 from spectr.extraction.compare import Difference, difference, measure, pair_up, unmatched
 from spectr.extraction.memory import Plan, plan
-from spectr.extraction.report import Kept, Left, Report
+from spectr.extraction.outcome import Kept, Left, Report
 from spectr.extraction.settings import DTYPES, Extraction, Truncation
-from spectr.extraction.svd import Truncated, exact_svd, randomised_svd
+from spectr.extraction.svd import exact_svd, randomised_svd
 from spectr.extraction.write import PACKAGES, targets, write_expert
 from spectr.folders import check_new_folder
 from spectr.hashing import file_sha256
+from spectr.spectral import Aligned
 from spectr.versions import package_versions
 
 Progress = Callable[[str, int, int, str], None]
@@ -130,18 +131,17 @@ def _kept(
     assert one.pair.linear is not None
     module = one.pair.linear.module
     method = methods.methods[module]
-    delta_OI = difference(one.pair, old, new)
     if method == "exact":
-        svd = exact_svd(delta_OI)
+        svd = exact_svd(difference(one.pair, old, new))
     else:
         svd = randomised_svd(
-            delta_OI,
-            settings.truncation.most,
+            difference(one.pair, old, new),
+            settings.most,
             oversampling=settings.oversampling,
             power_iterations=settings.power_iterations,
             seed=module_seed(settings.seed, module),
         )
-    rank, share = truncate(svd, settings.truncation, one.change**2)
+    rank, share = truncate(svd, settings, one.change**2)
     kept = Kept(module=module, rank=rank, share=share, change=one.change, relative=one.relative, method=method)
     return kept, split(svd, rank, DTYPES[settings.dtype])
 
@@ -151,13 +151,13 @@ def module_seed(seed: int, module: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {module}".encode()).digest()[:6], "big")
 
 
-def truncate(svd: Truncated, truncation: Truncation, total: float) -> tuple[int, float]:
+def truncate(svd: Aligned, truncation: Truncation, total: float) -> tuple[int, float]:
     """The rank to keep, and the share of ``total`` (a squared norm) that it holds."""
     rank = truncation.choose(svd.S, total)
     return rank, min(1.0, float(svd.S[:rank].double().square().sum()) / total)
 
 
-def split(svd: Truncated, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def split(svd: Aligned, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """``B = U sqrt(S)`` and ``A = sqrt(S) V^T`` of the first directions: factors of one size, with scale 1."""
     root_R = svd.S[:rank].sqrt()
     return (svd.U[:, :rank] * root_R).to(dtype), (root_R[:, None] * svd.Vh[:rank]).to(dtype)

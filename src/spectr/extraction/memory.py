@@ -46,7 +46,7 @@ def plan(layers: Sequence[Linear], settings: Extraction) -> Plan:
 
 def _factors(layers: Iterable[Linear], settings: Extraction) -> int:
     """Bytes of all factors at the largest ranks that they can get."""
-    most, size = settings.truncation.most, DTYPES[settings.dtype].itemsize
+    most, size = settings.most, DTYPES[settings.dtype].itemsize
     return 2 * size * sum(min(most, o, i) * (o + i) for _, o, i, _ in layers)
 
 
@@ -54,7 +54,7 @@ def _by_method(layer: Linear, settings: Extraction) -> dict[str, int]:
     _, outputs, inputs, _ = layer
     delta = _FLOAT * outputs * inputs
     reading = _READING * min(delta, _FLOAT * max(BLOCK, outputs, inputs))
-    width = sketch_width(outputs, inputs, settings.truncation.most, settings.oversampling)
+    width = sketch_width(outputs, inputs, settings.most, settings.oversampling)
     return {
         "exact": delta + max(reading, exact_bytes(outputs, inputs)),
         "randomised": delta + max(reading, randomised_bytes(outputs, inputs, width)),

@@ -9,13 +9,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from spectr.adapters import Expert
-from spectr.adapters.config import CONFIG_FILE
+from spectr.adapters import CONFIG_FILE, Expert
 from spectr.errors import ExtractionError, raise_together, range_faults
 from spectr.extraction.extract import split, truncate
-from spectr.extraction.report import Kept, Report
+from spectr.extraction.outcome import Kept, Report
 from spectr.extraction.settings import DTYPES, Truncation
-from spectr.extraction.svd import Truncated
 from spectr.extraction.write import PACKAGES, write_expert
 from spectr.folders import check_new_folder
 from spectr.hashing import file_sha256
@@ -87,7 +85,7 @@ def _truncated(
     factors, modules = {}, []
     with expert.open() as read:
         for done, module in enumerate(expert.shapes, start=1):
-            svd = Truncated(*align(*read(module)))
+            svd = align(*read(module))
             total = float(svd.S.double().square().sum())
             rank, share = truncate(svd, truncation, total) if total else (1, 1.0)
             factors[module] = split(svd, rank, DTYPES[dtype])

@@ -1,4 +1,4 @@
-"""What is asked of an extraction: how many ranks, by which method, within how much memory."""
+"""Settings of an extraction: how many ranks, by which method, within how much memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Truncation:
     """How many singular directions of an update are kept.
 
     Attributes:
-        rank: So many in every module.
+        rank: The number in every module.
         energy: In each module the fewest that hold this share of the squared Frobenius norm, above 0 and up to 1; with
             1 all that are not zero.
         max_rank: With ``energy``, the most that a module gets.
@@ -72,17 +72,14 @@ class Truncation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Extraction:
-    """Settings of :func:`spectr.extraction.extract`.
+class Extraction(Truncation):
+    """Settings of :func:`spectr.extraction.extract`, ranks included.
 
     Attributes:
-        rank: See :class:`Truncation`; so are ``energy`` and ``max_rank``.
-        energy: As above.
-        max_rank: As above.
         method: ``exact`` computes each whole SVD; ``randomised`` only its first directions; ``auto`` takes the exact
             one where it fits the memory and the smaller side of the matrix is at most 2048, beyond which it takes
             minutes for a module.
-        oversampling: Of the randomised SVD: directions that it looks at beside those that are wanted.
+        oversampling: Of the randomised SVD: directions that it computes in addition to the result.
         power_iterations: Of the randomised SVD: passes that sharpen a spectrum which decays slowly.
         seed: Of the randomised SVD; each module's random numbers depend on it and on the module's name alone.
         max_memory: Bytes that tensors may take at any time (see docs/extraction.md), Python and torch not counted.
@@ -93,9 +90,6 @@ class Extraction:
         ExtractionError: Settings out of range; all at once.
     """
 
-    rank: int | None = None
-    energy: float | None = None
-    max_rank: int = 128
     method: Method = "auto"
     oversampling: int = 10
     power_iterations: int = 2
@@ -107,7 +101,7 @@ class Extraction:
     def __post_init__(self) -> None:
         faults: list[SpectrError] = []
         with collecting(faults):
-            _ = self.truncation
+            super().__post_init__()
         for name, known in (("method", get_args(Method)), ("dtype", tuple(DTYPES))):
             given = {name: getattr(self, name)}
             faults += range_faults(ExtractionError, " or ".join(known), known.__contains__, **given)
@@ -116,11 +110,6 @@ class Extraction:
         memory = self.max_memory
         faults += range_faults(ExtractionError, "a number of bytes above 0", lambda n: n > 0, max_memory=memory)
         raise_together(_TITLE, faults, ExtractionError)
-
-    @property
-    def truncation(self) -> Truncation:
-        """The part that says how many ranks."""
-        return Truncation(rank=self.rank, energy=self.energy, max_rank=self.max_rank)
 
 
 def shown_bytes(count: float) -> str:

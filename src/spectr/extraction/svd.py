@@ -1,36 +1,27 @@
 """The first singular directions of a dense matrix: exactly, or by a randomised method that needs far less.
 
-Shapes: O outputs, I inputs, R rank, Q directions that the randomised method looks at.
+Shapes: O outputs, I inputs, R rank, Q directions that the randomised method computes.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from spectr.spectral import Aligned
+
 _FLOAT = 4  # bytes of a float32
 
 
-class Truncated(NamedTuple):
-    """``U diag(S) V^T``, float32, S descending."""
-
-    U: Float[Tensor, "O R"]
-    S: Float[Tensor, "R"]
-    Vh: Float[Tensor, "R I"]
-
-
-def exact_svd(delta_OI: Float[Tensor, "O I"]) -> Truncated:
+def exact_svd(delta_OI: Float[Tensor, "O I"]) -> Aligned:
     """All singular directions, R = min(O, I). Float32 in, float32 out."""
-    U, S, Vh = torch.linalg.svd(delta_OI, full_matrices=False)
-    return Truncated(U=U, S=S, Vh=Vh)
+    return Aligned(*torch.linalg.svd(delta_OI, full_matrices=False))
 
 
 def randomised_svd(
     delta_OI: Float[Tensor, "O I"], rank: int, *, oversampling: int, power_iterations: int, seed: int
-) -> Truncated:
+) -> Aligned:
     """The first ``rank`` singular directions, nearly: those of ``Q Q^T delta``.
 
     Q is an orthonormal basis of ``(delta delta^T)^p delta G`` with G Gaussian of ``rank + oversampling`` columns; a QR
@@ -42,7 +33,7 @@ def randomised_svd(
     Args:
         delta_OI: The matrix, float32.
         rank: Directions wanted; there are never more than min(O, I).
-        oversampling: Columns of G beside those.
+        oversampling: Further columns of G.
         power_iterations: p above.
         seed: Of G.
 
@@ -59,7 +50,7 @@ def randomised_svd(
         Z_IQ = torch.linalg.qr(delta_OI.mT @ Q_OQ).Q
         Q_OQ = torch.linalg.qr(delta_OI @ Z_IQ).Q
     u_QQ, S_Q, Vh_QI = torch.linalg.svd(Q_OQ.mT @ delta_OI, full_matrices=False)
-    return Truncated(U=(Q_OQ @ u_QQ)[:, :rank], S=S_Q[:rank], Vh=Vh_QI[:rank])
+    return Aligned(U=(Q_OQ @ u_QQ)[:, :rank], S=S_Q[:rank], Vh=Vh_QI[:rank])
 
 
 def sketch_width(outputs: int, inputs: int, rank: int, oversampling: int) -> int:
@@ -68,11 +59,11 @@ def sketch_width(outputs: int, inputs: int, rank: int, oversampling: int) -> int
 
 
 def exact_bytes(outputs: int, inputs: int) -> int:
-    """What :func:`exact_svd` takes at most beside its input: copies, U, V^T, workspace of LAPACK's ``gesdd``."""
+    """What :func:`exact_svd` takes at most besides its input: copies, U, V^T, workspace of LAPACK's ``gesdd``."""
     short = min(outputs, inputs)
     return _FLOAT * (3 * outputs * inputs + 6 * short * short + 32 * (outputs + inputs))
 
 
 def randomised_bytes(outputs: int, inputs: int, width: int) -> int:
-    """What :func:`randomised_svd` takes at most beside its input, with Q = ``width``."""
+    """What :func:`randomised_svd` takes at most in addition to its input, with Q = ``width``."""
     return _FLOAT * (4 * (outputs + inputs) * width + 8 * width * width + 32 * (outputs + inputs))

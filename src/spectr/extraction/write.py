@@ -9,17 +9,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from spectr.adapters import CARD, CARD_DATA
 from spectr.adapters.write import Pair, write_adapter
 from spectr.errors import ExtractionError
-from spectr.extraction.report import Report, Spread, summary
+from spectr.extraction.outcome import Report, Spread, summary
 from spectr.folders import new_folder
 
-CARD, CARD_DATA = "README.md", "expert.json"
 PACKAGES = ("spectr-lora", "torch", "transformers", "safetensors")
 
 
 def write_expert(out: Path, factors: Mapping[str, Pair], config: Mapping[str, Any], report: Report) -> Path:
-    """Write the folder beside its place and then rename it, so that a kill leaves nothing half-made there.
+    """Write a scratch folder and then rename it, so that a kill leaves nothing half-made there.
 
     Args:
         out: Where it belongs.
@@ -29,7 +29,9 @@ def write_expert(out: Path, factors: Mapping[str, Pair], config: Mapping[str, An
     """
     with new_folder(out, ExtractionError) as folder:
         write_adapter(folder, factors, config)
-        (folder / CARD_DATA).write_text(_json(asdict(report)), encoding="utf-8")
+        (folder / CARD_DATA).write_text(
+            json.dumps(asdict(report), indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8"
+        )
         (folder / CARD).write_text(card(report), encoding="utf-8")
     return out
 
@@ -116,7 +118,3 @@ def percent(spread: Spread) -> str:
 def whole(spread: Spread) -> str:
     """Ranks."""
     return " / ".join(f"{value:g}" for value in spread)
-
-
-def _json(data: Any) -> str:
-    return json.dumps(data, indent=2, sort_keys=True, default=str) + "\n"

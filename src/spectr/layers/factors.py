@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -11,10 +12,10 @@ from torch import Tensor, nn
 from spectr.combine import merge_outputs
 from spectr.ops import Choice, Plan, make_plan
 from spectr.ops.outputs import gathering_pays
-from spectr.routers.base import Router, ShortlistRouter
+from spectr.routers.base import LengthRouter, Router, ShortlistRouter
 from spectr.routers.use import Use
 from spectr.selection import TopK
-from spectr.spectral import Stack
+from spectr.spectral import Stack, remade
 
 
 class Factors(NamedTuple):
@@ -29,8 +30,7 @@ class Factors(NamedTuple):
         owner_P: For each row the number of its expert.
         member_EP: One where row ``p`` belongs to expert ``e``, else zero.
         rows_ER: Each expert's rows, where only those of the chosen ones are read.
-        prototypes_EI: One vector an expert, where scores come from those.
-        centers_P: Subtracted from ``A x`` before it is scored.
+        own: The router's own tensors of them; see :attr:`spectr.spectral.Share.own`.
         mix_PR: Makes the experts' input factors of a shared one.
         C_QP: What the combination made of the output factors, in their place.
         U_OQ: And what it needs with that.
@@ -45,8 +45,7 @@ class Factors(NamedTuple):
     owner_P: Int[Tensor, " P"]
     member_EP: Float[Tensor, "E P"]
     rows_ER: Int[Tensor, "E R"] | None = None
-    prototypes_EI: Float[Tensor, "E I"] | None = None
-    centers_P: Float[Tensor, " P"] | None = None
+    own: Any = ()
     mix_PR: Float[Tensor, "P Q"] | None = None
     C_QP: Float[Tensor, "Q P"] | None = None
     U_OQ: Float[Tensor, "O Q"] | None = None
@@ -73,15 +72,24 @@ class Factors(NamedTuple):
             owner_P=owner_P.to(device),
             member_EP=stack.member_EP,
             rows_ER=rows_ER,
-            prototypes_EI=stack.prototypes_EI,
-            centers_P=stack.centers_P,
+            own=stack.own,
             mix_PR=stack.mix_PR,
         )
 
     def stack(self) -> Stack:
         """The experts as the router stacked them."""
-        names = ("experts", "ranks", "A_PI", "B_OP", "prototypes_EI", "centers_P", "mix_PR")
-        return Stack(**{name: getattr(self, name) for name in names})
+        return Stack(**{name: getattr(self, name) for name in ("experts", "ranks", "A_PI", "B_OP", "own", "mix_PR")})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them by name, the router's own included."""
+        named = {**self._asdict(), **(self.own._asdict() if self.own else {})}
+        return {name: value for name, value in named.items() if isinstance(value, Tensor)}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Factors:
+        """The factors with other tensors in the place of :meth:`tensors`, without a plan."""
+        own = remade(self.own, [tensors[name] for name in self.own._fields]) if self.own else ()
+        others = {name: tensors[name] for name in self._fields if isinstance(getattr(self, name), Tensor)}
+        return self._replace(plan=None, own=own, **others)
 
     def subset(self, names: tuple[str, ...]) -> Factors | None:
         """Some of the experts, for weights that are fixed, without a plan; a single one without a copy."""
@@ -122,7 +130,8 @@ class Factors(NamedTuple):
         assert isinstance(select, TopK)
         temperature = select.temperature if select.weighting == "softmax" else 0.0
         choice = Choice(len(self.experts), min(select.k, len(self.experts)), temperature, router.rule)
-        return self._replace(plan=make_plan(base, self.A_PI, self.B_OP, self.centers_P, choice))
+        assert isinstance(router, LengthRouter)
+        return self._replace(plan=make_plan(base, self.A_PI, self.B_OP, router.lengths(self).centers_P, choice))
 
     def _refusal(self, router: Router, use: Use | None, fixed: bool) -> str:
         """Why no kernel computes what the router wants; empty where one may."""
@@ -145,7 +154,7 @@ class Factors(NamedTuple):
         Args:
             taken: Share of the output factors that it reads.
         """
-        inputs = sum(t.numel() for t in (self.A_PI, self.mix_PR, self.prototypes_EI) if t is not None)
+        inputs = sum(t.numel() for t in (self.A_PI, self.mix_PR, *self.own) if t is not None)
         return round(self.A_PI.element_size() * (inputs + taken * self.B_OP.numel()))
 
 

@@ -16,7 +16,7 @@ from spectr.layers.batch_routing import LayerCall, spread, thread
 from spectr.layers.factors import Decision, Factors
 from spectr.layers.linear import Features, features
 from spectr.layers.names import take_names_of_base
-from spectr.ops import NOT_PREPARED, Plan, report_once, update_by_kernels
+from spectr.ops import NOT_PREPARED, report_once, update_by_kernels
 from spectr.ops.grouped import grouped_inputs, grouped_outputs
 from spectr.ops.outputs import add_masked, gathered_sum, weighted
 from spectr.routers.base import Router, ShortlistRouter
@@ -24,7 +24,7 @@ from spectr.routers.use import Use
 from spectr.selection import select_among
 from spectr.spectral import Stack
 
-_BUFFERS = ("A_PI", "B_OP", "owner_P", "member_EP", "rows_ER", "prototypes_EI", "centers_P", "mix_PR", "C_QP", "U_OQ")
+_BUFFERS = ("A_PI", "B_OP", "owner_P", "member_EP", "rows_ER", "mix_PR", "C_QP", "U_OQ")  # and the router's own
 
 
 class RoutedLinear(nn.Module):
@@ -51,8 +51,6 @@ class RoutedLinear(nn.Module):
     owner_P: Tensor
     member_EP: Tensor
     rows_ER: Tensor | None
-    prototypes_EI: Tensor | None
-    centers_P: Tensor | None
     mix_PR: Tensor | None
     C_QP: Tensor | None
     U_OQ: Tensor | None
@@ -67,8 +65,6 @@ class RoutedLinear(nn.Module):
         self.sums = self.combine is merge_outputs
         self.lister = router if isinstance(router, ShortlistRouter) else None
         self.use, self.decided = use, use is not None
-        for name in _BUFFERS:
-            self.register_buffer(name, None, persistent=False)
         self.fill(stack)
         take_names_of_base(self)
         self.train(base.training)
@@ -77,8 +73,10 @@ class RoutedLinear(nn.Module):
         """Hold these experts in the place of those before; without any the layer is its base layer."""
         held = None if stack is None else Factors.of(stack, self.router)
         self._prepared_dtype = None if held is None else held.A_PI.dtype
-        for name in _BUFFERS:
-            self._buffers[name] = None if held is None else getattr(held, name)
+        self._buffers.clear()
+        tensors = {} if held is None else held.tensors()
+        for name in dict.fromkeys((*_BUFFERS, *tensors)):
+            self.register_buffer(name, tensors.get(name), persistent=False)
         self._keep(held)
 
     def _keep(self, factors: Factors | None) -> None:
@@ -108,8 +106,8 @@ class RoutedLinear(nn.Module):
 
     def share(self, other: RoutedLinear) -> None:
         """Use the other layer's tensors in the place of equal ones."""
-        for name in _BUFFERS:
-            mine, theirs = self._buffers[name], other._buffers.get(name)
+        for name, mine in list(self._buffers.items()):
+            theirs = other._buffers.get(name)
             if mine is not None and theirs is not None and mine.shape == theirs.shape and torch.equal(mine, theirs):
                 self._buffers[name] = theirs
         self.prepare()
@@ -118,7 +116,7 @@ class RoutedLinear(nn.Module):
         """Make a plan anew: the factors moved or were cast, or there are other kernels."""
         held = self.call.factors
         if held is not None:
-            self._keep(held._replace(plan=None, **{name: self._buffers[name] for name in _BUFFERS}))
+            self._keep(held.with_tensors(self._buffers))  # pyright: ignore[reportArgumentType]
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: plans know places in memory, and are made anew."""
@@ -180,7 +178,10 @@ class RoutedLinear(nn.Module):
 
     def scores(self, x: Float[Tensor, "*T I"]) -> Float[Tensor, "*T E"]:
         """Scores of the experts for each token, float32."""
-        return self._score(x, self._held())[1]
+        held = self._held()
+        if "h" in self.router.reads:
+            return self._score(x, held)[1]
+        return self.router.scores(held, x.to(held.A_PI.device, held.A_PI.dtype), x.new_empty(0), None)
 
     def explain(self, x: Float[Tensor, "*T I"], call: LayerCall | None = None) -> Decision:
         """What holds for these tokens: the router's scores and the weights, be they chosen or fixed.
@@ -269,8 +270,10 @@ class RoutedLinear(nn.Module):
             if not is_compiling():
                 report_once(NOT_PREPARED)
             return None
+        if plan.backend is None or call.among_BTE is not None or (plan.choice is None) is (fixed is None):
+            return None
         rows = call.prior_BTE if fixed is None else fixed.weights_BTP
-        if call.among_BTE is not None or not _made_for(plan, call) or not _fits(rows, x):
+        if rows is not None and not _fits(rows, x):
             return None
         return update_by_kernels(plan, out, x, factors.A_PI, rows, in_place=self._owns(out))
 
@@ -295,7 +298,7 @@ class RoutedLinear(nn.Module):
         if factors is None or call.observe is not None or call.among_BTE is not None:
             return None
         plan = factors.plan
-        if plan is None or plan.linear is None or not _made_for(plan, call):
+        if plan is None or plan.linear is None or (plan.choice is None) is (fixed is None):
             return None
         rows = call.prior_BTE if fixed is None else fixed.weights_BTP
         return plan.linear(x, rows) if rows is None or _fits(rows, x) else None
@@ -337,9 +340,10 @@ class RoutedLinear(nn.Module):
         factors = call.factors
         if factors is None:
             return 0
-        chosen = factors.rows_ER is not None or (factors.plan is not None and factors.plan.choice is not None)
-        share = tokens * (self.select.k or 1) / len(factors.experts) if chosen and call.fixed is None else 1.0
-        return factors.bytes_read(min(1.0, share))
+        plan = factors.plan
+        by_kernels = plan is not None and plan.backend is not None and plan.choice is not None
+        chosen = call.fixed is None and (factors.rows_ER is not None or by_kernels)
+        return factors.bytes_read(min(1.0, tokens * (self.select.k or 1) / len(factors.experts)) if chosen else 1.0)
 
     def stack(self) -> Stack:
         """The experts that it holds; there must be at least one."""
@@ -370,15 +374,10 @@ class RoutedLinear(nn.Module):
         return f"experts={len(self.experts)}, ranks={sorted(set(self.ranks))}, router={self.router}"
 
 
-def _made_for(plan: Plan, call: LayerCall) -> bool:
-    """Whether a plan is for weights as a call has them: chosen by tokens, or fixed."""
-    return (plan.choice is None) is (call.fixed is not None)
-
-
-def _fits(rows: Tensor | None, x: Tensor) -> bool:
+def _fits(rows: Tensor, x: Tensor) -> bool:
     """Whether there is one row for all tokens, or one for each of the batch, the first axis; not one for each token."""
-    if rows is None or rows.shape[1] > 1 or len(rows) == 1:
-        return rows is None or rows.shape[1] == 1
+    if rows.shape[1] > 1 or len(rows) == 1:
+        return rows.shape[1] == 1
     by_batch = thread.routing is None or thread.routing.batch_axis == 0
     return by_batch and x.ndim > 2 and len(rows) == len(x)
 

@@ -1,4 +1,4 @@
-"""What is known of experts on calibration texts: one safetensors file beside the experts."""
+"""Statistics of experts on calibration texts: one safetensors file next to the experts."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Calibration:
 
     @cached_property
     def said(self) -> Calibration:
-        """The same, with what the chat template writes after a user's words not counted: no probe hears that."""
+        """The same, with what the chat template writes after a user's words not counted: no probe reads that."""
         counted, end = self.counted.clone(), list(self.closing)
         for row_T, ids_T, length in zip(counted, self.input_ids, self.real.sum(1).tolist(), strict=True):
             words = length - len(end)

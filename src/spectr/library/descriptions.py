@@ -1,4 +1,4 @@
-"""What experts are for, in words: one text file beside them, to be read and edited by people."""
+"""What experts are for, in words: one text file next to them, to be read and edited by people."""
 
 from __future__ import annotations
 

@@ -2,13 +2,13 @@
 
 ``index/<expert>.safetensors`` holds, for each module, the *prototype* (the first row of ``V^T``, in 8 bits and in full)
 with its root mean square over the calibration's texts, and the *rotation* that aligns the adapter's own factors
-(:class:`spectr.spectral.Rotation`). An expert more is a file more; nothing that is there changes.
+(:class:`spectr.spectral.Rotation`). One more expert is one more file; no other changes.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -149,12 +149,8 @@ class _Part(NamedTuple):
         return torch.stack(rows)
 
 
-def _in_full(parts: Sequence[_Part]) -> tuple[Float[Tensor, "E I"], ...]:
-    return tuple(part.full() for part in parts)
-
-
 class Index(Mapping[str, IndexEntry]):
-    """The entries of a library's experts by name, read when first asked for."""
+    """The entries of a library's experts by name, read on first use."""
 
     def __init__(self, entries: Mapping[str, IndexEntry | Path]):
         self._entries: dict[str, IndexEntry | Path] = dict(sorted(entries.items()))
@@ -201,7 +197,7 @@ class Index(Mapping[str, IndexEntry]):
                 experts=tuple(name for part in here for name in part.experts),
                 parts=tuple(part.codes(bits) for part in here),
                 mean_I=means[module],
-                full=partial(_in_full, here),
+                full=lambda here=here: tuple(part.full() for part in here),
             )
             for module, here in parts.items()
         }

@@ -8,9 +8,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from spectr.adapters import Expert, read_adapter
-from spectr.adapters.config import CONFIG_FILE
-from spectr.adapters.read import WEIGHTS_FILE
+from spectr.adapters import CONFIG_FILE, WEIGHTS_FILE, Expert, read_adapter
 from spectr.errors import AdapterError, LibraryError, SpectrError, collecting, did_you_mean, raise_together
 from spectr.hashing import known_sha256
 from spectr.library.calibration import Calibration
@@ -83,12 +81,12 @@ class ExpertLibrary:
             store = LibraryStore(root)
             readers = {entry.name: store.reader(entry) for entry in store.entries}
             digests = {entry.name: entry.sha256[WEIGHTS_FILE] for entry in store.entries}
-            return cls(readers, str(root), digests=digests)._beside(root)
+            return cls(readers, str(root), digests=digests)._with_folder(root)
         visible = [folder for folder in sorted(root.absolute().iterdir()) if not folder.name.startswith(".")]
         adapters = {folder.name: folder for folder in visible if _holds_adapter(folder)}
         if not adapters:
             raise _no_experts(root)
-        return cls.from_adapters(adapters, origin=str(root))._beside(root)
+        return cls.from_adapters(adapters, origin=str(root))._with_folder(root)
 
     @classmethod
     def from_adapters(cls, adapters: Mapping[str, str | Path], origin: str = "adapters") -> ExpertLibrary:
@@ -122,13 +120,13 @@ class ExpertLibrary:
         if name in self._readers:
             raise LibraryError(f"there already is an expert '{name}'", do="remove it first, or choose another name")
         expert = read_adapter(source, name)
-        return self._but(readers={**self._readers, name: lambda: expert}, digests=self._digests_but(name))
+        return self._but(readers={**self._readers, name: lambda: expert})
 
     def without(self, name: str) -> ExpertLibrary:
         """This library with one expert less; nothing on disk changes."""
         self.check(name)
-        kept = {n: reader for n, reader in self._readers.items() if n != name}
-        return self._but(readers=kept, digests=self._digests_but(name))
+        readers, digests = ({n: v for n, v in d.items() if n != name} for d in (self._readers, self._digests))
+        return self._but(readers=readers, digests=digests)
 
     def sha256(self, name: str) -> str:
         """Hash of an expert's weights: as its entry says; of a plain folder, of the file itself."""
@@ -136,10 +134,10 @@ class ExpertLibrary:
         return self._digests.get(name) or known_sha256(self[name].weights)
 
     def check_weights(self, expert: Expert) -> None:
-        """See that an expert's weights are those that its entry speaks of; of a plain folder any are.
+        """Check that an expert's weights are those of its entry; a plain folder has no entries.
 
         Raises:
-            LibraryError: They are others by now.
+            LibraryError: They differ.
         """
         known = self._digests.get(expert.name)
         if known and known_sha256(expert.weights) != known:
@@ -151,7 +149,7 @@ class ExpertLibrary:
 
     @cached_property
     def calibration(self) -> Calibration | None:
-        """What is known of the experts on calibration texts, or ``None``; read when first asked for.
+        """What is known of the experts on calibration texts, or ``None``; read on first use.
 
         Raises:
             LibraryError: The file is damaged.
@@ -164,7 +162,7 @@ class ExpertLibrary:
 
     @cached_property
     def descriptions(self) -> Mapping[str, str]:
-        """What experts are for, in words, by name; read when first asked for.
+        """What experts are for, in words, by name; read on first use.
 
         Raises:
             LibraryError: The file is damaged.
@@ -177,7 +175,7 @@ class ExpertLibrary:
 
     @cached_property
     def index(self) -> Index:
-        """What routing among very many experts needs of each (:func:`spectr.build_index`); read when first asked for.
+        """What routing among very many experts needs of each (:func:`spectr.build_index`); read on first use.
 
         Raises:
             LibraryError: An entry is damaged.
@@ -199,11 +197,8 @@ class ExpertLibrary:
         entry = self.index[name]
         return entry.sha256 == self.sha256(name) and entry.calibration == self.calibration.said.digest
 
-    def _digests_but(self, name: str) -> dict[str, str]:
-        return {other: digest for other, digest in self._digests.items() if other != name}
-
-    def _beside(self, root: Path) -> ExpertLibrary:
-        """This library with what its folder holds beside the experts."""
+    def _with_folder(self, root: Path) -> ExpertLibrary:
+        """This library with what its folder holds next to the experts."""
         return self._but(
             calibration=partial(Calibration.load, root),
             descriptions=partial(read_descriptions, root),

@@ -152,7 +152,7 @@ def write_entry(root: Path, entry: Entry) -> None:
 
 
 def drop_entry(root: Path, name: str) -> None:
-    """Let an expert count no more."""
+    """Remove an expert's entry."""
     _upgrade(root)
     (root / ENTRIES_FOLDER / f"{name}.json").unlink(missing_ok=True)
 
@@ -196,8 +196,8 @@ def _first_format(root: Path) -> Mapping[str, Entry] | None:
     """The entries of a library of format 1, by name; none where there is no library; ``None`` of one of this format."""
     if not (root / MANIFEST_FILE).is_file():
         return {}
-    mend = "restore the file, or build the library again with 'spectr library add'"
-    found = _read(root / MANIFEST_FILE, _Manifest, "a library manifest", mend)
+    repair = "restore the file, or build the library again with 'spectr library add'"
+    found = _read(root / MANIFEST_FILE, _Manifest, "a library manifest", repair)
     return None if found.format == FORMAT else {entry.name: entry for entry in found.experts or ()}
 
 
@@ -207,14 +207,14 @@ def _entry(root: Path, first_format: Mapping[str, Entry] | None, name: str) -> E
     path = root / ENTRIES_FOLDER / f"{name}.json"
     if not NAME.fullmatch(name) or not path.is_file():
         return None
-    mend = f"add the expert again: spectr library add {name} ADAPTER --library {root} --replace; or remove it"
-    entry = _read(path, Entry, "an expert's entry", mend)
+    repair = f"add the expert again: spectr library add {name} ADAPTER --library {root} --replace; or remove it"
+    entry = _read(path, Entry, "an expert's entry", repair)
     if entry.name != name:
         raise LibraryError(f"{path} is the entry of '{entry.name}'", do="give the file back the name it had")
     return entry
 
 
-def _read(path: Path, model: type[Read], what: str, mend: str) -> Read:
+def _read(path: Path, model: type[Read], what: str, repair: str) -> Read:
     try:
         return model.model_validate_json(path.read_bytes())
     except OSError as error:
@@ -225,5 +225,5 @@ def _read(path: Path, model: type[Read], what: str, mend: str) -> Read:
         raise LibraryError(
             f"{path} is not {what}: {place and place + ': '}{first['msg']}",
             expected=f"format {FORMAT}, as 'spectr library add' writes it",
-            do=mend,
+            do=repair,
         ) from error

@@ -1,9 +1,10 @@
 """A library folder on disk: adding, removing and verifying, safe against being killed at any moment.
 
 An expert lives in a folder of its own, named ``<name>-<start of its hash>``, exactly as PEFT wrote it, so that PEFT
-can load it too. What counts are the entries alone (``manifest.py``). To add: copy beside, rename into place, then write
-the entry. To remove: delete the entry, then the folder. Before a folder comes or goes, a mark ``.pending-<folder>`` is
-set, so that the next writer finds what a kill left behind without looking at every folder; readers ignore it anyway.
+can load it too. The entries alone decide what a library holds (``manifest.py``). To add: copy to a scratch folder,
+rename into place, then write the entry. To remove: delete the entry, then the folder. Before a folder is added or
+deleted, a mark ``.pending-<folder>`` is set, so that the next writer finds what a kill left behind without a look at
+every folder. Readers ignore it.
 """
 
 from __future__ import annotations
@@ -24,9 +25,16 @@ from filelock import FileLock, Timeout
 from jaxtyping import Float
 from torch import Tensor
 
-from spectr.adapters import GATES_FILE, Expert, read_adapter, read_gates, write_gates
-from spectr.adapters.config import CONFIG_FILE
-from spectr.adapters.read import WEIGHTS_FILE
+from spectr.adapters import (
+    ADAPTER_FILES,
+    CONFIG_FILE,
+    GATES_FILE,
+    WEIGHTS_FILE,
+    Expert,
+    read_adapter,
+    read_gates,
+    write_gates,
+)
 from spectr.atomic_write import INCOMING, SCRATCH, sync_file, sync_folder
 from spectr.errors import AdapterError, LibraryError, SpectrError, did_you_mean
 from spectr.hashing import file_sha256, json_sha256
@@ -45,7 +53,6 @@ from spectr.library.manifest import (
     write_entry,
 )
 
-_KEPT_FILES = (CONFIG_FILE, WEIGHTS_FILE, "README.md", "expert.json", GATES_FILE)
 _DIGITS = 12
 _PENDING = ".pending-"
 _FOLDER = re.compile(rf"(?P<name>{NAME.pattern})-(?P<digits>[0-9a-f]{{{_DIGITS}}})")
@@ -64,7 +71,7 @@ class LibraryStore:
 
     @cached_property
     def entries(self) -> tuple[Entry, ...]:
-        """The experts' entries in alphabetical order, read when first asked for, and again after a change made here."""
+        """The experts' entries in alphabetical order, read on first use, and again after a change made here."""
         return read_entries(self.root)
 
     def entry(self, name: str) -> Entry:
@@ -126,15 +133,19 @@ class LibraryStore:
             self._check_sizes(expert)
             return self._put(expert)
 
-    def twins(self, entry: Entry) -> list[str]:
+    def duplicates(self, entry: Entry) -> list[str]:
         """Other experts whose files are the same, by the names of their folders."""
         digits = entry.folder.rpartition("-")[2]
-        found = [_FOLDER.fullmatch(name) for name in os.listdir(self.root) if name.endswith(f"-{digits}")]
-        names = sorted(folder["name"] for folder in found if folder)
+        names = sorted(folder["name"] for folder in self._expert_folders() if folder["digits"] == digits)
         return [name for name in names if name != entry.name and has_entry(self.root, name)]
 
+    def _expert_folders(self) -> list[re.Match[str]]:
+        """Matches of the folders here that are named as experts' folders are."""
+        files = os.listdir(self.root) if self.root.is_dir() else []
+        return [folder for file in files if (folder := _FOLDER.fullmatch(file))]
+
     def add_gates(self, name: str, gates: Mapping[str, Float[Tensor, " I"]], facts: Mapping[str, Any]) -> Entry:
-        """Put PHATGOOSE gates beside an expert's weights, in the place of older ones.
+        """Put PHATGOOSE gates next to an expert's weights, in the place of older ones.
 
         Args:
             name: The expert.
@@ -204,13 +215,13 @@ class LibraryStore:
     def _lost(self) -> dict[str, SpectrError]:
         """By name, experts whose folder is there without an entry."""
         found: dict[str, SpectrError] = {}
-        for file in os.listdir(self.root) if self.root.is_dir() else ():
-            folder = _FOLDER.fullmatch(file)
-            pending = (self.root / f"{_PENDING}{file}").exists()  # a killed writer's, which the next one sweeps up
-            if folder and not pending and not has_entry(self.root, folder["name"]) and _is_ours(self.root / file):
-                found[folder["name"]] = LibraryError(
-                    f"{self.root / file} belongs to no expert: its entry is missing",
-                    do=f"spectr library add {folder['name']} {self.root / file} --library {self.root}, or delete it",
+        for folder in self._expert_folders():
+            name, path = folder["name"], self.root / folder[0]
+            pending = (self.root / f"{_PENDING}{folder[0]}").exists()  # a killed writer's; the next one sweeps it up
+            if not pending and not has_entry(self.root, name) and _is_ours(path):
+                found[name] = LibraryError(
+                    f"{path} belongs to no expert: its entry is missing",
+                    do=f"spectr library add {name} {path} --library {self.root}, or delete it",
                 )
         return found
 
@@ -247,7 +258,6 @@ class LibraryStore:
                     self._begin()
                 self._sweep()
                 yield
-                self.__dict__.pop("entries", None)
         except Timeout as error:
             raise LibraryError(
                 f"{self.root} has been in use by another writer for {_PATIENCE} s; nothing was changed",
@@ -280,9 +290,9 @@ class LibraryStore:
     def _put(self, expert: Expert, alter: Callable[[Path], None] = lambda _: None, **kept: str) -> Entry:
         """Copy an expert in and let it count, in the place of one of its name."""
         source = expert.weights.parent
-        scratch = Path(tempfile.mkdtemp(dir=self.root, prefix=INCOMING))
-        try:
-            for file in _KEPT_FILES:
+        with tempfile.TemporaryDirectory(dir=self.root, prefix=INCOMING) as folder:
+            scratch = Path(folder)
+            for file in ADAPTER_FILES:
                 if (source / file).is_file():
                     with (source / file).open("rb") as reading, (scratch / file).open("wb") as writing:
                         shutil.copyfileobj(reading, writing, 1 << 20)
@@ -307,9 +317,6 @@ class LibraryStore:
                 self._put_in_place(scratch, self.root / entry.folder, digests)
                 sync_folder(self.root)
                 write_entry(self.root, entry)
-        except BaseException:
-            shutil.rmtree(scratch, ignore_errors=True)
-            raise
         return entry
 
     def _folders(self, name: str) -> list[str]:
@@ -317,16 +324,15 @@ class LibraryStore:
         try:
             entry = read_entry(self.root, name)
         except LibraryError:
-            named = {file: _FOLDER.fullmatch(file) for file in os.listdir(self.root)}
-            own = [file for file, folder in named.items() if folder and folder["name"] == name]
-            return [file for file in own if _is_ours(self.root / file)]
+            named = [folder[0] for folder in self._expert_folders() if folder["name"] == name]
+            return [folder for folder in named if _is_ours(self.root / folder)]
         return [entry.folder] if entry else []
 
     def _put_in_place(self, scratch: Path, folder: Path, digests: dict[str, str]) -> None:
-        if folder.exists() and _digests(folder) == digests:
-            shutil.rmtree(scratch)
-            return
-        if folder.exists():  # it is damaged: nothing is lost by a moment without it
+        if folder.exists():
+            if _digests(folder) == digests:
+                return
+            # It is damaged: nothing is lost by a moment without it.
             folder.rename(self.root / f"{INCOMING}damaged-{scratch.name.removeprefix(INCOMING)}")
         scratch.chmod(0o755)
         scratch.rename(folder)
@@ -359,7 +365,7 @@ class LibraryStore:
         try:
             entry = read_entry(self.root, folder["name"])
         except LibraryError:
-            return  # nobody knows what counts, until the entry is mended
+            return  # what counts is unknown until the entry is repaired
         if entry is None or entry.folder != folder[0]:
             shutil.rmtree(self.root / folder[0], ignore_errors=True)
         if entry is None:
@@ -368,7 +374,7 @@ class LibraryStore:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    return {file: file_sha256(folder / file) for file in _KEPT_FILES if (folder / file).is_file()}
+    return {file: file_sha256(folder / file) for file in ADAPTER_FILES if (folder / file).is_file()}
 
 
 def _content_digits(digests: dict[str, str]) -> str:

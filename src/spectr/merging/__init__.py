@@ -7,8 +7,8 @@ save_merged_adapter(merged, library, "runs/merged")
 All maths is on the products ``delta_t = scale_t B_t A_t``, module by module, in float32.
 """
 
-from spectr.merging.base import MergedBase, merge_into
 from spectr.merging.dare import Dare, DareTies
+from spectr.merging.into_base import MergedBase, merge_into
 from spectr.merging.knots import Knots
 from spectr.merging.linear import Average, GenKnowSub, Linear
 from spectr.merging.lowrank import LowRank

@@ -62,7 +62,7 @@ def cut_factors(delta: LowRank, rank: int | None = None, energy: float | None = 
         energy: The fewest directions that keep this share of ``||delta||^2``, above 0, at most 1.
 
     Returns:
-        Factors of at most that rank; those given, untouched, where nothing was asked for or they are small enough
+        Factors of at most that rank; those given, untouched, where neither is given or they are small enough
         already; rank 0 where the product is zero to float32 rounding.
 
     Source: Eckart and Young (1936); the SVD is :func:`spectr.spectral.align`.

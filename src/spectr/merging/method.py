@@ -34,7 +34,7 @@ class Method(Protocol):
         """The number that each expert's update is multiplied by before :meth:`merge` sees it.
 
         Args:
-            given: What was asked for, as many as there are experts; ``None`` for the method's own.
+            given: One for each expert; ``None`` for the method's own.
             count: Number of experts.
 
         Raises:

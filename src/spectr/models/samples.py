@@ -10,6 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from spectr.models.generate import pad_rows
 from spectr.models.text import encode_prompt, shared_prefix
 
 
@@ -34,7 +35,8 @@ def self_samples(
 
     Source: Xu et al., 2024 (Magpie), who draw instructions for training so.
     """
-    start = _opening(tokenizer) or [_begin(tokenizer)]
+    first: Any = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    start = template_parts(tokenizer)[0] or [first]
     ids = torch.tensor([start] * samples, device=model.device)
     pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with torch.random.fork_rng():
@@ -57,47 +59,26 @@ def self_samples(
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: int = 512) -> Texts:
     """A user's texts, each a prompt cut after ``limit`` tokens; all but the template's opening counts."""
-    opening = _opening(tokenizer)
+    opening, turn, closing = template_parts(tokenizer)
     rows = [encode_prompt(tokenizer, text)[: len(opening) + limit] for text in texts if text.strip()]
-    width = max(map(len, rows))
     pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
-    real = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows])
+    ids, real = pad_rows(rows, pad, left=False), pad_rows([[1] * len(row) for row in rows], 0, left=False).bool()
     counted = real.clone()
     counted[:, : len(opening)] = False
-    return Texts(ids, counted, real, *template_parts(tokenizer))
+    return Texts(ids, counted, real, opening, turn, closing)
 
 
 def template_parts(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], list[int]]:
-    """What the chat template writes before a first user turn, before a later one, and after the last."""
-    return _opening(tokenizer), _turn(tokenizer), _closing(tokenizer)
+    """What the chat template writes before a first user turn, before a later one, and after the last.
 
-
-def _opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    The second is between an assistant's answer and the user's next words. The third ends where the answer begins.
+    """
     if not tokenizer.chat_template:
-        return []
-    return shared_prefix([encode_prompt(tokenizer, prompt) for prompt in ("a", "1", "\u4e2d")])
-
-
-def _closing(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What stands after a user's words, up to where the answer begins."""
-    if not tokenizer.chat_template:
-        return []
-    backwards = [encode_prompt(tokenizer, prompt)[::-1] for prompt in ("a", "1", "\u4e2d")]
-    return shared_prefix(backwards)[::-1]
-
-
-def _turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What stands between an assistant's answer and the user's next words."""
-    if not tokenizer.chat_template:
-        return []
+        return [], [], []
+    prompts = [encode_prompt(tokenizer, prompt) for prompt in ("a", "1", "\u4e2d")]
     turns = [("user", "first"), ("assistant", "second"), ("user", "third")]
     messages = [{"role": role, "content": content} for role, content in turns]
     text = str(tokenizer.apply_chat_template(messages, tokenize=False))
     between = text.partition("second")[2].partition("third")[0]
-    return tokenizer(between, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
-
-
-def _begin(tokenizer: PreTrainedTokenizerBase) -> int:
-    start: Any = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    return start
+    turn: Any = tokenizer(between, add_special_tokens=False)["input_ids"]
+    return shared_prefix(prompts), turn, shared_prefix([ids[::-1] for ids in prompts])[::-1]

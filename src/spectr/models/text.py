@@ -57,9 +57,9 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> list
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
 
 
-def encode_answer(tokenizer: PreTrainedTokenizerBase, answer: str, *, chat: bool = True) -> list[int]:
+def encode_answer(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
     """Token ids of an answer that follows a prompt, with the end-of-sequence token."""
-    text = answer if chat and tokenizer.chat_template else " " + answer
+    text = answer if tokenizer.chat_template else " " + answer
     ids: Any = tokenizer(text, add_special_tokens=False)["input_ids"]
     end: Any = tokenizer.eos_token_id
     return ids if end is None else [*ids, end]

@@ -1,4 +1,4 @@
-"""Who writes short texts for the program: a model that is loaded here, or one behind an endpoint."""
+"""Writers of short texts for the program: a model that is loaded here, or one behind an endpoint."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class LocalWriter:
 
 
 class EndpointWriter:
-    """A chat model behind an endpoint that speaks OpenAI's protocol.
+    """A chat model behind an endpoint with OpenAI's protocol.
 
     Args:
         url: Its base, such as ``http://localhost:8000/v1``.
@@ -89,7 +89,7 @@ class EndpointWriter:
         except OpenAIError as error:
             raise DataError(
                 f"{self.url} did not answer: {type(error).__name__}: {error}",
-                expected="an endpoint that speaks OpenAI's protocol",
+                expected="an endpoint with OpenAI's protocol",
                 do="check the address (with /v1), the model's name after '#', and OPENAI_API_KEY",
             ) from error
         self.written += reply.usage.completion_tokens if reply.usage else 0

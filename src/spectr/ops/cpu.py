@@ -51,8 +51,8 @@ class CpuBackend(Backend):
 
     def choose(self, h_TP: Tensor, centers_P: Tensor | None, prior_BE: Tensor | None, choice: Choice) -> bool:
         """See :meth:`Backend.choose`."""
-        rows = h_TP.shape[-1]
-        layer = Layer.of(None, None, (rows, 0, 0), centers_P, choice)
+        experts, k, temperature, _ = choice
+        layer = Layer(centers=place(centers_P), rows=h_TP.shape[-1], experts=experts, k=k, temperature=temperature)
         return self._choose(layer, h_TP, prior_BE)
 
     def _choose(self, layer: Layer, h_TP: Tensor, prior_BE: Tensor | None) -> bool:
@@ -72,7 +72,7 @@ class CpuBackend(Backend):
         choice: Choice,
     ) -> bool:
         """See :meth:`Backend.add_chosen`."""
-        layer, threads = Layer.over(A_PI, Bt_PO, centers_P, choice), torch.get_num_threads()
+        layer, threads = Layer.of(A_PI, Bt_PO, centers_P, choice), torch.get_num_threads()
         tokens, rows = x.numel() // layer.inputs, 1 if prior_BE is None else len(prior_BE)
         at, prior, to = ctypes.addressof(layer), place(prior_BE), place(out)
         at_once = self._calls("route", x.dtype).of(tokens)
@@ -89,7 +89,7 @@ class CpuBackend(Backend):
 
     def add_weighted(self, x: Tensor, A_PI: Tensor, Bt_PO: Tensor, weights_BP: Tensor, out: Tensor) -> bool:
         """See :meth:`Backend.add_weighted`."""
-        layer, tokens = Layer.over(A_PI, Bt_PO), x.numel() // A_PI.shape[1]
+        layer, tokens = Layer.of(A_PI, Bt_PO), x.numel() // A_PI.shape[1]
         held = self._calls("held", x.dtype).of(tokens)
         places = (place(x), place(weights_BP), place(out), tokens, len(weights_BP), torch.get_num_threads())
         return held is not None and not held(ctypes.addressof(layer), *places)
@@ -100,7 +100,7 @@ class CpuBackend(Backend):
         """See :meth:`Backend.fused_linear`."""
         if type(base) is not nn.Linear:
             return None
-        layer = Layer.over(A_PI, Bt_PO, centers_P, choice)
+        layer = Layer.of(A_PI, Bt_PO, centers_P, choice)
         calls = self._calls("held" if choice is None else "route", A_PI.dtype)
         return FusedCpuLinear(base, (A_PI, Bt_PO, centers_P), layer, calls)
 

@@ -12,6 +12,8 @@ from torch import Tensor, get_num_threads, nn
 from spectr.ops import screening
 from spectr.ops.base import Choice, own_numbers, watched
 
+_ONE = Choice(1, 1, 0.0)
+
 
 class Layer(ctypes.Structure):
     """``struct layer`` of the source."""
@@ -23,21 +25,10 @@ class Layer(ctypes.Structure):
     )
 
     @staticmethod
-    def over(A_PI: Tensor, Bt_PO: Tensor, centers_P: Tensor | None = None, choice: Choice | None = None) -> Layer:
-        """By the places of factors, which have to be kept."""
-        return Layer.of(A_PI, Bt_PO, (*A_PI.shape, Bt_PO.shape[1]), centers_P, choice)
-
-    @staticmethod
-    def of(
-        A_PI: Tensor | None,
-        Bt_PO: Tensor | None,
-        sizes: tuple[int, int, int],
-        centers_P: Tensor | None,
-        choice: Choice | None,
-    ) -> Layer:
-        """The same where ``A x`` is given, and so its (rows, inputs, outputs)."""
-        rows, inputs, outputs = sizes
-        experts, k, temperature, _ = choice or Choice(1, 1, 0.0)
+    def of(A_PI: Tensor, Bt_PO: Tensor, centers_P: Tensor | None = None, choice: Choice | None = None) -> Layer:
+        """By the places of tensors, which have to be kept."""
+        (rows, inputs), outputs = A_PI.shape, Bt_PO.shape[1]
+        experts, k, temperature, _ = choice or _ONE
         places = (None, None, place(A_PI), place(Bt_PO), place(centers_P))
         return Layer(*places, None, None, None, inputs, outputs, rows, experts, k, outputs, temperature)
 

@@ -79,7 +79,7 @@ def add_update_(
             return
         if choice is None and rows is not None and backend.add_weighted(x, A, Bt, rows, out):
             return
-    out.copy_(add_update_by_torch(out, x, A, Bt, centers, rows, choice))
+    out.add_(_weighted_products(x, A, centers, rows, choice) @ Bt)
 
 
 def add_update(
@@ -120,11 +120,17 @@ def add_update_by_torch(
     choice: Choice | None,
 ) -> Tensor:
     """:func:`add_update`, by torch's operations."""
+    return out + _weighted_products(x, A, centers, rows, choice) @ Bt
+
+
+def _weighted_products(
+    x: Tensor, A: Tensor, centers: Tensor | None, rows: Tensor | None, choice: Choice | None
+) -> Tensor:
     h = linear(x, A)
     if choice is not None:
-        return out + choose_by_torch(h, centers, rows, choice) @ Bt
+        return choose_by_torch(h, centers, rows, choice)
     assert rows is not None
-    return out + (h * _by_token(rows, h)) @ Bt
+    return h * _by_token(rows, h)
 
 
 def _choice(experts: int, k: int, temperature: float, rule: str) -> Choice | None:
@@ -164,23 +170,25 @@ def _choose_again(h: Tensor, centers: Tensor | None, prior: Tensor | None, *numb
     return choose_by_torch(h, centers, prior, Choice(*numbers))
 
 
-def _add_again(*given: Any) -> Tensor:
-    return add_update_by_torch(*given[:6], _choice(*given[6:]))
+def _add_again(
+    out: Tensor, x: Tensor, A: Tensor, Bt: Tensor, centers: Tensor | None, rows: Tensor | None, *numbers: Any
+) -> Tensor:
+    return add_update_by_torch(out, x, A, Bt, centers, rows, _choice(*numbers))
 
 
 def _gradients(again: Any) -> tuple[Any, Any]:
     """The backward pass of an operation, and what keeps its arguments: it is computed again, by torch."""
 
-    def keep(context: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        context.save_for_backward(*(given for given in inputs if isinstance(given, Tensor)))
-        context.others = [None if isinstance(given, Tensor) else (given,) for given in inputs]
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*(given for given in inputs if isinstance(given, Tensor)))
+        ctx.others = [None if isinstance(given, Tensor) else (given,) for given in inputs]
 
-    def backward(context: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved, needed = iter(context.saved_tensors), context.needs_input_grad
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved, needed = iter(ctx.saved_tensors), ctx.needs_input_grad
         with torch.enable_grad():
             given = [
                 next(saved).detach().requires_grad_(needs) if other is None else other[0]
-                for other, needs in zip(context.others, needed, strict=True)
+                for other, needs in zip(ctx.others, needed, strict=True)
             ]
             wanted = [tensor for tensor, needs in zip(given, needed, strict=True) if needs]
             found = iter(torch.autograd.grad(again(*given), wanted, grad, allow_unused=True))

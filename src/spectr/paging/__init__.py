@@ -1,15 +1,17 @@
 """Experts that stay on disk until a prompt calls for them: a cache of a stated size, and who has to leave it."""
 
-from spectr.paging.expert_cache import Shelf, ShelfFigures
+from spectr.lazy import lazy
+from spectr.paging.expert_cache import CacheStatistics, ExpertCache
 from spectr.paging.policies import DEFAULT_POLICY, Lfu, Lru, Polar, Policy, get_policy
 
 __all__ = [
     "DEFAULT_POLICY",
+    "CacheStatistics",
+    "ExpertCache",
     "Lfu",
     "Lru",
     "Polar",
     "Policy",
-    "Shelf",
-    "ShelfFigures",
     "get_policy",
 ]
+__getattr__ = lazy(__name__, {}, renamed={"Shelf": "ExpertCache", "ShelfFigures": "CacheStatistics"})

@@ -1,4 +1,4 @@
-"""A cache of experts in memory, at most so many bytes."""
+"""A cache of experts in memory, of a bounded size in bytes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Shares = Mapping[str, Share]  # one expert's share of each module's stack
 
 
 @dataclass
-class ShelfFigures:
-    """What happened at a shelf.
+class CacheStatistics:
+    """What a cache has done.
 
     Attributes:
         hits: Experts called for that were there.
@@ -38,12 +38,12 @@ class ShelfFigures:
         return self.hits / max(1, self.hits + self.misses)
 
 
-class Shelf:
+class ExpertCache:
     """Experts in memory, loaded when called for; what a policy picks leaves when there is no room.
 
     Args:
         load: Reads an expert from disk.
-        capacity: Bytes at most. Whatever one call asks for is loaded and returned, and stays as far as there is room.
+        capacity: Bytes at most. All that one call names is loaded and returned, and stays as far as there is room.
         policy: Says who leaves.
     """
 
@@ -51,7 +51,7 @@ class Shelf:
         self._load, self.capacity, self._policy = load, capacity, policy
         self._there: dict[str, Shares] = {}
         self._bytes: dict[str, int] = {}
-        self.figures = ShelfFigures()
+        self.figures = CacheStatistics()
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -88,10 +88,10 @@ class Shelf:
             if name not in self._there:
                 self._there[name], self._bytes[name] = shares, _bytes(shares)
         while self.bytes > self.capacity:
-            self._let_go(found)
+            self._evict(found)
         return found
 
-    def _let_go(self, wanted: Mapping[str, Shares]) -> None:
+    def _evict(self, wanted: Mapping[str, Shares]) -> None:
         idle = [name for name in self._there if name not in wanted]
         victim = self._policy.victim(idle or list(self._there))
         del self._there[victim], self._bytes[victim]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean as mean
 from typing import TYPE_CHECKING
 
 import matplotlib as mpl
@@ -34,7 +35,14 @@ def energy_figure(report: Report) -> Figure:
     maps = [("squared norm kept, %", "YlGnBu", _percent, _grid(cells, kinds, columns, _share))]
     ranks = {one.rank for one in report.modules}
     if len(ranks) > 1:
-        maps.append(("rank", "YlOrBr", "{:.0f}".format, _grid(cells, kinds, columns, _rank)))
+        maps.append(
+            (
+                "rank",
+                "YlOrBr",
+                "{:.0f}".format,
+                _grid(cells, kinds, columns, lambda some: mean(one.rank for one in some)),
+            )
+        )
     width = max(5.0, 2.6 + 0.3 * len(columns)) if len(columns) <= _NUMBERED else 2.6 + 0.14 * len(columns)
     drawn = Figure(figsize=(width, 0.9 + len(maps) * (0.75 + 0.3 * len(kinds))), layout="constrained")
     for axes, (label, colours, text, grid) in zip(np.atleast_1d(drawn.subplots(len(maps), 1)), maps, strict=True):
@@ -77,10 +85,6 @@ def _grid(cells: dict, kinds: list[str], columns: list[int | None], value: Calla
 def _share(modules: list[Kept]) -> float:
     total = sum(one.change**2 for one in modules)
     return 100 * sum(one.share * one.change**2 for one in modules) / total if total else 100.0
-
-
-def _rank(modules: list[Kept]) -> float:
-    return sum(one.rank for one in modules) / len(modules)
 
 
 def _heat_map(

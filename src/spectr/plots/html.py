@@ -28,15 +28,13 @@ def write_page(routings: Sequence[TokenRouting], path: str | Path, *, title: str
         "experts": [{"name": name, "colour": colour} for name, colour in colours(routings[0].experts).items()],
         "tint": TINT,
         "layers": list(routings[0].layers),
-        "texts": [_text(routing) for routing in routings],
+        "texts": [
+            {"title": one.title, "tokens": list(one.tokens), "weights": (one.weights * 1000).round().int().tolist()}
+            for one in routings
+        ],
     }
     page = template.replace("{{title}}", html.escape(title)).replace("{{subtitle}}", html.escape(subtitle))
     page = page.replace("{{data}}", json.dumps(data, separators=(",", ":")).replace("</", "<\\/"))
     path = with_parents(path)
     path.write_text(page, encoding="utf-8")
     return path
-
-
-def _text(routing: TokenRouting) -> dict:
-    permille = (routing.weights * 1000).round().int().tolist()
-    return {"title": routing.title, "tokens": list(routing.tokens), "weights": permille}

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -67,8 +68,6 @@ def token_routing(
         batch: Its number in the batch.
         skip: Tokens at the beginning to leave out, such as a system turn.
     """
-    import torch
-
     real_T = trace.mask[batch].clone()
     real_T[real_T.nonzero()[:skip]] = False
     groups = layer_groups(trace)

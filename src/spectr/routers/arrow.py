@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -13,6 +14,12 @@ from spectr.routers.base import LengthRouter, Lengths
 from spectr.routers.settings import check_settings, first_rows
 from spectr.selection import TopK, Weighting
 from spectr.spectral import AlignedExpert, InputState, Share, SideData, State
+
+
+class Prototypes(NamedTuple):
+    """Each expert's ``v_t``."""
+
+    prototypes_EI: Float[Tensor, "E I"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,18 +52,16 @@ class Arrow(LengthRouter):
 
     def init_expert(self, expert: AlignedExpert, side: SideData) -> Share:
         """See :class:`Router`: the prototype is ``v_t``."""
-        return Share.spectral(expert.aligned)._replace(prototype=expert.aligned.Vh[0])
+        return Share.spectral(expert.aligned)._replace(own=Prototypes(expert.aligned.Vh[:1]))
 
     def scores(
         self, state: State, x_TI: Float[Tensor, "*T I"], h_TP: Tensor, allowed_TE: Tensor | None
     ) -> Float[Tensor, "*T E"]:
         """See :class:`Router`: ``|v_t . x|``."""
-        assert state.prototypes_EI is not None
-        return linear(x_TI, state.prototypes_EI).float().abs()
+        return linear(x_TI, state.own.prototypes_EI).float().abs()
 
     def lengths(self, state: InputState) -> Lengths:
         """See :class:`LengthRouter`: of an expert's rows the first is ``v_t``, the others are zero."""
-        assert state.prototypes_EI is not None
         A_PI = torch.zeros_like(state.A_PI)
-        A_PI[first_rows(state.ranks)] = state.prototypes_EI
+        A_PI[first_rows(state.ranks)] = state.own.prototypes_EI
         return Lengths(A_PI)

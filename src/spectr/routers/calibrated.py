@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
@@ -18,6 +18,12 @@ from spectr.selection import TopK, Weighting
 from spectr.spectral import AlignedExpert, InputState, Share, SideData, State, segment_norms
 
 _LEVELS = "prompt", "token", "prior"
+
+
+class Centers(NamedTuple):
+    """``A*_t m / c_t`` of each expert, one after the other."""
+
+    centers_P: Float[Tensor, " P"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,15 +103,14 @@ class Calibrated(LengthRouter):
         assert side.mean_I is not None
         share, rms = Share.spectral(expert.aligned), side.rms or 1.0
         A = share.A / rms
-        return Share(A, share.B * rms, center=A @ side.mean_I)
+        return Share(A, share.B * rms, own=Centers(A @ side.mean_I))
 
     def scores(
         self, state: State, x_TI: Float[Tensor, "*T I"], h_TP: Float[Tensor, "*T P"], allowed_TE: Tensor | None
     ) -> Float[Tensor, "*T E"]:
         """See :class:`Router`: ``||A*_t (x - m)|| / c_t``."""
-        assert state.centers_P is not None
-        return segment_norms(h_TP - state.centers_P, state)
+        return segment_norms(h_TP - state.own.centers_P, state)
 
     def lengths(self, state: InputState) -> Lengths:
         """See :class:`LengthRouter`."""
-        return Lengths(state.A_PI, state.centers_P)
+        return Lengths(state.A_PI, state.own.centers_P)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -14,6 +15,12 @@ from spectr.routers.base import ShortlistRouter
 from spectr.routers.settings import check_settings
 from spectr.selection import TopK, Weighting
 from spectr.spectral import AlignedExpert, Share, SideData, State, segment_norms
+
+
+class Prototypes(NamedTuple):
+    """Each expert's ``v_t``."""
+
+    prototypes_EI: Float[Tensor, "E I"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,14 +61,13 @@ class Lag(ShortlistRouter):
 
     def init_expert(self, expert: AlignedExpert, side: SideData) -> Share:
         """See :class:`Router`: the prototype is ``v_t``."""
-        return Share.spectral(expert.aligned)._replace(prototype=expert.aligned.Vh[0])
+        return Share.spectral(expert.aligned)._replace(own=Prototypes(expert.aligned.Vh[:1]))
 
     def candidates(
         self, state: State, x_TI: Float[Tensor, "*T I"], allowed_TE: Bool[Tensor, "*B E"] | None = None
     ) -> Bool[Tensor, "*T E"]:
         """See :class:`ShortlistRouter`: those of the largest ``|v_t . x|``."""
-        assert state.prototypes_EI is not None
-        likeness_TE = linear(x_TI, state.prototypes_EI).float().abs()
+        likeness_TE = linear(x_TI, state.own.prototypes_EI).float().abs()
         if allowed_TE is not None:
             likeness_TE = likeness_TE.masked_fill(~allowed_TE, -torch.inf)
         index_TK = likeness_TE.topk(min(self.shortlist, likeness_TE.shape[-1]), dim=-1).indices

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
@@ -13,6 +14,12 @@ from spectr.routers.base import Router
 from spectr.routers.settings import check_settings
 from spectr.selection import TopK, Weighting
 from spectr.spectral import AlignedExpert, Share, SideData, State
+
+
+class Gates(NamedTuple):
+    """Each expert's ``LN(v_t)``."""
+
+    gates_EI: Float[Tensor, "E I"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,15 +58,15 @@ class Phatgoose(Router):
         return (*super().needs, GATED)
 
     def init_expert(self, expert: AlignedExpert, side: SideData) -> Share:
-        """See :class:`Router`: the prototype is ``LN(v_t)``."""
+        """See :class:`Router`: with ``LN(v_t)``."""
         assert side.gate_I is not None
-        return Share.spectral(expert.aligned)._replace(prototype=layer_norm(side.gate_I.float(), side.gate_I.shape))
+        gate_I = layer_norm(side.gate_I.float(), side.gate_I.shape)
+        return Share.spectral(expert.aligned)._replace(own=Gates(gate_I[None]))
 
     def scores(
         self, state: State, x_TI: Float[Tensor, "*T I"], h_TP: Tensor, allowed_TE: Tensor | None
     ) -> Float[Tensor, "*T E"]:
         """See :class:`Router`: ``LN(x) . LN(v_t) / sqrt(I)``."""
-        assert state.prototypes_EI is not None
         inputs = x_TI.shape[-1]
         normed_TI = layer_norm(x_TI.float(), (inputs,))
-        return linear(normed_TI, state.prototypes_EI.float()) / inputs**0.5
+        return linear(normed_TI, state.own.gates_EI.float()) / inputs**0.5

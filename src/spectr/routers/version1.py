@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
@@ -19,6 +19,13 @@ from spectr.spectral import AlignedExpert, Share, SideData, State, segment_norms
 
 _FIRST = ("prepare", "scores")
 _MORE = ("candidates", "level", "resident")  # members of the first protocol that are not adapted
+
+
+class OldState(NamedTuple):
+    """A vector of each expert (none: of width 0), and what is subtracted from ``A x`` before it is scored."""
+
+    prototypes_EI: Float[Tensor, "E _"]
+    centers_P: Float[Tensor, " P"]
 
 
 @dataclass(frozen=True)
@@ -54,21 +61,24 @@ class VersionOne(Router):
 
     def init_expert(self, expert: AlignedExpert, side: SideData) -> Share:
         """See :class:`Router`."""
-        share = self.router.prepare(expert.aligned)
+        A, B, prototype = self.router.prepare(expert.aligned)
+        center = A.new_zeros(len(A))
         if side.mean_I is not None:
             rms = side.rms or 1.0
-            A = share.A / rms
-            share = share._replace(A=A, B=share.B * rms, center=A @ side.mean_I)
+            A, B = A / rms, B * rms
+            center = A @ side.mean_I
         if side.gate_I is not None:
-            share = share._replace(prototype=layer_norm(side.gate_I.float(), side.gate_I.shape))
-        return share
+            prototype = layer_norm(side.gate_I.float(), side.gate_I.shape)
+        own = OldState(A.new_zeros(1, 0) if prototype is None else prototype[None], center)
+        return Share(A, B, own)
 
     def scores(
         self, state: State, x_TI: Float[Tensor, "*T I"], h_TP: Float[Tensor, "*T P"], allowed_TE: Tensor | None
     ) -> Float[Tensor, "*T E"]:
         """See :class:`Router`."""
-        scored_TP = h_TP if state.centers_P is None else h_TP - state.centers_P
-        return self.router.scores(x_TI, segment_norms(scored_TP, state), state.prototypes_EI)
+        prototypes_EI, centers_P = state.own
+        norms_TE = segment_norms(h_TP - centers_P, state)
+        return self.router.scores(x_TI, norms_TE, prototypes_EI if prototypes_EI.numel() else None)
 
     def _declared(self, name: str, default: Any) -> Any:
         return getattr(self.router, name, default)

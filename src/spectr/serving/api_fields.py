@@ -201,7 +201,7 @@ def routing(ticket: Ticket, steps: Sequence[Step], layers: Sequence[str]) -> dic
     """The ``routing`` of a choice: of all its tokens, or of those of one chunk.
 
     Args:
-        ticket: Its experts are the names; nobody reads of others.
+        ticket: Its experts are the only names in the answer.
         steps: One for each token.
         layers: The routed layers' names; in the answer with ``record="layers"`` alone.
     """

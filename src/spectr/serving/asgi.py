@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from collections.abc import Awaitable, Callable
+
+from starlette.types import Message, Receive, Scope, Send
 
 from spectr.serving.errors import RefusalError
-
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _WITH = {401: {"www_authenticate": "Bearer"}, 503: {"retry_after": "10"}}  # headers of refusals
 
@@ -74,8 +69,8 @@ async def respond(send: Send, status: int, body: bytes, kind: str = "application
     await send({"type": "http.response.body", "body": body})
 
 
-class Watched:
-    """``send``, with an eye on what was sent.
+class TrackedSend:
+    """``send``, with the state of the response.
 
     Args:
         send: ASGI's.
@@ -124,8 +119,8 @@ def rewritten(scope: Scope, body: bytes, request_id: str) -> Scope:
     return {**scope, "headers": [*kept, *ours.items()]}
 
 
-class Line:
-    """The line to a client: gives the application a body, and notices when the client hangs up."""
+class Connection:
+    """The connection to a client: gives the application a body, and notices when the client hangs up."""
 
     def __init__(self, receive: Receive, body: bytes):
         self._body: bytes | None = body

@@ -36,13 +36,15 @@ class Catalog:
     Args:
         engine: Has the experts.
         policy: API keys; without one everybody may use everything.
-        served: The composed model's name; ``served/EXPERT`` is one expert alone.
+        served_name: The composed model's; ``served_name/EXPERT`` is one expert alone.
     """
 
-    def __init__(self, engine: Engine, policy: Policy | None, served: str):
-        if served == engine.base_model:
-            raise SpectrError(f"'{served}' is the base model's own name", do="serve under another name: --served-name")
-        self.engine, self.policy, self.served = engine, policy, served
+    def __init__(self, engine: Engine, policy: Policy | None, served_name: str):
+        if served_name == engine.base_model:
+            raise SpectrError(
+                f"'{served_name}' is the base model's own name", do="serve under another name: --served-name"
+            )
+        self.engine, self.policy, self.served_name = engine, policy, served_name
         self._since = int(time.time())
 
     def grant(self, secret: str | None) -> Grant:
@@ -110,8 +112,8 @@ class Catalog:
         """What a request of this client stands for; routing is recorded where it is wanted, or to ``count`` tokens.
 
         Raises:
-            RefusalError: It names a model, an expert or a router that the client may not use or nobody has. Which of
-                the two it is, the answer does not say.
+            RefusalError: It names a model, an expert or a router that is not there, or that the client may not use; the
+                answer is the same.
         """
         experts = self._experts(grant, request)
         router = self.engine.routers[0] if request.router is None else request.router
@@ -146,7 +148,7 @@ class Catalog:
         do = _nearest(name, known)
         if not known:
             do = "ask with another key: this one's has no 'experts' that are served, and no 'base: true', in the policy"
-        elif name == self.served:
+        elif name == self.served_name:
             do = f"ask for '{known[0]}'; the composed model is for keys whose entry in the policy has 'experts'"
         return RefusalError(f"there is no model '{name}'", do=do, code="model_not_found", param="model", status=404)
 
@@ -157,26 +159,28 @@ class Catalog:
         missing = sorted(set(named or ()) - set(grant.experts))
         if missing:
             raise self._no_expert(missing, grant.experts)
-        if model == self.served:
+        if model == self.served_name:
             return grant.experts if named is None else tuple(sorted(set(named)))
-        alone = () if model == self.engine.base_model else (model.removeprefix(self.served + "/"),)
+        alone = () if model == self.engine.base_model else (model.removeprefix(self.served_name + "/"),)
         if named is not None and set(named) != set(alone):
             raise RefusalError(
                 f"model '{model}' and other experts do not go together",
-                do=f"leave 'experts' out, or ask for model '{self.served}'",
+                do=f"leave 'experts' out, or ask for model '{self.served_name}'",
                 code="experts_conflict",
                 param="experts",
             )
         return alone
 
     def _names(self, grant: Grant) -> list[str]:
-        composed = [self.served, *(f"{self.served}/{name}" for name in grant.experts)] if grant.experts else []
+        composed = (
+            [self.served_name, *(f"{self.served_name}/{name}" for name in grant.experts)] if grant.experts else []
+        )
         return composed + ([self.engine.base_model] if grant.base else [])
 
     def _listed(self, grant: Grant, name: str) -> dict[str, Any]:
         facts: dict[str, Any] = {"id": name, "object": "model", "created": self._since, "owned_by": "spectr"}
-        expert = name.removeprefix(self.served + "/") if name.startswith(self.served + "/") else None
-        if name == self.served:
+        expert = name.removeprefix(self.served_name + "/") if name.startswith(self.served_name + "/") else None
+        if name == self.served_name:
             facts |= {"experts": list(grant.experts), "routers": list(self.engine.routers)}
         elif name == self.engine.base_model:
             facts |= {"experts": []}

@@ -10,16 +10,14 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from starlette.types import ASGIApp, Receive, Scope, Send
+
 from spectr.errors import SpectrError
 from spectr.serving.api_fields import ChatRequest, CompletionRequest, Request, parse, routing
 from spectr.serving.asgi import (
-    App,
+    Connection,
     HangUpError,
-    Line,
-    Receive,
-    Scope,
-    Send,
-    Watched,
+    TrackedSend,
     bearer,
     read_body,
     respond,
@@ -32,7 +30,7 @@ from spectr.serving.metrics import CONTENT_TYPE, Metrics
 from spectr.serving.page import find_page, page_file
 from spectr.serving.policy import Policy
 from spectr.serving.responses import Answer, Edit
-from spectr.serving.shutdown import LAST_WORDS, Stopping, stopped
+from spectr.serving.shutdown import FINAL_SECONDS, Shutdown, stopped
 from spectr.serving.usage import Usage
 
 log = logging.getLogger("spectr.serving")
@@ -67,30 +65,30 @@ class Gateway:
         app: The engine's own application.
         engine: See :class:`Engine`.
         policy: API keys; without one everything is open.
-        served: The composed model's name.
+        served_name: The composed model's name.
         count: Whether to have the engine record every request's shares, for the tokens by expert in ``/metrics``.
         max_body: Bytes of a request at most.
         say: Shows one line, where an expert was removed.
 
     Attributes:
-        stopping: Ends it.
+        shutdown: Ends it.
     """
 
     def __init__(
         self,
-        app: App,
+        app: ASGIApp,
         engine: Engine,
         *,
         policy: Policy | None = None,
-        served: str = "spectr",
+        served_name: str = "spectr",
         count: bool = True,
         max_body: int = _MAX_BODY,
         say: Callable[[str], None] = log.info,
     ):
         self.say = say
         self.app, self.engine, self.max_body, self.count = app, engine, max_body, count
-        self.catalog = Catalog(engine, policy, served)
-        self.metrics, self.stopping = Metrics(), Stopping()
+        self.catalog = Catalog(engine, policy, served_name)
+        self.metrics, self.shutdown = Metrics(), Shutdown()
         self.metrics.describe(engine)
         self.page = find_page()
 
@@ -105,28 +103,28 @@ class Gateway:
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         began, status = time.monotonic(), 500
-        watched = Watched(send, bare=scope["method"] == "HEAD")
+        tracked = TrackedSend(send, bare=scope["method"] == "HEAD")
         try:
-            with self.stopping.watched():
-                await self._answer(scope, receive, watched)
-            status = watched.status or 500
+            with self.shutdown.tracked():
+                await self._answer(scope, receive, tracked)
+            status = tracked.status or 500
         except HangUpError:
-            status = 499  # as nginx writes it down; nobody reads it
+            status = 499  # as nginx logs it; no client reads it
             self.metrics.hangups.inc()
         finally:
             self._count(scope["path"], status, began)
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Watched) -> None:
+    async def _answer(self, scope: Scope, receive: Receive, send: TrackedSend) -> None:
         try:
-            self.stopping.check()
+            self.shutdown.check()
             await self._route(scope, receive, send)
         except RefusalError as error:
             await send.refuse(error)
         except asyncio.CancelledError:
-            if not self.stopping.over:
+            if not self.shutdown.over:
                 raise
             with suppress(asyncio.TimeoutError):  # of a client that does not read
-                await asyncio.wait_for(send.refuse(stopped()), LAST_WORDS / 2)
+                await asyncio.wait_for(send.refuse(stopped()), FINAL_SECONDS / 2)
         except HangUpError:
             raise
         except Exception:
@@ -224,10 +222,10 @@ class Gateway:
         admitted = json.dumps(self.engine.admit(ticket, raw)).encode()
         usage = Usage(request)
         with self._running(ticket, usage):
-            line = Line(receive, admitted)
+            connection = Connection(receive, admitted)
             answer = Answer(send, self._editor(ticket, request, usage))
-            work = self.app(rewritten(scope, admitted, ticket.id), line.receive, answer)
-            await line.hold_for(work, lambda: answer.done)
+            work = self.app(rewritten(scope, admitted, ticket.id), connection.receive, answer)
+            await connection.hold_for(work, lambda: answer.done)
 
     @contextmanager
     def _running(self, ticket: Ticket, usage: Usage) -> Iterator[None]:

@@ -71,7 +71,7 @@ class Policy(BaseModel):
 
     Attributes:
         keys: Each with its set.
-        exclude: Experts that nobody may use, whatever their set; ``except`` in the file.
+        exclude: Experts that no key may use, whatever its set; ``except`` in the file.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)

@@ -6,7 +6,9 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from spectr.serving.asgi import Message, Send, with_headers
+from starlette.types import Message, Send
+
+from spectr.serving.asgi import with_headers
 from spectr.serving.errors import error_body, standardised
 
 Edit = Callable[[dict[str, Any]], Sequence[dict[str, Any]]]  # to what stands in its place

@@ -1,4 +1,4 @@
-"""An engine's application behind the gateway, on a socket, until somebody ends it."""
+"""An engine's application behind the gateway, on a socket, until it is ended."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from spectr.errors import CompositionError
 from spectr.serving.engines.base import Engine
 from spectr.serving.gateway import Gateway
-from spectr.serving.settings import Settings
-from spectr.serving.shutdown import Stopping
+from spectr.serving.settings import ServerSettings
+from spectr.serving.shutdown import Shutdown
 
 if TYPE_CHECKING:
     import uvicorn
@@ -28,7 +28,7 @@ _LAST_BYTES = 1  # seconds for connections to be closed, before those that do no
 async def listen(
     app: Any,
     engine: Engine,
-    settings: Settings,
+    settings: ServerSettings,
     bound: socket.socket,
     say: Callable[[str], None],
     watch: Callable[[uvicorn.Server], Awaitable[None]] | None = None,
@@ -42,7 +42,7 @@ async def listen(
         app: The engine's own application.
         engine: Of that application.
         settings: What is served.
-        bound: From :meth:`Settings.listen`.
+        bound: From :meth:`ServerSettings.listen`.
         say: Shows one line.
         watch: Is given the server, and may end it.
 
@@ -54,7 +54,9 @@ async def listen(
 
     if not engine.layers:
         raise CompositionError("no layer of this model is routed", do="check the library with spectr library list")
-    gateway = Gateway(app, engine, policy=settings.policy(), served=settings.served, count=settings.count, say=say)
+    gateway = Gateway(
+        app, engine, policy=settings.policy(), served_name=settings.served_name, count=settings.count, say=say
+    )
     lines = summary(settings, engine, bound.getsockname()[1], page=gateway.page is not None)
     config = Config(gateway, log_level="warning", server_header=False, timeout_graceful_shutdown=2 * _LAST_BYTES)
     server = Server(config)
@@ -65,7 +67,7 @@ async def listen(
             signal.signal(number, server.handle_exit)  # stays when the server has given back what it found
     tasks = [
         asyncio.ensure_future(_announce(server, lines, say)),
-        asyncio.ensure_future(_end(server, gateway.stopping, settings.grace, signals, say)),
+        asyncio.ensure_future(_end(server, gateway.shutdown, settings.grace, signals, say)),
         *([asyncio.ensure_future(watch(server))] if watch else []),
     ]
     try:
@@ -108,32 +110,32 @@ async def _announce(server: uvicorn.Server, lines: list[str], say: Callable[[str
 
 
 async def _end(
-    server: uvicorn.Server, stopping: Stopping, grace: float, signals: list[int], say: Callable[[str], None]
+    server: uvicorn.Server, shutdown: Shutdown, grace: float, signals: list[int], say: Callable[[str], None]
 ) -> None:
     """Once the server is to end, let the answers under way end first, but not for longer than the grace."""
     while not (signals or server.should_exit):
         await asyncio.sleep(0.1)
-    stopping.begin()
+    shutdown.begin()
     until = time.monotonic() + grace
-    if stopping.under_way and grace:
-        say(f"ending; {_requests(stopping)} under way: {grace:g} seconds for them, and Ctrl-C again ends at once")
-    while stopping.under_way and len(signals) < 2 and time.monotonic() < until:
+    if shutdown.under_way and grace:
+        say(f"ending; {_requests(shutdown)} under way: {grace:g} seconds for them, and Ctrl-C again ends at once")
+    while shutdown.under_way and len(signals) < 2 and time.monotonic() < until:
         await asyncio.sleep(0.05)
-    say(f"ending; {_requests(stopping)} cut off" if stopping.under_way else "ending; nothing is under way")
+    say(f"ending; {_requests(shutdown)} cut off" if shutdown.under_way else "ending; nothing is under way")
     log = logging.getLogger("uvicorn.error")
     log.disabled = True  # it would list each that was cut off
-    await stopping.end()
+    await shutdown.end()
     log.disabled = False
     server.should_exit = True
     await asyncio.sleep(_LAST_BYTES)
     server.force_exit = True
 
 
-def _requests(stopping: Stopping) -> str:
-    return f"{stopping.under_way} request{'' if stopping.under_way == 1 else 's'}"
+def _requests(shutdown: Shutdown) -> str:
+    return f"{shutdown.under_way} request{'' if shutdown.under_way == 1 else 's'}"
 
 
-def summary(settings: Settings, engine: Engine, port: int, *, page: bool) -> list[str]:
+def summary(settings: ServerSettings, engine: Engine, port: int, *, page: bool) -> list[str]:
     """What is served, to whom and where, and experts that stand out."""
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     lines = [
@@ -144,8 +146,10 @@ def summary(settings: Settings, engine: Engine, port: int, *, page: bool) -> lis
     default, *others = engine.routers
     by = default + (f" (by request: {', '.join(others)})" if others else "")
     lines.append(f"{len(engine.layers)} layers routed among {', '.join(engine.experts)}, by {by}")
-    nobodys = "none needed, as there is no policy: whoever is on this machine may use every expert, and remove it"
-    lines.append(f"keys: {settings.policy_file or nobodys}")
+    open_to_all = "none needed, as there is no policy: everyone on this machine may use every expert, and remove it"
+    lines.append(f"keys: {settings.policy_file or open_to_all}")
     lines += [f"page: http://{host}:{port}/playground/"] if page else []
-    lines.append(f"serving '{settings.served}' and '{settings.base_name}' at http://{host}:{port}/v1, Ctrl-C ends it")
+    lines.append(
+        f"serving '{settings.served_name}' and '{settings.base_name}' at http://{host}:{port}/v1, Ctrl-C ends it"
+    )
     return lines

@@ -21,7 +21,7 @@ _BACKLOG = 2048  # connections that wait until they are taken, as uvicorn has it
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class ServerSettings:
     """What a server is to serve, checked.
 
     Attributes:
@@ -31,7 +31,7 @@ class Settings:
         model: Folder or Hub id of the base model; ``None`` for the default one.
         base_name: The base model's name for clients.
         dtype: Of the model.
-        served: The composed model's name for clients.
+        served_name: The composed model's name for clients.
         policy_file: API keys, if there are any.
         host: Address to listen at.
         port: Likewise; 0 for a free one.
@@ -47,7 +47,7 @@ class Settings:
     model: str | None
     base_name: str
     dtype: str
-    served: str
+    served_name: str
     policy_file: Path | None
     host: str
     port: int
@@ -61,7 +61,7 @@ class Settings:
 
         Raises:
             DataError: It is none, or names experts that are not there.
-            SpectrError: There is none, and others than this machine could reach the server.
+            SpectrError: There is none, and other machines could reach the server.
         """
         if self.policy_file is None:
             if not _is_loopback(self.host):
@@ -91,9 +91,9 @@ class Settings:
                     expected="a combination of the chosen experts alone",
                     do="leave --combine out, or --combine ties",
                 )
-        if self.served == self.base_name:
+        if self.served_name == self.base_name:
             raise SpectrError(
-                f"'{self.served}' is the base model's own name", do="serve under another name: --served-name"
+                f"'{self.served_name}' is the base model's own name", do="serve under another name: --served-name"
             )
 
     def listen(self) -> socket.socket:
@@ -111,23 +111,25 @@ class Settings:
             ) from error
 
 
-def make_settings(request: RoutingRequest, *, exclude: Sequence[str] = (), served: str, **given: Any) -> Settings:
+def make_settings(
+    request: RoutingRequest, *, exclude: Sequence[str] = (), served_name: str, **given: Any
+) -> ServerSettings:
     """Check everything that a server needs before a model is loaded.
 
     Args:
         request: Library and routers.
         exclude: Experts of the library that are not served.
-        served: See :class:`Settings`, as all others.
-        given: See :class:`Settings`.
+        served_name: See :class:`ServerSettings`, as all others.
+        given: See :class:`ServerSettings`.
 
     Raises:
         SpectrError: A name is unknown, no expert is left, the routers cannot be served together, or the settings do not
-            go together (:meth:`Settings.check`).
+            go together (:meth:`ServerSettings.check`).
     """
     if len(request.routers) > 1 and "oracle" in request.routers:
         raise SpectrError(
             "the router oracle holds one expert alone and cannot be served next to others",
-            do=f"leave it out; a request names one expert alone by its model, {served}/EXPERT",
+            do=f"leave it out; a request names one expert alone by its model, {served_name}/EXPERT",
         )
     found = request.resolve()
     check_alike({name: residents(router, found.library.names) for name, router in found.routers.items()})
@@ -135,13 +137,13 @@ def make_settings(request: RoutingRequest, *, exclude: Sequence[str] = (), serve
     experts = tuple(name for name in sorted(request.allow or found.library) if name not in exclude)
     if not experts:
         raise LibraryError("--except leaves no expert to serve", do="name fewer")
-    settings = Settings(
+    settings = ServerSettings(
         library=found.library,
         experts=experts,
         routers=found.routers,
         model=request.model,
         base_name=_base_name(request.model),
-        served=served,
+        served_name=served_name,
         remarks=found.remarks,
         **given,
     )

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 
 from spectr.serving.errors import RefusalError
 
-LAST_WORDS = 2.0  # seconds for the last answers
+FINAL_SECONDS = 2.0  # seconds for the last answers
 
 
-class Stopping:
+class Shutdown:
     """Whether a server is to end, and which requests it still works on.
 
     Attributes:
@@ -29,7 +29,7 @@ class Stopping:
         return len(self._under_way)
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
+    def tracked(self) -> Iterator[None]:
         """While the block runs, the current task is under way: it is cancelled when the time is over."""
         task = asyncio.current_task()
         assert task is not None
@@ -56,7 +56,7 @@ class Stopping:
         for task in tasks:
             task.cancel()
         if tasks:
-            await asyncio.wait(tasks, timeout=LAST_WORDS)
+            await asyncio.wait(tasks, timeout=FINAL_SECONDS)
 
 
 def stopped(given: str = "the server has stopped before this answer was done") -> RefusalError:

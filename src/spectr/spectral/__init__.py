@@ -7,9 +7,18 @@ stack's experts one after the other, ``I`` inputs, ``O`` outputs, ``N`` a batch 
 from spectr.spectral.align import Aligned, align
 from spectr.spectral.prototypes import Codes, Prototypes
 from spectr.spectral.rotate import Rotation, rotate
-from spectr.spectral.stack import AlignedExpert, InputState, Share, SideData, Stack, State, norms, segment_norms
-
-Prepared = Share  # its name in the first protocol of routers
+from spectr.spectral.stack import (
+    AlignedExpert,
+    InputState,
+    Prepared,
+    Share,
+    SideData,
+    Stack,
+    State,
+    norms,
+    remade,
+    segment_norms,
+)
 
 __all__ = [
     "Aligned",
@@ -25,6 +34,7 @@ __all__ = [
     "State",
     "align",
     "norms",
+    "remade",
     "rotate",
     "segment_norms",
 ]

@@ -35,5 +35,5 @@ def left_basis(
 
 
 def without_rounding(x: Tensor, size: Tensor) -> Tensor:
-    """``x`` with exact zeros where it is rounding beside ``size``: the sign of rounding would have a vote in TIES."""
+    """``x`` with exact zeros where it is rounding at ``size``: in TIES the sign of rounding would have a vote."""
     return x * (x.abs() > ROUNDING * size)

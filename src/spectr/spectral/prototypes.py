@@ -31,7 +31,7 @@ class Codes(NamedTuple):
 
     @staticmethod
     def of(v_EI: Float[Tensor, "E I"], rms_E: Float[Tensor, " E"], bits: int) -> Codes:
-        """Codes of so many bits a number; of 32 bits, the prototypes themselves."""
+        """Codes of ``bits`` bits a number; of 32 bits, the prototypes themselves."""
         if bits == 32:
             return Codes(v_EI, torch.ones_like(rms_E), rms_E, torch.zeros_like(rms_E).double())
         steps_E = (v_EI.abs().amax(-1) / (2 ** (bits - 1) - 1)).clamp(min=1e-30)

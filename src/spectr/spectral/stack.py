@@ -5,9 +5,9 @@ Legend: O outputs, I inputs, R an expert's rank, E experts, P the sum of their r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -55,16 +55,15 @@ class Share(NamedTuple):
     Attributes:
         A: Input factor of the update ``B A``.
         B: Output factor.
-        prototype: A vector that it is scored by.
-        center: Subtracted from ``A x`` before it is scored.
+        own: What the router scores it by besides: a named tuple of the router's. Each tensor has a row for the expert,
+            or one for each row of ``A``, so that those of several experts are put one after the other.
         root: An input factor that others may share, with ``A = mix @ root``.
         mix: See ``root``.
     """
 
     A: Float[Tensor, "R I"]
     B: Float[Tensor, "O R"]
-    prototype: Float[Tensor, " I"] | None = None
-    center: Float[Tensor, " R"] | None = None
+    own: tuple[Tensor, ...] = ()
     root: Float[Tensor, "Q I"] | None = None
     mix: Float[Tensor, "R Q"] | None = None
 
@@ -75,7 +74,30 @@ class Share(NamedTuple):
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Share:
         """The share on a device and in a dtype."""
-        return Share(*(None if tensor is None else tensor.to(device, dtype) for tensor in self))  # pyright: ignore
+        return self.mapped(lambda tensor: tensor.to(device, dtype))
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Share:
+        """The share of changed tensors."""
+        shared = (None if tensor is None else change(tensor) for tensor in (self.root, self.mix))
+        return Share(change(self.A), change(self.B), remade(self.own, map(change, self.own)), *shared)
+
+
+class Prepared(NamedTuple):
+    """A :class:`Share` in the first protocol of routers."""
+
+    A: Float[Tensor, "R I"]
+    B: Float[Tensor, "O R"]
+    prototype: Float[Tensor, " I"] | None = None
+
+    @staticmethod
+    def spectral(aligned: Aligned) -> Prepared:
+        """See :meth:`Share.spectral`."""
+        return Prepared(*Share.spectral(aligned)[:2])
+
+
+def remade(own: tuple[Tensor, ...], tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """Other tensors in the type of a router's own."""
+    return type(own)(*tensors) if own else ()
 
 
 @runtime_checkable
@@ -98,13 +120,8 @@ class State(Protocol):
         ...
 
     @property
-    def prototypes_EI(self) -> Tensor | None:
-        """One vector an expert, where scores come from those."""
-        ...
-
-    @property
-    def centers_P(self) -> Tensor | None:
-        """Subtracted from ``A x`` before it is scored."""
+    def own(self) -> Any:
+        """The router's own tensors, of all experts; see :attr:`Share.own`."""
         ...
 
 
@@ -132,8 +149,7 @@ class Stack:
         ranks: Their ranks; the P axis has their sum.
         A_PI: Input factors, (P, I); where all experts share theirs, that one, (Q, I).
         B_OP: Output factors, (O, P).
-        prototypes_EI: One vector an expert, (E, I), where the router scores by those.
-        centers_P: Subtracted from ``A x`` before it is scored.
+        own: The router's own tensors, of all experts; see :attr:`Share.own`.
         mix_PR: Makes the experts' input factors of the shared one, (P, Q); ``None`` where none is shared.
     """
 
@@ -141,8 +157,7 @@ class Stack:
     ranks: tuple[int, ...]
     A_PI: Float[Tensor, "_ I"]
     B_OP: Float[Tensor, "O P"]
-    prototypes_EI: Float[Tensor, "E I"] | None = None
-    centers_P: Float[Tensor, " P"] | None = None
+    own: Any = ()
     mix_PR: Float[Tensor, "P Q"] | None = None
 
     @staticmethod
@@ -150,15 +165,12 @@ class Stack:
         """Stack experts by name, each with an input factor of its own; there must be at least one."""
         names = sorted(shares)
         parts = [shares[name] for name in names]
-        prototypes = [part.prototype for part in parts if part.prototype is not None]
-        centers = [part.center for part in parts if part.center is not None]
         return Stack(
             experts=tuple(names),
             ranks=tuple(part.A.shape[0] for part in parts),
             A_PI=torch.cat([part.A for part in parts]),
             B_OP=torch.cat([part.B for part in parts], dim=1),
-            prototypes_EI=torch.stack(prototypes) if prototypes else None,
-            centers_P=torch.cat(centers) if centers else None,
+            own=remade(parts[0].own, [torch.cat(each) for each in zip(*(part.own for part in parts), strict=True)]),
         )
 
     @property
@@ -181,11 +193,9 @@ class Stack:
         """The experts taken apart again, by name, each with an input factor of its own."""
         whole = self.A_PI if self.mix_PR is None else self.mix_PR @ self.A_PI
         A, B = whole.split(self.ranks), self.B_OP.split(self.ranks, dim=1)
-        nothing = [None] * len(self.experts)
-        prototypes = nothing if self.prototypes_EI is None else list(self.prototypes_EI)
-        centers = nothing if self.centers_P is None else self.centers_P.split(self.ranks)
-        columns = zip(A, B, prototypes, centers, strict=True)
-        return dict(zip(self.experts, (Share(*share) for share in columns), strict=True))
+        each = [own.split(1 if len(own) == len(self.experts) else self.ranks) for own in self.own]
+        owns = [remade(self.own, tensors) for tensors in zip(*each, strict=True)] or [()] * len(self.experts)
+        return dict(zip(self.experts, map(Share, A, B, owns), strict=True))
 
 
 def segment_norms(h_TP: Float[Tensor, "*T P"], state: State) -> Float[Tensor, "*T E"]:

@@ -13,17 +13,6 @@ TEXT_METRICS = ("exact_match", "rouge1", "rouge2", "rougeL")
 METRICS = (*CHOICE_METRICS, *TEXT_METRICS)
 
 
-def known_metric(name: str) -> str:
-    """The name of a metric.
-
-    Raises:
-        ValueError: There is none of that name.
-    """
-    if name not in METRICS:
-        raise ValueError(f"unknown metric '{name}'; {did_you_mean(name, METRICS)}")
-    return name
-
-
 def faults(fields: Mapping[str, Any]) -> list[str]:
     """What is wrong between fields; those that are missing or of the wrong type are passed over."""
     return [*_of_templates(fields), *_of_answers(fields), *_of_letters(fields)]
@@ -40,6 +29,8 @@ def _of_templates(fields: Mapping[str, Any]) -> Iterator[str]:
 
 def _of_answers(fields: Mapping[str, Any]) -> Iterator[str]:
     choices, answer, metric = fields.get("choices"), fields.get("answer"), fields.get("metric")
+    if isinstance(metric, str) and metric not in METRICS:
+        yield f"unknown metric '{metric}'; {did_you_mean(metric, METRICS)}"
     if (choices is None) == (answer is None):
         yield "a task has either 'choices' or a free-text 'answer' template, and one of them"
     elif answer is None and metric in TEXT_METRICS:

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from spectr.errors import DataError, MissingExtraError, raise_together
+from spectr.errors import DataError, MissingExtraError, SpectrError, collecting, raise_together
 from spectr.tasks import template
 from spectr.tasks.task import Example, Task
 
 HUB = "hub"
-_SHOWN = 5  # problems of a file that are told in full
+_SHOWN = 5  # problems of a file that an error lists in full
 
 
 def read_rows(
@@ -48,15 +48,14 @@ def read_examples(
             the file, with the rows' numbers.
     """
     ours = task.hub is not None and source in (task.hub.train, task.hub.test)
-    found, problems = [], []
+    found: list[Example] = []
+    problems: list[SpectrError] = []
     for number, row in enumerate(_rows(source, root, limit, shuffle=ours), start=1):
-        try:
-            if isinstance(row, DataError):
-                raise row
+        if isinstance(row, DataError):
+            problems.append(row)
+            continue
+        with collecting(problems, f"{source}, row {number}"):
             found.append(task.example(_from_hub(task, row, ours) if source.startswith("hub:") else row))
-        except DataError as error:
-            place = "" if error is row else f"{source}, row {number}: "
-            problems.append(DataError(place + error.given, expected=error.expected, do=error.do))
     raise_together(source, problems, DataError, most=_SHOWN)
     return found
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from spectr.errors import DataError, SpectrError, collecting, raise_together
-from spectr.tasks.chosen import chosen_task, origin_of, source_of
-from spectr.tasks.rows import read_examples
+from spectr.hashing import file_sha256
+from spectr.tasks.rows import data_source, read_examples
 from spectr.tasks.task import Example, Task, shipped_tasks
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A task and its data, as a command names them; see :func:`spectr.tasks.chosen.chosen_task`.
+    """A task and its data, as a command names them.
 
     Attributes:
         task: A shipped task's name, or a file.
@@ -42,9 +43,52 @@ class Source:
         return any((self.task, self.train, self.prompt, self.answer, self.choices))
 
     def read_task(self, name: str, task: str | None = None) -> Task:
-        """The task, by default that of the name ``task``."""
-        about = chosen_task(self.task or task, self.prompt, self.answer, self.choices, name)
+        """A shipped task, one of a file, or a prompt with its answers.
+
+        Args:
+            name: Of a task that is made of a prompt.
+            task: The name of the task by default.
+
+        Raises:
+            DataError: Nothing, or too much, says how a row becomes a prompt and an answer.
+        """
+        named = self.task or task
+        about = self._named(named) if named else self._of_a_prompt(name)
         return about.lettered() if self.letters else about
+
+    def _named(self, task: str) -> Task:
+        if self.prompt or self.answer or self.choices:
+            raise DataError("--task comes with its own templates", do="leave out --prompt, --answer and --choices")
+        return Task.load(task) if task.endswith((".yaml", ".yml")) else Task.shipped(task)
+
+    def _of_a_prompt(self, name: str) -> Task:
+        if self.prompt is None:
+            raise DataError(
+                "nothing says how a row becomes a prompt",
+                do='give --task agnews (or a task file), or --prompt "..." with --answer "..." or --choices "a,b"',
+            )
+        if (self.answer is None) == (self.choices is None):
+            raise DataError(
+                "one kind of answer is needed", do='give --answer "{field}" or --choices "no,yes", not both'
+            )
+        listed = tuple(choice.strip() for choice in self.choices.split(",")) if self.choices else None
+        return Task.of(name=name, version=1, prompt=self.prompt, answer=self.answer, choices=listed)
+
+    def rows(self, task: Task, part: Literal["train", "test"]) -> str | None:
+        """Where the rows are: those that were named, else the task's own; ``None`` where it names none."""
+        own = task.hub or getattr(task, part)
+        return getattr(self, part) or (data_source(task, part, self.root) if own else None)
+
+    def origin(self, task: Task, train: str, test: str | None = None) -> dict[str, Any]:
+        """Task, paths and hashes of the data, for the record."""
+        origin: dict[str, Any] = {"task": task.title}
+        for what, source in (("train", train), ("test", test)):
+            if source:
+                origin[what] = source
+                path = Path(self.root or ".") / source
+                if path.is_file():
+                    origin[f"{what} sha256"] = file_sha256(path)
+        return origin
 
 
 def read_expert_rows(
@@ -80,7 +124,7 @@ def _expert_rows(name: str, source: Source, limit: int | None) -> tuple[list[Exa
             do="name its data: --task FILE, or --data ROWS with --prompt and --choices (or --answer)",
         )
     about = source.read_task(name, None if source.prompt else name)
-    rows = source.train or source_of(about, "train", source.root)
+    rows = source.rows(about, "train")
     if rows is None:
         raise DataError(f"no training data was named for '{name}'", do="give --data, or a task that names its own")
-    return read_examples(about, rows, root=source.root, limit=limit), origin_of(about, rows, None, source.root)
+    return read_examples(about, rows, root=source.root, limit=limit), source.origin(about, rows)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from spectr.errors import DataError, did_you_mean
 from spectr.tasks import template
-from spectr.tasks.check import faults, known_metric
+from spectr.tasks.check import faults
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,11 +111,6 @@ class Task(BaseModel):
         if not isinstance(fields, dict) or fields.get("metric") is not None:
             return fields
         return {**fields, "metric": "accuracy" if fields.get("answer") is None else "exact_match"}
-
-    @field_validator("metric")
-    @classmethod
-    def _metric_is_known(cls, metric: str) -> str:
-        return known_metric(metric)
 
     @model_validator(mode="after")
     def _fields_go_together(self) -> Task:
@@ -240,10 +235,10 @@ def _validated(fields: dict[str, Any], what: str) -> Task:
         return Task.model_validate(fields)
     except ValidationError as error:
         found = [(".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")) for e in error.errors()]
-        told = [f"{place}: {message}" if place else message for place, message in found]
+        lines = [f"{place}: {message}" if place else message for place, message in found]
         if all(place for place, _ in found):  # with a wrong field, pydantic does not come to what is between fields
-            told += faults(fields)
-        raise DataError(f"{what}: {'; '.join(told)}", do="see the shipped tasks for the form") from error
+            lines += faults(fields)
+        raise DataError(f"{what}: {'; '.join(lines)}", do="see the shipped tasks for the form") from error
 
 
 @cache

@@ -7,14 +7,14 @@ from spectr.lazy import lazy
 if TYPE_CHECKING:
     from spectr.training.data import Encoded, batches, encode
     from spectr.training.gates import train_gates
-    from spectr.training.report import Report
+    from spectr.training.publish import Report
     from spectr.training.run import check_folder, checkpoint_step, train_expert
     from spectr.training.settings import GateSettings, TrainingSettings
 
 _HOMES = {
     "data": ("Encoded", "batches", "encode"),
     "gates": ("train_gates",),
-    "report": ("Report",),
+    "publish": ("Report",),
     "run": ("check_folder", "checkpoint_step", "train_expert"),
     "settings": ("GateSettings", "TrainingSettings"),
 }

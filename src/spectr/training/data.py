@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from spectr.models.text import encode_answer, encode_prompt, shared_prefix
+from spectr.models import encode_answer, encode_prompt, pad_rows, shared_prefix
 from spectr.tasks import Example
 
 _BUCKET = 32  # batches that are sorted by length together
@@ -32,7 +32,7 @@ class Encoded:
     shortened: int
 
     def length(self, index: int) -> int:
-        """Tokens of an example beside the shared ones."""
+        """Tokens of an example without the shared ones."""
         return len(self.prompts[index]) + len(self.answers[index])
 
 
@@ -103,26 +103,24 @@ def count_steps(data: Encoded, *, batch_size: int, epochs: int) -> int:
 
 def _collate(data: Encoded, chosen: list[int], pad: int) -> Batch:
     rows = [data.prompts[i] + data.answers[i][:-1] for i in chosen]
-    width, kept = max(map(len, rows)), max(len(data.answers[i]) for i in chosen)
-    shared = [1] * len(data.prefix)
-    mask = torch.tensor([shared + [0] * (width - len(row)) + [1] * len(row) for row in rows])
+    shared = len(data.prefix)
+    mask = nn.functional.pad(pad_rows([[1] * len(row) for row in rows], 0), (shared, 0), value=1)
     return Batch(
-        input_ids=torch.tensor([[pad] * (width - len(row)) + row for row in rows]),
+        input_ids=pad_rows(rows, pad),
         attention_mask=mask,
-        position_ids=mask.cumsum(-1).sub(1).clamp(min=0)[:, len(shared) :],
-        labels=torch.tensor([[-100] * (kept - len(data.answers[i])) + data.answers[i] for i in chosen]),
+        position_ids=mask.cumsum(-1).sub(1).clamp(min=0)[:, shared:],
+        labels=pad_rows([data.answers[i] for i in chosen], -100),
     )
 
 
 def _collate_two_sided(data: Encoded, chosen: list[int], pad: int) -> Batch:
-    rows, answers = [data.prompts[i] for i in chosen], [data.answers[i] for i in chosen]
-    width, kept = max(map(len, rows)), max(map(len, answers))
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    rows = [data.prompts[i] for i in chosen]
+    mask = pad_rows([[1] * len(row) for row in rows], 0, left=False)
     return Batch(
-        input_ids=torch.tensor([row + [pad] * (width - len(row)) for row in rows]),
+        input_ids=pad_rows(rows, pad, left=False),
         attention_mask=mask,
         position_ids=mask.cumsum(-1).sub(1).clamp(min=0),
-        labels=torch.tensor([answer + [-100] * (kept - len(answer)) for answer in answers]),
+        labels=pad_rows([data.answers[i] for i in chosen], -100, left=False),
     )
 
 

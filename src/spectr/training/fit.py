@@ -7,10 +7,14 @@ step draws its randomness from (seed, step), so that a run killed anywhere ends 
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -19,8 +23,7 @@ from transformers import get_scheduler
 
 from spectr.training.checkpoint import load_checkpoint, save_checkpoint
 from spectr.training.data import Batch, Encoded, batches, count_steps
-from spectr.training.interrupt import deferred_interrupt
-from spectr.training.settings import GateSettings, TrainingSettings
+from spectr.training.settings import OptimizerSettings
 
 Progress = Callable[[str, int, int, str], None]
 
@@ -28,7 +31,7 @@ Progress = Callable[[str, int, int, str], None]
 def fit(
     model: Any,
     data: Encoded,
-    settings: TrainingSettings | GateSettings,
+    settings: OptimizerSettings,
     total: int,
     facts: dict[str, Any],
     checkpoint: Path,
@@ -45,7 +48,6 @@ def fit(
     """
     parameters = trainable(model)
     per_epoch = count_steps(data, batch_size=settings.batch_size, epochs=1)
-    two_sided = bool(getattr(model.config, "is_encoder_decoder", False))
     optimizer = torch.optim.AdamW(
         list(parameters.values()), lr=settings.learning_rate, weight_decay=settings.weight_decay
     )
@@ -58,8 +60,14 @@ def fit(
     model.train()
     began = saved = time.monotonic()
     pad = model.config.pad_token_id if model.config.pad_token_id is not None else 0
-    order: dict[str, Any] = {"batch_size": settings.batch_size, "epochs": -(-total // per_epoch), "seed": settings.seed}
-    stream = batches(data, **order, pad=pad, two_sided=two_sided)
+    stream = batches(
+        data,
+        batch_size=settings.batch_size,
+        epochs=-(-total // per_epoch),
+        seed=settings.seed,
+        pad=pad,
+        two_sided=bool(getattr(model.config, "is_encoder_decoder", False)),
+    )
     with deferred_interrupt() as interrupted:
         for step, batch in enumerate(islice(stream, total)):
             if step < done:
@@ -94,7 +102,7 @@ def _step(
     prefix: list[int],
     optimizer: torch.optim.Optimizer,
     parameters: Mapping[str, nn.Parameter],
-    settings: TrainingSettings | GateSettings,
+    settings: OptimizerSettings,
     step: int,
 ) -> float:
     device = next(iter(parameters.values())).device
@@ -135,3 +143,27 @@ def answer_loss(model: Any, batch: Batch, prefix_1S: Tensor, device: torch.devic
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that are trained, in alphabetical order."""
     return {name: p for name, p in sorted(model.named_parameters()) if p.requires_grad}
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Yield a function that returns whether Ctrl-C was pressed; a second time it interrupts at once.
+
+    Outside the main thread, where Python allows no handlers, nothing is deferred.
+    """
+    pressed = False
+
+    def note(_number: int, _frame: FrameType | None) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)

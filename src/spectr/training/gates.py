@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -17,12 +15,11 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectr.adapters import GATES_FILE, Expert, Factors, write_gates
+from spectr.atomic_write import replacing
 from spectr.errors import DataError
-from spectr.hashing import known_sha256
+from spectr.hashing import json_sha256, known_sha256
+from spectr.layers import RoutedLinear, make_plan, swap_module
 from spectr.layers.linear import placement
-from spectr.layers.plan import make_plan
-from spectr.layers.routed import RoutedLinear
-from spectr.layers.swap import swap_module
 from spectr.routers import Oracle
 from spectr.tasks import Example
 from spectr.training.checkpoint import read_facts
@@ -87,9 +84,9 @@ def train_gates(
         train: Its training examples.
         settings: See :class:`GateSettings`.
         work: Folder for the checkpoint; emptied at the end by :func:`forget`.
-        data: Origin of the examples, for the record and to tell one run from another.
+        data: Origin of the examples, for the record and to know this run by.
         checkpoint_seconds: Time between checkpoints.
-        progress: Is told (phase, done, total, remark).
+        progress: Receives (phase, done, total, remark).
 
     Returns:
         By module the gate, float32, (inputs,); and how it was made.
@@ -103,7 +100,7 @@ def train_gates(
     two_sided = bool(getattr(model.config, "is_encoder_decoder", False))
     encoded = encode(tokenizer, train, settings.max_length, share=not two_sided)
     content = [encoded.prefix, encoded.prompts, encoded.answers, known_sha256(expert.weights), asdict(settings), data]
-    fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    fingerprint = json_sha256(content)
     checkpoint = checkpoint_of(work)
     start = {"fingerprint": fingerprint, "step": 0, "loss": float("nan"), "seconds": 0.0, "validation": []}
     facts = read_facts(checkpoint, fingerprint) or start
@@ -135,17 +132,15 @@ def forget(work: str | Path) -> None:
 
 
 def keep_gates(library: Path, expert: Expert, gates: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Put gates beside an expert: of a library through its entry, of a plain folder into the adapter's own."""
+    """Put gates next to an expert: of a library through its entry, of a plain folder into the adapter's own."""
     from spectr.library import LibraryStore
     from spectr.library.manifest import MANIFEST_FILE
 
     if (library / MANIFEST_FILE).is_file():
         LibraryStore(library).add_gates(expert.name, gates, facts)
         return
-    place = expert.weights.parent / GATES_FILE
-    scratch = place.with_suffix(".partial")
-    write_gates(scratch, gates, facts)
-    scratch.replace(place)
+    with replacing(expert.weights.parent / GATES_FILE) as scratch:
+        write_gates(scratch, gates, facts)
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from spectr.adapters import Expert, has_gates
 from spectr.errors import DataError, MissingExtraError
 from spectr.shipped import open_library
 from spectr.tasks import Example, Task, read_examples
-from spectr.tasks.chosen import origin_of, source_of
 from spectr.tasks.sources import Source, read_expert_rows
 from spectr.training.settings import GateSettings, TrainingSettings
 
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from spectr.training.fit import Progress
-    from spectr.training.report import Report
+    from spectr.training.publish import Report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +75,7 @@ def read_plan(
     if out is None:
         raise DataError("no folder was named for the expert", do="give a folder: --out runs/mine")
     task = source.read_task(name or out.name)
-    train = source.train or source_of(task, "train", source.root)
-    test = source.test or source_of(task, "test", source.root)
+    train, test = source.rows(task, "train"), source.rows(task, "test")
     if train is None:
         raise DataError("no training data was named", do="give --data, or a task that names its own")
     examples = settings.get("examples")
@@ -102,7 +100,7 @@ def read_plan(
         validation=rows[:validation],
         test=test_examples,
         settings=made,
-        data=origin_of(task, train, test, source.root),
+        data=source.origin(task, train, test),
         remarks=["the test rows are training rows: the accuracy says nothing about new ones"] * (test == train),
     )
 

@@ -1,26 +1,53 @@
-"""Writing a trained expert: PEFT's two files, and a card for people and for programs."""
+"""A training run's outcome, and writing the expert: PEFT's two files, and a card for people and for programs."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from spectr.adapters import CARD, CARD_DATA
 from spectr.atomic_write import save_readable
+from spectr.training.settings import TrainingSettings
 from spectr.versions import package_versions
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from spectr.training.report import Report
 
-CARD = "README.md"
-CARD_DATA = "expert.json"
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """The outcome of a run; also the data of the expert's card.
+
+    Attributes:
+        validation_accuracy: After each epoch, from 0 to 1; the weights are those of the best, the first of equals.
+        metric: What the accuracies are: ``"accuracy"`` of choices, or a metric of free text.
+        accuracy_before: The base model's, on the test examples, from 0 to 1; ``None`` without test data.
+        accuracy_after: The expert's, measured on the weights as saved.
+        majority: Share of the most frequent label, where labels mean the same in every row.
+    """
+
+    name: str
+    base_model: str
+    settings: TrainingSettings
+    metric: str
+    data: dict[str, Any]
+    train_examples: int
+    test_examples: int
+    validation_examples: int
+    steps: int
+    shortened_prompts: int
+    last_loss: float
+    validation_accuracy: list[float]
+    accuracy_before: float | None
+    accuracy_after: float | None
+    majority: float | None
+    seconds: float
 
 
 def publish(model: PeftModel, out: Path, report: Report, note: str) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,16 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectr.errors import DataError, MissingExtraError, some_of
-from spectr.evaluation import accuracy, choice_logprobs, predict
-from spectr.evaluation.metrics import text_metric
-from spectr.evaluation.score import Measurement, score_examples, score_of
+from spectr.evaluation import accuracy, choice_logprobs, predict, text_metric
+from spectr.evaluation.score import Measurement, counting, score_examples, score_of
 from spectr.folders import check_new_folder
+from spectr.hashing import json_sha256
 from spectr.layers import features
 from spectr.tasks import Example
 from spectr.training.checkpoint import read_facts
 from spectr.training.data import Encoded, count_steps, encode
 from spectr.training.fit import Progress, fit, trainable
-from spectr.training.publish import publish
-from spectr.training.report import Report
+from spectr.training.publish import Report, publish
 from spectr.training.settings import TrainingSettings
 
 try:
@@ -70,13 +68,13 @@ def train_expert(
             kept, so that nothing need be decided by the test examples.
         settings: See :class:`TrainingSettings`.
         out: Folder to write, which must not hold an expert yet.
-        data: Origin of the examples (paths, hashes), for the card and to tell one run from another.
+        data: Origin of the examples (paths, hashes), for the card and to know this run by.
         length_normalised: How choices are scored.
         metric: Of examples without choices; see :func:`spectr.evaluation.metrics.text_metric`.
         max_new_tokens: Length at most of an answer that is measured by it.
         note: A remark for the card.
         checkpoint_seconds: Time between checkpoints.
-        progress: Is told (phase, done, total, remark).
+        progress: Receives (phase, done, total, remark).
 
     Returns:
         What the card says.
@@ -91,19 +89,14 @@ def train_expert(
         raise DataError("there are no training examples", do="check the data file and the limit on examples")
     if validation and not validation[0].choices:
         raise DataError("validation compares accuracies, and these examples have no choices", do="leave validation out")
-    _with_adapter(model, settings).unload()  # a wrong target is told before anything is measured
+    _with_adapter(model, settings).unload()  # raises for a wrong target before anything is measured
     train = train[: settings.examples]
     encoded = encode(tokenizer, train, settings.max_length)
     fingerprint = _fingerprint(asdict(settings), data, base_model, encoded, len(validation))
     facts = read_facts(out / CHECKPOINT, fingerprint)
 
-    measure = validate = None
-    if test and test[0].choices:
-        measure = _meter(model, tokenizer, test, length_normalised, progress)
-    elif test:
-        measure = _text_meter(model, tokenizer, test, metric, max_new_tokens, progress)
-    if validation:
-        validate = _meter(model, tokenizer, validation, length_normalised, progress)
+    meter = partial(_meter, model, tokenizer, progress, length_normalised, metric, max_new_tokens)
+    measure, validate = meter(test) if test else None, meter(validation) if validation else None
     if facts is None:
         before = measure("base model on the test data") if measure else None
         facts = {
@@ -202,45 +195,27 @@ def _round_to_bfloat16(parameters: Mapping[str, nn.Parameter]) -> None:
 def _meter(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    test: Sequence[Example],
-    length_normalised: bool,
     progress: Progress,
-) -> Callable[[str], float]:
-    def measure(phase: str) -> float:
-        advance = _counting(phase, len(test), progress)
-        scores = choice_logprobs(model, tokenizer, test, length_normalised=length_normalised, progress=advance)
-        return accuracy(predict(scores), test)
-
-    return measure
-
-
-def _text_meter(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    test: Sequence[Example],
+    length_normalised: bool,
     metric: str,
     max_new_tokens: int,
-    progress: Progress,
+    examples: Sequence[Example],
 ) -> Callable[[str], float]:
-    text_metric(metric)  # before anything is trained
-    given: dict[str, Any] = {"metric": metric, "max_new_tokens": max_new_tokens}
+    """Measures the model on examples whenever it is called: accuracy of choices, else the metric."""
+    if not examples[0].choices:
+        text_metric(metric)  # raises before anything is trained
 
     def measure(phase: str) -> float:
-        records = score_examples(model, tokenizer, test, progress=_counting(phase, len(test), progress), **given)
+        advance = counting(progress, phase, len(examples))
+        if examples[0].choices:
+            scores = choice_logprobs(model, tokenizer, examples, length_normalised=length_normalised, progress=advance)
+            return accuracy(predict(scores), examples)
+        records = score_examples(
+            model, tokenizer, examples, metric=metric, max_new_tokens=max_new_tokens, progress=advance
+        )
         return Measurement.of([score_of(record) for record in records]).value
 
     return measure
-
-
-def _counting(phase: str, total: int, progress: Progress) -> Callable[[int], None]:
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(phase, done, total, "")
-
-    return advance
 
 
 def _majority(test: Sequence[Example]) -> float | None:
@@ -250,6 +225,5 @@ def _majority(test: Sequence[Example]) -> float | None:
 
 
 def _fingerprint(settings: dict[str, Any], data: Any, base_model: str, encoded: Encoded, validation: int) -> str:
-    tokens = hashlib.sha256(json.dumps([encoded.prefix, encoded.prompts, encoded.answers]).encode()).hexdigest()
-    parts = [settings, data, base_model, tokens, validation]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    tokens = json_sha256([encoded.prefix, encoded.prompts, encoded.answers])  # lists alone: no keys to sort
+    return json_sha256([settings, data, base_model, tokens, validation])

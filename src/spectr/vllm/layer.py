@@ -187,11 +187,11 @@ class Experts(nn.Module):
         getattr(self, f"scores_{number}").copy_(scores_TSE.index_select(0, self.sampled_N))
         getattr(self, f"weights_{number}").copy_(weights_TSE.index_select(0, self.sampled_N))
 
-    def recorded(self, requests: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """Of each module the scores and weights, (requests, experts), of these requests' sampled tokens."""
-        kept = [[getattr(self, f"{name}_{n}") for name in ("scores", "weights")] for n in range(len(self.groups))]
-        rows = [[tensor[list(requests)].unbind(1) for tensor in pair] for pair in kept]
-        return [pair for scores, weights in rows for pair in zip(scores, weights, strict=True)]
+    def recorded(self, name: str, requests: Sequence[int]) -> list[Tensor]:
+        """Of each module the ``"scores"`` or ``"weights"``, (requests, experts), of these requests' sampled tokens."""
+        rows = torch.tensor(requests, device=self.device)
+        kept = [getattr(self, f"{name}_{number}").index_select(0, rows) for number in range(len(self.groups))]
+        return [rows_NE for rows_NSE in kept for rows_NE in rows_NSE.unbind(1)]
 
 
 def check_sizes(name: str, module: str, inputs: int, outputs: int, session: Session) -> None:
@@ -211,7 +211,7 @@ def check_sizes(name: str, module: str, inputs: int, outputs: int, session: Sess
 
 def _kept(share: Share, removed: bool) -> Share:
     """A share as the engine holds it: zero where the expert is gone."""
-    return Share(*(None if t is None else torch.zeros_like(t) for t in share)) if removed else share  # pyright: ignore
+    return share.mapped(torch.zeros_like) if removed else share
 
 
 def _runs(stacks: Sequence[Stack], router: Router) -> list[list[int]]:

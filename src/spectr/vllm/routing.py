@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from spectr.combine import merge_factors, merged_products
 from spectr.routers import LengthRouter, Router
 from spectr.selection import select_among
-from spectr.spectral import Stack, segment_norms
+from spectr.spectral import Stack, remade, segment_norms
 from spectr.vllm.score_transforms import Way
 
 
@@ -44,7 +44,6 @@ class Group(nn.Module):
     columns_E: Tensor
     centers_SWP: Tensor | None
     scales_SWP: Tensor | None
-    prototypes_EI: Tensor | None
 
     def __init__(
         self,
@@ -67,25 +66,32 @@ class Group(nn.Module):
         priors = [use for use in uses if not use.fixes]
         self.informed = priors[0].informed if priors else None
         self.everyone = list(columns) == list(range(engine_experts))
-        centers_SWP, scales_SWP = _tables(stacks, ways)
+        centers_SWP, scales_SWP = _tables(stacks, ways, router)
         named: dict[str, Tensor | None] = {
             "owner_P": first.owner_P,
             "member_EP": first.member_EP.float(),
             "columns_E": torch.tensor(columns),
             "centers_SWP": centers_SWP,
             "scales_SWP": scales_SWP,
-            "prototypes_EI": None if scales_SWP is not None else first.prototypes_EI,
         }
+        own = _own(stacks) if scales_SWP is None or router.reads == "h" else ()
+        self._state, self._own = type(own), [f"own_{number}" for number in range(len(own))]
+        named |= dict(zip(self._own, own, strict=True))
         for name, tensor in named.items():
             self.register_buffer(name, tensor, persistent=False)
 
+    @property
+    def own(self) -> tuple[Tensor, ...]:
+        """The first router's own tensors, of one module or stacked along S."""
+        return self._state(*(getattr(self, name) for name in self._own)) if self._own else ()
+
     def refill(self, stacks: Sequence[Stack], ways: Sequence[Sequence[Way]] = ()) -> None:
         """What these stacks have beside their factors, in the place of what was there."""
-        for here, table in zip((self.centers_SWP, self.scales_SWP), _tables(stacks, ways), strict=True):
+        for here, table in zip((self.centers_SWP, self.scales_SWP), _tables(stacks, ways, self.router), strict=True):
             if here is not None and table is not None:
                 here.copy_(table)
-        if self.prototypes_EI is not None and stacks[0].prototypes_EI is not None:
-            self.prototypes_EI.copy_(stacks[0].prototypes_EI)
+        for here, tensor in zip(self.own, _own(stacks), strict=False):
+            here.copy_(tensor)
 
     def choose(
         self,
@@ -120,11 +126,6 @@ class Group(nn.Module):
         """The first router's scores alone; see :meth:`choose`."""
         return self.router.scores(self, x_TI[:, None].expand(-1, self.modules_S, -1), h_TSP, None)
 
-    @property
-    def centers_P(self) -> Float[Tensor, "S P"] | None:
-        """See :class:`spectr.spectral.State`; each module's own, as ``scores`` is given their products side by side."""
-        return None if self.centers_SWP is None else self.centers_SWP[:, 0]
-
     def _scores_by_ways(self, h_TSP: Float[Tensor, "T S P"], turns_T: Int32[Tensor, " T"]) -> Float[Tensor, "T S E"]:
         assert self.centers_SWP is not None
         assert self.scales_SWP is not None
@@ -138,10 +139,20 @@ class Group(nn.Module):
         return merged_products(h_TSP, weights_TSE) if self.merges else h_TSP * weights_TSP
 
 
-def _tables(stacks: Sequence[Stack], ways: Sequence[Sequence[Way]]) -> tuple[Tensor | None, Tensor | None]:
+def _own(stacks: Sequence[Stack]) -> tuple[Tensor, ...]:
+    """The router's own tensors of modules that are scored in one go."""
+    if len(stacks) == 1:
+        return stacks[0].own
+    return remade(stacks[0].own, [torch.stack(each) for each in zip(*(stack.own for stack in stacks), strict=True)])
+
+
+def _tables(
+    stacks: Sequence[Stack], ways: Sequence[Sequence[Way]], router: Router
+) -> tuple[Tensor | None, Tensor | None]:
     """Centers and scales, (S, W, P), where there are any."""
     if not any(ways):
-        centers = [stack.centers_P[None] for stack in stacks if stack.centers_P is not None]
+        rows = [router.lengths(stack).centers_P for stack in stacks] if isinstance(router, LengthRouter) else []
+        centers = [row[None] for row in rows if row is not None]
         return torch.stack(centers) if centers else None, None
     tables = [[torch.stack(rows) for rows in zip(*its, strict=True)] for its in ways]
     centers, scales = zip(*tables, strict=True)
@@ -150,6 +161,6 @@ def _tables(stacks: Sequence[Stack], ways: Sequence[Sequence[Way]]) -> tuple[Ten
 
 def alike(one: Any, other: Any, router: Router) -> bool:
     """Whether two stacks can be scored in one go."""
-    loose = isinstance(router, LengthRouter) or (one.prototypes_EI is None and other.prototypes_EI is None)
+    loose = isinstance(router, LengthRouter) or not (one.own or other.own)
     same = (one.experts, one.ranks) == (other.experts, other.ranks)
     return loose and same and one.common_rank is not None

@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from spectr.composition.recorder import TokenRouting, token_routings
 from spectr.vllm.requests import Asked
 from spectr.vllm.worker_state import Session
@@ -75,9 +77,13 @@ class Reporter:
 
     def _looks(self, rows: Mapping[int, Asked]) -> list[TokenRouting]:
         """What was chosen for the sampled tokens of some of the batch's requests."""
-        kept = [pair for layer in self.session.layers.values() for pair in layer.recorded(list(rows))]
         in_full = any(options.routing == "layers" for options in rows.values())
-        return token_routings(self._experts, dict(enumerate(kept)), len(rows), in_full)
+        scores = self._kept("scores", list(rows)) if in_full else None
+        return token_routings(self._experts, len(rows), self._kept("weights", list(rows)), scores)
+
+    def _kept(self, name: str, requests: Sequence[int]) -> dict[int, Tensor]:
+        layers = self.session.layers.values()
+        return dict(enumerate(rows_NE for layer in layers for rows_NE in layer.recorded(name, requests)))
 
     def _in_numbers(self, look: TokenRouting, by_layer: bool) -> dict[str, Any]:
         """A report's routing: experts by their numbers, the largest weight first."""

@@ -11,7 +11,7 @@ import torch
 
 from spectr.composed_model.settings import Settings
 from spectr.composition import prepare_module, side_data
-from spectr.errors import CompositionError, did_you_mean
+from spectr.errors import CompositionError, did_you_mean, some_of
 from spectr.library import ExpertLibrary
 from spectr.routers import Router, check_needs
 from spectr.spectral import Share
@@ -146,7 +146,7 @@ class Session:
         missing = sorted(wanted - set(self.routed))
         if not missing:
             return
-        some = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more modules" if len(missing) > 3 else "")
+        some = some_of(missing, 3, " modules")
         found = f"{len(self.routed)} of {len(wanted)} modules are routed" if self.routed else "no layer is routed"
         raise CompositionError(
             f"{found}: this model has no linear layer {some}, which experts of {self.library.origin} adapt",

@@ -7,29 +7,29 @@ from spectr.lazy import lazy
 from spectr.registry import Registry
 
 if TYPE_CHECKING:
-    from spectr.evaluation.experiments.base import ExperimentSetup, Result
+    from spectr.evaluation.experiments.setup import ExperimentSetup, Result
 
-_HOME = "spectr.evaluation.experiments"
+_NAMES = (
+    "quality",
+    "similarity",
+    "tokens",
+    "routing",
+    "ranks",
+    "multitask",
+    "heldout",
+    "wording",
+    "mixed",
+    "robustness",
+    "agreement",
+    "costs",
+)
 
 EXPERIMENTS: "Registry[Result]" = Registry(
     kind="experiment",
     group="spectr.experiments",
     error=DataError,
-    entries={
-        "quality": f"{_HOME}.quality:quality",
-        "similarity": f"{_HOME}.similarity:similarity",
-        "tokens": f"{_HOME}.tokens:tokens",
-        "routing": f"{_HOME}.routing:routing",
-        "ranks": f"{_HOME}.ranks:ranks",
-        "multitask": f"{_HOME}.multitask:multitask",
-        "heldout": f"{_HOME}.heldout:heldout",
-        "wording": f"{_HOME}.wording:wording",
-        "mixed": f"{_HOME}.mixed:mixed",
-        "robustness": f"{_HOME}.robustness:robustness",
-        "agreement": f"{_HOME}.agreement:agreement",
-        "costs": f"{_HOME}.costs:costs",
-    },
+    entries={name: f"spectr.evaluation.experiments.{name}:{name}" for name in _NAMES},
 )
 
 __all__ = ["EXPERIMENTS", "ExperimentSetup", "Result"]
-__getattr__ = lazy(__name__, {"ExperimentSetup": "base", "Result": "base"}, renamed={"Bench": "ExperimentSetup"})
+__getattr__ = lazy(__name__, {"ExperimentSetup": "setup", "Result": "setup"}, renamed={"Bench": "ExperimentSetup"})

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import linear
 
-from spectr.evaluation.experiments.base import ExperimentSetup, Result
 from spectr.evaluation.experiments.costs import SAMPLE_TOKENS, sample_ids
-from spectr.flops import count_flops
+from spectr.evaluation.experiments.robustness import changed_expert
+from spectr.evaluation.experiments.setup import ExperimentSetup, Result
+from spectr.flops import forward_flops
 from spectr.layers import RoutedLinear
 from spectr.library import ExpertLibrary
 from spectr.models import context_length, encode_batch
@@ -72,32 +74,30 @@ def agreement(setup: ExperimentSetup) -> Result:
 
 def _agreeing(setup: ExperimentSetup, router: Router, check: Check) -> dict[str, float]:
     """Shares of tokens and modules for which each of a layer's checks holds."""
-    total, held = 0, {}
-    counted: Tensor | None = None
+    total, held = 0, Counter[str]()
+    counted = torch.empty(0)
 
     def hook(layer: Any, args: tuple[Tensor, ...]) -> None:
         nonlocal total
-        assert counted is not None
         for name, agrees in check(layer, args[0]).items():
-            held[name] = held.get(name, 0) + int(agrees[counted].sum())
+            held[name] += int(agrees[counted].sum())
         total += int(counted.sum())
 
     with setup.routed(router) as routed:
-        handles = [layer.register_forward_pre_hook(hook) for layer in routed.layers.values()]
+        for layer in routed.layers.values():
+            layer.register_forward_pre_hook(hook)
         for _, examples in setup.owned.values():
             prompts, limit = [example.prompt for example in examples], context_length(setup.model)
             batch = encode_batch(setup.tokenizer, prompts, limit=limit, device=setup.model.device)
             counted = batch["attention_mask"].bool()
             setup.model(**batch, use_cache=False, logits_to_keep=1)
-        for handle in handles:
-            handle.remove()
     return {name: count / total for name, count in held.items()}
 
 
 def _shortlisted(layer: RoutedLinear, x: Tensor, sizes: list[int]) -> dict[str, Tensor]:
-    assert layer.prototypes_EI is not None
+    assert layer.factors is not None
     first_T1 = layer.route(x).scores_TE.argmax(-1, keepdim=True)
-    order_TE = linear(x, layer.prototypes_EI).abs().argsort(dim=-1, descending=True)
+    order_TE = linear(x, layer.factors.own.prototypes_EI).abs().argsort(dim=-1, descending=True)
     return {str(size): (order_TE[..., :size] == first_T1).any(-1) for size in sizes}
 
 
@@ -110,24 +110,18 @@ def _by_the_whole_factor(layer: RoutedLinear, x: Tensor) -> dict[str, Tensor]:
 def _added(setup: ExperimentSetup, router: Router) -> float:
     """Operations that routing adds for one token."""
     ids = sample_ids(setup)
-
-    def run() -> None:
-        setup.model(input_ids=ids, use_cache=False, logits_to_keep=1)
-
-    base = count_flops(run)
+    base = forward_flops(setup.model, ids)
     with setup.routed(router):
-        return (count_flops(run) - base) / SAMPLE_TOKENS
+        return (forward_flops(setup.model, ids) - base) / SAMPLE_TOKENS
 
 
 def _with_one_A(library: ExpertLibrary, folder: Path) -> ExpertLibrary:
     first = load_file(library[library.names[0]].weights)
+
+    def share(tensors: dict[str, Tensor], _config: dict[str, Any]) -> None:
+        inputs = [key for key in tensors if "lora_A" in key and key in first]
+        tensors.update({key: first[key] for key in inputs if tensors[key].shape == first[key].shape})
+
     for name in library:
-        weights = library[name].weights
-        tensors = load_file(weights)
-        for key in [key for key in tensors if "lora_A" in key and key in first]:
-            if tensors[key].shape == first[key].shape:
-                tensors[key] = first[key]
-        (folder / name).mkdir()
-        save_file(tensors, folder / name / weights.name)
-        (folder / name / "adapter_config.json").write_bytes((weights.parent / "adapter_config.json").read_bytes())
+        changed_expert(library, name, folder, share)
     return ExpertLibrary.open(folder)

@@ -1,4 +1,4 @@
-"""What routing costs: storage, memory and arithmetic, the formula beside the measurement."""
+"""What routing costs: storage, memory and arithmetic, the formula and the measurement."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectr.evaluation.experiments.base import ExperimentSetup, Result
-from spectr.flops import count_flops
+from spectr.evaluation.experiments.setup import ExperimentSetup, Result
+from spectr.flops import count_flops, forward_flops
 from spectr.layers import RoutedLinear
 from spectr.layers.batch_routing import BatchRouting, LayerCall, routed_by
 
@@ -33,8 +33,9 @@ def costs(setup: ExperimentSetup) -> Result:
     """
     experts = [setup.library[name] for name in setup.library]
     stored = sum(expert.weights.stat().st_size for expert in experts)
+    read = int(setup.library.calibration.real.sum()) if setup.library.calibration else 0
     ids = sample_ids(setup)
-    base = count_flops(lambda: setup.model(input_ids=ids, use_cache=False, logits_to_keep=1))
+    base = forward_flops(setup.model, ids)
     plain = sum(p.numel() * p.element_size() for p in setup.model.parameters())
     rows = [["base model", f"{plain / 1e6:.1f}", "", f"{base / SAMPLE_TOKENS / 1e6:.1f}", "", ""]]
     data = {}
@@ -43,13 +44,13 @@ def costs(setup: ExperimentSetup) -> Result:
             layers = routed.layers
             held = sum(b.numel() * b.element_size() for layer in layers.values() for b in layer.buffers(recurse=False))
             if routed.prompt:
-                routed.prompt.decide(input_ids=ids.roll(1, dims=1))  # what is done before a first prompt is told apart
+                routed.prompt.decide(input_ids=ids.roll(1, dims=1))  # the first prompt has work of its own
                 probe = count_flops(lambda r=routed: r.prompt.decide(input_ids=ids))  # pyright: ignore[reportOptionalMemberAccess]
                 routing = routed.prompt.routing(routed.prompt.decide(input_ids=ids))
             else:
                 probe, routing = 0, BatchRouting()
             with routed_by(routing):
-                added = count_flops(lambda: setup.model(input_ids=ids, use_cache=False, logits_to_keep=1)) - base
+                added = forward_flops(setup.model, ids) - base
             formula = sum(_formula(layer, routing.of(layer)) for layer in layers.values())
         row = {"memory": held, "flops": added / SAMPLE_TOKENS, "formula": formula, "probe": probe / SAMPLE_TOKENS}
         data[label] = row
@@ -91,7 +92,7 @@ def costs(setup: ExperimentSetup) -> Result:
             f"{SAMPLE_TOKENS}: the probe of the calibrated routers, and GLIDER's instruction, which the base model "
             "writes, whatever the prompt's length (its embedding, by another model, is not counted). Before a model's "
             "first prompt the calibrated routers also read the calibration's texts once, "
-            f"{_usual_tokens(setup)} tokens here.",
+            f"{read} tokens here.",
             *setup.left_out(ROUTERS),
         ],
         origin=setup.origin(),
@@ -115,13 +116,9 @@ def _formula(layer: RoutedLinear, call: LayerCall) -> int:
         return round(2 * (count * layer.in_features + chosen))
     if call.fixed is not None:
         return 2 * (factors.A_PI.numel() + factors.B_OP.numel())
-    prototypes = 0 if factors.prototypes_EI is None else factors.prototypes_EI.numel()
+    prototypes = sum(own.numel() for own in factors.own if own.ndim == 2)
     sums = 2 if "h" in layer.router.reads else 1  # by expert: lengths of h, where these are the scores, and outputs
     summing = 0 if factors.common_rank else sums * len(factors.A_PI) * len(factors.experts)
     gathers = factors.rows_ER is not None
     taken = layer.select.k / len(factors.experts) if gathers and layer.select.k else 1
     return round(2 * (factors.A_PI.numel() + taken * factors.B_OP.numel() + prototypes + summing))
-
-
-def _usual_tokens(setup: ExperimentSetup) -> int:
-    return int(setup.library.calibration.real.sum()) if setup.library.calibration else 0

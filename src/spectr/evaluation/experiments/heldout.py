@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from spectr.errors import DataError
-from spectr.evaluation.experiments.base import ExperimentSetup, Result, percent
+from spectr.evaluation.experiments.setup import ExperimentSetup, Result, percent
 from spectr.evaluation.paired_statistics import mean_difference
 from spectr.evaluation.score import Measurement
 from spectr.routers import Oracle
@@ -46,13 +46,14 @@ def heldout(setup: ExperimentSetup) -> Result:
     single = max(experts, key=lambda expert: sum(sum(alone[expert][task]) / len(base[task]) for task in tasks))
     found[f"best single expert in hindsight ({single})"] = alone[single]
     found["best expert of each task in hindsight"] = {task: alone[best[task]][task] for task in tasks}
+    means = {name: {task: sum(s) / len(s) for task, s in scores.items()} for name, scores in alone.items()}
     rows, methods = [], {}
     for label, scores in found.items():
         accuracy = {task: Measurement.of(scores[task]) for task in tasks}
         gain = mean_difference(scores, base)
         mean = sum(m.value for m in accuracy.values()) / len(tasks)
-        told = "" if label == "base" else f"{100 * gain.value:+.1f} ± {100 * gain.error:.1f}"
-        rows.append([label, f"{mean:.1%}", told, *(percent(accuracy[task]) for task in tasks)])
+        points = "" if label == "base" else f"{100 * gain.value:+.1f} ± {100 * gain.error:.1f}"
+        rows.append([label, f"{mean:.1%}", points, *(percent(accuracy[task]) for task in tasks)])
         methods[label] = {
             "mean": mean,
             "gain": gain.value,
@@ -65,7 +66,7 @@ def heldout(setup: ExperimentSetup) -> Result:
         source="the setting of PHATGOOSE, section 4",
         columns=["method", "mean accuracy", "points over the base model", *tasks],
         rows=rows,
-        data={"tasks": tasks, "methods": methods, "experts_alone": _means(alone), "best": best},
+        data={"tasks": tasks, "methods": methods, "experts_alone": means, "best": best},
         notes=[
             "Zero-shot. ± one standard error over examples; of the points over the base model, over the differences "
             "example by example. In hindsight: the experts that were best on these very examples, which no one can "
@@ -76,7 +77,3 @@ def heldout(setup: ExperimentSetup) -> Result:
         ],
         origin=setup.origin(),
     )
-
-
-def _means(alone: Mapping[str, Scores]) -> dict[str, dict[str, float]]:
-    return {name: {task: sum(s) / len(s) for task, s in scores.items()} for name, scores in alone.items()}

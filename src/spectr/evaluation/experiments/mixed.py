@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from spectr.evaluation.experiments.base import ExperimentSetup, Result, percent
+from spectr.evaluation.experiments.setup import ExperimentSetup, Result, percent
 from spectr.evaluation.score import Measurement
 from spectr.layers import trace
 from spectr.models import encode_batch

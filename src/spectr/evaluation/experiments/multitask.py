@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from spectr.evaluation.experiments.base import ExperimentSetup, Result
+from spectr.evaluation.experiments.setup import ExperimentSetup, Result
 from spectr.evaluation.paired_statistics import in_words, mean_share
 from spectr.evaluation.score import Measurement
 
@@ -44,7 +44,9 @@ def multitask(setup: ExperimentSetup) -> Result:
         found[label] = setup.scores_over_seeds(router, label)
         methods[label] = {"k": router.selection.k, "family": label.partition(", k ")[0]}
     found["its own expert"] = own
-    rows = []
+    seeds, rows = "", []
+    if setup.seeds and setup.library.calibration is not None:
+        seeds = f"Calibrated routers: mean over calibration seeds {', '.join(map(str, setup.seeds))}."
     for label, by_task in found.items():
         share = mean_share(by_task, own)
         accuracy = {task: Measurement.of(values) for task, values in by_task.items()}
@@ -68,7 +70,7 @@ def multitask(setup: ExperimentSetup) -> Result:
         notes=[
             "Accuracy by task, and the mean over tasks of accuracy divided by that of the task's own expert on the "
             "same examples. ± one standard error of that share, over the differences between method and expert example "
-            f"by example. {setup.seeds_in_words()}",
+            f"by example. {seeds}",
             *setup.left_out(METHODS),
             *setup.remarks(),
         ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from spectr.evaluation.experiments.base import ExperimentSetup, Result, percent
+from spectr.evaluation.experiments.setup import ExperimentSetup, Result, percent
 from spectr.evaluation.score import Measurement
 
 

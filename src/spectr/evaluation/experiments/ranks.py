@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from spectr.calibration import calibrate
 from spectr.errors import DataError
-from spectr.evaluation.experiments.base import ExperimentSetup, Result, percent
+from spectr.evaluation.experiments.setup import ExperimentSetup, Result, percent
 from spectr.evaluation.expert_recall import over_runs
 
 ROUTERS: list[tuple[str, dict[str, Any]]] = [
@@ -34,18 +33,10 @@ def ranks(setup: ExperimentSetup) -> Result:
         )
     rows, data = [], {}
     for rank, library in sorted(setup.ranks.items()):
-        known = library.with_calibration(
-            calibrate(
-                setup.model,
-                library,
-                setup.tokenizer,
-                progress=lambda done, total, r=rank: setup.progress(f"ranks: calibrating rank {r}", done, total, ""),
-            )
-        )
-        among = dataclasses.replace(setup, library=known)
+        known = library.with_calibration(setup.calibration_of(library, f"ranks: calibrating rank {rank}"))
+        among = dataclasses.replace(setup, library=known, seeds=())
         for label, router in among.routers(ROUTERS):
-            with among.routed(router) as routed:
-                runs = [among.find(routed, f"ranks: rank {rank}, {label}")]
+            runs = among.find_over_seeds(router, f"ranks: rank {rank}, {label}")
             tokens, prompts = over_runs(runs, lambda f: f.top_1), over_runs(runs, lambda f: f.place == 1)
             rows.append([rank, label, percent(tokens), percent(prompts)])
             data.setdefault(label, {})[str(rank)] = [tokens.value, tokens.error, prompts.value, prompts.error]

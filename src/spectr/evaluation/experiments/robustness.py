@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spectr.calibration import calibrate
-from spectr.evaluation.experiments.base import ExperimentSetup, Result, percent
+from spectr.evaluation.experiments.setup import ExperimentSetup, Result, percent
 from spectr.evaluation.expert_recall import over_runs
 from spectr.library import ExpertLibrary
 
@@ -30,17 +30,20 @@ def robustness(setup: ExperimentSetup) -> Result:
     rows, data, odd = [], {}, {}
     first = setup.library.names[0]
     with tempfile.TemporaryDirectory() as folder:
-        cases = [(case.replace("NAME", first), *_made(setup.library, first, Path(folder), case)) for case in _CASES]
+        cases = []
+        for number, (case, change) in enumerate(_CASES.items()):
+            name = "random" if change is _random else first
+            made = changed_expert(setup.library, first, Path(folder, str(number)), change)
+            cases.append((case.replace("NAME", first), name, made))
         for case, name, source in [*setup.companions, *cases]:
             library = setup.library.without(name) if name in setup.library else setup.library
             library = library.with_expert(name, source)
             if setup.library.calibration is not None:
                 library = library.with_calibration(calibrate(setup.model, library, setup.tokenizer))
-            changed = dataclasses.replace(setup, library=library)
+            changed = dataclasses.replace(setup, library=library, seeds=())
             odd[case] = name
             for label, router in changed.routers(ROUTERS):
-                with changed.routed(router) as routed:
-                    runs = [changed.find(routed, f"{case}: {label}")]
+                runs = changed.find_over_seeds(router, f"{case}: {label}")
                 found = over_runs(runs, lambda finding: finding.place == 1)
                 others = [task for task in runs[0] if setup.expert_of(task) != name]
                 taken = over_runs(runs, lambda finding, name=name: finding.winner == name, others)
@@ -66,14 +69,6 @@ def robustness(setup: ExperimentSetup) -> Result:
         ],
         origin=setup.origin(),
     )
-
-
-def _made(library: ExpertLibrary, first: str, folder: Path, case: str) -> tuple[str, Path]:
-    """Name and adapter folder of a case's odd expert."""
-    name = "random" if case == "a random expert" else first
-    place = folder / f"{list(_CASES).index(case)}"
-    place.mkdir()
-    return name, _changed(library, first, place, _CASES[case])
 
 
 def _larger(tensors: dict[str, Tensor], config: dict) -> None:
@@ -104,14 +99,15 @@ _CASES: dict[str, Callable[[dict[str, Tensor], dict], None]] = {
 }
 
 
-def _changed(
+def changed_expert(
     library: ExpertLibrary, name: str, folder: Path, change: Callable[[dict[str, Tensor], dict], None]
 ) -> Path:
+    """A copy of an expert in ``folder/NAME`` whose tensors and configuration ``change`` has altered."""
     weights = library[name].weights
     tensors, config = load_file(weights), json.loads((weights.parent / "adapter_config.json").read_text())
     change(tensors, config)
     target = folder / name
-    target.mkdir()
+    target.mkdir(parents=True)
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, target / weights.name)
     (target / "adapter_config.json").write_text(json.dumps(config))
     return target

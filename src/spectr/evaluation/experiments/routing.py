@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from spectr.evaluation.experiments.base import ExperimentSetup, Result, percent, seeds_note
+from spectr.evaluation.experiments.setup import ExperimentSetup, Result, percent, seeds_note
 from spectr.evaluation.experiments.similarity import cosines, mean_cosines
 from spectr.evaluation.expert_recall import over_runs
 

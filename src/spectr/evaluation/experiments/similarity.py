@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spectr.adapters import Factors
 from spectr.errors import DataError
-from spectr.evaluation.experiments.base import ExperimentSetup, Result
+from spectr.evaluation.experiments.setup import ExperimentSetup, Result
 from spectr.library import ExpertLibrary
 
 _BLOCK = re.compile(r"\.(\d+)\.")

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from spectr.evaluation.experiments.base import ExperimentSetup, Result
+from spectr.evaluation.experiments.setup import ExperimentSetup, Result
 from spectr.layers import trace
 from spectr.models import encode_batch
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from spectr.evaluation.experiments.base import ExperimentSetup, Result, percent, seeds_note
+from spectr.evaluation.experiments.setup import ExperimentSetup, Result, percent, seeds_note
 from spectr.evaluation.expert_recall import over_runs
 from spectr.evaluation.paired_statistics import in_words, mean_share
 
@@ -21,9 +21,9 @@ ROUTERS: list[tuple[str, dict[str, Any]]] = [
 def wording(setup: ExperimentSetup) -> Result:
     """Routing of prompts in paraphrases of their tasks, and accuracy against the right expert's.
 
-    The examples of a task are dealt out among its paraphrases, so that every row of data is asked once.
+    The paraphrases of a task take its examples in turn, so that every row of data is used once.
     """
-    setup = setup.dealt()
+    setup = setup.paraphrased()
     tasks, own, notes = setup.owned, setup.own_scores("its own expert, reworded"), []
     rows, per_task, summary = [], {}, {}
     for label, router in setup.routers(ROUTERS):

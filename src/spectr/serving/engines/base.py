@@ -130,7 +130,6 @@ class Engine(Protocol):
     def finish(self, ticket: Ticket) -> None:
         """The request is over: answered, refused, failed, or its client has hung up. Called exactly once after
         :meth:`admit`, and never raises. What is still being generated for it may be stopped."""
-        ...
 
     async def discard(self, name: str) -> None:
         """Forget an expert. From the call on it is not in :attr:`experts`; returns when its weights have left memory,
@@ -139,7 +138,6 @@ class Engine(Protocol):
         Raises:
             SpectrError: There is no such expert, or it is the last one.
         """
-        ...
 
     def metrics(self) -> bytes:
         """The engine's own Prometheus text, to be shown after ours; empty where it has none."""

@@ -37,7 +37,7 @@ class Part(NamedTuple):
     fail: Callable[[Exception], None] = lambda _: None
 
 
-class Conductor:
+class BatchScheduler:
     """Gives each token of a composed model's calls the router and the set of its request, and writes down what was
     decided.
 

@@ -11,7 +11,7 @@ from typing import Any
 from spectr.errors import CompositionError
 from spectr.layers.fork import Fork
 from spectr.layers.routed import RoutedLinear
-from spectr.serving.engines.batch_scheduling import Conductor, Part
+from spectr.serving.engines.batch_scheduling import BatchScheduler, Part
 from spectr.serving.engines.generation import mark_pieces
 from spectr.serving.engines.requests import Running
 from spectr.serving.errors import RefusalError
@@ -38,7 +38,7 @@ class Batching:
     requests: int = 32
     page: int = 64
 
-    def start(self, model: Any, conductor: Conductor, running: Mapping[str, Running]) -> None:
+    def start(self, model: Any, scheduler: BatchScheduler, running: Mapping[str, Running]) -> None:
         """Begin to generate, in a thread that waits for requests."""
         from transformers import ContinuousBatchingConfig
         from transformers.cli.serving.utils import CBGenerateManager
@@ -64,7 +64,7 @@ class Batching:
         self._cb: Any = self.manager._cb
         self._add = self._cb.add_request
         self._cb.add_request = self._add_request
-        conductor.parts = self._parts
+        scheduler.parts = self._parts
 
     @property
     def context(self) -> int:

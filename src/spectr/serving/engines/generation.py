@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from spectr.models import growing_cache
-from spectr.serving.engines.batch_scheduling import Conductor
+from spectr.serving.engines.batch_scheduling import BatchScheduler
 from spectr.serving.engines.requests import Running
 from spectr.serving.errors import RefusalError
 
@@ -92,21 +92,21 @@ class Bound:
         if not self._ends:
             return await work
         task = asyncio.ensure_future(work)
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # which is nobody's, if we are gone
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # which no one else reads
         return await asyncio.shield(task)
 
 
 class OneAtATime:
-    """The model as one request's generation sees it: with the request's set, until it is done or nobody waits.
+    """The model as one request's generation sees it: with the request's set, until it is done or its client has left.
 
     Args:
         model: The composed model.
         running: The request.
-        conductor: Gives its tokens their set.
+        scheduler: Gives its tokens their set.
     """
 
-    def __init__(self, model: Any, running: Running, conductor: Conductor):
-        self._model, self._running, self._conductor = model, running, conductor
+    def __init__(self, model: Any, running: Running, scheduler: BatchScheduler):
+        self._model, self._running, self._scheduler = model, running, scheduler
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -121,7 +121,7 @@ class OneAtATime:
         if streamer is not None:
             mark_pieces(streamer, "_enqueue", running, streamer)
         sampling(running.body, generation_config)
-        with self._conductor.only(running, input_ids[0]):
+        with self._scheduler.only(running, input_ids[0]):
             return self._model.generate(
                 input_ids=input_ids,
                 generation_config=generation_config,

@@ -14,8 +14,7 @@ from spectr.registry import Registry
 if TYPE_CHECKING:
     from spectr.composition import Routed
     from spectr.routers import Router
-    from spectr.serving.engines.batching import Batching
-    from spectr.serving.settings import Settings
+    from spectr.serving.settings import ServerSettings
 
 Say = Callable[[str], None]
 
@@ -46,11 +45,9 @@ class Launcher(Protocol):
 
     def check(self, options: Sequence[str]) -> None:
         """Raise :class:`SpectrError` where the engine is not installed, or does not take these options of its own."""
-        ...
 
-    def launch(self, settings: Settings, parts: Parts, say: Say) -> None:
+    def launch(self, settings: ServerSettings, parts: Parts, say: Say) -> None:
         """Serve these settings; ``say`` shows one line."""
-        ...
 
 
 class Transformers:
@@ -66,9 +63,10 @@ class Transformers:
                 do="leave it out; a policy file follows --policy, and each router its own --router",
             )
 
-    def launch(self, settings: Settings, parts: Parts, say: Say) -> None:
+    def launch(self, settings: ServerSettings, parts: Parts, say: Say) -> None:
         """See :class:`Launcher`."""
         try:
+            from spectr.serving.engines.batching import Batching
             from spectr.serving.engines.transformers import TransformersEngine, check_version
             from spectr.serving.run import listen
         except ImportError as error:
@@ -83,7 +81,7 @@ class Transformers:
                 tokenizer,
                 base_model=settings.base_name,
                 suspicion=suspicious(settings.library[name] for name in composed.experts),
-                batching=_batching(parts.cache_tokens),
+                batching=None if parts.cache_tokens is None else Batching(cache_tokens=parts.cache_tokens),
             )
 
             async def listening() -> None:
@@ -105,7 +103,7 @@ class Vllm:
         if importlib.util.find_spec("vllm") is None:
             raise MissingExtraError("--engine vllm", "vllm")
 
-    def launch(self, settings: Settings, parts: Parts, say: Say) -> None:
+    def launch(self, settings: ServerSettings, parts: Parts, say: Say) -> None:
         """See :class:`Launcher`."""
         try:
             from spectr.serving.engines.vllm import launch
@@ -114,7 +112,7 @@ class Vllm:
         launch(settings, say)
 
 
-def _composed(settings: Settings, parts: Parts, say: Say) -> tuple[Any, Any]:
+def _composed(settings: ServerSettings, parts: Parts, say: Say) -> tuple[Any, Any]:
     """The model with all of its routers, and its tokenizer."""
     from spectr.composition.several import Several
 
@@ -128,12 +126,6 @@ def _composed(settings: Settings, parts: Parts, say: Say) -> tuple[Any, Any]:
     for name, size in list(composed.bytes.items())[1:]:
         say(f"router {name}: {size / (1 << 20):.1f} MiB more for its factors")
     return composed, tokenizer
-
-
-def _batching(cache_tokens: int | None) -> Batching | None:
-    from spectr.serving.engines.batching import Batching
-
-    return None if cache_tokens is None else Batching(cache_tokens=cache_tokens)
 
 
 ENGINES: Registry[Launcher] = Registry(

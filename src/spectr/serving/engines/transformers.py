@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from spectr.composition.several import Several
 from spectr.errors import CompositionError, MissingExtraError, SpectrError, nearest
 from spectr.serving.engines.base import Step, Ticket
-from spectr.serving.engines.batch_scheduling import Conductor
+from spectr.serving.engines.batch_scheduling import BatchScheduler
 from spectr.serving.engines.generation import Bound, OneAtATime, State
 from spectr.serving.engines.requests import Running
 from spectr.serving.errors import RefusalError
@@ -41,7 +41,7 @@ class TransformersEngine:
     """The composed model behind transformers' serving code. See :class:`spectr.serving.engines.Engine`.
 
     Args:
-        composed: The model and its routers; nobody else is to use it while this engine lives.
+        composed: The model and its routers; not for other use while this engine runs.
         tokenizer: The model's.
         base_model: The base model's name for clients.
         suspicion: Experts whose norm is far out, and how far.
@@ -74,7 +74,7 @@ class TransformersEngine:
         self._experts = composed.experts
         self._running: dict[str, Running] = {}
         self._left = asyncio.Event()
-        self.conductor = Conductor(composed)
+        self.scheduler = BatchScheduler(composed)
         self._state = self._make_state()
         self.app = self._application()
 
@@ -126,7 +126,7 @@ class TransformersEngine:
         while any(name in running.ticket.experts for running in self._running.values()):
             self._left.clear()
             await self._left.wait()
-        await self._between_calls(lambda: self.conductor.junction.discard(name))
+        await self._between_calls(lambda: self.scheduler.junction.discard(name))
         self.suspicion.pop(name, None)
 
     def metrics(self) -> bytes:
@@ -147,7 +147,7 @@ class TransformersEngine:
     def close(self) -> None:
         """Stop what runs, and leave the model as it was composed."""
         self.stop()
-        self.conductor.close()
+        self.scheduler.close()
 
     async def _between_calls(self, work: Callable[[], None]) -> None:
         """Do something to the model while it does not run."""
@@ -168,14 +168,14 @@ class TransformersEngine:
         config: Any = self.composed.model.config
         context = int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
         if self.batching is not None:
-            self.batching.start(self.composed.model, self.conductor, self._running)
+            self.batching.start(self.composed.model, self.scheduler, self._running)
             context = min(context, self.batching.context)
             batching = self.batching
             bound = Bound(batching.manager, self._find, context, batching.enter, batching.begun, ends=False)
             return State(GenerationState(continuous_batching=True), lambda _: bound, batching.alive)
 
         def one(model: Any, running: Running) -> OneAtATime:
-            return OneAtATime(model, running, self.conductor)
+            return OneAtATime(model, running, self.scheduler)
 
         return State(GenerationState(), lambda inner: Bound(inner, self._find, context, one), lambda: True)
 
@@ -189,7 +189,7 @@ class TransformersEngine:
         manager = ModelManager(model_timeout=-1)
         manager.loaded_models[_KEY] = TimedModel(self.composed.model, -1, self.tokenizer)  # pyright: ignore[reportArgumentType]
         chat, complete = ChatCompletionHandler(manager, state), CompletionHandler(manager, state)
-        unreachable: Any = None  # the gateway lets nobody through to the other endpoints
+        unreachable: Any = None  # the gateway passes no request on to other endpoints
         app = build_server(manager, chat, complete, unreachable, unreachable, unreachable, state)
         _explain_refusals(app)
         return app

@@ -25,7 +25,7 @@ from spectr.serving.engines.base import Step, Ticket
 from spectr.serving.errors import RefusalError
 from spectr.serving.outliers import suspicious
 from spectr.serving.run import listen
-from spectr.serving.settings import Settings as Served
+from spectr.serving.settings import ServerSettings
 from spectr.vllm.prompt_decisions import DECIDES, Decider
 from spectr.vllm.register import check_version, engine_version
 from spectr.vllm.requests import EXPERTS, ROUTE_ID, ROUTER, ROUTING
@@ -224,7 +224,7 @@ async def launched(
         os.environ.pop(DECIDES, None)
 
 
-def launch(settings: Served, say: Callable[[str], None]) -> None:
+def launch(settings: ServerSettings, say: Callable[[str], None]) -> None:
     """Start vLLM with a routed model, and serve it until the process is interrupted: ``spectr serve --engine vllm``.
 
     Args:
@@ -249,7 +249,7 @@ def _end(number: int, frame: Any) -> None:
     raise SystemExit(128 + number)
 
 
-def _routed(settings: Served) -> Settings:
+def _routed(settings: ServerSettings) -> Settings:
     """How the model is routed, as its config has it."""
     routers = [fit_to(len(settings.experts), served(router)) for router in settings.routers.values()]
     order = sorted(routers, key=decides_on_prompts)  # by default one that needs no decision
@@ -275,7 +275,7 @@ def _inner(model: str | None) -> dict[str, Any] | None:
 
 
 async def _serve(
-    settings: Served, routed: Settings, model: str, bound: socket.socket, say: Callable[[str], None]
+    settings: ServerSettings, routed: Settings, model: str, bound: socket.socket, say: Callable[[str], None]
 ) -> None:
     started = launched(
         model,

@@ -19,7 +19,7 @@ from spectr.errors import CompositionError, DataError, SpectrError, collecting, 
 from spectr.evaluation.encode import encode_examples
 from spectr.evaluation.expert_recall import Finding, find_experts, keep_findings, kept_findings, over_runs
 from spectr.evaluation.metrics import text_metric
-from spectr.evaluation.score import Measurement, score_examples, score_of
+from spectr.evaluation.score import Measurement, counting, score_examples, score_of
 from spectr.folders import with_parents
 from spectr.hashing import known_sha256
 from spectr.library import Calibration, ExpertLibrary
@@ -116,14 +116,14 @@ class ExperimentSetup:
             return dict(self.tasks)
         return {name: pair for name, pair in self.tasks.items() if (pair[0].expert or name) in self.library}
 
-    def dealt(self) -> ExperimentSetup:
+    def paraphrased(self) -> ExperimentSetup:
         """This setup with every example in one of its task's paraphrases, in turn."""
-        dealt = {
+        tasks = {
             name: (task, [self.reworded[name][i % len(self.reworded[name])][i] for i in range(len(examples))])
             for name, (task, examples) in self.tasks.items()
             if self.reworded.get(name)
         }
-        return dataclasses.replace(self, tasks=dealt)
+        return dataclasses.replace(self, tasks=tasks)
 
     def expert_of(self, task: str) -> str:
         """The expert that belongs to a task."""
@@ -172,7 +172,7 @@ class ExperimentSetup:
     def find(self, routed: Routed, phase: str) -> dict[str, list[Finding]]:
         """By task, for each of its prompts, whether the model as it is routed now finds the task's expert.
 
-        What a killed run has found is not looked for again.
+        What a killed run has found is not found again.
         """
         found = {}
         for done, (task, (_, examples)) in enumerate(self.owned.items(), start=1):
@@ -195,51 +195,49 @@ class ExperimentSetup:
 
     def find_over_seeds(self, router: Router, phase: str) -> list[dict[str, list[Finding]]]:
         """As :meth:`find`, once; of a calibrated router once for each of the seeds."""
-        runs = []
-        for setup in self._over_seeds(router):
-            with setup.routed(router) as routed:
-                runs.append(setup.find(routed, phase))
-        return runs
+        return [setup.find(routed, phase) for setup, routed in self._over_seeds(router)]
 
     def scores_over_seeds(self, router: Router, method: str) -> dict[str, list[float]]:
         """By task each example's score; of a calibrated router its mean over the seeds."""
-        runs = []
-        for setup in self._over_seeds(router):
-            with setup.routed(router) as routed:
-                runs.append({task: setup.scores(task, method, routed) for task in self.owned})
+        runs = [
+            {task: setup.scores(task, method, routed) for task in self.owned}
+            for setup, routed in self._over_seeds(router)
+        ]
         return {
             task: [sum(values) / len(values) for values in zip(*(run[task] for run in runs), strict=True)]
             for task in self.owned
         }
 
-    def seeds_in_words(self) -> str:
-        """What is to be said of the seeds, where there are any."""
-        if not self.seeds or self.library.calibration is None:
-            return ""
-        return f"Calibrated routers: mean over calibration seeds {', '.join(map(str, self.seeds))}."
+    def _over_seeds(self, router: Router) -> Iterator[tuple[ExperimentSetup, Routed]]:
+        for setup in self._calibrations(router):
+            with setup.routed(router) as routed:
+                yield setup, routed
 
-    def _over_seeds(self, router: Router) -> Iterator[ExperimentSetup]:
+    def _calibrations(self, router: Router) -> Iterator[ExperimentSetup]:
         """This setup as it is; for a calibrated router with the calibration of each seed, which are kept."""
         if not self.seeds or CALIBRATED not in router.needs:
             yield self
             return
         for seed in self.seeds:
             folder = self.folder / f"calibration-seed-{seed}"
-            folder.mkdir(parents=True, exist_ok=True)
             own, kept = self.library.calibration, Calibration.load(folder)
             if own is not None and own.settings.get("seed") == seed:
                 kept = own
             elif kept is None or not all(kept.covers(self.library[name]) for name in self.library):
-                kept = calibrate(
-                    self.model,
-                    self.library,
-                    self.tokenizer,
-                    seed=seed,
-                    fresh=True,
-                    progress=lambda done, total, s=seed: self.progress(f"calibrating, seed {s}", done, total, ""),
-                )
+                kept = self.calibration_of(self.library, f"calibrating, seed {seed}", seed=seed, fresh=True)
+                folder.mkdir(parents=True, exist_ok=True)
                 kept.save(folder)
             yield dataclasses.replace(self, library=self.library.with_calibration(kept), folder=folder)
+
+    def calibration_of(self, library: ExpertLibrary, phase: str, **options: Any) -> Calibration:
+        """A library's calibration with this model; see :func:`spectr.calibrate`."""
+        return calibrate(
+            self.model,
+            library,
+            self.tokenizer,
+            progress=lambda done, total: self.progress(phase, done, total, ""),
+            **options,
+        )
 
     def own_scores(self, method: str = "its own expert") -> dict[str, list[float]]:
         """By task each example's score with the task's own expert alone."""
@@ -252,13 +250,6 @@ class ExperimentSetup:
     def scores(self, task: str, method: str, routed: Routed | None = None) -> list[float]:
         """Each example's score with the model as it is now; what a killed run scored is not scored again."""
         about, examples = self.tasks[task]
-        phase, done = f"{task}: {method}", 0
-
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            self.progress(phase, done, len(examples), "")
-
         origin = {**self.origin(), **self._needed_by(routed), "task": about.version}
         records = score_examples(
             self.model,
@@ -272,12 +263,12 @@ class ExperimentSetup:
             origin=origin,
             former={**origin, "router": str(routed.router)} if routed else None,
             name=task,
-            progress=advance,
+            progress=counting(self.progress, f"{task}: {method}", len(examples)),
         )
         return [score_of(record) for record in records]
 
     def _needed_by(self, routed: Routed | None) -> dict[str, Any]:
-        """What a router's results depend on beside the experts' weights."""
+        """What a router's results depend on in addition to the experts' weights."""
         facts: dict[str, Any] = {"router": _written(routed.router) if routed else None}
         if routed and GATED in routed.router.needs:
             files = {name: self.library[name].weights.parent / GATES_FILE for name in routed.experts}

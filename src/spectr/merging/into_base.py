@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spectr.errors import MergeError, SpectrError, collecting, raise_together, some_of
-from spectr.layers.plan import make_plan
-from spectr.layers.routed import RoutedLinear
+from spectr.layers import RoutedLinear, make_plan
 from spectr.library import ExpertLibrary
 from spectr.merging.lowrank import LowRank
 from spectr.merging.merge import Progress, merged_modules

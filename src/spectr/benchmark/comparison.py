@@ -14,8 +14,7 @@ from torch import nn
 import spectr
 from spectr.benchmark.measure import Timing, Work, measure
 from spectr.benchmark.subjects import BASE, OURS, Subject, get_peer, ours
-from spectr.composition import Guide
-from spectr.flops import count_flops
+from spectr.flops import forward_flops
 from spectr.layers.routed import RoutedLinear
 from spectr.library import ExpertLibrary
 from spectr.ops import backend_for
@@ -54,7 +53,6 @@ def benchmark(
     batches: Sequence[int] = (1, 16),
     steps: int = 16,
     rounds: int = 7,
-    guide: Guide | None = None,
     progress: Callable[[int, int, str], None] = lambda *_: None,
 ) -> Outcome:
     """Measure a base model, the same model routed, and peers, in turn.
@@ -69,8 +67,7 @@ def benchmark(
         batches: Rows of the batches that are decoded, each after prompts as long.
         steps: Tokens that are decoded in a round.
         rounds: How often each is timed.
-        guide: For a guided router.
-        progress: Is told (done, total, what).
+        progress: Receives (done, total, what).
 
     Raises:
         CompositionError: The router does not fit the library, or a peer is unknown.
@@ -78,7 +75,7 @@ def benchmark(
     """
     make = [get_peer(name) for name in peers]
     top_k = min(router.selection.k or len(library), len(library))
-    routed = ours(model, library, router, guide)
+    routed = ours(model, library, router)
     subjects = [Subject(name=BASE, model=model), routed, *(peer(model, library, top_k) for peer in make)]
     works = [Work(prompt=prompt, batch=batch, steps=steps) for batch in batches]
     works = [Work(prompt=prompt), *works] if time_prompt else works
@@ -99,10 +96,7 @@ def explain(model: nn.Module) -> list[str]:
     found: Counter[str] = Counter()
     for layer in model.modules():
         if isinstance(layer, RoutedLinear):
-            factors = layer.factors
-            if factors is not None and factors.plan is None:  # of prompts' fixed weights
-                factors = layer.subset(layer.experts[:1])
-            plan = None if factors is None else factors.plan
+            plan = None if layer.factors is None else layer.factors.plan
             found["no expert is in memory" if plan is None else plan.summary] += 1
     return [f"{count} layers: {why}" for why, count in found.most_common()]
 
@@ -134,11 +128,7 @@ def limit(base: nn.Module, routed: nn.Module, work: Work) -> float:
     layers = [layer for layer in routed.modules() if isinstance(layer, RoutedLinear)]
     if not work.steps:
         ids = torch.zeros(1, work.prompt, dtype=torch.long, device=next(base.parameters()).device)
-
-        def flops(model: nn.Module) -> int:
-            return count_flops(lambda: model(input_ids=ids, use_cache=False, logits_to_keep=1))
-
-        return flops(routed) / flops(base)
+        return forward_flops(routed, ids) / forward_flops(base, ids)
     plain = sum(p.numel() * p.element_size() for p in base.parameters())
     return 1 + sum(layer.bytes_read(work.batch) for layer in layers) / plain
 
