@@ -298,5 +298,5 @@ def test_an_option_by_both_names_is_refused():
 
 
 def test_the_old_name_of_a_selection_works_with_a_warning():
-    with pytest.warns(DeprecationWarning, match=r"spectr\.selection\.Everyone is All now"):
+    with pytest.warns(DeprecationWarning, match=r"Everyone is now spectr\.selection\.All"):
         assert spectr.selection.Everyone is spectr.selection.All
