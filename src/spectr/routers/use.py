@@ -35,7 +35,7 @@ class Use(ABC):
 
     Attributes:
         fixes: Whether the verdict is the weights of all of the prompt's tokens, so that no token chooses.
-        gathers: Whether an expert whose number is zero takes no part, so that its factors need not be there.
+        gathers: Whether an expert whose number is zero takes no part, so that its factors need not be in memory.
         neutral: The number of an expert of which nothing is known.
         in_kernels: Whether scores are informed by a product alone, as kernels do it.
     """
