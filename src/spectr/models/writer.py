@@ -17,6 +17,7 @@ class Writer(Protocol):
 
     def __call__(self, prompts: Sequence[str]) -> list[str]:
         """One text for each prompt."""
+        ...
 
 
 class LocalWriter:

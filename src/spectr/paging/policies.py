@@ -28,6 +28,7 @@ class Policy(Protocol):
 
     def victim(self, resident: Collection[str]) -> str:
         """The one of these experts to let go."""
+        ...
 
 
 class Lru:
