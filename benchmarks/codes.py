@@ -137,13 +137,14 @@ def prepared(model, library: ExpertLibrary) -> Readers:
     means = {module: prototypes.mean_I for module, prototypes in routed.prototypes.items()}
     kinds = {bits: library.index.prototypes(routed.experts, means, bits) for bits in (8, 16)} | {32: routed.prototypes}
     plain = probe_by(known, kinds[8])
-    plain.usual = known.probe.usual
-    plain.learn_usual()
+    plain.baseline = known.probe.baseline
+    plain.read_baseline()
     return Readers(plain, known, kinds)
 
 
-def probe_by(known: CertainProbe, voters) -> Probe:
-    return Probe(known.probe.entry, known.probe.layers, voters, known.router, known.probe.experts, known.probe.opening)
+def probe_by(known: CertainProbe, scorers) -> Probe:
+    probe = known.probe
+    return Probe(probe.entry, probe.layers, scorers, known.evidence, probe.experts, probe.opening)
 
 
 @torch.inference_mode()
@@ -168,15 +169,15 @@ def read(readers: Readers, ids: Tensor, sizes: Sequence[int], *, in_full: bool) 
 def by_near_ones(readers: Readers, first: Interval, ids: Tensor, size: int) -> Interval:
     near = {readers.plain.experts[e] for e in near_ones(first, size)}
     exact = readers.kinds[32]
-    voters = {name: Rescored(one, some(exact[name], near)) for name, one in readers.kinds[16].items()}
-    return interval(readers.known, voters, ids)
+    scorers = {name: Rescored(one, some(exact[name], near)) for name, one in readers.kinds[16].items()}
+    return interval(readers.known, scorers, ids)
 
 
-def interval(known: CertainProbe, voters, ids: Tensor, *, exact: bool = False) -> Interval:
-    """What is known by these voters, less what is usual by the prototypes in full."""
-    reader = CertainProbe(probe_by(known, voters), known.router, Certainty())
-    reader._usual = known._usual
-    return reader._less_usual(reader._read((), {"input_ids": ids}, exact=exact))
+def interval(known: CertainProbe, scorers, ids: Tensor, *, exact: bool = False) -> Interval:
+    """What is known by these scorers, compared with the baseline by the prototypes in full."""
+    reader = CertainProbe(probe_by(known, scorers), known.evidence, known.size, Certainty())
+    reader._baseline = known._baseline
+    return reader._above(reader._read((), {"input_ids": ids}, exact=exact))
 
 
 def near_ones(known: Interval, size: int) -> list[int]:

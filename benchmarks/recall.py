@@ -96,9 +96,9 @@ def cases(model: nn.Module, arguments: argparse.Namespace) -> Iterator[Case]:
     yield Case("shortlist", few, Shortlist(size=1))
     yield Case("shortlist", many, Shortlist(size=1))
     for library in (few, many) if arguments.heard else ():
-        yield Case(", ".join(arguments.heard), library, Shortlist(size=1, heard=tuple(arguments.heard)))
+        yield Case(", ".join(arguments.heard), library, Shortlist(size=1, modules=tuple(arguments.heard)))
     for n in arguments.every:
-        yield Case(f"every {n}", many, Shortlist(size=1, every=n))
+        yield Case(f"every {n}", many, Shortlist(size=1, module_stride=n))
     for n in arguments.tokens:
         yield Case(f"{n} tokens", many, Shortlist(size=1, probe_tokens=n))
 

@@ -141,7 +141,7 @@ def answer_once(root: Path) -> None:
     library = ExpertLibrary.open(root)
     _ = all(map(library.indexed, library)), library.calibration
     opened = time.perf_counter()
-    routed = compose(model, library, Shortlist(size=16, local=Spectr(top_k=4)))
+    routed = compose(model, library, Shortlist(size=16, token_router=Spectr(top_k=4)))
     assert isinstance(routed, Paged)
     composed = time.perf_counter()
     write(model, torch.randint(100, 40000, (1, PROMPT)))
@@ -166,9 +166,11 @@ def timed(model: nn.Module, few: ExpertLibrary, many: ExpertLibrary, rounds: int
         "base model": twin(model),
         "9, calibrated": composed(model, few, Calibrated()),
         f"{len(many)}, shortlist of 1": composed(model, many, Shortlist(size=1)),
-        f"{len(many)}, shortlist of 1, every 3": composed(model, many, Shortlist(size=1, every=3)),
+        f"{len(many)}, shortlist of 1, every 3": composed(model, many, Shortlist(size=1, module_stride=3)),
         "9, spectr, top 4": composed(model, few, by_token),
-        f"{len(many)}, shortlist of 16, spectr, top 4": composed(model, many, Shortlist(size=16, local=by_token)),
+        f"{len(many)}, shortlist of 16, spectr, top 4": composed(
+            model, many, Shortlist(size=16, token_router=by_token)
+        ),
     }
     first: dict[str, list[float]] = {name: [] for name in subjects}
     token: dict[str, list[float]] = {name: [] for name in subjects}

@@ -36,8 +36,8 @@ UNKNOWN_COMBINATION = "unknown combination 'sum'\n  to do: known: dare, dare-tie
 BY_NAME = {
     "arrow": Arrow(),
     "glider": Glider(),
-    "glider-global": Glider(local=None),
-    "glider-spectr": Glider(local=Spectr(top_k=1)),
+    "glider-global": Glider(token_router=None),
+    "glider-spectr": Glider(token_router=Spectr(top_k=1)),
     "lag": Lag(),
     "mu": Uniform(),
     "phatgoose": Phatgoose(),
@@ -62,7 +62,7 @@ def test_a_name_stands_for_its_settings(name, router):
 
 
 def test_names_are_all_names_in_alphabetical_order():
-    assert router_names() == tuple(sorted([*BY_NAME, "oracle"]))
+    assert router_names() == tuple(sorted([*BY_NAME, "oracle", "policy"]))
 
 
 def test_options_are_settings():
@@ -91,7 +91,7 @@ def test_a_missing_option_is_asked_for():
 
 
 def test_a_router_inside_a_router_can_be_plain_data():
-    assert get_router("glider", local={"name": "spectr", "top_k": 1}) == get_router("glider-spectr")
+    assert get_router("glider", token_router={"name": "spectr", "top_k": 1}) == get_router("glider-spectr")
 
 
 # Other packages

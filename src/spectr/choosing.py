@@ -188,9 +188,9 @@ def _made(name: str, options: Mapping[str, Any], library: ExpertLibrary, *, fits
             expected=f"one of {', '.join(library)}",
             do="-r oracle -e NAME",
         )
-    if name == "shortlist" and options.get("size") == 1 and "local" in options:
+    if name == "shortlist" and options.get("size") == 1 and "token_router" in options:
         raise CompositionError(
-            "a shortlist of one leaves nothing to choose: local and its settings make no difference",
+            "a shortlist of one leaves nothing to choose: token_router and its settings make no difference",
             do="leave them out, or ask for a longer one: --set size=16",
         )
     router = get_router(name, **options)

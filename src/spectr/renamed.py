@@ -1,14 +1,21 @@
-"""Old names of modules. They work for one version, with a warning that names the new one (docs/old-names.md)."""
+"""Old names of modules, options and attributes. They work for one version, with a warning; see docs/old-names.md."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from inspect import signature
 from types import ModuleType
+from typing import Any, TypeVar
+
+from spectr.errors import CompositionError
+
+T = TypeVar("T")
 
 MODULES = {
     "spectr.adapters.keys": "spectr.adapters.read",
@@ -100,3 +107,56 @@ def install() -> None:
     """Have Python resolve old names; before others do, as an old package's modules would be found a second time."""
     if not any(isinstance(finder, _Renamed) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Renamed())
+
+
+_OPTIONS: dict[Any, dict[str, str]] = {}  # by class the new names of its options
+
+
+def options_renamed(**names: str) -> Callable[[type[T]], type[T]]:
+    """Have a dataclass take options by their old names too, and have its objects show them, with a warning.
+
+    Args:
+        names: By an option's old name the new one.
+    """
+
+    def decorated(kind: type[T]) -> type[T]:
+        make: Any = kind.__init__
+        shown = signature(kind)
+
+        def init(self: T, **options: Any) -> None:
+            make(self, **current_options(kind, options))
+
+        kind.__init__ = init
+        kind.__signature__ = shown  # pyright: ignore[reportAttributeAccessIssue]
+        _OPTIONS[kind] = names
+        for old, new in names.items():
+            setattr(kind, old, property(partial(_read, old=old, new=new)))
+        return kind
+
+    return decorated
+
+
+def current_options(make: Any, options: Mapping[str, Any], *, warn: bool = True) -> dict[str, Any]:
+    """Options under the names that they have now.
+
+    Args:
+        make: What is made with them: a class, or a partial of it.
+        options: By name; ``"local.top_k"`` is a part of ``local``.
+        warn: Whether to warn of old names; not where they are read from a file.
+    """
+    names = _OPTIONS.get(make.func if isinstance(make, partial) else make, {})
+    current = {}
+    for option, value in options.items():
+        old, dot, rest = option.partition(".")
+        new = names.get(old, old)
+        if new != old and warn:
+            warnings.warn(f"the option {old} is {new} now", DeprecationWarning, stacklevel=4)
+        if new + dot + rest in current or (new != old and new + dot + rest in options):
+            raise CompositionError(f"{old} is {new} now, and both are given", do=f"leave {old} out")
+        current[new + dot + rest] = value
+    return current
+
+
+def _read(owner: Any, *, old: str, new: str) -> Any:
+    warnings.warn(f"{type(owner).__name__}.{old} is {new} now", DeprecationWarning, stacklevel=2)
+    return getattr(owner, new)

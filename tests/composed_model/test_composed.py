@@ -174,8 +174,8 @@ def test_settings_of_a_router_are_written_where_they_differ():
     assert router_config(spectr.Calibrated(level="token", top_k=4)) == {"name": "calibrated-token"}
     assert router_config(spectr.Spectr(top_k=3)) == {"name": "spectr", "top_k": 3}
     assert router_config(spectr.Oracle(expert="amber")) == {"name": "oracle", "expert": "amber"}
-    inside = {"name": "shortlist", "size": 4, "heard": ["q_proj"], "local": {"name": "spectr", "top_k": 2}}
-    assert router_config(spectr.Shortlist(size=4, heard=("q_proj",), local=spectr.Spectr(top_k=2))) == inside
+    inside = {"name": "shortlist", "size": 4, "modules": ["q_proj"], "token_router": {"name": "spectr", "top_k": 2}}
+    assert router_config(spectr.Shortlist(size=4, modules=("q_proj",), token_router=spectr.Spectr(top_k=2))) == inside
 
 
 @pytest.mark.parametrize(

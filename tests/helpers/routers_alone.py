@@ -60,9 +60,9 @@ METHODS = {
     Calibrated(): calibrated,
     Phatgoose(): gates,
     Glider(): gates,
-    Glider(local=Spectr()): spectral,
-    Glider(local=None): lambda deltas, x, ranks: [0.0] * len(deltas),
-    Shortlist(local=Spectr()): spectral,
+    Glider(token_router=Spectr()): spectral,
+    Glider(token_router=None): lambda deltas, x, ranks: [0.0] * len(deltas),
+    Shortlist(token_router=Spectr()): spectral,
     Shortlist(): calibrated,
     Uniform(): lambda deltas, x, ranks: [1.0] * len(deltas),
 }

@@ -31,7 +31,7 @@ class Guide:
         return read
 
 
-BY_SUM = spectr.Glider(local=None, top_k=1)  # one expert a prompt, with the guide above; needs no calibration
+BY_SUM = spectr.Glider(token_router=None, top_k=1)  # one expert a prompt, with the guide above; needs no calibration
 ROUTERS = {
     "calibrated": spectr.Calibrated(),
     "prior": spectr.Calibrated(level="prior"),
@@ -39,7 +39,7 @@ ROUTERS = {
     "shortlist": spectr.Shortlist(size=2),
     "shortlist of one": spectr.Shortlist(size=1),
     "global": BY_SUM,
-    "glider": spectr.Glider(local=spectr.Spectr(top_k=2)),
+    "glider": spectr.Glider(token_router=spectr.Spectr(top_k=2)),
 }
 
 

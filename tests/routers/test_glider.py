@@ -94,7 +94,7 @@ def test_alpha_is_large_where_some_expert_is_near(library):
 @pytest.mark.parametrize("local", [Phatgoose(), Spectr(), Arrow()], ids=lambda router: type(router).__name__)
 def test_global_and_local_scores_add_up_in_every_layer(library, local):
     model, plain, given = make_model(), make_model(), batch("what is the sky")
-    guided(model, library, Glider(local=local, alpha=2.0, top_k=3))
+    guided(model, library, Glider(token_router=local, alpha=2.0, top_k=3))
     compose(plain, library, type(local)(top_k=3))
     name = "model.layers.1.mlp.down_proj"
     with trace(model) as record:
@@ -119,7 +119,7 @@ def test_a_large_alpha_takes_the_described_expert_for_every_token(library):
 
 def test_global_routing_alone_is_held(library):
     model = make_model()
-    routed, _ = guided(model, library, Glider(local=None, alpha=1.0))
+    routed, _ = guided(model, library, Glider(token_router=None, alpha=1.0))
     weights = routed.prompt.decide(**batch("green grass"))
     top = cosines("green grass")[0].topk(2)
     torch.testing.assert_close(weights[0, top.indices], top.values.softmax(-1), rtol=0, atol=1e-5)
@@ -215,7 +215,7 @@ def test_what_a_guided_router_needs(library, tmp_path):
         guided(make_model(), bare, Glider())
     for local in (Calibrated(), Lag(), Glider()):
         with pytest.raises(CompositionError, match="expected: a router that scores every expert for each token"):
-            Glider(local=local)
+            Glider(token_router=local)
     with types_unchecked(), pytest.raises(CompositionError, match="alpha='open'"):
         Glider(alpha="open")
     routed, _ = guided(make_model(), library, Glider())
@@ -355,7 +355,7 @@ def test_a_model_with_an_encoder_is_guided_by_what_its_encoder_reads(tmp_path):
         made = {module: random_factors(2, 16, 16, 10 * seed + more) for module, more in factors.items()}
         write_adapter(tmp_path / name, made)
     library = ExpertLibrary.open(tmp_path).with_descriptions(DESCRIPTIONS)
-    routed, guide = guided(model, library, Glider(local=Spectr(), alpha=1e4, top_k=1))
+    routed, guide = guided(model, library, Glider(token_router=Spectr(), alpha=1e4, top_k=1))
     ids = torch.tensor([make_tokenizer()("green grass")["input_ids"]])
     with trace(model) as record:
         model.generate(input_ids=ids, max_new_tokens=3)

@@ -19,7 +19,7 @@ from routers_alone import LIBRARIES, METHODS
 from spectr import compose
 from spectr.errors import CompositionError
 from spectr.library import needs
-from spectr.routers import Router, base, first_lack
+from spectr.routers import PromptRouter, Router, base, first_lack
 from spectr.routers.registry import ROUTERS
 from spectr.spectral import Share, segment_norms
 from spectr.vllm import worker_state
@@ -27,7 +27,7 @@ from spectr.vllm import worker_state
 SRC = Path(spectr.__file__).parent
 TREES = {path.relative_to(SRC).as_posix(): ast.parse(path.read_text()) for path in sorted(SRC.rglob("*.py"))}
 KINDS = {make for name in ROUTERS.entries if isinstance(make := ROUTERS.load(name), type)}
-FACES = [kind for kind in vars(base).values() if isinstance(kind, type) and issubclass(kind, Router)]
+FACES = [kind for kind in vars(base).values() if isinstance(kind, type) and issubclass(kind, Router)] + [PromptRouter]
 FACTS = {name for kind in (*KINDS, *FACES) for name in (*vars(kind), *kind.__annotations__) if not name.startswith("_")}
 FACTS |= {"calibrated", "gated", "guided", "shares_A", "by_norms", "informs", "resident", "lacking", "k", "density"}
 
@@ -63,7 +63,8 @@ def test_no_two_files_have_the_same_scores():
                 if isinstance(node, ast.FunctionDef) and node.name == "scores" and len(node.body) > 1:
                     bodies.setdefault(ast.dump(ast.Module(node.body[1:], [])), []).append(file)
     assert [files for files in bodies.values() if len(files) > 1] == []
-    assert sum(map(len, bodies.values())) == len(KINDS) + 1  # and the first protocol's
+    alone = [kind for kind in KINDS if not issubclass(kind, PromptRouter)]
+    assert sum(map(len, bodies.values())) == len(alone) + 3  # a policy's, GLIDER's, and the first protocol's
 
 
 def test_nobody_asks_a_router_what_it_is_by_the_name_of_an_attribute():

@@ -106,21 +106,21 @@ def test_every_type_of_our_own_routers_can_be_set_from_text():
 
 
 def test_a_setting_of_the_router_inside_is_found_by_its_name_or_its_place():
-    inside = {"local": {"name": "calibrated-prior", "top_k": 2}}
+    inside = {"token_router": {"name": "calibrated-prior", "top_k": 2}}
     assert read_settings(["top_k=2"], ["shortlist"]) == {"shortlist": inside}
-    assert read_settings(["local.top_k=2"], ["shortlist"]) == {"shortlist": inside}
-    assert get_router("shortlist", **inside) == Shortlist(local=Calibrated(level="prior", top_k=2))
-    given = read_settings(["local=spectr", "temperature=2", "local.temperature=3"], ["glider"])["glider"]
-    assert get_router("glider", **given) == Glider(temperature=2.0, local=Spectr(temperature=3.0))
+    assert read_settings(["token_router.top_k=2"], ["shortlist"]) == {"shortlist": inside}
+    assert get_router("shortlist", **inside) == Shortlist(token_router=Calibrated(level="prior", top_k=2))
+    given = read_settings(["token_router=spectr", "temperature=2", "token_router.temperature=3"], ["glider"])["glider"]
+    assert get_router("glider", **given) == Glider(temperature=2.0, token_router=Spectr(temperature=3.0))
 
 
 def test_a_setting_of_the_router_inside_changes_the_one_that_is_given():
-    given = {"shortlist": {"size": 4, "local": {"name": "spectr", "combine": "ties"}}}
-    inside = {"local": {"name": "spectr", "combine": "ties", "top_k": 2}}
-    for text in ("top_k=2", "local.top_k=2"):
+    given = {"shortlist": {"size": 4, "token_router": {"name": "spectr", "combine": "ties"}}}
+    inside = {"token_router": {"name": "spectr", "combine": "ties", "top_k": 2}}
+    for text in ("top_k=2", "token_router.top_k=2"):
         assert read_settings([text], ["shortlist"], defaults=given) == {"shortlist": inside}
-    replaced = read_settings(["local=arrow", "local.top_k=2"], ["shortlist"], defaults=given)
-    assert replaced == {"shortlist": {"local": {"name": "arrow", "top_k": 2}}}
+    replaced = read_settings(["token_router=arrow", "token_router.top_k=2"], ["shortlist"], defaults=given)
+    assert replaced == {"shortlist": {"token_router": {"name": "arrow", "top_k": 2}}}
 
 
 def test_with_several_routers_a_setting_is_for_all_that_have_it_or_for_the_one_that_is_named():
@@ -141,7 +141,7 @@ def test_with_several_routers_a_setting_is_for_all_that_have_it_or_for_the_one_t
         (["temperature=2"], ["mu", "oracle"], "mu: combine=outputs; oracle: expert"),
         (["arrow.temperature=2"], ["mu"], "the router arrow is not used here\n  expected: one of mu"),
         (["arrow.temprature=2"], ["arrow", "mu"], "router 'arrow' has no temprature"),
-        (["local.topk=2"], ["shortlist"], "did you mean 'local.top_k'?"),
+        (["token_router.topk=2"], ["shortlist"], "did you mean 'token_router.top_k'?"),
         (["temperature=2", "temperature=3"], ["arrow"], "temperature set twice"),
         (["temperature=hot"], ["arrow"], "temperature=hot\n  expected: a number"),
         (["top_k=2.5"], ["arrow"], "top_k=2.5\n  expected: a whole number"),
@@ -178,7 +178,7 @@ def test_a_third_partys_router_from_the_command_line(spectr, given, plugins):
     ("flag", "value", "told"),
     [
         ("--router-temperature", 2.0, "use --set temperature=2.0"),
-        ("--local", "spectr", "use --set local=spectr"),
+        ("--local", "spectr", "use --set token_router=spectr"),
         ("--bits", 16, "use --set bits=16"),
         ("--shortlist", 3, "use --set size=3"),
     ],

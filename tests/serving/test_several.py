@@ -22,7 +22,7 @@ ROUTERS = {
     "uniform": spectr.Uniform(),
     "lag": spectr.Lag(shortlist=2, top_k=1),
     "projection": spectr.Spectr(top_k=2, score="projection"),
-    "glider": spectr.Glider(local=spectr.Arrow(), alpha=2.0),
+    "glider": spectr.Glider(token_router=spectr.Arrow(), alpha=2.0),
 }
 
 

@@ -22,8 +22,8 @@ ROUTERS = [
     Calibrated(top_k=2, weights="softmax"),
     Calibrated(level="prior"),
     Calibrated(level="token"),
-    spectr.Glider(local=spectr.Arrow(), alpha=2.0),
-    spectr.Glider(local=None),
+    spectr.Glider(token_router=spectr.Arrow(), alpha=2.0),
+    spectr.Glider(token_router=None),
 ]
 
 

@@ -14,9 +14,9 @@ from spectr.benchmark.subjects import PEERS, alike, check_peers, get_peer
 from spectr.benchmark.synthetic import check_count, write_lookalikes
 from spectr.errors import SpectrError
 from spectr.library import ExpertLibrary
-from spectr.library.needs import SIDE_DATA, Indexed
+from spectr.library.needs import DESCRIBED, SIDE_DATA, Indexed
 from spectr.models.text import context_length
-from spectr.routers import GuidedRouter, Router
+from spectr.routers import Router
 
 Progress = Callable[[str, int, int, str], None]
 
@@ -50,8 +50,8 @@ class Plan:
 
     def __post_init__(self) -> None:
         check_peers(self.peers, self.library)
-        if isinstance(self.router, GuidedRouter):
-            raise SpectrError(f"{self.router} writes text for every prompt", do="time its local router: -r phatgoose")
+        if DESCRIBED in self.router.needs:
+            raise SpectrError(f"{self.router} writes text for every prompt", do="time its token router: -r phatgoose")
         if self.experts is not None:
             check_count(self.library, self.experts)
         if (self.experts or 0) > len(self.library) and _needs_measures(self.router):

@@ -88,7 +88,7 @@ LettersOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
 
 _PANEL = "Routing"
-_FORMER = {"shortlist": "size", "local": "local", "bits": "bits", "router_temperature": "temperature"}
+_FORMER = {"shortlist": "size", "local": "token_router", "bits": "bits", "router_temperature": "temperature"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -210,9 +210,9 @@ class Routing:
         Raises:
             MissingExtraError: One is guided, and nothing can embed sentences.
         """
-        from spectr.routers import GuidedRouter
+        from spectr.library.needs import DESCRIBED
 
-        guided = any(isinstance(router, GuidedRouter) for router in routers)
+        guided = any(DESCRIBED in router.needs for router in routers)
         if guided and find_spec("sentence_transformers") is None:
             raise MissingExtraError("comparing prompts with descriptions", "glider")
         if (self.writer or self.embedder) and not guided:
@@ -250,10 +250,10 @@ class Routing:
     ) -> Routed:
         """The model composed with the experts that are allowed, with a progress bar."""
         from spectr.composition import compose
-        from spectr.routers import GuidedRouter, PagedRouter
+        from spectr.library.needs import DESCRIBED
 
         guide = None
-        if isinstance(router, GuidedRouter):
+        if DESCRIBED in router.needs:
             guide = make_guide(model, tokenizer, self.writer, self.embedder, self.dtype)
         with bar() as advance:
             routed = compose(
@@ -262,7 +262,7 @@ class Routing:
                 router,
                 progress=lambda done, total: advance(what, done, total, ""),
                 guide=guide,
-                expert_memory=int(self.expert_memory * (1 << 30)) if isinstance(router, PagedRouter) else None,
+                expert_memory=int(self.expert_memory * (1 << 30)) if router.policy and router.policy.pages else None,
             )
             return routed.allow(self.allow) if self.allow else routed
 

@@ -60,7 +60,7 @@ def route(
         sys.stdout.write(json.dumps(_as_data(found, str(router))) + "\n")
     else:
         _print(found, shown)
-        if router.use is not None and router.use.fixes:
+        if router.policy is not None and router.policy.use.fixes:
             say("decided once for the whole prompt: spectr route -r spectr shows a choice for every token and layer")
     if html:
         from spectr.plots import write_page

@@ -13,7 +13,8 @@ from spectr.errors import CompositionError
 from spectr.folders import check_new_folder, new_folder
 from spectr.library import ExpertLibrary, LibraryStore
 from spectr.library.descriptions import write_descriptions
-from spectr.routers import GuidedRouter, PagedRouter, Router, residents
+from spectr.library.needs import DESCRIBED
+from spectr.routers import Router, residents
 from spectr.routers.config import router_config
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def check_saving(
     Raises:
         CompositionError: The folder is in use or cannot be made, or the router cannot be written down.
     """
-    if isinstance(router, (GuidedRouter, PagedRouter)):
+    if DESCRIBED in router.needs or (router.policy is not None and router.policy.pages):
         raise CompositionError(
             f"{router} needs more than a folder holds",
             expected="a router without a guide or a shortlist, such as spectr or calibrated",

@@ -12,8 +12,9 @@ from spectr.errors import CompositionError
 from spectr.layers.fork import Fork
 from spectr.layers.routed import RoutedLinear
 from spectr.library import ExpertLibrary
+from spectr.library.needs import DESCRIBED
 from spectr.paging import DEFAULT_POLICY, Policy, get_policy
-from spectr.routers import GuidedRouter, PagedRouter, Router, Spectr, check_needs, residents
+from spectr.routers import Router, Spectr, check_needs, residents
 from spectr.routers.version1 import adapted
 
 _EXPERT_MEMORY = 1 << 30
@@ -69,7 +70,7 @@ def compose(
         )
     if any(isinstance(module, (RoutedLinear, Fork)) for module in model.modules()):
         raise CompositionError("this model is composed already", do="call remove() on its handle first")
-    if isinstance(router, PagedRouter):
+    if router.policy is not None and router.policy.pages:
         memory = _EXPERT_MEMORY if expert_memory is None else expert_memory
         return Paged(
             model, library, router, progress, expert_memory=memory, policy=policy or get_policy(DEFAULT_POLICY)
@@ -80,7 +81,7 @@ def compose(
             expected="expert_memory and policy with the router Shortlist alone",
             do="compose(model, library, spectr.Shortlist(), expert_memory=...)",
         )
-    if isinstance(router, GuidedRouter):
+    if DESCRIBED in router.needs:
         check_needs(router, library, residents(router, library.names))
         if guide is None:
             raise CompositionError(

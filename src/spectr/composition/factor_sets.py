@@ -29,6 +29,8 @@ class FactorSets:
         make: From layers and names to factors.
         single: Sets of one expert that are kept.
         gathered: Sets of several experts that are kept.
+        serve_choices: Whether tokens can choose among what it makes, which has all that a router reads; otherwise only
+            fixed weights can be applied to it.
     """
 
     def __init__(
@@ -38,8 +40,10 @@ class FactorSets:
         *,
         single: int = _SINGLE,
         gathered: int = _GATHERED,
+        serve_choices: bool = False,
     ):
         self._layers, self._make, self.single, self.gathered = tuple(layers), make, single, gathered
+        self.serve_choices = serve_choices
         self._tables: OrderedDict[tuple[str, ...], tuple[tuple[Factors | None, ...], Table]] = OrderedDict()
         self._lock = threading.Lock()
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from spectr.adapters import Expert, FactorShape
 from spectr.composition.factor_sets import FactorSets, Table
-from spectr.composition.prepare import heard_modules, prepare_expert, side_data
-from spectr.composition.routed import Progress, Routed, calibration_texts
+from spectr.composition.prepare import evidence_modules, prepare_expert, side_data
+from spectr.composition.routed import Progress, Routed
+from spectr.composition.subset_probes import Readers
 from spectr.errors import CompositionError
 from spectr.layers.factors import Factors
 from spectr.layers.linear import placement
@@ -23,13 +24,13 @@ from spectr.library import ExpertLibrary
 from spectr.paging import ExpertCache, Policy
 from spectr.prompts.bounds import CertainProbe, Certainty
 from spectr.prompts.decision import PromptDecision
-from spectr.prompts.probe import Probe, Voter
-from spectr.routers import PagedRouter, check_needs
+from spectr.prompts.probe import Probe, Scorer
+from spectr.routers import PrototypeVotes, Router, check_needs
 from spectr.spectral import Prototypes, Share
 
 
 class Paged(Routed):
-    """A handle on a model composed with a :class:`spectr.Shortlist`: as :class:`Routed`, with most experts on disk.
+    """A handle on a model whose prompts are decided on by prototypes: as :class:`Routed`, with most experts on disk.
 
     Attributes:
         shelf: The experts that are in memory.
@@ -45,18 +46,22 @@ class Paged(Routed):
         self,
         model: nn.Module,
         library: ExpertLibrary,
-        router: PagedRouter,
+        router: Router,
         progress: Progress,
         *,
         expert_memory: int,
         policy: Policy,
     ):
-        self._memory, self._policy, self._lister = expert_memory, policy, router
+        assert router.policy is not None
+        evidence, self._use = router.policy.evidence, router.policy.use
+        assert isinstance(evidence, PrototypeVotes)
+        assert self._use.most is not None
+        self._evidence, self._most, self._memory, self._eviction = evidence, self._use.most, expert_memory, policy
         self.certainty = Certainty()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="spectr-read-ahead")
         super().__init__(model, library, router, progress)
         try:
-            self._probed.learn_usual()
+            self._probed.read_baseline()
         except BaseException:
             self.remove()
             raise
@@ -64,24 +69,24 @@ class Paged(Routed):
     def _make_layers(
         self, names: tuple[str, ...], library: ExpertLibrary, progress: Progress
     ) -> dict[str, RoutedLinear]:
-        router = self._lister
-        check_needs(router, library, names)
+        router, evidence = self._token_router, self._evidence
+        check_needs(self.router, library, names)
         known = library.calibration
         assert known is not None
-        plan = make_plan(self.model, _specimens(library, names), router.local)
+        plan = make_plan(self.model, _specimens(library, names), router)
         held = self.layers
         bases = {
             module: held[module].base if module in held else self.model.get_submodule(module) for module in plan.modules
         }
         self._places = {module: placement(base, self.model) for module, base in bases.items()}
         self._check_memory(library, names)
-        heard = heard_modules(library, names, router)
-        means = {module: known.means[module].to(self._places[module][0]) for module in heard}
-        self.prototypes = library.index.prototypes(names, means, router.bits)
-        self.shelf = ExpertCache(lambda name: self._load(self.library[name]), self._memory, self._policy)
+        modules = evidence_modules(library, names, evidence)
+        means = {module: known.means[module].to(self._places[module][0]) for module in modules}
+        self.prototypes = library.index.prototypes(names, means, evidence.bits)
+        self.shelf = ExpertCache(lambda name: self._load(self.library[name]), self._memory, self._eviction)
         fresh = {}
         for done, (module, base) in enumerate(bases.items(), start=1):
-            fresh[module] = RoutedLinear(base, None, router.local, decided=True)
+            fresh[module] = RoutedLinear(base, None, router, use=self._use)
             progress(done, len(bases))
         return fresh
 
@@ -90,7 +95,7 @@ class Paged(Routed):
         size = {module: dtype.itemsize for module, (_, dtype) in self._places.items()}
         layouts = library.index.alike(names)
         largest = max(sum(size[m.name] * m.rank * (m.inputs + m.outputs) for m in modules) for modules in layouts)
-        listed = min(self._lister.size, len(names))
+        listed = min(self._most, len(names))
         if largest * listed > self._memory:
             raise CompositionError(
                 f"expert_memory={self._memory} bytes, and {listed} on a shortlist take up to {largest} each",
@@ -100,52 +105,43 @@ class Paged(Routed):
 
     def _load(self, expert: Expert) -> dict[str, Share]:
         self.library.check_weights(expert)
-        local = self._lister.local
-        rotations = self.library.index[expert.name].rotations()
-        shares = prepare_expert(expert, rotations, local, side_data(local, self.library, [expert.name]))
+        router, rotations = self._token_router, self.library.index[expert.name].rotations()
+        shares = prepare_expert(expert, rotations, router, side_data(router, self.library, [expert.name]))
         return {module: share.to(*self._places[module]) for module, share in shares.items()}
 
     @property
-    def voters(self) -> Mapping[str, Voter]:
+    def scorers(self) -> Mapping[str, Scorer]:
         """See :class:`Routed`: the prototypes."""
         return self.prototypes
 
     def reader(self, probe: Probe) -> Probe | CertainProbe:
         """See :class:`Routed`."""
-        return CertainProbe(probe, self._lister, self.certainty) if self._lister.certain else probe
+        if not self._evidence.is_interval:
+            return probe
+        return CertainProbe(probe, self._evidence, self._most, self.certainty)
 
     def _factors(self, layers: Sequence[RoutedLinear], names: tuple[str, ...]) -> Table:
         """Every layer's factors of some experts, from memory or from disk."""
-        shares, router = self.shelf.fetch(names), self._lister
-        fixed = router.use is not None and router.use.fixes
+        shares, router = self.shelf.fetch(names), self._token_router
         table: dict[RoutedLinear, Factors | None] = {}
         for layer in layers:
             module = self._modules[layer]
             here = {name: share[module] for name, share in shares.items() if module in share}
-            table[layer] = layer.factors_of(router.stack(here), fixed=fixed) if here else None
+            table[layer] = layer.factors_of(router.stack(here), fixed=self._use.fixes) if here else None
         return table
 
-    def _decision(self, entry: nn.Module, names: tuple[str, ...]) -> PromptDecision:
-        router, layers = self._lister, self.layers
-        self._modules = {layer: module for module, layer in layers.items()}
-        heard = [module for module in layers if module in self.prototypes][:: router.every]
-        probe = Probe(
-            entry,
-            {module: layers[module] for module in heard},
-            {module: self.prototypes[module] for module in heard},
-            router,
-            names,
-            *calibration_texts(self.library.calibration),
-        )
-        probed = self._probed = self.reader(probe)
+    def _decision(self, names: tuple[str, ...]) -> PromptDecision:
+        self._modules = {layer: module for module, layer in self.layers.items()}
+        probed = self._probed = Readers(self).of(names)
 
         def read(*args: object, **kwargs: object) -> Float[Tensor, "B E"]:
             evidence_BE = probed(*args, **kwargs)
-            next_BK = evidence_BE.topk(min(2 * router.size, len(names)), dim=-1).indices[:, router.size :]
+            next_BK = evidence_BE.topk(min(2 * self._most, len(names)), dim=-1).indices[:, self._most :]
             self._reader.submit(self._read_ahead, [names[place] for place in next_BK.flatten().unique().tolist()])
             return evidence_BE
 
-        return PromptDecision(router, names, read, FactorSets(layers.values(), self._factors, single=1, gathered=1))
+        sets = FactorSets(self._modules, self._factors, single=1, gathered=1, serve_choices=True)
+        return PromptDecision(self._use, names, read, sets)
 
     def _read_ahead(self, names: Sequence[str]) -> None:
         """Ask the system to have these experts' files in its memory soon, where it can be asked."""

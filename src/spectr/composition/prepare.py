@@ -12,7 +12,8 @@ from spectr.adapters import Expert, Factors, read_gates
 from spectr.errors import CompositionError
 from spectr.library import Calibration, ExpertLibrary
 from spectr.library.needs import CALIBRATED, GATED, some_of
-from spectr.routers.base import PagedRouter, Router
+from spectr.routers.base import Router
+from spectr.routers.evidence import ModuleEvidence
 from spectr.spectral import Aligned, AlignedExpert, Rotation, Share, SideData, align
 from spectr.spectral.sparsify import drop
 
@@ -94,20 +95,20 @@ def _share(aligned: Aligned, pair: Factors, name: str, module: str, router: Rout
     return share if density == 1 else share._replace(B=drop(share.B, density, seed=0, expert=name, module=module))
 
 
-def heard_modules(library: ExpertLibrary, names: Sequence[str], router: PagedRouter) -> set[str]:
-    """The modules that may take part in the decision for a shortlist of indexed experts.
+def evidence_modules(library: ExpertLibrary, names: Sequence[str], evidence: ModuleEvidence) -> set[str]:
+    """The modules that may take part in decisions on indexed experts.
 
     Raises:
-        CompositionError: An expert adapts none of those that the router names.
+        CompositionError: An expert adapts none of those that the evidence names.
     """
     layouts = {some: [module.name for module in modules] for modules, some in library.index.alike(names).items()}
-    ends = tuple(f".{part}" for part in router.heard)
-    heard = {module for modules in layouts.values() for module in modules if not ends or f".{module}".endswith(ends)}
-    silent = [name for some, modules in layouts.items() if heard.isdisjoint(modules) for name in some]
-    if silent:
+    ends = tuple(f".{part}" for part in evidence.modules)
+    taken = {module for modules in layouts.values() for module in modules if not ends or f".{module}".endswith(ends)}
+    without = [name for some, modules in layouts.items() if taken.isdisjoint(modules) for name in some]
+    if without:
         parts = sorted({module.rpartition(".")[2] for modules in layouts.values() for module in modules})
         raise CompositionError(
-            f"heard={router.heard}, and of modules named so none is adapted by {some_of(sorted(silent), 5)}",
+            f"modules={evidence.modules}, and of modules named so none is adapted by {some_of(sorted(without), 5)}",
             expected=f"of {', '.join(parts)} such that each expert adapts one",
         )
-    return heard
+    return taken

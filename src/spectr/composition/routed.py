@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 
 from spectr.composition.factor_sets import FactorSets
 from spectr.composition.prepare import prepare_module, side_data
+from spectr.composition.subset_probes import Readers
 from spectr.errors import CompositionError
 from spectr.layers.linear import placement
 from spectr.layers.plan import make_plan
 from spectr.layers.routed import RoutedLinear
 from spectr.layers.swap import swap_module
-from spectr.library import Calibration, ExpertLibrary
+from spectr.library import ExpertLibrary
 from spectr.prompts.calls import Calls
-from spectr.prompts.chat_template import Opening
-from spectr.prompts.decision import PromptDecision, Reader, entry_of
+from spectr.prompts.decision import PromptDecision
 from spectr.prompts.exclusion import Exclusion
-from spectr.prompts.probe import Probe, Voter
-from spectr.routers import ProbingRouter, PromptRouter, Router, check_needs, residents
+from spectr.prompts.probe import Probe, Scorer
+from spectr.routers import Router, check_needs, residents, token_router
+from spectr.routers.evidence import Guide, Reader
 
 Progress = Callable[[int, int], None]
-
-
-class Guide(Protocol):
-    """Compares prompts with descriptions; :class:`spectr.guidance.QueryGuide` is one."""
-
-    def reader(self, descriptions: Mapping[str, str], experts: Sequence[str]) -> Reader:
-        """A function that is called as the model is and returns ``cos(e_t, q)``, (batch, experts)."""
-        ...
 
 
 class Routed:
@@ -45,7 +38,8 @@ class Routed:
         library: The experts that can be held.
         router: Decides for each token, or for each prompt.
         prompt: How a prompt is decided on, where the router does that; else ``None``.
-        guide: Compares prompts with the experts' descriptions, where the router is guided; else ``None``.
+        policy: The router's policy for prompts; ``None`` where each token decides.
+        guide: Compares prompts with the experts' descriptions, where the evidence needs that; else ``None``.
     """
 
     prompt: PromptDecision | None = None
@@ -54,6 +48,7 @@ class Routed:
         self, model: nn.Module, library: ExpertLibrary, router: Router, progress: Progress, guide: Guide | None = None
     ):
         self.model, self.library, self.router, self.guide = model, library, router, guide
+        self.policy, self._token_router = router.policy, token_router(router)
         self._originals: dict[str, nn.Module] = {}
         self._calls: Calls | None = None
         self._exclusion = Exclusion()
@@ -72,12 +67,12 @@ class Routed:
         return {name: module for name, module in self.model.named_modules() if isinstance(module, RoutedLinear)}
 
     @property
-    def voters(self) -> Mapping[str, Voter]:
-        """What scores the experts at each layer, where a prompt is read through them."""
+    def scorers(self) -> Mapping[str, Scorer]:
+        """What scores the experts at each layer, where the evidence of a prompt comes from such scores."""
         return self.layers
 
     def reader(self, probe: Probe) -> Reader:
-        """What reads prompts by way of a probe."""
+        """What reads prompts by means of a probe."""
         return probe
 
     def allow(self, experts: Iterable[str] | None) -> Routed:
@@ -207,7 +202,7 @@ class Routed:
                 self._originals.setdefault(module, layer.base)
                 swap_module(self.model, module, layer)
             self._resident, self.library = names, library
-            self.prompt = self._decision(entry_of(self.model), names)
+            self.prompt = self._decision(names)
             key = None if self._calls is None or others else self._calls.key
             self.release()
             self._calls = Calls(self.model, names, self.prompt, key=key, exclusion=self._exclusion)
@@ -219,37 +214,30 @@ class Routed:
         experts = {name: library[name] for name in names}
         plan = make_plan(self.model, list(experts.values()), self.router)
         check_needs(self.router, library, names)
-        side = side_data(self.router, library, names)
-        held = self.layers
+        side = side_data(self._token_router, library, names)
+        held, use = self.layers, None if self.policy is None else self.policy.use
         fresh: dict[str, RoutedLinear] = {}
         with ExitStack() as files:
             readers = {name: files.enter_context(expert.open()) for name, expert in experts.items()}
             for done, (module, users) in enumerate(plan.modules.items(), start=1):
                 layer = held.get(module)
-                known = self.router.shares(layer.stack()) if layer and layer.is_as_prepared else {}
+                known = self._token_router.shares(layer.stack()) if layer and layer.is_as_prepared else {}
                 parts = {name: known[name] for name in users if name in known}
                 missing = {name: readers[name] for name in users if name not in parts}
-                parts.update(prepare_module(missing, module, self.router, side))
+                parts.update(prepare_module(missing, module, self._token_router, side))
                 base = layer.base if layer else self.model.get_submodule(module)
                 device, dtype = placement(base, self.model)
                 placed = {name: part.to(device, dtype) for name, part in parts.items()}
-                fresh[module] = RoutedLinear(base, self.router.stack(placed), self.router)
+                fresh[module] = RoutedLinear(base, self._token_router.stack(placed), self._token_router, use=use)
                 progress(done, len(plan.modules))
         return fresh
 
-    def _decision(self, entry: nn.Module, names: tuple[str, ...]) -> PromptDecision | None:
-        """How a prompt is decided on: read through the layers, or by the guide; ``None`` where tokens decide."""
-        router = self.router
-        if router.use is None:
+    def _decision(self, names: tuple[str, ...]) -> PromptDecision | None:
+        """How a prompt is decided on; ``None`` where tokens decide."""
+        if self.policy is None:
             return None
-        assert isinstance(router, PromptRouter)
-        layers = self.layers
-        if isinstance(router, ProbingRouter):
-            read: Reader = Probe(entry, layers, layers, router, names, *calibration_texts(self.library.calibration))
-        else:
-            assert self.guide is not None
-            read = self.guide.reader(self.library.descriptions, names)
-        return PromptDecision(router, names, read, FactorSets(layers.values()))
+        read = Readers(self).of(names)
+        return PromptDecision(self.policy.use, names, read, FactorSets(self.layers.values()))
 
     def __repr__(self) -> str:
         return f"Routed({len(self.layers)} layers, experts {', '.join(self.experts)}, {self.router})"
@@ -264,11 +252,3 @@ def _allow_list(experts: Iterable[str]) -> tuple[str, ...]:
             do="name experts, or allow(None) for all; remove() gives the base model back",
         )
     return tuple(sorted(set(names)))
-
-
-def calibration_texts(known: Calibration | None) -> tuple[Opening | None, dict[str, Tensor] | None]:
-    """What a probe takes from a calibration: what the chat template writes, and the texts that say what is usual."""
-    if known is None:
-        return None, None
-    usual = {"input_ids": known.input_ids, "attention_mask": known.real.long()}
-    return Opening(known.opening, known.turn, known.closing), usual

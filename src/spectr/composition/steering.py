@@ -17,7 +17,6 @@ from spectr.composition.routed import Routed
 from spectr.composition.subset_probes import Readers
 from spectr.layers.batch_routing import BASE, BatchRouting, routed_by
 from spectr.prompts.decision import routing_of
-from spectr.routers import PromptRouter
 
 
 @dataclass(eq=False)  # one is like itself alone
@@ -153,13 +152,14 @@ class Steering:
     def _take_over(self) -> None:
         """From the composition, whose layers are new ones."""
         self.routed.release()
-        self._readers, self._use = Readers(self.routed), self.routed.router.use
+        policy = self.routed.policy
+        self._use, self._readers = (None, None) if policy is None else (policy.use, Readers(self.routed))
         self._ordered = list(self.routed.layers.values())
         self._sets = None if self.routed.prompt is None else self.routed.prompt.sets
         self._layout: tuple[list[tuple[Rule, int]], BatchRouting] | None = None
 
     def _verdict(self, names: tuple[str, ...], input_ids: Tensor) -> Float[Tensor, "B E"]:
-        router = self.routed.router
-        assert isinstance(router, PromptRouter)
+        assert self._use is not None
+        assert self._readers is not None
         with routed_by(BASE), torch.no_grad():
-            return router.verdict(self._readers.of(names)(input_ids=input_ids))
+            return self._use.verdict(self._readers.of(names)(input_ids=input_ids))

@@ -21,7 +21,6 @@ from spectr.folders import with_parents
 from spectr.hashing import json_sha256
 from spectr.layers import trace
 from spectr.models import context_length, encode_batch
-from spectr.routers import ProbingRouter
 
 _BATCH = 16
 
@@ -70,13 +69,13 @@ def find_experts(
     for start in range(0, len(prompts), _BATCH):
         batch = encode_batch(tokenizer, prompts[start : start + _BATCH], limit=limit, device=device)
         evidence_BE = routed.prompt.evidence(**batch) if routed.prompt else None
-        if evidence_BE is not None and routed.router.use is not None and routed.router.use.fixes:
+        if evidence_BE is not None and routed.policy is not None and routed.policy.use.fixes:
             rows = [dict(zip(routed.experts, row, strict=True)) for row in evidence_BE.tolist()]
             found += [_finding(row, expert) for row in rows]
             continue
         held = nullcontext()
         if routed.prompt and evidence_BE is not None:  # read once, not once more by the call below
-            held = routed.prompt.using(routed.prompt.router.verdict(evidence_BE))
+            held = routed.prompt.using(routed.prompt.use.verdict(evidence_BE))
         with trace(model) as record, held:
             model(**batch, use_cache=False, logits_to_keep=1)
         real_BT = record.mask & (record.mask.cumsum(1) > skip)
@@ -91,7 +90,7 @@ def find_experts(
                 total += len(scores_TE)
                 votes.update(layer.experts[i] for i in order_TE[:, 0].tolist())
             evidence = {name: float(votes[name]) for name in record.experts}
-            if evidence_BE is not None and isinstance(routed.router, ProbingRouter):
+            if evidence_BE is not None and routed.policy and routed.policy.evidence.reads != "words":
                 evidence = dict(zip(routed.experts, evidence_BE[row].tolist(), strict=True))
             found.append(_finding(evidence, expert, hits / max(total, 1)))
     return found

@@ -22,8 +22,9 @@ from spectr.composition import compose
 from spectr.errors import CompositionError, MissingExtraError, SpectrError, did_you_mean
 from spectr.evaluation.choices import decided_alike
 from spectr.guidance import QueryGuide
+from spectr.library.needs import DESCRIBED
 from spectr.models import load_model, pad_rows
-from spectr.routers import GuidedRouter, check_needs, get_router, residents
+from spectr.routers import check_needs, get_router, residents
 from spectr.routers.options import options_of, parse
 from spectr.shipped import open_library
 
@@ -92,7 +93,7 @@ class SpectrLM(HFLM):
             device = None  # the harness' default wherever it runs
         model, tokenizer = load_model(base, dtype=dtype, device=device)  # pyright: ignore[reportArgumentType]
         super().__init__(pretrained=model, tokenizer=tokenizer, **more)
-        guide = QueryGuide.of(model, tokenizer) if isinstance(chosen, GuidedRouter) else None
+        guide = QueryGuide.of(model, tokenizer) if chosen and DESCRIBED in chosen.needs else None
         self.routed = None if chosen is None else compose(model, experts, chosen, guide=guide)
 
     def _loglikelihood_tokens(

@@ -13,6 +13,7 @@ from spectr.combine import merge_outputs
 from spectr.ops import Choice, Plan, make_plan
 from spectr.ops.outputs import gathering_pays
 from spectr.routers.base import LengthRouter, Router, ShortlistRouter
+from spectr.routers.use import Use
 from spectr.selection import TopK
 from spectr.spectral import Stack, remade
 
@@ -113,15 +114,16 @@ class Factors(NamedTuple):
             member_EP=torch.nn.functional.one_hot(owner_P, len(places)).mT.to(self.A_PI),
         )
 
-    def planned(self, base: nn.Module, router: Router, *, fixed: bool = False) -> Factors:
+    def planned(self, base: nn.Module, router: Router, use: Use | None = None, *, fixed: bool = False) -> Factors:
         """The factors with the plan of a layer that has them.
 
         Args:
             base: The base layer.
             router: Chooses among them.
+            use: What is done with the evidence of whole prompts.
             fixed: Whether their weights will be fixed, rather than chosen by each token.
         """
-        refusal = self._refusal(router, fixed)
+        refusal = self._refusal(router, use, fixed)
         if fixed or refusal:
             return self._replace(plan=make_plan(base, self.A_PI, self.B_OP, refusal=refusal))
         select = router.selection
@@ -131,14 +133,15 @@ class Factors(NamedTuple):
         assert isinstance(router, LengthRouter)
         return self._replace(plan=make_plan(base, self.A_PI, self.B_OP, router.lengths(self).centers_P, choice))
 
-    def _refusal(self, router: Router, fixed: bool) -> str:
+    def _refusal(self, router: Router, use: Use | None, fixed: bool) -> str:
         """Why no kernel computes what the router wants; empty where one may."""
         if router.combination.merge is not merge_outputs:
             return f"no kernel combines by '{router.combine}'"
         if fixed:
             return ""
-        if not router.rule:
-            return f"{type(router).__name__} scores by no rule that has a kernel"
+        informs = use is None or use.in_kernels
+        if not router.rule or not informs:
+            return f"{type(router if informs else use).__name__} scores by no rule that has a kernel"
         if not isinstance(router.selection, TopK):
             return f"no kernel selects as {type(router.selection).__name__} does"
         if self.common_rank is None:

@@ -19,7 +19,8 @@ from spectr.layers.names import take_names_of_base
 from spectr.ops import NOT_PREPARED, report_once, update_by_kernels
 from spectr.ops.grouped import grouped_inputs, grouped_outputs
 from spectr.ops.outputs import add_masked, gathered_sum, weighted
-from spectr.routers.base import PromptRouter, Router, ShortlistRouter
+from spectr.routers.base import Router, ShortlistRouter
+from spectr.routers.use import Use
 from spectr.selection import select_among
 from spectr.spectral import Stack
 
@@ -37,8 +38,8 @@ class RoutedLinear(nn.Module):
         base: The layer as it was; never changed.
         stack: Its experts, on the device and in the dtype to compute in; ``None`` for none.
         router: Decides for each token.
-        decided: Whether something is decided for whole prompts, so that a call without a decision is refused; if left
-            out, as the router says.
+        use: What is done with the evidence of whole prompts, so that a call without a decision is refused; ``None``:
+            tokens alone decide.
 
     Attributes:
         experts: Names of the experts that it holds.
@@ -55,7 +56,7 @@ class RoutedLinear(nn.Module):
     U_OQ: Tensor | None
     call: LayerCall
 
-    def __init__(self, base: nn.Module, stack: Stack | None, router: Router, *, decided: bool | None = None):
+    def __init__(self, base: nn.Module, stack: Stack | None, router: Router, *, use: Use | None = None):
         super().__init__()
         self.base = base
         self.router = router
@@ -63,8 +64,7 @@ class RoutedLinear(nn.Module):
         self.combine = self.combination.merge
         self.sums = self.combine is merge_outputs
         self.lister = router if isinstance(router, ShortlistRouter) else None
-        self.informer = router if isinstance(router, PromptRouter) else None
-        self.decided = router.use is not None if decided is None else decided
+        self.use, self.decided = use, use is not None
         self.fill(stack)
         take_names_of_base(self)
         self.train(base.training)
@@ -80,10 +80,9 @@ class RoutedLinear(nn.Module):
         self._keep(held)
 
     def _keep(self, factors: Factors | None) -> None:
-        use = self.router.use
         if factors is not None:
-            fixed = self.decided and use is not None and use.fixes  # no token chooses there
-            factors = factors.planned(self.base, self.router, fixed=fixed)
+            fixed = self.use is not None and self.use.fixes  # no token chooses there
+            factors = factors.planned(self.base, self.router, self.use, fixed=fixed)
         self.call = LayerCall(factors, factors)
 
     def factors_of(self, stack: Stack, *, fixed: bool = False) -> Factors:
@@ -93,12 +92,12 @@ class RoutedLinear(nn.Module):
             stack: The experts.
             fixed: Whether their weights will be fixed, rather than chosen by each token.
         """
-        return Factors.of(stack, self.router).planned(self.base, self.router, fixed=fixed)
+        return Factors.of(stack, self.router).planned(self.base, self.router, self.use, fixed=fixed)
 
     def subset(self, names: tuple[str, ...]) -> Factors | None:
         """The factors of some experts, for weights that are fixed; of a single one without a copy."""
         some = None if self.factors is None else self.factors.subset(names)
-        return None if some is None else some.planned(self.base, self.router, fixed=True)
+        return None if some is None else some.planned(self.base, self.router, self.use, fixed=True)
 
     def _apply(self, fn: Any, recurse: bool = True) -> RoutedLinear:
         """As ``nn.Module``; the factors are taken from the buffers, which may have moved or been cast."""
@@ -236,8 +235,8 @@ class RoutedLinear(nn.Module):
         allowed_TE = None if call.among_BTE is None else spread(call.among_BTE, x)
         h_TP, scores_TE = self._score(x, call.factors, allowed_TE)
         if call.prior_BTE is not None:
-            assert self.informer is not None
-            scores_TE = self.informer.informed(scores_TE, spread(call.prior_BTE, x))
+            assert self.use is not None
+            scores_TE = self.use.informed(scores_TE, spread(call.prior_BTE, x))
         if allowed_TE is not None:
             scores_TE = scores_TE.masked_fill(~allowed_TE, -torch.inf)
         return h_TP, scores_TE

@@ -9,21 +9,21 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from spectr.prompts.probe import Probe, Voter, pooled
-from spectr.routers.base import PagedRouter
+from spectr.prompts.probe import Probe, Scorer
+from spectr.routers.evidence import PrototypeVotes
 
 _TOGETHER = 256  # tokens that are scored at once, in float64
 
 
 @runtime_checkable
-class BoundedVoter(Voter, Protocol):
-    """A voter that knows how far its scores may be off."""
+class BoundedScorer(Scorer, Protocol):
+    """A scorer that knows how far its scores may be off."""
 
     def bounded(self, x: Float[Tensor, "T I"]) -> tuple[Float[Tensor, "T E"], Float[Tensor, "T E"]]:
         """Scores, float64, and how far each may be from the true one."""
         ...
 
-    def in_full(self) -> BoundedVoter:
+    def in_full(self) -> BoundedScorer:
         """One that knows all that is known of the experts."""
         ...
 
@@ -70,48 +70,49 @@ class Interval(NamedTuple):
 
 
 class CertainProbe:
-    """Reads prompts for a shortlist that is to be certain; called as a :class:`Probe` is.
+    """Reads prompts for a shortlist that is to be certain; called like a :class:`Probe`.
 
     Args:
-        probe: Its voters know how far their scores may be off.
-        router: Whose lists they are.
-        figures: Where it is counted what was needed.
+        probe: Its scorers know how far their scores may be off.
+        evidence: Bounds the evidence.
+        size: Experts on a list.
+        figures: Counts what was needed.
     """
 
-    def __init__(self, probe: Probe, router: PagedRouter, figures: Certainty):
-        self.probe, self.router, self.figures = probe, router, figures
-        self._usual: Interval | None = None
+    def __init__(self, probe: Probe, evidence: PrototypeVotes, size: int, figures: Certainty):
+        self.probe, self.evidence, self.size, self.figures = probe, evidence, size, figures
+        self._baseline: Interval | None = None
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Float[Tensor, "B E"]:
         """See :class:`Probe`; float64, so that what is certain stays so."""
-        self.learn_usual()
-        first = found = self._less_usual(self._read(args, kwargs))
-        at_once = first.decides(self.router.size)
-        if self.router.bits < 32 and not at_once.all():
-            found = self._less_usual(self._read(args, kwargs, exact=True))
-        decided = at_once | found.decides(self.router.size)
+        self.read_baseline()
+        first = found = self._above(self._read(args, kwargs))
+        at_once = first.decides(self.size)
+        if self.evidence.bits < 32 and not at_once.all():
+            found = self._above(self._read(args, kwargs, exact=True))
+        decided = at_once | found.decides(self.size)
         self.figures.at_once += int(at_once.sum())
         self.figures.in_full += int((decided & ~at_once).sum())
         self.figures.tied += int((~decided).sum())
         return found.middle_BE
 
     @torch.no_grad()
-    def learn_usual(self) -> None:
-        """See :class:`Probe`: by the prototypes in full."""
-        if self._usual is None and self.probe.usual is not None:
+    def read_baseline(self) -> None:
+        """See :class:`Probe`; by the prototypes in full."""
+        if self._baseline is None and self.probe.baseline is not None:
             device = next(self.probe.entry.parameters()).device
-            texts = {key: text.to(device) for key, text in self.probe.usual.items()}
-            read = self._read((), texts, exact=self.router.bits < 32)
-            usual = Interval(*(bound_BE.mean(0, keepdim=True) for bound_BE in read))
-            self._usual = usual.widened(len(read.least_BE))
+            texts = {key: text.to(device) for key, text in self.probe.baseline.items()}
+            read = self._read((), texts, exact=self.evidence.bits < 32)
+            baseline = Interval(*(bound_BE.mean(0, keepdim=True) for bound_BE in read))
+            self._baseline = baseline.widened(len(read.least_BE))
 
-    def _less_usual(self, read: Interval) -> Interval:
-        usual = self._usual
-        if usual is None:
+    def _above(self, read: Interval) -> Interval:
+        baseline = self._baseline
+        if baseline is None:
             return read
-        slack_BE = 2.0**-50 * (read.most_BE + usual.most_BE + 1)
-        least_BE, most_BE = read.least_BE - usual.most_BE + 1, read.most_BE - usual.least_BE + 1
+        slack_BE = 2.0**-50 * (read.most_BE + baseline.most_BE + 1)
+        least_BE, most_BE = read.least_BE - baseline.most_BE + 1, read.most_BE - baseline.least_BE + 1
         return Interval(least_BE - slack_BE, most_BE + slack_BE)
 
     def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, exact: bool = False) -> Interval:
@@ -122,18 +123,18 @@ class CertainProbe:
 
         def see(name: str, x_NI: Tensor, row_N: Tensor, rows: int) -> None:
             nonlocal tokens
-            voter = self.probe.voters[name]
-            assert isinstance(voter, BoundedVoter)
-            voter = voter.in_full() if exact else voter
-            total_2BE = torch.zeros(2, rows, len(voter.experts), dtype=torch.float64)
+            scorer = self.probe.scorers[name]
+            assert isinstance(scorer, BoundedScorer)
+            scorer = scorer.in_full() if exact else scorer
+            total_2BE = torch.zeros(2, rows, len(scorer.experts), dtype=torch.float64)
             for part_NI, of_N in zip(x_NI.split(_TOGETHER), row_N.cpu().split(_TOGETHER), strict=True):
-                bounds = self.router.bounds(*voter.bounded(part_NI))
+                bounds = self.evidence.bounds(*scorer.bounded(part_NI))
                 for total_BE, bound_NE in zip(total_2BE, bounds, strict=True):
                     total_BE.index_add_(0, of_N, bound_NE.cpu())
             least[name], most[name] = total_2BE / row_N.cpu().bincount(minlength=rows)[:, None].clamp(min=1)
             tokens = max(tokens, len(x_NI))
 
-        self.probe.listen(see, *args, **kwargs)
-        names = {name: self.probe.voters[name].experts for name in least}
-        found = Interval(*(pooled(bound, names, self.probe.experts) for bound in (least, most)))
+        self.probe.observe(see, *args, **kwargs)
+        names = {name: self.probe.scorers[name].experts for name in least}
+        found = Interval(*(self.evidence.of_prompt(bound, names, self.probe.experts) for bound in (least, most)))
         return found.widened(tokens + len(names))

@@ -9,9 +9,9 @@ class Opening(NamedTuple):
     """What a chat template writes around a user's words, as token ids; both are empty without a template.
 
     Attributes:
-        first: Before the first user turn, the system turn included; it has no say.
+        first: Before the first user turn, the system turn included; it does not count.
         later: Between an assistant's answer and the next user turn.
-        last: After the last user turn, where the answer begins; it has no say either.
+        last: After the last user turn, where the answer begins; it does not count either.
     """
 
     first: tuple[int, ...] = ()
@@ -27,22 +27,22 @@ class Opening(NamedTuple):
         return ids if begin is None else [*self.first, *ids[begin + size :]]
 
     def length(self, ids: list[int]) -> int:
-        """How many tokens at the beginning have no say."""
+        """How many tokens at the beginning do not count."""
         size = len(self.first)
         return size if len(ids) > size and tuple(ids[:size]) == self.first else 0
 
     def closing(self, ids: list[int]) -> int:
-        """How many tokens at the end have no say; something is left in between."""
+        """How many tokens at the end do not count; something is left in between."""
         size = len(self.last)
         ends = bool(size) and len(ids) > self.length(ids) + size and tuple(ids[-size:]) == self.last
         return size if ends else 0
 
-    def heard(self, ids: list[int], limit: int) -> tuple[list[int], int]:
-        """What is read of a prompt for a decision, and how many of these tokens, at their beginning, have no say.
+    def counted(self, ids: list[int], limit: int) -> tuple[list[int], int]:
+        """What is read of a prompt for a decision, and how many of these tokens, at their beginning, do not count.
 
         Args:
             ids: The prompt.
-            limit: Tokens that have a say at most.
+            limit: Tokens that count at most.
         """
         turn = self.last_turn(ids)
         skipped = self.length(turn)

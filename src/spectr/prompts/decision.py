@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,20 +15,25 @@ from spectr.errors import CompositionError
 from spectr.layers.batch_routing import BASE, BatchRouting, routed_by
 from spectr.layers.factors import Factors
 from spectr.layers.routed import RoutedLinear
-from spectr.routers.base import PromptRouter
+from spectr.routers.evidence import Reader
 from spectr.routers.use import Use
 
 if TYPE_CHECKING:
     from spectr.prompts.calls import Calls
 
-Reader = Callable[..., Float[Tensor, "B E"]]
-
 
 class Sets(Protocol):
-    """Where factors of sets of experts come from; see :class:`spectr.composition.factor_sets.FactorSets`."""
+    """Where factors of sets of experts come from; see :class:`spectr.composition.factor_sets.FactorSets`.
+
+    Attributes:
+        single: Sets of one expert that are kept.
+        gathered: Sets of several experts that are kept.
+        serve_choices: Whether tokens can choose among a set's factors; otherwise only fixed weights can be applied.
+    """
 
     single: int
     gathered: int
+    serve_choices: bool
 
     def table(self, names: tuple[str, ...]) -> Mapping[RoutedLinear, Factors | None]:
         """Every layer's factors of these experts."""
@@ -49,17 +54,17 @@ class PromptDecision:
     """Has a prompt read and decides. What is decided belongs to a sequence (:mod:`spectr.prompts.calls`).
 
     Args:
-        router: Turns what was read into weights, into a prior, or into a shortlist.
+        use: Turns evidence into weights, into a prior, or into a shortlist.
         experts: All experts, in alphabetical order.
-        read: Called as the entry is; what speaks for each expert, (batch, experts). While it runs the model is the base
-            model for this thread.
+        read: Called as the entry is; the evidence for each expert, (batch, experts). While it runs the model is the
+            base model for this thread.
         sets: Factors of the experts that a verdict calls for.
     """
 
     calls: Calls
 
-    def __init__(self, router: PromptRouter, experts: Sequence[str], read: Reader, sets: Sets):
-        self.router, self.experts, self.read, self.sets = router, tuple(experts), read, sets
+    def __init__(self, use: Use, experts: Sequence[str], read: Reader, sets: Sets):
+        self.use, self.experts, self.read, self.sets = use, tuple(experts), read, sets
         self.held_BE: Tensor | None = None
 
     def decide(self, *args: Any, **kwargs: Any) -> Float[Tensor, "B E"]:
@@ -71,7 +76,7 @@ class PromptDecision:
             args: As the model (or its encoder) is called.
             kwargs: Likewise.
         """
-        return self.router.verdict(self.evidence(*args, **kwargs))
+        return self.use.verdict(self.evidence(*args, **kwargs))
 
     @torch.no_grad()
     def evidence(self, *args: Any, **kwargs: Any) -> Float[Tensor, "B E"]:
@@ -119,8 +124,7 @@ class PromptDecision:
         verdict_BTE = verdict_NE[None] if by_token else verdict_NE[:, None]
         taken = (verdict_NE != 0).any(0).tolist()
         names = tuple(name for name, takes_part in zip(self.experts, taken, strict=True) if takes_part)
-        assert self.router.use is not None
-        return routing_of(self.router.use, self.experts, verdict_BTE, self.sets, names)
+        return routing_of(self.use, self.experts, verdict_BTE, self.sets, names)
 
     def _check(self, verdict_BE: Tensor) -> None:
         if self.calls.closed:
@@ -147,14 +151,15 @@ def routing_of(
     """What a verdict makes of a call.
 
     Args:
-        use: Of the router that gave it.
+        use: Of the policy that gave it.
         experts: Names of its columns.
         verdict_BTE: Of each row or token.
         sets: Where factors come from.
         taken: The experts that take part, where others do not.
         among_BTE: Those that a row may use; all, if left out.
     """
-    factors = sets.table(taken) if use.gathers else None
+    gathered = use.fixes or (use.gathers and sets.serve_choices)
+    factors = sets.table(taken) if gathered else None
     return BatchRouting(experts, *use.rows(verdict_BTE, among_BTE), factors=factors)
 
 
@@ -164,10 +169,8 @@ def plain_verdict(verdict_BE: Tensor) -> Float[Tensor, "B E"]:
 
 
 def decides_by_prompt(model: nn.Module) -> bool:
-    """Whether a model is composed with a router that reads a prompt before it answers."""
-    routers = (module.router for module in model.modules() if isinstance(module, RoutedLinear))
-    router = next(routers, None)
-    return router is not None and router.use is not None
+    """Whether a model is composed with a policy that reads a prompt before it answers."""
+    return any(module.decided for module in model.modules() if isinstance(module, RoutedLinear))
 
 
 def entry_of(model: nn.Module) -> nn.Module:

@@ -1,25 +1,24 @@
-"""Asking a composed model's layers about a prompt: the base model reads it once, alone."""
+"""Reading a prompt for a decision: the base model computes it once, without experts, and modules' inputs are scored."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from spectr.errors import CompositionError
 from spectr.layers.batch_routing import BatchRouting, routed_by
 from spectr.layers.routed import RoutedLinear
 from spectr.prompts.chat_template import Opening
-from spectr.routers.base import ProbingRouter
+from spectr.routers.evidence import ModuleEvidence, ModuleScores
 
 
 @runtime_checkable
-class Voter(Protocol):
-    """What scores the experts at one module."""
+class Scorer(Protocol):
+    """What scores the experts at one module: a routed layer, or prototypes."""
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -34,110 +33,87 @@ class Voter(Protocol):
 See = Callable[[str, Float[Tensor, "N I"], Tensor, int], None]
 
 
-class Heard(NamedTuple):
-    """What one module's voters score on a batch: of all its tokens that have a say, and whose they are.
-
-    Attributes:
-        scores_NE: Float32.
-        row_N: Row of the batch.
-        rows: How many there are.
-    """
-
-    scores_NE: Float[Tensor, "N E"]
-    row_N: Tensor
-    rows: int
-
-    def evidence(self, router: ProbingRouter) -> Float[Tensor, "B E"]:
-        """Each row's mean over its tokens, a token counting by its certainty."""
-        evidence_NE = router.evidence(self.scores_NE)
-        weight_N = router.certainty(evidence_NE)
-        total_BE = evidence_NE.new_zeros(self.rows, evidence_NE.shape[-1])
-        total_BE.index_add_(0, self.row_N, evidence_NE * weight_N[:, None])
-        weight_B = weight_N.new_zeros(self.rows).index_add_(0, self.row_N, weight_N)
-        return (total_BE / weight_B[:, None].clamp(min=1e-30)).cpu()
-
-
 class Probe:
-    """Pools what the scores say of a prompt: each expert's mean evidence over tokens and modules.
+    """Has the base model read prompts, and pools what the evidence makes of the scores at each module.
 
     Args:
         entry: The module that reads prompts.
-        layers: Those of its routed layers that are listened to, by name.
-        voters: What scores the experts at each of them; often the layer itself.
-        router: Turns scores into evidence.
+        layers: Those of its routed layers that take part, by name.
+        scorers: What scores the experts at each of them; often the layer itself.
+        evidence: From scores to evidence.
         experts: All experts, in alphabetical order.
-        opening: What the chat template writes around a user's words. It has no say, and of a conversation the user's
-            last turn alone decides.
-        usual: Texts (``input_ids``, ``attention_mask``) whose evidence counts as nothing: the calibration's.
-        usual_E: These texts' evidence, where it is known; then they are not read.
+        opening: What the chat template writes around a user's words. It does not count, and of a conversation only the
+            user's last turn does.
+        baseline: Texts (``input_ids``, ``attention_mask``) that the evidence compares prompts with: the calibration's.
+        baseline_NE: These texts' evidence, where it is known; then they are not read.
     """
 
     def __init__(
         self,
         entry: nn.Module,
         layers: Mapping[str, RoutedLinear],
-        voters: Mapping[str, Voter],
-        router: ProbingRouter,
+        scorers: Mapping[str, Scorer],
+        evidence: ModuleEvidence,
         experts: Sequence[str],
         opening: Opening | None = None,
-        usual: Mapping[str, Tensor] | None = None,
-        usual_E: Float[Tensor, " E"] | None = None,
+        baseline: Mapping[str, Tensor] | None = None,
+        baseline_NE: Float[Tensor, "N E"] | None = None,
     ):
-        self.entry, self.layers, self.voters, self.router = entry, dict(layers), dict(voters), router
+        self.entry, self.layers, self.scorers, self.evidence = entry, dict(layers), dict(scorers), evidence
         self.experts, self.opening = tuple(experts), opening or Opening()
-        self.usual, self._usual_E = usual, usual_E
+        self.baseline, self._baseline_NE = baseline, baseline_NE
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Float[Tensor, "B E"]:
-        """What speaks for each expert, less its mean over the usual texts, plus one: 1 says nothing.
+        """The evidence for each expert, compared with the baseline where there is one.
 
         Args:
             args: As the model (or its encoder) is called.
             kwargs: Likewise.
         """
-        self.learn_usual()
-        evidence_BE = self._read(*args, **kwargs)
-        return evidence_BE if self._usual_E is None else evidence_BE - self._usual_E + 1
+        self.read_baseline()
+        found_BE = self._read(*args, **kwargs)
+        return found_BE if self._baseline_NE is None else self.evidence.above(found_BE, self._baseline_NE)
 
     @torch.no_grad()
-    def learn_usual(self) -> None:
-        """Read the usual texts, unless that is done: else it is with the first prompt."""
-        if self._usual_E is None and self.usual is not None:
+    def read_baseline(self) -> None:
+        """Read the baseline's texts, unless that is done; otherwise it is done with the first prompt."""
+        if self._baseline_NE is None and self.baseline is not None:
             device = next(self.entry.parameters()).device
-            self._usual_E = self._read(**{key: t.to(device) for key, t in self.usual.items()}).mean(0)
+            self._baseline_NE = self._read(**{key: t.to(device) for key, t in self.baseline.items()})
 
     def _read(self, *args: Any, **kwargs: Any) -> Float[Tensor, "B E"]:
-        evidence: dict[str, Tensor] = {}
+        found: dict[str, Tensor] = {}
 
         def see(name: str, x_NI: Tensor, row_N: Tensor, rows: int) -> None:
-            evidence[name] = self._heard(name, x_NI, row_N, rows).evidence(self.router)
+            found[name] = self.evidence.of_module(self._scores(name, x_NI, row_N, rows)).cpu()
 
-        self.listen(see, *args, **kwargs)
-        return pooled(evidence, {name: self.voters[name].experts for name in evidence}, self.experts)
+        self.observe(see, *args, **kwargs)
+        return self.evidence.of_prompt(found, {name: self.scorers[name].experts for name in found}, self.experts)
 
     @torch.no_grad()
-    def hear(self, *args: Any, **kwargs: Any) -> dict[str, Heard]:
-        """What the voters score, by module, when the base model reads this."""
-        kept: dict[str, Heard] = {}
-        self.listen(lambda name, *given: kept.update({name: self._heard(name, *given)}), *args, **kwargs)
+    def scores(self, *args: Any, **kwargs: Any) -> dict[str, ModuleScores]:
+        """The scores by module when the base model reads this."""
+        kept: dict[str, ModuleScores] = {}
+        self.observe(lambda name, *given: kept.update({name: self._scores(name, *given)}), *args, **kwargs)
         return kept
 
-    def _heard(self, name: str, x_NI: Float[Tensor, "N I"], row_N: Tensor, rows: int) -> Heard:
-        scores_NE = self.voters[name].scores(x_NI)
-        return Heard(scores_NE, row_N.to(scores_NE.device), rows)
+    def _scores(self, name: str, x_NI: Float[Tensor, "N I"], row_N: Tensor, rows: int) -> ModuleScores:
+        scores_NE = self.scorers[name].scores(x_NI)
+        return ModuleScores(scores_NE, row_N.to(scores_NE.device), rows)
 
     @torch.no_grad()
-    def listen(self, see: See, *args: Any, **kwargs: Any) -> None:
+    def observe(self, see: See, *args: Any, **kwargs: Any) -> None:
         """Have the base model read this.
 
         Args:
-            see: Is given, for each layer that is listened to, its name, its input at the tokens of all rows that have a
-                say, whose these are, and how many rows there are.
+            see: Receives, for each layer that takes part, its name, its input at the tokens of all rows that count,
+                each token's row, and the number of rows.
             args: As the model (or its encoder) is called.
             kwargs: Likewise.
         """
-        given, counted_BT = _probe(self.entry, args, kwargs, self.router.probe_tokens, self.opening)
-        read = {layer: _listener(see, name, counted_BT) for name, layer in self.layers.items()}
+        given, counted_BT = _probe(self.entry, args, kwargs, self.evidence.probe_tokens, self.opening)
+        read = {layer: _observer(see, name, counted_BT) for name, layer in self.layers.items()}
 
         def observe(layer: RoutedLinear, x: Tensor) -> None:
             if layer in read:
@@ -146,36 +122,35 @@ class Probe:
         with routed_by(BatchRouting(base_only=True, observe=observe)):
             self.entry.forward(**given)  # not the call: whoever watches the model's calls is not to see this one
 
-    def evidence_of(self, heard: Mapping[str, Heard], experts: Sequence[str]) -> Float[Tensor, "B E"]:
-        """See :func:`evidence_of`."""
-        return evidence_of(heard, {name: self.voters[name].experts for name in heard}, self.router, experts)
 
-
-def evidence_of(
-    heard: Mapping[str, Heard], voters: Mapping[str, Sequence[str]], router: ProbingRouter, experts: Sequence[str]
+def evidence_among(
+    scores: Mapping[str, ModuleScores],
+    holders: Mapping[str, Sequence[str]],
+    evidence: ModuleEvidence,
+    experts: Sequence[str],
 ) -> Float[Tensor, "B E"]:
-    """As if what was heard had been heard by some of the experts alone; nothing is taken off it.
+    """The evidence that some of the experts would have without the others; not compared with the baseline.
 
     Args:
-        heard: By module.
-        voters: By module the names of those that it was heard by.
-        router: Turns scores into evidence.
+        scores: By module, of all experts.
+        holders: By module the names of its experts.
+        evidence: From scores to evidence.
         experts: Those that count.
     """
-    some: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
     names: dict[str, Sequence[str]] = {}
-    for module, rows in heard.items():
-        places = [place for place, other in enumerate(voters[module]) if other in experts]
+    for module, rows in scores.items():
+        places = [place for place, other in enumerate(holders[module]) if other in experts]
         if places:
-            names[module] = [voters[module][place] for place in places]
-            some[module] = rows._replace(scores_NE=rows.scores_NE[:, places]).evidence(router)
-    return pooled(some, names, experts)
+            names[module] = [holders[module][place] for place in places]
+            found[module] = evidence.of_module(rows._replace(scores_NE=rows.scores_NE[:, places])).cpu()
+    return evidence.of_prompt(found, names, experts)
 
 
 def _probe(
     entry: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], limit: int, opening: Opening
 ) -> tuple[dict[str, Any], Tensor | None]:
-    """What the base model is to read for a decision, and which of these tokens have a say, (batch, tokens).
+    """What the base model is to read for a decision, and which of these tokens count, (batch, tokens).
 
     Of token ids the user's last turn, its first ``limit`` tokens, padded on the right; of embeddings the first
     ``limit`` alone. Anything else is read whole, as it is.
@@ -192,7 +167,7 @@ def _probe(
     rows = [row[real_T] for row, real_T in zip(tokens, real_BT, strict=True)]
     skipped: Sequence[int] = [0] * len(rows)
     if key == "input_ids":
-        turns, skipped = zip(*(opening.heard(row.tolist(), limit) for row in rows), strict=True)
+        turns, skipped = zip(*(opening.counted(row.tolist(), limit) for row in rows), strict=True)
         rows = [torch.tensor(turn, device=tokens.device, dtype=tokens.dtype) for turn in turns]
     else:
         rows = [row[:limit] for row in rows]
@@ -207,33 +182,15 @@ def _probe(
     return probe, counted_BT
 
 
-def _listener(see: See, name: str, counted_BT: Tensor | None) -> Callable[[Tensor], None]:
-    def listen(x: Tensor) -> None:
-        if x.ndim < 3:  # tokens of all rows in one axis: nobody can tell whose they are
+def _observer(see: See, name: str, counted_BT: Tensor | None) -> Callable[[Tensor], None]:
+    def observe(x: Tensor) -> None:
+        if x.ndim < 3:  # tokens of all rows in one axis: their rows are not known
             return
         x_BTI = x.flatten(1, -2)
         counted = torch.ones(x_BTI.shape[:2], dtype=torch.bool) if counted_BT is None else counted_BT
         if counted.shape != x_BTI.shape[:2]:
             return
         counted = counted.to(x.device)
-        see(name, x_BTI[counted], counted.nonzero()[:, 0], len(counted))  # N: the tokens of all rows that have a say
+        see(name, x_BTI[counted], counted.nonzero()[:, 0], len(counted))  # N: the tokens of all rows that count
 
-    return listen
-
-
-def pooled(
-    gathered: Mapping[str, Tensor], voters: Mapping[str, Sequence[str]], experts: Sequence[str]
-) -> Float[Tensor, "B E"]:
-    """Each expert's mean evidence over the modules that it adapts."""
-    if not gathered:
-        raise CompositionError(
-            "no layer could say anything about this prompt", do="use level='token', or name the experts yourself"
-        )
-    first = next(iter(gathered.values()))
-    total_BE, count_E = first.new_zeros(len(first), len(experts)), torch.zeros(len(experts))
-    places = {expert: place for place, expert in enumerate(experts)}
-    for name, evidence_BE in gathered.items():
-        chosen = [places[expert] for expert in voters[name]]
-        total_BE[:, chosen] += evidence_BE
-        count_E[chosen] += 1
-    return total_BE / count_E.clamp(min=1)
+    return observe

@@ -1,50 +1,51 @@
 """Routers: how a token's experts are scored and chosen. Each is a small frozen dataclass that is its configuration."""
 
 from spectr.routers.arrow import Arrow
-from spectr.routers.base import (
-    GuidedRouter,
-    LengthRouter,
-    PagedRouter,
-    ProbingRouter,
-    PromptRouter,
-    Router,
-    ShortlistRouter,
-    check_needs,
-    first_lack,
-    residents,
-)
+from spectr.routers.base import LengthRouter, Router, ShortlistRouter, check_needs, first_lack, residents
 from spectr.routers.calibrated import Calibrated
+from spectr.routers.evidence import DescriptionSimilarity, Evidence, ModuleEvidence, PrototypeVotes, SpectralVotes
 from spectr.routers.glider import Glider
 from spectr.routers.lag import Lag
 from spectr.routers.oracle import Oracle
 from spectr.routers.phatgoose import Phatgoose
+from spectr.routers.policy import PromptPolicy, PromptRouter, token_router
 from spectr.routers.registry import get_router, router_names
 from spectr.routers.seqr import Seqr
 from spectr.routers.shortlist import Shortlist
 from spectr.routers.spectr import Spectr
 from spectr.routers.uniform import Uniform
+from spectr.routers.use import AddToScores, HoldWeights, KeepShortlist, MultiplyScores, Use
 
 __all__ = [
+    "AddToScores",
     "Arrow",
     "Calibrated",
+    "DescriptionSimilarity",
+    "Evidence",
     "Glider",
-    "GuidedRouter",
+    "HoldWeights",
+    "KeepShortlist",
     "Lag",
     "LengthRouter",
+    "ModuleEvidence",
+    "MultiplyScores",
     "Oracle",
-    "PagedRouter",
     "Phatgoose",
-    "ProbingRouter",
+    "PromptPolicy",
     "PromptRouter",
+    "PrototypeVotes",
     "Router",
     "Seqr",
     "Shortlist",
     "ShortlistRouter",
     "Spectr",
+    "SpectralVotes",
     "Uniform",
+    "Use",
     "check_needs",
     "first_lack",
     "get_router",
     "residents",
     "router_names",
+    "token_router",
 ]

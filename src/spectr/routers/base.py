@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -17,9 +17,11 @@ from spectr.combine import Combination, get_combination
 from spectr.errors import CompositionError
 from spectr.library.library import ExpertLibrary
 from spectr.library.needs import AtMost, Need
-from spectr.routers.use import Use
 from spectr.selection import Selection
 from spectr.spectral import AlignedExpert, InputState, Share, SideData, Stack, State
+
+if TYPE_CHECKING:
+    from spectr.routers.policy import PromptPolicy
 
 PROTOCOL = 2  # 1: prepare(aligned) and scores(x, norms, prototypes); see spectr.routers.version1
 
@@ -58,8 +60,8 @@ class Router(ABC):
         return (*(() if k is None else (AtMost(k),)), *self.combination.needs)
 
     @property
-    def use(self) -> Use | None:
-        """What is done with what was found of a whole prompt; ``None``: none is read before it is answered."""
+    def policy(self) -> PromptPolicy | None:
+        """What decides for whole prompts; ``None``: none is read before it is answered."""
         return None
 
     @abstractmethod
@@ -142,72 +144,6 @@ class ShortlistRouter(Router):
         self, state: State, h_TP: Float[Tensor, "*T P"], listed_TE: Bool[Tensor, "*T E"]
     ) -> Float[Tensor, "*T E"]:
         """The scores, where the candidates are known; ``h_TP`` of the others may be anything."""
-
-
-class PromptRouter(Router):
-    """A router that may have a whole prompt read before it is answered, as :attr:`Router.use` says."""
-
-    @abstractmethod
-    def verdict(self, evidence_BE: Float[Tensor, "B E"]) -> Float[Tensor, "B E"]:
-        """From what speaks for each expert to its weight, or to the prior."""
-
-    @abstractmethod
-    def informed(self, scores_TE: Float[Tensor, "*T E"], prior_B1E: Float[Tensor, "B _ E"]) -> Float[Tensor, "*T E"]:
-        """A token's scores with the prompt's prior, one for a row of tokens, or each token's own."""
-
-
-class ProbingRouter(PromptRouter):
-    """A router whose evidence comes from its own scores, pooled over the prompt.
-
-    Before a prompt is read, the base model reads it once alone (the probe). Every module's scores become evidence,
-    whose mean over tokens and modules decides, less what the same experts have on the calibration's texts.
-
-    Attributes:
-        probe_tokens: Tokens of a prompt that the probe reads at most.
-        every: Every which of the modules takes part.
-    """
-
-    probe_tokens: int = 256
-    every: int = 1
-
-    @abstractmethod
-    def evidence(self, scores_TE: Float[Tensor, "*T E"]) -> Float[Tensor, "*T E"]:
-        """What one module's scores of one token say for each of its experts, float32; 1 says nothing."""
-
-    @abstractmethod
-    def certainty(self, evidence_TE: Float[Tensor, "*T E"]) -> Float[Tensor, "*T"]:
-        """How much each token's evidence counts in its module's mean, above zero."""
-
-
-class PagedRouter(ProbingRouter):
-    """A router whose experts stay on disk until a prompt calls for them.
-
-    Attributes:
-        size: Experts that a prompt calls for.
-        local: Decides for each token among them.
-        heard: Last parts of the names of the modules that take part in the decision; none given: all do.
-        bits: Of each number of the prototypes in memory, by which it is made.
-    """
-
-    size: int
-    local: Router
-    heard: tuple[str, ...] = ()
-    bits: int = 8
-
-    @property
-    @abstractmethod
-    def certain(self) -> bool:
-        """Whether the list has to be the one that prototypes in full give."""
-
-    @abstractmethod
-    def bounds(
-        self, scores_TE: Float[Tensor, "*T E"], off_TE: Float[Tensor, "*T E"]
-    ) -> tuple[Float[Tensor, "*T E"], Float[Tensor, "*T E"]]:
-        """The least and the most that the evidence can be, where scores may be off by so much; float64."""
-
-
-class GuidedRouter(PromptRouter):
-    """A router whose evidence comes from a guide: how like the prompt each expert's description is."""
 
 
 def residents(router: Router, experts: Sequence[str]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Routers as plain data, for files: a name and the settings that differ from its defaults."""
+"""Routers, evidence and uses as plain data, for files: a name and the settings that differ from its defaults."""
 
 from __future__ import annotations
 
@@ -8,53 +8,60 @@ from typing import Any
 
 from spectr.errors import CompositionError
 from spectr.routers.base import Router
-from spectr.routers.registry import ROUTERS, get_router, router_names
+from spectr.routers.registry import PARTS, make_part
 
 
 def router_config(router: Router) -> dict[str, Any]:
     """``{"name": ..., setting: value, ...}``, which gives an equal router with :func:`spectr.get_router`.
 
-    All values are JSON's own. A router inside a router is such a dictionary, too.
+    All values are JSON's own. A router, evidence or a use inside a router is such a dictionary, too.
 
     Raises:
         CompositionError: No known name gives such a router, or a setting is no plain value.
     """
-    settings = {f.name: getattr(router, f.name) for f in fields(router)} if is_dataclass(router) else {}
-    for names in (ROUTERS.entries, [name for name in router_names() if name not in ROUTERS.entries]):
-        found = [config for name in names if (config := _named(name, router, settings))]
+    return part_config(router)
+
+
+def part_config(part: Any) -> dict[str, Any]:
+    """See :func:`router_config`; of a router, evidence or a use."""
+    kind = next(kind for kind in PARTS if isinstance(part, kind))
+    registry = PARTS[kind]
+    settings = {f.name: getattr(part, f.name) for f in fields(part)} if is_dataclass(part) else {}
+    for names in (registry.entries, [name for name in registry.names() if name not in registry.entries]):
+        found = [config for name in names if (config := _named(kind, name, part, settings))]
         if found:
-            own_first = sorted(found, key=lambda c: (c["name"] != type(router).__name__.lower(), c["name"]))
-            return {key: _plain(router, key, value) for key, value in min(own_first, key=len).items()}
+            own_first = sorted(found, key=lambda c: (c["name"] != type(part).__name__.lower(), c["name"]))
+            return {key: _plain(part, key, value) for key, value in min(own_first, key=len).items()}
     raise CompositionError(
-        f"{router!r} has no name",
-        expected="a router that spectr.get_router makes",
-        do="declare an entry point of the group spectr.routers",
+        f"{part!r} has no name",
+        expected=f"a {registry.kind} that is known by a name, as spectr.get_router takes it",
+        do=f"declare an entry point of the group {registry.group}",
     )
 
 
-def _named(name: str, router: Router, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The config under a name, if that name gives such a router. A package's router may do anything but that."""
+def _named(kind: type, name: str, part: Any, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The config under a name, if that name gives such a part. A package's may do anything but that."""
     try:
-        plain = get_router(name)
+        plain = make_part(kind, name, {})
     except CompositionError:
         plain = None
     except Exception:
         return None
     kept = {key: value for key, value in settings.items() if plain is None or getattr(plain, key, ...) != value}
     try:
-        return {"name": name, **kept} if get_router(name, **kept) == router else None
+        return {"name": name, **kept} if make_part(kind, name, kept) == part else None
     except Exception:
         return None
 
 
-def _plain(router: Router, key: str, value: Any) -> Any:
+def _plain(part: Any, key: str, value: Any) -> Any:
     if isinstance(value, (str, int, float, bool, type(None))):
         return value
-    if isinstance(value, (tuple, list)) and all(isinstance(part, (str, int, float, bool)) for part in value):
+    if isinstance(value, (tuple, list)) and all(isinstance(one, (str, int, float, bool)) for one in value):
         return list(value)
-    if isinstance(value, Router):
-        return router_config(value)
+    if isinstance(value, tuple(PARTS)):
+        return part_config(value)
     raise CompositionError(
-        f"{router!r} cannot be written down: {key} is no plain value",
+        f"{part!r} cannot be written down: {key} is no plain value",
         expected="a router whose settings are texts and numbers",
     )

@@ -11,30 +11,33 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spectr.errors import CompositionError
-from spectr.library.needs import DESCRIBED, SIDE_DATA, Need
-from spectr.routers.base import GuidedRouter, Router, ShortlistRouter
+from spectr.library.needs import SIDE_DATA, Need
+from spectr.renamed import options_renamed
+from spectr.routers.base import Router, ShortlistRouter
+from spectr.routers.evidence.descriptions import DescriptionSimilarity
 from spectr.routers.phatgoose import Phatgoose
+from spectr.routers.policy import PromptPolicy, PromptRouter
 from spectr.routers.settings import check_settings
-from spectr.routers.use import HoldWeights, InformScores, Use
+from spectr.routers.use import AddToScores, HoldWeights
 from spectr.selection import TopK, Weighting
 from spectr.spectral import AlignedExpert, InputState, Share, SideData, Stack, State
 
 
+@options_renamed(local="token_router")
 @dataclass(frozen=True, kw_only=True)
-class Glider(GuidedRouter):
+class Glider(PromptRouter):
     """``s_t(x) + alpha cos(e_t, q)``, softmax of the top k.
 
     ``e_t`` embeds an instruction that describes expert ``t``'s task, ``q`` the instruction that a language model
     writes for the prompt (:class:`spectr.guidance.Guide`): one vector for all layers and tokens.
 
     Attributes:
-        local: Says ``s_t(x)``: any router that scores token by token. ``None`` for global routing alone, which is
-            decided once for the prompt and held.
-        alpha: ``"gated"``: ``alpha_near`` where ``max_t cos(e_t, q)`` is above ``threshold``, as for a task that
-            some expert knows, and ``alpha_far`` elsewhere. Or one number for all prompts.
-        alpha_near: See ``alpha``.
-        alpha_far: See ``alpha``.
-        threshold: See ``alpha``.
+        token_router: Gives ``s_t(x)``: any router that scores every expert for each token. ``None`` for global routing
+            alone, which is decided once for the prompt and held.
+        alpha: See :class:`spectr.routers.use.AddToScores`, as for the following three.
+        alpha_near: Where some description is like the prompt.
+        alpha_far: Elsewhere.
+        threshold: Between the two.
         top_k: Experts for each token and module.
         weights: ``"softmax"`` of the chosen scores, or ``"uniform"``.
         temperature: Of the softmax.
@@ -43,9 +46,7 @@ class Glider(GuidedRouter):
     Source: GLIDER (Li et al., 2024). Their released code sets one alpha by hand.
     """
 
-    reads = "xh"
-
-    local: Router | None = field(default_factory=Phatgoose)
+    token_router: Router | None = field(default_factory=Phatgoose)
     alpha: float | Literal["gated"] = "gated"
     alpha_near: float = 100.0
     alpha_far: float = 3.0
@@ -57,11 +58,11 @@ class Glider(GuidedRouter):
 
     def __post_init__(self) -> None:
         check_settings(self)
-        if isinstance(self.alpha, str) and self.alpha != "gated":
-            raise CompositionError(f"alpha={self.alpha!r}", expected="a number, or 'gated'")
-        if self.local is not None and (self.local.use is not None or isinstance(self.local, ShortlistRouter)):
+        _ = self._bias
+        inner = self.token_router
+        if inner is not None and (inner.policy is not None or isinstance(inner, ShortlistRouter)):
             raise CompositionError(
-                f"local={self.local}", expected="a router that scores every expert for each token, or None"
+                f"token_router={inner}", expected="a router that scores every expert for each token, or None"
             )
 
     @property
@@ -70,50 +71,69 @@ class Glider(GuidedRouter):
         return TopK(k=self.top_k, weighting=self.weights, temperature=self.temperature)
 
     @property
-    def needs(self) -> tuple[Need, ...]:
-        """See :class:`Router`: descriptions, and what the local router reads of a library."""
-        local = () if self.local is None else self.local.needs
-        return (*super().needs, *(need for need in local if need in SIDE_DATA), DESCRIBED)
+    def policy(self) -> PromptPolicy:
+        """See :class:`PromptRouter`."""
+        use = bias = self._bias
+        if self.token_router is None:
+            use = HoldWeights(top_k=self.top_k, weights=self.weights, temperature=self.temperature, bias=bias)
+        router = Reselected(router=self.token_router, chosen=self.selection, combine=self.combine)
+        return PromptPolicy(evidence=DescriptionSimilarity(), use=use, router=router)
 
     @property
-    def use(self) -> Use:
+    def _bias(self) -> AddToScores:
+        return AddToScores(
+            alpha=self.alpha, alpha_near=self.alpha_near, alpha_far=self.alpha_far, threshold=self.threshold
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reselected(Router):
+    """Another router's scores with a selection and a combination of its own.
+
+    Attributes:
+        router: Scores every expert for each token; ``None``: all zero.
+        chosen: From scores to weights.
+        combine: See :class:`Router`.
+    """
+
+    reads = "xh"
+
+    router: Router | None
+    chosen: TopK
+    combine: str = "outputs"
+
+    @property
+    def selection(self) -> TopK:
         """See :class:`Router`."""
-        return HoldWeights() if self.local is None else InformScores()
+        return self.chosen
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """See :class:`Router`: what the other reads of a library, too."""
+        others = () if self.router is None else self.router.needs
+        return (*super().needs, *(need for need in others if need in SIDE_DATA))
 
     def init_expert(self, expert: AlignedExpert, side: SideData) -> Share:
-        """See :class:`Router`: the local router's share."""
-        return Share.spectral(expert.aligned) if self.local is None else self.local.init_expert(expert, side)
+        """See :class:`Router`."""
+        return Share.spectral(expert.aligned) if self.router is None else self.router.init_expert(expert, side)
 
     def stack(self, shares: Mapping[str, Share]) -> Stack:
-        """See :class:`Router`: as the local router."""
-        return super().stack(shares) if self.local is None else self.local.stack(shares)
+        """See :class:`Router`."""
+        return super().stack(shares) if self.router is None else self.router.stack(shares)
 
     def shares(self, stack: Stack) -> Mapping[str, Share]:
-        """See :class:`Router`: as the local router."""
-        return super().shares(stack) if self.local is None else self.local.shares(stack)
+        """See :class:`Router`."""
+        return super().shares(stack) if self.router is None else self.router.shares(stack)
 
     def inputs(self, state: InputState, x_TI: Float[Tensor, "*T I"]) -> Float[Tensor, "*T P"]:
-        """See :class:`Router`: as the local router."""
-        return super().inputs(state, x_TI) if self.local is None else self.local.inputs(state, x_TI)
+        """See :class:`Router`."""
+        return super().inputs(state, x_TI) if self.router is None else self.router.inputs(state, x_TI)
 
     def scores(
         self, state: State, x_TI: Float[Tensor, "*T I"], h_TP: Float[Tensor, "*T P"], allowed_TE: Tensor | None
     ) -> Float[Tensor, "*T E"]:
-        """See :class:`Router`: the local part."""
-        if self.local is None:
+        """See :class:`Router`."""
+        if self.router is None:
             dtype = torch.promote_types(x_TI.dtype, torch.float32)
             return x_TI.new_zeros(*x_TI.shape[:-1], len(state.ranks), dtype=dtype)
-        return self.local.scores(state, x_TI, h_TP, allowed_TE)
-
-    def verdict(self, evidence_BE: Float[Tensor, "B E"]) -> Float[Tensor, "B E"]:
-        """See :class:`PromptRouter`: from cosines to ``alpha cos``, or to the weights of global routing alone."""
-        if isinstance(self.alpha, str):
-            near_B1 = evidence_BE.amax(-1, keepdim=True) > self.threshold
-            global_BE = torch.where(near_B1, self.alpha_near, self.alpha_far) * evidence_BE
-        else:
-            global_BE = self.alpha * evidence_BE
-        return self.selection(global_BE) if self.local is None else global_BE
-
-    def informed(self, scores_TE: Float[Tensor, "*T E"], prior_B1E: Float[Tensor, "B _ E"]) -> Float[Tensor, "*T E"]:
-        """See :class:`PromptRouter`: their sum."""
-        return scores_TE + prior_B1E
+        return self.router.scores(state, x_TI, h_TP, allowed_TE)

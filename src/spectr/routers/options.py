@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
@@ -15,13 +14,16 @@ from enum import Enum
 from functools import partial
 from inspect import formatannotation
 from pathlib import Path
-from types import MappingProxyType, UnionType
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from spectr.errors import CompositionError, nearest
+from spectr.registry import Registry
+from spectr.renamed import current_options
 from spectr.routers.base import Router
-from spectr.routers.config import router_config
-from spectr.routers.registry import ROUTERS
+from spectr.routers.config import part_config
+from spectr.routers.hints import Unresolved, hints_of, kinds
+from spectr.routers.registry import PARTS, ROUTERS, part_of
 
 _NONE = type(None)
 _DETAILED = 3  # routers at most whose settings a message lists with their defaults
@@ -35,25 +37,19 @@ class Option(NamedTuple):
     default: Any
 
     @property
-    def holds_router(self) -> bool:
-        """Whether the value is a router itself, whose settings can be given as well."""
-        return Router in (self.hint, *get_args(self.hint))
+    def part(self) -> type | None:
+        """What the value is, where it has settings itself: a router, evidence or a use."""
+        return part_of(self.hint)
 
 
-class Unresolved(NamedTuple):
-    """Stands for a type whose annotation cannot be resolved, with the reason."""
-
-    cause: str
-
-
-def options_of(name: str) -> dict[str, Option]:
-    """The settings of a router by name.
+def options_of(name: str, kind: type = Router) -> dict[str, Option]:
+    """The settings of a router by name, or of evidence or a use.
 
     Raises:
-        CompositionError: There is no router of this name.
+        CompositionError: There is none of this name.
     """
-    make = ROUTERS.load(name)
-    hints, made = _hints(make), _factory_defaults(make)
+    make = PARTS[kind].load(name)
+    hints, made = hints_of(make), _factory_defaults(make)
     parameters = inspect.signature(make).parameters.values()
     named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     return {p.name: Option(hints.get(p.name, Any), made.get(p.name, p.default)) for p in named}
@@ -69,7 +65,8 @@ def read_settings(
     """The settings of each router, from texts to options of :func:`spectr.get_router`: plain data.
 
     ``temperature=2`` is for every router that has this setting, ``arrow.temperature=2`` for one of them, and wins. A
-    setting that a router lacks is that of the router inside it, where that has it; ``local.top_k=2`` is the full form.
+    setting that a router lacks is that of the router inside it, where that has it; ``token_router.top_k=2`` is the full
+    form. Likewise for evidence and uses.
 
     Args:
         texts: Each ``NAME=VALUE``.
@@ -98,23 +95,27 @@ def read_settings(
     return found
 
 
-def _settled(name: str, given: Mapping[str, str], defaults: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
-    """Options of one router, and which of the given names it has."""
-    known = options_of(name)
+def _settled(
+    name: str, texts: Mapping[str, str], defaults: Mapping[str, Any], kind: type = Router
+) -> tuple[dict[str, Any], set[str]]:
+    """Options of one router, evidence or use, and which of the given names it has."""
+    known = options_of(name, kind)
+    as_given = current_options(PARTS[kind].load(name), {key: key for key in texts})
+    given = {key: texts[old] for key, old in as_given.items()}
     settled = {key: parse(text, known[key].hint, key) for key, text in given.items() if key in known}
     used = set(settled)
-    for place in [key for key, option in known.items() if option.holds_router]:
+    for place, part in [(key, option.part) for key, option in known.items() if option.part is not None]:
         within = {key: text for key, text in given.items() if key not in known and "." not in key}
         within |= {k.removeprefix(f"{place}."): text for k, text in given.items() if k.startswith(f"{place}.")}
         inner = settled.get(place, defaults.get(place, known[place].default))
-        if not within or not isinstance(inner, (Mapping, Router)):
+        if not within or not isinstance(inner, (Mapping, part)):
             continue
-        inner = router_config(inner) if isinstance(inner, Router) else inner
-        more, took = _settled(inner["name"], within, inner)
+        inner = inner if isinstance(inner, Mapping) else part_config(inner)
+        more, took = _settled(inner["name"], within, inner, part)
         if more:
             settled[place] = {**inner, **more}
         used |= took & set(given) | {f"{place}.{key}" for key in took}
-    return settled, used
+    return settled, {as_given[key] for key in used if key in as_given}
 
 
 def parse(text: str, hint: Any, name: str) -> Any:
@@ -151,7 +152,8 @@ def _parser(kind: Any, name: str) -> Callable[[str], Any] | None:
     if origin is Literal:
         return {str(value): value for value in parts}.__getitem__
     if origin not in _SEVERAL:
-        return _PARSERS.get(kind)
+        part = part_of(kind)
+        return _PARSERS.get(kind) if part is None else partial(_named, PARTS[part])
     if not parts or any(_parser(one, name) is None for part in parts if part is not ... for one in kinds(part)):
         return None
 
@@ -175,8 +177,8 @@ def _literal(text: str) -> Any:
         return text
 
 
-def _router(text: str) -> dict[str, Any]:
-    ROUTERS.load(text)
+def _named(registry: Registry[Any], text: str) -> dict[str, Any]:
+    registry.load(text)
     return {"name": text}
 
 
@@ -187,20 +189,16 @@ _PARSERS: dict[Any, Callable[[str], Any]] = {
     float: float,
     str: str,
     Path: Path,
-    Router: _router,
     Any: _literal,
 }
 _SEVERAL: dict[Any, Callable[..., Any]] = {tuple: tuple, list: list, Sequence: tuple}
 
 
-def kinds(hint: Any) -> list[Any]:
-    """The members of a union, any text last."""
-    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    return sorted(parts, key=lambda part: (part is str, part is not _NONE))
-
-
 def _in_words(kind: Any) -> str:
-    words = {_NONE: "none", bool: "true or false", int: "a whole number", float: "a number", Router: "a router's name"}
+    words = {_NONE: "none", bool: "true or false", int: "a whole number", float: "a number"}
+    part = part_of(kind)
+    if part is not None:
+        return f"a {PARTS[part].kind}'s name"
     if get_origin(kind) is Literal:
         return " or ".join(map(str, get_args(kind)))
     if inspect.isclass(kind) and issubclass(kind, Enum):
@@ -247,41 +245,20 @@ def _shown(router: str) -> list[str]:
     return [name if value is empty else f"{name}={_as_text(value)}" for name, value in _all_of(router)]
 
 
-def _all_of(router: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """A router's settings and those of the router inside it, with their defaults."""
-    for name, option in options_of(router).items():
-        inner = router_config(option.default) if isinstance(option.default, Router) else None
-        yield prefix + name, inner["name"] if inner else option.default
-        if inner:
-            yield from _all_of(inner["name"], f"{prefix}{name}.")
+def _all_of(name: str, prefix: str = "", kind: type = Router) -> Iterator[tuple[str, Any]]:
+    """A router's settings and those of the parts inside it, with their defaults."""
+    for key, option in options_of(name, kind).items():
+        part = option.part
+        inner = part_config(option.default) if part is not None and isinstance(option.default, part) else None
+        yield prefix + key, inner["name"] if inner else option.default
+        if part is not None and inner:
+            yield from _all_of(inner["name"], f"{prefix}{key}.", part)
 
 
 def _as_text(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return str(value).lower()
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def _hints(make: Callable[..., Any]) -> dict[str, Any]:
-    """The type of each parameter. Each annotation is resolved alone, so that one that fails hides no other."""
-    source: Any = inspect.unwrap(make.func if isinstance(make, partial) else make)
-    if is_dataclass(source):
-        return {
-            name: _resolved(hint, vars(sys.modules[owner.__module__]), vars(owner))
-            for owner in reversed(inspect.getmro(source))  # pyright: ignore[reportArgumentType]
-            for name, hint in inspect.get_annotations(owner).items()
-        }
-    function = source.__init__ if inspect.isclass(source) else source
-    names = getattr(function, "__globals__", {})
-    return {name: _resolved(hint, names, {}) for name, hint in inspect.get_annotations(function).items()}
-
-
-def _resolved(hint: Any, names: dict[str, Any], local: Mapping[str, Any]) -> Any:
-    holder = type("_", (), {"__annotations__": {"it": hint}})
-    try:
-        return get_type_hints(holder, names, dict(local))["it"]
-    except Exception as error:  # a name that is there for type checkers alone, or anything else that evaluating raises
-        return Unresolved(f"{type(error).__name__}: {error}")
 
 
 def _factory_defaults(make: Callable[..., Any]) -> dict[str, Any]:

@@ -1,18 +1,28 @@
-"""Routers by name: every combination that the papers use, and what other packages add (:mod:`spectr.registry`)."""
+"""Routers, evidence and uses by name, and what other packages add (:mod:`spectr.registry`)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from inspect import signature
-from typing import Any
+from typing import Any, TypeVar, get_origin
 
 from spectr.errors import CompositionError
 from spectr.registry import Registry, entry
+from spectr.renamed import current_options
 from spectr.routers.base import PROTOCOL, Router
+from spectr.routers.evidence.base import Evidence
+from spectr.routers.hints import hints_of, kinds
+from spectr.routers.use import Use
 from spectr.routers.version1 import adapted_maker
 
+T = TypeVar("T")
 _SPECTR, _CALIBRATED = "spectr.routers.spectr:Spectr", "spectr.routers.calibrated:Calibrated"
 _GLIDER, _UNIFORM = "spectr.routers.glider:Glider", "spectr.routers.uniform:Uniform"
+_EVIDENCE, _USE = "spectr.routers.evidence", "spectr.routers.use"
+
+
+def _as_text(_: str, options: list[str]) -> str:
+    return " ".join(f"--set {option}" for option in options)
+
 
 ROUTERS: Registry[Router] = Registry(
     kind="router",
@@ -20,7 +30,7 @@ ROUTERS: Registry[Router] = Registry(
     error=CompositionError,
     protocol=PROTOCOL,
     adapters={1: adapted_maker},
-    as_text=lambda _, options: " ".join(f"--set {option}" for option in options),
+    as_text=_as_text,
     entries={
         "spectr": _SPECTR,
         "spectr-paper": entry(_SPECTR, combine="factors"),
@@ -33,16 +43,41 @@ ROUTERS: Registry[Router] = Registry(
         "arrow": "spectr.routers.arrow:Arrow",
         "phatgoose": "spectr.routers.phatgoose:Phatgoose",
         "glider": _GLIDER,
-        "glider-global": entry(_GLIDER, local=None),
-        "glider-spectr": entry(_GLIDER, local=entry(_SPECTR, top_k=1)),
+        "glider-global": entry(_GLIDER, token_router=None),
+        "glider-spectr": entry(_GLIDER, token_router=entry(_SPECTR, top_k=1)),
         "lag": "spectr.routers.lag:Lag",
         "seqr": "spectr.routers.seqr:Seqr",
         "shortlist": "spectr.routers.shortlist:Shortlist",
+        "policy": "spectr.routers.policy:PromptPolicy",
         "mu": _UNIFORM,
         "uniform": _UNIFORM,
         "oracle": "spectr.routers.oracle:Oracle",
     },
 )
+EVIDENCE: Registry[Evidence] = Registry(
+    kind="evidence",
+    group="spectr.evidence",
+    error=CompositionError,
+    as_text=_as_text,
+    entries={
+        "descriptions": f"{_EVIDENCE}.descriptions:DescriptionSimilarity",
+        "prototype-votes": f"{_EVIDENCE}.prototype_votes:PrototypeVotes",
+        "spectral-votes": f"{_EVIDENCE}.spectral_votes:SpectralVotes",
+    },
+)
+USES: Registry[Use] = Registry(
+    kind="use",
+    group="spectr.uses",
+    error=CompositionError,
+    as_text=_as_text,
+    entries={
+        "bias": f"{_USE}:AddToScores",
+        "hold": f"{_USE}:HoldWeights",
+        "prior": f"{_USE}:MultiplyScores",
+        "shortlist": f"{_USE}:KeepShortlist",
+    },
+)
+PARTS: Mapping[type, Registry[Any]] = {Router: ROUTERS, Evidence: EVIDENCE, Use: USES}
 
 
 def router_names() -> tuple[str, ...]:
@@ -55,26 +90,41 @@ def get_router(name: str, **options: Any) -> Router:
 
     Args:
         name: One of :func:`router_names`.
-        options: Its settings, as in ``top_k=2``. A router inside a router may be plain data, such as
+        options: Its settings, as in ``top_k=2``. A router, evidence or a use inside it may be plain data, such as
             ``{"name": "spectr", "top_k": 2}``.
 
     Raises:
         CompositionError: The name or an option is unknown, an option's value is out of range, or what a package adds
             makes no router.
     """
-    fields = signature(ROUTERS.load(name)).parameters if any(isinstance(v, list) for v in options.values()) else {}
-    lists = {key for key, field in fields.items() if "list[" in str(field.annotation)}
-    made: object = ROUTERS.make(name, **{k: v if k in lists else _from_data(v) for k, v in options.items()})
-    if not isinstance(made, Router):
+    return make_part(Router, name, options)
+
+
+def make_part(kind: type[T], name: str, options: Mapping[str, Any]) -> T:
+    """A router, evidence or a use by name; see :func:`get_router`."""
+    registry = PARTS[kind]
+    make = registry.load(name)
+    options = current_options(make, options)
+    hints = hints_of(make) if any(isinstance(value, (list, Mapping)) for value in options.values()) else {}
+    made: object = registry.make(name, **{k: _from_data(value, hints.get(k, Any)) for k, value in options.items()})
+    if not isinstance(made, kind):
         raise CompositionError(
-            f"{ROUTERS.described(name)} makes an object of the type {type(made).__name__}",
-            expected="a spectr.routers.Router",
+            f"{registry.described(name)} makes an object of the type {type(made).__name__}",
+            expected=f"a spectr.routers.{kind.__name__}",
             do="repair or uninstall that package",
         )
     return made
 
 
-def _from_data(value: Any) -> Any:
+def part_of(hint: Any) -> type | None:
+    """What a setting of this type is made of by name: :class:`Router`, :class:`Evidence`, :class:`Use`, or nothing."""
+    classes = [kind for kind in kinds(hint) if isinstance(kind, type)]
+    return next((part for part in PARTS for kind in classes if issubclass(kind, part)), None)
+
+
+def _from_data(value: Any, hint: Any) -> Any:
     if isinstance(value, Mapping) and "name" in value:
-        return get_router(**value)
-    return tuple(value) if isinstance(value, list) else value
+        options = {key: option for key, option in value.items() if key != "name"}
+        return make_part(part_of(hint) or Router, value["name"], options)
+    wants_list = any(kind is list or get_origin(kind) is list for kind in kinds(hint))
+    return tuple(value) if isinstance(value, list) and not wants_list else value

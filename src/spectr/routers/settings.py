@@ -27,6 +27,13 @@ def check_settings(router: Router, **choices: tuple[str, tuple[str, ...]]) -> No
     _ = router.selection
 
 
+def check_counts(**counts: int) -> None:
+    """Raise :class:`CompositionError` for a setting that is no whole number of at least 1."""
+    for name, value in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise CompositionError(f"{name}={value}", expected="a whole number of at least 1")
+
+
 def first_rows(ranks: Sequence[int]) -> Int[Tensor, " E"]:
     """Where each expert's rows begin along P."""
     return torch.tensor((0, *ranks[:-1])).cumsum(0)

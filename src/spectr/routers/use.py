@@ -1,16 +1,22 @@
-"""What is done with what was found of a whole prompt.
+"""What is done with the evidence of a whole prompt.
 
 Legend: B rows of the batch, T tokens of a row (1: the same for all of a row's tokens), E experts.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from spectr.errors import CompositionError
+from spectr.routers.settings import check_counts
+from spectr.selection import TopK, Weighting
 
 
 class Rows(NamedTuple):
@@ -22,19 +28,36 @@ class Rows(NamedTuple):
 
 
 class Use(ABC):
-    """How a verdict holds for a call.
+    """From evidence to a verdict, a number for each prompt and expert, and how that holds for the prompt's tokens.
+
+    A frozen dataclass, which is its own configuration. What is not abstract here is right for a verdict that informs
+    the scores of each token.
 
     Attributes:
-        fixes: Whether it is the weights of all of the prompt's tokens, so that no token chooses.
+        fixes: Whether the verdict is the weights of all of the prompt's tokens, so that no token chooses.
         gathers: Whether an expert whose number is zero takes no part, so that its factors need not be there.
-        neutral: What stands for an expert of which nothing is known.
+        neutral: The number of an expert of which nothing is known.
+        in_kernels: Whether scores are informed by a product alone, as kernels do it.
     """
 
     fixes: ClassVar[bool] = False
-    gathers: ClassVar[bool] = True
+    gathers: ClassVar[bool] = False
     neutral: ClassVar[float] = 0.0
+    in_kernels: ClassVar[bool] = False
+
+    @property
+    def most(self) -> int | None:
+        """How many experts take part in a prompt at most; ``None``: all may."""
+        return None
 
     @abstractmethod
+    def verdict(self, evidence_BE: Float[Tensor, "B E"]) -> Float[Tensor, "B E"]:
+        """From what speaks for each expert to its number, float32."""
+
+    def informed(self, scores_TE: Float[Tensor, "*T E"], verdict_TE: Float[Tensor, "*B E"]) -> Float[Tensor, "*T E"]:
+        """A token's scores with the prompt's numbers, one row for a row of tokens, or each token's own."""
+        return scores_TE
+
     def rows(self, verdict_BTE: Float[Tensor, "B T E"], among_BTE: Bool[Tensor, "B T E"] | None = None) -> Rows:
         """What a verdict makes of a call.
 
@@ -42,41 +65,146 @@ class Use(ABC):
             verdict_BTE: A number for each expert.
             among_BTE: Those that a row may use; all, if left out.
         """
+        return Rows(prior_BTE=verdict_BTE, among_BTE=among_BTE)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class MultiplyScores(Use):
+    """The evidence is a prior: each token's scores are multiplied with it, to the power ``strength``.
+
+    Attributes:
+        strength: 0 leaves the scores alone; the larger, the more the prompt decides.
+    """
+
+    neutral: ClassVar[float] = 1.0
+    in_kernels: ClassVar[bool] = True
+
+    strength: float = 8.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.strength < math.inf:
+            raise CompositionError(f"prior_strength={self.strength}", expected="a finite number of at least zero")
+
+    def verdict(self, evidence_BE: Float[Tensor, "B E"]) -> Float[Tensor, "B E"]:
+        """See :class:`Use`: the prior, above zero."""
+        return evidence_BE.clamp(min=1e-3) ** self.strength
+
+    def informed(self, scores_TE: Float[Tensor, "*T E"], verdict_TE: Float[Tensor, "*B E"]) -> Float[Tensor, "*T E"]:
+        """See :class:`Use`: their product."""
+        return scores_TE * verdict_TE
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddToScores(Use):
+    """The evidence is a bias: ``alpha`` times it is added to each token's scores.
+
+    Attributes:
+        alpha: ``"gated"``: ``alpha_near`` where the prompt's largest evidence is above ``threshold``, as for a task
+            that some expert knows, and ``alpha_far`` elsewhere. Or one number for all prompts.
+        alpha_near: See ``alpha``.
+        alpha_far: See ``alpha``.
+        threshold: See ``alpha``.
+
+    Source: GLIDER (Li et al., 2024). Their released code sets one alpha by hand.
+    """
+
+    alpha: float | Literal["gated"] = "gated"
+    alpha_near: float = 100.0
+    alpha_far: float = 3.0
+    threshold: float = 0.8
+
+    def __post_init__(self) -> None:
+        if isinstance(self.alpha, str) and self.alpha != "gated":
+            raise CompositionError(f"alpha={self.alpha!r}", expected="a number, or 'gated'")
+
+    def verdict(self, evidence_BE: Float[Tensor, "B E"]) -> Float[Tensor, "B E"]:
+        """See :class:`Use`: the bias."""
+        if not isinstance(self.alpha, str):
+            return self.alpha * evidence_BE
+        near_B1 = evidence_BE.amax(-1, keepdim=True) > self.threshold
+        return torch.where(near_B1, self.alpha_near, self.alpha_far) * evidence_BE
+
+    def informed(self, scores_TE: Float[Tensor, "*T E"], verdict_TE: Float[Tensor, "*B E"]) -> Float[Tensor, "*T E"]:
+        """See :class:`Use`: their sum."""
+        return scores_TE + verdict_TE
+
+
+@dataclass(frozen=True, kw_only=True)
 class HoldWeights(Use):
-    """The verdict is the experts' weights."""
+    """The experts with the most evidence have fixed weights for the whole answer.
+
+    Attributes:
+        top_k: How many.
+        weights: ``"uniform"`` (``1 / k``) or ``"softmax"`` of their evidence.
+        temperature: Of the softmax.
+        bias: Gives the bias that the weights are made of, in place of the evidence itself.
+    """
 
     fixes: ClassVar[bool] = True
+    gathers: ClassVar[bool] = True
+
+    top_k: int = 1
+    weights: Weighting = "uniform"
+    temperature: float = 1.0
+    bias: AddToScores | None = None
+
+    def __post_init__(self) -> None:
+        _ = self.selection
+
+    @property
+    def selection(self) -> TopK:
+        """From evidence to weights."""
+        return TopK(k=self.top_k, weighting=self.weights, temperature=self.temperature)
+
+    @property
+    def most(self) -> int:
+        """See :class:`Use`."""
+        return self.top_k
+
+    def verdict(self, evidence_BE: Float[Tensor, "B E"]) -> Float[Tensor, "B E"]:
+        """See :class:`Use`: the weights."""
+        return self.selection(evidence_BE if self.bias is None else self.bias.verdict(evidence_BE)).float()
 
     def rows(self, verdict_BTE: Float[Tensor, "B T E"], among_BTE: Bool[Tensor, "B T E"] | None = None) -> Rows:
         """See :class:`Use`."""
         return Rows(weights_BTE=verdict_BTE)
 
 
-@dataclass(frozen=True)
-class InformScores(Use):
-    """The verdict is a prior of each token's scores."""
-
-    gathers: ClassVar[bool] = False
-    neutral: ClassVar[float] = 1.0
-
-    def rows(self, verdict_BTE: Float[Tensor, "B T E"], among_BTE: Bool[Tensor, "B T E"] | None = None) -> Rows:
-        """See :class:`Use`."""
-        return Rows(prior_BTE=verdict_BTE, among_BTE=among_BTE)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class KeepShortlist(Use):
-    """Tokens choose among the experts whose number is not zero.
+    """Tokens choose among the experts with the most evidence.
 
     Attributes:
-        informs: Whether these numbers are a prior of their scores too.
+        size: How many.
+        prior: How their evidence informs the scores of tokens too; not at all, if left out.
     """
 
-    informs: bool
+    gathers: ClassVar[bool] = True
+    in_kernels: ClassVar[bool] = True
+
+    size: int = 16
+    prior: MultiplyScores | None = None
+
+    def __post_init__(self) -> None:
+        check_counts(size=self.size)
+
+    @property
+    def most(self) -> int:
+        """See :class:`Use`."""
+        return self.size
+
+    def verdict(self, evidence_BE: Float[Tensor, "B E"]) -> Float[Tensor, "B E"]:
+        """See :class:`Use`: zero for experts off the shortlist; of the others the prior, or alike."""
+        index_BK = evidence_BE.topk(min(self.size, evidence_BE.shape[-1]), dim=-1).indices
+        listed_BE = torch.zeros_like(evidence_BE).scatter(-1, index_BK, 1.0)
+        if self.prior is not None:
+            return (self.prior.verdict(evidence_BE) * listed_BE).float()
+        return (listed_BE / index_BK.shape[-1]).float()
+
+    def informed(self, scores_TE: Float[Tensor, "*T E"], verdict_TE: Float[Tensor, "*B E"]) -> Float[Tensor, "*T E"]:
+        """See :class:`Use`: as the prior does."""
+        return scores_TE if self.prior is None else self.prior.informed(scores_TE, verdict_TE)
 
     def rows(self, verdict_BTE: Float[Tensor, "B T E"], among_BTE: Bool[Tensor, "B T E"] | None = None) -> Rows:
         """See :class:`Use`."""
-        return Rows(prior_BTE=verdict_BTE if self.informs else None, among_BTE=verdict_BTE != 0)
+        return Rows(prior_BTE=None if self.prior is None else verdict_BTE, among_BTE=verdict_BTE != 0)

@@ -148,7 +148,7 @@ class Experts(nn.Module):
         """By what prompts are scored: the layer's own factors, or those of the router that decides on them."""
         runs, groups = self.runs, self.groups
         if not session.routers.alike:
-            router = next(iter(session.routers.prompts.values()))
+            router = next(iter(session.routers.prompts.values())).router
             stacks = self._stacks(session, router)
             runs, groups = self._grouped(session, stacks, [router])
             A_PI = self._placed(torch.cat([self.split.inputs(stack.A_PI) for stack in stacks]))

@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from spectr.prompts.probe import Heard, evidence_of
+from spectr.prompts.probe import evidence_among
+from spectr.routers.evidence import ModuleScores
 from spectr.vllm.requests import Asked
 
 _KEPT = 1024  # verdicts that nobody has asked for yet
@@ -49,7 +50,7 @@ class Hearing:
     """The probes of one worker.
 
     Args:
-        routers: Decide for whole prompts, by name.
+        routers: Policies for whole prompts, by their routers' names.
         modules: By routed module its experts' names.
 
     Attributes:
@@ -63,7 +64,7 @@ class Hearing:
         self._complete: list[Row] = []
         self._heard: dict[str, dict[str, list[Tensor]]] = {}
         self._awaited: set[str] = set()
-        self._usual: list[dict[str, Heard]] = []
+        self._usual: list[dict[str, ModuleScores]] = []
         self._usual_E: dict[tuple[str, tuple[str, ...]], Tensor] = {}
         self._verdicts = OrderedDict[str, dict[str, float]]()
 
@@ -113,24 +114,25 @@ class Hearing:
         """The weights that are held for the prompt of a probe, or its prior; of no expert where it is not known."""
         return self._verdicts.pop(probe, {})
 
-    def _decide(self, heard: Mapping[str, Heard], name: str, experts: tuple[str, ...]) -> dict[str, float]:
+    def _decide(self, heard: Mapping[str, ModuleScores], name: str, experts: tuple[str, ...]) -> dict[str, float]:
         if len(experts) < 2:
             return dict.fromkeys(experts, 1.0)
-        router = self.routers[name]
-        evidence_1E = evidence_of(heard, self.modules, router, experts)
+        policy = self.routers[name]
+        evidence_1E = evidence_among(heard, self.modules, policy.evidence, experts)
         if self._usual:
-            evidence_1E = evidence_1E - self._usual_among(name, experts) + 1
-        [verdict_E] = router.verdict(evidence_1E)
+            evidence_1E = policy.evidence.above(evidence_1E, self._usual_among(name, experts))
+        [verdict_E] = policy.use.verdict(evidence_1E)
         found = dict(zip(experts, verdict_E.tolist(), strict=True))
-        return {expert: number for expert, number in found.items() if number > 0 or not router.use.fixes}
+        return {expert: number for expert, number in found.items() if number > 0 or not policy.use.fixes}
 
     def _usual_among(self, name: str, experts: tuple[str, ...]) -> Tensor:
         """These experts' evidence from the calibration's texts, which takes longer than a prompt's, and stays."""
         if (name, experts) not in self._usual_E:
             if len(self._usual_E) >= _SETS:
                 self._usual_E.clear()
-            texts = [evidence_of(text, self.modules, self.routers[name], experts) for text in self._usual]
-            self._usual_E[name, experts] = torch.cat(texts).mean(0)
+            evidence = self.routers[name].evidence
+            texts = [evidence_among(text, self.modules, evidence, experts) for text in self._usual]
+            self._usual_E[name, experts] = torch.cat(texts)
         return self._usual_E[name, experts]
 
 
@@ -202,6 +204,6 @@ def define() -> torch.library.Library:
     return ours
 
 
-def _joined(pieces: Sequence[Tensor]) -> Heard:
+def _joined(pieces: Sequence[Tensor]) -> ModuleScores:
     scores_NE = torch.cat(list(pieces))
-    return Heard(scores_NE, torch.zeros(len(scores_NE), dtype=torch.long, device=scores_NE.device), 1)
+    return ModuleScores(scores_NE, torch.zeros(len(scores_NE), dtype=torch.long, device=scores_NE.device), 1)

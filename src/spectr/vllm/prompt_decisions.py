@@ -6,7 +6,7 @@ import uuid
 from collections.abc import AsyncIterator, Collection
 from typing import Any
 
-from spectr.composition.routed import calibration_texts
+from spectr.composition.subset_probes import calibration_texts
 from spectr.errors import CompositionError
 from spectr.library import ExpertLibrary
 from spectr.prompts.chat_template import Opening
@@ -67,7 +67,7 @@ class Decider:
     async def _read(self, probe: str, ids: list[int], asked: dict[str, Any]) -> None:
         from vllm.sampling_params import SamplingParams
 
-        turn, unheard = self._opening.heard(ids, self._limit)
+        turn, unheard = self._opening.counted(ids, self._limit)
         params = SamplingParams(
             max_tokens=1,
             temperature=0,

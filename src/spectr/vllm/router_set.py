@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import NamedTuple, TypeGuard
+from typing import NamedTuple
 
 from spectr.combine import merge_factors, merge_outputs
 from spectr.composed_model.settings import Settings
 from spectr.errors import CompositionError
 from spectr.library import ExpertLibrary
 from spectr.library.needs import CALIBRATED, OneExpert
-from spectr.routers import LengthRouter, PagedRouter, ProbingRouter, Router, ShortlistRouter
+from spectr.routers import LengthRouter, ModuleEvidence, PromptPolicy, Router, ShortlistRouter
 
 
 class Routers(NamedTuple):
@@ -34,9 +34,9 @@ class Routers(NamedTuple):
         return self.ways[0]
 
     @property
-    def prompts(self) -> dict[str, ProbingRouter]:
-        """Those that read a prompt first."""
-        return {name: router for name, router in self.named.items() if decides_on_prompts(router)}
+    def prompts(self) -> dict[str, PromptPolicy]:
+        """The policies of those that read a prompt first."""
+        return {name: one.policy for name, one in self.named.items() if one.policy is not None}
 
     @property
     def alike(self) -> bool:
@@ -62,7 +62,7 @@ class Routers(NamedTuple):
             decided: Whether anything was.
         """
         router = self.named.get(name or next(iter(self.named)))
-        use = None if router is None else router.use
+        use = None if router is None or router.policy is None else router.policy.use
         if not decided:
             return numbers if len(numbers) < 2 or (router is not None and use is None) else {}
         if router is None or use is None:
@@ -78,7 +78,7 @@ def _held_by(router: Router) -> int:
 
 
 def _fixes(router: Router) -> bool:
-    return router.use is not None and router.use.fixes
+    return router.policy is not None and router.policy.use.fixes
 
 
 def routers_of(settings: Settings) -> Routers:
@@ -96,7 +96,7 @@ def routers_of(settings: Settings) -> Routers:
                 expected="one combination, as the layers hold an expert's factors once",
                 do="leave --combine out, or one of the routers",
             )
-    if len({router.probe_tokens for router in named.values() if decides_on_prompts(router)}) > 1:
+    if len({probe_tokens(one.policy) for one in named.values() if one.policy is not None}) > 1:
         raise CompositionError("routers with other probe_tokens", expected="one number, as a prompt is read alike")
     choosing = {name: router for name, router in named.items() if not _fixes(router)} or named
     ways, turns = list[Router](), dict[str, int]()
@@ -104,7 +104,7 @@ def routers_of(settings: Settings) -> Routers:
         same = [number for number, way in enumerate(ways) if _chooses_as(router, way)]
         if not same:
             ways.append(router)
-        elif router.use is not None:
+        elif router.policy is not None:
             ways[same[0]] = router  # which informs, by ones where there is no prior
         turns[name] = same[0] if same else len(ways) - 1
     calibrated = [number for number, way in enumerate(ways) if CALIBRATED in way.needs]
@@ -124,9 +124,15 @@ def _chooses_as(one: Router, other: Router) -> bool:
     return CALIBRATED in one.needs and CALIBRATED in other.needs and one.selection == other.selection
 
 
-def decides_on_prompts(router: Router) -> TypeGuard[ProbingRouter]:
+def probe_tokens(policy: PromptPolicy) -> int:
+    """Tokens of a prompt that are read for a decision at most."""
+    assert isinstance(policy.evidence, ModuleEvidence)
+    return policy.evidence.probe_tokens
+
+
+def decides_on_prompts(router: Router) -> bool:
     """Whether a router reads a prompt through its own scores, and holds weights or informs scores by what it finds."""
-    return isinstance(router, ProbingRouter) and not isinstance(router, PagedRouter) and router.use is not None
+    return router.policy is not None and router.policy.evidence.reads == "scores"
 
 
 def served(router: Router) -> Router:
@@ -136,7 +142,7 @@ def served(router: Router) -> Router:
         CompositionError: They cannot, or its combination needs what a tensor-parallel layer does not have.
     """
     instead = "one that decides for each token (spectr, calibrated-token, arrow, ...), calibrated or calibrated-prior"
-    by_prompt = router.use is not None and not decides_on_prompts(router)
+    by_prompt = router.policy is not None and not decides_on_prompts(router)
     one = any(isinstance(need, OneExpert) for need in router.needs)
     if by_prompt or one or isinstance(router, ShortlistRouter):
         raise CompositionError(

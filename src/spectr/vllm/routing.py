@@ -14,7 +14,7 @@ from jaxtyping import Float, Int32
 from torch import Tensor, nn
 
 from spectr.combine import merge_factors, merged_products
-from spectr.routers import LengthRouter, PromptRouter, Router
+from spectr.routers import LengthRouter, Router
 from spectr.selection import select_among
 from spectr.spectral import Stack, remade, segment_norms
 from spectr.vllm.score_transforms import Way
@@ -62,8 +62,8 @@ class Group(nn.Module):
         self.router, self.selects = router, [one.selection for one in routers]
         self.merges = router.combination.merge is merge_factors
         self.held = held
-        prompted = [one for one in routers if isinstance(one, PromptRouter)]
-        priors = [one for one in prompted if one.use is not None and not one.use.fixes]
+        uses = [one.policy.use for one in routers if one.policy is not None]
+        priors = [use for use in uses if not use.fixes]
         self.informed = priors[0].informed if priors else None
         self.everyone = list(columns) == list(range(engine_experts))
         centers_SWP, scales_SWP = _tables(stacks, ways, router)

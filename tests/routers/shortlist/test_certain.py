@@ -15,7 +15,8 @@ from spectr.errors import CompositionError
 from spectr.library import IndexEntry
 from spectr.models import encode_batch
 from spectr.prompts.bounds import Interval
-from spectr.routers.calibrated import soft_vote, vote_bounds
+from spectr.routers.evidence.prototype_votes import vote_bounds
+from spectr.routers.evidence.spectral_votes import soft_vote
 from spectr.spectral import Codes, Prototypes
 from text_model import make_model, make_tokenizer
 
@@ -154,12 +155,12 @@ def plain(library):
 @pytest.mark.parametrize("bits", [16, 32])
 @pytest.mark.parametrize("size", [1, 3, 20])
 def test_lists_are_those_of_the_truth(plain, bits, size):
-    _, routed = routed_model(plain, Shortlist(size=size, local=Spectr(top_k=1), bits=bits))
+    _, routed = routed_model(plain, Shortlist(size=size, token_router=Spectr(top_k=1), bits=bits))
     for prompt in PROMPTS:
         truth_E = true_evidence(plain, ids_of(prompt))
         evidence_E = routed.prompt.evidence(ids_of(prompt))[0]
         torch.testing.assert_close(evidence_E, truth_E, rtol=2e-3 if bits == 16 else 1e-5, atol=0)
-        held_E = routed.prompt.router.verdict(evidence_E[None])[0]
+        held_E = routed.prompt.use.verdict(evidence_E[None])[0]
         assert set(held_E.nonzero()[:, 0].tolist()) == set(truth_E.topk(min(size, len(truth_E))).indices.tolist())
     figures = routed.certainty
     assert figures.at_once + figures.in_full == len(PROMPTS)
@@ -170,7 +171,7 @@ def test_lists_are_those_of_the_truth(plain, bits, size):
 @pytest.mark.parametrize("bits", [8, 16, 32])
 @pytest.mark.parametrize("heard", [("q_proj",), ("self_attn.q_proj", "down_proj")], ids=str)
 def test_the_modules_that_are_heard_alone_decide(plain, bits, heard):
-    _, routed = routed_model(plain, Shortlist(size=1, bits=bits, heard=heard))
+    _, routed = routed_model(plain, Shortlist(size=1, bits=bits, modules=heard))
     assert all(module.endswith(heard) for module in routed.prototypes)
     for prompt in PROMPTS:
         truth_E = true_evidence(plain, ids_of(prompt), heard)
@@ -201,7 +202,7 @@ def nudge(path):
 
 def lists(library, bits, among, size=1):
     model = make_model()
-    routed = compose(model, library, Shortlist(size=size, local=Spectr(top_k=1), bits=bits)).allow(among)
+    routed = compose(model, library, Shortlist(size=size, token_router=Spectr(top_k=1), bits=bits)).allow(among)
     found = []
     for prompt in PROMPTS:
         weights_BE = routed.prompt.decide(ids_of(prompt))
@@ -245,7 +246,7 @@ def test_eight_bits_count_nothing(library):
 
 @pytest.mark.parametrize("bits", [16, 32])
 def test_rows_of_a_batch_are_decided_each(library, bits):
-    model, routed = routed_model(library, Shortlist(size=2, local=Spectr(top_k=1), bits=bits))
+    model, routed = routed_model(library, Shortlist(size=2, token_router=Spectr(top_k=1), bits=bits))
     with torch.no_grad():
         model(**encode_batch(make_tokenizer(), PROMPTS))
     together = listed(routed)
@@ -258,7 +259,7 @@ def test_rows_of_a_batch_are_decided_each(library, bits):
 @pytest.mark.parametrize("bits", [16, 32])
 def test_a_set_is_read_for_as_a_library_of_it_alone(library, bits):
     names = ("ants", "bees", "dogs", "wasp")
-    router = Shortlist(size=2, local=Spectr(top_k=1), bits=bits)
+    router = Shortlist(size=2, token_router=Spectr(top_k=1), bits=bits)
     _, routed = routed_model(library, router)
     _, alone = routed_model(library, router)
     alone.allow(names)

@@ -14,7 +14,7 @@ from models import close, dense_deltas, peft_adapter
 from scaling import TEXTS, ids_of, make_library, routed_model
 from spectr import ExpertLibrary, Shortlist, build_index, calibrate, indexing
 from spectr.calibration import read_inputs
-from spectr.composition.routed import calibration_texts
+from spectr.composition.subset_probes import calibration_texts
 from spectr.errors import AdapterError, CompositionError, LibraryError
 from spectr.library import Index, LibraryStore
 from spectr.prompts.probe import Probe
@@ -59,8 +59,8 @@ def test_sizes_are_over_the_words_that_a_probe_hears(library):
     known, heard = library.calibration, {}
     _, routed = routed_model(library, Shortlist(size=1))
     opening, usual = calibration_texts(known)
-    probe = Probe(routed.model, routed.layers, routed.voters, routed.router, routed.experts, opening)
-    probe.listen(lambda name, x_NI, *_: heard.update({name: x_NI - known.means[name]}), **usual)
+    probe = Probe(routed.model, routed.layers, routed.scorers, routed.policy.evidence, routed.experts, opening)
+    probe.observe(lambda name, x_NI, *_: heard.update({name: x_NI - known.means[name]}), **usual)
     entry = library.index["cats"]
     rows = entry.full_C.split([module.inputs for module in entry.modules])
     for module, v_I, rms in zip(entry.modules, rows, entry.rms_M, strict=True):

@@ -33,7 +33,7 @@ def test_from_nothing_to_an_answer(spectr, given, world):
     code, text, _ = spectr("generate", "what is it", "-n", 2, "--json", "-r", "shortlist", "--set", "size=1", *given)
     assert code == 0
     assert list(json.loads(text)["experts"].values()) == [1.0]
-    options = ("--set", "size=2", "--set", "local=spectr", "-k", 1, "--expert-memory", 0.5)
+    options = ("--set", "size=2", "--set", "token_router=spectr", "-k", 1, "--expert-memory", 0.5)
     code, text, _ = spectr("generate", "what is it", "-n", 2, "--json", "-r", "shortlist", *options, *given)
     assert code == 0
     assert sum(json.loads(text)["experts"].values()) == pytest.approx(1, abs=1e-3)
@@ -54,11 +54,11 @@ def test_from_nothing_to_an_answer(spectr, given, world):
         (("-r", "spectr", "--set", "top-q=3"), "did you mean 'top_k'"),
         (("-r", "arrow", "--set", "weights=soft"), "weights=soft expected: uniform or softmax"),
         (("-r", "shortlist", "--set", "bits=12"), "bits=12"),
-        (("-r", "shortlist", "--set", "size=1", "--set", "local=arrow"), "nothing to choose"),
+        (("-r", "shortlist", "--set", "size=1", "--set", "token_router=arrow"), "nothing to choose"),
         (("-r", "shortlist", "--set", "size=1", "-k", 2), "nothing to choose"),
-        (("-r", "shortlist", "--set", "local=calibrated"), "does not decide for each token"),
-        (("-r", "shortlist", "--set", "local=arow"), "arrow"),
-        (("-r", "shortlist", "--set", "size=2", "--set", "local=spectr", "-k", 3), "at least top_k"),
+        (("-r", "shortlist", "--set", "token_router=calibrated"), "does not decide for each token"),
+        (("-r", "shortlist", "--set", "token_router=arow"), "arrow"),
+        (("-r", "shortlist", "--set", "size=2", "--set", "token_router=spectr", "-k", 3), "at least top_k"),
     ],
 )
 def test_a_mistake_is_told_before_the_model_is_loaded(spectr, given, options, message):

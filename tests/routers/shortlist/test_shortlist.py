@@ -48,7 +48,7 @@ def alone(library, names, router):
 
 @pytest.mark.parametrize("local", LOCALS, ids=str)
 def test_it_equals_the_local_router_on_a_library_of_the_listed(library, local):
-    model, routed = routed_model(library, Shortlist(size=3, local=local))
+    model, routed = routed_model(library, Shortlist(size=3, token_router=local))
     for prompt in PROMPTS:
         found = logits(model, ids_of(prompt))
         [names] = listed(routed)
@@ -71,7 +71,7 @@ def test_of_a_shortlist_of_one_the_one_is_held(library):
 def test_the_evidence_informs_a_prior(library):
     """With a strong prior every token takes the prompt's first expert, where it adapts the module."""
     local = Calibrated(level="prior", prior_strength=200.0)
-    model, routed = routed_model(library, Shortlist(size=3, local=local))
+    model, routed = routed_model(library, Shortlist(size=3, token_router=local))
     with trace(model) as record:
         logits(model, ids_of(PROMPTS[1]))
     best = routed.prompt.evidence(ids_of(PROMPTS[1]))[0].argmax()
@@ -85,7 +85,7 @@ def test_the_evidence_informs_a_prior(library):
 @pytest.mark.parametrize("size", [2, 3])
 def test_rows_of_a_batch_do_not_see_each_others_shortlists(library, local, size):
     batch = encode_batch(make_tokenizer(), PROMPTS)
-    model, routed = routed_model(library, Shortlist(size=size, local=local))
+    model, routed = routed_model(library, Shortlist(size=size, token_router=local))
     with torch.no_grad():
         together = model(**batch).logits
     lists = listed(routed)
@@ -97,7 +97,7 @@ def test_rows_of_a_batch_do_not_see_each_others_shortlists(library, local, size)
 
 
 def test_an_answer_keeps_its_shortlist(library):
-    model, routed = routed_model(library, Shortlist(size=2, local=Spectr(top_k=1)))
+    model, routed = routed_model(library, Shortlist(size=2, token_router=Spectr(top_k=1)))
     answer = greedy(model, ids_of(PROMPTS[0]), 5)
     [names] = listed(routed)
     assert torch.equal(answer, greedy(alone(library, names, Spectr(top_k=1)), ids_of(PROMPTS[0]), 5))
@@ -105,7 +105,7 @@ def test_an_answer_keeps_its_shortlist(library):
 
 
 def test_the_whole_library_on_the_shortlist_is_the_local_router(library):
-    model, _ = routed_model(library, Shortlist(size=20, local=Spectr(top_k=2)))
+    model, _ = routed_model(library, Shortlist(size=20, token_router=Spectr(top_k=2)))
     close(
         logits(model, ids_of(PROMPTS[3])), logits(routed_model(library, Spectr(top_k=2))[0], ids_of(PROMPTS[3])), 1e-4
     )
@@ -113,20 +113,20 @@ def test_the_whole_library_on_the_shortlist_is_the_local_router(library):
 
 def test_every_other_module_can_be_asked(library):
     _, every = routed_model(library, Shortlist(size=1))
-    _, other = routed_model(library, Shortlist(size=1, every=2))
+    _, other = routed_model(library, Shortlist(size=1, module_stride=2))
     assert not torch.equal(every.prompt.evidence(ids_of(PROMPTS[1])), other.prompt.evidence(ids_of(PROMPTS[1])))
 
 
 def test_an_expert_that_would_have_no_say_is_told(library):
     with pytest.raises(CompositionError, match=r"adapted by wasp(.|\n)*of down_proj, (.|\n)*each expert adapts"):
-        compose(make_model(), library, Shortlist(size=1, heard=("k_proj",)))
+        compose(make_model(), library, Shortlist(size=1, modules=("k_proj",)))
     with pytest.raises(CompositionError, match="adapted by ants, bees, cats, dogs, eels and 2 more"):
-        compose(make_model(), library, Shortlist(size=1, heard=("proj",)))
+        compose(make_model(), library, Shortlist(size=1, modules=("proj",)))
 
 
 def test_bfloat16_models_are_served(library):
     model = make_model().bfloat16()
-    routed = compose(model, library, Shortlist(size=2, local=Spectr(top_k=1)))
+    routed = compose(model, library, Shortlist(size=2, token_router=Spectr(top_k=1)))
     plain = make_model().bfloat16()
     logits(model, ids_of(PROMPTS[0]))
     compose(plain, library, Spectr(top_k=1)).allow(listed(routed)[0])
@@ -213,15 +213,15 @@ def test_settings_for_a_shelf_are_refused_elsewhere(library):
     [
         ({"size": 0}, "size=0"),
         ({"size": True}, "size=True"),
-        ({"every": 0}, "every=0"),
-        ({"heard": ("q_proj", "")}, "a tuple of names"),
+        ({"module_stride": 0}, "module_stride=0"),
+        ({"modules": ("q_proj", "")}, "a tuple of names"),
         ({"probe_tokens": 0}, "probe_tokens=0"),
         ({"pool_temperature": 0.0}, "above zero"),
-        ({"local": Calibrated()}, "for each token"),
-        ({"local": Shortlist()}, "for each token"),
-        ({"local": Oracle(expert="ants")}, "for each token"),
-        ({"local": Spectr}, "no router"),
-        ({"size": 2, "local": Spectr(top_k=4)}, "at least top_k"),
+        ({"token_router": Calibrated()}, "for each token"),
+        ({"token_router": Shortlist()}, "for each token"),
+        ({"token_router": Oracle(expert="ants")}, "for each token"),
+        ({"token_router": Spectr}, "no router"),
+        ({"size": 2, "token_router": Spectr(top_k=4)}, "at least top_k"),
     ],
 )
 def test_settings_out_of_range_are_told(options, message):

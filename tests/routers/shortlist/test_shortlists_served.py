@@ -24,14 +24,14 @@ SETS = [
 ]
 SHORTLISTS = [
     Shortlist(size=1),
-    Shortlist(size=1, every=3),
-    Shortlist(size=1, heard=("q_proj",), every=2),
+    Shortlist(size=1, module_stride=3),
+    Shortlist(size=1, modules=("q_proj",), module_stride=2),
     Shortlist(size=3),
-    Shortlist(size=3, every=2),
-    Shortlist(size=3, local=Spectr(top_k=2, weights="softmax")),
-    Shortlist(size=2, local=Uniform()),
-    Shortlist(size=3, local=Lag(shortlist=2, top_k=1)),
-    Shortlist(size=4, local=Calibrated(level="token", top_k=2)),
+    Shortlist(size=3, module_stride=2),
+    Shortlist(size=3, token_router=Spectr(top_k=2, weights="softmax")),
+    Shortlist(size=2, token_router=Uniform()),
+    Shortlist(size=3, token_router=Lag(shortlist=2, top_k=1)),
+    Shortlist(size=4, token_router=Calibrated(level="token", top_k=2)),
 ]
 
 
@@ -95,7 +95,7 @@ def test_an_expert_that_is_discarded_is_on_no_shortlist(library, router):
 
 
 def test_what_is_seen_is_what_a_trace_of_the_set_alone_shows(library):
-    router = Shortlist(size=2, local=Spectr(top_k=1))
+    router = Shortlist(size=2, token_router=Spectr(top_k=1))
     model, routed = routed_model(library, router)
     steering = Steering(routed)
     requests = [request for request in requests_of(steering) if request[0]]

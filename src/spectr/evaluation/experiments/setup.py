@@ -25,7 +25,7 @@ from spectr.hashing import known_sha256
 from spectr.library import Calibration, ExpertLibrary
 from spectr.library.needs import CALIBRATED, DESCRIBED, GATED
 from spectr.models import context_length, opening_length
-from spectr.routers import GuidedRouter, Oracle, Router, first_lack, get_router
+from spectr.routers import Oracle, Router, first_lack, get_router
 from spectr.routers.config import router_config
 from spectr.routers.options import read_settings
 from spectr.tasks import Example, Task
@@ -132,7 +132,7 @@ class ExperimentSetup:
     @contextmanager
     def routed(self, router: Router) -> Iterator[Routed]:
         """The model composed while the block runs."""
-        guide = self.guide() if self.guide is not None and isinstance(router, GuidedRouter) else None
+        guide = self.guide() if self.guide is not None and DESCRIBED in router.needs else None
         routed = compose(self.model, self.library, router, guide=guide)
         try:
             yield routed

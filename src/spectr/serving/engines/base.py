@@ -66,27 +66,33 @@ class Engine(Protocol):
     @property
     def base_model(self) -> str:
         """The name under which the base model alone is offered."""
+        ...
 
     @property
     def experts(self) -> tuple[str, ...]:
         """The experts that requests from now on may be granted, in alphabetical order."""
+        ...
 
     @property
     def routers(self) -> tuple[str, ...]:
         """The routers that a request may name; the first one is the default."""
+        ...
 
     @property
     def layers(self) -> tuple[str, ...]:
         """Names of the routed layers, in the model's order."""
+        ...
 
     @property
     def fields(self) -> frozenset[str]:
         """The fields that the application knows of a request, of either endpoint; what looks like one of them, or of
         ours, and is none is refused as a slip."""
+        ...
 
     @property
     def suspicion(self) -> Mapping[str, float]:
         """Of each expert whose norm is far out of the others', how far (a robust z-score); empty where none is."""
+        ...
 
     def admit(self, ticket: Ticket, body: Mapping[str, Any]) -> dict[str, Any]:
         """A request's body as the application is to get it; from now on the ticket is in force.
@@ -100,6 +106,7 @@ class Engine(Protocol):
         Raises:
             RefusalError: The engine cannot do that. Nothing is kept.
         """
+        ...
 
     def steps(self, ticket: Ticket, answer: dict[str, Any]) -> Mapping[int, Sequence[Step]]:
         """The routing of the tokens that were generated since the last call for this ticket, by choice index.
@@ -109,6 +116,7 @@ class Engine(Protocol):
         API's. Tokens whose text is still held back (part of a character) may come with a later chunk; with the chunk
         that has a ``finish_reason``, and with a whole answer, all remaining ones come.
         """
+        ...
 
     def finish(self, ticket: Ticket) -> None:
         """The request is over: answered, refused, failed, or its client has hung up. Called exactly once after
@@ -124,3 +132,4 @@ class Engine(Protocol):
 
     def metrics(self) -> bytes:
         """The engine's own Prometheus text, to be shown after ours; empty where it has none."""
+        ...

@@ -29,7 +29,7 @@ from spectr.serving.settings import ServerSettings
 from spectr.vllm.prompt_decisions import DECIDES, Decider
 from spectr.vllm.register import check_version, engine_version
 from spectr.vllm.requests import EXPERTS, ROUTE_ID, ROUTER, ROUTING
-from spectr.vllm.router_set import decides_on_prompts, routers_of, served
+from spectr.vllm.router_set import decides_on_prompts, probe_tokens, routers_of, served
 from spectr.vllm.routing_records import Listener
 
 INNER = "spectr"  # what vLLM's application calls the composed model
@@ -204,7 +204,7 @@ async def launched(
             [status, *_] = await client.collective_rpc("spectr_status")
             library = closed.open_library(model)
             if prompts:
-                await Decider(client, library, prompts, next(iter(prompts.values())).probe_tokens).learn()
+                await Decider(client, library, prompts, probe_tokens(next(iter(prompts.values())))).learn()
             yield (
                 app,
                 VllmEngine(

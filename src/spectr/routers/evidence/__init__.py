@@ -1,0 +1,18 @@
+"""Evidence: what a whole prompt says for each expert. One file for each kind."""
+
+from spectr.routers.evidence.base import Evidence, Guide, ModuleEvidence, ModuleScores, Reader, Source
+from spectr.routers.evidence.descriptions import DescriptionSimilarity
+from spectr.routers.evidence.prototype_votes import PrototypeVotes
+from spectr.routers.evidence.spectral_votes import SpectralVotes
+
+__all__ = [
+    "DescriptionSimilarity",
+    "Evidence",
+    "Guide",
+    "ModuleEvidence",
+    "ModuleScores",
+    "PrototypeVotes",
+    "Reader",
+    "Source",
+    "SpectralVotes",
+]

@@ -1,0 +1,160 @@
+"""What a whole prompt says for each expert before its first token is answered.
+
+Legend: B rows of the batch, N tokens of all rows, T tokens, E experts.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from spectr.errors import CompositionError
+from spectr.library.library import ExpertLibrary
+from spectr.library.needs import Need
+
+Reader = Callable[..., Float[Tensor, "B E"]]
+
+
+@runtime_checkable
+class Guide(Protocol):
+    """Compares prompts with descriptions; :class:`spectr.guidance.QueryGuide` is one."""
+
+    def reader(self, descriptions: Mapping[str, str], experts: Sequence[str]) -> Reader:
+        """A function that is called as the model is and returns ``cos(e_t, q)``, (batch, experts)."""
+        ...
+
+
+@runtime_checkable
+class Source(Protocol):
+    """What a composed model offers to evidence."""
+
+    @property
+    def library(self) -> ExpertLibrary:
+        """The experts, with all that is known of them."""
+        ...
+
+    @property
+    def guide(self) -> Guide | None:
+        """What compares words, where the model was composed with it."""
+        ...
+
+    def module_reader(self, evidence: ModuleEvidence, experts: tuple[str, ...]) -> Reader:
+        """What has the base model read a prompt and pools what the evidence makes of the scores at each module."""
+        ...
+
+
+class Evidence(ABC):
+    """What a prompt says for each expert. A frozen dataclass, which is its own configuration.
+
+    Attributes:
+        reads: What it reads: ``"scores"`` of the token router at each module, ``"prototypes"`` of the library's index
+            in the place of the experts, which may then stay on disk, or the ``"words"`` of the prompt.
+    """
+
+    reads: ClassVar[Literal["scores", "prototypes", "words"]] = "words"
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """What the library has to bring."""
+        return ()
+
+    @abstractmethod
+    def reader(self, source: Source, experts: tuple[str, ...]) -> Reader:
+        """What reads prompts for a set of experts, as if there were no others.
+
+        Args:
+            source: The composed model's library and its means to read prompts.
+            experts: The allowed experts, in alphabetical order.
+
+        Returns:
+            A function that is called as the model (or its encoder) is called, and gives a number for each prompt and
+            expert, (batch, experts), float32 or float64. The larger, the more speaks for the expert.
+        """
+
+
+class ModuleScores(NamedTuple):
+    """Scores of one module's experts for the tokens of a batch that count.
+
+    Attributes:
+        scores_NE: Float32.
+        row_N: Each token's row of the batch.
+        rows: Rows of the batch.
+    """
+
+    scores_NE: Float[Tensor, "N E"]
+    row_N: Int[Tensor, " N"]
+    rows: int
+
+    def mean(self, values_NE: Float[Tensor, "N E"], weight_N: Float[Tensor, " N"]) -> Float[Tensor, "B E"]:
+        """Each row's weighted mean over its tokens."""
+        total_BE = values_NE.new_zeros(self.rows, values_NE.shape[-1])
+        total_BE.index_add_(0, self.row_N, values_NE * weight_N[:, None])
+        weight_B = weight_N.new_zeros(self.rows).index_add_(0, self.row_N, weight_N)
+        return total_BE / weight_B[:, None].clamp(min=1e-30)
+
+
+class ModuleEvidence(Evidence):
+    """Evidence from scores at the modules: made at each, pooled over all, compared with the calibration's texts.
+
+    The base model reads the prompt once for it, without experts.
+
+    Attributes:
+        probe_tokens: Tokens of a prompt that are read at most.
+        modules: Last parts of the names of the modules that take part; empty for all.
+        module_stride: Every how many-th of these takes part.
+    """
+
+    probe_tokens: int = 256
+    modules: tuple[str, ...] = ()
+    module_stride: int = 1
+
+    def reader(self, source: Source, experts: tuple[str, ...]) -> Reader:
+        """See :class:`Evidence`."""
+        return source.module_reader(self, experts)
+
+    @abstractmethod
+    def of_module(self, scores: ModuleScores) -> Float[Tensor, "B E"]:
+        """One module's evidence for its own experts, pooled over each row's tokens."""
+
+    def of_prompt(
+        self,
+        found: Mapping[str, Float[Tensor, "B M"]],
+        holders: Mapping[str, Sequence[str]],
+        experts: Sequence[str],
+    ) -> Float[Tensor, "B E"]:
+        """Each expert's mean over the modules that it adapts.
+
+        Args:
+            found: By module what :meth:`of_module` gives.
+            holders: By module the names of its experts.
+            experts: All of them.
+
+        Raises:
+            CompositionError: No module takes part.
+        """
+        if not found:
+            raise CompositionError(
+                "no layer could say anything about this prompt", do="use level='token', or name the experts yourself"
+            )
+        first = next(iter(found.values()))
+        total_BE, count_E = first.new_zeros(len(first), len(experts)), torch.zeros(len(experts))
+        places = {expert: place for place, expert in enumerate(experts)}
+        for module, evidence_BM in found.items():
+            columns = [places[expert] for expert in holders[module]]
+            total_BE[:, columns] += evidence_BM
+            count_E[columns] += 1
+        return total_BE / count_E.clamp(min=1)
+
+    def above(self, found_BE: Float[Tensor, "B E"], baseline_NE: Float[Tensor, "N E"]) -> Float[Tensor, "B E"]:
+        """A prompt's evidence compared with that of the calibration's texts: minus their mean, plus 1.
+
+        Args:
+            found_BE: Of prompts.
+            baseline_NE: Of the N texts, for the same experts.
+        """
+        return found_BE - baseline_NE.mean(0) + 1

@@ -1,0 +1,129 @@
+"""A policy for whole prompts: evidence x use x token router."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from spectr.combine import Combination
+from spectr.errors import CompositionError
+from spectr.library.needs import Need, OneExpert
+from spectr.routers.base import Router
+from spectr.routers.evidence.base import Evidence
+from spectr.routers.use import Use
+from spectr.selection import Selection
+from spectr.spectral import AlignedExpert, InputState, Share, SideData, Stack, State
+
+
+class PromptRouter(Router):
+    """Settings from which a policy for prompts is derived. As a router for each token it is the policy's router."""
+
+    @property
+    @abstractmethod
+    def policy(self) -> PromptPolicy:
+        """The parts that the settings stand for."""
+
+    @property
+    def reads(self) -> Literal["x", "h", "xh", ""]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """See :class:`Router`."""
+        return self.policy.router.reads
+
+    @property
+    def selection(self) -> Selection:
+        """See :class:`Router`."""
+        return self.policy.router.selection
+
+    @property
+    def combination(self) -> Combination:
+        """See :class:`Router`."""
+        return self.policy.router.combination
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """See :class:`Router`: what the token router and the evidence need."""
+        return tuple(dict.fromkeys((*self.policy.router.needs, *self.policy.evidence.needs)))
+
+    def init_expert(self, expert: AlignedExpert, side: SideData) -> Share:
+        """See :class:`Router`."""
+        return self.policy.router.init_expert(expert, side)
+
+    def stack(self, shares: Mapping[str, Share]) -> Stack:
+        """See :class:`Router`."""
+        return self.policy.router.stack(shares)
+
+    def shares(self, stack: Stack) -> Mapping[str, Share]:
+        """See :class:`Router`."""
+        return self.policy.router.shares(stack)
+
+    def inputs(self, state: InputState, x_TI: Float[Tensor, "*T I"]) -> Float[Tensor, "*T P"]:
+        """See :class:`Router`."""
+        return self.policy.router.inputs(state, x_TI)
+
+    def scores(
+        self, state: State, x_TI: Float[Tensor, "*T I"], h_TP: Float[Tensor, "*T P"], allowed_TE: Tensor | None
+    ) -> Float[Tensor, "*T E"]:
+        """See :class:`Router`."""
+        return self.policy.router.scores(state, x_TI, h_TP, allowed_TE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptPolicy(PromptRouter):
+    """Evidence of a whole prompt, what is done with it, and a router for each token: any combination of the three.
+
+    Attributes:
+        evidence: What speaks for each expert; see :mod:`spectr.routers.evidence`.
+        use: Holds weights, keeps a shortlist, or informs each token's scores; see :mod:`spectr.routers.use`.
+        router: Decides for each token, as far as the use leaves that to it.
+    """
+
+    evidence: Evidence
+    use: Use
+    router: Router
+
+    def __post_init__(self) -> None:
+        for name, kind in (("evidence", Evidence), ("use", Use), ("router", Router)):
+            if not isinstance(getattr(self, name), kind):
+                raise CompositionError(f"{name}={getattr(self, name)!r}", expected=f"a spectr.routers.{kind.__name__}")
+        router, most = self.router, self.use.most
+        if router.policy is not None or any(isinstance(need, OneExpert) for need in router.needs):
+            raise CompositionError(
+                f"{router!r} does not decide for each token among those it is given",
+                expected="a router for each token, such as Spectr(top_k=4)",
+                do="for one expert a prompt: a use that holds one, as Shortlist(size=1) does",
+            )
+        if self.pages and most is None:
+            raise CompositionError(
+                f"{self.use!r} has all experts take part, and with {self.evidence!r} they are on disk",
+                expected="a use of a few experts: HoldWeights or KeepShortlist",
+            )
+        if self.pages and router.combination.depends_on_residents:
+            raise CompositionError(
+                f"{router!r} merges by all experts in memory, which change with the prompts of a batch",
+                expected="another combination than 'knots'",
+                do="leave combine out, or use a router that holds all experts",
+            )
+        if most is not None and not self.use.fixes and most < (router.selection.k or 1):
+            raise CompositionError(
+                f"a shortlist of {most}, of which {router!r} is to take {router.selection.k}",
+                expected="a size of at least top_k",
+            )
+
+    @property
+    def policy(self) -> PromptPolicy:
+        """See :class:`PromptRouter`."""
+        return self
+
+    @property
+    def pages(self) -> bool:
+        """Whether experts stay on disk until a prompt calls for them."""
+        return self.evidence.reads == "prototypes"
+
+
+def token_router(router: Router) -> Router:
+    """What decides for each token: a policy's router, or the router itself."""
+    return router if router.policy is None else router.policy.router
