@@ -1,4 +1,4 @@
-"""Another package: a router, a combination, a way to merge, an experiment and an engine, each as short as it can be.
+"""Another package: one each of what it can add to spectr, as short as it can be.
 
 CONTRIBUTING says what each is. Nothing here is known to spectr but by the entry points of ``test_other_package.py``.
 """
@@ -9,6 +9,7 @@ import asyncio
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.routing import Route
@@ -18,7 +19,7 @@ from spectr.evaluation.experiments import Result
 from spectr.layers import trace
 from spectr.merging.linear import Average
 from spectr.models import generate_answers
-from spectr.routers import Router
+from spectr.routers import Evidence, Router
 from spectr.selection import TopK
 from spectr.serving.engines import Step
 from spectr.serving.run import listen
@@ -46,6 +47,21 @@ class Modest(Router):
 def louder(gain: float = 1.0) -> Combination:
     """The mean of the chosen outputs, times a number."""
     return Combination(lambda h_TP, weights_TE, *factors: gain * merge_outputs(h_TP, weights_TE, *factors))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mentions(Evidence):
+    """How often a prompt has the token that has the number of the expert."""
+
+    first: int = 0
+
+    def reader(self, source, experts):
+        places = [self.first + source.library.names.index(name) for name in experts]
+
+        def read(input_ids, **_):
+            return torch.stack([(input_ids == place).sum(-1) for place in places], dim=-1).float()
+
+        return read
 
 
 class Soup(Average):

@@ -13,6 +13,7 @@ import pytest
 
 POINTS = {
     "spectr.routers": "modest = theirs:Modest",
+    "spectr.evidence": "mentions = theirs:Mentions",
     "spectr.combinations": "louder = theirs:louder",
     "spectr.merge_methods": "soup = theirs:Soup",
     "spectr.experiments": "count = theirs:count",
@@ -59,6 +60,14 @@ def test_a_router_and_a_combination_answer(installed, spectr, given):
     code, _, notes = spectr("generate", "what", "-r", "modest", "--combine", "louder:gian=2", *given)
     assert code == 2
     assert "combine='louder:gian=2'\n  expected: louder:gain=NUMBER\n" in notes
+
+
+def test_evidence_for_prompts_decides(installed, spectr, given):
+    parts = ("evidence=mentions", "evidence.first=5", "use=hold", "router=spectr", "router.top_k=1")  # "is" is token 5
+    settings = [word for part in parts for word in ("--set", part)]
+    code, text, notes = spectr("generate", "is is", "-n", 1, "--json", "-r", "policy", *settings, *given)
+    assert code == 0, notes
+    assert max(json.loads(text)["experts"].items(), key=lambda item: item[1])[0] == "amber"
 
 
 def test_an_experiment_and_a_way_to_merge_run(installed, spectr, given, world, tmp_path):
