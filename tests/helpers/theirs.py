@@ -1,4 +1,4 @@
-"""Another package: one each of what it can add to spectr, as short as it can be.
+"""Another package: a router, evidence, a combination, a merge, an experiment and an engine, each as short as can be.
 
 CONTRIBUTING says what each is. Nothing here is known to spectr but by the entry points of ``test_other_package.py``.
 """
@@ -44,24 +44,24 @@ class Modest(Router):
         return -segment_norms(h_TP, state)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Short(Evidence):
+    """The shorter a prompt, the more for the experts that come first in the alphabet."""
+
+    length: int = 100
+
+    def reader(self, source, experts):
+        places_E = torch.tensor([float(source.library.names.index(name)) for name in experts])
+
+        def read(input_ids, **_):
+            return (places_E if input_ids.shape[1] > self.length else -places_E).expand(len(input_ids), -1)
+
+        return read
+
+
 def louder(gain: float = 1.0) -> Combination:
     """The mean of the chosen outputs, times a number."""
     return Combination(lambda h_TP, weights_TE, *factors: gain * merge_outputs(h_TP, weights_TE, *factors))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mentions(Evidence):
-    """How often a prompt has the token that has the number of the expert."""
-
-    first: int = 0
-
-    def reader(self, source, experts):
-        places = [self.first + source.library.names.index(name) for name in experts]
-
-        def read(input_ids, **_):
-            return torch.stack([(input_ids == place).sum(-1) for place in places], dim=-1).float()
-
-        return read
 
 
 class Soup(Average):

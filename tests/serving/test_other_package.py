@@ -13,7 +13,7 @@ import pytest
 
 POINTS = {
     "spectr.routers": "modest = theirs:Modest",
-    "spectr.evidence": "mentions = theirs:Mentions",
+    "spectr.evidence": "short = theirs:Short",
     "spectr.combinations": "louder = theirs:louder",
     "spectr.merge_methods": "soup = theirs:Soup",
     "spectr.experiments": "count = theirs:count",
@@ -62,12 +62,15 @@ def test_a_router_and_a_combination_answer(installed, spectr, given):
     assert "combine='louder:gian=2'\n  expected: louder:gain=NUMBER\n" in notes
 
 
-def test_evidence_for_prompts_decides(installed, spectr, given):
-    parts = ("evidence=mentions", "evidence.first=5", "use=hold", "router=spectr", "router.top_k=1")  # "is" is token 5
-    settings = [word for part in parts for word in ("--set", part)]
-    code, text, notes = spectr("generate", "is is", "-n", 1, "--json", "-r", "policy", *settings, *given)
+@pytest.mark.parametrize(("length", "expert"), [(100, "amber"), (0, "cyan")])
+def test_evidence_decides(installed, spectr, given, length, expert):
+    settings = ("evidence=short", f"evidence.length={length}", "use=hold", "router=spectr", "router.top_k=1")
+    policy = ("-r", "policy", *(part for setting in settings for part in ("--set", setting)))
+    code, text, notes = spectr("generate", "what is red", "-n", 1, "--json", *policy, *given)
     assert code == 0, notes
-    assert max(json.loads(text)["experts"].items(), key=lambda item: item[1])[0] == "amber"
+    answer = json.loads(text)
+    assert f"Short(length={length})" in answer["router"]
+    assert list(answer["experts"]) == [expert]
 
 
 def test_an_experiment_and_a_way_to_merge_run(installed, spectr, given, world, tmp_path):

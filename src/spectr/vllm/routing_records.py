@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from spectr.composition.recorder import Look, looks_of
+from spectr.composition.recorder import TokenRouting, token_routings
 from spectr.vllm.requests import Asked
 from spectr.vllm.worker_state import Session
 
@@ -75,17 +75,17 @@ class Reporter:
                 }
             )
 
-    def _looks(self, rows: Mapping[int, Asked]) -> list[Look]:
+    def _looks(self, rows: Mapping[int, Asked]) -> list[TokenRouting]:
         """What was chosen for the sampled tokens of some of the batch's requests."""
         in_full = any(options.routing == "layers" for options in rows.values())
         scores = self._kept("scores", list(rows)) if in_full else None
-        return looks_of(self._experts, len(rows), self._kept("weights", list(rows)), scores)
+        return token_routings(self._experts, len(rows), self._kept("weights", list(rows)), scores)
 
     def _kept(self, name: str, requests: Sequence[int]) -> dict[int, Tensor]:
         layers = self.session.layers.values()
         return dict(enumerate(rows_NE for layer in layers for rows_NE in layer.recorded(name, requests)))
 
-    def _in_numbers(self, look: Look, by_layer: bool) -> dict[str, Any]:
+    def _in_numbers(self, look: TokenRouting, by_layer: bool) -> dict[str, Any]:
         """A report's routing: experts by their numbers, the largest weight first."""
 
         def ordered(chosen: Mapping[str, Sequence[float]]) -> list[list[float]]:
