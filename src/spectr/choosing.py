@@ -17,8 +17,10 @@ from spectr.errors import (
     some_of,
 )
 from spectr.library import ExpertLibrary
+from spectr.renamed import current_options
 from spectr.routers import Router, check_needs, get_router, residents
 from spectr.routers.options import options_of, read_settings
+from spectr.routers.registry import ROUTERS
 from spectr.shipped import open_library
 
 if TYPE_CHECKING:
@@ -64,7 +66,8 @@ class RoutingRequest:
         check_names(names)
         defaults = {name: {} for name in names}
         if "auto" in self.routers:
-            defaults[auto["name"]] = {key: value for key, value in auto.items() if key != "name"}
+            own = {key: value for key, value in auto.items() if key != "name"}
+            defaults[auto["name"]] = current_options(ROUTERS.load(auto["name"]), own, warn=False)
         routers = make_routers(names, self.settings, library, defaults=defaults, allow=self.allow)
         remarks = self._remarks(library, auto["name"]) if "auto" in self.routers and folder is None else []
         remarks += filter(None, (self._takes_all(router, library) for router in routers.values()))

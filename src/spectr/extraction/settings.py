@@ -54,7 +54,7 @@ class Truncation:
         """The largest rank that a module can get."""
         return self.max_rank if self.rank is None else self.rank
 
-    def choose(self, S_R: Float[Tensor, "R"], total: float) -> int:
+    def choose(self, S_R: Float[Tensor, " R"], total: float) -> int:
         """The rank for one module.
 
         Directions whose singular value is zero (to float32 rounding) are never kept, but one always is.
