@@ -165,7 +165,7 @@ def test_the_command_prints_a_table_and_writes_all_numbers(spectr, folders, tmp_
         "benchmark", *folders, *quick, "--experts", 4, "--against", "none", "--explain", "-o", tmp_path / "x.json"
     )
     assert code == 0
-    assert f"layers: {'C for cpu: top 4 of 4 by lengths' if find_compiler() else 'torch: there is no C'}" in text
+    assert f"layers: {'C for cpu: top 2 of 4 by lengths' if find_compiler() else 'torch: there is no C'}" in text
     assert "4 experts, Spectr(" in text
     assert "decoding, batch 2" in text
     saved = json.loads((tmp_path / "x.json").read_text())
