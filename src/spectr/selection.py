@@ -28,6 +28,7 @@ class Selection(Protocol):
 
     def __call__(self, scores_TE: Float[Tensor, "*T E"]) -> Float[Tensor, "*T E"]:
         """Weights of the same shape as the float32 scores, summing to one over the experts."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -107,6 +107,7 @@ class State(Protocol):
     @property
     def ranks(self) -> tuple[int, ...]:
         """Of the experts, in their order."""
+        ...
 
     @property
     def common_rank(self) -> int | None:
@@ -115,6 +116,7 @@ class State(Protocol):
     @property
     def member_EP(self) -> Tensor:
         """One where row ``p`` belongs to expert ``e``, else zero."""
+        ...
 
     @property
     def own(self) -> Any:
@@ -128,6 +130,7 @@ class InputState(State, Protocol):
     @property
     def A_PI(self) -> Tensor:
         """Input factors; of experts that share theirs, that one."""
+        ...
 
     @property
     def mix_PR(self) -> Tensor | None:
