@@ -14,6 +14,7 @@ from torch.compiler import is_compiling
 from spectr.errors import CompositionError
 from spectr.lazy import lazy
 
+_FEW = 128  # numbers up to which a list is compared sooner than a tensor
 Weighting = Literal["uniform", "softmax"]
 
 
@@ -102,17 +103,22 @@ def largest(scores_TE: Float[Tensor, "*T E"], k: int) -> tuple[Float[Tensor, "*T
     if not scores_TE.is_cpu:  # nothing waits for the device
         sorted_TE, order_TE = scores_TE.sort(dim=-1, descending=True, stable=True)
         return sorted_TE[..., :k], order_TE[..., :k]
-    top_TK, index_TK = scores_TE.topk(k, dim=-1)
+    top_TK, index_TK = scores_TE.topk(min(k + 1, scores_TE.shape[-1]), dim=-1)
     if k == scores_TE.shape[-1]:
         return top_TK, index_TK
-    least_T1 = top_TK[..., -1:]
-    if type(scores_TE) is Tensor and scores_TE.dtype == torch.float32 and not is_compiling():
-        tied = scores_TE.detach().numpy() == least_T1.detach().numpy()  # a third of what torch takes for so small ones
-        if tied.sum() <= least_T1.numel():
-            return top_TK, index_TK
+    if type(scores_TE) is Tensor and not is_compiling() and not _tied_at_the_end(top_TK):
+        return top_TK[..., :k], index_TK[..., :k]
+    least_T1 = top_TK[..., k - 1 : k]
     tied_TE = scores_TE == least_T1
     room_T1 = k - (scores_TE > least_T1).sum(-1, keepdim=True)
     return scores_TE.masked_fill(tied_TE & (tied_TE.cumsum(-1) > room_T1), -math.inf).topk(k, dim=-1)
+
+
+def _tied_at_the_end(top_TK: Float[Tensor, "*T K"]) -> bool:
+    """Whether the last two of some row are equal."""
+    if top_TK.numel() > _FEW:
+        return bool((top_TK[..., -2] == top_TK[..., -1]).any())
+    return any(row[-2] == row[-1] for row in top_TK.reshape(-1, top_TK.shape[-1]).tolist())
 
 
 __getattr__ = lazy(__name__, {}, renamed={"Everyone": "All"})

@@ -41,7 +41,8 @@ def layer_of(router, experts, rank, dtype, seed, *, centers=False, inputs=INPUTS
         ).to(torch.device("cpu"), dtype)
         for number in range(experts)
     }
-    return RoutedLinear(base(inputs, OUTPUTS).to(dtype), Stack.of(parts), router)
+    use = router.policy and router.policy.use
+    return RoutedLinear(base(inputs, OUTPUTS).to(dtype), Stack.of(parts), router, use=use)
 
 
 def both(monkeypatch, layer, x, tiles=True, **held):

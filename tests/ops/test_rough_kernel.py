@@ -31,7 +31,8 @@ def layer_of(factors, top_k=2, router=None, centers=None):
         for number, A in enumerate(factors)
     }
     base = nn.Linear(factors.shape[-1], OUTPUTS, bias=False)
-    return RoutedLinear(base, Stack.of(parts), router or Spectr(top_k=top_k, weights="softmax"))
+    router = router or Spectr(top_k=top_k, weights="softmax")
+    return RoutedLinear(base, Stack.of(parts), router, use=router.policy and router.policy.use)
 
 
 @torch.no_grad()
