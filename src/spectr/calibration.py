@@ -1,9 +1,10 @@
-"""Calibrating a library: how its experts answer to texts that the base model writes by itself."""
+"""Calibrating a library: the sizes of its experts' updates on texts that the base model writes itself."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from inspect import signature
 from itertools import islice
 from typing import Any
@@ -12,10 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from spectr.adapters import Expert
 from spectr.composition import prepare_module
 from spectr.errors import CompositionError, DataError
 from spectr.hashing import known_sha256
-from spectr.layers.plan import make_plan
+from spectr.layers.plan import Plan, make_plan
 from spectr.layers.routed import RoutedLinear
 from spectr.library import Calibration, ExpertLibrary
 from spectr.models.samples import encode_texts, self_samples
@@ -48,18 +50,39 @@ def calibrate(
         library: Experts; ``library.with_calibration(...)`` then routes with the result, ``.save(folder)`` keeps it.
         tokenizer: The model's.
         texts: Unlabelled texts of your own, each as a user would send it. By default the base model writes its own:
-            it is given the chat template up to where a user speaks, and goes on from there.
+            it receives the chat template up to a user's turn, and continues.
         samples: How many texts the model writes.
         tokens: Length of each at most.
         seed: Of its writing.
         fresh: Measure everything anew, on new texts.
-        progress: Is told (passes done, passes in all).
+        progress: Receives (passes done, passes in all).
 
     Raises:
         CompositionError: The model is composed or is no decoder-only one, or experts do not fit it.
-        LibraryError: An expert has other weights by now than the library says.
+        LibraryError: An expert's weights differ from those that the library lists.
         DataError: ``texts`` is empty.
     """
+    _check(model, texts)
+    known = None if fresh or texts is not None else library.calibration
+    new = [name for name in library if known is None or not library.calibrated(name)]
+    experts = {name: library[name] for name in new}
+    for expert in experts.values():
+        library.check_weights(expert)
+    plan = make_plan(model, list(experts.values()), Spectr(top_k=1))
+    total = 2 + -(-len(new) // _AT_ONCE)
+    known = known or _texts_alone(model, tokenizer, texts, samples, tokens, seed)
+    progress(1, total)
+    means = {**known.means, **_mean_inputs(model, [name for name in plan.modules if name not in known.means], known)}
+    progress(2, total)
+    rms: dict[str, dict[str, float]] = {}
+    for done, chunk in enumerate(_chunks(new, _AT_ONCE), start=3):
+        rms |= _root_mean_squares(model, plan, {name: experts[name] for name in chunk}, means, known)
+        progress(done, total)
+    sha256 = {name: known_sha256(expert.weights) for name, expert in experts.items()}
+    return known.joined(replace(known, means=means, rms=rms, sha256=sha256))
+
+
+def _check(model: Any, texts: Sequence[str] | None) -> None:
     if any(isinstance(module, RoutedLinear) for module in model.modules()):
         raise CompositionError("this model is composed", do="calibrate the base model: call remove() first")
     if getattr(model.config, "is_encoder_decoder", False):
@@ -68,54 +91,28 @@ def calibrate(
         )
     if texts is not None and not any(text.strip() for text in texts):
         raise DataError("there are no texts to calibrate on", do="give some, or leave texts out")
-    known = None if fresh or texts is not None else library.calibration
-    new = [name for name in library if known is None or not library.calibrated(name)]
-    experts = {name: library[name] for name in new}
-    for expert in experts.values():
-        library.check_weights(expert)
-    plan = make_plan(model, list(experts.values()), Spectr(top_k=1))
-    total = 2 + -(-len(new) // _AT_ONCE)
-    if known is None:
-        ids, counted, real, opening, turn, closing = (
-            encode_texts(tokenizer, texts)
-            if texts is not None
-            else self_samples(model, tokenizer, samples=samples, tokens=tokens, seed=seed)
-        )
-        settings = {
-            "base_model": str(getattr(model.config, "name_or_path", "")).rpartition("/")[2],
-            "source": "self-samples" if texts is None else "texts",
-            "samples": len(ids),
-            "tokens": int(counted.sum()),
-            "seed": seed if texts is None else None,
-            "opening": opening,
-            "turn": turn,
-            "closing": closing,
-        }
-        known = Calibration(means={}, rms={}, sha256={}, input_ids=ids, counted=counted, real=real, settings=settings)
-    progress(1, total)
-    unseen = [module for module in plan.modules if module not in known.means]
-    means = {**known.means, **_mean_inputs(model, unseen, known)}
-    progress(2, total)
-    rms: dict[str, dict[str, float]] = {}
-    for done, chunk in enumerate(_chunks(new, _AT_ONCE), start=3):
-        with ExitStack() as files:
-            readers = {name: files.enter_context(experts[name].open()) for name in chunk}
-            factors = {
-                module: {name: readers[name] for name in users if name in readers}
-                for module, users in plan.modules.items()
-            }
-            rms |= _root_mean_squares(model, factors, means, known)
-        progress(done, total)
-    fresh_part = Calibration(
-        means=means,
-        rms=rms,
-        sha256={name: known_sha256(experts[name].weights) for name in new},
-        input_ids=known.input_ids,
-        counted=known.counted,
-        real=known.real,
-        settings=known.settings,
+
+
+def _texts_alone(
+    model: Any, tokenizer: Any, texts: Sequence[str] | None, samples: int, tokens: int, seed: int
+) -> Calibration:
+    """A calibration of no expert: the texts, encoded."""
+    ids, counted, real, opening, turn, closing = (
+        encode_texts(tokenizer, texts)
+        if texts is not None
+        else self_samples(model, tokenizer, samples=samples, tokens=tokens, seed=seed)
     )
-    return known.joined(fresh_part)
+    settings = {
+        "base_model": str(getattr(model.config, "name_or_path", "")).rpartition("/")[2],
+        "source": "self-samples" if texts is None else "texts",
+        "samples": len(ids),
+        "tokens": int(counted.sum()),
+        "seed": seed if texts is None else None,
+        "opening": opening,
+        "turn": turn,
+        "closing": closing,
+    }
+    return Calibration(means={}, rms={}, sha256={}, input_ids=ids, counted=counted, real=real, settings=settings)
 
 
 def _mean_inputs(model: nn.Module, modules: Sequence[str], known: Calibration) -> dict[str, Float[Tensor, " I"]]:
@@ -129,22 +126,23 @@ def _mean_inputs(model: nn.Module, modules: Sequence[str], known: Calibration) -
 
 
 def _root_mean_squares(
-    model: nn.Module,
-    factors: Mapping[str, Mapping[str, Callable]],
-    means: Mapping[str, Tensor],
-    known: Calibration,
+    model: nn.Module, plan: Plan, experts: Mapping[str, Expert], means: Mapping[str, Tensor], known: Calibration
 ) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
 
     def see(module: str, x_TI: Tensor) -> None:
         centred_TI = x_TI.float() - means[module].to(x_TI.device)
-        parts = prepare_module(factors[module], module, Spectr(top_k=1))
+        here = {name: readers[name] for name in plan.modules[module] if name in readers}
+        parts = prepare_module(here, module, Spectr(top_k=1))
         A_SI = torch.cat([part.A for part in parts.values()])  # S: the ranks of all
         mean_S = (centred_TI @ A_SI.to(x_TI.device).mT).square().mean(0, dtype=torch.float64)
         for name, mean_R in zip(parts, mean_S.cpu().split([len(part.A) for part in parts.values()]), strict=True):
             found.setdefault(name, {})[module] = mean_R.sum().sqrt().item()
 
-    read_inputs(model, [module for module, readers in factors.items() if readers], known, see)
+    with ExitStack() as files:
+        readers = {name: files.enter_context(expert.open()) for name, expert in experts.items()}
+        used = [module for module, users in plan.modules.items() if not readers.keys().isdisjoint(users)]
+        read_inputs(model, used, known, see)
     return found
 
 

@@ -199,7 +199,8 @@ def _made(name: str, options: Mapping[str, Any], library: ExpertLibrary, *, fits
 
 def fit_to(experts: int, router: Router) -> Router:
     """The router, which takes at most this number of experts."""
-    if (router.selection.k or 0) <= experts:
+    settable = {field.name for field in dataclasses.fields(router)} if dataclasses.is_dataclass(router) else ()
+    if (router.selection.k or 0) <= experts or "top_k" not in settable:
         return router
     return dataclasses.replace(router, top_k=experts)  # pyright: ignore[reportArgumentType]
 

@@ -14,7 +14,7 @@ from spectr.combine.knots import coordinates
 from spectr.errors import CompositionError
 from spectr.merging import Knots, LowRank, Site
 from spectr.spectral import Stack, reference
-from spectr.spectral.basis import left_basis
+from spectr.spectral.align import left_basis
 
 FEW = {"a": 1, "b": 2, "c": 3}  # fewer directions than there are outputs
 

@@ -122,6 +122,7 @@ def test_data_from_the_hub_by_one_setting(spectr, world, tmp_path, monkeypatch):
         (("robustness", "--companion", "amber"), "use --substitute"),
         (("robustness", "--companion", "amber"), "--substitute amber expected: EXPERT=FOLDER"),
         (("routing", "--writer", "http://host/v1"), "the model's name after the address: http://host/v1#MODEL"),
+        (("quality", "--task", "words.yaml", "--task", "words.yaml"), "two tasks are called 'words' expected: each"),
         (("routng",), "unknown experiment 'routng' to do: did you mean 'routing'?"),
         (("wording", "--task", "words.yaml"), "none of these tasks has paraphrases to do: add 'paraphrases'"),
         (("quality", "--task", "words.yaml", "--data-root", "hub"), "task 'words' names no test data on the Hub"),

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from compiled import needs_a_compiler
+from spectr.ops import reference
 from spectr.ops.cpu import has_unit
 from spectr.ops.packed import Choice, Choosing, Module, Packed, packed_works
-from spectr.selection import TopK, select_among
+from spectr.selection import TopK
 
 pytestmark = needs_a_compiler
 
@@ -65,11 +66,12 @@ class World:
         self.scores, self.weights = (torch.full((requests, 2, E), -1.0) for _ in range(2))
         centers = [None, None] if self.centers is None else self.centers
         scales = [None, None] if self.scales is None else self.scales
-        modules = [Module(*one) for one in zip(self.B, centers, (2, 102), scales, strict=True)]
+        self.modules = [Module(*one) for one in zip(self.B, centers, (2, 102), scales, strict=True)]
         ways = [Choice(one.k, one.temperature if one.weighting == "softmax" else 0.0) for one in self.ways]
         kept = (self.sampled, self.scores, self.weights) if requests else None
         turns, most = self.turns if others else None, max(held, *(one.k for one in (*self.ways, TWO)))
-        self.packed = Packed(self.A, modules, Choosing(COLUMNS, self.granted, ways, turns, most, kept))
+        self.choosing = Choosing(COLUMNS, self.granted, ways, turns, most, kept)
+        self.packed = Packed(self.A, self.modules, self.choosing)
 
     def factors(self, seed):
         A = numbers(2 * E * self.rank, self.way.inputs, seed=seed).to(self.way.dtype) / 8
@@ -80,24 +82,12 @@ class World:
         return x.to(self.way.dtype), out.to(self.way.dtype)
 
     def judged(self, x, out):
-        tokens = len(x)
-        h_TSER = (x.double() @ self.A.double().mT).view(tokens, 2, E, self.rank)
-        granted = self.granted[:tokens, COLUMNS][:, None].expand(tokens, 2, E)
-        scores_TSE, weights_TSE = torch.zeros(tokens, 2, E), torch.zeros(tokens, 2, E)
-        for number, select in enumerate(self.ways):
-            turn = self.turns[:tokens] == number
-            scored = h_TSER[turn]
-            if self.scales is not None:
-                scored = scored * self.scales[:, number].view(2, E, self.rank)
-            if self.centers is not None:
-                scored = scored - self.centers[:, number].view(2, E, self.rank)
-            scores_TSE[turn] = scored.norm(dim=-1).float() * granted.where(granted >= 0, 1)[turn]
-            weights_TSE[turn] = select_among(select, scores_TSE[turn], granted[turn] >= 0)
-        weights_TSE = (-granted).where(granted < 0, weights_TSE)
-        weighted = (h_TSER * weights_TSE[..., None]).flatten(-2)
-        added = [weighted[:, s] @ self.B[s].double().mT for s in range(2)]
-        whole = torch.cat([torch.zeros(tokens, 2, dtype=torch.float64), *added], -1)
-        return scores_TSE, weights_TSE, out.double() + whole
+        centers = [None, None] if self.centers is None else self.centers
+        modules = [
+            module._replace(B_OP=B, centers_WP=row)
+            for module, B, row in zip(self.modules, self.B, centers, strict=True)
+        ]
+        return reference.add_packed(out, x, self.A, modules, self.choosing)
 
     def clear(self, scores_TSE):
         """Tokens whose choice rounding does not turn: in bfloat16 ``A x`` and what is scored of it are rounded."""

@@ -12,6 +12,7 @@ import spectr
 from guided import DESCRIPTIONS, NAMES, embed, library_with_gates
 from models import types_unchecked
 from spectr import Arrow, Calibrated, Glider, Lag, Oracle, PromptPolicy, Shortlist, Spectr, compose, get_router
+from spectr.choosing import fit_to
 from spectr.errors import CompositionError, SpectrError
 from spectr.guidance import QueryGuide
 from spectr.models.generate import encode_batch
@@ -24,12 +25,14 @@ from spectr.routers import (
     ModuleEvidence,
     MultiplyScores,
     PrototypeVotes,
+    SpectralVotes,
     router_names,
 )
 from spectr.routers.config import part_config, router_config
 from spectr.routers.options import read_settings
 from spectr.routers.registry import EVIDENCE
 from spectr.spectral import reference
+from spectr.vllm.router_set import served
 from text_model import make_model, make_tokenizer
 
 PROMPTS = ("what is the blue sky", "who is it", "green grass is good")
@@ -191,6 +194,30 @@ def test_parts_that_do_not_fit_are_refused(make, message):
         make()
 
 
+def votes(use, router):
+    return PromptPolicy(evidence=SpectralVotes(), use=use, router=router)
+
+
+@pytest.mark.parametrize(
+    "router",
+    [
+        votes(KeepShortlist(size=2), Spectr(top_k=1)),
+        votes(AddToScores(), Spectr(top_k=1)),
+        votes(HoldWeights(), Lag(top_k=1)),
+        words(2, Spectr(top_k=1)),
+    ],
+)
+def test_vllm_refuses_what_its_layers_would_do_another_way(router):
+    with pytest.raises(CompositionError, match="cannot run inside vLLM"):
+        served(router)
+    assert served(votes(HoldWeights(top_k=2), Calibrated(level="token")))
+
+
+def test_a_policy_is_not_changed_to_fit_a_small_library():
+    assert fit_to(2, words(4, Spectr(top_k=4))) == words(4, Spectr(top_k=4))
+    assert fit_to(2, Spectr(top_k=4)) == Spectr(top_k=2)
+
+
 # Other packages
 
 
@@ -298,5 +325,5 @@ def test_an_option_by_both_names_is_refused():
 
 
 def test_the_old_name_of_a_selection_works_with_a_warning():
-    with pytest.warns(DeprecationWarning, match=r"spectr\.selection\.Everyone is All now"):
+    with pytest.warns(DeprecationWarning, match=r"Everyone is now spectr\.selection\.All"):
         assert spectr.selection.Everyone is spectr.selection.All

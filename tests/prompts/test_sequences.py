@@ -51,7 +51,7 @@ import spectr
 from models import close, tiny_llama, tokens, types_unchecked
 from spectr.errors import CompositionError
 from spectr.layers.batch_routing import thread
-from spectr.prompts import calls
+from spectr.prompts import calls, frames
 
 ONE_EXPERT = {"calibrated", "shortlist of one", "global"}
 SEVEN = torch.tensor([[7]])
@@ -62,7 +62,7 @@ def no_gradients(request):
     with torch.set_grad_enabled("gradients" in request.fixturenames), types_unchecked():
         yield
     assert thread.routing is None
-    assert not calls._frames.get()
+    assert not frames._frames.get()
 
 
 @pytest.fixture

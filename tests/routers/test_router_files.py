@@ -64,7 +64,7 @@ def test_no_two_files_have_the_same_scores():
                     bodies.setdefault(ast.dump(ast.Module(node.body[1:], [])), []).append(file)
     assert [files for files in bodies.values() if len(files) > 1] == []
     alone = [kind for kind in KINDS if not issubclass(kind, PromptRouter)]
-    assert sum(map(len, bodies.values())) == len(alone) + 3  # a policy's, GLIDER's, and the first protocol's
+    assert sum(map(len, bodies.values())) == len(alone) + 3  # a delegate's, GLIDER's zeros, and the first protocol's
 
 
 def test_nobody_asks_a_router_what_it_is_by_the_name_of_an_attribute():

@@ -13,6 +13,7 @@ import pytest
 
 POINTS = {
     "spectr.routers": "modest = theirs:Modest",
+    "spectr.evidence": "short = theirs:Short",
     "spectr.combinations": "louder = theirs:louder",
     "spectr.merge_methods": "soup = theirs:Soup",
     "spectr.experiments": "count = theirs:count",
@@ -26,7 +27,7 @@ def installed(tmp_path, monkeypatch) -> Path:
     site = tmp_path / "site"
     facts = site / "theirs-1.0.dist-info"
     facts.mkdir(parents=True)
-    shutil.copy(Path(__file__).parents[1] / "other_package" / "theirs.py", site)
+    shutil.copy(Path(__file__).parents[1] / "helpers" / "theirs.py", site)
     (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
     (facts / "entry_points.txt").write_text("".join(f"[{group}]\n{point}\n" for group, point in POINTS.items()))
     monkeypatch.syspath_prepend(site)
@@ -59,6 +60,17 @@ def test_a_router_and_a_combination_answer(installed, spectr, given):
     code, _, notes = spectr("generate", "what", "-r", "modest", "--combine", "louder:gian=2", *given)
     assert code == 2
     assert "combine='louder:gian=2'\n  expected: louder:gain=NUMBER\n" in notes
+
+
+@pytest.mark.parametrize(("length", "expert"), [(100, "amber"), (0, "cyan")])
+def test_evidence_decides(installed, spectr, given, length, expert):
+    settings = ("evidence=short", f"evidence.length={length}", "use=hold", "router=spectr", "router.top_k=1")
+    policy = ("-r", "policy", *(part for setting in settings for part in ("--set", setting)))
+    code, text, notes = spectr("generate", "what is red", "-n", 1, "--json", *policy, *given)
+    assert code == 0, notes
+    answer = json.loads(text)
+    assert f"Short(length={length})" in answer["router"]
+    assert list(answer["experts"]) == [expert]
 
 
 def test_an_experiment_and_a_way_to_merge_run(installed, spectr, given, world, tmp_path):

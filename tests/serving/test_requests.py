@@ -13,7 +13,7 @@ EXPERTS = "a list of one expert's name or more; without it all that the key may 
 KIND = 'the kind of this part, "text"'
 PART = '{"type": "text", "text": "..."}'
 BIAS = "an object with numbers by token, {TOKEN: BIAS}"
-STREAM = "\"stream\": true beside it, or no 'stream_options'"
+STREAM = "\"stream\": true too, or no 'stream_options'"
 OPTIONS = "include_usage, include_obfuscation"
 USAGE = "did you mean 'include_usage'? known: include_obfuscation, include_usage"
 STOP, CONTENT = "a text, or a list of texts, none of them empty", '{"role": "user", "content": "..."}'
@@ -116,7 +116,7 @@ def test_several_slips_are_all_told_and_a_field_that_the_engine_knows_is_none():
         "also: 'extra_body' is no field of such a request",
     )
     assert (do, caught.value.param) == ("  to do: if you mean 'temperature', write that; or leave it out", "tmperature")
-    assert put.endswith("write the fields that are in it beside the others")
+    assert put.endswith("write its fields next to the others")
     assert "if you mean 'top_p'" in str(refused(ChatRequest, json.loads(body)))
 
 

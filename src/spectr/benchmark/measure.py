@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -149,12 +150,7 @@ def peak_bytes(model: nn.Module, work: Work, cache: Cache | None = None) -> int:
     events = profiler.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
     began = next(e.start_ns() for e in events if e.name() == _CALL)
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")  # pyright: ignore
-    held = peak = 0
-    for when, size in changes:
-        if when >= began:
-            held += size
-            peak = max(peak, held)
-    return peak
+    return max(accumulate((size for when, size in changes if when >= began), initial=0))
 
 
 def _ids(model: nn.Module, work: Work) -> Tensor:

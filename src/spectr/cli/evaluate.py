@@ -163,7 +163,7 @@ def report(
     """
     from spectr.evaluation.run import read_results
     from spectr.evaluation.summary import summary, tradeoff
-    from spectr.plots.report import write_report
+    from spectr.plots.pages import write_report
 
     results = read_results(folder)
     together = [result for result in (summary(results), tradeoff(results)) if result]

@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 from spectr.combine.base import Combination
 from spectr.combine.ties import merge_ties
 from spectr.spectral import Stack
-from spectr.spectral.basis import left_basis, without_rounding
+from spectr.spectral.align import left_basis, without_rounding
 
 
 def knots(*, density: float = 1.0) -> Combination:

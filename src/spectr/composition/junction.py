@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spectr.composition.several import Several
-from spectr.composition.steering import Look, Rule, Steering
+from spectr.composition.steering import Rule, Steering, TokenRouting
 from spectr.layers.batch_routing import BASE, Span, routed_by
 
 
@@ -71,12 +71,12 @@ class Junction:
             self._watched += [number for number in rows if number in wanted]
             steering.watch([row for number, row in rows.items() if number in wanted], layers)
 
-    def seen(self) -> dict[int, Look]:
+    def seen(self) -> dict[int, TokenRouting]:
         """What the last call decided, by the number of each watched span."""
-        looks = [look for steering in self._steerings.values() for look in steering.seen()]
-        return dict(zip(self._watched, looks, strict=True))
+        routings = [routing for steering in self._steerings.values() for routing in steering.seen()]
+        return dict(zip(self._watched, routings, strict=True))
 
-    def share(self, rule: Rule) -> Look | None:
+    def share(self, rule: Rule) -> TokenRouting | None:
         """See :meth:`Steering.share`."""
         return self._steerings[rule.router].share(rule)
 

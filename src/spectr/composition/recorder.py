@@ -12,7 +12,7 @@ from spectr.layers.batch_routing import LayerCall
 from spectr.layers.routed import RoutedLinear
 
 
-class Look(NamedTuple):
+class TokenRouting(NamedTuple):
     """What was decided for one token.
 
     Attributes:
@@ -47,18 +47,18 @@ class Watch:
             self._held[number] = call.shown.experts
             self._found[number] = _explain(layer, x, call, self._rows)
 
-    def looks(self) -> list[Look]:
+    def routings(self) -> list[TokenRouting]:
         """What was decided for each of the tokens."""
         scores, weights = ({number: pair[part] for number, pair in self._found.items()} for part in (0, 1))
-        return looks_of(self._held, len(self._rows), weights, scores if self._in_full else None)
+        return token_routings(self._held, len(self._rows), weights, scores if self._in_full else None)
 
 
-def looks_of(
+def token_routings(
     experts: Sequence[tuple[str, ...]],
     tokens: int,
     weights: Mapping[int, Tensor],
     scores: Mapping[int, Tensor] | None = None,
-) -> list[Look]:
+) -> list[TokenRouting]:
     """What layers decided, token by token.
 
     Args:
@@ -68,7 +68,7 @@ def looks_of(
         scores: Likewise, where each layer's decision is wanted.
     """
     layers = [()] * tokens if scores is None else _layers(experts, tokens, weights, scores)
-    return [Look(*pair) for pair in zip(_shares(experts, tokens, weights), layers, strict=True)]
+    return [TokenRouting(*pair) for pair in zip(_shares(experts, tokens, weights), layers, strict=True)]
 
 
 def _shares(

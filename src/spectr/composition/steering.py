@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spectr.composition.recorder import Look, Watch
+from spectr.composition.recorder import TokenRouting, Watch
 from spectr.composition.routed import Routed
 from spectr.composition.subset_probes import Readers
 from spectr.layers.batch_routing import BASE, BatchRouting, routed_by
@@ -116,14 +116,14 @@ class Steering:
         """
         self._watching = Watch(self._ordered, tuple(rows), layers) if rows else None
 
-    def seen(self) -> list[Look]:
+    def seen(self) -> list[TokenRouting]:
         """What the last call decided, for each watched token."""
-        return [] if self._watching is None else self._watching.looks()
+        return [] if self._watching is None else self._watching.routings()
 
-    def share(self, rule: Rule) -> Look | None:
+    def share(self, rule: Rule) -> TokenRouting | None:
         """The shares of every token of a rule whose weights are held; ``None`` where tokens differ."""
         if not rule.experts:
-            return Look({})
+            return TokenRouting({})
         if self._use is None or not self._use.fixes:
             return None
         assert rule.verdict_E is not None
@@ -133,7 +133,7 @@ class Steering:
         table = self._sets.table(names)
         users = Counter(name for factors in table.values() if factors is not None for name in factors.experts)
         shares = {name: verdicts[name] * users[name] / len(self._ordered) for name in names}
-        return Look({name: share for name, share in shares.items() if share > 0})
+        return TokenRouting({name: share for name, share in shares.items() if share > 0})
 
     def discard(self, name: str) -> None:
         """Forget an expert; rules that hold stay in force, less this expert. See :meth:`Routed.discard`."""

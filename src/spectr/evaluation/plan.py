@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -225,7 +226,11 @@ def _no_paraphrases(letters: bool) -> tuple[str, str]:
 
 
 def _named(names: Sequence[str]) -> list[Task]:
-    return [Task.load(name) if name.endswith((".yaml", ".yml")) else Task.shipped(name) for name in names]
+    found = [Task.load(name) if name.endswith((".yaml", ".yml")) else Task.shipped(name) for name in names]
+    for name, count in Counter(task.name for task in found).items():
+        if count > 1:
+            raise DataError(f"two tasks are called '{name}'", expected="each task once", do="leave one out")
+    return found
 
 
 def _tasks(names: Sequence[str], letters: bool) -> list[Task]:

@@ -88,8 +88,11 @@ def extract(
 
 
 def _left(found: Sequence[Difference], added: Sequence[str]) -> tuple[Left, ...]:
-    changed = [one for one in found if one.change and one.pair.linear is None]
-    left = [Left(name=d.pair.name, kind=d.pair.kind, relative=d.relative, change=d.change) for d in changed]
+    left = [
+        Left(name=one.pair.name, kind=one.pair.kind, relative=one.relative, change=one.change)
+        for one in found
+        if one.change and one.pair.linear is None
+    ]
     return (*left, *(Left(name=name, kind="tensor that the base lacks", relative=None) for name in added))
 
 

@@ -80,8 +80,9 @@ class RoutedLinear(nn.Module):
         self._keep(held)
 
     def _keep(self, factors: Factors | None) -> None:
-        if factors is not None and not (self.use is not None and self.use.fixes):  # no token chooses there
-            factors = factors.planned(self.base, self.router, self.use)
+        if factors is not None:
+            fixed = self.use is not None and self.use.fixes  # no token chooses there
+            factors = factors.planned(self.base, self.router, self.use, fixed=fixed)
         self.call = LayerCall(factors, factors)
 
     def factors_of(self, stack: Stack, *, fixed: bool = False) -> Factors:

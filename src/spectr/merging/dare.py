@@ -16,8 +16,10 @@ from spectr.spectral.sparsify import drop, elect_and_mean
 
 
 def _dropped(deltas: Sequence[LowRank], site: Site, density: float, seed: int) -> list[Tensor]:
-    named = zip(site.experts, deltas, strict=True)
-    return [drop(delta.dense(), density, seed=seed, expert=name, module=site.module) for name, delta in named]
+    return [
+        drop(delta.dense(), density, seed=seed, expert=name, module=site.module)
+        for name, delta in zip(site.experts, deltas, strict=True)
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from spectr.errors import MergeError
 from spectr.merging.lowrank import LowRank
 from spectr.merging.method import Site, check_settings, ones
 from spectr.merging.ties import ties_of
-from spectr.spectral.basis import left_basis, without_rounding
+from spectr.spectral.align import left_basis, without_rounding
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,7 +40,6 @@ class Method(Protocol):
         Raises:
             MergeError: The method takes no weights, or needs them, or merges another number of experts.
         """
-        ...
 
     def merge(self, deltas: Sequence[LowRank], site: Site) -> LowRank | Float[Tensor, "O I"]:
         """One module's merged update.
@@ -52,7 +51,6 @@ class Method(Protocol):
         Returns:
             Factors where the method has exact ones, else the dense update.
         """
-        ...
 
 
 METHODS: Registry[Method] = Registry(

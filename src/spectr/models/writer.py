@@ -17,7 +17,6 @@ class Writer(Protocol):
 
     def __call__(self, prompts: Sequence[str]) -> list[str]:
         """One text for each prompt."""
-        ...
 
 
 class LocalWriter:

@@ -1,15 +1,19 @@
-"""What the operations compute, token by token and expert by expert. Every backend is tested against these.
+"""What the operations compute, in plain form. Every backend is tested against these.
 
 Legend: T tokens, I inputs, O outputs, E experts, R the rank of each, P = E R, B rows that share the tokens equally.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from spectr.ops.base import Choice
+from spectr.ops.packed import Choosing, Module
+from spectr.selection import TopK, select_among
 
 
 def choose(
@@ -58,3 +62,36 @@ def add_update(
     assert rows is not None
     weights_TP = torch.stack([rows[token * len(rows) // len(h_TP)] for token in range(len(h_TP))])
     return out_TO + (weights_TP * h_TP) @ Bt_PO
+
+
+def add_packed(
+    out_TO: Float[Tensor, "T O"],
+    x_TI: Float[Tensor, "T I"],
+    A_PI: Float[Tensor, "P I"],
+    modules: Sequence[Module],
+    choosing: Choosing,
+) -> tuple[Float[Tensor, "T S E"], Float[Tensor, "T S E"], Float[Tensor, "T O"]]:
+    """The scores, the weights and the output of :class:`spectr.ops.packed.Packed`, the last in float64."""
+    tokens, experts = len(x_TI), len(choosing.columns_E)
+    granted_TE = choosing.granted_TF[:tokens, choosing.columns_E]
+    turns_T = torch.zeros(tokens) if choosing.turns_T is None else choosing.turns_T[:tokens]
+    sums_TO, found = out_TO.double(), []
+    for module, A in zip(modules, A_PI.split([module.B_OP.shape[1] for module in modules]), strict=True):
+        h_TER = (x_TI.double() @ A.double().mT).view(tokens, experts, -1)
+        scores_TE, weights_TE = torch.zeros(tokens, experts), torch.zeros(tokens, experts)
+        for way, choice in enumerate(choosing.ways):
+            turn = turns_T == way
+            scored = h_TER[turn] if module.scales_WP is None else h_TER[turn] * module.scales_WP[way].view(experts, -1)
+            if module.centers_WP is not None:
+                scored = scored - module.centers_WP[way].view(experts, -1)
+            granted = granted_TE[turn]
+            scores_TE[turn] = scored.norm(dim=-1).float() * granted.where(granted >= 0, 1)
+            weighting = "softmax" if choice.temperature else "uniform"
+            select = TopK(k=choice.k, weighting=weighting, temperature=choice.temperature or 1.0)
+            weights_TE[turn] = select_among(select, scores_TE[turn], granted >= 0)
+        weights_TE = (-granted_TE).where(granted_TE < 0, weights_TE)
+        update_TO = (h_TER * weights_TE[..., None]).flatten(-2) @ module.B_OP.double().mT
+        sums_TO[:, module.begin : module.begin + len(module.B_OP)] += update_TO
+        found.append((scores_TE, weights_TE))
+    scores_S, weights_S = zip(*found, strict=True)
+    return torch.stack(scores_S, 1), torch.stack(weights_S, 1), sums_TO

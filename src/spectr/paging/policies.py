@@ -25,11 +25,9 @@ class Policy(Protocol):
             expert: Its name.
             context: What is known of the prompt that did, (D,) float32, if anything is.
         """
-        ...
 
     def victim(self, resident: Collection[str]) -> str:
         """The one of these experts to let go."""
-        ...
 
 
 class Lru:

@@ -123,7 +123,7 @@ class Batches:
         if found is None:
             held = self.calls.prompt.held_BE if self.calls.prompt is not None else None
             ids = torch.tensor([state.initial_tokens], device=next(self.model.parameters()).device)
-            found = held[:1] if held is not None else self.calls._decide({"input_ids": ids})
+            found = held[:1] if held is not None else self.calls.decide({"input_ids": ids})
             self._remember(manager, name, found)
         return found
 

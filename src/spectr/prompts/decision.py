@@ -80,7 +80,7 @@ class PromptDecision:
 
     @torch.no_grad()
     def evidence(self, *args: Any, **kwargs: Any) -> Float[Tensor, "B E"]:
-        """What speaks for each expert, as the reader says."""
+        """The evidence for each expert, as the reader gives it."""
         with routed_by(BASE):
             return self.read(*args, **kwargs)
 

@@ -55,32 +55,6 @@ class Entry:
         return {**dict(zip(self.names, args, strict=False)), **kwargs}
 
 
-class Generation:
-    """Stands in for the ``generate`` of a model.
-
-    Args:
-        calls: Decides.
-        model: The composed model.
-    """
-
-    def __init__(self, calls: Calls, model: Any):
-        self.calls, self.model = calls, model
-        self.own: Callable[..., Any] | None = model.__dict__.get("generate")
-
-    @property
-    def plain(self) -> Callable[..., Any]:
-        """The model's own ``generate``."""
-        return self.own or type(self.model).generate.__get__(self.model)
-
-    @property
-    def __signature__(self) -> Any:
-        return signature(self.plain)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the model's own."""
-        return self.plain(*args, **kwargs) if self.calls.closed else self.calls.generate(self, args, kwargs)
-
-
 class Checkpointing:
     """Stands in for the method by which transformers turns gradient checkpointing on.
 

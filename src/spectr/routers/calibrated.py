@@ -1,4 +1,4 @@
-"""Self-calibrated routing: how much more than usual an expert answers to an input."""
+"""Self-calibrated routing: how much larger an expert's update is than on average inputs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Centers(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrated(LengthRouter):
-    """``||A*_t (x - m)|| / c_t``: the spectral score less what is the same for every input.
+    """``||A*_t (x - m)|| / c_t``: the spectral score minus what is the same for every input.
 
     ``m`` is a module's mean input and ``c_t`` the root mean square of ``||A*_t (x - m)||``, both over texts that the
     base model wrote itself (:func:`spectr.calibrate`), so that an expert's size buys it nothing. For a prompt every

@@ -1,8 +1,7 @@
-"""GLIDER: what an expert's description says of the whole prompt, added to what a local router says of each token."""
+"""GLIDER: the similarity of the prompt to an expert's description, added to another router's score of each token."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,11 +15,11 @@ from spectr.renamed import options_renamed
 from spectr.routers.base import Router, ShortlistRouter
 from spectr.routers.evidence.descriptions import DescriptionSimilarity
 from spectr.routers.phatgoose import Phatgoose
-from spectr.routers.policy import PromptPolicy, PromptRouter
+from spectr.routers.policy import DelegatingRouter, PromptPolicy, PromptRouter
 from spectr.routers.settings import check_settings
 from spectr.routers.use import AddToScores, HoldWeights
-from spectr.selection import TopK, Weighting
-from spectr.spectral import AlignedExpert, InputState, Share, SideData, Stack, State
+from spectr.selection import All, TopK, Weighting
+from spectr.spectral import AlignedExpert, Share, SideData, State
 
 
 @options_renamed(local="token_router")
@@ -76,7 +75,7 @@ class Glider(PromptRouter):
         use = bias = self._bias
         if self.token_router is None:
             use = HoldWeights(top_k=self.top_k, weights=self.weights, temperature=self.temperature, bias=bias)
-        router = Reselected(router=self.token_router, chosen=self.selection, combine=self.combine)
+        router = Reselected(router=self.token_router or Unscored(), chosen=self.selection, combine=self.combine)
         return PromptPolicy(evidence=DescriptionSimilarity(), use=use, router=router)
 
     @property
@@ -87,20 +86,25 @@ class Glider(PromptRouter):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reselected(Router):
+class Reselected(DelegatingRouter):
     """Another router's scores with a selection and a combination of its own.
 
     Attributes:
-        router: Scores every expert for each token; ``None``: all zero.
+        router: Scores every expert for each token.
         chosen: From scores to weights.
         combine: See :class:`Router`.
     """
 
     reads = "xh"
 
-    router: Router | None
+    router: Router
     chosen: TopK
     combine: str = "outputs"
+
+    @property
+    def scorer(self) -> Router:
+        """See :class:`DelegatingRouter`."""
+        return self.router
 
     @property
     def selection(self) -> TopK:
@@ -110,30 +114,25 @@ class Reselected(Router):
     @property
     def needs(self) -> tuple[Need, ...]:
         """See :class:`Router`: what the other reads of a library, too."""
-        others = () if self.router is None else self.router.needs
-        return (*super().needs, *(need for need in others if need in SIDE_DATA))
+        return (*super().needs, *(need for need in self.router.needs if need in SIDE_DATA))
+
+
+@dataclass(frozen=True)
+class Unscored(Router):
+    """All scores are zero, where nothing is said of single tokens."""
+
+    @property
+    def selection(self) -> All:
+        """See :class:`Router`."""
+        return All()
 
     def init_expert(self, expert: AlignedExpert, side: SideData) -> Share:
         """See :class:`Router`."""
-        return Share.spectral(expert.aligned) if self.router is None else self.router.init_expert(expert, side)
-
-    def stack(self, shares: Mapping[str, Share]) -> Stack:
-        """See :class:`Router`."""
-        return super().stack(shares) if self.router is None else self.router.stack(shares)
-
-    def shares(self, stack: Stack) -> Mapping[str, Share]:
-        """See :class:`Router`."""
-        return super().shares(stack) if self.router is None else self.router.shares(stack)
-
-    def inputs(self, state: InputState, x_TI: Float[Tensor, "*T I"]) -> Float[Tensor, "*T P"]:
-        """See :class:`Router`."""
-        return super().inputs(state, x_TI) if self.router is None else self.router.inputs(state, x_TI)
+        return Share.spectral(expert.aligned)
 
     def scores(
-        self, state: State, x_TI: Float[Tensor, "*T I"], h_TP: Float[Tensor, "*T P"], allowed_TE: Tensor | None
+        self, state: State, x_TI: Float[Tensor, "*T I"], h_TP: Tensor, allowed_TE: Tensor | None
     ) -> Float[Tensor, "*T E"]:
         """See :class:`Router`."""
-        if self.router is None:
-            dtype = torch.promote_types(x_TI.dtype, torch.float32)
-            return x_TI.new_zeros(*x_TI.shape[:-1], len(state.ranks), dtype=dtype)
-        return self.router.scores(state, x_TI, h_TP, allowed_TE)
+        dtype = torch.promote_types(x_TI.dtype, torch.float32)
+        return x_TI.new_zeros(*x_TI.shape[:-1], len(state.ranks), dtype=dtype)

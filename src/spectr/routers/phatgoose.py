@@ -1,4 +1,4 @@
-"""PHATGOOSE: an expert's score is what its trained gate says of the token."""
+"""PHATGOOSE: an expert's score is its trained gate's similarity to the token."""
 
 from __future__ import annotations
 

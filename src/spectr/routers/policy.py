@@ -20,13 +20,49 @@ from spectr.selection import Selection
 from spectr.spectral import AlignedExpert, InputState, Share, SideData, Stack, State
 
 
-class PromptRouter(Router):
+class DelegatingRouter(Router):
+    """A router that scores as another one does."""
+
+    @property
+    @abstractmethod
+    def scorer(self) -> Router:
+        """The other one."""
+
+    def init_expert(self, expert: AlignedExpert, side: SideData) -> Share:
+        """See :class:`Router`."""
+        return self.scorer.init_expert(expert, side)
+
+    def stack(self, shares: Mapping[str, Share]) -> Stack:
+        """See :class:`Router`."""
+        return self.scorer.stack(shares)
+
+    def shares(self, stack: Stack) -> Mapping[str, Share]:
+        """See :class:`Router`."""
+        return self.scorer.shares(stack)
+
+    def inputs(self, state: InputState, x_TI: Float[Tensor, "*T I"]) -> Float[Tensor, "*T P"]:
+        """See :class:`Router`."""
+        return self.scorer.inputs(state, x_TI)
+
+    def scores(
+        self, state: State, x_TI: Float[Tensor, "*T I"], h_TP: Float[Tensor, "*T P"], allowed_TE: Tensor | None
+    ) -> Float[Tensor, "*T E"]:
+        """See :class:`Router`."""
+        return self.scorer.scores(state, x_TI, h_TP, allowed_TE)
+
+
+class PromptRouter(DelegatingRouter):
     """Settings from which a policy for prompts is derived. As a router for each token it is the policy's router."""
 
     @property
     @abstractmethod
     def policy(self) -> PromptPolicy:
         """The parts that the settings stand for."""
+
+    @property
+    def scorer(self) -> Router:
+        """See :class:`DelegatingRouter`: the policy's router."""
+        return self.policy.router
 
     @property
     def reads(self) -> Literal["x", "h", "xh", ""]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -48,35 +84,13 @@ class PromptRouter(Router):
         """See :class:`Router`: what the token router and the evidence need."""
         return tuple(dict.fromkeys((*self.policy.router.needs, *self.policy.evidence.needs)))
 
-    def init_expert(self, expert: AlignedExpert, side: SideData) -> Share:
-        """See :class:`Router`."""
-        return self.policy.router.init_expert(expert, side)
-
-    def stack(self, shares: Mapping[str, Share]) -> Stack:
-        """See :class:`Router`."""
-        return self.policy.router.stack(shares)
-
-    def shares(self, stack: Stack) -> Mapping[str, Share]:
-        """See :class:`Router`."""
-        return self.policy.router.shares(stack)
-
-    def inputs(self, state: InputState, x_TI: Float[Tensor, "*T I"]) -> Float[Tensor, "*T P"]:
-        """See :class:`Router`."""
-        return self.policy.router.inputs(state, x_TI)
-
-    def scores(
-        self, state: State, x_TI: Float[Tensor, "*T I"], h_TP: Float[Tensor, "*T P"], allowed_TE: Tensor | None
-    ) -> Float[Tensor, "*T E"]:
-        """See :class:`Router`."""
-        return self.policy.router.scores(state, x_TI, h_TP, allowed_TE)
-
 
 @dataclass(frozen=True, kw_only=True)
 class PromptPolicy(PromptRouter):
     """Evidence of a whole prompt, what is done with it, and a router for each token: any combination of the three.
 
     Attributes:
-        evidence: What speaks for each expert; see :mod:`spectr.routers.evidence`.
+        evidence: A number for each expert; see :mod:`spectr.routers.evidence`.
         use: Holds weights, keeps a shortlist, or informs each token's scores; see :mod:`spectr.routers.use`.
         router: Decides for each token, as far as the use leaves that to it.
     """

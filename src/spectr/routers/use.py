@@ -35,7 +35,7 @@ class Use(ABC):
 
     Attributes:
         fixes: Whether the verdict is the weights of all of the prompt's tokens, so that no token chooses.
-        gathers: Whether an expert whose number is zero takes no part, so that its factors need not be there.
+        gathers: Whether an expert whose number is zero takes no part, so that its factors need not be in memory.
         neutral: The number of an expert of which nothing is known.
         in_kernels: Whether scores are informed by a product alone, as kernels do it.
     """
@@ -52,7 +52,7 @@ class Use(ABC):
 
     @abstractmethod
     def verdict(self, evidence_BE: Float[Tensor, "B E"]) -> Float[Tensor, "B E"]:
-        """From what speaks for each expert to its number, float32."""
+        """From evidence to the verdict, float32."""
 
     def informed(self, scores_TE: Float[Tensor, "*T E"], verdict_TE: Float[Tensor, "*B E"]) -> Float[Tensor, "*T E"]:
         """A token's scores with the prompt's numbers, one row for a row of tokens, or each token's own."""

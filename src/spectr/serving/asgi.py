@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive, Scope, Send
 
 from spectr.serving.errors import RefusalError
@@ -12,19 +14,9 @@ from spectr.serving.errors import RefusalError
 _WITH = {401: {"www_authenticate": "Bearer"}, 503: {"retry_after": "10"}}  # headers of refusals
 
 
-class HangUpError(Exception):
-    """The client has gone."""
-
-
-def header(scope: Scope, name: bytes) -> str | None:
-    """A header's value."""
-    found = next((value for key, value in scope["headers"] if key.lower() == name), None)
-    return None if found is None else found.decode("latin-1")
-
-
 def bearer(scope: Scope) -> str | None:
     """The key that a request carries."""
-    kind, _, secret = (header(scope, b"authorization") or "").partition(" ")
+    kind, _, secret = Headers(scope=scope).get("authorization", "").partition(" ")
     return secret.strip() if kind.lower() == "bearer" else None
 
 
@@ -33,19 +25,14 @@ async def read_body(receive: Receive, scope: Scope, limit: int) -> bytes:
 
     Raises:
         RefusalError: 413: it is longer than the limit; the rest is not read.
-        HangUpError: The client left before it had sent it.
+        ClientDisconnect: The client left before it had sent it.
     """
-    declared = header(scope, b"content-length") or ""
-    body = bytearray()
-    more = True
+    request, body = Request(scope, receive), bytearray()
+    declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
         raise _too_large(declared, limit)
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise HangUpError
-        body += message.get("body", b"")
-        more = message.get("more_body", False)
+    async for part in request.stream():
+        body += part
         if len(body) > limit:
             raise _too_large("more", limit)
     return bytes(body)
@@ -149,13 +136,13 @@ class Connection:
         """Wait for the work, or for the client to leave before it is answered, which cancels the work.
 
         Raises:
-            HangUpError: The client left first.
+            ClientDisconnect: The client left first.
         """
         task, left = asyncio.ensure_future(work), asyncio.ensure_future(self._gone.wait())
         try:
             await asyncio.wait((task, left), return_when=asyncio.FIRST_COMPLETED)
             if not task.done() and not answered():
-                raise HangUpError
+                raise ClientDisconnect
             await task
         finally:
             for pending in (task, left, self._watch):

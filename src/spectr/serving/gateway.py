@@ -10,13 +10,13 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from spectr.errors import SpectrError
 from spectr.serving.api_fields import ChatRequest, CompletionRequest, Request, parse, routing
 from spectr.serving.asgi import (
     Connection,
-    HangUpError,
     TrackedSend,
     bearer,
     read_body,
@@ -108,7 +108,7 @@ class Gateway:
             with self.shutdown.tracked():
                 await self._answer(scope, receive, tracked)
             status = tracked.status or 500
-        except HangUpError:
+        except ClientDisconnect:
             status = 499  # as nginx logs it; no client reads it
             self.metrics.hangups.inc()
         finally:
@@ -125,7 +125,7 @@ class Gateway:
                 raise
             with suppress(asyncio.TimeoutError):  # of a client that does not read
                 await asyncio.wait_for(send.refuse(stopped()), FINAL_SECONDS / 2)
-        except HangUpError:
+        except ClientDisconnect:
             raise
         except Exception:
             log.exception("the engine failed on %s", scope["path"])

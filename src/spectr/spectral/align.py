@@ -1,7 +1,8 @@
-"""Spectral alignment: the SVD of ``scale * B @ A`` from its factors, without forming the product."""
+"""Spectral alignment: the SVD of ``scale * B @ A`` from its factors, without forming the product; and of several."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -47,3 +48,31 @@ def align(A_NRI: Float[Tensor, "*N R I"], B_NOR: Float[Tensor, "*N O R"], scale:
     sign = torch.where(peak < 0, -1.0, 1.0)
     alive = (_NULL * S[..., :1] < S).to(S.dtype)
     return Aligned(U * sign.mT * alive[..., None, :], S * alive, Vh * sign * alive[..., None])
+
+
+def left_basis(
+    pairs: Iterable[tuple[Float[Tensor, "_R I"], Float[Tensor, "O _R"]]],
+) -> tuple[Float[Tensor, "O Q"], Float[Tensor, " Q"]]:
+    """``U`` and ``S`` of ``[delta_1 ... delta_E] = U diag(S) [V_1^T ... V_E^T]`` with ``delta_t = B_t A_t``.
+
+    The updates are not formed: with ``A_t^T = Q_t R_t`` the matrix is ``[B_1 R_1^T ... B_E R_E^T]`` times a matrix with
+    orthonormal rows, so that both have the same ``U`` and ``S``. Each column of ``U`` has an arbitrary sign.
+
+    Args:
+        pairs: ``(A_t, B_t)`` of each expert, of any ranks; computed in float32.
+
+    Returns:
+        The directions whose singular value is not zero to float32 rounding, and these values, descending. Q is at most
+        the sum of the ranks, and at most O.
+
+    Source: KnOTS (Stoica et al., 2024), section 4.
+    """
+    small = [B.float() @ torch.linalg.qr(A.float().mT, mode="r").R.mT for A, B in pairs]
+    U, S, _ = torch.linalg.svd(torch.cat(small, dim=1), full_matrices=False)
+    alive = _NULL * S[:1] < S
+    return U[:, alive], S[alive]
+
+
+def without_rounding(x: Tensor, size: Tensor) -> Tensor:
+    """``x`` with exact zeros where it is rounding at ``size``: in TIES the sign of rounding would have a vote."""
+    return x * (x.abs() > _NULL * size)

@@ -107,22 +107,18 @@ class State(Protocol):
     @property
     def ranks(self) -> tuple[int, ...]:
         """Of the experts, in their order."""
-        ...
 
     @property
     def common_rank(self) -> int | None:
         """The rank of all; ``None`` where they differ."""
-        ...
 
     @property
     def member_EP(self) -> Tensor:
         """One where row ``p`` belongs to expert ``e``, else zero."""
-        ...
 
     @property
     def own(self) -> Any:
         """The router's own tensors, of all experts; see :attr:`Share.own`."""
-        ...
 
 
 @runtime_checkable
@@ -132,12 +128,10 @@ class InputState(State, Protocol):
     @property
     def A_PI(self) -> Tensor:
         """Input factors; of experts that share theirs, that one."""
-        ...
 
     @property
     def mix_PR(self) -> Tensor | None:
         """Makes the experts' input factors of a shared one."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

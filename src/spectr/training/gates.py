@@ -22,9 +22,8 @@ from spectr.layers import RoutedLinear, make_plan, swap_module
 from spectr.layers.linear import placement
 from spectr.routers import Oracle
 from spectr.tasks import Example
-from spectr.training.checkpoint import read_facts
 from spectr.training.data import encode
-from spectr.training.fit import Progress, fit, trainable
+from spectr.training.fit import Progress, fit, read_facts, trainable
 from spectr.training.settings import GateSettings
 
 

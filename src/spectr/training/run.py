@@ -21,9 +21,8 @@ from spectr.folders import check_new_folder
 from spectr.hashing import json_sha256
 from spectr.layers import features
 from spectr.tasks import Example
-from spectr.training.checkpoint import read_facts
 from spectr.training.data import Encoded, count_steps, encode
-from spectr.training.fit import Progress, fit, trainable
+from spectr.training.fit import Progress, fit, read_facts, trainable
 from spectr.training.publish import Report, publish
 from spectr.training.settings import TrainingSettings
 
@@ -98,11 +97,10 @@ def train_expert(
     meter = partial(_meter, model, tokenizer, progress, length_normalised, metric, max_new_tokens)
     measure, validate = meter(test) if test else None, meter(validation) if validation else None
     if facts is None:
-        before = measure("base model on the test data") if measure else None
         facts = {
             "fingerprint": fingerprint,
             "step": 0,
-            "before": before,
+            "before": measure("base model on the test data") if measure else None,
             "seconds": 0.0,
             "loss": float("nan"),
             "validation": [],
@@ -110,8 +108,9 @@ def train_expert(
     peft_model = _with_adapter(model, settings)
     try:
         total = count_steps(encoded, batch_size=settings.batch_size, epochs=settings.epochs)
-        where = (out / CHECKPOINT, checkpoint_seconds)
-        facts = fit(peft_model, encoded, settings, total, facts, *where, progress, validate)
+        facts = fit(
+            peft_model, encoded, settings, total, facts, out / CHECKPOINT, checkpoint_seconds, progress, validate
+        )
         _round_to_bfloat16(trainable(peft_model))
         peft_model.eval()
         after = measure("expert on the test data") if measure else None

@@ -12,7 +12,7 @@ from spectr.composed_model.settings import Settings
 from spectr.errors import CompositionError
 from spectr.library import ExpertLibrary
 from spectr.library.needs import CALIBRATED, OneExpert
-from spectr.routers import LengthRouter, ModuleEvidence, PromptPolicy, Router, ShortlistRouter
+from spectr.routers import LengthRouter, ModuleEvidence, PromptPolicy, Router, ShortlistRouter, token_router
 
 
 class Routers(NamedTuple):
@@ -132,7 +132,10 @@ def probe_tokens(policy: PromptPolicy) -> int:
 
 def decides_on_prompts(router: Router) -> bool:
     """Whether a router reads a prompt through its own scores, and holds weights or informs scores by what it finds."""
-    return router.policy is not None and router.policy.evidence.reads == "scores"
+    policy = router.policy
+    if policy is None or policy.evidence.reads != "scores":
+        return False
+    return policy.use.fixes or (policy.use.in_kernels and not policy.use.gathers)  # weights, or a product
 
 
 def supported(router: Router) -> Router:
@@ -144,7 +147,7 @@ def supported(router: Router) -> Router:
     instead = "one that decides for each token (spectr, calibrated-token, arrow, ...), calibrated or calibrated-prior"
     by_prompt = router.policy is not None and not decides_on_prompts(router)
     one = any(isinstance(need, OneExpert) for need in router.needs)
-    if by_prompt or one or isinstance(router, ShortlistRouter):
+    if by_prompt or one or isinstance(token_router(router), ShortlistRouter):
         raise CompositionError(
             f"this router cannot run inside vLLM: {router!r}",
             expected=instead,

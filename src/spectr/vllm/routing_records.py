@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from spectr.composition.recorder import Look, looks_of
+from spectr.composition.recorder import TokenRouting, token_routings
 from spectr.vllm.requests import RequestOptions
 from spectr.vllm.worker_state import WorkerState
 
@@ -64,37 +64,37 @@ class Reporter:
             for number, options in enumerate(runner.spectr_options)
             if options.routing and not runner.discard_request_mask.np[number]
         }
-        looks = self._looks(rows) if rows else []
-        for (number, options), look in zip(rows.items(), looks, strict=True):
+        routings = self._routings(rows) if rows else []
+        for (number, options), routing in zip(rows.items(), routings, strict=True):
             request = runner.input_batch.req_ids[number]
             self._put(
                 {
                     "id": options.route_id,
                     "request": request,
                     "token": len(runner.requests[request].output_token_ids),
-                    **self._in_numbers(look, options.routing == "layers"),
+                    **self._in_numbers(routing, options.routing == "layers"),
                 }
             )
 
-    def _looks(self, rows: Mapping[int, RequestOptions]) -> list[Look]:
+    def _routings(self, rows: Mapping[int, RequestOptions]) -> list[TokenRouting]:
         """What was chosen for the sampled tokens of some of the batch's requests."""
         in_full = any(options.routing == "layers" for options in rows.values())
         scores = self._kept("scores", list(rows)) if in_full else None
-        return looks_of(self._experts, len(rows), self._kept("weights", list(rows)), scores)
+        return token_routings(self._experts, len(rows), self._kept("weights", list(rows)), scores)
 
     def _kept(self, name: str, requests: Sequence[int]) -> dict[int, Tensor]:
         layers = self.state.layers.values()
         return dict(enumerate(rows_NE for layer in layers for rows_NE in layer.recorded(name, requests)))
 
-    def _in_numbers(self, look: Look, by_layer: bool) -> dict[str, Any]:
+    def _in_numbers(self, routing: TokenRouting, by_layer: bool) -> dict[str, Any]:
         """A report's routing: experts by their numbers, the largest weight first."""
 
         def ordered(chosen: Mapping[str, Sequence[float]]) -> list[list[float]]:
             rows = [[self._place[name], *(round(value, 6) for value in values)] for name, values in chosen.items()]
             return sorted(rows, key=lambda row: -row[1])
 
-        report = {"shares": ordered({name: (share,) for name, share in look.shares.items()})}
-        return {**report, "by_layer": list(map(ordered, look.layers))} if by_layer else report
+        report = {"shares": ordered({name: (share,) for name, share in routing.shares.items()})}
+        return {**report, "by_layer": list(map(ordered, routing.layers))} if by_layer else report
 
     def _put(self, report: dict[str, Any]) -> None:
         line = json.dumps(report, separators=(",", ":")).encode() + b"\n"

@@ -48,7 +48,7 @@ def test_who_may_have_how_many_experts(name, top_k, held, prior, beside):
 def test_routers_beside_each_other_share_a_way_where_they_choose_alike():
     routers = routers_of(several("calibrated-token", "calibrated"))
     assert routers.token_routers == (spectr.get_router("calibrated-token"),)
-    assert routers.prompts == {"calibrated": spectr.Calibrated()}
+    assert routers.prompts == {"calibrated": spectr.Calibrated().policy}
     assert routers.share_factors
     assert not routers_of(several("spectr", "calibrated")).share_factors  # prompts are scored by calibrated factors
     prior = {"name": "calibrated-prior", "top_k": 4}

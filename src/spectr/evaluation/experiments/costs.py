@@ -52,8 +52,12 @@ def costs(setup: ExperimentSetup) -> Result:
             with routed_by(routing):
                 added = forward_flops(setup.model, ids) - base
             formula = sum(_formula(layer, routing.of(layer)) for layer in layers.values())
-        row = {"memory": held, "flops": added / SAMPLE_TOKENS, "formula": formula, "probe": probe / SAMPLE_TOKENS}
-        data[label] = row
+        data[label] = row = {
+            "memory": held,
+            "flops": added / SAMPLE_TOKENS,
+            "formula": formula,
+            "probe": probe / SAMPLE_TOKENS,
+        }
         rows.append(
             [
                 label,

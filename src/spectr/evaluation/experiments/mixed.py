@@ -31,7 +31,7 @@ def mixed(setup: ExperimentSetup) -> Result:
     prompts = {(a, b): f"{tasks[a][1][0].prompt}\n\n{tasks[b][1][-1].prompt}" for a, b in pairs}
     rows, data = [], {}
     for label, router in setup.routers(ROUTERS):
-        both, one, shares = [], [], []
+        found = []
         with setup.routed(router) as routed:
             for done, ((a, b), prompt) in enumerate(prompts.items(), start=1):
                 batch = encode_batch(setup.tokenizer, [prompt], device=setup.model.device)
@@ -40,11 +40,9 @@ def mixed(setup: ExperimentSetup) -> Result:
                 mean_E = record.weights()[0, setup.opening :].mean(0)
                 right = {routed.experts.index(setup.expert_of(task)) for task in (a, b)}
                 hits = len(right & set(mean_E.topk(2).indices.tolist()))
-                both.append(float(hits == len(right)))
-                one.append(float(hits >= 1))
-                shares.append(float(mean_E[sorted(right)].sum()))
+                found.append((float(hits == len(right)), float(hits >= 1), float(mean_E[sorted(right)].sum())))
                 setup.progress(f"mixed: {label}", done, len(prompts), "")
-        measured = [Measurement.of(values) for values in (both, one, shares)]
+        measured = [Measurement.of(values) for values in zip(*found, strict=True)]
         rows.append([label, *map(percent, measured)])
         data[label] = [[m.value, m.error] for m in measured]
     return Result(

@@ -28,8 +28,7 @@ def wording(setup: ExperimentSetup) -> Result:
     rows, per_task, summary = [], {}, {}
     for label, router in setup.routers(ROUTERS):
         runs = setup.find_over_seeds(router, f"wording: {label}")
-        first = over_runs(runs, lambda finding: finding.place == 1)
-        second = over_runs(runs, lambda finding: finding.place <= 2)
+        first, second = (over_runs(runs, lambda finding, k=k: finding.place <= k) for k in (1, 2))
         share = mean_share(setup.scores_over_seeds(router, f"{label}, reworded"), own)
         per_task[label] = {task: over_runs(runs, lambda finding: finding.place == 1, [task]).value for task in tasks}
         summary[label] = {

@@ -1,4 +1,4 @@
-"""Evidence: what a whole prompt says for each expert. One file for each kind."""
+"""Evidence: how well each expert fits a whole prompt. One file for each kind."""
 
 from spectr.routers.evidence.base import Evidence, Guide, ModuleEvidence, ModuleScores, Reader, Source
 from spectr.routers.evidence.descriptions import DescriptionSimilarity

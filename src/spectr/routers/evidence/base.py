@@ -1,4 +1,4 @@
-"""What a whole prompt says for each expert before its first token is answered.
+"""How well each expert fits a whole prompt, found before the prompt's first token is answered.
 
 Legend: B rows of the batch, N tokens of all rows, T tokens, E experts.
 """
@@ -49,7 +49,7 @@ class Source(Protocol):
 
 
 class Evidence(ABC):
-    """What a prompt says for each expert. A frozen dataclass, which is its own configuration.
+    """How well each expert fits a prompt. A frozen dataclass, which is its own configuration.
 
     Attributes:
         reads: What it reads: ``"scores"`` of the token router at each module, ``"prototypes"`` of the library's index
@@ -73,7 +73,7 @@ class Evidence(ABC):
 
         Returns:
             A function that is called as the model (or its encoder) is called, and gives a number for each prompt and
-            expert, (batch, experts), float32 or float64. The larger, the more speaks for the expert.
+            expert, (batch, experts), float32 or float64. The larger, the better the expert fits.
         """
 
 
@@ -139,7 +139,7 @@ class ModuleEvidence(Evidence):
         """
         if not found:
             raise CompositionError(
-                "no layer could say anything about this prompt", do="use level='token', or name the experts yourself"
+                "no layer could score this prompt", do="use level='token', or name the experts yourself"
             )
         first = next(iter(found.values()))
         total_BE, count_E = first.new_zeros(len(first), len(experts)), torch.zeros(len(experts))

@@ -19,7 +19,7 @@ from spectr.routers.evidence.base import ModuleEvidence, ModuleScores
 class SpectralVotes(ModuleEvidence):
     """Each token votes at each module by a softmax over experts; votes are averaged, one-sided ones counting more.
 
-    ``v_t = softmax_t(log s_t / pool_temperature)``, times the number of experts, so that 1 says nothing. A vote counts
+    ``v_t = softmax_t(log s_t / pool_temperature)``, times the number of experts, so that 1 is neutral. A vote counts
     ``exp(-certainty_weight * entropy(v))``, the entropy in nats. The mean over tokens, then over modules, minus what
     the same experts get on the calibration's texts, plus 1.
 

@@ -18,11 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
-from spectr.serving.errors import RefusalError
-
 Recording = Literal["none", "shares", "layers"]
-
-__all__ = ["Engine", "Recording", "RefusalError", "Step", "Ticket"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +62,6 @@ class Step(NamedTuple):
 @runtime_checkable
 class Engine(Protocol):
     """An engine as the gateway sees it. All methods are called on the event loop's thread and must not block it."""
-
-    @property
-    def name(self) -> str:
-        """``"transformers"`` or ``"vllm"``."""
-        ...
 
     @property
     def base_model(self) -> str:

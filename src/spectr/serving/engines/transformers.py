@@ -55,8 +55,6 @@ class TransformersEngine:
         SpectrError: The installed transformers is not one that this was tested with.
     """
 
-    name = "transformers"
-
     def __init__(
         self,
         composed: Several,
@@ -71,22 +69,12 @@ class TransformersEngine:
             raise CompositionError("no layer of this model is routed", do="compose it with a library of experts")
         self.composed, self.tokenizer, self.base_model, self.batching = composed, tokenizer, base_model, batching
         self.routers, self.suspicion = tuple(composed.compositions), dict(suspicion or {})
-        self._experts = composed.experts
+        self.experts, self.layers = composed.experts, composed.layers
         self._running: dict[str, Running] = {}
         self._left = asyncio.Event()
         self.scheduler = BatchScheduler(composed)
         self._state = self._make_state()
         self.app = self._application()
-
-    @property
-    def experts(self) -> tuple[str, ...]:
-        """See :class:`Engine`."""
-        return self._experts
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """See :class:`Engine`."""
-        return self.composed.layers
 
     @property
     def fields(self) -> frozenset[str]:
@@ -118,11 +106,11 @@ class TransformersEngine:
 
     async def discard(self, name: str) -> None:
         """See :class:`Engine`."""
-        if name not in self._experts:
+        if name not in self.experts:
             raise SpectrError(f"there is no expert '{name}'")
-        if len(self._experts) == 1:
+        if len(self.experts) == 1:
             raise CompositionError(f"'{name}' is the last expert", do="stop the server instead")
-        self._experts = tuple(other for other in self._experts if other != name)
+        self.experts = tuple(other for other in self.experts if other != name)
         while any(name in running.ticket.experts for running in self._running.values()):
             self._left.clear()
             await self._left.wait()

@@ -58,8 +58,6 @@ class VllmEngine:
         CompositionError: No layer is routed.
     """
 
-    name = "vllm"
-
     def __init__(
         self,
         client: Any,

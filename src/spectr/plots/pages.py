@@ -1,16 +1,19 @@
-"""One self-contained HTML page with the results of all experiments."""
+"""Self-contained HTML pages: every token coloured by its experts, and the results of all experiments."""
 
 from __future__ import annotations
 
 import html
 import json
 from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spectr.folders import with_parents
 from spectr.plots.axes import as_svg
 from spectr.plots.figures import figure
+from spectr.plots.palette import TINT, colours
+from spectr.plots.tokens import TokenRouting
 
 if TYPE_CHECKING:
     from spectr.evaluation.experiments import Result
@@ -25,8 +28,35 @@ svg{max-width:100%;height:auto} pre{background:#f4f6f9;padding:.8rem;overflow-x:
 """
 
 
+def write_page(routings: Sequence[TokenRouting], path: str | Path, *, title: str, subtitle: str = "") -> Path:
+    """Write a page of texts whose tokens are coloured by their experts; it loads nothing from anywhere.
+
+    Args:
+        routings: One or more texts, all with the same experts and layers. With several, a table of texts by experts
+            comes first.
+        path: The file to write.
+        title: Heading.
+        subtitle: A line below it, such as the model and router.
+    """
+    template = (resources.files("spectr.plots") / "page.html").read_text(encoding="utf-8")
+    data = {
+        "experts": [{"name": name, "colour": colour} for name, colour in colours(routings[0].experts).items()],
+        "tint": TINT,
+        "layers": list(routings[0].layers),
+        "texts": [
+            {"title": one.title, "tokens": list(one.tokens), "weights": (one.weights * 1000).round().int().tolist()}
+            for one in routings
+        ],
+    }
+    page = template.replace("{{title}}", html.escape(title)).replace("{{subtitle}}", html.escape(subtitle))
+    page = page.replace("{{data}}", json.dumps(data, separators=(",", ":")).replace("</", "<\\/"))
+    path = with_parents(path)
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
 def write_report(results: Sequence[Result], path: str | Path, *, title: str) -> Path:
-    """Write the page; it loads nothing from anywhere.
+    """Write a page with the results of experiments; it loads nothing from anywhere.
 
     Args:
         results: Of the experiments, in the order to show.

@@ -1,4 +1,4 @@
-"""Another package: a router, a combination, a way to merge, an experiment and an engine, each as short as it can be.
+"""Another package: a router, evidence, a combination, a merge, an experiment and an engine, each as short as can be.
 
 CONTRIBUTING says what each is. Nothing here is known to spectr but by the entry points of ``test_other_package.py``.
 """
@@ -9,6 +9,7 @@ import asyncio
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.routing import Route
@@ -18,7 +19,7 @@ from spectr.evaluation.experiments import Result
 from spectr.layers import trace
 from spectr.merging.linear import Average
 from spectr.models import generate_answers
-from spectr.routers import Router
+from spectr.routers import Evidence, Router
 from spectr.selection import TopK
 from spectr.serving.engines import Step
 from spectr.serving.run import listen
@@ -41,6 +42,21 @@ class Modest(Router):
 
     def scores(self, state, x_TI, h_TP, allowed_TE):
         return -segment_norms(h_TP, state)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Short(Evidence):
+    """The shorter a prompt, the more for the experts that come first in the alphabet."""
+
+    length: int = 100
+
+    def reader(self, source, experts):
+        places_E = torch.tensor([float(source.library.names.index(name)) for name in experts])
+
+        def read(input_ids, **_):
+            return (places_E if input_ids.shape[1] > self.length else -places_E).expand(len(input_ids), -1)
+
+        return read
 
 
 def louder(gain: float = 1.0) -> Combination:

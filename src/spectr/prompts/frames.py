@@ -1,0 +1,77 @@
+"""What holds for several calls of a thread or task: a generation, or a block under a verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from jaxtyping import Float
+from torch import Tensor
+
+from spectr.errors import CompositionError
+
+if TYPE_CHECKING:
+    from spectr.prompts.calls import Calls
+
+
+class _Token:
+    """Names a frame in records, which must not keep the frame alive."""
+
+
+@dataclass(eq=False)
+class Frame:
+    """A generation, or a block, whose verdict holds for all of its calls.
+
+    Attributes:
+        verdict_BE: ``None`` of a router that decides for each token.
+        generates: Whether it is a generation.
+        expand: How many sequences each row becomes (beams, sequences to return); ``None`` where that is not known.
+        assistants: The first verdict of each composition that assists.
+    """
+
+    calls: Calls
+    verdict_BE: Float[Tensor, "B E"] | None
+    generates: bool = False
+    expand: int | None = None
+    assistants: dict[str, Tensor | None] = field(default_factory=dict)
+    token: _Token = field(default_factory=_Token)
+    requests: int = 0
+
+    def next_row(self) -> Tensor | None:
+        """The verdict's row for the next request that is added here."""
+        if self.verdict_BE is None:
+            return None
+        rows, number = len(self.verdict_BE), self.requests
+        if rows > 1 and number >= rows:
+            raise CompositionError(
+                f"a verdict of {rows} rows, and a further request",
+                do="decide on all requests that are added in this block, or on one for all",
+            )
+        self.requests += 1
+        return self.verdict_BE[:1] if rows == 1 else self.verdict_BE[number : number + 1]
+
+
+_frames: ContextVar[tuple[Frame, ...]] = ContextVar("spectr_frames", default=())  # of a thread or task; innermost last
+
+
+def frame_of(calls: Calls) -> Frame | None:
+    """The innermost frame of a composition."""
+    return next((frame for frame in reversed(_frames.get()) if frame.calls is calls), None)
+
+
+def innermost() -> Frame | None:
+    """The innermost frame, whosever it is."""
+    return next(iter(_frames.get()[-1:]), None)
+
+
+@contextmanager
+def framed(frame: Frame) -> Iterator[None]:
+    """Have a frame hold while the block runs."""
+    _frames.set((*_frames.get(), frame))
+    try:
+        yield
+    finally:
+        _frames.set(tuple(other for other in _frames.get() if other is not frame))

@@ -1,0 +1,151 @@
+"""``generate`` of a composed model: one decision for all of its calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from inspect import signature
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from spectr.errors import CompositionError
+from spectr.layers.batch_routing import thread
+from spectr.prompts import cache_records as records
+from spectr.prompts.arguments import (
+    CallTokens,
+    GenerationSettings,
+    begins_with,
+    expanded,
+    has_encoder,
+    prompt_of,
+    same_verdict,
+)
+from spectr.prompts.cache_records import CacheRecord
+from spectr.prompts.frames import Frame, frame_of, framed, innermost
+
+if TYPE_CHECKING:
+    from spectr.prompts.calls import Calls
+
+
+class Generation:
+    """Stands in for the ``generate`` of a model.
+
+    Args:
+        calls: Decides.
+        model: The composed model.
+    """
+
+    def __init__(self, calls: Calls, model: Any):
+        self.calls, self.model = calls, model
+        self.own: Callable[..., Any] | None = model.__dict__.get("generate")
+
+    @property
+    def plain(self) -> Callable[..., Any]:
+        """The model's own ``generate``."""
+        return self.own or type(self.model).generate.__get__(self.model)
+
+    @property
+    def __signature__(self) -> Any:
+        return signature(self.plain)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's own; decides once for all of its calls, and sees to it that a given cache fits that."""
+        calls = self.calls
+        if calls.closed:
+            return self.plain(*args, **kwargs)
+        outer = frame_of(calls)
+        if thread.routing is not None or calls.is_inside or (outer is not None and outer.generates):
+            return self.plain(*args, **kwargs)
+        with calls.exclusion.running():
+            if calls.closed:
+                return self.model.generate(*args, **kwargs)
+            names = tuple(signature(self.plain).parameters)
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            settings = GenerationSettings.of(self.model, given)
+            prompt = prompt_of(self.model, given, settings)
+            name, state = next(records.states_in(given), ("", None))
+            if not records.is_filled(state):
+                state = None
+            frame = Frame(calls, None, generates=True, expand=settings.expand)
+            known = None if state is None else calls.known(state)
+            whole, only_new = self._whole(prompt, given, state)
+            frame.verdict_BE = self._verdict_for(whole, outer, settings, known, given)
+            with framed(frame):
+                if state is not None:
+                    # assisted, transformers reads the whole text again behind what a cache holds
+                    again = settings.assisted or records.is_recurrent(state)
+                    known = None if again else known
+                    kwargs = {**kwargs, name: self._fitting(state, known, whole, prompt, frame, only_new)}
+                    kwargs = {key: value for key, value in kwargs.items() if value is not None or key != name}
+                return self.plain(*args, **kwargs)
+
+    def _whole(self, prompt: dict[str, Any], given: Mapping[str, Any], state: Any) -> tuple[dict[str, Any], bool]:
+        """A generation's whole input, and whether it is given the new tokens alone, as its mask shows."""
+        ids, mask = prompt.get("input_ids"), given.get("attention_mask")
+        if state is None or not isinstance(ids, Tensor) or not isinstance(mask, Tensor) or has_encoder(self.model):
+            return prompt, False
+        if mask.ndim != 2 or mask.shape[1] <= ids.shape[1]:
+            return prompt, False
+        record = records.record_of(state)
+        before = None if record is None or not records.agrees(state, record) else record.ids_BT
+        if before is None or before.shape[1] + ids.shape[1] != mask.shape[1]:
+            raise CompositionError(
+                "generate is given new tokens alone, and those of the cache are not known",
+                do="pass the whole text as input_ids, with or without the cache",
+            )
+        whole = torch.cat([before.to(ids.device).clamp(min=0), ids], dim=1)
+        return {**prompt, "input_ids": whole, "attention_mask": mask}, True
+
+    def _verdict_for(
+        self,
+        whole: dict[str, Any],
+        outer: Frame | None,
+        settings: GenerationSettings,
+        known: CacheRecord | None,
+        given: Any,
+    ) -> Tensor | None:
+        calls = self.calls
+        if calls.prompt is None:
+            return None
+        verdict_BE = calls.wanted(outer)
+        around = innermost()
+        around = None if around is None or around.calls is calls else around
+        if verdict_BE is None and around is not None and calls.key in around.assistants:
+            verdict_BE = around.assistants[calls.key]
+        if verdict_BE is None and settings.assists and known is not None:
+            verdict_BE = known.verdict_BE
+        if verdict_BE is None and has_encoder(self.model) and given.get("encoder_outputs") is not None:
+            outputs = given["encoder_outputs"]
+            hidden = outputs if isinstance(outputs, Tensor) else outputs[0]
+            verdict_BE = calls.encoded("model", given, CallTokens(None, None, None, len(hidden), 1))
+        if verdict_BE is None:
+            verdict_BE = calls.decide(whole)
+        if around is not None:
+            around.assistants.setdefault(calls.key, verdict_BE)
+        calls.prompt.show(verdict_BE)
+        return verdict_BE
+
+    def _fitting(
+        self, state: Any, known: CacheRecord | None, whole: dict[str, Any], prompt: Any, frame: Frame, only_new: bool
+    ) -> Any:
+        """A given cache, so that it does not change the answer: as it is, read again, or emptied."""
+        if known is not None and begins_with(whole, known, only_new):
+            wanted = frame.verdict_BE
+            fits = wanted is None or (
+                known.verdict_BE is not None
+                and same_verdict(known.verdict_BE, expanded(wanted, len(known.verdict_BE), None))
+            )
+            if fits:
+                known.frame = frame.token
+                return state
+        if only_new:
+            ids = prompt["input_ids"]
+            tokens = CallTokens(ids, None, None, len(ids), ids.shape[1])
+            self.calls.read_again(self.calls.entry.plain, {}, state, tokens, frame, frame.verdict_BE)
+            return state
+        if not records.can_reset(state):
+            return None  # then generate begins without
+        state.reset()
+        records.attach(state, self.calls.fresh(frame.verdict_BE, frame))
+        return state
