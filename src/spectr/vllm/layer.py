@@ -160,7 +160,7 @@ class Experts(nn.Module):
         """The factors that probes are scored by: the layer's own, or those of the router that decides on prompts."""
         runs, groups = self.runs, self.groups
         if not state.routers.share_factors:
-            router = next(iter(state.routers.prompts.values())).router
+            router = state.routers.by_name[next(iter(state.routers.prompts))]
             stacks = self._stacks(state, router)
             runs, groups = self._grouped(state, stacks, [router])
             A_PI = self._placed(torch.cat([self.split.inputs(stack.A_PI) for stack in stacks]))

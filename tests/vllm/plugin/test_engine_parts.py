@@ -1,6 +1,5 @@
 """The parts of the vLLM plugin that need no vLLM: requests, masks, weights, shards."""
 
-from dataclasses import replace
 from importlib import import_module
 
 import numpy as np
@@ -335,16 +334,35 @@ def test_a_model_without_the_experts_layers_is_refused(tmp_path):
     assert_says(error.value, given=("1 of 2 modules are routed",), expected="all layers", do="the base model")
 
 
-def test_what_is_kept_is_read_for_any_requests_of_a_step(tmp_path):
-    session = session_of(tmp_path, KNOWN)
-    session.settings = replace(session.settings, record=True)
+def layer_of(session):
     layer = Experts(MODULES, split(False, 0, (8, 8), (8, 8), (0, 0)), session, lambda tensor: tensor)
-    layer.split = replace(layer.split, ranks=1)
-    layer.device, layer.routed_modules = torch.device("cpu"), list(MODULES)
+    layer.device, layer.dtype, layer.routed_modules = torch.device("cpu"), torch.float32, list(MODULES)
     stacks = layer._stacks(session, session.router)
     layer.runs, layer.groups = layer._grouped(session, stacks, session.routers.token_routers)
+    return layer
+
+
+def test_what_is_kept_is_read_for_any_requests_of_a_step(tmp_path):
+    session = session_of(tmp_path, KNOWN)
+    layer = layer_of(session)
     layer._keep(session)
     layer.weights_0.copy_(torch.arange(layer.weights_0.numel()).view_as(layer.weights_0))
     for requests in ([], [2], [0, 3]):  # none where all prompts of a step go on in the next
         kept = layer.recorded("weights", requests)
         assert [rows.tolist() for rows in kept] == layer.weights_0[requests].movedim(1, 0).tolist()
+
+
+@pytest.mark.parametrize("names", [("spectr", "calibrated"), ("spectr", "calibrated-prior", "calibrated")])
+def test_probes_are_scored_by_factors_of_one_of_the_engines_routers(tmp_path, names, monkeypatch):
+    session, prepared = session_of(tmp_path, KNOWN), []
+    layer = layer_of(session)
+    session.routers = routers_of(several(*names))
+
+    def parts(module, router):
+        prepared.append(router)
+        side = SideData(torch.zeros(6), 1.0)
+        return stack_of(router, dict.fromkeys(KNOWN, 2), 0, 6, 8, side=lambda name: side).parts()
+
+    monkeypatch.setattr(session, "parts", parts)
+    layer._probe_factors(session, torch.zeros(0))
+    assert set(prepared) <= set(session.routers.by_name.values())
