@@ -5,7 +5,7 @@ import torch
 from models import random_factors, write_adapter
 from spectr import ExpertLibrary
 from spectr.composed_model import Settings
-from spectr.vllm.worker_state import Session
+from spectr.vllm.worker_state import WorkerState
 
 MODULES = ("model.layers.0.mlp.up_proj", "model.layers.0.mlp.gate_proj")
 
@@ -15,7 +15,7 @@ def session_of(root, names, tokens=16):
         factors = {module: random_factors(2, 6, 8, 10 * seed + n) for n, module in enumerate(MODULES)}
         write_adapter(root / name, factors)
     settings = Settings(library=str(root), router={"name": "spectr", "top_k": 2})
-    return Session(settings, ExpertLibrary.open(root), tokens, 4, torch.device("cpu"))
+    return WorkerState(settings, ExpertLibrary.open(root), tokens, 4, torch.device("cpu"))
 
 
 def several(*routers):

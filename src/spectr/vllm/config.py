@@ -19,17 +19,17 @@ from spectr.ops.packed import packed_works
 from spectr.vllm.method import routed_method
 from spectr.vllm.prompt_decisions import DECIDES
 from spectr.vllm.router_set import decides_on_prompts, fingerprint, routers_of
-from spectr.vllm.worker_state import Session
+from spectr.vllm.worker_state import WorkerState
 
 _RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 
 
 @register_quantization_config(METHOD)
 class SpectrConfig(QuantizationConfig):
-    """The composed model's config; made in the front end and sent to the workers.
+    """The composed model's config; made in the front-end process and sent to the workers.
 
     Attributes:
-        settings: What the model's ``quantization_config`` says.
+        settings: The model's ``quantization_config``.
         inner: The base model's own quantisation, or ``None``.
     """
 
@@ -41,13 +41,13 @@ class SpectrConfig(QuantizationConfig):
             self.inner = get_quantization_config(settings.inner["quant_method"]).from_config(dict(settings.inner))
         self.library: ExpertLibrary | None = None
         self.origin = ""
-        self._session: Session | None = None
+        self._worker_state: WorkerState | None = None
         self._names: dict[str, str] = {}
         self._mapper: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         """For another process, which opens the library itself."""
-        return {**self.__dict__, "library": None, "_session": None}
+        return {**self.__dict__, "library": None, "_worker_state": None}
 
     @classmethod
     def get_name(cls) -> Any:
@@ -79,9 +79,9 @@ class SpectrConfig(QuantizationConfig):
             )
         os.environ[_RUNNER] = "0"
         settings = Settings.of(config)
-        if all(map(decides_on_prompts, routers_of(settings).named.values())) and DECIDES not in os.environ:
+        if all(map(decides_on_prompts, routers_of(settings).by_name.values())) and DECIDES not in os.environ:
             raise CompositionError(
-                f"nobody decides on prompts here: {settings.router['name']}",
+                f"nothing decides on prompts in this process: {settings.router['name']}",
                 expected="a router that decides for each token, in vLLM by itself",
                 do="spectr serve --engine vllm, or save with calibrated-token",
             )
@@ -104,20 +104,20 @@ class SpectrConfig(QuantizationConfig):
             self.inner.apply_vllm_mapper(hf_to_vllm_mapper)
 
     @property
-    def session(self) -> Session:
-        """This worker's experts and buffers, made when the first layer asks."""
-        if self._session is None:
+    def state(self) -> WorkerState:
+        """This worker's experts and buffers, made for the first layer."""
+        if self._worker_state is None:
             engine = get_current_vllm_config()  # pyright: ignore[reportCallIssue]  (vLLM is not installed where it runs)
             _check_engine(engine, bool(routers_of(self.settings).prompts))
             library = self.library or self.settings.narrowed(ExpertLibrary.open(self.origin))
             scheduler = engine.scheduler_config
             device = torch.device(engine.device_config.device)
             sizes = scheduler.max_num_batched_tokens, scheduler.max_num_seqs
-            named = engine.compilation_config.static_forward_context
-            self._session = Session(self.settings, library, *sizes, device, named)
-            modules = {module for expert in self._session.opened.values() for module in expert.shapes}
+            graph_objects = engine.compilation_config.static_forward_context
+            self._worker_state = WorkerState(self.settings, library, *sizes, device, graph_objects)
+            modules = {module for expert in self._worker_state.adapters.values() for module in expert.shapes}
             self._names = {self._vllm_name(module): module for module in modules}
-        return self._session
+        return self._worker_state
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
         """See ``QuantizationConfig``."""
@@ -129,8 +129,8 @@ class SpectrConfig(QuantizationConfig):
             return base
         base = base or UnquantizedLinearMethod()
         assert isinstance(base, LinearMethodBase)
-        session, modules = self.session, self._modules(prefix)
-        return routed_method(base, session, modules, prefix) if any(map(session.users, modules)) else base
+        state, modules = self.state, self._modules(prefix)
+        return routed_method(base, state, modules, prefix) if any(map(state.experts_of, modules)) else base
 
     def _vllm_name(self, module: str) -> str:
         mapped = self._mapper.apply_list([f"{module}.weight"]) if self._mapper else []
@@ -144,8 +144,8 @@ class SpectrConfig(QuantizationConfig):
         return [self._names.get(name, name) for name in names]
 
 
-def _check_engine(engine: Any, hears: bool) -> None:
-    """Raise :class:`CompositionError` for ways to run in which a token's mask could not be told."""
+def _check_engine(engine: Any, probes: bool) -> None:
+    """Raise :class:`CompositionError` for options of the engine under which a token's experts could not be known."""
     parallel = engine.parallel_config
     wrong = {
         "the second model runner": engine.use_v2_model_runner,
@@ -156,7 +156,7 @@ def _check_engine(engine: Any, hears: bool) -> None:
         "a model of images or sound": engine.model_config.is_multimodal_model,
         "KV-sharing fast prefill": engine.cache_config.kv_sharing_fast_prefill,
         "vLLM's own LoRA": engine.lora_config is not None,
-        "CUDA graphs and a router that decides on prompts (--enforce-eager)": hears
+        "CUDA graphs and a router that decides on prompts (--enforce-eager)": probes
         and engine.device_config.device_type != "cpu"
         and not engine.model_config.enforce_eager,
     }

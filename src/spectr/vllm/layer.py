@@ -14,78 +14,80 @@ from spectr.errors import CompositionError
 from spectr.routers import LengthRouter, Router
 from spectr.spectral import Share, Stack
 from spectr.vllm.packed import fits, packed_of
-from spectr.vllm.probes import Ear, key_of
+from spectr.vllm.probes import ProbeScorer, key_of
 from spectr.vllm.product import Product
-from spectr.vllm.routing import Group, alike
-from spectr.vllm.score_transforms import Way, by_ways
+from spectr.vllm.routing import Group, same_layout
+from spectr.vllm.score_transforms import ScoreTransform, needs_transforms
 from spectr.vllm.tensor_parallel import Split
-from spectr.vllm.worker_state import Session
+from spectr.vllm.worker_state import WorkerState
 
 Reduce = Callable[[Tensor], Tensor]
 
 
 class Experts(nn.Module):
-    """What the experts add to a layer's output.
+    """The experts' update of a layer's output.
 
     Args:
         modules: The library's names of the packed modules, in the order of the output.
         split: How tensor parallelism cuts the layer.
-        session: The worker's.
+        state: The worker's.
         reduce: Sums a tensor over the ranks; used in row-parallel layers.
     """
 
-    granted_TE: Tensor
-    turns_T: Tensor
+    routing_TE: Tensor
+    router_T: Tensor
     sampled_N: Tensor
     groups: Any
     B: Any
     packed: Any
-    ear: Any
+    probe_scorer: Any
     scores_0: Tensor
     weights_0: Tensor
 
-    def __init__(self, modules: Sequence[str], split: Split, session: Session, reduce: Reduce):
+    def __init__(self, modules: Sequence[str], split: Split, state: WorkerState, reduce: Reduce):
         super().__init__()
         self.modules_S, self.split, self.reduce = tuple(modules), split, reduce
-        self.record = session.settings.record
-        self.packed = self.ear = None
-        for name in ("granted_TE", "turns_T", "sampled_N"):
-            self.register_buffer(name, getattr(session, name), persistent=False)
+        self.record = state.settings.record
+        self.packed = self.probe_scorer = None
+        for name in ("routing_TE", "router_T", "sampled_N"):
+            self.register_buffer(name, getattr(state, name), persistent=False)
 
-    def build(self, session: Session, device: torch.device, dtype: torch.dtype, name: str) -> None:
+    def build(self, state: WorkerState, device: torch.device, dtype: torch.dtype, name: str) -> None:
         """Prepare the experts as :func:`spectr.compose` does, and keep this rank's share of them.
 
         Args:
-            session: The worker's.
+            state: The worker's.
             device: Of the layer.
             dtype: Likewise.
             name: The layer's.
         """
         self.device, self.dtype = device, dtype
-        self.held = [module for module in self.modules_S if session.users(module)]
-        stacks = self._stacks(session, session.router)
-        self.runs, self.groups = self._grouped(session, stacks, session.routers.ways)
+        self.routed_modules = [module for module in self.modules_S if state.experts_of(module)]
+        stacks = self._stacks(state, state.router)
+        self.runs, self.groups = self._grouped(state, stacks, state.routers.token_routers)
         places = dict(zip(self.modules_S, self.split.places(len(self.modules_S)), strict=True))
-        self.places = [places[module] for module in self.held]
+        self.places = [places[module] for module in self.routed_modules]
         if self.record:
-            self._keep(session)
+            self._keep(state)
         A_PI, B_SOP = self._factors(stacks)
-        if session.hearing is not None:
-            self.ear = session.named[key_of(name)] = Ear(session.hearing, *self._heard(session, A_PI))
+        if state.probes is not None:
+            self.probe_scorer = state.graph_objects[key_of(name)] = ProbeScorer(
+                state.probes, *self._probe_factors(state, A_PI)
+            )
         if fits(self):
             self.packed = packed_of(self, A_PI, B_SOP)
         else:
             self.A, self.B = Product(A_PI), nn.ModuleList(Product(B_OP) for B_OP in B_SOP)
 
-    def fill(self, session: Session) -> None:
-        """The factors anew, zero for experts that have been removed."""
-        stacks = self._stacks(session, session.router)
-        ways = self._ways(session, stacks, session.routers.ways)
+    def fill(self, state: WorkerState) -> None:
+        """Write the factors again, zero for experts that have been removed."""
+        stacks = self._stacks(state, state.router)
+        transforms = self._transforms(state, stacks, state.routers.token_routers)
         for run, group in zip(self.runs, self.groups, strict=True):
-            group.refill([stacks[i] for i in run], [ways[i] for i in run])
+            group.refill([stacks[i] for i in run], [transforms[i] for i in run])
         A_PI, B_SOP = self._factors(stacks)
-        if self.ear is not None:
-            self.ear.hear_by(*self._heard(session, A_PI))
+        if self.probe_scorer is not None:
+            self.probe_scorer.score_by(*self._probe_factors(state, A_PI))
         if self.packed is not None:
             self.packed.fill(A_PI, B_SOP, self.groups[0].centers_SWP)
             return
@@ -100,12 +102,12 @@ class Experts(nn.Module):
         h_TQ = self.A(x_TI)
         if self.split.by_input:
             h_TQ = self.reduce(h_TQ)
-        granted_TF, turns_T = self.granted_TE[: len(x_TI)], self.turns_T[: len(x_TI)]
+        routing_TF, router_T = self.routing_TE[: len(x_TI)], self.router_T[: len(x_TI)]
         start, module = 0, 0
         for number, group in enumerate(self.groups):
             rows = group.modules_S * group.rows
             h_TSP = h_TQ[:, start : start + rows].unflatten(-1, (group.modules_S, group.rows))
-            scores_TSE, weights_TSE = group.choose(h_TSP, x_TI, granted_TF, turns_T)
+            scores_TSE, weights_TSE = group.choose(h_TSP, x_TI, routing_TF, router_T)
             if self.record:
                 self._write(number, scores_TSE, weights_TSE)
             weighted_TSP = group.weighted(h_TSP, weights_TSE)[..., self.split.columns(group.rows)]
@@ -116,64 +118,74 @@ class Experts(nn.Module):
             start += rows
         return out_TO
 
-    def _stacks(self, session: Session, router: Router) -> list[Stack]:
+    def _stacks(self, state: WorkerState, router: Router) -> list[Stack]:
         """Each module's experts, prepared in float32; removed ones are zero."""
-        parts = [session.parts(module, router) for module in self.held]
-        return [Stack.of({name: _kept(part, name in session.removed) for name, part in one.items()}) for one in parts]
+        parts = [state.parts(module, router) for module in self.routed_modules]
+        return [Stack.of({name: _kept(part, name in state.removed) for name, part in one.items()}) for one in parts]
 
     def _grouped(
-        self, session: Session, stacks: Sequence[Stack], routers: Sequence[Router]
+        self, state: WorkerState, stacks: Sequence[Stack], routers: Sequence[Router]
     ) -> tuple[list[list[int]], nn.ModuleList]:
-        """Numbers of stacks that are scored in one go, and what scores them; several routers each in its own way."""
+        """Numbers of the stacks that are scored together, and what scores them for each router."""
         runs = _runs(stacks, routers[0])
-        ways = self._ways(session, stacks, routers)
-        columns = {module: [session.experts.index(name) for name in session.users(module)] for module in self.held}
-        engine = len(session.experts), session.routers.held
+        transforms = self._transforms(state, stacks, routers)
+        columns = {
+            module: [state.experts.index(name) for name in state.experts_of(module)] for module in self.routed_modules
+        }
+        engine = len(state.experts), state.routers.most_fixed
         groups = (
-            Group([stacks[i] for i in run], routers, columns[self.held[run[0]]], *engine, [ways[i] for i in run])
+            Group(
+                [stacks[i] for i in run],
+                routers,
+                columns[self.routed_modules[run[0]]],
+                *engine,
+                [transforms[i] for i in run],
+            )
             for run in runs
         )
         return runs, nn.ModuleList(groups).to(self.device)
 
-    def _ways(self, session: Session, stacks: Sequence[Stack], routers: Sequence[Router]) -> list[list[Way]]:
-        """Of each module how each router scores its experts, where that is to be known."""
-        ways: list[list[Way]] = [[] for _ in stacks]
-        for router in routers if by_ways(routers) else ():
+    def _transforms(
+        self, state: WorkerState, stacks: Sequence[Stack], routers: Sequence[Router]
+    ) -> list[list[ScoreTransform]]:
+        """Each router's score transform of each module, where transforms are needed."""
+        transforms: list[list[ScoreTransform]] = [[] for _ in stacks]
+        for router in routers if needs_transforms(routers) else ():
             assert isinstance(router, LengthRouter)
-            for its, own, held in zip(ways, self._stacks(session, router), stacks, strict=True):
-                its.append(Way.of(own, held, router))
-        return ways
+            for row, own, stack in zip(transforms, self._stacks(state, router), stacks, strict=True):
+                row.append(ScoreTransform.of(own, stack, router))
+        return transforms
 
-    def _heard(self, session: Session, A_PI: Tensor) -> tuple[Tensor, list[tuple[Any, list[str]]], Reduce]:
-        """By what prompts are scored: the layer's own factors, or those of the router that decides on them."""
+    def _probe_factors(self, state: WorkerState, A_PI: Tensor) -> tuple[Tensor, list[tuple[Any, list[str]]], Reduce]:
+        """The factors that probes are scored by: the layer's own, or those of the router that decides on prompts."""
         runs, groups = self.runs, self.groups
-        if not session.routers.alike:
-            router = next(iter(session.routers.prompts.values())).router
-            stacks = self._stacks(session, router)
-            runs, groups = self._grouped(session, stacks, [router])
+        if not state.routers.share_factors:
+            router = state.routers.by_name[next(iter(state.routers.prompts))]
+            stacks = self._stacks(state, router)
+            runs, groups = self._grouped(state, stacks, [router])
             A_PI = self._placed(torch.cat([self.split.inputs(stack.A_PI) for stack in stacks]))
-        names = [[self.held[number] for number in run] for run in runs]
+        names = [[self.routed_modules[number] for number in run] for run in runs]
         reduce = self.reduce if self.split.by_input else lambda h: h
         return A_PI, list(zip(groups, names, strict=True)), reduce
 
     def _factors(self, stacks: Sequence[Stack]) -> tuple[Tensor, list[Tensor]]:
-        """Input factors of all modules below each other, and each module's output factors."""
+        """Input factors of all modules, stacked, and each module's output factors."""
         order = [number for run in self.runs for number in run]
         assert order == list(range(len(stacks)))
         rows = [self.split.inputs(stack.A_PI) for stack in stacks]
         names = self.modules_S
         B_SOP = [
             self.split.outputs(stack.B_OP, names.index(module), len(names))
-            for module, stack in zip(self.held, stacks, strict=True)
+            for module, stack in zip(self.routed_modules, stacks, strict=True)
         ]
         return self._placed(torch.cat(rows)), [self._placed(B_OP) for B_OP in B_SOP]
 
     def _placed(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.dtype).contiguous()
 
-    def _keep(self, session: Session) -> None:
-        """Buffers for what is chosen, one pair a group."""
-        requests = len(session.sampled_N)
+    def _keep(self, state: WorkerState) -> None:
+        """Make buffers for scores and weights, one pair for each group."""
+        requests = len(state.sampled_N)
         for number, group in enumerate(self.groups):
             for name in ("scores", "weights"):
                 empty = torch.zeros(requests, group.modules_S, group.experts, dtype=torch.float32, device=self.device)
@@ -189,17 +201,17 @@ class Experts(nn.Module):
 
     def recorded(self, name: str, requests: Sequence[int]) -> list[Tensor]:
         """Of each module the ``"scores"`` or ``"weights"``, (requests, experts), of these requests' sampled tokens."""
-        rows = torch.tensor(requests, device=self.device)
+        rows = torch.tensor(requests, dtype=torch.long, device=self.device)
         kept = [getattr(self, f"{name}_{number}").index_select(0, rows) for number in range(len(self.groups))]
         return [rows_NE for rows_NSE in kept for rows_NE in rows_NSE.unbind(1)]
 
 
-def check_sizes(name: str, module: str, inputs: int, outputs: int, session: Session) -> None:
+def check_sizes(name: str, module: str, inputs: int, outputs: int, state: WorkerState) -> None:
     """Raise :class:`CompositionError` for experts that were made for a layer of another size."""
     unfit = [
         f"{expert} ({shape.inputs} -> {shape.outputs})"
-        for expert in session.users(module)
-        if ((shape := session.opened[expert].shapes[module]).inputs, shape.outputs) != (inputs, outputs)
+        for expert in state.experts_of(module)
+        if ((shape := state.adapters[expert].shapes[module]).inputs, shape.outputs) != (inputs, outputs)
     ]
     if unfit:
         raise CompositionError(
@@ -215,10 +227,10 @@ def _kept(share: Share, removed: bool) -> Share:
 
 
 def _runs(stacks: Sequence[Stack], router: Router) -> list[list[int]]:
-    """Numbers of stacks, those together that can be scored in one go."""
+    """Numbers of stacks, in groups that are scored together."""
     runs = [[0]]
     for before, number in pairwise(range(len(stacks))):
-        if alike(stacks[before], stacks[number], router):
+        if same_layout(stacks[before], stacks[number], router):
             runs[-1].append(number)
         else:
             runs.append([number])

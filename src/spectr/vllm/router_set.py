@@ -1,4 +1,4 @@
-"""Which routers an engine with many requests in a batch can run, and what its graphs depend on."""
+"""The routers of one engine: which ones it can run, which chooses for a request, and what graphs depend on."""
 
 from __future__ import annotations
 
@@ -16,64 +16,64 @@ from spectr.routers import LengthRouter, ModuleEvidence, PromptPolicy, Router, S
 
 
 class Routers(NamedTuple):
-    """Who routes in one engine.
+    """The routers of one engine.
 
     Attributes:
-        named: All of them by name, the default first.
-        ways: Those that layers choose as; they hold the factors of the first.
-        turns: By a router's name which of these chooses for its tokens.
+        by_name: All of them by name, the default first.
+        token_routers: Those that choose for each token; layers hold the factors of the first.
+        numbers: By a router's name the number of the token router that chooses for it.
     """
 
-    named: dict[str, Router]
-    ways: tuple[Router, ...]
-    turns: dict[str, int]
+    by_name: dict[str, Router]
+    token_routers: tuple[Router, ...]
+    numbers: dict[str, int]
 
     @property
     def layers(self) -> Router:
-        """Whose factors the layers hold."""
-        return self.ways[0]
+        """The router whose factors the layers hold."""
+        return self.token_routers[0]
 
     @property
     def prompts(self) -> dict[str, PromptPolicy]:
         """The policies of those that read a prompt first."""
-        return {name: one.policy for name, one in self.named.items() if one.policy is not None}
+        return {name: one.policy for name, one in self.by_name.items() if one.policy is not None}
 
     @property
-    def alike(self) -> bool:
+    def share_factors(self) -> bool:
         """Whether prompts are scored by the factors that the layers hold."""
         return CALIBRATED in self.layers.needs
 
     @property
-    def held(self) -> int:
-        """How many experts a verdict gives weights at most; 0 where it names one alone, which gets all of it anyhow."""
-        most = max(map(_held_by, self.named.values()))
+    def most_fixed(self) -> int:
+        """Experts that a verdict gives fixed weights at most; 0 where that is one, which has all weight in any case."""
+        most = max(map(_most_fixed_by, self.by_name.values()))
         return most if most > 1 else 0
 
-    def turn(self, name: str) -> int:
-        """Which way the tokens of a router have."""
-        return self.turns.get(name, 0)
+    def number_of(self, name: str) -> int:
+        """The number of the token router that chooses for this router's requests."""
+        return self.numbers.get(name, 0)
 
-    def granted(self, name: str, numbers: Mapping[str, float], decided: bool) -> Mapping[str, float]:
-        """What a request may do with its experts; see :attr:`spectr.vllm.worker_state.Session.granted_TE`.
+    def permitted(self, name: str, verdict: Mapping[str, float], decided: bool) -> Mapping[str, float]:
+        """What a request may do with its experts; see :attr:`spectr.vllm.worker_state.WorkerState.routing_TE`.
 
         Args:
-            name: Its router's; of one that is not known it gets the base model alone.
-            numbers: What was found of its experts; ones where nothing was.
-            decided: Whether anything was.
+            name: Its router's; with an unknown one it gets the base model alone.
+            verdict: A number for each of its experts; ones where nothing was decided.
+            decided: Whether anything was decided.
         """
-        router = self.named.get(name or next(iter(self.named)))
+        router = self.by_name.get(name or next(iter(self.by_name)))
         use = None if router is None or router.policy is None else router.policy.use
         if not decided:
-            return numbers if len(numbers) < 2 or (router is not None and use is None) else {}
+            return verdict if len(verdict) < 2 or (router is not None and use is None) else {}
         if router is None or use is None:
             return {}
         if not use.fixes:
-            return numbers
-        held = {name: -number for name, number in numbers.items() if number > 0}
-        return held if len(held) <= _held_by(router) else {}
+            return verdict
+        fixed = {name: -number for name, number in verdict.items() if number > 0}
+        return fixed if len(fixed) <= _most_fixed_by(router) else {}
 
 
-def _held_by(router: Router) -> int:
+def _most_fixed_by(router: Router) -> int:
     return (router.selection.k or 0) if _fixes(router) else 0
 
 
@@ -82,41 +82,41 @@ def _fixes(router: Router) -> bool:
 
 
 def routers_of(settings: Settings) -> Routers:
-    """Who routes by a model's config.
+    """The routers of a model's config.
 
     Raises:
-        CompositionError: One of them cannot run inside vLLM, or not beside the others.
+        CompositionError: One of them cannot run inside vLLM, or not with the others.
     """
-    named = {name: served(router) for name, router in settings.make_routers().items()}
-    first = next(iter(named.values()))
-    for router in named.values():
+    by_name = {name: supported(router) for name, router in settings.make_routers().items()}
+    first = next(iter(by_name.values()))
+    for router in by_name.values():
         if router.combination != first.combination:
             raise CompositionError(
-                f"combine={first.combine!r}, and beside it {router.combine!r}",
+                f"combine={first.combine!r} and combine={router.combine!r} in one engine",
                 expected="one combination, as the layers hold an expert's factors once",
                 do="leave --combine out, or one of the routers",
             )
-    if len({probe_tokens(one.policy) for one in named.values() if one.policy is not None}) > 1:
-        raise CompositionError("routers with other probe_tokens", expected="one number, as a prompt is read alike")
-    choosing = {name: router for name, router in named.items() if not _fixes(router)} or named
-    ways, turns = list[Router](), dict[str, int]()
+    if len({probe_tokens(one.policy) for one in by_name.values() if one.policy is not None}) > 1:
+        raise CompositionError("routers whose probe_tokens differ", expected="one number, as each prompt is read once")
+    choosing = {name: router for name, router in by_name.items() if not _fixes(router)} or by_name
+    token_routers, numbers = list[Router](), dict[str, int]()
     for name, router in choosing.items():
-        same = [number for number, way in enumerate(ways) if _chooses_as(router, way)]
+        same = [number for number, other in enumerate(token_routers) if _chooses_as(router, other)]
         if not same:
-            ways.append(router)
+            token_routers.append(router)
         elif router.policy is not None:
-            ways[same[0]] = router  # which informs, by ones where there is no prior
-        turns[name] = same[0] if same else len(ways) - 1
-    calibrated = [number for number, way in enumerate(ways) if CALIBRATED in way.needs]
-    turns |= dict.fromkeys(named.keys() - choosing.keys(), calibrated[0] if calibrated else 0)  # for their scores
-    others = [router for router in ways if not isinstance(router, LengthRouter)]
-    if len(ways) > 1 and others:
+            token_routers[same[0]] = router  # which informs, by ones where there is no prior
+        numbers[name] = same[0] if same else len(token_routers) - 1
+    calibrated = [number for number, other in enumerate(token_routers) if CALIBRATED in other.needs]
+    numbers |= dict.fromkeys(by_name.keys() - choosing.keys(), calibrated[0] if calibrated else 0)  # for their scores
+    others = [router for router in token_routers if not isinstance(router, LengthRouter)]
+    if len(token_routers) > 1 and others:
         raise CompositionError(
-            f"{others[0]!r} beside another router that chooses for each token",
+            f"{others[0]!r} with another router that chooses for each token",
             expected="routers that score by the same factors: spectr, seqr, calibrated, arrow, uniform",
             do="name fewer, or --engine transformers",
         )
-    return Routers(named, tuple(ways), turns)
+    return Routers(by_name, tuple(token_routers), numbers)
 
 
 def _chooses_as(one: Router, other: Router) -> bool:
@@ -138,7 +138,7 @@ def decides_on_prompts(router: Router) -> bool:
     return policy.use.fixes or (policy.use.in_kernels and not policy.use.gathers)  # weights, or a product
 
 
-def served(router: Router) -> Router:
+def supported(router: Router) -> Router:
     """The router itself, if layers in vLLM can choose as it does.
 
     Raises:
@@ -163,7 +163,7 @@ def served(router: Router) -> Router:
 
 
 def fingerprint(library: ExpertLibrary, compiled: bool) -> str:
-    """What a graph depends on, 16 hex digits: which experts there are, where, their ranks, and what adds them."""
+    """A hash of what a graph depends on: the experts, their modules and ranks, and whether C adds them."""
     experts = [library[name] for name in library]
     shapes = {e.name: {module: shape[:3] for module, shape in e.shapes.items()} for e in experts}
     return hashlib.sha256(json.dumps([shapes, compiled], sort_keys=True).encode()).hexdigest()[:16]

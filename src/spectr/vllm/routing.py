@@ -1,7 +1,7 @@
 """Scores and weights of a packed layer: pure torch, static shapes, any number of requests in a batch.
 
 Legend: T tokens, S modules that are packed in one layer and have like experts, E experts, P rows of their factors,
-R one expert's rows, W ways to score, F the engine's experts.
+R one expert's rows, W token routers, F the engine's experts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from spectr.combine import merge_factors, merged_products
 from spectr.routers import LengthRouter, Router
 from spectr.selection import select_among
 from spectr.spectral import Stack, remade, segment_norms
-from spectr.vllm.score_transforms import Way
+from spectr.vllm.score_transforms import ScoreTransform
 
 
 def sees_input(router: Router) -> bool:
@@ -32,11 +32,11 @@ class Group(nn.Module):
 
     Args:
         stacks: Of each module, its experts as the first router prepared them.
-        routers: Decide for each token: the first, or of several the one whose turn it is.
+        routers: Choose for each token; of several, the one that the token has.
         columns: Which of the engine's experts these are.
         engine_experts: How many that has.
-        held: How many of them have weights at most that were decided on before.
-        ways: Of each module how each router scores its experts, where :func:`by_ways` says so.
+        most_fixed: Experts with fixed weights at most.
+        transforms: Each router's score transform of each module, where :func:`needs_transforms`.
     """
 
     owner_P: Tensor
@@ -51,8 +51,8 @@ class Group(nn.Module):
         routers: Sequence[Router],
         columns: Sequence[int],
         engine_experts: int,
-        held: int = 0,
-        ways: Sequence[Sequence[Way]] = (),
+        most_fixed: int = 0,
+        transforms: Sequence[Sequence[ScoreTransform]] = (),
     ):
         super().__init__()
         first, router = stacks[0], routers[0]
@@ -61,13 +61,13 @@ class Group(nn.Module):
         self.rows = len(first.A_PI)
         self.router, self.selects = router, [one.selection for one in routers]
         self.merges = router.combination.merge is merge_factors
-        self.held = held
+        self.most_fixed = most_fixed
         uses = [one.policy.use for one in routers if one.policy is not None]
         priors = [use for use in uses if not use.fixes]
         self.informed = priors[0].informed if priors else None
-        self.everyone = list(columns) == list(range(engine_experts))
-        centers_SWP, scales_SWP = _tables(stacks, ways, router)
-        named: dict[str, Tensor | None] = {
+        self.holds_all = list(columns) == list(range(engine_experts))
+        centers_SWP, scales_SWP = _tables(stacks, transforms, router)
+        buffers: dict[str, Tensor | None] = {
             "owner_P": first.owner_P,
             "member_EP": first.member_EP.float(),
             "columns_E": torch.tensor(columns),
@@ -76,8 +76,8 @@ class Group(nn.Module):
         }
         own = _own(stacks) if scales_SWP is None or router.reads == "h" else ()
         self._state, self._own = type(own), [f"own_{number}" for number in range(len(own))]
-        named |= dict(zip(self._own, own, strict=True))
-        for name, tensor in named.items():
+        buffers |= dict(zip(self._own, own, strict=True))
+        for name, tensor in buffers.items():
             self.register_buffer(name, tensor, persistent=False)
 
     @property
@@ -85,9 +85,11 @@ class Group(nn.Module):
         """The first router's own tensors, of one module or stacked along S."""
         return self._state(*(getattr(self, name) for name in self._own)) if self._own else ()
 
-    def refill(self, stacks: Sequence[Stack], ways: Sequence[Sequence[Way]] = ()) -> None:
-        """What these stacks have beside their factors, in the place of what was there."""
-        for here, table in zip((self.centers_SWP, self.scales_SWP), _tables(stacks, ways, self.router), strict=True):
+    def refill(self, stacks: Sequence[Stack], transforms: Sequence[Sequence[ScoreTransform]] = ()) -> None:
+        """Write the centers, scales and prototypes of these stacks into the buffers."""
+        for here, table in zip(
+            (self.centers_SWP, self.scales_SWP), _tables(stacks, transforms, self.router), strict=True
+        ):
             if here is not None and table is not None:
                 here.copy_(table)
         for here, tensor in zip(self.own, _own(stacks), strict=False):
@@ -97,43 +99,45 @@ class Group(nn.Module):
         self,
         h_TSP: Float[Tensor, "T S P"],
         x_TI: Tensor,
-        granted_TF: Float[Tensor, "T F"],
-        turns_T: Int32[Tensor, " T"],
+        routing_TF: Float[Tensor, "T F"],
+        router_T: Int32[Tensor, " T"],
     ) -> tuple[Float[Tensor, "T S E"], Float[Tensor, "T S E"]]:
         """Scores and weights of each token and module.
 
         Args:
             h_TSP: ``A x``.
-            x_TI: The input itself; a part of it in a row-parallel layer, whose router does not look.
-            granted_TF: What each token may do with the engine's experts; see :attr:`Session.granted_TE`.
-            turns_T: Which of several routers each token has.
+            x_TI: The input itself; a part of it in a row-parallel layer, whose router does not read it.
+            routing_TF: What each token may do with the engine's experts; see :attr:`WorkerState.routing_TE`.
+            router_T: Which of several routers each token has.
         """
-        scores_TSE = self.scores(h_TSP, x_TI) if self.scales_SWP is None else self._scores_by_ways(h_TSP, turns_T)
-        granted_TE = granted_TF if self.everyone else granted_TF[:, self.columns_E]
-        granted_TSE = granted_TE[:, None].expand_as(scores_TSE)
-        allowed_TSE = granted_TSE >= 0
+        scores_TSE = self.scores(h_TSP, x_TI) if self.scales_SWP is None else self._transformed_scores(h_TSP, router_T)
+        routing_TE = routing_TF if self.holds_all else routing_TF[:, self.columns_E]
+        routing_TSE = routing_TE[:, None].expand_as(scores_TSE)
+        allowed_TSE = routing_TSE >= 0
         if self.informed is not None:
-            scores_TSE = self.informed(scores_TSE, granted_TSE).where(allowed_TSE, scores_TSE)
+            scores_TSE = self.informed(scores_TSE, routing_TSE).where(allowed_TSE, scores_TSE)
         weights_TSE = select_among(self.selects[0], scores_TSE, allowed_TSE)
         for number, select in enumerate(self.selects[1:], start=1):
             others_TSE = select_among(select, scores_TSE, allowed_TSE)
-            weights_TSE = others_TSE.where((turns_T == number)[:, None, None], weights_TSE)
-        if self.held:
-            weights_TSE = (-granted_TSE).where(granted_TSE < 0, weights_TSE)
+            weights_TSE = others_TSE.where((router_T == number)[:, None, None], weights_TSE)
+        if self.most_fixed:
+            weights_TSE = (-routing_TSE).where(routing_TSE < 0, weights_TSE)
         return scores_TSE, weights_TSE
 
     def scores(self, h_TSP: Float[Tensor, "T S P"], x_TI: Tensor) -> Float[Tensor, "T S E"]:
         """The first router's scores alone; see :meth:`choose`."""
         return self.router.scores(self, x_TI[:, None].expand(-1, self.modules_S, -1), h_TSP, None)
 
-    def _scores_by_ways(self, h_TSP: Float[Tensor, "T S P"], turns_T: Int32[Tensor, " T"]) -> Float[Tensor, "T S E"]:
+    def _transformed_scores(
+        self, h_TSP: Float[Tensor, "T S P"], router_T: Int32[Tensor, " T"]
+    ) -> Float[Tensor, "T S E"]:
         assert self.centers_SWP is not None
         assert self.scales_SWP is not None
-        centers_TSP, scales_TSP = (table[:, turns_T].movedim(0, 1) for table in (self.centers_SWP, self.scales_SWP))
+        centers_TSP, scales_TSP = (table[:, router_T].movedim(0, 1) for table in (self.centers_SWP, self.scales_SWP))
         return segment_norms(h_TSP * scales_TSP - centers_TSP, self)
 
     def weighted(self, h_TSP: Float[Tensor, "T S P"], weights_TSE: Float[Tensor, "T S E"]) -> Float[Tensor, "T S P"]:
-        """What the output factors are multiplied with: zero for experts without a weight, whatever their ``h`` is."""
+        """What the output factors are multiplied with: zero where the weight is, even if ``h`` is not finite."""
         weights_TSP = weights_TSE[..., self.owner_P].to(h_TSP.dtype)
         h_TSP = h_TSP.where(weights_TSP != 0, 0)
         return merged_products(h_TSP, weights_TSE) if self.merges else h_TSP * weights_TSP
@@ -147,20 +151,20 @@ def _own(stacks: Sequence[Stack]) -> tuple[Tensor, ...]:
 
 
 def _tables(
-    stacks: Sequence[Stack], ways: Sequence[Sequence[Way]], router: Router
+    stacks: Sequence[Stack], transforms: Sequence[Sequence[ScoreTransform]], router: Router
 ) -> tuple[Tensor | None, Tensor | None]:
     """Centers and scales, (S, W, P), where there are any."""
-    if not any(ways):
+    if not any(transforms):
         rows = [router.lengths(stack).centers_P for stack in stacks] if isinstance(router, LengthRouter) else []
         centers = [row[None] for row in rows if row is not None]
         return torch.stack(centers) if centers else None, None
-    tables = [[torch.stack(rows) for rows in zip(*its, strict=True)] for its in ways]
+    tables = [[torch.stack(rows) for rows in zip(*module, strict=True)] for module in transforms]
     centers, scales = zip(*tables, strict=True)
     return torch.stack(centers), torch.stack(scales)
 
 
-def alike(one: Any, other: Any, router: Router) -> bool:
-    """Whether two stacks can be scored in one go."""
+def same_layout(one: Any, other: Any, router: Router) -> bool:
+    """Whether two stacks can be scored together."""
     loose = isinstance(router, LengthRouter) or not (one.own or other.own)
     same = (one.experts, one.ranks) == (other.experts, other.ranks)
     return loose and same and one.common_rank is not None

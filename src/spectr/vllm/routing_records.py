@@ -1,6 +1,6 @@
 """Reports of what was chosen for each generated token, out of band: lines of JSON through a Unix socket.
 
-They leave the worker before the token does, so that whoever gets the token finds its report in the socket.
+They leave the worker before the token does, so that a token's report is in the socket when the token arrives.
 """
 
 from __future__ import annotations
@@ -19,96 +19,97 @@ from typing import Any
 from torch import Tensor
 
 from spectr.composition.recorder import TokenRouting, token_routings
-from spectr.vllm.requests import Asked
-from spectr.vllm.worker_state import Session
+from spectr.vllm.requests import RequestOptions
+from spectr.vllm.worker_state import WorkerState
 
-SOCKET = "SPECTR_ROUTES_SOCKET"  # path of a Unix socket that somebody listens at; no graph depends on it
-_ROOM = 64 << 20  # bytes that wait for a slow reader at most
-_PATIENCE = 0.05  # seconds that a step waits for one
+SOCKET = "SPECTR_ROUTES_SOCKET"  # path of the listener's Unix socket; no graph depends on it
+_MOST_WAITING = 64 << 20  # bytes, for a slow reader
+_SEND_TIMEOUT = 0.05  # seconds that a step waits for a slow reader
 
 
 class Reporter:
     """Sends reports of one worker.
 
     Args:
-        session: The worker's.
-        stream: Connected to whoever listens.
+        state: The worker's.
+        stream: Connected to the listener.
     """
 
-    def __init__(self, session: Session, stream: socket.socket):
-        self.session, self.stream = session, stream
+    def __init__(self, state: WorkerState, stream: socket.socket):
+        self.state, self.stream = state, stream
         self.lost = 0
         self._waiting = bytearray()
-        self._place = {name: place for place, name in enumerate(session.experts)}
-        modules = [module for layer in session.layers.values() for module in layer.held]
-        self._experts = [tuple(session.users(module)) for module in modules]
-        self._put({"experts": list(session.experts), "layers": modules})
+        self._place = {name: place for place, name in enumerate(state.experts)}
+        modules = [module for layer in state.layers.values() for module in layer.routed_modules]
+        self._experts = [tuple(state.experts_of(module)) for module in modules]
+        self._put({"experts": list(state.experts), "layers": modules})
 
     @staticmethod
-    def of(session: Session) -> Reporter | None:
-        """A reporter, where the model records, this is the first rank, and somebody listens."""
+    def of(state: WorkerState) -> Reporter | None:
+        """A reporter, where the model records, this is the first rank, and there is a listener."""
         from vllm.distributed import get_tensor_model_parallel_rank
 
         path = os.environ.get(SOCKET)
-        if not (session.settings.record and path and get_tensor_model_parallel_rank() == 0):
+        if not (state.settings.record and path and get_tensor_model_parallel_rank() == 0):
             return None
         stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 22)
         stream.connect(path)
-        return Reporter(session, stream)
+        return Reporter(state, stream)
 
     def report(self, runner: Any) -> None:
         """Report the step that a runner has just computed, for the requests that ask. Before tokens are counted."""
         rows = {
             number: options
-            for number, options in enumerate(runner.spectr_asked)
+            for number, options in enumerate(runner.spectr_options)
             if options.routing and not runner.discard_request_mask.np[number]
         }
-        for (number, options), look in zip(rows.items(), self._looks(rows), strict=True):
+        routings = self._routings(rows) if rows else []
+        for (number, options), routing in zip(rows.items(), routings, strict=True):
             request = runner.input_batch.req_ids[number]
             self._put(
                 {
                     "id": options.route_id,
                     "request": request,
                     "token": len(runner.requests[request].output_token_ids),
-                    **self._in_numbers(look, options.routing == "layers"),
+                    **self._in_numbers(routing, options.routing == "layers"),
                 }
             )
 
-    def _looks(self, rows: Mapping[int, Asked]) -> list[TokenRouting]:
+    def _routings(self, rows: Mapping[int, RequestOptions]) -> list[TokenRouting]:
         """What was chosen for the sampled tokens of some of the batch's requests."""
         in_full = any(options.routing == "layers" for options in rows.values())
         scores = self._kept("scores", list(rows)) if in_full else None
         return token_routings(self._experts, len(rows), self._kept("weights", list(rows)), scores)
 
     def _kept(self, name: str, requests: Sequence[int]) -> dict[int, Tensor]:
-        layers = self.session.layers.values()
+        layers = self.state.layers.values()
         return dict(enumerate(rows_NE for layer in layers for rows_NE in layer.recorded(name, requests)))
 
-    def _in_numbers(self, look: TokenRouting, by_layer: bool) -> dict[str, Any]:
+    def _in_numbers(self, routing: TokenRouting, by_layer: bool) -> dict[str, Any]:
         """A report's routing: experts by their numbers, the largest weight first."""
 
         def ordered(chosen: Mapping[str, Sequence[float]]) -> list[list[float]]:
             rows = [[self._place[name], *(round(value, 6) for value in values)] for name, values in chosen.items()]
             return sorted(rows, key=lambda row: -row[1])
 
-        told = {"shares": ordered({name: (share,) for name, share in look.shares.items()})}
-        return {**told, "by_layer": list(map(ordered, look.layers))} if by_layer else told
+        report = {"shares": ordered({name: (share,) for name, share in routing.shares.items()})}
+        return {**report, "by_layer": list(map(ordered, routing.layers))} if by_layer else report
 
-    def _put(self, told: dict[str, Any]) -> None:
-        line = json.dumps(told, separators=(",", ":")).encode() + b"\n"
-        if len(self._waiting) + len(line) > _ROOM:
+    def _put(self, report: dict[str, Any]) -> None:
+        line = json.dumps(report, separators=(",", ":")).encode() + b"\n"
+        if len(self._waiting) + len(line) > _MOST_WAITING:
             self.lost += 1
             return
         self._waiting += line
         try:
             self._flush()
-        except OSError:  # nobody listens any longer: routing goes on without reports
+        except OSError:  # the listener is closed: routing goes on without reports
             self._waiting.clear()
 
     def _flush(self) -> None:
         while self._waiting:
-            if not select.select([], [self.stream], [], _PATIENCE)[1]:
+            if not select.select([], [self.stream], [], _SEND_TIMEOUT)[1]:
                 return
             sent = self.stream.send(self._waiting, socket.MSG_DONTWAIT)
             del self._waiting[:sent]
@@ -118,7 +119,7 @@ class Listener:
     """The other end: make one before the engine, in the process that starts it.
 
     Attributes:
-        experts: Names that the reports' numbers stand for; known when the engine has loaded its model.
+        experts: Names by the reports' numbers; known when the engine has loaded its model.
         layers: Names of the routed modules, in the order of the reports.
     """
 
@@ -136,19 +137,19 @@ class Listener:
         threading.Thread(target=self._accept, daemon=True, name="spectr-routes").start()
 
     def expect(self, route_id: str) -> None:
-        """Keep the reports of a request from now on; those of others are let go."""
+        """Keep the reports of a request from now on; those of others are dropped."""
         with self._changed:
             self._reports[route_id] = []
 
-    def take(self, route_id: str, tokens: int = 0, patience: float = 0.5) -> list[dict[str, Any]]:
+    def take(self, route_id: str, tokens: int = 0, timeout: float = 0.5) -> list[dict[str, Any]]:
         """The reports of an expected request since the last call.
 
         Args:
             route_id: Of the request.
-            tokens: Where fewer are there, it waits a moment.
-            patience: How long, in seconds.
+            tokens: It waits for this many.
+            timeout: Seconds that it waits at most.
         """
-        until = time.monotonic() + patience
+        until = time.monotonic() + timeout
         with self._changed:
             if route_id not in self._reports:
                 return []
@@ -158,12 +159,12 @@ class Listener:
             return taken
 
     def forget(self, route_id: str) -> None:
-        """Let go of a request that is over."""
+        """Drop the reports of a request that has ended."""
         with self._changed:
             self._reports.pop(route_id, None)
 
     def close(self) -> None:
-        """Listen no longer."""
+        """Stop listening."""
         os.environ.pop(SOCKET, None)
         self._socket.close()
         self._folder.cleanup()
@@ -179,10 +180,10 @@ class Listener:
     def _read(self, stream: socket.socket) -> None:
         with stream, stream.makefile("rb") as lines:
             for line in lines:
-                told = json.loads(line)
+                report = json.loads(line)
                 with self._changed:
-                    if told.get("id") in self._reports:
-                        self._reports[told["id"]].append(told)
-                    elif "layers" in told:
-                        self.experts, self.layers = tuple(told["experts"]), tuple(told["layers"])
+                    if report.get("id") in self._reports:
+                        self._reports[report["id"]].append(report)
+                    elif "layers" in report:
+                        self.experts, self.layers = tuple(report["experts"]), tuple(report["layers"])
                     self._changed.notify_all()

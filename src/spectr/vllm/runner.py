@@ -1,4 +1,4 @@
-"""Hooks of vLLM's first model runner: masks before each step, reports after it, and a proof when a model is loaded."""
+"""Hooks of vLLM's first model runner: masks before each step, reports after it, and a check when a model is loaded."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy as np
 
 from spectr.errors import CompositionError
 from spectr.vllm.cache_salt import REMOVE
-from spectr.vllm.probes import Hearing, Row
-from spectr.vllm.requests import Asked
+from spectr.vllm.probes import Probes, Row
+from spectr.vllm.requests import RequestOptions
 from spectr.vllm.routing_records import Reporter
-from spectr.vllm.worker_state import Session
+from spectr.vllm.worker_state import WorkerState
 
 
 def hook_runner() -> None:
-    """Wrap the runner's methods; a runner of another model goes on as it was."""
+    """Wrap the runner's methods; runners of other models work as before."""
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
     from vllm.v1.worker.worker_base import WorkerBase
@@ -25,32 +25,32 @@ def hook_runner() -> None:
         return
     for kind in (GPUModelRunner, CPUModelRunner):
         if "load_model" in vars(kind):
-            kind.load_model = _proving(kind.load_model)
+            kind.load_model = _checking(kind.load_model)
     GPUModelRunner._prepare_inputs = _masking(GPUModelRunner._prepare_inputs)
     GPUModelRunner._bookkeeping_sync = _reporting(GPUModelRunner._bookkeeping_sync)
     WorkerBase.spectr_remove = _remove
     WorkerBase.spectr_status = _status
-    WorkerBase.spectr_learn = _learn
+    WorkerBase.spectr_read_baseline = _read_baseline
     WorkerBase.spectr_verdict = _verdict
 
 
-def session_of(runner: Any) -> Session | None:
-    """The session of a runner whose model is routed."""
-    return getattr(runner.vllm_config.quant_config, "_session", None)
+def state_of(runner: Any) -> WorkerState | None:
+    """The state of a runner whose model is routed."""
+    return getattr(runner.vllm_config.quant_config, "_worker_state", None)
 
 
-def _proving(load_model: Any) -> Any:
+def _checking(load_model: Any) -> Any:
     @wraps(load_model)
     def load(self: Any, *args: Any, **kwargs: Any) -> Any:
         from vllm.logger import init_logger
 
         result = load_model(self, *args, **kwargs)
-        session = session_of(self)
-        if session is not None:
-            session.check()
-            self.spectr_reporter = Reporter.of(session)
+        state = state_of(self)
+        if state is not None:
+            state.check()
+            self.spectr_reporter = Reporter.of(state)
             logger = init_logger("vllm.spectr")
-            logger.info("SpectR routes %d layers (%d modules) by %s among %s", *_words(session))
+            logger.info("SpectR routes %d layers (%d modules) by %s among %s", *_words(state))
         elif self.vllm_config.model_config.quantization == "spectr":
             raise CompositionError("no layer is routed: the model has no linear layers of vLLM's", do="serve another")
         return result
@@ -58,45 +58,45 @@ def _proving(load_model: Any) -> Any:
     return load
 
 
-def _words(session: Session) -> tuple[int, int, str, str]:
-    told = session.status()
-    return told["layers"], told["modules"], told["router"], ", ".join(told["experts"])
+def _words(state: WorkerState) -> tuple[int, int, str, str]:
+    status = state.status()
+    return status["layers"], status["modules"], status["router"], ", ".join(status["experts"])
 
 
 def _masking(prepare_inputs: Any) -> Any:
     @wraps(prepare_inputs)
     def prepare(self: Any, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:
         result = prepare_inputs(self, scheduler_output, num_scheduled_tokens)
-        session = session_of(self)
-        if session is not None:
+        state = state_of(self)
+        if state is not None:
             batch = self.input_batch
-            self.spectr_asked = [_asked(self, request) for request in batch.req_ids]
+            self.spectr_options = [_options_of(self, request) for request in batch.req_ids]
             counts = (batch.num_computed_tokens_cpu, num_scheduled_tokens, batch.num_prompt_tokens)
-            rows = zip(batch.req_ids, self.spectr_asked, *(count.tolist() for count in counts), strict=False)
-            session.write([Row(*row) for row in rows], self.requests)
+            rows = zip(batch.req_ids, self.spectr_options, *(count.tolist() for count in counts), strict=False)
+            state.write([Row(*row) for row in rows], self.requests)
         return result
 
     return prepare
 
 
-def _asked(runner: Any, request: str) -> Asked:
-    """What a request asks for; read once."""
-    state = runner.requests[request]
-    asked = getattr(state, "spectr_asked", None)
-    if asked is None:
-        params = state.sampling_params
-        asked = state.spectr_asked = Asked.of(None if params is None else params.extra_args)
-    return asked
+def _options_of(runner: Any, request: str) -> RequestOptions:
+    """A request's routing options, read once."""
+    running = runner.requests[request]
+    options = getattr(running, "spectr_options", None)
+    if options is None:
+        params = running.sampling_params
+        options = running.spectr_options = RequestOptions.of(None if params is None else params.extra_args)
+    return options
 
 
 def _reporting(bookkeeping: Any) -> Any:
     @wraps(bookkeeping)
     def keep(self: Any, *args: Any, **kwargs: Any) -> Any:
         reporter = getattr(self, "spectr_reporter", None)
-        session = session_of(self)
-        if session is not None and session.hearing is not None:
-            session.hearing.end(session.removed)
-        if reporter is not None and any(asked.routing for asked in self.spectr_asked):
+        state = state_of(self)
+        if state is not None and state.probes is not None:
+            state.probes.end(state.removed)
+        if reporter is not None and any(options.routing for options in self.spectr_options):
             reporter.report(self)
         return bookkeeping(self, *args, **kwargs)
 
@@ -104,36 +104,36 @@ def _reporting(bookkeeping: Any) -> Any:
 
 
 def _remove(self: Any, name: str) -> dict[str, Any]:
-    """Worker method: forget an expert; gives what is left."""
-    session = _needed(self)
-    session.remove(name)
-    return session.status()
+    """Worker method: remove an expert; returns the new status."""
+    state = _routed_state(self)
+    state.remove(name)
+    return state.status()
 
 
 def _status(self: Any) -> dict[str, Any]:
-    """Worker method: what is routed."""
-    return _needed(self).status()
+    """Worker method: see :meth:`WorkerState.status`."""
+    return _routed_state(self).status()
 
 
-def _learn(self: Any, probes: list[str]) -> None:
-    """Worker method: these probes say what is usual."""
-    _hearing(self).learn(probes)
+def _read_baseline(self: Any, probes: list[str]) -> None:
+    """Worker method: see :meth:`Probes.read_baseline`."""
+    _probes_of(self).read_baseline(probes)
 
 
 def _verdict(self: Any, probe: str) -> dict[str, float]:
-    """Worker method: the experts' weights, or their prior, for a prompt that was read."""
-    return _hearing(self).verdict(probe)
+    """Worker method: see :meth:`Probes.verdict`."""
+    return _probes_of(self).verdict(probe)
 
 
-def _hearing(worker: Any) -> Hearing:
-    hearing = _needed(worker).hearing
-    if hearing is None:
+def _probes_of(worker: Any) -> Probes:
+    probes = _routed_state(worker).probes
+    if probes is None:
         raise CompositionError("this engine's router does not decide on whole prompts", do="serve with calibrated")
-    return hearing
+    return probes
 
 
-def _needed(worker: Any) -> Session:
-    session = session_of(worker.model_runner)
-    if session is None:
+def _routed_state(worker: Any) -> WorkerState:
+    state = state_of(worker.model_runner)
+    if state is None:
         raise CompositionError("this engine's model is not routed", do='serve one with quant_method "spectr"')
-    return session
+    return state

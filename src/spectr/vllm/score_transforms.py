@@ -1,4 +1,4 @@
-"""Routers that have like factors, so that by those of one all score: ``A x``, row by row scaled, from a centre."""
+"""Routers whose factors differ by the scale of each row, so that all score by the products ``A x`` of one of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from spectr.routers import LengthRouter, Router
 from spectr.spectral import Stack
 
 
-class Way(NamedTuple):
+class ScoreTransform(NamedTuple):
     """How a router scores the experts of one module: ``||scales A x - centers||`` of each one's rows.
 
     Attributes:
@@ -25,20 +25,20 @@ class Way(NamedTuple):
     scales_P: Float[Tensor, " P"]
 
     @staticmethod
-    def of(own: Stack, held: Stack, router: LengthRouter) -> Way:
-        """A router's scores by the factors that are held.
+    def of(own: Stack, shared: Stack, router: LengthRouter) -> ScoreTransform:
+        """The transform of another router's products ``A x``.
 
         Args:
             own: The module's experts as the router prepares them.
-            held: The same as another of its kin does.
-            router: Whose way it is.
+            shared: The same as the router whose products are computed prepares them.
+            router: The one that scores.
         """
         A_PI, centers_P = router.lengths(own)
         centers_P = torch.zeros(len(A_PI)) if centers_P is None else centers_P
-        length_P = held.A_PI.norm(dim=1)
-        return Way(centers_P, A_PI.norm(dim=1) / length_P.where(length_P > 0, 1))
+        length_P = shared.A_PI.norm(dim=1)
+        return ScoreTransform(centers_P, A_PI.norm(dim=1) / length_P.where(length_P > 0, 1))
 
 
-def by_ways(routers: Sequence[Router]) -> bool:
-    """Whether the layers score in ways: several routers do, and one whose scores are no lengths of its own products."""
+def needs_transforms(routers: Sequence[Router]) -> bool:
+    """Whether scores are transforms of ``A x``: of several routers, and of one whose scores are no norms of its own."""
     return len(routers) > 1 or (isinstance(routers[0], LengthRouter) and routers[0].reads != "h")

@@ -1,4 +1,4 @@
-"""What one worker knows: the experts, what each token of the step may do with them, and what was chosen."""
+"""The state of one worker: the experts, and what each token of the step may do with them."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from spectr.errors import CompositionError, did_you_mean, some_of
 from spectr.library import ExpertLibrary
 from spectr.routers import Router, check_needs
 from spectr.spectral import Share
-from spectr.vllm.probes import Hearing, Row
-from spectr.vllm.requests import Asked
+from spectr.vllm.probes import Probes, Row
+from spectr.vllm.requests import RequestOptions
 from spectr.vllm.router_set import routers_of
 
 
-class Session:
-    """One worker's experts and buffers. The buffers keep their addresses, so that graphs see what is written there.
+class WorkerState:
+    """One worker's experts and buffers. The buffers keep their addresses, so that graphs read what is written there.
 
     Attributes:
         settings: From the model's config.
         library: The experts.
-        routers: Who chooses among them.
+        routers: Those that choose among them.
         router: The one whose factors the layers hold.
         experts: Names of all that were loaded, in the order of all masks; a removed one keeps its place.
-        granted_TE: What each token of the step may do with each of them. NaN: nothing. From zero on: choose it by its
+        routing_TE: What each token of the step may do with each of them. NaN: nothing. From zero on: choose it by its
             score, which this informs; 1 where no prompt was read. Below zero: minus the weight that it has unchosen.
             The base model alone until the first step is written.
-        turns_T: Which of several ways to choose is each token's.
+        router_T: The number of each token's router.
         sampled_N: For each request in the batch, which token of the step its next token is sampled from.
         layers: The routed layers, by vLLM's name, in the model's order.
         routed: The modules that they stand for, by the library's names.
-        removed: Experts that are gone.
-        named: What compiled graphs find by name, where the engine keeps such things.
-        hearing: What is heard of prompts that are decided on, where a router does that.
+        removed: Experts that were removed.
+        graph_objects: Objects that compiled graphs find by name.
+        probes: The prompts that are decided on, where a router does that.
     """
 
     def __init__(
@@ -48,51 +48,51 @@ class Session:
         tokens: int,
         requests: int,
         device: torch.device,
-        named: Any = None,
+        graph_objects: Any = None,
     ):
         self.settings, self.library, self.routers = settings, library, routers_of(settings)
         self.router = self.routers.layers
         self.experts = library.names
-        self.opened = {name: library[name] for name in library}
-        found = list(self.opened.values())
-        for router in self.routers.named.values():
+        self.adapters = {name: library[name] for name in library}
+        found = list(self.adapters.values())
+        for router in self.routers.by_name.values():
             check_needs(router, library, library.names)
-        self._side = {router: side_data(router, library, library.names) for router in self.routers.named.values()}
-        self.granted_TE = torch.full((tokens, len(self.experts)), torch.nan, dtype=torch.float32, device=device)
-        self.turns_T = torch.zeros(tokens, dtype=torch.int32, device=device)
+        self._side = {router: side_data(router, library, library.names) for router in self.routers.by_name.values()}
+        self.routing_TE = torch.full((tokens, len(self.experts)), torch.nan, dtype=torch.float32, device=device)
+        self.router_T = torch.zeros(tokens, dtype=torch.int32, device=device)
         self.sampled_N = torch.zeros(requests, dtype=torch.long, device=device)
         self.layers: dict[str, Any] = {}
         self.routed: dict[str, Any] = {}
         self.removed: set[str] = set()
-        self.named: dict[str, Any] = {} if named is None else named
-        self._rows: dict[Asked, np.ndarray] = {}
+        self.graph_objects: dict[str, Any] = {} if graph_objects is None else graph_objects
+        self._rows: dict[RequestOptions, np.ndarray] = {}
         modules = {module for expert in found for module in expert.shapes}
-        self.hearing = None
+        self.probes = None
         if self.routers.prompts:
-            self.hearing = Hearing(self.routers.prompts, {module: self.users(module) for module in modules})
+            self.probes = Probes(self.routers.prompts, {module: self.experts_of(module) for module in modules})
 
     def parts(self, module: str, router: Router) -> dict[str, Share]:
         """A module's experts as a router prepares them, float32; removed ones too."""
         with ExitStack() as stack:
-            readers = {name: stack.enter_context(self.opened[name].open()) for name in self.users(module)}
+            readers = {name: stack.enter_context(self.adapters[name].open()) for name in self.experts_of(module)}
             return prepare_module(readers, module, router, self._side[router])
 
-    def users(self, module: str) -> list[str]:
+    def experts_of(self, module: str) -> list[str]:
         """The experts that adapt a module, in their order."""
-        return [name for name in self.experts if module in self.opened[name].shapes]
+        return [name for name in self.experts if module in self.adapters[name].shapes]
 
-    def row(self, asked: Asked) -> np.ndarray:
-        """What a request may do with each expert, as one row of :attr:`granted_TE`; remembered."""
-        row = self._rows.get(asked)
+    def row(self, options: RequestOptions) -> np.ndarray:
+        """What a request may do with each expert, as one row of :attr:`routing_TE`; cached."""
+        row = self._rows.get(options)
         if row is None:
-            names = asked.allowed(self.experts, self.settings.access)
-            numbers = {name: asked.number(name) for name in names}
-            granted = self.routers.granted(asked.router, numbers, asked.verdict is not None)
-            left = {name: number for name, number in granted.items() if name not in self.removed}
+            names = options.allowed(self.experts, self.settings.access)
+            numbers = {name: options.number(name) for name in names}
+            permitted = self.routers.permitted(options.router, numbers, options.verdict is not None)
+            left = {name: number for name, number in permitted.items() if name not in self.removed}
             row = np.array([left.get(name, np.nan) for name in self.experts], dtype=np.float32)
             if len(self._rows) > 4096:
                 self._rows.clear()
-            self._rows[asked] = row
+            self._rows[options] = row
         return row
 
     def write(self, step: Sequence[Row], alive: Collection[str]) -> None:
@@ -100,23 +100,23 @@ class Session:
 
         Args:
             step: The requests of the batch.
-            alive: All that the engine works on.
+            alive: All requests that the engine works on.
         """
-        asked, tokens = [row.asked for row in step], np.array([row.tokens for row in step])
-        if self.hearing is not None:
-            self.hearing.begin(step, alive, self.granted_TE.device)
-        rows_TE = np.repeat(np.stack([self.row(one.granted) for one in asked]), tokens, axis=0)
-        self.granted_TE[: len(rows_TE)].copy_(torch.from_numpy(rows_TE), non_blocking=True)
-        if len(self.routers.ways) > 1:
-            turns = np.array([self.routers.turn(one.router) for one in asked], dtype=np.int32)
-            self.turns_T[: len(rows_TE)].copy_(torch.from_numpy(np.repeat(turns, tokens)), non_blocking=True)
+        options, tokens = [row.options for row in step], np.array([row.tokens for row in step])
+        if self.probes is not None:
+            self.probes.begin(step, alive, self.routing_TE.device)
+        rows_TE = np.repeat(np.stack([self.row(one.for_routing) for one in options]), tokens, axis=0)
+        self.routing_TE[: len(rows_TE)].copy_(torch.from_numpy(rows_TE), non_blocking=True)
+        if len(self.routers.token_routers) > 1:
+            numbers = np.array([self.routers.number_of(one.router) for one in options], dtype=np.int32)
+            self.router_T[: len(rows_TE)].copy_(torch.from_numpy(np.repeat(numbers, tokens)), non_blocking=True)
         if self.settings.record:
             ends = torch.from_numpy(np.cumsum(tokens) - 1)
             self.sampled_N[: len(ends)].copy_(ends, non_blocking=True)
             self.sampled_N[len(ends) :] = 0
 
     def remove(self, name: str) -> None:
-        """Forget an expert: its factors become zeros, and no request may use it from now on.
+        """Remove an expert: its factors become zeros, and no request may use it from now on.
 
         Raises:
             CompositionError: There is no such expert.
@@ -125,24 +125,24 @@ class Session:
             raise CompositionError(f"unknown expert '{name}'", do=did_you_mean(name, self.experts))
         self.removed.add(name)
         self._rows.clear()
-        self.granted_TE[:, self.experts.index(name)] = torch.nan
+        self.routing_TE[:, self.experts.index(name)] = torch.nan
         for layer in self.layers.values():
             layer.fill(self)
 
     def status(self) -> dict[str, Any]:
-        """What is routed, for a proof at the start."""
+        """What is routed: layers, modules, experts and routers."""
         experts = [name for name in self.experts if name not in self.removed]
         return {
             "layers": len(self.layers),
             "modules": len(self.routed),
             "names": list(self.routed),
             "experts": experts,
-            "router": " and ".join(map(str, self.routers.named.values())),
+            "router": " and ".join(map(str, self.routers.by_name.values())),
         }
 
     def check(self) -> None:
         """Raise :class:`CompositionError` unless every module that an expert adapts was found in the model."""
-        wanted = {module for expert in self.opened.values() for module in expert.shapes}
+        wanted = {module for expert in self.adapters.values() for module in expert.shapes}
         missing = sorted(wanted - set(self.routed))
         if not missing:
             return

@@ -8,20 +8,20 @@ import torch
 
 import spectr
 from adapters_on_disk import assert_says
-from composed_parts import session_of, several
+from composed_parts import MODULES, session_of, several
 from models import random_factors
 from spectr.errors import CompositionError
 from spectr.layers import RoutedLinear
 from spectr.selection import select_among
 from spectr.spectral import AlignedExpert, SideData, Stack
 from spectr.vllm import EXPERTS, ROUTE_ID, ROUTING
-from spectr.vllm.layer import _kept
+from spectr.vllm.layer import Experts, _kept
 from spectr.vllm.probes import Row
 from spectr.vllm.register import _supported, check_version, register
-from spectr.vllm.requests import PROBE, ROUTER, UNHEARD, VERDICT, Asked
-from spectr.vllm.router_set import routers_of, served
+from spectr.vllm.requests import PROBE, ROUTER, SKIPPED, VERDICT, RequestOptions
+from spectr.vllm.router_set import routers_of, supported
 from spectr.vllm.routing import Group
-from spectr.vllm.score_transforms import Way, by_ways
+from spectr.vllm.score_transforms import ScoreTransform, needs_transforms
 from spectr.vllm.tensor_parallel import Split
 
 KNOWN = ("amber", "blue", "cyan")
@@ -44,7 +44,7 @@ KNOWN = ("amber", "blue", "cyan")
     ],
 )
 def test_a_request_gets_the_experts_that_it_names_or_none(given, open_, closed):
-    asked = Asked.of(given)
+    asked = RequestOptions.of(given)
     assert asked.allowed(KNOWN, "open") == frozenset(open_)
     assert asked.allowed(KNOWN, "closed") == frozenset(closed)
 
@@ -60,28 +60,32 @@ def test_a_request_gets_the_experts_that_it_names_or_none(given, open_, closed):
     ],
 )
 def test_reports_are_for_who_asks_in_the_right_words(routing, route_id, kept):
-    asked = Asked.of({ROUTING: routing, ROUTE_ID: route_id})
+    asked = RequestOptions.of({ROUTING: routing, ROUTE_ID: route_id})
     assert (asked.routing, asked.route_id) == ((routing, route_id) if kept else ("", ""))
 
 
 def test_salts_are_equal_for_equal_sets_alone():
     def salt(names, removed=()):
-        return Asked.of({} if names is None else {EXPERTS: names}).salt(removed)
+        return RequestOptions.of({} if names is None else {EXPERTS: names}).salt(removed)
 
     assert salt(None) == ""
     assert salt(["amber", "blue"]) == salt("blue,amber,amber")
     different = [salt(None), salt([]), salt(["amber"]), salt(["amber", "blue"]), salt(7), salt(None, {"blue"})]
-    different += [Asked.of({**told, ROUTER: "calibrated"}).salt() for told in ({}, {EXPERTS: ["amber", "blue"]})]
+    different += [
+        RequestOptions.of({**told, ROUTER: "calibrated"}).salt() for told in ({}, {EXPERTS: ["amber", "blue"]})
+    ]
     assert len(set(different)) == len(different)
-    assert Asked.of({EXPERTS: ["amber"], ROUTER: "arrow"}).salt() == salt(["amber"])  # there is nothing to choose
-    assert Asked.of({EXPERTS: ["amber"], ROUTING: "tokens", ROUTE_ID: "x"}).salt() == salt(["amber"])
+    assert RequestOptions.of({EXPERTS: ["amber"], ROUTER: "arrow"}).salt() == salt(
+        ["amber"]
+    )  # there is nothing to choose
+    assert RequestOptions.of({EXPERTS: ["amber"], ROUTING: "tokens", ROUTE_ID: "x"}).salt() == salt(["amber"])
     assert salt(["amber", "blue"], {"blue"}) == salt(["amber"])  # what is left is that set, and computes the same
     assert salt(["amber"], {"blue"}) == salt(["amber"])
 
 
 @pytest.mark.parametrize("name", ["spectr", "calibrated-token", "arrow", "uniform", "seqr", "phatgoose"])
 def test_a_token_that_may_use_one_expert_gives_it_all_weight_whoever_routes(name):
-    select = served(spectr.get_router(name)).selection
+    select = supported(spectr.get_router(name)).selection
     scores_TE = torch.randn(5, 5, generator=torch.Generator().manual_seed(1)) * 30
     assert torch.equal(select_among(select, scores_TE, torch.eye(5).bool()), torch.eye(5))
 
@@ -116,11 +120,11 @@ def test_packed_modules_are_the_routed_layers_of_each(router, ranks):
     named = dict(zip(KNOWN, ranks, strict=True))
     stacks = [stack_of(router, named, seed) for seed in range(many)]
     x_TI = torch.randn(6, 12, generator=torch.Generator().manual_seed(9))
-    ways = [[Way.of(stack, stack, router)] for stack in stacks if by_ways([router])]
-    group, turns_T = Group(stacks, [router], [0, 1, 2], 3, ways=ways), torch.zeros(6, dtype=torch.int32)
+    ways = [[ScoreTransform.of(stack, stack, router)] for stack in stacks if needs_transforms([router])]
+    group, router_T = Group(stacks, [router], [0, 1, 2], 3, transforms=ways), torch.zeros(6, dtype=torch.int32)
     h_TSP = torch.stack([x_TI @ stack.A_PI.mT for stack in stacks], dim=1)
-    granted_TF = torch.ones(6, 3)
-    scores_TSE, weights_TSE = group.choose(h_TSP, x_TI, granted_TF, turns_T)
+    routing_TF = torch.ones(6, 3)
+    scores_TSE, weights_TSE = group.choose(h_TSP, x_TI, routing_TF, router_T)
     weighted_TSP = group.weighted(h_TSP, weights_TSE)
     for number, stack in enumerate(stacks):
         base = torch.nn.Linear(12, 10, bias=False)
@@ -132,11 +136,11 @@ def test_packed_modules_are_the_routed_layers_of_each(router, ranks):
 
 def test_scores_are_informed_where_a_prior_is_and_weights_held_are_no_choice():
     router = spectr.Calibrated(level="prior", top_k=1)
-    group = Group([stack_of(router, dict.fromkeys(KNOWN, 2), 0)], [router], [2, 0, 1], 3, held=2)
+    group = Group([stack_of(router, dict.fromkeys(KNOWN, 2), 0)], [router], [2, 0, 1], 3, most_fixed=2)
     h_TSP = torch.tensor([1.0, 0, 2, 0, 3, 0]).expand(3, 1, 6)
-    granted_TF = torch.tensor([[1, torch.nan, 2.5], [-0.7, torch.nan, torch.nan], [-0.2, -0.5, torch.nan]])
+    routing_TF = torch.tensor([[1, torch.nan, 2.5], [-0.7, torch.nan, torch.nan], [-0.2, -0.5, torch.nan]])
     x_TI = torch.ones(3, 12)
-    scores_TSE, weights_TSE = group.choose(h_TSP, x_TI, granted_TF, torch.zeros(len(x_TI), dtype=torch.int32))
+    scores_TSE, weights_TSE = group.choose(h_TSP, x_TI, routing_TF, torch.zeros(len(x_TI), dtype=torch.int32))
     assert scores_TSE[:, 0].tolist() == [[2.5, 2, 3], [1, 2, 3], [1, 2, 3]]
     torch.testing.assert_close(weights_TSE[:, 0], torch.tensor([[1, 0, 0], [0, 0.7, 0], [0, 0.2, 0.5]]))
 
@@ -167,15 +171,18 @@ def test_by_the_factors_of_one_router_each_of_its_kin_scores_and_chooses_as_by_i
 
     def ways(removed=()):
         held = stacks(routers[0], removed)
-        return [[Way.of(stacks(router, removed)[s], held[s], router) for router in routers] for s in range(len(held))]
+        return [
+            [ScoreTransform.of(stacks(router, removed)[s], held[s], router) for router in routers]
+            for s in range(len(held))
+        ]
 
-    held, turns_T = stacks(routers[0]), torch.arange(60, dtype=torch.int32) % len(routers)
-    group = Group(held, routers, [0, 1, 2], 3, ways=ways())
+    held, router_T = stacks(routers[0]), torch.arange(60, dtype=torch.int32) % len(routers)
+    group = Group(held, routers, [0, 1, 2], 3, transforms=ways())
     h_TSP = torch.stack([x_TI @ stack.A_PI.mT for stack in held], dim=1)
-    scores_TSE, weights_TSE = group.choose(h_TSP, x_TI, torch.ones(60, 3), turns_T)
+    scores_TSE, weights_TSE = group.choose(h_TSP, x_TI, torch.ones(60, 3), router_T)
     for number, router in enumerate(routers):
         for s, own in enumerate(stacks(router)):
-            layer, mine = RoutedLinear(torch.nn.Linear(12, 10), own, router), turns_T == number
+            layer, mine = RoutedLinear(torch.nn.Linear(12, 10), own, router), router_T == number
             torch.testing.assert_close(scores_TSE[mine, s], layer.scores(x_TI[mine]), rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(weights_TSE[mine, s], layer.route(x_TI[mine]).weights_TE, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(own.B_OP @ own.A_PI, held[s].B_OP @ held[s].A_PI, rtol=1e-4, atol=1e-5)
@@ -190,21 +197,21 @@ def test_an_expert_without_weight_does_nothing_whatever_its_numbers():
     group = Group([stack_of(router, dict.fromkeys(KNOWN, 2), 0)], [router], [0, 1, 2], 3)
     h_TSP = torch.ones(1, 1, 6)
     h_TSP[..., 2:4] = torch.inf
-    x_TI, granted_TF = torch.ones(1, 12), torch.tensor([[1.0, torch.nan, 1.0]])
-    scores_TSE, weights_TSE = group.choose(h_TSP, x_TI, granted_TF, torch.zeros(len(x_TI), dtype=torch.int32))
+    x_TI, routing_TF = torch.ones(1, 12), torch.tensor([[1.0, torch.nan, 1.0]])
+    scores_TSE, weights_TSE = group.choose(h_TSP, x_TI, routing_TF, torch.zeros(len(x_TI), dtype=torch.int32))
     assert scores_TSE[0, 0, 1] == torch.inf
     assert weights_TSE[0, 0, 1] == 0
     assert group.weighted(h_TSP, weights_TSE).isfinite().all()
 
 
 def test_a_probe_is_the_base_models_whoever_it_decides_among():
-    told = {EXPERTS: ["blue", "amber"], PROBE: "one", UNHEARD: 3}
-    asked = Asked.of(told)
-    assert (asked.among, asked.probe, asked.unheard) == (("amber", "blue"), "one", 3)
+    told = {EXPERTS: ["blue", "amber"], PROBE: "one", SKIPPED: 3}
+    asked = RequestOptions.of(told)
+    assert (asked.among, asked.probe, asked.skipped) == (("amber", "blue"), "one", 3)
     assert asked.allowed(["amber", "blue"], "open") == frozenset()
-    assert asked.salt() == Asked(experts=()).salt() != Asked.of({EXPERTS: ["blue", "amber"]}).salt()
-    for wrong in ({PROBE: 7}, {PROBE: "x" * 300}, {UNHEARD: -1}, {UNHEARD: "3"}):
-        assert not Asked.of({**told, **wrong}).understood
+    assert asked.salt() == RequestOptions(experts=()).salt() != RequestOptions.of({EXPERTS: ["blue", "amber"]}).salt()
+    for wrong in ({PROBE: 7}, {PROBE: "x" * 300}, {SKIPPED: -1}, {SKIPPED: "3"}):
+        assert not RequestOptions.of({**told, **wrong}).understood
 
 
 def split(by_input, rank, parts, whole, index):
@@ -258,7 +265,7 @@ def assert_same(one, other):
 
 
 def asked_by(verdict, router="calibrated"):
-    return Asked.of({VERDICT: verdict, ROUTER: router})
+    return RequestOptions.of({VERDICT: verdict, ROUTER: router})
 
 
 def test_masks_hold_what_was_found_of_a_prompt_and_salts_tell_it_apart(tmp_path):
@@ -283,32 +290,34 @@ def test_masks_hold_what_was_found_of_a_prompt_and_salts_tell_it_apart(tmp_path)
     wrong = ({"amber": -1}, {"amber": "1"}, {"amber": nan}, {"umber": 1.0}, ["amber"], 3)
     assert all(np.isnan(held.row(asked)).all() for asked in (*map(asked_by, wrong), asked_by(found, "spectr")))
     salts = [asked.salt() for asked in (*told, asked_by(found | {"blue": 0.2}), asked_by({"amber": 0.75}))]
-    salts += [Asked.of({EXPERTS: ["amber", "blue"], ROUTER: name}).salt() for name in ("", "spectr", "calibrated")]
+    salts += [
+        RequestOptions.of({EXPERTS: ["amber", "blue"], ROUTER: name}).salt() for name in ("", "spectr", "calibrated")
+    ]
     assert len(set(salts)) == len(salts)
     assert told[0].salt({"blue"}) == asked_by({"amber": 0.75}).salt()
 
 
 def test_masks_of_a_step(tmp_path):
     session = session_of(tmp_path, KNOWN)
-    asked = [*(Asked.of({EXPERTS: names}) for names in (["amber"], ["nobody"], "cyan,blue")), Asked()]
+    asked = [*(RequestOptions.of({EXPERTS: names}) for names in (["amber"], ["nobody"], "cyan,blue")), RequestOptions()]
     step = [Row(str(number), one, 0, 1 + (number == 0), 9) for number, one in enumerate(asked)]
     session.write(step, ["0", "1", "2", "3"])
     nan = torch.nan
     expected = torch.tensor([[1, nan, nan], [1, nan, nan], [nan, nan, nan], [nan, 1, 1], [1, 1, 1]])
-    assert_same(session.granted_TE[:5], expected)
+    assert_same(session.routing_TE[:5], expected)
     session.remove("blue")
     session.write(step, ["0", "1", "2", "3"])
     expected[:, 1] = nan
-    assert_same(session.granted_TE[:5], expected)
+    assert_same(session.routing_TE[:5], expected)
     assert session.status()["experts"] == ["amber", "cyan"]
     session.routers = routers_of(several("spectr", "calibrated", "arrow"))
-    undecided = [Asked.of({EXPERTS: names, ROUTER: "calibrated"}) for names in (["amber", "cyan"], ["cyan"])]
-    odd = Asked.of({EXPERTS: ["amber", "cyan"], ROUTER: "layer"})
+    undecided = [RequestOptions.of({EXPERTS: names, ROUTER: "calibrated"}) for names in (["amber", "cyan"], ["cyan"])]
+    odd = RequestOptions.of({EXPERTS: ["amber", "cyan"], ROUTER: "layer"})
     session.write([Row(str(n), one, 0, 1, 9) for n, one in enumerate((*undecided, odd))], ["0", "1", "2"])
-    assert_same(session.granted_TE[:3], torch.tensor([[nan, nan, nan], [nan, nan, 1], [nan, nan, nan]]))
-    both = [Asked.of({EXPERTS: ["amber", "cyan"], ROUTER: name}) for name in ("arrow", "spectr", "")]
+    assert_same(session.routing_TE[:3], torch.tensor([[nan, nan, nan], [nan, nan, 1], [nan, nan, nan]]))
+    both = [RequestOptions.of({EXPERTS: ["amber", "cyan"], ROUTER: name}) for name in ("arrow", "spectr", "")]
     session.write([Row(str(n), one, 0, 2, 9) for n, one in enumerate(both)], ["0", "1", "2"])
-    assert session.turns_T[:6].tolist() == [1, 1, 0, 0, 0, 0]
+    assert session.router_T[:6].tolist() == [1, 1, 0, 0, 0, 0]
     with pytest.raises(CompositionError) as error:
         session.remove("umber")
     assert_says(error.value, given=("unknown expert 'umber'",), expected=None, do="did you mean 'amber'")
@@ -323,3 +332,37 @@ def test_a_model_without_the_experts_layers_is_refused(tmp_path):
     with pytest.raises(CompositionError) as error:
         session.check()
     assert_says(error.value, given=("1 of 2 modules are routed",), expected="all layers", do="the base model")
+
+
+def layer_of(session):
+    layer = Experts(MODULES, split(False, 0, (8, 8), (8, 8), (0, 0)), session, lambda tensor: tensor)
+    layer.device, layer.dtype, layer.routed_modules = torch.device("cpu"), torch.float32, list(MODULES)
+    stacks = layer._stacks(session, session.router)
+    layer.runs, layer.groups = layer._grouped(session, stacks, session.routers.token_routers)
+    return layer
+
+
+def test_what_is_kept_is_read_for_any_requests_of_a_step(tmp_path):
+    session = session_of(tmp_path, KNOWN)
+    layer = layer_of(session)
+    layer._keep(session)
+    layer.weights_0.copy_(torch.arange(layer.weights_0.numel()).view_as(layer.weights_0))
+    for requests in ([], [2], [0, 3]):  # none where all prompts of a step go on in the next
+        kept = layer.recorded("weights", requests)
+        assert [rows.tolist() for rows in kept] == layer.weights_0[requests].movedim(1, 0).tolist()
+
+
+@pytest.mark.parametrize("names", [("spectr", "calibrated"), ("spectr", "calibrated-prior", "calibrated")])
+def test_probes_are_scored_by_factors_of_one_of_the_engines_routers(tmp_path, names, monkeypatch):
+    session, prepared = session_of(tmp_path, KNOWN), []
+    layer = layer_of(session)
+    session.routers = routers_of(several(*names))
+
+    def parts(module, router):
+        prepared.append(router)
+        side = SideData(torch.zeros(6), 1.0)
+        return stack_of(router, dict.fromkeys(KNOWN, 2), 0, 6, 8, side=lambda name: side).parts()
+
+    monkeypatch.setattr(session, "parts", parts)
+    layer._probe_factors(session, torch.zeros(0))
+    assert set(prepared) <= set(session.routers.by_name.values())

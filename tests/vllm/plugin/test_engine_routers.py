@@ -7,19 +7,19 @@ from adapters_on_disk import assert_says
 from composed_parts import several
 from spectr.composed_model import Settings
 from spectr.errors import CompositionError
-from spectr.vllm.router_set import decides_on_prompts, routers_of, served
+from spectr.vllm.router_set import decides_on_prompts, routers_of, supported
 
 
 @pytest.mark.parametrize("name", ["lag", "shortlist", "glider-global", "glider"])
 def test_other_routers_for_prompts_are_refused(name):
     with pytest.raises(CompositionError) as error:
-        served(spectr.get_router(name))
+        supported(spectr.get_router(name))
     assert_says(error.value, given=("cannot run inside vLLM",), expected="calibrated-token", do="spectr for any")
 
 
 def test_calibrated_decides_on_prompts_inside_vllm():
     for name, decides in (("calibrated", True), ("calibrated-prior", True), ("calibrated-token", False)):
-        assert decides_on_prompts(served(spectr.get_router(name))) is decides
+        assert decides_on_prompts(supported(spectr.get_router(name))) is decides
 
 
 @pytest.mark.parametrize(
@@ -29,39 +29,39 @@ def test_calibrated_decides_on_prompts_inside_vllm():
 @pytest.mark.parametrize("beside", [(), ("spectr",)], ids=["alone", "beside another"])
 def test_who_may_have_how_many_experts(name, top_k, held, prior, beside):
     routers = routers_of(several(*beside, {"name": name, "top_k": top_k}))
-    assert routers.held == held
+    assert routers.most_fixed == held
     numbers = {"amber": 0.5, "blue": 0.25, "cyan": 0.25, "dun": 0.0}
     two, three = (dict(list(numbers.items())[:count]) for count in (2, 3))
-    assert routers.granted(name, {"amber": 1.0}, False) == {"amber": 1.0}
-    assert routers.granted("arrow", {"amber": 1.0}, False) == {"amber": 1.0}
-    assert routers.granted(name, dict.fromkeys(two, 1.0), False) == {}  # nobody has decided
-    assert routers.granted("", dict.fromkeys(two, 1.0), False) == (dict.fromkeys(two, 1.0) if beside else {})
-    assert routers.granted("arrow", two, True) == routers.granted("arrow", two, False) == {}  # which is not there
+    assert routers.permitted(name, {"amber": 1.0}, False) == {"amber": 1.0}
+    assert routers.permitted("arrow", {"amber": 1.0}, False) == {"amber": 1.0}
+    assert routers.permitted(name, dict.fromkeys(two, 1.0), False) == {}  # nobody has decided
+    assert routers.permitted("", dict.fromkeys(two, 1.0), False) == (dict.fromkeys(two, 1.0) if beside else {})
+    assert routers.permitted("arrow", two, True) == routers.permitted("arrow", two, False) == {}  # which is not there
     if prior:
-        assert routers.granted(name, numbers, True) == numbers
+        assert routers.permitted(name, numbers, True) == numbers
     else:
         minus = {expert: -number for expert, number in three.items()}
-        assert routers.granted(name, numbers, True) == (minus if held else {})
-        assert routers.granted(name, dict.fromkeys(numbers, 0.25), True) == {}
+        assert routers.permitted(name, numbers, True) == (minus if held else {})
+        assert routers.permitted(name, dict.fromkeys(numbers, 0.25), True) == {}
 
 
 def test_routers_beside_each_other_share_a_way_where_they_choose_alike():
     routers = routers_of(several("calibrated-token", "calibrated"))
-    assert routers.ways == (spectr.get_router("calibrated-token"),)
-    assert routers.prompts == {"calibrated": spectr.Calibrated()}
-    assert routers.alike
-    assert not routers_of(several("spectr", "calibrated")).alike  # prompts are scored by calibrated factors
+    assert routers.token_routers == (spectr.get_router("calibrated-token"),)
+    assert routers.prompts == {"calibrated": spectr.Calibrated().policy}
+    assert routers.share_factors
+    assert not routers_of(several("spectr", "calibrated")).share_factors  # prompts are scored by calibrated factors
     prior = {"name": "calibrated-prior", "top_k": 4}
     informed = routers_of(several("calibrated-token", prior))
-    assert informed.ways == (spectr.Calibrated(level="prior", top_k=4),)  # who asks for no prior has ones
+    assert informed.token_routers == (spectr.Calibrated(level="prior", top_k=4),)  # who asks for no prior has ones
     every = routers_of(several("spectr", "arrow", "calibrated", "calibrated-token", prior, "uniform"))
-    assert [type(way).__name__ for way in every.ways] == ["Spectr", "Arrow", "Calibrated", "Uniform"]
+    assert [type(way).__name__ for way in every.token_routers] == ["Spectr", "Arrow", "Calibrated", "Uniform"]
     turns = [
-        every.turn(name)
+        every.number_of(name)
         for name in ("spectr", "arrow", "calibrated", "calibrated-token", "calibrated-prior", "uniform")
     ]
     assert turns == [0, 1, 2, 2, 2, 3]
-    assert routers_of(several("calibrated")).ways == (spectr.Calibrated(),)
+    assert routers_of(several("calibrated")).token_routers == (spectr.Calibrated(),)
     assert not routers_of(Settings(library="experts")).prompts
 
 
@@ -71,13 +71,13 @@ def test_routers_that_score_by_other_factors_are_refused_beside_others():
     assert_says(
         error.value, given=("Phatgoose(",), expected="spectr, seqr, calibrated, arrow, uniform", do="name fewer"
     )
-    assert len(routers_of(several("phatgoose", "calibrated")).ways) == 1  # which chooses nothing
+    assert len(routers_of(several("phatgoose", "calibrated")).token_routers) == 1  # which chooses nothing
 
 
 def test_routers_that_read_other_parts_of_a_prompt_are_refused():
     with pytest.raises(CompositionError) as error:
         routers_of(several("calibrated", {"name": "calibrated-prior", "probe_tokens": 7}))
-    assert_says(error.value, given=("other probe_tokens",), expected="one number", do=None)
+    assert_says(error.value, given=("probe_tokens differ",), expected="one number", do=None)
 
 
 def test_routers_whose_combinations_differ_are_refused():
@@ -90,5 +90,5 @@ def test_routers_whose_combinations_differ_are_refused():
 
 def test_a_combination_that_needs_whole_outputs_is_refused():
     with pytest.raises(CompositionError) as error:
-        served(spectr.Spectr(combine="ties"))
+        supported(spectr.Spectr(combine="ties"))
     assert_says(error.value, given=("combine='ties'",), expected="'outputs'", do=None)

@@ -29,7 +29,7 @@ from spectr.serving.settings import ServerSettings
 from spectr.vllm.prompt_decisions import DECIDES, Decider
 from spectr.vllm.register import check_version, engine_version
 from spectr.vllm.requests import EXPERTS, ROUTE_ID, ROUTER, ROUTING
-from spectr.vllm.router_set import decides_on_prompts, probe_tokens, routers_of, served
+from spectr.vllm.router_set import decides_on_prompts, probe_tokens, routers_of, supported
 from spectr.vllm.routing_records import Listener
 
 INNER = "spectr"  # what vLLM's application calls the composed model
@@ -119,7 +119,7 @@ class VllmEngine:
         wanted = {(c, reported.get(c, 0) + n) for c, count in fresh.items() for n in range(count)}
         until = time.monotonic() + _PATIENCE
         while not wanted <= set(waiting) and (left := until - time.monotonic()) > 0:
-            for report in self.listener.take(ticket.id, tokens=1, patience=left):
+            for report in self.listener.take(ticket.id, tokens=1, timeout=left):
                 waiting[self._place(report)] = self._step(report)
         found: dict[int, list[Step]] = {}
         for choice, number in sorted(wanted):
@@ -204,7 +204,7 @@ async def launched(
             [status, *_] = await client.collective_rpc("spectr_status")
             library = closed.open_library(model)
             if prompts:
-                await Decider(client, library, prompts, probe_tokens(next(iter(prompts.values())))).learn()
+                await Decider(client, library, prompts, probe_tokens(next(iter(prompts.values())))).read_baseline()
             yield (
                 app,
                 VllmEngine(
@@ -249,7 +249,7 @@ def _end(number: int, frame: Any) -> None:
 
 def _routed(settings: ServerSettings) -> Settings:
     """How the model is routed, as its config has it."""
-    routers = [fit_to(len(settings.experts), served(router)) for router in settings.routers.values()]
+    routers = [fit_to(len(settings.experts), supported(router)) for router in settings.routers.values()]
     order = sorted(routers, key=decides_on_prompts)  # by default one that needs no decision
     first, *others = map(router_config, order)
     everyone = settings.experts == settings.library.names
