@@ -32,7 +32,7 @@ from spectr.routers.config import part_config, router_config
 from spectr.routers.options import read_settings
 from spectr.routers.registry import EVIDENCE
 from spectr.spectral import reference
-from spectr.vllm.router_set import served
+from spectr.vllm.router_set import supported
 from text_model import make_model, make_tokenizer
 
 PROMPTS = ("what is the blue sky", "who is it", "green grass is good")
@@ -198,6 +198,12 @@ def votes(use, router):
     return PromptPolicy(evidence=SpectralVotes(), use=use, router=router)
 
 
+def test_a_strong_prior_takes_no_expert_off_a_shortlist():
+    use = KeepShortlist(size=2, prior=MultiplyScores(strength=20.0))
+    verdict_BE = use.verdict(torch.tensor([[2.0, 0.0, -1.0]]))
+    assert (verdict_BE != 0).tolist() == [[True, True, False]]
+
+
 @pytest.mark.parametrize(
     "router",
     [
@@ -209,8 +215,8 @@ def votes(use, router):
 )
 def test_vllm_refuses_what_its_layers_would_do_another_way(router):
     with pytest.raises(CompositionError, match="cannot run inside vLLM"):
-        served(router)
-    assert served(votes(HoldWeights(top_k=2), Calibrated(level="token")))
+        supported(router)
+    assert supported(votes(HoldWeights(top_k=2), Calibrated(level="token")))
 
 
 def test_a_policy_is_not_changed_to_fit_a_small_library():

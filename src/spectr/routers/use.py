@@ -86,8 +86,8 @@ class MultiplyScores(Use):
             raise CompositionError(f"prior_strength={self.strength}", expected="a finite number of at least zero")
 
     def verdict(self, evidence_BE: Float[Tensor, "B E"]) -> Float[Tensor, "B E"]:
-        """See :class:`Use`: the prior, above zero."""
-        return evidence_BE.clamp(min=1e-3) ** self.strength
+        """See :class:`Use`: the prior, above zero, so that a shortlist loses no expert by it."""
+        return (evidence_BE.clamp(min=1e-3) ** self.strength).clamp(min=torch.finfo(torch.float32).tiny)
 
     def informed(self, scores_TE: Float[Tensor, "*T E"], verdict_TE: Float[Tensor, "*B E"]) -> Float[Tensor, "*T E"]:
         """See :class:`Use`: their product."""
