@@ -26,7 +26,7 @@ from torch import nn
 from pooling import place, rows, share
 from spectr import Calibrated, ExpertLibrary, Shortlist, build_index, compose
 from spectr.composition import Paged
-from spectr.composition.several import twin
+from spectr.composition.multi_router import weight_sharing_copy
 from spectr.models import encode_prompt, load_model
 from spectr.routers import Router
 from spectr.shipped import shipped_experts
@@ -106,7 +106,7 @@ def cases(model: nn.Module, arguments: argparse.Namespace) -> Iterator[Case]:
 @torch.inference_mode()
 def read(model: nn.Module, case: Case, prompts: Sequence[Prompt]) -> tuple[int, int, list[Found]]:
     """How many experts there are, what they keep in memory to be found by, and where the right one is found."""
-    composed = twin(model)
+    composed = weight_sharing_copy(model)
     routed = compose(composed, case.library, case.router)
     assert routed.prompt is not None
     routed.prompt.evidence(prompts[0].ids)  # what is usual is learnt with the first prompt

@@ -30,7 +30,7 @@ from torch import nn
 from spectr import Calibrated, ExpertLibrary, Shortlist, Spectr, build_index, calibrate, compose
 from spectr.benchmark.synthetic import write_lookalikes
 from spectr.composition import Paged
-from spectr.composition.several import twin
+from spectr.composition.multi_router import weight_sharing_copy
 from spectr.library import LibraryStore
 from spectr.models import load_model
 from spectr.shipped import shipped_experts
@@ -163,7 +163,7 @@ def answer_once(root: Path) -> None:
 def timed(model: nn.Module, few: ExpertLibrary, many: ExpertLibrary, rounds: int) -> Table:
     by_token = Spectr(top_k=4)
     subjects = {
-        "base model": twin(model),
+        "base model": weight_sharing_copy(model),
         "9, calibrated": composed(model, few, Calibrated()),
         f"{len(many)}, shortlist of 1": composed(model, many, Shortlist(size=1)),
         f"{len(many)}, shortlist of 1, every 3": composed(model, many, Shortlist(size=1, module_stride=3)),
@@ -201,7 +201,7 @@ def timed(model: nn.Module, few: ExpertLibrary, many: ExpertLibrary, rounds: int
 
 
 def composed(model: nn.Module, library: ExpertLibrary, router) -> nn.Module:
-    copy = twin(model)
+    copy = weight_sharing_copy(model)
     compose(copy, library, router)
     return copy
 

@@ -23,7 +23,7 @@ CHECKED = (
     "spectr.combine",
     "spectr.evaluation",
     "spectr.extraction.svd",
-    *(f"spectr.layers.{name}" for name in ("fork", "routed", "trace")),
+    *(f"spectr.layers.{name}" for name in ("multi_routed", "routed", "trace")),
     "spectr.merging.dare",
     "spectr.merging.lowrank",
     "spectr.merging.ties",

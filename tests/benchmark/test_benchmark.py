@@ -12,7 +12,7 @@ from spectr import ExpertLibrary, Spectr, compose
 from spectr.benchmark import Timing, benchmark, measure, write_lookalikes
 from spectr.benchmark.measure import Work, peak_bytes
 from spectr.benchmark.subjects import BASE, OURS, Subject, check_peers, get_peer, ours
-from spectr.composition.several import twin
+from spectr.composition.multi_router import weight_sharing_copy
 from spectr.errors import CompositionError, LibraryError
 from spectr.flops import count_flops
 from spectr.ops.compiling import find_compiler
@@ -62,7 +62,7 @@ def test_fewer_experts_than_are_real_are_refused(library, tmp_path):
 
 def test_a_twin_shares_weights_and_nothing_else():
     model = tiny_llama()
-    other = twin(model)
+    other = weight_sharing_copy(model)
     pairs = list(zip(model.parameters(), other.parameters(), strict=True))
     assert all(mine.data_ptr() == theirs.data_ptr() for mine, theirs in pairs)
     other.requires_grad_(False)
@@ -97,7 +97,7 @@ def test_a_ratio_is_the_median_of_the_ratios_within_rounds():
 def test_every_model_is_timed_at_every_work_in_turn(library):
     model, order = tiny_llama(), []
     works = [Work(prompt=5), Work(prompt=4, batch=2, steps=3)]
-    subjects = [Subject(name="one", model=model), Subject(name="two", model=twin(model))]
+    subjects = [Subject(name="one", model=model), Subject(name="two", model=weight_sharing_copy(model))]
     found = measure(subjects, works, rounds=3, progress=lambda done, total, what: order.append((done, total, what)))
     assert set(found) == {(name, work.name) for name in ("one", "two") for work in works}
     assert all(len(timing.seconds) == 3 and min(timing.seconds) > 0 and timing.peak > 0 for timing in found.values())

@@ -39,15 +39,15 @@ def alone(library, router, names, ids):
 
 
 @torch.no_grad()
-def together(model, steering, requests):
+def together(model, request_batch, requests):
     """Logits of all requests as tokens of one row, which a mask keeps apart; a junction steers, too."""
-    spans = [(rule, len(ids)) for rule, ids in requests]
+    spans = [(decision, len(ids)) for decision, ids in requests]
     owner = torch.cat([torch.full((len(ids),), n) for n, (_, ids) in enumerate(requests)])
     place = torch.cat([torch.arange(len(ids)) for _, ids in requests])
     seen = (owner[:, None] == owner) & (place[:, None] >= place)
     mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[None, None]
-    steering.steer(spans)
+    request_batch.set_tokens(spans)
     ids = torch.cat([ids for _, ids in requests])[None]
-    with steering.in_force():
+    with request_batch.in_force():
         logits = model(input_ids=ids, position_ids=place[None], attention_mask=mask, use_cache=False).logits[0]
     return logits.split([len(ids) for _, ids in requests])

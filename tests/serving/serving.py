@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import uvicorn
 
 from spectr import Calibrated, compose
-from spectr.composition.several import Several
+from spectr.composition.multi_router import MultiRouter
 from spectr.serving.engines import Step
 from spectr.serving.engines.transformers import TransformersEngine
 from spectr.serving.gateway import Gateway
@@ -67,7 +67,7 @@ def several(library, routers, names=None):
 
         return make
 
-    return Several(model, {name: maker(router) for name, router in routers.items()})
+    return MultiRouter(model, {name: maker(router) for name, router in routers.items()})
 
 
 def make_engine(library, router=None, names=None, **options):

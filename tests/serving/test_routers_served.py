@@ -51,20 +51,20 @@ def expected(library):
 @pytest.mark.parametrize("at_once", [True, False])
 def test_a_request_is_answered_as_by_a_server_of_its_router_and_set_alone(server, expected, at_once):
     address, engine = server
-    together, steer = [], engine.scheduler.junction.steer
+    together, set_tokens = [], engine.scheduler.router_batch.set_tokens
 
     def watched(spans):
-        together.append({rule.router for rule, _ in spans if rule.experts})
-        steer(spans)
+        together.append({decision.router for decision, _ in spans if decision.experts})
+        set_tokens(spans)
 
-    engine.scheduler.junction.steer = watched
+    engine.scheduler.router_batch.set_tokens = watched
     order = sorted(expected, key=lambda request: PROMPTS.index(request[0]))  # routers and sets side by side
     given = [(prompt, {"router": router, "experts": list(names)}) for prompt, router, names in order]
     try:
         for answer, request in zip(answers(address, given, at_once), order, strict=True):
             alike(answer, expected[request])
     finally:
-        engine.scheduler.junction.steer = steer
+        engine.scheduler.router_batch.set_tokens = set_tokens
     mixed = max(map(len, together))
     assert (mixed > 2) if engine.batching is not None and at_once else mixed == 1
     assert len({expected[request][0] for request in order if request[0] == PROMPTS[1]}) > 1

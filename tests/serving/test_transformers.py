@@ -337,14 +337,14 @@ def test_a_worker_that_dies_is_told_by_health_and_by_every_answer(library, monke
 def test_a_prompt_that_cannot_be_decided_on_harms_no_other_of_its_batch(library, monkeypatch):
     with served(library, batching=MODES["batched"]()) as (address, engine), open_to(address) as client:
         expected = ask(client, PROMPTS[1], max_tokens=20).choices[0].message.content
-        rule = engine.scheduler.junction.rule
+        decide = engine.scheduler.router_batch.decide
 
         def picky(router, experts, ids):
             if experts == ("bees",):
                 raise RuntimeError("no")
-            return rule(router, experts, ids)
+            return decide(router, experts, ids)
 
-        monkeypatch.setattr(engine.scheduler.junction, "rule", picky)
+        monkeypatch.setattr(engine.scheduler.router_batch, "decide", picky)
         with ThreadPoolExecutor(4) as pool:
             good = [pool.submit(ask, client, PROMPTS[1], max_tokens=20) for _ in range(3)]
             bad = pool.submit(ask, client, PROMPTS[1], model="spectr/bees")

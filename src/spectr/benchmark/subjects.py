@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from spectr.composition import Routed, compose
-from spectr.composition.several import twin
+from spectr.composition.multi_router import weight_sharing_copy
 from spectr.errors import CompositionError, MissingExtraError, did_you_mean
 from spectr.library import ExpertLibrary
 from spectr.routers import Router
@@ -34,7 +34,7 @@ class Subject:
 
 def ours(model: nn.Module, library: ExpertLibrary, router: Router) -> Subject:
     """The base model composed with the library."""
-    routed = compose(twin(model), library, router)
+    routed = compose(weight_sharing_copy(model), library, router)
     return Subject(name=OURS, model=routed.model, routed=routed)
 
 
@@ -44,7 +44,10 @@ def peft_single(model: nn.Module, library: ExpertLibrary, top_k: int) -> Subject
     folder = library[library.names[0]].weights.parent
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what PEFT asks transformers for is none of a user's business here
-        return Subject(name="peft, one adapter", model=peft.PeftModel.from_pretrained(twin(model), str(folder)).eval())
+        return Subject(
+            name="peft, one adapter",
+            model=peft.PeftModel.from_pretrained(weight_sharing_copy(model), str(folder)).eval(),
+        )
 
 
 def peft_arrow(model: nn.Module, library: ExpertLibrary, top_k: int) -> Subject:
@@ -58,7 +61,7 @@ def peft_arrow(model: nn.Module, library: ExpertLibrary, top_k: int) -> Subject:
     folders = [str(library[name].weights.parent) for name in library]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        arrow = peft.create_arrow_model(twin(model), folders, arrow_config=peft.ArrowConfig(top_k=top_k))  # pyright: ignore
+        arrow = peft.create_arrow_model(weight_sharing_copy(model), folders, arrow_config=peft.ArrowConfig(top_k=top_k))  # pyright: ignore
     return Subject(name="peft, Arrow", model=arrow.eval())
 
 

@@ -133,7 +133,7 @@ BASE = BatchRouting(base_only=True)
 
 
 class Span(NamedTuple):
-    """Tokens of a call that one branch of a fork computes.
+    """Tokens of a call that one branch of a :class:`spectr.layers.multi_routed.MultiRoutedLinear` computes.
 
     Attributes:
         branch: Its number.
@@ -153,7 +153,7 @@ class _Thread(threading.local):
         routing: What holds; ``None``: every token chooses among all experts.
         shape: Rows and tokens of the call, where they are known.
         kept: Of a call whose tokens have weights of their own the tokens that the output head is given.
-        spans: Of forked layers.
+        spans: Of layers with several routers.
     """
 
     routing: BatchRouting | None = None

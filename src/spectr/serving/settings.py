@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from spectr.choosing import RoutingRequest
-from spectr.composition.several import check_alike
+from spectr.composition.multi_router import check_alike
 from spectr.errors import LibraryError, SpectrError
 from spectr.library import ExpertLibrary
 from spectr.models import HUB_ID

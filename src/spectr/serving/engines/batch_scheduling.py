@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from spectr.composition.junction import Junction
-from spectr.composition.several import Several
-from spectr.composition.steering import Rule
+from spectr.composition.multi_router import MultiRouter
+from spectr.composition.request_batch import RequestDecision
+from spectr.composition.router_batch import RouterBatch
 from spectr.serving.engines.base import Step
 from spectr.serving.engines.requests import Running
 
@@ -44,17 +44,17 @@ class BatchScheduler:
     It hooks the model's calls; ``parts`` gives the tokens that a call is made of.
 
     Args:
-        several: The composed model.
+        multi_router: The composed model.
     """
 
-    def __init__(self, several: Several):
-        self.junction = Junction(several)
+    def __init__(self, multi_router: MultiRouter):
+        self.router_batch = RouterBatch(multi_router)
         self.parts: Callable[[], list[Part]] = list
-        self._nobody = self.junction.rule(next(iter(several.compositions)), (), None)
+        self._nobody = self.router_batch.decide(next(iter(multi_router.compositions)), (), None)
         self._deciding = False
         self._generating: dict[int, Running] = {}
         self._call = ExitStack()
-        model = several.model
+        model = multi_router.model
         self._device = next(model.parameters()).device
         self._hooks = [
             model.register_forward_pre_hook(self._before),
@@ -65,10 +65,10 @@ class BatchScheduler:
         """Have a request's prompt read, where its router wants that. The model must not run meanwhile."""
         self._deciding = True
         try:
-            running.rule = self.junction.rule(running.ticket.router, running.ticket.experts, prompt)
+            running.decision = self.router_batch.decide(running.ticket.router, running.ticket.experts, prompt)
         finally:
             self._deciding = False
-        share = self.junction.share(running.rule)
+        share = self.router_batch.share(running.decision)
         running.always = None if share is None or running.ticket.record == "layers" else Step(share.shares)
 
     @contextmanager
@@ -85,13 +85,13 @@ class BatchScheduler:
         """Leave the model as it was composed."""
         for hook in self._hooks:
             hook.remove()
-        self.junction.close()
+        self.router_batch.close()
 
     def _before(self, *_: Any) -> None:
         if self._deciding:  # a guide has the base model write
             return
         parts = self.parts() or [Part(None, 1, False)]
-        self.junction.steer([(self._rule(part), part.tokens) for part in parts])
+        self.router_batch.set_tokens([(self._decision(part), part.tokens) for part in parts])
         self._generating = {
             number: part.running
             for number, part in enumerate(parts)
@@ -99,22 +99,22 @@ class BatchScheduler:
         }
         recorded = {number: running for number, running in self._generating.items() if running.always is None}
         in_full = any(running.ticket.record == "layers" for running in recorded.values())
-        self.junction.watch(recorded, in_full)
-        self._call.enter_context(self.junction.in_force())
+        self.router_batch.watch(recorded, in_full)
+        self._call.enter_context(self.router_batch.in_force())
 
-    def _rule(self, part: Part) -> Rule:
+    def _decision(self, part: Part) -> RequestDecision:
         running = part.running
         if running is None:
             return self._nobody
-        if running.rule is None:
+        if running.decision is None:
             try:
                 self.decide(running, torch.tensor(part.prompt, device=self._device))
             except Exception as error:  # of this request alone: the others of the batch must not suffer
                 log.exception("no decision could be made for a prompt")
-                running.rule = self._nobody
+                running.decision = self._nobody
                 part.fail(error)
-        assert running.rule is not None
-        return running.rule
+        assert running.decision is not None
+        return running.decision
 
     def _after(self, _model: Any, _inputs: Any, output: Any) -> None:
         if self._deciding:
@@ -122,7 +122,7 @@ class BatchScheduler:
         self._call.close()
         if output is None:  # the call failed
             return
-        routings = self.junction.seen()
+        routings = self.router_batch.seen()
         for number, running in self._generating.items():
             step = running.always or Step(*routings[number])
             running.steps.append(step)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spectr.errors import CompositionError
-from spectr.layers.fork import Fork
+from spectr.layers.multi_routed import MultiRoutedLinear
 from spectr.layers.routed import RoutedLinear
 from spectr.serving.engines.batch_scheduling import BatchScheduler, Part
 from spectr.serving.engines.generation import mark_pieces
@@ -43,7 +43,7 @@ class Batching:
         from transformers import ContinuousBatchingConfig
         from transformers.cli.serving.utils import CBGenerateManager
 
-        if isinstance(model.get_output_embeddings(), (RoutedLinear, Fork)):
+        if isinstance(model.get_output_embeddings(), (RoutedLinear, MultiRoutedLinear)):
             raise CompositionError(
                 "an expert adapts the output head, which continuous batching calls for some tokens alone",
                 do="serve without continuous batching",

@@ -114,7 +114,7 @@ class Vllm:
 
 def _composed(settings: ServerSettings, parts: Parts, say: Say) -> tuple[Any, Any]:
     """The model with all of its routers, and its tokenizer."""
-    from spectr.composition.several import Several
+    from spectr.composition.multi_router import MultiRouter
 
     base, tokenizer = parts.open_model()
 
@@ -122,7 +122,7 @@ def _composed(settings: ServerSettings, parts: Parts, say: Say) -> tuple[Any, An
         what = "preparing layers" + (f" for {name}" if len(settings.routers) > 1 else "")
         return lambda model: parts.compose(model, tokenizer, router, what)
 
-    composed = Several(base, {name: maker(name, router) for name, router in settings.routers.items()})
+    composed = MultiRouter(base, {name: maker(name, router) for name, router in settings.routers.items()})
     for name, size in list(composed.bytes.items())[1:]:
         say(f"router {name}: {size / (1 << 20):.1f} MiB more for its factors")
     return composed, tokenizer

@@ -15,7 +15,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from spectr.composition.several import Several
+from spectr.composition.multi_router import MultiRouter
 from spectr.errors import CompositionError, MissingExtraError, SpectrError, nearest
 from spectr.serving.engines.base import Step, Ticket
 from spectr.serving.engines.batch_scheduling import BatchScheduler
@@ -57,7 +57,7 @@ class TransformersEngine:
 
     def __init__(
         self,
-        composed: Several,
+        composed: MultiRouter,
         tokenizer: Any,
         *,
         base_model: str,
@@ -114,7 +114,7 @@ class TransformersEngine:
         while any(name in running.ticket.experts for running in self._running.values()):
             self._left.clear()
             await self._left.wait()
-        await self._between_calls(lambda: self.scheduler.junction.discard(name))
+        await self._between_calls(lambda: self.scheduler.router_batch.discard(name))
         self.suspicion.pop(name, None)
 
     def metrics(self) -> bytes:

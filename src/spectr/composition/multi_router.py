@@ -9,17 +9,19 @@ from torch import Tensor, nn
 
 from spectr.composition.routed import Routed
 from spectr.errors import CompositionError
-from spectr.layers.fork import Fork
+from spectr.layers.multi_routed import MultiRoutedLinear
 from spectr.layers.routed import RoutedLinear
 from spectr.layers.swap import swap_module
+from spectr.lazy import lazy
 
 
-class Several:
+class MultiRouter:
     """A model whose tokens each go through the composition of one of several routers.
 
-    Each router composes a twin of the model, modules of its own around the same weights, so that it is what
-    :func:`compose` made it, whatever the others are. In the model itself forks (:class:`spectr.layers.fork.Fork`) take
-    each token to its router's layer. A router alone composes the model itself, and there are no forks.
+    Each router composes a copy of the model, modules of its own around the same weights, so that it is what
+    :func:`compose` made it, whatever the others are. In the model itself a
+    :class:`spectr.layers.multi_routed.MultiRoutedLinear` takes each token to its router's layer. A single router
+    composes the model itself.
 
     Args:
         model: Is called for the tokens of all routers.
@@ -33,13 +35,13 @@ class Several:
     """
 
     def __init__(self, model: nn.Module, makers: Mapping[str, Callable[[nn.Module], Routed]]):
-        self.model, self._forks = model, dict[str, Fork]()
+        self.model, self._multi_routed = model, dict[str, MultiRoutedLinear]()
         self.compositions: dict[str, Routed] = {}
         for name, make in makers.items():
-            self.compositions[name] = make(twin(model) if len(makers) > 1 else model)
+            self.compositions[name] = make(weight_sharing_copy(model) if len(makers) > 1 else model)
             check_alike({name: routed.experts for name, routed in self.compositions.items()})
             self._share(name)
-        self._fork()
+        self._place()
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -62,23 +64,23 @@ class Several:
             seen |= set(tensors)
         return taken
 
-    def refork(self) -> None:
+    def refresh(self) -> None:
         """Take to the layers that the routers have now; to be called when one of them has changed its own."""
         for name in self.compositions:
             self._share(name)
-        self._fork()
+        self._place()
 
-    def _fork(self) -> None:
+    def _place(self) -> None:
         routed = list(self.compositions.values())
         if len(routed) == 1:
             return
         layers = [one.layers for one in routed]
-        for module in set(self._forks) - set(layers[0]):
-            swap_module(self.model, module, self._forks.pop(module).base)
+        for module in set(self._multi_routed) - set(layers[0]):
+            swap_module(self.model, module, self._multi_routed.pop(module).base)
         for module in layers[0]:
-            base = self._forks[module].base if module in self._forks else self.model.get_submodule(module)
-            fork = self._forks[module] = Fork(base, [own[module] for own in layers])
-            swap_module(self.model, module, fork)
+            base = self._multi_routed[module].base if module in self._multi_routed else self.model.get_submodule(module)
+            layer = self._multi_routed[module] = MultiRoutedLinear(base, [own[module] for own in layers])
+            swap_module(self.model, module, layer)
 
     def _share(self, name: str) -> None:
         """Keep what this router's layers have in common with those of the routers before it once."""
@@ -101,7 +103,7 @@ def check_alike(held: Mapping[str, Sequence[str]]) -> None:
             )
 
 
-def twin(model: nn.Module) -> nn.Module:
+def weight_sharing_copy(model: nn.Module) -> nn.Module:
     """The same weights in modules and parameters of their own.
 
     What is put in the place of one is not seen by the other, nor whether its weights are frozen, as PEFT does: a frozen
@@ -116,3 +118,6 @@ def twin(model: nn.Module) -> nn.Module:
 
 def _held(layer: RoutedLinear) -> dict[str, Tensor]:
     return dict(layer.named_buffers(recurse=False))
+
+
+__getattr__ = lazy(__name__, {}, renamed={"Several": "MultiRouter", "twin": "weight_sharing_copy"})

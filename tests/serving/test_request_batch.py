@@ -7,7 +7,7 @@ import spectr
 from models import close
 from rows import PROMPTS, SETS, alone, composed, ids_of, together
 from spectr import Calibrated, compose
-from spectr.composition.steering import Steering
+from spectr.composition.request_batch import RequestBatch
 from text_model import make_model
 
 ROUTERS = [
@@ -29,46 +29,46 @@ ROUTERS = [
 
 @pytest.mark.parametrize("router", ROUTERS, ids=str)
 def test_each_request_of_a_mixed_batch_is_answered_as_where_its_set_is_all_there_is(library, router):
-    steering = Steering(composed(library, router))
-    model = steering.routed.model
+    batch = RequestBatch(composed(library, router))
+    model = batch.routed.model
     prompts = [ids_of(prompt) for prompt in PROMPTS]
-    rules = [steering.rule(names, ids) for names, ids in zip(SETS, prompts, strict=True)]
+    decisions = [batch.decide(names, ids) for names, ids in zip(SETS, prompts, strict=True)]
     for logits, names, ids in zip(
-        together(model, steering, list(zip(rules, prompts, strict=True))), SETS, prompts, strict=True
+        together(model, batch, list(zip(decisions, prompts, strict=True))), SETS, prompts, strict=True
     ):
         close(logits, alone(library, router, names, ids), 2e-5)
 
 
 @pytest.mark.parametrize("router", ROUTERS, ids=str)
 def test_one_request_after_the_other_leaves_nothing_behind(library, router):
-    steering = Steering(composed(library, router))
-    model = steering.routed.model
+    batch = RequestBatch(composed(library, router))
+    model = batch.routed.model
     for names, prompt in zip([*SETS, *SETS], [*PROMPTS, *reversed(PROMPTS)], strict=True):
         ids = ids_of(prompt)
-        [logits] = together(model, steering, [(steering.rule(names, ids), ids)])
+        [logits] = together(model, batch, [(batch.decide(names, ids), ids)])
         close(logits, alone(library, router, names, ids), 2e-5)
 
 
 @pytest.mark.parametrize("router", [spectr.Spectr(top_k=2), Calibrated(), Calibrated(level="prior")], ids=str)
 def test_after_an_expert_is_discarded_the_others_answer_as_if_it_had_never_been(library, router):
     model, ids = make_model(), ids_of(PROMPTS[1])
-    steering = Steering(compose(model, library, router))
-    kept = steering.rule(("ants", "bees"), ids)
-    steering.discard("cats")
-    [logits] = together(model, steering, [(kept, ids)])
+    batch = RequestBatch(compose(model, library, router))
+    kept = batch.decide(("ants", "bees"), ids)
+    batch.discard("cats")
+    [logits] = together(model, batch, [(kept, ids)])
     close(logits, alone(library, router, ("ants", "bees"), ids), 2e-5)
-    assert steering.routed.experts == ("ants", "bees")
+    assert batch.routed.experts == ("ants", "bees")
 
 
 @pytest.mark.parametrize("router", [spectr.Spectr(top_k=2), Calibrated(), Calibrated(level="prior")], ids=str)
 def test_what_is_seen_is_what_a_trace_of_the_set_alone_shows(library, router):
-    steering = Steering(composed(library, router))
-    model = steering.routed.model
-    requests = [(steering.rule(names, ids_of(p)), ids_of(p)) for names, p in zip(SETS[:3], PROMPTS[:3], strict=True)]
+    batch = RequestBatch(composed(library, router))
+    model = batch.routed.model
+    requests = [(batch.decide(names, ids_of(p)), ids_of(p)) for names, p in zip(SETS[:3], PROMPTS[:3], strict=True)]
     ends = torch.tensor([len(ids) for _, ids in requests]).cumsum(0) - 1
-    steering.watch(ends.tolist(), layers=True)
-    together(model, steering, requests)
-    for look, names, (_, ids) in zip(steering.seen(), SETS[:3], requests, strict=True):
+    batch.watch(ends.tolist(), layers=True)
+    together(model, batch, requests)
+    for look, names, (_, ids) in zip(batch.seen(), SETS[:3], requests, strict=True):
         if not names:
             assert look.shares == {}
             continue
@@ -86,22 +86,22 @@ def test_what_is_seen_is_what_a_trace_of_the_set_alone_shows(library, router):
 
 def test_held_weights_need_no_watching_for_their_shares(library):
     model = make_model()
-    steering = Steering(compose(model, library, Calibrated(top_k=2)))
+    batch = RequestBatch(compose(model, library, Calibrated(top_k=2)))
     ids = ids_of(PROMPTS[0])
-    rule = steering.rule(("ants", "cats"), ids)
-    steering.watch([len(ids) - 1], layers=False)
-    together(model, steering, [(rule, ids)])
-    look = steering.share(rule)
+    decision = batch.decide(("ants", "cats"), ids)
+    batch.watch([len(ids) - 1], layers=False)
+    together(model, batch, [(decision, ids)])
+    look = batch.share(decision)
     assert look is not None
-    assert look.shares == pytest.approx(steering.seen()[0].shares)
+    assert look.shares == pytest.approx(batch.seen()[0].shares)
     assert set(look.shares) == {"ants", "cats"}
 
 
 def test_closing_gives_all_experts_to_every_token_again(library):
     router, ids = Calibrated(), ids_of(PROMPTS[1])
-    steering = Steering(composed(library, router))
-    model = steering.routed.model
-    together(model, steering, [(steering.rule(("bees",), ids), ids)])
-    steering.close()
+    batch = RequestBatch(composed(library, router))
+    model = batch.routed.model
+    together(model, batch, [(batch.decide(("bees",), ids), ids)])
+    batch.close()
     with torch.no_grad():
         close(model(input_ids=ids[None]).logits[0], alone(library, router, ("ants", "bees", "cats"), ids))

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from spectr.layers.batch_routing import routed_by, thread
 from spectr.layers.names import take_names_of_base
 from spectr.layers.routed import RoutedLinear
+from spectr.lazy import lazy
 
 
-class Fork(nn.Module):
+class MultiRoutedLinear(nn.Module):
     """``y[t] = branch(t)(x[t])``: one base layer, whose experts' update is made by each token's own branch.
 
     Tokens are the last axis but one. The branches belong to models of their own, and are no part of this one.
@@ -53,3 +54,6 @@ class Fork(nn.Module):
     def bias(self) -> Tensor | None:
         """The base layer's bias."""
         return self.base.bias  # pyright: ignore[reportReturnType]
+
+
+__getattr__ = lazy(__name__, {}, renamed={"Fork": "MultiRoutedLinear"})

@@ -16,12 +16,13 @@ from spectr.composition.recorder import TokenRouting, Watch
 from spectr.composition.routed import Routed
 from spectr.composition.subset_probes import Readers
 from spectr.layers.batch_routing import BASE, BatchRouting, routed_by
+from spectr.lazy import lazy
 from spectr.prompts.decision import routing_of
 
 
 @dataclass(eq=False)  # one is like itself alone
-class Rule:
-    """What holds for a request's tokens. Made by :meth:`Steering.rule`.
+class RequestDecision:
+    """What holds for a request's tokens. Made by :meth:`RequestBatch.decide`.
 
     Attributes:
         experts: Its set.
@@ -36,7 +37,7 @@ class Rule:
     router: str = ""
 
 
-class Steering:
+class RequestBatch:
     """Gives every token of a composed model's batch the set of its request.
 
     Outputs are those of a model that holds that set alone (:meth:`Routed.allow`), up to rounding. The model is to be
@@ -45,16 +46,16 @@ class Steering:
 
     Args:
         routed: The composed model. All calls are made by the thread that runs it, or while it does not run.
-        name: The router's, for its rules.
+        name: The router's, for its requests.
     """
 
     def __init__(self, routed: Routed, name: str = ""):
         self.routed, self.name = routed, name
-        self._rules: WeakSet[Rule] = WeakSet()
+        self._decisions: WeakSet[RequestDecision] = WeakSet()
         self._watching: Watch | None = None
         self._take_over()
 
-    def rule(self, experts: Sequence[str], input_ids: Tensor | None) -> Rule:
+    def decide(self, experts: Sequence[str], input_ids: Tensor | None) -> RequestDecision:
         """What is to hold for a request with this set; its prompt is read for it, where the router wants that.
 
         Args:
@@ -65,19 +66,19 @@ class Steering:
         places = [self.routed.experts.index(name) for name in names]
         among_E = torch.zeros(len(self.routed.experts), dtype=torch.bool)
         among_E[places] = True
-        rule = Rule(names, among_E, router=self.name)
+        decision = RequestDecision(names, among_E, router=self.name)
         if self._use is not None:
-            rule.verdict_E = torch.full((len(among_E),), self._use.neutral)
+            decision.verdict_E = torch.full((len(among_E),), self._use.neutral)
             if names:
                 assert input_ids is not None
-                rule.verdict_E[places] = self._verdict(names, input_ids[None])[0].float().cpu()
-        self._rules.add(rule)
-        return rule
+                decision.verdict_E[places] = self._verdict(names, input_ids[None])[0].float().cpu()
+        self._decisions.add(decision)
+        return decision
 
-    def steer(self, spans: Sequence[tuple[Rule, int]]) -> None:
-        """Say what the next calls' tokens are: a number of each rule in turn; one span serves any length."""
+    def set_tokens(self, spans: Sequence[tuple[RequestDecision, int]]) -> None:
+        """Set what the next calls' tokens are: a number for each request in turn; one span serves any length."""
         if self._layout is None or list(spans) != self._layout[0]:
-            self._layout = None  # whose rules may be over
+            self._layout = None  # whose requests may be over
             self._layout = list(spans), self._routing_of(list(spans))
 
     def routing(self) -> BatchRouting:
@@ -89,19 +90,19 @@ class Steering:
         """Calls of this thread inside the block are routed so."""
         return routed_by(self.routing())
 
-    def _routing_of(self, spans: list[tuple[Rule, int]]) -> BatchRouting:
-        rules, counts = [rule for rule, _ in spans], torch.tensor([count for _, count in spans])
-        counts = torch.ones(1, dtype=torch.long) if len(rules) == 1 else counts
-        if not any(rule.experts for rule in rules):
+    def _routing_of(self, spans: list[tuple[RequestDecision, int]]) -> BatchRouting:
+        decisions, counts = [decision for decision, _ in spans], torch.tensor([count for _, count in spans])
+        counts = torch.ones(1, dtype=torch.long) if len(decisions) == 1 else counts
+        if not any(decision.experts for decision in decisions):
             return BASE
         experts = self.routed.experts
-        among_1TE = torch.stack([rule.among_E for rule in rules]).repeat_interleave(counts, 0)[None]
+        among_1TE = torch.stack([decision.among_E for decision in decisions]).repeat_interleave(counts, 0)[None]
         if self._use is None:
             return BatchRouting(experts, among_BTE=among_1TE)
-        found = [rule.verdict_E for rule in rules if rule.verdict_E is not None]
+        found = [decision.verdict_E for decision in decisions if decision.verdict_E is not None]
         verdict_1TE = torch.stack(found).repeat_interleave(counts, 0)[None]
-        kept = rules if self._use.fixes else self._rules  # all that are in force: none is read twice
-        verdicts = [rule.verdict_E for rule in kept if rule.verdict_E is not None]
+        kept = decisions if self._use.fixes else self._decisions  # all that are in force: none is read twice
+        verdicts = [decision.verdict_E for decision in kept if decision.verdict_E is not None]
         taken = (torch.stack(verdicts) != 0).any(0).tolist()
         names = tuple(name for name, takes in zip(experts, taken, strict=True) if takes)
         assert self._sets is not None
@@ -120,14 +121,14 @@ class Steering:
         """What the last call decided, for each watched token."""
         return [] if self._watching is None else self._watching.routings()
 
-    def share(self, rule: Rule) -> TokenRouting | None:
-        """The shares of every token of a rule whose weights are held; ``None`` where tokens differ."""
-        if not rule.experts:
+    def share(self, decision: RequestDecision) -> TokenRouting | None:
+        """The shares of every token of a request whose weights are fixed; ``None`` where tokens differ."""
+        if not decision.experts:
             return TokenRouting({})
         if self._use is None or not self._use.fixes:
             return None
-        assert rule.verdict_E is not None
-        verdicts = dict(zip(self.routed.experts, rule.verdict_E.tolist(), strict=True))
+        assert decision.verdict_E is not None
+        verdicts = dict(zip(self.routed.experts, decision.verdict_E.tolist(), strict=True))
         names = tuple(name for name, weight in verdicts.items() if weight > 0)
         assert self._sets is not None
         table = self._sets.table(names)
@@ -136,13 +137,13 @@ class Steering:
         return TokenRouting({name: share for name, share in shares.items() if share > 0})
 
     def discard(self, name: str) -> None:
-        """Forget an expert; rules that hold stay in force, less this expert. See :meth:`Routed.discard`."""
+        """Forget an expert; requests go on without it. See :meth:`Routed.discard`."""
         kept = [place for place, other in enumerate(self.routed.experts) if other != name]
         self.routed.discard(name)
-        for rule in self._rules:
-            rule.experts = tuple(other for other in rule.experts if other != name)
-            rule.among_E = rule.among_E[kept]
-            rule.verdict_E = None if rule.verdict_E is None else rule.verdict_E[kept]
+        for decision in self._decisions:
+            decision.experts = tuple(other for other in decision.experts if other != name)
+            decision.among_E = decision.among_E[kept]
+            decision.verdict_E = None if decision.verdict_E is None else decision.verdict_E[kept]
         self._take_over()
 
     def close(self) -> None:
@@ -156,10 +157,13 @@ class Steering:
         self._use, self._readers = (None, None) if policy is None else (policy.use, Readers(self.routed))
         self._ordered = list(self.routed.layers.values())
         self._sets = None if self.routed.prompt is None else self.routed.prompt.sets
-        self._layout: tuple[list[tuple[Rule, int]], BatchRouting] | None = None
+        self._layout: tuple[list[tuple[RequestDecision, int]], BatchRouting] | None = None
 
     def _verdict(self, names: tuple[str, ...], input_ids: Tensor) -> Float[Tensor, "B E"]:
         assert self._use is not None
         assert self._readers is not None
         with routed_by(BASE), torch.no_grad():
             return self._use.verdict(self._readers.of(names)(input_ids=input_ids))
+
+
+__getattr__ = lazy(__name__, {}, renamed={"Rule": "RequestDecision", "Steering": "RequestBatch"})
