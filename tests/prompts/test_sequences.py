@@ -506,6 +506,22 @@ def test_gradient_checkpointing(gradients, world, shared):
             close(value.grad, want[1][name], 1e-4)
 
 
+@pytest.mark.parametrize(
+    "router", [spectr.Calibrated(), spectr.Calibrated(top_k=2), spectr.Calibrated(level="prior")], ids=repr
+)
+def test_gradients_after_inference_mode(gradients, world, shared, router):
+    both = torch.cat([ids for ids, _ in shared[2]])
+    want = gradients_of(world.routed(router)[0], both)
+    model, _ = world.routed(router)
+    with torch.inference_mode():  # decides alike, and what is kept of that is used again
+        model(input_ids=both)
+        model.generate(both, max_new_tokens=2)
+    got = gradients_of(model, both)
+    assert got.keys() == want.keys()
+    for name in got:
+        close(got[name], want[name], 1e-5)
+
+
 def test_trainer(gradients, world, shared, tmp_path):
     model, _ = world.routed(spectr.Calibrated())
     rows = [{"input_ids": ids[0], "labels": ids[0]} for ids, _ in shared[2]]

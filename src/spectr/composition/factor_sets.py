@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from spectr.layers.batch_routing import outside_inference_mode
 from spectr.layers.factors import Factors
 from spectr.layers.routed import RoutedLinear
 
@@ -54,7 +55,8 @@ class FactorSets:
             found = self._tables.get(names)
             if found is None or any(a is not b for a, b in zip(found[0], held, strict=True)):
                 self._forget(room=1)
-                found = self._tables[names] = held, self._make(self._layers, names)
+                with outside_inference_mode():
+                    found = self._tables[names] = held, self._make(self._layers, names)
             self._tables.move_to_end(names)
             self._forget()
         return found[1]

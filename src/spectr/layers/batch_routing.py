@@ -104,7 +104,8 @@ class BatchRouting:
         key = (factors.experts, shown.experts, factors.A_PI.device, factors.A_PI.dtype)
         alike = self._alike.get(key)  # layers of the same experts share tensors
         if alike is None:
-            alike = self._alike[key] = self._resolved(factors, shown)
+            with outside_inference_mode():
+                alike = self._alike[key] = self._resolved(factors, shown)
         return alike._replace(factors=factors, shown=shown)
 
     def _resolved(self, factors: Factors, shown: Factors) -> LayerCall:
@@ -179,6 +180,16 @@ def routed_by(
         yield
     finally:
         thread.routing, thread.shape, thread.kept, thread.spans = before
+
+
+@contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """For tensors that are kept: later calls may need gradients, which tensors of inference mode do not allow."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    else:
+        yield
 
 
 def base_alone() -> bool:
