@@ -62,7 +62,9 @@ def main() -> None:
     parser.add_argument("--data-root", type=Path, required=True, help="folder of the tasks' data")
     parser.add_argument("--prompts", type=int, default=12, help="training rows of each task, in each kind of words")
     parser.add_argument("--paraphrases", action="store_true", help="other words are those of spectr evaluate wording")
-    parser.add_argument("--heard", nargs="*", default=["q_proj", "k_proj", "down_proj"], help="modules heard alone")
+    parser.add_argument(
+        "--modules", nargs="*", default=["q_proj", "k_proj", "down_proj"], help="modules that decide alone"
+    )
     parser.add_argument("--every", type=int, nargs="*", default=[2, 3, 5], help="modules left out, as in every third")
     parser.add_argument("--tokens", type=int, nargs="*", default=[16, 64], help="of a prompt that are read")
     arguments = parser.parse_args()
@@ -95,8 +97,8 @@ def cases(model: nn.Module, arguments: argparse.Namespace) -> Iterator[Case]:
     yield Case("calibrated, all directions", few, Calibrated())
     yield Case("shortlist", few, Shortlist(size=1))
     yield Case("shortlist", many, Shortlist(size=1))
-    for library in (few, many) if arguments.heard else ():
-        yield Case(", ".join(arguments.heard), library, Shortlist(size=1, modules=tuple(arguments.heard)))
+    for library in (few, many) if arguments.modules else ():
+        yield Case(", ".join(arguments.modules), library, Shortlist(size=1, modules=tuple(arguments.modules)))
     for n in arguments.every:
         yield Case(f"every {n}", many, Shortlist(size=1, module_stride=n))
     for n in arguments.tokens:

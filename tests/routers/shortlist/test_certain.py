@@ -108,12 +108,12 @@ def test_what_an_interval_decides():
 
 
 @torch.no_grad()
-def true_evidence(library, ids, heard=("",)):
+def true_evidence(library, ids, modules=("",)):
     """From the adapters' own factors, in float64: no index, no codes, no bounds."""
     known, total, count = library.calibration, {}, {}
     inputs = read(ids, known.means)
     texts = [read(row[real][None], known.means) for row, real in zip(known.input_ids, known.real, strict=True)]
-    for module in (name for name in known.means if name.endswith(heard)):
+    for module in (name for name in known.means if name.endswith(modules)):
         names = [name for name in library if module in library[name].shapes]
         v_EI = torch.stack([full_prototype(library, name, module) for name in names])
         rms_E = torch.stack([usual_size(library, name, module) for name in names])
@@ -169,12 +169,12 @@ def test_lists_are_those_of_the_truth(plain, bits, size):
 
 
 @pytest.mark.parametrize("bits", [8, 16, 32])
-@pytest.mark.parametrize("heard", [("q_proj",), ("self_attn.q_proj", "down_proj")], ids=str)
-def test_the_modules_that_are_heard_alone_decide(plain, bits, heard):
-    _, routed = routed_model(plain, Shortlist(size=1, bits=bits, modules=heard))
-    assert all(module.endswith(heard) for module in routed.prototypes)
+@pytest.mark.parametrize("modules", [("q_proj",), ("self_attn.q_proj", "down_proj")], ids=str)
+def test_the_modules_that_are_named_decide_alone(plain, bits, modules):
+    _, routed = routed_model(plain, Shortlist(size=1, bits=bits, modules=modules))
+    assert all(module.endswith(modules) for module in routed.prototypes)
     for prompt in PROMPTS:
-        truth_E = true_evidence(plain, ids_of(prompt), heard)
+        truth_E = true_evidence(plain, ids_of(prompt), modules)
         rtol = {8: 5e-2, 16: 2e-3, 32: 1e-5}[bits]
         torch.testing.assert_close(routed.prompt.evidence(ids_of(prompt))[0].double(), truth_E, rtol=rtol, atol=0)
 

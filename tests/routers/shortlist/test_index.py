@@ -56,15 +56,15 @@ def test_prototypes_score_as_arrow_over_the_usual(root, library):
 
 @torch.no_grad()
 def test_sizes_are_over_the_words_that_a_probe_hears(library):
-    known, heard = library.calibration, {}
+    known, inputs = library.calibration, {}
     _, routed = routed_model(library, Shortlist(size=1))
     opening, usual = calibration_texts(known)
     probe = Probe(routed.model, routed.layers, routed.scorers, routed.policy.evidence, routed.experts, opening)
-    probe.observe(lambda name, x_NI, *_: heard.update({name: x_NI - known.means[name]}), **usual)
+    probe.observe(lambda name, x_NI, *_: inputs.update({name: x_NI - known.means[name]}), **usual)
     entry = library.index["cats"]
     rows = entry.full_C.split([module.inputs for module in entry.modules])
     for module, v_I, rms in zip(entry.modules, rows, entry.rms_M, strict=True):
-        close((heard[module.name] @ v_I).square().mean().sqrt(), rms, 1e-5)
+        close((inputs[module.name] @ v_I).square().mean().sqrt(), rms, 1e-5)
     assert known.said.counted.sum() == known.counted.sum() - len(TEXTS) * len(known.closing) < known.counted.sum()
 
 
