@@ -204,7 +204,7 @@ def test_what_cannot_be_measured_is_refused(spectr, folders, given, message):
     code, _, said = spectr("benchmark", *folders, *given)
     assert code == 2
     assert message in said
-    assert "loading" not in said or given[0] == "--prompt"  # whose limit is the model's
+    assert "loading" not in said or given[0] == "--prompt"  # whose limit is in the model's configuration
 
 
 def test_experts_that_peft_arrow_cannot_hold(spectr, folders, tmp_path):

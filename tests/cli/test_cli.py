@@ -10,7 +10,7 @@ from spectr.evaluation.experiments import EXPERIMENTS
 from spectr.merging.method import METHODS
 from spectr.routers.registry import ROUTERS
 from spectr.serving.engines.launchers import ENGINES
-from text_model import save_experts, save_model, save_rows
+from text_model import make_model, make_tokenizer, save_experts, save_model, save_rows
 
 NAMES = ("amber", "blue", "cyan")
 
@@ -272,6 +272,34 @@ def test_a_mistake_gets_one_clear_message_and_exit_code_2(spectr, world, tmp_pat
     assert text == ""
     assert message in notes
     assert "Traceback" not in notes
+    assert not (tmp_path / "out").exists()
+
+
+BENCHMARK = ("benchmark", "-l", "{adapters}", "-r", "spectr")
+REFUSED_BY_THE_BASE = {
+    "a prompt beyond its context": ((*BENCHMARK, "--prompt", "9000"), "at most 2048 tokens in all"),
+    "no such module": (
+        ("train", "-o", "{out}", *TRAIN, "--target-modules", "nope"),
+        "expected: all-linear, or some of: down_proj, ",
+    ),
+    "no chat template": (("chat", "-l", "{adapters}"), "this model has no chat template"),
+}
+
+
+@pytest.mark.parametrize("mistake", REFUSED_BY_THE_BASE)
+def test_what_the_base_refuses_is_found_before_its_weights_are_read(spectr, world, tmp_path, monkeypatch, mistake):
+    words, message = REFUSED_BY_THE_BASE[mistake]
+    base = tmp_path / "base"
+    make_model().config.save_pretrained(base)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(base)
+    rows = save_rows(tmp_path / "rows.jsonl")
+    places = {"adapters": world / "adapters", "out": tmp_path / "out", "rows": rows}
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
+    code, text, notes = spectr(*(word.format(**places) for word in words), "-m", base)
+    assert (code, text) == (2, "")
+    assert message in notes
     assert not (tmp_path / "out").exists()
 
 

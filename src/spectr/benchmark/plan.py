@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -15,7 +16,7 @@ from spectr.benchmark.synthetic import check_count, write_lookalikes
 from spectr.errors import SpectrError
 from spectr.library import ExpertLibrary
 from spectr.library.needs import DESCRIBED, SIDE_DATA, Indexed
-from spectr.models.text import context_length
+from spectr.models.text import configured_context
 from spectr.routers import Router
 
 Progress = Callable[[str, int, int, str], None]
@@ -57,6 +58,19 @@ class Plan:
         if (self.experts or 0) > len(self.library) and _needs_measures(self.router):
             raise SpectrError(
                 "synthetic experts have no calibration and no gates", do="-r spectr, -r arrow, -r lag, -r seqr or -r mu"
+            )
+
+    def check_base(self, config: Any, *_: Any) -> None:
+        """Check the configuration of the base model, before its weights are read.
+
+        Raises:
+            SpectrError: The model's context is too short for the plan.
+        """
+        context = configured_context(config)
+        if context is not None and self.prompt + self.steps > context:
+            raise SpectrError(
+                f"--prompt {self.prompt} and --steps {self.steps}",
+                expected=f"at most {context} tokens in all, this model's context",
             )
 
 
@@ -104,12 +118,7 @@ def run_plan(plan: Plan, model: nn.Module, progress: Progress = lambda *_: None)
     Raises:
         SpectrError: The model's context is too short for the plan.
     """
-    context = context_length(model)
-    if context is not None and plan.prompt + plan.steps > context:
-        raise SpectrError(
-            f"--prompt {plan.prompt} and --steps {plan.steps}",
-            expected=f"at most {context} tokens in all, this model's context",
-        )
+    plan.check_base(model.config)
     library = plan.library
     with tempfile.TemporaryDirectory(prefix="spectr-benchmark-") as folder:
         if plan.experts and plan.experts != len(library):

@@ -60,7 +60,7 @@ def benchmark(
         peers = fitting
     sizes = {"experts": experts, "prompt": prompt, "batches": batches, "steps": steps, "rounds": rounds}
     plan = Plan(library=library, router=router, peers=peers, **sizes)
-    model, _ = routing.base()
+    model, _ = routing.base(plan.check_base)
     with bar() as advance:
         outcome = run_plan(plan, model, advance)
     text = json.dumps(dataclasses.asdict(outcome), indent=2)

@@ -12,6 +12,8 @@ from spectr.cli.options import Routing, with_options
 from spectr.errors import SpectrError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from spectr.composition import Routed
 
 HELP = "/experts lists them, /allow NAME ... restricts, /allow alone lifts that, /new starts over, /quit ends"
@@ -31,9 +33,7 @@ def chat(
     In the chat, /experts, /allow NAME ..., /new and /quit are commands.
     """
     library, router = routing.experts()
-    base, tokenizer = routing.base()
-    if tokenizer.chat_template is None:
-        raise SpectrError("this model has no chat template", do="use spectr generate --no-chat")
+    base, tokenizer = routing.base(_check_template)
     routed = routing.compose(base, tokenizer, library, router)
     if seed is not None:
         import torch
@@ -50,6 +50,11 @@ def chat(
             turns.append({"role": "user", "content": line})
             answer = _answer(base, tokenizer, turns, max_new_tokens, temperature)
             turns.append({"role": "assistant", "content": answer})
+
+
+def _check_template(_config: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    if tokenizer.chat_template is None:
+        raise SpectrError("this model has no chat template", do="use spectr generate --no-chat")
 
 
 def _read() -> str | None:

@@ -11,9 +11,13 @@ from spectr.errors import MissingExtraError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from spectr.models.load import Check
 
-def open_model(name: str | None, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model and its tokenizer, with a word on what happens."""
+
+def open_model(
+    name: str | None, dtype: str, check: Check = lambda *_: None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model and its tokenizer, checked before its weights are read, with a word on what happens."""
     try:
         from transformers.utils import logging
 
@@ -28,4 +32,4 @@ def open_model(name: str | None, dtype: str) -> tuple[PreTrainedModel, PreTraine
     if name in (None, DEFAULT_MODEL, HUB_ID):
         fetch_default_model(say)
     say(f"loading {name or 'SmolLM2-135M-Instruct'}")
-    return load_model(name, dtype=dtype, base_alone=True)  # pyright: ignore[reportArgumentType]
+    return load_model(name, dtype=dtype, base_alone=True, check=check)  # pyright: ignore[reportArgumentType]

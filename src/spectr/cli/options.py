@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from spectr.choosing import ResolvedRouting, RoutingRequest
     from spectr.composition import Routed
     from spectr.library import ExpertLibrary
+    from spectr.models.load import Check
     from spectr.routers import Router
 
 ModelOption = Annotated[
@@ -236,9 +237,9 @@ class Routing:
         short = {"top_k": self.top_k, "expert": self.expert, "combine": self.combine}
         return [*texts, *(f"{name}={value}" for name, value in short.items() if value is not None)]
 
-    def base(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """The base model and its tokenizer."""
-        return open_model(self.model, self.dtype)
+    def base(self, *check: Check) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The base model and its tokenizer, checked before its weights are read."""
+        return open_model(self.model, self.dtype, *check)
 
     def compose(
         self,

@@ -75,7 +75,7 @@ def train(
     plan = read_plan(out_folder, source, name=name, validation=validation, test_limit=test_limit, settings=settings)
     for remark in plan.remarks:
         say(remark)
-    base, tokenizer = open_model(model, dtype)
+    base, tokenizer = open_model(model, dtype, plan.check_base)
 
     from spectr.models import HUB_ID
 

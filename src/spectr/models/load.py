@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from spectr.errors import ModelError
+from spectr.errors import ModelError, SpectrError
 from spectr.models.fetch import DEFAULT_MODEL, HUB_ID, fetch_default_model
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Check = Callable[[Any, PreTrainedTokenizerBase], None]  # of a model's configuration and its tokenizer
 
 
 def pick_dtype(dtype: Dtype = "auto", device: str = "cpu") -> torch.dtype:
@@ -27,7 +29,12 @@ def pick_dtype(dtype: Dtype = "auto", device: str = "cpu") -> torch.dtype:
 
 
 def load_model(
-    name: str | None = None, *, dtype: Dtype = "auto", device: str | None = None, base_alone: bool = False
+    name: str | None = None,
+    *,
+    dtype: Dtype = "auto",
+    device: str | None = None,
+    base_alone: bool = False,
+    check: Check = lambda *_: None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model in evaluation mode, with its tokenizer.
 
@@ -37,6 +44,7 @@ def load_model(
         dtype: Precision of the weights, see :func:`pick_dtype`.
         device: ``"cpu"``, ``"cuda"``, ...; the accelerator where there is one.
         base_alone: Of a composed folder load the base model, instead of refusing it.
+        check: Called with the configuration and the tokenizer, before any weights are read; may raise.
 
     Raises:
         ModelError: There is no such model, or it cannot be loaded.
@@ -46,9 +54,14 @@ def load_model(
     assert path is not None
     composed = _check_reachable(str(path), base_alone)
     try:
+        config: Any = AutoConfig.from_pretrained(path)
+        if composed:
+            del config.quantization_config  # which makes it a composed model
         tokenizer = AutoTokenizer.from_pretrained(path)
-        plain = {"config": _unrouted(path)} if composed else {}
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=pick_dtype(dtype, device), **plain)
+        check(config, tokenizer)
+        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=pick_dtype(dtype, device))
+    except SpectrError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         there = "that folder holds no model that transformers can load" if Path(path).exists() else "no such folder"
         raise ModelError(
@@ -59,13 +72,6 @@ def load_model(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.to(device).eval(), tokenizer  # pyright: ignore[reportArgumentType]
-
-
-def _unrouted(path: str | Path) -> Any:
-    """A composed folder's config without what makes it one."""
-    config: Any = AutoConfig.from_pretrained(path)
-    del config.quantization_config
-    return config
 
 
 def _check_reachable(path: str, base_alone: bool) -> bool:

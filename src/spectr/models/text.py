@@ -12,8 +12,12 @@ from spectr.errors import DataError
 
 def context_length(model: Any) -> int | None:
     """Tokens that a model of transformers reads at most; ``None`` where its configuration names no such number."""
-    config = model.config.get_text_config()
-    length = getattr(config, "max_position_embeddings", None)
+    return configured_context(model.config)
+
+
+def configured_context(config: Any) -> int | None:
+    """The :func:`context_length` of the models of a configuration."""
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
     return length if isinstance(length, int) and length > 0 else None
 
 

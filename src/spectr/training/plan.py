@@ -48,6 +48,16 @@ class Plan:
     data: dict[str, Any] = field(default_factory=dict)
     remarks: Sequence[str] = ()
 
+    def check_base(self, config: Any, *_: Any) -> None:
+        """Check the configuration of the base model, before its weights are read.
+
+        Raises:
+            DataError: No module of such a model matches ``target_modules``.
+        """
+        from spectr.training.run import check_targets
+
+        check_targets(config, self.settings)
+
 
 def read_plan(
     out: Path | None,

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from spectr.errors import DataError, MissingExtraError, some_of
 from spectr.evaluation import accuracy, choice_logprobs, predict, text_metric
@@ -158,6 +158,12 @@ def check_folder(out: str | Path) -> None:
             do=f"choose another --out, such as {out / 'expert'}",
         )
     check_new_folder(out, DataError, inside=True)
+
+
+def check_targets(config: PreTrainedConfig, settings: TrainingSettings) -> None:
+    """Raise :class:`DataError` unless ``target_modules`` match a model of this configuration; reads no weights."""
+    with torch.device("meta"):
+        _with_adapter(AutoModelForCausalLM.from_config(config), settings)
 
 
 def _with_adapter(model: PreTrainedModel, settings: TrainingSettings) -> PeftModel:
