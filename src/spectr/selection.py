@@ -14,7 +14,7 @@ from torch.compiler import is_compiling
 from spectr.errors import CompositionError
 from spectr.lazy import lazy
 
-_FEW = 128  # numbers up to which a list is compared sooner than a tensor
+_FEW = 16  # experts up to which a stable sort costs less than to repair ties
 Weighting = Literal["uniform", "softmax"]
 
 
@@ -100,25 +100,27 @@ def select_among(
 
 def largest(scores_TE: Float[Tensor, "*T E"], k: int) -> tuple[Float[Tensor, "*T K"], Int[Tensor, "*T K"]]:
     """The ``k`` largest scores and their places, of equal ones the first. ``topk`` takes any of these."""
+    if k == 1:
+        return scores_TE.max(dim=-1, keepdim=True)
     if not scores_TE.is_cpu:  # nothing waits for the device
-        sorted_TE, order_TE = scores_TE.sort(dim=-1, descending=True, stable=True)
-        return sorted_TE[..., :k], order_TE[..., :k]
-    top_TK, index_TK = scores_TE.topk(min(k + 1, scores_TE.shape[-1]), dim=-1)
-    if k == scores_TE.shape[-1]:
-        return top_TK, index_TK
-    if type(scores_TE) is Tensor and not is_compiling() and not _tied_at_the_end(top_TK):
-        return top_TK[..., :k], index_TK[..., :k]
-    least_T1 = top_TK[..., k - 1 : k]
+        return _stably(scores_TE, k)
+    best, count = scores_TE.topk(k, dim=-1), scores_TE.shape[-1]
+    if k == count:
+        return best
+    least_T1 = best.values.narrow(-1, k - 1, 1)
+    eager = type(scores_TE) is Tensor and not is_compiling()
+    if eager and int((scores_TE >= least_T1).count_nonzero()) == best.values.numel():  # no other equals a row's last
+        return best
+    if count <= _FEW:
+        return _stably(scores_TE, k)
     tied_TE = scores_TE == least_T1
     room_T1 = k - (scores_TE > least_T1).sum(-1, keepdim=True)
     return scores_TE.masked_fill(tied_TE & (tied_TE.cumsum(-1) > room_T1), -math.inf).topk(k, dim=-1)
 
 
-def _tied_at_the_end(top_TK: Float[Tensor, "*T K"]) -> bool:
-    """Whether the last two of some row are equal."""
-    if top_TK.numel() > _FEW:
-        return bool((top_TK[..., -2] == top_TK[..., -1]).any())
-    return any(row[-2] == row[-1] for row in top_TK.reshape(-1, top_TK.shape[-1]).tolist())
+def _stably(scores_TE: Float[Tensor, "*T E"], k: int) -> tuple[Float[Tensor, "*T K"], Int[Tensor, "*T K"]]:
+    sorted_TE, order_TE = scores_TE.sort(dim=-1, descending=True, stable=True)
+    return sorted_TE[..., :k], order_TE[..., :k]
 
 
 __getattr__ = lazy(__name__, {}, renamed={"Everyone": "All"})

@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 
 from models import types_unchecked
 from spectr.errors import CompositionError
-from spectr.selection import All, TopK, select_among
+from spectr.selection import All, TopK, largest, select_among
 from spectr.spectral import reference
 
 SCORES = st.lists(st.floats(0, 1e4, width=32), min_size=1, max_size=8, unique=True)
@@ -65,6 +65,14 @@ def test_leading_axes_are_tokens_of_their_own(select):
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_exactly_k_are_taken_of_equal_scores(k):
     assert int((TopK(k=k)(torch.ones(5, 3)) > 0).sum(-1).unique()) == k
+
+
+@pytest.mark.parametrize("experts", [5, 40])  # few are sorted, of many ties are repaired
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_of_equal_scores_the_first_are_taken(experts, k):
+    scores_TE = torch.randint(0, 4, (50, experts), generator=torch.Generator().manual_seed(k)).float()
+    expected_TK = scores_TE.argsort(dim=-1, descending=True, stable=True)[:, :k]
+    assert torch.equal(largest(scores_TE, k)[1].sort(-1).values, expected_TK.sort(-1).values)
 
 
 def test_scores_of_zero_are_weighed_like_any_other():
