@@ -56,27 +56,14 @@ def fit(
     optimizer = torch.optim.AdamW(
         list(parameters.values()), lr=settings.learning_rate, weight_decay=settings.weight_decay
     )
-    done, loss, before = facts["step"], facts["loss"], facts["seconds"]
+    done, before = facts["step"], facts["seconds"]
     best = load_checkpoint(checkpoint, parameters, optimizer, done) if done else {}
-    scheduler = get_scheduler(settings.schedule, optimizer, round(settings.warmup * total), total)
-    for _ in range(done):
-        optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]  # these steps were made earlier
-        scheduler.step()
+    scheduler = _scheduler_at(done, optimizer, settings, total)
     model.train()
     began = saved = time.monotonic()
-    pad = model.config.pad_token_id if model.config.pad_token_id is not None else 0
-    stream = batches(
-        data,
-        batch_size=settings.batch_size,
-        epochs=-(-total // per_epoch),
-        seed=settings.seed,
-        pad=pad,
-        two_sided=bool(getattr(model.config, "is_encoder_decoder", False)),
-    )
+    stream = _stream(model.config, data, settings, -(-total // per_epoch))
     with deferred_interrupt() as interrupted:
-        for step, batch in enumerate(islice(stream, total)):
-            if step < done:
-                continue
+        for step, batch in islice(enumerate(stream), done, total):
             loss = _step(model, batch, data.prefix, optimizer, parameters, settings, step)
             scheduler.step()
             facts = {**facts, "step": step + 1, "loss": loss, "seconds": before + time.monotonic() - began}
@@ -99,6 +86,31 @@ def fit(
         for name, tensor in best.items():
             parameters[name].copy_(tensor)
     return facts
+
+
+def fresh_facts(fingerprint: str, **more: Any) -> dict[str, Any]:
+    """The facts of a run that begins."""
+    return {"fingerprint": fingerprint, "step": 0, "loss": float("nan"), "seconds": 0.0, "validation": [], **more}
+
+
+def _scheduler_at(step: int, optimizer: torch.optim.Optimizer, settings: OptimizerSettings, total: int) -> Any:
+    """The learning rate's schedule, from where the run is."""
+    scheduler = get_scheduler(settings.schedule, optimizer, round(settings.warmup * total), total)
+    for _ in range(step):
+        optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]  # these steps were made earlier
+        scheduler.step()
+    return scheduler
+
+
+def _stream(config: Any, data: Encoded, settings: OptimizerSettings, epochs: int) -> Iterator[Batch]:
+    return batches(
+        data,
+        batch_size=settings.batch_size,
+        epochs=epochs,
+        seed=settings.seed,
+        pad=config.pad_token_id if config.pad_token_id is not None else 0,
+        two_sided=bool(getattr(config, "is_encoder_decoder", False)),
+    )
 
 
 def _step(

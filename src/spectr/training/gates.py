@@ -23,7 +23,7 @@ from spectr.layers.linear import placement
 from spectr.routers import Oracle
 from spectr.tasks import Example
 from spectr.training.data import encode
-from spectr.training.fit import Progress, fit, read_facts, trainable
+from spectr.training.fit import Progress, fit, fresh_facts, read_facts, trainable
 from spectr.training.settings import GateSettings
 
 
@@ -101,8 +101,7 @@ def train_gates(
     content = [encoded.prefix, encoded.prompts, encoded.answers, known_sha256(expert.weights), asdict(settings), data]
     fingerprint = json_sha256(content)
     checkpoint = checkpoint_of(work)
-    start = {"fingerprint": fingerprint, "step": 0, "loss": float("nan"), "seconds": 0.0, "validation": []}
-    facts = read_facts(checkpoint, fingerprint) or start
+    facts = read_facts(checkpoint, fingerprint) or fresh_facts(fingerprint)
     with _gated(model, expert):
         facts = fit(model, encoded, settings, settings.steps, facts, checkpoint, checkpoint_seconds, progress)
         gates = {name.removesuffix(".gate"): gate.detach().clone() for name, gate in trainable(model).items()}

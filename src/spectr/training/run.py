@@ -22,7 +22,7 @@ from spectr.hashing import json_sha256
 from spectr.layers import features
 from spectr.tasks import Example
 from spectr.training.data import Encoded, count_steps, encode
-from spectr.training.fit import Progress, fit, read_facts, trainable
+from spectr.training.fit import Progress, fit, fresh_facts, read_facts, trainable
 from spectr.training.publish import Report, publish
 from spectr.training.settings import TrainingSettings
 
@@ -84,27 +84,16 @@ def train_expert(
     """
     out = Path(out)
     check_folder(out)
-    if not train:
-        raise DataError("there are no training examples", do="check the data file and the limit on examples")
-    if validation and not validation[0].choices:
-        raise DataError("validation compares accuracies, and these examples have no choices", do="leave validation out")
+    _check_examples(train, validation)
     _with_adapter(model, settings).unload()  # raises for a wrong target before anything is measured
     train = train[: settings.examples]
     encoded = encode(tokenizer, train, settings.max_length)
     fingerprint = _fingerprint(asdict(settings), data, base_model, encoded, len(validation))
-    facts = read_facts(out / CHECKPOINT, fingerprint)
-
     meter = partial(_meter, model, tokenizer, progress, length_normalised, metric, max_new_tokens)
     measure, validate = meter(test) if test else None, meter(validation) if validation else None
-    if facts is None:
-        facts = {
-            "fingerprint": fingerprint,
-            "step": 0,
-            "before": measure("base model on the test data") if measure else None,
-            "seconds": 0.0,
-            "loss": float("nan"),
-            "validation": [],
-        }
+    facts = read_facts(out / CHECKPOINT, fingerprint) or fresh_facts(
+        fingerprint, before=measure("base model on the test data") if measure else None
+    )
     peft_model = _with_adapter(model, settings)
     try:
         total = count_steps(encoded, batch_size=settings.batch_size, epochs=settings.epochs)
@@ -113,7 +102,6 @@ def train_expert(
         )
         _round_to_bfloat16(trainable(peft_model))
         peft_model.eval()
-        after = measure("expert on the test data") if measure else None
         report = Report(
             name=name,
             base_model=base_model,
@@ -128,7 +116,7 @@ def train_expert(
             last_loss=facts["loss"],
             validation_accuracy=facts["validation"],
             accuracy_before=facts["before"],
-            accuracy_after=after,
+            accuracy_after=measure("expert on the test data") if measure else None,
             majority=_majority(test),
             seconds=round(facts["seconds"], 1),
         )
@@ -137,6 +125,13 @@ def train_expert(
         peft_model.unload()
     (out / CHECKPOINT).unlink(missing_ok=True)
     return report
+
+
+def _check_examples(train: Sequence[Example], validation: Sequence[Example]) -> None:
+    if not train:
+        raise DataError("there are no training examples", do="check the data file and the limit on examples")
+    if validation and not validation[0].choices:
+        raise DataError("validation compares accuracies, and these examples have no choices", do="leave validation out")
 
 
 def checkpoint_step(out: str | Path) -> int:

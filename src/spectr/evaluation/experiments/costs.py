@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spectr.composition import Routed
 from spectr.evaluation.experiments.setup import ExperimentSetup, Result
 from spectr.flops import count_flops, forward_flops
 from spectr.layers import RoutedLinear
@@ -41,33 +42,11 @@ def costs(setup: ExperimentSetup) -> Result:
     data = {}
     for done, (label, router) in enumerate(setup.routers(ROUTERS), start=1):
         with setup.routed(router) as routed:
-            layers = routed.layers
-            held = sum(b.numel() * b.element_size() for layer in layers.values() for b in layer.buffers(recurse=False))
-            if routed.prompt:
-                routed.prompt.decide(input_ids=ids.roll(1, dims=1))  # the first prompt has work of its own
-                probe = count_flops(lambda r=routed: r.prompt.decide(input_ids=ids))  # pyright: ignore[reportOptionalMemberAccess]
-                routing = routed.prompt.routing(routed.prompt.decide(input_ids=ids))
-            else:
-                probe, routing = 0, BatchRouting()
-            with routed_by(routing):
-                added = forward_flops(setup.model, ids) - base
-            formula = sum(_formula(layer, routing.of(layer)) for layer in layers.values())
-        data[label] = row = {
-            "memory": held,
-            "flops": added / SAMPLE_TOKENS,
-            "formula": formula,
-            "probe": probe / SAMPLE_TOKENS,
-        }
-        rows.append(
-            [
-                label,
-                f"{held / 1e6:.1f}",
-                f"{formula / 1e6:.2f}",
-                f"{row['flops'] / 1e6:.2f}",
-                f"{added / base:.1%}",
-                f"{row['probe'] / 1e6:.1f}" if probe else "",
-            ]
-        )
+            data[label] = row = _measured(routed, ids, base)
+        held, formula, flops, probe = (row[key] / 1e6 for key in ("memory", "formula", "flops", "probe"))
+        share = row["flops"] * SAMPLE_TOKENS / base
+        cells = [f"{held:.1f}", f"{formula:.2f}", f"{flops:.2f}", f"{share:.1%}", f"{probe:.1f}" if probe else ""]
+        rows.append([label, *cells])
         setup.progress("costs", done, len(ROUTERS), label)
     return Result(
         name="costs",
@@ -85,13 +64,7 @@ def costs(setup: ExperimentSetup) -> Result:
         data={"stored": stored, "base": base / SAMPLE_TOKENS, "routers": data, "memory": plain},
         notes=[
             f"The library takes {stored / 1e6:.1f} MB on disk for {len(experts)} experts.",
-            "Formula: 2 P I for all scores and 2 O P for the updates of a module with I inputs, O outputs and P ranks "
-            "in all (the weights of experts that were not chosen are zero, their products are made); 2 O R for each "
-            "chosen expert where these alone are summed, as it is done where a fourth or less of one rank is chosen; "
-            "for prototypes 2 E I more, for unequal ranks 4 P E, 2 P E where h is not scored; "
-            "held, the chosen experts' P alone. "
-            "LAG: 2 E I, and 2 R I for each of its shortlist and 2 R O for each chosen expert. "
-            "One multiply-add counts as 2. Attention's own cost is in the base model's measurement.",
+            _FORMULA_NOTE,
             "Once a prompt: what is spent before the answer, by token of a prompt of "
             f"{SAMPLE_TOKENS}: the probe of the calibrated routers, and GLIDER's instruction, which the base model "
             "writes, whatever the prompt's length (its embedding, by another model, is not counted). Before a model's "
@@ -101,6 +74,32 @@ def costs(setup: ExperimentSetup) -> Result:
         ],
         origin=setup.origin(),
     )
+
+
+_FORMULA_NOTE = (
+    "Formula: 2 P I for all scores and 2 O P for the updates of a module with I inputs, O outputs and P ranks "
+    "in all (the weights of experts that were not chosen are zero, their products are made); 2 O R for each "
+    "chosen expert where these alone are summed, as it is done where a fourth or less of one rank is chosen; "
+    "for prototypes 2 E I more, for unequal ranks 4 P E, 2 P E where h is not scored; "
+    "held, the chosen experts' P alone. "
+    "LAG: 2 E I, and 2 R I for each of its shortlist and 2 R O for each chosen expert. "
+    "One multiply-add counts as 2. Attention's own cost is in the base model's measurement."
+)
+
+
+def _measured(routed: Routed, ids: Tensor, base: int) -> dict[str, Any]:
+    """Bytes that the layers hold, and operations a token: added, by the formula, and once a prompt."""
+    layers, prompt = routed.layers, routed.prompt
+    held = sum(b.numel() * b.element_size() for layer in layers.values() for b in layer.buffers(recurse=False))
+    probe, routing = 0, BatchRouting()
+    if prompt:
+        prompt.decide(input_ids=ids.roll(1, dims=1))  # the first prompt has work of its own
+        probe = count_flops(lambda: prompt.decide(input_ids=ids))
+        routing = prompt.routing(prompt.decide(input_ids=ids))
+    with routed_by(routing):
+        added = forward_flops(routed.model, ids) - base
+    formula = sum(_formula(layer, routing.of(layer)) for layer in layers.values())
+    return {"memory": held, "flops": added / SAMPLE_TOKENS, "formula": formula, "probe": probe / SAMPLE_TOKENS}
 
 
 def sample_ids(setup: ExperimentSetup) -> Tensor:

@@ -49,17 +49,10 @@ def heldout(setup: ExperimentSetup) -> Result:
     means = {name: {task: sum(s) / len(s) for task, s in scores.items()} for name, scores in alone.items()}
     rows, methods = [], {}
     for label, scores in found.items():
-        accuracy = {task: Measurement.of(scores[task]) for task in tasks}
-        gain = mean_difference(scores, base)
-        mean = sum(m.value for m in accuracy.values()) / len(tasks)
-        points = "" if label == "base" else f"{100 * gain.value:+.1f} ± {100 * gain.error:.1f}"
-        rows.append([label, f"{mean:.1%}", points, *(percent(accuracy[task]) for task in tasks)])
-        methods[label] = {
-            "mean": mean,
-            "gain": gain.value,
-            "error": gain.error,
-            "accuracy": {task: m.value for task, m in accuracy.items()},
-        }
+        methods[label] = row = _compared(scores, base)
+        points = "" if label == "base" else f"{100 * row['gain']:+.1f} ± {100 * row['error']:.1f}"
+        accuracy = [percent(Measurement.of(scores[task])) for task in tasks]
+        rows.append([label, f"{row['mean']:.1%}", points, *accuracy])
     return Result(
         name="heldout",
         title="Tasks that no expert was trained on",
@@ -77,3 +70,11 @@ def heldout(setup: ExperimentSetup) -> Result:
         ],
         origin=setup.origin(),
     )
+
+
+def _compared(scores: Scores, base: Scores) -> dict[str, Any]:
+    """A method's accuracies, their mean, and what it gains over the base model."""
+    gain = mean_difference(scores, base)
+    accuracy = {task: Measurement.of(scores[task]).value for task in base}
+    mean = sum(accuracy.values()) / len(accuracy)
+    return {"mean": mean, "gain": gain.value, "error": gain.error, "accuracy": accuracy}

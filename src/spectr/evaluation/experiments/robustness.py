@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,8 @@ def robustness(setup: ExperimentSetup) -> Result:
     And where an expert is replaced by each of the setup's companions, such as one that was trained for longer.
     """
     rows, data, odd = [], {}, {}
-    first = setup.library.names[0]
     with tempfile.TemporaryDirectory() as folder:
-        cases = []
-        for number, (case, change) in enumerate(_CASES.items()):
-            name = "random" if change is _random else first
-            made = changed_expert(setup.library, first, Path(folder, str(number)), change)
-            cases.append((case.replace("NAME", first), name, made))
-        for case, name, source in [*setup.companions, *cases]:
+        for case, name, source in [*setup.companions, *_made_cases(setup.library, Path(folder))]:
             library = setup.library.without(name) if name in setup.library else setup.library
             library = library.with_expert(name, source)
             if setup.library.calibration is not None:
@@ -97,6 +91,14 @@ _CASES: dict[str, Callable[[dict[str, Tensor], dict], None]] = {
     "NAME, the same update in factors of rank 64": _higher_rank,
     "a random expert": _random,
 }
+
+
+def _made_cases(library: ExpertLibrary, folder: Path) -> Iterator[tuple[str, str, Path]]:
+    """Each of :data:`_CASES` with the name of the expert that it gives, and its folder."""
+    first = library.names[0]
+    for number, (case, change) in enumerate(_CASES.items()):
+        name = "random" if change is _random else first
+        yield case.replace("NAME", first), name, changed_expert(library, first, folder / str(number), change)
 
 
 def changed_expert(

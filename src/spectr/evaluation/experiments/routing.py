@@ -42,8 +42,8 @@ def routing(setup: ExperimentSetup) -> Result:
             task: {name: over_runs(runs, lambda f, name=name: f.winner == name, [task]).value for name in names}
             for task in tasks
         }
-    nearest = (mean_cosines(cosines(setup.library)) - 2 * torch.eye(len(names))).amax(1)
     count = len(names)
+    nearest = (mean_cosines(cosines(setup.library)) - 2 * torch.eye(count)).amax(1)
     return Result(
         name="routing",
         title="Which router finds the right expert",
@@ -61,10 +61,7 @@ def routing(setup: ExperimentSetup) -> Result:
         notes=[
             f"By chance: {1 / count:.1%} first, {min(4, count) / count:.1%} among four, {min(2, count) / count:.1%} "
             "among two.",
-            "Tokens: mean over a prompt's tokens after the chat template's opening and over all modules, then over "
-            "prompts. Prompts: the expert with the most first places over all tokens and modules. 'calibrated' decides "
-            "once for the prompt, by its evidence, and that holds for all of its tokens. ± one standard error over "
-            "prompts.",
+            _NOTE,
             *notes,
             *setup.left_out(ROUTERS),
             *setup.remarks(),
@@ -73,6 +70,11 @@ def routing(setup: ExperimentSetup) -> Result:
     )
 
 
+_NOTE = (
+    "Tokens: mean over a prompt's tokens after the chat template's opening and over all modules, then over prompts. "
+    "Prompts: the expert with the most first places over all tokens and modules. 'calibrated' decides once for the "
+    "prompt, by its evidence, and that holds for all of its tokens. ± one standard error over prompts."
+)
 _VALUES: dict[str, Any] = {
     "top_1": lambda finding: finding.top_1,
     "top_4": lambda finding: finding.top_4,
