@@ -57,7 +57,7 @@ class Spent:
 
 
 class QueryGuide:
-    """``cos(e_t, q)``: the experts' descriptions beside an instruction that is written for the prompt.
+    """``cos(e_t, q)``: the experts' descriptions compared with an instruction that is written for the prompt.
 
     A conversation's vector is made once and kept.
 

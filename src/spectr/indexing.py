@@ -1,4 +1,4 @@
-"""Indexing a library: what routing among very many experts needs of each, made once and kept beside them."""
+"""Indexing a library: what routing among very many experts needs of each, made once and kept with them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def build_index(
         library: Calibrated experts.
         folder: The library's folder, where entries are kept; without it they are only in the library returned.
         fresh: Index all experts anew.
-        progress: Is told (done, total, expert).
+        progress: Receives (done, total, expert).
 
     Returns:
         The library with its index.
@@ -127,7 +127,7 @@ class _Parts(Dataset[Any]):
 
 
 def _workers(work: _Parts, inputs: Iterable[Tensor]) -> int:
-    """Processes beside this one, none for few experts: the work is many small steps, which threads do in turn.
+    """Processes in addition to this one, none for few experts: the work is many small steps, which threads do in turn.
 
     They have to be forked, so that they see the inputs where these are, and only a CPU's can be seen.
     """

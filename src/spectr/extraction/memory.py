@@ -27,7 +27,7 @@ class Plan:
 def plan(layers: Sequence[Linear], settings: Extraction) -> Plan:
     """Choose a method for each module.
 
-    A module takes its difference in float32, the larger of what reading and the SVD take beside that, and on top come
+    A module takes its difference in float32, the larger of what reading and the SVD take in addition, and on top come
     all factors that are kept until they are written (twice: saving copies them).
 
     Raises:

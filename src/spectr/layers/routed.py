@@ -371,7 +371,7 @@ class RoutedLinear(nn.Module):
         return _sizes(self.base).outputs
 
     def extra_repr(self) -> str:
-        """What ``print(model)`` shows beside the base layer."""
+        """What ``print(model)`` shows next to the base layer."""
         return f"experts={len(self.experts)}, ranks={sorted(set(self.ranks))}, router={self.router}"
 
 

@@ -93,7 +93,7 @@ class Trace(Mapping[str, LayerTrace]):
         """Mean weight of every expert of :attr:`experts` over the layers whose name passes, for each token.
 
         A layer that does not hold an expert counts as weight zero for it. Layers that ran over other tokens than the
-        most of them did (an encoder beside a decoder) are left out.
+        most of them did (an encoder next to a decoder) are left out.
 
         Raises:
             CompositionError: No layer's name passes, or nothing was traced.
@@ -106,12 +106,12 @@ class Trace(Mapping[str, LayerTrace]):
             )
         experts = self.experts
         shapes = [layer.weights.shape[:2] for layer in found]
-        [(usual, _)] = Counter(shapes).most_common(1)
-        total = torch.zeros(*usual, len(experts))
+        [(commonest, _)] = Counter(shapes).most_common(1)
+        total = torch.zeros(*commonest, len(experts))
         for layer, shape in zip(found, shapes, strict=True):
-            if shape == usual:
+            if shape == commonest:
                 total[..., [experts.index(name) for name in layer.experts]] += layer.weights
-        return total / shapes.count(usual)
+        return total / shapes.count(commonest)
 
     def shares(self) -> dict[str, float]:
         """Each expert's share of the work, averaged over the tokens that are no padding and all layers; from 0 to 1."""

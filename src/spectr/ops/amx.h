@@ -1,7 +1,7 @@
 /* Products by AMX, whose tiles multiply bfloat16 and sum in float32.
 
    A float32 is the sum of three bfloat16 of 8 bits each: high, middle and low. Of the nine products of two such sums six are
-   made; what is left out is below float32's own rounding. Where torch is told that less will do
+   made; what is left out is below float32's own rounding. Where torch is set to accept less
    (torch.set_float32_matmul_precision), numbers have two parts, and sums three products, as torch says of "high". */
 
 #include "unit.h"

@@ -1,4 +1,4 @@
-/* Packed layers, as packed.c and tiles.c are told of them. */
+/* Packed layers, as packed.c and tiles.c read them. */
 
 struct module {
   const void *B, *centers; /* output factors as the function has them, and (ways, rows), taken away before scoring, or none */

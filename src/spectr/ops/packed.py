@@ -125,12 +125,12 @@ class Packed(nn.Module):
         self.centers_S = [None if m.centers_WP is None else m.centers_WP.to(way.centers).contiguous() for m in modules]
         self.scales_S = [None if m.scales_WP is None else m.scales_WP.float().contiguous() for m in modules]
         self.choosing = choosing._replace(columns_E=choosing.columns_E.to(torch.int32).contiguous())
-        told, first = [], 0
+        structs, first = [], 0
         for module, *parts in zip(modules, self.B_S, self.centers_S, self.scales_S, strict=True):
             outputs, rows = module.B_OP.shape
-            told.append(_Module(*map(place, parts), rows, first, module.begin, outputs))
+            structs.append(_Module(*map(place, parts), rows, first, module.begin, outputs))
             first += rows
-        self._told = (_Module * len(told))(*told)
+        self._module_structs = (_Module * len(structs))(*structs)
         columns_E, granted_TF, ways, turns_T, most, kept = self.choosing
         sampled, scores, weights = kept or (None, None, None)
         experts = len(columns_E)
@@ -138,13 +138,13 @@ class Packed(nn.Module):
         self._layer = _Layer(
             way.add,
             place(self.A),
-            ctypes.addressof(self._told),
+            ctypes.addressof(self._module_structs),
             *map(place, (columns_E, granted_TF)),
             ctypes.addressof(self._ways),
             *map(place, (turns_T, sampled, scores, weights)),
             granted_TF.stride(0),
             0 if sampled is None else len(sampled),
-            len(told),
+            len(structs),
             experts,
             A_PI.shape[1],
             first,

@@ -1,7 +1,7 @@
 /* One routed layer: scores, selection and the chosen experts' outputs, each in one pass.
 
-   For float32, and for bfloat16, which is the upper half of a float32. Sums are float32. Threads are OpenMP's, where the
-   compiler was told to make them. */
+   For float32, and for bfloat16, which is the upper half of a float32. Sums are float32. Threads are OpenMP's, where
+   the compiler has it. */
 
 #include <float.h>
 #include <math.h>

@@ -30,7 +30,7 @@ export async function* streamChat(body, { key, signal }) {
   for await (const data of events(response.body)) {
     if (data === "[DONE]") return;
     const chunk = parsed(data);
-    if (chunk.error) throw told(chunk.error, response.status);
+    if (chunk.error) throw serverError(chunk.error, response.status);
     yield chunk;
   }
   throw new ServerError("The connection ended before the answer did. The server's log may say why; ask again.");
@@ -63,14 +63,14 @@ function unreachable(error) {
 async function refusal(response) {
   const text = await response.text().catch(() => "");
   try {
-    return told(JSON.parse(text).error, response.status);
+    return serverError(JSON.parse(text).error, response.status);
   } catch {
     const words = `The server answered ${response.status} ${response.statusText}`.trim();
     return new ServerError(text && text.length < 300 ? `${words}: ${text}` : words, { status: response.status });
   }
 }
 
-function told(error, status) {
+function serverError(error, status) {
   const message = typeof error === "string" ? error : String(error.message);
   return new ServerError(message, { status, code: error.code, param: error.param });
 }

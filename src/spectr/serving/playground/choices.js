@@ -74,13 +74,13 @@ export class Choices {
       model,
       ...number("tokens", "max_tokens"),
       ...number("temperature", "temperature"),
-      ...(model === this.#models.routed && this.#wishes()),
+      ...(model === this.#models.routed && this.#routing()),
       ...(!base && { return_routing: find("layers").checked ? "layers" : true }),
     };
   }
 
-  /** What the routed model alone is told; nothing where it is as the server has it. */
-  #wishes() {
+  /** Options for the routed model alone; none where they are as the server has them. */
+  #routing() {
     const router = find("router").value;
     return { ...(!this.#allTicked && { experts: this.#ticked }), ...(router && { router }) };
   }
@@ -128,9 +128,9 @@ export class Choices {
     find("find").hidden = experts.length < MANY;
   }
 
-  #fillRouters([usual, ...others]) {
+  #fillRouters([byDefault, ...others]) {
     const options = others.map(name => make("option", { value: name }, name));
-    find("router").replaceChildren(make("option", { value: "" }, usual ?? ""), ...options);
+    find("router").replaceChildren(make("option", { value: "" }, byDefault ?? ""), ...options);
     find("routers").hidden = !others.length;
   }
 

@@ -14,7 +14,7 @@ export class Tokens {
 
   /**
    * @param body the element to fill.
-   * @param watcher told of tokens: pick(this, number, byKeyboard) when one is asked for, walk(this, number) on the way.
+   * @param watcher has pick(this, number, byKeyboard), for a token asked for, and walk(this, number), on the way.
    */
   constructor(body, watcher) {
     Object.assign(this, { body, watcher });
