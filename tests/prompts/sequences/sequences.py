@@ -18,6 +18,7 @@ from spectr.models import growing_cache
 NEW = 4
 FREE = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 NAMES = ("ants", "bees", "cats")
+SEVEN = torch.tensor([[7]])  # one more token
 
 
 class Guide:
@@ -396,3 +397,9 @@ def pair(name, root):
     sizes |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 64}
     config = transformers.BartConfig(vocab_size=VOCAB, init_std=0.25, forced_eos_token_id=None, **sizes, **special)
     return World(build(transformers.BartForConditionalGeneration, config), root)
+
+
+def differences(what, got, want):
+    """A line for the report, where something is not as it should be."""
+    same = got.shape == want.shape and torch.equal(got, want)
+    return [] if same else [f"{what}: {got.tolist()} in place of {want.tolist()}"]

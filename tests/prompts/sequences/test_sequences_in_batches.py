@@ -1,0 +1,104 @@
+"""Sequences in one call: rows of a batch, packed rows and continuous batching, each as it is alone."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from sequences import FREE, NEW, decided, prompts_of, say
+from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig
+
+import spectr
+from models import close
+from spectr.errors import CompositionError
+
+
+def test_batches_whose_rows_have_different_experts(world, shared):
+    model, routed, ((a, one), (b, two)) = shared
+    both = torch.cat([a, b])
+    short = b[:, :4]
+    right, left = (torch.nn.functional.pad(short, pad) for pad in ((0, 2), (2, 0)))
+    third = decided(routed, short)
+
+    def alone(**options):
+        return torch.cat([say(world.oracle(name), ids, **options) for ids, name in ((a, one), (b, two))])
+
+    for options in ({}, {"num_beams": 2}, {"guidance_scale": 1.5}, {"use_cache": False}, {"prefill_chunk_size": 2}):
+        assert torch.equal(say(model, both, **options), alone(**options)), options
+    negative = say(model, both, guidance_scale=1.5, negative_prompt_ids=both.flip(0))
+    assert torch.equal(negative[:1], say(world.oracle(one), a, guidance_scale=1.5, negative_prompt_ids=b))
+    several = model.generate(both, **{**FREE, "num_beams": 2, "num_return_sequences": 2})
+    assert torch.equal(
+        several[2:], world.oracle(two).generate(b, **{**FREE, "num_beams": 2, "num_return_sequences": 2})
+    )
+    cache = DynamicCache(config=model.config)
+    model(both[:, :3], past_key_values=cache)
+    cache.batch_repeat_interleave(2)
+    assert torch.equal(say(model, both, num_beams=2, past_key_values=cache), alone(num_beams=2))
+    mask = torch.ones(2, 6, dtype=torch.long)
+    mask[1, :2] = 0
+    padded = say(model, torch.cat([a, left]), attention_mask=mask)
+    assert torch.equal(padded, torch.cat([say(world.oracle(one), a), say(world.oracle(third), short)]))
+    logits = model(torch.cat([a, right]), attention_mask=mask.flip(1)).logits
+    close(logits[1:, :4], world.oracle(third)(short).logits)
+    close(logits[:1], world.oracle(one)(a).logits)
+
+
+def test_packed_rows(world, shared):
+    model, routed, ((a, one), (b, two)) = shared
+    row, places = torch.cat([a, b], 1), torch.arange(6).repeat(2)[None]
+    want = torch.cat([world.oracle(one)(a).logits, world.oracle(two)(b).logits], 1)
+    ends = torch.tensor([0, 6, 12], dtype=torch.int32)
+    lengths = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 6, "max_length_k": 6}
+    for options in ({}, lengths):
+        close(model(row, position_ids=places, use_cache=False, **options).logits, want)
+    close(model(row, position_ids=places, use_cache=False, logits_to_keep=3).logits, want[:, -3:])
+    close(model.lm_head(model.model(row, position_ids=places, use_cache=False).last_hidden_state), want)
+    with routed.prompt.using(routed.prompt.decide(input_ids=b)):
+        close(model(row, position_ids=places, use_cache=False).logits[:, 6:], want[:, 6:])
+
+
+def test_continuous_batching(world, monkeypatch):
+    monkeypatch.setattr(gc, "collect", lambda: 0)  # as each manager's end does, which takes longer than all else here
+    model, routed = world.routed(spectr.Calibrated())
+    (a, one), (b, two) = prompts_of(routed)
+    inputs, verdicts = [a[0].tolist(), b[0].tolist()], [routed.prompt.decide(input_ids=ids) for ids in (a, b)]
+    small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32)
+
+    def batch(returned=1, **more):
+        sampling = {"do_sample": True, "top_k": 1, "num_return_sequences": returned}
+        settings = GenerationConfig(max_new_tokens=NEW, eos_token_id=-1, pad_token_id=0, **sampling)
+        said = model.generate_batch(inputs, settings, small, warmup=False, **more)
+        return sorted(output.generated_tokens for output in said.values())
+
+    def want(*names, times=1):
+        return sorted(
+            times * [say(world.oracle(name), ids)[0].tolist() for name, ids in zip(names, (a, b), strict=True)]
+        )
+
+    assert batch() == want(one, two)
+    assert batch(returned=2) == want(one, two, times=2)
+    with routed.prompt.using(verdicts[1]):
+        assert batch() == want(two, two)
+    with routed.prompt.using(torch.cat(verdicts[::-1])):
+        assert batch() == want(two, one)
+    routed.prompt.hold(verdicts[0])
+    assert batch() == want(one, one)
+    routed.prompt.hold(None)
+    assert batch(persistent_manager=True) == want(one, two)
+    routed.allow([two])
+    assert batch(persistent_manager=True) == want(two, two)
+    routed.allow(None)
+    model.destroy_cached_continuous_batching_manager()
+    settings = GenerationConfig(max_new_tokens=30, eos_token_id=-1, pad_token_id=0)
+    with model.continuous_batching_context_manager(settings, continuous_batching_config=small, warmup=False) as manager:
+        for ids in (a, b, a):  # a name that is used again is another request
+            manager.add_request(ids[0].tolist(), request_id="again", max_new_tokens=NEW)
+            said = manager.get_result("again", timeout=30).generated_tokens
+            assert said == say(world.oracle(decided(routed, ids)), ids)[0].tolist()
+        manager.add_request(a[0].tolist(), request_id="long", streaming=True)
+        next(iter(manager.request_id_iter("long")))
+        with pytest.raises(CompositionError):
+            routed.allow([two])
+    assert torch.equal(say(model, a), say(world.oracle(one), a))
