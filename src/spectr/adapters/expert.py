@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load
 from torch import Tensor
 
-from spectr.errors import AdapterError
+from spectr.errors import AdapterError, SpectrError
 
 
 class Factors(NamedTuple):
@@ -128,24 +128,25 @@ def all_finite(tensor: Tensor) -> bool:
     return -math.inf < low and high < math.inf
 
 
-def open_safetensors(path: Path, name: str):
-    """A memory-mapped safetensors file.
+def open_safetensors(path: Path, name: str | None = None, kind: type[SpectrError] = AdapterError):
+    """A memory-mapped safetensors file, of the expert ``name``.
 
     Raises:
-        AdapterError: The file is missing, cut short or corrupt.
+        SpectrError: Of this ``kind``: the file is missing, cut short or corrupt.
     """
-    with unreadable_as_error(path, name):
+    with unreadable_as_error(path, name, kind):
         return safe_open(path, framework="pt")
 
 
 @contextmanager
-def unreadable_as_error(path: Path, name: str) -> Iterator[None]:
-    """Raise what goes wrong with a safetensors file as :class:`AdapterError`."""
+def unreadable_as_error(path: Path, name: str | None, kind: type[SpectrError] = AdapterError) -> Iterator[None]:
+    """Raise what goes wrong with a safetensors file as an error of this kind."""
     try:
         yield
     except Exception as error:  # safetensors raises its own kinds, OSError among them
-        raise AdapterError(
-            f"expert '{name}': {path} cannot be read as safetensors ({error})",
+        owner = "" if name is None else f"expert '{name}': "
+        raise kind(
+            f"{owner}{path} cannot be read as safetensors ({error})",
             expected="a complete safetensors file",
             do="download or copy it again",
         ) from error

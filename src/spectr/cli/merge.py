@@ -10,7 +10,7 @@ from rich.table import Table
 
 from spectr.cli.console import bar, out, say
 from spectr.cli.model_loading import open_model
-from spectr.cli.options import BaseOption, LibraryOption, known_dtype
+from spectr.cli.options import BaseOption, LibraryOption, known_dtype, split_names
 from spectr.merging.method import METHODS
 
 if TYPE_CHECKING:
@@ -75,12 +75,12 @@ def merge(
     options = {"density": density, "scale": scale, "seed": seed, "inner": inner}
     opened, recipe = read_plan(
         library,
-        _names(experts),
+        split_names(experts),
         out_folder,
         method=method,
         options={key: value for key, value in options.items() if value is not None},
         weights=weights,
-        subtract=_names([subtract] if subtract else []),
+        subtract=split_names([subtract] if subtract else []),
         strength=strength,
         rank=rank,
         energy=energy,
@@ -150,8 +150,3 @@ def _spread(values: Any, form: str) -> list[str]:
     from spectr.merging.merge import spread
 
     return [form.format(value) for value in spread(values)]
-
-
-def _names(texts: list[str]) -> list[str]:
-    """Experts that were given one by one, or several with commas."""
-    return [name.strip() for text in texts for name in text.split(",") if name.strip()]

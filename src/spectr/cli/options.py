@@ -61,16 +61,19 @@ def known_dtype(dtype: str | None) -> str | None:
     return dtype
 
 
-def _split(names: list[str] | None) -> list[str] | None:
+def split_names(texts: Iterable[str]) -> list[str]:
     """Experts that were given one by one, or several with commas."""
-    if not names:
-        return None
-    found = [name.strip() for text in names for name in text.split(",") if name.strip()]
-    if not found:
+    return [name.strip() for text in texts for name in text.split(",") if name.strip()]
+
+
+def _split(texts: list[str] | None) -> list[str] | None:
+    """The experts of an allow-list."""
+    found = split_names(texts or ())
+    if texts and not found:
         raise SpectrError(
             "the allow-list is empty", expected="at least one expert", do="name some, or leave --allow out"
         )
-    return found
+    return found or None
 
 
 DtypeOption = Annotated[str, typer.Option("--dtype", help=f"Choose the precision: {_DTYPES}.", callback=known_dtype)]

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtyping import Shaped
-from safetensors import safe_open
 from torch import Tensor
 
+from spectr.adapters.expert import open_safetensors
 from spectr.errors import ModelError, SpectrError, collecting, raise_together
 
 WEIGHTS = "model.safetensors"
@@ -57,7 +57,9 @@ class Checkpoint:
         A block holds at most 2^20 numbers (or one row) in the file's dtype, on the CPU.
         """
         with ExitStack() as stack:
-            files = {name: stack.enter_context(_open(self.folder / name)) for name in self.files}
+            files = {
+                name: stack.enter_context(open_safetensors(self.folder / name, kind=ModelError)) for name in self.files
+            }
 
             def rows(name: str) -> Iterator[Tensor]:
                 header = self.tensors[name]
@@ -87,7 +89,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     tensors: dict[str, Header] = {}
     problems: list[SpectrError] = []
     for name in files:
-        with collecting(problems), _open(folder / name) as file:
+        with collecting(problems), open_safetensors(folder / name, kind=ModelError) as file:
             parts = {key: file.get_slice(key) for key in list(file.keys())}
             tensors |= {k: Header(tuple(p.get_shape()), p.get_dtype(), name) for k, p in parts.items()}
     raise_together(f"{folder} cannot be read", problems, ModelError)
@@ -117,17 +119,6 @@ def _weight_map(path: Path) -> dict[str, str]:
     if not right:
         raise ModelError(f"{path} has no weight_map of file names", do="download or save the model again")
     return files
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except Exception as error:  # safetensors raises its own kinds, OSError among them
-        raise ModelError(
-            f"{path} cannot be read as safetensors ({error})",
-            expected="a complete safetensors file",
-            do="download or copy it again",
-        ) from error
 
 
 def locate_model(source: str | Path) -> Path:

@@ -64,14 +64,14 @@ class Router(ABC):
         """What decides for whole prompts; ``None``: none is read before it is answered."""
         return None
 
-    @abstractmethod
     def init_expert(self, expert: AlignedExpert, side: SideData) -> Share:
-        """One expert's share of a module's stack, float32.
+        """One expert's share of a module's stack, float32; by default ``A*`` and ``B*`` alone.
 
         Args:
             expert: Its factors.
             side: What the library knows of it, as far as :attr:`needs` asks for that.
         """
+        return Share.spectral(expert.aligned)
 
     def stack(self, shares: Mapping[str, Share]) -> Stack:
         """The experts of a module, from their shares by name."""

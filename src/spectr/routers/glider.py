@@ -19,7 +19,7 @@ from spectr.routers.policy import DelegatingRouter, PromptPolicy, PromptRouter
 from spectr.routers.settings import check_settings
 from spectr.routers.use import AddToScores, HoldWeights
 from spectr.selection import All, TopK, Weighting
-from spectr.spectral import AlignedExpert, Share, SideData, State
+from spectr.spectral import State
 
 
 @options_renamed(local="token_router")
@@ -125,10 +125,6 @@ class Unscored(Router):
     def selection(self) -> All:
         """See :class:`Router`."""
         return All()
-
-    def init_expert(self, expert: AlignedExpert, side: SideData) -> Share:
-        """See :class:`Router`."""
-        return Share.spectral(expert.aligned)
 
     def scores(
         self, state: State, x_TI: Float[Tensor, "*T I"], h_TP: Tensor, allowed_TE: Tensor | None

@@ -12,7 +12,7 @@ from torch import Tensor
 from spectr.library.needs import Need, OneExpert
 from spectr.routers.base import Router
 from spectr.selection import All
-from spectr.spectral import AlignedExpert, Share, SideData, Stack, State
+from spectr.spectral import Share, Stack, State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +36,6 @@ class Oracle(Router):
     def needs(self) -> tuple[Need, ...]:
         """See :class:`Router`: this expert, and no other is held."""
         return (OneExpert(self.expert),)
-
-    def init_expert(self, expert: AlignedExpert, side: SideData) -> Share:
-        """See :class:`Router`."""
-        return Share.spectral(expert.aligned)
 
     def stack(self, shares: Mapping[str, Share]) -> Stack:
         """See :class:`Router`: of the named expert alone."""

@@ -50,7 +50,7 @@ class Spectr(LengthRouter):
         if self.score == "projection":
             U, S, Vh = expert.aligned
             return Share(Vh, U * S)
-        return Share.spectral(expert.aligned)
+        return super().init_expert(expert, side)
 
     def scores(
         self, state: State, x_TI: Float[Tensor, "*T I"], h_TP: Float[Tensor, "*T P"], allowed_TE: Tensor | None

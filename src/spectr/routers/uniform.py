@@ -11,7 +11,7 @@ from torch import Tensor
 from spectr.routers.base import LengthRouter, Lengths
 from spectr.routers.settings import check_settings, first_rows
 from spectr.selection import All
-from spectr.spectral import AlignedExpert, InputState, Share, SideData, State
+from spectr.spectral import InputState, State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +35,6 @@ class Uniform(LengthRouter):
     def selection(self) -> All:
         """See :class:`Router`."""
         return All()
-
-    def init_expert(self, expert: AlignedExpert, side: SideData) -> Share:
-        """See :class:`Router`."""
-        return Share.spectral(expert.aligned)
 
     def scores(
         self, state: State, x_TI: Float[Tensor, "*T I"], h_TP: Tensor, allowed_TE: Tensor | None

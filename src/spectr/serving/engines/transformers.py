@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from spectr.composition.multi_router import MultiRouter
 from spectr.errors import CompositionError, MissingExtraError, SpectrError, nearest
+from spectr.models import context_length
 from spectr.serving.engines.base import Step, Ticket
 from spectr.serving.engines.batch_scheduling import BatchScheduler
 from spectr.serving.engines.generation import Bound, OneAtATime, State
@@ -153,8 +154,7 @@ class TransformersEngine:
     def _make_state(self) -> State:
         from transformers.cli.serving.utils import GenerationState
 
-        config: Any = self.composed.model.config
-        context = int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
+        context = context_length(self.composed.model) or 1 << 30
         if self.batching is not None:
             self.batching.start(self.composed.model, self.scheduler, self._running)
             context = min(context, self.batching.context)
