@@ -29,10 +29,11 @@ def canvas(width: float, height: float, columns: int = 1, **layout: Any) -> tupl
     return drawn, drawn.subplots(1, columns, **layout)
 
 
-def legend_below(drawn: Figure, number: int = 0) -> None:
-    """The legend of one of the axes for the whole figure, where it covers nothing."""
+def legend_below(drawn: Figure, number: int = 0) -> Figure:
+    """The figure with a legend of one of the axes for the whole of it, where it covers nothing."""
     handles, labels = drawn.axes[number].get_legend_handles_labels()
     drawn.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+    return drawn
 
 
 def percent(axes: Axes, label: str, **limits: tuple[float, float]) -> None:

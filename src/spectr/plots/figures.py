@@ -41,8 +41,7 @@ def _quality(data: dict[str, Any]) -> Figure:
         axes.plot([i - 0.42, i + 0.42], [share * 100] * 2, color="black", lw=1.2, ls=":", label=label)
     axes.set_xticks(place, tasks, rotation=30, ha="right")
     percent(axes, "accuracy, %")
-    legend_below(drawn)
-    return drawn
+    return legend_below(drawn)
 
 
 def _similarity(data: dict[str, Any]) -> Figure:
@@ -166,8 +165,7 @@ def _ranks(data: dict[str, Any]) -> Figure:
         axes.set_xticks(ranks, [str(rank) for rank in ranks])
         axes.set_xlabel("rank of the experts")
         percent(axes, label, ylim=(0, 105))
-    legend_below(drawn)
-    return drawn
+    return legend_below(drawn)
 
 
 def _mixed(data: dict[str, Any]) -> Figure:
@@ -177,8 +175,7 @@ def _mixed(data: dict[str, Any]) -> Figure:
     grouped_bars(axes, shares, errors)
     axes.set_xticks(range(3), ["both experts are\nthe first two", "one of them is", "their share of the work"])
     percent(axes, "%", ylim=(0, 105))
-    legend_below(drawn)
-    return drawn
+    return legend_below(drawn)
 
 
 def _wording(data: dict[str, Any]) -> Figure:
@@ -187,8 +184,7 @@ def _wording(data: dict[str, Any]) -> Figure:
     grouped_bars(axes, {name: [shares[task] * 100 for task in tasks] for name, shares in data["per_task"].items()})
     axes.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right")
     percent(axes, "prompts whose expert is found, %", ylim=(0, 105))
-    legend_below(drawn)
-    return drawn
+    return legend_below(drawn)
 
 
 def _robustness(data: dict[str, Any]) -> Figure:
@@ -200,8 +196,7 @@ def _robustness(data: dict[str, Any]) -> Figure:
         grouped_bars(axes, {name: [case[name][key] * 100 for case in cases.values()] for name in routers})
         axes.set_xticks(range(len(cases)), ["\n".join(textwrap.wrap(name, 16)) for name in cases], fontsize=7)
         percent(axes, label, ylim=(0, 105))
-    legend_below(drawn)
-    return drawn
+    return legend_below(drawn)
 
 
 def _costs(data: dict[str, Any]) -> Figure:
@@ -233,8 +228,7 @@ def _heldout(data: dict[str, Any]) -> Figure:
         right.axvline(methods["base"]["accuracy"][task] * 100, color=colour, lw=0.8, ls=":")
     right.set_xlabel("accuracy, % (dotted: the base model)")
     right.grid(axis="x", alpha=0.3)
-    legend_below(drawn, 1)
-    return drawn
+    return legend_below(drawn, 1)
 
 
 def _agreement(data: dict[str, Any]) -> Figure:
@@ -271,8 +265,7 @@ def _tradeoff(data: dict[str, Any]) -> Figure:
     inside.set_ylabel("held-in: share of the own expert's accuracy, %")
     outside.axhline(0, color=GREY, lw=1)
     outside.set_ylabel("held-out: points over the base model")
-    legend_below(drawn)
-    return drawn
+    return legend_below(drawn)
 
 
 def _apart(costs: dict[str, float], step: float = 0.45) -> dict[str, float]:

@@ -182,8 +182,7 @@ def _recorded_class(plain: type) -> type:
 
 
 def _restored(plain: type) -> Any:
-    made = _recorded_class(plain)
-    return object.__new__(made)
+    return object.__new__(_recorded_class(plain))
 
 
 _by_object: WeakKeyDictionary[Any, CacheRecord] = WeakKeyDictionary()

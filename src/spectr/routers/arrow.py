@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from spectr.routers.base import LengthRouter, Lengths
-from spectr.routers.settings import check_settings, first_rows
+from spectr.routers.settings import first_rows
 from spectr.selection import TopK, Weighting
 from spectr.spectral import AlignedExpert, InputState, Share, SideData, State
 
@@ -41,9 +41,6 @@ class Arrow(LengthRouter):
     weights: Weighting = "softmax"
     temperature: float = 1.0
     combine: str = "outputs"
-
-    def __post_init__(self) -> None:
-        check_settings(self)
 
     @property
     def selection(self) -> TopK:

@@ -17,6 +17,7 @@ from spectr.combine import Combination, get_combination
 from spectr.errors import CompositionError
 from spectr.library.library import ExpertLibrary
 from spectr.library.needs import AtMost, Need
+from spectr.routers.settings import check_settings
 from spectr.selection import Selection
 from spectr.spectral import AlignedExpert, InputState, Share, SideData, Stack, State
 
@@ -42,6 +43,10 @@ class Router(ABC):
     combine: str = "outputs"
     reads: Literal["x", "h", "xh", ""] = "h"
     rule: str = ""
+
+    def __post_init__(self) -> None:
+        """Check the settings, as dataclasses do at the end of their construction."""
+        check_settings(self)
 
     @property
     @abstractmethod

@@ -16,7 +16,6 @@ from spectr.routers.base import Router, ShortlistRouter
 from spectr.routers.evidence.descriptions import DescriptionSimilarity
 from spectr.routers.phatgoose import Phatgoose
 from spectr.routers.policy import DelegatingRouter, PromptPolicy, PromptRouter
-from spectr.routers.settings import check_settings
 from spectr.routers.use import AddToScores, HoldWeights
 from spectr.selection import All, TopK, Weighting
 from spectr.spectral import State
@@ -56,7 +55,7 @@ class Glider(PromptRouter):
     combine: str = "outputs"
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        super().__post_init__()
         _ = self._bias
         inner = self.token_router
         if inner is not None and (inner.policy is not None or isinstance(inner, ShortlistRouter)):

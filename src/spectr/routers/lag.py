@@ -12,7 +12,6 @@ from torch.nn.functional import linear
 
 from spectr.errors import CompositionError
 from spectr.routers.base import ShortlistRouter
-from spectr.routers.settings import check_settings
 from spectr.selection import TopK, Weighting
 from spectr.spectral import AlignedExpert, Share, SideData, State, segment_norms
 
@@ -48,7 +47,7 @@ class Lag(ShortlistRouter):
     combine: str = "outputs"
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        super().__post_init__()
         if self.shortlist < self.top_k:
             raise CompositionError(
                 f"shortlist={self.shortlist} and top_k={self.top_k}", expected="a shortlist of at least top_k experts"

@@ -11,7 +11,6 @@ from torch.nn.functional import layer_norm, linear
 
 from spectr.library.needs import GATED, Need
 from spectr.routers.base import Router
-from spectr.routers.settings import check_settings
 from spectr.selection import TopK, Weighting
 from spectr.spectral import AlignedExpert, Share, SideData, State
 
@@ -43,9 +42,6 @@ class Phatgoose(Router):
     weights: Weighting = "softmax"
     temperature: float = 1.0
     combine: str = "outputs"
-
-    def __post_init__(self) -> None:
-        check_settings(self)
 
     @property
     def selection(self) -> TopK:

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from spectr.routers.base import LengthRouter, Lengths
-from spectr.routers.settings import check_settings
 from spectr.routers.spectr import Spectr
 from spectr.selection import TopK, Weighting
 from spectr.spectral import AlignedExpert, InputState, Share, SideData, Stack, State
@@ -42,9 +41,6 @@ class Seqr(LengthRouter):
     weights: Weighting = "uniform"
     temperature: float = 1.0
     combine: str = "outputs"
-
-    def __post_init__(self) -> None:
-        check_settings(self)
 
     @property
     def selection(self) -> TopK:

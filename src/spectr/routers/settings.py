@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Int
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from spectr.combine import get_combination
 from spectr.errors import CompositionError
-from spectr.routers.base import Router
+
+if TYPE_CHECKING:
+    from spectr.routers.base import Router
 
 
 def check_settings(router: Router, **choices: tuple[str, tuple[str, ...]]) -> None:

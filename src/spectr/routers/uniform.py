@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spectr.routers.base import LengthRouter, Lengths
-from spectr.routers.settings import check_settings, first_rows
+from spectr.routers.settings import first_rows
 from spectr.selection import All
 from spectr.spectral import InputState, State
 
@@ -27,9 +27,6 @@ class Uniform(LengthRouter):
     reads, rule = "", ""
 
     combine: str = "outputs"
-
-    def __post_init__(self) -> None:
-        check_settings(self)
 
     @property
     def selection(self) -> All:
