@@ -47,13 +47,6 @@ class RoutedLinear(nn.Module):
     """
 
     A_PI: Tensor
-    B_OP: Tensor
-    owner_P: Tensor
-    member_EP: Tensor
-    rows_ER: Tensor | None
-    mix_PR: Tensor | None
-    C_QP: Tensor | None
-    U_OQ: Tensor | None
     call: LayerCall
 
     def __init__(self, base: nn.Module, stack: Stack | None, router: Router, *, use: Use | None = None):
@@ -145,12 +138,6 @@ class RoutedLinear(nn.Module):
         return () if held is None else held.experts
 
     @property
-    def ranks(self) -> tuple[int, ...]:
-        """Their ranks."""
-        held = self.call.factors
-        return () if held is None else held.ranks
-
-    @property
     def is_as_prepared(self) -> bool:
         """Whether the experts are still in the dtype they were prepared in; a cast may have cost them digits."""
         return self.A_PI.dtype == self._prepared_dtype
@@ -196,8 +183,7 @@ class RoutedLinear(nn.Module):
         assert shown is not None, "there is nothing to explain where no expert is held"
         if call.fixed is not None:
             h_TP, scores_TE = self._score(x, shown)
-            weights_TE = spread(call.fixed.shown_BTF, x).expand_as(scores_TE)
-            return Decision(h_TP, scores_TE, weights_TE)
+            return Decision(h_TP, scores_TE, spread(call.fixed.shown_BTF, x).expand_as(scores_TE))
         h_TP, scores_TE = self._informed(x, call._replace(factors=shown))
         if call.factors is None:
             return Decision(h_TP, scores_TE, torch.zeros_like(scores_TE))
@@ -372,7 +358,8 @@ class RoutedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows next to the base layer."""
-        return f"experts={len(self.experts)}, ranks={sorted(set(self.ranks))}, router={self.router}"
+        ranks = self.call.factors.ranks if self.call.factors else ()
+        return f"experts={len(self.experts)}, ranks={sorted(set(ranks))}, router={self.router}"
 
 
 def _fits(rows: Tensor, x: Tensor) -> bool:

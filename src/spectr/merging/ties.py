@@ -21,8 +21,7 @@ def ties_of(deltas: Sequence[Float[Tensor, "M N"]], density: float) -> Float[Ten
         deltas: At least one.
         density: Share of each one's entries that stay.
     """
-    merged = elect_and_mean([trim(delta.flatten(), density) for delta in deltas])
-    return merged.view_as(deltas[0])
+    return elect_and_mean([trim(delta.flatten(), density) for delta in deltas]).view_as(deltas[0])
 
 
 @dataclass(frozen=True, kw_only=True)

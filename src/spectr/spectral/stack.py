@@ -178,8 +178,7 @@ class Stack:
     @property
     def member_EP(self) -> Float[Tensor, "E P"]:
         """See :class:`State`."""
-        member_EP = torch.nn.functional.one_hot(self.owner_P, len(self.ranks)).mT
-        return member_EP.contiguous().to(self.A_PI)
+        return torch.nn.functional.one_hot(self.owner_P, len(self.ranks)).mT.contiguous().to(self.A_PI)
 
     @property
     def common_rank(self) -> int | None:

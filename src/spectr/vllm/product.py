@@ -34,9 +34,7 @@ class Product(nn.Module):
 
     def forward(self, x_TK: Float[Tensor, "*T K"]) -> Float[Tensor, "*T N"]:
         """The product."""
-        if self.packed is None:
-            return linear(x_TK, self.weight_NK)
-        return self.multiply(self.packed, x_TK, None)
+        return linear(x_TK, self.weight_NK) if self.packed is None else self.multiply(self.packed, x_TK, None)
 
     def replace(self, weight_NK: Float[Tensor, "N K"]) -> None:
         """Another weight of the same size from the next call on, also in graphs that were compiled before."""

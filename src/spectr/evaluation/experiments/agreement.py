@@ -102,8 +102,8 @@ def _shortlisted(layer: RoutedLinear, x: Tensor, sizes: list[int]) -> dict[str, 
 
 
 def _by_the_whole_factor(layer: RoutedLinear, x: Tensor) -> dict[str, Tensor]:
-    factor_PI = layer.A_PI if layer.mix_PR is None else layer.mix_PR @ layer.A_PI
-    squares_TE = torch.stack([linear(x, A_RI).square().sum(-1) for A_RI in factor_PI.split(layer.ranks)], dim=-1)
+    parts = layer.stack().parts().values()
+    squares_TE = torch.stack([linear(x, part.A).square().sum(-1) for part in parts], dim=-1)
     return {"first": layer.route(x).scores_TE.argmax(-1) == squares_TE.argmax(-1)}
 
 
