@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from spectr.adapters import Expert
 from spectr.calibration import read_inputs
 from spectr.errors import SpectrError
+from spectr.grouping import grouped
 from spectr.layers.plan import make_plan
 from spectr.library import Calibration, ExpertLibrary
 from spectr.library.index import INDEX_FOLDER, IndexedModule, IndexEntry
@@ -162,12 +163,8 @@ def _entries(
     known: Calibration,
 ) -> dict[str, IndexEntry]:
     """Entries of some experts; those that adapt the same modules in the same sizes are measured at once."""
-    layouts: dict[Layout, list[Expert]] = {}
-    for expert in experts.values():
-        shapes = sorted(expert.shapes.items())
-        layouts.setdefault(tuple(IndexedModule(m, *shape[:3]) for m, shape in shapes), []).append(expert)
     entries = {}
-    for layout, together in layouts.items():
+    for layout, together in grouped((_layout(expert), expert) for expert in experts.values()).items():
         alike = _alike(layout)
         aligned = [[_aligned(*factors) for factors in expert.stacked(alike)] for expert in together]
         groups = [_measured(*group, inputs) for group in zip(alike, zip(*aligned, strict=True), strict=True)]
@@ -192,6 +189,10 @@ def _entries(
     return entries
 
 
+def _layout(expert: Expert) -> Layout:
+    return tuple(IndexedModule(module, *shape[:3]) for module, shape in sorted(expert.shapes.items()))
+
+
 def _in_order(groups: Sequence[Tensor], order: Sequence[int]) -> Tensor:
     """Each expert's rows of all modules one after the other, in their order."""
     columns = [rows_EI for rows_ENI in groups for rows_EI in rows_ENI.unbind(1)]
@@ -200,10 +201,7 @@ def _in_order(groups: Sequence[Tensor], order: Sequence[int]) -> Tensor:
 
 def _alike(layout: Layout) -> list[list[str]]:
     """The names of modules of the same sizes, together."""
-    found: dict[tuple[int, ...], list[str]] = {}
-    for name, *sizes in layout:
-        found.setdefault(tuple(sizes), []).append(name)
-    return list(found.values())
+    return list(grouped((tuple(sizes), name) for name, *sizes in layout).values())
 
 
 def _aligned(A: Float[Tensor, "N R I"], B: Float[Tensor, "N O R"], scale_N: Float[Tensor, " N"]) -> _Aligned:

@@ -61,8 +61,8 @@ class SpySlice:
 def test_two_blocks_are_in_memory_at_a_time_and_never_a_whole_model(pair, tmp_path, monkeypatch):
     base, tuned, changes = pair
     notes = {"alive": [], "blocks": [], "sizes": []}
-    real = checkpoint.safe_open
-    monkeypatch.setattr(checkpoint, "safe_open", lambda *given, **named: Spy(real(*given, **named), notes))
+    real = checkpoint.open_safetensors
+    monkeypatch.setattr(checkpoint, "open_safetensors", lambda *given, **named: Spy(real(*given, **named), notes))
     monkeypatch.setattr(checkpoint, "BLOCK", 300)
     take(base, tuned, tmp_path / "expert", rank=3)
     assert max(notes["sizes"]) <= 300

@@ -18,6 +18,7 @@ from spectr.cli.describe import describe
 from spectr.cli.model_loading import open_model
 from spectr.cli.options import BaseOption, DtypeOption, JsonOption, LibraryOption
 from spectr.errors import LibraryError, SpectrError, raise_together
+from spectr.grouping import grouped
 from spectr.library import Calibration, Entry, ExpertLibrary, LibraryStore
 from spectr.library.calibration import CALIBRATION_FILE
 from spectr.library.descriptions import DESCRIPTIONS_FILE
@@ -91,14 +92,13 @@ def list_experts(library: LibraryOption = None, as_json: JsonOption = False) -> 
         out.print(f"{store.root} is an empty library", highlight=False)
         return
     table = Table("expert", "rank", "modules", "parameters", "calibrated", "gates", "described")
-    alike: dict[tuple[str | None, tuple[str, ...]], list[str]] = {}  # below the table, which has no room for it
     for entry in store.entries:
-        alike.setdefault((entry.base_model, tuple(entry.targets)), []).append(entry.name)
         kept = _kept(entry, opened)
         has = (kept["calibrated"], kept["gates"], kept["description"])
         sizes = ("/".join(map(str, entry.ranks)), str(entry.modules), f"{entry.parameters:,}")
         table.add_row(entry.name, *sizes, *("yes" if it else "no" for it in has))
     out.print(table)
+    alike = grouped(((entry.base_model, entry.targets), entry.name) for entry in store.entries)
     for (base, targets), names in alike.items():
         who = "all" if len(alike) == 1 else ", ".join(names)
         say(f"{who} for {base or 'a base model that is not stated'}: {', '.join(targets)}")

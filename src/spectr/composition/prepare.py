@@ -10,6 +10,7 @@ from torch import Tensor
 
 from spectr.adapters import Expert, Factors, read_gates
 from spectr.errors import CompositionError
+from spectr.grouping import grouped
 from spectr.library import Calibration, ExpertLibrary
 from spectr.library.needs import CALIBRATED, GATED, some_of
 from spectr.routers.base import Router
@@ -58,11 +59,8 @@ def prepare_module(
 ) -> dict[str, Share]:
     """Align the experts of one module, those of one rank in one batch, and let the router prepare each."""
     factors = {name: read(module) for name, read in readers.items()}
-    groups: dict[int, list[str]] = {}
-    for name, pair in factors.items():
-        groups.setdefault(pair.A.shape[0], []).append(name)
     prepared = {}
-    for names in groups.values():
+    for names in grouped((len(pair.A), name) for name, pair in factors.items()).values():
         A_NRI = torch.stack([factors[name].A.float() for name in names])
         B_NOR = torch.stack([factors[name].B.float() for name in names])
         scale_N = torch.tensor([factors[name].scale for name in names])

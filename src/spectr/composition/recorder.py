@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from spectr.grouping import grouped
 from spectr.layers.batch_routing import LayerCall
 from spectr.layers.routed import RoutedLinear
 
@@ -75,9 +76,7 @@ def _shares(
     experts: Sequence[tuple[str, ...]], tokens: int, weights: Mapping[int, Tensor]
 ) -> list[Mapping[str, float]]:
     """Layers of the same experts are summed before their numbers are fetched."""
-    alike: dict[object, list[int]] = {}
-    for number, weights_NE in weights.items():
-        alike.setdefault((experts[number], weights_NE.device), []).append(number)
+    alike = grouped(((experts[number], weights_NE.device), number) for number, weights_NE in weights.items())
     totals: list[dict[str, float]] = [{} for _ in range(tokens)]
     for numbers in alike.values():
         sums = torch.stack([weights[number] for number in numbers]).sum(0, dtype=torch.float64).tolist()
@@ -92,9 +91,7 @@ def _layers(
     experts: Sequence[tuple[str, ...]], tokens: int, weights: Mapping[int, Tensor], scores: Mapping[int, Tensor]
 ) -> list[tuple[Mapping[str, tuple[float, float]], ...]]:
     """Numbers are fetched for all layers of one shape at once."""
-    alike: dict[object, list[int]] = {}
-    for number, weights_NE in weights.items():
-        alike.setdefault((weights_NE.shape, weights_NE.device), []).append(number)
+    alike = grouped(((weights_NE.shape, weights_NE.device), number) for number, weights_NE in weights.items())
     found: dict[int, list[list[list[float]]]] = {}
     for numbers in alike.values():
         both = torch.stack([torch.stack([weights[number], scores[number]], dim=-1) for number in numbers])

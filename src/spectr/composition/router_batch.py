@@ -11,6 +11,7 @@ from torch import Tensor
 
 from spectr.composition.multi_router import MultiRouter
 from spectr.composition.request_batch import RequestBatch, RequestDecision, TokenRouting
+from spectr.grouping import grouped
 from spectr.layers.batch_routing import BASE, Span, routed_by
 from spectr.lazy import lazy
 
@@ -43,9 +44,8 @@ class RouterBatch:
 
     def set_tokens(self, spans: Sequence[tuple[RequestDecision, int]]) -> None:
         """Set what the next calls' tokens are: a number for each request in turn; one span serves any length."""
-        self._counts, self._own = [count for _, count in spans], {}
-        for number, (decision, _) in enumerate(spans):
-            self._own.setdefault(decision.router, []).append(number)
+        self._counts = [count for _, count in spans]
+        self._own = grouped((decision.router, number) for number, (decision, _) in enumerate(spans))
         for router, numbers in self._own.items():
             self._batches[router].set_tokens([spans[number] for number in numbers])
 

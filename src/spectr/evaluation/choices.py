@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from spectr.errors import DataError
 from spectr.evaluation.encode import Encoding, encode_examples
+from spectr.grouping import grouped
 from spectr.models import context_length, pad_batch, pad_rows, shared_prefix
 from spectr.prompts.decision import PromptDecision, decides_by_prompt
 from spectr.tasks import Example
@@ -99,11 +100,8 @@ def decided_alike(
         rows: For each example the weights that were decided.
         score: From numbers of examples to their scores.
     """
-    groups: dict[tuple[float, ...], list[int]] = {}
-    for number, row in enumerate(rows):
-        groups.setdefault(tuple(row), []).append(number)
     found: dict[int, T] = {}
-    for row, members in groups.items():
+    for row, members in grouped((tuple(row), number) for number, row in enumerate(rows)).items():
         with decision.using(torch.tensor([row])):
             found.update(zip(members, score(members), strict=True))
     return [found[i] for i in range(len(rows))]

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from spectr.grouping import grouped
+
 _BLOCK = re.compile(r"\.(\d+)\.")
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
@@ -133,9 +135,7 @@ class KindSummary(NamedTuple):
 def summary(report: Report) -> tuple[KindSummary, ...]:
     """The modules by kind, in the model's order, and all of them at the end where there are several kinds."""
     where = places(kept.module for kept in report.modules)
-    groups: dict[str, list[Kept]] = {}
-    for kept in report.modules:
-        groups.setdefault(where[kept.module].kind, []).append(kept)
+    groups = grouped((where[kept.module].kind, kept) for kept in report.modules)
     if len(groups) > 1:
         groups["all"] = list(report.modules)
     return tuple(_of_kind(kind, modules) for kind, modules in groups.items())

@@ -10,6 +10,7 @@ from torch import nn
 
 from spectr.adapters import Expert
 from spectr.errors import CompositionError, did_you_mean, raise_together
+from spectr.grouping import grouped
 from spectr.layers.linear import features
 from spectr.layers.routed import RoutedLinear
 from spectr.library.needs import EqualRanks, some_of
@@ -34,11 +35,8 @@ def make_plan(model: nn.Module, experts: Sequence[Expert], router: Router) -> Pl
             All faults of all experts at once.
     """
     layers = {name: module for name, module in model.named_modules() if name}
-    problems = _told_together({expert.name: _faults(expert, layers) for expert in experts})
-    users: dict[str, list[str]] = {}
-    for expert in experts:
-        for module in expert.shapes:
-            users.setdefault(module, []).append(expert.name)
+    problems = _united({expert.name: _faults(expert, layers) for expert in experts})
+    users = grouped((module, expert.name) for expert in experts for module in expert.shapes)
     for need in router.needs:
         problems += need.problems(experts) if isinstance(need, EqualRanks) else []
     raise_together("the experts do not fit this model", problems, CompositionError)
@@ -94,12 +92,9 @@ def _faults(expert: Expert, layers: Mapping[str, nn.Module]) -> list[_Fault]:
     return found
 
 
-def _told_together(faults: Mapping[str, Sequence[_Fault]]) -> list[CompositionError]:
+def _united(faults: Mapping[str, Sequence[_Fault]]) -> list[CompositionError]:
     """One error for each different fault, naming all experts that have it."""
-    names: dict[_Fault, list[str]] = {}
-    for name, found in faults.items():
-        for fault in found:
-            names.setdefault(fault, []).append(name)
+    names = grouped((fault, name) for name, found in faults.items() for fault in found)
     return [
         CompositionError(
             f"expert '{who[0]}' {fault.what}" if len(who) == 1 else f"experts {', '.join(who)}: each {fault.what}",

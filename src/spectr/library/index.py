@@ -21,6 +21,7 @@ from torch import Tensor
 
 from spectr.atomic_write import replacing, save_readable
 from spectr.errors import LibraryError
+from spectr.grouping import grouped
 from spectr.library.calibration import opened
 from spectr.spectral import Codes, Prototypes, Rotation
 
@@ -169,9 +170,7 @@ class Index(Mapping[str, IndexEntry]):
 
     def alike(self, names: Iterable[str]) -> dict[tuple[IndexedModule, ...], tuple[str, ...]]:
         """These experts, those together that adapt the same modules in the same sizes."""
-        found: dict[tuple[IndexedModule, ...], list[str]] = {}
-        for name in sorted(names):
-            found.setdefault(self[name].modules, []).append(name)
+        found = grouped((self[name].modules, name) for name in sorted(names))
         return {modules: tuple(together) for modules, together in found.items()}
 
     def prototypes(

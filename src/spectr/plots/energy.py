@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from spectr.grouping import grouped
 from spectr.plots.axes import cell_texts, save
 
 if TYPE_CHECKING:
@@ -66,9 +67,7 @@ def _cells(report: Report) -> tuple[dict[tuple[str, int | None], list[Kept]], li
     from spectr.extraction import places
 
     where = places(one.module for one in report.modules)
-    cells: dict[tuple[str, int | None], list[Kept]] = {}
-    for one in report.modules:
-        cells.setdefault((where[one.module].kind, where[one.module].layer), []).append(one)
+    cells = grouped(((where[one.module].kind, where[one.module].layer), one) for one in report.modules)
     kinds = list(dict.fromkeys(kind for kind, _ in cells))
     numbered = [layer for _, layer in cells if layer is not None]
     outside: list[int | None] = [None] if any(layer is None for _, layer in cells) else []

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from spectr.grouping import grouped
 from spectr.layers import Trace
 
 ALL_LAYERS = "all layers"
@@ -48,12 +49,9 @@ class TokenRouting:
 
 def layer_groups(modules: Iterable[str]) -> dict[str, list[str]]:
     """Modules by "layer N", after all of them as "all layers"."""
-    groups = {ALL_LAYERS: list(modules)}
-    for name in groups[ALL_LAYERS]:
-        block = _BLOCK.search(f".{name}.")
-        if block:
-            groups.setdefault(f"layer {block[1]}", []).append(name)
-    return groups
+    names = list(modules)
+    blocks = ((_BLOCK.search(f".{name}."), name) for name in names)
+    return {ALL_LAYERS: names, **grouped((f"layer {block[1]}", name) for block, name in blocks if block)}
 
 
 def token_routing(

@@ -21,6 +21,7 @@ from spectr.evaluation.expert_recall import Finding, find_experts, keep_findings
 from spectr.evaluation.metrics import text_metric
 from spectr.evaluation.score import Measurement, counting, score_examples, score_of
 from spectr.folders import with_parents
+from spectr.grouping import grouped
 from spectr.hashing import known_sha256
 from spectr.library import Calibration, ExpertLibrary
 from spectr.library.needs import CALIBRATED, DESCRIBED, GATED
@@ -149,10 +150,7 @@ class ExperimentSetup:
 
     def left_out(self, compared: Compared) -> list[str]:
         """Remarks on the other routers: which, and what the library lacks for them."""
-        found: dict[str, list[str]] = {}
-        for label, _, lack in self._compared(compared):
-            if lack is not None:
-                found.setdefault(lack, []).append(label)
+        found = grouped((lack, label) for label, _, lack in self._compared(compared) if lack is not None)
         return [f"Left out for lack of {lack}: {'; '.join(labels)}." for lack, labels in found.items()]
 
     def _compared(self, compared: Compared) -> Iterator[tuple[str, Router, str | None]]:
