@@ -10,8 +10,10 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
+R = TypeVar("R")
 _SHOWN = 40  # known names that a message lists
 
 
@@ -98,6 +100,24 @@ def raise_together(
         lines = [str(problem) for problem in found[:most]]
         lines += [f"and {len(found) - len(lines)} more"] if len(found) > len(lines) else []
         raise kind(f"{title}: {len(found)} problems\n" + "\n".join(f"- {line}" for line in lines))
+
+
+def map_together(title: str, make: Callable[[T], R], items: Iterable[T], kind: type[SpectrError]) -> list[R]:
+    """What a function makes of each item; the problems of all items are raised by :func:`raise_together`.
+
+    Args:
+        title: What they are problems of.
+        make: The function.
+        items: What it is given, one after the other.
+        kind: Of the error that carries several.
+    """
+    made: list[R] = []
+    problems: list[SpectrError] = []
+    for item in items:
+        with collecting(problems):
+            made.append(make(item))
+    raise_together(title, problems, kind)
+    return made
 
 
 @contextmanager

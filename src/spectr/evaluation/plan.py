@@ -14,8 +14,8 @@ from spectr.errors import (
     DataError,
     LibraryError,
     SpectrError,
-    collecting,
     did_you_mean,
+    map_together,
     raise_together,
 )
 from spectr.evaluation.experiments import EXPERIMENTS
@@ -254,13 +254,8 @@ def _held_out(
             expected="tasks that no expert was trained on",
             do="name other tasks, or a library without these experts",
         )
-    found: dict[str, tuple[Task, Sequence[Example]]] = {}
-    problems: list[SpectrError] = []
-    for task in tasks:
-        with collecting(problems):
-            found[task.name] = (task, _examples(task, root, limit))
-    raise_together("held-out tasks", problems, DataError)
-    return found
+    read = map_together("held-out tasks", lambda task: (task, _examples(task, root, limit)), tasks, DataError)
+    return {task.name: (task, examples) for task, examples in read}
 
 
 def _check_experts(tasks: Sequence[Task], library: ExpertLibrary) -> None:
@@ -306,15 +301,13 @@ def _ranks(folder: Path) -> dict[int, ExpertLibrary]:
 
 def _companions(given: Sequence[str], library: ExpertLibrary) -> list[tuple[str, str, Path]]:
     """Each ``EXPERT=FOLDER``; the adapters are read once, so that a bad one is found now."""
-    found: list[tuple[str, str, Path]] = []
-    problems: list[SpectrError] = []
-    for text in given:
+
+    def companion(text: str) -> tuple[str, str, Path]:
         name, _, folder = text.partition("=")
-        with collecting(problems):
-            if not (name and folder):
-                raise DataError(f"--substitute {text}", expected="EXPERT=FOLDER")
-            library.check(name)
-            library.without(name).with_expert(name, folder)
-            found.append((f"{Path(folder).name} in place of {name}", name, Path(folder)))
-    raise_together("substitutes that cannot be used", problems, DataError)
-    return found
+        if not (name and folder):
+            raise DataError(f"--substitute {text}", expected="EXPERT=FOLDER")
+        library.check(name)
+        library.without(name).with_expert(name, folder)
+        return f"{Path(folder).name} in place of {name}", name, Path(folder)
+
+    return map_together("substitutes that cannot be used", companion, given, DataError)

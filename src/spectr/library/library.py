@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from spectr.adapters import CONFIG_FILE, WEIGHTS_FILE, Expert, read_adapter
-from spectr.errors import AdapterError, LibraryError, SpectrError, collecting, did_you_mean, raise_together
+from spectr.errors import AdapterError, LibraryError, did_you_mean, map_together, raise_together
 from spectr.hashing import known_sha256
 from spectr.library.calibration import Calibration
 from spectr.library.descriptions import read_descriptions
@@ -97,13 +97,9 @@ class ExpertLibrary:
         """
         if not adapters:
             raise LibraryError("no adapters were given", do='name at least one: {"sql": "org/sql-lora"}')
-        experts: dict[str, Expert] = {}
-        problems: list[SpectrError] = []
-        for name, source in adapters.items():
-            with collecting(problems):
-                experts[name] = read_adapter(source, name)
-        raise_together("the adapters cannot be used", problems, AdapterError)
-        return cls({name: (lambda expert=expert: expert) for name, expert in experts.items()}, origin)
+        title = "the adapters cannot be used"
+        experts = map_together(title, lambda name: read_adapter(adapters[name], name), adapters, AdapterError)
+        return cls({expert.name: (lambda expert=expert: expert) for expert in experts}, origin)
 
     @property
     def names(self) -> tuple[str, ...]:

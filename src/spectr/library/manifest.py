@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from spectr.atomic_write import INCOMING, replacing
-from spectr.errors import LibraryError, SpectrError, collecting, raise_together
+from spectr.errors import LibraryError, map_together
 
 MANIFEST_FILE = "manifest.json"
 ENTRIES_FOLDER = "entries"
@@ -97,12 +97,8 @@ def read_entries(root: Path) -> tuple[Entry, ...]:
         LibraryError: Files that are damaged, or of another format; all of them at once.
     """
     first_format = _first_format(root)
-    entries: list[Entry | None] = []
-    problems: list[SpectrError] = []
-    for name in sorted(_names(root, first_format)):
-        with collecting(problems):
-            entries.append(_entry(root, first_format, name))
-    raise_together(f"{root} is damaged", problems, LibraryError)
+    names = sorted(_names(root, first_format))
+    entries = map_together(f"{root} is damaged", lambda name: _entry(root, first_format, name), names, LibraryError)
     return tuple(entry for entry in entries if entry)  # some may be gone since the folder was listed
 
 

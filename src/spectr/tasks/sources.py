@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from spectr.errors import DataError, SpectrError, collecting, raise_together
+from spectr.errors import DataError, map_together
 from spectr.hashing import file_sha256
 from spectr.tasks.rows import data_source, read_examples
 from spectr.tasks.task import Example, Task, shipped_tasks
@@ -108,13 +108,9 @@ def read_expert_rows(
         raise DataError(
             f"one task's data for {len(names)} experts ({', '.join(names)})", do="name the expert that it belongs to"
         )
-    found: dict[str, tuple[list[Example], dict[str, Any]]] = {}
-    problems: list[SpectrError] = []
-    for name in names:
-        with collecting(problems):
-            found[name] = _expert_rows(name, source, limit)
-    raise_together("the data of these experts", problems, DataError)
-    return found
+    title = "the data of these experts"
+    found = map_together(title, lambda name: _expert_rows(name, source, limit), names, DataError)
+    return dict(zip(names, found, strict=True))
 
 
 def _expert_rows(name: str, source: Source, limit: int | None) -> tuple[list[Example], dict[str, Any]]:
