@@ -20,11 +20,12 @@ from spectr.hashing import known_sha256
 from spectr.layers.plan import Plan, make_plan
 from spectr.layers.routed import RoutedLinear
 from spectr.library import Calibration, ExpertLibrary
-from spectr.models.samples import encode_texts, self_samples
+from spectr.models.samples import encode_texts, null_samples, self_samples
 from spectr.routers import Spectr
 
 Progress = Callable[[int, int], None]
 _AT_ONCE = 128  # experts measured in one pass
+_NULL_TOKENS = 96  # of a text at most; a third of what a probe reads, and most texts end before
 
 
 @torch.no_grad()
@@ -36,6 +37,7 @@ def calibrate(
     texts: Sequence[str] | None = None,
     samples: int = 24,
     tokens: int = 64,
+    null: int = 160,
     seed: int = 0,
     fresh: bool = False,
     progress: Progress = lambda *_: None,
@@ -43,7 +45,8 @@ def calibrate(
     """Measure, per module, the mean input ``m`` and each expert's ``c_t = sqrt(mean ||A*_t (x - m)||^2)``.
 
     No labels and no training. Where the library is calibrated already, only the experts that it does not cover are
-    measured, on the same texts; nothing else changes for the others. The model is left as it is.
+    measured, on the same texts; nothing else changes for the others. What a calibration of an older version lacks is
+    added. The model is left as it is.
 
     Args:
         model: The base model, not composed.
@@ -51,8 +54,10 @@ def calibrate(
         tokenizer: The model's.
         texts: Unlabelled texts of your own, each as a user would send it. By default the base model writes its own:
             it receives the chat template up to a user's turn, and continues.
-        samples: How many texts the model writes.
+        samples: How many texts the model writes for the means and scales.
         tokens: Length of each at most.
+        null: How many other texts it writes, as ordinary prompts that evidence is compared with (the null). A false
+            alarm rate of ``abstain`` needs ``2 / abstain`` of them.
         seed: Of its writing.
         fresh: Measure everything anew, on new texts.
         progress: Receives (passes done, passes in all).
@@ -69,13 +74,18 @@ def calibrate(
     for expert in experts.values():
         library.check_weights(expert)
     plan = make_plan(model, list(experts.values()), Spectr(top_k=1))
-    total = 2 + -(-len(new) // _AT_ONCE)
+    total = 3 + -(-len(new) // _AT_ONCE)
     known = known or _texts_alone(model, tokenizer, texts, samples, tokens, seed)
     progress(1, total)
-    means = {**known.means, **_mean_inputs(model, [name for name in plan.modules if name not in known.means], known)}
+    if not known.null and null:
+        written = null_samples(model, tokenizer, samples=null, tokens=_NULL_TOKENS, seed=seed + 1)
+        rows = zip(written.input_ids, written.real, strict=True)
+        known = replace(known, null=[ids_T[real_T].tolist() for ids_T, real_T in rows])
     progress(2, total)
+    means = {**known.means, **_mean_inputs(model, [name for name in plan.modules if name not in known.means], known)}
+    progress(3, total)
     rms: dict[str, dict[str, float]] = {}
-    for done, chunk in enumerate(_chunks(new, _AT_ONCE), start=3):
+    for done, chunk in enumerate(_chunks(new, _AT_ONCE), start=4):
         rms |= _root_mean_squares(model, plan, {name: experts[name] for name in chunk}, means, known)
         progress(done, total)
     sha256 = {name: known_sha256(expert.weights) for name, expert in experts.items()}

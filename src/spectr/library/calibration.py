@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,16 +23,17 @@ from spectr.errors import LibraryError
 from spectr.hashing import known_sha256
 
 CALIBRATION_FILE = "calibration.safetensors"
-_FORMAT = "2"  # 1 was calibrated on texts of another kind
+_FORMAT = "3"
+_READ = "2", _FORMAT  # 2 has no null; 1 was calibrated on texts of another kind
 
 
 @contextmanager
-def opened(path: Path, format: str) -> Iterator[tuple[Any, dict[str, Any]]]:
+def opened(path: Path, *formats: str) -> Iterator[tuple[Any, dict[str, Any]]]:
     """A safetensors file and the facts in its header; raises whatever is wrong with it, another format too."""
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
-        if metadata.get("format") != format:
-            raise ValueError(f"format {metadata.get('format')!r} is not {format!r}")
+        if metadata.get("format") not in formats:
+            raise ValueError(f"format {metadata.get('format')!r} is not {' or '.join(map(repr, formats))}")
         yield file, json.loads(metadata["facts"])
 
 
@@ -55,6 +56,9 @@ class Calibration:
         counted: Which of these tokens the statistics are over, (texts, tokens).
         real: Which of these tokens are no padding, (texts, tokens).
         settings: Base model, seed and the rest, for the record.
+        null: Ordinary prompts that the base model wrote, other ones than the texts: their token ids, each without
+            padding, with what the chat template writes around them. Evidence is compared with theirs. Empty where an
+            older version calibrated.
     """
 
     means: Mapping[str, Float[Tensor, " I"]]
@@ -64,6 +68,7 @@ class Calibration:
     counted: Bool[Tensor, "N T"]
     real: Bool[Tensor, "N T"]
     settings: Mapping[str, Any]
+    null: Sequence[Sequence[int]] = ()
 
     @property
     def opening(self) -> tuple[int, ...]:
@@ -122,6 +127,8 @@ class Calibration:
             values = [self.rms[expert].get(module, float("nan")) for module in modules]
             tensors[f"rms/{expert}"] = torch.tensor(values, dtype=torch.float32)
         tensors |= {"input_ids": self.input_ids, "counted": self.counted, "real": self.real}
+        tensors["null"] = torch.tensor([id for row in self.null for id in row], dtype=torch.int32)
+        tensors["null_sizes"] = torch.tensor([len(row) for row in self.null], dtype=torch.int32)
         facts = {"settings": dict(self.settings), "sha256": dict(self.sha256)}
         target = Path(folder) / CALIBRATION_FILE
         metadata = {"format": _FORMAT, "facts": json.dumps(facts, sort_keys=True)}
@@ -140,7 +147,7 @@ class Calibration:
         if not path.is_file():
             return None
         try:
-            with opened(path, _FORMAT) as (file, facts):
+            with opened(path, *_READ) as (file, facts):
                 tensors = {key: file.get_tensor(key) for key in list(file.keys())}
         except Exception as error:  # safetensors raises its own kinds
             raise LibraryError(
@@ -165,4 +172,5 @@ class Calibration:
             counted=tensors["counted"],
             real=tensors["real"],
             settings=facts["settings"],
+            null=[row.tolist() for row in tensors["null"].split(tensors["null_sizes"].tolist())] if "null" in tensors else (),
         )

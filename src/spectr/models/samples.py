@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from spectr.models.generate import pad_rows
 from spectr.models.text import encode_prompt, shared_prefix
+
+_ROWS = 32  # that are written at once
 
 
 class Texts(NamedTuple):
@@ -25,7 +29,6 @@ class Texts(NamedTuple):
     closing: list[int]
 
 
-@torch.no_grad()
 def self_samples(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, samples: int, tokens: int, seed: int
 ) -> Texts:
@@ -35,26 +38,96 @@ def self_samples(
 
     Source: Xu et al., 2024 (Magpie), who draw instructions for training so.
     """
-    first: Any = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    start = template_parts(tokenizer)[0] or [first]
-    ids = torch.tensor([start] * samples, device=model.device)
-    pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    with torch.random.fork_rng():
+    with _seeded(seed):
+        rows = _written(model, tokenizer, samples, tokens)
+    return encode_texts(tokenizer, [text for text in map(partial(_text, tokenizer), rows) if text] or ["?"])
+
+
+def null_samples(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, samples: int, tokens: int, seed: int
+) -> Texts:
+    """Ordinary prompts as the model writes them, less garbled ones: those that it finds least likely itself.
+
+    A tenth more is drawn, from the likeliest tokens that make up 95 % (nucleus sampling), and the texts with the least
+    mean log-probability of a token are dropped.
+    """
+    drawn, found = samples + -(-samples // 10), list[tuple[float, str]]()
+    with _seeded(seed):
+        while len(found) < drawn:
+            seen = _LogProbabilities()
+            rows = _written(model, tokenizer, min(_ROWS, drawn - len(found)), tokens, top_p=0.95, seen=seen)
+            found += [(seen.mean(place, len(row)), _text(tokenizer, row)) for place, row in enumerate(rows)]
+    kept = {place for _, place in sorted((found[place][0], place) for place in range(drawn))[drawn - samples :]}
+    texts = [text for place, (_, text) in enumerate(found) if place in kept and text]
+    return encode_texts(tokenizer, texts or ["?"])
+
+
+class _LogProbabilities(LogitsProcessor):
+    """Remembers how likely the model itself found each token that was drawn."""
+
+    def __init__(self) -> None:
+        self._next_BV: Tensor | None = None
+        self._found: list[Float[Tensor, " B"]] = []
+
+    def __call__(self, input_ids: Int[Tensor, "B T"], scores: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
+        """See transformers; the scores are left as they are."""
+        if self._next_BV is not None:
+            self._found.append(self._next_BV.gather(-1, input_ids[:, -1:])[:, 0])
+        self._next_BV = scores.float().log_softmax(-1)
+        return scores
+
+    def mean(self, row: int, tokens: int) -> float:
+        """Over the first tokens of a row; the very last one of all is not known."""
+        found = [step_B[row].item() for step_B in self._found[:tokens]]
+        return sum(found) / max(1, len(found))
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
-        written: Any = model.generate(  # pyright: ignore[reportCallIssue]
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            repetition_penalty=1.0,
-            max_new_tokens=tokens,
-            min_new_tokens=1,
-            pad_token_id=pad,
-        )
-    texts = [str(tokenizer.decode(row, skip_special_tokens=True)).strip() for row in written[:, len(start) :]]
-    return encode_texts(tokenizer, [text for text in texts if text] or ["?"])
+        yield
+
+
+def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    first: Any = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return template_parts(tokenizer)[0] or [first]
+
+
+def _written(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    tokens: int,
+    *,
+    top_p: float = 1.0,
+    seen: LogitsProcessor | None = None,
+) -> list[Int[Tensor, " T"]]:
+    """Rows of tokens, sampled on from where a user's words begin, up to where the model ended."""
+    ids = torch.tensor([_start(tokenizer)] * samples, device=model.device)
+    pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    written: Any = model.generate(  # pyright: ignore[reportCallIssue]
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=top_p,
+        repetition_penalty=1.0,
+        max_new_tokens=tokens,
+        min_new_tokens=1,
+        pad_token_id=pad,
+        logits_processor=LogitsProcessorList([] if seen is None else [seen]),
+    )
+    ends: Any = model.generation_config.eos_token_id
+    ends = torch.tensor(ends if isinstance(ends, list) else [-1 if ends is None else ends], device=written.device)
+    rows = written[:, ids.shape[1] :]
+    ended_NT = torch.isin(rows, ends).cumsum(1) > 0
+    return [row[~ended] for row, ended in zip(rows, ended_NT, strict=True)]
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, row: Int[Tensor, " T"]) -> str:
+    return str(tokenizer.decode(row, skip_special_tokens=True)).strip()
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: int = 512) -> Texts:
