@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from copy import copy
 from typing import TYPE_CHECKING
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from spectr.library import Calibration, ExpertLibrary
 from spectr.prompts.bounds import BoundedScorer
 from spectr.prompts.chat_template import Opening
 from spectr.prompts.decision import entry_of
-from spectr.prompts.probe import Probe, Scorer, evidence_among
+from spectr.prompts.probe import Null, Probe, Scorer, numbers_among
 from spectr.routers.evidence import Guide, ModuleEvidence, ModuleScores, Reader
 
 if TYPE_CHECKING:
     from spectr.composition.routed import Routed
 
 _KEPT = 64  # sets whose reader is kept
+_BUDGET = 1 << 28  # bytes of the null's scores that are kept for sets; beyond, a set's first use reads it again
+_TOGETHER = 32  # texts of the null that are read at once
 
 
 class Readers:
@@ -34,7 +39,7 @@ class Readers:
         assert routed.policy is not None
         self._routed, self._evidence = routed, routed.policy.evidence
         self._readers = OrderedDict[tuple[str, ...], Reader]()
-        self._baseline: dict[str, ModuleScores] | None = None
+        self._null: list[dict[str, ModuleScores]] | None = None
 
     @property
     def library(self) -> ExpertLibrary:
@@ -62,7 +67,7 @@ class Readers:
         if experts != routed.experts:
             scorers = {module: _Some(scorer, experts) for module, scorer in scorers.items()}
         read = [module for module in layers if module in scorers and scorers[module].experts][:: evidence.module_stride]
-        opening, texts = calibration_texts(routed.library.calibration)
+        opening, null = calibration_texts(routed.library.calibration)
         probe = Probe(
             entry_of(routed.model),
             {module: layers[module] for module in read},
@@ -70,27 +75,35 @@ class Readers:
             evidence,
             experts,
             opening,
-            texts,
-            self._baseline_of(evidence, opening, texts, experts),
+            null,
+            self._null_among(evidence, opening, null, experts),
         )
         return routed.reader(probe)
 
-    def _baseline_of(
-        self, evidence: ModuleEvidence, opening: Opening | None, texts: dict[str, Tensor] | None, names: tuple[str, ...]
+    def _null_among(
+        self, evidence: ModuleEvidence, opening: Opening, null: Null, names: tuple[str, ...]
     ) -> Tensor | None:
-        """The evidence of some experts on the calibration's texts, which are read once for all sets.
+        """What the evidence makes of the null for some experts, from scores that are read once for all sets.
 
-        ``None`` leaves it to the probe: of all experts, or where scores are too many to be kept.
+        ``None`` leaves it to the probe to read the null: of all experts, or where scores are too many to be kept.
         """
         routed = self._routed
-        if texts is None or evidence.reads != "scores" or names == routed.experts:
+        if evidence.reads != "scores" or names == routed.experts or self._size(null) > _BUDGET:
             return None
-        if self._baseline is None:
+        if self._null is None:
             device = next(routed.model.parameters()).device
             probe = Probe(entry_of(routed.model), routed.layers, routed.scorers, evidence, routed.experts, opening)
-            self._baseline = probe.scores(**{key: text.to(device) for key, text in texts.items()})
-        holders = {module: routed.scorers[module].experts for module in self._baseline}
-        return evidence_among(self._baseline, holders, evidence, names)
+            self._null = [probe.scores(**batch) for batch in null.on(device)]
+        parts = [
+            numbers_among(scores, {module: routed.scorers[module].experts for module in scores}, evidence, names)
+            for scores in self._null
+        ]
+        return torch.cat(parts, dim=1)
+
+    def _size(self, null: Null) -> int:
+        """Bytes that all scores of the null take."""
+        tokens = sum(int(batch["attention_mask"].sum()) for batch in null.batches)
+        return 4 * tokens * sum(len(scorer.experts) for scorer in self._routed.scorers.values())
 
 
 class _Some:
@@ -116,9 +129,21 @@ class _Some:
         return some
 
 
-def calibration_texts(known: Calibration | None) -> tuple[Opening | None, dict[str, Tensor] | None]:
-    """What a probe takes from a calibration: what the chat template writes, and the baseline's texts."""
+def calibration_texts(known: Calibration | None) -> tuple[Opening, Null]:
+    """What a probe takes from a calibration: what the chat template writes, and what prompts are compared with.
+
+    Of a calibration without ordinary prompts these are the texts that it is over.
+    """
     if known is None:
-        return None, None
-    texts = {"input_ids": known.input_ids, "attention_mask": known.real.long()}
-    return Opening(known.opening, known.turn, known.closing), texts
+        return Opening(), Null(())
+    opening = Opening(known.opening, known.turn, known.closing)
+    if not known.null:
+        return opening, Null([{"input_ids": known.input_ids, "attention_mask": known.real.long()}])
+    rows = sorted((torch.tensor(row) for row in known.null), key=len)
+    batches = [rows[start : start + _TOGETHER] for start in range(0, len(rows), _TOGETHER)]
+    return opening, Null([_batch(some) for some in batches], ordinary=True)
+
+
+def _batch(rows: Sequence[Tensor]) -> dict[str, Tensor]:
+    ids, mask = (pad_sequence(list(some), batch_first=True) for some in (rows, [torch.ones_like(row) for row in rows]))
+    return {"input_ids": ids, "attention_mask": mask}

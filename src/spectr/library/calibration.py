@@ -172,5 +172,11 @@ class Calibration:
             counted=tensors["counted"],
             real=tensors["real"],
             settings=facts["settings"],
-            null=[row.tolist() for row in tensors["null"].split(tensors["null_sizes"].tolist())] if "null" in tensors else (),
+            null=[row.tolist() for row in tensors["null"].split(tensors["null_sizes"].tolist())]
+            if "null" in tensors
+            else (),
         )
+
+
+def _rows(ids: Int[Tensor, " T"], sizes: Int[Tensor, " K"]) -> list[list[int]]:
+    return [row.tolist() for row in ids.split(sizes.tolist())]

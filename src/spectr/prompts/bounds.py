@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -10,7 +11,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from spectr.prompts.probe import Probe, Scorer
-from spectr.routers.evidence import PrototypeVotes
+from spectr.routers.evidence import Found, PrototypeMeans
+from spectr.routers.evidence.score_means import LEAST_SPREAD, NO_EVIDENCE, largest, p_value
 
 _TOGETHER = 256  # tokens that are scored at once, in float64
 
@@ -44,29 +46,45 @@ class Certainty:
 
 
 class Interval(NamedTuple):
-    """The least and the most that each expert's evidence can be, float64."""
+    """The least and the most that numbers can be, float64."""
 
-    least_BE: Float[Tensor, "B E"]
-    most_BE: Float[Tensor, "B E"]
+    least: Float[Tensor, "*N E"]
+    most: Float[Tensor, "*N E"]
 
     @property
-    def middle_BE(self) -> Float[Tensor, "B E"]:
+    def middle(self) -> Float[Tensor, "*N E"]:
         """What is taken for it."""
-        return (self.least_BE + self.most_BE) / 2
+        return (self.least + self.most) / 2
 
     def widened(self, terms: int) -> Interval:
-        """By what float64 rounds in a sum of so many terms, none of them below zero."""
-        rounding = 2.0**-52 * (terms + 8)
-        return Interval(self.least_BE * (1 - rounding), self.most_BE * (1 + rounding))
+        """By what float64 rounds in sums of so many terms: means over tokens, their logarithms, means over modules."""
+        slack = 2.0**-47 * (terms + 64)  # logarithms are below 2^5
+        return Interval(self.least - slack, self.most + slack)
 
     def decides(self, size: int) -> Bool[Tensor, " B"]:
         """Of which rows it is certain who the ``size`` first are."""
-        experts = self.least_BE.shape[-1]
+        experts = self.least.shape[-1]
         if size >= experts:
-            return torch.ones(len(self.least_BE), dtype=torch.bool)
-        order_BE = self.middle_BE.argsort(dim=-1, descending=True)
+            return torch.ones(len(self.least), dtype=torch.bool)
+        order_BE = self.middle.argsort(dim=-1, descending=True)
         listed_BE, other_BE = order_BE.split([size, experts - size], dim=-1)
-        return self.least_BE.gather(-1, listed_BE).amin(-1) > self.most_BE.gather(-1, other_BE).amax(-1)
+        return self.least.gather(-1, listed_BE).amin(-1) > self.most.gather(-1, other_BE).amax(-1)
+
+    def standardised(self, null: Interval) -> Interval:
+        """These less the mean of others, over their standard deviation; both over the axis before the last.
+
+        A standard deviation moves by ``(K / (K - 1))^0.5`` at most where each of K values moves by 1.
+        """
+        texts = null.least.shape[-2]
+        mean = Interval(null.least.mean(-2, keepdim=True), null.most.mean(-2, keepdim=True)).widened(texts)
+        off = ((null.most - null.least) / 2).amax(-2, keepdim=True) * (texts / max(1, texts - 1)) ** 0.5
+        off = off + 2.0**-47 * (texts + 64)
+        spread = null.middle.std(-2, keepdim=True, correction=min(1, texts - 1))
+        narrow, wide = ((spread + by).clamp(min=LEAST_SPREAD) for by in (-off, off))
+        least, most = self.least - mean.most, self.most - mean.least
+        return Interval(
+            torch.where(least < 0, least / narrow, least / wide), torch.where(most < 0, most / wide, most / narrow)
+        ).widened(0)
 
 
 class CertainProbe:
@@ -77,46 +95,53 @@ class CertainProbe:
         evidence: Bounds the evidence.
         size: Experts on a list.
         figures: Counts what was needed.
+        abstain: The share of ordinary prompts from which on the base model answers, where it does.
     """
 
-    def __init__(self, probe: Probe, evidence: PrototypeVotes, size: int, figures: Certainty):
-        self.probe, self.evidence, self.size, self.figures = probe, evidence, size, figures
-        self._baseline: Interval | None = None
+    def __init__(
+        self, probe: Probe, evidence: PrototypeMeans, size: int, figures: Certainty, abstain: float | None = None
+    ):
+        self.probe, self.evidence, self.size, self.figures, self.abstain = probe, evidence, size, figures, abstain
+        self._null: Interval | None = None
 
     @torch.no_grad()
-    def __call__(self, *args: Any, **kwargs: Any) -> Float[Tensor, "B E"]:
+    def __call__(self, *args: Any, **kwargs: Any) -> Found:
         """See :class:`Probe`; float64, so that what is certain stays so."""
-        self.read_baseline()
-        first = found = self._above(self._read(args, kwargs))
-        at_once = first.decides(self.size)
+        self.read_null()
+        found, p = self._found(self._read(args, kwargs))
+        at_once = decided = self._decides(found, p)
         if self.evidence.bits < 32 and not at_once.all():
-            found = self._above(self._read(args, kwargs, exact=True))
-        decided = at_once | found.decides(self.size)
+            found, p = self._found(self._read(args, kwargs, exact=True))
+            decided = at_once | self._decides(found, p)
         self.figures.at_once += int(at_once.sum())
         self.figures.in_full += int((decided & ~at_once).sum())
         self.figures.tied += int((~decided).sum())
-        return found.middle_BE
+        return Found(found.middle, p.middle if self.probe.null.ordinary else None)
+
+    def _decides(self, found: Interval, p: Interval) -> Bool[Tensor, " B"]:
+        """Of which rows both the list and whether the base model answers are certain."""
+        level = self.abstain if self.probe.null.ordinary else None
+        sure = torch.ones_like(p.least, dtype=torch.bool) if level is None else (p.least > level) | (p.most <= level)
+        return found.decides(self.size) & sure
 
     @torch.no_grad()
-    def read_baseline(self) -> None:
+    def read_null(self) -> None:
         """See :class:`Probe`; by the prototypes in full."""
-        if self._baseline is None and self.probe.baseline is not None:
-            device = next(self.probe.entry.parameters()).device
-            texts = {key: text.to(device) for key, text in self.probe.baseline.items()}
-            read = self._read((), texts, exact=self.evidence.bits < 32)
-            baseline = Interval(*(bound_BE.mean(0, keepdim=True) for bound_BE in read))
-            self._baseline = baseline.widened(len(read.least_BE))
+        if self._null is None:
+            device, exact = next(self.probe.entry.parameters()).device, self.evidence.bits < 32
+            read = [self._read((), batch, exact=exact) for batch in self.probe.null.on(device)]
+            self._null = Interval(*(torch.cat(parts, dim=1) for parts in zip(*read, strict=True)))
 
-    def _above(self, read: Interval) -> Interval:
-        baseline = self._baseline
-        if baseline is None:
-            return read
-        slack_BE = 2.0**-50 * (read.most_BE + baseline.most_BE + 1)
-        least_BE, most_BE = read.least_BE - baseline.most_BE + 1, read.most_BE - baseline.least_BE + 1
-        return Interval(least_BE - slack_BE, most_BE + slack_BE)
+    def _found(self, read: Interval) -> tuple[Interval, Interval]:
+        """The evidence, and the share of the null that stands out as much."""
+        assert self._null is not None
+        z, null_z = read.standardised(self._null), self._null.standardised(self._null)
+        largest_B, null_K = (Interval(largest(some.least), largest(some.most)) for some in (z, null_z))
+        p = Interval(p_value(largest_B.most, null_K.least), p_value(largest_B.least, null_K.most))
+        return Interval(*(bound[0].nan_to_num(nan=NO_EVIDENCE) for bound in z)), p
 
-    def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, exact: bool = False) -> Interval:
-        """Each expert's mean over the modules that it adapts of its mean over tokens."""
+    def _read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, exact: bool = False) -> Interval:
+        """The evidence's numbers for each expert, (numbers, batch, experts)."""
         least: dict[str, Tensor] = {}
         most: dict[str, Tensor] = {}
         tokens = 0
@@ -126,12 +151,13 @@ class CertainProbe:
             scorer = self.probe.scorers[name]
             assert isinstance(scorer, BoundedScorer)
             scorer = scorer.in_full() if exact else scorer
-            total_2BE = torch.zeros(2, rows, len(scorer.experts), dtype=torch.float64)
+            total_2QBE = torch.zeros(2, 2, rows, len(scorer.experts), dtype=torch.float64)
             for part_NI, of_N in zip(x_NI.split(_TOGETHER), row_N.cpu().split(_TOGETHER), strict=True):
-                bounds = self.evidence.bounds(*scorer.bounded(part_NI))
-                for total_BE, bound_NE in zip(total_2BE, bounds, strict=True):
-                    total_BE.index_add_(0, of_N, bound_NE.cpu())
-            least[name], most[name] = total_2BE / row_N.cpu().bincount(minlength=rows)[:, None].clamp(min=1)
+                bounds = self.evidence.token_bounds(*scorer.bounded(part_NI))
+                for total_QBE, bound_QNE in zip(total_2QBE, bounds, strict=True):
+                    total_QBE.index_add_(1, of_N, bound_QNE.cpu())
+            count_B1 = row_N.cpu().bincount(minlength=rows)[:, None].clamp(min=1)
+            least[name], most[name] = self.evidence.logarithms(total_2QBE / count_B1)
             tokens = max(tokens, len(x_NI))
 
         self.probe.observe(see, *args, **kwargs)

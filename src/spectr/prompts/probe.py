@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from spectr.layers.batch_routing import BatchRouting, routed_by
 from spectr.layers.routed import RoutedLinear
 from spectr.prompts.chat_template import Opening
-from spectr.routers.evidence import ModuleEvidence, ModuleScores
+from spectr.routers.evidence import Found, ModuleEvidence, ModuleScores
 
 
 @runtime_checkable
@@ -33,6 +34,23 @@ class Scorer(Protocol):
 See = Callable[[str, Float[Tensor, "N I"], Tensor, int], None]
 
 
+@dataclass(frozen=True)
+class Null:
+    """Texts that prompts are compared with.
+
+    Attributes:
+        batches: As the model is called (``input_ids``, ``attention_mask``), padded on the right.
+        ordinary: Whether they are ordinary prompts of the base model's own, other ones than the calibration's texts.
+    """
+
+    batches: Sequence[Mapping[str, Tensor]]
+    ordinary: bool = False
+
+    def on(self, device: torch.device) -> Iterator[dict[str, Tensor]]:
+        """The batches on a device."""
+        return ({key: tensor.to(device) for key, tensor in batch.items()} for batch in self.batches)
+
+
 class Probe:
     """Has the base model read prompts, and pools what the evidence makes of the scores at each module.
 
@@ -44,8 +62,8 @@ class Probe:
         experts: All experts, in alphabetical order.
         opening: What the chat template writes around a user's words. It does not count, and of a conversation only the
             user's last turn does.
-        baseline: Texts (``input_ids``, ``attention_mask``) that the evidence compares prompts with: the calibration's.
-        baseline_NE: These texts' evidence, where it is known; then they are not read.
+        null: What the evidence compares prompts with.
+        null_QKE: What the evidence makes of these texts, where it is known; then they are not read.
     """
 
     def __init__(
@@ -56,33 +74,33 @@ class Probe:
         evidence: ModuleEvidence,
         experts: Sequence[str],
         opening: Opening | None = None,
-        baseline: Mapping[str, Tensor] | None = None,
-        baseline_NE: Float[Tensor, "N E"] | None = None,
+        null: Null | None = None,
+        null_QKE: Float[Tensor, "Q K E"] | None = None,
     ):
         self.entry, self.layers, self.scorers, self.evidence = entry, dict(layers), dict(scorers), evidence
         self.experts, self.opening = tuple(experts), opening or Opening()
-        self.baseline, self._baseline_NE = baseline, baseline_NE
+        self.null, self._null_QKE = null or Null(()), null_QKE
 
     @torch.no_grad()
-    def __call__(self, *args: Any, **kwargs: Any) -> Float[Tensor, "B E"]:
-        """The evidence for each expert, compared with the baseline where there is one.
+    def __call__(self, *args: Any, **kwargs: Any) -> Found:
+        """The evidence for each expert.
 
         Args:
             args: As the model (or its encoder) is called.
             kwargs: Likewise.
         """
-        self.read_baseline()
-        found_BE = self._read(*args, **kwargs)
-        return found_BE if self._baseline_NE is None else self.evidence.above(found_BE, self._baseline_NE)
+        self.read_null()
+        assert self._null_QKE is not None
+        return self.evidence.compare(self._read(*args, **kwargs), self._null_QKE, ordinary=self.null.ordinary)
 
     @torch.no_grad()
-    def read_baseline(self) -> None:
-        """Read the baseline's texts, unless that is done; otherwise it is done with the first prompt."""
-        if self._baseline_NE is None and self.baseline is not None:
+    def read_null(self) -> None:
+        """Read the texts that prompts are compared with, unless that is done; otherwise the first prompt does it."""
+        if self._null_QKE is None:
             device = next(self.entry.parameters()).device
-            self._baseline_NE = self._read(**{key: t.to(device) for key, t in self.baseline.items()})
+            self._null_QKE = torch.cat([self._read(**batch) for batch in self.null.on(device)], dim=1)
 
-    def _read(self, *args: Any, **kwargs: Any) -> Float[Tensor, "B E"]:
+    def _read(self, *args: Any, **kwargs: Any) -> Float[Tensor, "Q B E"]:
         found: dict[str, Tensor] = {}
 
         def see(name: str, x_NI: Tensor, row_N: Tensor, rows: int) -> None:
@@ -123,18 +141,18 @@ class Probe:
             self.entry.forward(**given)  # not the call: whoever watches the model's calls is not to see this one
 
 
-def evidence_among(
+def numbers_among(
     scores: Mapping[str, ModuleScores],
     holders: Mapping[str, Sequence[str]],
     evidence: ModuleEvidence,
     experts: Sequence[str],
-) -> Float[Tensor, "B E"]:
-    """The evidence that some of the experts would have without the others; not compared with the baseline.
+) -> Float[Tensor, "Q B E"]:
+    """The numbers that some of the experts would have without the others; not compared with the null.
 
     Args:
         scores: By module, of all experts.
         holders: By module the names of its experts.
-        evidence: From scores to evidence.
+        evidence: From scores to numbers.
         experts: Those that count.
     """
     found: dict[str, Tensor] = {}

@@ -3,7 +3,7 @@
 from spectr.routers.arrow import Arrow
 from spectr.routers.base import LengthRouter, Router, ShortlistRouter, check_needs, first_lack, residents
 from spectr.routers.calibrated import Calibrated
-from spectr.routers.evidence import DescriptionSimilarity, Evidence, ModuleEvidence, PrototypeVotes, SpectralVotes
+from spectr.routers.evidence import DescriptionSimilarity, Evidence, ModuleEvidence, PrototypeMeans, ScoreMeans
 from spectr.routers.glider import Glider
 from spectr.routers.lag import Lag
 from spectr.routers.oracle import Oracle
@@ -33,13 +33,13 @@ __all__ = [
     "Phatgoose",
     "PromptPolicy",
     "PromptRouter",
-    "PrototypeVotes",
+    "PrototypeMeans",
     "Router",
+    "ScoreMeans",
     "Seqr",
     "Shortlist",
     "ShortlistRouter",
     "Spectr",
-    "SpectralVotes",
     "Uniform",
     "Use",
     "check_needs",

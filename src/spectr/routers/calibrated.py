@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spectr.library.needs import CALIBRATED, Need
 from spectr.routers.base import LengthRouter, Lengths
-from spectr.routers.evidence.spectral_votes import SpectralVotes
+from spectr.routers.evidence.score_means import ScoreMeans
 from spectr.routers.policy import PromptPolicy
 from spectr.routers.settings import check_settings
 from spectr.routers.use import HoldWeights, MultiplyScores
@@ -84,8 +84,8 @@ class Calibrated(LengthRouter):
         return use and PromptPolicy(evidence=self._evidence, use=use, router=replace(self, level="token"))
 
     @property
-    def _evidence(self) -> SpectralVotes:
-        return SpectralVotes(
+    def _evidence(self) -> ScoreMeans:
+        return ScoreMeans(
             pool_temperature=self.pool_temperature,
             certainty_weight=self.certainty_weight,
             probe_tokens=self.probe_tokens,

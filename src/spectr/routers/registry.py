@@ -61,8 +61,8 @@ EVIDENCE: Registry[Evidence] = Registry(
     as_text=_as_text,
     entries={
         "descriptions": f"{_EVIDENCE}.descriptions:DescriptionSimilarity",
-        "prototype-votes": f"{_EVIDENCE}.prototype_votes:PrototypeVotes",
-        "spectral-votes": f"{_EVIDENCE}.spectral_votes:SpectralVotes",
+        "prototype-means": f"{_EVIDENCE}.prototype_means:PrototypeMeans",
+        "score-means": f"{_EVIDENCE}.score_means:ScoreMeans",
     },
 )
 USES: Registry[Use] = Registry(

@@ -9,7 +9,7 @@ from spectr.library.needs import GATED, Need
 from spectr.renamed import options_renamed
 from spectr.routers.base import Router
 from spectr.routers.calibrated import Calibrated
-from spectr.routers.evidence.prototype_votes import PrototypeVotes
+from spectr.routers.evidence.prototype_means import PrototypeMeans
 from spectr.routers.policy import PromptPolicy, PromptRouter
 from spectr.routers.settings import check_counts
 from spectr.routers.use import HoldWeights, KeepShortlist, MultiplyScores
@@ -26,7 +26,7 @@ class Shortlist(PromptRouter):
     """For each prompt the ``size`` experts that its words call for; among these ``token_router`` decides.
 
     The shortlist is the decision of :class:`Calibrated`, made with one direction of each expert in place of all
-    (:class:`spectr.routers.evidence.PrototypeVotes`). Only these are in memory; the experts on the shortlist are read
+    (:class:`spectr.routers.evidence.PrototypeMeans`). Only these are in memory; the experts on the shortlist are read
     from disk when a prompt calls for them. After the prompt an answer costs the same whatever the size of the library.
 
     Needs a calibrated and indexed library (:func:`spectr.build_index`).
@@ -35,7 +35,7 @@ class Shortlist(PromptRouter):
         size: Experts on a prompt's shortlist. One is held for the whole answer, and ``token_router`` is not used.
         token_router: Decides for each token and module among them; any router that does so, and :class:`Calibrated`
             with the level ``"prior"``, which the prompt's evidence informs.
-        probe_tokens: See :class:`PrototypeVotes`, as for the following.
+        probe_tokens: See :class:`PrototypeMeans`, as for the following.
         modules: Last parts of the names of the modules that take part in the decision, such as
             ``("q_proj", "k_proj")``. Empty for all.
         module_stride: Every how many-th of these takes part; more costs less and finds less.
@@ -66,7 +66,7 @@ class Shortlist(PromptRouter):
     @property
     def policy(self) -> PromptPolicy:
         """See :class:`PromptRouter`."""
-        evidence = PrototypeVotes(
+        evidence = PrototypeMeans(
             probe_tokens=self.probe_tokens,
             modules=self.modules,
             module_stride=self.module_stride,

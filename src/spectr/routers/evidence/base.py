@@ -17,14 +17,29 @@ from spectr.errors import CompositionError
 from spectr.library.library import ExpertLibrary
 from spectr.library.needs import Need
 
-Reader = Callable[..., Float[Tensor, "B E"]]
+Similarity = Callable[..., Float[Tensor, "B E"]]
+
+
+class Found(NamedTuple):
+    """What was found of prompts.
+
+    Attributes:
+        evidence_BE: How well each expert fits, float32 or float64. The larger, the better.
+        p_B: The share of ordinary prompts whose best expert has as much evidence; ``None`` where that is not known.
+    """
+
+    evidence_BE: Float[Tensor, "B E"]
+    p_B: Float[Tensor, " B"] | None = None
+
+
+Reader = Callable[..., Found]
 
 
 @runtime_checkable
 class Guide(Protocol):
     """Compares prompts with descriptions; :class:`spectr.guidance.QueryGuide` is one."""
 
-    def reader(self, descriptions: Mapping[str, str], experts: Sequence[str]) -> Reader:
+    def reader(self, descriptions: Mapping[str, str], experts: Sequence[str]) -> Similarity:
         """A function that is called as the model is and returns ``cos(e_t, q)``, (batch, experts)."""
         ...
 
@@ -72,8 +87,8 @@ class Evidence(ABC):
             experts: The allowed experts, in alphabetical order.
 
         Returns:
-            A function that is called as the model (or its encoder) is called, and gives a number for each prompt and
-            expert, (batch, experts), float32 or float64. The larger, the better the expert fits.
+            A function that is called as the model (or its encoder) is called, and gives for each prompt and expert a
+            number (:class:`Found`).
         """
 
 
@@ -118,16 +133,19 @@ class ModuleEvidence(Evidence):
         return source.module_reader(self, experts)
 
     @abstractmethod
-    def of_module(self, scores: ModuleScores) -> Float[Tensor, "B E"]:
-        """One module's evidence for its own experts, pooled over each row's tokens."""
+    def of_module(self, scores: ModuleScores) -> Float[Tensor, "Q B E"]:
+        """One module's numbers (Q of them) for its own experts, pooled over each row's tokens.
+
+        NaN is the number of an expert that takes no part at this module.
+        """
 
     def of_prompt(
         self,
-        found: Mapping[str, Float[Tensor, "B M"]],
+        found: Mapping[str, Float[Tensor, "Q B M"]],
         holders: Mapping[str, Sequence[str]],
         experts: Sequence[str],
-    ) -> Float[Tensor, "B E"]:
-        """Each expert's mean over the modules that it adapts.
+    ) -> Float[Tensor, "Q B E"]:
+        """Each expert's means over the modules where it takes part; NaN where there is none.
 
         Args:
             found: By module what :meth:`of_module` gives.
@@ -142,19 +160,22 @@ class ModuleEvidence(Evidence):
                 "no layer could score this prompt", do="use level='token', or name the experts yourself"
             )
         first = next(iter(found.values()))
-        total_BE, count_E = first.new_zeros(len(first), len(experts)), torch.zeros(len(experts))
+        total_QBE = first.new_zeros(*first.shape[:2], len(experts))
+        count_QBE = torch.zeros_like(total_QBE)
         places = {expert: place for place, expert in enumerate(experts)}
-        for module, evidence_BM in found.items():
+        for module, numbers_QBM in found.items():
             columns = [places[expert] for expert in holders[module]]
-            total_BE[:, columns] += evidence_BM
-            count_E[columns] += 1
-        return total_BE / count_E.clamp(min=1)
+            total_QBE[..., columns] += numbers_QBM.nan_to_num()
+            count_QBE[..., columns] += ~numbers_QBM.isnan()
+        return total_QBE / count_QBE
 
-    def above(self, found_BE: Float[Tensor, "B E"], baseline_NE: Float[Tensor, "N E"]) -> Float[Tensor, "B E"]:
-        """A prompt's evidence compared with that of the calibration's texts: minus their mean, plus 1.
+    @abstractmethod
+    def compare(self, found_QBE: Float[Tensor, "Q B E"], null_QKE: Float[Tensor, "Q K E"], *, ordinary: bool) -> Found:
+        """The evidence: prompts' numbers compared with those of the calibration's texts.
 
         Args:
-            found_BE: Of prompts.
-            baseline_NE: Of the N texts, for the same experts.
+            found_QBE: Of prompts.
+            null_QKE: Of the K texts, for the same experts.
+            ordinary: Whether these are ordinary prompts of all lengths (:attr:`spectr.library.Calibration.null`), so
+                that the share of them that has as much evidence says something; otherwise ``p_B`` is left out.
         """
-        return found_BE - baseline_NE.mean(0) + 1
