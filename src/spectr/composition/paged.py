@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from spectr.adapters import Expert, FactorShape
 from spectr.composition.factor_sets import FactorSets, Table
@@ -26,6 +25,7 @@ from spectr.prompts.bounds import CertainProbe, Certainty
 from spectr.prompts.decision import PromptDecision
 from spectr.prompts.probe import Probe, Scorer
 from spectr.routers import PrototypeVotes, Router, check_needs
+from spectr.routers.evidence import Found
 from spectr.spectral import Prototypes, Share
 
 
@@ -134,14 +134,15 @@ class Paged(Routed):
         self._modules = {layer: module for module, layer in self.layers.items()}
         probed = self._probed = Readers(self).of(names)
 
-        def read(*args: object, **kwargs: object) -> Float[Tensor, "B E"]:
-            evidence_BE = probed(*args, **kwargs)
-            next_BK = evidence_BE.topk(min(2 * self._most, len(names)), dim=-1).indices[:, self._most :]
+        def read(*args: object, **kwargs: object) -> Found:
+            found = probed(*args, **kwargs)
+            next_BK = found.evidence_BE.topk(min(2 * self._most, len(names)), dim=-1).indices[:, self._most :]
             self._reader.submit(self._read_ahead, [names[place] for place in next_BK.flatten().unique().tolist()])
-            return evidence_BE
+            return found
 
         sets = FactorSets(self._modules, self._factors, single=1, gathered=1, serve_choices=True)
-        return PromptDecision(self._use, names, read, sets)
+        assert self.policy is not None
+        return PromptDecision(self.policy, names, read, sets)
 
     def _read_ahead(self, names: Sequence[str]) -> None:
         """Ask the system to have these experts' files in its memory soon, where it can be asked."""

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from spectr.prompts.probe import Probe, Scorer
-from spectr.routers.evidence import PrototypeVotes
+from spectr.routers.evidence import Found, PrototypeVotes
 
 _TOGETHER = 256  # tokens that are scored at once, in float64
 
@@ -84,7 +84,7 @@ class CertainProbe:
         self._baseline: Interval | None = None
 
     @torch.no_grad()
-    def __call__(self, *args: Any, **kwargs: Any) -> Float[Tensor, "B E"]:
+    def __call__(self, *args: Any, **kwargs: Any) -> Found:
         """See :class:`Probe`; float64, so that what is certain stays so."""
         self.read_baseline()
         first = found = self._above(self._read(args, kwargs))
@@ -95,7 +95,7 @@ class CertainProbe:
         self.figures.at_once += int(at_once.sum())
         self.figures.in_full += int((decided & ~at_once).sum())
         self.figures.tied += int((~decided).sum())
-        return found.middle_BE
+        return Found(found.middle_BE)
 
     @torch.no_grad()
     def read_baseline(self) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from spectr.layers.batch_routing import BatchRouting, routed_by
 from spectr.layers.routed import RoutedLinear
 from spectr.prompts.chat_template import Opening
-from spectr.routers.evidence import ModuleEvidence, ModuleScores
+from spectr.routers.evidence import Found, ModuleEvidence, ModuleScores
 
 
 @runtime_checkable
@@ -64,7 +64,7 @@ class Probe:
         self.baseline, self._baseline_NE = baseline, baseline_NE
 
     @torch.no_grad()
-    def __call__(self, *args: Any, **kwargs: Any) -> Float[Tensor, "B E"]:
+    def __call__(self, *args: Any, **kwargs: Any) -> Found:
         """The evidence for each expert, compared with the baseline where there is one.
 
         Args:
@@ -73,7 +73,7 @@ class Probe:
         """
         self.read_baseline()
         found_BE = self._read(*args, **kwargs)
-        return found_BE if self._baseline_NE is None else self.evidence.above(found_BE, self._baseline_NE)
+        return Found(found_BE if self._baseline_NE is None else self.evidence.above(found_BE, self._baseline_NE))
 
     @torch.no_grad()
     def read_baseline(self) -> None:

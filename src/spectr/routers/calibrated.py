@@ -8,7 +8,9 @@ from typing import Literal, NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
+from spectr.errors import CompositionError
 from spectr.library.needs import CALIBRATED, Need
+from spectr.routers.abstention import check_abstain, nulled
 from spectr.routers.base import LengthRouter, Lengths
 from spectr.routers.evidence.spectral_votes import SpectralVotes
 from spectr.routers.policy import PromptPolicy
@@ -47,6 +49,9 @@ class Calibrated(LengthRouter):
         certainty_weight: How much more a one-sided vote counts; 0 counts all alike.
         prior_strength: 0 is ``level="token"``; the larger, the more the prompt decides.
         probe_tokens: Tokens of a prompt that are read for the decision at most.
+        abstain: The share of ordinary prompts that goes to an expert nonetheless; the base model alone answers where
+            no expert stands out. ``"auto"`` is 0.1 where the calibration has the ordinary prompts for that; ``None``
+            always chooses an expert.
         combine: ``"outputs"``, or another of :data:`spectr.combine.COMBINATIONS`.
 
     Source: ours; see docs/routers.md.
@@ -60,10 +65,17 @@ class Calibrated(LengthRouter):
     certainty_weight: float = 4.0
     prior_strength: float = 8.0
     probe_tokens: int = 256
+    abstain: float | Literal["auto"] | None = "auto"
     combine: str = "outputs"
 
     def __post_init__(self) -> None:
         check_settings(self, level=(self.level, _LEVELS))
+        check_abstain(self.abstain)
+        if self.policy is None and nulled(self.abstain):
+            raise CompositionError(
+                f"abstain={self.abstain} with level='token', where nothing decides on the prompt",
+                do="leave abstain out, or use level='prompt' or 'prior'",
+            )
         _ = self._evidence, self._prior
 
     @property
@@ -74,14 +86,18 @@ class Calibrated(LengthRouter):
     @property
     def needs(self) -> tuple[Need, ...]:
         """See :class:`Router`."""
-        return (*super().needs, CALIBRATED)
+        return (*super().needs, CALIBRATED, *nulled(self.abstain))
 
     @property
     def policy(self) -> PromptPolicy | None:
         """See :class:`Router`: as the level says."""
         hold = HoldWeights(top_k=self.top_k, weights=self.weights, temperature=self.temperature)
         use = {"prompt": hold, "token": None, "prior": self._prior}[self.level]
-        return use and PromptPolicy(evidence=self._evidence, use=use, router=replace(self, level="token"))
+        if use is None:
+            return None
+        abstain = None if isinstance(self.abstain, str) else self.abstain
+        router = replace(self, level="token", abstain="auto")
+        return PromptPolicy(evidence=self._evidence, use=use, router=router, abstain=abstain)
 
     @property
     def _evidence(self) -> SpectralVotes:

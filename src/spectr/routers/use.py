@@ -37,12 +37,14 @@ class Use(ABC):
         fixes: Whether the verdict is the weights of all of the prompt's tokens, so that no token chooses.
         gathers: Whether an expert whose number is zero takes no part, so that its factors need not be in memory.
         neutral: The number of an expert of which nothing is known.
+        excluded: The number of an expert that takes no part. Where all have it the base model is alone.
         in_kernels: Whether scores are informed by a product alone, as kernels do it.
     """
 
     fixes: ClassVar[bool] = False
     gathers: ClassVar[bool] = False
     neutral: ClassVar[float] = 0.0
+    excluded: ClassVar[float] = 0.0
     in_kernels: ClassVar[bool] = False
 
     @property
@@ -65,6 +67,9 @@ class Use(ABC):
             verdict_BTE: A number for each expert.
             among_BTE: Those that a row may use; all, if left out.
         """
+        taking_BTE = verdict_BTE != self.excluded
+        if not bool(taking_BTE.all()):
+            among_BTE = taking_BTE if among_BTE is None else taking_BTE & among_BTE
         return Rows(prior_BTE=verdict_BTE, among_BTE=among_BTE)
 
 
@@ -107,6 +112,8 @@ class AddToScores(Use):
 
     Source: GLIDER (Li et al., 2024). Their released code sets one alpha by hand.
     """
+
+    excluded: ClassVar[float] = -math.inf
 
     alpha: float | Literal["gated"] = "gated"
     alpha_near: float = 100.0

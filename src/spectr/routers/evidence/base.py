@@ -17,14 +17,29 @@ from spectr.errors import CompositionError
 from spectr.library.library import ExpertLibrary
 from spectr.library.needs import Need
 
-Reader = Callable[..., Float[Tensor, "B E"]]
+Similarity = Callable[..., Float[Tensor, "B E"]]
+
+
+class Found(NamedTuple):
+    """What was found of prompts.
+
+    Attributes:
+        evidence_BE: How well each expert fits, float32 or float64. The larger, the better.
+        p_B: The share of ordinary prompts whose best expert has as much evidence; ``None`` where that is not known.
+    """
+
+    evidence_BE: Float[Tensor, "B E"]
+    p_B: Float[Tensor, " B"] | None = None
+
+
+Reader = Callable[..., Found]
 
 
 @runtime_checkable
 class Guide(Protocol):
     """Compares prompts with descriptions; :class:`spectr.guidance.QueryGuide` is one."""
 
-    def reader(self, descriptions: Mapping[str, str], experts: Sequence[str]) -> Reader:
+    def reader(self, descriptions: Mapping[str, str], experts: Sequence[str]) -> Similarity:
         """A function that is called as the model is and returns ``cos(e_t, q)``, (batch, experts)."""
         ...
 
@@ -72,8 +87,8 @@ class Evidence(ABC):
             experts: The allowed experts, in alphabetical order.
 
         Returns:
-            A function that is called as the model (or its encoder) is called, and gives a number for each prompt and
-            expert, (batch, experts), float32 or float64. The larger, the better the expert fits.
+            A function that is called as the model (or its encoder) is called, and gives for each prompt and expert a
+            number (:class:`Found`).
         """
 
 

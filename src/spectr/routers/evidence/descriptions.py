@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from spectr.library.needs import DESCRIBED, Need
-from spectr.routers.evidence.base import Evidence, Reader, Source
+from spectr.routers.evidence.base import Evidence, Found, Reader, Source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,4 +26,9 @@ class DescriptionSimilarity(Evidence):
     def reader(self, source: Source, experts: tuple[str, ...]) -> Reader:
         """See :class:`Evidence`."""
         assert source.guide is not None
-        return source.guide.reader(source.library.descriptions, experts)
+        compare = source.guide.reader(source.library.descriptions, experts)
+
+        def read(*args: Any, **kwargs: Any) -> Found:
+            return Found(compare(*args, **kwargs))
+
+        return read
