@@ -21,7 +21,7 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.setattr("spectr.shipped.shipped_experts", lambda: tmp_path / "experts")
     monkeypatch.setattr(spectr.models, "load_model", lambda: (make_model(), make_tokenizer()))
     library = spectr.ExpertLibrary.open(tmp_path / "experts")
-    spectr.calibrate(make_model(), library, make_tokenizer(), samples=2, tokens=8).save(tmp_path / "experts")
+    spectr.calibrate(make_model(), library, make_tokenizer(), samples=2, tokens=8, null=0).save(tmp_path / "experts")
 
 
 def test_the_example_runs(tiny, capsys):

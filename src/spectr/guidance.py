@@ -16,7 +16,7 @@ from spectr.models.embed import Embedder, load_embedder
 from spectr.models.samples import template_parts
 from spectr.models.writer import LocalWriter, Writer
 from spectr.prompts.chat_template import Opening
-from spectr.prompts.decision import Reader
+from spectr.routers.evidence.base import Similarity
 from spectr.tasks import Example
 
 _QUERY = (
@@ -95,7 +95,7 @@ class QueryGuide:
         """The base model itself writes, and the default embedder embeds."""
         return QueryGuide(tokenizer, load_embedder(), LocalWriter(model, tokenizer), **options)
 
-    def reader(self, descriptions: Mapping[str, str], experts: Sequence[str]) -> Reader:
+    def reader(self, descriptions: Mapping[str, str], experts: Sequence[str]) -> Similarity:
         """See :class:`spectr.composition.Guide`."""
         experts_ED = self.embed([descriptions[name] for name in experts])
 

@@ -117,14 +117,14 @@ def install() -> None:
         sys.meta_path.insert(0, _Renamed())
 
 
-_OPTIONS: dict[Any, dict[str, str]] = {}  # by class the new names of its options
+_OPTIONS: dict[Any, dict[str, str | None]] = {}  # by class the new names of its options
 
 
-def options_renamed(**names: str) -> Callable[[type[T]], type[T]]:
+def options_renamed(**names: str | None) -> Callable[[type[T]], type[T]]:
     """Have a dataclass take options by their old names too, and have its objects show them, with a warning.
 
     Args:
-        names: By an option's old name the new one.
+        names: By an option's old name the new one; ``None`` for one that is gone and makes no difference any more.
     """
 
     def decorated(kind: type[T]) -> type[T]:
@@ -138,6 +138,8 @@ def options_renamed(**names: str) -> Callable[[type[T]], type[T]]:
         kind.__signature__ = shown  # pyright: ignore[reportAttributeAccessIssue]
         _OPTIONS[kind] = names
         for old, new in names.items():
+            if new is None:
+                continue
             setattr(kind, old, property(partial(_read, old=old, new=new)))
         return kind
 
@@ -157,6 +159,10 @@ def current_options(make: Any, options: Mapping[str, Any], *, warn: bool = True)
     for option, value in options.items():
         old, dot, rest = option.partition(".")
         new = names.get(old, old)
+        if new is None:
+            if warn:
+                warnings.warn(f"there is no option {old} any more: it is left out", DeprecationWarning, stacklevel=4)
+            continue
         if new != old and warn:
             warnings.warn(f"the option {old} is {new} now", DeprecationWarning, stacklevel=4)
         if new + dot + rest in current or (new != old and new + dot + rest in options):

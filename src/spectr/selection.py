@@ -93,7 +93,8 @@ def select_among(
 
     Where fewer than ``k`` are allowed all of them are taken; where none is, all weights are zero.
     """
-    weights_TE = selection(scores_TE.masked_fill(~allowed_TE, -torch.inf))
+    none_T1 = ~allowed_TE.any(-1, keepdim=True)  # there a softmax would be of minus infinities alone
+    weights_TE = selection(scores_TE.masked_fill(~allowed_TE, -torch.inf).masked_fill(none_T1, 0.0))
     weights_TE = weights_TE.where(allowed_TE, 0.0)  # a selection may have had to fill up with others
     return weights_TE / weights_TE.sum(-1, keepdim=True).clamp(min=1e-30)
 

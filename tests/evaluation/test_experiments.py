@@ -28,7 +28,7 @@ RANKS = {"ants": 4, "bees": 2, "cats": 4}
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     plain = peft_library(make_model(), tmp_path_factory.mktemp("experts"), RANKS)
-    return plain.with_calibration(calibrate(make_model(), plain, make_tokenizer(), samples=3))
+    return plain.with_calibration(calibrate(make_model(), plain, make_tokenizer(), samples=3, null=0))
 
 
 def test_a_measurement_is_mean_and_standard_error():

@@ -31,7 +31,7 @@ CHOICES = [Example(prompt=prompt, answer="yes", choices=("yes", "no"), label=0) 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     plain = peft_library(make_model(), tmp_path_factory.mktemp("experts"), {"ants": 4, "bees": 2, "cats": 4})
-    return plain.with_calibration(calibrate(make_model(), plain, make_tokenizer(), samples=3))
+    return plain.with_calibration(calibrate(make_model(), plain, make_tokenizer(), samples=3, null=0))
 
 
 def short_model(context: int):

@@ -33,7 +33,7 @@ def world(tmp_path_factory):
     save_model(root / "model")
     save_experts(root / "experts", ("amber", "blue", "cyan"))
     library = ExpertLibrary.open(root / "experts")
-    calibrate(make_model(), library, make_tokenizer(), samples=3).save(root / "experts")
+    calibrate(make_model(), library, make_tokenizer(), samples=3, null=0).save(root / "experts")
     return root
 
 

@@ -19,7 +19,7 @@ from spectr.evaluation.experiments import Result
 from spectr.layers import trace
 from spectr.merging.linear import Average
 from spectr.models import generate_answers
-from spectr.routers import Evidence, Router
+from spectr.routers import Evidence, Found, Router
 from spectr.selection import TopK
 from spectr.serving.engines import Step
 from spectr.serving.run import listen
@@ -54,7 +54,8 @@ class Short(Evidence):
         places_E = torch.tensor([float(source.library.names.index(name)) for name in experts])
 
         def read(input_ids, **_):
-            return (places_E if input_ids.shape[1] > self.length else -places_E).expand(len(input_ids), -1)
+            likes_E = places_E if input_ids.shape[1] > self.length else -places_E
+            return Found(likes_E.expand(len(input_ids), -1))
 
         return read
 

@@ -20,6 +20,7 @@ from spectr.routers import (
     AddToScores,
     DescriptionSimilarity,
     Evidence,
+    Found,
     HoldWeights,
     KeepShortlist,
     ModuleEvidence,
@@ -237,7 +238,7 @@ class Mentions(Evidence):
         places = [source.library.names.index(name) for name in experts]
 
         def read(input_ids, **_):
-            return torch.stack([(input_ids == self.first + place).sum(-1) for place in places], dim=-1).float()
+            return Found(torch.stack([(input_ids == self.first + place).sum(-1) for place in places], dim=-1).float())
 
         return read
 

@@ -27,7 +27,7 @@ def library(tmp_path_factory):
     root = tmp_path_factory.mktemp("served")
     peft_library(make_model(), root, RANKS)
     plain = ExpertLibrary.open(root)
-    known = plain.with_calibration(calibrate(make_model(), plain, make_tokenizer(), texts=TEXTS))
+    known = plain.with_calibration(calibrate(make_model(), plain, make_tokenizer(), texts=TEXTS, null=0))
     return build_index(make_model(), known)
 
 

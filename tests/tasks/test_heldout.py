@@ -19,7 +19,7 @@ from text_model import make_model, make_tokenizer, save_experts, save_rows
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     found = library_with_gates(tmp_path_factory.mktemp("family"), NAMES).with_descriptions(DESCRIPTIONS)
-    return found.with_calibration(calibrate(make_model(), found, make_tokenizer(), samples=3))
+    return found.with_calibration(calibrate(make_model(), found, make_tokenizer(), samples=3, null=0))
 
 
 def bench_of(library, folder, **more):

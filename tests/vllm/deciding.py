@@ -34,7 +34,7 @@ def make_calibrated(served, root):
         store.add(expert.name, expert)
     model = AutoModelForCausalLM.from_pretrained(root / "model").eval()
     library = spectr.ExpertLibrary.open(root / "library")
-    spectr.calibrate(model, library, tokenizer_of(root), samples=6, tokens=24).save(root / "library")
+    spectr.calibrate(model, library, tokenizer_of(root), samples=6, tokens=24, null=0).save(root / "library")
     return root
 
 

@@ -13,6 +13,7 @@ from spectr.composition.multi_router import weight_sharing_copy
 from spectr.errors import CompositionError, MissingExtraError, did_you_mean
 from spectr.library import ExpertLibrary
 from spectr.routers import Router
+from spectr.routers.abstention import always_choosing
 
 BASE, OURS = "base model", "spectr"
 
@@ -34,7 +35,7 @@ class Subject:
 
 def ours(model: nn.Module, library: ExpertLibrary, router: Router) -> Subject:
     """The base model composed with the library."""
-    routed = compose(weight_sharing_copy(model), library, router)
+    routed = compose(weight_sharing_copy(model), library, always_choosing(router))
     return Subject(name=OURS, model=routed.model, routed=routed)
 
 

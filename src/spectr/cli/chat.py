@@ -48,7 +48,7 @@ def chat(
             turns = _command(line, routed, turns)
         elif line:
             turns.append({"role": "user", "content": line})
-            answer = _answer(base, tokenizer, turns, max_new_tokens, temperature)
+            answer = _answer(routed, tokenizer, turns, max_new_tokens, temperature)
             turns.append({"role": "assistant", "content": answer})
 
 
@@ -82,7 +82,7 @@ def _command(line: str, routed: Routed, turns: list[dict[str, str]]) -> list[dic
 
 
 def _answer(
-    model: Any,
+    routed: Routed,
     tokenizer: Any,
     turns: list[dict[str, str]],
     max_new_tokens: int,
@@ -94,6 +94,7 @@ def _answer(
     from spectr.layers import trace
     from spectr.models import growing_cache
 
+    model: Any = routed.model
     batch = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     batch = batch.to(model.device)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
@@ -108,5 +109,7 @@ def _answer(
             **sampling,
         )
     leaders = sorted(record.shares().items(), key=lambda item: -item[1])[:3]
-    errors.print("[dim]" + ", ".join(f"{name} {share:.0%}" for name, share in leaders) + "[/]", highlight=False)
+    remark = routed.prompt.remark if routed.prompt else None
+    shown = remark or ", ".join(f"{name} {share:.0%}" for name, share in leaders)
+    errors.print(f"[dim]{shown}[/]", highlight=False)
     return tokenizer.decode(ids[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -39,6 +39,7 @@ def demo(
         workers = "\n".join(
             f"[black on {palette[n]}]{n}[/] {share:.1%}" for n, share in row.routing.leaders[:3] if share
         )
+        workers = workers or "[dim]base model[/]"
         task = row.task if row.expert else f"{row.task}\n[dim](no expert)[/]"
         before, after = _marked(row.base_answer, row.base_is_right), _marked(row.routed_answer, row.routed_is_right)
         table.add_row(task, _first(row.expected), before, after, workers)

@@ -62,12 +62,13 @@ def generate(
             base, tokenizer, [text], max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, chat=chat
         )
     tell_guide(routed)
+    remark, p = (routed.prompt.remark, routed.prompt.p_B) if routed.prompt else (None, None)
     shares = sorted(record.shares().items(), key=lambda item: -item[1])
     if as_json:
-        sys.stdout.write(
-            json.dumps({"prompt": text, "answer": answer, "router": str(router), "experts": dict(shares)}) + "\n"
-        )
+        experts = dict.fromkeys(routed.experts, 0.0) if remark else dict(shares)
+        found = {"prompt": text, "answer": answer, "router": str(router), "experts": experts}
+        sys.stdout.write(json.dumps(found if p is None else {**found, "p": round(float(p[0]), 4)}) + "\n")
         return
     out.print(answer, markup=False, highlight=False)
     leaders = ", ".join(f"{name} {share:.0%}" for name, share in shares[:4] if share)
-    errors.print(f"[dim]experts at work: {leaders}[/]", highlight=False)
+    errors.print(f"[dim]{remark or f'experts at work: {leaders}'}[/]", highlight=False)

@@ -48,19 +48,24 @@ def route(
     from spectr.models import encode_batch, generate_answers
     from spectr.plots.tokens import token_routing
 
-    routing.compose(base, tokenizer, library, router)
+    routed = routing.compose(base, tokenizer, library, router)
     with trace(base) as record:
         if answer_tokens:
             generate_answers(base, tokenizer, [text], max_new_tokens=answer_tokens, chat=chat)
         else:
             base(**{key: value.to(base.device) for key, value in encode_batch(tokenizer, [text], chat=chat).items()})
-    found = token_routing(record, tokenizer, title=" ".join(text.split())[:80])
+    remark, p = (routed.prompt.remark, routed.prompt.p_B) if routed.prompt else (None, None)
+    title = " ".join(text.split())[:80] + (f" ({remark})" if remark else "")
+    found = token_routing(record, tokenizer, title=title)
     shown = found.layers.index(layer) if layer else 0
     if as_json:
-        sys.stdout.write(json.dumps(_as_data(found, str(router))) + "\n")
+        more = {} if p is None else {"p": round(float(p[0]), 4)}
+        sys.stdout.write(json.dumps(_as_data(found, str(router)) | more) + "\n")
     else:
         _print(found, shown)
-        if router.policy is not None and router.policy.use.fixes:
+        if remark:
+            out.print(remark, highlight=False)
+        elif router.policy is not None and router.policy.use.fixes:
             say("decided once for the whole prompt: spectr route -r spectr shows a choice for every token and layer")
     if html:
         from spectr.plots import write_page
@@ -96,8 +101,8 @@ def _print(routing: TokenRouting, group: int) -> None:
     palette = tints(routing.experts)
     line = Text()
     for token, weights_E in zip(routing.tokens, routing.weights[group], strict=True):
-        best = int(weights_E.argmax())
-        line.append(token, style=f"black on {palette[routing.experts[best]]}" if weights_E[best] > 0 else "")
+        best = int(weights_E.argmax()) if weights_E.any() else None
+        line.append(token, style="" if best is None else f"black on {palette[routing.experts[best]]}")
     out.print(line)
     out.print()
     for name, share in routing.leaders:

@@ -118,7 +118,7 @@ class Paged(Routed):
         """See :class:`Routed`."""
         if not self._evidence.is_interval:
             return probe
-        return CertainProbe(probe, self._evidence, self._most, self.certainty)
+        return CertainProbe(probe, self._evidence, self._most, self.certainty, self.policy and self.policy.abstain)
 
     def _factors(self, layers: Sequence[RoutedLinear], names: tuple[str, ...]) -> Table:
         """Every layer's factors of some experts, from memory or from disk."""

@@ -29,12 +29,21 @@ class RequestDecision:
         among_E: Of all experts those in the set.
         verdict_E: What was found of its prompt: weights, or a prior; ``None`` of a router that reads no prompt.
         router: Its router's name.
+        p: The share of ordinary prompts that have as much evidence for an expert, where that is known.
+        abstains: Whether no expert stands out, so that the base model answers.
     """
 
     experts: tuple[str, ...]
     among_E: Tensor
     verdict_E: Tensor | None = None
     router: str = ""
+    p: float | None = None
+    abstains: bool = False
+
+    @property
+    def has_base_alone(self) -> bool:
+        """Whether no expert takes part."""
+        return self.abstains or not self.experts
 
 
 class RequestBatch:
@@ -71,7 +80,9 @@ class RequestBatch:
             decision.verdict_E = torch.full((len(among_E),), self._use.neutral)
             if names:
                 assert input_ids is not None
-                decision.verdict_E[places] = self._verdict(names, input_ids[None])[0].float().cpu()
+                verdict_E, decision.p = self._verdict(names, input_ids[None])
+                decision.abstains = bool((verdict_E == self._use.excluded).all())
+                decision.verdict_E[places] = verdict_E
         self._decisions.add(decision)
         return decision
 
@@ -93,7 +104,7 @@ class RequestBatch:
     def _routing_of(self, spans: list[tuple[RequestDecision, int]]) -> BatchRouting:
         decisions, counts = [decision for decision, _ in spans], torch.tensor([count for _, count in spans])
         counts = torch.ones(1, dtype=torch.long) if len(decisions) == 1 else counts
-        if not any(decision.experts for decision in decisions):
+        if all(decision.has_base_alone for decision in decisions):
             return BASE
         experts = self.routed.experts
         among_1TE = torch.stack([decision.among_E for decision in decisions]).repeat_interleave(counts, 0)[None]
@@ -103,7 +114,7 @@ class RequestBatch:
         verdict_1TE = torch.stack(found).repeat_interleave(counts, 0)[None]
         kept = decisions if self._use.fixes else self._decisions  # all that are in force: none is read twice
         verdicts = [decision.verdict_E for decision in kept if decision.verdict_E is not None]
-        taken = (torch.stack(verdicts) != 0).any(0).tolist()
+        taken = (torch.stack(verdicts) != self._use.excluded).any(0).tolist()
         names = tuple(name for name, takes in zip(experts, taken, strict=True) if takes)
         assert self._sets is not None
         return routing_of(self._use, experts, verdict_1TE, self._sets, names, among_1TE)
@@ -123,7 +134,7 @@ class RequestBatch:
 
     def share(self, decision: RequestDecision) -> TokenRouting | None:
         """The shares of every token of a request whose weights are fixed; ``None`` where tokens differ."""
-        if not decision.experts:
+        if decision.has_base_alone:
             return TokenRouting({})
         if self._use is None or not self._use.fixes:
             return None
@@ -153,17 +164,20 @@ class RequestBatch:
     def _take_over(self) -> None:
         """From the composition, whose layers are new ones."""
         self.routed.release()
-        policy = self.routed.policy
+        policy = self._policy = self.routed.policy
         self._use, self._readers = (None, None) if policy is None else (policy.use, Readers(self.routed))
         self._ordered = list(self.routed.layers.values())
         self._sets = None if self.routed.prompt is None else self.routed.prompt.sets
         self._layout: tuple[list[tuple[RequestDecision, int]], BatchRouting] | None = None
 
-    def _verdict(self, names: tuple[str, ...], input_ids: Tensor) -> Float[Tensor, "B E"]:
-        assert self._use is not None
+    def _verdict(self, names: tuple[str, ...], input_ids: Tensor) -> tuple[Float[Tensor, " E"], float | None]:
+        """The verdict on a prompt, and the share of ordinary prompts that have as much evidence."""
+        assert self._policy is not None
         assert self._readers is not None
         with routed_by(BASE), torch.no_grad():
-            return self._use.verdict(self._readers.of(names)(input_ids=input_ids))
+            found = self._readers.of(names)(input_ids=input_ids)
+        [verdict_E] = self._policy.verdict(found).float().cpu()
+        return verdict_E, None if found.p_B is None else float(found.p_B[0])
 
 
 __getattr__ = lazy(__name__, {}, renamed={"Rule": "RequestDecision", "Steering": "RequestBatch"})

@@ -18,11 +18,13 @@ from spectr.layers.plan import make_plan
 from spectr.layers.routed import RoutedLinear
 from spectr.layers.swap import swap_module
 from spectr.library import ExpertLibrary
+from spectr.ops import report_once
 from spectr.prompts.calls import Calls
 from spectr.prompts.decision import PromptDecision
 from spectr.prompts.exclusion import Exclusion
 from spectr.prompts.probe import Probe, Scorer
 from spectr.routers import Router, check_needs, residents, token_router
+from spectr.routers.abstention import policy_for, why_off
 from spectr.routers.evidence import Guide, Reader
 
 Progress = Callable[[int, int], None]
@@ -38,7 +40,7 @@ class Routed:
         library: The experts that can be held.
         router: Decides for each token, or for each prompt.
         prompt: How a prompt is decided on, where the router does that; else ``None``.
-        policy: The router's policy for prompts; ``None`` where each token decides.
+        policy: The router's policy for prompts, as it is in this library; ``None`` where each token decides.
         guide: Compares prompts with the experts' descriptions, where the evidence needs that; else ``None``.
     """
 
@@ -48,7 +50,9 @@ class Routed:
         self, model: nn.Module, library: ExpertLibrary, router: Router, progress: Progress, guide: Guide | None = None
     ):
         self.model, self.library, self.router, self.guide = model, library, router, guide
-        self.policy, self._token_router = router.policy, token_router(router)
+        self.policy, self._token_router = policy_for(router, library), token_router(router)
+        if (remark := why_off(router, library)) is not None:
+            report_once(remark)
         self._originals: dict[str, nn.Module] = {}
         self._calls: Calls | None = None
         self._exclusion = Exclusion()
@@ -237,7 +241,7 @@ class Routed:
         if self.policy is None:
             return None
         read = Readers(self).of(names)
-        return PromptDecision(self.policy.use, names, read, FactorSets(self.layers.values()))
+        return PromptDecision(self.policy, names, read, FactorSets(self.layers.values()))
 
     def __repr__(self) -> str:
         return f"Routed({len(self.layers)} layers, experts {', '.join(self.experts)}, {self.router})"

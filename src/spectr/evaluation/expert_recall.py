@@ -68,14 +68,15 @@ def find_experts(
     found, limit, device = [], context_length(model), next(model.parameters()).device
     for start in range(0, len(prompts), _BATCH):
         batch = encode_batch(tokenizer, prompts[start : start + _BATCH], limit=limit, device=device)
-        evidence_BE = routed.prompt.evidence(**batch) if routed.prompt else None
+        read = routed.prompt.find(**batch) if routed.prompt else None
+        evidence_BE = None if read is None else read.evidence_BE
         if evidence_BE is not None and routed.policy is not None and routed.policy.use.fixes:
             rows = [dict(zip(routed.experts, row, strict=True)) for row in evidence_BE.tolist()]
             found += [_finding(row, expert) for row in rows]
             continue
         held = nullcontext()
-        if routed.prompt and evidence_BE is not None:  # read once, not once more by the call below
-            held = routed.prompt.using(routed.prompt.use.verdict(evidence_BE))
+        if routed.prompt and read is not None:  # read once, not once more by the call below
+            held = routed.prompt.using(routed.prompt.policy.verdict(read))
         with trace(model) as record, held:
             model(**batch, use_cache=False, logits_to_keep=1)
         real_BT = record.mask & (record.mask.cumsum(1) > skip)

@@ -25,6 +25,7 @@ from spectr.guidance import QueryGuide
 from spectr.library.needs import DESCRIBED
 from spectr.models import load_model, pad_rows
 from spectr.routers import check_needs, get_router, residents
+from spectr.routers.abstention import always_choosing
 from spectr.routers.options import options_of, parse
 from spectr.shipped import open_library
 
@@ -60,7 +61,8 @@ Request = tuple[tuple[str, str], list[int], list[int]]
 class SpectrLM(HFLM):
     """The harness' own model of transformers, composed.
 
-    A router that decides for whole prompts decides on the context alone; what is scored has no say.
+    A router that decides for whole prompts decides on the context alone; what is scored has no say. It always chooses
+    an expert, unless ``abstain`` is given.
 
     Args:
         base: Folder or Hub id of the base model; the default is SmolLM2-135M-Instruct.
@@ -88,6 +90,7 @@ class SpectrLM(HFLM):
         chosen = None
         if router != "base":
             chosen = get_router(router, **settings)
+            chosen = chosen if "abstain" in settings else always_choosing(chosen)
             check_needs(chosen, experts, residents(chosen, experts.names))  # before a model is loaded
         if device and device.startswith("cuda") and not torch.cuda.is_available():
             device = None  # the harness' default wherever it runs

@@ -186,8 +186,11 @@ def _answer_records(
 
 def _experts(decision: Any, weights_BE: Tensor) -> list[dict[str, Any]]:
     """For each prompt the part of its record with the experts that it was decided for, and their weights."""
-    rows = weights_BE.tolist()
-    return [{"experts": {e: round(w, 4) for e, w in zip(decision.experts, row, strict=True) if w}} for row in rows]
+    rows, without = weights_BE.tolist(), (0, decision.use.excluded)
+    return [
+        {"experts": {e: round(w, 4) for e, w in zip(decision.experts, row, strict=True) if w not in without}}
+        for row in rows
+    ]
 
 
 def _key(examples: Sequence[Example], length_normalised: bool, origin: dict[str, Any] | None, text: list[Any]) -> str:

@@ -46,6 +46,7 @@ class LayerCall(NamedTuple):
         prior_BTE: Multiplies or shifts the scores, as the router says; float32.
         among_BTE: Experts that may be chosen; all, if left out.
         observe: Receives the layer and its input before it computes.
+        some_base: Whether some rows have fixed weights of zero alone, so that the layer's output is the base layer's.
     """
 
     factors: Factors | None
@@ -54,6 +55,7 @@ class LayerCall(NamedTuple):
     prior_BTE: Float[Tensor, "B T E"] | None = None
     among_BTE: Bool[Tensor, "B T E"] | None = None
     observe: Observe | None = None
+    some_base: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +126,7 @@ class BatchRouting:
             None if prior is None else prior.to(device, torch.float32).contiguous(),
             None if among is None or bool(among.all()) else among.to(device),
             self.observe,
+            fixed is not None and not bool((fixed.weights_BTE != 0).any(-1).all()),
         )
 
     def _columns(self, rows_BTE: Tensor, factors: Factors) -> Tensor:

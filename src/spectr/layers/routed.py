@@ -282,8 +282,8 @@ class RoutedLinear(nn.Module):
     def _whole(self, x: Tensor, call: LayerCall) -> Tensor | None:
         """As :meth:`_by_kernels`, the base layer too, where nobody observes it. Few lines: they run for every token."""
         factors, fixed = call.factors, call.fixed
-        if factors is None or call.observe is not None or call.among_BTE is not None:
-            return None
+        if factors is None or call.observe is not None or call.among_BTE is not None or call.some_base:
+            return None  # rows of the base model get what its own layer computes, to the last digit
         plan = factors.plan
         if plan is None or plan.linear is None or (plan.choice is None) is (fixed is None):
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -200,6 +201,50 @@ class EqualRanks(Need):
                 do="use combine='outputs', or leave experts out",
             )
         ]
+
+
+@dataclass(frozen=True)
+class Nulled(Need):
+    """Ordinary prompts in the calibration, so many that a share ``abstain`` of them is at least two.
+
+    Attributes:
+        abstain: The share of ordinary prompts that is to go to an expert.
+    """
+
+    abstain: float
+    lacking: ClassVar[str] = "ordinary prompts in its calibration (spectr library calibrate)"
+
+    @property
+    def least(self) -> int:
+        """How many prompts that are."""
+        return math.ceil(2 / self.abstain)
+
+    def is_met(self, library: ExpertLibrary) -> bool:
+        """Whether a library has as many."""
+        return len(_null_of(library)) >= self.least
+
+    def there(self, library: ExpertLibrary) -> str:
+        """How many a library has, in words."""
+        count = len(_null_of(library))
+        return f"the calibration has {count} ordinary prompts to compare with, and {self.least} are needed"
+
+    def remedy(self, library: ExpertLibrary) -> str:
+        """What to do about it, in words."""
+        fresh = " --fresh" if _null_of(library) else ""
+        return f"spectr library calibrate --library {library.origin}{fresh}"
+
+    def check(self, library: ExpertLibrary, names: Sequence[str]) -> None:
+        """See :class:`Need`."""
+        if not self.is_met(library):
+            raise CompositionError(
+                f"abstain={self.abstain}, and {self.there(library)}",
+                expected=f"at least 2 / abstain = {self.least} prompts that the base model wrote",
+                do=f"{self.remedy(library)}; or abstain=None, which always chooses an expert",
+            )
+
+
+def _null_of(library: ExpertLibrary) -> Sequence[Sequence[int]]:
+    return () if library.calibration is None else library.calibration.null
 
 
 CALIBRATED, DESCRIBED, GATED = Calibrated(), Described(), Gated()

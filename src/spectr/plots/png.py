@@ -34,8 +34,10 @@ def write_token_map(routing: TokenRouting, path: str | Path) -> Path:
     rgb_E3 = np.array([[int(palette[name][i : i + 2], 16) / 255 for i in (1, 3, 5)] for name in routing.experts])
     first = min(1, len(routing.layers) - 1)  # "all layers" only where there is nothing else
     weights, layers = routing.weights[first:], routing.layers[first:]
+    if not routing.experts:  # the base model alone
+        rgb_E3, weights = np.ones((1, 3)), weights.new_zeros(*weights.shape[:-1], 1)
     strength = weights.amax(-1).numpy()[..., None]
-    strength = 0.25 + 0.75 * strength / max(strength.max(), 1e-9)
+    strength = np.where(strength > 0, 0.25 + 0.75 * strength / max(strength.max(), 1e-9), 0)
     width = min(2.5 + 0.24 * len(routing.tokens), 40)
     figure, axes = canvas(width, 2.2 + 0.16 * len(layers))
     axes.imshow(1 - strength * (1 - rgb_E3[weights.argmax(-1).numpy()]), aspect="auto", interpolation="nearest")

@@ -15,7 +15,9 @@ from spectr.errors import CompositionError
 from spectr.layers.batch_routing import BASE, BatchRouting, routed_by
 from spectr.layers.factors import Factors
 from spectr.layers.routed import RoutedLinear
-from spectr.routers.evidence import Reader
+from spectr.routers.abstention import in_words
+from spectr.routers.evidence import Found, Reader
+from spectr.routers.policy import PromptPolicy
 from spectr.routers.use import Use
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ class _Last(threading.local):
 
     def __init__(self) -> None:
         self.verdicts: dict[str, Tensor] = {}
+        self.decided: dict[str, tuple[Tensor, Tensor | None]] = {}  # with the p of the same prompts
 
 
 _last = _Last()
@@ -54,33 +57,42 @@ class PromptDecision:
     """Has a prompt read and decides. What is decided belongs to a sequence (:mod:`spectr.prompts.calls`).
 
     Args:
-        use: Turns evidence into weights, into a prior, or into a shortlist.
+        policy: Turns evidence into weights, into a prior, or into a shortlist.
         experts: All experts, in alphabetical order.
-        read: Called as the entry is; the evidence for each expert, (batch, experts). While it runs the model is the
-            base model for this thread.
+        read: Called as the entry is; finds the evidence for each expert. While it runs the model is the base model for
+            this thread.
         sets: Factors of the experts that a verdict calls for.
     """
 
     calls: Calls
 
-    def __init__(self, use: Use, experts: Sequence[str], read: Reader, sets: Sets):
-        self.use, self.experts, self.read, self.sets = use, tuple(experts), read, sets
+    def __init__(self, policy: PromptPolicy, experts: Sequence[str], read: Reader, sets: Sets):
+        self.policy, self.use = policy, policy.use
+        self.experts, self.read, self.sets = tuple(experts), read, sets
         self.held_BE: Tensor | None = None
 
     def decide(self, *args: Any, **kwargs: Any) -> Float[Tensor, "B E"]:
         """Have a prompt read and return what is decided for it. Nothing is changed.
 
-        The experts' weights; or, of a router that decides for each token with the prompt as prior, the prior.
+        The experts' weights; or, of a router that decides for each token with the prompt as prior, the prior. Where no
+        expert stands out, and the policy abstains then, all experts have the number that excludes them.
 
         Args:
             args: As the model (or its encoder) is called.
             kwargs: Likewise.
         """
-        return self.use.verdict(self.evidence(*args, **kwargs))
+        found = self.find(*args, **kwargs)
+        verdict_BE = self.policy.verdict(found)
+        _last.decided[self.calls.key] = plain_verdict(verdict_BE), found.p_B
+        return verdict_BE
+
+    def evidence(self, *args: Any, **kwargs: Any) -> Float[Tensor, "B E"]:
+        """The evidence for each expert, as the reader gives it, whether the verdict is to abstain or not."""
+        return self.find(*args, **kwargs).evidence_BE
 
     @torch.no_grad()
-    def evidence(self, *args: Any, **kwargs: Any) -> Float[Tensor, "B E"]:
-        """The evidence for each expert, as the reader gives it."""
+    def find(self, *args: Any, **kwargs: Any) -> Found:
+        """All that the reader finds of a prompt."""
         with routed_by(BASE):
             return self.read(*args, **kwargs)
 
@@ -110,9 +122,32 @@ class PromptDecision:
         """The last verdict that held for a call of this thread, for display."""
         return _last.verdicts.get(self.calls.key)
 
+    @property
+    def p_B(self) -> Float[Tensor, " B"] | None:
+        """With the last verdict of this thread, for display: the share of ordinary prompts that have as much evidence.
+
+        One for each prompt that was decided on; ``None`` where it is not known, or nothing was decided for the verdict.
+        """
+        decided = _last.decided.get(self.calls.key)
+        return None if decided is None else decided[1]
+
+    @property
+    def remark(self) -> str | None:
+        """That the base model answered, in words, where this thread's last verdict has no expert take part."""
+        verdict_BE, p_B = self.weights_BE, self.p_B
+        if verdict_BE is None or not bool((verdict_BE == self.use.excluded).all()):
+            return None
+        return in_words(None if p_B is None else float(p_B.min()))
+
     def show(self, verdict_BE: Float[Tensor, "B E"]) -> None:
         """Remember a verdict as this thread's last one."""
-        _last.verdicts[self.calls.key] = verdict_BE
+        key = self.calls.key
+        if _last.verdicts.get(key) is verdict_BE:
+            return
+        _last.verdicts[key] = verdict_BE
+        decided = _last.decided.get(key)
+        if decided is not None and not _same_rows(decided[0], verdict_BE):
+            del _last.decided[key]
 
     def routing(self, verdict_NE: Float[Tensor, "N E"], *, by_token: bool = False) -> BatchRouting:
         """What a verdict makes of a call.
@@ -122,7 +157,7 @@ class PromptDecision:
             by_token: Whether these are the tokens of one row instead.
         """
         verdict_BTE = verdict_NE[None] if by_token else verdict_NE[:, None]
-        taken = (verdict_NE != 0).any(0).tolist()
+        taken = (verdict_NE != self.use.excluded).any(0).tolist()
         names = tuple(name for name, takes_part in zip(self.experts, taken, strict=True) if takes_part)
         return routing_of(self.use, self.experts, verdict_BTE, self.sets, names)
 
@@ -158,9 +193,17 @@ def routing_of(
         taken: The experts that take part, where others do not.
         among_BTE: Those that a row may use; all, if left out.
     """
+    if not taken:  # the base model alone; traces see the layers nonetheless
+        return BatchRouting(experts, factors={})
     gathered = use.fixes or (use.gathers and sets.serve_choices)
     factors = sets.table(taken) if gathered else None
     return BatchRouting(experts, *use.rows(verdict_BTE, among_BTE), factors=factors)
+
+
+def _same_rows(one_BE: Tensor, other_BE: Tensor) -> bool:
+    """Whether two verdicts have the same rows, in whatever order and however often: a generation repeats them."""
+    one_BE, other_BE = (torch.unique(verdict_BE.cpu(), dim=0) for verdict_BE in (one_BE, other_BE))
+    return torch.equal(one_BE, other_BE)
 
 
 def plain_verdict(verdict_BE: Tensor) -> Float[Tensor, "B E"]:

@@ -3,7 +3,14 @@
 from spectr.routers.arrow import Arrow
 from spectr.routers.base import LengthRouter, Router, ShortlistRouter, check_needs, first_lack, residents
 from spectr.routers.calibrated import Calibrated
-from spectr.routers.evidence import DescriptionSimilarity, Evidence, ModuleEvidence, PrototypeMeans, ScoreMeans
+from spectr.routers.evidence import (
+    DescriptionSimilarity,
+    Evidence,
+    Found,
+    ModuleEvidence,
+    PrototypeMeans,
+    ScoreMeans,
+)
 from spectr.routers.glider import Glider
 from spectr.routers.lag import Lag
 from spectr.routers.oracle import Oracle
@@ -22,6 +29,7 @@ __all__ = [
     "Calibrated",
     "DescriptionSimilarity",
     "Evidence",
+    "Found",
     "Glider",
     "HoldWeights",
     "KeepShortlist",

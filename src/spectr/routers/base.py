@@ -17,6 +17,7 @@ from spectr.combine import Combination, get_combination
 from spectr.errors import CompositionError
 from spectr.library.library import ExpertLibrary
 from spectr.library.needs import AtMost, Need
+from spectr.routers.abstention import Abstain
 from spectr.routers.settings import check_settings
 from spectr.selection import Selection
 from spectr.spectral import AlignedExpert, InputState, Share, SideData, Stack, State
@@ -38,11 +39,14 @@ class Router(ABC):
         combine: How the chosen experts' updates become one; see :func:`spectr.combine.get_combination`.
         reads: What ``scores`` reads: the input ``x``, the products ``h = A* x``, both, or nothing.
         rule: The name of ``scores`` among :data:`spectr.ops.rules.RULES`, where it is one of them.
+        abstain: Where it decides for whole prompts, the share of ordinary prompts that goes to an expert nonetheless;
+            see :class:`spectr.routers.PromptPolicy`. ``"auto"``: as the library allows; ``None``: all prompts do.
     """
 
     combine: str = "outputs"
     reads: Literal["x", "h", "xh", ""] = "h"
     rule: str = ""
+    abstain: Abstain = None
 
     def __post_init__(self) -> None:
         """Check the settings, as dataclasses do at the end of their construction."""

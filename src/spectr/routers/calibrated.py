@@ -8,7 +8,10 @@ from typing import Literal, NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
+from spectr.errors import CompositionError
 from spectr.library.needs import CALIBRATED, Need
+from spectr.renamed import options_renamed
+from spectr.routers.abstention import check_abstain, nulled
 from spectr.routers.base import LengthRouter, Lengths
 from spectr.routers.evidence.score_means import ScoreMeans
 from spectr.routers.policy import PromptPolicy
@@ -26,27 +29,28 @@ class Centers(NamedTuple):
     centers_P: Float[Tensor, " P"]
 
 
+@options_renamed(pool_temperature=None, certainty_weight=None)
 @dataclass(frozen=True, kw_only=True)
 class Calibrated(LengthRouter):
     """``||A*_t (x - m)|| / c_t``: the spectral score minus what is the same for every input.
 
     ``m`` is a module's mean input and ``c_t`` the root mean square of ``||A*_t (x - m)||``, both over texts that the
-    base model wrote itself (:func:`spectr.calibrate`), so that an expert's size buys it nothing. For a prompt every
-    token votes at every module, by the softmax over experts of the scores' logarithm over ``pool_temperature``; a vote
-    counts ``exp(-certainty_weight * entropy)``; the means over tokens and modules, less what the same experts get on
-    the calibration's texts, are the evidence.
+    base model wrote itself (:func:`spectr.calibrate`), so that an expert's size buys it nothing. For a prompt the
+    power means of its tokens' scores are compared with those that each expert has for ordinary prompts
+    (:class:`spectr.routers.evidence.ScoreMeans`).
 
     Attributes:
         level: ``"prompt"`` decides once for each prompt and holds the decision while the answer is written;
             ``"token"`` decides for each token and module, as the paper does; ``"prior"`` does that too, with each
-            score multiplied by the prompt's evidence to the power ``prior_strength``.
+            score multiplied by ``exp(prior_strength * evidence)``.
         top_k: Experts for each prompt, or for each token and module.
         weights: ``"uniform"`` (``1 / k``) or ``"softmax"`` of the chosen evidence (prompt) or scores (token).
         temperature: Of that softmax.
-        pool_temperature: Of the soft votes.
-        certainty_weight: How much more a one-sided vote counts; 0 counts all alike.
         prior_strength: 0 is ``level="token"``; the larger, the more the prompt decides.
         probe_tokens: Tokens of a prompt that are read for the decision at most.
+        abstain: The share of ordinary prompts that goes to an expert nonetheless; the base model alone answers where
+            no expert stands out. ``"auto"`` is 0.05 where the calibration has the ordinary prompts for that; ``None``
+            always chooses an expert.
         combine: ``"outputs"``, or another of :data:`spectr.combine.COMBINATIONS`.
 
     Source: ours; see docs/routers.md.
@@ -56,14 +60,19 @@ class Calibrated(LengthRouter):
     top_k: int = 1
     weights: Weighting = "uniform"
     temperature: float = 1.0
-    pool_temperature: float = 0.2
-    certainty_weight: float = 4.0
-    prior_strength: float = 8.0
+    prior_strength: float = 2.0
     probe_tokens: int = 256
+    abstain: float | Literal["auto"] | None = "auto"
     combine: str = "outputs"
 
     def __post_init__(self) -> None:
         check_settings(self, level=(self.level, _LEVELS))
+        check_abstain(self.abstain)
+        if self.policy is None and nulled(self.abstain):
+            raise CompositionError(
+                f"abstain={self.abstain} with level='token', where nothing decides on the prompt",
+                do="leave abstain out, or use level='prompt' or 'prior'",
+            )
         _ = self._evidence, self._prior
 
     @property
@@ -74,22 +83,22 @@ class Calibrated(LengthRouter):
     @property
     def needs(self) -> tuple[Need, ...]:
         """See :class:`Router`."""
-        return (*super().needs, CALIBRATED)
+        return (*super().needs, CALIBRATED, *nulled(self.abstain))
 
     @property
     def policy(self) -> PromptPolicy | None:
         """See :class:`Router`: as the level says."""
         hold = HoldWeights(top_k=self.top_k, weights=self.weights, temperature=self.temperature)
         use = {"prompt": hold, "token": None, "prior": self._prior}[self.level]
-        return use and PromptPolicy(evidence=self._evidence, use=use, router=replace(self, level="token"))
+        if use is None:
+            return None
+        abstain = None if isinstance(self.abstain, str) else self.abstain
+        router = replace(self, level="token", abstain="auto")
+        return PromptPolicy(evidence=self._evidence, use=use, router=router, abstain=abstain)
 
     @property
     def _evidence(self) -> ScoreMeans:
-        return ScoreMeans(
-            pool_temperature=self.pool_temperature,
-            certainty_weight=self.certainty_weight,
-            probe_tokens=self.probe_tokens,
-        )
+        return ScoreMeans(probe_tokens=self.probe_tokens)
 
     @property
     def _prior(self) -> MultiplyScores:

@@ -47,7 +47,8 @@ def _named(kind: type, name: str, part: Any, settings: Mapping[str, Any]) -> dic
         plain = None
     except Exception:
         return None
-    kept = {key: value for key, value in settings.items() if plain is None or getattr(plain, key, ...) != value}
+    by_default = {f.name: f.default for f in fields(part)} if plain is None and is_dataclass(part) else {}
+    kept = {key: value for key, value in settings.items() if getattr(plain, key, by_default.get(key, ...)) != value}
     try:
         return {"name": name, **kept} if make_part(kind, name, kept) == part else None
     except Exception:

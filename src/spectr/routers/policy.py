@@ -13,8 +13,9 @@ from torch import Tensor
 from spectr.combine import Combination
 from spectr.errors import CompositionError
 from spectr.library.needs import Need, OneExpert
+from spectr.routers.abstention import check_abstain, nulled
 from spectr.routers.base import Router
-from spectr.routers.evidence.base import Evidence
+from spectr.routers.evidence.base import Evidence, Found, ModuleEvidence
 from spectr.routers.use import Use
 from spectr.selection import Selection
 from spectr.spectral import AlignedExpert, InputState, Share, SideData, Stack, State
@@ -82,7 +83,9 @@ class PromptRouter(DelegatingRouter):
     @property
     def needs(self) -> tuple[Need, ...]:
         """See :class:`Router`: what the token router and the evidence need."""
-        return tuple(dict.fromkeys((*self.policy.router.needs, *self.policy.evidence.needs)))
+        policy = self.policy
+        compared = nulled(self.abstain) if isinstance(policy.evidence, ModuleEvidence) else ()
+        return tuple(dict.fromkeys((*policy.router.needs, *policy.evidence.needs, *compared)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,13 +96,18 @@ class PromptPolicy(PromptRouter):
         evidence: A number for each expert; see :mod:`spectr.routers.evidence`.
         use: Holds weights, keeps a shortlist, or informs each token's scores; see :mod:`spectr.routers.use`.
         router: Decides for each token, as far as the use leaves that to it.
+        abstain: The base model alone answers a prompt unless its evidence is such as at most this share of ordinary
+            prompts has, where the evidence knows that (:class:`spectr.routers.evidence.Found`). ``None``: an expert
+            always answers, as one does that is the only one allowed.
     """
 
     evidence: Evidence
     use: Use
     router: Router
+    abstain: float | None = None
 
     def __post_init__(self) -> None:
+        check_abstain(self.abstain, auto=False)
         for name, kind in (("evidence", Evidence), ("use", Use), ("router", Router)):
             if not isinstance(getattr(self, name), kind):
                 raise CompositionError(f"{name}={getattr(self, name)!r}", expected=f"a spectr.routers.{kind.__name__}")
@@ -131,6 +139,14 @@ class PromptPolicy(PromptRouter):
     def policy(self) -> PromptPolicy:
         """See :class:`PromptRouter`."""
         return self
+
+    def verdict(self, found: Found) -> Float[Tensor, "B E"]:
+        """The use's verdict; of prompts for which no expert stands out the base model's, which excludes all."""
+        verdict_BE = self.use.verdict(found.evidence_BE)
+        if self.abstain is None or found.p_B is None or verdict_BE.shape[-1] < 2:
+            return verdict_BE
+        alone_B = found.p_B.to(verdict_BE.device) > self.abstain
+        return verdict_BE.masked_fill(alone_B[:, None], self.use.excluded)
 
     @property
     def pages(self) -> bool:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from spectr.errors import CompositionError
 from spectr.library.needs import GATED, Need
 from spectr.renamed import options_renamed
+from spectr.routers.abstention import check_abstain, nulled
 from spectr.routers.base import Router
 from spectr.routers.calibrated import Calibrated
 from spectr.routers.evidence.prototype_means import PrototypeMeans
@@ -20,7 +22,7 @@ def _informed() -> Router:
     return Calibrated(level="prior")
 
 
-@options_renamed(local="token_router", heard="modules", every="module_stride")
+@options_renamed(local="token_router", heard="modules", every="module_stride", pool_temperature=None)
 @dataclass(frozen=True, kw_only=True)
 class Shortlist(PromptRouter):
     """For each prompt the ``size`` experts that its words call for; among these ``token_router`` decides.
@@ -41,7 +43,9 @@ class Shortlist(PromptRouter):
         module_stride: Every how many-th of these takes part; more costs less and finds less.
         bits: Of each number of a prototype in memory: 8, 16 or 32. From 16 on the list is certain: it is the one that
             prototypes in full give, in real numbers.
-        pool_temperature: Of the soft votes.
+        abstain: The share of ordinary prompts that gets a list nonetheless; the base model alone answers where no
+            expert stands out. ``"auto"`` is 0.05 where the calibration has the ordinary prompts for that; ``None``
+            always lists experts.
 
     Source: ours, with the prototypes of Arrow (Ostapenko et al., 2024) and the two steps of LAG (Fleshman and Van
     Durme, 2025); see docs/scale.md.
@@ -53,13 +57,19 @@ class Shortlist(PromptRouter):
     modules: tuple[str, ...] = ()
     module_stride: int = 1
     bits: int = 8
-    pool_temperature: float = 0.2
+    abstain: float | Literal["auto"] | None = "auto"
 
     def __post_init__(self) -> None:
         check_counts(size=self.size)
+        check_abstain(self.abstain)
         if isinstance(self.token_router, type) or not isinstance(self.token_router, Router):
             raise CompositionError(
                 f"token_router={self.token_router!r} is no router", expected="a router object, as in Spectr(top_k=4)"
+            )
+        if nulled(self.token_router.abstain):
+            raise CompositionError(
+                f"abstain={self.token_router.abstain} of the token router, which decides on no prompt here",
+                do="set it for the shortlist: Shortlist(abstain=...)",
             )
         _ = self.policy
 
@@ -71,13 +81,13 @@ class Shortlist(PromptRouter):
             modules=self.modules,
             module_stride=self.module_stride,
             bits=self.bits,
-            pool_temperature=self.pool_temperature,
         )
         router, prior, inner = self.token_router, None, self.token_router.policy
         if inner is not None and isinstance(inner.use, MultiplyScores):
             router, prior = inner.router, inner.use
         use = HoldWeights() if self.size == 1 else KeepShortlist(size=self.size, prior=prior)
-        return PromptPolicy(evidence=evidence, use=use, router=router)
+        abstain = None if isinstance(self.abstain, str) else self.abstain
+        return PromptPolicy(evidence=evidence, use=use, router=router, abstain=abstain)
 
     @property
     def selection(self) -> All:
@@ -87,4 +97,5 @@ class Shortlist(PromptRouter):
     @property
     def needs(self) -> tuple[Need, ...]:
         """See :class:`Router`: an index, and gates where the token router reads them."""
-        return (*self.policy.evidence.needs, *(need for need in self.token_router.needs if need == GATED))
+        gated = (need for need in self.token_router.needs if need == GATED)
+        return (*self.policy.evidence.needs, *nulled(self.abstain), *gated)

@@ -37,12 +37,14 @@ class Use(ABC):
         fixes: Whether the verdict is the weights of all of the prompt's tokens, so that no token chooses.
         gathers: Whether an expert whose number is zero takes no part, so that its factors need not be in memory.
         neutral: The number of an expert of which nothing is known.
+        excluded: The number of an expert that takes no part. Where all have it the base model is alone.
         in_kernels: Whether scores are informed by a product alone, as kernels do it.
     """
 
     fixes: ClassVar[bool] = False
     gathers: ClassVar[bool] = False
     neutral: ClassVar[float] = 0.0
+    excluded: ClassVar[float] = 0.0
     in_kernels: ClassVar[bool] = False
 
     @property
@@ -65,12 +67,15 @@ class Use(ABC):
             verdict_BTE: A number for each expert.
             among_BTE: Those that a row may use; all, if left out.
         """
+        taking_BTE = verdict_BTE != self.excluded
+        if not bool(taking_BTE.all()):
+            among_BTE = taking_BTE if among_BTE is None else taking_BTE & among_BTE
         return Rows(prior_BTE=verdict_BTE, among_BTE=among_BTE)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MultiplyScores(Use):
-    """The evidence is a prior: each token's scores are multiplied with it, to the power ``strength``.
+    """The evidence is a prior: each token's scores are multiplied by ``exp(strength * evidence)``.
 
     Attributes:
         strength: 0 leaves the scores alone; the larger, the more the prompt decides.
@@ -79,7 +84,7 @@ class MultiplyScores(Use):
     neutral: ClassVar[float] = 1.0
     in_kernels: ClassVar[bool] = True
 
-    strength: float = 8.0
+    strength: float = 2.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.strength < math.inf:
@@ -87,7 +92,8 @@ class MultiplyScores(Use):
 
     def verdict(self, evidence_BE: Float[Tensor, "B E"]) -> Float[Tensor, "B E"]:
         """See :class:`Use`: the prior, above zero, so that a shortlist loses no expert by it."""
-        return (evidence_BE.clamp(min=1e-3) ** self.strength).clamp(min=torch.finfo(torch.float32).tiny)
+        below_BE = evidence_BE - evidence_BE.amax(-1, keepdim=True)
+        return (self.strength * below_BE).exp().clamp(min=torch.finfo(torch.float32).tiny)
 
     def informed(self, scores_TE: Float[Tensor, "*T E"], verdict_TE: Float[Tensor, "*B E"]) -> Float[Tensor, "*T E"]:
         """See :class:`Use`: their product."""
@@ -107,6 +113,8 @@ class AddToScores(Use):
 
     Source: GLIDER (Li et al., 2024). Their released code sets one alpha by hand.
     """
+
+    excluded: ClassVar[float] = -math.inf
 
     alpha: float | Literal["gated"] = "gated"
     alpha_near: float = 100.0

@@ -210,6 +210,8 @@ def routing(ticket: Ticket, steps: Sequence[Step], layers: Sequence[str]) -> dic
         "experts": list(ticket.experts),
         "tokens": [_shares(step.shares, place) for step in steps],
     }
+    if (p := next((step.p for step in steps if step.p is not None), None)) is not None:
+        found["p"] = round(p, _DIGITS)
     if ticket.record == "layers":
         found["layers"] = list(layers)
         found["by_layer"] = [[_decision(chosen, place) for chosen in step.layers] for step in steps]

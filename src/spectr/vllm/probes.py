@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from spectr.prompts.probe import evidence_among
-from spectr.routers.evidence import ModuleScores
+from spectr.routers.evidence import Found, ModuleScores
 from spectr.vllm.requests import RequestOptions
 
 _KEPT = 1024  # verdicts that have not been fetched
@@ -42,6 +42,18 @@ class Row(NamedTuple):
     prompt: int
 
 
+class Verdict(NamedTuple):
+    """What a prompt's probe has found.
+
+    Attributes:
+        numbers: By name the experts' fixed weights, or their prior; empty: the base model answers.
+        p: The share of ordinary prompts that have as much evidence, where that is known.
+    """
+
+    numbers: dict[str, float]
+    p: float | None = None
+
+
 class _Part(NamedTuple):
     request: str
     tokens: int
@@ -51,7 +63,7 @@ class Probes:
     """The probes of one worker.
 
     Args:
-        routers: Policies for whole prompts, by their routers' names.
+        routers: Policies for whole prompts, by their routers' names, as they are in the library.
         modules: By routed module its experts' names.
 
     Attributes:
@@ -67,7 +79,7 @@ class Probes:
         self._awaited: set[str] = set()
         self._baseline: list[dict[str, ModuleScores]] = []
         self._baseline_E: dict[tuple[str, tuple[str, ...]], Tensor] = {}
-        self._verdicts = OrderedDict[str, dict[str, float]]()
+        self._verdicts = OrderedDict[str, Verdict]()
 
     def begin(self, step: Sequence[Row], alive: Collection[str], device: torch.device) -> None:
         """Prepare for the next step, and forget the scores of requests that have ended."""
@@ -111,20 +123,21 @@ class Probes:
         """Take these probes as the calibration's texts, the baseline of all decisions."""
         self._awaited, self._baseline, self._baseline_E = set(probes), [], {}
 
-    def verdict(self, probe: str) -> dict[str, float]:
-        """The fixed weights for a probe's prompt, or its prior; empty for an unknown probe."""
-        return self._verdicts.pop(probe, {})
+    def verdict(self, probe: str) -> Verdict:
+        """What was found of a probe's prompt; nothing for an unknown probe."""
+        return self._verdicts.pop(probe, Verdict({}))
 
-    def _decide(self, scores: Mapping[str, ModuleScores], name: str, experts: tuple[str, ...]) -> dict[str, float]:
+    def _decide(self, scores: Mapping[str, ModuleScores], name: str, experts: tuple[str, ...]) -> Verdict:
         if len(experts) < 2:
-            return dict.fromkeys(experts, 1.0)
+            return Verdict(dict.fromkeys(experts, 1.0))
         policy = self.routers[name]
         evidence_1E = evidence_among(scores, self.modules, policy.evidence, experts)
         if self._baseline:
             evidence_1E = policy.evidence.above(evidence_1E, self._baseline_among(name, experts))
-        [verdict_E] = policy.use.verdict(evidence_1E)
-        found = dict(zip(experts, verdict_E.tolist(), strict=True))
-        return {expert: number for expert, number in found.items() if number > 0 or not policy.use.fixes}
+        found = Found(evidence_1E)
+        numbers = zip(experts, policy.verdict(found)[0].tolist(), strict=True)
+        taking = {expert: number for expert, number in numbers if number != policy.use.excluded}
+        return Verdict(taking, None if found.p_B is None else float(found.p_B[0]))
 
     def _baseline_among(self, name: str, experts: tuple[str, ...]) -> Tensor:
         """These experts' evidence on the calibration's texts, cached."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Collection
 from typing import Any
 
@@ -12,6 +13,7 @@ from spectr.library import ExpertLibrary
 from spectr.prompts.chat_template import Opening
 from spectr.vllm.requests import EXPERTS, PROBE, ROUTER, SKIPPED, VERDICT
 
+_KEPT = 4096  # requests whose p is remembered
 DECIDES = "SPECTR_DECIDES"  # set where prompts are decided on before the engine answers; no graph depends on it
 
 
@@ -26,12 +28,16 @@ class Decider:
         library: The experts, and the calibration's texts.
         routers: Names of those that decide.
         probe_tokens: Tokens of a prompt that count at most.
+
+    Attributes:
+        p: By request the share of ordinary prompts that have as much evidence for an expert, where that is known.
     """
 
     def __init__(self, client: Any, library: ExpertLibrary, routers: Collection[str], probe_tokens: int):
         opening, self._baseline = calibration_texts(library.calibration)
         self._opening, self._routers, self._limit = opening or Opening(), frozenset(routers), probe_tokens
         self._client, self._plain = client, client.generate
+        self.p = OrderedDict[str, float]()
         client.generate = self.generate
 
     async def read_baseline(self) -> None:
@@ -49,20 +55,28 @@ class Decider:
         extra = dict(sampling_params.extra_args or {})
         if extra.get(ROUTER) in self._routers and len(extra.get(EXPERTS) or ()) > 1:
             among = {ROUTER: extra[ROUTER], EXPERTS: extra.pop(EXPERTS)}
-            verdict = await self._decide(prompt, among)
+            verdict, p = await self._decide(prompt, among)
+            self._keep(request_id, p)
             sampling_params = sampling_params.clone()
             sampling_params.extra_args = extra | ({EXPERTS: list(verdict)} if len(verdict) < 2 else {VERDICT: verdict})
         async for output in self._plain(prompt, sampling_params, request_id, **options):
             yield output
 
-    async def _decide(self, prompt: Any, among: dict[str, Any]) -> dict[str, float]:
+    def _keep(self, request_id: str, p: float | None) -> None:
+        self.p.pop(request_id, None)
+        if p is not None:
+            self.p[request_id] = p
+        while len(self.p) > _KEPT:
+            self.p.popitem(last=False)
+
+    async def _decide(self, prompt: Any, among: dict[str, Any]) -> tuple[dict[str, float], float | None]:
         ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
         if not ids:
             raise CompositionError("a prompt that is no text cannot be decided on", do="name one expert")
         probe = uuid.uuid4().hex
         await self._read(probe, list(ids), among)
         [verdict, *_] = await self._client.collective_rpc("spectr_verdict", args=(probe,))
-        return verdict
+        return verdict[0], verdict[1]
 
     async def _read(self, probe: str, ids: list[int], among: dict[str, Any]) -> None:
         from vllm.sampling_params import SamplingParams

@@ -12,7 +12,9 @@ from spectr.composed_model.settings import Settings
 from spectr.errors import CompositionError
 from spectr.library import ExpertLibrary
 from spectr.library.needs import CALIBRATED, OneExpert
+from spectr.ops import report_once
 from spectr.routers import LengthRouter, ModuleEvidence, PromptPolicy, Router, ShortlistRouter, token_router
+from spectr.routers.abstention import policy_for, why_off
 
 
 class Routers(NamedTuple):
@@ -37,6 +39,13 @@ class Routers(NamedTuple):
     def prompts(self) -> dict[str, PromptPolicy]:
         """The policies of those that read a prompt first."""
         return {name: one.policy for name, one in self.by_name.items() if one.policy is not None}
+
+    def prompts_in(self, library: ExpertLibrary) -> dict[str, PromptPolicy]:
+        """The same as they are in a library, which says when one may abstain; where none may that is logged once."""
+        policies = {name: policy_for(self.by_name[name], library) for name in self.prompts}
+        for remark in {why_off(self.by_name[name], library) for name in policies} - {None}:
+            report_once(str(remark))
+        return {name: policy for name, policy in policies.items() if policy is not None}
 
     @property
     def share_factors(self) -> bool:

@@ -120,9 +120,10 @@ def _read_baseline(self: Any, probes: list[str]) -> None:
     _probes_of(self).read_baseline(probes)
 
 
-def _verdict(self: Any, probe: str) -> dict[str, float]:
+def _verdict(self: Any, probe: str) -> tuple[dict[str, float], float | None]:
     """Worker method: see :meth:`Probes.verdict`."""
-    return _probes_of(self).verdict(probe)
+    numbers, p = _probes_of(self).verdict(probe)
+    return numbers, p  # plain types, which pass from process to process
 
 
 def _probes_of(worker: Any) -> Probes:

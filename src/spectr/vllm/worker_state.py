@@ -69,7 +69,8 @@ class WorkerState:
         modules = {module for expert in found for module in expert.shapes}
         self.probes = None
         if self.routers.prompts:
-            self.probes = Probes(self.routers.prompts, {module: self.experts_of(module) for module in modules})
+            policies = self.routers.prompts_in(library)
+            self.probes = Probes(policies, {module: self.experts_of(module) for module in modules})
 
     def parts(self, module: str, router: Router) -> dict[str, Share]:
         """A module's experts as a router prepares them, float32; removed ones too."""

@@ -70,7 +70,7 @@ class World:
         self.library = ExpertLibrary.open(root)
         if calibrated:
             texts = [" ".join(f"w{i}" for i in row) for row in tokens(8, 10, 99).tolist()]
-            made = calibrate(copy.deepcopy(base), self.library, make_tokenizer(), texts=texts)
+            made = calibrate(copy.deepcopy(base), self.library, make_tokenizer(), texts=texts, null=0)
             self.library = build_index(copy.deepcopy(base), self.library.with_calibration(made))
 
     def routed(self, router=BY_SUM):

@@ -20,4 +20,4 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def library(root):
     plain = ExpertLibrary.open(root)
-    return plain.with_calibration(calibrate(make_model(), plain, make_tokenizer(), texts=TEXTS))
+    return plain.with_calibration(calibrate(make_model(), plain, make_tokenizer(), texts=TEXTS, null=0))

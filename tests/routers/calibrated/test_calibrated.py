@@ -56,7 +56,7 @@ def scaled(root, folder, name, factor):
 def test_an_experts_size_buys_it_nothing(root, library, tmp_path):
     sources = {name: root / name for name in RANKS} | {"bees": scaled(root, tmp_path / "bees", "bees", 100)}
     loud = ExpertLibrary.from_adapters(sources)
-    loud = loud.with_calibration(calibrate(make_model(), loud, make_tokenizer(), texts=TEXTS))
+    loud = loud.with_calibration(calibrate(make_model(), loud, make_tokenizer(), texts=TEXTS, null=0))
     batch = encode_batch(make_tokenizer(), PROMPTS)
     (_, plain), (_, louder) = (
         routed_model(library, top_k=3, weights="softmax"),
@@ -252,7 +252,7 @@ def test_of_a_conversation_the_last_turn_decides(library, side):
 def test_an_expert_of_few_layers_is_judged_by_these(root, tmp_path):
     sources = {"ants": root / "ants", "few": peft_adapter(make_model(), tmp_path / "few", 7, targets=["q_proj"])}
     partial = ExpertLibrary.from_adapters(sources)
-    partial = partial.with_calibration(calibrate(make_model(), partial, make_tokenizer(), texts=TEXTS))
+    partial = partial.with_calibration(calibrate(make_model(), partial, make_tokenizer(), texts=TEXTS, null=0))
     model, routed = routed_model(partial, top_k=2, weights="softmax")
     evidence = routed.prompt.evidence(input_ids=ids_of(PROMPTS[1]))[0]
     shared = [f"model.layers.{n}.self_attn.q_proj" for n in (0, 1)]

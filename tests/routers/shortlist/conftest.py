@@ -21,5 +21,5 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def library(root):
     plain = ExpertLibrary.open(root)
-    known = plain.with_calibration(calibrate(make_model(), plain, make_tokenizer(), texts=TEXTS))
+    known = plain.with_calibration(calibrate(make_model(), plain, make_tokenizer(), texts=TEXTS, null=0))
     return build_index(make_model(), known)

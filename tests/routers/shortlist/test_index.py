@@ -24,7 +24,7 @@ from text_model import make_model, make_tokenizer
 
 def calibrated(root):
     library = ExpertLibrary.open(root)
-    calibrate(make_model(), library, make_tokenizer(), texts=TEXTS).save(root)
+    calibrate(make_model(), library, make_tokenizer(), texts=TEXTS, null=0).save(root)
     return ExpertLibrary.open(root)
 
 

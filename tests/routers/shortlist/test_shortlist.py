@@ -185,7 +185,7 @@ def test_a_trace_has_modules_that_none_of_a_shortlist_adapts(tmp_path):
     for seed, (name, target) in enumerate(targets.items()):
         peft_adapter(make_model(), tmp_path / name, seed, targets=[target])
     plain = ExpertLibrary.open(tmp_path)
-    known = plain.with_calibration(calibrate(make_model(), plain, make_tokenizer(), texts=TEXTS))
+    known = plain.with_calibration(calibrate(make_model(), plain, make_tokenizer(), texts=TEXTS, null=0))
     model, routed = routed_model(build_index(make_model(), known), Shortlist(size=1))
     with trace(model) as record:
         logits(model, ids_of(PROMPTS[0]))

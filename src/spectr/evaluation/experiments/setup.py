@@ -27,6 +27,7 @@ from spectr.library import Calibration, ExpertLibrary
 from spectr.library.needs import CALIBRATED, DESCRIBED, GATED
 from spectr.models import context_length, opening_length
 from spectr.routers import Oracle, Router, first_lack, get_router
+from spectr.routers.abstention import always_choosing
 from spectr.routers.config import router_config
 from spectr.routers.options import read_settings
 from spectr.tasks import Example, Task
@@ -162,6 +163,7 @@ class ExperimentSetup:
         pairs = [(name, {**own, **given[name]}) for name, own in chosen]
         for label, (name, options) in {_label(*pair): pair for pair in pairs}.items():
             router = get_router(name, **options)
+            router = router if "abstain" in options else always_choosing(router)  # routing is compared, not abstention
             lack = first_lack(router, self.library, self.library.names)
             unguided = DESCRIBED if DESCRIBED in router.needs and self.guide is None else None
             need = lack[0] if lack else unguided
@@ -331,7 +333,8 @@ class ExperimentSetup:
 def _written(router: Router) -> dict[str, Any] | str:
     """A router as stored results name it: its config, which a new setting with a default does not change."""
     try:
-        return router_config(router)
+        config = router_config(router)
+        return {key: value for key, value in config.items() if (key, value) != ("abstain", None)}  # as all did once
     except CompositionError:  # no name gives it
         return str(router)
 

@@ -53,10 +53,13 @@ class Step(NamedTuple):
             divided by the number of :attr:`Engine.layers`. At most one in total.
         layers: With ``record="layers"``, for each of :attr:`Engine.layers` the experts that were chosen there, as
             ``{name: (weight, score)}``; else empty.
+        p: Of a router that decides for whole prompts the share of ordinary prompts whose best expert fits as well as
+            this prompt's, where that is known. Where it is large no expert may take part.
     """
 
     shares: Mapping[str, float]
     layers: Sequence[Mapping[str, tuple[float, float]]] = ()
+    p: float | None = None
 
 
 @runtime_checkable

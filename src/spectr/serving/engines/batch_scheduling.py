@@ -68,8 +68,8 @@ class BatchScheduler:
             running.decision = self.router_batch.decide(running.ticket.router, running.ticket.experts, prompt)
         finally:
             self._deciding = False
-        share = self.router_batch.share(running.decision)
-        running.always = None if share is None or running.ticket.record == "layers" else Step(share.shares)
+        share, p = self.router_batch.share(running.decision), running.decision.p
+        running.always = None if share is None or running.ticket.record == "layers" else Step(share.shares, p=p)
 
     @contextmanager
     def only(self, running: Running, prompt: Tensor) -> Iterator[None]:
@@ -124,6 +124,6 @@ class BatchScheduler:
             return
         routings = self.router_batch.seen()
         for number, running in self._generating.items():
-            step = running.always or Step(*routings[number])
+            step = running.always or Step(*routings[number], p=running.decision.p if running.decision else None)
             running.steps.append(step)
         self._generating = {}

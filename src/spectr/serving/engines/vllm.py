@@ -53,6 +53,7 @@ class VllmEngine:
             model's config.
         suspicion: Experts whose norm is far out, and how far.
         records: Whether the layers keep what they choose.
+        p: By vLLM's name of a request what was found of its prompt; see :class:`Decider`.
 
     Raises:
         CompositionError: No layer is routed.
@@ -68,11 +69,13 @@ class VllmEngine:
         routers: Mapping[str, str],
         suspicion: Mapping[str, float] | None = None,
         records: bool = True,
+        p: Mapping[str, float] | None = None,
     ):
         if not status["layers"]:
             raise CompositionError("no layer of this model is routed", do="compose it with a library of experts")
         self.client, self.listener, self.base_model, self.records = client, listener, base_model, records
         self.routers, self._inner, self.suspicion = tuple(routers), dict(routers), dict(suspicion or {})
+        self._p = {} if p is None else p
         self.layers, self._known = tuple(status["names"]), tuple(status["experts"])
         self.experts = self._known
         self._choices: dict[str, int] = {}
@@ -123,7 +126,8 @@ class VllmEngine:
                 waiting[self._place(report)] = self._step(report)
         found: dict[int, list[Step]] = {}
         for choice, number in sorted(wanted):
-            found.setdefault(choice, []).append(waiting.pop((choice, number), Step({})))
+            step = waiting.pop((choice, number), Step({}))
+            found.setdefault(choice, []).append(step._replace(p=self._p_of(ticket, choice)))
             reported[choice] = number + 1
         return found
 
@@ -146,6 +150,12 @@ class VllmEngine:
         from prometheus_client import generate_latest
 
         return generate_latest()
+
+    def _p_of(self, ticket: Ticket, choice: int) -> float | None:
+        """What was found of the prompt that a choice answers, under the names that vLLM's handlers give a request."""
+        prompt = choice // self._choices.get(ticket.id, 1)
+        names = (f"chatcmpl-{ticket.id}", f"cmpl-{ticket.id}-{prompt}", f"cmpl-{ticket.id}")
+        return next((self._p[name] for name in names if name in self._p), None)
 
     def _place(self, report: Mapping[str, Any]) -> tuple[int, int]:
         """The choice and the number of the token that a report is about."""
@@ -203,8 +213,10 @@ async def launched(
         async with _application(arguments) as (app, client):
             [status, *_] = await client.collective_rpc("spectr_status")
             library = closed.open_library(model)
+            decider = None
             if prompts:
-                await Decider(client, library, prompts, probe_tokens(next(iter(prompts.values())))).read_baseline()
+                decider = Decider(client, library, prompts, probe_tokens(next(iter(prompts.values()))))
+                await decider.read_baseline()
             yield (
                 app,
                 VllmEngine(
@@ -215,6 +227,7 @@ async def launched(
                     routers=routers or {name: name for name in settings.make_routers()},
                     suspicion=suspicious(library[name] for name in library),
                     records=record,
+                    p=None if decider is None else decider.p,
                 ),
             )
     finally:

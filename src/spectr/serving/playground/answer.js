@@ -2,7 +2,7 @@
 
 import { labelled } from "./badge.js";
 import { counted, make, percent } from "./dom.js";
-import { mean } from "./routing.js";
+import { abstained, mean } from "./routing.js";
 import { Tokens } from "./tokens.js";
 
 const SHOWN = 12; // experts in the legend, by share
@@ -67,7 +67,9 @@ export class Answer {
     const tokens = this.tokens.pieces.flatMap(piece => piece.tokens);
     const shares = mean(tokens.map(token => token.shares));
     const focused = this.legend.contains(document.activeElement) ? document.activeElement.dataset.name : null;
-    this.legend.replaceChildren(...shares.slice(0, SHOWN).map(share => this.#button(share)));
+    const words = abstained(tokens);
+    const buttons = shares.slice(0, SHOWN).map(share => this.#button(share));
+    this.legend.replaceChildren(...(words ? [make("p", { className: "hint" }, words)] : buttons));
     [...this.legend.children].find(button => button.dataset.name === focused)?.focus();
   }
 

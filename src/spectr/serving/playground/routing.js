@@ -33,7 +33,9 @@ export class Pieces {
     if (!Array.isArray(routing?.tokens)) return [];
     const experts = (routing.experts ?? []).map(String);
     const layers = this.#same(routing.layers);
+    const p = typeof routing.p === "number" ? routing.p : null;
     return routing.tokens.map((shares, t) => ({
+      p,
       shares: shares.map(([expert, share]) => ({ name: named(experts, expert), share })),
       layers,
       cells: layers && packed(routing.by_layer?.[t], experts),
@@ -47,6 +49,13 @@ export class Pieces {
     if (!equal) this.#layers = layers.map(String);
     return this.#layers;
   }
+}
+
+/** That the base model answered since no expert stands out, in words; empty where an expert took part. */
+export function abstained(tokens) {
+  const p = tokens.find(token => token.p !== null)?.p ?? null;
+  if (p === null || tokens.some(token => token.shares.length)) return "";
+  return `No expert stands out (p = ${p.toFixed(2)}): the base model answered.`;
 }
 
 /** Mean shares over tokens, the largest first. */
