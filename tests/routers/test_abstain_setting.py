@@ -51,7 +51,13 @@ def test_a_composed_model_abstains_as_its_library_allows(library):
 def test_that_nothing_abstains_is_logged_once(library, caplog):
     report_once.cache_clear()
     with caplog.at_level(logging.WARNING):
-        for router in (Calibrated(), Calibrated(), Calibrated(abstain=None), Calibrated(level="token"), Spectr(top_k=1)):
+        for router in (
+            Calibrated(),
+            Calibrated(),
+            Calibrated(abstain=None),
+            Calibrated(level="token"),
+            Spectr(top_k=1),
+        ):
             compose(make_model(), library, router)
         compose(make_model(), with_null(library, 20), Calibrated())
     [record] = caplog.records
