@@ -90,9 +90,9 @@ def test_what_is_no_share_of_prompts_is_refused(make, abstain):
 
 
 def test_a_router_that_reads_no_prompt_refuses_a_number():
-    with pytest.raises(CompositionError, match="abstain=0.1 with level='token'"):
+    with pytest.raises(CompositionError, match=r"abstain=0\.1 with level='token'"):
         Calibrated(level="token", abstain=0.1)
-    with pytest.raises(CompositionError, match=r"abstain=0.2 of the token router.*\n.*Shortlist\(abstain"):
+    with pytest.raises(CompositionError, match=r"abstain=0\.2 of the token router.*\n.*Shortlist\(abstain"):
         Shortlist(token_router=Calibrated(level="prior", abstain=0.2))
     for abstain in (None, "auto"):
         assert Calibrated(level="token", abstain=abstain).policy is None
