@@ -42,6 +42,14 @@ def test_the_legend_has_the_shares_of_the_whole_answer(page, ask):
     expect(legend).to_have_text(["agagnews 37 %", "sssst2 30 %", "cocola 3.3 %"])
 
 
+def test_an_answer_of_the_base_model_says_that_no_expert_stands_out(server, page, ask):
+    silent = [chunk("The", {}), chunk(" film", {}, finish="stop")]
+    for one in silent:
+        one["choices"][0]["routing"]["p"] = 0.4
+    server.replies["spectr"] = silent
+    expect(ask(page).locator(".legend")).to_have_text("No expert stands out (p = 0.40): the base model answered.")
+
+
 def test_one_expert_alone_can_be_looked_at(page, ask):
     answer = ask(page)
     answer.locator(".legend button", has_text="cola").click()
