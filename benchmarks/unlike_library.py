@@ -14,9 +14,7 @@ from typing import NamedTuple
 
 from rich.progress import Progress
 
-from spectr import ExpertLibrary
 from spectr.models import HUB_ID, load_model
-from spectr.shipped import shipped_experts
 from spectr.tasks import Task, read_examples
 from spectr.training import TrainingSettings, train_expert
 

@@ -25,8 +25,8 @@ from spectr.routers import (
     KeepShortlist,
     ModuleEvidence,
     MultiplyScores,
-    PrototypeVotes,
-    SpectralVotes,
+    PrototypeMeans,
+    ScoreMeans,
     router_names,
 )
 from spectr.routers.config import part_config, router_config
@@ -181,11 +181,11 @@ def test_unknown_parts_are_named(texts, message):
         (lambda: words(0, Spectr()), "size=0"),
         (lambda: words(2, None), "expected: a spectr.routers.Router"),
         (
-            lambda: PromptPolicy(evidence=PrototypeVotes(), use=MultiplyScores(), router=Spectr()),
+            lambda: PromptPolicy(evidence=PrototypeMeans(), use=MultiplyScores(), router=Spectr()),
             "has all experts take part",
         ),
         (
-            lambda: PromptPolicy(evidence=PrototypeVotes(), use=HoldWeights(), router=Spectr(combine="knots")),
+            lambda: PromptPolicy(evidence=PrototypeMeans(), use=HoldWeights(), router=Spectr(combine="knots")),
             "merges by all experts in memory",
         ),
     ],
@@ -196,7 +196,7 @@ def test_parts_that_do_not_fit_are_refused(make, message):
 
 
 def votes(use, router):
-    return PromptPolicy(evidence=SpectralVotes(), use=use, router=router)
+    return PromptPolicy(evidence=ScoreMeans(), use=use, router=router)
 
 
 def test_a_strong_prior_takes_no_expert_off_a_shortlist():
@@ -251,10 +251,13 @@ class Loudest(ModuleEvidence):
 
     def of_module(self, scores):
         relative_NE = scores.scores_NE / scores.scores_NE.mean(-1, keepdim=True)
-        return torch.stack([relative_NE[scores.row_N == row].amax(0) for row in range(scores.rows)])
+        return torch.stack([relative_NE[scores.row_N == row].amax(0) for row in range(scores.rows)])[None]
 
     def of_prompt(self, found, holders, experts):
         return torch.stack(list(found.values())).amax(0)
+
+    def compare(self, found_QBE, null_QKE, *, ordinary):
+        return Found(found_QBE[0])
 
 
 def test_another_packages_evidence_is_found_by_entry_point(library, plugins):

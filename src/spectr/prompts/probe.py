@@ -90,13 +90,14 @@ class Probe:
             kwargs: Likewise.
         """
         self.read_null()
-        assert self._null_QKE is not None
-        return self.evidence.compare(self._read(*args, **kwargs), self._null_QKE, ordinary=self.null.ordinary)
+        numbers_QBE = self._read(*args, **kwargs)
+        null_QKE = numbers_QBE[:, :0] if self._null_QKE is None else self._null_QKE
+        return self.evidence.compare(numbers_QBE, null_QKE, ordinary=self.null.ordinary)
 
     @torch.no_grad()
     def read_null(self) -> None:
         """Read the texts that prompts are compared with, unless that is done; otherwise the first prompt does it."""
-        if self._null_QKE is None:
+        if self._null_QKE is None and self.null.batches:
             device = next(self.entry.parameters()).device
             self._null_QKE = torch.cat([self._read(**batch) for batch in self.null.on(device)], dim=1)
 

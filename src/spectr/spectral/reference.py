@@ -63,19 +63,21 @@ def calibrated_score(delta: Tensor, x: Tensor, texts: list[Tensor]) -> float:
     return float((delta @ (x - mean)).norm()) / (sum(squares) / len(squares)) ** 0.5
 
 
-def soft_vote(scores: list[float], temperature: float) -> list[float]:
-    """Softmax of the logarithms of all scores over the temperature, times their number."""
-    powers = [score ** (1 / temperature) for score in scores]
-    return [len(scores) * power / sum(powers) for power in powers]
+def log_power_mean(values: list[float], power: float) -> float:
+    """``log (mean v^p)^(1/p)``."""
+    return math.log(sum(value**power for value in values) / len(values)) / power
 
 
-def certain_mean(votes: list[list[float]], weight: float) -> list[float]:
-    """Mean of soft votes, each counting ``exp(-weight * entropy)`` (nats)."""
-    shares = [[value / len(vote) for value in vote] for vote in votes]
-    entropies = [-sum(share * math.log(share) for share in vote if share > 0) for vote in shares]
-    counts = [math.exp(-weight * entropy) for entropy in entropies]
-    columns = zip(*votes, strict=True)
-    return [sum(c * v for c, v in zip(counts, column, strict=True)) / sum(counts) for column in columns]
+def relative_scores(scores: list[float]) -> list[float]:
+    """All experts' scores of one token over their geometric mean."""
+    level = math.exp(sum(map(math.log, scores)) / len(scores))
+    return [score / level for score in scores]
+
+
+def standardised(value: float, null: list[float]) -> float:
+    """A value less the null's mean, over its standard deviation."""
+    mean = sum(null) / len(null)
+    return (value - mean) / (sum((other - mean) ** 2 for other in null) / (len(null) - 1)) ** 0.5
 
 
 def top_k(scores: list[float], k: int) -> list[int]:

@@ -16,12 +16,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from spectr.prompts.probe import evidence_among
-from spectr.routers.evidence import Found, ModuleScores
+from spectr.prompts.probe import numbers_among
+from spectr.routers.evidence import ModuleScores
 from spectr.vllm.requests import RequestOptions
 
 _KEPT = 1024  # verdicts that have not been fetched
-_SETS = 256  # of experts whose baseline is cached
+_SETS = 256  # of experts whose null is cached
 
 
 class Row(NamedTuple):
@@ -77,8 +77,9 @@ class Probes:
         self._complete: list[Row] = []
         self._scores: dict[str, dict[str, list[Tensor]]] = {}
         self._awaited: set[str] = set()
-        self._baseline: list[dict[str, ModuleScores]] = []
-        self._baseline_E: dict[tuple[str, tuple[str, ...]], Tensor] = {}
+        self._null: list[dict[str, ModuleScores]] = []
+        self._ordinary = False
+        self._null_among: dict[tuple[str, tuple[str, ...]], Tensor] = {}
         self._verdicts = OrderedDict[str, Verdict]()
 
     def begin(self, step: Sequence[Row], alive: Collection[str], device: torch.device) -> None:
@@ -110,8 +111,8 @@ class Probes:
             scores = {module: _joined(pieces) for module, pieces in self._scores.pop(row.request).items()}
             if row.options.probe in self._awaited:
                 self._awaited.discard(row.options.probe)
-                self._baseline.append(scores)
-                self._baseline_E.clear()
+                self._null.append({module: _on_cpu(rows) for module, rows in scores.items()})
+                self._null_among.clear()
             elif row.options.router in self.routers:
                 names = tuple(sorted(set(row.options.among) - set(removed)))
                 self._verdicts[row.options.probe] = self._decide(scores, row.options.router, names)
@@ -119,9 +120,14 @@ class Probes:
             self._verdicts.popitem(last=False)
         self.rows_N, self._parts, self._complete = None, [], []
 
-    def read_baseline(self, probes: Iterable[str]) -> None:
-        """Take these probes as the calibration's texts, the baseline of all decisions."""
-        self._awaited, self._baseline, self._baseline_E = set(probes), [], {}
+    def read_null(self, probes: Iterable[str], ordinary: bool) -> None:
+        """Take these probes as the texts that prompts are compared with.
+
+        Args:
+            probes: Their ids.
+            ordinary: See :class:`spectr.prompts.probe.Null`.
+        """
+        self._awaited, self._ordinary, self._null, self._null_among = set(probes), ordinary, [], {}
 
     def verdict(self, probe: str) -> Verdict:
         """What was found of a probe's prompt; nothing for an unknown probe."""
@@ -131,23 +137,21 @@ class Probes:
         if len(experts) < 2:
             return Verdict(dict.fromkeys(experts, 1.0))
         policy = self.routers[name]
-        evidence_1E = evidence_among(scores, self.modules, policy.evidence, experts)
-        if self._baseline:
-            evidence_1E = policy.evidence.above(evidence_1E, self._baseline_among(name, experts))
-        found = Found(evidence_1E)
+        numbers_Q1E = numbers_among(scores, self.modules, policy.evidence, experts)
+        found = policy.evidence.compare(numbers_Q1E, self._null_of(name, experts), ordinary=self._ordinary)
         numbers = zip(experts, policy.verdict(found)[0].tolist(), strict=True)
         taking = {expert: number for expert, number in numbers if number != policy.use.excluded}
         return Verdict(taking, None if found.p_B is None else float(found.p_B[0]))
 
-    def _baseline_among(self, name: str, experts: tuple[str, ...]) -> Tensor:
-        """These experts' evidence on the calibration's texts, cached."""
-        if (name, experts) not in self._baseline_E:
-            if len(self._baseline_E) >= _SETS:
-                self._baseline_E.clear()
+    def _null_of(self, name: str, experts: tuple[str, ...]) -> Float[Tensor, "Q K E"]:
+        """What the evidence makes of the null for these experts, cached."""
+        if (name, experts) not in self._null_among:
+            if len(self._null_among) >= _SETS:
+                self._null_among.clear()
             evidence = self.routers[name].evidence
-            texts = [evidence_among(text, self.modules, evidence, experts) for text in self._baseline]
-            self._baseline_E[name, experts] = torch.cat(texts)
-        return self._baseline_E[name, experts]
+            texts = [numbers_among(text, self.modules, evidence, experts) for text in self._null]
+            self._null_among[name, experts] = torch.cat(texts, dim=1)
+        return self._null_among[name, experts]
 
 
 class ProbeScorer(nn.Module):
@@ -221,3 +225,7 @@ def define() -> torch.library.Library:
 def _joined(pieces: Sequence[Tensor]) -> ModuleScores:
     scores_NE = torch.cat(list(pieces))
     return ModuleScores(scores_NE, torch.zeros(len(scores_NE), dtype=torch.long, device=scores_NE.device), 1)
+
+
+def _on_cpu(rows: ModuleScores) -> ModuleScores:
+    return rows._replace(scores_NE=rows.scores_NE.cpu(), row_N=rows.row_N.cpu())

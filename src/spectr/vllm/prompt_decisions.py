@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Collection
@@ -10,7 +11,6 @@ from typing import Any
 from spectr.composition.subset_probes import calibration_texts
 from spectr.errors import CompositionError
 from spectr.library import ExpertLibrary
-from spectr.prompts.chat_template import Opening
 from spectr.vllm.requests import EXPERTS, PROBE, ROUTER, SKIPPED, VERDICT
 
 _KEPT = 4096  # requests whose p is remembered
@@ -34,21 +34,20 @@ class Decider:
     """
 
     def __init__(self, client: Any, library: ExpertLibrary, routers: Collection[str], probe_tokens: int):
-        opening, self._baseline = calibration_texts(library.calibration)
-        self._opening, self._routers, self._limit = opening or Opening(), frozenset(routers), probe_tokens
+        self._opening, self._null = calibration_texts(library.calibration)
+        self._routers, self._limit = frozenset(routers), probe_tokens
         self._client, self._plain = client, client.generate
         self.p = OrderedDict[str, float]()
         client.generate = self.generate
 
-    async def read_baseline(self) -> None:
-        """Have the engine read the calibration's texts, the baseline of all decisions."""
-        if self._baseline is None:
-            return
-        rows = zip(self._baseline["input_ids"], self._baseline["attention_mask"], strict=True)
-        texts = {uuid.uuid4().hex: ids[real.bool()].tolist() for ids, real in rows}
-        await self._client.collective_rpc("spectr_read_baseline", args=(list(texts),))
-        for probe, ids in texts.items():
-            await self._read(probe, ids, {})
+    async def read_null(self) -> None:
+        """Have the engine read the texts that prompts are compared with."""
+        texts: dict[str, list[int]] = {}
+        for batch in self._null.batches:
+            rows = zip(batch["input_ids"], batch["attention_mask"], strict=True)
+            texts |= {uuid.uuid4().hex: ids[real.bool()].tolist() for ids, real in rows}
+        await self._client.collective_rpc("spectr_read_null", args=(list(texts), self._null.ordinary))
+        await asyncio.gather(*(self._read(probe, ids, {}) for probe, ids in texts.items()))
 
     async def generate(self, prompt: Any, sampling_params: Any, request_id: str, **options: Any) -> AsyncIterator[Any]:
         """As ``AsyncLLM.generate``."""

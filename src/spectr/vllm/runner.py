@@ -30,7 +30,7 @@ def hook_runner() -> None:
     GPUModelRunner._bookkeeping_sync = _reporting(GPUModelRunner._bookkeeping_sync)
     WorkerBase.spectr_remove = _remove
     WorkerBase.spectr_status = _status
-    WorkerBase.spectr_read_baseline = _read_baseline
+    WorkerBase.spectr_read_null = _read_null
     WorkerBase.spectr_verdict = _verdict
 
 
@@ -115,9 +115,9 @@ def _status(self: Any) -> dict[str, Any]:
     return _routed_state(self).status()
 
 
-def _read_baseline(self: Any, probes: list[str]) -> None:
-    """Worker method: see :meth:`Probes.read_baseline`."""
-    _probes_of(self).read_baseline(probes)
+def _read_null(self: Any, probes: list[str], ordinary: bool) -> None:
+    """Worker method: see :meth:`Probes.read_null`."""
+    _probes_of(self).read_null(probes, ordinary)
 
 
 def _verdict(self: Any, probe: str) -> tuple[dict[str, float], float | None]:

@@ -69,10 +69,10 @@ def test_an_experts_size_buys_it_nothing(root, library, tmp_path):
 
 
 def slow_reading(root, library, prompt, tokens=None):
-    """Each expert's mean vote over the modules, of the tokens between the template's opening and its closing."""
+    """Each expert's means over the modules of both numbers, of the tokens between the template's parts."""
     modules = list(dense_deltas(root / "ants"))
     texts = inputs_of_texts(library, modules)
-    total = torch.zeros(len(RANKS), dtype=torch.float64)
+    total = torch.zeros(2, len(RANKS), dtype=torch.float64)
     deltas = {name: dense_deltas(root / name) for name in RANKS}
     begin, closing = len(library.calibration.opening), len(library.calibration.closing)
     assert (begin, closing) == (1, 1)
@@ -80,23 +80,45 @@ def slow_reading(root, library, prompt, tokens=None):
     for module in modules:
         used = inputs[module][begin:-closing][:tokens]
         scores = [[reference.calibrated_score(deltas[name][module], x, texts[module]) for name in RANKS] for x in used]
-        votes = [reference.soft_vote(row, 0.2) for row in scores]
-        total += torch.tensor(reference.certain_mean(votes, 4.0), dtype=torch.float64)
+        for number, (rows, power) in enumerate(((scores, 3.0), (map(reference.relative_scores, scores), 5.0))):
+            columns = zip(*rows, strict=True)
+            total[number] += torch.tensor([reference.log_power_mean(list(column), power) for column in columns])
     return total / len(modules)
 
 
-def slow_evidence(root, library, prompt, tokens=None):
-    """What a prompt says beyond what the calibration's texts say."""
-    usual = torch.stack([slow_reading(root, library, text, tokens) for text in TEXTS]).mean(0)
-    return slow_reading(root, library, prompt, tokens) - usual + 1
+def slow_evidence(root, library, prompts, texts, tokens=None):
+    """Prompts against these texts: the evidence for each expert, and how far the one that does so most stands out."""
+    null = torch.stack([slow_reading(root, library, text, tokens) for text in texts])
+    found = torch.stack([slow_reading(root, library, prompt, tokens) for prompt in prompts])
+    z = [
+        [[reference.standardised(float(v), null[:, n, e].tolist()) for e, v in enumerate(row[n])] for n in (0, 1)]
+        for row in found
+    ]
+    z_B2E = torch.tensor(z, dtype=torch.float64)
+    return z_B2E[:, 0], z_B2E[:, 1].amax(-1)
 
 
 @pytest.mark.parametrize("tokens", [None, 4])
 def test_the_decision_is_that_of_the_reference(root, library, tokens):
     _, routed = routed_model(library, top_k=3, weights="softmax", probe_tokens=tokens or 256)
     weights_BE = routed.prompt.decide(input_ids=ids_of(PROMPTS[1]))
-    slow = slow_evidence(root, library, PROMPTS[1], tokens).softmax(0)
-    close(weights_BE[0].double(), slow, 1e-4)
+    [slow], _ = slow_evidence(root, library, [PROMPTS[1]], TEXTS, tokens)
+    close(weights_BE[0].double(), slow.softmax(0), 1e-3)
+
+
+def test_the_share_of_ordinary_prompts_is_that_of_the_reference(root, library):
+    tokenizer, null = make_tokenizer(), ["what is red", "a z", "the good sky is blue", "no no", "who", "x y z x y"]
+    known = replace(library.calibration, null=[encode_prompt(tokenizer, text) for text in null])
+    _, routed = routed_model(library.with_calibration(known), abstain=None)
+    prompts = [*PROMPTS, *null[:2]]
+    found = routed.prompt.read(**encode_batch(tokenizer, prompts))
+    evidence_BE, largest_B = slow_evidence(root, library, prompts, null)
+    _, null_K = slow_evidence(root, library, null, null)
+    close(found.evidence_BE.double(), evidence_BE, 1e-3)
+    slow_B = [(1 + sum(float(other) >= float(one) - 1e-5 for other in null_K)) / (1 + len(null)) for one in largest_B]
+    assert found.p_B.tolist() == pytest.approx(slow_B)
+    _, plain = routed_model(library, abstain=None)
+    assert plain.prompt.read(**encode_batch(tokenizer, PROMPTS)).p_B is None  # the texts give the means, too
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -226,8 +248,9 @@ def test_the_closing_has_no_say(library):
 
 def test_the_calibrations_own_texts_say_nothing_on_average(library):
     _, routed = routed_model(library)
-    mean_E = torch.cat([routed.prompt.evidence(input_ids=ids_of(text)) for text in TEXTS]).mean(0)
-    close(mean_E, torch.ones(len(RANKS)), 1e-4)
+    evidence_KE = torch.cat([routed.prompt.evidence(input_ids=ids_of(text)) for text in TEXTS])
+    close(evidence_KE.mean(0) + 1, torch.ones(len(RANKS)), 1e-4)
+    close(evidence_KE.std(0), torch.ones(len(RANKS)), 1e-4)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -258,17 +281,16 @@ def test_an_expert_of_few_layers_is_judged_by_these(root, tmp_path):
     shared = [f"model.layers.{n}.self_attn.q_proj" for n in (0, 1)]
 
     def reading(prompt):
-        votes = []
-        for module, x in inputs_of(make_model(), shared, ids_of(prompt)).items():
-            scores_TE = routed.layers[module].route(x.float()).scores_TE[1:-1]
-            rows = [reference.soft_vote(row.tolist(), 0.2) for row in scores_TE]
-            votes.append(torch.tensor(reference.certain_mean(rows, 4.0)))
-        few, modules = torch.stack(votes).mean(0)[1], len(routed.layers)
-        ants = (torch.stack(votes).sum(0)[0] + (modules - 2)) / modules  # alone, a vote is 1
-        return torch.stack([ants, few])
+        means = []
+        for x in inputs_of(make_model(), [*routed.layers], ids_of(prompt)).items():
+            scores_TE = routed.layers[x[0]].route(x[1].float()).scores_TE[1:-1]
+            means.append([reference.log_power_mean(column, 3.0) for column in scores_TE.mT.tolist()])
+        few = [row[-1] for row, name in zip(means, routed.layers, strict=True) if name in shared]
+        return [sum(row[0] for row in means) / len(means), sum(few) / len(few)]
 
-    slow = reading(PROMPTS[1]) - torch.stack([reading(text) for text in TEXTS]).mean(0) + 1
-    close(evidence, slow, 1e-4)
+    null = [reading(text) for text in TEXTS]
+    slow = [reference.standardised(v, [row[e] for row in null]) for e, v in enumerate(reading(PROMPTS[1]))]
+    close(evidence, torch.tensor(slow), 1e-3)
     routed.prompt.hold(torch.tensor([[0.0, 1.0]]))
     alone, _ = routed_model(partial, Oracle(expert="few"))
     close(logits(model, ids_of(PROMPTS[0])), logits(alone, ids_of(PROMPTS[0])))
@@ -310,9 +332,7 @@ def test_removing_gives_the_model_its_own_methods_back(library):
     "wrong",
     [
         {"level": "word"},
-        {"pool_temperature": 0},
         {"prior_strength": -1},
-        {"certainty_weight": -1},
         {"probe_tokens": 0},
         {"combine": "sum"},
     ],
@@ -353,3 +373,9 @@ def test_an_encoder_decides_for_its_decoder(tmp_path):
     routed.remove()
     compose(model, plain, Oracle(expert=expert))
     assert torch.equal(text, greedy(model, ids))
+
+
+@pytest.mark.parametrize("gone", ["pool_temperature", "certainty_weight"])
+def test_settings_of_votes_make_no_difference_any_more(gone):
+    with pytest.warns(DeprecationWarning, match=f"no option {gone} any more"):
+        assert Calibrated(**{gone: 0.3}) == Calibrated()

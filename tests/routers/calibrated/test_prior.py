@@ -23,16 +23,14 @@ def test_with_much_strength_the_prompt_decides_alone(library):
     _, evident = routed_model(library, level="prior", prior_strength=1.0)
     prompt, _ = routed_model(library, level="prompt")
     ids = ids_of(PROMPTS[1])
-    evidence_E = evident.prompt.decide(input_ids=ids)[0]
-    first, second = evidence_E.topk(2).values
-    routed.prompt.hold(
-        (evidence_E / second)[None] ** 1e4
-    )  # what lies below the two first is nothing, nothing overflows
+    prior_E = evident.prompt.decide(input_ids=ids)[0]
+    first, second = prior_E.topk(2).values
     assert first > second
+    assert torch.isfinite(routed.prompt.decide(input_ids=ids)).all()
     close(logits(prior, ids), logits(prompt, ids))
 
 
-def test_every_score_is_the_calibrated_one_times_the_evidence_to_that_power(library):
+def test_every_score_is_the_calibrated_one_times_the_prior(library):
     model, routed = routed_model(library, level="prior", prior_strength=3.0, top_k=1)
     plain, _ = routed_model(library, level="token", top_k=1)
     ids = ids_of(PROMPTS[1])
@@ -43,7 +41,7 @@ def test_every_score_is_the_calibrated_one_times_the_evidence_to_that_power(libr
         found = model.get_submodule(Q).explain(given)
     close(
         found.scores_TE,
-        plain.get_submodule(Q).route(given).scores_TE * evidence_E**3.0,
+        plain.get_submodule(Q).route(given).scores_TE * (3 * (evidence_E - evidence_E.max())).exp(),
         1e-4,
     )
     assert set(routed.experts) == set(evident.experts)

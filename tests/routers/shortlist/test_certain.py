@@ -15,8 +15,8 @@ from spectr.errors import CompositionError
 from spectr.library import IndexEntry
 from spectr.models import encode_batch
 from spectr.prompts.bounds import Interval
-from spectr.routers.evidence.prototype_votes import vote_bounds
-from spectr.routers.evidence.spectral_votes import soft_vote
+from spectr.routers import PrototypeMeans
+from spectr.routers.evidence import ModuleScores
 from spectr.spectral import Codes, Prototypes
 from text_model import make_model, make_tokenizer
 
@@ -61,38 +61,64 @@ def test_scores_are_as_near_as_they_say(bits, seed):
     assert (left <= v_EI.double().norm(dim=-1) * 40**0.5 * 2.0 ** (1 - bits) + 1e-28).all()
 
 
+def powers(scores_TE):
+    """What each token adds to both means, term by term."""
+    s_TE = scores_TE.clamp(0.05, 1e6)
+    takes_part_E = scores_TE.amax(0) > 0
+    level_T1 = s_TE[:, takes_part_E].log().mean(-1, keepdim=True)
+    return torch.stack([s_TE**3, (5 * (s_TE.log() - level_T1)).exp()])[..., takes_part_E], takes_part_E
+
+
 @pytest.mark.parametrize("bits", [8, 16, 32])
-@pytest.mark.parametrize("temperature", [0.01, 0.2, 1.0])
 @pytest.mark.parametrize("seed", range(10))
-def test_votes_are_within_their_bounds(bits, temperature, seed):
+def test_powers_are_within_their_bounds(bits, seed):
     v_EI, rms_E, x_TI, mean_I = hostile(seed)
-    voter = Prototypes(experts=tuple("abcdefghijkl"), parts=(Codes.of(v_EI, rms_E, bits),), mean_I=mean_I)
-    least_TE, most_TE = vote_bounds(*voter.bounded(x_TI), temperature)
-    exact_TE = soft_vote(true_scores(v_EI, rms_E, x_TI, mean_I), temperature)
-    assert (least_TE <= exact_TE).all()
-    assert (exact_TE <= most_TE).all()
-    assert torch.isfinite(most_TE).all()
+    scorer = Prototypes(experts=tuple("abcdefghijkl"), parts=(Codes.of(v_EI, rms_E, bits),), mean_I=mean_I)
+    exact_2TE, takes_part_E = powers(true_scores(v_EI, rms_E, x_TI, mean_I))
+    least_2TE, most_2TE = PrototypeMeans(bits=16).token_bounds(*scorer.bounded(x_TI))
+    assert (least_2TE[..., takes_part_E] <= exact_2TE).all()
+    assert (exact_2TE <= most_2TE[..., takes_part_E]).all()
+    assert torch.isfinite(most_2TE[..., takes_part_E]).all()
 
 
-@pytest.mark.parametrize("temperature", [0.01, 0.2, 1.0])
-def test_votes_are_within_their_bounds_wherever_the_scores_are(temperature):
+def test_powers_are_within_their_bounds_wherever_the_scores_are():
     """Scores anywhere in what they may be, their ends among them."""
     draw = torch.Generator().manual_seed(3)
-    scores_TE = 10 ** (8 * torch.rand(200, 7, generator=draw, dtype=torch.float64) - 6)
+    scores_TE = 10 ** (8 * torch.rand(200, 7, generator=draw, dtype=torch.float64) - 5)
     off_TE = scores_TE * 10 ** (6 * torch.rand(200, 7, generator=draw, dtype=torch.float64) - 5)
-    least_TE, most_TE = vote_bounds(scores_TE, off_TE, temperature)
+    least_2TE, most_2TE = PrototypeMeans(bits=16).token_bounds(scores_TE, off_TE)
     for _ in range(50):
         sign_TE = torch.randint(-1, 2, (200, 7), generator=draw)
-        vote_TE = soft_vote((scores_TE + sign_TE * off_TE).clamp(min=0), temperature)
-        assert (least_TE <= vote_TE).all()
-        assert (vote_TE <= most_TE).all()
+        exact_2TE, _ = powers((scores_TE + sign_TE * off_TE).clamp(min=0))
+        assert (least_2TE <= exact_2TE).all()
+        assert (exact_2TE <= most_2TE).all()
 
 
 def test_bounds_of_what_is_known_are_narrow():
     draw = torch.Generator().manual_seed(4)
     scores_TE = torch.rand(50, 1000, generator=draw, dtype=torch.float64)
-    least_TE, most_TE = vote_bounds(scores_TE, torch.zeros_like(scores_TE), 0.2)
-    assert (most_TE <= least_TE * (1 + 1e-11)).all()
+    least_2TE, most_2TE = PrototypeMeans(bits=16).token_bounds(scores_TE, torch.zeros_like(scores_TE))
+    assert (most_2TE <= least_2TE * (1 + 1e-11)).all()
+
+
+def test_standardised_intervals_hold_what_any_values_in_them_give():
+    draw = torch.Generator().manual_seed(5)
+
+    def some(rows, off):
+        middle = torch.randn(2, rows, 6, generator=draw, dtype=torch.float64)
+        return Interval(middle - off, middle + off)
+
+    for off in (0.0, 1e-6, 0.3):
+        found, null = some(5, off), some(9, off)
+        z = found.standardised(null)
+        for _ in range(50):
+            inside, texts = (
+                one.least + (one.most - one.least) * torch.rand(one.least.shape, generator=draw, dtype=torch.float64)
+                for one in (found, null)
+            )
+            exact = (inside - texts.mean(1, keepdim=True)) / texts.std(1, keepdim=True).clamp(min=1e-3)
+            assert (z.least <= exact).all()
+            assert (exact <= z.most).all()
 
 
 def test_what_an_interval_decides():
@@ -117,13 +143,15 @@ def true_evidence(library, ids, modules=("",)):
         names = [name for name in library if module in library[name].shapes]
         v_EI = torch.stack([full_prototype(library, name, module) for name in names])
         rms_E = torch.stack([usual_size(library, name, module) for name in names])
-        votes = [
-            soft_vote(true_scores(v_EI, rms_E, x[module], known.means[module]), 0.2).mean(0) for x in (inputs, *texts)
-        ]
-        for name, more in zip(names, votes[0] - sum(votes[1:]) / len(texts), strict=True):
-            total[name] = total.get(name, 0) + more
-            count[name] = count.get(name, 0) + 1
-    return torch.stack([total[name] / count[name] + 1 for name in library])
+        scores = [true_scores(v_EI, rms_E, x[module], known.means[module]) for x in (inputs, *texts)]
+        one = [ModuleScores(s_TE, torch.zeros(len(s_TE), dtype=torch.long), 1) for s_TE in scores]
+        means_KE = torch.cat([PrototypeMeans().of_module(of_text)[0] for of_text in one])
+        for name, mean_K in zip(names, means_KE.mT, strict=True):
+            if not mean_K.isnan().any():
+                total[name] = total.get(name, 0) + mean_K
+                count[name] = count.get(name, 0) + 1
+    means_EK = torch.stack([total[name] / count[name] for name in library])
+    return (means_EK[:, 0] - means_EK[:, 1:].mean(-1)) / means_EK[:, 1:].std(-1)
 
 
 def read(ids, modules):
@@ -159,7 +187,7 @@ def test_lists_are_those_of_the_truth(plain, bits, size):
     for prompt in PROMPTS:
         truth_E = true_evidence(plain, ids_of(prompt))
         evidence_E = routed.prompt.evidence(ids_of(prompt))[0]
-        torch.testing.assert_close(evidence_E, truth_E, rtol=2e-3 if bits == 16 else 1e-5, atol=0)
+        torch.testing.assert_close(evidence_E, truth_E, rtol=0, atol=2e-2 if bits == 16 else 1e-4)
         held_E = routed.prompt.use.verdict(evidence_E[None])[0]
         assert set(held_E.nonzero()[:, 0].tolist()) == set(truth_E.topk(min(size, len(truth_E))).indices.tolist())
     figures = routed.certainty
@@ -175,8 +203,8 @@ def test_the_modules_that_are_named_decide_alone(plain, bits, modules):
     assert all(module.endswith(modules) for module in routed.prototypes)
     for prompt in PROMPTS:
         truth_E = true_evidence(plain, ids_of(prompt), modules)
-        rtol = {8: 5e-2, 16: 2e-3, 32: 1e-5}[bits]
-        torch.testing.assert_close(routed.prompt.evidence(ids_of(prompt))[0].double(), truth_E, rtol=rtol, atol=0)
+        atol = {8: 0.5, 16: 2e-2, 32: 1e-4}[bits]
+        torch.testing.assert_close(routed.prompt.evidence(ids_of(prompt))[0].double(), truth_E, rtol=0, atol=atol)
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +258,7 @@ def test_experts_that_are_alike_are_said_to_tie(twins, bits):
 
 def test_a_batch_is_read_in_full_for_the_rows_that_need_it(twins):
     """Of rows that codes decide and rows that they do not."""
-    among = ["cats", "cats-nearly", "dogs"]
+    among = ["bees", "cats", "cats-nearly"]
     alone, figures = lists(twins, 16, among)
     routed = compose(make_model(), twins, Shortlist(size=1, bits=16)).allow(among)
     held_BE = routed.prompt.decide(**encode_batch(make_tokenizer(), PROMPTS))

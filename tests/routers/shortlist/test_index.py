@@ -58,9 +58,9 @@ def test_prototypes_score_as_arrow_over_the_usual(root, library):
 def test_sizes_are_over_the_words_that_a_probe_hears(library):
     known, inputs = library.calibration, {}
     _, routed = routed_model(library, Shortlist(size=1))
-    opening, usual = calibration_texts(known)
+    opening, null = calibration_texts(known)
     probe = Probe(routed.model, routed.layers, routed.scorers, routed.policy.evidence, routed.experts, opening)
-    probe.observe(lambda name, x_NI, *_: inputs.update({name: x_NI - known.means[name]}), **usual)
+    probe.observe(lambda name, x_NI, *_: inputs.update({name: x_NI - known.means[name]}), **null.batches[0])
     entry = library.index["cats"]
     rows = entry.full_C.split([module.inputs for module in entry.modules])
     for module, v_I, rms in zip(entry.modules, rows, entry.rms_M, strict=True):

@@ -216,7 +216,7 @@ async def launched(
             decider = None
             if prompts:
                 decider = Decider(client, library, prompts, probe_tokens(next(iter(prompts.values()))))
-                await decider.read_baseline()
+                await decider.read_null()
             yield (
                 app,
                 VllmEngine(
