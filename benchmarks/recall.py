@@ -18,19 +18,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import yaml
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import nn
 
-from pooling import place, rows, share
+from evidence import share
 from spectr import Calibrated, ExpertLibrary, Shortlist, build_index, compose
 from spectr.composition import Paged
 from spectr.composition.multi_router import weight_sharing_copy
 from spectr.models import encode_prompt, load_model
 from spectr.routers import Router
 from spectr.shipped import shipped_experts
-from spectr.tasks import shipped_tasks
+from spectr.tasks import read_examples, shipped_tasks
 
 
 class Prompt(NamedTuple):
@@ -70,11 +71,7 @@ def main() -> None:
     arguments = parser.parse_args()
     console = Console(width=120)
     model, tokenizer = load_model(dtype="float32")
-    words = {name: task.paraphrases for name, task in shipped_tasks().items()}
-    prompts = [
-        Prompt(torch.tensor([encode_prompt(tokenizer, example.prompt)]), task, own)
-        for example, task, own in rows(arguments, words if arguments.paraphrases else None)
-    ]
+    prompts = [Prompt(torch.tensor([encode_prompt(tokenizer, text)]), task, own) for text, task, own in rows(arguments)]
     done = []
     try:
         for case in cases(model, arguments):
@@ -88,6 +85,20 @@ def main() -> None:
             table.add_row(*cells)
         console.print(table)
         console.print(f"{len(prompts)} prompts, half of them in other words; float32, torch {torch.__version__}")
+
+
+def rows(arguments: argparse.Namespace) -> Iterator[tuple[str, str, bool]]:
+    """Prompts of each task's training rows with its name, in its expert's own words, then in others."""
+    tuned = yaml.safe_load((Path(__file__).parent / "pooling_words.yaml").read_text(encoding="utf-8"))
+    for name, task in shipped_tasks().items():
+        assert task.train is not None
+        own = read_examples(task, task.train, root=arguments.data_root)[-arguments.prompts :]
+        yield from ((example.prompt, name, True) for example in own)
+        words = task.paraphrases if arguments.paraphrases else tuned[name]
+        for number in range(arguments.prompts):
+            reworded = task.model_copy(update={"prompt": words[number % len(words)]})
+            examples = read_examples(reworded, task.train, root=arguments.data_root)[-2 * arguments.prompts :]
+            yield examples[number].prompt, name, False
 
 
 def cases(model: nn.Module, arguments: argparse.Namespace) -> Iterator[Case]:
@@ -119,7 +130,8 @@ def read(model: nn.Module, case: Case, prompts: Sequence[Prompt]) -> tuple[int, 
         decided = time.perf_counter()
         model(input_ids=prompt.ids, use_cache=False, logits_to_keep=1)
         cost = (decided - begin) / (time.perf_counter() - decided)
-        found.append(Found(place(evidence_E, routed.experts.index(prompt.right)), cost))
+        place = int((evidence_E > evidence_E[routed.experts.index(prompt.right)]).sum()) + 1
+        found.append(Found(place, cost))
     kept = sum(p.bytes for p in routed.prototypes.values()) if isinstance(routed, Paged) else 0
     return len(case.library), kept, found
 
@@ -132,7 +144,7 @@ def row(name: str, experts: int, kept: int, found: Sequence[Found], prompts: Seq
     return [
         name,
         str(experts),
-        *(share(places, most) for places in (own, other) for most in (1, 16)),
+        *(share([place <= most for place in places]) for places in (own, other) for most in (1, 16)),
         f"{statistics.median(one.cost for one in found):.2f}",
         f"{kept / (1 << 20):.0f} MiB" if kept else "-",
     ]
