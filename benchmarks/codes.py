@@ -151,7 +151,7 @@ def probe_by(known: CertainProbe, scorers) -> Probe:
 def read(readers: Readers, ids: Tensor, sizes: Sequence[int], *, in_full: bool) -> tuple:
     """One prompt by all widths: what :class:`Prompt` says from ``evidence`` on."""
     begin = time.perf_counter()
-    evidence = {8: readers.plain(input_ids=ids)[0]}
+    evidence = {8: readers.plain(input_ids=ids).evidence_BE[0]}
     seconds, known = {8: time.perf_counter() - begin}, {}
     for bits in (16, 32):
         begin = time.perf_counter()
