@@ -124,9 +124,9 @@ class PromptDecision:
 
     @property
     def p_B(self) -> Float[Tensor, " B"] | None:
-        """With the last verdict of this thread, for display: the share of ordinary prompts that have as much evidence.
+        """For display: of the prompts that this thread decided on last, the shares of ordinary ones that fit as well.
 
-        One for each prompt that was decided on; ``None`` where it is not known, or nothing was decided for the verdict.
+        ``None`` where it is not known, or another verdict than the decided one has held since.
         """
         decided = _last.decided.get(self.calls.key)
         return None if decided is None else decided[1]
@@ -134,9 +134,11 @@ class PromptDecision:
     @property
     def remark(self) -> str | None:
         """That the base model answered, in words, where this thread's last verdict has no expert take part."""
-        verdict_BE, p_B = self.weights_BE, self.p_B
+        verdict_BE, decided = self.weights_BE, _last.decided.get(self.calls.key)
         if verdict_BE is None or not bool((verdict_BE == self.use.excluded).all()):
             return None
+        its_own = decided is not None and _same_rows(decided[0], verdict_BE)
+        p_B = decided[1] if decided is not None and its_own else None
         return in_words(None if p_B is None else float(p_B.min()))
 
     def show(self, verdict_BE: Float[Tensor, "B E"]) -> None:

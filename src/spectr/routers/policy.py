@@ -111,6 +111,11 @@ class PromptPolicy(PromptRouter):
         for name, kind in (("evidence", Evidence), ("use", Use), ("router", Router)):
             if not isinstance(getattr(self, name), kind):
                 raise CompositionError(f"{name}={getattr(self, name)!r}", expected=f"a spectr.routers.{kind.__name__}")
+        if (self.use.fixes or self.use.gathers) and self.use.excluded != 0:
+            raise CompositionError(
+                f"{self.use!r} has excluded={self.use.excluded}, and with it experts of number zero take no part",
+                expected="excluded = 0.0 of a use that fixes or gathers",
+            )
         router, most = self.router, self.use.most
         if router.policy is not None or any(isinstance(need, OneExpert) for need in router.needs):
             raise CompositionError(

@@ -37,14 +37,15 @@ class Use(ABC):
         fixes: Whether the verdict is the weights of all of the prompt's tokens, so that no token chooses.
         gathers: Whether an expert whose number is zero takes no part, so that its factors need not be in memory.
         neutral: The number of an expert of which nothing is known.
-        excluded: The number of an expert that takes no part. Where all have it the base model is alone.
+        excluded: The number of an expert that takes no part. Where all have it the base model is alone. Zero of a use
+            that fixes or gathers.
         in_kernels: Whether scores are informed by a product alone, as kernels do it.
     """
 
     fixes: ClassVar[bool] = False
     gathers: ClassVar[bool] = False
     neutral: ClassVar[float] = 0.0
-    excluded: ClassVar[float] = 0.0
+    excluded: ClassVar[float] = -math.inf
     in_kernels: ClassVar[bool] = False
 
     @property
@@ -82,6 +83,7 @@ class MultiplyScores(Use):
     """
 
     neutral: ClassVar[float] = 1.0
+    excluded: ClassVar[float] = 0.0
     in_kernels: ClassVar[bool] = True
 
     strength: float = 2.0
@@ -113,8 +115,6 @@ class AddToScores(Use):
 
     Source: GLIDER (Li et al., 2024). Their released code sets one alpha by hand.
     """
-
-    excluded: ClassVar[float] = -math.inf
 
     alpha: float | Literal["gated"] = "gated"
     alpha_near: float = 100.0
@@ -150,6 +150,7 @@ class HoldWeights(Use):
 
     fixes: ClassVar[bool] = True
     gathers: ClassVar[bool] = True
+    excluded: ClassVar[float] = 0.0
 
     top_k: int = 1
     weights: Weighting = "uniform"
@@ -188,6 +189,7 @@ class KeepShortlist(Use):
     """
 
     gathers: ClassVar[bool] = True
+    excluded: ClassVar[float] = 0.0
     in_kernels: ClassVar[bool] = True
 
     size: int = 16
