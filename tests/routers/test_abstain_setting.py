@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import replace
 
 import pytest
@@ -12,13 +13,14 @@ from spectr import Calibrated, ExpertLibrary, Glider, PromptPolicy, Shortlist, S
 from spectr.errors import CompositionError
 from spectr.evaluation.experiments.setup import _written
 from spectr.ops import report_once
-from spectr.routers import HoldWeights, SpectralVotes, check_needs
-from spectr.routers.abstention import always_choosing, in_words, policy_for, why_off
+from spectr.routers import HoldWeights, ScoreMeans, check_needs
+from spectr.routers.abstention import AUTO, always_choosing, in_words, policy_for, why_off
 from spectr.routers.config import router_config
 from spectr.routers.options import read_settings
 from text_model import make_model, make_tokenizer
 
-VOTES = {"evidence": SpectralVotes(), "use": HoldWeights(), "router": Calibrated(level="token")}
+ENOUGH = math.ceil(2 / AUTO)
+VOTES = {"evidence": ScoreMeans(), "use": HoldWeights(), "router": Calibrated(level="token")}
 
 
 @pytest.fixture(scope="module")
@@ -34,18 +36,18 @@ def with_null(library, count):
 
 
 @pytest.mark.parametrize("make", [Calibrated, lambda **more: Calibrated(level="prior", **more), Shortlist])
-def test_auto_is_a_tenth_where_the_library_has_twenty_ordinary_prompts(library, make):
+def test_auto_is_a_number_where_the_library_has_the_ordinary_prompts_for_it(library, make):
     assert make().policy.abstain is None
-    for count, abstain in ((0, None), (19, None), (20, 0.1), (160, 0.1)):
+    for count, abstain in ((0, None), (ENOUGH - 1, None), (ENOUGH, AUTO), (160, AUTO)):
         assert policy_for(make(), with_null(library, count)).abstain == abstain
     for router, abstain in ((make(abstain=None), None), (make(abstain=0.3), 0.3)):
         assert policy_for(router, with_null(library, 160)).abstain == abstain
 
 
 def test_a_composed_model_abstains_as_its_library_allows(library):
-    assert compose(make_model(), with_null(library, 20), Calibrated()).prompt.policy.abstain == 0.1
+    assert compose(make_model(), with_null(library, ENOUGH), Calibrated()).prompt.policy.abstain == AUTO
     assert compose(make_model(), library, Calibrated()).prompt.policy.abstain is None
-    assert compose(make_model(), with_null(library, 20), Calibrated()).router == Calibrated()  # as it was given
+    assert compose(make_model(), with_null(library, ENOUGH), Calibrated()).router == Calibrated()  # as it was given
 
 
 def test_that_nothing_abstains_is_logged_once(library, caplog):
@@ -59,9 +61,9 @@ def test_that_nothing_abstains_is_logged_once(library, caplog):
             Spectr(top_k=1),
         ):
             compose(make_model(), library, router)
-        compose(make_model(), with_null(library, 20), Calibrated())
+        compose(make_model(), with_null(library, ENOUGH), Calibrated())
     [record] = caplog.records
-    assert "the calibration has 0 ordinary prompts to compare with, and 20 are needed" in record.message
+    assert f"the calibration has 0 ordinary prompts to compare with, and {ENOUGH} are needed" in record.message
     assert f"spectr library calibrate --library {library.origin}" in record.message
     assert why_off(Calibrated(), with_null(library, 3)).endswith("--fresh")
 

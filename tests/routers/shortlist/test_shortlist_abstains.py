@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from spectr.layers import trace
 from spectr.models.generate import encode_batch
 from spectr.plots.png import write_token_map
 from spectr.plots.tokens import token_routing
+from spectr.routers.abstention import AUTO, always_choosing
 from text_model import make_model, make_tokenizer
 
 ROUTERS = [
@@ -28,11 +30,14 @@ ROUTERS = [
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
 
 
+def with_null(library):
+    return library.with_calibration(replace(library.calibration, null=[[5, 6], [5, 9, 7]] * math.ceil(1 / AUTO)))
+
+
 def abstaining(library, router):
     """A composed model that finds prompts with the word "red" ordinary."""
-    known = library.with_calibration(replace(library.calibration, null=[[5, 6]] * 20))
-    model, routed = routed_model(known, router)
-    assert routed.prompt.policy.abstain == 0.1
+    model, routed = routed_model(with_null(library), router)
+    assert routed.prompt.policy.abstain == AUTO
     plain = routed.prompt.read
 
     def read(input_ids, **given):
@@ -47,7 +52,7 @@ def abstaining(library, router):
 @pytest.mark.parametrize("router", ROUTERS, ids=str)
 def test_an_ordinary_prompt_has_the_base_models_answer(library, router):
     model, routed = abstaining(library, router)
-    base, always = make_model(), routed_model(library, router)[0]
+    base, always = make_model(), routed_model(with_null(library), always_choosing(router))[0]
     for prompt in (COMMON[0], FITTING[1], COMMON[1]):
         ids = ids_of(prompt)
         ordinary = prompt in COMMON

@@ -38,14 +38,21 @@ class Telling(PromptPolicy):
 def decided(router, names=NAMES):
     policy = router.policy
     telling = Telling(evidence=policy.evidence, use=policy.use, router=policy.router, abstain=0.1)
-    return Probes({"r": telling}, {"m": NAMES})._decide(SCORES, "r", names)
+    return probes_of(telling)._decide(SCORES, "r", names)
+
+
+def probes_of(policy):
+    probes = Probes({"r": policy}, {"m": NAMES})
+    made = torch.rand(4, 1, 3, generator=torch.Generator().manual_seed(0)) + 0.5
+    probes._null = [{"m": ModuleScores(scores_1E, torch.zeros(1, dtype=torch.long), 1)} for scores_1E in made]
+    return probes
 
 
 @pytest.mark.parametrize("router", [Calibrated(), Calibrated(level="prior"), Calibrated(top_k=2, weights="softmax")])
 def test_a_probe_without_an_expert_that_stands_out_decides_for_none(router):
     assert decided(router).numbers == {}
     assert decided(router, ("blue",)).numbers == {"blue": 1.0}  # alone it is taken
-    always = Probes({"r": router.policy}, {"m": NAMES})._decide(SCORES, "r", NAMES)
+    always = probes_of(router.policy)._decide(SCORES, "r", NAMES)
     assert always.numbers
     assert all(number > 0 for number in always.numbers.values())
 
