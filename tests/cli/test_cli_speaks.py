@@ -57,7 +57,7 @@ def test_one_decision_for_a_whole_prompt_is_said(spectr, given, world, tmp_path)
     library = save_experts(tmp_path / "adapters", ("amber", "blue"))
     shown = ("--model", world / "model", "--library", library, "--dtype", "float32")
     assert spectr("library", "calibrate", "--samples", 2, "--tokens", 4, *shown)[0] == 0
-    _, _, notes = spectr("route", "what is it", *shown)
+    _, _, notes = spectr("route", "what is it", "--set", "abstain=none", *shown)
     assert "decided once for the whole prompt: spectr route -r spectr" in " ".join(notes.split())
     _, _, notes = spectr("route", "what is it", "-r", "spectr", *shown)
     assert "decided once" not in notes

@@ -30,19 +30,22 @@ def test_from_nothing_to_an_answer(spectr, given, world):
     _, text, notes = spectr("library", "index", *given)
     assert "all 3 experts are indexed" in text
     assert "loading" not in notes
-    code, text, _ = spectr("generate", "what is it", "-n", 2, "--json", "-r", "shortlist", "--set", "size=1", *given)
+    always = ("--set", "abstain=none")
+    code, text, _ = spectr(
+        "generate", "what is it", "-n", 2, "--json", "-r", "shortlist", "--set", "size=1", *always, *given
+    )
     assert code == 0
     assert list(json.loads(text)["experts"].values()) == [1.0]
     options = ("--set", "size=2", "--set", "token_router=spectr", "-k", 1, "--expert-memory", 0.5)
-    code, text, _ = spectr("generate", "what is it", "-n", 2, "--json", "-r", "shortlist", *options, *given)
+    code, text, _ = spectr("generate", "what is it", "-n", 2, "--json", "-r", "shortlist", *options, *always, *given)
     assert code == 0
     assert sum(json.loads(text)["experts"].values()) == pytest.approx(1, abs=1e-3)
     assert len(json.loads(text)["experts"]) == 2
     options = ("--set", "size=1", "--set", "bits=16")
-    code, text, _ = spectr("generate", "what is it", "-n", 2, "--json", "-r", "shortlist", *options, *given)
+    code, text, _ = spectr("generate", "what is it", "-n", 2, "--json", "-r", "shortlist", *options, *always, *given)
     assert code == 0
     assert list(json.loads(text)["experts"].values()) == [1.0]
-    code, text, notes = spectr("route", "what is it", "-r", "shortlist", "--set", "size=1", *given)
+    code, text, notes = spectr("route", "what is it", "-r", "shortlist", "--set", "size=1", *always, *given)
     assert code == 0
     assert "decided once for the whole prompt" in said(notes)
 
