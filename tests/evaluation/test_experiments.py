@@ -321,7 +321,8 @@ def test_calibrate_evaluate_and_report_from_the_command_line(spectr, tmp_path):
     code, text, _ = spectr("library", "calibrate", "--samples", 2, "--tokens", 8, *given)
     assert code == 0
     assert "calibrated 2 experts" in text
-    code, text, _ = spectr("generate", "what is it", "--json", "-n", 2, "-r", "calibrated", *given)
+    always = ("-r", "calibrated", "--set", "abstain=none")
+    code, text, _ = spectr("generate", "what is it", "--json", "-n", 2, *always, *given)
     assert code == 0
     assert sorted(json.loads(text)["experts"].values()) == [0.0, 1.0]
     out = tmp_path / "out"
