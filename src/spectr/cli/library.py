@@ -146,6 +146,9 @@ def calibrate(
     ] = None,
     samples: Annotated[int, typer.Option(help="Have the model write this many texts.", min=1)] = 24,
     tokens: Annotated[int, typer.Option(help="Limit the tokens of each.", min=1)] = 64,
+    null: Annotated[
+        int, typer.Option(help="Have it write this many ordinary prompts, which evidence is compared with.", min=0)
+    ] = 160,
     seed: Annotated[int, typer.Option(help="Set the seed of its writing.")] = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure experts anew that are calibrated already.")] = False,
     dtype: DtypeOption = "auto",
@@ -160,7 +163,7 @@ def calibrate(
     experts = open_library(library)
     lines = read_lines(texts) if texts else None
     known = None if fresh else experts.calibration  # a damaged file is found before the model is loaded
-    if known and known.null and lines is None and all(map(experts.calibrated, experts)):
+    if known and (known.null or not null) and lines is None and all(map(experts.calibrated, experts)):
         out.print(f"all {len(experts)} experts are calibrated; --fresh measures them anew", highlight=False)
         return
     base, tokenizer = open_model(model, dtype)
@@ -175,6 +178,7 @@ def calibrate(
             texts=lines,
             samples=samples,
             tokens=tokens,
+            null=null,
             seed=seed,
             fresh=fresh,
             progress=lambda done, total: advance("calibrating, passes of the model", done, total, ""),

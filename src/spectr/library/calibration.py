@@ -176,7 +176,3 @@ class Calibration:
             if "null" in tensors
             else (),
         )
-
-
-def _rows(ids: Int[Tensor, " T"], sizes: Int[Tensor, " K"]) -> list[list[int]]:
-    return [row.tolist() for row in ids.split(sizes.tolist())]

@@ -53,13 +53,16 @@ def null_samples(
     """
     drawn, found = samples + -(-samples // 10), list[tuple[float, str]]()
     with _seeded(seed):
-        while len(found) < drawn:
+        for _ in range(0, 2 * drawn, _ROWS):  # some of what it writes may be empty
             seen = _LogProbabilities()
             rows = _written(model, tokenizer, min(_ROWS, drawn - len(found)), tokens, top_p=0.95, seen=seen)
-            found += [(seen.mean(place, len(row)), _text(tokenizer, row)) for place, row in enumerate(rows)]
-    kept = {place for _, place in sorted((found[place][0], place) for place in range(drawn))[drawn - samples :]}
-    texts = [text for place, (_, text) in enumerate(found) if place in kept and text]
-    return encode_texts(tokenizer, texts or ["?"])
+            texts = map(partial(_text, tokenizer), rows)
+            found += [(seen.mean(place, len(rows[place])), text) for place, text in enumerate(texts) if text]
+            if len(found) == drawn:
+                break
+    least_likely = sorted(range(len(found)), key=lambda place: found[place][0])[: max(0, len(found) - samples)]
+    kept = [text for place, (_, text) in enumerate(found) if place not in least_likely]
+    return encode_texts(tokenizer, kept or ["?"])
 
 
 class _LogProbabilities(LogitsProcessor):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spectr.prompts.probe import Probe, Scorer
 from spectr.routers.evidence import Found, PrototypeMeans
-from spectr.routers.evidence.score_means import LEAST_SPREAD, NO_EVIDENCE, largest, p_value
+from spectr.routers.evidence.score_means import LEAST_SPREAD, NO_EVIDENCE, largest, left_out, p_value
 
 _TOGETHER = 256  # tokens that are scored at once, in float64
 
@@ -121,8 +121,8 @@ class CertainProbe:
     def _decides(self, found: Interval, p: Interval) -> Bool[Tensor, " B"]:
         """Of which rows both the list and whether the base model answers are certain."""
         level = self.abstain if self.probe.null.ordinary else None
-        sure = torch.ones_like(p.least, dtype=torch.bool) if level is None else (p.least > level) | (p.most <= level)
-        return found.decides(self.size) & sure
+        listed = found.decides(self.size)
+        return listed if level is None else (p.least > level) | (listed & (p.most <= level))
 
     @torch.no_grad()
     def read_null(self) -> None:
@@ -136,7 +136,14 @@ class CertainProbe:
         """The evidence, and the share of the null that stands out as much."""
         assert self._null is not None
         z, null_z = read.standardised(self._null), self._null.standardised(self._null)
-        largest_B, null_K = (Interval(largest(some.least), largest(some.most)) for some in (z, null_z))
+        texts = self._null.least.shape[1]
+        null_z = Interval(*(left_out(bound, texts) for bound in null_z)).widened(0)
+        alike_2E = self._null.middle.std(1, correction=min(1, texts - 1)) < LEAST_SPREAD
+        alike_2E[0] = False
+        largest_B, null_K = (
+            Interval(*(largest(bound.masked_fill(alike_2E[:, None], torch.nan)) for bound in some))
+            for some in (z, null_z)
+        )
         p = Interval(p_value(largest_B.most, null_K.least), p_value(largest_B.least, null_K.most))
         return Interval(*(bound[0].nan_to_num(nan=NO_EVIDENCE) for bound in z)), p
 

@@ -149,8 +149,7 @@ class Probes:
             if len(self._null_among) >= _SETS:
                 self._null_among.clear()
             evidence = self.routers[name].evidence
-            texts = [numbers_among(text, self.modules, evidence, experts) for text in self._null]
-            self._null_among[name, experts] = torch.cat(texts, dim=1)
+            self._null_among[name, experts] = numbers_among(_together(self._null), self.modules, evidence, experts)
         return self._null_among[name, experts]
 
 
@@ -225,6 +224,16 @@ def define() -> torch.library.Library:
 def _joined(pieces: Sequence[Tensor]) -> ModuleScores:
     scores_NE = torch.cat(list(pieces))
     return ModuleScores(scores_NE, torch.zeros(len(scores_NE), dtype=torch.long, device=scores_NE.device), 1)
+
+
+def _together(texts: Sequence[Mapping[str, ModuleScores]]) -> dict[str, ModuleScores]:
+    """The scores of all texts as those of one batch, a row for each."""
+    found = {}
+    for module in dict.fromkeys(module for text in texts for module in text):
+        rows = [(row, text[module].scores_NE) for row, text in enumerate(texts) if module in text]
+        row_N = torch.cat([torch.full((len(scores_NE),), row) for row, scores_NE in rows])
+        found[module] = ModuleScores(torch.cat([scores_NE for _, scores_NE in rows]), row_N, len(texts))
+    return found
 
 
 def _on_cpu(rows: ModuleScores) -> ModuleScores:

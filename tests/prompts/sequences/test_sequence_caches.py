@@ -26,7 +26,9 @@ def test_a_conversation_goes_on(world, shared):
     said = model.generate(a, past_key_values=first, **FREE)
     for seed in range(60):
         cache = copy.deepcopy(first)
-        turn = torch.cat([said, b.repeat(1, 6)[:, : 1 + seed % 36] if seed else a], 1)
+        draw = torch.Generator().manual_seed(seed)
+        words = torch.randint(3, 40, (1, 1 + seed % 36), generator=draw)
+        turn = torch.cat([said, words if seed else a], 1)
         expert = decided(routed, turn)
         if expert in experts:
             continue

@@ -79,7 +79,10 @@ def slow_reading(root, library, prompt, tokens=None):
     inputs = inputs_of(make_model(), modules, ids_of(prompt))
     for module in modules:
         used = inputs[module][begin:-closing][:tokens]
-        scores = [[reference.calibrated_score(deltas[name][module], x, texts[module]) for name in RANKS] for x in used]
+        scores = [
+            [max(0.05, reference.calibrated_score(deltas[name][module], x, texts[module])) for name in RANKS]
+            for x in used
+        ]
         for number, (rows, power) in enumerate(((scores, 3.0), (map(reference.relative_scores, scores), 5.0))):
             columns = zip(*rows, strict=True)
             total[number] += torch.tensor([reference.log_power_mean(list(column), power) for column in columns])
@@ -87,13 +90,18 @@ def slow_reading(root, library, prompt, tokens=None):
 
 
 def slow_evidence(root, library, prompts, texts, tokens=None):
-    """Prompts against these texts: the evidence for each expert, and how far the one that does so most stands out."""
+    """Prompts against these texts: the evidence for each expert, and how far the one that does so most stands out.
+
+    A prompt that is one of the texts is compared with the others.
+    """
     null = torch.stack([slow_reading(root, library, text, tokens) for text in texts])
-    found = torch.stack([slow_reading(root, library, prompt, tokens) for prompt in prompts])
-    z = [
-        [[reference.standardised(float(v), null[:, n, e].tolist()) for e, v in enumerate(row[n])] for n in (0, 1)]
-        for row in found
-    ]
+    z = []
+    for prompt in prompts:
+        row = slow_reading(root, library, prompt, tokens)
+        rest = null[[text != prompt for text in texts]]
+        z.append(
+            [[reference.standardised(float(v), rest[:, n, e].tolist()) for e, v in enumerate(row[n])] for n in (0, 1)]
+        )
     z_B2E = torch.tensor(z, dtype=torch.float64)
     return z_B2E[:, 0], z_B2E[:, 1].amax(-1)
 
@@ -110,7 +118,7 @@ def test_the_share_of_ordinary_prompts_is_that_of_the_reference(root, library):
     tokenizer, null = make_tokenizer(), ["what is red", "a z", "the good sky is blue", "no no", "who", "x y z x y"]
     known = replace(library.calibration, null=[encode_prompt(tokenizer, text) for text in null])
     _, routed = routed_model(library.with_calibration(known), abstain=None)
-    prompts = [*PROMPTS, *null[:2]]
+    prompts = [*PROMPTS, "is the grass red or blue"]
     found = routed.prompt.read(**encode_batch(tokenizer, prompts))
     evidence_BE, largest_B = slow_evidence(root, library, prompts, null)
     _, null_K = slow_evidence(root, library, null, null)

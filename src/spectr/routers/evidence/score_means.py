@@ -17,7 +17,7 @@ from spectr.routers.settings import check_counts
 
 FLOOR, CEILING = 0.05, 1e6  # of scores, whose root mean square is 1: one zero would move a geometric mean far
 LEAST_SPREAD = 1e-3  # of a logarithm among ordinary prompts; 0.03 is usual
-NO_EVIDENCE = -1e3  # of an expert that does nothing anywhere
+NO_EVIDENCE = -1e9  # of an expert that does nothing anywhere
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,8 @@ class ScoreMeans(ModuleEvidence):
     The first takes each expert by itself, so that experts of other ranks, modules or training are compared by what is
     usual for each. The second takes away what moves all experts, as any instruction does. A module where no other
     expert is counts for the first alone; an expert that shares no module is judged by its first number. Scores are kept
-    between 0.05 and 1e6 of their root mean square; an expert whose scores are zero takes no part.
+    between 0.05 and 1e6, where calibrated ones have the root mean square 1. An expert whose scores are zero takes no
+    part.
 
     Attributes:
         power: ``p``, above zero.
@@ -63,7 +64,7 @@ class ScoreMeans(ModuleEvidence):
 
     def of_module(self, scores: ModuleScores) -> Float[Tensor, "2 B E"]:
         """See :class:`ModuleEvidence`: both numbers, NaN where an expert takes no part."""
-        takes_part_E = scores.scores_NE.amax(0) > 0
+        takes_part_E = (scores.scores_NE > 0).any(0)
         s_NE = scores.scores_NE.clamp(FLOOR, CEILING)
         one_N = torch.ones_like(s_NE[:, 0])
         own_BE, relative_BE = scores.mean(s_NE**self.power, one_N), torch.full((), math.nan)
@@ -80,10 +81,16 @@ class ScoreMeans(ModuleEvidence):
 
     def compare(self, found_QBE: Float[Tensor, "2 B E"], null_QKE: Float[Tensor, "2 K E"], *, ordinary: bool) -> Found:
         """See :class:`ModuleEvidence`."""
-        mean_Q1E = null_QKE.mean(1, keepdim=True)
-        spread_Q1E = null_QKE.std(1, keepdim=True, correction=min(1, null_QKE.shape[1] - 1)).clamp(min=LEAST_SPREAD)
-        z_QBE, null_z_QKE = ((some - mean_Q1E) / spread_Q1E for some in (found_QBE, null_QKE))
-        p_B = p_value(largest(z_QBE), largest(null_z_QKE)) if ordinary else None
+        mean_Q1E = null_QKE.nanmean(1, keepdim=True)
+        texts_Q1E = (~null_QKE.isnan()).sum(1, keepdim=True)
+        squares_Q1E = (null_QKE - mean_Q1E).square().nansum(1, keepdim=True)
+        spread_Q1E = (squares_Q1E / (texts_Q1E - 1).clamp(min=1)).sqrt()
+        z_QBE, null_z_QKE = ((some - mean_Q1E) / spread_Q1E.clamp(min=LEAST_SPREAD) for some in (found_QBE, null_QKE))
+        p_B = None
+        if ordinary:
+            null_z_QKE = left_out(null_z_QKE, null_QKE.shape[1])
+            varies_2 = (spread_Q1E >= LEAST_SPREAD) | torch.tensor([True, False])[:, None, None]
+            p_B = p_value(*(largest(some.masked_fill(~varies_2, math.nan)) for some in (z_QBE, null_z_QKE)))
         return Found(z_QBE[0].nan_to_num(nan=NO_EVIDENCE), p_B)
 
 
@@ -91,6 +98,17 @@ def largest(z_QNE: Float[Tensor, "2 N E"]) -> Float[Tensor, " N"]:
     """How far the expert that does so most stands out; of one that shares no module by its scores alone."""
     own_NE, relative_NE = z_QNE
     return torch.where(relative_NE.isnan(), own_NE, relative_NE).nan_to_num(nan=NO_EVIDENCE).amax(-1)
+
+
+def left_out(z_QKE: Float[Tensor, "*q K E"], texts: int) -> Float[Tensor, "*q K E"]:
+    """Each text of a null standardised by the others, as a prompt is by all: from the values that include it.
+
+    Without this a text is held back by itself, and more prompts than texts would be found to stand out.
+    """
+    if texts < 3:
+        return z_QKE
+    rest_QKE = ((texts - 1) - z_QKE.square() * texts / (texts - 1)) / (texts - 2)
+    return z_QKE * texts / (texts - 1) / rest_QKE.clamp(min=1e-6).sqrt()
 
 
 def p_value(found_B: Float[Tensor, " B"], null_K: Float[Tensor, " K"]) -> Float[Tensor, " B"]:
