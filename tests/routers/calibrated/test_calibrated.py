@@ -83,7 +83,7 @@ def slow_reading(root, library, prompt, tokens=None):
             [max(0.05, reference.calibrated_score(deltas[name][module], x, texts[module])) for name in RANKS]
             for x in used
         ]
-        for number, (rows, power) in enumerate(((scores, 3.0), (map(reference.relative_scores, scores), 5.0))):
+        for number, (rows, power) in enumerate(((scores, 2.25), (map(reference.relative_scores, scores), 5.0))):
             columns = zip(*rows, strict=True)
             total[number] += torch.tensor([reference.log_power_mean(list(column), power) for column in columns])
     return total / len(modules)
@@ -292,7 +292,7 @@ def test_an_expert_of_few_layers_is_judged_by_these(root, tmp_path):
         means = []
         for x in inputs_of(make_model(), [*routed.layers], ids_of(prompt)).items():
             scores_TE = routed.layers[x[0]].route(x[1].float()).scores_TE[1:-1]
-            means.append([reference.log_power_mean(column, 3.0) for column in scores_TE.mT.tolist()])
+            means.append([reference.log_power_mean(column, 2.25) for column in scores_TE.mT.tolist()])
         few = [row[-1] for row, name in zip(means, routed.layers, strict=True) if name in shared]
         return [sum(row[0] for row in means) / len(means), sum(few) / len(few)]
 

@@ -66,7 +66,7 @@ def powers(scores_TE):
     s_TE = scores_TE.clamp(0.05, 1e6)
     takes_part_E = scores_TE.amax(0) > 0
     level_T1 = s_TE[:, takes_part_E].log().mean(-1, keepdim=True)
-    return torch.stack([s_TE**3, (5 * (s_TE.log() - level_T1)).exp()])[..., takes_part_E], takes_part_E
+    return torch.stack([s_TE**2.25, (5 * (s_TE.log() - level_T1)).exp()])[..., takes_part_E], takes_part_E
 
 
 @pytest.mark.parametrize("bits", [8, 16, 32])

@@ -47,7 +47,7 @@ class ScoreMeans(ModuleEvidence):
 
     reads: ClassVar[Literal["scores", "prototypes"]] = "scores"  # pyright: ignore[reportIncompatibleVariableOverride]
 
-    power: float = 3.0
+    power: float = 2.25
     relative_power: float = 5.0
     probe_tokens: int = 256
 
