@@ -20,7 +20,7 @@ from spectr.training import TrainingSettings, train_expert
 
 
 class Recipe(NamedTuple):
-    """How one expert is made; the scale is 2 throughout, as is usual."""
+    """How one expert is made; the scale is 2 throughout."""
 
     task: str
     rank: int

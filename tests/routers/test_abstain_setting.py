@@ -13,7 +13,7 @@ from spectr import Calibrated, ExpertLibrary, Glider, PromptPolicy, Shortlist, S
 from spectr.errors import CompositionError
 from spectr.evaluation.experiments.setup import _written
 from spectr.ops import report_once
-from spectr.routers import HoldWeights, ScoreMeans, check_needs
+from spectr.routers import DescriptionSimilarity, HoldWeights, ScoreMeans, check_needs
 from spectr.routers.abstention import AUTO, always_choosing, in_words, policy_for, why_off
 from spectr.routers.config import router_config
 from spectr.routers.options import read_settings
@@ -124,3 +124,10 @@ def test_results_of_routers_that_always_choose_are_named_as_before():
 def test_it_is_said_in_one_sentence():
     assert in_words(0.4) == "no expert stands out (p = 0.40): the base model answered"
     assert in_words(None) == "no expert takes part: the base model answered"
+
+
+def test_evidence_that_compares_with_no_ordinary_prompts_cannot_abstain():
+    parts = {"evidence": DescriptionSimilarity(), "use": HoldWeights(), "router": Spectr(top_k=1)}
+    assert PromptPolicy(**parts).abstain is None
+    with pytest.raises(CompositionError, match=r"abstain=0\.05, and DescriptionSimilarity"):
+        PromptPolicy(**parts, abstain=0.05)

@@ -205,7 +205,7 @@ class EqualRanks(Need):
 
 @dataclass(frozen=True)
 class Nulled(Need):
-    """Ordinary prompts in the calibration, so many that a share ``abstain`` of them is at least two.
+    """Ordinary prompts in the calibration, enough that a share ``abstain`` of them is at least two.
 
     Attributes:
         abstain: The share of ordinary prompts that is to go to an expert.

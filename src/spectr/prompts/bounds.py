@@ -57,7 +57,7 @@ class Interval(NamedTuple):
         return (self.least + self.most) / 2
 
     def widened(self, terms: int) -> Interval:
-        """By what float64 rounds in sums of so many terms: means over tokens, their logarithms, means over modules."""
+        """By what float64 rounds in sums of this many terms: means over tokens, logarithms, means over modules."""
         slack = 2.0**-47 * (terms + 64)  # logarithms are below 2^5
         return Interval(self.least - slack, self.most + slack)
 

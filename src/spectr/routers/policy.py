@@ -116,6 +116,11 @@ class PromptPolicy(PromptRouter):
                 f"{self.use!r} has excluded={self.use.excluded}, and with it experts of number zero take no part",
                 expected="excluded = 0.0 of a use that fixes or gathers",
             )
+        if self.abstain is not None and not self.evidence.knows_p:
+            raise CompositionError(
+                f"abstain={self.abstain}, and {self.evidence!r} does not know what ordinary prompts have",
+                do="leave abstain out, or take evidence from scores, such as score-means",
+            )
         router, most = self.router, self.use.most
         if router.policy is not None or any(isinstance(need, OneExpert) for need in router.needs):
             raise CompositionError(

@@ -69,9 +69,12 @@ class Evidence(ABC):
     Attributes:
         reads: What it reads: ``"scores"`` of the token router at each module, ``"prototypes"`` of the library's index
             in the place of the experts, which may then stay on disk, or the ``"words"`` of the prompt.
+        knows_p: Whether it may tell how many ordinary prompts have as much (:attr:`Found.p_B`), so that a policy can
+            abstain.
     """
 
     reads: ClassVar[Literal["scores", "prototypes", "words"]] = "words"
+    knows_p: ClassVar[bool] = True
 
     @property
     def needs(self) -> tuple[Need, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from spectr.library.needs import DESCRIBED, Need
 from spectr.routers.evidence.base import Evidence, Found, Reader, Source
@@ -17,6 +17,8 @@ class DescriptionSimilarity(Evidence):
 
     Source: GLIDER (Li et al., 2024), section 3.
     """
+
+    knows_p: ClassVar[bool] = False
 
     @property
     def needs(self) -> tuple[Need, ...]:

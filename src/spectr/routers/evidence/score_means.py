@@ -16,7 +16,7 @@ from spectr.routers.evidence.base import Found, ModuleEvidence, ModuleScores
 from spectr.routers.settings import check_counts
 
 FLOOR, CEILING = 0.05, 1e6  # of scores, whose root mean square is 1: one zero would move a geometric mean far
-LEAST_SPREAD = 1e-3  # of a logarithm among ordinary prompts; 0.03 is usual
+LEAST_SPREAD = 1e-3  # of a logarithm among ordinary prompts; 0.03 is common
 NO_EVIDENCE = -1e9  # of an expert that does nothing anywhere
 
 
@@ -31,11 +31,11 @@ class ScoreMeans(ModuleEvidence):
     first is the evidence. The largest of the second is compared with the null's largest: ``p_B = (1 + #{null >= it}) /
     (1 + #null)``.
 
-    The first takes each expert by itself, so that experts of other ranks, modules or training are compared by what is
-    usual for each. The second takes away what moves all experts, as any instruction does. A module where no other
-    expert is counts for the first alone; an expert that shares no module is judged by its first number. Scores are kept
-    between 0.05 and 1e6, where calibrated ones have the root mean square 1. An expert whose scores are zero takes no
-    part.
+    The first takes each expert by itself, so that experts of other ranks, modules or training are compared by what each
+    does for ordinary prompts. The second takes away what moves all experts, as any instruction does. A module where no
+    other expert is counts for the first alone; an expert that shares no module is judged by its first number. Scores
+    are kept between 0.05 and 1e6, where calibrated ones have the root mean square 1. An expert whose scores are zero
+    takes no part.
 
     Attributes:
         power: ``p``, above zero.
