@@ -108,11 +108,10 @@ def prompts(arguments: argparse.Namespace, library: ExpertLibrary) -> Iterator[P
 
 
 def of_task(task: Task, wordings: Sequence[str], root: Path, right: str, count: int, confirm: bool) -> Iterator[Prompt]:
-    """Test rows in the expert's words, then in others; to tune on from the first row, to confirm from the last."""
+    """Test rows in the expert's words, then in others; to tune on from the first row, to confirm from the middle."""
     assert task.test is not None
     own = read_examples(task, task.test, root=root)
-    order = list(reversed(range(len(own)))) if confirm else list(range(len(own)))
-    left = iter(order)
+    left = iter(range(len(own) // 2 if confirm else 0, len(own)))
     yield from (Prompt("own words", right, own[row].prompt) for row in islice(left, count))
     for wording in wordings:
         other: list[Example] = read_examples(task.model_copy(update={"prompt": wording}), task.test, root=root)

@@ -94,7 +94,7 @@ def rows(arguments: argparse.Namespace) -> Iterator[tuple[str, str, bool]]:
         assert task.train is not None
         own = read_examples(task, task.train, root=arguments.data_root)[-arguments.prompts :]
         yield from ((example.prompt, name, True) for example in own)
-        words = task.paraphrases if arguments.paraphrases else tuned[name]
+        words = task.paraphrases if arguments.paraphrases else tuned[name][:2]  # those of earlier figures
         for number in range(arguments.prompts):
             reworded = task.model_copy(update={"prompt": words[number % len(words)]})
             examples = read_examples(reworded, task.train, root=arguments.data_root)[-2 * arguments.prompts :]

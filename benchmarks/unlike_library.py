@@ -14,7 +14,9 @@ from typing import NamedTuple
 
 from rich.progress import Progress
 
+from spectr import ExpertLibrary, calibrate
 from spectr.models import HUB_ID, load_model
+from spectr.shipped import shipped_experts
 from spectr.tasks import Task, read_examples
 from spectr.training import TrainingSettings, train_expert
 
@@ -88,6 +90,18 @@ def main() -> None:
                 out=out,
                 progress=lambda phase, done, total, _, shown=shown: bar.update(shown, completed=done, total=total),
             )
+        if not all((arguments.out / recipe.task / "adapter_model.safetensors").is_file() for recipe in RECIPES):
+            return  # another part is not done
+        for name, expert in ExpertLibrary.open(shipped_experts()).items():
+            if not (arguments.out / name).exists():
+                (arguments.out / name).symlink_to(expert.weights.parent.resolve())
+        shown = bar.add_task("calibrating")
+        calibrate(
+            model,
+            ExpertLibrary.open(arguments.out),
+            tokenizer,
+            progress=lambda done, total: bar.update(shown, completed=done, total=total),
+        ).save(arguments.out)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def calibrate(
         samples: How many texts the model writes for the means and scales.
         tokens: Length of each at most.
         null: How many other texts it writes, as ordinary prompts that evidence is compared with (the null). A false
-            alarm rate of ``abstain`` needs ``2 / abstain`` of them.
+            alarm rate of ``abstain`` needs ``2 / abstain`` of them. A calibration with fewer gets this many new ones.
         seed: Of its writing.
         fresh: Measure everything anew, on new texts.
         progress: Receives (passes done, passes in all).
@@ -77,7 +77,7 @@ def calibrate(
     total = 3 + -(-len(new) // _AT_ONCE)
     known = known or _texts_alone(model, tokenizer, texts, samples, tokens, seed)
     progress(1, total)
-    if not known.null and null:
+    if len(known.null) < null:
         written = null_samples(model, tokenizer, samples=null, tokens=_NULL_TOKENS, seed=seed + 1)
         rows = zip(written.input_ids, written.real, strict=True)
         known = replace(known, null=[ids_T[real_T].tolist() for ids_T, real_T in rows])

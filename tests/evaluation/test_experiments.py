@@ -156,6 +156,19 @@ def test_a_batch_of_prompts_is_found_like_its_members(library):
         assert found.winner == routed.experts[int(row.argmax())]
 
 
+def test_which_prompts_the_base_model_would_answer(library):
+    model, tokenizer = make_model(), make_tokenizer()
+    ordinary = [encode_batch(tokenizer, [prompt])["input_ids"][0].tolist() for prompt in PROMPTS]
+    nulled = library.with_calibration(dataclasses.replace(library.calibration, null=ordinary * 8))
+    for known, router in ((nulled, Calibrated()), (nulled, Calibrated(level="prior")), (library, Calibrated())):
+        routed = compose(model, known, router)
+        read = [routed.prompt.find(**encode_batch(tokenizer, [prompt])).p_B for prompt in PROMPTS]
+        for p_B, found in zip(read, find_experts(model, routed, tokenizer, PROMPTS, "cats"), strict=True):
+            assert found.p == (None if known is library else pytest.approx(float(p_B)))
+            assert found.to_base == pytest.approx(float("nan") if known is library else float(p_B > 0.05), nan_ok=True)
+        routed.remove()
+
+
 # The experiments, whole
 
 

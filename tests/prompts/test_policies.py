@@ -188,6 +188,7 @@ def test_unknown_parts_are_named(texts, message):
             lambda: PromptPolicy(evidence=PrototypeMeans(), use=HoldWeights(), router=Spectr(combine="knots")),
             "merges by all experts in memory",
         ),
+        (lambda: votes(HoldWeights(), Spectr(top_k=1)), "pools calibrated scores"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(make, message):
@@ -206,17 +207,17 @@ def test_a_strong_prior_takes_no_expert_off_a_shortlist():
 
 
 @pytest.mark.parametrize(
-    "router",
+    "make",
     [
-        votes(KeepShortlist(size=2), Spectr(top_k=1)),
-        votes(AddToScores(), Spectr(top_k=1)),
-        votes(HoldWeights(), Lag(top_k=1)),
-        words(2, Spectr(top_k=1)),
+        lambda: votes(KeepShortlist(size=2), Calibrated(level="token")),
+        lambda: votes(AddToScores(), Calibrated(level="token")),
+        lambda: PromptPolicy(evidence=Loudest(), use=HoldWeights(), router=Lag(top_k=1)),
+        lambda: words(2, Spectr(top_k=1)),
     ],
 )
-def test_vllm_refuses_what_its_layers_would_do_another_way(router):
+def test_vllm_refuses_what_its_layers_would_do_another_way(make):
     with pytest.raises(CompositionError, match="cannot run inside vLLM"):
-        supported(router)
+        supported(make())
     assert supported(votes(HoldWeights(top_k=2), Calibrated(level="token")))
 
 

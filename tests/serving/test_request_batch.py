@@ -49,6 +49,19 @@ def test_one_request_after_the_other_leaves_nothing_behind(library, router):
         close(logits, alone(library, router, names, ids), 2e-5)
 
 
+@pytest.mark.parametrize("router", [Calibrated(), Calibrated(level="prior")], ids=str)
+def test_a_request_with_one_expert_has_no_prompt_read(library, router):
+    batch = RequestBatch(composed(library, router))
+    read = []
+    batch.routed.model.register_forward_pre_hook(lambda *_: read.append(1))
+    for layer in batch.routed.layers.values():
+        layer.base.register_forward_pre_hook(lambda *_: read.append(1))
+    batch.decide(("bees",), ids_of(PROMPTS[0]))
+    assert not read
+    batch.decide(("ants", "bees"), ids_of(PROMPTS[0]))
+    assert read
+
+
 @pytest.mark.parametrize("router", [spectr.Spectr(top_k=2), Calibrated(), Calibrated(level="prior")], ids=str)
 def test_after_an_expert_is_discarded_the_others_answer_as_if_it_had_never_been(library, router):
     model, ids = make_model(), ids_of(PROMPTS[1])

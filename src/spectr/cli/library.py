@@ -163,7 +163,7 @@ def calibrate(
     experts = open_library(library)
     lines = read_lines(texts) if texts else None
     known = None if fresh else experts.calibration  # a damaged file is found before the model is loaded
-    if known and (known.null or not null) and lines is None and all(map(experts.calibrated, experts)):
+    if known and len(known.null) >= null and lines is None and all(map(experts.calibrated, experts)):
         out.print(f"all {len(experts)} experts are calibrated; --fresh measures them anew", highlight=False)
         return
     base, tokenizer = open_model(model, dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
@@ -21,6 +22,7 @@ from spectr.folders import with_parents
 from spectr.hashing import json_sha256
 from spectr.layers import trace
 from spectr.models import context_length, encode_batch
+from spectr.routers.abstention import AUTO
 
 _BATCH = 16
 
@@ -35,12 +37,19 @@ class Finding:
         top_4: Share where it is among the four largest; likewise.
         place: Its place in the vote of all tokens and modules (or in the router's own evidence), from 1.
         winner: The expert with the most votes.
+        p: The share of ordinary prompts that have as much evidence; ``None`` where that is not known.
     """
 
     top_1: float
     top_4: float
     place: int
     winner: str
+    p: float | None = None
+
+    @property
+    def to_base(self) -> float:
+        """1 where the base model answers by the default of ``abstain``, else 0; NaN where ``p`` is not known."""
+        return math.nan if self.p is None else float(self.p > AUTO)
 
 
 @torch.inference_mode()
@@ -70,9 +79,10 @@ def find_experts(
         batch = encode_batch(tokenizer, prompts[start : start + _BATCH], limit=limit, device=device)
         read = routed.prompt.find(**batch) if routed.prompt else None
         evidence_BE = None if read is None else read.evidence_BE
+        p_B = [None] * len(batch["input_ids"]) if read is None or read.p_B is None else read.p_B.tolist()
         if evidence_BE is not None and routed.policy is not None and routed.policy.use.fixes:
             rows = [dict(zip(routed.experts, row, strict=True)) for row in evidence_BE.tolist()]
-            found += [_finding(row, expert) for row in rows]
+            found += [_finding(row, expert, p) for row, p in zip(rows, p_B, strict=True)]
             continue
         held = nullcontext()
         if routed.prompt and read is not None:  # read once, not once more by the call below
@@ -93,7 +103,7 @@ def find_experts(
             evidence = {name: float(votes[name]) for name in record.experts}
             if evidence_BE is not None and routed.policy and routed.policy.evidence.reads != "words":
                 evidence = dict(zip(routed.experts, evidence_BE[row].tolist(), strict=True))
-            found.append(_finding(evidence, expert, hits / max(total, 1)))
+            found.append(_finding(evidence, expert, p_B[row], hits / max(total, 1)))
     return found
 
 
@@ -145,8 +155,8 @@ def over_runs(
     return Measurement.of(prompts)
 
 
-def _finding(evidence: dict[str, float], expert: str, hits: Tensor | None = None) -> Finding:
+def _finding(evidence: dict[str, float], expert: str, p: float | None, hits: Tensor | None = None) -> Finding:
     ranking = sorted(evidence, key=lambda name: (-evidence[name], name))
     place = ranking.index(expert) + 1
     top_1, top_4 = (float(place <= 1), float(place <= 4)) if hits is None else map(float, hits)
-    return Finding(top_1=top_1, top_4=top_4, place=place, winner=ranking[0])
+    return Finding(top_1=top_1, top_4=top_4, place=place, winner=ranking[0], p=p)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -30,6 +31,8 @@ class Scorer(Protocol):
         """Their scores for each token, float32."""
         ...
 
+
+_READS_NULL = threading.RLock()  # one for all probes: a probe may be copied and pickled, which a lock cannot
 
 See = Callable[[str, Float[Tensor, "N I"], Tensor, int], None]
 
@@ -97,9 +100,10 @@ class Probe:
     @torch.no_grad()
     def read_null(self) -> None:
         """Read the texts that prompts are compared with, unless that is done; otherwise the first prompt does it."""
-        if self._null_QKE is None and self.null.batches:
-            device = next(self.entry.parameters()).device
-            self._null_QKE = torch.cat([self._read(**batch) for batch in self.null.on(device)], dim=1)
+        with _READS_NULL:
+            if self._null_QKE is None and self.null.batches:
+                device = next(self.entry.parameters()).device
+                self._null_QKE = torch.cat([self._read(**batch) for batch in self.null.on(device)], dim=1)
 
     def _read(self, *args: Any, **kwargs: Any) -> Float[Tensor, "Q B E"]:
         found: dict[str, Tensor] = {}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spectr.combine import Combination
 from spectr.errors import CompositionError
-from spectr.library.needs import Need, OneExpert
+from spectr.library.needs import CALIBRATED, Need, OneExpert
 from spectr.routers.abstention import check_abstain, nulled
 from spectr.routers.base import Router
 from spectr.routers.evidence.base import Evidence, Found, ModuleEvidence
@@ -120,6 +120,12 @@ class PromptPolicy(PromptRouter):
             raise CompositionError(
                 f"abstain={self.abstain}, and {self.evidence!r} does not know what ordinary prompts have",
                 do="leave abstain out, or take evidence from scores, such as score-means",
+            )
+        if self.evidence.calibrated_scores and CALIBRATED not in self.router.needs:
+            raise CompositionError(
+                f"{self.evidence!r} pools calibrated scores, and those of {self.router!r} have any size",
+                expected="a token router with calibrated scores",
+                do='take router=Calibrated(level="token")',
             )
         router, most = self.router, self.use.most
         if router.policy is not None or any(isinstance(need, OneExpert) for need in router.needs):

@@ -83,6 +83,15 @@ def test_an_expert_that_is_added_is_measured_alone_on_the_same_texts(root, libra
     assert grown.rms["dogs"] == pytest.approx(whole.rms["dogs"])
 
 
+def test_more_ordinary_prompts_are_written_where_a_calibration_has_fewer(library):
+    few = calibrate(make_model(), library, make_tokenizer(), null=3)
+    more = calibrate(make_model(), library.with_calibration(few), make_tokenizer(), null=5)
+    assert (len(few.null), len(more.null)) == (3, 5)
+    assert more.rms == few.rms
+    kept = calibrate(make_model(), library.with_calibration(more), make_tokenizer(), null=4)
+    assert kept.null == more.null
+
+
 def test_a_calibration_is_saved_and_loaded_as_it_is(library, tmp_path):
     known = library.calibration
     known.save(tmp_path)

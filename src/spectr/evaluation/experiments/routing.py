@@ -32,7 +32,7 @@ def routing(setup: ExperimentSetup) -> Result:
     for label, router in setup.routers(ROUTERS):
         runs = setup.find_over_seeds(router, f"routing: {label}")
         measured = {what: over_runs(runs, value) for what, value in _VALUES.items()}
-        rows.append([label, *map(percent, measured.values())])
+        rows.append([label, *map(percent, (*measured.values(), over_runs(runs, lambda finding: finding.to_base)))])
         summary[label] = {what: [m.value, m.error] for what, m in measured.items()}
         notes += seeds_note(label, runs, setup)
         per_task[label] = {
@@ -48,7 +48,14 @@ def routing(setup: ExperimentSetup) -> Result:
         name="routing",
         title="Which router finds the right expert",
         source="SpectR, Tables 1 and 4, Figure 5",
-        columns=["router", "tokens, first", "tokens, first four", "prompts, by vote", "prompts, first two"],
+        columns=[
+            "router",
+            "tokens, first",
+            "tokens, first four",
+            "prompts, by vote",
+            "prompts, first two",
+            "to the base",
+        ],
         rows=rows,
         data={
             "tasks": list(tasks),
@@ -73,7 +80,8 @@ def routing(setup: ExperimentSetup) -> Result:
 _NOTE = (
     "Tokens: mean over a prompt's tokens after the chat template's opening and over all modules, then over prompts. "
     "Prompts: the expert with the most first places over all tokens and modules. 'calibrated' decides once for the "
-    "prompt, by its evidence, and that holds for all of its tokens. ± one standard error over prompts."
+    "prompt, by its evidence, and that holds for all of its tokens. To base: prompts that the base model answers by "
+    "the default of 'abstain'; in the other columns an expert always answers. ± one standard error over prompts."
 )
 _VALUES: dict[str, Any] = {
     "top_1": lambda finding: finding.top_1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -180,6 +181,7 @@ class ExperimentSetup:
             expert = self.expert_of(task)
             path = self.folder / "records" / f"{task}--{phase.replace(':', '')}.json"
             made_of = {**self.origin(), **self._needed_by(routed), "expert": expert, "prompts": prompts}
+            made_of |= {"p": True} if routed.policy is not None and routed.policy.evidence.knows_p else {}
             kept = kept_findings(path, made_of, {**made_of, "router": str(routed.router)})
             if kept is None:
                 kept = find_experts(self.model, routed, self.tokenizer, prompts, expert, skip=self.opening)
@@ -367,6 +369,8 @@ def seeds_note(label: str, runs: Sequence[Mapping[str, Sequence[Finding]]], setu
 
 def percent(measurement: Measurement) -> str:
     """A share in percent with its standard error; where there is none, as all are alike, with their number."""
+    if math.isnan(measurement.value):
+        return "-"
     if measurement.error == 0 and measurement.value in (0.0, 1.0):
         return f"{measurement.value:.0%} of {measurement.count}"
     return f"{measurement.value:.1%} ± {measurement.error:.1%}"

@@ -36,13 +36,20 @@ def wording(setup: ExperimentSetup) -> Result:
             "two": [second.value, second.error],
             "share": [share.value, share.error],
         }
-        rows.append([label, percent(first), percent(second), in_words(share)])
+        base = over_runs(runs, lambda finding: finding.to_base)
+        rows.append([label, percent(first), percent(second), percent(base), in_words(share)])
         notes += seeds_note(label, runs, setup)
     return Result(
         name="wording",
         title="The same tasks in other words",
         source="ours",
-        columns=["router", "prompts, by vote", "prompts, first two", "share of the right expert's accuracy"],
+        columns=[
+            "router",
+            "prompts, by vote",
+            "prompts, first two",
+            "to the base",
+            "share of the right expert's accuracy",
+        ],
         rows=rows,
         data={
             "tasks": list(tasks),
@@ -53,7 +60,8 @@ def wording(setup: ExperimentSetup) -> Result:
         notes=[
             "Every prompt in one of the paraphrases of its task, none of which an expert was trained on. Accuracy as a "
             "share of the right expert's on the same words, mean over tasks. ± one standard error over prompts, for "
-            "shares over the differences between method and expert example by example.",
+            "shares over the differences between method and expert example by example. To base: prompts that the "
+            "base model answers by the default of 'abstain'; in the other columns an expert always answers.",
             *notes,
             *setup.left_out(ROUTERS),
             *setup.remarks(),

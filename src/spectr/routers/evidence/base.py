@@ -71,10 +71,12 @@ class Evidence(ABC):
             in the place of the experts, which may then stay on disk, or the ``"words"`` of the prompt.
         knows_p: Whether it may tell how many ordinary prompts have as much (:attr:`Found.p_B`), so that a policy can
             abstain.
+        calibrated_scores: Whether the token router's scores have to be calibrated.
     """
 
     reads: ClassVar[Literal["scores", "prototypes", "words"]] = "words"
     knows_p: ClassVar[bool] = True
+    calibrated_scores: ClassVar[bool] = False
 
     @property
     def needs(self) -> tuple[Need, ...]:

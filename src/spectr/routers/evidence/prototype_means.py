@@ -36,6 +36,7 @@ class PrototypeMeans(ScoreMeans):
     """
 
     reads: ClassVar[Literal["scores", "prototypes"]] = "prototypes"
+    calibrated_scores: ClassVar[bool] = False  # the index brings its own, whatever the router's are
 
     modules: tuple[str, ...] = ()
     module_stride: int = 1

@@ -47,6 +47,8 @@ class ScoreMeans(ModuleEvidence):
 
     reads: ClassVar[Literal["scores", "prototypes"]] = "scores"  # pyright: ignore[reportIncompatibleVariableOverride]
 
+    calibrated_scores: ClassVar[bool] = True
+
     power: float = 2.25
     relative_power: float = 5.0
     probe_tokens: int = 256
