@@ -25,6 +25,11 @@ class Factors(NamedTuple):
     B: Float[Tensor, "outputs rank"]
     scale: float
 
+    @property
+    def is_zero(self) -> bool:
+        """Whether the update changes nothing."""
+        return not (self.A.any() and self.B.any() and self.scale)
+
 
 class Stacked(NamedTuple):
     """Factors of N modules whose shapes are the same, in the file's dtype, on the CPU."""

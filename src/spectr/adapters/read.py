@@ -93,7 +93,7 @@ def _factor_shape(
 
 def _check_values(expert: Expert) -> None:
     with expert.open() as read:
-        alive = [bool(A.any() and B.any() and scale) for A, B, scale in map(read, expert.shapes)]
+        alive = [not read(module).is_zero for module in expert.shapes]
     if not any(alive):
         raise AdapterError(
             f"expert '{expert.name}' is zero in all of its {len(alive)} modules: it is the base model",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -73,7 +73,8 @@ class Paged(Routed):
         check_needs(self.router, library, names)
         known = library.calibration
         assert known is not None
-        plan = make_plan(self.model, _specimens(library, names), router)
+        uncalled = self._reads.outside
+        plan = make_plan(self.model, _specimens(library, names, uncalled), router, uncalled=uncalled)
         held = self.layers
         bases = {
             module: held[module].base if module in held else self.model.get_submodule(module) for module in plan.modules
@@ -107,7 +108,7 @@ class Paged(Routed):
         self.library.check_weights(expert)
         router, rotations = self._token_router, self.library.index[expert.name].rotations()
         shares = prepare_expert(expert, rotations, router, side_data(router, self.library, [expert.name]))
-        return {module: share.to(*self._places[module]) for module, share in shares.items()}
+        return {module: share.to(*self._places[module]) for module, share in shares.items() if module in self._places}
 
     @property
     def scorers(self) -> Mapping[str, Scorer]:
@@ -153,10 +154,16 @@ class Paged(Routed):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
-def _specimens(library: ExpertLibrary, names: Sequence[str]) -> list[Expert]:
-    """One expert for all that adapt the same modules in the same sizes, as the index knows them: no file is opened."""
+def _specimens(library: ExpertLibrary, names: Sequence[str], uncalled: Set[str]) -> list[Expert]:
+    """One expert for all that adapt the same modules in the same sizes, as the index knows them: no file is opened.
+
+    Except of those with updates of layers that are not called: each is looked at.
+    """
     found = []
     for modules, together in library.index.alike(names).items():
+        if any(module.name in uncalled for module in modules):
+            found += [library[name] for name in together]
+            continue
         shapes = {m.name: FactorShape(m.rank, m.inputs, m.outputs, 1.0, "", "") for m in modules}
         found.append(Expert(name=together[0], weights=Path(library.origin), shapes=shapes))
     return found

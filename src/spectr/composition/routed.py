@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from spectr.composition.factor_sets import FactorSets
+from spectr.composition.find_weight_reads import find_weight_reads
 from spectr.composition.prepare import prepare_module, side_data
 from spectr.composition.subset_probes import Readers
 from spectr.errors import CompositionError
@@ -53,6 +54,7 @@ class Routed:
         self.policy, self._token_router = policy_for(router, library), token_router(router)
         if (remark := why_off(router, library)) is not None:
             report_once(remark)
+        self._reads = find_weight_reads(model)
         self._originals: dict[str, nn.Module] = {}
         self._calls: Calls | None = None
         self._exclusion = Exclusion()
@@ -158,7 +160,11 @@ class Routed:
     def take(self) -> None:
         """Decide for the model's calls again, after :meth:`release`."""
         if self._calls is None and not self._removed:
-            self._calls = Calls(self.model, self._resident, self.prompt, exclusion=self._exclusion)
+            self._calls = self._new_calls()
+
+    def _new_calls(self, key: str | None = None) -> Calls:
+        unknown = self._reads.unknown(self.layers)
+        return Calls(self.model, self._resident, self.prompt, key=key, exclusion=self._exclusion, unknown=unknown)
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
@@ -209,14 +215,14 @@ class Routed:
             self.prompt = self._decision(names)
             key = None if self._calls is None or others else self._calls.key
             self.release()
-            self._calls = Calls(self.model, names, self.prompt, key=key, exclusion=self._exclusion)
+            self._calls = self._new_calls(key)
 
     def _make_layers(
         self, names: tuple[str, ...], library: ExpertLibrary, progress: Progress
     ) -> dict[str, RoutedLinear]:
         """Routed layers for the modules that these experts adapt; nothing is changed yet."""
         experts = {name: library[name] for name in names}
-        plan = make_plan(self.model, list(experts.values()), self.router)
+        plan = make_plan(self.model, list(experts.values()), self.router, uncalled=self._reads.outside)
         check_needs(self.router, library, names)
         side = side_data(self._token_router, library, names)
         held, use = self.layers, None if self.policy is None else self.policy.use

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from spectr.grouping import grouped
 from spectr.layers.linear import features
 from spectr.layers.routed import RoutedLinear
 from spectr.library.needs import EqualRanks, some_of
+from spectr.ops import report_once
 from spectr.routers.base import Router
 
 _SHOWN = 3
@@ -26,24 +27,32 @@ class Plan:
     modules: Mapping[str, tuple[str, ...]]
 
 
-def make_plan(model: nn.Module, experts: Sequence[Expert], router: Router) -> Plan:
+def make_plan(model: nn.Module, experts: Sequence[Expert], router: Router, *, uncalled: Set[str] = frozenset()) -> Plan:
     """Match experts to a model's layers.
+
+    Args:
+        model: The model.
+        experts: To be matched.
+        router: Its demands on ranks are checked.
+        uncalled: Layers whose weights the model uses without calling them
+            (:attr:`spectr.layers.weight_reads.WeightReads.outside`). They are not routed: updates of zero there, as
+            PEFT's training leaves them, are left out.
 
     Raises:
         CompositionError: Experts adapt modules that the model does not have, that are no linear layers, or that have
-            other sizes (an adapter for another base model); or ranks differ where the combination needs equal ones.
-            All faults of all experts at once.
+            other sizes (an adapter for another base model); they change layers that are not called; or ranks differ
+            where the combination needs equal ones. All faults of all experts at once.
     """
     layers = {name: module for name, module in model.named_modules() if name}
-    problems = _united({expert.name: _faults(expert, layers) for expert in experts})
-    users = grouped((module, expert.name) for expert in experts for module in expert.shapes)
+    problems = united({expert.name: _faults(expert, layers, uncalled) for expert in experts})
+    users = grouped((module, expert.name) for expert in experts for module in expert.shapes if module not in uncalled)
     for need in router.needs:
         problems += need.problems(experts) if isinstance(need, EqualRanks) else []
     raise_together("the experts do not fit this model", problems, CompositionError)
     return Plan(modules={name: tuple(sorted(users[name])) for name in layers if name in users})
 
 
-class _Fault(NamedTuple):
+class Fault(NamedTuple):
     """What is wrong with an expert, in words that follow its name."""
 
     what: str
@@ -51,9 +60,11 @@ class _Fault(NamedTuple):
     do: str
 
 
-def _faults(expert: Expert, layers: Mapping[str, nn.Module]) -> list[_Fault]:
+def _faults(expert: Expert, layers: Mapping[str, nn.Module], uncalled: Set[str]) -> list[Fault]:
     missing, strange, unfit = [], [], []
     for module, shape in expert.shapes.items():
+        if module in uncalled:
+            continue
         layer = layers.get(module)
         if layer is None:
             missing.append(module)
@@ -67,7 +78,7 @@ def _faults(expert: Expert, layers: Mapping[str, nn.Module]) -> list[_Fault]:
     found = []
     if missing:
         found.append(
-            _Fault(
+            Fault(
                 f"adapts {some_of(missing, _SHOWN, ' modules')} that this model does not have",
                 f"modules of this model ({did_you_mean_module(missing[0], layers)}){base}",
                 "load the base model that the adapter was trained on, in the same class",
@@ -75,7 +86,7 @@ def _faults(expert: Expert, layers: Mapping[str, nn.Module]) -> list[_Fault]:
         )
     if strange:
         found.append(
-            _Fault(
+            Fault(
                 f"adapts {some_of(strange, _SHOWN, ' modules')}, which are not linear layers that can be routed",
                 "layers that the model calls, mapping (..., inputs) to (..., outputs)",
                 "retrain it without these modules",
@@ -83,16 +94,40 @@ def _faults(expert: Expert, layers: Mapping[str, nn.Module]) -> list[_Fault]:
         )
     if unfit:
         found.append(
-            _Fault(
+            Fault(
                 f"was made for layers of other sizes: {some_of(unfit, _SHOWN, ' modules')}",
                 f"an adapter for this base model{base}",
                 "leave the expert out, or load its base model",
             )
         )
-    return found
+    changed = _changed(expert, sorted(uncalled & expert.shapes.keys()))
+    return [*found, uncalled_fault(changed)] if changed else found
 
 
-def _united(faults: Mapping[str, Sequence[_Fault]]) -> list[CompositionError]:
+def _changed(expert: Expert, modules: Sequence[str]) -> list[str]:
+    """Those of these modules whose weights an expert changes; that it has updates of zero at the others is reported."""
+    if not modules:
+        return []
+    with expert.open() as read:
+        changed = [module for module in modules if not read(module).is_zero]
+    if len(changed) < len(modules):
+        report_once(
+            f"expert '{expert.name}' has updates of zero at {len(modules) - len(changed)} layers whose weights this "
+            "model uses without calling them; they are left out"
+        )
+    return changed
+
+
+def uncalled_fault(modules: Sequence[str]) -> Fault:
+    """That an expert changes layers that are not called."""
+    return Fault(
+        f"changes {some_of(modules, _SHOWN, ' layers')}, whose weights this model uses without calling the layer",
+        "updates of layers that the model calls; elsewhere PEFT has no effect either, and training leaves zero",
+        "train it without these layers, or merge it into the weights: spectr merge --into-base",
+    )
+
+
+def united(faults: Mapping[str, Sequence[Fault]]) -> list[CompositionError]:
     """One error for each different fault, naming all experts that have it."""
     names = grouped((fault, name) for name, found in faults.items() for fault in found)
     return [

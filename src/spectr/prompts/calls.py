@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
@@ -46,6 +46,7 @@ from spectr.prompts.batches import Batches
 from spectr.prompts.cache_records import CacheRecord
 from spectr.prompts.decision import PromptDecision, plain_verdict
 from spectr.prompts.exclusion import Exclusion
+from spectr.prompts.first_calls import FirstCalls
 from spectr.prompts.frames import Frame, frame_of, framed
 from spectr.prompts.generation import Generation
 from spectr.prompts.stand_ins import Checkpointing, Entry, entries_of
@@ -90,6 +91,7 @@ class Calls:
         prompt: Decides on prompts, where the router does that.
         key: Names experts and router in caches' records; a new one, if left out.
         exclusion: Keeps changes of the experts out of running calls.
+        unknown: Routed layers of which it is not known whether the model calls them.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class Calls:
         *,
         key: str | None = None,
         exclusion: Exclusion | None = None,
+        unknown: Collection[str] = (),
     ):
         self.model, self.experts, self.prompt = model, tuple(experts), prompt
         self.key, self.exclusion = key or uuid4().hex, exclusion or Exclusion()
@@ -110,7 +113,7 @@ class Calls:
         if prompt is not None:
             prompt.calls = self
             _keep_out_of_graphs()
-        self.batches = Batches(self)
+        self.batches, self._first_calls = Batches(self), FirstCalls(model, unknown)
         self._stand_ins: list[tuple[nn.Module, str, Any, Any]] = []
         self.closed = False
         self._install()
@@ -183,7 +186,8 @@ class Calls:
             if self.closed:  # the experts were changed while it waited
                 return entry.module.forward(*args, **kwargs)
             step = self._begin(entry, args, kwargs)
-            with self._inside(step.routing, step.shape, step.kept):
+            followed = self._first_calls.followed(entry.module, step.given)
+            with self._inside(step.routing, step.shape, step.kept), followed:
                 out = entry.plain(*args, **kwargs)
             self._end(step, entry, out)
             return out
@@ -250,8 +254,7 @@ class Calls:
 
     def fresh(self, verdict_BE: Tensor | None, frame: Frame | None) -> CacheRecord:
         """The record of an empty cache."""
-        token = None if frame is None else frame.token
-        return CacheRecord(self.key, self.experts, ((0, verdict_BE),), frame=token)
+        return CacheRecord(self.key, self.experts, ((0, verdict_BE),), frame=None if frame is None else frame.token)
 
     def _record_for(self, entry: Entry, given: Mapping[str, Any], tokens: CallTokens) -> CacheRecord:
         """What is known of the sequences of a call, whose tokens were read or are read now."""
@@ -334,12 +337,8 @@ class Calls:
         assert before is not None
         positions = before.positions_BT
         record = self.fresh(wanted, frame)  # before the reset, which empties the record there is
-        record.ids, record.positions, record.length, record.before = (
-            before.ids,
-            before.positions,
-            before.length,
-            before.before,
-        )
+        record.ids, record.positions = before.ids, before.positions
+        record.length, record.before = before.length, before.before
         state.reset()
         routing = None if wanted is None else self.routing(wanted)
         read = {**as_prompt(ids_BT), "past_key_values": state, "use_cache": True}

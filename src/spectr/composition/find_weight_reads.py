@@ -1,0 +1,94 @@
+"""Trying a model on two tokens or an empty picture, to find what it does with the weights of its linear layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from inspect import signature
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectr.layers.linear import features
+from spectr.layers.weight_reads import WeightReads, uncompiled
+
+_SAMPLES = 2000  # of sound: a few frames of all models that are given it as a wave
+
+
+def find_weight_reads(model: nn.Module) -> WeightReads:
+    """How a model uses the weights of its linear layers, found by one call with as little as it takes.
+
+    It costs what one token costs. The model is called as it stands (on its devices, by its own kernels) in eval mode,
+    and is left as it was, random numbers included. A part that is not reached, as the vision tower of a language model,
+    is called by itself. What cannot be called, or needs other inputs than tokens, pictures or waves, stays unknown.
+
+    Args:
+        model: The base model, or a composed one. One whose weights accelerate keeps elsewhere is not called.
+    """
+    reads = WeightReads(model)
+    layers = {module: name for name, module in model.named_modules() if features(module)}
+    if any(p.is_meta for p in model.parameters()) and any(hasattr(part, "_hf_hook") for part in model.modules()):
+        return reads
+    for part in model.modules():
+        if not hasattr(part, "main_input_name") or not hasattr(part, "config"):
+            continue
+        inner = [layers[module] for module in part.modules() if module in layers]
+        if not reads.unknown(inner):
+            continue
+        for inputs in _inputs(part):
+            if _runs(part, inputs, reads):
+                break
+    return reads
+
+
+def _runs(part: nn.Module, inputs: Mapping[str, Tensor], reads: WeightReads) -> bool:
+    """Whether a module could be called with this."""
+    devices = {tensor.device for tensor in part.parameters() if tensor.is_cuda}
+    try:
+        with _in_eval_mode(part), torch.random.fork_rng(devices), torch.no_grad(), uncompiled(), reads:
+            part(**inputs)
+    except Exception:  # whatever a model raises that wants something else
+        return False
+    return True
+
+
+@contextmanager
+def _in_eval_mode(part: nn.Module) -> Iterator[None]:
+    training = [module for module in part.modules() if module.training]
+    try:
+        part.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _inputs(part: Any) -> Iterator[dict[str, Tensor]]:
+    """What a module may be called with: its main input first, then all that it has a name for."""
+    weight = next(weight for weight in part.parameters() if weight.is_floating_point())
+    vision = getattr(part.config, "vision_config", part.config)
+    size = getattr(vision, "image_size", None)
+    ids_BT = _token_ids(part.config, weight.device)
+    made = {"input_values": weight.new_zeros(1, _SAMPLES)}
+    if ids_BT is not None:
+        made |= {"input_ids": ids_BT, "decoder_input_ids": ids_BT}
+    if isinstance(size, (int, list, tuple)):
+        sides = (size, size) if isinstance(size, int) else size
+        made["pixel_values"] = weight.new_zeros(1, getattr(vision, "num_channels", 3), *sides)
+    accepted = signature(type(part).forward).parameters
+    made = {name: tensor for name, tensor in made.items() if name in accepted}
+    main = {name: tensor for name, tensor in made.items() if name in (part.main_input_name, "decoder_input_ids")}
+    yield main
+    if len(made) > len(main):
+        yield made
+
+
+def _token_ids(config: Any, device: torch.device) -> Tensor | None:
+    """Two tokens of a model's vocabulary that stand for nothing but themselves."""
+    text = config.get_text_config()
+    special = [value for part in (config, text) for name, value in vars(part).items() if name.endswith("token_id")]
+    words = range(getattr(text, "vocab_size", None) or 0)
+    plain = list(islice((word for word in words if word not in special and [word] not in special), 2))
+    return torch.tensor([plain], device=device) if len(plain) == 2 else None
