@@ -5,9 +5,8 @@ import re
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from spectr.adapters.write import rank_settings
+from spectr.adapters.write import rank_settings, targets
 from spectr.extraction import Kept, Report, places, summary
-from spectr.extraction.write import targets
 from spectr.plots import write_energy_map
 from spectr.plots.energy import energy_figure
 

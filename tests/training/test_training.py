@@ -12,8 +12,8 @@ from spectr.adapters import read_adapter
 from spectr.errors import DataError
 from spectr.tasks import Example, Task
 from spectr.training import TrainingSettings, batches, checkpoint_step, encode, train_expert
+from spectr.training.adapter import with_adapter
 from spectr.training.fit import answer_loss
-from spectr.training.run import _with_adapter
 from text_model import make_model, make_tokenizer
 
 TASK = Task.of(name="colours", version=1, prompt="what is the colour of the {thing}", choices=("green", "blue"))
@@ -140,7 +140,7 @@ def test_the_loss_is_the_mean_cross_entropy_of_the_answers_tokens():
     examples = [*EXAMPLES[:2], Example(prompt="what is it", answer="a good film")]
     data = encode(tokenizer, examples, 512)
     assert len(data.prefix) > 0
-    model = _with_adapter(make_model(), replace(SETTINGS, dropout=0.0)).train()
+    model = with_adapter(make_model(), replace(SETTINGS, dropout=0.0)).train()
     [batch] = batches(data, batch_size=3, epochs=1, seed=0, pad=2)
     loss = answer_loss(model, batch, torch.tensor([data.prefix]), torch.device("cpu"))
     total, count = 0.0, 0

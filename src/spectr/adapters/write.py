@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,20 @@ def common_settings(experts: Iterable[Expert]) -> dict[str, Any]:
         values = [config.get(key) or default for config in raw]
         found[key] = values[0] if all(value == values[0] for value in values) else default
     return found
+
+
+def targets(chosen: Sequence[str], modules: Iterable[str]) -> list[str] | str:
+    """PEFT's ``target_modules`` for exactly these of a model's modules.
+
+    PEFT adapts every module whose name is one of the list or ends with a dot and one of the list. So: last parts of
+    names where these say it all, else whole names, else (one name is the end of another's) a regular expression.
+    """
+    every, wanted = list(modules), set(chosen)
+    for names in (sorted({name.rpartition(".")[2] for name in chosen}), sorted(wanted)):
+        ends = tuple(f".{name}" for name in names)
+        if {module for module in every if f".{module}".endswith(ends)} == wanted:
+            return names
+    return "|".join(re.escape(name) for name in sorted(wanted))
 
 
 def rank_settings(ranks: Mapping[str, int]) -> dict[str, Any]:

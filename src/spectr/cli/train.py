@@ -12,6 +12,7 @@ from spectr.cli.console import bar, interruptible, out, say
 from spectr.cli.model_loading import open_model
 from spectr.cli.options import BaseOption, DtypeOption, LettersOption, with_options
 from spectr.cli.rows import Rows, last_step, setting
+from spectr.errors import some_of
 
 app = typer.Typer()
 BatchSize = Annotated[int, setting("Set the examples of a step.")]
@@ -37,10 +38,15 @@ def train(
     validation: Annotated[
         int, typer.Option(help="Hold out the first rows of the data, and keep the epoch that is best on them.", min=0)
     ] = 0,
-    test_limit: Annotated[int | None, typer.Option(help="Limit the test rows.", min=1)] = None,
+    test_limit: Annotated[
+        int, typer.Option(help="Measure on this many test rows at most, drawn at random.", min=1)
+    ] = 200,
+    all_test_rows: Annotated[bool, typer.Option("--all-test-rows", help="Measure on all test rows instead.")] = False,
     rank: Annotated[int, setting("Set the LoRA rank r.")] = 8,
     alpha: Annotated[int, setting("Set LoRA's alpha; the scale is alpha / r.")] = 16,
-    dropout: Annotated[float, setting("Set LoRA's dropout.")] = 0.05,
+    dropout: Annotated[
+        float | None, setting("Set LoRA's dropout; by default 0.05, and 0 where fused parameters are trained.")
+    ] = None,
     rslora: Annotated[bool, setting("Scale by alpha / sqrt(r) instead.")] = False,
     target_modules: Annotated[
         str, setting("Choose the modules: all-linear, names separated by commas, or a regular expression.")
@@ -72,7 +78,8 @@ def train(
 
     source = rows.source(test=test, letters=letters)
     settings = _given(context, TrainingSettings)
-    plan = read_plan(out_folder, source, name=name, validation=validation, test_limit=test_limit, settings=settings)
+    limit = None if all_test_rows else test_limit
+    plan = read_plan(out_folder, source, name=name, validation=validation, test_limit=limit, settings=settings)
     for remark in plan.remarks:
         say(remark)
     base, tokenizer = open_model(model, dtype, plan.check_base)
@@ -82,6 +89,8 @@ def train(
     say(f"training '{plan.name}' on {len(plan.train)} examples")
     with bar() as advance, interruptible(lambda: last_step(plan.out)):
         report = run_plan(plan, base, tokenizer, base_model=model or HUB_ID, progress=advance)
+    if report.without_gradient:
+        say(f"no gradient has reached {some_of(report.without_gradient, 5)}: left out of the expert")
     if report.accuracy_after is not None:
         out.print(
             f"{report.metric} {report.accuracy_after:.1%} on {report.test_examples} test rows; the base model had "

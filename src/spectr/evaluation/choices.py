@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from spectr.errors import DataError
 from spectr.evaluation.encode import Encoding, encode_examples
 from spectr.grouping import grouped
-from spectr.models import context_length, pad_batch, pad_rows, shared_prefix
+from spectr.models import context_length, pad_batch, pad_rows, reads_in_parts, shared_prefix
 from spectr.prompts.decision import PromptDecision, decides_by_prompt
 from spectr.tasks import Example
 
@@ -39,7 +39,7 @@ def choice_logprobs(
     leaves no room for the longest choice in the model's context loses its beginning.
 
     Args:
-        model: A causal language model of transformers, in evaluation mode.
+        model: A language model of transformers, in evaluation mode; with an encoder too.
         tokenizer: Its tokenizer.
         examples: Examples with choices.
         length_normalised: Mean instead of sum.
@@ -126,22 +126,55 @@ def _logprobs(
     progress: Progress = lambda _: None,
 ) -> list[Tensor]:
     prompts = [one.prompt for one in encoded]
-    prefix = shared_prefix(prompts) if len(prompts) > 1 else []
+    longest = max((len(one.prompt) + max(map(len, one.choices)) for one in encoded), default=0)
+    in_parts = reads_in_parts(model, longest)
+    prefix = shared_prefix(prompts) if in_parts and len(prompts) > 1 else []
     device = next(model.parameters()).device
     cache = _run(model, torch.tensor([prefix], device=device)).past_key_values if prefix else None
-    pad: int = tokenizer.pad_token_id  # pyright: ignore[reportAssignmentType]
+    pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     order = sorted(range(len(encoded)), key=lambda i: -len(prompts[i]))
     found: dict[int, Tensor] = {}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         own = [prompts[i][len(prefix) :] for i in chosen]
         choices = [encoded[i].choices for i in chosen]
-        scores = _batch_logprobs(model, own, choices, len(prefix), copy.deepcopy(cache), pad)
+        if in_parts:
+            scores = _batch_logprobs(model, own, choices, len(prefix), copy.deepcopy(cache), pad)
+        else:
+            scores = _whole_logprobs(model, own, choices, pad)
         for i, score_C, ids in zip(chosen, scores, choices, strict=True):
             lengths_C = torch.tensor([len(choice) for choice in ids])
             found[i] = score_C / lengths_C if length_normalised else score_C
         progress(len(chosen))
     return [found[i] for i in range(len(encoded))]
+
+
+def _whole_logprobs(
+    model: nn.Module, prompts: list[list[int]], choices: list[list[list[int]]], pad: int
+) -> list[Tensor]:
+    """Log-likelihoods of each prompt's choices, every prompt read anew with each choice, and padding last."""
+    known: Any = model
+    rows = [(prompt, option) for prompt, options in zip(prompts, choices, strict=True) for option in options]
+    two_sided = known.config.is_encoder_decoder
+    first = 0 if two_sided else min(map(len, prompts)) - 1  # position of the first target of all
+    before = [0 if two_sided else len(prompt) - 1 - first for prompt, _ in rows]
+    labels = [[-100] * count + option for count, (_, option) in zip(before, rows, strict=True)]
+    label_NT = pad_rows(labels, -100, left=False, device=known.device)
+    read = [prompt if two_sided else prompt + option[:-1] for prompt, option in rows]
+    given: dict[str, Any] = {
+        "input_ids": pad_rows(read, pad, left=False, device=known.device),
+        "attention_mask": pad_rows([[1] * len(ids) for ids in read], 0, left=False, device=known.device),
+        "use_cache": False,
+    }
+    count = label_NT.shape[1]
+    given |= (
+        {"labels": label_NT}
+        if two_sided
+        else {"logits_to_keep": torch.arange(first, first + count, device=known.device)}
+    )
+    logits_NTV = model(**given).logits[:, -count:]  # a model that does not know logits_to_keep gives all
+    score_NT = logits_NTV.float().log_softmax(-1).gather(2, label_NT.clamp(min=0)[..., None]).squeeze(2)
+    return list((score_NT * (label_NT >= 0)).sum(-1).cpu().split([len(options) for options in choices]))
 
 
 def _run(model: nn.Module, input_ids: Tensor, **more: Any) -> Any:

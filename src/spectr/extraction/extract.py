@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spectr.adapters.write import targets
 from spectr.errors import ExtractionError, some_of
 from spectr.extraction.architecture import Architecture, read_architecture
 from spectr.extraction.checkpoint import Checkpoint, Rows, locate_model, read_checkpoint
@@ -19,7 +20,7 @@ from spectr.extraction.memory import Plan, plan
 from spectr.extraction.outcome import Kept, Left, Report
 from spectr.extraction.settings import DTYPES, Extraction, Truncation
 from spectr.extraction.svd import exact_svd, randomised_svd
-from spectr.extraction.write import PACKAGES, targets, write_expert
+from spectr.extraction.write import PACKAGES, write_expert
 from spectr.folders import check_new_folder
 from spectr.hashing import file_sha256
 from spectr.spectral import Aligned

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,20 +33,6 @@ def write_expert(out: Path, factors: Mapping[str, Pair], config: Mapping[str, An
         )
         (folder / CARD).write_text(card(report), encoding="utf-8")
     return out
-
-
-def targets(chosen: Sequence[str], modules: Iterable[str]) -> list[str] | str:
-    """PEFT's ``target_modules`` for exactly these of a model's modules.
-
-    PEFT adapts every module whose name is one of the list or ends with a dot and one of the list. So: last parts of
-    names where these say it all, else whole names, else (one name is the end of another's) a regular expression.
-    """
-    every, wanted = list(modules), set(chosen)
-    for names in (sorted({name.rpartition(".")[2] for name in chosen}), sorted(wanted)):
-        ends = tuple(f".{name}" for name in names)
-        if {module for module in every if f".{module}".endswith(ends)} == wanted:
-            return names
-    return "|".join(re.escape(name) for name in sorted(wanted))
 
 
 def card(report: Report) -> str:

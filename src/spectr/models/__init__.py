@@ -1,6 +1,6 @@
 """Base models: fetching the default one, loading any other, and going from text to tokens and back."""
 
-from spectr.models.cache import growing_cache
+from spectr.models.cache import growing_cache, reads_in_parts
 from spectr.models.fetch import DEFAULT_MODEL, HUB_ID, fetch_default_model
 from spectr.models.generate import encode_batch, generate_answers, pad_batch, pad_rows
 from spectr.models.load import load_model, pick_dtype
@@ -21,5 +21,6 @@ __all__ = [
     "pad_batch",
     "pad_rows",
     "pick_dtype",
+    "reads_in_parts",
     "shared_prefix",
 ]

@@ -94,3 +94,23 @@ def growing_cache(model: nn.Module) -> Cache | None:
         return Cache(layer_class_to_replicate=GrowingLayer)
     cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def reads_in_parts(model: nn.Module, tokens: int | None = None) -> bool:
+    """Whether a model may read a beginning once, and then rows that differ in length behind copies of its cache.
+
+    Not with an encoder, nor with a recurrent state, which folds padding in and cannot be repeated for more rows; and
+    where padding stands between the two, not beyond an attention window, which counts it.
+
+    Args:
+        model: A causal language model of transformers, plain or composed, or in PEFT's hands.
+        tokens: Of the longest row with its beginning, where padding stands between the two; ``None`` where it comes
+            last.
+    """
+    known: Any = model
+    if known.config.is_encoder_decoder or known._is_stateful or not known._supports_default_dynamic_cache():
+        return False
+    layers = DynamicCache(config=known.config).layers
+    windows = [layer.sliding_window for layer in layers if hasattr(layer, "sliding_window")]
+    recurrent = any(hasattr(layer, "recurrent_states") or hasattr(layer, "conv_states") for layer in layers)
+    return not recurrent and (tokens is None or tokens <= min(windows, default=tokens))

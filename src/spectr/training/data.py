@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from spectr.models import encode_answer, encode_prompt, pad_rows, shared_prefix
@@ -38,15 +38,16 @@ class Encoded:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One step's tokens, padded on the left. B examples, T tokens of their own after S shared ones.
+    """One step's tokens, padded on the right. B examples, T tokens of their own after S shared ones.
 
-    For a model with an encoder and a decoder padded on the right, prompts in ``input_ids`` and answers in ``labels``.
+    Padding comes last, since elsewhere recurrent states and attention windows would count it. For a model with an
+    encoder and a decoder prompts are in ``input_ids``, and answers in ``labels``.
 
     Attributes:
         input_ids: (B, T) int64.
         attention_mask: (B, S + T) int64, 0 at padding.
         position_ids: (B, T) int64.
-        labels: (B, A) int64, the last A targets; -100 where there is nothing to learn.
+        labels: (B, A) int64, the targets of the last A positions; -100 where there is nothing to learn.
     """
 
     input_ids: Tensor
@@ -103,24 +104,22 @@ def count_steps(data: Encoded, *, batch_size: int, epochs: int) -> int:
 
 def _collate(data: Encoded, chosen: list[int], pad: int) -> Batch:
     rows = [data.prompts[i] + data.answers[i][:-1] for i in chosen]
-    shared = len(data.prefix)
-    mask = nn.functional.pad(pad_rows([[1] * len(row) for row in rows], 0), (shared, 0), value=1)
-    return Batch(
-        input_ids=pad_rows(rows, pad),
-        attention_mask=mask,
-        position_ids=mask.cumsum(-1).sub(1).clamp(min=0)[:, shared:],
-        labels=pad_rows([data.answers[i] for i in chosen], -100),
-    )
+    first = min(len(data.prompts[i]) for i in chosen) - 1  # position of the first target of all
+    labels = [[-100] * (len(data.prompts[i]) - 1 - first) + data.answers[i] for i in chosen]
+    return _batch(rows, labels, len(data.prefix), pad)
 
 
 def _collate_two_sided(data: Encoded, chosen: list[int], pad: int) -> Batch:
-    rows = [data.prompts[i] for i in chosen]
-    mask = pad_rows([[1] * len(row) for row in rows], 0, left=False)
+    return _batch([data.prompts[i] for i in chosen], [data.answers[i] for i in chosen], 0, pad)
+
+
+def _batch(rows: list[list[int]], labels: list[list[int]], shared: int, pad: int) -> Batch:
+    mask = pad_rows([[1] * (shared + len(row)) for row in rows], 0, left=False)
     return Batch(
         input_ids=pad_rows(rows, pad, left=False),
         attention_mask=mask,
-        position_ids=mask.cumsum(-1).sub(1).clamp(min=0),
-        labels=pad_rows([data.answers[i] for i in chosen], -100, left=False),
+        position_ids=mask.cumsum(-1).sub(1).clamp(min=0)[:, shared:],
+        labels=pad_rows(labels, -100, left=False),
     )
 
 

@@ -108,9 +108,15 @@ def _stream(config: Any, data: Encoded, settings: OptimizerSettings, epochs: int
         batch_size=settings.batch_size,
         epochs=epochs,
         seed=settings.seed,
-        pad=config.pad_token_id if config.pad_token_id is not None else 0,
+        pad=_pad(config),
         two_sided=bool(getattr(config, "is_encoder_decoder", False)),
     )
+
+
+def _pad(config: Any) -> int:
+    """Any id will do, as nothing reads padding; of a model with several parts the text's configuration names one."""
+    pad = getattr(config.get_text_config(), "pad_token_id", None)
+    return pad if isinstance(pad, int) and pad >= 0 else 0
 
 
 def _step(
@@ -126,6 +132,12 @@ def _step(
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed * 1_000_003 + step)
         loss = answer_loss(model, batch, torch.tensor([prefix], dtype=torch.long, device=device), device)
+    if not loss.requires_grad:
+        raise DataError(
+            "the loss depends on none of the trained modules",
+            expected="modules that text goes through",
+            do="choose others: --target-modules all-linear",
+        )
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
@@ -196,9 +208,8 @@ def save_checkpoint(
     """Write parameters, AdamW's moments and the best epoch's weights; ``facts`` (JSON) goes into the header."""
     tensors = {f"parameter/{name}": parameter.detach() for name, parameter in parameters.items()}
     tensors |= {f"best/{name}": tensor for name, tensor in best.items()}
-    for name, parameter in parameters.items():
-        for moment in _MOMENTS:
-            tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment]
+    for name, parameter in parameters.items():  # without a state where it never had a gradient
+        tensors |= {f"{key}/{name}": value for key, value in optimizer.state.get(parameter, {}).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".partial")
     save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, scratch, metadata={"facts": json.dumps(facts)})
@@ -227,13 +238,18 @@ def read_facts(path: Path, fingerprint: str | None = None) -> dict[str, Any] | N
 def load_checkpoint(
     path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, step: int
 ) -> dict[str, Tensor]:
-    """Put a checkpoint's tensors into the parameters and the optimiser; returns the best epoch's weights, if any."""
+    """Put a checkpoint's tensors into the parameters and the optimiser; returns the best epoch's weights, if any.
+
+    A parameter has its own count of steps, those with a gradient; in files of earlier versions all had ``step``.
+    """
     with safe_open(path, framework="pt") as file, torch.no_grad():
+        names = set(file.keys())
         for name, parameter in parameters.items():
             parameter.copy_(file.get_tensor(f"parameter/{name}"))
-            moments: dict[str, Tensor] = {
-                moment: file.get_tensor(f"{moment}/{name}").to(parameter.device) for moment in _MOMENTS
-            }
-            optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments}
-        names = [key for key in list(file.keys()) if key.startswith("best/")]
-        return {name.removeprefix("best/"): file.get_tensor(name) for name in names}
+            if f"{_MOMENTS[0]}/{name}" in names:
+                moments = {key: file.get_tensor(f"{key}/{name}").to(parameter.device) for key in _MOMENTS}
+                own = f"step/{name}"
+                count = file.get_tensor(own) if own in names else torch.tensor(float(step), dtype=torch.float32)
+                optimizer.state[parameter] = {"step": count, **moments}
+        best = sorted(name for name in names if name.startswith("best/"))
+        return {name.removeprefix("best/"): file.get_tensor(name) for name in best}

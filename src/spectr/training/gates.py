@@ -20,6 +20,7 @@ from spectr.errors import DataError
 from spectr.hashing import json_sha256, known_sha256
 from spectr.layers import RoutedLinear, make_plan, swap_module
 from spectr.layers.linear import placement
+from spectr.models import reads_in_parts
 from spectr.routers import Oracle
 from spectr.tasks import Example
 from spectr.training.data import encode
@@ -96,8 +97,7 @@ def train_gates(
     """
     if not train:
         raise DataError("there are no training examples", do="check the data file")
-    two_sided = bool(getattr(model.config, "is_encoder_decoder", False))
-    encoded = encode(tokenizer, train, settings.max_length, share=not two_sided)
+    encoded = encode(tokenizer, train, settings.max_length, share=reads_in_parts(model))
     content = [encoded.prefix, encoded.prompts, encoded.answers, known_sha256(expert.weights), asdict(settings), data]
     fingerprint = json_sha256(content)
     checkpoint = checkpoint_of(work)

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 from spectr.adapters import Expert, has_gates
-from spectr.errors import DataError, MissingExtraError
+from spectr.errors import DataError, MissingExtraError, some_of
 from spectr.shipped import open_library
 from spectr.tasks import Example, Task, read_examples
 from spectr.tasks.sources import Source, read_expert_rows
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
     from spectr.training.fit import Progress
     from spectr.training.publish import Report
+
+
+TEST_ROWS = 200  # minutes on a CPU, with a standard error of at most 3.5 points
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +37,7 @@ class Plan:
         train: Training examples.
         validation: Examples that choose the epoch.
         test: Examples to measure on, before and after.
+        test_rows: Their numbers among the test rows, from 1; ``None`` for all.
         settings: Of the run.
         data: Origin of the examples, for the card.
         remarks: What a user should know before the run.
@@ -47,16 +52,19 @@ class Plan:
     settings: TrainingSettings
     data: dict[str, Any] = field(default_factory=dict)
     remarks: Sequence[str] = ()
+    test_rows: Sequence[int] | None = None
 
     def check_base(self, config: Any, *_: Any) -> None:
         """Check the configuration of the base model, before its weights are read.
 
         Raises:
-            DataError: No module of such a model matches ``target_modules``.
+            DataError: As of :func:`spectr.training.adapter.settle`.
         """
-        from spectr.training.run import check_targets
+        from transformers import AutoModelForCausalLM
 
-        check_targets(config, self.settings)
+        from spectr.training.adapter import settle
+
+        settle(lambda: AutoModelForCausalLM.from_config(config), self.settings)
 
 
 def read_plan(
@@ -65,7 +73,7 @@ def read_plan(
     *,
     name: str | None = None,
     validation: int = 0,
-    test_limit: int | None = None,
+    test_limit: int | None = TEST_ROWS,
     settings: Mapping[str, Any],
 ) -> Plan:
     """Read and check all of a training run.
@@ -75,7 +83,7 @@ def read_plan(
         source: Its task and data.
         name: The expert's; by default the task's or the folder's.
         validation: Rows that are held out, the first of the data.
-        test_limit: Test rows at most.
+        test_limit: Test rows at most, drawn at random, always the same ones; ``None`` for all.
         settings: Of :class:`TrainingSettings`.
 
     Raises:
@@ -95,7 +103,8 @@ def read_plan(
             f"--validation {validation} holds out all of the {len(rows)} rows that there are",
             do="hold out fewer, or give more data",
         )
-    test_examples = read_examples(task, test, root=source.root, limit=test_limit) if test else []
+    test_examples = read_examples(task, test, root=source.root) if test else []
+    drawn = _drawn(len(test_examples), test_limit)
     if find_spec("peft") is None:
         raise MissingExtraError("training", "train")
     made = TrainingSettings(**settings)
@@ -108,11 +117,27 @@ def read_plan(
         task=task,
         train=rows[validation:],
         validation=rows[:validation],
-        test=test_examples,
+        test=test_examples if drawn is None else [test_examples[row - 1] for row in drawn],
+        test_rows=drawn,
         settings=made,
         data=source.origin(task, train, test),
-        remarks=["the test rows are training rows: the accuracy says nothing about new ones"] * (test == train),
+        remarks=_remarks(test == train, drawn, len(test_examples)),
     )
+
+
+def _drawn(rows: int, limit: int | None) -> list[int] | None:
+    """Numbers of the test rows to measure on, ascending from 1; ``None`` for all."""
+    return None if limit is None or rows <= limit else sorted(Random(0).sample(range(1, rows + 1), limit))
+
+
+def _remarks(same: bool, drawn: Sequence[int] | None, rows: int) -> list[str]:
+    remarks = ["the test rows are training rows: the accuracy says nothing about new ones"] * same
+    if drawn is not None:
+        which = some_of([str(row) for row in drawn], 5)
+        remarks.append(
+            f"measuring on {len(drawn)} of {rows} test rows, drawn at random: {which}; --all-test-rows measures on all"
+        )
+    return remarks
 
 
 def run_plan(
@@ -141,6 +166,7 @@ def run_plan(
         base_model=base_model,
         train=plan.train,
         test=plan.test,
+        test_rows=plan.test_rows,
         validation=plan.validation,
         settings=plan.settings,
         out=plan.out,

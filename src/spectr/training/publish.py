@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from spectr.adapters import CARD, CARD_DATA
-from spectr.atomic_write import save_readable
+from spectr.errors import some_of
+from spectr.training.adapter import write_peft
 from spectr.training.settings import TrainingSettings
 from spectr.versions import package_versions
 
@@ -30,6 +29,8 @@ class Report:
         accuracy_before: The base model's, on the test examples, from 0 to 1; ``None`` without test data.
         accuracy_after: The expert's, measured on the weights as saved.
         majority: Share of the most frequent label, where labels mean the same in every row.
+        test_rows: Numbers of the test rows that were measured on, from 1; ``None`` for all.
+        without_gradient: Targeted layers that no gradient has reached; the expert leaves them out.
     """
 
     name: str
@@ -48,21 +49,16 @@ class Report:
     accuracy_after: float | None
     majority: float | None
     seconds: float
+    test_rows: list[int] | None = None
+    without_gradient: list[str] = field(default_factory=list)
 
 
 def publish(model: PeftModel, out: Path, report: Report, note: str) -> None:
     """Write adapter (bfloat16), configuration and card into ``out``; the configuration last, as it marks the end."""
-    from peft import get_peft_model_state_dict
-
     scratch = out / ".partial"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    weights = {k: v.to(torch.bfloat16).contiguous().cpu() for k, v in get_peft_model_state_dict(model).items()}
-    save_readable(weights, scratch / "adapter_model.safetensors", {"format": "pt"})
-    config = model.peft_config["default"]
-    config.base_model_name_or_path = report.base_model
-    config.inference_mode = True
-    config.save_pretrained(str(scratch))
+    write_peft(model, scratch, base_model=report.base_model, without=report.without_gradient)
     facts = {
         **asdict(report),
         "note": note,
@@ -92,7 +88,7 @@ tags: [lora, spectr]
 # {facts["name"]}
 
 A LoRA expert for `{facts["base_model"]}`, trained with `spectr train`.
-{remark}
+{remark}{_left_out(facts)}
 ## Accuracy
 {_accuracy(facts)}
 ## Data
@@ -107,18 +103,23 @@ A LoRA expert for `{facts["base_model"]}`, trained with `spectr train`.
 """
 
 
+def _left_out(facts: dict[str, Any]) -> str:
+    names = facts["without_gradient"]
+    return f"\nNo gradient has reached {some_of(names, 5)}: left out.\n" if names else ""
+
+
 def _accuracy(facts: dict[str, Any]) -> str:
     before, after = facts["accuracy_before"], facts["accuracy_after"]
     if after is None:
         return "Not measured: no test data was given.\n" + _validation(facts)
     count = facts["test_examples"]
+    drawn = "" if facts["test_rows"] is None else f"The test examples were drawn: rows in {CARD_DATA}.\n"
     if facts["metric"] != "accuracy":
-        return f"{facts['metric']} {after:.1%} on {count} test examples; the base model has {before:.1%}.\n"
+        return f"{facts['metric']} {after:.1%} on {count} test examples; the base model has {before:.1%}.\n{drawn}"
     error = (after * (1 - after) / count) ** 0.5
     line = f"{after:.1%} on {count} test examples (standard error {error:.1%}); the base model has {before:.1%}"
-    return (
-        line + (f", the majority class {facts['majority']:.1%}.\n" if facts["majority"] else ".\n") + _validation(facts)
-    )
+    line += f", the majority class {facts['majority']:.1%}.\n" if facts["majority"] else ".\n"
+    return line + drawn + _validation(facts)
 
 
 def _validation(facts: dict[str, Any]) -> str:

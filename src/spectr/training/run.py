@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -12,24 +12,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spectr.errors import DataError, MissingExtraError, some_of
+from spectr.errors import DataError, some_of
 from spectr.evaluation import accuracy, choice_logprobs, predict, text_metric
 from spectr.evaluation.score import Measurement, counting, score_examples, score_of
 from spectr.folders import check_new_folder
 from spectr.hashing import json_sha256
-from spectr.layers import features
+from spectr.models import reads_in_parts
 from spectr.tasks import Example
+from spectr.training.adapter import check_plain, settle, untrained, with_adapter
 from spectr.training.data import Encoded, count_steps, encode
 from spectr.training.fit import Progress, fit, fresh_facts, read_facts, trainable
 from spectr.training.publish import Report, publish
 from spectr.training.settings import TrainingSettings
-
-try:
-    from peft import LoraConfig, PeftModel, get_peft_model
-except ImportError as error:
-    raise MissingExtraError("training", "train") from error
 
 CHECKPOINT = "checkpoint.safetensors"
 _OWN = (CHECKPOINT, "checkpoint.partial", ".partial")
@@ -43,6 +39,7 @@ def train_expert(
     base_model: str,
     train: Sequence[Example],
     test: Sequence[Example] = (),
+    test_rows: Sequence[int] | None = None,
     validation: Sequence[Example] = (),
     settings: TrainingSettings,
     out: str | Path,
@@ -63,6 +60,7 @@ def train_expert(
         base_model: What the adapter's configuration names as its base.
         train: Training examples.
         test: Examples to measure on, before and after.
+        test_rows: Their numbers in the test data, for the card, where they are not all of it.
         validation: Examples with choices to measure accuracy on after every epoch. The weights of the best epoch are
             kept, so that nothing need be decided by the test examples.
         settings: See :class:`TrainingSettings`.
@@ -79,22 +77,25 @@ def train_expert(
         What the card says.
 
     Raises:
-        DataError: ``out`` holds an expert, other files or the checkpoint of another run, no module matches
-            ``target_modules``, there is nothing to train on, or the validation examples have no choices.
+        DataError: ``out`` holds an expert, other files or the checkpoint of another run, the model is composed or has
+            an adapter, ``target_modules`` match nothing that can be trained and read again, there is nothing to train
+            on, or the validation examples have no choices.
     """
     out = Path(out)
     check_folder(out)
     _check_examples(train, validation)
-    _with_adapter(model, settings).unload()  # raises for a wrong target before anything is measured
+    check_plain(model)
+    settings = settle(lambda: type(model)(deepcopy(model.config)), settings)
     train = train[: settings.examples]
-    encoded = encode(tokenizer, train, settings.max_length)
+    encoded = encode(tokenizer, train, settings.max_length, share=reads_in_parts(model))
     fingerprint = _fingerprint(asdict(settings), data, base_model, encoded, len(validation))
     meter = partial(_meter, model, tokenizer, progress, length_normalised, metric, max_new_tokens)
     measure, validate = meter(test) if test else None, meter(validation) if validation else None
-    facts = read_facts(out / CHECKPOINT, fingerprint) or fresh_facts(
-        fingerprint, before=measure("base model on the test data") if measure else None
-    )
-    peft_model = _with_adapter(model, settings)
+    facts = read_facts(out / CHECKPOINT, fingerprint) or fresh_facts(fingerprint)
+    tested = json_sha256([[example.prompt, example.label] for example in test])
+    if facts.get("tested") != tested:
+        facts |= {"tested": tested, "before": measure("base model on the test data") if measure else None}
+    peft_model = with_adapter(model, settings)
     try:
         total = count_steps(encoded, batch_size=settings.batch_size, epochs=settings.epochs)
         facts = fit(
@@ -119,6 +120,8 @@ def train_expert(
             accuracy_after=measure("expert on the test data") if measure else None,
             majority=_majority(test),
             seconds=round(facts["seconds"], 1),
+            test_rows=None if test_rows is None else list(test_rows),
+            without_gradient=untrained(peft_model),
         )
         publish(peft_model, out, report, note)
     finally:
@@ -153,37 +156,6 @@ def check_folder(out: str | Path) -> None:
             do=f"choose another --out, such as {out / 'expert'}",
         )
     check_new_folder(out, DataError, inside=True)
-
-
-def check_targets(config: PreTrainedConfig, settings: TrainingSettings) -> None:
-    """Raise :class:`DataError` unless ``target_modules`` match a model of this configuration; reads no weights."""
-    with torch.device("meta"):
-        _with_adapter(AutoModelForCausalLM.from_config(config), settings)
-
-
-def _with_adapter(model: PreTrainedModel, settings: TrainingSettings) -> PeftModel:
-    targets: Any = settings.target_modules
-    if "," in targets:
-        targets = [target.strip() for target in targets.split(",")]
-    config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        use_rslora=settings.rslora,
-        target_modules=targets,
-        task_type="CAUSAL_LM",
-    )
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # PEFT's matter
-        torch.manual_seed(settings.seed)
-        try:
-            return get_peft_model(model, config)  # pyright: ignore[reportReturnType]
-        except ValueError as error:  # its NoMatchingPeftModuleError among them
-            linear = sorted({name.rpartition(".")[2] for name, part in model.named_modules() if features(part)})
-            raise DataError(
-                f"target_modules={settings.target_modules!r}: {error}",
-                expected=f"all-linear, or some of: {', '.join(linear)}",
-            ) from error
 
 
 @torch.no_grad()

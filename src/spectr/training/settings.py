@@ -36,7 +36,7 @@ class OptimizerSettings:
     def __post_init__(self) -> None:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         wrong = [name for name in _SIZES + _RATES if values.get(name) is not None and not values[name] > 0]
-        wrong += [name for name in _SHARES if not 0 <= values.get(name, 0) < 1]
+        wrong += [name for name in _SHARES if not 0 <= (values.get(name) or 0) < 1]
         wrong += ["schedule"] if self.schedule not in ("constant", "linear", "cosine") else []
         if wrong:
             raise DataError(
@@ -46,6 +46,7 @@ class OptimizerSettings:
             )
 
 
+DROPOUT = 0.05  # where nothing else is asked for
 _SIZES = ("rank", "alpha", "batch_size", "epochs", "steps", "max_length", "examples")
 _RATES = ("learning_rate", "max_grad_norm")
 _SHARES = ("dropout", "warmup")
@@ -59,6 +60,7 @@ class TrainingSettings(OptimizerSettings):
         rank: LoRA rank ``r``.
         alpha: LoRA alpha; the scale is ``alpha / rank``, or ``alpha / sqrt(rank)`` with ``rslora``.
         dropout: LoRA dropout, from 0 to below 1. On the tokens that all prompts share one mask serves the whole batch.
+            ``None`` is 0.05, and 0 where fused parameters of a mixture of experts are trained, which have none in PEFT.
         rslora: Rank-stabilised scale.
         target_modules: PEFT's: ``"all-linear"``, or a regular expression, or names separated by commas.
         epochs: Passes over the examples.
@@ -70,7 +72,7 @@ class TrainingSettings(OptimizerSettings):
     what: ClassVar[str] = "training settings"
     rank: int = 8
     alpha: int = 16
-    dropout: float = 0.05
+    dropout: float | None = None
     rslora: bool = False
     target_modules: str = "all-linear"
     epochs: int = 1

@@ -1,0 +1,151 @@
+"""The adapter that is trained, in PEFT's hands: what is checked before the run, and what is written after it."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectr.adapters import WEIGHTS_FILE, read_adapter
+from spectr.adapters.write import targets
+from spectr.atomic_write import save_readable
+from spectr.errors import AdapterError, DataError, MissingExtraError
+from spectr.layers import RoutedLinear, features
+from spectr.training.settings import DROPOUT, TrainingSettings
+
+try:
+    from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+    from peft.tuners.tuners_utils import BaseTunerLayer
+except ImportError as error:
+    raise MissingExtraError("training", "train") from error
+
+_PREFIX = "base_model.model."
+_NAMES = re.compile(r"^[\w.\s,]+$")  # of modules; anything else is a regular expression
+
+
+def settle(make: Callable[[], nn.Module], settings: TrainingSettings) -> TrainingSettings:
+    """Settings with the dropout that a model allows, after all checks that need no weights.
+
+    Args:
+        make: Makes the model; called on the meta device.
+        settings: Of the run.
+
+    Raises:
+        DataError: No module matches ``target_modules``, spectr could not read the adapter again, or dropout was asked
+            for where fused parameters (of a mixture of experts) are trained, which have none in PEFT.
+    """
+    with torch.device("meta"):
+        peft_model = with_adapter(make(), replace(settings, rank=1, dropout=0.0))
+    fused = sorted(peft_model.peft_config["default"].target_parameters or ())
+    if fused and settings.dropout:
+        raise DataError(
+            f"dropout={settings.dropout}, and target_modules={settings.target_modules!r} has fused parameters here "
+            f"({', '.join(fused)})",
+            expected="no dropout, which PEFT does not have for those",
+            do="leave --dropout out, or name linear layers: --target-modules q_proj,v_proj",
+        )
+    _check_readable(peft_model, settings)
+    return replace(settings, dropout=0.0 if fused else DROPOUT) if settings.dropout is None else settings
+
+
+def check_plain(model: nn.Module) -> None:
+    """Raise :class:`DataError` if a model is composed or carries an adapter, which would take part unnoticed."""
+    for what, kind in {"is composed": RoutedLinear, "carries an adapter": BaseTunerLayer}.items():
+        if any(isinstance(module, kind) for module in model.modules()):
+            raise DataError(f"this model {what}", expected="a base model", do="take that off, or load the model anew")
+
+
+def with_adapter(model: Any, settings: TrainingSettings) -> PeftModel:
+    """The model with a fresh adapter, the same one for the same seed.
+
+    Raises:
+        DataError: No module matches ``target_modules``, or PEFT cannot adapt one that does.
+    """
+    chosen = settings.target_modules
+    named = chosen != "all-linear" and _NAMES.match(chosen)
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=DROPOUT if settings.dropout is None else settings.dropout,
+        use_rslora=settings.rslora,
+        target_modules=[name.strip() for name in chosen.split(",")] if named else chosen,
+        task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
+    )
+    linear = sorted({name.rpartition(".")[2] for name, part in model.named_modules() if features(part)})
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # PEFT's matter
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)  # and its own keys
+        torch.manual_seed(settings.seed)
+        try:
+            return get_peft_model(model, config)  # pyright: ignore[reportReturnType]
+        except ValueError as error:  # its NoMatchingPeftModuleError among them
+            raise DataError(
+                f"target_modules={settings.target_modules!r}: {error}",
+                expected=f"all-linear, or some of: {', '.join(linear)}",
+            ) from error
+
+
+def untrained(peft_model: PeftModel) -> list[str]:
+    """Linear layers whose update is still zero: no gradient has ever reached them."""
+    return [name for name, part in _adapted(peft_model).items() if not part.lora_B["default"].weight.any()]
+
+
+def write_peft(peft_model: PeftModel, folder: Path, *, base_model: str, without: Collection[str] = ()) -> None:
+    """Write PEFT's two files, the factors in bfloat16.
+
+    Args:
+        peft_model: With the adapter; its configuration is the one that is written.
+        folder: For the files.
+        base_model: What the configuration names as its base.
+        without: Linear layers whose update is zero; what is written does not target them, so that PEFT misses none.
+    """
+    outside = tuple(f"{_PREFIX}{name}.lora_" for name in without)
+    tensors = {key: value for key, value in _tensors(peft_model).items() if not key.startswith(outside)}
+    config = peft_model.peft_config["default"]
+    if without:
+        modules = [name for name, _ in peft_model.get_base_model().named_modules()]
+        inner = tuple(f"{name}." for name in _adapted(peft_model))
+        kept = [name for name in _adapted(peft_model) if name not in set(without)]
+        config.target_modules = targets(kept, [name for name in modules if not name.startswith(inner)])
+    config.base_model_name_or_path = base_model
+    config.inference_mode = True
+    save_readable(tensors, folder / WEIGHTS_FILE, {"format": "pt"})
+    config.save_pretrained(str(folder))
+
+
+def _adapted(peft_model: PeftModel) -> dict[str, Any]:
+    """The adapted linear layers by their names in the base model; not what PEFT puts around fused parameters."""
+    return {
+        name: part
+        for name, part in peft_model.get_base_model().named_modules()
+        if isinstance(part, LoraLayer) and not isinstance(part, ParamWrapper) and "default" in part.lora_B
+    }
+
+
+def _tensors(peft_model: PeftModel) -> Mapping[str, Tensor]:
+    """What PEFT would write, on the CPU; zeros of a model on the meta device."""
+    found = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    there = {key: torch.zeros(value.shape) if value.is_meta else value for key, value in found.items()}
+    return {key: value.to(torch.bfloat16).contiguous().cpu() for key, value in there.items()}
+
+
+def _check_readable(peft_model: PeftModel, settings: TrainingSettings) -> None:
+    """Write the adapter as it will be, only smaller, and read it."""
+    with TemporaryDirectory() as folder:
+        write_peft(peft_model, Path(folder), base_model="")
+        try:
+            read_adapter(folder, "trained", check_values=False)
+        except AdapterError as error:
+            raise DataError(
+                f"target_modules={settings.target_modules!r} trains what spectr cannot read again: {error.given}",
+                expected="linear layers",
+                do="name them: --target-modules q_proj,v_proj",
+            ) from error
