@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from spectr.adapters import Expert
 from spectr.calibration import read_inputs
-from spectr.errors import SpectrError
+from spectr.errors import CompositionError, SpectrError
 from spectr.grouping import grouped
 from spectr.layers.plan import make_plan
 from spectr.library import Calibration, ExpertLibrary
@@ -65,6 +65,8 @@ def build_index(
     if not missing:
         return library
     make_plan(model, list(missing.values()), Spectr(top_k=1))
+    for expert in missing.values():
+        expert.check_factors_alone("an index", CompositionError)
     known = library.calibration
     assert known is not None
     modules = sorted({module for expert in missing.values() for module in expert.shapes})

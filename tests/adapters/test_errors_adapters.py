@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from peft import IA3Config, LoHaConfig, LoraConfig
+from peft import IA3Config, LoraConfig
 from safetensors.torch import save_file
 
 from adapters_on_disk import assert_says, factors, key_A, key_B, save_with_peft, tiny_llama, write_adapter
@@ -27,15 +27,7 @@ def refusal(folder, name="sql", **options) -> AdapterError:
 WRITTEN_BY_PEFT = {
     "DoRA": (LoraConfig(target_modules=["q_proj"], use_dora=True), "use_dora is set (DoRA rescales"),
     "lora_bias": (LoraConfig(target_modules=["q_proj"], lora_bias=True), "lora_bias is set (the B matrix has a bias"),
-    "modules_to_save": (
-        LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]),
-        "modules_to_save is set (whole modules were trained",
-    ),
     "bias": (LoraConfig(target_modules=["q_proj"], bias="all"), "bias is 'all' (biases of the base model"),
-    "tokens": (
-        LoraConfig(target_modules=["q_proj"], trainable_token_indices=[0, 1]),
-        "trainable_token_indices is set (it trains rows of the embedding)",
-    ),
     "replicated layers": (
         LoraConfig(target_modules=["q_proj"], layer_replication=[(0, 2), (1, 2)]),
         "layer_replication is set (it duplicates layers",
@@ -49,7 +41,6 @@ WRITTEN_BY_PEFT = {
         "init_lora_weights is 'olora' (it also changes the base model's weights)",
     ),
     "IA3": (IA3Config(target_modules=["q_proj"], feedforward_modules=[]), "peft_type is 'IA3', not 'LORA'"),
-    "LoHa": (LoHaConfig(target_modules=["q_proj"]), "peft_type is 'LOHA', not 'LORA'"),
 }
 
 
@@ -57,19 +48,6 @@ WRITTEN_BY_PEFT = {
 def test_what_is_not_plain_lora_is_refused_by_name(tmp_path, config, reason):
     error = refusal(save_with_peft(tmp_path, tiny_llama(), config))
     assert_says(error, given=("expert 'sql' cannot be routed exactly", reason), expected=PLAIN_LORA, do="retrain it")
-
-
-@pytest.mark.parametrize(
-    ("target", "reason"),
-    [
-        ("embed_tokens", "model.embed_tokens.lora_embedding_A is factors of an embedding"),
-        ("lm_head", "lm_head.base_layer.weight is not a LoRA factor"),
-    ],
-)
-def test_embeddings_are_refused_by_their_tensors(tmp_path, target, reason):
-    config = LoraConfig(target_modules=["q_proj", target])
-    error = refusal(save_with_peft(tmp_path, tiny_llama(), config))
-    assert_says(error, given=("expert 'sql' cannot be routed exactly", reason), expected=PAIRS, do="on linear layers")
 
 
 @pytest.mark.parametrize(
@@ -274,14 +252,13 @@ def test_factors_whose_ranks_differ(tmp_path):
 
 
 ODD_TENSORS = {
-    "a stranger": ({"lm_head.weight": (3, 3)}, "lm_head.weight is not a LoRA factor"),
+    "a stranger": ({"lm_head.scale": (3, 3)}, "lm_head.scale is not a LoRA factor"),
     "a magnitude": ({f"{Q}.lora_magnitude_vector": (8,)}, f"{Q}.lora_magnitude_vector is a DoRA magnitude"),
     "a bias": ({f"{Q}.lora_B.bias": (8,)}, f"{Q}.lora_B.bias is a bias of the B matrix"),
     "a whole module": (
         {"base_model.model.lm_head.modules_to_save.weight": (3, 3)},
         "base_model.model.lm_head.modules_to_save.weight is a whole trained module",
     ),
-    "token rows": ({"embed.token_adapter.delta": (2, 8)}, "embed.token_adapter.delta is trained rows of an embedding"),
     "half a pair": ({"m.lora_A.weight": (2, 8)}, "m has only one factor"),
     "a convolution": (
         {"conv.lora_A.weight": (2, 3, 3, 3), "conv.lora_B.weight": (8, 2, 1, 1)},

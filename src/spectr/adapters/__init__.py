@@ -4,6 +4,7 @@ from spectr.adapters.config import CONFIG_FILE
 from spectr.adapters.expert import Expert, Factors, FactorShape
 from spectr.adapters.gates import GATES_FILE, has_gates, read_gates, write_gates
 from spectr.adapters.read import ADAPTER_FILES, WEIGHTS_FILE, locate_adapter, read_adapter
+from spectr.adapters.saved import SavedParts
 from spectr.adapters.write import CARD, CARD_DATA, common_settings, write_adapter
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Expert",
     "FactorShape",
     "Factors",
+    "SavedParts",
     "common_settings",
     "has_gates",
     "locate_adapter",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spectr.adapters.saved import NOTHING_SAVED, SavedSettings
 from spectr.errors import AdapterError
 
 CONFIG_FILE = "adapter_config.json"
@@ -18,9 +19,7 @@ CONFIG_FILE = "adapter_config.json"
 _REFUSED: dict[str, str] = {
     "use_dora": "DoRA rescales the base weight's columns",
     "lora_bias": "the B matrix has a bias of its own",
-    "modules_to_save": "whole modules were trained in addition to the factors",
     "target_parameters": "it adapts parameters of fused modules (such as mixture-of-experts weights)",
-    "trainable_token_indices": "it trains rows of the embedding",
     "layer_replication": "it duplicates layers of the base model",
     "use_qalora": "QA-LoRA pools the input of A",
     "alora_invocation_tokens": "an activated LoRA starts at invocation tokens only",
@@ -33,10 +32,17 @@ _REFUSED: dict[str, str] = {
 }
 # Initialisations after which PEFT also changes the base model's weights.
 _CHANGES_BASE = re.compile(r"pissa|olora|corda|loftq|lora_ga", re.IGNORECASE)
+_TOKENS_ALONE = "TRAINABLE_TOKENS"  # no factors, trained rows of the embedding alone
+# What PEFT makes LoRA of, by its save_as_lora.
+_CONVERTIBLE = {
+    *("C3A", "DELORA", "FOURIERFT", "GRALORA", "HIRA", "LOHA", "LOKR", "MISS", "PSOFT", "RANDLORA", "SHIRA"),
+    *("TINYLORA", "UNILORA", "VBLORA", "VERA", "WAVEFT"),
+}
 # Settings that leave the forward pass of an adapter that is loaded as it is alone.
 _HARMLESS = {
     *("peft_type", "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode"),
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "fan_in_fan_out", "bias"),
+    *("modules_to_save", "trainable_token_indices", "token_indices", "init_weights"),
     *("use_rslora", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern"),
     *("alpha_pattern", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
     *(
@@ -60,6 +66,7 @@ class AdapterConfig:
     rank_pattern: dict[str, int]
     alpha_pattern: dict[str, float]
     base_model: str | None
+    saved: SavedSettings = NOTHING_SAVED
 
     def rank_of(self, module: str) -> int:
         """Rank of a module: the first matching entry of ``rank_pattern``, else ``r``."""
@@ -96,19 +103,22 @@ def read_config(folder: Path, name: str) -> AdapterConfig:
         raise AdapterError(
             f"expert '{name}' cannot be routed exactly: {'; '.join(faults)}",
             expected="a plain LoRA adapter, whose update is scale * B @ A",
-            do="retrain it as plain LoRA, or extract one from the merged model",
+            do=_cure(raw.get("peft_type")),
         )
     return AdapterConfig(
-        rank=raw["r"],
-        alpha=raw["lora_alpha"],
+        rank=raw.get("r", 0),
+        alpha=raw.get("lora_alpha", 0),
         rslora=bool(raw.get("use_rslora")),
         rank_pattern=raw.get("rank_pattern") or {},
         alpha_pattern=raw.get("alpha_pattern") or {},
         base_model=raw.get("base_model_name_or_path"),
+        saved=SavedSettings.of(raw),
     )
 
 
 def _faults(raw: dict[str, Any]) -> list[str]:
+    if raw.get("peft_type") == _TOKENS_ALONE:
+        return list(SavedSettings.of(raw).faults())
     if raw.get("peft_type") != "LORA":
         return [f"peft_type is {raw.get('peft_type')!r}, not 'LORA'"]
     faults = [f"{key} is set ({why})" for key, why in _REFUSED.items() if raw.get(key)]
@@ -122,7 +132,16 @@ def _faults(raw: dict[str, Any]) -> list[str]:
     faults += [f"lora_alpha is {raw.get('lora_alpha')!r}"] if not _is_number(raw.get("lora_alpha")) else []
     for key, right in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):
         faults += [f"{key} is {raw[key]!r}"] if not _is_pattern(raw.get(key) or {}, right) else []
-    return faults
+    return [*faults, *SavedSettings.of(raw).faults()]
+
+
+def _cure(kind: Any) -> str:
+    if kind not in _CONVERTIBLE:
+        return "retrain it as plain LoRA, or extract one from the merged model"
+    return (
+        "load it with PEFT and make LoRA of it: peft.tuners.lora.conversion.save_as_lora(FOLDER, peft_model, rank=...)"
+        "; the larger the rank, the closer"
+    )
 
 
 def _is_rank(value: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load
 from torch import Tensor
 
-from spectr.errors import AdapterError, SpectrError
+from spectr.adapters.saved import SavedParts
+from spectr.errors import AdapterError, SpectrError, some_of
 
 
 class Factors(NamedTuple):
@@ -60,6 +61,7 @@ class Expert:
         shapes: By module name (as in ``model.named_modules()``), in alphabetical order.
         base_model: What the adapter says it was trained on.
         origin: Where it came from: a folder or a Hub id.
+        saved: By module name what it has besides factors of linear layers, such as trained heads and embeddings.
     """
 
     name: str
@@ -67,6 +69,12 @@ class Expert:
     shapes: Mapping[str, FactorShape]
     base_model: str | None = None
     origin: str = ""
+    saved: Mapping[str, SavedParts] = field(default_factory=dict)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """All modules that it changes, in alphabetical order."""
+        return tuple(sorted({*self.shapes, *self.saved}))
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -75,8 +83,24 @@ class Expert:
 
     @property
     def parameters(self) -> int:
-        """Numbers in all factors."""
-        return sum(shape.rank * (shape.inputs + shape.outputs) for shape in self.shapes.values())
+        """Numbers in all factors and in all that is saved with them."""
+        factors = sum(shape.rank * (shape.inputs + shape.outputs) for shape in self.shapes.values())
+        return factors + sum(parts.numbers for parts in self.saved.values())
+
+    def check_factors_alone(self, what: str, kind: type[SpectrError] = AdapterError) -> None:
+        """Raise where the expert has more than factors of linear layers, for what takes these alone.
+
+        Args:
+            what: Takes them, such as ``"merging"``.
+            kind: Of the error.
+        """
+        if self.saved:
+            raise kind(
+                f"expert '{self.name}' has trained {some_of(list(self.saved), 3, ' modules')} besides LoRA's factors, "
+                f"and {what} takes factors alone",
+                expected="an adapter of LoRA factors of linear layers",
+                do="leave it out; spectr.compose applies it whole, under routers that take one expert a prompt",
+            )
 
     @contextmanager
     def open(self):
@@ -92,6 +116,21 @@ class Expert:
                 for key, tensor in ((shape.key_A, A), (shape.key_B, B)):
                     self._check(key, tensor)
                 return Factors(A, B, shape.scale)
+
+            yield read
+
+    @contextmanager
+    def open_saved(self):
+        """Open the file and yield ``read(key) -> Tensor`` for keys of :attr:`saved`, in the file's dtype, on the CPU.
+
+        ``read`` raises :class:`AdapterError` where a tensor holds NaN or infinity.
+        """
+        with open_safetensors(self.weights, self.name) as file:
+
+            def read(key: str) -> Tensor:
+                tensor = file.get_tensor(key)
+                self._check(key, tensor)
+                return tensor
 
             yield read
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from spectr.adapters.config import CONFIG_FILE, AdapterConfig, read_config
 from spectr.adapters.expert import Expert, FactorShape, open_safetensors
 from spectr.adapters.gates import GATES_FILE
+from spectr.adapters.saved import read_saved
 from spectr.errors import AdapterError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -21,10 +22,8 @@ _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 _FACTOR = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight$")
 _STRANGERS = (
     ("lora_magnitude_vector", "a DoRA magnitude"),
-    ("lora_embedding_", "factors of an embedding"),
     ("modules_to_save", "a whole trained module"),
     (".lora_B.bias", "a bias of the B matrix"),
-    ("token_adapter", "trained rows of an embedding"),
 )
 _HUB_ID = re.compile(r"^(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<subfolder>[\w./-]+?))?(?:@(?P<revision>[\w./-]+))?$")
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, "README.md", "expert.json", GATES_FILE)  # all that belongs to one
@@ -48,11 +47,12 @@ def read_adapter(source: str | Path, name: str, *, check_values: bool = True) ->
         raise _no_weights(folder, name)
     with open_safetensors(weights, name) as file:
         keys = list(file.keys())
-        pairs, faults = _pair_keys(keys)
+        pairs, others, faults = _pair_keys(keys)
         slices = {key: file.get_slice(key) for key in keys}
         shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
         faults += [f"{k} has dtype {part.get_dtype()}" for k, part in slices.items() if part.get_dtype() not in _FLOATS]
-    if not faults and not pairs:
+    saved = read_saved(others, shapes, config.saved, config.scale_of, faults)
+    if not faults and not pairs and not saved:
         faults = ["it holds no LoRA factors"]
     found = {m: _factor_shape(m, sides, shapes, config, faults) for m, sides in pairs.items() if len(sides) == 2}
     if faults:
@@ -68,6 +68,7 @@ def read_adapter(source: str | Path, name: str, *, check_values: bool = True) ->
         shapes={module: shape for module, shape in sorted(found.items()) if shape},
         base_model=config.base_model,
         origin=str(source),
+        saved=saved,
     )
     if check_values:
         _check_values(expert)
@@ -94,7 +95,9 @@ def _factor_shape(
 def _check_values(expert: Expert) -> None:
     with expert.open() as read:
         alive = [not read(module).is_zero for module in expert.shapes]
-    if not any(alive):
+    with expert.open_saved() as read:
+        saved = [bool(read(key).numel()) for parts in expert.saved.values() for key in parts.keys]
+    if not any(alive) and not saved:
         raise AdapterError(
             f"expert '{expert.name}' is zero in all of its {len(alive)} modules: it is the base model",
             expected="an adapter that was trained",
@@ -117,9 +120,10 @@ def _no_weights(folder: Path, name: str) -> AdapterError:
     )
 
 
-def _pair_keys(keys: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Sort tensor names into ``{module: {"A": key, "B": key}}`` and a list of faults."""
+def _pair_keys(keys: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str], list[str]]:
+    """Sort tensor names into ``{module: {"A": key, "B": key}}``, those that are no factors, and a list of faults."""
     pairs: dict[str, dict[str, str]] = {}
+    others: list[str] = []
     faults: list[str] = []
     ordered = sorted(keys)
     together = "\n".join(ordered)
@@ -127,8 +131,10 @@ def _pair_keys(keys: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str
     for key in ordered:
         stranger = next((what for mark, what in strangers if mark in key), None)
         match = _FACTOR.match(key)
-        if stranger or not match:
-            faults.append(f"{key} is {stranger or 'not a LoRA factor'}")
+        if stranger:
+            faults.append(f"{key} is {stranger}")
+        elif not match:
+            others.append(key)
         else:
             sides = pairs.setdefault(match["module"], {})
             if match["side"] in sides:
@@ -137,7 +143,7 @@ def _pair_keys(keys: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str
                 )
             sides[match["side"]] = key
     faults += [f"{module} has only one factor" for module, sides in pairs.items() if len(sides) < 2]
-    return pairs, faults
+    return pairs, others, faults
 
 
 def locate_adapter(source: str | Path, name: str) -> Path:

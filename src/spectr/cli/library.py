@@ -256,7 +256,7 @@ def _side_fault(root: Path) -> SpectrError | None:
 
 
 def _ranks(entry: Entry) -> str:
-    return "rank " + "/".join(map(str, entry.ranks))
+    return "rank " + "/".join(map(str, entry.ranks)) if entry.ranks else "no factors"
 
 
 def _kept(entry: Entry, opened: ExpertLibrary) -> dict[str, Any]:

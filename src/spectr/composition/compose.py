@@ -11,6 +11,7 @@ from spectr.composition.routed import Guide, Progress, Routed
 from spectr.errors import CompositionError
 from spectr.layers.multi_routed import MultiRoutedLinear
 from spectr.layers.routed import RoutedLinear
+from spectr.layers.saved import SavedModule
 from spectr.library import ExpertLibrary
 from spectr.library.needs import DESCRIBED
 from spectr.paging import DEFAULT_POLICY, Policy, get_policy
@@ -68,7 +69,7 @@ def compose(
             expected="a router object, such as spectr.Spectr(top_k=4)",
             do="for a router by name: spectr.get_router('arrow')",
         )
-    if any(isinstance(module, (RoutedLinear, MultiRoutedLinear)) for module in model.modules()):
+    if any(isinstance(module, (RoutedLinear, SavedModule, MultiRoutedLinear)) for module in model.modules()):
         raise CompositionError("this model is composed already", do="call remove() on its handle first")
     if router.policy is not None and router.policy.pages:
         memory = _EXPERT_MEMORY if expert_memory is None else expert_memory

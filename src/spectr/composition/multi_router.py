@@ -11,6 +11,7 @@ from spectr.composition.routed import Routed
 from spectr.errors import CompositionError
 from spectr.layers.multi_routed import MultiRoutedLinear
 from spectr.layers.routed import RoutedLinear
+from spectr.layers.saved import SavedModule
 from spectr.layers.swap import swap_module
 from spectr.lazy import lazy
 
@@ -41,7 +42,19 @@ class MultiRouter:
             self.compositions[name] = make(weight_sharing_copy(model) if len(makers) > 1 else model)
             check_alike({name: routed.experts for name, routed in self.compositions.items()})
             self._share(name)
+        self._check_factors_alone()
         self._place()
+
+    def _check_factors_alone(self) -> None:
+        """Raise :class:`CompositionError` where several routers would need trained modules of experts."""
+        for name, routed in self.compositions.items():
+            if len(self.compositions) > 1 and any(isinstance(m, SavedModule) for m in routed.model.modules()):
+                raise CompositionError(
+                    f"several routers are to share the model, and with '{name}' experts have trained modules besides "
+                    "LoRA's factors",
+                    expected="one router, which takes one expert a prompt",
+                    do="serve with one router",
+                )
 
     @property
     def experts(self) -> tuple[str, ...]:

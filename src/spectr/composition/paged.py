@@ -19,6 +19,7 @@ from spectr.layers.factors import Factors
 from spectr.layers.linear import placement
 from spectr.layers.plan import make_plan
 from spectr.layers.routed import RoutedLinear
+from spectr.layers.saved import SavedModule
 from spectr.library import ExpertLibrary
 from spectr.paging import ExpertCache, Policy
 from spectr.prompts.bounds import CertainProbe, Certainty
@@ -66,8 +67,11 @@ class Paged(Routed):
             self.remove()
             raise
 
+    def _saved_modules(self, names: tuple[str, ...], library: ExpertLibrary) -> dict[str, SavedModule]:
+        return {}  # an index has no such experts
+
     def _make_layers(
-        self, names: tuple[str, ...], library: ExpertLibrary, progress: Progress
+        self, names: tuple[str, ...], library: ExpertLibrary, progress: Progress, saved: Mapping[str, SavedModule]
     ) -> dict[str, RoutedLinear]:
         router, evidence = self._token_router, self._evidence
         check_needs(self.router, library, names)

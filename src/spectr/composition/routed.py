@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from spectr.composition.factor_sets import FactorSets
 from spectr.composition.find_weight_reads import find_weight_reads
 from spectr.composition.prepare import prepare_module, side_data
+from spectr.composition.saved import saved_modules
 from spectr.composition.subset_probes import Readers
 from spectr.errors import CompositionError
 from spectr.layers.linear import placement
 from spectr.layers.plan import make_plan
 from spectr.layers.routed import RoutedLinear
-from spectr.layers.swap import swap_module
+from spectr.layers.saved import SavedModule
+from spectr.layers.swap import plain_module, swap_module
 from spectr.library import ExpertLibrary
 from spectr.ops import report_once
 from spectr.prompts.calls import Calls
@@ -205,22 +207,31 @@ class Routed:
         if self._removed:
             raise CompositionError("this handle was removed from its model", do="compose the model again")
         with self._changing():
-            fresh = self._make_layers(names, library, progress)
-            for module in set(self.layers) - set(fresh):
+            saved = self._saved_modules(names, library)
+            fresh = {**saved, **self._make_layers(names, library, progress, saved)}
+            for module in set(self._originals) - set(fresh):
                 swap_module(self.model, module, self._originals.pop(module))
             for module, layer in fresh.items():
-                self._originals.setdefault(module, layer.base)
-                swap_module(self.model, module, layer)
+                self._originals.setdefault(module, plain_module(swap_module(self.model, module, layer)))
             self._resident, self.library = names, library
             self.prompt = self._decision(names)
             key = None if self._calls is None or others else self._calls.key
             self.release()
             self._calls = self._new_calls(key)
 
+    def _saved_modules(self, names: tuple[str, ...], library: ExpertLibrary) -> dict[str, SavedModule]:
+        """Modules that these experts have trained as a whole; nothing is changed yet."""
+        experts = {name: library[name] for name in names}
+        if not any(expert.saved for expert in experts.values()):
+            return {}
+        uncalled = self._reads.outside
+        make_plan(self.model, list(experts.values()), self.router, uncalled=uncalled)
+        return saved_modules(self.model, experts, self.router, uncalled)
+
     def _make_layers(
-        self, names: tuple[str, ...], library: ExpertLibrary, progress: Progress
+        self, names: tuple[str, ...], library: ExpertLibrary, progress: Progress, saved: Mapping[str, SavedModule]
     ) -> dict[str, RoutedLinear]:
-        """Routed layers for the modules that these experts adapt; nothing is changed yet."""
+        """Routed layers for the modules that these experts adapt, around what was saved; nothing is changed yet."""
         experts = {name: library[name] for name in names}
         plan = make_plan(self.model, list(experts.values()), self.router, uncalled=self._reads.outside)
         check_needs(self.router, library, names)
@@ -235,7 +246,7 @@ class Routed:
                 parts = {name: known[name] for name in users if name in known}
                 missing = {name: readers[name] for name in users if name not in parts}
                 parts.update(prepare_module(missing, module, self._token_router, side))
-                base = layer.base if layer else self.model.get_submodule(module)
+                base = saved.get(module) or plain_module(self.model.get_submodule(module))
                 device, dtype = placement(base, self.model)
                 placed = {name: part.to(device, dtype) for name, part in parts.items()}
                 fresh[module] = RoutedLinear(base, self._token_router.stack(placed), self._token_router, use=use)

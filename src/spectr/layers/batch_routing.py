@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from spectr.errors import CompositionError
@@ -82,6 +82,7 @@ class BatchRouting:
     batch_axis: int = 0
     observe: Observe | None = None
     _calls: dict[RoutedLinear, LayerCall] = field(default_factory=dict, init=False, repr=False)
+    _held: dict[tuple[str, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
     _alike: dict[tuple[Any, ...], LayerCall] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
@@ -89,6 +90,38 @@ class BatchRouting:
         """Whether several experts take part, so that their factors are copies."""
         rows_BTE = self.weights_BTE if self.weights_BTE is not None else self.among_BTE
         return rows_BTE is not None and int((rows_BTE != 0).flatten(0, 1).any(0).sum()) > 1
+
+    def held(self, experts: tuple[str, ...]) -> Int[Tensor, "B T"]:
+        """For each row the one of these experts that it holds, by number; -1 where it holds none of them.
+
+        Raises:
+            CompositionError: A row has one of them and others too, or not in full.
+        """
+        known = self._held.get(experts)
+        if known is None:
+            with outside_inference_mode():
+                known = self._held[experts] = self._numbers(experts)
+        return known
+
+    def _numbers(self, experts: tuple[str, ...]) -> Int[Tensor, "B T"]:
+        if self.base_only:
+            return torch.full((1, 1), -1)
+        rows_BTE = self.weights_BTE if self.weights_BTE is not None else self.among_BTE
+        if rows_BTE is None:
+            rows_BTE = torch.ones(1, 1, len(self.experts))
+        taking_BTE = rows_BTE != 0
+        own_BTN = torch.zeros(*rows_BTE.shape[:2], len(experts), dtype=torch.bool, device=rows_BTE.device)
+        for place, name in enumerate(experts):
+            if name in self.experts:
+                own_BTN[..., place] = taking_BTE[..., self.experts.index(name)]
+        alone_BT = (taking_BTE.sum(-1) == 1) & (rows_BTE.sum(-1) == 1)
+        if bool((own_BTN.any(-1) & ~alone_BT).any()):
+            raise CompositionError(
+                f"a row mixes experts, or takes a part of one, and {', '.join(experts)} have trained modules",
+                expected="one expert for a whole prompt, with the weight 1",
+                do="give a verdict of one expert: prompt.using, prompt.hold",
+            )
+        return torch.where(own_BTN.any(-1), own_BTN.int().argmax(-1), -1).cpu()
 
     def of(self, layer: RoutedLinear) -> LayerCall:
         """What holds for this layer."""

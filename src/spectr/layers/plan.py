@@ -12,7 +12,8 @@ from spectr.adapters import Expert
 from spectr.errors import CompositionError, did_you_mean, raise_together
 from spectr.grouping import grouped
 from spectr.layers.linear import features
-from spectr.layers.routed import RoutedLinear
+from spectr.layers.saved import saved_faults
+from spectr.layers.swap import plain_modules
 from spectr.library.needs import EqualRanks, some_of
 from spectr.ops import report_once
 from spectr.routers.base import Router
@@ -43,7 +44,7 @@ def make_plan(model: nn.Module, experts: Sequence[Expert], router: Router, *, un
             other sizes (an adapter for another base model); they change layers that are not called; or ranks differ
             where the combination needs equal ones. All faults of all experts at once.
     """
-    layers = {name: module for name, module in model.named_modules() if name}
+    layers = {name: module for name, module in plain_modules(model) if name}
     problems = united({expert.name: _faults(expert, layers, uncalled) for expert in experts})
     users = grouped((module, expert.name) for expert in experts for module in expert.shapes if module not in uncalled)
     for need in router.needs:
@@ -69,11 +70,16 @@ def _faults(expert: Expert, layers: Mapping[str, nn.Module], uncalled: Set[str])
         if layer is None:
             missing.append(module)
             continue
-        sizes = features(layer.base if isinstance(layer, RoutedLinear) else layer)
+        sizes = features(layer)
         if sizes is None:
             strange.append(f"{module} ({type(layer).__name__})")
         elif sizes != (shape.inputs, shape.outputs):
             unfit.append(f"{module} ({shape.inputs} -> {shape.outputs}, here {sizes.inputs} -> {sizes.outputs})")
+    for module, parts in expert.saved.items():
+        if module not in layers:
+            missing.append(module)
+        else:
+            unfit += [f"{module} ({fault})" for fault in saved_faults(layers[module], parts)]
     base = f"; the adapter names {expert.base_model} as its base" if expert.base_model else ""
     found = []
     if missing:

@@ -23,14 +23,14 @@ _NUMBER = re.compile(r"\d+")
 
 
 class WeightReads(TorchFunctionMode):
-    """Follows the weights of a model's linear layers through what this thread computes in the block.
+    """Follows the weights of a model's linear layers and embeddings through what this thread computes in the block.
 
     A weight that meets another tensor outside of its layer's own ``forward`` is used without the layer: what stands in
     for the layer has no effect there. To read a weight's dtype is no use of it. What is made of weights alone
     (transposed or joined ones) is followed on. Nothing is put into the model.
 
     Args:
-        model: Its linear layers are followed.
+        model: Its linear layers and embeddings are followed.
 
     Attributes:
         called: Names of the layers whose weights their own ``forward`` used.
@@ -48,7 +48,7 @@ class WeightReads(TorchFunctionMode):
             linear = features(module) is not None
             for weight in module.parameters(recurse=linear):
                 self._owners.setdefault(id(weight), []).append(module)
-                if linear and weight.ndim > 1:
+                if (linear or isinstance(module, nn.Embedding)) and weight.ndim > 1:
                     self._layers.setdefault(id(weight), set()).add(name)
             if isinstance(module, NonDynamicallyQuantizableLinear):  # nn.MultiheadAttention never calls its own
                 self.outside.add(name)

@@ -138,7 +138,9 @@ def expert_faults(library: ExpertLibrary, names: Iterable[str]) -> list[SpectrEr
             faults.append(MergeError(f"unknown expert '{name}'", do=did_you_mean(name, library.names)))
             continue
         with collecting(faults):
-            experts.append(library[name])
+            expert = library[name]
+            expert.check_factors_alone("merging", MergeError)
+            experts.append(expert)
     return faults + list(_size_faults(experts))
 
 

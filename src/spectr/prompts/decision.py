@@ -15,6 +15,7 @@ from spectr.errors import CompositionError
 from spectr.layers.batch_routing import BASE, BatchRouting, routed_by
 from spectr.layers.factors import Factors
 from spectr.layers.routed import RoutedLinear
+from spectr.layers.saved import SavedModule
 from spectr.routers.abstention import in_words
 from spectr.routers.evidence import Found, Reader
 from spectr.routers.policy import PromptPolicy
@@ -215,7 +216,7 @@ def plain_verdict(verdict_BE: Tensor) -> Float[Tensor, "B E"]:
 
 def decides_by_prompt(model: nn.Module) -> bool:
     """Whether a model is composed with a policy that reads a prompt before it answers."""
-    return any(module.decided for module in model.modules() if isinstance(module, RoutedLinear))
+    return any(module.decided for module in model.modules() if isinstance(module, (RoutedLinear, SavedModule)))
 
 
 def entry_of(model: nn.Module) -> nn.Module:

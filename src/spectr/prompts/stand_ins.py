@@ -12,11 +12,13 @@ from torch.compiler import is_compiling
 
 from spectr.layers.batch_routing import routed_by, thread
 from spectr.layers.routed import RoutedLinear
+from spectr.layers.saved import SavedModule
 from spectr.prompts.arguments import TOKENS, has_encoder
 
 if TYPE_CHECKING:
     from spectr.prompts.calls import Calls
 
+_OURS = (RoutedLinear, SavedModule)
 _CHECKPOINT = "_gradient_checkpointing_func"  # where transformers keeps it
 
 
@@ -121,7 +123,7 @@ def entries_of(model: Any) -> Iterator[tuple[nn.Module, str]]:
     for module in model.modules():
         if module is model:
             yield module, "model"
-        elif not isinstance(module, (RoutedLinear, nn.ModuleList, nn.ModuleDict)):
+        elif not isinstance(module, (*_OURS, nn.ModuleList, nn.ModuleDict)):
             takes = any(name in signature(type(module).forward).parameters for name in TOKENS)
-            if (takes or module is encoder) and any(isinstance(inner, RoutedLinear) for inner in module.modules()):
+            if (takes or module is encoder) and any(isinstance(inner, _OURS) for inner in module.modules()):
                 yield module, parts.get(id(module), "model")

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectr.adapters import GATES_FILE, Expert, Factors, write_gates
 from spectr.atomic_write import replacing
-from spectr.errors import DataError
+from spectr.errors import CompositionError, DataError
 from spectr.hashing import json_sha256, known_sha256
 from spectr.layers import RoutedLinear, make_plan, swap_module
 from spectr.layers.linear import placement
@@ -95,6 +95,7 @@ def train_gates(
         DataError: There are no examples, or ``work`` holds the checkpoint of another run.
         CompositionError: The expert does not fit the model.
     """
+    expert.check_factors_alone("a gate", CompositionError)
     if not train:
         raise DataError("there are no training examples", do="check the data file")
     encoded = encode(tokenizer, train, settings.max_length, share=reads_in_parts(model))

@@ -55,6 +55,8 @@ class WorkerState:
         self.experts = library.names
         self.adapters = {name: library[name] for name in library}
         found = list(self.adapters.values())
+        for expert in found:
+            expert.check_factors_alone("vLLM", CompositionError)
         for router in self.routers.by_name.values():
             check_needs(router, library, library.names)
         self._side = {router: side_data(router, library, library.names) for router in self.routers.by_name.values()}

@@ -11,6 +11,7 @@ from typing import Any
 from spectr.errors import CompositionError
 from spectr.layers.multi_routed import MultiRoutedLinear
 from spectr.layers.routed import RoutedLinear
+from spectr.layers.saved import SavedModule
 from spectr.serving.engines.batch_scheduling import BatchScheduler, Part
 from spectr.serving.engines.generation import mark_pieces
 from spectr.serving.engines.requests import Running
@@ -43,7 +44,7 @@ class Batching:
         from transformers import ContinuousBatchingConfig
         from transformers.cli.serving.utils import CBGenerateManager
 
-        if isinstance(model.get_output_embeddings(), (RoutedLinear, MultiRoutedLinear)):
+        if isinstance(model.get_output_embeddings(), (RoutedLinear, SavedModule, MultiRoutedLinear)):
             raise CompositionError(
                 "an expert adapts the output head, which continuous batching calls for some tokens alone",
                 do="serve without continuous batching",
