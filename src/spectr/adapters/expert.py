@@ -153,7 +153,7 @@ class Expert:
         for modules in groups:
             shapes = [self.shapes[module] for module in modules]
             A_NRI, B_NOR = stack([shape.key_A for shape in shapes]), stack([shape.key_B for shape in shapes])
-            yield Stacked(A_NRI, B_NOR, torch.tensor([shape.scale for shape in shapes]))
+            yield Stacked(A_NRI, B_NOR, torch.tensor([shape.scale for shape in shapes], dtype=torch.float32))
 
     def _check(self, key: str, tensor: Tensor) -> None:
         if not all_finite(tensor):

@@ -55,7 +55,7 @@ def write_lookalikes(
             if not (target / "adapter_config.json").is_file():
                 chance = torch.Generator().manual_seed(seed * 1_000_003 + number)
                 model = library.names[int(torch.randint(len(library), (), generator=chance))]
-                size = float(torch.exp(_SPREAD * torch.randn((), generator=chance)))
+                size = float(torch.exp(_SPREAD * torch.randn((), generator=chance, dtype=torch.float32)))
                 factors = {module: _lookalike(readers[model](module), size, chance) for module in library[model].shapes}
                 target.mkdir(parents=True, exist_ok=True)
                 write_adapter(target, factors, settings)
@@ -81,6 +81,6 @@ def _name(number: int) -> str:
 def _lookalike(pair: tuple[Tensor, Tensor, float], size: float, chance: torch.Generator) -> tuple[Tensor, Tensor]:
     A, B, scale = pair
     values = align(A.float(), B.float(), scale).S * size
-    U, _ = torch.linalg.qr(torch.randn(len(B), len(values), generator=chance))
-    V, _ = torch.linalg.qr(torch.randn(A.shape[1], len(values), generator=chance))
+    U, _ = torch.linalg.qr(torch.randn(len(B), len(values), generator=chance, dtype=torch.float32))
+    V, _ = torch.linalg.qr(torch.randn(A.shape[1], len(values), generator=chance, dtype=torch.float32))
     return (U * values.sqrt()).to(B.dtype), (values.sqrt()[:, None] * V.mT).to(A.dtype)

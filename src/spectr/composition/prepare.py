@@ -63,7 +63,7 @@ def prepare_module(
     for names in grouped((len(pair.A), name) for name, pair in factors.items()).values():
         A_NRI = torch.stack([factors[name].A.float() for name in names])
         B_NOR = torch.stack([factors[name].B.float() for name in names])
-        scale_N = torch.tensor([factors[name].scale for name in names])
+        scale_N = torch.tensor([factors[name].scale for name in names], dtype=torch.float32)
         aligned = align(A_NRI, B_NOR, scale_N)
         for i, name in enumerate(names):
             one = Aligned(*(t[i] for t in aligned))

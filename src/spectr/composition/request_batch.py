@@ -77,7 +77,7 @@ class RequestBatch:
         among_E[places] = True
         decision = RequestDecision(names, among_E, router=self.name)
         if self._use is not None:
-            decision.verdict_E = torch.full((len(among_E),), self._use.neutral)
+            decision.verdict_E = torch.full((len(among_E),), self._use.neutral, dtype=torch.float32)
             if names:
                 assert input_ids is not None
                 verdict_E, decision.p = self._verdict(names, input_ids[None])
@@ -175,7 +175,7 @@ class RequestBatch:
         assert self._policy is not None
         assert self._readers is not None
         if len(names) == 1:  # whatever the prompt is
-            return self._policy.use.verdict(torch.zeros(1, 1))[0], None
+            return self._policy.use.verdict(torch.zeros(1, 1, dtype=torch.float32))[0], None
         with routed_by(BASE), torch.no_grad():
             found = self._readers.of(names)(input_ids=input_ids)
         [verdict_E] = self._policy.verdict(found).float().cpu()

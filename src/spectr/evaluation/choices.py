@@ -102,7 +102,7 @@ def decided_alike(
     """
     found: dict[int, T] = {}
     for row, members in grouped((tuple(row), number) for number, row in enumerate(rows)).items():
-        with decision.using(torch.tensor([row])):
+        with decision.using(torch.tensor([row], dtype=torch.float32)):
             found.update(zip(members, score(members), strict=True))
     return [found[i] for i in range(len(rows))]
 

@@ -128,7 +128,7 @@ def measure(
 def difference(pair: Pair, base: Rows, tuned: Rows) -> Float[Tensor, "O I"]:
     """``W_tuned - W_base`` of a linear layer as (outputs, inputs), float32, filled block by block."""
     assert pair.linear is not None
-    delta = torch.empty(pair.shape)
+    delta = torch.empty(pair.shape, dtype=torch.float32)
     start = 0
     for old, new in zip(base(pair.base), tuned(pair.tuned), strict=True):
         delta[start : start + len(new)] = new.float() - old.float()

@@ -44,7 +44,7 @@ def randomised_svd(
     """
     width = sketch_width(delta_OI.shape[0], delta_OI.shape[1], rank, oversampling)
     generator = torch.Generator().manual_seed(seed)
-    G_IQ = torch.randn(delta_OI.shape[1], width, generator=generator)
+    G_IQ = torch.randn(delta_OI.shape[1], width, generator=generator, dtype=torch.float32)
     Q_OQ = torch.linalg.qr(delta_OI @ G_IQ).Q
     for _ in range(power_iterations):
         Z_IQ = torch.linalg.qr(delta_OI.mT @ Q_OQ).Q

@@ -107,7 +107,7 @@ class Trace(Mapping[str, LayerTrace]):
         experts = self.experts
         shapes = [layer.weights.shape[:2] for layer in found]
         [(commonest, _)] = Counter(shapes).most_common(1)
-        total = torch.zeros(*commonest, len(experts))
+        total = torch.zeros(*commonest, len(experts), dtype=torch.float32)
         for layer, shape in zip(found, shapes, strict=True):
             if shape == commonest:
                 total[..., [experts.index(name) for name in layer.experts]] += layer.weights
@@ -204,7 +204,7 @@ def _watch_input(record: Trace) -> Callable[[nn.Module, Any, Any], None]:
 def _spread(
     values_BTE: Float[Tensor, "B T E"], experts: tuple[str, ...], known: tuple[str, ...], missing: float
 ) -> Float[Tensor, "B T F"]:
-    spread_BTF = torch.full((*values_BTE.shape[:2], len(known)), missing)
+    spread_BTF = torch.full((*values_BTE.shape[:2], len(known)), missing, dtype=torch.float32)
     spread_BTF[..., [known.index(name) for name in experts]] = values_BTE
     return spread_BTF
 

@@ -73,7 +73,7 @@ class IndexEntry:
         tensors |= {} if self.full_C is None else {"full": self.full_C}
         for part in Rotation._fields:
             values = [getattr(rotations[name], part).flatten() for name in aligned]
-            tensors[part] = torch.cat(values) if values else torch.zeros(0)
+            tensors[part] = torch.cat(values) if values else torch.zeros(0, dtype=torch.float32)
         facts = {"sha256": self.sha256, "calibration": self.calibration, "modules": self.modules, "aligned": aligned}
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, scratch_in=path.parent.parent) as scratch:  # where the library sweeps

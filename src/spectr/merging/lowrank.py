@@ -24,7 +24,8 @@ class LowRank(NamedTuple):
     @staticmethod
     def zero(outputs: int, inputs: int) -> LowRank:
         """The update of a module that an expert leaves alone."""
-        return LowRank(torch.zeros(outputs, 0), torch.zeros(0, inputs))
+        B, A = torch.zeros(outputs, 0, dtype=torch.float32), torch.zeros(0, inputs, dtype=torch.float32)
+        return LowRank(B, A)
 
     @staticmethod
     def joined(parts: Iterable[LowRank]) -> LowRank:

@@ -46,7 +46,7 @@ def load_embedder(name: str | None = None, *, device: str | None = None) -> Embe
 
     def embed(texts: Sequence[str]) -> Tensor:
         vectors = model.encode(list(texts), normalize_embeddings=True, convert_to_tensor=True, show_progress_bar=False)
-        return torch.as_tensor(vectors).float().cpu()
+        return torch.as_tensor(vectors, dtype=torch.float32).cpu()
 
     return embed
 

@@ -196,7 +196,7 @@ class GpuBackend(Backend):
         size = _form(len(Bt_PO), choice, False, False).size
         for tokens in (1, _FEW // size + 1):
             x, out = A_PI.new_zeros(tokens, A_PI.shape[1]), A_PI.new_zeros(tokens, Bt_PO.shape[1])
-            for prior_BE in (None, torch.ones(1, choice.experts, device=A_PI.device)):
+            for prior_BE in (None, torch.ones(1, choice.experts, device=A_PI.device, dtype=torch.float32)):
                 self.add_chosen(x, A_PI, Bt_PO, centers_P, prior_BE, out, choice)
 
     def choose(self, h_TP: Tensor, centers_P: Tensor | None, prior_BE: Tensor | None, choice: Choice) -> bool:
@@ -315,9 +315,9 @@ def available() -> Backend:
     """
     kernels = GpuBackend()
     with torch.inference_mode():
-        A, Bt = (torch.ones(1, 16, device="cuda") for _ in range(2))
+        A, Bt = (torch.ones(1, 16, device="cuda", dtype=torch.float32) for _ in range(2))
         for tokens in (1, 1, _FEW, _FEW):  # each twice: there is a short way for the second time
-            x, out = (torch.ones(tokens, 16, device="cuda") for _ in range(2))
+            x, out = (torch.ones(tokens, 16, device="cuda", dtype=torch.float32) for _ in range(2))
             kernels.add_chosen(x, A, Bt, None, None, out, Choice(experts=1, k=1, temperature=0.0))
             if not bool((out == 17).all()):
                 raise RuntimeError("a wrong sum")

@@ -34,9 +34,11 @@ def choose(
             prior_E = prior_BE[token * len(prior_BE) // tokens]
             scores = [score * float(prior) for score, prior in zip(scores, prior_E, strict=True)]
         best = sorted(range(choice.experts), key=lambda expert: -scores[expert])[: choice.k]  # sorting is stable
-        weights = torch.full((len(best),), 1 / len(best))
+        weights = torch.full((len(best),), 1 / len(best), dtype=torch.float32)
         if choice.temperature:
-            weights = torch.tensor([scores[expert] / choice.temperature for expert in best]).softmax(0)
+            weights = torch.tensor(
+                [scores[expert] / choice.temperature for expert in best], dtype=torch.float32
+            ).softmax(0)
         parts_ER, to_ER = h_P.view(choice.experts, -1), weighted_TP[token].view(choice.experts, -1)
         for expert, weight in zip(best, weights, strict=True):
             to_ER[expert] = (weight * parts_ER[expert].float()).to(h_P.dtype)
@@ -78,7 +80,7 @@ def add_packed(
     sums_TO, found = out_TO.double(), []
     for module, A in zip(modules, A_PI.split([module.B_OP.shape[1] for module in modules]), strict=True):
         h_TER = (x_TI.double() @ A.double().mT).view(tokens, experts, -1)
-        scores_TE, weights_TE = torch.zeros(tokens, experts), torch.zeros(tokens, experts)
+        scores_TE, weights_TE = (torch.zeros(tokens, experts, dtype=torch.float32) for _ in range(2))
         for way, choice in enumerate(choosing.ways):
             turn = turns_T == way
             scored = h_TER[turn] if module.scales_WP is None else h_TER[turn] * module.scales_WP[way].view(experts, -1)

@@ -130,7 +130,7 @@ class AddToScores(Use):
         if not isinstance(self.alpha, str):
             return self.alpha * evidence_BE
         near_B1 = evidence_BE.amax(-1, keepdim=True) > self.threshold
-        return torch.where(near_B1, self.alpha_near, self.alpha_far) * evidence_BE
+        return torch.where(near_B1, self.alpha_near * evidence_BE, self.alpha_far * evidence_BE)
 
     def informed(self, scores_TE: Float[Tensor, "*T E"], verdict_TE: Float[Tensor, "*B E"]) -> Float[Tensor, "*T E"]:
         """See :class:`Use`: their sum."""

@@ -45,7 +45,7 @@ def align(A_NRI: Float[Tensor, "*N R I"], B_NOR: Float[Tensor, "*N O R"], scale:
     u, S, vh = torch.linalg.svd(R_b @ R_a.mT, full_matrices=False)
     U, Vh = Q_b @ u, vh @ Q_a.mT
     peak = Vh.gather(-1, Vh.abs().argmax(-1, keepdim=True))
-    sign = torch.where(peak < 0, -1.0, 1.0)
+    sign = torch.where(peak < 0, -1.0, 1.0).to(Vh)
     alive = (_NULL * S[..., :1] < S).to(S.dtype)
     return Aligned(U * sign.mT * alive[..., None, :], S * alive, Vh * sign * alive[..., None])
 

@@ -71,7 +71,7 @@ def rotate(
     right = torch.linalg.solve_triangular(L_a, vh, upper=False, left=False)
     left = torch.linalg.solve_triangular(L_b.mT, u, upper=True) / torch.where(factor == 0, 1.0, factor)
     Vh = right.float() @ A_NRI.float()
-    sign = torch.where(-Vh.amin(-1, keepdim=True) > Vh.amax(-1, keepdim=True), -1.0, 1.0)
+    sign = torch.where(-Vh.amin(-1, keepdim=True) > Vh.amax(-1, keepdim=True), -1.0, 1.0).to(Vh)
     found = Rotation((left * sign.mT).float(), S.float(), (right * sign).float())
     turned_b, turned_a = found.left.double() * factor, found.right.double()
     for gram in (turned_b.mT @ gram_b @ turned_b, turned_a @ gram_a @ turned_a.mT):  # of U and V, as they are rounded

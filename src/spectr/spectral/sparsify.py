@@ -74,5 +74,5 @@ def drop(x_MN: Float[Tensor, "M N"], density: float, *, seed: int, expert: str, 
     """
     digest = hashlib.sha256("\0".join((str(seed), expert, module)).encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    mask_MN = torch.rand(x_MN.shape, generator=generator) < density
+    mask_MN = torch.rand(x_MN.shape, generator=generator, dtype=torch.float32) < density
     return x_MN * mask_MN.to(x_MN.device) / density

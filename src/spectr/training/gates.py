@@ -48,7 +48,7 @@ class GatedLinear(nn.Module):
         self.base = base
         self.register_buffer("A_RI", factors.A.to(device, dtype), persistent=False)
         self.register_buffer("B_OR", (factors.B.float() * factors.scale).to(device, dtype), persistent=False)
-        self.gate = nn.Parameter(torch.zeros(factors.A.shape[1], device=device))
+        self.gate = nn.Parameter(torch.zeros(factors.A.shape[1], device=device, dtype=torch.float32))
 
     @property
     def weight(self) -> Tensor:

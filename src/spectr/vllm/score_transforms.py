@@ -34,7 +34,7 @@ class ScoreTransform(NamedTuple):
             router: The one that scores.
         """
         A_PI, centers_P = router.lengths(own)
-        centers_P = torch.zeros(len(A_PI)) if centers_P is None else centers_P
+        centers_P = torch.zeros(len(A_PI), dtype=torch.float32) if centers_P is None else centers_P
         length_P = shared.A_PI.norm(dim=1)
         return ScoreTransform(centers_P, A_PI.norm(dim=1) / length_P.where(length_P > 0, 1))
 

@@ -74,7 +74,7 @@ def _higher_rank(tensors: dict[str, Tensor], config: dict) -> None:
     generator, rank = torch.Generator().manual_seed(0), config["r"]
     for key in [key for key in tensors if "lora_A" in key]:
         other = key.replace("lora_A", "lora_B")
-        Q, _ = torch.linalg.qr(torch.randn(_RANK, rank, generator=generator))
+        Q, _ = torch.linalg.qr(torch.randn(_RANK, rank, generator=generator, dtype=torch.float32))
         tensors[key], tensors[other] = Q @ tensors[key].float(), tensors[other].float() @ Q.T
     config["lora_alpha"] *= _RANK / rank
     config["r"] = _RANK
@@ -83,7 +83,7 @@ def _higher_rank(tensors: dict[str, Tensor], config: dict) -> None:
 def _random(tensors: dict[str, Tensor], config: dict) -> None:
     generator = torch.Generator().manual_seed(0)
     for key, tensor in tensors.items():
-        tensors[key] = torch.randn(tensor.shape, generator=generator) * tensor.float().std()
+        tensors[key] = torch.randn(tensor.shape, generator=generator, dtype=torch.float32) * tensor.float().std()
 
 
 _CASES: dict[str, Callable[[dict[str, Tensor], dict], None]] = {

@@ -69,7 +69,7 @@ class ScoreMeans(ModuleEvidence):
         takes_part_E = (scores.scores_NE > 0).any(0)
         s_NE = scores.scores_NE.clamp(FLOOR, CEILING)
         one_N = torch.ones_like(s_NE[:, 0])
-        own_BE, relative_BE = scores.mean(s_NE**self.power, one_N), torch.full((), math.nan)
+        own_BE, relative_BE = scores.mean(s_NE**self.power, one_N), torch.full((), math.nan, dtype=torch.float32)
         if int(takes_part_E.sum()) > 1:
             level_N1 = s_NE[:, takes_part_E].log().mean(-1, keepdim=True)
             relative_BE = scores.mean(s_NE**self.relative_power * (-self.relative_power * level_N1).exp(), one_N)
