@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from spectr.adapters import Expert
 from spectr.composition import prepare_module
+from spectr.composition.naming import naming_of
 from spectr.errors import CompositionError, DataError
 from spectr.hashing import known_sha256
 from spectr.layers.plan import Plan, make_plan
@@ -68,6 +69,7 @@ def calibrate(
         DataError: ``texts`` is empty.
     """
     _check(model, texts)
+    library = library.named_for(naming_of(model))
     known = None if fresh or texts is not None else library.calibration
     new = [name for name in library if known is None or not library.calibrated(name)]
     experts = {name: library[name] for name in new}

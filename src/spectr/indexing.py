@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from spectr.adapters import Expert
 from spectr.calibration import read_inputs
+from spectr.composition.naming import naming_of
 from spectr.errors import CompositionError, SpectrError
 from spectr.grouping import grouped
 from spectr.layers.plan import make_plan
@@ -61,7 +62,8 @@ def build_index(
         CompositionError: Experts are not calibrated, or do not fit the model.
         LibraryError: An entry on disk is damaged.
     """
-    missing = {name: library[name] for name in check_index(library, fresh=fresh)}
+    named = library.named_for(naming_of(model))
+    missing = {name: named[name] for name in check_index(named, fresh=fresh)}
     if not missing:
         return library
     make_plan(model, list(missing.values()), Spectr(top_k=1))

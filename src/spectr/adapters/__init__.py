@@ -3,6 +3,7 @@
 from spectr.adapters.config import CONFIG_FILE
 from spectr.adapters.expert import Expert, Factors, FactorShape
 from spectr.adapters.gates import GATES_FILE, has_gates, read_gates, write_gates
+from spectr.adapters.naming import Naming, named_for
 from spectr.adapters.read import ADAPTER_FILES, WEIGHTS_FILE, locate_adapter, read_adapter
 from spectr.adapters.saved import SavedParts
 from spectr.adapters.write import CARD, CARD_DATA, common_settings, write_adapter
@@ -18,9 +19,11 @@ __all__ = [
     "FactorShape",
     "Factors",
     "SavedParts",
+    "Naming",
     "common_settings",
     "has_gates",
     "locate_adapter",
+    "named_for",
     "read_adapter",
     "read_gates",
     "write_adapter",

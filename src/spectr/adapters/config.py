@@ -6,11 +6,12 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from spectr.adapters.saved import NOTHING_SAVED, SavedSettings
+from spectr.adapters.targets import Targets, target_faults
 from spectr.errors import AdapterError
 
 CONFIG_FILE = "adapter_config.json"
@@ -67,6 +68,7 @@ class AdapterConfig:
     alpha_pattern: dict[str, float]
     base_model: str | None
     saved: SavedSettings = NOTHING_SAVED
+    targets: Targets = field(default_factory=Targets)
 
     def rank_of(self, module: str) -> int:
         """Rank of a module: the first matching entry of ``rank_pattern``, else ``r``."""
@@ -113,6 +115,7 @@ def read_config(folder: Path, name: str) -> AdapterConfig:
         alpha_pattern=raw.get("alpha_pattern") or {},
         base_model=raw.get("base_model_name_or_path"),
         saved=SavedSettings.of(raw),
+        targets=Targets.of(raw),
     )
 
 
@@ -132,7 +135,7 @@ def _faults(raw: dict[str, Any]) -> list[str]:
     faults += [f"lora_alpha is {raw.get('lora_alpha')!r}"] if not _is_number(raw.get("lora_alpha")) else []
     for key, right in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):
         faults += [f"{key} is {raw[key]!r}"] if not _is_pattern(raw.get(key) or {}, right) else []
-    return [*faults, *SavedSettings.of(raw).faults()]
+    return [*faults, *SavedSettings.of(raw).faults(), *target_faults(raw)]
 
 
 def _cure(kind: Any) -> str:

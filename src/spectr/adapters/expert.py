@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load
 from torch import Tensor
 
+from spectr.adapters.config import AdapterConfig
 from spectr.adapters.saved import SavedParts
 from spectr.errors import AdapterError, SpectrError, some_of
 
@@ -62,6 +63,9 @@ class Expert:
         base_model: What the adapter says it was trained on.
         origin: Where it came from: a folder or a Hub id.
         saved: By module name what it has besides factors of linear layers, such as trained heads and embeddings.
+        config: What its configuration says of ranks, scales and targets.
+        left_out: Modules of the file that the configuration does not target; PEFT leaves them out too.
+        file_names: By module the name that the file and what lies next to it have, where that is another one.
     """
 
     name: str
@@ -70,6 +74,9 @@ class Expert:
     base_model: str | None = None
     origin: str = ""
     saved: Mapping[str, SavedParts] = field(default_factory=dict)
+    config: AdapterConfig | None = None
+    left_out: Mapping[str, FactorShape] = field(default_factory=dict)
+    file_names: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -101,6 +108,14 @@ class Expert:
                 expected="an adapter of LoRA factors of linear layers",
                 do="leave it out; spectr.compose applies it whole, under routers that take one expert a prompt",
             )
+
+    @property
+    def remark_left_out(self) -> str:
+        """Which modules of the file are left out, in words."""
+        return (
+            f"expert '{self.name}': its configuration does not target {len(self.left_out)} modules of its file, which "
+            f"are left out, as PEFT does: {some_of(list(self.left_out), 3)}"
+        )
 
     @contextmanager
     def open(self):

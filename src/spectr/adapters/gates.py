@@ -29,9 +29,11 @@ def read_gates(expert: Expert) -> dict[str, Float[Tensor, " I"]]:
     path = expert.weights.parent / GATES_FILE
     if not path.is_file():
         return {}
+    names = {old: module for module, old in expert.file_names.items()}
     try:
         with safe_open(path, framework="pt") as file:
-            found = {key: file.get_tensor(key).float() for key in list(file.keys())}
+            keys: list[str] = list(file.keys())
+            found = {names.get(key, key): file.get_tensor(key).float() for key in keys}
     except Exception as error:  # safetensors raises its own kinds, OSError among them
         raise _damaged(expert, f"{path} cannot be read as safetensors ({error})") from error
     wrong = sorted(set(expert.shapes) ^ set(found))

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from spectr.adapters.config import CONFIG_FILE, AdapterConfig, read_config
 from spectr.adapters.expert import Expert, FactorShape, open_safetensors
 from spectr.adapters.gates import GATES_FILE
 from spectr.adapters.saved import read_saved
-from spectr.errors import AdapterError
+from spectr.errors import AdapterError, some_of
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 
 
+# What torch.compile, FSDP and activation checkpointing put into names.
+_WRAPPERS = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # "base_model.model.<module>.lora_A.weight"; files written by hand may name the adapter: "...lora_A.default.weight".
 _FACTOR = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight$")
 _STRANGERS = (
@@ -54,7 +56,14 @@ def read_adapter(source: str | Path, name: str, *, check_values: bool = True) ->
     saved = read_saved(others, shapes, config.saved, config.scale_of, faults)
     if not faults and not pairs and not saved:
         faults = ["it holds no LoRA factors"]
-    found = {m: _factor_shape(m, sides, shapes, config, faults) for m, sides in pairs.items() if len(sides) == 2}
+    _check_gathered(weights, name, shapes)
+    targeted = {module for module in pairs if config.targets.has(module)} or set(pairs)  # names of older versions
+    ignored: list[str] = []  # of modules that PEFT leaves out too
+    found = {
+        m: _factor_shape(m, sides, shapes, config, faults if m in targeted else ignored)
+        for m, sides in pairs.items()
+        if len(sides) == 2
+    }
     if faults:
         shown = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
         raise AdapterError(
@@ -65,14 +74,29 @@ def read_adapter(source: str | Path, name: str, *, check_values: bool = True) ->
     expert = Expert(
         name=name,
         weights=weights,
-        shapes={module: shape for module, shape in sorted(found.items()) if shape},
+        shapes={module: shape for module, shape in sorted(found.items()) if shape and module in targeted},
         base_model=config.base_model,
         origin=str(source),
         saved=saved,
+        config=config,
+        left_out={module: shape for module, shape in sorted(found.items()) if shape and module not in targeted},
     )
     if check_values:
         _check_values(expert)
     return expert
+
+
+def _check_gathered(weights: Path, name: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise :class:`AdapterError` where tensors have no numbers."""
+    empty = [key for key, shape in shapes.items() if 0 in shape]
+    if empty:
+        raise AdapterError(
+            f"expert '{name}': {len(empty)} of {len(shapes)} tensors in {weights} have no numbers "
+            f"({some_of(empty, 2)}). DeepSpeed ZeRO-3 writes such files where it does not gather its partitions",
+            expected="factors with all of their numbers",
+            do="gather them from the run's checkpoint by its zero_to_fp32.py, or save again with "
+            "stage3_gather_16bit_weights_on_model_save",
+        )
 
 
 def _factor_shape(
@@ -130,7 +154,7 @@ def _pair_keys(keys: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str
     strangers = [(mark, what) for mark, what in _STRANGERS if mark in together]
     for key in ordered:
         stranger = next((what for mark, what in strangers if mark in key), None)
-        match = _FACTOR.match(key)
+        match = _FACTOR.match(_WRAPPERS.sub("", key))
         if stranger:
             faults.append(f"{key} is {stranger}")
         elif not match:

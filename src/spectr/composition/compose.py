@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
+from spectr.composition.naming import naming_of
 from spectr.composition.paged import Paged
 from spectr.composition.routed import Guide, Progress, Routed
 from spectr.errors import CompositionError
@@ -71,6 +72,7 @@ def compose(
         )
     if any(isinstance(module, (RoutedLinear, SavedModule, MultiRoutedLinear)) for module in model.modules()):
         raise CompositionError("this model is composed already", do="call remove() on its handle first")
+    library = library.named_for(naming_of(model))
     if router.policy is not None and router.policy.pages:
         memory = _EXPERT_MEMORY if expert_memory is None else expert_memory
         return Paged(

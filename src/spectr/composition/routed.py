@@ -234,6 +234,9 @@ class Routed:
         """Routed layers for the modules that these experts adapt, around what was saved; nothing is changed yet."""
         experts = {name: library[name] for name in names}
         plan = make_plan(self.model, list(experts.values()), self.router, uncalled=self._reads.outside)
+        for expert in experts.values():
+            if expert.left_out:
+                report_once(expert.remark_left_out)
         check_needs(self.router, library, names)
         side = side_data(self._token_router, library, names)
         held, use = self.layers, None if self.policy is None else self.policy.use

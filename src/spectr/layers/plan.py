@@ -82,6 +82,15 @@ def _faults(expert: Expert, layers: Mapping[str, nn.Module], uncalled: Set[str])
             unfit += [f"{module} ({fault})" for fault in saved_faults(layers[module], parts)]
     base = f"; the adapter names {expert.base_model} as its base" if expert.base_model else ""
     found = []
+    if not expert.shapes:
+        found.append(
+            _Fault(
+                f"adapts nothing here: its configuration targets none of the modules in its file "
+                f"({some_of(list(expert.left_out), _SHOWN)})",
+                "target_modules that match names of this model",
+                "correct target_modules in its adapter_config.json",
+            )
+        )
     if missing:
         found.append(
             Fault(

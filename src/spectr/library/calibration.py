@@ -102,12 +102,22 @@ class Calibration:
         return replace(self, counted=counted)
 
     def covers(self, expert: Expert) -> bool:
-        """Whether this very expert, by its weights, was calibrated in all of its modules."""
-        known = self.rms.get(expert.name, {})
-        return set(expert.shapes) <= set(known) and self.sha256.get(expert.name) == known_sha256(expert.weights)
+        """Whether this very expert, by its weights, was calibrated."""
+        return expert.name in self.rms and self.sha256.get(expert.name) == known_sha256(expert.weights)
 
     def of(self, expert: str, module: str) -> Statistics:
-        """The statistics of one expert at one module."""
+        """The statistics of one expert at one module.
+
+        Raises:
+            LibraryError: They were measured under other names of modules, or of other targets.
+        """
+        if module not in self.rms[expert]:
+            raise LibraryError(
+                f"the calibration of '{expert}' has no figures of {module}",
+                expected="a calibration of the modules that the expert adapts in this model",
+                do="calibrate again with this model: spectr library calibrate --fresh, or spectr.calibrate(..., "
+                "fresh=True)",
+            )
         return Statistics(self.means[module], self.rms[expert][module])
 
     def joined(self, other: Calibration) -> Calibration:

@@ -8,7 +8,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from spectr.adapters import CONFIG_FILE, WEIGHTS_FILE, Expert, read_adapter
+from spectr.adapters import CONFIG_FILE, WEIGHTS_FILE, Expert, Naming, named_for, read_adapter
 from spectr.errors import AdapterError, LibraryError, did_you_mean, map_together, raise_together
 from spectr.hashing import known_sha256
 from spectr.library.calibration import Calibration
@@ -52,11 +52,12 @@ class ExpertLibrary:
         descriptions: Callable[[], Mapping[str, str]] = dict,
         index: Callable[[], Index] = lambda: Index({}),
         digests: Mapping[str, str] | None = None,
+        naming: Naming | None = None,
     ):
         self._readers = dict(sorted(readers.items()))
         self.origin = origin
         self._read_calibration, self._read_descriptions = calibration, descriptions
-        self._read_index, self._digests = index, dict(digests or {})
+        self._read_index, self._digests, self._naming = index, dict(digests or {}), naming
 
     @classmethod
     def open(cls, path: str | Path) -> ExpertLibrary:
@@ -182,6 +183,10 @@ class ExpertLibrary:
         """This library with another index; nothing on disk changes."""
         return self._but(index=lambda: index)
 
+    def named_for(self, naming: Naming) -> ExpertLibrary:
+        """This library with its experts' modules under the names that a model has; nothing on disk changes."""
+        return self._but(naming=naming)
+
     def calibrated(self, name: str) -> bool:
         """Whether the calibration has this very expert, by its weights."""
         return self.calibration is not None and self.calibration.sha256.get(name) == self.sha256(name)
@@ -209,6 +214,7 @@ class ExpertLibrary:
             "descriptions": self._read_descriptions,
             "index": self._read_index,
             "digests": self._digests,
+            "naming": self._naming,
         }
         return ExpertLibrary(**{**kept, **changed})
 
@@ -221,7 +227,8 @@ class ExpertLibrary:
 
     def __getitem__(self, name: str) -> Expert:
         self.check(name)
-        return self._readers[name]()
+        expert = self._readers[name]()
+        return expert if self._naming is None else named_for(expert, self._naming)
 
     def __contains__(self, name: object) -> bool:
         return name in self._readers

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from spectr.composition.naming import naming_of
 from spectr.errors import MergeError, SpectrError, collecting, raise_together, some_of
 from spectr.layers import RoutedLinear, make_plan
 from spectr.library import ExpertLibrary
@@ -70,6 +71,7 @@ def merge_into(
         MergeError: Experts are unknown, or the model's layers cannot take an update.
         CompositionError: The experts are not for this model.
     """
+    library = library.named_for(naming_of(model))
     raise_together("the experts cannot be merged into this model", into_faults(model, library, recipe), MergeError)
     change: dict[str, float] = {}
     before: dict[nn.Module, Tensor] = {}

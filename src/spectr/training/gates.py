@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spectr.adapters import GATES_FILE, Expert, Factors, write_gates
+from spectr.adapters import GATES_FILE, Expert, Factors, named_for, write_gates
 from spectr.atomic_write import replacing
+from spectr.composition.naming import naming_of
 from spectr.errors import CompositionError, DataError
 from spectr.hashing import json_sha256, known_sha256
 from spectr.layers import RoutedLinear, make_plan, swap_module
@@ -103,9 +104,11 @@ def train_gates(
     fingerprint = json_sha256(content)
     checkpoint = checkpoint_of(work)
     facts = read_facts(checkpoint, fingerprint) or fresh_facts(fingerprint)
-    with _gated(model, expert):
+    named = named_for(expert, naming_of(model))
+    with _gated(model, named):
         facts = fit(model, encoded, settings, settings.steps, facts, checkpoint, checkpoint_seconds, progress)
-        gates = {name.removesuffix(".gate"): gate.detach().clone() for name, gate in trainable(model).items()}
+        trained = {name.removesuffix(".gate"): gate.detach().clone() for name, gate in trainable(model).items()}
+    gates = {named.file_names.get(name, name): gate for name, gate in trained.items()}
     made = {
         "settings": asdict(settings),
         "data": data or {},

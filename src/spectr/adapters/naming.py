@@ -1,0 +1,73 @@
+"""An expert under the module names of one model, where its file has other ones."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+
+from spectr.adapters.config import AdapterConfig
+from spectr.adapters.expert import Expert, FactorShape
+from spectr.adapters.targets import Targets
+from spectr.errors import AdapterError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Naming:
+    """What a model says of its modules' names.
+
+    Attributes:
+        modules: The names of all of its modules.
+        renamed: The present name of a module by a name that older versions had.
+        heads: Modules that PEFT's ``all-linear`` leaves out: the output head.
+    """
+
+    modules: Collection[str]
+    renamed: Callable[[str], str] = lambda name: name
+    heads: Collection[str] = frozenset()
+
+    def of(self, module: str) -> str:
+        """The name of a module in the model; as it is where the model has none by it."""
+        if module in self.modules:
+            return module
+        new = self.renamed(module)
+        return new if new in self.modules else module
+
+
+def named_for(expert: Expert, naming: Naming) -> Expert:
+    """An expert whose modules are those of a model, and those that its configuration targets there.
+
+    PEFT matches targets, ranks and scales with the names of the model, whatever the file's are.
+
+    Raises:
+        AdapterError: Two modules of the file are one module of the model.
+    """
+    config, found = expert.config, {**expert.shapes, **expert.left_out}
+    names = {old: naming.of(old) for old in found}
+    if config is None:
+        return expert
+    twice = [new for new, count in Counter(names.values()).items() if count > 1]
+    if twice:
+        raise AdapterError(
+            f"expert '{expert.name}' has factors of {twice[0]} under an older name of it and under this one",
+            expected="one pair of factors for a module",
+            do="save the adapter again with PEFT",
+        )
+    shapes: dict[str, FactorShape] = {}
+    left_out: dict[str, FactorShape] = {}
+    for old, new in sorted(names.items(), key=lambda pair: pair[1]):
+        place = shapes if _targeted(config.targets, old, new, naming) else left_out
+        place[new] = found[old] if new == old else _rescaled(config, new, found[old])
+    kept = {new: old for old, new in names.items() if new != old}
+    return replace(expert, shapes=shapes, left_out=left_out, file_names=kept)
+
+
+def _targeted(targets: Targets, old: str, new: str, naming: Naming) -> bool:
+    if targets.all_linear and new in naming.heads:
+        return False
+    return targets.has(new) or targets.lists(old)
+
+
+def _rescaled(config: AdapterConfig, new: str, shape: FactorShape) -> FactorShape:
+    """The scale of a renamed module: by its new name, unless only its old one gives the rank that the file has."""
+    return shape._replace(scale=config.scale_of(new)) if config.rank_of(new) == shape.rank else shape

@@ -1,0 +1,110 @@
+"""Which modules a configuration targets, by PEFT's rules: a file may hold factors of more."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Targets:
+    """The part of a LoRA configuration that says which modules PEFT adapts.
+
+    Attributes:
+        modules: A regular expression for whole names, ``"all-linear"``, or names and ends of names. ``None`` where the
+            configuration does not say: all modules of the file.
+        excluded: The same for modules that are left out.
+        saved: ``modules_to_save``, which take no factors.
+        layers: Numbers of layers; ``None`` for all.
+        patterns: What comes before the number in a module's name; empty for anything.
+
+    Source: PEFT's ``check_target_module_exists``.
+    """
+
+    modules: str | frozenset[str] | None = None
+    excluded: str | frozenset[str] = frozenset()
+    saved: tuple[str, ...] = ()
+    layers: frozenset[int] | None = None
+    patterns: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(raw: Mapping[str, Any]) -> Targets:
+        """From a configuration without :func:`target_faults`."""
+        modules, layers, patterns = raw.get("target_modules"), raw.get("layers_to_transform"), raw.get("layers_pattern")
+        return Targets(
+            modules=modules if modules is None else _names(modules),
+            excluded=_names(raw.get("exclude_modules") or ()),
+            saved=tuple(raw.get("modules_to_save") or ()),
+            layers=None
+            if layers is None or layers == []
+            else frozenset([layers] if isinstance(layers, int) else layers),
+            patterns=(patterns,) if isinstance(patterns, str) and patterns else tuple(patterns or ()),
+        )
+
+    @property
+    def all_linear(self) -> bool:
+        """Whether all linear layers but the output head are targeted."""
+        return isinstance(self.modules, str) and self.modules.lower() == ALL_LINEAR
+
+    def has(self, module: str) -> bool:
+        """Whether a module is targeted, by its name in the model."""
+        if _matches(self.excluded, module) or any(re.match(rf"(^|.*\.){m}($|\..*)", module) for m in self.saved):
+            return False
+        if self.modules is None or self.all_linear:
+            return self.layers is None or self._layer(module) in self.layers
+        return _matches(self.modules, module) and (self.layers is None or self._layer(module) in self.layers)
+
+    def lists(self, module: str) -> bool:
+        """Whether a module is targeted by its whole name."""
+        return isinstance(self.modules, frozenset) and module in self.modules
+
+    def _layer(self, module: str) -> int | None:
+        """A module's layer: the first number in its name that comes after one of the patterns."""
+        before = [rf"(?:^|.*?\.){pattern}" for pattern in self.patterns] or [r".*?\.[^.]*"]
+        found = (re.match(rf"{start}\.(?P<layer>\d+)\.", module) for start in before)
+        return next((int(match["layer"]) for match in found if match), None)
+
+
+def target_faults(raw: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the settings that :class:`Targets` reads."""
+    for key in ("target_modules", "exclude_modules"):
+        if (value := raw.get(key)) and not (_is_regex(value) if isinstance(value, str) else _are_texts(value)):
+            yield f"{key} is {value!r}"
+    layers, patterns = raw.get("layers_to_transform"), raw.get("layers_pattern")
+    if isinstance(raw.get("target_modules"), str) and (layers is not None or patterns):
+        yield "target_modules is a regular expression, and layers_to_transform or layers_pattern is set"
+    if layers is not None and not (_is_layer(layers) or (isinstance(layers, list) and all(map(_is_layer, layers)))):
+        yield f"layers_to_transform is {layers!r}"
+    for key, value in (("layers_pattern", patterns), ("modules_to_save", raw.get("modules_to_save"))):
+        texts: Any = [value] if isinstance(value, str) else value
+        if value and not (_are_texts(texts) and all(map(_is_regex, texts))):
+            yield f"{key} is {value!r}"
+
+
+def _names(value: str | Collection[str]) -> str | frozenset[str]:
+    return value if isinstance(value, str) else frozenset(value)
+
+
+def _matches(names: str | frozenset[str], module: str) -> bool:
+    if isinstance(names, str):
+        return bool(names) and re.fullmatch(names, module) is not None
+    return module in names or any(module.endswith(f".{name}") for name in names)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(text, str) for text in value)
+
+
+def _is_layer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_regex(text: str) -> bool:
+    try:
+        return re.compile(text) is not None
+    except re.error:
+        return False

@@ -1,0 +1,69 @@
+"""Module names that versions of transformers have given to the same layers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from typing import Any
+
+from torch import nn
+
+from spectr.adapters.naming import Naming
+
+Rule = Callable[[str], str]
+_SUFFIX = ".lora_A.weight"  # patterns may look at what comes after a module's name
+
+
+def naming_of(model: nn.Module) -> Naming:
+    """The names of a model's modules, with transformers' own renamings of older checkpoints.
+
+    Source: ``transformers.conversion_mapping``, and ``_checkpoint_conversion_mapping`` of version 4.
+    """
+    modules = dict(model.named_modules())
+    rules = lru_cache(maxsize=1)(lambda: _rules(model))  # made where a name is not the model's
+    return Naming(modules=modules.keys(), renamed=lambda name: _renamed(name, rules()), heads=_heads(model, modules))
+
+
+def _renamed(module: str, rules: Iterable[Rule]) -> str:
+    key = module + _SUFFIX
+    for rule in rules:
+        key = rule(key)
+    new = key.removesuffix(_SUFFIX)
+    return module if module.endswith(new) else new  # as PEFT: a name that only lost its beginning is left alone
+
+
+def _rules(model: Any) -> list[Rule]:
+    if not hasattr(getattr(model, "config", None), "model_type"):
+        return []
+    older = getattr(model, "_checkpoint_conversion_mapping", None) or {}
+    return [_first_of(older)] if older else _conversions(model)
+
+
+def _conversions(model: Any) -> list[Rule]:
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+    except ImportError:  # transformers 4
+        return []
+    found = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
+    return [lambda key, rule=rule: rule.rename_source_key(key)[0] for rule in found]
+
+
+def _first_of(mapping: dict[str, str]) -> Rule:
+    """The first pattern that a key has, replaced, as transformers 4 did."""
+
+    def rule(key: str) -> str:
+        for pattern, replacement in mapping.items():
+            text = re.sub(r"\(.*\)", "", replacement.lstrip("^"))
+            key, count = re.subn(pattern, text, key)
+            if count:
+                break
+        return key
+
+    return rule
+
+
+def _heads(model: Any, modules: dict[str, nn.Module]) -> frozenset[str]:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return frozenset(name for name, module in modules.items() if head is not None and module is head)
