@@ -65,7 +65,7 @@ def named_for(expert: Expert, naming: Naming) -> Expert:
 def _targeted(targets: Targets, old: str, new: str, naming: Naming) -> bool:
     if targets.all_linear and new in naming.heads:
         return False
-    return targets.has(new) or targets.lists(old)
+    return targets.has(new) or (new != old and targets.lists(old) and targets.has(old))
 
 
 def _rescaled(config: AdapterConfig, new: str, shape: FactorShape) -> FactorShape:

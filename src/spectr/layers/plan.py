@@ -84,7 +84,7 @@ def _faults(expert: Expert, layers: Mapping[str, nn.Module], uncalled: Set[str])
     found = []
     if not expert.shapes:
         found.append(
-            _Fault(
+            Fault(
                 f"adapts nothing here: its configuration targets none of the modules in its file "
                 f"({some_of(list(expert.left_out), _SHOWN)})",
                 "target_modules that match names of this model",
