@@ -59,7 +59,8 @@ def named_for(expert: Expert, naming: Naming) -> Expert:
         place = shapes if _targeted(config.targets, old, new, naming) else left_out
         place[new] = found[old] if new == old else _rescaled(config, new, found[old])
     kept = {new: old for old, new in names.items() if new != old}
-    return replace(expert, shapes=shapes, left_out=left_out, file_names=kept)
+    saved = {naming.of(module): parts for module, parts in expert.saved.items()}
+    return replace(expert, shapes=shapes, saved=saved, left_out=left_out, file_names=kept)
 
 
 def _targeted(targets: Targets, old: str, new: str, naming: Naming) -> bool:

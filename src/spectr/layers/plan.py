@@ -82,7 +82,7 @@ def _faults(expert: Expert, layers: Mapping[str, nn.Module], uncalled: Set[str])
             unfit += [f"{module} ({fault})" for fault in saved_faults(layers[module], parts)]
     base = f"; the adapter names {expert.base_model} as its base" if expert.base_model else ""
     found = []
-    if not expert.shapes:
+    if expert.left_out and not expert.modules:
         found.append(
             Fault(
                 f"adapts nothing here: its configuration targets none of the modules in its file "
