@@ -18,6 +18,7 @@ from spectr.composition import prepare_module
 from spectr.composition.naming import naming_of
 from spectr.errors import CompositionError, DataError
 from spectr.hashing import known_sha256
+from spectr.layers.base_layers import ModelLayers
 from spectr.layers.plan import Plan, make_plan
 from spectr.layers.routed import RoutedLinear
 from spectr.library import Calibration, ExpertLibrary
@@ -152,7 +153,8 @@ def _root_mean_squares(
             found.setdefault(name, {})[module] = mean_R.sum().sqrt().item()
 
     with ExitStack() as files:
-        readers = {name: files.enter_context(expert.open()) for name, expert in experts.items()}
+        base = ModelLayers(model)
+        readers = {name: files.enter_context(expert.open_on(base)) for name, expert in experts.items()}
         used = [module for module, users in plan.modules.items() if not readers.keys().isdisjoint(users)]
         read_inputs(model, used, known, see)
     return found

@@ -15,11 +15,12 @@ from jaxtyping import Bool, Float, Int8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from spectr.adapters import Expert
+from spectr.adapters import BaseLayers, Expert
 from spectr.calibration import read_inputs
 from spectr.composition.naming import naming_of
 from spectr.errors import CompositionError, SpectrError
 from spectr.grouping import grouped
+from spectr.layers.base_layers import ModelLayers
 from spectr.layers.plan import make_plan
 from spectr.library import Calibration, ExpertLibrary
 from spectr.library.index import INDEX_FOLDER, IndexedModule, IndexEntry
@@ -79,7 +80,8 @@ def build_index(
 
     read_inputs(model, modules, known.said, keep)
     to = None if folder is None else Path(folder)
-    work = _Parts(missing, to, lambda part: _entries(part, library, inputs, known))
+    base = ModelLayers(model)
+    work = _Parts(missing, to, lambda part: _entries(part, library, base, inputs, known))
     workers = _workers(work, inputs.values())
     entries: dict[str, IndexEntry | Path] = {}
     for made in DataLoader(
@@ -163,6 +165,7 @@ class _Measured(NamedTuple):
 def _entries(
     experts: Mapping[str, Expert],
     library: ExpertLibrary,
+    base: BaseLayers,
     inputs: Mapping[str, Float[Tensor, "T I"]],
     known: Calibration,
 ) -> dict[str, IndexEntry]:
@@ -170,7 +173,7 @@ def _entries(
     entries = {}
     for layout, together in grouped((_layout(expert), expert) for expert in experts.values()).items():
         alike = _alike(layout)
-        aligned = [[_aligned(*factors) for factors in expert.stacked(alike)] for expert in together]
+        aligned = [[_aligned(*factors) for factors in expert.stacked(alike, base)] for expert in together]
         groups = [_measured(*group, inputs) for group in zip(alike, zip(*aligned, strict=True), strict=True)]
         place = {module: i for i, module in enumerate(chain.from_iterable(alike))}
         order = [place[module.name] for module in layout]
@@ -194,7 +197,8 @@ def _entries(
 
 
 def _layout(expert: Expert) -> Layout:
-    return tuple(IndexedModule(module, *shape[:3]) for module, shape in sorted(expert.shapes.items()))
+    shapes = sorted(expert.shapes.items())
+    return tuple(IndexedModule(module, *shape[:3], len(shape.parts.tensors)) for module, shape in shapes)
 
 
 def _in_order(groups: Sequence[Tensor], order: Sequence[int]) -> Tensor:

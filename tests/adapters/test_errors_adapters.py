@@ -25,9 +25,6 @@ def refusal(folder, name="sql", **options) -> AdapterError:
 
 
 WRITTEN_BY_PEFT = {
-    "DoRA": (LoraConfig(target_modules=["q_proj"], use_dora=True), "use_dora is set (DoRA rescales"),
-    "lora_bias": (LoraConfig(target_modules=["q_proj"], lora_bias=True), "lora_bias is set (the B matrix has a bias"),
-    "bias": (LoraConfig(target_modules=["q_proj"], bias="all"), "bias is 'all' (biases of the base model"),
     "replicated layers": (
         LoraConfig(target_modules=["q_proj"], layer_replication=[(0, 2), (1, 2)]),
         "layer_replication is set (it duplicates layers",
@@ -67,7 +64,9 @@ def test_settings_of_other_methods_are_refused_by_name(tmp_path, setting, value)
     assert_says(error, given=("expert 'sql'", f"{setting} is set"), expected=PLAIN_LORA, do="retrain it as plain LoRA")
 
 
-@pytest.mark.parametrize("setting", ["use_dora", "target_parameters", "setting_of_next_year", "rank_pattern"])
+@pytest.mark.parametrize(
+    "setting", ["use_dora", "lora_bias", "target_parameters", "setting_of_next_year", "rank_pattern"]
+)
 @pytest.mark.parametrize("off", [None, False, [], {}])
 def test_a_setting_that_is_off_is_no_reason(tmp_path, setting, off):
     assert len(read_adapter(write_adapter(tmp_path, **{setting: off}), "sql").shapes) == 2
@@ -82,8 +81,8 @@ def test_initialisations_that_change_the_base_are_refused(tmp_path, init):
 
 
 def test_all_faults_of_a_configuration_are_named_at_once(tmp_path):
-    error = refusal(write_adapter(tmp_path, use_dora=True, bias="lora_only", lora_alpha="x", strange=1))
-    reasons = ("use_dora is set", "bias is 'lora_only'", "strange is set", "lora_alpha is 'x'")
+    error = refusal(write_adapter(tmp_path, use_qalora=True, bias="some", lora_alpha="x", strange=1))
+    reasons = ("use_qalora is set", "bias is 'some'", "strange is set", "lora_alpha is 'x'")
     assert_says(error, given=reasons, expected=PLAIN_LORA, do="retrain it")
 
 
@@ -216,7 +215,7 @@ def test_weights_that_are_not_finite(tmp_path, key, value):
         read(Q)
     assert_says(caught.value, **says)
     with pytest.raises(AdapterError) as caught:
-        list(expert.stacked([[Q]]))
+        list(expert.stacked([[Q]], None))
     assert_says(caught.value, **says)
 
 
@@ -253,8 +252,12 @@ def test_factors_whose_ranks_differ(tmp_path):
 
 ODD_TENSORS = {
     "a stranger": ({"lm_head.scale": (3, 3)}, "lm_head.scale is not a LoRA factor"),
-    "a magnitude": ({f"{Q}.lora_magnitude_vector": (8,)}, f"{Q}.lora_magnitude_vector is a DoRA magnitude"),
-    "a bias": ({f"{Q}.lora_B.bias": (8,)}, f"{Q}.lora_B.bias is a bias of the B matrix"),
+    "a magnitude": (
+        {f"{Q}.lora_magnitude_vector": (8,)},
+        f"{Q}.lora_magnitude_vector is a DoRA magnitude, which the configuration",
+    ),
+    "a bias": ({f"{Q}.lora_B.bias": (8,)}, f"{Q}.lora_B.bias is a bias of the B matrix, which the"),
+    "a trained bias": ({f"{Q}.base_layer.bias": (8,)}, f"{Q}.base_layer.bias is not a LoRA factor"),
     "a whole module": (
         {"base_model.model.lm_head.modules_to_save.weight": (3, 3)},
         "base_model.model.lm_head.modules_to_save.weight is a whole trained module",
@@ -290,7 +293,7 @@ def test_all_broken_adapters_are_reported_in_one_error(tmp_path, adapter):
     (tmp_path / "empty").mkdir()
     adapters = {
         "fine": adapter,
-        "dora": write_adapter(tmp_path / "dora", use_dora=True),
+        "dora": write_adapter(tmp_path / "dora", use_qalora=True),
         "hollow": tmp_path / "empty",
         "lost": tmp_path / "nowhere",
     }
@@ -299,7 +302,7 @@ def test_all_broken_adapters_are_reported_in_one_error(tmp_path, adapter):
     message = str(caught.value)
     assert message.startswith("the adapters cannot be used: 3 problems\n- expert 'dora'")
     for part in (
-        "expert 'dora' cannot be routed exactly: use_dora is set",
+        "expert 'dora' cannot be routed exactly: use_qalora is set",
         f"expert 'hollow': {tmp_path / 'empty'} has no adapter_config.json",
         f"expert 'lost': there is no folder {tmp_path / 'nowhere'}",
         "to do: retrain it as plain LoRA",
@@ -312,8 +315,8 @@ def test_all_broken_adapters_are_reported_in_one_error(tmp_path, adapter):
 
 def test_a_single_broken_adapter_is_its_own_error(tmp_path, adapter):
     with pytest.raises(AdapterError) as caught:
-        ExpertLibrary.from_adapters({"fine": adapter, "dora": write_adapter(tmp_path / "dora", use_dora=True)})
-    assert_says(caught.value, given=("expert 'dora'", "use_dora is set"), expected=PLAIN_LORA, do="retrain it")
+        ExpertLibrary.from_adapters({"fine": adapter, "dora": write_adapter(tmp_path / "dora", use_qalora=True)})
+    assert_says(caught.value, given=("expert 'dora'", "use_qalora is set"), expected=PLAIN_LORA, do="retrain it")
 
 
 def test_no_adapters_at_all():

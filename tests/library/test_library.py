@@ -183,8 +183,8 @@ class TestRefusals:
         )
 
     def test_an_adapter_that_cannot_be_used(self, library, tmp_path, unchanged):
-        with pytest.raises(AdapterError, match="use_dora is set"):
-            library.add("dora", write_adapter(tmp_path / "dora", use_dora=True))
+        with pytest.raises(AdapterError, match="use_qalora is set"):
+            library.add("dora", write_adapter(tmp_path / "dora", use_qalora=True))
         with pytest.raises(AdapterError, match="there is no folder"):
             library.add("lost", tmp_path / "nowhere")
         assert unchanged()

@@ -100,12 +100,12 @@ class TestOpening:
 
     def test_broken_adapters_of_a_plain_folder_are_reported_together(self, tmp_path):
         write_adapter(tmp_path / "fine")
-        write_adapter(tmp_path / "dora", use_dora=True)
+        write_adapter(tmp_path / "dora", use_qalora=True)
         (write_adapter(tmp_path / "bare") / WEIGHTS).unlink()
         with pytest.raises(SpectrError, match="2 problems") as caught:
             ExpertLibrary.open(tmp_path)
         assert f"expert 'bare': {tmp_path / 'bare'} has no {WEIGHTS}" in str(caught.value)
-        assert "expert 'dora' cannot be routed exactly: use_dora is set" in str(caught.value)
+        assert "expert 'dora' cannot be routed exactly: use_qalora is set" in str(caught.value)
 
     @pytest.mark.parametrize(
         ("text", "shown"),
@@ -302,10 +302,12 @@ class TestVerify:
     def test_files_that_match_their_hashes_are_read_too(self, library):
         """An expert that its entry vouches for, yet that cannot be routed."""
         folder = library.root / library.entry("sql").folder
-        write_adapter(folder, use_dora=True)
+        write_adapter(folder, use_qalora=True)
         write_entry(library.root, "sql", sha256={file: file_sha256(folder / file) for file in (CONFIG, WEIGHTS)})
         fault = LibraryStore(library.root).verify()["sql"]
-        assert_says(fault, given=("expert 'sql'", "use_dora is set"), expected="a plain LoRA adapter", do="retrain it")
+        assert_says(
+            fault, given=("expert 'sql'", "use_qalora is set"), expected="a plain LoRA adapter", do="retrain it"
+        )
 
     def test_an_empty_library_has_no_faults(self, tmp_path):
         assert LibraryStore(tmp_path / "nothing").verify() == {}

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from guided import library_with_gates
 from library_on_disk import folders
 from spectr import ExpertLibrary, Phatgoose, compose
-from spectr.adapters import GATES_FILE, read_adapter, read_gates
+from spectr.adapters import GATES_FILE, Update, read_adapter, read_gates
 from spectr.cli.app import app
 from spectr.errors import AdapterError, CompositionError, DataError
 from spectr.library import LibraryStore
@@ -71,7 +71,7 @@ def test_gates_start_at_one_half(expert):
     layer = torch.nn.Linear(32, 32)
     with expert.open() as read:
         factors = read("model.layers.0.self_attn.q_proj")
-    gated, x = GatedLinear(layer, factors, torch.device("cpu"), torch.float32), torch.randn(5, 32)
+    gated, x = GatedLinear(layer, Update(factors), torch.device("cpu"), torch.float32), torch.randn(5, 32)
     expected = layer(x) + 0.5 * factors.scale * (x @ (factors.B @ factors.A).T)
     torch.testing.assert_close(gated(x), expected, rtol=0, atol=1e-5)
 

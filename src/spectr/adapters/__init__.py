@@ -1,11 +1,12 @@
 """LoRA adapters as PEFT writes them. All of PEFT's quirks end here."""
 
 from spectr.adapters.config import CONFIG_FILE
-from spectr.adapters.expert import Expert, Factors, FactorShape
+from spectr.adapters.expert import Expert, FactorShape
 from spectr.adapters.gates import GATES_FILE, has_gates, read_gates, write_gates
 from spectr.adapters.naming import Naming, named_for
 from spectr.adapters.read import ADAPTER_FILES, WEIGHTS_FILE, locate_adapter, read_adapter
 from spectr.adapters.saved import SavedParts
+from spectr.adapters.updates import BaseLayers, Factors, Update
 from spectr.adapters.write import CARD, CARD_DATA, common_settings, write_adapter
 
 __all__ = [
@@ -15,11 +16,13 @@ __all__ = [
     "CONFIG_FILE",
     "GATES_FILE",
     "WEIGHTS_FILE",
+    "BaseLayers",
     "Expert",
     "FactorShape",
     "Factors",
     "Naming",
     "SavedParts",
+    "Update",
     "common_settings",
     "has_gates",
     "locate_adapter",

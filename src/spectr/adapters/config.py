@@ -18,8 +18,6 @@ CONFIG_FILE = "adapter_config.json"
 
 # Settings that change what the adapter computes to something that scale * B @ A * x does not express.
 _REFUSED: dict[str, str] = {
-    "use_dora": "DoRA rescales the base weight's columns",
-    "lora_bias": "the B matrix has a bias of its own",
     "target_parameters": "it adapts parameters of fused modules (such as mixture-of-experts weights)",
     "layer_replication": "it duplicates layers of the base model",
     "use_qalora": "QA-LoRA pools the input of A",
@@ -44,7 +42,8 @@ _HARMLESS = {
     *("peft_type", "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode"),
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "fan_in_fan_out", "bias"),
     *("modules_to_save", "trainable_token_indices", "token_indices", "init_weights"),
-    *("use_rslora", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern"),
+    *("use_rslora", "use_dora", "lora_bias", "init_lora_weights", "layers_to_transform", "layers_pattern"),
+    "rank_pattern",
     *("alpha_pattern", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
     *(
         "qalora_group_size",
@@ -59,7 +58,13 @@ _HARMLESS = {
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """The part of a LoRA configuration that routing needs."""
+    """The part of a LoRA configuration that routing needs.
+
+    Attributes:
+        dora: Whether each module has magnitudes.
+        lora_bias: Whether ``B`` has a bias.
+        trained_bias: Whether the file holds biases of the base model, in the place of the model's own.
+    """
 
     rank: int
     alpha: float
@@ -67,6 +72,9 @@ class AdapterConfig:
     rank_pattern: dict[str, int]
     alpha_pattern: dict[str, float]
     base_model: str | None
+    dora: bool = False
+    lora_bias: bool = False
+    trained_bias: bool = False
     saved: SavedSettings = NOTHING_SAVED
     targets: Targets = field(default_factory=Targets)
 
@@ -78,6 +86,10 @@ class AdapterConfig:
         """``alpha / r``, or ``alpha / sqrt(r)`` for rsLoRA, with the module's own rank and alpha."""
         rank, alpha = self.rank_of(module), _by_pattern(self.alpha_pattern, module, self.alpha)
         return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+    def has(self, part: str) -> bool:
+        """Whether every adapted layer has such a part; factors they have."""
+        return {"magnitude": self.dora, "bias_B": self.lora_bias}.get(part, True)
 
 
 def read_config(folder: Path, name: str) -> AdapterConfig:
@@ -116,6 +128,9 @@ def read_config(folder: Path, name: str) -> AdapterConfig:
         base_model=raw.get("base_model_name_or_path"),
         saved=SavedSettings.of(raw),
         targets=Targets.of(raw),
+        dora=bool(raw.get("use_dora")),
+        lora_bias=bool(raw.get("lora_bias")),
+        trained_bias=raw.get("bias", "none") != "none",
     )
 
 
@@ -125,8 +140,8 @@ def _faults(raw: dict[str, Any]) -> list[str]:
     if raw.get("peft_type") != "LORA":
         return [f"peft_type is {raw.get('peft_type')!r}, not 'LORA'"]
     faults = [f"{key} is set ({why})" for key, why in _REFUSED.items() if raw.get(key)]
-    if raw.get("bias", "none") != "none":
-        faults.append(f"bias is {raw['bias']!r} (biases of the base model were trained)")
+    if raw.get("bias", "none") not in ("none", "lora_only", "all"):
+        faults.append(f"bias is {raw['bias']!r}")
     if isinstance(raw.get("init_lora_weights"), str) and _CHANGES_BASE.match(raw["init_lora_weights"]):
         faults.append(f"init_lora_weights is {raw['init_lora_weights']!r} (it also changes the base model's weights)")
     unknown = sorted(key for key, value in raw.items() if value and key not in _HARMLESS and key not in _REFUSED)

@@ -17,24 +17,12 @@ from torch import Tensor
 
 from spectr.adapters.config import AdapterConfig
 from spectr.adapters.saved import SavedParts
+from spectr.adapters.updates import BaseLayers, Factors, Parts, Read, Update, update_on
 from spectr.errors import AdapterError, SpectrError, some_of
 
 
-class Factors(NamedTuple):
-    """One module's low-rank update ``delta = scale * B @ A``."""
-
-    A: Float[Tensor, "rank inputs"]
-    B: Float[Tensor, "outputs rank"]
-    scale: float
-
-    @property
-    def is_zero(self) -> bool:
-        """Whether the update changes nothing."""
-        return not (self.A.any() and self.B.any() and self.scale)
-
-
 class Stacked(NamedTuple):
-    """Factors of N modules whose shapes are the same, in the file's dtype, on the CPU."""
+    """Factors of N modules whose shapes are the same, in one floating dtype, on the CPU."""
 
     A_NRI: Float[Tensor, "N R I"]
     B_NOR: Float[Tensor, "N O R"]
@@ -42,7 +30,17 @@ class Stacked(NamedTuple):
 
 
 class FactorShape(NamedTuple):
-    """What is known about a module's factors without reading them."""
+    """What is known about a module's update without reading it.
+
+    Attributes:
+        rank: Of the low-rank part.
+        inputs: Of the layer.
+        outputs: Of the layer.
+        scale: Of the file's factors.
+        key_A: The tensor's name of ``A``.
+        key_B: Of ``B``.
+        parts: What the update has in addition to these factors.
+    """
 
     rank: int
     inputs: int
@@ -50,6 +48,7 @@ class FactorShape(NamedTuple):
     scale: float
     key_A: str
     key_B: str
+    parts: Parts = Parts()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +89,39 @@ class Expert:
 
     @property
     def parameters(self) -> int:
-        """Numbers in all factors and in all that is saved with them."""
-        factors = sum(shape.rank * (shape.inputs + shape.outputs) for shape in self.shapes.values())
-        return factors + sum(parts.numbers for parts in self.saved.values())
+        """Numbers in all updates and in all that is saved with them."""
+        updates = (s.rank * (s.inputs + s.outputs) + s.outputs * len(s.parts.tensors) for s in self.shapes.values())
+        return sum(updates) + sum(parts.numbers for parts in self.saved.values())
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """In words what the updates are in addition to pairs of factors; empty for plain LoRA."""
+        return tuple(dict.fromkeys(kind for shape in self.shapes.values() for kind in shape.parts.kinds))
+
+    @property
+    def exceeds_products(self) -> bool:
+        """Whether an update is more than a product of two factors, be they the file's own."""
+        return any(shape.parts.tensors for shape in self.shapes.values())
+
+    def check_plain(self, what: str, kind: type[SpectrError] = AdapterError) -> None:
+        """Raise unless the expert has ``scale * B @ A`` of the file's own factors and nothing else.
+
+        Args:
+            what: Takes such experts alone, as in ``"merging"``.
+            kind: Of the error.
+        """
+        self.check_factors_alone(what, kind)
+        self._check_kinds(what, kind)
+
+    def _check_kinds(self, what: str, kind: type[SpectrError]) -> None:
+        if self.kinds:
+            raise kind(
+                f"expert '{self.name}' is no plain LoRA adapter ({', '.join(self.kinds)}): its update depends on the "
+                f"base model's layers, and {what} takes factors alone",
+                expected="plain LoRA, whose update is scale * B @ A",
+                do="route it in a composed model; or merge it into its base with PEFT and make plain LoRA of the "
+                "difference: spectr extract",
+            )
 
     def check_factors_alone(self, what: str, kind: type[SpectrError] = AdapterError) -> None:
         """Raise where the expert has more than factors of linear layers, for what takes these alone.
@@ -119,20 +148,27 @@ class Expert:
 
     @contextmanager
     def open(self):
-        """Open the file and yield ``read(module) -> Factors``; tensors have the file's dtype, on the CPU.
+        """Open the file of a plain LoRA adapter and yield ``read(module) -> Factors``.
 
-        ``read`` raises :class:`AdapterError` where a factor holds NaN or infinity.
+        Tensors have the file's dtype, on the CPU. ``read`` raises :class:`AdapterError` where a factor holds NaN or
+        infinity.
+
+        Raises:
+            AdapterError: The file cannot be read, or its updates are more than its factors (see :attr:`kinds`).
+        """
+        self._check_kinds("what reads it here", AdapterError)
+        with open_safetensors(self.weights, self.name) as file:
+            yield lambda module: self._factors(module, file.get_tensor)
+
+    @contextmanager
+    def open_on(self, base: BaseLayers):
+        """Open the file and yield ``read(module) -> Update`` for the layers of a base model, on the CPU.
+
+        Plain factors have the file's dtype. ``read`` raises :class:`AdapterError` where a tensor holds NaN or
+        infinity, or does not go with the layer.
         """
         with open_safetensors(self.weights, self.name) as file:
-
-            def read(module: str) -> Factors:
-                shape = self.shapes[module]
-                A, B = file.get_tensor(shape.key_A), file.get_tensor(shape.key_B)
-                for key, tensor in ((shape.key_A, A), (shape.key_B, B)):
-                    self._check(key, tensor)
-                return Factors(A, B, shape.scale)
-
-            yield read
+            yield lambda module: self._update(base, module, file.get_tensor)
 
     @contextmanager
     def open_saved(self):
@@ -149,12 +185,62 @@ class Expert:
 
             yield read
 
-    def stacked(self, groups: Iterable[Sequence[str]]) -> Iterator[Stacked]:
-        """Read the file at once, and yield each group of modules, whose factors have the same shapes.
+    def check_values(self) -> None:
+        """Read all tensors, and refuse updates that are zero everywhere.
 
         Raises:
-            AdapterError: As :meth:`open` and ``read`` do.
+            AdapterError: They are, or a tensor holds NaN or infinity.
         """
+        with open_safetensors(self.weights, self.name) as file:
+            alive = [self._is_alive(module, file.get_tensor) for module in self.shapes]
+            saved = [key for parts in self.saved.values() for key in parts.keys]
+            for key in saved:
+                self._check(key, file.get_tensor(key))
+        if not any(alive) and not saved:
+            raise AdapterError(
+                f"expert '{self.name}' is zero in all of its {len(alive)} modules: it is the base model",
+                expected="an adapter that was trained",
+                do="leave it out, or save it again after training",
+            )
+
+    def _is_alive(self, module: str, read: Read) -> bool:
+        factors = self._factors(module, read)
+        more = {key: read(key) for key in self.shapes[module].parts.tensors}
+        for key, tensor in more.items():
+            self._check(key, tensor)
+        return not factors.is_zero or any(tensor.any() for tensor in more.values())
+
+    def _factors(self, module: str, read: Read) -> Factors:
+        shape = self.shapes[module]
+        A, B = read(shape.key_A), read(shape.key_B)
+        for key, tensor in ((shape.key_A, A), (shape.key_B, B)):
+            self._check(key, tensor)
+        return Factors(A, B, shape.scale)
+
+    def _update(self, base: BaseLayers, module: str, read: Read) -> Update:
+        factors, parts = self._factors(module, read), self.shapes[module].parts
+        if not parts.kinds:
+            return Update(factors)
+        for key in parts.tensors:
+            self._check(key, read(key))
+        with naming(self.name):
+            return update_on(base, module, factors, parts, read)
+
+    def stacked(self, groups: Iterable[Sequence[str]], base: BaseLayers) -> Iterator[Stacked]:
+        """The factors of each group of modules, which have the same shapes; a plain adapter's file is read at once.
+
+        Raises:
+            AdapterError: As :meth:`open_on` and ``read`` do.
+        """
+        yield from self._stacked_plain(groups) if not self.kinds else self._stacked_on(base, groups)
+
+    def _stacked_on(self, base: BaseLayers, groups: Iterable[Sequence[str]]) -> Iterator[Stacked]:
+        with self.open_on(base) as read:
+            for modules in groups:
+                A, B, scale = zip(*(read(module).factors for module in modules), strict=True)
+                yield Stacked(torch.stack(A), torch.stack(B), torch.tensor(scale))
+
+    def _stacked_plain(self, groups: Iterable[Sequence[str]]) -> Iterator[Stacked]:
         with unreadable_as_error(self.weights, self.name):
             tensors = load(self.weights.read_bytes())
 
@@ -177,6 +263,15 @@ class Expert:
                 expected="finite weights",
                 do="train or download the adapter again",
             )
+
+
+@contextmanager
+def naming(expert: str) -> Iterator[None]:
+    """Begin what an error says with the name of an expert."""
+    try:
+        yield
+    except AdapterError as error:
+        raise AdapterError(f"expert '{expert}': {error.given}", expected=error.expected, do=error.do) from error
 
 
 def all_finite(tensor: Tensor) -> bool:

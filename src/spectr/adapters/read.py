@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from spectr.adapters.config import CONFIG_FILE, AdapterConfig, read_config
 from spectr.adapters.expert import Expert, FactorShape, open_safetensors
 from spectr.adapters.gates import GATES_FILE
 from spectr.adapters.saved import read_saved
+from spectr.adapters.updates import Parts
 from spectr.errors import AdapterError, some_of
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -21,12 +22,16 @@ _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 # What torch.compile, FSDP and activation checkpointing put into names.
 _WRAPPERS = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # "base_model.model.<module>.lora_A.weight"; files written by hand may name the adapter: "...lora_A.default.weight".
-_FACTOR = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight$")
-_STRANGERS = (
-    ("lora_magnitude_vector", "a DoRA magnitude"),
-    ("modules_to_save", "a whole trained module"),
-    (".lora_B.bias", "a bias of the B matrix"),
-)
+_MODULE = r"^(?:base_model\.model\.)?(?P<module>.+?)\."
+_TENSORS = {
+    "A": re.compile(_MODULE + r"lora_A(?:\.[^.]+)?\.weight$"),
+    "B": re.compile(_MODULE + r"lora_B(?:\.[^.]+)?\.weight$"),
+    "bias_B": re.compile(_MODULE + r"lora_B(?:\.[^.]+)?\.bias$"),
+    "magnitude": re.compile(_MODULE + r"lora_magnitude_vector(?:\.[^.]+){0,2}$"),
+}
+_BIAS = re.compile(_MODULE + r"(?:base_layer\.)?bias$")
+_WORDS = {"magnitude": "DoRA magnitude", "bias_B": "bias of the B matrix", "bias": "trained bias"}
+_STRANGERS = (("modules_to_save", "a whole trained module"),)
 _HUB_ID = re.compile(r"^(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<subfolder>[\w./-]+?))?(?:@(?P<revision>[\w./-]+))?$")
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, "README.md", "expert.json", GATES_FILE)  # all that belongs to one
 
@@ -49,20 +54,19 @@ def read_adapter(source: str | Path, name: str, *, check_values: bool = True) ->
         raise _no_weights(folder, name)
     with open_safetensors(weights, name) as file:
         keys = list(file.keys())
-        pairs, others, faults = _pair_keys(keys)
+        found, others, faults = _sort_keys(keys, config)
         slices = {key: file.get_slice(key) for key in keys}
         shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
         faults += [f"{k} has dtype {part.get_dtype()}" for k, part in slices.items() if part.get_dtype() not in _FLOATS]
     saved = read_saved(others, shapes, config.saved, config.scale_of, faults)
-    if not faults and not pairs and not saved:
+    if not faults and not found and not saved:
         faults = ["it holds no LoRA factors"]
     _check_gathered(weights, name, shapes)
-    targeted = {module for module in pairs if config.targets.has(module)} or set(pairs)  # names of older versions
+    targeted = {module for module in found if config.targets.has(module)} or set(found)  # names of older versions
     ignored: list[str] = []  # of modules that PEFT leaves out too
-    found = {
-        m: _factor_shape(m, sides, shapes, config, faults if m in targeted else ignored)
-        for m, sides in pairs.items()
-        if len(sides) == 2
+    read = {
+        module: _factor_shape(module, parts, shapes, config, faults if module in targeted else ignored)
+        for module, parts in found.items()
     }
     if faults:
         shown = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
@@ -74,15 +78,15 @@ def read_adapter(source: str | Path, name: str, *, check_values: bool = True) ->
     expert = Expert(
         name=name,
         weights=weights,
-        shapes={module: shape for module, shape in sorted(found.items()) if shape and module in targeted},
+        shapes={module: shape for module, shape in sorted(read.items()) if shape and module in targeted},
         base_model=config.base_model,
         origin=str(source),
         saved=saved,
         config=config,
-        left_out={module: shape for module, shape in sorted(found.items()) if shape and module not in targeted},
+        left_out={module: shape for module, shape in sorted(read.items()) if shape and module not in targeted},
     )
     if check_values:
-        _check_values(expert)
+        expert.check_values()
     return expert
 
 
@@ -101,32 +105,23 @@ def _check_gathered(weights: Path, name: str, shapes: Mapping[str, tuple[int, ..
 
 def _factor_shape(
     module: str,
-    sides: dict[str, str],
+    parts: dict[str, str],
     shapes: dict[str, tuple[int, ...]],
     config: AdapterConfig,
     faults: list[str],
 ) -> FactorShape | None:
-    A, B = shapes[sides["A"]], shapes[sides["B"]]
+    if "A" not in parts or "B" not in parts:
+        return None  # a fault that is known already
+    A, B = shapes[parts["A"]], shapes[parts["B"]]
     rank = config.rank_of(module)
     if len(A) != 2 or len(B) != 2:
         faults.append(f"{module} has factors of shapes {A} and {B} (a convolution?)")
         return None
     if not A[0] == B[1] == rank:
         faults.append(f"{module} has factors of shapes {A} and {B} where the configuration says rank {rank}")
-    return FactorShape(A[0], A[1], B[0], config.scale_of(module), sides["A"], sides["B"])
-
-
-def _check_values(expert: Expert) -> None:
-    with expert.open() as read:
-        alive = [not read(module).is_zero for module in expert.shapes]
-    with expert.open_saved() as read:
-        saved = [bool(read(key).numel()) for parts in expert.saved.values() for key in parts.keys]
-    if not any(alive) and not saved:
-        raise AdapterError(
-            f"expert '{expert.name}' is zero in all of its {len(alive)} modules: it is the base model",
-            expected="an adapter that was trained",
-            do="leave it out, or save it again after training",
-        )
+    more = Parts(**{part: key for part, key in parts.items() if part in Parts._fields})
+    faults += [f"{key} has shape {shapes[key]}, not {B[:1]}" for key in more.tensors if shapes[key] != B[:1]]
+    return FactorShape(A[0], A[1], B[0], config.scale_of(module), parts["A"], parts["B"], more)
 
 
 def _no_weights(folder: Path, name: str) -> AdapterError:
@@ -144,30 +139,50 @@ def _no_weights(folder: Path, name: str) -> AdapterError:
     )
 
 
-def _pair_keys(keys: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str], list[str]]:
-    """Sort tensor names into ``{module: {"A": key, "B": key}}``, those that are no factors, and a list of faults."""
-    pairs: dict[str, dict[str, str]] = {}
+def _sort_keys(keys: Iterable[str], config: AdapterConfig) -> tuple[dict[str, dict[str, str]], list[str], list[str]]:
+    """Sort tensor names into ``{module: {part: key}}``, those of no part of an update, and a list of faults."""
+    found: dict[str, dict[str, str]] = {}
     others: list[str] = []
     faults: list[str] = []
-    ordered = sorted(keys)
-    together = "\n".join(ordered)
-    strangers = [(mark, what) for mark, what in _STRANGERS if mark in together]
-    for key in ordered:
-        stranger = next((what for mark, what in strangers if mark in key), None)
-        match = _FACTOR.match(_WRAPPERS.sub("", key))
+    for key in sorted(keys):
+        plain = _WRAPPERS.sub("", key)
+        stranger = next((what for mark, what in _STRANGERS if mark in key), None)
+        part, match = next(((part, m) for part, form in _TENSORS.items() if (m := form.match(plain))), ("", None))
         if stranger:
             faults.append(f"{key} is {stranger}")
         elif not match:
             others.append(key)
+        elif not config.has(part):
+            faults.append(f"{key} is a {_WORDS[part]}, which the configuration does not name")
         else:
-            sides = pairs.setdefault(match["module"], {})
-            if match["side"] in sides:
-                faults.append(
-                    f"{match['module']} has more than one factor {match['side']} (several adapters in one file)"
-                )
-            sides[match["side"]] = key
-    faults += [f"{module} has only one factor" for module, sides in pairs.items() if len(sides) < 2]
-    return pairs, others, faults
+            faults += _put(found.setdefault(match["module"], {}), part, key, match["module"])
+    faults += [fault for module, parts in found.items() for fault in _lacks(module, parts, config)]
+    if not config.trained_bias:
+        return found, others, faults
+    for key in list(others):
+        match = _BIAS.match(_WRAPPERS.sub("", key))
+        if match and match["module"] in found:
+            others.remove(key)
+            faults += _put(found[match["module"]], "bias", key, match["module"])
+    return found, others, faults
+
+
+def _put(parts: dict[str, str], part: str, key: str, module: str) -> Iterator[str]:
+    if part in parts:
+        what = f"factor {part}" if part in "AB" else _WORDS[part]
+        yield f"{module} has more than one {what} (several adapters in one file)"
+    parts[part] = key
+
+
+def _lacks(module: str, parts: Mapping[str, str], config: AdapterConfig) -> Iterator[str]:
+    factors = parts.keys() & {"A", "B"}
+    if not factors:
+        yield f"{module} has a {' and a '.join(_WORDS[part] for part in parts)}, and no factors of a linear layer"
+    elif len(factors) < 2:
+        yield f"{module} has only one factor"
+    else:
+        missing = [part for part in ("magnitude", "bias_B") if config.has(part) and part not in parts]
+        yield from (f"{module} has no {_WORDS[part]}, which the configuration names" for part in missing)
 
 
 def locate_adapter(source: str | Path, name: str) -> Path:

@@ -22,12 +22,14 @@ class Combination(NamedTuple):
             tensor for it. It runs when the layer gets its experts, and a token's result then depends on experts that
             were not chosen too. ``None``: ``merge`` gets ``B_OP``.
         needs: What the library has to bring.
+        is_sum: Whether the update is the weighted sum of the experts' own, unchanged.
     """
 
     merge: Callable[..., Tensor]
     density: float = 1.0
     prepare: Callable[[Stack], tuple[Tensor, Tensor]] | None = None
     needs: tuple[Need, ...] = ()
+    is_sum: bool = False
 
     @property
     def depends_on_residents(self) -> bool:

@@ -11,7 +11,7 @@ from spectr.combine.base import Combination
 
 def outputs() -> Combination:
     """The weighted mean of the chosen experts' outputs."""
-    return Combination(merge_outputs)
+    return Combination(merge_outputs, is_sum=True)
 
 
 def dare(*, density: float = 0.5) -> Combination:

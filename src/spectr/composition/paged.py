@@ -15,6 +15,7 @@ from spectr.composition.prepare import evidence_modules, prepare_expert, side_da
 from spectr.composition.routed import Progress, Routed
 from spectr.composition.subset_probes import Readers
 from spectr.errors import CompositionError
+from spectr.layers.base_layers import ModelLayers
 from spectr.layers.factors import Factors
 from spectr.layers.linear import placement
 from spectr.layers.plan import make_plan
@@ -99,7 +100,7 @@ class Paged(Routed):
         """Raise :class:`CompositionError` where a shortlist has no room."""
         size = {module: dtype.itemsize for module, (_, dtype) in self._places.items()}
         layouts = library.index.alike(names)
-        largest = max(sum(size[m.name] * m.rank * (m.inputs + m.outputs) for m in modules) for modules in layouts)
+        largest = max(sum(size.get(module.name, 0) * module.numbers for module in modules) for modules in layouts)
         listed = min(self._most, len(names))
         if largest * listed > self._memory:
             raise CompositionError(
@@ -111,7 +112,8 @@ class Paged(Routed):
     def _load(self, expert: Expert) -> dict[str, Share]:
         self.library.check_weights(expert)
         router, rotations = self._token_router, self.library.index[expert.name].rotations()
-        shares = prepare_expert(expert, rotations, router, side_data(router, self.library, [expert.name]))
+        side = side_data(router, self.library, [expert.name])
+        shares = prepare_expert(expert, ModelLayers(self.model), rotations, router, side)
         return {module: share.to(*self._places[module]) for module, share in shares.items() if module in self._places}
 
     @property
@@ -132,7 +134,8 @@ class Paged(Routed):
         for layer in layers:
             module = self._modules[layer]
             here = {name: share[module] for name, share in shares.items() if module in share}
-            table[layer] = layer.factors_of(router.stack(here), fixed=self._use.fixes) if here else None
+            stack = router.stack(here).with_outputs_of(here) if here else None
+            table[layer] = None if stack is None else layer.factors_of(stack, fixed=self._use.fixes)
         return table
 
     def _decision(self, names: tuple[str, ...]) -> PromptDecision:

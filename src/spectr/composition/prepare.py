@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spectr.adapters import Expert, Factors, read_gates
+from spectr.adapters import BaseLayers, Expert, Update, read_gates
 from spectr.errors import CompositionError
 from spectr.grouping import grouped
 from spectr.library import Calibration, ExpertLibrary
@@ -55,10 +55,18 @@ def side_data(router: Router, library: ExpertLibrary, names: Sequence[str]) -> S
 
 @torch.no_grad()
 def prepare_module(
-    readers: Mapping[str, Callable[[str], Factors]], module: str, router: Router, side: SideTable = NO_SIDE_DATA
+    readers: Mapping[str, Callable[[str], Update]], module: str, router: Router, side: SideTable = NO_SIDE_DATA
 ) -> dict[str, Share]:
-    """Align the experts of one module, those of one rank in one batch, and let the router prepare each."""
-    factors = {name: read(module) for name, read in readers.items()}
+    """Align the experts of one module, those of one rank in one batch, and let the router prepare each.
+
+    Args:
+        readers: By expert, as :meth:`spectr.adapters.Expert.open_on` yields them.
+        module: The module's name.
+        router: Prepares the experts.
+        side: What the library knows of them.
+    """
+    updates = {name: read(module) for name, read in readers.items()}
+    factors = {name: update.factors for name, update in updates.items()}
     prepared = {}
     for names in grouped((len(pair.A), name) for name, pair in factors.items()).values():
         A_NRI = torch.stack([factors[name].A.float() for name in names])
@@ -67,28 +75,33 @@ def prepare_module(
         aligned = align(A_NRI, B_NOR, scale_N)
         for i, name in enumerate(names):
             one = Aligned(*(t[i] for t in aligned))
-            prepared[name] = _share(one, factors[name], name, module, router, side)
+            prepared[name] = _share(one, updates[name], name, module, router, side)
     return prepared
 
 
 @torch.no_grad()
 def prepare_expert(
-    expert: Expert, rotations: Mapping[str, Rotation], router: Router, side: SideTable = NO_SIDE_DATA
+    expert: Expert,
+    base: BaseLayers,
+    rotations: Mapping[str, Rotation],
+    router: Router,
+    side: SideTable = NO_SIDE_DATA,
 ) -> dict[str, Share]:
     """All modules of one expert, aligned by the rotations that are known; the shares of :func:`prepare_module`."""
     prepared = {}
-    with expert.open() as read:
+    with expert.open_on(base) as read:
         for module in expert.shapes:
-            pair = read(module)
+            update = read(module)
             known = rotations.get(module)
-            one = align(*pair) if known is None else known.applied(*pair)
-            prepared[module] = _share(one, pair, expert.name, module, router, side)
+            one = align(*update.factors) if known is None else known.applied(*update.factors)
+            prepared[module] = _share(one, update, expert.name, module, router, side)
     return prepared
 
 
-def _share(aligned: Aligned, pair: Factors, name: str, module: str, router: Router, side: SideTable) -> Share:
-    expert = AlignedExpert(aligned, pair.A.float(), pair.B.float() * pair.scale)
-    share = router.init_expert(expert, side.of(name, module))
+def _share(aligned: Aligned, update: Update, name: str, module: str, router: Router, side: SideTable) -> Share:
+    A, B, scale = update.factors
+    share = router.init_expert(AlignedExpert(aligned, A.float(), B.float() * scale), side.of(name, module))
+    share = share._replace(gain_O=update.gain_O, shift_O=update.shift_O)
     density = router.combination.density
     return share if density == 1 else share._replace(B=drop(share.B, density, seed=0, expert=name, module=module))
 

@@ -15,6 +15,7 @@ from spectr.composition.prepare import prepare_module, side_data
 from spectr.composition.saved import saved_modules
 from spectr.composition.subset_probes import Readers
 from spectr.errors import CompositionError
+from spectr.layers.base_layers import ModelLayers
 from spectr.layers.linear import placement
 from spectr.layers.plan import make_plan
 from spectr.layers.routed import RoutedLinear
@@ -240,19 +241,20 @@ class Routed:
         check_needs(self.router, library, names)
         side = side_data(self._token_router, library, names)
         held, use = self.layers, None if self.policy is None else self.policy.use
+        layers, router = ModelLayers(self.model), self._token_router
         fresh: dict[str, RoutedLinear] = {}
         with ExitStack() as files:
-            readers = {name: files.enter_context(expert.open()) for name, expert in experts.items()}
+            readers = {name: files.enter_context(expert.open_on(layers)) for name, expert in experts.items()}
             for done, (module, users) in enumerate(plan.modules.items(), start=1):
                 layer = held.get(module)
-                known = self._token_router.shares(layer.stack()) if layer and layer.is_as_prepared else {}
+                known = router.shares(layer.stack()) if layer and layer.is_as_prepared else {}
                 parts = {name: known[name] for name in users if name in known}
                 missing = {name: readers[name] for name in users if name not in parts}
-                parts.update(prepare_module(missing, module, self._token_router, side))
+                parts.update(prepare_module(missing, module, router, side))
                 base = saved.get(module) or plain_module(self.model.get_submodule(module))
                 device, dtype = placement(base, self.model)
                 placed = {name: part.to(device, dtype) for name, part in parts.items()}
-                fresh[module] = RoutedLinear(base, self._token_router.stack(placed), self._token_router, use=use)
+                fresh[module] = RoutedLinear(base, router.stack(placed).with_outputs_of(placed), router, use=use)
                 progress(done, len(plan.modules))
         return fresh
 

@@ -53,7 +53,7 @@ def rerank(
     """
     out = Path(out)
     check_new_folder(out, ExtractionError)
-    expert.check_factors_alone("a lower rank", ExtractionError)
+    expert.check_plain("a lower rank", ExtractionError)
     raise_together("", range_faults(ExtractionError, " or ".join(DTYPES), DTYPES.__contains__, dtype=dtype))
     factors, modules = _truncated(expert, truncation, dtype, progress)
     _check_smaller(expert, modules, truncation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +35,8 @@ class Factors(NamedTuple):
         mix_PR: Makes the experts' input factors of a shared one.
         C_QP: What the combination made of the output factors, in their place.
         U_OQ: And what it needs with that.
+        gain_EO: What each expert multiplies the base layer's ``W x`` by and adds; ``None`` where none does.
+        shift_EO: What each expert adds whatever the input is.
         plan: How they are computed; ``None``: nothing was prepared, and torch computes.
     """
 
@@ -49,6 +52,8 @@ class Factors(NamedTuple):
     mix_PR: Float[Tensor, "P Q"] | None = None
     C_QP: Float[Tensor, "Q P"] | None = None
     U_OQ: Float[Tensor, "O Q"] | None = None
+    gain_EO: Float[Tensor, "E O"] | None = None
+    shift_EO: Float[Tensor, "E O"] | None = None
     plan: Plan | None = None
 
     @staticmethod
@@ -57,7 +62,8 @@ class Factors(NamedTuple):
         count, device = len(stack.experts), stack.A_PI.device
         owner_P, combination = stack.owner_P, router.combination
         rows_ER = None
-        gathers = combination.merge is merge_outputs and not isinstance(router, ShortlistRouter)
+        products = stack.gain_EO is None and stack.shift_EO is None
+        gathers = products and combination.merge is merge_outputs and not isinstance(router, ShortlistRouter)
         if gathers and gathering_pays(router.selection, count, stack.common_rank):
             rows_ER = torch.arange(len(owner_P)).view(count, -1).to(device)
         C_QP, U_OQ = (None, None) if combination.prepare is None else combination.prepare(stack)
@@ -74,11 +80,13 @@ class Factors(NamedTuple):
             rows_ER=rows_ER,
             own=stack.own,
             mix_PR=stack.mix_PR,
+            gain_EO=stack.gain_EO,
+            shift_EO=stack.shift_EO,
         )
 
     def stack(self) -> Stack:
         """The experts as the router stacked them."""
-        return Stack(**{name: getattr(self, name) for name in ("experts", "ranks", "A_PI", "B_OP", "own", "mix_PR")})
+        return Stack(**{field.name: getattr(self, field.name) for field in fields(Stack)})
 
     def tensors(self) -> dict[str, Tensor]:
         """All of them by name, the router's own included."""
@@ -110,6 +118,8 @@ class Factors(NamedTuple):
             B_OP=self.B_OP.mT[rows].mT,
             C_QP=None if self.C_QP is None else self.C_QP[:, rows],
             U_OQ=self.U_OQ,
+            gain_EO=_rows(self.gain_EO, places),
+            shift_EO=_rows(self.shift_EO, places),
             owner_P=owner_P,
             member_EP=torch.nn.functional.one_hot(owner_P, len(places)).mT.to(self.A_PI),
         )
@@ -135,10 +145,12 @@ class Factors(NamedTuple):
 
     def _refusal(self, router: Router, use: Use | None, fixed: bool) -> str:
         """Why no kernel computes what the router wants; empty where one may."""
-        if router.combination.merge is not merge_outputs:
-            return f"no kernel combines by '{router.combine}'"
-        if fixed:
-            return ""
+        combines = router.combination.merge is merge_outputs
+        refusal = "" if combines else f"no kernel combines by '{router.combine}'"
+        if self.exceeds_products:
+            refusal = "experts scale the layer's outputs or add a bias"
+        if fixed or refusal:
+            return refusal
         informs = use is None or use.in_kernels
         if not router.rule or not informs:
             return f"{type(router if informs else use).__name__} scores by no rule that has a kernel"
@@ -148,14 +160,45 @@ class Factors(NamedTuple):
             return "the experts' ranks differ"
         return "" if self.mix_PR is None else "the experts share their input factor"
 
+    @property
+    def exceeds_products(self) -> bool:
+        """Whether an expert adds more than a product ``B A x``."""
+        return self.gain_EO is not None or self.shift_EO is not None
+
+    def beyond_products(
+        self, out: Float[Tensor, "*T O"], bias_O: Tensor | None, weights_TE: Float[Tensor, "*T E"]
+    ) -> Float[Tensor, "*T O"]:
+        """``sum_i w_i (gain_i * (W x) + shift_i)``: what the experts add besides ``B A x``.
+
+        Args:
+            out: The base layer's output.
+            bias_O: The bias that it contains.
+            weights_TE: Of the experts.
+        """
+        weights_TE = weights_TE.to(out.device, out.dtype)
+        added_TO = out.new_zeros(())
+        if self.gain_EO is not None:
+            product_TO = out if bias_O is None else out - bias_O.to(out.device, out.dtype)
+            added_TO = (weights_TE @ self.gain_EO.to(out.device, out.dtype)) * product_TO
+        if self.shift_EO is not None:
+            added_TO = added_TO + weights_TE @ self.shift_EO.to(out.device, out.dtype)
+        return added_TO
+
     def bytes_read(self, taken: float) -> int:
         """Bytes that a call reads at least.
 
         Args:
             taken: Share of the output factors that it reads.
         """
-        inputs = sum(t.numel() for t in (self.A_PI, self.mix_PR, *self.own) if t is not None)
+        whole = (self.A_PI, self.mix_PR, self.gain_EO, self.shift_EO, *self.own)
+        inputs = sum(t.numel() for t in whole if t is not None)
         return round(self.A_PI.element_size() * (inputs + taken * self.B_OP.numel()))
+
+
+def _rows(rows_EO: Tensor | None, places: list[int]) -> Tensor | None:
+    """Those of some experts; ``None`` where they are all zero."""
+    some = None if rows_EO is None else rows_EO[places]
+    return some if some is not None and bool(some.any()) else None
 
 
 class Decision(NamedTuple):

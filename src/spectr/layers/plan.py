@@ -11,10 +11,11 @@ from torch import nn
 from spectr.adapters import Expert
 from spectr.errors import CompositionError, did_you_mean, raise_together
 from spectr.grouping import grouped
+from spectr.layers.base_layers import ModelLayers
 from spectr.layers.linear import features
 from spectr.layers.saved import saved_faults
 from spectr.layers.swap import plain_modules
-from spectr.library.needs import EqualRanks, some_of
+from spectr.library.needs import some_of
 from spectr.ops import report_once
 from spectr.routers.base import Router
 
@@ -45,10 +46,11 @@ def make_plan(model: nn.Module, experts: Sequence[Expert], router: Router, *, un
             where the combination needs equal ones. All faults of all experts at once.
     """
     layers = {name: module for name, module in plain_modules(model) if name}
-    problems = united({expert.name: _faults(expert, layers, uncalled) for expert in experts})
+    base = ModelLayers(model)
+    problems = united({expert.name: _faults(expert, layers, base, uncalled) for expert in experts})
     users = grouped((module, expert.name) for expert in experts for module in expert.shapes if module not in uncalled)
     for need in router.needs:
-        problems += need.problems(experts) if isinstance(need, EqualRanks) else []
+        problems += need.problems(experts)
     raise_together("the experts do not fit this model", problems, CompositionError)
     return Plan(modules={name: tuple(sorted(users[name])) for name in layers if name in users})
 
@@ -61,7 +63,9 @@ class Fault(NamedTuple):
     do: str
 
 
-def _faults(expert: Expert, layers: Mapping[str, nn.Module], uncalled: Set[str]) -> list[Fault]:
+def _faults(
+    expert: Expert, layers: Mapping[str, nn.Module], base_layers: ModelLayers, uncalled: Set[str]
+) -> list[Fault]:
     missing, strange, unfit = [], [], []
     for module, shape in expert.shapes.items():
         if module in uncalled:
@@ -115,15 +119,15 @@ def _faults(expert: Expert, layers: Mapping[str, nn.Module], uncalled: Set[str])
                 "leave the expert out, or load its base model",
             )
         )
-    changed = _changed(expert, sorted(uncalled & expert.shapes.keys()))
+    changed = _changed(expert, base_layers, sorted(uncalled & expert.shapes.keys()))
     return [*found, uncalled_fault(changed)] if changed else found
 
 
-def _changed(expert: Expert, modules: Sequence[str]) -> list[str]:
+def _changed(expert: Expert, base: ModelLayers, modules: Sequence[str]) -> list[str]:
     """Those of these modules whose weights an expert changes; that it has updates of zero at the others is reported."""
     if not modules:
         return []
-    with expert.open() as read:
+    with expert.open_on(base) as read:
         changed = [module for module in modules if not read(module).is_zero]
     if len(changed) < len(modules):
         report_once(

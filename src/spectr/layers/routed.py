@@ -24,7 +24,9 @@ from spectr.routers.use import Use
 from spectr.selection import select_among
 from spectr.spectral import Stack
 
-_BUFFERS = ("A_PI", "B_OP", "owner_P", "member_EP", "rows_ER", "mix_PR", "C_QP", "U_OQ")  # and the router's own
+_BUFFERS = (  # and the router's own
+    *("A_PI", "B_OP", "owner_P", "member_EP", "rows_ER", "mix_PR", "C_QP", "U_OQ", "gain_EO", "shift_EO"),
+)
 
 
 class RoutedLinear(nn.Module):
@@ -273,6 +275,8 @@ class RoutedLinear(nn.Module):
             index_TK, weights_TK = self.select.choose(scores_TE)  # pyright: ignore[reportAttributeAccessIssue]
             return _add(out, gathered_sum(h_TP, index_TK, weights_TK, B_OP, factors.rows_ER))
         weights_TE = self._weights(scores_TE, x, call)
+        if factors.exceeds_products:
+            out = out + factors.beyond_products(out, _bias_of(self.base), weights_TE)
         if not self.sums:
             return _add(out, self._combined(h_TP, weights_TE, factors))
         if self.lister is not None:
@@ -295,6 +299,8 @@ class RoutedLinear(nn.Module):
         assert factors is not None
         assert fixed is not None
         h_TP = self.router.inputs(factors, x.to(factors.A_PI.device, factors.A_PI.dtype))
+        if factors.exceeds_products:
+            out = out + factors.beyond_products(out, _bias_of(self.base), spread(fixed.weights_BTE, x))
         if self.sums:
             return self._add_masked(out, h_TP * spread(fixed.weights_BTP, x), factors.B_OP)
         weights_TE = spread(fixed.weights_BTE, x).expand(*h_TP.shape[:-1], -1)
@@ -368,6 +374,10 @@ def _fits(rows: Tensor, x: Tensor) -> bool:
         return rows.shape[1] == 1
     by_batch = thread.routing is None or thread.routing.batch_axis == 0
     return by_batch and x.ndim > 2 and len(rows) == len(x)
+
+
+def _bias_of(base: nn.Module) -> Tensor | None:
+    return getattr(base, "bias", None)
 
 
 def _sizes(base: nn.Module) -> Features:

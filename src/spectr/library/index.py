@@ -30,12 +30,26 @@ _FORMAT = "1"
 
 
 class IndexedModule(NamedTuple):
-    """A module that an expert adapts: its name, and the sizes of the expert's factors there."""
+    """A module that an expert adapts: its name, and the sizes of the expert's update there.
+
+    Attributes:
+        name: Of the module.
+        rank: Of the expert's factors.
+        inputs: Of the module.
+        outputs: Of the module.
+        vectors: Of its outputs, which the update has in addition to the factors.
+    """
 
     name: str
     rank: int
     inputs: int
     outputs: int
+    vectors: int = 0
+
+    @property
+    def numbers(self) -> int:
+        """In the update."""
+        return self.rank * (self.inputs + self.outputs) + self.vectors * self.outputs
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -41,6 +41,10 @@ class Need:
         """Those of a library's experts that a model has to hold; raises where their names alone do not do."""
         return names
 
+    def problems(self, experts: Sequence[Expert]) -> list[CompositionError]:
+        """What is wrong with these experts, by what is known of their modules without a library: nothing."""
+        return []
+
 
 @dataclass(frozen=True)
 class AtMost(Need):
@@ -172,16 +176,22 @@ class Indexed(Need):
 
 
 @dataclass(frozen=True)
-class EqualRanks(Need):
-    """Experts that have one rank at each module, for the combination ``combine``."""
+class OfExperts(Need):
+    """What the experts' own modules say; ``problems`` finds it."""
 
     combine: str
-    lacking: ClassVar[str] = "equal ranks"
 
     def check(self, library: ExpertLibrary, names: Sequence[str]) -> None:
         """See :class:`Need`."""
         for problem in self.problems([library[name] for name in names]):
             raise problem
+
+
+@dataclass(frozen=True)
+class EqualRanks(OfExperts):
+    """Experts that have one rank at each module, for the combination ``combine``."""
+
+    lacking: ClassVar[str] = "equal ranks"
 
     def problems(self, experts: Sequence[Expert]) -> list[CompositionError]:
         """What is wrong with these experts; one error, or none."""
@@ -198,6 +208,27 @@ class EqualRanks(Need):
             CompositionError(
                 f"combine='{self.combine}' merges factors of unequal ranks ({each}; in {where})",
                 expected="experts of one rank",
+                do="use combine='outputs', or leave experts out",
+            )
+        ]
+
+
+@dataclass(frozen=True)
+class ProductsAlone(OfExperts):
+    """Experts whose update is ``B A x`` alone, for the combination ``combine``, which merges such products."""
+
+    lacking: ClassVar[str] = "experts without DoRA and biases"
+
+    def problems(self, experts: Sequence[Expert]) -> list[CompositionError]:
+        """See :class:`Need`."""
+        more = [expert for expert in experts if expert.exceeds_products]
+        if not more:
+            return []
+        each = some_of([f"{expert.name} ({', '.join(expert.kinds)})" for expert in more], _SHOWN)
+        return [
+            CompositionError(
+                f"combine='{self.combine}' merges products of factors, and updates of these experts are more: {each}",
+                expected="experts without DoRA and biases",
                 do="use combine='outputs', or leave experts out",
             )
         ]

@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 from spectr.combine import Combination, get_combination
 from spectr.errors import CompositionError
 from spectr.library.library import ExpertLibrary
-from spectr.library.needs import AtMost, Need
+from spectr.library.needs import AtMost, Need, ProductsAlone
 from spectr.routers.abstention import Abstain
 from spectr.routers.settings import check_settings
 from spectr.selection import Selection
@@ -65,8 +65,9 @@ class Router(ABC):
     @property
     def needs(self) -> tuple[Need, ...]:
         """What the library has to bring."""
-        k = self.selection.k
-        return (*(() if k is None else (AtMost(k),)), *self.combination.needs)
+        k, combination = self.selection.k, self.combination
+        alone = () if combination.is_sum else (ProductsAlone(self.combine),)
+        return (*(() if k is None else (AtMost(k),)), *combination.needs, *alone)
 
     @property
     def policy(self) -> PromptPolicy | None:

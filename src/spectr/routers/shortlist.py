@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from spectr.errors import CompositionError
-from spectr.library.needs import GATED, Need
+from spectr.library.needs import GATED, Need, ProductsAlone
 from spectr.renamed import options_renamed
 from spectr.routers.abstention import check_abstain, nulled
 from spectr.routers.base import Router
@@ -96,6 +96,6 @@ class Shortlist(PromptRouter):
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        """See :class:`Router`: an index, and gates where the token router reads them."""
-        gated = (need for need in self.token_router.needs if need == GATED)
-        return (*self.policy.evidence.needs, *nulled(self.abstain), *gated)
+        """See :class:`Router`: an index, and what the token router reads and combines of experts."""
+        inner = (need for need in self.token_router.needs if need == GATED or isinstance(need, ProductsAlone))
+        return (*self.policy.evidence.needs, *nulled(self.abstain), *inner)

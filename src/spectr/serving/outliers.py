@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from spectr.adapters import Expert
+from spectr.adapters import BaseLayers, Expert, Factors
 
 THRESHOLD = 3.5
 _LEAST_SPREAD = 0.35  # of the logarithms: honest experts, trained longer or shorter, differ threefold
 
 
-def spectral_norm(expert: Expert) -> float:
-    """The root mean square over an expert's modules of its update's largest singular value; not finite if broken."""
-    with expert.open() as read, torch.no_grad():
+def spectral_norm(expert: Expert, base: BaseLayers | None = None) -> float:
+    """The root mean square over an expert's modules of its factors' largest singular value; not finite if broken.
+
+    Args:
+        expert: The expert.
+        base: The layers of its base model; needed where the factors depend on them.
+    """
+    with _factors(expert, base) as read, torch.no_grad():
         norms = torch.stack([_norm(*read(module)) for module in expert.shapes])
     return float(norms.square().mean().sqrt())
 
@@ -42,9 +48,19 @@ def suspicion(norms: Mapping[str, float]) -> dict[str, float]:
     return found | {name: score for name, score in scores.items() if score >= THRESHOLD}
 
 
-def suspicious(experts: Iterable[Expert]) -> dict[str, float]:
-    """:func:`suspicion` of these experts."""
-    return suspicion({expert.name: spectral_norm(expert) for expert in experts})
+def suspicious(experts: Iterable[Expert], base: BaseLayers | None = None) -> dict[str, float]:
+    """:func:`suspicion` of these experts by :func:`spectral_norm`."""
+    return suspicion({expert.name: spectral_norm(expert, base) for expert in experts})
+
+
+@contextmanager
+def _factors(expert: Expert, base: BaseLayers | None) -> Iterator[Callable[[str], Factors]]:
+    if base is None:
+        with expert.open() as read:
+            yield read
+    else:
+        with expert.open_on(base) as read:
+            yield lambda module: read(module).factors
 
 
 def _norm(A_RI: Tensor, B_OR: Tensor, scale: float) -> Tensor:

@@ -5,8 +5,8 @@ Legend: O outputs, I inputs, R an expert's rank, E experts, P the sum of their r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -59,6 +59,8 @@ class Share(NamedTuple):
             or one for each row of ``A``, so that those of several experts are put one after the other.
         root: An input factor that others may share, with ``A = mix @ root``.
         mix: See ``root``.
+        gain_O: Of an update that also scales the layer's outputs: ``gain * (W x)`` is added.
+        shift_O: Of one with a bias: it is added. Routers leave both alone.
     """
 
     A: Float[Tensor, "R I"]
@@ -66,6 +68,8 @@ class Share(NamedTuple):
     own: tuple[Tensor, ...] = ()
     root: Float[Tensor, "Q I"] | None = None
     mix: Float[Tensor, "R Q"] | None = None
+    gain_O: Float[Tensor, " O"] | None = None
+    shift_O: Float[Tensor, " O"] | None = None
 
     @staticmethod
     def spectral(aligned: Aligned) -> Share:
@@ -78,8 +82,8 @@ class Share(NamedTuple):
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Share:
         """The share of changed tensors."""
-        shared = (None if tensor is None else change(tensor) for tensor in (self.root, self.mix))
-        return Share(change(self.A), change(self.B), remade(self.own, map(change, self.own)), *shared)
+        rest = (None if tensor is None else change(tensor) for tensor in self[3:])
+        return Share(change(self.A), change(self.B), remade(self.own, map(change, self.own)), *rest)
 
 
 class Prepared(NamedTuple):
@@ -148,6 +152,8 @@ class Stack:
         B_OP: Output factors, (O, P).
         own: The router's own tensors, of all experts; see :attr:`Share.own`.
         mix_PR: Makes the experts' input factors of the shared one, (P, Q); ``None`` where none is shared.
+        gain_EO: See :attr:`Share.gain_O`, zero for experts without one; ``None`` where none has one.
+        shift_EO: See :attr:`Share.shift_O`, likewise.
     """
 
     experts: tuple[str, ...]
@@ -156,6 +162,8 @@ class Stack:
     B_OP: Float[Tensor, "O P"]
     own: Any = ()
     mix_PR: Float[Tensor, "P Q"] | None = None
+    gain_EO: Float[Tensor, "E O"] | None = None
+    shift_EO: Float[Tensor, "E O"] | None = None
 
     @staticmethod
     def of(shares: Mapping[str, Share]) -> Stack:
@@ -168,6 +176,15 @@ class Stack:
             A_PI=torch.cat([part.A for part in parts]),
             B_OP=torch.cat([part.B for part in parts], dim=1),
             own=remade(parts[0].own, [torch.cat(each) for each in zip(*(part.own for part in parts), strict=True)]),
+        )
+
+    def with_outputs_of(self, shares: Mapping[str, Share]) -> Stack:
+        """The stack with the gains and shifts of the shares that it was made of, whatever a router made of the rest."""
+        parts = [shares[name] for name in self.experts]
+        return replace(
+            self,
+            gain_EO=_rows([part.gain_O for part in parts], self.B_OP),
+            shift_EO=_rows([part.shift_O for part in parts], self.B_OP),
         )
 
     @property
@@ -190,8 +207,19 @@ class Stack:
         whole = self.A_PI if self.mix_PR is None else self.mix_PR @ self.A_PI
         A, B = whole.split(self.ranks), self.B_OP.split(self.ranks, dim=1)
         each = [own.split(1 if len(own) == len(self.experts) else self.ranks) for own in self.own]
-        owns = [remade(self.own, tensors) for tensors in zip(*each, strict=True)] or [()] * len(self.experts)
-        return dict(zip(self.experts, map(Share, A, B, owns), strict=True))
+        count = len(self.experts)
+        owns = [remade(self.own, tensors) for tensors in zip(*each, strict=True)] or [()] * count
+        gains, shifts = ([None] * count if rows is None else rows.unbind() for rows in (self.gain_EO, self.shift_EO))
+        none = [None] * count
+        return dict(zip(self.experts, map(Share, A, B, owns, none, none, gains, shifts), strict=True))
+
+
+def _rows(vectors: Sequence[Tensor | None], B_OP: Tensor) -> Tensor | None:
+    """One row each, of zeros where there is no vector; ``None`` where all are zero."""
+    if not any(vector is not None and bool(vector.any()) for vector in vectors):
+        return None
+    zeros_O = B_OP.new_zeros(len(B_OP))
+    return torch.stack([zeros_O if vector is None else vector.to(zeros_O) for vector in vectors])
 
 
 def segment_norms(h_TP: Float[Tensor, "*T P"], state: State) -> Float[Tensor, "*T E"]:

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spectr.adapters import GATES_FILE, Expert, Factors, named_for, write_gates
+from spectr.adapters import GATES_FILE, Expert, Update, named_for, write_gates
 from spectr.atomic_write import replacing
 from spectr.composition.naming import naming_of
 from spectr.errors import CompositionError, DataError
 from spectr.hashing import json_sha256, known_sha256
 from spectr.layers import RoutedLinear, make_plan, swap_module
+from spectr.layers.base_layers import ModelLayers
 from spectr.layers.linear import placement
 from spectr.models import reads_in_parts
 from spectr.routers import Oracle
@@ -30,11 +31,11 @@ from spectr.training.settings import GateSettings
 
 
 class GatedLinear(nn.Module):
-    """``W x + sigmoid(v . x) c B A x``, of which only ``v`` is trained; zero at the start.
+    """``W x + b + sigmoid(v . x) u(x)`` with an expert's update ``u``; only ``v`` is trained, zero at the start.
 
     Args:
-        base: The layer ``W``.
-        factors: The expert's, frozen.
+        base: The layer ``W x + b``.
+        update: The expert's, frozen.
         device: Where to compute.
         dtype: Of the layer; the gate itself is float32.
 
@@ -43,12 +44,16 @@ class GatedLinear(nn.Module):
 
     A_RI: Tensor
     B_OR: Tensor
+    gain_O: Tensor | None
+    shift_O: Tensor | None
 
-    def __init__(self, base: nn.Module, factors: Factors, device: torch.device, dtype: torch.dtype):
+    def __init__(self, base: nn.Module, update: Update, device: torch.device, dtype: torch.dtype):
         super().__init__()
-        self.base = base
+        self.base, factors = base, update.factors
         self.register_buffer("A_RI", factors.A.to(device, dtype), persistent=False)
         self.register_buffer("B_OR", (factors.B.float() * factors.scale).to(device, dtype), persistent=False)
+        for name, vector_O in (("gain_O", update.gain_O), ("shift_O", update.shift_O)):
+            self.register_buffer(name, None if vector_O is None else vector_O.to(device, dtype), persistent=False)
         self.gate = nn.Parameter(torch.zeros(factors.A.shape[1], device=device, dtype=torch.float32))
 
     @property
@@ -61,7 +66,14 @@ class GatedLinear(nn.Module):
         x = input.to(self.A_RI.dtype)
         open_T1 = torch.sigmoid(x.float() @ self.gate)[..., None]
         out = self.base(input)
-        return out + (open_T1.to(x.dtype) * linear(linear(x, self.A_RI), self.B_OR)).to(out.dtype)
+        return out + (open_T1.to(x.dtype) * self._update(x, out)).to(out.dtype)
+
+    def _update(self, x: Tensor, out: Tensor) -> Tensor:
+        update_TO = linear(linear(x, self.A_RI), self.B_OR)
+        if self.gain_O is not None:
+            bias = getattr(self.base, "bias", None)
+            update_TO = update_TO + self.gain_O * (out if bias is None else out - bias).to(x.dtype)
+        return update_TO if self.shift_O is None else update_TO + self.shift_O
 
 
 def train_gates(
@@ -155,7 +167,7 @@ def _gated(model: nn.Module, expert: Expert) -> Iterator[None]:
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
     training = model.training
     try:
-        with expert.open() as read:
+        with expert.open_on(ModelLayers(model)) as read:
             for name, base in originals.items():
                 swap_module(model, name, GatedLinear(base, read(name), *placement(base, model)))
         for parameter in frozen:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from spectr.adapters import Update
 from spectr.composed_model.settings import Settings
 from spectr.composition import prepare_module, side_data
 from spectr.errors import CompositionError, did_you_mean, some_of
@@ -56,7 +57,7 @@ class WorkerState:
         self.adapters = {name: library[name] for name in library}
         found = list(self.adapters.values())
         for expert in found:
-            expert.check_factors_alone("vLLM", CompositionError)
+            expert.check_plain("vLLM", CompositionError)
         for router in self.routers.by_name.values():
             check_needs(router, library, library.names)
         self._side = {router: side_data(router, library, library.names) for router in self.routers.by_name.values()}
@@ -77,7 +78,8 @@ class WorkerState:
     def parts(self, module: str, router: Router) -> dict[str, Share]:
         """A module's experts as a router prepares them, float32; removed ones too."""
         with ExitStack() as stack:
-            readers = {name: stack.enter_context(self.adapters[name].open()) for name in self.experts_of(module)}
+            opened = {name: stack.enter_context(self.adapters[name].open()) for name in self.experts_of(module)}
+            readers = {name: lambda one, read=read: Update(read(one)) for name, read in opened.items()}
             return prepare_module(readers, module, router, self._side[router])
 
     def experts_of(self, module: str) -> list[str]:

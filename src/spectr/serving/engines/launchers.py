@@ -71,16 +71,18 @@ class Transformers:
             from spectr.serving.run import listen
         except ImportError as error:
             raise MissingExtraError("spectr serve", "serve") from error
+        from spectr.layers.base_layers import ModelLayers
         from spectr.serving.outliers import suspicious
 
         check_version()
         with settings.listen() as bound:
             composed, tokenizer = _composed(settings, parts, say)
+            experts = [settings.library[name] for name in composed.experts]
             engine = TransformersEngine(
                 composed,
                 tokenizer,
                 base_model=settings.base_name,
-                suspicion=suspicious(settings.library[name] for name in composed.experts),
+                suspicion=suspicious(experts, ModelLayers(composed.model)),
                 batching=None if parts.cache_tokens is None else Batching(cache_tokens=parts.cache_tokens),
             )
 

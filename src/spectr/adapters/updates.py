@@ -1,0 +1,161 @@
+"""An expert's whole update at a module, where it is more than a pair of factors: DoRA, biases, PiSSA and OLoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from spectr.errors import AdapterError
+
+_ROUNDING = 2**-7  # of magnitudes in bfloat16
+
+
+class Factors(NamedTuple):
+    """One module's low-rank update ``delta = scale * B @ A``."""
+
+    A: Float[Tensor, "rank inputs"]
+    B: Float[Tensor, "outputs rank"]
+    scale: float
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether the update changes nothing."""
+        return not (self.A.any() and self.B.any() and self.scale)
+
+
+class Update(NamedTuple):
+    """What an expert adds to a layer's output ``W x + b``: ``scale B A x + gain * (W x) + shift``.
+
+    Attributes:
+        factors: The low-rank part, which the expert is scored by.
+        gain_O: Multiplies ``W x``, float32; ``None`` where nothing does.
+        shift_O: What is added whatever ``x`` is, float32; ``None`` for nothing.
+    """
+
+    factors: Factors
+    gain_O: Float[Tensor, " O"] | None = None
+    shift_O: Float[Tensor, " O"] | None = None
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether the update changes nothing; gains that rounding of DoRA's first magnitudes leaves are nothing."""
+        gains = self.gain_O is not None and bool((self.gain_O.abs() > _ROUNDING).any())
+        shifts = self.shift_O is not None and bool(self.shift_O.any())
+        return self.factors.is_zero and not gains and not shifts
+
+
+class Parts(NamedTuple):
+    """Of what a module's update consists in addition to ``A`` and ``B``; empty where that is nothing.
+
+    Attributes:
+        magnitude: The tensor's name of DoRA's magnitudes ``m``.
+        bias_B: Of the bias of ``B``.
+        bias: Of the trained bias of the base layer.
+        initial: How the initial factors are made that PEFT subtracts from the base weight: ``"pissa"``, ``"olora"``.
+    """
+
+    magnitude: str = ""
+    bias_B: str = ""
+    bias: str = ""
+    initial: str = ""
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The names of tensors, each of them a vector of the module's outputs."""
+        return tuple(name for name in (self.magnitude, self.bias_B, self.bias) if name)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """In words what there is."""
+        initial = {"pissa": "PiSSA", "olora": "OLoRA"}.get(self.initial, self.initial)
+        named = (
+            (self.magnitude, "DoRA"),
+            (self.bias_B, "lora_bias"),
+            (self.bias, "trained biases"),
+            (initial, initial),
+        )
+        return tuple(word for there, word in named if there)
+
+
+class BaseLayers(Protocol):
+    """What an update reads of the layers of the base model, by module name."""
+
+    def weight(self, module: str) -> Float[Tensor, "O I"]:
+        """The weight as the layer computes with it, float32, on any device."""
+        ...
+
+    def bias(self, module: str) -> Float[Tensor, " O"] | None:
+        """The bias, of any floating dtype."""
+        ...
+
+
+Read = Callable[[str], Tensor]
+
+
+@torch.no_grad()
+def update_on(base: BaseLayers, module: str, factors: Factors, parts: Parts, read: Read) -> Update:
+    """What an expert adds to a layer of this base model.
+
+    With DoRA the layer becomes ``g (W + c B A) x + b`` with ``g = m / ||W + c B A||`` for each output, so that
+    ``gain = g - 1`` and the factors are those of ``diag(g) c B A``.
+
+    Args:
+        base: The base model.
+        module: The layer's name.
+        factors: Of the file.
+        parts: What the update has in addition.
+        read: Returns a tensor of the file.
+
+    Raises:
+        AdapterError: The layer has no bias where one was trained, or is zero in a row that DoRA divides by.
+
+    Source: DoRA (Liu et al., 2024), eq. 5; PEFT's ``tuners/lora/dora.py``.
+    """
+    gain_O, shift_O = None, None
+    if parts.bias_B:
+        shift_O = factors.scale * read(parts.bias_B).float()
+    if parts.bias:
+        trained_O = read(parts.bias).float() - _bias(base, module).float().cpu()
+        shift_O = trained_O if shift_O is None else shift_O + trained_O
+    if parts.magnitude:
+        size_O = row_norms(base.weight(module), factors)
+        g_O = read(parts.magnitude).float() / size_O
+        if not g_O.isfinite().all():
+            raise AdapterError(
+                f"{module}: W + scale * B @ A has a row of zeros, whose direction DoRA's magnitude cannot scale",
+                expected="the base model that the adapter was trained on",
+                do="check the base model, or leave the adapter out",
+            )
+        factors, gain_O = factors._replace(B=g_O[:, None] * factors.B.float()), g_O - 1
+    return Update(factors, gain_O, shift_O)
+
+
+def row_norms(W_OI: Float[Tensor, "O I"], factors: Factors) -> Float[Tensor, " O"]:
+    """``||W + c B A||_2`` of each row, float32 on the CPU, without forming ``B A``.
+
+    ``||W + c B A||^2 = ||W||^2 + 2 c <W A^T, B> + c^2 <B (A A^T), B>``, row by row, summed in float64.
+
+    Args:
+        W_OI: The base weight, on any device.
+        factors: ``A``, ``B`` and ``c``.
+    """
+    A_RI, B_OR = factors.A.to(W_OI.device).float(), factors.B.to(W_OI.device).double() * factors.scale
+    own_O = torch.linalg.vector_norm(W_OI, dim=1, dtype=torch.float64).square()
+    mixed_O = ((W_OI @ A_RI.mT).double() * B_OR).sum(1)
+    low_O = ((B_OR @ (A_RI.double() @ A_RI.double().mT)) * B_OR).sum(1)
+    return (own_O + 2 * mixed_O + low_O).clamp(min=0).sqrt().float().cpu()
+
+
+def _bias(base: BaseLayers, module: str) -> Tensor:
+    bias = base.bias(module)
+    if bias is None:
+        raise AdapterError(
+            f"{module} has a trained bias in the adapter, and none in this model",
+            expected="the base model that the adapter was trained on",
+            do="load that model, or leave the adapter out",
+        )
+    return bias

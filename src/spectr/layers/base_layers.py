@@ -1,0 +1,62 @@
+"""What experts read of a base model's layers: their weights as they compute with them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from spectr.layers.linear import features, placement
+from spectr.layers.multi_routed import MultiRoutedLinear
+from spectr.layers.swap import plain_module
+
+_ROWS = 1024  # unit vectors that a layer is given at once
+
+
+class ModelLayers:
+    """The linear layers of a model, composed or not, by module name; see :class:`spectr.adapters.BaseLayers`.
+
+    Args:
+        model: The model. It is read when a layer is asked for.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+
+    @torch.no_grad()
+    def weight(self, module: str) -> Float[Tensor, "O I"]:
+        """The layer's weight, (outputs, inputs), float32, on the layer's device.
+
+        A quantised layer, or one whose weights are moved in for each call, is given the unit vectors: what it returns
+        are the columns that it computes with.
+        """
+        layer = self.layer(module)
+        weight = getattr(layer, "weight", None)
+        if is_plain(weight):
+            return (weight if isinstance(getattr(layer, "in_features", None), int) else weight.mT).float()
+        sizes = features(layer)
+        assert sizes is not None, "only linear layers are adapted"
+        device, dtype = placement(layer, self._model)
+        zero_1O = layer.forward(torch.zeros(1, sizes.inputs, device=device, dtype=dtype)).float()
+        eye_II = torch.eye(sizes.inputs, device=device, dtype=dtype)
+        # forward itself: hooks of torch's are for the model's own calls
+        return torch.cat([layer.forward(rows).float() - zero_1O for rows in eye_II.split(_ROWS)]).mT
+
+    def bias(self, module: str) -> Float[Tensor, " O"] | None:
+        """The layer's bias."""
+        bias = getattr(self.layer(module), "bias", None)
+        return bias.detach() if isinstance(bias, Tensor) else None
+
+    def layer(self, module: str) -> Any:
+        """The layer itself, of a composed model the one that it stands in for."""
+        layer = self._model.get_submodule(module)
+        return plain_module(layer.base if isinstance(layer, MultiRoutedLinear) else layer)
+
+
+def is_plain(weight: Any) -> bool:
+    """Whether this is a matrix of floating numbers in memory, rather than packed or elsewhere."""
+    if not isinstance(weight, Tensor) or weight.is_meta or weight.ndim != 2:
+        return False
+    return weight.is_floating_point() and weight.element_size() > 1
