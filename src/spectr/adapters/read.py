@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from spectr.adapters.causes import cause, files_of
 from spectr.adapters.config import CONFIG_FILE, AdapterConfig, read_config
 from spectr.adapters.expert import Expert, FactorShape, open_safetensors
 from spectr.adapters.gates import GATES_FILE
@@ -16,8 +17,6 @@ from spectr.errors import AdapterError, some_of
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
-
 
 # What torch.compile, FSDP and activation checkpointing put into names.
 _WRAPPERS = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -48,10 +47,17 @@ def read_adapter(source: str | Path, name: str, *, check_values: bool = True) ->
         AdapterError: The adapter is missing, damaged, or cannot be routed exactly.
     """
     folder = locate_adapter(source, name)
-    config = read_config(folder, name)
     weights = folder / WEIGHTS_FILE
+    whole = weights.is_file() and (folder / CONFIG_FILE).is_file()
+    if not whole and (error := cause(files_of(folder), name, str(folder))):
+        raise error
+    config = read_config(folder, name)
     if not weights.is_file():
-        raise _no_weights(folder, name)
+        raise AdapterError(
+            f"expert '{name}': {folder} has no {WEIGHTS_FILE}",
+            expected="the weights next to the configuration",
+            do="copy or download the adapter again",
+        )
     with open_safetensors(weights, name) as file:
         keys = list(file.keys())
         found, others, faults = _sort_keys(keys, config)
@@ -124,21 +130,6 @@ def _factor_shape(
     return FactorShape(A[0], A[1], B[0], config.scale_of(module), parts["A"], parts["B"], more)
 
 
-def _no_weights(folder: Path, name: str) -> AdapterError:
-    pickles = [file for file in _PICKLES if (folder / file).exists()]
-    if pickles:
-        return AdapterError(
-            f"expert '{name}': {folder} holds its weights only as a pickle file ({pickles[0]}), which can run code",
-            expected=WEIGHTS_FILE,
-            do="if you trust it, load it with PEFT and save it again with safe_serialization=True",
-        )
-    return AdapterError(
-        f"expert '{name}': {folder} has no {WEIGHTS_FILE}",
-        expected="the weights next to the configuration",
-        do="copy or download the adapter again",
-    )
-
-
 def _sort_keys(keys: Iterable[str], config: AdapterConfig) -> tuple[dict[str, dict[str, str]], list[str], list[str]]:
     """Sort tensor names into ``{module: {part: key}}``, those of no part of an update, and a list of faults."""
     found: dict[str, dict[str, str]] = {}
@@ -209,11 +200,14 @@ def locate_adapter(source: str | Path, name: str) -> Path:
 
 
 def _from_hub(name: str, repo: str, subfolder: str | None, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
     inside = f"{subfolder}/" if subfolder else ""
     try:
         root = snapshot_download(repo, revision=revision, allow_patterns=[inside + file for file in ADAPTER_FILES])
+        folder = Path(root) / (subfolder or "")
+        whole = all((folder / file).is_file() for file in (CONFIG_FILE, WEIGHTS_FILE))
+        files = [] if whole else HfApi().list_repo_files(repo, revision=revision)
     except Exception as error:  # the client raises its own, httpx's and OS errors
         raise AdapterError(
             f"expert '{name}': '{repo}{inside and '/' + inside}' is no folder here, and the Hub did not give it: "
@@ -221,4 +215,7 @@ def _from_hub(name: str, repo: str, subfolder: str | None, revision: str | None)
             expected="an existing folder, or a Hub id that this machine can reach",
             do="check the name, the network, and whether the repository needs a login (hf auth login)",
         ) from error
-    return Path(root) / (subfolder or "")
+    there = [file.removeprefix(inside) for file in files if file.startswith(inside)]
+    if error := cause(there, name, f"{repo}{inside and '/' + inside.rstrip('/')}"):
+        raise error
+    return folder

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from spectr.adapters import CONFIG_FILE, WEIGHTS_FILE, Expert, Naming, named_for, read_adapter
-from spectr.errors import AdapterError, LibraryError, did_you_mean, map_together, raise_together
+from spectr.adapters.causes import stages
+from spectr.errors import AdapterError, LibraryError, did_you_mean, map_together, raise_together, some_of
 from spectr.hashing import known_sha256
 from spectr.library.calibration import Calibration
 from spectr.library.descriptions import read_descriptions
@@ -36,6 +37,24 @@ def _no_experts(root: Path) -> LibraryError:
     inner = next((path for path in sorted(root.iterdir()) if (path / MANIFEST_FILE).is_file()), None)
     do = f"give the library in it: {inner}" if inner else f"spectr library add NAME ADAPTER --library {root}"
     return LibraryError(f"{root} holds no experts", expected=expected, do=do)
+
+
+def _check_separate(root: Path, names: list[str]) -> None:
+    """Raise :class:`LibraryError` where a folder's adapters are parts of one thing rather than experts."""
+    several = "spectr.ExpertLibrary.from_adapters({NAME: FOLDER, ...})"
+    if stages(names):
+        last = max(names, key=lambda name: int(name.rpartition("-")[2]))
+        raise LibraryError(
+            f"{root} holds the checkpoints of one training run ({some_of(sorted(names), 3)})",
+            expected="a folder of experts",
+            do=f"add one to a library: spectr library add NAME {root / last} --library LIBRARY; or all: {several}",
+        )
+    if (root / CONFIG_FILE).is_file():
+        raise LibraryError(
+            f"{root} is itself an adapter, and holds others in folders ({some_of(names, 3)})",
+            expected="a folder of experts",
+            do=f"add those that are experts: spectr library add NAME FOLDER --library LIBRARY; or {several}",
+        )
 
 
 class ExpertLibrary:
@@ -87,6 +106,7 @@ class ExpertLibrary:
         adapters = {folder.name: folder for folder in visible if _holds_adapter(folder)}
         if not adapters:
             raise _no_experts(root)
+        _check_separate(root, list(adapters))
         return cls.from_adapters(adapters, origin=str(root))._with_folder(root)
 
     @classmethod

@@ -1,0 +1,60 @@
+"""Folders that are no adapters of PEFT: the real cause and what to do."""
+
+import pytest
+
+from adapters_on_disk import assert_says, write_adapter
+from spectr.adapters import read_adapter
+from spectr.errors import AdapterError, LibraryError
+from spectr.library import ExpertLibrary
+
+FOLDERS = {
+    "several adapters": (["a/adapter_config.json", "b/adapter_config.json"], "folders of their own: a, b", "/a"),
+    "one adapter": (["sql/adapter_config.json"], "in folders of their own: sql", "/sql"),
+    "checkpoints": (
+        ["checkpoint-50/adapter_config.json", "checkpoint-200/adapter_config.json"],
+        "the checkpoints of a training run: checkpoint-200, checkpoint-50",
+        "/checkpoint-200",
+    ),
+    "mlx-lm": (["adapter_config.json", "adapters.safetensors"], "is an adapter of mlx-lm", "mlx_lm.fuse"),
+    "diffusers": (["pytorch_lora_weights.safetensors"], "is a LoRA of diffusers", "of a transformers model"),
+    "llama.cpp": (["lora.gguf"], "holds a GGUF file of llama.cpp", "the adapter of PEFT"),
+    "DeepSpeed": (["adapter_config.json", "zero_to_fp32.py"], "is a checkpoint of DeepSpeed", "zero_to_fp32.py"),
+    "a whole model": (["config.json", "model.safetensors"], "holds a whole model", "spectr extract FOLDER --base"),
+    "pickled": (["adapter_config.json", "adapter_model.bin"], "(adapter_model.bin), which can run code", "with PEFT"),
+}
+
+
+@pytest.mark.parametrize(("files", "given", "do"), FOLDERS.values(), ids=FOLDERS.keys())
+@pytest.mark.parametrize("place", ["here", "on the Hub"])
+def test_the_cause_is_told_by_the_files(tmp_path, monkeypatch, files, given, do, place):
+    for file in files if place == "here" else ():
+        path = tmp_path / file
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("{}")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_, **__: files)
+    with pytest.raises(AdapterError) as caught:
+        read_adapter(tmp_path if place == "here" else "org/repo", "sql")
+    assert_says(caught.value, given=("expert 'sql'", given), expected="adapter_model.safetensors", do=do)
+
+
+def test_an_adapter_with_others_in_folders_is_read(tmp_path):
+    write_adapter(tmp_path)
+    write_adapter(tmp_path / "checkpoint-10")
+    assert len(read_adapter(tmp_path, "sql").shapes) == 2
+
+
+@pytest.mark.parametrize(
+    ("folders", "given", "do"),
+    [
+        ([".", "second"], "is itself an adapter, and holds others in folders (second)", "from_adapters"),
+        ([".", "checkpoint-1"], "is itself an adapter", "spectr library add NAME FOLDER"),
+        (["checkpoint-9", "checkpoint-10"], "the checkpoints of one training run", "checkpoint-10 --library LIBRARY"),
+    ],
+)
+def test_adapters_that_are_no_experts_of_one_library(tmp_path, folders, given, do):
+    for folder in folders:
+        write_adapter(tmp_path / folder)
+    with pytest.raises(LibraryError) as caught:
+        ExpertLibrary.open(tmp_path)
+    assert_says(caught.value, given=(given,), expected="a folder of experts", do=do)
