@@ -134,6 +134,16 @@ def read_config(folder: Path, name: str) -> AdapterConfig:
     )
 
 
+def base_named(folder: Path) -> str | None:
+    """The base model that an adapter's configuration names, as far as it can be read."""
+    try:
+        raw = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    named = raw.get("base_model_name_or_path") if isinstance(raw, dict) else None
+    return named if isinstance(named, str) and named else None
+
+
 def _faults(raw: dict[str, Any]) -> list[str]:
     if raw.get("peft_type") == _TOKENS_ALONE:
         return list(SavedSettings.of(raw).faults())

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from spectr.adapters.naming import Naming
+from spectr.layers.carried import check_bare
 
 Rule = Callable[[str], str]
 _SUFFIX = ".lora_A.weight"  # patterns may look at what comes after a module's name
@@ -18,8 +19,12 @@ _SUFFIX = ".lora_A.weight"  # patterns may look at what comes after a module's n
 def naming_of(model: nn.Module) -> Naming:
     """The names of a model's modules, with transformers' own renamings of older checkpoints.
 
+    Raises:
+        CompositionError: The model carries adapters already.
+
     Source: ``transformers.conversion_mapping``, and ``_checkpoint_conversion_mapping`` of version 4.
     """
+    check_bare(model)
     modules = dict(model.named_modules())
     rules = lru_cache(maxsize=1)(lambda: _rules(model))  # made where a name is not the model's
     return Naming(modules=modules.keys(), renamed=lambda name: _renamed(name, rules()), heads=_heads(model, modules))

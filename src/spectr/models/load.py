@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from spectr.adapters import CONFIG_FILE
+from spectr.adapters.config import base_named
 from spectr.errors import ModelError, SpectrError
 from spectr.models.fetch import DEFAULT_MODEL, HUB_ID, fetch_default_model
 
@@ -77,6 +79,7 @@ def load_model(
 def _check_reachable(path: str, base_alone: bool) -> bool:
     """A quick check before transformers tries, with many retries; returns whether it is a composed folder."""
     if Path(path).is_dir():
+        _refuse_adapter(path, Path(path) / CONFIG_FILE)
         if not (Path(path) / "config.json").is_file():
             raise ModelError(
                 f"the model '{path}' could not be loaded: that folder has no config.json",
@@ -98,14 +101,20 @@ def _check_reachable(path: str, base_alone: bool) -> bool:
             expected="a folder with a transformers model, or a Hub id, such as org/model",
             do="check --model; leave it out for the default model",
         )
-    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
 
     try:
+        if isinstance(known := try_to_load_from_cache(path, CONFIG_FILE), str):
+            _refuse_adapter(path, Path(known))
         if isinstance(try_to_load_from_cache(path, "config.json"), str):
             return False
         if constants.HF_HUB_OFFLINE:
             raise OSError("the Hub is switched off (HF_HUB_OFFLINE)")
-        HfApi().model_info(path, timeout=10)
+        info = HfApi().model_info(path, timeout=10)
+        if any(file.rfilename == CONFIG_FILE for file in info.siblings or ()):
+            _refuse_adapter(path, Path(hf_hub_download(path, CONFIG_FILE)))
+    except SpectrError:
+        raise
     except Exception as error:  # the client raises its own, httpx's and OS errors
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(
@@ -114,6 +123,18 @@ def _check_reachable(path: str, base_alone: bool) -> bool:
             do="check --model and the network; leave --model out for the default model",
         ) from error
     return False
+
+
+def _refuse_adapter(path: str, config: Path) -> None:
+    """Raise :class:`ModelError` where there is an adapter's configuration: transformers loads its base with it."""
+    if config.is_file():
+        base = base_named(config.parent)
+        raise ModelError(
+            f"{path} is an adapter{f' for {base}' if base else ''}, which transformers would load into its base model",
+            expected="a base model alone",
+            do=f"name the base model: --model {base or 'BASE'}; and add the adapter to a library: spectr library add "
+            f"NAME {path} --library LIBRARY",
+        )
 
 
 def composed_config(folder: str | Path) -> dict[str, Any] | None:

@@ -1,0 +1,49 @@
+"""Adapters of PEFT that a model carries already, which would be added to what is routed."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import nn
+
+from spectr.errors import CompositionError, some_of
+
+
+def check_bare(model: nn.Module) -> None:
+    """Check that a model is a base model alone.
+
+    Raises:
+        CompositionError: PEFT has put adapters into it, be they switched on or not.
+    """
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    if tuners is None:  # nothing is of PEFT where it was never imported
+        return
+    wrapped = getattr(sys.modules.get("peft"), "PeftModel", ())
+    whole = isinstance(model, wrapped)
+    names = set(model.peft_config) if whole else set()
+    for module in model.modules():
+        if isinstance(module, tuners.BaseTunerLayer):
+            names |= {*_adapters(module), *module.merged_adapters}
+    if names:
+        raise CompositionError(
+            f"this model already carries adapters of PEFT ({some_of(sorted(names), 3)}): experts would be added to them",
+            expected="a base model alone",
+            do=_cure(model, whole, sorted(names)),
+        )
+
+
+def _adapters(layer: Any) -> set[str]:
+    """Names of the adapters that one layer of PEFT holds."""
+    return {name for part in layer.adapter_layer_names for name in getattr(layer, part, {})}
+
+
+def _cure(model: nn.Module, whole: bool, names: list[str]) -> str:
+    if whole or not getattr(model, "_hf_peft_config_loaded", False):
+        which = "model" if whole else "the PeftModel around it"
+        return f"{which}.unload() gives the base model; merge_and_unload() keeps the adapters in its weights"
+    listed = ", ".join(map(repr, names))
+    return (
+        f"model.delete_adapter([{listed}]) unloads them; to route them, load the base model they were trained on and "
+        "add them to the library"
+    )
