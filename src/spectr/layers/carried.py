@@ -27,7 +27,7 @@ def check_bare(model: nn.Module) -> None:
             names |= {*_adapters(module), *module.merged_adapters}
     if names:
         raise CompositionError(
-            f"this model already carries adapters of PEFT ({some_of(sorted(names), 3)}): experts would be added to them",
+            f"this model carries adapters of PEFT already ({some_of(sorted(names), 3)}); experts would add to them",
             expected="a base model alone",
             do=_cure(model, whole, sorted(names)),
         )
