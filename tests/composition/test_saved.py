@@ -4,38 +4,21 @@ from __future__ import annotations
 
 import copy
 import pickle
-from dataclasses import dataclass
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
+from peft import LoraConfig, TrainableTokensConfig, get_peft_model
 
 import spectr
 from adapters_on_disk import of_others
 from models import TEXT, TOKENS, VOCAB, build, close as closer, greedy, identities, tiny_llama, tokens, types_unchecked
 from spectr.errors import AdapterError, CompositionError
 from spectr.layers.saved import SavedModule
-from spectr.routers import Evidence, HoldWeights, KeepShortlist, PromptPolicy
-from spectr.routers.evidence import Found
+from spectr.routers import HoldWeights, KeepShortlist, PromptPolicy
+from trained_modules import ROWS, ByFirst, as_peft, library_of, moved, out
 
 Q = ["q_proj"]
 ids = tokens(batch=4, length=8)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ByFirst(Evidence):
-    """The first token's number says which expert."""
-
-    def reader(self, source, experts):
-        def read(input_ids, attention_mask=None, **_):
-            first = 0 if attention_mask is None else attention_mask.int().argmax(-1)
-            chosen = input_ids[torch.arange(len(input_ids)), first] % len(experts)
-            return Found(torch.nn.functional.one_hot(chosen, len(experts)).float())
-
-        return read
-
-
-ROWS = PromptPolicy(evidence=ByFirst(), use=HoldWeights(), router=spectr.Spectr(top_k=1))
 
 
 def llama_classifier(labels=3):
@@ -103,37 +86,6 @@ CASES = {
 
 def close(ours, theirs):
     closer(ours, theirs, 1e-4)
-
-
-def moved(model, folder, config, seed):
-    """An adapter whose trained parameters are all moved, made and saved by PEFT."""
-    with of_others():
-        wrapped = get_peft_model(copy.deepcopy(model), copy.deepcopy(config))
-        generator = torch.Generator().manual_seed(seed)
-        for name, weight in wrapped.named_parameters():
-            if weight.requires_grad:
-                noise = torch.randn(weight.shape, generator=generator)
-                fresh = 0.4 * noise if "lora_" in name else weight.data + 0.3 * noise
-                weight.data.copy_(fresh)
-        wrapped.save_pretrained(folder)
-    return folder
-
-
-def as_peft(model, folder):
-    with of_others():
-        return PeftModel.from_pretrained(copy.deepcopy(model), str(folder)).eval()
-
-
-@torch.no_grad()
-def out(model, ids, **inputs):
-    if getattr(model.config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = ids[:, :4]
-    return model(input_ids=ids, **inputs).logits
-
-
-def library_of(model, root, config, names=("ants", "bees")):
-    folders = {name: moved(model, root / name, config, seed) for seed, name in enumerate(names, start=1)}
-    return spectr.ExpertLibrary.from_adapters(folders), folders
 
 
 @pytest.fixture(params=CASES.values(), ids=CASES.keys())
@@ -225,6 +177,53 @@ MIXING = [
     spectr.Uniform(),
     PromptPolicy(evidence=ByFirst(), use=HoldWeights(top_k=2), router=spectr.Spectr(top_k=1)),
 ]
+
+
+def test_one_expert_may_adapt_what_another_has_trained_whole(tmp_path):
+    model = tiny_llama()
+    whole, factors = CASES["lm_head"][1], LoraConfig(target_modules=["lm_head"], r=4)
+    folders = {"ants": moved(model, tmp_path / "ants", whole, 1), "bees": moved(model, tmp_path / "bees", factors, 2)}
+    peers = [out(as_peft(model, folder), ids) for folder in folders.values()]
+    before, plain = identities(model), out(model, ids)
+    routed = spectr.compose(model, spectr.ExpertLibrary.from_adapters(folders), ROWS)
+    close(out(model, ids), torch.stack([peers[row[0] % 2][n] for n, row in enumerate(ids.tolist())]))
+    for name, theirs in zip(("ants", "bees"), peers, strict=True):
+        routed.allow([name])
+        close(out(model, ids), theirs)
+    routed.allow(None)
+    routed.remove()
+    assert identities(model) == before
+    assert torch.equal(out(model, ids), plain)
+
+
+def test_a_model_whose_weights_accelerate_keeps_elsewhere_is_composed_or_refused(tmp_path):
+    from accelerate import cpu_offload
+
+    library, folders = library_of(tiny_llama(), tmp_path, CASES["tokens"][1])
+    model = cpu_offload(tiny_llama(), execution_device=torch.device("cpu"))
+    spectr.compose(model, library, spectr.Oracle(expert="ants"))
+    close(out(model, ids), out(as_peft(tiny_llama(), folders["ants"]), ids))
+
+
+@pytest.mark.parametrize(
+    "router", [spectr.Calibrated(), spectr.Spectr(top_k=2)], ids=lambda router: type(router).__name__
+)
+def test_experts_without_factors_are_refused_where_these_are_chosen_by(tmp_path, router):
+    model = tied()
+    library, _ = library_of(model, tmp_path, CASES["tokens alone"][1])
+    if router.policy is not None:
+        library = calibrated(model, library)
+    with (
+        types_unchecked(),
+        pytest.raises(CompositionError, match=r"ants, bees have no LoRA factors, and .* chooses by"),
+    ):
+        spectr.compose(model, library, router)
+
+
+def calibrated(model, library):
+    from text_model import make_tokenizer
+
+    return library.with_calibration(spectr.calibrate(model, library, make_tokenizer(), texts=["the sky is", "who is"]))
 
 
 @pytest.mark.parametrize("router", MIXING, ids=lambda router: type(router).__name__)

@@ -116,7 +116,7 @@ def _faults(
             Fault(
                 f"was made for layers of other sizes: {some_of(unfit, _SHOWN, ' modules')}",
                 f"an adapter for this base model{base}",
-                "leave the expert out, or load its base model",
+                "leave the expert out, or load its base model, with its number of labels and of tokens",
             )
         )
     changed = _changed(expert, base_layers, sorted(uncalled & expert.shapes.keys()))

@@ -48,7 +48,10 @@ class WeightReads(TorchFunctionMode):
             linear = features(module) is not None
             for weight in module.parameters(recurse=linear):
                 self._owners.setdefault(id(weight), []).append(module)
-                if (linear or isinstance(module, nn.Embedding)) and weight.ndim > 1:
+                followed = (
+                    linear or isinstance(module, nn.Embedding)
+                ) and not weight.is_meta  # accelerate makes others
+                if followed and weight.ndim > 1:
                     self._layers.setdefault(id(weight), set()).add(name)
             if isinstance(module, NonDynamicallyQuantizableLinear):  # nn.MultiheadAttention never calls its own
                 self.outside.add(name)

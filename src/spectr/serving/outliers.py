@@ -49,8 +49,8 @@ def suspicion(norms: Mapping[str, float]) -> dict[str, float]:
 
 
 def suspicious(experts: Iterable[Expert], base: BaseLayers | None = None) -> dict[str, float]:
-    """:func:`suspicion` of these experts by :func:`spectral_norm`."""
-    return suspicion({expert.name: spectral_norm(expert, base) for expert in experts})
+    """:func:`suspicion` of those of these experts that have factors, by :func:`spectral_norm`."""
+    return suspicion({expert.name: spectral_norm(expert, base) for expert in experts if expert.shapes})
 
 
 @contextmanager
