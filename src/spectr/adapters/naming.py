@@ -66,6 +66,8 @@ def named_for(expert: Expert, naming: Naming) -> Expert:
 def _targeted(targets: Targets, old: str, new: str, naming: Naming) -> bool:
     if targets.all_linear and new in naming.heads:
         return False
+    if targets.tied and new in naming.heads:
+        return True
     return targets.has(new) or (new != old and targets.lists(old) and targets.has(old))
 
 

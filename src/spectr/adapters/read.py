@@ -68,7 +68,10 @@ def read_adapter(source: str | Path, name: str, *, check_values: bool = True) ->
     if not faults and not found and not saved:
         faults = ["it holds no LoRA factors"]
     _check_gathered(weights, name, shapes)
-    targeted = {module for module in found if config.targets.has(module)} or set(found)  # names of older versions
+    targets = config.targets
+    targeted = {module for module in found if targets.tied or targets.has(module)} or set(
+        found
+    )  # names of older versions
     ignored: list[str] = []  # of modules that PEFT leaves out too
     read = {
         module: _factor_shape(module, parts, shapes, config, faults if module in targeted else ignored)

@@ -21,6 +21,7 @@ class Targets:
         saved: ``modules_to_save``, which take no factors.
         layers: Numbers of layers; ``None`` for all.
         patterns: What comes before the number in a module's name; empty for anything.
+        tied: Whether the output head has the factors of an embedding that it is tied to (``ensure_weight_tying``).
 
     Source: PEFT's ``check_target_module_exists``.
     """
@@ -30,6 +31,7 @@ class Targets:
     saved: tuple[str, ...] = ()
     layers: frozenset[int] | None = None
     patterns: tuple[str, ...] = ()
+    tied: bool = False
 
     @staticmethod
     def of(raw: Mapping[str, Any]) -> Targets:
@@ -43,6 +45,7 @@ class Targets:
             if layers is None or layers == []
             else frozenset([layers] if isinstance(layers, int) else layers),
             patterns=(patterns,) if isinstance(patterns, str) and patterns else tuple(patterns or ()),
+            tied=bool(raw.get("ensure_weight_tying")),
         )
 
     @property
