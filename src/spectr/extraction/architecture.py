@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from spectr.composition.find_weight_reads import find_weight_reads
 from spectr.errors import MissingExtraError, ModelError
 from spectr.layers.linear import features
 
@@ -33,72 +34,74 @@ class Architecture:
     """What a configuration makes of a model.
 
     Attributes:
-        model_type: As in ``config.json``.
+        model: On the meta device.
         linear: Linear layers by the name of their weight.
         kinds: What the other parameters are, by name: "embedding", "norm", "bias", ...
         tied: Names of parameters that are another one's too, with that one's name.
         modules: Names of all modules.
-        prefix: Of the model without its head, with a dot: checkpoints may lack it.
     """
 
-    model_type: str
+    model: Any
     linear: Mapping[str, Linear]
     kinds: Mapping[str, str]
     tied: Mapping[str, str]
     modules: tuple[str, ...]
-    prefix: str
 
-    def place(self, key: str) -> str:
-        """The parameter that a tensor in a checkpoint is, or its own name where it is none."""
-        known = self.linear.keys() | self.kinds.keys()
-        options = (key, self.prefix + key, key.removeprefix(self.prefix))
-        return next((name for name in options if name in known), key)
+    @property
+    def model_class(self) -> str:
+        """The name of the model's class."""
+        return type(self.model).__name__
+
+    def in_head(self, parameter: str) -> bool:
+        """Whether a parameter belongs to what the class adds to the model without a head."""
+        prefix = self.model.base_model_prefix
+        return hasattr(self.model, prefix) and not parameter.startswith(f"{prefix}.")
 
 
 def read_architecture(folder: Path) -> Architecture:
-    """The architecture of a causal language model, built on the ``meta`` device.
+    """The architecture of a language model, built on the ``meta`` device.
 
     Raises:
-        ModelError: transformers cannot build a causal language model from the folder's ``config.json``.
+        ModelError: transformers cannot build a language model from the folder's ``config.json``.
         MissingExtraError: transformers is not installed.
     """
     model = _on_meta(folder)
     names: dict[int, str] = {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     tied = {name: first for name, p in parameters.items() if (first := names.setdefault(id(p), name)) != name}
+    uncalled = {f"{name}.weight" for name in find_weight_reads(model).outside}
     linear = {
         f"{name}.weight": found
         for name, module in model.named_modules()
-        if (found := _linear(name, module)) and f"{name}.weight" not in {*tied, *tied.values()}
+        if (found := _linear(name, module)) and f"{name}.weight" not in {*tied, *tied.values(), *uncalled}
     }
     owners = dict(model.named_modules())
     kinds = {name: _kind(name, owners[name.rpartition(".")[0]], tied) for name in parameters if name not in linear}
-    prefix = getattr(model, "base_model_prefix", "")
+    kinds |= dict.fromkeys(uncalled, "weight that is used without its layer, where an expert has no effect")
     return Architecture(
-        model_type=model.config.model_type,
-        linear=linear,
-        kinds=kinds,
-        tied=tied,
-        modules=tuple(name for name in owners if name),
-        prefix=f"{prefix}." if prefix else "",
+        model=model, linear=linear, kinds=kinds, tied=tied, modules=tuple(name for name in owners if name)
     )
 
 
-def _on_meta(folder: Path):
+def _on_meta(folder: Path) -> Any:
+    """A causal language model, else one with an encoder, else one with pictures: as users load them."""
     try:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
     except ImportError as error:
         raise MissingExtraError("extracting experts", "models") from error
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ModelError(
-            f"transformers builds no causal language model from {folder / 'config.json'}: {str(error).splitlines()[0]}",
-            expected="a decoder that AutoModelForCausalLM knows, without code of its own",
-            do="check the folder, or update transformers",
-        ) from error
+    problems: list[Exception] = []
+    for kind in (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForImageTextToText):
+        try:
+            config = AutoConfig.from_pretrained(folder)
+            with torch.device("meta"):
+                return kind.from_config(config)
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            problems.append(error)
+    raise ModelError(
+        f"transformers builds no language model from {folder / 'config.json'}: {str(problems[0]).splitlines()[0]}",
+        expected="a model that AutoModelForCausalLM, -Seq2SeqLM or -ImageTextToText knows, without code of its own",
+        do="check the folder, or update transformers",
+    ) from problems[0]
 
 
 def _linear(name: str, module: nn.Module) -> Linear | None:

@@ -21,6 +21,7 @@ from spectr.errors import ModelError, SpectrError, collecting, raise_together
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 BLOCK = 1 << 20  # numbers that are read of a tensor at a time, at most
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2}
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _HUB_ID = re.compile(r"^(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?$")
 _WHAT = "a folder with a transformers model in safetensors, or a Hub id like org/repo"
@@ -34,6 +35,11 @@ class Header(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
     file: str
+
+    @property
+    def bytes(self) -> int:
+        """Its size, in the file's dtype."""
+        return math.prod(self.shape) * _BYTES.get(self.dtype, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +55,12 @@ class Checkpoint:
     folder: Path
     tensors: Mapping[str, Header]
     files: tuple[str, ...]
+
+    @property
+    def model_class(self) -> str | None:
+        """The class in transformers that it was saved from, as far as its configuration says."""
+        known = json.loads((self.folder / "config.json").read_text(encoding="utf-8")).get("architectures")
+        return str(known[0]) if known else None
 
     @contextmanager
     def open(self) -> Iterator[Rows]:

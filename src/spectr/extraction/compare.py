@@ -13,6 +13,7 @@ from torch import Tensor
 from spectr.errors import ExtractionError, raise_together, some_of
 from spectr.extraction.architecture import Architecture, Linear
 from spectr.extraction.checkpoint import Checkpoint, Rows
+from spectr.extraction.sources import Piece, Source, find_sources
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _SHOWN = 5
@@ -24,19 +25,29 @@ class Pair:
 
     Attributes:
         name: transformers' name of it.
-        base: The tensor's name in the base checkpoint.
-        tuned: In the fine-tuned one.
-        shape: In both.
+        parts: In the base checkpoint and in the fine-tuned one: the whole, or what it is joined of tensor by tensor.
         linear: The layer whose weight it is, where an expert can adapt it.
         kind: Else what it is.
     """
 
     name: str
-    base: str
-    tuned: str
-    shape: tuple[int, ...]
+    parts: tuple[tuple[Piece, Piece], ...]
     linear: Linear | None = None
     kind: str = ""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """In both checkpoints; of what is joined tensor by tensor that of the first."""
+        return self.parts[0][0].shape
+
+    def held(self, base: Checkpoint, tuned: Checkpoint) -> int:
+        """Bytes in memory at a time in addition to blocks; see :meth:`spectr.extraction.sources.Piece.held`."""
+        return max(old.held(base) + new.held(tuned) for old, new in self.parts)
+
+    def blocks(self, base: Rows, tuned: Rows) -> Iterator[tuple[Tensor, Tensor]]:
+        """Both, block by block."""
+        for old, new in self.parts:
+            yield from zip(old.blocks(base), new.blocks(tuned), strict=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,35 +75,58 @@ def pair_up(base: Checkpoint, tuned: Checkpoint, architecture: Architecture) -> 
         ExtractionError: Sizes that differ, parameters that a checkpoint lacks, dtypes that are no plain floating
             numbers; all of them at once.
     """
-    names = [_by_parameter(checkpoint, architecture) for checkpoint in (base, tuned)]
+    sources = [find_sources(architecture.model, checkpoint.tensors) for checkpoint in (base, tuned)]
     wanted = [*architecture.linear, *architecture.kinds]
-    wanted = [name for name in wanted if name not in architecture.tied or any(name in found for found in names)]
-    strange = [name for name in names[0] if name not in wanted and name in names[1]]
-    where = [{name: _find(name, found, architecture) for name in wanted + strange} for found in names]
+    wanted = [name for name in wanted if name not in architecture.tied or any(name in found for found in sources)]
+    strange = [name for name in sources[0] if name not in wanted and name in sources[1]]
+    where = [{name: _find(name, found, architecture) for name in wanted + strange} for found in sources]
     pairs, unequal, odd = [], [], []
     for name in wanted + strange:
         ours, theirs = where[0][name], where[1][name]
         if ours is None or theirs is None:
             continue
-        old, new = base.tensors[ours], tuned.tensors[theirs]
-        if old.dtype not in _FLOATS or new.dtype not in _FLOATS:
-            odd += [] if name in strange else [f"{name} is {new.dtype} (base: {old.dtype})"]
-        elif old.shape != new.shape:
-            unequal.append(f"{name} is {_shape(new.shape)} (base: {_shape(old.shape)})")
-        else:
-            kind = architecture.kinds.get(name, "no parameter of the architecture")
-            linear = architecture.linear.get(name)
-            pairs.append(Pair(name=name, base=ours, tuned=theirs, shape=old.shape, linear=linear, kind=kind))
-    faults = _faults(where, unequal, odd, pairs)
+        kinds = [_dtype(source, checkpoint) for source, checkpoint in ((ours, base), (theirs, tuned))]
+        if not all(kind in _FLOATS for kind in kinds):
+            odd += [] if name in strange else [f"{name} is {kinds[1]} (base: {kinds[0]})"]
+            continue
+        linear = architecture.linear.get(name)
+        parts = _parts(name, ours, theirs, base, tuned, whole=linear is not None)
+        unequal += [
+            f"{name} is {_shape(new.shape)} (base: {_shape(old.shape)})" for old, new in parts if old.shape != new.shape
+        ]
+        kind = architecture.kinds.get(name, "no parameter of the architecture")
+        pairs.append(Pair(name=name, parts=parts, linear=linear, kind=kind))
+    faults = _faults(_lacking(where, (base, tuned), architecture), unequal, odd, pairs)
     raise_together("the two checkpoints do not go together", faults, ExtractionError)
     return tuple(pairs)
 
 
+def _dtype(source: Source, checkpoint: Checkpoint) -> str:
+    """The dtype of a parameter's tensors, the first that is no plain floating number where there is one."""
+    kinds = [checkpoint.tensors[key].dtype for key in source.keys]
+    return next((kind for kind in kinds if kind not in _FLOATS), kinds[0])
+
+
+def _parts(
+    name: str, ours: Source, theirs: Source, base: Checkpoint, tuned: Checkpoint, *, whole: bool
+) -> tuple[tuple[Piece, Piece], ...]:
+    """A parameter in both checkpoints: tensor by tensor where both join it alike and it is not needed as a whole."""
+    if ours.convert and ours.pattern == theirs.pattern and not whole:
+        return tuple(
+            (Piece.tensor(name, old, base), Piece.tensor(name, new, tuned))
+            for old, new in zip(ours.keys, theirs.keys, strict=True)
+        )
+    return ((Piece.of(name, ours, base), Piece.of(name, theirs, tuned)),)
+
+
 def unmatched(base: Checkpoint, tuned: Checkpoint, architecture: Architecture) -> tuple[str, ...]:
     """Floating tensors that only the fine-tuned checkpoint has, such as the head of a reward model."""
-    known = {*_by_parameter(base, architecture), *architecture.linear, *architecture.kinds}
-    names = _by_parameter(tuned, architecture)
-    return tuple(name for name, key in names.items() if name not in known and tuned.tensors[key].dtype in _FLOATS)
+    ours, theirs = (find_sources(architecture.model, checkpoint.tensors) for checkpoint in (base, tuned))
+    return tuple(
+        name
+        for name, source in theirs.items()
+        if _find(name, ours, architecture) is None and _dtype(source, tuned) in _FLOATS
+    )
 
 
 def measure(
@@ -108,7 +142,7 @@ def measure(
     found, faults = [], []
     for done, pair in enumerate(pairs, start=1):
         change, size, same = 0.0, 0.0, True
-        for old, new in zip(base(pair.base), tuned(pair.tuned), strict=True):
+        for old, new in pair.blocks(base, tuned):
             size, change = size + _square(old), change + _square(new.float() - old.float())
             same = same and torch.equal(old.to(new.dtype), new)
         change = 0.0 if same and math.isfinite(size) else change
@@ -130,7 +164,7 @@ def difference(pair: Pair, base: Rows, tuned: Rows) -> Float[Tensor, "O I"]:
     assert pair.linear is not None
     delta = torch.empty(pair.shape, dtype=torch.float32)
     start = 0
-    for old, new in zip(base(pair.base), tuned(pair.tuned), strict=True):
+    for old, new in pair.blocks(base, tuned):
         delta[start : start + len(new)] = new.float() - old.float()
         start += len(new)
     return delta.mT if pair.linear.transposed else delta
@@ -140,22 +174,28 @@ def _square(block: Tensor) -> float:
     return float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2
 
 
-def _by_parameter(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, str]:
-    return {architecture.place(key): key for key in sorted(checkpoint.tensors)}
-
-
-def _find(name: str, found: Mapping[str, str], architecture: Architecture) -> str | None:
-    """A parameter's tensor: its own, or that of a parameter it is tied to."""
+def _find(name: str, found: Mapping[str, Source], architecture: Architecture) -> Source | None:
+    """What a parameter is made of: its own, or that of a parameter it is tied to."""
     others = [architecture.tied.get(name), *(other for other, first in architecture.tied.items() if first == name)]
     return next((found[option] for option in (name, *others) if option in found), None)
 
 
+def _lacking(
+    where: Sequence[Mapping[str, Source | None]], checkpoints: Sequence[Checkpoint], architecture: Architecture
+) -> list[list[str]]:
+    """Parameters that each checkpoint lacks; of another class, such as a reward model's, those of the head may lack."""
+    other = [checkpoint.model_class not in (None, architecture.model_class) for checkpoint in checkpoints]
+    return [
+        [name for name, source in found.items() if source is None and not (free and architecture.in_head(name))]
+        for found, free in zip(where, other, strict=True)
+    ]
+
+
 def _faults(
-    where: Sequence[Mapping[str, str | None]], unequal: list[str], odd: list[str], pairs: list[Pair]
+    lacking: Sequence[list[str]], unequal: list[str], odd: list[str], pairs: list[Pair]
 ) -> Iterator[ExtractionError]:
     """Why two checkpoints do not go together, from what :func:`pair_up` has found."""
-    for what, found in zip(("base", "fine-tuned"), where, strict=True):
-        missing = [name for name, key in found.items() if key is None]
+    for what, missing in zip(("base", "fine-tuned"), lacking, strict=True):
         if missing:
             yield ExtractionError(
                 f"the {what} checkpoint lacks {some_of(missing, _SHOWN)}",

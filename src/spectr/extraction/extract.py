@@ -15,10 +15,11 @@ from spectr.adapters.write import targets
 from spectr.errors import ExtractionError, some_of
 from spectr.extraction.architecture import Architecture, read_architecture
 from spectr.extraction.checkpoint import Checkpoint, Rows, locate_model, read_checkpoint
-from spectr.extraction.compare import Difference, difference, measure, pair_up, unmatched
+from spectr.extraction.compare import Difference, Pair, difference, measure, pair_up, unmatched
 from spectr.extraction.memory import Plan, plan
 from spectr.extraction.outcome import Kept, Left, Report
-from spectr.extraction.settings import DTYPES, Extraction, Truncation
+from spectr.extraction.peft_reading import peft_remarks
+from spectr.extraction.settings import DTYPES, Extraction, Truncation, shown_bytes
 from spectr.extraction.svd import exact_svd, randomised_svd
 from spectr.extraction.write import PACKAGES, write_expert
 from spectr.folders import check_new_folder
@@ -70,22 +71,39 @@ def extract(
     old, new = read_checkpoint(locate_model(base)), read_checkpoint(locate_model(tuned))
     architecture = read_architecture(old.folder)
     pairs = pair_up(old, new, architecture)
+    held = _held(pairs, old, new, settings)
     with old.open() as old_rows, new.open() as new_rows:
         found = measure(pairs, old_rows, new_rows, lambda done, total: progress("comparing", done, total, ""))
         left = _left(found, unmatched(old, new, architecture))
         changed = _changed(found, left, settings)
-        methods = plan([linear for one in changed if (linear := one.pair.linear)], settings)
+        methods = plan([linear for one in changed if (linear := one.pair.linear)], settings, held)
         factors, modules = _factorise(changed, methods, old_rows, new_rows, settings, progress)
+    config = _config(modules, architecture, base_model or str(base))
+    remarks = _remarks(old, new, architecture, modules, settings)
     report = Report(
         name=name or out.absolute().name,
         base_model=base_model or str(base),
         modules=tuple(modules),
         left=left,
-        remarks=_remarks(old, new, modules, settings),
+        remarks=(*remarks, *peft_remarks(architecture.model, config["target_modules"], factors)),
         origin=_origin(tuned, base, old, new, methods, settings, progress),
     )
-    write_expert(out, factors, _config(modules, architecture, report), report)
+    write_expert(out, factors, config, report)
     return report
+
+
+def _held(pairs: Sequence[Pair], old: Checkpoint, new: Checkpoint, settings: Extraction) -> dict[str, int]:
+    """By module the bytes that reading it takes in addition to blocks, as its names differ in file and model."""
+    needs = {pair: pair.held(old, new) for pair in pairs}
+    most = max(needs, key=needs.__getitem__)
+    if needs[most] > settings.max_memory:
+        raise ExtractionError(
+            f"{most.name} is joined of other tensors in the one checkpoint than in the other: to compare it takes "
+            f"{shown_bytes(needs[most])} of memory",
+            expected=f"at most {shown_bytes(settings.max_memory)}, as was allowed",
+            do="load both with one version of transformers and save them again, or allow more (--max-memory)",
+        )
+    return {pair.linear.module: need for pair, need in needs.items() if pair.linear}
 
 
 def _left(found: Sequence[Difference], added: Sequence[str]) -> tuple[Left, ...]:
@@ -167,8 +185,15 @@ def split(svd: Aligned, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (svd.U[:, :rank] * root_R).to(dtype), (root_R[:, None] * svd.Vh[:rank]).to(dtype)
 
 
-def _remarks(old: Checkpoint, new: Checkpoint, modules: Sequence[Kept], settings: Extraction) -> tuple[str, ...]:
+def _remarks(
+    old: Checkpoint, new: Checkpoint, architecture: Architecture, modules: Sequence[Kept], settings: Extraction
+) -> tuple[str, ...]:
     remarks = []
+    if new.model_class not in (None, architecture.model_class):
+        remarks.append(
+            f"The fine-tuned model is a {new.model_class}, the expert one for a {architecture.model_class}: its head "
+            "takes no part."
+        )
     coarse = [min((_COARSE.get(t.dtype, 53), t.dtype) for t in one.tensors.values()) for one in (old, new)]
     if coarse[1][0] < coarse[0][0]:
         remarks.append(
@@ -207,12 +232,12 @@ def _origin(
     }
 
 
-def _config(modules: Sequence[Kept], architecture: Architecture, report: Report) -> dict[str, Any]:
+def _config(modules: Sequence[Kept], architecture: Architecture, base_model: str) -> dict[str, Any]:
     names = [one.module for one in modules]
     transposed = {layer.module for layer in architecture.linear.values() if layer.transposed}
     return {
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": report.base_model,
+        "task_type": "SEQ_2_SEQ_LM" if architecture.model.config.is_encoder_decoder else "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
         "fan_in_fan_out": any(name in transposed for name in names),
         "target_modules": targets(names, architecture.modules),
     }

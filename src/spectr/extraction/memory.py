@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from spectr.errors import ExtractionError
 from spectr.extraction.architecture import Linear
@@ -24,17 +25,22 @@ class Plan:
     need: int
 
 
-def plan(layers: Sequence[Linear], settings: Extraction) -> Plan:
+def plan(layers: Sequence[Linear], settings: Extraction, held: Mapping[str, int] = MappingProxyType({})) -> Plan:
     """Choose a method for each module.
 
     A module takes its difference in float32, the larger of what reading and the SVD take in addition, and on top come
     all factors that are kept until they are written (twice: saving copies them).
 
+    Args:
+        layers: The modules.
+        settings: Of the extraction.
+        held: By module the bytes that reading it takes in addition, where its tensors have to be converted.
+
     Raises:
         ExtractionError: A module does not fit ``max_memory``; the one that needs most is named.
     """
     factors = _factors(layers, settings)
-    needs = {layer.module: _by_method(layer, settings) for layer in layers}
+    needs = {layer.module: _by_method(layer, settings, held.get(layer.module, 0)) for layer in layers}
     methods = {layer.module: _method(layer, needs[layer.module], factors, settings) for layer in layers}
     whole = {module: factors + needs[module][method] for module, method in methods.items()}
     most = max(whole, key=whole.__getitem__)
@@ -50,10 +56,10 @@ def _factors(layers: Iterable[Linear], settings: Extraction) -> int:
     return 2 * size * sum(min(most, o, i) * (o + i) for _, o, i, _ in layers)
 
 
-def _by_method(layer: Linear, settings: Extraction) -> dict[str, int]:
+def _by_method(layer: Linear, settings: Extraction, held: int) -> dict[str, int]:
     _, outputs, inputs, _ = layer
     delta = _FLOAT * outputs * inputs
-    reading = _READING * min(delta, _FLOAT * max(BLOCK, outputs, inputs))
+    reading = held + _READING * min(delta, _FLOAT * max(BLOCK, outputs, inputs))
     width = sketch_width(outputs, inputs, settings.most, settings.oversampling)
     return {
         "exact": delta + max(reading, exact_bytes(outputs, inputs)),

@@ -23,7 +23,7 @@ from spectr.training.settings import DROPOUT, TrainingSettings
 try:
     from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
     from peft.tuners.lora.layer import LoraLayer, ParamWrapper
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer, _check_lora_target_modules_mamba
 except ImportError as error:
     raise MissingExtraError("training", "train") from error
 
@@ -80,6 +80,8 @@ def with_adapter(model: Any, settings: TrainingSettings) -> PeftModel:
         task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
     )
     linear = sorted({name.rpartition(".")[2] for name, part in model.named_modules() if features(part)})
+    if chosen == "all-linear":
+        config.exclude_modules = [name for name in linear if _is_refused(name, model, config)] or None
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # PEFT's matter
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)  # and its own keys
@@ -91,6 +93,15 @@ def with_adapter(model: Any, settings: TrainingSettings) -> PeftModel:
                 f"target_modules={settings.target_modules!r}: {error}",
                 expected=f"all-linear, or some of: {', '.join(linear)}",
             ) from error
+
+
+def _is_refused(name: str, model: Any, config: LoraConfig) -> bool:
+    """Whether PEFT adapts no layers of this name in such a model: Mamba's kernels read the weight of ``out_proj``."""
+    try:
+        _check_lora_target_modules_mamba(config, model, name)
+    except ValueError:
+        return True
+    return False
 
 
 def untrained(peft_model: PeftModel) -> list[str]:

@@ -62,7 +62,8 @@ class TrainingSettings(OptimizerSettings):
         dropout: LoRA dropout, from 0 to below 1. On the tokens that all prompts share one mask serves the whole batch.
             ``None`` is 0.05, and 0 where fused parameters of a mixture of experts are trained, which have none in PEFT.
         rslora: Rank-stabilised scale.
-        target_modules: PEFT's: ``"all-linear"``, or a regular expression, or names separated by commas.
+        target_modules: PEFT's: ``"all-linear"`` (all that it adapts), or a regular expression, or names separated by
+            commas.
         epochs: Passes over the examples.
         examples: Training examples used at most, the first of the file; ``None`` for all.
 
