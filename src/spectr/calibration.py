@@ -19,6 +19,8 @@ from spectr.composition.naming import naming_of
 from spectr.errors import CompositionError, DataError
 from spectr.hashing import known_sha256
 from spectr.layers.base_layers import ModelLayers
+from spectr.layers.pairs import LayerInput, Pairs
+from spectr.layers.parameters import layers_at
 from spectr.layers.plan import Plan, make_plan
 from spectr.layers.routed import RoutedLinear
 from spectr.library import Calibration, ExpertLibrary
@@ -131,7 +133,8 @@ def _texts_alone(
 def _mean_inputs(model: nn.Module, modules: Sequence[str], known: Calibration) -> dict[str, Float[Tensor, " I"]]:
     sums: dict[str, Tensor] = {}
 
-    def see(module: str, x_TI: Tensor) -> None:
+    def see(module: str, x: LayerInput) -> None:
+        x_TI = x.x_SI if isinstance(x, Pairs) else x
         sums[module] = x_TI.double().mean(0).float()
 
     read_inputs(model, modules, known, see)
@@ -143,13 +146,16 @@ def _root_mean_squares(
 ) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
 
-    def see(module: str, x_TI: Tensor) -> None:
+    def see(module: str, x: LayerInput) -> None:
+        x_TI = x.x_SI if isinstance(x, Pairs) else x
         centred_TI = x_TI.float() - means[module].to(x_TI.device)
         here = {name: readers[name] for name in plan.modules[module] if name in readers}
         parts = prepare_module(here, module, Spectr(top_k=1))
-        A_SI = torch.cat([part.A for part in parts.values()])  # S: the ranks of all
-        mean_S = (centred_TI @ A_SI.to(x_TI.device).mT).square().mean(0, dtype=torch.float64)
-        for name, mean_R in zip(parts, mean_S.cpu().split([len(part.A) for part in parts.values()]), strict=True):
+        A_SI = torch.cat([part.A for part in parts.values()], dim=-2).to(x_TI.device)  # S: the ranks of all
+        h_TS = x._replace(x_SI=centred_TI).products(A_SI) if isinstance(x, Pairs) else centred_TI @ A_SI.mT
+        mean_S = h_TS.square().mean(0, dtype=torch.float64)
+        ranks = [part.A.shape[-2] for part in parts.values()]
+        for name, mean_R in zip(parts, mean_S.cpu().split(ranks), strict=True):
             found.setdefault(name, {})[module] = mean_R.sum().sqrt().item()
 
     with ExitStack() as files:
@@ -160,15 +166,13 @@ def _root_mean_squares(
     return found
 
 
-def read_inputs(
-    model: Any, modules: Sequence[str], known: Calibration, see: Callable[[str, Float[Tensor, "T I"]], None]
-) -> None:
+def read_inputs(model: Any, modules: Sequence[str], known: Calibration, see: Callable[[str, LayerInput], None]) -> None:
     """Run a calibration's texts through the model; ``see`` is given each module and its inputs at counted tokens."""
     if not modules:
         return
     device = next(model.parameters()).device
     counted_BT = known.counted.to(device)
-    with _watched(model, modules, lambda module, x: see(module, x[counted_BT.to(x.device)])):
+    with _watched(model, modules, lambda module, x: see(module, _counted(x, counted_BT))):
         ids, mask = known.input_ids.to(device), known.real.long().to(device)
         model(input_ids=ids, attention_mask=mask, use_cache=False, **_without_logits(model, modules))
 
@@ -178,22 +182,31 @@ def _without_logits(model: Any, modules: Sequence[str]) -> dict[str, int]:
     head = model.get_output_embeddings()
     if "logits_to_keep" not in signature(model.forward).parameters:
         return {}
-    return {} if any(model.get_submodule(name) is head for name in modules) else {"logits_to_keep": 1}
+    layers = dict(model.named_modules())
+    return {} if any(layers.get(name) is head for name in modules) else {"logits_to_keep": 1}
+
+
+def _counted(x: LayerInput, counted_BT: Tensor) -> LayerInput:
+    if isinstance(x, Pairs):
+        return x.some(counted_BT.flatten().to(x.x_SI.device))
+    counted = counted_BT.to(x.device)
+    return x[counted if x.ndim > 2 else counted.flatten()]
 
 
 @contextmanager
-def _watched(model: nn.Module, modules: Sequence[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(
-            lambda _, args, kwargs, name=name: see(name, args[0] if args else kwargs["input"]), with_kwargs=True
-        )
-        for name in modules
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _watched(model: nn.Module, modules: Sequence[str], see: Callable[[str, LayerInput], None]) -> Iterator[None]:
+    with layers_at(model, modules) as layers:
+        handles = [
+            layer.register_forward_pre_hook(
+                lambda _, args, kwargs, name=name: see(name, args[0] if args else kwargs["input"]), with_kwargs=True
+            )
+            for name, layer in layers.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def _chunks(names: Sequence[str], size: int) -> Iterator[list[str]]:

@@ -2,6 +2,7 @@
 
 from spectr.adapters.config import CONFIG_FILE
 from spectr.adapters.expert import Expert, FactorShape
+from spectr.adapters.fused_names import fused_for
 from spectr.adapters.gates import GATES_FILE, has_gates, read_gates, write_gates
 from spectr.adapters.naming import Naming, named_for
 from spectr.adapters.read import ADAPTER_FILES, WEIGHTS_FILE, locate_adapter, read_adapter
@@ -24,6 +25,7 @@ __all__ = [
     "SavedParts",
     "Update",
     "common_settings",
+    "fused_for",
     "has_gates",
     "locate_adapter",
     "named_for",

@@ -15,10 +15,10 @@ from spectr.adapters.targets import Targets, target_faults
 from spectr.errors import AdapterError
 
 CONFIG_FILE = "adapter_config.json"
+WRAPPED = ".base_layer"  # after the name of a module: once for each further parameter that PEFT wraps in it
 
 # Settings that change what the adapter computes to something that scale * B @ A * x does not express.
 _REFUSED: dict[str, str] = {
-    "target_parameters": "it adapts parameters of fused modules (such as mixture-of-experts weights)",
     "layer_replication": "it duplicates layers of the base model",
     "use_qalora": "QA-LoRA pools the input of A",
     "alora_invocation_tokens": "an activated LoRA starts at invocation tokens only",
@@ -42,6 +42,7 @@ _HARMLESS = {
     *("peft_type", "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode"),
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "fan_in_fan_out", "bias"),
     *("modules_to_save", "trainable_token_indices", "token_indices", "init_weights"),
+    "target_parameters",
     *("use_rslora", "use_dora", "lora_bias", "init_lora_weights", "layers_to_transform", "layers_pattern"),
     "rank_pattern",
     *("alpha_pattern", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
@@ -77,10 +78,24 @@ class AdapterConfig:
     trained_bias: bool = False
     saved: SavedSettings = NOTHING_SAVED
     targets: Targets = field(default_factory=Targets)
+    target_parameters: tuple[str, ...] = ()
 
     def rank_of(self, module: str) -> int:
         """Rank of a module: the first matching entry of ``rank_pattern``, else ``r``."""
         return int(_by_pattern(self.rank_pattern, module, self.rank))
+
+    def targets_parameter(self, name: str) -> bool:
+        """PEFT's rule: whether ``target_parameters`` names a parameter, or the end of its name."""
+        return any(name == target or name.endswith(f".{target}") for target in self.target_parameters)
+
+    def may_wrap(self, module: str) -> bool:
+        """Whether factors of this name may be those of a parameter that the module holds; a model alone can tell."""
+        if not self.target_parameters or module.endswith(WRAPPED):
+            return bool(self.target_parameters)
+        holders = {target.rpartition(".")[0] for target in self.target_parameters}
+        if any(holder and f".{module}".endswith(f".{holder}") for holder in holders):
+            return True
+        return "" in holders and not self.targets.has(module)
 
     def scale_of(self, module: str) -> float:
         """``alpha / r``, or ``alpha / sqrt(r)`` for rsLoRA, with the module's own rank and alpha."""
@@ -131,6 +146,7 @@ def read_config(folder: Path, name: str) -> AdapterConfig:
         dora=bool(raw.get("use_dora")),
         lora_bias=bool(raw.get("lora_bias")),
         trained_bias=raw.get("bias", "none") != "none",
+        target_parameters=tuple(raw.get("target_parameters") or ()),
     )
 
 

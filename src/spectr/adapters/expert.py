@@ -16,6 +16,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from spectr.adapters.config import AdapterConfig
+from spectr.adapters.fused import Layout
 from spectr.adapters.saved import SavedParts
 from spectr.adapters.updates import BaseLayers, Factors, Parts, Read, Update, update_on
 from spectr.errors import AdapterError, SpectrError, some_of
@@ -33,13 +34,16 @@ class FactorShape(NamedTuple):
     """What is known about a module's update without reading it.
 
     Attributes:
-        rank: Of the low-rank part.
+        rank: Of the low-rank part; of a fused parameter, of each of its matrices.
         inputs: Of the layer.
         outputs: Of the layer.
         scale: Of the file's factors.
-        key_A: The tensor's name of ``A``.
+        key_A: The tensor's name of ``A``; empty where a layout names several.
         key_B: Of ``B``.
         parts: What the update has in addition to these factors.
+        layout: Of a fused parameter: where the factors of its matrices are.
+        matrices: Of a fused parameter: how many it holds; else 0.
+        of_parameter: Whether the name is that of a parameter, fused or not, and no module's.
     """
 
     rank: int
@@ -49,6 +53,9 @@ class FactorShape(NamedTuple):
     key_A: str
     key_B: str
     parts: Parts = Parts()
+    layout: Layout | None = None
+    matrices: int = 0
+    of_parameter: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +97,9 @@ class Expert:
     @property
     def parameters(self) -> int:
         """Numbers in all updates and in all that is saved with them."""
-        updates = (s.rank * (s.inputs + s.outputs) + s.outputs * len(s.parts.tensors) for s in self.shapes.values())
-        return sum(updates) + sum(parts.numbers for parts in self.saved.values())
+        pairs = sum(max(1, s.matrices) * s.rank * (s.inputs + s.outputs) for s in self.shapes.values())
+        more = sum(s.outputs * len(s.parts.tensors) for s in self.shapes.values())
+        return pairs + more + sum(parts.numbers for parts in self.saved.values())
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -103,14 +111,15 @@ class Expert:
         """Whether an update is more than a product of two factors, be they the file's own."""
         return any(shape.parts.tensors for shape in self.shapes.values())
 
-    def check_plain(self, what: str, kind: type[SpectrError] = AdapterError) -> None:
+    def check_plain(self, what: str, kind: type[SpectrError] = AdapterError, *, parameters: bool = False) -> None:
         """Raise unless the expert has ``scale * B @ A`` of the file's own factors and nothing else.
 
         Args:
             what: Takes such experts alone, as in ``"merging"``.
             kind: Of the error.
+            parameters: Whether it takes factors of fused parameters too.
         """
-        self.check_factors_alone(what, kind)
+        self.check_factors_alone(what, kind, parameters=parameters)
         self._check_kinds(what, kind)
 
     def _check_kinds(self, what: str, kind: type[SpectrError]) -> None:
@@ -123,13 +132,29 @@ class Expert:
                 "difference: spectr extract",
             )
 
-    def check_factors_alone(self, what: str, kind: type[SpectrError] = AdapterError) -> None:
+    @property
+    def fused(self) -> tuple[str, ...]:
+        """Those of its names that are parameters', no linear layers', or may be, as a model alone can tell."""
+        config = self.config
+        return tuple(n for n, shape in self.shapes.items() if shape.of_parameter or (config and config.may_wrap(n)))
+
+    def check_factors_alone(
+        self, what: str, kind: type[SpectrError] = AdapterError, *, parameters: bool = False
+    ) -> None:
         """Raise where the expert has more than factors of linear layers, for what takes these alone.
 
         Args:
             what: Takes them, such as ``"merging"``.
             kind: Of the error.
+            parameters: Whether it takes factors of fused parameters too.
         """
+        if self.fused and not parameters:
+            raise kind(
+                f"expert '{self.name}' adapts parameters of a mixture of experts ({some_of(self.fused, 3)}), and "
+                f"{what} takes factors of linear layers alone",
+                expected="an adapter of linear layers",
+                do="leave it out; spectr.compose and spectr merge --into-base take it",
+            )
         if self.saved:
             raise kind(
                 f"expert '{self.name}' has trained {some_of(list(self.saved), 3, ' modules')} besides LoRA's factors, "
@@ -212,10 +237,15 @@ class Expert:
 
     def _factors(self, module: str, read: Read) -> Factors:
         shape = self.shapes[module]
-        A, B = read(shape.key_A), read(shape.key_B)
-        for key, tensor in ((shape.key_A, A), (shape.key_B, B)):
+
+        def checked(key: str) -> Tensor:
+            tensor = read(key)
             self._check(key, tensor)
-        return Factors(A, B, shape.scale)
+            return tensor
+
+        if shape.layout is not None:
+            return Factors(*shape.layout.read(checked), shape.scale)
+        return Factors(checked(shape.key_A), checked(shape.key_B), shape.scale)
 
     def _update(self, base: BaseLayers, module: str, read: Read) -> Update:
         factors, parts = self._factors(module, read), self.shapes[module].parts

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from spectr.adapters.config import AdapterConfig
 from spectr.adapters.expert import Expert, FactorShape
+from spectr.adapters.fused_names import ParameterNames, fused_for
 from spectr.adapters.targets import Targets
 from spectr.errors import AdapterError
 
@@ -20,11 +21,13 @@ class Naming:
         modules: The names of all of its modules.
         renamed: The present name of a module by a name that older versions had.
         heads: Modules that PEFT's ``all-linear`` leaves out: the output head.
+        parameters: Of its parameters that are no weights of linear layers; ``None`` where these do not matter.
     """
 
     modules: Collection[str]
     renamed: Callable[[str], str] = lambda name: name
     heads: Collection[str] = frozenset()
+    parameters: ParameterNames | None = None
 
     def of(self, module: str) -> str:
         """The name of a module in the model; as it is where the model has none by it."""
@@ -40,7 +43,7 @@ def named_for(expert: Expert, naming: Naming) -> Expert:
     PEFT matches targets, ranks and scales with the names of the model, whatever the file's are.
 
     Raises:
-        AdapterError: Two modules of the file are one module of the model.
+        AdapterError: Two modules of the file are one module of the model, or as :func:`fused_for` does.
     """
     config, found = expert.config, {**expert.shapes, **expert.left_out}
     names = {old: naming.of(old) for old in found}
@@ -60,7 +63,8 @@ def named_for(expert: Expert, naming: Naming) -> Expert:
         place[new] = found[old] if new == old else _rescaled(config, new, found[old])
     kept = {new: old for old, new in names.items() if new != old}
     saved = {naming.of(module): parts for module, parts in expert.saved.items()}
-    return replace(expert, shapes=shapes, saved=saved, left_out=left_out, file_names=kept)
+    named = replace(expert, shapes=shapes, saved=saved, left_out=left_out, file_names=kept)
+    return named if naming.parameters is None else fused_for(named, naming.parameters)
 
 
 def _targeted(targets: Targets, old: str, new: str, naming: Naming) -> bool:

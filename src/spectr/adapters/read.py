@@ -69,9 +69,8 @@ def read_adapter(source: str | Path, name: str, *, check_values: bool = True) ->
         faults = ["it holds no LoRA factors"]
     _check_gathered(weights, name, shapes)
     targets = config.targets
-    targeted = {module for module in found if targets.tied or targets.has(module)} or set(
-        found
-    )  # names of older versions
+    targeted = {module for module in found if targets.tied or targets.has(module) or config.may_wrap(module)}
+    targeted = targeted or set(found)  # names of older versions
     ignored: list[str] = []  # of modules that PEFT leaves out too
     read = {
         module: _factor_shape(module, parts, shapes, config, faults if module in targeted else ignored)
@@ -126,7 +125,8 @@ def _factor_shape(
     if len(A) != 2 or len(B) != 2:
         faults.append(f"{module} has factors of shapes {A} and {B} (a convolution?)")
         return None
-    if not A[0] == B[1] == rank:
+    several = config.target_parameters and A[0] == B[1]  # of a parameter with many matrices, which only a model knows
+    if not A[0] == B[1] == rank and not several:
         faults.append(f"{module} has factors of shapes {A} and {B} where the configuration says rank {rank}")
     more = Parts(**{part: key for part, key in parts.items() if part in Parts._fields})
     faults += [f"{key} has shape {shapes[key]}, not {B[:1]}" for key in more.tensors if shapes[key] != B[:1]]

@@ -15,10 +15,10 @@ _ROUNDING = 2**-7  # of magnitudes in bfloat16
 
 
 class Factors(NamedTuple):
-    """One module's low-rank update ``delta = scale * B @ A``."""
+    """One module's low-rank update ``delta = scale * B @ A``; of a fused parameter, of each of its matrices."""
 
-    A: Float[Tensor, "rank inputs"]
-    B: Float[Tensor, "outputs rank"]
+    A: Float[Tensor, "*matrices rank inputs"]
+    B: Float[Tensor, "*matrices outputs rank"]
     scale: float
 
     @property

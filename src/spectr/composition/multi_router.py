@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
 from spectr.composition.routed import Routed
-from spectr.errors import CompositionError
+from spectr.errors import CompositionError, some_of
 from spectr.layers.multi_routed import MultiRoutedLinear
 from spectr.layers.routed import RoutedLinear
 from spectr.layers.saved import SavedModule
@@ -88,6 +88,7 @@ class MultiRouter:
         if len(routed) == 1:
             return
         layers = [one.layers for one in routed]
+        _check_modules(self.model, layers[0])
         for module in set(self._multi_routed) - set(layers[0]):
             swap_module(self.model, module, self._multi_routed.pop(module).base)
         for module in layers[0]:
@@ -114,6 +115,18 @@ def check_alike(held: Mapping[str, Sequence[str]]) -> None:
                 expected="routers that hold the same experts, so that every request's set can be answered by each",
                 do=f"leave '{name}' out; one expert alone can be asked for with any router",
             )
+
+
+def _check_modules(model: nn.Module, layers: Iterable[str]) -> None:
+    """Raise :class:`CompositionError` for layers that are parameters of the model and no modules."""
+    modules = dict(model.named_modules())
+    parameters = [name for name in layers if name not in modules]
+    if parameters:
+        raise CompositionError(
+            f"several routers at once, and experts adapt parameters of a mixture of experts ({some_of(parameters, 3)})",
+            expected="one router for a model whose parameters are routed",
+            do="name one router, or leave these experts out",
+        )
 
 
 def weight_sharing_copy(model: nn.Module) -> nn.Module:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from spectr.adapters.naming import Naming
+from spectr.composition.parameter_names import ModelParameters
 from spectr.layers.carried import check_bare
 
 Rule = Callable[[str], str]
@@ -27,7 +28,12 @@ def naming_of(model: nn.Module) -> Naming:
     check_bare(model)
     modules = dict(model.named_modules())
     rules = lru_cache(maxsize=1)(lambda: _rules(model))  # made where a name is not the model's
-    return Naming(modules=modules.keys(), renamed=lambda name: _renamed(name, rules()), heads=_heads(model, modules))
+    return Naming(
+        modules=modules.keys(),
+        renamed=lambda name: _renamed(name, rules()),
+        heads=_heads(model, modules),
+        parameters=ModelParameters(model),
+    )
 
 
 def _renamed(module: str, rules: Iterable[Rule]) -> str:

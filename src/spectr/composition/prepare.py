@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import itemgetter
 
 import torch
 from torch import Tensor
 
-from spectr.adapters import BaseLayers, Expert, Update, read_gates
+from spectr.adapters import BaseLayers, Expert, Factors, Update, read_gates
 from spectr.errors import CompositionError
 from spectr.grouping import grouped
 from spectr.library import Calibration, ExpertLibrary
 from spectr.library.needs import CALIBRATED, GATED, some_of
 from spectr.routers.base import Router
 from spectr.routers.evidence import ModuleEvidence
-from spectr.spectral import Aligned, AlignedExpert, Rotation, Share, SideData, align
+from spectr.spectral import Aligned, AlignedExpert, Rotation, Share, SideData, Stack, align, remade
 from spectr.spectral.sparsify import drop
 
 
@@ -67,6 +68,8 @@ def prepare_module(
     """
     updates = {name: read(module) for name, read in readers.items()}
     factors = {name: update.factors for name, update in updates.items()}
+    if any(pair.A.ndim > 2 for pair in factors.values()):
+        return {name: _fused_share(pair, name, module, router, side) for name, pair in factors.items()}
     prepared = {}
     for names in grouped((len(pair.A), name) for name, pair in factors.items()).values():
         A_NRI = torch.stack([factors[name].A.float() for name in names])
@@ -96,6 +99,28 @@ def prepare_expert(
             one = align(*update.factors) if known is None else known.applied(*update.factors)
             prepared[module] = _share(one, update, expert.name, module, router, side)
     return prepared
+
+
+def _fused_share(pair: Factors, name: str, module: str, router: Router, side: SideTable) -> Share:
+    """The share of an expert at a fused parameter: that of each of its matrices, one after the other."""
+    aligned = align(pair.A, pair.B, pair.scale)
+    shares = [
+        _share(Aligned(*each), Update(Factors(A, B, pair.scale)), name, module, router, side)
+        for *each, A, B in zip(*aligned, pair.A, pair.B, strict=True)
+    ]
+    own = remade(shares[0].own, map(torch.stack, zip(*(share.own for share in shares), strict=True)))
+    return Share(torch.stack([share.A for share in shares]), torch.stack([share.B for share in shares]), own)
+
+
+def stacked(router: Router, shares: Mapping[str, Share]) -> Stack:
+    """A router's stack of experts; of a fused parameter that of each matrix, one after the other."""
+    if not any(share.A.ndim > 2 for share in shares.values()):
+        return router.stack(shares).with_outputs_of(shares)
+    matrices = len(next(iter(shares.values())).A)
+    stacks = [router.stack({n: share.mapped(itemgetter(j)) for n, share in shares.items()}) for j in range(matrices)]
+    own = remade(stacks[0].own, map(torch.stack, zip(*(stack.own for stack in stacks), strict=True)))
+    A_JPI, B_JOP = (torch.stack([getattr(stack, side) for stack in stacks]) for side in ("A_PI", "B_OP"))
+    return replace(stacks[0], A_PI=A_JPI, B_OP=B_JOP, own=own)
 
 
 def _share(aligned: Aligned, update: Update, name: str, module: str, router: Router, side: SideTable) -> Share:

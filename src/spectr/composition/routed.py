@@ -11,16 +11,17 @@ from torch import Tensor, nn
 
 from spectr.composition.factor_sets import FactorSets
 from spectr.composition.find_weight_reads import find_weight_reads
-from spectr.composition.prepare import prepare_module, side_data
+from spectr.composition.prepare import prepare_module, side_data, stacked
 from spectr.composition.saved import saved_modules
 from spectr.composition.subset_probes import Readers
 from spectr.errors import CompositionError
 from spectr.layers.base_layers import ModelLayers
 from spectr.layers.linear import placement
+from spectr.layers.parameter_layer import ParameterLayer
 from spectr.layers.plan import make_plan
 from spectr.layers.routed import RoutedLinear
 from spectr.layers.saved import SavedModule
-from spectr.layers.swap import plain_module, swap_module
+from spectr.layers.swap import layer_at, plain_module, swap_module
 from spectr.library import ExpertLibrary
 from spectr.ops import report_once
 from spectr.prompts.calls import Calls
@@ -166,7 +167,8 @@ class Routed:
             self._calls = self._new_calls()
 
     def _new_calls(self, key: str | None = None) -> Calls:
-        unknown = self._reads.unknown(self.layers)
+        modules = [name for name, layer in self.layers.items() if not isinstance(layer.base, ParameterLayer)]
+        unknown = self._reads.unknown(modules)
         return Calls(self.model, self._resident, self.prompt, key=key, exclusion=self._exclusion, unknown=unknown)
 
     @contextmanager
@@ -247,14 +249,14 @@ class Routed:
             readers = {name: files.enter_context(expert.open_on(layers)) for name, expert in experts.items()}
             for done, (module, users) in enumerate(plan.modules.items(), start=1):
                 layer = held.get(module)
-                known = router.shares(layer.stack()) if layer and layer.is_as_prepared else {}
+                known = router.shares(layer.stack()) if layer and layer.can_share else {}
                 parts = {name: known[name] for name in users if name in known}
                 missing = {name: readers[name] for name in users if name not in parts}
                 parts.update(prepare_module(missing, module, router, side))
-                base = saved.get(module) or plain_module(self.model.get_submodule(module))
+                base = saved.get(module) or layer_at(self.model, module)
                 device, dtype = placement(base, self.model)
                 placed = {name: part.to(device, dtype) for name, part in parts.items()}
-                fresh[module] = RoutedLinear(base, router.stack(placed).with_outputs_of(placed), router, use=use)
+                fresh[module] = RoutedLinear(base, stacked(router, placed), router, use=use)
                 progress(done, len(plan.modules))
         return fresh
 

@@ -114,14 +114,25 @@ class Factors(NamedTuple):
             experts=tuple(self.experts[place] for place in places),
             ranks=ranks,
             common_rank=ranks[0] if len(set(ranks)) == 1 else None,
-            A_PI=self.A_PI[rows] if self.mix_PR is None else self.mix_PR[rows] @ self.A_PI,
-            B_OP=self.B_OP.mT[rows].mT,
+            A_PI=self.A_PI[..., rows, :] if self.mix_PR is None else self.mix_PR[rows] @ self.A_PI,
+            B_OP=self.B_OP.mT[..., rows, :].mT,
             C_QP=None if self.C_QP is None else self.C_QP[:, rows],
             U_OQ=self.U_OQ,
             gain_EO=_rows(self.gain_EO, places),
             shift_EO=_rows(self.shift_EO, places),
             owner_P=owner_P,
             member_EP=torch.nn.functional.one_hot(owner_P, len(places)).mT.to(self.A_PI),
+        )
+
+    @property
+    def has_matrices(self) -> bool:
+        """Whether these are factors of a fused parameter: tensors of factors have an axis more, its matrices' first."""
+        return self.A_PI.ndim > 2
+
+    def of_matrix(self, matrix: int) -> Factors:
+        """Of a fused parameter the factors for one of its matrices."""
+        return self._replace(
+            A_PI=self.A_PI[matrix], B_OP=self.B_OP[matrix], own=remade(self.own, [each[matrix] for each in self.own])
         )
 
     def planned(self, base: nn.Module, router: Router, use: Use | None = None, *, fixed: bool = False) -> Factors:
@@ -149,6 +160,8 @@ class Factors(NamedTuple):
         refusal = "" if combines else f"no kernel combines by '{router.combine}'"
         if self.exceeds_products:
             refusal = "experts scale the layer's outputs or add a bias"
+        if self.has_matrices:
+            refusal = "no kernel takes a matrix for each expert of a mixture"
         if fixed or refusal:
             return refusal
         informs = use is None or use.in_kernels

@@ -13,6 +13,7 @@ from spectr.errors import CompositionError, did_you_mean, raise_together
 from spectr.grouping import grouped
 from spectr.layers.base_layers import ModelLayers
 from spectr.layers.linear import features
+from spectr.layers.parameters import parameter_layer
 from spectr.layers.saved import saved_faults
 from spectr.layers.swap import plain_modules
 from spectr.library.needs import some_of
@@ -49,10 +50,31 @@ def make_plan(model: nn.Module, experts: Sequence[Expert], router: Router, *, un
     base = ModelLayers(model)
     problems = united({expert.name: _faults(expert, layers, base, uncalled) for expert in experts})
     users = grouped((module, expert.name) for expert in experts for module in expert.shapes if module not in uncalled)
+    problems += _combination_faults(experts, router)
     for need in router.needs:
         problems += need.problems(experts)
     raise_together("the experts do not fit this model", problems, CompositionError)
-    return Plan(modules={name: tuple(sorted(users[name])) for name in layers if name in users})
+    return Plan(modules={name: tuple(sorted(users[name])) for name in _ordered(layers, users)})
+
+
+def _ordered(layers: Mapping[str, nn.Module], users: Mapping[str, object]) -> list[str]:
+    """Names of modules and parameters in the model's order; a parameter comes after the module that holds it."""
+    places = {name: place for place, name in enumerate(layers)}
+    return sorted(users, key=lambda name: (places.get(name, places.get(name.rpartition(".")[0], 0)), name))
+
+
+def _combination_faults(experts: Sequence[Expert], router: Router) -> list[CompositionError]:
+    """What stands against a combination that needs a basis of each module's experts."""
+    fused = [expert.name for expert in experts if any(shape.matrices for shape in expert.shapes.values())]
+    if not fused or router.combination.prepare is None:
+        return []
+    return [
+        CompositionError(
+            f"combine={router.combine!r}, and fused parameters are adapted by {some_of(fused, _SHOWN)}",
+            expected="a combination that prepares nothing of all experts, such as 'outputs' or 'ties'",
+            do="leave combine out",
+        )
+    ]
 
 
 class Fault(NamedTuple):
@@ -70,7 +92,7 @@ def _faults(
     for module, shape in expert.shapes.items():
         if module in uncalled:
             continue
-        layer = layers.get(module)
+        layer = layers.get(module) or parameter_layer(layers, module)
         if layer is None:
             missing.append(module)
             continue

@@ -16,6 +16,7 @@ from spectr.layers.batch_routing import LayerCall, spread, thread
 from spectr.layers.factors import Decision, Factors
 from spectr.layers.linear import Features, features
 from spectr.layers.names import take_names_of_base
+from spectr.layers.pairs import LayerInput, Pairs
 from spectr.ops import NOT_PREPARED, report_once, update_by_kernels
 from spectr.ops.grouped import grouped_inputs, grouped_outputs
 from spectr.ops.outputs import add_masked, gathered_sum, weighted
@@ -140,9 +141,9 @@ class RoutedLinear(nn.Module):
         return () if held is None else held.experts
 
     @property
-    def is_as_prepared(self) -> bool:
-        """Whether the experts are still in the dtype they were prepared in; a cast may have cost them digits."""
-        return self.A_PI.dtype == self._prepared_dtype
+    def can_share(self) -> bool:
+        """Whether others may be made of its experts: of one matrix, and in the dtype that they were prepared in."""
+        return self.A_PI.dtype == self._prepared_dtype and self.A_PI.ndim == 2
 
     def in_force(self) -> LayerCall:
         """What holds for a call of this thread now.
@@ -166,14 +167,16 @@ class RoutedLinear(nn.Module):
         h_TP, scores_TE = self._score(x, self._held())
         return Decision(h_TP, scores_TE, self.select(scores_TE))
 
-    def scores(self, x: Float[Tensor, "*T I"]) -> Float[Tensor, "*T E"]:
+    def scores(self, x: LayerInput) -> Float[Tensor, "*T E"]:
         """Scores of the experts for each token, float32."""
         held = self._held()
+        if isinstance(x, Pairs):
+            return torch.cat([self._score(x.x_SI[rows], held.of_matrix(j))[1] for j, rows in x.groups()])
         if "h" in self.router.reads:
             return self._score(x, held)[1]
         return self.router.scores(held, x.to(held.A_PI.device, held.A_PI.dtype), x.new_empty(0), None)
 
-    def explain(self, x: Float[Tensor, "*T I"], call: LayerCall | None = None) -> Decision:
+    def explain(self, x: LayerInput, call: LayerCall | None = None) -> Decision:
         """What holds for these tokens: the router's scores and the weights, be they chosen or fixed.
 
         Args:
@@ -183,6 +186,9 @@ class RoutedLinear(nn.Module):
         call = self.in_force() if call is None else call
         shown = call.shown
         assert shown is not None, "there is nothing to explain where no expert is held"
+        if isinstance(x, Pairs):
+            parts = [self.explain(x_NI, part) for x_NI, _, part in x.calls(call)]
+            return Decision(*(x.by_token(torch.cat(some)) for some in zip(*parts, strict=True)))
         if call.fixed is not None:
             h_TP, scores_TE = self._score(x, shown)
             return Decision(h_TP, scores_TE, spread(call.fixed.shown_BTF, x).expand_as(scores_TE))
@@ -229,7 +235,7 @@ class RoutedLinear(nn.Module):
             scores_TE = scores_TE.masked_fill(~allowed_TE, -torch.inf)
         return h_TP, scores_TE
 
-    def forward(self, input: Float[Tensor, "*T I"], *args: Any, **kwargs: Any) -> Float[Tensor, "*T O"]:
+    def forward(self, input: LayerInput, *args: Any, **kwargs: Any) -> Float[Tensor, "*T O"]:
         """The base layer's output plus the chosen experts' update."""
         call = self.in_force()
         if not (args or kwargs or is_compiling()):
@@ -238,15 +244,17 @@ class RoutedLinear(nn.Module):
                 return whole
         return self._update(self.base(input, *args, **kwargs), input, call)
 
-    def update(self, out: Float[Tensor, "*T O"], x: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
+    def update(self, out: Float[Tensor, "*T O"], x: LayerInput) -> Float[Tensor, "*T O"]:
         """The base layer's output for these tokens plus the chosen experts' update; maybe in the memory of ``out``."""
         return self._update(out, x, self.in_force())
 
-    def _update(self, out: Tensor, x: Tensor, call: LayerCall) -> Tensor:
+    def _update(self, out: Tensor, x: LayerInput, call: LayerCall) -> Tensor:
         if call.observe is not None:
             call.observe(self, x)
         if call.factors is None:
             return out
+        if isinstance(x, Pairs):
+            return torch.cat([self._update(out[rows], x_NI, part) for x_NI, rows, part in x.calls(call)])
         fused = self._by_kernels(out, x, call, call.factors)
         if fused is not None:
             return fused
@@ -283,7 +291,7 @@ class RoutedLinear(nn.Module):
             return _add(out, grouped_outputs(h_TP, weights_TE, B_OP, factors.ranks))
         return self._add_masked(out, weighted(h_TP, weights_TE, factors.common_rank, factors.member_EP), B_OP)
 
-    def _whole(self, x: Tensor, call: LayerCall) -> Tensor | None:
+    def _whole(self, x: LayerInput, call: LayerCall) -> Tensor | None:
         """As :meth:`_by_kernels`, the base layer too, where nobody observes it. Few lines: they run for every token."""
         factors, fixed = call.factors, call.fixed
         if factors is None or call.observe is not None or call.among_BTE is not None or call.some_base:

@@ -175,7 +175,7 @@ class LibraryStore:
         except LibraryError:  # a damaged expert is no reason to refuse another one
             return
         for module, shape in expert.shapes.items():
-            known = there.get(module)
+            known = None if module in expert.fused else there.get(module)  # a model alone can tell what these are
             if known and (known.inputs, known.outputs) != (shape.inputs, shape.outputs):
                 raise LibraryError(
                     f"'{expert.name}' does not go with '{other.name}' of {self.root}: {module} is {shape.inputs} -> "

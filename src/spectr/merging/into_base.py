@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from spectr.composition.naming import naming_of
 from spectr.errors import MergeError, SpectrError, collecting, raise_together, some_of
 from spectr.layers import RoutedLinear, make_plan
+from spectr.layers.moe import FusedLinear
+from spectr.layers.swap import layer_at
 from spectr.library import ExpertLibrary
 from spectr.merging.lowrank import LowRank
 from spectr.merging.merge import Progress, merged_modules
@@ -75,14 +77,18 @@ def merge_into(
     raise_together("the experts cannot be merged into this model", into_faults(model, library, recipe), MergeError)
     change: dict[str, float] = {}
     before: dict[nn.Module, Tensor] = {}
-    for module, delta, _ in merged_modules(library, recipe, progress):
-        layer = model.get_submodule(module)
-        weight = _weight(layer)
+    for module, delta, _, matrix in merged_modules(library, recipe, progress):
+        if module not in change:
+            layer = layer_at(model, module)
+            weight, norm, square = _weight(layer), float(_weight(layer).float().norm()), 0.0
+            if undoable:
+                before[layer] = weight.data
+            weight.data = weight.data.clone()
+        place = weight.data if matrix is None else weight.data[matrix]
         update = _in_layout(layer, delta.dense() if isinstance(delta, LowRank) else delta).to(weight.device)
-        change[module] = float(update.norm() / weight.float().norm())
-        if undoable:
-            before[layer] = weight.data
-        weight.data = (weight.to(torch.promote_types(weight.dtype, torch.float32)) + update).to(weight.dtype)
+        square += float(update.norm()) ** 2
+        change[module] = square**0.5 / norm
+        place.copy_(place.to(torch.promote_types(weight.dtype, torch.float32)) + update)
     return MergedBase(recipe=recipe, change=change, before=before)
 
 
@@ -104,7 +110,7 @@ def _weight_faults(model: nn.Module, modules: list[str]) -> Iterator[MergeError]
     for name, layer in model.named_modules():
         for parameter in layer.parameters(recurse=False):
             holders.setdefault(id(parameter), set()).add(name)
-    layers = {name: model.get_submodule(name) for name in modules}
+    layers = {name: layer_at(model, name) for name in modules}
     packed = [name for name, layer in layers.items() if not _takes_sum(layer)]
     if packed:
         yield MergeError(
@@ -125,7 +131,7 @@ def _weight_faults(model: nn.Module, modules: list[str]) -> Iterator[MergeError]
 
 def _takes_sum(layer: nn.Module) -> bool:
     weight = getattr(layer, "weight", None)
-    if not isinstance(weight, nn.Parameter) or weight.is_meta or weight.ndim != 2:
+    if not isinstance(weight, nn.Parameter) or weight.is_meta or weight.ndim not in (2, 3):
         return False
     return weight.is_floating_point() and weight.element_size() > 1
 
@@ -138,4 +144,6 @@ def _weight(layer: nn.Module) -> nn.Parameter:
 
 def _in_layout(layer: nn.Module, delta: Tensor) -> Tensor:
     """The update (outputs, inputs) as the layer keeps its weight: transformers' ``Conv1D`` keeps (inputs, outputs)."""
+    if isinstance(layer, FusedLinear):
+        return delta.mT if layer.is_transposed else delta
     return delta if isinstance(getattr(layer, "in_features", None), int) else delta.mT

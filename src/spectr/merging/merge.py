@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from spectr.adapters import Expert, Factors
-from spectr.errors import MergeError, SpectrError, raise_together, range_faults
+from spectr.errors import MergeError, SpectrError, collecting, raise_together, range_faults
 from spectr.library import ExpertLibrary
 from spectr.merging.lowrank import LowRank, cut_dense, cut_factors
 from spectr.merging.method import Site
@@ -22,11 +22,15 @@ Progress = Callable[[int, int], None]
 
 
 class MergedModule(NamedTuple):
-    """What became of one module: its name, the merged update, and the sum of the ranks that went in."""
+    """What became of one module: its name, the merged update, and the sum of the ranks that went in.
+
+    Of a parameter that holds several matrices this is one of them, ``matrix``.
+    """
 
     module: str
     delta: LowRank | Tensor
     rank: int
+    matrix: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -69,10 +73,14 @@ def merge_adapter(
         MergeError: Experts are unknown or of different base models, a size is out of range, or the merge is zero.
         AdapterError: An expert's file cannot be read.
     """
-    faults = [*size_faults(rank, energy), *expert_faults(library, [*recipe.experts, *recipe.subtract])]
+    names = [*recipe.experts, *recipe.subtract]
+    faults = [*size_faults(rank, energy), *expert_faults(library, names)]
+    for name in [] if faults else names:
+        with collecting(faults):
+            library[name].check_factors_alone("a merged adapter", MergeError)
     raise_together("the experts cannot be merged", faults, MergeError)
     deltas, kept = {}, {}
-    for module, delta, full_rank in merged_modules(library, recipe, progress):
+    for module, delta, full_rank, _ in merged_modules(library, recipe, progress):
         if isinstance(delta, LowRank):
             cut = cut_factors(delta, rank, energy)
         else:
@@ -102,7 +110,8 @@ def merged_modules(
     """Every module that an expert of the recipe adapts, merged, in alphabetical order; one at a time in memory.
 
     Yields:
-        Name, exact update (factors, or dense (outputs, inputs) float32), and the sum of ranks.
+        Name, exact update (factors, or dense (outputs, inputs) float32), and the sum of ranks. Of a parameter that
+        holds several matrices one after the other.
     """
     experts = {name: library[name] for name in (*recipe.experts, *recipe.subtract)}
     sizes = {m: (s.outputs, s.inputs) for expert in experts.values() for m, s in expert.shapes.items()}
@@ -110,20 +119,29 @@ def merged_modules(
         readers = {name: files.enter_context(expert.open()) for name, expert in experts.items()}
         for done, module in enumerate(sorted(sizes), start=1):
             own, general = (
-                [_update(experts[name], readers[name], module, sizes[module]) for name in names]
+                [_updates(experts[name], readers[name], module) for name in names]
                 for names in (recipe.experts, recipe.subtract)
             )
-            updates = _weighted(own, general, recipe)
-            merged = recipe.method.merge(updates, Site(module, recipe.experts))
-            yield MergedModule(module, merged, sum(update.rank for update in updates))
+            matrices = max(expert.shapes[module].matrices for expert in experts.values() if module in expert.shapes)
+            for matrix in range(max(1, matrices)):
+                mine, theirs = (
+                    [each[matrix] if each else LowRank.zero(*sizes[module]) for each in some] for some in (own, general)
+                )
+                updates = _weighted(mine, theirs, recipe)
+                place = f"{module}[{matrix}]" if matrices else module
+                merged = recipe.method.merge(updates, Site(place, recipe.experts))
+                rank = sum(update.rank for update in updates)
+                yield MergedModule(module, merged, rank, matrix if matrices else None)
             progress(done, len(sizes))
 
 
-def _update(expert: Expert, read: Callable[[str], Factors], module: str, size: tuple[int, int]) -> LowRank:
+def _updates(expert: Expert, read: Callable[[str], Factors], module: str) -> list[LowRank]:
+    """An expert's update of a module, or of each matrix of a parameter; none where it leaves it alone."""
     if module not in expert.shapes:
-        return LowRank.zero(*size)
+        return []
     A, B, scale = read(module)
-    return LowRank(B.float() * scale, A.float())
+    A, B = A.float(), B.float() * scale
+    return [LowRank(B, A)] if A.ndim == 2 else list(map(LowRank, B, A))
 
 
 def _weighted(own: list[LowRank], general: list[LowRank], recipe: Recipe) -> list[LowRank]:

@@ -139,7 +139,7 @@ def expert_faults(library: ExpertLibrary, names: Iterable[str]) -> list[SpectrEr
             continue
         with collecting(faults):
             expert = library[name]
-            expert.check_plain("merging", MergeError)
+            expert.check_plain("merging", MergeError, parameters=True)
             experts.append(expert)
     return faults + list(_size_faults(experts))
 

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from spectr.layers.batch_routing import BatchRouting, routed_by
+from spectr.layers.pairs import LayerInput, Pairs
 from spectr.layers.routed import RoutedLinear
 from spectr.prompts.chat_template import Opening
 from spectr.routers.evidence import Found, ModuleEvidence, ModuleScores
@@ -121,7 +122,7 @@ class Probe:
         self.observe(lambda name, *given: kept.update({name: self._scores(name, *given)}), *args, **kwargs)
         return kept
 
-    def _scores(self, name: str, x_NI: Float[Tensor, "N I"], row_N: Tensor, rows: int) -> ModuleScores:
+    def _scores(self, name: str, x_NI: LayerInput, row_N: Tensor, rows: int) -> ModuleScores:
         scores_NE = self.scorers[name].scores(x_NI)
         return ModuleScores(scores_NE, row_N.to(scores_NE.device), rows)
 
@@ -138,7 +139,7 @@ class Probe:
         given, counted_BT = _probe(self.entry, args, kwargs, self.evidence.probe_tokens, self.opening)
         read = {layer: _observer(see, name, counted_BT) for name, layer in self.layers.items()}
 
-        def observe(layer: RoutedLinear, x: Tensor) -> None:
+        def observe(layer: RoutedLinear, x: LayerInput) -> None:
             if layer in read:
                 read[layer](x)
 
@@ -205,8 +206,14 @@ def _probe(
     return probe, counted_BT
 
 
-def _observer(see: See, name: str, counted_BT: Tensor | None) -> Callable[[Tensor], None]:
-    def observe(x: Tensor) -> None:
+def _observer(see: See, name: str, counted_BT: Tensor | None) -> Callable[[LayerInput], None]:
+    def observe(x: LayerInput) -> None:
+        if isinstance(x, Pairs):
+            if counted_BT is not None and counted_BT.numel() == len(x.tokens_NH):
+                counted = counted_BT.to(x.x_SI.device)
+                pairs, row_N = x.some(counted.flatten()), counted.nonzero()[:, 0]
+                see(name, pairs, row_N[pairs.token_S], len(counted))
+            return
         if x.ndim < 3:  # tokens of all rows in one axis: their rows are not known
             return
         x_BTI = x.flatten(1, -2)

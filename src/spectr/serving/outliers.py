@@ -67,4 +67,4 @@ def _norm(A_RI: Tensor, B_OR: Tensor, scale: float) -> Tensor:
     A, B = A_RI.float(), B_OR.float() * scale
     if not (A.isfinite().all() and B.isfinite().all()):
         return torch.tensor(float("inf"))
-    return torch.linalg.matrix_norm(torch.linalg.qr(B).R @ torch.linalg.qr(A.mT).R.mT, ord=2)
+    return torch.linalg.matrix_norm(torch.linalg.qr(B).R @ torch.linalg.qr(A.mT).R.mT, ord=2).max()

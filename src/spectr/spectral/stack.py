@@ -148,7 +148,8 @@ class Stack:
     Attributes:
         experts: Their names.
         ranks: Their ranks; the P axis has their sum.
-        A_PI: Input factors, (P, I); where all experts share theirs, that one, (Q, I).
+        A_PI: Input factors, (P, I); where all experts share theirs, that one, (Q, I). Of a parameter that holds J
+            matrices all tensors of factors have one axis more, the first one.
         B_OP: Output factors, (O, P).
         own: The router's own tensors, of all experts; see :attr:`Share.own`.
         mix_PR: Makes the experts' input factors of the shared one, (P, Q); ``None`` where none is shared.
@@ -158,8 +159,8 @@ class Stack:
 
     experts: tuple[str, ...]
     ranks: tuple[int, ...]
-    A_PI: Float[Tensor, "_ I"]
-    B_OP: Float[Tensor, "O P"]
+    A_PI: Float[Tensor, "*J _ I"]
+    B_OP: Float[Tensor, "*J O P"]
     own: Any = ()
     mix_PR: Float[Tensor, "P Q"] | None = None
     gain_EO: Float[Tensor, "E O"] | None = None

@@ -117,6 +117,7 @@ def train_gates(
     checkpoint = checkpoint_of(work)
     facts = read_facts(checkpoint, fingerprint) or fresh_facts(fingerprint)
     named = named_for(expert, naming_of(model))
+    named.check_factors_alone("a gate", CompositionError)
     with _gated(model, named):
         facts = fit(model, encoded, settings, settings.steps, facts, checkpoint, checkpoint_seconds, progress)
         trained = {name.removesuffix(".gate"): gate.detach().clone() for name, gate in trainable(model).items()}

@@ -87,6 +87,8 @@ def cosines(
     if len(names) < 2:
         raise DataError(f"similarity needs two experts or more, and {library.origin} has {len(names)}")
     experts = {name: library[name] for name in names}
+    for expert in experts.values():
+        expert.check_factors_alone("similarity", DataError)
     modules = sorted({module for expert in experts.values() for module in expert.shapes}, key=_by_layer)
     found = {}
     with ExitStack() as files:

@@ -1,0 +1,95 @@
+"""What a model's parameters are called, and what became of the modules that older versions of it had."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from spectr.adapters.fused_names import Parameter, Part
+from spectr.layers.linear import features
+
+
+class _Converter(NamedTuple):
+    """A conversion of several weights of a checkpoint into one parameter."""
+
+    sources: tuple[str, ...]
+    rename: Callable[[str], tuple[str, str | None]]
+
+
+class ModelParameters:
+    """The parameters of a model; see :class:`spectr.adapters.fused_names.ParameterNames`.
+
+    Args:
+        model: The model, composed or not.
+
+    Source: ``transformers.conversion_mapping`` for modules of older models.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._model, self._modules = model, dict(model.named_modules())
+
+    def of(self, module: str) -> Sequence[Parameter]:
+        """See :class:`spectr.adapters.fused_names.ParameterNames`."""
+        holder = self._modules.get(module)
+        if holder is None or features(holder) is not None or isinstance(holder, nn.Embedding):
+            return ()
+        holder = getattr(holder, "base", holder)
+        named = ((f"{module}.{name}", weight) for name, weight in holder.named_parameters(recurse=False))
+        transposed = bool(getattr(holder, "is_transposed", False))
+        return [_parameter(name, weight.shape, transposed) for name, weight in named if weight.ndim in (2, 3)]
+
+    def part(self, module: str) -> Part | None:
+        """See :class:`spectr.adapters.fused_names.ParameterNames`."""
+        if module in self._modules:
+            return None
+        key = f"{module}.weight"
+        for rename in self._renamings:
+            key = rename(key)[0]
+        for converter in self._converters:
+            name, source = converter.rename(key)
+            if source is not None:
+                return self._part(key, name, converter.sources.index(source), converter.sources)
+        holder, _, _ = key.rpartition(".")
+        found = [each for each in self.of(holder) if each.name == key and not each.matrices]
+        return Part(found[0], 0, 0, (module.rpartition(".")[2],)) if found else None
+
+    def _part(self, key: str, name: str, branch: int, sources: tuple[str, ...]) -> Part | None:
+        parameter = next((each for each in self.of(name.rpartition(".")[0]) if each.name == name), None)
+        numbers = [int(part) for part in key.split(".") if part.isdigit()]
+        if parameter is None or not numbers or numbers[-1] >= parameter.matrices:
+            return None
+        return Part(parameter, numbers[-1], branch, tuple(source.split(".")[-2] for source in sources))
+
+    @cached_property
+    def _transforms(self) -> list[Any]:
+        if not hasattr(getattr(self._model, "config", None), "model_type"):
+            return []
+        try:
+            from transformers.conversion_mapping import get_model_conversion_mapping
+        except ImportError:  # transformers 4
+            return []
+        return list(get_model_conversion_mapping(self._model))  # pyright: ignore[reportArgumentType]
+
+    @cached_property
+    def _renamings(self) -> list[Callable[[str], tuple[str, str | None]]]:
+        return [each.rename_source_key for each in self._transforms if not hasattr(each, "operations")]
+
+    @cached_property
+    def _converters(self) -> list[_Converter]:
+        """Those that stack the weights of MoE experts, and join those of one expert row by row."""
+        kinds = (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
+        return [
+            _Converter(tuple(each.source_patterns), each.rename_source_key)
+            for each in self._transforms
+            if [type(step).__name__ for step in getattr(each, "operations", ())] in kinds
+        ]
+
+
+def _parameter(name: str, shape: Sequence[int], transposed: bool) -> Parameter:
+    if len(shape) == 2:
+        return Parameter(name, 0, shape[1], shape[0])
+    inputs, outputs = shape[1:] if transposed else reversed(shape[1:])
+    return Parameter(name, shape[0], inputs, outputs)

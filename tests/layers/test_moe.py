@@ -1,0 +1,108 @@
+"""Mixtures of experts with fused parameters, against PEFT, and against loops over tokens, MoE and LoRA experts."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from models import TEXT, TOKENS, build, close, logits, peft_adapter, peft_model, tokens
+from spectr import ExpertLibrary, Oracle, Spectr, compose
+
+_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "num_key_value_heads": 2}
+_LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2, "head_dim": 8}
+FAMILIES = {
+    "Qwen3Moe": {**_MOE, "head_dim": 8},
+    "Mixtral": _LOCAL,
+    "Olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 16},
+    "GptOss": {**_LOCAL, "intermediate_size": 16},  # transposed, interleaved, with biases
+}
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+def tiny_moe(family: str = "Qwen3Moe", **changes) -> nn.Module:
+    config = getattr(transformers, f"{family}Config")(**{**TEXT, **TOKENS, **FAMILIES[family], **changes})
+    return build(getattr(transformers, f"{family}ForCausalLM"), config)
+
+
+def moe_adapter(model: nn.Module, folder: Path, seed: int, parameters=EXPERTS, targets=(), **config) -> Path:
+    return peft_adapter(
+        model, folder, seed, targets=list(targets), target_parameters=list(parameters), lora_dropout=0.0, **config
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_expert_is_what_peft_makes_of_it(family, tmp_path):
+    base, ids = tiny_moe(family), tokens()
+    folder = moe_adapter(base, tmp_path / "a", 1, [*EXPERTS, "router.weight" if family == "GptOss" else "gate.weight"])
+    want, before = logits(peft_model(base, folder), ids), logits(base, ids)
+    assert (want - before).norm() > 0.05 * before.norm()
+    routed = compose(base, ExpertLibrary.from_adapters({"a": folder}), Oracle(expert="a"))
+    close(logits(base, ids), want)
+    assert any(name.endswith("experts.down_proj") for name in routed.layers)
+    routed.remove()
+    assert torch.equal(logits(base, ids), before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_token_and_moe_expert_chooses_by_its_own_input_and_factors(family, tmp_path):
+    base, ids = tiny_moe(family), tokens()
+    folders = {name: moe_adapter(base, tmp_path / name, seed, rank=seed + 1) for seed, name in enumerate("abc")}
+    slow = copy.deepcopy(base)
+    deltas = {name: parameter_deltas(base, folder) for name, folder in folders.items()}
+    chosen = route_by_loops(slow, deltas, top_k=2)
+    want = logits(slow, ids)
+    assert len(set(chosen)) > 2  # decisions differ
+    compose(base, ExpertLibrary.from_adapters(folders), Spectr(top_k=2))
+    close(logits(base, ids), want)
+
+
+def parameter_deltas(model: nn.Module, folder: Path) -> dict[str, Tensor]:
+    """What PEFT adds to each parameter that it wraps."""
+    return {
+        f"{name.removeprefix('base_model.model.').replace('.base_layer', '')}.{layer.parameter_name}": (
+            layer.get_delta_weight("default").detach()
+        )
+        for name, layer in peft_model(model, folder).named_modules()
+        if hasattr(layer, "parameter_name")
+    }
+
+
+def route_by_loops(model: nn.Module, deltas: dict[str, dict[str, Tensor]], top_k: int) -> list[tuple[int, ...]]:
+    """Give MoE experts a slow forward with routed updates; returns what is chosen, as it is chosen."""
+    chosen: list[tuple[int, ...]] = []
+
+    def product(x, weight, bias, updates):
+        each = torch.stack([linear(x, update) for update in updates])
+        best = each.norm(dim=-1).argsort(descending=True)[:top_k]
+        chosen.append(tuple(sorted(best.tolist())))
+        return linear(x, weight, bias) + each[best].mean(0)
+
+    def patch(name, experts):
+        def side(x, parameter, j):
+            weight = getattr(experts, parameter)[j]
+            bias = getattr(experts, f"{parameter}_bias")[j] if experts.has_bias else None
+            updates = [delta[f"{name}.{parameter}"][j] for delta in deltas.values()]
+            if experts.is_transposed:
+                weight, updates = weight.mT, [update.mT for update in updates]
+            return product(x, weight, bias, updates)
+
+        def forward(hidden, index, weights):
+            out = torch.zeros_like(hidden)
+            for n, token in enumerate(hidden):
+                for j, weight in zip(index[n].tolist(), weights[n], strict=True):
+                    inner = experts._apply_gate(side(token, "gate_up_proj", j)[None])[0]
+                    out[n] += weight * side(inner, "down_proj", j)
+            return out
+
+        experts.forward = forward
+
+    for name, module in model.named_modules():
+        if hasattr(module, "gate_up_proj"):
+            patch(name, module)
+    return chosen
