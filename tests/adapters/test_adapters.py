@@ -194,6 +194,7 @@ def test_a_hub_id_fetches_only_the_adapters_files(tmp_path, monkeypatch, source,
     expert = read_adapter(source, "sql")
     inside = f"{subfolder}/" if subfolder else ""
     files = ["adapter_config.json", "adapter_model.safetensors", "README.md", "expert.json", "gates.safetensors"]
+    files += ["text.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "added_tokens.json"]
     assert calls == [(repo, revision, [inside + file for file in files])]
     assert expert.origin == source
     assert expert.weights == Path(tmp_path, subfolder or "", "adapter_model.safetensors")

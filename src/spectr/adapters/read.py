@@ -12,6 +12,7 @@ from spectr.adapters.config import CONFIG_FILE, AdapterConfig, read_config
 from spectr.adapters.expert import Expert, FactorShape, open_safetensors
 from spectr.adapters.gates import GATES_FILE
 from spectr.adapters.saved import read_saved
+from spectr.adapters.texts import TEXT_FACTS_FILE, TEXT_FILES
 from spectr.adapters.updates import Parts
 from spectr.errors import AdapterError, some_of
 
@@ -32,7 +33,7 @@ _BIAS = re.compile(_MODULE + r"(?:base_layer\.)?bias$")
 _WORDS = {"magnitude": "DoRA magnitude", "bias_B": "bias of the B matrix", "bias": "trained bias"}
 _STRANGERS = (("modules_to_save", "a whole trained module"),)
 _HUB_ID = re.compile(r"^(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<subfolder>[\w./-]+?))?(?:@(?P<revision>[\w./-]+))?$")
-ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, "README.md", "expert.json", GATES_FILE)  # all that belongs to one
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, "README.md", "expert.json", GATES_FILE, TEXT_FACTS_FILE)  # of one
 
 
 def read_adapter(source: str | Path, name: str, *, check_values: bool = True) -> Expert:
@@ -207,7 +208,9 @@ def _from_hub(name: str, repo: str, subfolder: str | None, revision: str | None)
 
     inside = f"{subfolder}/" if subfolder else ""
     try:
-        root = snapshot_download(repo, revision=revision, allow_patterns=[inside + file for file in ADAPTER_FILES])
+        root = snapshot_download(
+            repo, revision=revision, allow_patterns=[inside + file for file in (*ADAPTER_FILES, *TEXT_FILES)]
+        )
         folder = Path(root) / (subfolder or "")
         whole = all((folder / file).is_file() for file in (CONFIG_FILE, WEIGHTS_FILE))
         files = [] if whole else HfApi().list_repo_files(repo, revision=revision)

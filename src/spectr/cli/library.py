@@ -24,6 +24,7 @@ from spectr.library.calibration import CALIBRATION_FILE
 from spectr.library.descriptions import DESCRIPTIONS_FILE
 from spectr.library.index import INDEX_FOLDER
 from spectr.library.manifest import MANIFEST_FILE, any_entry
+from spectr.library.texts import text_remarks
 from spectr.shipped import open_library, shipped_experts
 from spectr.tasks.rows import read_lines
 
@@ -55,6 +56,8 @@ def add(
     store = LibraryStore(library)
     entry = store.add(name, adapter, replace=replace)
     out.print(f"added {entry.name}: {_ranks(entry)}, {entry.modules} modules, {entry.parameters:,} parameters")
+    for remark in text_remarks(store.root / entry.folder, entry.base_model):
+        say(f"'{entry.name}' {remark}")
     for other in store.duplicates(entry):
         say(f"'{other}' has the same files: routers for tokens count them twice")
     other = any_entry(store.root, but=entry.name)

@@ -35,6 +35,7 @@ from spectr.adapters import (
     read_gates,
     write_gates,
 )
+from spectr.adapters.texts import TextFacts
 from spectr.atomic_write import INCOMING, SCRATCH, sync_file, sync_folder
 from spectr.errors import AdapterError, LibraryError, SpectrError, did_you_mean
 from spectr.hashing import file_sha256, json_sha256
@@ -52,6 +53,7 @@ from spectr.library.manifest import (
     read_entry,
     write_entry,
 )
+from spectr.library.texts import check_text
 
 _DIGITS = 12
 _PENDING = ".pending-"
@@ -124,6 +126,7 @@ class LibraryStore:
             )
         expert = read_adapter(source, name)
         read_gates(expert)
+        check_text(expert)
         with self._writing():
             if not replace and has_entry(self.root, name):
                 raise LibraryError(
@@ -297,6 +300,8 @@ class LibraryStore:
                     with (source / file).open("rb") as reading, (scratch / file).open("wb") as writing:
                         shutil.copyfileobj(reading, writing, 1 << 20)
                     sync_file(scratch / file)
+            if facts := TextFacts.read(source):
+                facts.write(scratch)
             alter(scratch)
             digests = _digests(scratch)
             # What counts is the copy, should the source change under our hands.

@@ -1,0 +1,124 @@
+"""How a folder's tokenizer and chat template write prompts, compared between an adapter and its base model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from spectr.errors import some_of
+
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "added_tokens.json")
+TEXT_FACTS_FILE = "text.json"  # of a library's experts, in the place of these files
+_SHOWN = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextFacts:
+    """What decides how a prompt becomes tokens.
+
+    Attributes:
+        template: Digest of the chat template; ``None`` without one.
+        vocabulary: Digest of the tokenizer's vocabulary without added tokens; ``None`` where it is not known.
+        tokens: Added tokens with their ids.
+        size: One more than the largest id; 0 where no id is known.
+    """
+
+    template: str | None = None
+    vocabulary: str | None = None
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    size: int = 0
+
+    @staticmethod
+    def read(folder: Path) -> TextFacts | None:
+        """The facts of a folder; ``None`` where it has no files of a tokenizer that can be read."""
+        if kept := _json(folder / TEXT_FACTS_FILE):
+            return TextFacts(**kept)
+        whole, settings = _json(folder / "tokenizer.json"), _json(folder / "tokenizer_config.json")
+        tokens: dict[str, int] = {**_json(folder / "added_tokens.json")}
+        tokens |= {row["content"]: int(id) for id, row in (settings.get("added_tokens_decoder") or {}).items()}
+        tokens |= {row["content"]: row["id"] for row in whole.get("added_tokens", ())}
+        vocabulary = (whole.get("model") or {}).get("vocab") or {}
+        if isinstance(vocabulary, list):  # of pieces with scores, in the order of their ids
+            vocabulary = {piece: id for id, (piece, *_) in enumerate(vocabulary)}
+        template = _template(folder, settings)
+        if not (tokens or vocabulary or template):
+            return None
+        return TextFacts(
+            template=_digest(template.strip()) if template else None,
+            vocabulary=_digest(sorted(vocabulary.items())) if vocabulary else None,
+            tokens=tokens,
+            size=1 + max((*vocabulary.values(), *tokens.values()), default=-1),
+        )
+
+    def write(self, folder: Path) -> None:
+        """Keep the facts in a folder, without the files."""
+        (folder / TEXT_FACTS_FILE).write_text(json.dumps(asdict(self), sort_keys=True) + "\n", encoding="utf-8")
+
+    def faults(self, base: TextFacts) -> Iterator[str]:
+        """Why the base's tokenizer reads prompts otherwise than the adapter's, in words that follow its name."""
+        if self.vocabulary and base.vocabulary and self.vocabulary != base.vocabulary:
+            yield "comes with a tokenizer of another vocabulary than the base model's"
+        moved = [token for token, id in self.tokens.items() if base.tokens.get(token, id) != id]
+        owners = {id: token for token, id in base.tokens.items()}
+        moved += [token for token, id in self.tokens.items() if owners.get(id, token) != token]
+        if moved:
+            yield f"gives ids to tokens that are others in the base model's tokenizer: {some_of(sorted(set(moved)), _SHOWN)}"
+
+    def remarks(self, base: TextFacts, rows: int | None = None) -> Iterator[str]:
+        """What else differs from the base's, in words that follow the adapter's name.
+
+        Args:
+            base: The base model's.
+            rows: Of the base model's embedding, where it is known.
+        """
+        if self.template and self.template != base.template:
+            has = "another chat template than" if base.template else "a chat template, and there is none with"
+            yield f"comes with {has} the base model: prompts are written as the base model's tokenizer does"
+        new = sorted(set(self.tokens) - set(base.tokens)) if base.vocabulary or base.tokens else []
+        if new:
+            yield f"has tokens that the base model's tokenizer does not write: {some_of(new, _SHOWN)}"
+        if rows and self.size > rows:
+            yield f"was trained with a resized embedding: it knows {self.size} tokens, and the base model {rows}"
+
+
+def base_texts(base_model: str | None) -> TextFacts | None:
+    """The facts of a base model by its name, from a folder or the Hub's cache; ``None`` where neither has it."""
+    if not base_model:
+        return None
+    if Path(base_model).is_dir():
+        return TextFacts.read(Path(base_model))
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(base_model, "tokenizer_config.json")
+    except HFValidationError:
+        return None
+    return TextFacts.read(Path(cached).parent) if isinstance(cached, str) else None
+
+
+def _template(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several by name
+        template = next((row["template"] for row in template if row.get("name") == "default"), None)
+    return template
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A file's JSON object; empty where there is none that can be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]

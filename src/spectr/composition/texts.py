@@ -1,0 +1,47 @@
+"""Whether prompts for a base model are those that experts were trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from spectr.adapters import Expert
+from spectr.adapters.texts import TextFacts, base_texts
+from spectr.errors import CompositionError, raise_together
+from spectr.ops import report_once
+
+
+def check_texts(model: nn.Module, experts: Iterable[Expert]) -> None:
+    """Compare what experts keep of tokenizers and chat templates with the base model's, and report what differs.
+
+    Nothing is compared where the base model's tokenizer is not on this machine.
+
+    Raises:
+        CompositionError: Prompts would become other tokens than those that experts were trained on.
+    """
+    found = [(expert, facts) for expert in experts if (facts := TextFacts.read(expert.weights.parent))]
+    base = base_texts(getattr(getattr(model, "config", None), "_name_or_path", None)) if found else None
+    rows = _rows(model)
+    problems = []
+    for expert, facts in found:
+        for remark in facts.remarks(base or facts, rows):
+            report_once(f"expert '{expert.name}' {remark}")
+        problems += [
+            CompositionError(
+                f"expert '{expert.name}' {fault}",
+                expected="an expert whose prompts become the tokens that the base model's tokenizer writes",
+                do="load the base model that it was trained on, or leave the expert out",
+            )
+            for fault in (facts.faults(base) if base else ())
+        ]
+    raise_together("the experts' tokenizers do not fit this model's", problems, CompositionError)
+
+
+def _rows(model: Any) -> int | None:
+    """Tokens that a model's embedding has; ``None`` where it has no such table."""
+    try:
+        return model.get_input_embeddings().weight.shape[0]
+    except (AttributeError, NotImplementedError):
+        return None

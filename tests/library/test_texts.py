@@ -1,0 +1,108 @@
+"""Tokenizers and chat templates that come with adapters are compared with the base model's."""
+
+import json
+
+import pytest
+
+from adapters_on_disk import tiny_llama, write_adapter
+from spectr import ExpertLibrary, Oracle, compose
+from spectr.adapters.texts import TextFacts
+from spectr.errors import AdapterError, CompositionError
+from spectr.library import LibraryStore
+from spectr.library.texts import text_remarks
+from spectr.ops.dispatch import report_once
+
+VOCABULARY = {"<s>": 0, "a": 1, "b": 2}
+ADDED = [{"id": 0, "content": "<s>"}]
+
+
+def texts(folder, vocabulary=VOCABULARY, added=ADDED, template="{{ messages }}"):
+    folder.mkdir(exist_ok=True, parents=True)
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}, "added_tokens": added}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    return folder
+
+
+@pytest.fixture
+def base(tmp_path):
+    return texts(tmp_path / "base")
+
+
+def expert(tmp_path, base, **changes):
+    folder = write_adapter(tmp_path / "a", base_model_name_or_path=str(base))
+    return texts(folder, **changes) if changes else folder
+
+
+def routed(base, library):
+    model = tiny_llama()
+    model.config._name_or_path = str(base)
+    report_once.cache_clear()
+    return compose(model, library, Oracle(expert="a"))
+
+
+REFUSED = {
+    "another vocabulary": ({"vocabulary": {"<s>": 0, "b": 1, "a": 2}}, "a tokenizer of another vocabulary"),
+    "an id of another token": ({"added": [*ADDED, {"id": 0, "content": "<t>"}]}, "others in the base model's"),
+    "a token of another id": ({"added": [{"id": 5, "content": "<s>"}]}, "base model's tokenizer: <s>"),
+}
+
+
+@pytest.mark.parametrize(("changes", "reason"), REFUSED.values(), ids=REFUSED.keys())
+def test_prompts_that_would_be_read_otherwise_are_refused(tmp_path, base, changes, reason):
+    folder = expert(tmp_path, base, **changes)
+    with pytest.raises(AdapterError, match=reason):
+        LibraryStore(tmp_path / "library").add("a", folder)
+    with pytest.raises(CompositionError, match=reason):
+        routed(base, ExpertLibrary.from_adapters({"a": folder}))
+
+
+REPORTED = {
+    "a chat template": ({"template": "{{ x }}"}, "comes with another chat template than the base model"),
+    "an added token": ({"added": [*ADDED, {"id": 3, "content": "<t>"}]}, "tokenizer does not write: <t>"),
+    "a resized embedding": (
+        {"added": [*ADDED, {"id": 17, "content": "<t>"}]},
+        "knows 18 tokens, and the base model 17",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "remark"), REPORTED.values(), ids=REPORTED.keys())
+def test_what_else_differs_is_reported(tmp_path, base, caplog, changes, remark):
+    folder = expert(tmp_path, base, **changes)
+    routed(base, ExpertLibrary.from_adapters({"a": folder}))
+    assert remark in caplog.text
+    caplog.clear()
+    LibraryStore(tmp_path / "library").add("a", folder)
+    assert "resized" in remark or "knows" in remark or any(remark in one for one in text_remarks(folder, str(base)))
+    routed(base, ExpertLibrary.open(tmp_path / "library"))  # which keeps the facts without the files
+    assert remark in caplog.text
+    assert ExpertLibrary.open(tmp_path / "library")["a"].weights.parent.joinpath("text.json").is_file()
+
+
+@pytest.mark.parametrize("changes", [{}, {"template": "{{ messages }}\n"}], ids=["no tokenizer", "the base's own"])
+def test_nothing_is_reported_of_what_is_alike(tmp_path, base, caplog, changes):
+    folder = expert(tmp_path, base, **changes)
+    routed(base, ExpertLibrary.from_adapters({"a": folder}))
+    assert not caplog.text
+    assert text_remarks(folder, str(base)) == []
+
+
+def test_a_base_model_that_is_not_here_is_named(tmp_path):
+    folder = texts(write_adapter(tmp_path / "a", base_model_name_or_path="no/where"))
+    assert "not on this machine" in text_remarks(folder, "no/where")[0]
+    LibraryStore(tmp_path / "library").add("a", folder)
+
+
+def test_templates_and_tokens_are_found_wherever_versions_keep_them(tmp_path):
+    new, old = tmp_path / "new", tmp_path / "old"
+    for folder in (new, old):
+        folder.mkdir()
+    (new / "chat_template.jinja").write_text("{{ x }}\n")
+    (new / "added_tokens.json").write_text(json.dumps({"<t>": 3}))
+    several = [{"name": "tools", "template": "y"}, {"name": "default", "template": "{{ x }}"}]
+    settings = {"chat_template": several, "added_tokens_decoder": {"3": {"content": "<t>"}}}
+    (old / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert TextFacts.read(new) == TextFacts.read(old)
+    (old / "tokenizer.json").write_text(json.dumps({"model": {"vocab": [["<s>", 0.0], ["a", -1.0]]}}))
+    assert TextFacts.read(old).vocabulary == TextFacts.read(texts(tmp_path / "b", {"<s>": 0, "a": 1})).vocabulary
+    assert TextFacts.read(tmp_path) is None
