@@ -35,8 +35,14 @@ class TextFacts:
     @staticmethod
     def read(folder: Path) -> TextFacts | None:
         """The facts of a folder; ``None`` where it has no files of a tokenizer that can be read."""
-        if kept := _json(folder / TEXT_FACTS_FILE):
-            return TextFacts(**kept)
+        try:
+            kept = _json(folder / TEXT_FACTS_FILE)
+            return TextFacts(**kept) if kept else TextFacts._of_files(folder)
+        except (KeyError, TypeError, ValueError, AttributeError):  # files of another form
+            return None
+
+    @staticmethod
+    def _of_files(folder: Path) -> TextFacts | None:
         whole, settings = _json(folder / "tokenizer.json"), _json(folder / "tokenizer_config.json")
         tokens: dict[str, int] = {**_json(folder / "added_tokens.json")}
         tokens |= {row["content"]: int(id) for id, row in (settings.get("added_tokens_decoder") or {}).items()}
@@ -66,7 +72,8 @@ class TextFacts:
         owners = {id: token for token, id in base.tokens.items()}
         moved += [token for token, id in self.tokens.items() if owners.get(id, token) != token]
         if moved:
-            yield f"gives ids to tokens that are others in the base model's tokenizer: {some_of(sorted(set(moved)), _SHOWN)}"
+            shown = some_of(sorted(set(moved)), _SHOWN)
+            yield f"gives ids to tokens that are others in the base model's tokenizer: {shown}"
 
     def remarks(self, base: TextFacts, rows: int | None = None) -> Iterator[str]:
         """What else differs from the base's, in words that follow the adapter's name.
