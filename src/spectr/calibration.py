@@ -90,8 +90,9 @@ def calibrate(
     means = {**known.means, **_mean_inputs(model, [name for name in plan.modules if name not in known.means], known)}
     progress(3, total)
     rms: dict[str, dict[str, float]] = {}
+    base = ModelLayers(model, library.folder)
     for done, chunk in enumerate(_chunks(new, _AT_ONCE), start=4):
-        rms |= _root_mean_squares(model, plan, {name: experts[name] for name in chunk}, means, known)
+        rms |= _root_mean_squares(model, base, plan, {name: experts[name] for name in chunk}, means, known)
         progress(done, total)
     sha256 = {name: known_sha256(expert.weights) for name, expert in experts.items()}
     return known.joined(replace(known, means=means, rms=rms, sha256=sha256))
@@ -142,7 +143,12 @@ def _mean_inputs(model: nn.Module, modules: Sequence[str], known: Calibration) -
 
 
 def _root_mean_squares(
-    model: nn.Module, plan: Plan, experts: Mapping[str, Expert], means: Mapping[str, Tensor], known: Calibration
+    model: nn.Module,
+    base: ModelLayers,
+    plan: Plan,
+    experts: Mapping[str, Expert],
+    means: Mapping[str, Tensor],
+    known: Calibration,
 ) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
 
@@ -159,7 +165,6 @@ def _root_mean_squares(
             found.setdefault(name, {})[module] = mean_R.sum().sqrt().item()
 
     with ExitStack() as files:
-        base = ModelLayers(model)
         readers = {name: files.enter_context(expert.open_on(base)) for name, expert in experts.items()}
         used = [module for module, users in plan.modules.items() if not readers.keys().isdisjoint(users)]
         read_inputs(model, used, known, see)

@@ -80,7 +80,7 @@ def build_index(
 
     read_inputs(model, modules, known.said, keep)
     to = None if folder is None else Path(folder)
-    base = ModelLayers(model)
+    base = ModelLayers(model, library.folder)
     work = _Parts(missing, to, lambda part: _entries(part, library, base, inputs, known))
     workers = _workers(work, inputs.values())
     entries: dict[str, IndexEntry | Path] = {}

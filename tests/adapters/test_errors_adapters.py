@@ -29,14 +29,6 @@ WRITTEN_BY_PEFT = {
         LoraConfig(target_modules=["q_proj"], layer_replication=[(0, 2), (1, 2)]),
         "layer_replication is set (it duplicates layers",
     ),
-    "PiSSA": (
-        LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa"),
-        "init_lora_weights is 'pissa' (it also changes the base model's weights)",
-    ),
-    "OLoRA": (
-        LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="olora"),
-        "init_lora_weights is 'olora' (it also changes the base model's weights)",
-    ),
     "IA3": (IA3Config(target_modules=["q_proj"], feedforward_modules=[]), "peft_type is 'IA3', not 'LORA'"),
 }
 
@@ -50,7 +42,6 @@ def test_what_is_not_plain_lora_is_refused_by_name(tmp_path, config, reason):
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
-        ("target_parameters", ["mlp.experts.gate_up_proj"]),
         ("use_qalora", True),
         ("alora_invocation_tokens", [3]),
         ("use_bdlora", {"nblocks": 2}),
@@ -72,12 +63,20 @@ def test_a_setting_that_is_off_is_no_reason(tmp_path, setting, off):
     assert len(read_adapter(write_adapter(tmp_path, **{setting: off}), "sql").shapes) == 2
 
 
-@pytest.mark.parametrize("init", ["pissa_niter_16", "PISSA", "corda", "loftq", "lora_ga"])
-def test_initialisations_that_change_the_base_are_refused(tmp_path, init):
-    reason = f"init_lora_weights is '{init}' (it also changes the base model's weights)"
-    assert_says(
-        refusal(write_adapter(tmp_path, init_lora_weights=init)), given=(reason,), expected=PLAIN_LORA, do="retrain it"
-    )
+@pytest.mark.parametrize(
+    ("init", "folder"),
+    [("pissa_niter_16", "pissa_init"), ("PISSA", "pissa_init"), ("corda", "corda_init"), ("lora_ga", "lora_ga_init")],
+)
+def test_initial_factors_that_cannot_be_made_again_are_asked_for(tmp_path, init, folder):
+    error = refusal(write_adapter(tmp_path, init_lora_weights=init))
+    given = ("init_lora_weights names", "cannot be made again", f"none in {folder}")
+    assert_says(error, given=given, expected=PLAIN_LORA, do="path_initial_model_for_weight_conversion")
+
+
+def test_a_base_that_was_quantised_for_the_adapter_is_refused(tmp_path):
+    error = refusal(write_adapter(tmp_path, init_lora_weights="loftq"))
+    reason = "init_lora_weights is 'loftq' (it also changes the base model's weights)"
+    assert_says(error, given=(reason,), expected=PLAIN_LORA, do="retrain it")
 
 
 def test_all_faults_of_a_configuration_are_named_at_once(tmp_path):

@@ -7,6 +7,7 @@ from adapters_on_disk import assert_says, factors, key_A, key_B, write_adapter
 from spectr.adapters import Factors, read_adapter
 from spectr.adapters.updates import row_norms
 from spectr.errors import AdapterError
+from spectr.library import LibraryStore
 
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
 DORA = {"use_dora": True}
@@ -166,3 +167,50 @@ def test_a_bias_alone_is_an_update(tmp_path):
     tensors |= {f"{module}.lora_B.bias": torch.zeros(size) for module, size in ((Q, 8), (V, 4))}
     with pytest.raises(AdapterError, match="it is the base model"):
         read_adapter(write_adapter(tmp_path / "b", tensors=tensors, lora_bias=True), "sql")
+
+
+# Initial factors
+
+
+def saved_initial(folder, seed=7, **config):
+    """An adapter with the factors of another one next to it, as they were before training."""
+    tensors = factors(rank=3, seed=seed)
+    write_adapter(folder / "corda_init", tensors=tensors, rank=3, init_lora_weights=True, **config)
+    return tensors
+
+
+def test_saved_initial_factors_are_subtracted(tmp_path):
+    initial = saved_initial(tmp_path)
+    expert = read_adapter(write_adapter(tmp_path, init_lora_weights="corda"), "sql")
+    assert expert.kinds == ("CorDA",)
+    assert (expert.ranks, expert.exceeds_products) == ((5,), False)
+    with expert.open_on(Layers({})) as read:
+        A, B, scale = read(Q).factors
+    trained = factors()
+    expected = 2.0 * trained[key_B(Q)] @ trained[key_A(Q)] - 4 / 3 * initial[key_B(Q)] @ initial[key_A(Q)]
+    torch.testing.assert_close(scale * B @ A, expected)
+
+
+def test_a_library_takes_saved_initial_factors_along(tmp_path):
+    saved_initial(tmp_path / "a")
+    store = LibraryStore(tmp_path / "library")
+    entry = store.add("sql", write_adapter(tmp_path / "a", init_lora_weights="corda"))
+    assert entry.ranks == (5,)
+    assert store.verify() == {"sql": None}
+    assert "corda_init/adapter_model.safetensors" in entry.sha256
+
+
+INITIAL_FAULTS = {
+    "other modules": ({}, "differ in the modules model.layers.0.self_attn.v_proj"),
+    "of the base": ({"init_lora_weights": "pissa"}, "are PiSSA themselves"),
+}
+
+
+@pytest.mark.parametrize(("config", "reason"), INITIAL_FAULTS.values(), ids=INITIAL_FAULTS.keys())
+def test_saved_factors_that_are_not_the_initial_ones(tmp_path, config, reason):
+    tensors = factors() if config else {key: tensor for key, tensor in factors().items() if "v_proj" not in key}
+    write_adapter(tmp_path / "corda_init", tensors=tensors, **config)
+    with pytest.raises(AdapterError) as caught:
+        read_adapter(write_adapter(tmp_path, init_lora_weights="corda"), "sql")
+    given = ("expert 'sql': the initial factors in", reason)
+    assert_says(caught.value, given=given, expected="as it was before training", do="or leave corda_init out")

@@ -11,7 +11,9 @@ from beyond_lora import KINDS, TARGETS, moved_adapter, tiny_qwen
 from models import close, logits, peft_adapter, peft_model, tokens
 from spectr import Arrow, ExpertLibrary, Lag, Oracle, Seqr, Spectr, Uniform, compose
 from spectr.errors import AdapterError, CompositionError
+from spectr.layers import initial_factors as initial_module
 from spectr.layers.base_layers import ModelLayers
+from spectr.spectral.initial import pissa_factors
 
 ids = tokens(batch=3, length=6)
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"
@@ -160,6 +162,61 @@ def test_a_base_without_the_bias_is_refused_before_anything_changes(root):
     assert type(model.get_submodule(Q)) is torch.nn.Linear
 
 
+INITIAL = {
+    "PiSSA": {"init_lora_weights": "pissa"},
+    "OLoRA": {"init_lora_weights": "olora"},
+    "OLoRA with rsLoRA": {"init_lora_weights": "olora", "use_rslora": True},
+    "DoRA with PiSSA": {"init_lora_weights": "pissa", "use_dora": True},
+}
+
+
+@pytest.mark.parametrize("config", INITIAL.values(), ids=INITIAL.keys())
+def test_initial_factors_are_taken_out_of_the_base_as_by_peft(tmp_path, config):
+    folder = moved_adapter(tiny_qwen(), tmp_path / "ants", 1, **config)
+    model, _ = composed(ExpertLibrary.from_adapters({"ants": folder}), Oracle(expert="ants"))
+    theirs, plain = logits(peft_model(tiny_qwen(), folder), ids), logits(tiny_qwen(), ids)
+    assert (theirs - plain).abs().max() > 0.05 * plain.abs().max()
+    close(logits(model, ids), theirs)
+
+
+def test_initial_factors_of_transposed_layers(tmp_path):
+    ids, kinds = torch.tensor([[3, 5, 7, 9]]), {"pissa": ["c_attn", "c_proj"], "olora": ["attn.c_proj"]}
+    for kind, targets in kinds.items():
+        config = {**CONV1D, "target_modules": targets, "init_lora_weights": kind}
+        folder = moved_adapter(tiny_gpt2(), tmp_path / kind, 1, **config)
+        model = tiny_gpt2()
+        compose(model, ExpertLibrary.from_adapters({"ants": folder}), Oracle(expert="ants"))
+        close(logits(model, ids), logits(peft_model(tiny_gpt2(), folder), ids))
+
+
+def test_products_without_initial_factors_are_combined_in_all_ways(tmp_path):
+    for seed, name in enumerate(("ants", "bees")):
+        moved_adapter(tiny_qwen(), tmp_path / name, seed, init_lora_weights="pissa")
+    model, _ = composed(ExpertLibrary.open(tmp_path), Spectr(top_k=2, combine="ties"))
+    assert logits(model, ids).isfinite().all()
+
+
+def test_a_weight_is_decomposed_once_and_kept_in_the_library(tmp_path, monkeypatch):
+    moved_adapter(tiny_qwen(), tmp_path / "ants", 1, init_lora_weights="pissa")
+    made = []
+    monkeypatch.setattr(initial_module, "pissa_factors", lambda W, r: made.append(W) or pissa_factors(W, r))
+    library = ExpertLibrary.open(tmp_path)
+    first, _ = composed(library, Oracle(expert="ants"))
+    kept = sorted((tmp_path / "initial-factors").iterdir())
+    assert len(made) == len(kept) == 4
+    assert kept[0].name == "pissa-4-model.layers.0.self_attn.q_proj.safetensors"
+    again, _ = composed(ExpertLibrary.open(tmp_path), Oracle(expert="ants"))
+    assert len(made) == 4
+    assert torch.equal(logits(again, ids), logits(first, ids))
+    other = tiny_qwen()
+    other.get_submodule(Q).weight.data += 0.01
+    compose(other, library, Oracle(expert="ants"))
+    assert len(made) == 5
+    kept[0].write_bytes(b"damaged")
+    composed(library, Oracle(expert="ants"))
+    assert len(made) == 6
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_weight_of_a_quantised_layer_is_the_one_it_computes_with(tmp_path, bits):
     pytest.importorskip("bitsandbytes")
@@ -179,5 +236,7 @@ def test_the_weight_of_a_quantised_layer_is_the_one_it_computes_with(tmp_path, b
     close(ModelLayers(model).weight(Q), dense, {4: 1e-5, 8: 1e-2}[bits])
     folder = moved_adapter(tiny_qwen(hidden_size=64, intermediate_size=64), tmp_path / "ants", 1, use_dora=True)
     compose(model, ExpertLibrary.from_adapters({"ants": folder}), Oracle(expert="ants"))
+    with pytest.raises(AdapterError, match="q_proj is quantised"):
+        ModelLayers(model).initial(Q, "pissa", 4, 2.0)
     theirs = logits(PeftModel.from_pretrained(quantised(), folder).eval(), ids)
     close(logits(model, ids), theirs, {4: 1e-4, 8: 2 / 127}[bits])

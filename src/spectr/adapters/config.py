@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from spectr.adapters.initial import NOT_FROM_BASE, InitialSettings
 from spectr.adapters.saved import NOTHING_SAVED, SavedSettings
 from spectr.adapters.targets import Targets, target_faults
 from spectr.errors import AdapterError
@@ -29,8 +30,6 @@ _REFUSED: dict[str, str] = {
     "velora_config": "VeLoRA settings are not known to leave the forward pass alone",
     "megatron_config": "it belongs to Megatron's parallel layers",
 }
-# Initialisations after which PEFT also changes the base model's weights.
-_CHANGES_BASE = re.compile(r"pissa|olora|corda|loftq|lora_ga", re.IGNORECASE)
 _TOKENS_ALONE = "TRAINABLE_TOKENS"  # no factors, trained rows of the embedding alone
 # What PEFT makes LoRA of, by its save_as_lora.
 _CONVERTIBLE = {
@@ -65,6 +64,7 @@ class AdapterConfig:
         dora: Whether each module has magnitudes.
         lora_bias: Whether ``B`` has a bias.
         trained_bias: Whether the file holds biases of the base model, in the place of the model's own.
+        initial: How it was initialised.
     """
 
     rank: int
@@ -76,6 +76,7 @@ class AdapterConfig:
     dora: bool = False
     lora_bias: bool = False
     trained_bias: bool = False
+    initial: InitialSettings = NOT_FROM_BASE
     saved: SavedSettings = NOTHING_SAVED
     targets: Targets = field(default_factory=Targets)
     target_parameters: tuple[str, ...] = ()
@@ -127,12 +128,12 @@ def read_config(folder: Path, name: str) -> AdapterConfig:
         raw = None
     if not isinstance(raw, dict):
         raise AdapterError(f"expert '{name}': {path} is not a JSON object", do="save or download it again")
-    faults = _faults(raw)
+    faults = _faults(raw, folder)
     if faults:
         raise AdapterError(
             f"expert '{name}' cannot be routed exactly: {'; '.join(faults)}",
             expected="a plain LoRA adapter, whose update is scale * B @ A",
-            do=_cure(raw.get("peft_type")),
+            do=_cure(raw),
         )
     return AdapterConfig(
         rank=raw.get("r", 0),
@@ -147,6 +148,7 @@ def read_config(folder: Path, name: str) -> AdapterConfig:
         lora_bias=bool(raw.get("lora_bias")),
         trained_bias=raw.get("bias", "none") != "none",
         target_parameters=tuple(raw.get("target_parameters") or ()),
+        initial=InitialSettings.of(raw),
     )
 
 
@@ -160,7 +162,7 @@ def base_named(folder: Path) -> str | None:
     return named if isinstance(named, str) and named else None
 
 
-def _faults(raw: dict[str, Any]) -> list[str]:
+def _faults(raw: dict[str, Any], folder: Path) -> list[str]:
     if raw.get("peft_type") == _TOKENS_ALONE:
         return list(SavedSettings.of(raw).faults())
     if raw.get("peft_type") != "LORA":
@@ -168,8 +170,9 @@ def _faults(raw: dict[str, Any]) -> list[str]:
     faults = [f"{key} is set ({why})" for key, why in _REFUSED.items() if raw.get(key)]
     if raw.get("bias", "none") not in ("none", "lora_only", "all"):
         faults.append(f"bias is {raw['bias']!r}")
-    if isinstance(raw.get("init_lora_weights"), str) and _CHANGES_BASE.match(raw["init_lora_weights"]):
-        faults.append(f"init_lora_weights is {raw['init_lora_weights']!r} (it also changes the base model's weights)")
+    if raw.get("init_lora_weights") == "loftq":
+        faults.append("init_lora_weights is 'loftq' (it also changes the base model's weights)")
+    faults += InitialSettings.of(raw).faults(folder)
     unknown = sorted(key for key, value in raw.items() if value and key not in _HARMLESS and key not in _REFUSED)
     faults += [f"{key} is set, which this version does not know to be harmless" for key in unknown]
     faults += [f"r is {raw.get('r')!r}"] if not _is_rank(raw.get("r")) else []
@@ -179,8 +182,14 @@ def _faults(raw: dict[str, Any]) -> list[str]:
     return [*faults, *SavedSettings.of(raw).faults(), *target_faults(raw)]
 
 
-def _cure(kind: Any) -> str:
-    if kind not in _CONVERTIBLE:
+def _cure(raw: dict[str, Any]) -> str:
+    initial = InitialSettings.of(raw)
+    if initial.kind:
+        return (
+            f"save the adapter as it was before training into {initial.folder}, with init_lora_weights=True; or have "
+            "PEFT convert it: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        )
+    if raw.get("peft_type") not in _CONVERTIBLE:
         return "retrain it as plain LoRA, or extract one from the merged model"
     return (
         "load it with PEFT and make LoRA of it: peft.tuners.lora.conversion.save_as_lora(FOLDER, peft_model, rank=...)"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from torch import Tensor
 from spectr.adapters.config import AdapterConfig
 from spectr.adapters.fused import Layout
 from spectr.adapters.saved import SavedParts
-from spectr.adapters.updates import BaseLayers, Factors, Parts, Read, Update, update_on
+from spectr.adapters.updates import BaseLayers, Factors, Parts, Read, Update, update_on, without_initial
 from spectr.errors import AdapterError, SpectrError, some_of
 
 
@@ -57,6 +57,11 @@ class FactorShape(NamedTuple):
     matrices: int = 0
     of_parameter: bool = False
 
+    @property
+    def file_rank(self) -> int:
+        """Of the file's factors, without initial ones."""
+        return self.rank - self.parts.initial_rank
+
 
 @dataclass(frozen=True, kw_only=True)
 class Expert:
@@ -72,6 +77,7 @@ class Expert:
         config: What its configuration says of ranks, scales and targets.
         left_out: Modules of the file that the configuration does not target; PEFT leaves them out too.
         file_names: By module the name that the file and what lies next to it have, where that is another one.
+        initial: The adapter as it was before training, where that was saved next to it and is part of the update.
     """
 
     name: str
@@ -83,6 +89,7 @@ class Expert:
     config: AdapterConfig | None = None
     left_out: Mapping[str, FactorShape] = field(default_factory=dict)
     file_names: Mapping[str, str] = field(default_factory=dict)
+    initial: Expert | None = None
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -192,8 +199,10 @@ class Expert:
         Plain factors have the file's dtype. ``read`` raises :class:`AdapterError` where a tensor holds NaN or
         infinity, or does not go with the layer.
         """
-        with open_safetensors(self.weights, self.name) as file:
-            yield lambda module: self._update(base, module, file.get_tensor)
+        with ExitStack() as files:
+            read = files.enter_context(open_safetensors(self.weights, self.name)).get_tensor
+            first = files.enter_context(self.initial.open()) if self.initial else None
+            yield lambda module: self._update(base, module, read, first)
 
     @contextmanager
     def open_saved(self):
@@ -247,13 +256,18 @@ class Expert:
             return Factors(*shape.layout.read(checked), shape.scale)
         return Factors(checked(shape.key_A), checked(shape.key_B), shape.scale)
 
-    def _update(self, base: BaseLayers, module: str, read: Read) -> Update:
+    def _update(self, base: BaseLayers, module: str, read: Read, first: Callable[[str], Factors] | None) -> Update:
         factors, parts = self._factors(module, read), self.shapes[module].parts
         if not parts.kinds:
             return Update(factors)
         for key in parts.tensors:
             self._check(key, read(key))
         with naming(self.name):
+            if first is not None:
+                factors = without_initial(factors, first(self.file_names.get(module, module)))
+            elif parts.initial:
+                kind = parts.initial.lower()
+                factors = without_initial(factors, base.initial(module, kind, parts.initial_rank, factors.scale))
             return update_on(base, module, factors, parts, read)
 
     def stacked(self, groups: Iterable[Sequence[str]], base: BaseLayers) -> Iterator[Stacked]:

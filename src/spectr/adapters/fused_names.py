@@ -132,7 +132,7 @@ def _wrapped_shapes(
 
 def _wrapped_shape(expert: Expert, config: AdapterConfig, parameter: Parameter, given: FactorShape) -> FactorShape:
     rank, matrices = config.rank_of(parameter.name), max(1, parameter.matrices)
-    if given.rank != rank * matrices:
+    if given.file_rank != rank * matrices:
         raise AdapterError(
             f"expert '{expert.name}': {parameter.name} has factors of rank {given.rank}",
             expected=f"{rank} for each of its {matrices} matrices" if parameter.matrices else f"rank {rank}",

@@ -77,4 +77,4 @@ def _targeted(targets: Targets, old: str, new: str, naming: Naming) -> bool:
 
 def _rescaled(config: AdapterConfig, new: str, shape: FactorShape) -> FactorShape:
     """The scale of a renamed module: by its new name, unless only its old one gives the rank that the file has."""
-    return shape._replace(scale=config.scale_of(new)) if config.rank_of(new) == shape.rank else shape
+    return shape._replace(scale=config.scale_of(new)) if config.rank_of(new) == shape.file_rank else shape

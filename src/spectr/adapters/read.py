@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from spectr.adapters.causes import cause, files_of
 from spectr.adapters.config import CONFIG_FILE, AdapterConfig, read_config
 from spectr.adapters.expert import Expert, FactorShape, open_safetensors
 from spectr.adapters.gates import GATES_FILE
+from spectr.adapters.initial import INITIAL_FILES, InitialSettings
 from spectr.adapters.saved import read_saved
 from spectr.adapters.texts import TEXT_FACTS_FILE, TEXT_FILES
 from spectr.adapters.updates import Parts
@@ -33,7 +35,8 @@ _BIAS = re.compile(_MODULE + r"(?:base_layer\.)?bias$")
 _WORDS = {"magnitude": "DoRA magnitude", "bias_B": "bias of the B matrix", "bias": "trained bias"}
 _STRANGERS = (("modules_to_save", "a whole trained module"),)
 _HUB_ID = re.compile(r"^(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<subfolder>[\w./-]+?))?(?:@(?P<revision>[\w./-]+))?$")
-ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, "README.md", "expert.json", GATES_FILE, TEXT_FACTS_FILE)  # of one
+_OF_ONE = (CONFIG_FILE, WEIGHTS_FILE, "README.md", "expert.json", GATES_FILE, TEXT_FACTS_FILE)
+ADAPTER_FILES = (*_OF_ONE, *INITIAL_FILES)  # all that belongs to one adapter
 
 
 def read_adapter(source: str | Path, name: str, *, check_values: bool = True) -> Expert:
@@ -94,9 +97,41 @@ def read_adapter(source: str | Path, name: str, *, check_values: bool = True) ->
         config=config,
         left_out={module: shape for module, shape in sorted(read.items()) if shape and module not in targeted},
     )
+    if config.initial.kind:
+        expert = _with_initial(expert, config.initial, folder)
     if check_values:
         expert.check_values()
     return expert
+
+
+def _with_initial(expert: Expert, settings: InitialSettings, folder: Path) -> Expert:
+    """An expert with its initial factors as a part of its updates: saved ones, else such as PEFT makes again."""
+    saved = settings.saved_in(folder.absolute())
+    first = None if saved is None else read_adapter(saved, expert.name, check_values=False)
+    found = {**expert.shapes, **expert.left_out}
+    if first is not None:
+        sizes = {module: shape[1:3] for module, shape in {**first.shapes, **first.left_out}.items()}
+        wrong = [module for module, shape in found.items() if sizes.get(module) != shape[1:3]]
+        if wrong or first.kinds:
+            what = f"differ in the modules {some_of(wrong, 3)}" if wrong else f"are {', '.join(first.kinds)} themselves"
+            raise AdapterError(
+                f"expert '{expert.name}': the initial factors in {saved} {what}",
+                expected="the adapter as it was before training, saved with init_lora_weights=True",
+                do=f"save it again, or leave {settings.folder} out",
+            )
+        first = replace(first, shapes={**first.shapes, **first.left_out})
+
+    def whole(shapes: Mapping[str, FactorShape]) -> dict[str, FactorShape]:
+        ranks = {module: shape.rank if first is None else first.shapes[module].rank for module, shape in shapes.items()}
+        return {
+            module: shape._replace(
+                rank=shape.rank + ranks[module],
+                parts=shape.parts._replace(initial=settings.name, initial_rank=ranks[module]),
+            )
+            for module, shape in shapes.items()
+        }
+
+    return replace(expert, shapes=whole(expert.shapes), left_out=whole(expert.left_out), initial=first)
 
 
 def _check_gathered(weights: Path, name: str, shapes: Mapping[str, tuple[int, ...]]) -> None:

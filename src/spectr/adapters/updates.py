@@ -55,13 +55,15 @@ class Parts(NamedTuple):
         magnitude: The tensor's name of DoRA's magnitudes ``m``.
         bias_B: Of the bias of ``B``.
         bias: Of the trained bias of the base layer.
-        initial: How the initial factors are made that PEFT subtracts from the base weight: ``"pissa"``, ``"olora"``.
+        initial: How the initial factors were made that PEFT subtracts from the base weight, as in ``"PiSSA"``.
+        initial_rank: Their rank.
     """
 
     magnitude: str = ""
     bias_B: str = ""
     bias: str = ""
     initial: str = ""
+    initial_rank: int = 0
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -71,14 +73,8 @@ class Parts(NamedTuple):
     @property
     def kinds(self) -> tuple[str, ...]:
         """In words what there is."""
-        initial = {"pissa": "PiSSA", "olora": "OLoRA"}.get(self.initial, self.initial)
-        named = (
-            (self.magnitude, "DoRA"),
-            (self.bias_B, "lora_bias"),
-            (self.bias, "trained biases"),
-            (initial, initial),
-        )
-        return tuple(word for there, word in named if there)
+        vectors = ((self.magnitude, "DoRA"), (self.bias_B, "lora_bias"), (self.bias, "trained biases"))
+        return tuple(word for there, word in (*vectors, (self.initial, self.initial)) if there)
 
 
 class BaseLayers(Protocol):
@@ -90,6 +86,20 @@ class BaseLayers(Protocol):
 
     def bias(self, module: str) -> Float[Tensor, " O"] | None:
         """The bias, of any floating dtype."""
+        ...
+
+    def initial(self, module: str, kind: str, rank: int, scale: float) -> Factors:
+        """The factors that PEFT initialises an adapter with, float32 on the CPU.
+
+        Args:
+            module: The layer's name.
+            kind: ``"pissa"`` or ``"olora"``.
+            rank: Of the adapter there.
+            scale: Of the adapter there.
+
+        Raises:
+            AdapterError: PEFT does not make them of such a layer.
+        """
         ...
 
 
@@ -106,7 +116,7 @@ def update_on(base: BaseLayers, module: str, factors: Factors, parts: Parts, rea
     Args:
         base: The base model.
         module: The layer's name.
-        factors: Of the file.
+        factors: Of the file, without initial ones.
         parts: What the update has in addition.
         read: Returns a tensor of the file.
 
@@ -132,6 +142,16 @@ def update_on(base: BaseLayers, module: str, factors: Factors, parts: Parts, rea
             )
         factors, gain_O = factors._replace(B=g_O[:, None] * factors.B.float()), g_O - 1
     return Update(factors, gain_O, shift_O)
+
+
+def without_initial(factors: Factors, initial: Factors) -> Factors:
+    """``c B A - c_0 B_0 A_0`` as factors: ``[c B, -c_0 B_0]`` and ``[A; A_0]``, float32 with the scale 1.
+
+    Source: PEFT's ``LoraModel.subtract_mutated_init``.
+    """
+    A = torch.cat([factors.A.float(), initial.A.float()])
+    B = torch.cat([factors.B.float() * factors.scale, -initial.scale * initial.B.float()], dim=1)
+    return Factors(A, B, 1.0)
 
 
 def row_norms(W_OI: Float[Tensor, "O I"], factors: Factors) -> Float[Tensor, " O"]:

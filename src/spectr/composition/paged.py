@@ -85,6 +85,7 @@ class Paged(Routed):
             module: held[module].base if module in held else self.model.get_submodule(module) for module in plan.modules
         }
         self._places = {module: placement(base, self.model) for module, base in bases.items()}
+        self._base_layers = ModelLayers(self.model, library.folder)
         self._check_memory(library, names)
         modules = evidence_modules(library, names, evidence)
         means = {module: known.means[module].to(self._places[module][0]) for module in modules}
@@ -113,7 +114,7 @@ class Paged(Routed):
         self.library.check_weights(expert)
         router, rotations = self._token_router, self.library.index[expert.name].rotations()
         side = side_data(router, self.library, [expert.name])
-        shares = prepare_expert(expert, ModelLayers(self.model), rotations, router, side)
+        shares = prepare_expert(expert, self._base_layers, rotations, router, side)
         return {module: share.to(*self._places[module]) for module, share in shares.items() if module in self._places}
 
     @property

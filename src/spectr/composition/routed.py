@@ -245,7 +245,7 @@ class Routed:
         check_needs(self.router, library, names)
         side = side_data(self._token_router, library, names)
         held, use = self.layers, None if self.policy is None else self.policy.use
-        layers, router = ModelLayers(self.model), self._token_router
+        layers, router = ModelLayers(self.model, library.folder), self._token_router
         fresh: dict[str, RoutedLinear] = {}
         with ExitStack() as files:
             readers = {name: files.enter_context(expert.open_on(layers)) for name, expert in experts.items()}

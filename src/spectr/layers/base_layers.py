@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from spectr.adapters import Factors
+from spectr.errors import AdapterError
+from spectr.layers.initial_factors import initial_factors
 from spectr.layers.linear import features, placement
 from spectr.layers.multi_routed import MultiRoutedLinear
 from spectr.layers.swap import plain_module
+from spectr.spectral.initial import InitialFactors
 
 _ROWS = 1024  # unit vectors that a layer is given at once
 
@@ -20,10 +25,12 @@ class ModelLayers:
 
     Args:
         model: The model. It is read when a layer is asked for.
+        folder: Where decompositions of its weights are kept, as a library's is; ``None``: in memory alone.
     """
 
-    def __init__(self, model: nn.Module):
-        self._model = model
+    def __init__(self, model: nn.Module, folder: Path | None = None):
+        self._model, self._folder = model, folder
+        self._initial: dict[tuple[str, str, int], InitialFactors] = {}
 
     @torch.no_grad()
     def weight(self, module: str) -> Float[Tensor, "O I"]:
@@ -48,6 +55,28 @@ class ModelLayers:
         """The layer's bias."""
         bias = getattr(self.layer(module), "bias", None)
         return bias.detach() if isinstance(bias, Tensor) else None
+
+    @torch.no_grad()
+    def initial(self, module: str, kind: str, rank: int, scale: float) -> Factors:
+        """The initial factors of PiSSA or OLoRA, decomposed once for a weight and a rank.
+
+        Raises:
+            AdapterError: The layer is quantised: PEFT then quantises what is left of the weight again.
+        """
+        layer = self.layer(module)
+        if not is_plain(getattr(layer, "weight", None)):
+            raise AdapterError(
+                f"{module} is quantised or not in memory, and the adapter's initial factors are a part of its weight",
+                expected="weights in float32, bfloat16 or float16",
+                do="load the model unquantised, or convert the adapter with PEFT: save_pretrained(..., "
+                "path_initial_model_for_weight_conversion=...)",
+            )
+        key = module, kind, rank
+        if key not in self._initial:
+            transposed = kind == "olora" and not isinstance(getattr(layer, "in_features", None), int)
+            self._initial[key] = initial_factors(self.weight(module), *key, self._folder, transposed=transposed)
+        A, B = self._initial[key]
+        return Factors(A, B, 1.0 if kind == "pissa" else scale)  # PEFT divides PiSSA's singular values by the scale
 
     def layer(self, module: str) -> Any:
         """The layer itself, of a composed model the one that it stands in for."""

@@ -61,6 +61,10 @@ class ExpertLibrary:
     """Experts by name, always in alphabetical order. Reading one opens its file; nothing else is loaded.
 
     Make one with :meth:`open` or :meth:`from_adapters`.
+
+    Attributes:
+        origin: Where the experts came from, in words.
+        folder: Where things are kept next to them; ``None`` for adapters that are in no common folder.
     """
 
     def __init__(
@@ -72,9 +76,10 @@ class ExpertLibrary:
         index: Callable[[], Index] = lambda: Index({}),
         digests: Mapping[str, str] | None = None,
         naming: Naming | None = None,
+        folder: Path | None = None,
     ):
         self._readers = dict(sorted(readers.items()))
-        self.origin = origin
+        self.origin, self.folder = origin, folder
         self._read_calibration, self._read_descriptions = calibration, descriptions
         self._read_index, self._digests, self._naming = index, dict(digests or {}), naming
 
@@ -221,6 +226,7 @@ class ExpertLibrary:
     def _with_folder(self, root: Path) -> ExpertLibrary:
         """This library with what its folder holds next to the experts."""
         return self._but(
+            folder=root,
             calibration=partial(Calibration.load, root),
             descriptions=partial(read_descriptions, root),
             index=partial(Index.open, root, self.names),
@@ -234,6 +240,7 @@ class ExpertLibrary:
             "descriptions": self._read_descriptions,
             "index": self._read_index,
             "digests": self._digests,
+            "folder": self.folder,
             "naming": self._naming,
         }
         return ExpertLibrary(**{**kept, **changed})

@@ -297,6 +297,7 @@ class LibraryStore:
             scratch = Path(folder)
             for file in ADAPTER_FILES:
                 if (source / file).is_file():
+                    (scratch / file).parent.mkdir(exist_ok=True)
                     with (source / file).open("rb") as reading, (scratch / file).open("wb") as writing:
                         shutil.copyfileobj(reading, writing, 1 << 20)
                     sync_file(scratch / file)

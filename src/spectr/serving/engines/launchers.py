@@ -82,7 +82,7 @@ class Transformers:
                 composed,
                 tokenizer,
                 base_model=settings.base_name,
-                suspicion=suspicious(experts, ModelLayers(composed.model)),
+                suspicion=suspicious(experts, ModelLayers(composed.model, settings.library.folder)),
                 batching=None if parts.cache_tokens is None else Batching(cache_tokens=parts.cache_tokens),
             )
 
