@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -147,22 +148,32 @@ def show(found: Sequence[Read], library: ExpertLibrary, abstain: float) -> None:
             )
     console.print(table)
     console.print(
-        f"{len(library)} experts; abstaining where p > {abstain}; AUC of prompts in other words against ordinary "
-        f"prompts {auc(found, 'ordinary prompts'):.3f}, against other tasks {auc(found, 'other tasks'):.3f}; float32, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+        f"{len(library)} experts; abstaining where p > {abstain}; AUC of prompts in other words (of pairs of like "
+        f"length) against ordinary prompts {both(found, KINDS[3])}, against other tasks {both(found, KINDS[2])}; "
+        f"float32, {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
 
 
-def auc(found: Sequence[Read], kind: str) -> float:
-    """How often a prompt in other words has a smaller p-value than one of this kind; ties count half."""
-    ours, theirs = (
-        torch.tensor([one.p for one in found if one.prompt.kind == some], dtype=torch.float64)
-        for some in ("other words", kind)
-    )
-    if not len(ours) or not len(theirs):
-        return float("nan")
-    below = (ours[:, None] < theirs).double() + 0.5 * (ours[:, None] == theirs).double()
-    return float(below.mean())
+def both(found: Sequence[Read], kind: str) -> str:
+    """The AUC, in brackets that of pairs of like length."""
+    return f"{auc(found, kind):.3f} ({auc(found, kind, alike=True):.3f})"
+
+
+def auc(found: Sequence[Read], kind: str, *, alike: bool = False) -> float:
+    """How often a prompt in other words has a smaller p-value than one of this kind; ties count half.
+
+    Args:
+        found: Prompts of all kinds.
+        kind: That is compared.
+        alike: Compare only prompts whose numbers of words differ by a factor of at most 1.5.
+    """
+    ours, theirs = ([one for one in found if one.prompt.kind == some] for some in ("other words", kind))
+    p_A, p_B = (torch.tensor([one.p for one in some], dtype=torch.float64) for some in (ours, theirs))
+    below_AB = (p_A[:, None] < p_B).double() + 0.5 * (p_A[:, None] == p_B).double()
+    if alike:
+        words_A, words_B = (torch.tensor([len(one.prompt.text.split()) for one in some]) for some in (ours, theirs))
+        below_AB = below_AB[(words_A.log()[:, None] - words_B.log()).abs() <= math.log(1.5)]
+    return float(below_AB.mean())  # NaN where there is nothing to compare
 
 
 def draw(found: Sequence[Read], abstain: float, path: Path) -> None:
@@ -184,7 +195,7 @@ def draw(found: Sequence[Read], abstain: float, path: Path) -> None:
         p = torch.tensor([one.p for one in found if one.prompt.kind == kind])
         if len(p):
             curve = [(float((p <= level).float().mean()), float((kept <= level).float().mean())) for level in levels]
-            right.plot(*zip(*curve, strict=True), color=colour, label=f"against {kind}, AUC {auc(found, kind):.3f}")
+            right.plot(*zip(*curve, strict=True), color=colour, label=f"against {kind}, AUC {both(found, kind)}")
     right.set(xlabel="share that an expert answers", ylabel="in other words, kept", title="ROC")
     right.legend(frameon=False, loc="lower right")
     for axes in (left, right):
