@@ -92,9 +92,10 @@ def main() -> None:
             )
         if not all((arguments.out / recipe.task / "adapter_model.safetensors").is_file() for recipe in RECIPES):
             return  # another part is not done
-        for name, expert in ExpertLibrary.open(shipped_experts()).items():
+        shipped = ExpertLibrary.open(shipped_experts())
+        for name in shipped:
             if not (arguments.out / name).exists():
-                (arguments.out / name).symlink_to(expert.weights.parent.resolve())
+                (arguments.out / name).symlink_to(shipped[name].weights.parent.resolve())
         shown = bar.add_task("calibrating")
         calibrate(
             model,
