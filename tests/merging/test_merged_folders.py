@@ -126,7 +126,7 @@ def test_into_the_base_goes_the_exact_update_and_comes_out_again(experts, method
     model, recipe = tiny_llama(), Recipe(experts=NAMES, method=method)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     held = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
-    exact = {m: d.dense() if isinstance(d, LowRank) else d for m, d, _ in merged_modules(experts, recipe)}
+    exact = {m: d.dense() if isinstance(d, LowRank) else d for m, d, *_ in merged_modules(experts, recipe)}
     merged = merge_into(model, experts, recipe)
     for name, weight in model.state_dict().items():
         module = name.removesuffix(".weight")
@@ -140,7 +140,7 @@ def test_into_the_base_goes_the_exact_update_and_comes_out_again(experts, method
 def test_a_model_of_half_precision_is_rounded_once(experts):
     model, recipe = tiny_llama().bfloat16(), Recipe(experts=("amber",), method=Average())
     before = model.get_submodule(Q).weight.float().clone()
-    delta = next(d.dense() for m, d, _ in merged_modules(experts, recipe) if m == Q)
+    delta = next(d.dense() for m, d, *_ in merged_modules(experts, recipe) if m == Q)
     merge_into(model, experts, recipe, undoable=False)
     assert torch.equal(model.get_submodule(Q).weight, (before + delta).bfloat16())
 

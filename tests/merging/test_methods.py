@@ -49,7 +49,7 @@ def dense(delta):
 
 def merged(library, **recipe) -> dict:
     """Exact merges, dense, by module."""
-    return {m: dense(delta) for m, delta, _ in merged_modules(library, Recipe(**{"experts": NAMES, **recipe}))}
+    return {m: dense(delta) for m, delta, *_ in merged_modules(library, Recipe(**{"experts": NAMES, **recipe}))}
 
 
 def of_all(library, slow) -> dict:

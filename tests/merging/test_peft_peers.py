@@ -113,9 +113,9 @@ def test_with_unequal_weights_only_the_election_differs(world):
     peer = theirs(*world, NAMES, weights, "ties_svd", svd_rank=32, density=0.5)[1]
     library = ExpertLibrary.open(world[1])
     mine = {
-        m: d for m, d, _ in merged_modules(library, Recipe(experts=NAMES, method=Ties(density=0.5), weights=weights))
+        m: d for m, d, *_ in merged_modules(library, Recipe(experts=NAMES, method=Ties(density=0.5), weights=weights))
     }
-    plain = {m: d for m, d, _ in merged_modules(library, Recipe(experts=NAMES, method=Ties(density=0.5)))}
+    plain = {m: d for m, d, *_ in merged_modules(library, Recipe(experts=NAMES, method=Ties(density=0.5)))}
     for module in MODULES:
         same = (mine[module].sign() == plain[module].sign()) & (mine[module] != 0)
         assert same.float().mean() > 0.5
