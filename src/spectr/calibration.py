@@ -62,6 +62,7 @@ def calibrate(
         tokens: Length of each at most.
         null: How many other texts it writes, as ordinary prompts that evidence is compared with (the null). A false
             alarm rate of ``abstain`` needs ``2 / abstain`` of them. A calibration with fewer gets this many new ones.
+            A classifier writes none.
         seed: Of its writing.
         fresh: Measure everything anew, on new texts.
         progress: Receives (passes done, passes in all).
@@ -82,7 +83,7 @@ def calibrate(
     total = 3 + -(-len(new) // _AT_ONCE)
     known = known or _texts_alone(model, tokenizer, texts, samples, tokens, seed)
     progress(1, total)
-    if len(known.null) < null:
+    if len(known.null) < null and _writes(model):
         written = null_samples(model, tokenizer, samples=null, tokens=_NULL_TOKENS, seed=seed + 1)
         rows = zip(written.input_ids, written.real, strict=True)
         known = replace(known, null=[ids_T[real_T].tolist() for ids_T, real_T in rows])
@@ -109,10 +110,21 @@ def _check(model: Any, texts: Sequence[str] | None) -> None:
         raise DataError("there are no texts to calibrate on", do="give some, or leave texts out")
 
 
+def _writes(model: Any) -> bool:
+    """Whether a model generates text, as a classifier does not."""
+    return hasattr(model, "generate")
+
+
 def _texts_alone(
     model: Any, tokenizer: Any, texts: Sequence[str] | None, samples: int, tokens: int, seed: int
 ) -> Calibration:
     """A calibration of no expert: the texts, encoded."""
+    if texts is None and not _writes(model):
+        raise CompositionError(
+            f"a {type(model).__name__} writes no texts of its own",
+            expected="texts to calibrate on, or a library that is calibrated with its language model",
+            do="spectr.calibrate(model, library, tokenizer, texts=[...])",
+        )
     ids, counted, real, opening, turn, closing = (
         encode_texts(tokenizer, texts)
         if texts is not None

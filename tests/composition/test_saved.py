@@ -41,6 +41,12 @@ def gemma():
     return build(Gemma3ForCausalLM, Gemma3TextConfig(**{**TEXT, **TOKENS, "num_key_value_heads": 2, "head_dim": 8}))
 
 
+def gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return build(GPT2LMHeadModel, GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=2, n_positions=16))
+
+
 def t5():
     from transformers import T5Config, T5ForConditionalGeneration
 
@@ -80,6 +86,10 @@ CASES = {
         lambda: roberta("RobertaForTokenClassification"),
         LoraConfig(target_modules=["query"], task_type="TOKEN_CLS"),
     ),
+    "biases": (lambda: roberta("RobertaForMaskedLM"), LoraConfig(target_modules=["query"], bias="all")),
+    "biases of norms": (gpt2, LoraConfig(target_modules=["c_attn"], bias="all", fan_in_fan_out=True)),
+    "biases of Conv1D": (gpt2, LoraConfig(target_modules=["c_attn"], modules_to_save=["c_proj"], fan_in_fan_out=True)),
+    "positions": (gpt2, LoraConfig(target_modules=["c_attn"], modules_to_save=["wpe"], fan_in_fan_out=True)),
     "T5": (t5, LoraConfig(target_modules=["q"], trainable_token_indices=[9, 4, 30])),
 }
 
@@ -130,6 +140,19 @@ def test_a_pooled_head_takes_each_rows_last_token(tmp_path, side):
     routed = spectr.compose(model, library, ROWS)
     with routed.prompt.using(torch.eye(2)[[0, 1, 0, 1]]):
         close(out(model, padded, attention_mask=mask), torch.stack([peers[n % 2][n] for n in range(4)]))
+
+
+def test_a_classifier_is_calibrated_on_texts_that_are_given(tmp_path):
+    from text_model import make_tokenizer
+
+    model = llama_classifier()
+    library, folders = library_of(model, tmp_path, CASES["a pooled head"][1])
+    with types_unchecked(), pytest.raises(CompositionError, match="LlamaForSequenceClassification writes no texts"):
+        spectr.calibrate(model, library, make_tokenizer())
+    routed = spectr.compose(model, calibrated(model, library), spectr.Calibrated())
+    chosen = routed.prompt.decide(input_ids=ids).argmax(-1).tolist()
+    peers = [out(as_peft(llama_classifier(), folders[name]), ids) for name in ("ants", "bees")]
+    close(out(model, ids), torch.stack([peers[name][n] for n, name in enumerate(chosen)]))
 
 
 @pytest.mark.parametrize("name", ["lm_head", "tied tokens", "LoRA of both", "norms"])

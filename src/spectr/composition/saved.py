@@ -108,8 +108,8 @@ def _embedding(
     expert: Expert, module: str, parts: SavedParts, bases: Mapping[str, nn.Module], model: nn.Module, read: Read
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Trained rows, for what is tied to the embedding too unless that has its own; and factors."""
-    weight = tensor_of(bases[module], "weight")
     if parts.rows is not None:
+        weight = tensor_of(bases[module], "weight")
         tokens_N, order_N = torch.tensor(parts.rows.tokens).sort()
         rows_ND = read(parts.rows.key)[order_N]
         for holder, _ in _sharing(bases, weight):
@@ -118,6 +118,7 @@ def _embedding(
                 placed = _placed(rows_ND, weight, bases[holder], model)
                 yield holder, {"tokens_N": tokens_N.to(placed.device), "rows_ND": placed}
     if parts.factors is not None:
+        weight = tensor_of(bases[module], "weight")
         A_VR = read(parts.factors.key_A).mT.contiguous()
         B_DR = read(parts.factors.key_B).float() * parts.factors.scale
         placed = [_placed(factor, weight, bases[module], model) for factor in (A_VR, B_DR)]

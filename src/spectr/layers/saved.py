@@ -126,9 +126,16 @@ class SavedModule(nn.Module):
         x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         if x is None:
             raise self._cannot("is given no tensor")
-        numbers = spread(held[..., None], x if x.is_floating_point() else x[..., None]).to(x.device)
+        numbers = self._spread(held, x).to(x.device)
         by_row = numbers.numel() == len(numbers) == len(x) and not any(True for _ in self.base.children())
         return self._by_rows(numbers.flatten(), args, kwargs) if by_row else self._by_tokens(numbers, args, kwargs)
+
+    def _spread(self, held_BT: Tensor, x: Tensor) -> Tensor:
+        """Rows' numbers so that they broadcast over the module's output."""
+        rows, tokens = held_BT.shape
+        if isinstance(self.base, nn.Embedding) and x.ndim == 2 and len(x) == 1 and rows > tokens == 1:
+            return held_BT.view(rows, 1, 1)  # positions, which all rows share
+        return spread(held_BT[..., None], x if x.is_floating_point() else x[..., None])
 
     def _held(self) -> str | Int[Tensor, "B T"] | None:
         """The expert of all rows, ``None`` for the base model's module; or numbers, -1 for that."""
