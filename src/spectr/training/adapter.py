@@ -43,7 +43,7 @@ def settle(make: Callable[[], nn.Module], settings: TrainingSettings) -> Trainin
             for where fused parameters (of a mixture of experts) are trained, which have none in PEFT.
     """
     with torch.device("meta"):
-        peft_model = with_adapter(make(), replace(settings, rank=1, dropout=0.0))
+        peft_model = with_adapter(make(), replace(settings, dropout=0.0))
     fused = sorted(peft_model.peft_config["default"].target_parameters or ())
     if fused and settings.dropout:
         raise DataError(
@@ -106,7 +106,12 @@ def _is_refused(name: str, model: Any, config: LoraConfig) -> bool:
 
 def untrained(peft_model: PeftModel) -> list[str]:
     """Linear layers whose update is still zero: no gradient has ever reached them."""
-    return [name for name, part in _adapted(peft_model).items() if not part.lora_B["default"].weight.any()]
+    return [
+        name
+        for name, part in peft_model.get_base_model().named_modules()
+        if isinstance(part, LoraLayer) and not isinstance(part, ParamWrapper) and "default" in part.lora_B
+        if not part.lora_B["default"].weight.any()
+    ]
 
 
 def write_peft(peft_model: PeftModel, folder: Path, *, base_model: str, without: Collection[str] = ()) -> None:
@@ -122,23 +127,15 @@ def write_peft(peft_model: PeftModel, folder: Path, *, base_model: str, without:
     tensors = {key: value for key, value in _tensors(peft_model).items() if not key.startswith(outside)}
     config = peft_model.peft_config["default"]
     if without:
-        modules = [name for name, _ in peft_model.get_base_model().named_modules()]
-        inner = tuple(f"{name}." for name in _adapted(peft_model))
-        kept = [name for name in _adapted(peft_model) if name not in set(without)]
-        config.target_modules = targets(kept, [name for name in modules if not name.startswith(inner)])
+        named = dict(peft_model.get_base_model().named_modules())
+        adapted = [name for name, part in named.items() if isinstance(part, LoraLayer)]
+        inner = tuple(f"{name}." for name in adapted)
+        kept = [name for name in adapted if name not in set(without) and not isinstance(named[name], ParamWrapper)]
+        config.target_modules = targets(kept, [name for name in named if not name.startswith(inner)])
     config.base_model_name_or_path = base_model
     config.inference_mode = True
     save_readable(tensors, folder / WEIGHTS_FILE, {"format": "pt"})
     config.save_pretrained(str(folder))
-
-
-def _adapted(peft_model: PeftModel) -> dict[str, Any]:
-    """The adapted linear layers by their names in the base model; not what PEFT puts around fused parameters."""
-    return {
-        name: part
-        for name, part in peft_model.get_base_model().named_modules()
-        if isinstance(part, LoraLayer) and not isinstance(part, ParamWrapper) and "default" in part.lora_B
-    }
 
 
 def _tensors(peft_model: PeftModel) -> Mapping[str, Tensor]:
@@ -149,7 +146,7 @@ def _tensors(peft_model: PeftModel) -> Mapping[str, Tensor]:
 
 
 def _check_readable(peft_model: PeftModel, settings: TrainingSettings) -> None:
-    """Write the adapter as it will be, only smaller, and read it."""
+    """Write the adapter as it will be, with zeros, and read it."""
     with TemporaryDirectory() as folder:
         write_peft(peft_model, Path(folder), base_model="")
         try:
