@@ -88,7 +88,7 @@ class ManyPairs(NamedTuple):
     """A pair of factors for each matrix, or several, whose outputs follow each other in it (gate, then up).
 
     Attributes:
-        rows: By matrix its pairs; no pair for a matrix that the adapter leaves alone.
+        rows: By matrix its pairs, of rank 0 where the adapter leaves it alone.
         rank: Of the parameter: the largest sum of a matrix's ranks. Shorter ones are filled up by zeros.
         inputs: I.
         outputs: O.
@@ -102,7 +102,7 @@ class ManyPairs(NamedTuple):
     @property
     def keys(self) -> tuple[str, ...]:
         """See :class:`Layout`."""
-        return tuple(key for row in self.rows for pair in row for key in (pair.key_A, pair.key_B))
+        return tuple(key for row in self.rows for pair in row if pair.rank for key in (pair.key_A, pair.key_B))
 
     def read(self, get: Get) -> tuple[Float[Tensor, "J R I"], Float[Tensor, "J O R"]]:
         """See :class:`Layout`: the scales are in ``B``, both are float32."""
@@ -111,6 +111,9 @@ class ManyPairs(NamedTuple):
         for A_RI, B_OR, row in zip(A_JRI, B_JOR, self.rows, strict=True):
             r = o = 0
             for pair in row:
+                if not pair.rank:  # left alone
+                    o += pair.outputs
+                    continue
                 A_RI[r : r + pair.rank] = get(pair.key_A)
                 B_OR[o : o + pair.outputs, r : r + pair.rank] = get(pair.key_B).float() * pair.scale
                 r, o = r + pair.rank, o + pair.outputs

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from spectr.grouping import grouped
 from spectr.layers.batch_routing import LayerCall
+from spectr.layers.pairs import LayerInput, Pairs
 from spectr.layers.routed import RoutedLinear
 
 
@@ -40,7 +41,7 @@ class Watch:
         self._held: list[tuple[str, ...]] = [()] * len(layers)
         self._found: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def observe(self, layer: RoutedLinear, x: Tensor) -> None:
+    def observe(self, layer: RoutedLinear, x: LayerInput) -> None:
         """What a layer is given, and so what it decides."""
         call = layer.in_force()
         if call.factors is not None and call.shown is not None:
@@ -112,8 +113,12 @@ def _layers(
 
 
 @torch.no_grad()
-def _explain(layer: RoutedLinear, x: Tensor, call: LayerCall, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _explain(layer: RoutedLinear, x: LayerInput, call: LayerCall, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Scores and weights of some tokens, (tokens, experts), float32."""
+    if isinstance(x, Pairs):  # each token's mean over its MoE experts
+        decision = layer.explain(x, call)
+        scores_NE, weights_NE = (each.float().mean(1)[list(rows)] for each in (decision.scores_TE, decision.weights_TE))
+        return scores_NE, weights_NE
     fixed = call.fixed
     if fixed is not None:
         fixed = fixed._replace(shown_BTF=_rows(fixed.shown_BTF, rows))
