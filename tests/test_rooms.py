@@ -25,7 +25,7 @@ ROOMS = (
     ("paging",),
     ("composition",),
     ("composed_model",),
-    ("tasks", "guidance", "calibration", "indexing", "choosing", "description"),
+    ("tasks", "guidance", "calibration", "indexing", "choosing", "description", "checkup"),
     ("vllm", "serving"),
     ("merging", "extraction", "training", "evaluation", "plots", "benchmark", "demo"),
     ("cli", "__main__"),

@@ -226,7 +226,7 @@ class Expert:
             AdapterError: They are, or a tensor holds NaN or infinity.
         """
         with open_safetensors(self.weights, self.name) as file:
-            alive = [self._is_alive(module, file.get_tensor) for module in self.shapes]
+            alive = [self.is_alive(module, file.get_tensor) for module in self.shapes]
             saved = [key for parts in self.saved.values() for key in parts.keys]
             for key in saved:
                 self._check(key, file.get_tensor(key))
@@ -237,7 +237,12 @@ class Expert:
                 do="leave it out, or save it again after training",
             )
 
-    def _is_alive(self, module: str, read: Read) -> bool:
+    def is_alive(self, module: str, read: Read) -> bool:
+        """Whether a module's update is other than zero; ``read`` gives the file's tensors by their names.
+
+        Raises:
+            AdapterError: A tensor holds NaN or infinity.
+        """
         factors = self._factors(module, read)
         more = {key: read(key) for key in self.shapes[module].parts.tensors}
         for key, tensor in more.items():

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from spectr.adapters import GATES_FILE
@@ -17,7 +19,7 @@ from spectr.cli.console import bar, out, say
 from spectr.cli.describe import describe
 from spectr.cli.model_loading import open_model
 from spectr.cli.options import BaseOption, DtypeOption, JsonOption, LibraryOption
-from spectr.errors import LibraryError, SpectrError, raise_together
+from spectr.errors import LibraryError, SpectrError, raise_together, some_of
 from spectr.grouping import grouped
 from spectr.library import Calibration, Entry, ExpertLibrary, LibraryStore
 from spectr.library.calibration import CALIBRATION_FILE
@@ -28,10 +30,14 @@ from spectr.library.texts import text_remarks
 from spectr.shipped import open_library, shipped_experts
 from spectr.tasks.rows import read_lines
 
+if TYPE_CHECKING:
+    from spectr.checkup import Checkup
+
 _SIDE_FILES = f"{CALIBRATION_FILE}, {DESCRIPTIONS_FILE}, {INDEX_FOLDER}"
 _UNFILLED = "# Model Card for Model ID"  # the title of PEFT's template
 app = typer.Typer(
-    help="Keep experts on disk: add, remove, list, show, verify, calibrate, index, describe.", no_args_is_help=True
+    help="Keep experts on disk: check, add, remove, list, show, verify, calibrate, index, describe.",
+    no_args_is_help=True,
 )
 app.command()(describe)
 WriteTo = Annotated[
@@ -69,6 +75,57 @@ def add(
         steps = ("calibrate", "index") if (store.root / INDEX_FOLDER).is_dir() else ("calibrate",)
         commands = (f"spectr library {step} --library {shlex.quote(str(library))}" for step in steps)
         say(f"not calibrated yet; when all are added: {', then '.join(commands)}")
+
+
+@app.command()
+def check(
+    adapter: Annotated[str, typer.Argument(help="Check this PEFT folder or Hub id.")],
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Check it with this base model; by default the one that it names."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check an adapter before it is used: which base it is for, what will be routed, and what would do nothing.
+
+    The base model is not loaded. Exit code 0: it routes in full; 1: parts do nothing; 2: it is refused; 3: its base
+    model is not on this machine.
+
+    [dim]spectr library check ./adapters/sql[/]
+    """
+    from spectr.checkup import check_adapter
+
+    found = check_adapter(adapter, model)
+    if as_json:
+        sys.stdout.write(json.dumps({**asdict(found), "exit_code": found.exit_code}) + "\n")
+    else:
+        _show_checkup(found)
+    raise typer.Exit(found.exit_code)
+
+
+def _show_checkup(found: Checkup) -> None:
+    """Print what was found: a table of facts, then what does nothing and why."""
+    likely = f" (most likely {found.likely})" if found.likely else ""
+    verdicts = ("routes in full", "parts of it do nothing", "refused", "its base model is not on this machine")
+    facts = {
+        "adapter": found.source,
+        "what it is": found.kind,
+        "base model it names": f"{found.named or 'none'}{likely}",
+        "checked with": found.base or "no base model: give one with --model",
+        "routed": f"{len(found.routed)} modules",
+        "does nothing": f"{len(found.idle)} modules" if found.idle else "",
+        "missing in its file": some_of(list(found.missing), 3, " modules"),
+        "verdict": verdicts[found.exit_code],
+    }
+    table = Table(show_header=False)
+    for key, value in facts.items():
+        if value:
+            table.add_row(key, escape(value))
+    out.print(table)
+    for why, modules in grouped((why, module) for module, why in found.idle.items()).items():
+        out.print(f"{why}: {some_of(modules, 3, ' modules')}", markup=False, highlight=False)
+    for text in (*found.remarks, *([found.refused] if found.refused else [])):
+        out.print(text, markup=False, highlight=False)
 
 
 @app.command()

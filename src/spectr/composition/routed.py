@@ -14,7 +14,7 @@ from spectr.composition.find_weight_reads import find_weight_reads
 from spectr.composition.prepare import prepare_module, side_data, stacked
 from spectr.composition.saved import saved_modules
 from spectr.composition.subset_probes import Readers
-from spectr.composition.texts import check_texts
+from spectr.composition.texts import check_texts, report_names
 from spectr.errors import CompositionError
 from spectr.layers.base_layers import ModelLayers
 from spectr.layers.linear import placement
@@ -239,6 +239,7 @@ class Routed:
         experts = {name: library[name] for name in names}
         plan = make_plan(self.model, list(experts.values()), self.router, uncalled=self._reads.outside)
         check_texts(self.model, experts.values())
+        report_names(self.model, experts.values())
         for expert in experts.values():
             if expert.left_out:
                 report_once(expert.remark_left_out)

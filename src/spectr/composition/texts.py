@@ -1,4 +1,4 @@
-"""Whether prompts for a base model are those that experts were trained on."""
+"""Whether a model, and the prompts for it, are those that experts were trained on, as far as names and files say."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from spectr.adapters import Expert
+from spectr.adapters.base_names import named_base, same_base
 from spectr.adapters.texts import TextFacts, base_texts
 from spectr.errors import CompositionError, raise_together
 from spectr.ops import report_once
@@ -37,6 +38,17 @@ def check_texts(model: nn.Module, experts: Iterable[Expert]) -> None:
             for fault in (facts.faults(base) if base else ())
         ]
     raise_together("the experts' tokenizers do not fit this model's", problems, CompositionError)
+
+
+def report_names(model: nn.Module, experts: Iterable[Expert]) -> None:
+    """Report experts that fit a model by their sizes and name another one as their base."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    for expert in experts if name else ():
+        if expert.base_model and not same_base(name, expert.base_model):
+            report_once(
+                f"the sizes of expert '{expert.name}' fit this model ({name}), but {named_base(expert.base_model)}: "
+                "make sure that they are one model"
+            )
 
 
 def _rows(model: Any) -> int | None:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import nn
 
 from spectr.adapters import Expert
+from spectr.adapters.base_names import named_base
 from spectr.errors import CompositionError, did_you_mean, raise_together
 from spectr.grouping import grouped
 from spectr.layers.base_layers import ModelLayers
@@ -106,7 +107,7 @@ def _faults(
             missing.append(module)
         else:
             unfit += [f"{module} ({fault})" for fault in saved_faults(layers[module], parts)]
-    base = f"; the adapter names {expert.base_model} as its base" if expert.base_model else ""
+    base = f"; {named_base(expert.base_model)}" if expert.base_model else ""
     found = []
     if expert.left_out and not expert.modules:
         found.append(

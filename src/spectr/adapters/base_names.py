@@ -1,0 +1,96 @@
+"""The base model that an adapter's configuration most likely means, where it names a copy or a path of another machine.
+
+A suggestion for people, from a table: nothing here is ever loaded in the place of what a configuration names.
+"""
+
+from __future__ import annotations
+
+import re
+
+_QUANTISED = re.compile(
+    r"[-_.](?:unsloth|bnb|dynamic|4bit|8bit|int4|int8|fp8|nf4|gptq|awq|gguf|bf16|fp16|mlx|quantized|w4a16|w8a8)"
+    r"(?=$|[-_.])",
+    re.IGNORECASE,
+)
+_CACHED = re.compile(r"models--(?P<owner>[^/\\]+?)--(?P<name>[^/\\]+)")
+# By owner the names of their models. To add one is to add its name as the Hub has it.
+_MODELS = {
+    "HuggingFaceTB": "SmolLM2-135M SmolLM2-360M SmolLM2-1.7B SmolLM2-135M-Instruct SmolLM2-360M-Instruct "
+    "SmolLM2-1.7B-Instruct SmolLM3-3B SmolLM3-3B-Base SmolVLM-Instruct",
+    "Qwen": "Qwen2-0.5B Qwen2-1.5B Qwen2-7B Qwen2-0.5B-Instruct Qwen2-1.5B-Instruct Qwen2-7B-Instruct Qwen2.5-0.5B "
+    "Qwen2.5-1.5B Qwen2.5-3B Qwen2.5-7B Qwen2.5-14B Qwen2.5-32B Qwen2.5-0.5B-Instruct Qwen2.5-1.5B-Instruct "
+    "Qwen2.5-3B-Instruct Qwen2.5-7B-Instruct Qwen2.5-14B-Instruct Qwen2.5-32B-Instruct Qwen2.5-72B-Instruct "
+    "Qwen2.5-Coder-0.5B-Instruct Qwen2.5-Coder-1.5B-Instruct Qwen2.5-Coder-7B-Instruct Qwen2.5-VL-3B-Instruct "
+    "Qwen2.5-VL-7B-Instruct Qwen2-VL-2B-Instruct Qwen2-VL-7B-Instruct Qwen3-0.6B Qwen3-1.7B Qwen3-4B Qwen3-8B "
+    "Qwen3-14B Qwen3-32B Qwen3-30B-A3B Qwen3-0.6B-Base Qwen3-1.7B-Base Qwen3-4B-Base Qwen3-8B-Base",
+    "meta-llama": "Llama-2-7b-hf Llama-2-13b-hf Llama-2-70b-hf Llama-2-7b-chat-hf Llama-2-13b-chat-hf "
+    "Meta-Llama-3-8B Meta-Llama-3-8B-Instruct Meta-Llama-3-70B Meta-Llama-3-70B-Instruct Llama-3.1-8B "
+    "Llama-3.1-8B-Instruct Llama-3.1-70B Llama-3.1-70B-Instruct Llama-3.2-1B Llama-3.2-3B Llama-3.2-1B-Instruct "
+    "Llama-3.2-3B-Instruct Llama-3.2-11B-Vision-Instruct Llama-3.3-70B-Instruct",
+    "mistralai": "Mistral-7B-v0.1 Mistral-7B-v0.3 Mistral-7B-Instruct-v0.1 Mistral-7B-Instruct-v0.2 "
+    "Mistral-7B-Instruct-v0.3 Mixtral-8x7B-v0.1 Mixtral-8x7B-Instruct-v0.1 Mistral-Nemo-Base-2407 "
+    "Mistral-Nemo-Instruct-2407",
+    "google": "gemma-2b gemma-7b gemma-2b-it gemma-7b-it gemma-2-2b gemma-2-9b gemma-2-27b gemma-2-2b-it gemma-2-9b-it "
+    "gemma-2-27b-it gemma-3-270m gemma-3-270m-it gemma-3-1b-pt gemma-3-1b-it gemma-3-4b-pt gemma-3-4b-it "
+    "gemma-3-12b-it gemma-3-27b-it flan-t5-small flan-t5-base flan-t5-large flan-t5-xl",
+    "microsoft": "phi-2 Phi-3-mini-4k-instruct Phi-3-mini-128k-instruct Phi-3.5-mini-instruct phi-4 "
+    "Phi-4-mini-instruct",
+    "openai": "gpt-oss-20b gpt-oss-120b",
+    "openai-community": "gpt2 gpt2-medium gpt2-large gpt2-xl",
+    "facebook": "opt-125m opt-350m opt-1.3b opt-2.7b opt-6.7b",
+    "TinyLlama": "TinyLlama-1.1B-Chat-v1.0",
+    "deepseek-ai": "DeepSeek-R1-Distill-Llama-8B DeepSeek-R1-Distill-Qwen-1.5B DeepSeek-R1-Distill-Qwen-7B "
+    "DeepSeek-R1-Distill-Qwen-14B",
+    "llava-hf": "llava-1.5-7b-hf llava-1.5-13b-hf llava-v1.6-mistral-7b-hf",
+}
+# Names that copies have and no owner, in lower case.
+_OTHERS = {
+    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
+    "llama-2-13b": "meta-llama/Llama-2-13b-hf",
+    "llama-2-7b-chat": "meta-llama/Llama-2-7b-chat-hf",
+    "llama-3-8b": "meta-llama/Meta-Llama-3-8B",
+    "llama-3-8b-instruct": "meta-llama/Meta-Llama-3-8B-Instruct",
+    "llama-3-70b": "meta-llama/Meta-Llama-3-70B",
+    "meta-llama-3.1-8b": "meta-llama/Llama-3.1-8B",
+    "meta-llama-3.1-8b-instruct": "meta-llama/Llama-3.1-8B-Instruct",
+    "meta-llama-3.1-70b-instruct": "meta-llama/Llama-3.1-70B-Instruct",
+    "mistral-7b": "mistralai/Mistral-7B-v0.1",
+    "tinyllama": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+    "tinyllama-chat": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+    "gemma-3-1b": "google/gemma-3-1b-pt",
+    "gemma-3-4b": "google/gemma-3-4b-pt",
+}
+_KNOWN = {name.lower(): f"{owner}/{name}" for owner, names in _MODELS.items() for name in names.split()} | _OTHERS
+
+
+def likely_base(named: str) -> str | None:
+    """The Hub id of the model that a name most likely means; ``None`` where the table does not know it.
+
+    Args:
+        named: A Hub id, a copy's (``unsloth/Qwen3-8B-unsloth-bnb-4bit``), or a path (``/models/gemma-2-9b-it``).
+    """
+    cached = _CACHED.search(named)
+    if cached:
+        return likely_base(found := f"{cached['owner']}/{cached['name']}") or found
+    return _KNOWN.get(_plain(named))
+
+
+def same_base(one: str, other: str) -> bool:
+    """Whether two names most likely mean one model."""
+    return (likely_base(one) or _plain(one)).lower() == (likely_base(other) or _plain(other)).lower()
+
+
+def named_base(named: str | None) -> str:
+    """What an adapter names as its base, with what it most likely means, in words; empty where it names none."""
+    if not named:
+        return ""
+    likely = likely_base(named)
+    return f"the adapter names {named} as its base" + (f", most likely {likely}" if likely not in (None, named) else "")
+
+
+def _plain(name: str) -> str:
+    """The last part of a name or path in lower case, without what says how it is quantised."""
+    last = re.split(r"[/\\]", name.rstrip("/\\"))[-1].lower()
+    while (shorter := _QUANTISED.sub("", last)) != last:
+        last = shorter
+    return last

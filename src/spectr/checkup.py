@@ -1,0 +1,181 @@
+"""What an adapter is, and what of it would be routed in its base model, without loading that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from spectr.adapters import Expert, named_for, read_adapter
+from spectr.adapters.base_names import likely_base, named_base, same_base
+from spectr.adapters.expert import open_safetensors
+from spectr.composition.naming import naming_of
+from spectr.errors import SpectrError
+from spectr.layers.linear import features
+from spectr.layers.plan import make_plan
+from spectr.library.texts import check_text, text_remarks
+from spectr.models.fetch import DEFAULT_MODEL, HUB_ID
+from spectr.routers import Oracle
+
+ROUTES, IDLE, REFUSED, BASE_UNKNOWN = range(4)  # exit codes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkup:
+    """What was found of an adapter.
+
+    Attributes:
+        source: The folder or Hub id.
+        kind: What it is, in words.
+        named: The base model that its configuration names.
+        likely: The Hub id that this most likely means, where it is another name.
+        base: The base model that it was checked with; ``None`` where there is none on this machine.
+        routed: Modules that experts will be routed at.
+        idle: By module why it would do nothing.
+        missing: Modules that the configuration targets and the file lacks.
+        remarks: What else there is to know.
+        refused: Why it cannot be routed, if so.
+    """
+
+    source: str
+    kind: str = ""
+    named: str | None = None
+    likely: str | None = None
+    base: str | None = None
+    routed: Sequence[str] = ()
+    idle: Mapping[str, str] = field(default_factory=dict)
+    missing: Sequence[str] = ()
+    remarks: Sequence[str] = ()
+    refused: str | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """0 it routes in full, 1 parts do nothing, 2 it is refused, 3 its base model is not known here."""
+        if self.refused:
+            return REFUSED
+        if self.base is None:
+            return BASE_UNKNOWN
+        return IDLE if self.idle or self.missing else ROUTES
+
+
+def check_adapter(source: str | Path, model: str | None = None) -> Checkup:
+    """Check an adapter by its configuration, its file's header and its factors, tensor by tensor.
+
+    Args:
+        source: A folder or Hub id.
+        model: The base model; by default the one that the adapter names. Only its configuration is read.
+
+    Returns:
+        What was found; an adapter that cannot be routed is a result, not an error.
+
+    Raises:
+        SpectrError: ``model`` was given, and is not on this machine.
+    """
+    result = Checkup(source=str(source))
+    try:
+        expert = read_adapter(source, "adapter", check_values=False)
+        idle = dict.fromkeys(_zero(expert), "its update is zero")
+    except SpectrError as error:
+        return replace(result, refused=_words(error))
+    likely = likely_base(expert.base_model) if expert.base_model else None
+    result = replace(
+        result,
+        kind=_kind(expert),
+        named=expert.base_model,
+        likely=None if likely == expert.base_model else likely,
+        idle=idle,
+        routed=[module for module in expert.modules if module not in idle],
+        remarks=text_remarks(expert.weights.parent, model or expert.base_model),
+    )
+    base = _configuration(model or expert.base_model)
+    if base is None and model is not None:
+        raise SpectrError(f"the base model {model} is not on this machine", do="give its folder, or download it first")
+    if base is None:
+        return replace(result, idle={**idle, **_left_out(expert)})
+    return _in_model(result, expert, base, model)
+
+
+def _in_model(result: Checkup, expert: Expert, base: Any, model: str | None) -> Checkup:
+    """The rest of the check, with the base model on the meta device."""
+    try:
+        check_text(replace(expert, base_model=model or expert.base_model))
+        shell = _shell(base)
+        naming = naming_of(shell)
+        named = named_for(expert, naming)
+        make_plan(shell, [named], Oracle(expert=expert.name))
+    except SpectrError as error:
+        return replace(result, base=model or expert.base_model, refused=_words(error))
+    new = {named.file_names.get(module, module): module for module in named.modules}
+    idle = {new[module]: why for module, why in result.idle.items() if module in new} | _left_out(named)
+    remarks = list(result.remarks)
+    if model and expert.base_model and not same_base(model, expert.base_model):
+        remarks.append(f"its sizes fit {model}, but {named_base(expert.base_model)}: make sure that they are one model")
+    return replace(
+        result,
+        base=model or expert.base_model,
+        idle=idle,
+        routed=[module for module in named.modules if module not in idle],
+        missing=_missing(named, shell, naming.heads),
+        remarks=remarks,
+    )
+
+
+def _zero(expert: Expert) -> list[str]:
+    """Modules whose update is zero; one tensor at a time is in memory."""
+    with open_safetensors(expert.weights, expert.name) as file:
+        return [module for module in expert.shapes if not expert.is_alive(module, file.get_tensor)]
+
+
+def _left_out(expert: Expert) -> dict[str, str]:
+    return dict.fromkeys(expert.left_out, "its configuration does not target it, and PEFT leaves it out")
+
+
+def _missing(expert: Expert, model: nn.Module, heads: Any) -> list[str]:
+    """Linear layers that the configuration targets and that the file has no factors for."""
+    if expert.config is None or expert.config.targets.modules is None:
+        return []
+    targets, there = expert.config.targets, {*expert.modules, *expert.left_out}
+    linear = [name for name, module in model.named_modules() if features(module) and name not in there]
+    return [name for name in linear if targets.has(name) and not (targets.all_linear and name in heads)]
+
+
+def _kind(expert: Expert) -> str:
+    ranks = "/".join(map(str, expert.ranks))
+    factors = f"LoRA of rank {ranks} in {len(expert.shapes)} modules" if expert.shapes else "no LoRA factors"
+    more = [*expert.kinds, *([f"trained {', '.join(expert.saved)}"] if expert.saved else [])]
+    return ", with ".join([factors, *more]) + f"; {expert.parameters:,} parameters"
+
+
+def _configuration(name: str | None) -> Any:
+    """The configuration of a base model, from its folder or the Hub's cache; ``None`` where it is in neither."""
+    from transformers import AutoConfig
+
+    if not name:
+        return None
+    if name in (DEFAULT_MODEL, HUB_ID):
+        from spectr.atomic_write import cache_folder
+
+        kept = cache_folder() / HUB_ID.rpartition("/")[2]
+        name = str(kept) if kept.is_dir() else HUB_ID
+    try:
+        return AutoConfig.from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _shell(config: Any) -> nn.Module:
+    """A model of a configuration on the meta device: all of its modules, and none of its weights."""
+    import transformers
+
+    kinds = [getattr(transformers, name, None) for name in config.architectures or ()]
+    kind = next((kind for kind in kinds if kind is not None), None)
+    with torch.device("meta"):
+        return kind(config) if kind else transformers.AutoModelForCausalLM.from_config(config)
+
+
+def _words(error: SpectrError) -> str:
+    return str(error).replace("expert 'adapter': ", "").replace("expert 'adapter' ", "it ")

@@ -1,0 +1,91 @@
+"""``spectr library check``: what an adapter is and what of it would be routed, by exit codes and as JSON."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from models import random_factors, tiny_llama, write_adapter
+from spectr import ExpertLibrary, Oracle, compose
+from spectr.ops.dispatch import report_once
+
+Q, V = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"
+FACTORS = {Q: random_factors(2, 32, 32, 1), V: random_factors(2, 32, 16, 2)}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    model = tiny_llama()
+    model.config.architectures = ["LlamaForCausalLM"]
+    model.config.save_pretrained(folder)  # no weights: they are not read
+    return folder
+
+
+def checked(spectr, folder, *options):
+    code, text, _ = spectr("library", "check", folder, *options, "--json")
+    found = json.loads(text)
+    assert found["exit_code"] == code
+    shown = spectr("library", "check", folder, *options)
+    assert shown[0] == code
+    return code, found, shown[1]
+
+
+def test_an_adapter_that_routes_in_full(spectr, tmp_path, base):
+    code, found, shown = checked(spectr, write_adapter(tmp_path / "a", FACTORS, base_model_name_or_path=str(base)))
+    assert (code, found["routed"], found["idle"], found["missing"]) == (0, [Q, V], {}, [])
+    assert found["kind"].startswith("LoRA of rank 2 in 2 modules")
+    for part in ("routes in full", str(base), "LoRA of rank 2"):
+        assert part in shown
+
+
+def test_parts_that_do_nothing_and_why(spectr, tmp_path, base):
+    folder = write_adapter(tmp_path / "a", FACTORS, target_modules=["v_proj", "o_proj"], r=2)
+    weights = load_file(folder / "adapter_model.safetensors")
+    extra = "base_model.model.model.layers.0.self_attn.o_proj"
+    weights |= {f"{extra}.lora_A.weight": torch.ones(2, 32), f"{extra}.lora_B.weight": torch.zeros(32, 2)}
+    save_file(weights, folder / "adapter_model.safetensors")
+    code, found, shown = checked(spectr, folder, "-m", base)
+    assert (code, found["routed"]) == (1, [V])
+    o = "model.layers.0.self_attn.o_proj"
+    assert found["idle"][o] == "its update is zero"
+    assert "does not target" in found["idle"][Q]
+    assert found["missing"] == ["model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.o_proj"]
+    assert f"its update is zero: {o}" in shown
+
+
+def test_an_adapter_that_is_refused(spectr, tmp_path, base):
+    other = {Q: random_factors(2, 16, 16, 1)}
+    code, found, shown = checked(spectr, write_adapter(tmp_path / "a", other), "-m", base)
+    assert code == 2
+    assert "was made for layers of other sizes" in found["refused"]
+    assert "was made for layers of other sizes" in shown
+    code, found, _ = checked(spectr, tmp_path)
+    assert code == 2
+    assert "adapters in folders of their own: a" in found["refused"]
+
+
+def test_a_base_model_that_is_not_here(spectr, tmp_path):
+    folder = write_adapter(tmp_path / "a", FACTORS, base_model_name_or_path="unsloth/Qwen3-8B-bnb-4bit")
+    code, found, shown = checked(spectr, folder)
+    assert (code, found["base"], found["likely"]) == (3, None, "Qwen/Qwen3-8B")
+    assert "most likely Qwen/Qwen3-8B" in shown
+
+
+def test_a_base_model_that_was_given_and_is_not_here_is_an_error(spectr, tmp_path):
+    code, _, notes = spectr("library", "check", write_adapter(tmp_path / "a", FACTORS), "-m", "./nowhere")
+    assert code == 2
+    assert "./nowhere is not on this machine" in notes
+
+
+def test_names_that_differ_although_the_sizes_fit_are_reported(spectr, tmp_path, base, caplog):
+    folder = write_adapter(tmp_path / "a", FACTORS, base_model_name_or_path="org/other")
+    code, found, _ = checked(spectr, folder, "-m", base)
+    assert code == 0
+    assert "but the adapter names org/other as its base" in found["remarks"][0]
+    model = tiny_llama()
+    model.config._name_or_path = str(base)
+    report_once.cache_clear()
+    compose(model, ExpertLibrary.from_adapters({"a": folder}), Oracle(expert="a"))
+    assert "the sizes of expert 'a' fit this model" in caplog.text
