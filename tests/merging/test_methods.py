@@ -17,7 +17,10 @@ from dense_merges import (
     slow_ties,
 )
 
-from models import close
+from adapters_on_disk import assert_says
+from beyond_lora import moved_adapter
+from models import close, tiny_llama
+from spectr import ExpertLibrary
 from spectr.errors import MergeError
 from spectr.merging import (
     Average,
@@ -336,3 +339,12 @@ def test_all_faults_of_a_recipe_are_told_at_once():
         Recipe(experts=("a", "a"), method=Average(), weights=(1.0,), strength=math.nan)
     for phrase in ("more than once", "1 weight for 2", "strength=nan", "takes no weights"):
         assert phrase in str(caught.value)
+
+
+def test_updates_that_are_more_than_factors_are_refused(tmp_path):
+    folder = moved_adapter(tiny_llama(), tmp_path / "ants", 1, use_dora=True)
+    library = ExpertLibrary.from_adapters({"ants": folder})
+    with pytest.raises(MergeError) as caught:
+        merge_adapter(library, Recipe(experts=("ants",), method=Average()))
+    given = ("expert 'ants' is no plain LoRA adapter (DoRA)", "merging takes factors alone")
+    assert_says(caught.value, given=given, expected="plain LoRA", do="spectr extract")

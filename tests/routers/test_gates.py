@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from guided import library_with_gates
 from library_on_disk import folders
 from spectr import ExpertLibrary, Phatgoose, compose
-from spectr.adapters import GATES_FILE, Update, read_adapter, read_gates
+from spectr.adapters import GATES_FILE, Factors, Update, read_adapter, read_gates
 from spectr.cli.app import app
 from spectr.errors import AdapterError, CompositionError, DataError
 from spectr.library import LibraryStore
@@ -74,6 +74,14 @@ def test_gates_start_at_one_half(expert):
     gated, x = GatedLinear(layer, Update(factors), torch.device("cpu"), torch.float32), torch.randn(5, 32)
     expected = layer(x) + 0.5 * factors.scale * (x @ (factors.B @ factors.A).T)
     torch.testing.assert_close(gated(x), expected, rtol=0, atol=1e-5)
+
+
+def test_a_gate_opens_for_the_whole_update():
+    layer, factors = torch.nn.Linear(6, 4), Factors(torch.randn(2, 6), torch.randn(4, 2), 0.5)
+    gain, shift, x = torch.randn(4), torch.randn(4), torch.randn(5, 6)
+    gated = GatedLinear(layer, Update(factors, gain, shift), torch.device("cpu"), torch.float32)
+    update = 0.5 * x @ (factors.B @ factors.A).T + gain * (x @ layer.weight.T) + shift
+    torch.testing.assert_close(gated(x), layer(x) + 0.5 * update)
 
 
 def test_training_lowers_the_loss_and_leaves_model_and_expert_alone(expert, tmp_path):

@@ -4,8 +4,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from beyond_lora import moved_adapter
 from models import dense_deltas, peft_adapter
 from spectr import ExpertLibrary
+from spectr.adapters import read_adapter
+from spectr.errors import AdapterError
+from spectr.layers.base_layers import ModelLayers
 from spectr.serving.outliers import spectral_norm, suspicion, suspicious
 from spectr.shipped import shipped_experts
 from text_model import make_model
@@ -29,6 +33,17 @@ def test_the_norm_is_that_of_the_dense_update(root):
     norms = torch.stack([torch.linalg.matrix_norm(delta, ord=2) for delta in deltas])
     expected = float(norms.square().mean().sqrt())
     assert spectral_norm(ExpertLibrary.open(root)["ants"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_factors_that_depend_on_the_base_are_measured_on_it(tmp_path):
+    expert = read_adapter(moved_adapter(make_model(), tmp_path, 1, use_dora=True, target_modules=["q_proj"]), "ants")
+    base = ModelLayers(make_model())
+    with expert.open_on(base) as read:
+        deltas = [u.factors.scale * u.factors.B @ u.factors.A for u in map(read, expert.shapes)]
+    norms = torch.stack([torch.linalg.matrix_norm(delta, ord=2) for delta in deltas])
+    assert spectral_norm(expert, base) == pytest.approx(float(norms.square().mean().sqrt()), rel=1e-5)
+    with pytest.raises(AdapterError, match="no plain LoRA adapter"):
+        spectral_norm(expert)
 
 
 @pytest.mark.parametrize("factor", [0.2, 1.0, 4.0])

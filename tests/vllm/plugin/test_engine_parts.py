@@ -8,8 +8,9 @@ import torch
 
 import spectr
 from adapters_on_disk import assert_says
+from beyond_lora import moved_adapter
 from composed_parts import MODULES, session_of, several
-from models import random_factors
+from models import random_factors, tiny_llama
 from spectr.errors import CompositionError
 from spectr.layers import RoutedLinear
 from spectr.selection import select_among
@@ -366,3 +367,9 @@ def test_probes_are_scored_by_factors_of_one_of_the_engines_routers(tmp_path, na
     monkeypatch.setattr(session, "parts", parts)
     layer._probe_factors(session, torch.zeros(0))
     assert set(prepared) <= set(session.routers.by_name.values())
+
+
+def test_updates_that_are_more_than_factors_are_refused(tmp_path):
+    moved_adapter(tiny_llama(), tmp_path / "ants", 1, use_dora=True)
+    with pytest.raises(CompositionError, match=r"'ants' is no plain LoRA adapter \(DoRA\).*vLLM takes factors alone"):
+        session_of(tmp_path, ())
