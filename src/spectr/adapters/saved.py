@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -125,7 +125,7 @@ NOTHING_SAVED = SavedSettings()
 
 
 def read_saved(
-    keys: Sequence[str], shapes: Shapes, settings: SavedSettings, scale_of: Any, faults: list[str]
+    keys: Sequence[str], shapes: Shapes, settings: SavedSettings, scale_of: Callable[[str], float], faults: list[str]
 ) -> dict[str, SavedParts]:
     """By module what a file holds besides factors of linear layers.
 
@@ -183,7 +183,7 @@ def _rows(
 
 
 def _factors(
-    module: str, pair: Mapping[str, str], shapes: Shapes, scale_of: Any, faults: list[str]
+    module: str, pair: Mapping[str, str], shapes: Shapes, scale_of: Callable[[str], float], faults: list[str]
 ) -> SavedFactors | None:
     if len(pair) < 2:
         faults.append(f"{module} has only one factor")
