@@ -13,6 +13,7 @@ from torch import nn
 from spectr.adapters import Expert, named_for, read_adapter
 from spectr.adapters.base_names import likely_base, named_base, same_base
 from spectr.adapters.expert import open_safetensors
+from spectr.composition.find_weight_reads import find_weight_reads
 from spectr.composition.naming import naming_of
 from spectr.errors import SpectrError
 from spectr.layers.linear import features
@@ -106,7 +107,7 @@ def _in_model(result: Checkup, expert: Expert, base: Any, model: str | None) -> 
         shell = _shell(base)
         naming = naming_of(shell)
         named = named_for(expert, naming)
-        make_plan(shell, [named], Oracle(expert=expert.name))
+        make_plan(shell, [named], Oracle(expert=expert.name), uncalled=find_weight_reads(shell).outside)
     except SpectrError as error:
         return replace(result, base=model or expert.base_model, refused=_words(error))
     new = {named.file_names.get(module, module): module for module in named.modules}
@@ -168,13 +169,24 @@ def _configuration(name: str | None) -> Any:
 
 
 def _shell(config: Any) -> nn.Module:
-    """A model of a configuration on the meta device: all of its modules, and none of its weights."""
+    """A model of a configuration on the meta device: all of its modules, and none of its weights.
+
+    Raises:
+        SpectrError: Its class cannot be made of the configuration.
+    """
     import transformers
 
     kinds = [getattr(transformers, name, None) for name in config.architectures or ()]
     kind = next((kind for kind in kinds if kind is not None), None)
-    with torch.device("meta"):
-        return kind(config) if kind else transformers.AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            return kind(config) if kind else transformers.AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # whatever a model's class raises that cannot be made of its configuration
+        raise SpectrError(
+            f"the base model cannot be made of its configuration: {type(error).__name__}: {error}",
+            expected="a configuration of a model that this version of transformers has",
+            do="check config.json of the base model, and the version of transformers",
+        ) from error
 
 
 def _words(error: SpectrError) -> str:

@@ -37,6 +37,7 @@ def test_help_names_every_command_and_the_first_step(spectr):
 
 
 COMMANDS = ["demo", "generate", "chat", "route", "train", "train gates", "merge", "extract", "rerank", "evaluate"]
+COMMANDS += ["report", "library"]
 COMMANDS += [
     f"library {name}" for name in ("add", "check", "remove", "list", "show", "verify", "calibrate", "describe")
 ]

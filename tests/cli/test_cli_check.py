@@ -89,3 +89,10 @@ def test_names_that_differ_although_the_sizes_fit_are_reported(spectr, tmp_path,
     report_once.cache_clear()
     compose(model, ExpertLibrary.from_adapters({"a": folder}), Oracle(expert="a"))
     assert "the sizes of expert 'a' fit this model" in caplog.text
+
+
+def test_a_base_model_that_cannot_be_made_is_no_traceback(spectr, tmp_path, base, monkeypatch):
+    monkeypatch.setattr("transformers.LlamaForCausalLM.__init__", lambda *_: 1 / 0)
+    code, found, _ = checked(spectr, write_adapter(tmp_path / "a", FACTORS), "-m", base)
+    assert code == 2
+    assert "cannot be made of its configuration: ZeroDivisionError" in found["refused"]

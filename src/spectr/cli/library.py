@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from spectr.adapters import GATES_FILE
+from spectr.adapters.base_names import same_base
 from spectr.adapters.read import WEIGHTS_FILE
 from spectr.cli.console import bar, out, say
 from spectr.cli.describe import describe
@@ -67,7 +68,7 @@ def add(
     for other in store.duplicates(entry):
         say(f"'{other}' has the same files: routers for tokens count them twice")
     other = any_entry(store.root, but=entry.name)
-    if other and other.base_model != entry.base_model:
+    if other and not same_base(other.base_model or "", entry.base_model or ""):
         bases = f"{entry.base_model or 'nothing'}, and '{other.name}' {other.base_model or 'nothing'}"
         say(f"its base model in the adapter's configuration is {bases}: their sizes agree, but are they for one model?")
     known = Calibration.load(store.root)
