@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from inspect import signature
 from itertools import islice
@@ -23,8 +23,10 @@ from spectr.layers.pairs import LayerInput, Pairs
 from spectr.layers.parameters import layers_at
 from spectr.layers.plan import Plan, make_plan
 from spectr.layers.routed import RoutedLinear
+from spectr.layers.token_layout import Layouts
 from spectr.library import Calibration, ExpertLibrary
 from spectr.models.samples import encode_texts, null_samples, self_samples
+from spectr.prompts.token_places import read_tokens
 from spectr.routers import Spectr
 
 Progress = Callable[[int, int], None]
@@ -126,7 +128,7 @@ def _texts_alone(
             do="spectr.calibrate(model, library, tokenizer, texts=[...])",
         )
     ids, counted, real, opening, turn, closing = (
-        encode_texts(tokenizer, texts)
+        encode_texts(model, tokenizer, texts)
         if texts is not None
         else self_samples(model, tokenizer, samples=samples, tokens=tokens, seed=seed)
     )
@@ -188,10 +190,11 @@ def read_inputs(model: Any, modules: Sequence[str], known: Calibration, see: Cal
     if not modules:
         return
     device = next(model.parameters()).device
-    counted_BT = known.counted.to(device)
-    with _watched(model, modules, lambda module, x: see(module, _counted(x, counted_BT))):
-        ids, mask = known.input_ids.to(device), known.real.long().to(device)
-        model(input_ids=ids, attention_mask=mask, use_cache=False, **_without_logits(model, modules))
+    given = {"input_ids": known.input_ids.to(device), "attention_mask": known.real.long().to(device)}
+    given |= {"use_cache": False, **_without_logits(model, modules)}
+    with layers_at(model, modules) as layers:
+        names = {layer: name for name, layer in layers.items()}
+        read_tokens(model, Layouts(names), names, lambda name, x, *_: see(name, x), given, known.counted)
 
 
 def _without_logits(model: Any, modules: Sequence[str]) -> dict[str, int]:
@@ -201,29 +204,6 @@ def _without_logits(model: Any, modules: Sequence[str]) -> dict[str, int]:
         return {}
     layers = dict(model.named_modules())
     return {} if any(layers.get(name) is head for name in modules) else {"logits_to_keep": 1}
-
-
-def _counted(x: LayerInput, counted_BT: Tensor) -> LayerInput:
-    if isinstance(x, Pairs):
-        return x.some(counted_BT.flatten().to(x.x_SI.device))
-    counted = counted_BT.to(x.device)
-    return x[counted if x.ndim > 2 else counted.flatten()]
-
-
-@contextmanager
-def _watched(model: nn.Module, modules: Sequence[str], see: Callable[[str, LayerInput], None]) -> Iterator[None]:
-    with layers_at(model, modules) as layers:
-        handles = [
-            layer.register_forward_pre_hook(
-                lambda _, args, kwargs, name=name: see(name, args[0] if args else kwargs["input"]), with_kwargs=True
-            )
-            for name, layer in layers.items()
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def _chunks(names: Sequence[str], size: int) -> Iterator[list[str]]:

@@ -89,9 +89,10 @@ def types_unchecked() -> Iterator[None]:
 
 @contextmanager
 def peft_on_new_transformers() -> Iterator[None]:
-    """PEFT reads an attribute that transformers deprecates; its own matter."""
+    """PEFT reads an attribute that transformers deprecates, and warns of patterns that it has made itself."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
         yield
 
 

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from spectr.errors import CompositionError
 
 if TYPE_CHECKING:
     from spectr.layers.factors import Factors
     from spectr.layers.routed import RoutedLinear
+    from spectr.layers.token_layout import TokenPlaces
 
 Observe = Callable[["RoutedLinear", Tensor], None]
 
@@ -69,7 +70,6 @@ class BatchRouting:
         among_BTE: Experts that they may choose; all, if left out.
         factors: By layer the factors of the experts that take part; ``None``: those that the layer holds.
         base_only: No expert takes part.
-        batch_axis: Of what the model's layers are given: 0, or 1 where a row's tokens come first.
         observe: Receives each layer and its input.
     """
 
@@ -79,7 +79,6 @@ class BatchRouting:
     among_BTE: Bool[Tensor, "B T E"] | None = None
     factors: Mapping[RoutedLinear, Factors | None] | None = None
     base_only: bool = False
-    batch_axis: int = 0
     observe: Observe | None = None
     _calls: dict[RoutedLinear, LayerCall] = field(default_factory=dict, init=False, repr=False)
     _held: dict[tuple[str, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
@@ -123,6 +122,21 @@ class BatchRouting:
             )
         return torch.where(own_BTN.any(-1), own_BTN.int().argmax(-1), -1).cpu()
 
+    @property
+    def differs(self) -> bool:
+        """Whether rows of the batch, or tokens, have numbers of their own."""
+        return any(size > 1 for shape in self._shapes for size in shape)
+
+    @property
+    def by_token(self) -> bool:
+        """Whether tokens have numbers of their own."""
+        return any(tokens > 1 for _, tokens in self._shapes)
+
+    @property
+    def _shapes(self) -> list[tuple[int, ...]]:
+        given = (self.weights_BTE, self.prior_BTE, self.among_BTE)
+        return [tuple(rows_BTE.shape[:2]) for rows_BTE in given if rows_BTE is not None]
+
     def of(self, layer: RoutedLinear) -> LayerCall:
         """What holds for this layer."""
         known = self._calls.get(layer)
@@ -136,8 +150,8 @@ class BatchRouting:
         if self.base_only or factors is None:
             return LayerCall(None, held, observe=self.observe)
         shown = held or factors
-        key = (factors.experts, shown.experts, factors.A_PI.device, factors.A_PI.dtype)
-        alike = self._alike.get(key)  # layers of the same experts share tensors
+        key = (factors.experts, factors.ranks, shown.experts, factors.A_PI.device, factors.A_PI.dtype)
+        alike = self._alike.get(key)  # layers of the same experts and ranks share tensors
         if alike is None:
             with outside_inference_mode():
                 alike = self._alike[key] = self._resolved(factors, shown)
@@ -188,15 +202,17 @@ class _Thread(threading.local):
 
     Attributes:
         routing: What holds; ``None``: every token chooses among all experts.
-        shape: Rows and tokens of the call, where they are known.
+        places: Where the call's tokens are among a layer's inputs, as far as that is known.
         kept: Of a call whose tokens have weights of their own the tokens that the output head is given.
         spans: Of layers with several routers.
+        watched: How many traces are open, for which calls know their tokens' places.
     """
 
     routing: BatchRouting | None = None
-    shape: tuple[int, int] | None = None
+    places: TokenPlaces | None = None
     kept: slice | Tensor | None = None
     spans: Sequence[Span] = ()
+    watched: int = 0
 
 
 thread = _Thread()
@@ -205,17 +221,17 @@ thread = _Thread()
 @contextmanager
 def routed_by(
     routing: BatchRouting | None,
-    shape: tuple[int, int] | None = None,
+    places: TokenPlaces | None = None,
     kept: slice | Tensor | None = None,
     spans: Sequence[Span] = (),
 ) -> Iterator[None]:
     """Have this hold for the thread's calls while the block runs."""
-    before = thread.routing, thread.shape, thread.kept, thread.spans
-    thread.routing, thread.shape, thread.kept, thread.spans = routing, shape, kept, spans
+    before = thread.routing, thread.places, thread.kept, thread.spans
+    thread.routing, thread.places, thread.kept, thread.spans = routing, places, kept, spans
     try:
         yield
     finally:
-        thread.routing, thread.shape, thread.kept, thread.spans = before
+        thread.routing, thread.places, thread.kept, thread.spans = before
 
 
 @contextmanager
@@ -233,25 +249,26 @@ def base_alone() -> bool:
     return thread.routing is not None and thread.routing.base_only
 
 
-def spread(rows_BTN: Tensor, x: Tensor) -> Tensor:
+def spread(rows_BTN: Tensor, layer: nn.Module, x: Tensor) -> Tensor:
     """Rows' numbers so that they broadcast over the leading axes of a layer's input.
 
     Raises:
-        CompositionError: Rows differ, and the input does not show which of them its tokens belong to.
+        CompositionError: Rows differ, and it is not known which of them the input's tokens belong to.
     """
     rows, tokens = rows_BTN.shape[:2]
-    leading = x.shape[:-1]
+    leading, places = x.shape[:-1], thread.places
     if rows == tokens == 1:
         return rows_BTN.view(*(1 for _ in leading), -1)
-    if tokens == 1:
-        shape, first = thread.shape, 0 if thread.routing is None else thread.routing.batch_axis
-        for axis in (first, 1 - first):
-            if axis == 0 and leading[0] == rows:
-                return rows_BTN.view(rows, *(1 for _ in leading[1:]), -1)
-            if axis == 1 and leading[1:2] == (rows,) and shape == (rows, leading[0]):
-                return rows_BTN.view(1, rows, *(1 for _ in leading[2:]), -1)
-        if len(leading) == 1 and shape is not None and rows == shape[0] and leading[0] == rows * shape[1]:
-            return rows_BTN[:, 0].repeat_interleave(shape[1], 0)  # one row's tokens after the other's
+    if tokens == 1 and places is not None:
+        wide = places.spread(rows_BTN[:, 0], layer, x)
+        if wide is not None:
+            return wide
+    elif tokens == 1 and leading[0] == rows:
+        return rows_BTN.view(rows, *(1 for _ in leading[1:]), -1)
+    elif places is not None and rows == 1 and places.is_followed(layer) and layer not in places.paired:
+        position_L = places.positions(layer, x)
+        if position_L is not None and tokens == places.tokens:
+            return rows_BTN[0][position_L.to(rows_BTN.device)]
     elif leading[-1] != tokens and thread.kept is not None:
         rows_BTN = rows_BTN[:, thread.kept]
         tokens = rows_BTN.shape[1]
@@ -262,6 +279,6 @@ def spread(rows_BTN: Tensor, x: Tensor) -> Tensor:
             return rows_BTN[0].view(*leading, -1)
     raise CompositionError(
         f"a layer is given tokens of shape {tuple(leading)} in a batch of {rows} rows that have experts of their own",
-        expected="the batch as first axis, or all tokens of one row after the other",
+        expected="tokens that can be followed from the model's arguments to the layer",
         do="run one prompt at a time",
     )

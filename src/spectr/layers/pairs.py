@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from spectr.layers.batch_routing import FixedWeights, LayerCall, spread
 
@@ -76,18 +76,18 @@ class Pairs(NamedTuple):
         ordered = torch.empty_like(rows_SX).index_copy(0, self.place_S, rows_SX)
         return ordered.unflatten(0, (-1, self.slots))
 
-    def calls(self, call: LayerCall) -> Iterator[tuple[Float[Tensor, "_ I"], slice, LayerCall]]:
+    def calls(self, call: LayerCall, layer: nn.Module) -> Iterator[tuple[Float[Tensor, "_ I"], slice, LayerCall]]:
         """For each MoE expert its inputs, their places, and what holds for them, of what holds for rows of a batch."""
-        whole = _mapped(call, self._rows)._replace(observe=None)
+        whole = _mapped(call, lambda rows_BTX: self._rows(rows_BTX, layer))._replace(observe=None)
         for matrix, rows in self.groups():
             part = _mapped(whole, lambda some, rows=rows: some if some.shape[1] == 1 else some[:, rows])
             held = (None if held is None else held.of_matrix(matrix) for held in (call.factors, call.shown))
             yield self.x_SI[rows], rows, part._replace(**dict(zip(("factors", "shown"), held, strict=True)))
 
-    def _rows(self, rows_BTX: Tensor) -> Tensor:
+    def _rows(self, rows_BTX: Tensor, layer: nn.Module) -> Tensor:
         if rows_BTX.shape[:2] == (1, 1):
             return rows_BTX
-        rows_NX = spread(rows_BTX, self.tokens_NH)
+        rows_NX = spread(rows_BTX, layer, self.tokens_NH)
         return rows_NX[self.token_S][None] if len(rows_NX) > 1 else rows_NX[None]
 
 

@@ -17,6 +17,7 @@ from spectr.layers.factors import Decision, Factors
 from spectr.layers.linear import Features, features
 from spectr.layers.names import take_names_of_base
 from spectr.layers.pairs import LayerInput, Pairs
+from spectr.layers.token_layout import ROWS_FIRST
 from spectr.ops import NOT_PREPARED, report_once, update_by_kernels
 from spectr.ops.grouped import grouped_inputs, grouped_outputs
 from spectr.ops.outputs import add_masked, gathered_sum, weighted
@@ -187,11 +188,11 @@ class RoutedLinear(nn.Module):
         shown = call.shown
         assert shown is not None, "there is nothing to explain where no expert is held"
         if isinstance(x, Pairs):
-            parts = [self.explain(x_NI, part) for x_NI, _, part in x.calls(call)]
+            parts = [self.explain(x_NI, part) for x_NI, _, part in x.calls(call, self)]
             return Decision(*(x.by_token(torch.cat(some)) for some in zip(*parts, strict=True)))
         if call.fixed is not None:
             h_TP, scores_TE = self._score(x, shown)
-            return Decision(h_TP, scores_TE, spread(call.fixed.shown_BTF, x).expand_as(scores_TE))
+            return Decision(h_TP, scores_TE, spread(call.fixed.shown_BTF, self, x).expand_as(scores_TE))
         h_TP, scores_TE = self._informed(x, call._replace(factors=shown))
         if call.factors is None:
             return Decision(h_TP, scores_TE, torch.zeros_like(scores_TE))
@@ -220,17 +221,17 @@ class RoutedLinear(nn.Module):
         """The selection's weights, among the experts that a row may choose from."""
         if call.among_BTE is None:
             return self.select(scores_TE)
-        return select_among(self.select, scores_TE, spread(call.among_BTE, x))
+        return select_among(self.select, scores_TE, spread(call.among_BTE, self, x))
 
     def _informed(
         self, x: Float[Tensor, "*T I"], call: LayerCall
     ) -> tuple[Float[Tensor, "*T P"], Float[Tensor, "*T E"]]:
         assert call.factors is not None
-        allowed_TE = None if call.among_BTE is None else spread(call.among_BTE, x)
+        allowed_TE = None if call.among_BTE is None else spread(call.among_BTE, self, x)
         h_TP, scores_TE = self._score(x, call.factors, allowed_TE)
         if call.prior_BTE is not None:
             assert self.use is not None
-            scores_TE = self.use.informed(scores_TE, spread(call.prior_BTE, x))
+            scores_TE = self.use.informed(scores_TE, spread(call.prior_BTE, self, x))
         if allowed_TE is not None:
             scores_TE = scores_TE.masked_fill(~allowed_TE, -torch.inf)
         return h_TP, scores_TE
@@ -254,7 +255,7 @@ class RoutedLinear(nn.Module):
         if call.factors is None:
             return out
         if isinstance(x, Pairs):
-            return torch.cat([self._update(out[rows], x_NI, part) for x_NI, rows, part in x.calls(call)])
+            return torch.cat([self._update(out[rows], x_NI, part) for x_NI, rows, part in x.calls(call, self)])
         fused = self._by_kernels(out, x, call, call.factors)
         if fused is not None:
             return fused
@@ -270,7 +271,7 @@ class RoutedLinear(nn.Module):
         if plan.backend is None or call.among_BTE is not None or (plan.choice is None) is (fixed is None):
             return None
         rows = call.prior_BTE if fixed is None else fixed.weights_BTP
-        if rows is not None and not _fits(rows, x):
+        if rows is not None and not _fits(rows, self, x):
             return None
         return update_by_kernels(plan, out, x, factors.A_PI, rows, in_place=self._owns(out))
 
@@ -300,7 +301,7 @@ class RoutedLinear(nn.Module):
         if plan is None or plan.linear is None or (plan.choice is None) is (fixed is None):
             return None
         rows = call.prior_BTE if fixed is None else fixed.weights_BTP
-        return plan.linear(x, rows) if rows is None or _fits(rows, x) else None
+        return plan.linear(x, rows) if rows is None or _fits(rows, self, x) else None
 
     def _add_fixed(self, out: Tensor, x: Tensor, call: LayerCall) -> Tensor:
         factors, fixed = call.factors, call.fixed
@@ -308,10 +309,10 @@ class RoutedLinear(nn.Module):
         assert fixed is not None
         h_TP = self.router.inputs(factors, x.to(factors.A_PI.device, factors.A_PI.dtype))
         if factors.exceeds_products:
-            out = out + factors.beyond_products(out, _bias_of(self.base), spread(fixed.weights_BTE, x))
+            out = out + factors.beyond_products(out, _bias_of(self.base), spread(fixed.weights_BTE, self, x))
         if self.sums:
-            return self._add_masked(out, h_TP * spread(fixed.weights_BTP, x), factors.B_OP)
-        weights_TE = spread(fixed.weights_BTE, x).expand(*h_TP.shape[:-1], -1)
+            return self._add_masked(out, h_TP * spread(fixed.weights_BTP, self, x), factors.B_OP)
+        weights_TE = spread(fixed.weights_BTE, self, x).expand(*h_TP.shape[:-1], -1)
         return _add(out, self._combined(h_TP, weights_TE, factors))
 
     def _combined(self, h_TP: Tensor, weights_TE: Tensor, factors: Factors) -> Float[Tensor, "*T O"]:
@@ -376,12 +377,12 @@ class RoutedLinear(nn.Module):
         return f"experts={len(self.experts)}, ranks={sorted(set(ranks))}, router={self.router}"
 
 
-def _fits(rows: Tensor, x: Tensor) -> bool:
+def _fits(rows: Tensor, layer: RoutedLinear, x: Tensor) -> bool:
     """Whether there is one row for all tokens, or one for each of the batch, the first axis; not one for each token."""
     if rows.shape[1] > 1 or len(rows) == 1:
         return rows.shape[1] == 1
-    by_batch = thread.routing is None or thread.routing.batch_axis == 0
-    return by_batch and x.ndim > 2 and len(rows) == len(x)
+    rows_first = thread.places is None or thread.places.layouts.get(layer) in ROWS_FIRST
+    return rows_first and x.ndim > 2 and len(rows) == len(x)
 
 
 def _bias_of(base: nn.Module) -> Tensor | None:

@@ -135,7 +135,7 @@ class SavedModule(nn.Module):
         rows, tokens = held_BT.shape
         if isinstance(self.base, nn.Embedding) and x.ndim == 2 and len(x) == 1 and rows > tokens == 1:
             return held_BT.view(rows, 1, 1)  # positions, which all rows share
-        return spread(held_BT[..., None], x if x.is_floating_point() else x[..., None])
+        return spread(held_BT[..., None], self, x if x.is_floating_point() else x[..., None])
 
     def _held(self) -> str | Int[Tensor, "B T"] | None:
         """The expert of all rows, ``None`` for the base model's module; or numbers, -1 for that."""

@@ -13,7 +13,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from spectr.errors import CompositionError, did_you_mean
-from spectr.layers.batch_routing import base_alone
+from spectr.layers.batch_routing import base_alone, thread
+from spectr.layers.pairs import LayerInput, Pairs
 from spectr.layers.routed import RoutedLinear
 
 
@@ -157,9 +158,11 @@ def trace(model: nn.Module) -> Iterator[Trace]:
     for name, layer in routed.items():
         record.layers[name] = LayerTrace(experts=layer.experts)
         handles.append(layer.register_forward_pre_hook(_watch_layer(record.layers[name]), with_kwargs=True))
+    thread.watched += 1
     try:
         yield record
     finally:
+        thread.watched -= 1
         for handle in handles:
             handle.remove()
 
@@ -173,11 +176,13 @@ def _watch_layer(record: LayerTrace) -> Callable[[nn.Module, Any, Any], None]:
         x = args[0] if args else kwargs["input"]
         call = layer.in_force()
         if call.shown is None:  # none of a prompt's shortlist adapts it
-            nothing = _three_axes(x.new_zeros(*x.shape[:-1], 0))
+            hidden = x.tokens_NH if isinstance(x, Pairs) else x
+            nothing = _three_axes(hidden.new_zeros(*hidden.shape[:-1], 0), layer, hidden)
             record.add((), nothing, nothing)
             return
         decision = layer.explain(x, call)
-        record.add(call.shown.experts, _three_axes(decision.scores_TE), _three_axes(decision.weights_TE))
+        scores_BTE = _three_axes(decision.scores_TE, layer, x, missing=-torch.inf)
+        record.add(call.shown.experts, scores_BTE, _three_axes(decision.weights_TE, layer, x))
 
     return hook
 
@@ -209,6 +214,12 @@ def _spread(
     return spread_BTF
 
 
-def _three_axes(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach().float().cpu()
+def _three_axes(
+    tensor: Float[Tensor, "*L E"], layer: RoutedLinear, x: LayerInput, missing: float = 0.0
+) -> Float[Tensor, "B T E"]:
+    """By rows and tokens, where these are known; otherwise as the layer is given them."""
+    tensor, places = tensor.detach().float().cpu(), thread.places
+    found = None if places is None else places.by_rows(tensor, layer, x, missing)
+    if found is not None:
+        return found
     return tensor.unsqueeze(0) if tensor.ndim == 2 else tensor.flatten(1, -2)

@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from spectr.models.generate import pad_rows
-from spectr.models.text import encode_prompt, shared_prefix
+from spectr.models.text import context_length, encode_prompt, shared_prefix
 
 _ROWS = 32  # that are written at once
+_MOST = 512  # tokens of a text that are read
 
 
 class Texts(NamedTuple):
@@ -40,7 +41,7 @@ def self_samples(
     """
     with _seeded(seed):
         rows = _written(model, tokenizer, samples, tokens)
-    return encode_texts(tokenizer, [text for text in map(partial(_text, tokenizer), rows) if text] or ["?"])
+    return encode_texts(model, tokenizer, [text for text in map(partial(_text, tokenizer), rows) if text] or ["?"])
 
 
 def null_samples(
@@ -62,7 +63,7 @@ def null_samples(
                 break
     least_likely = sorted(range(len(found)), key=lambda place: found[place][0])[: max(0, len(found) - samples)]
     kept = [text for place, (_, text) in enumerate(found) if place not in least_likely]
-    return encode_texts(tokenizer, kept or ["?"])
+    return encode_texts(model, tokenizer, kept or ["?"])
 
 
 class _LogProbabilities(LogitsProcessor):
@@ -108,6 +109,7 @@ def _written(
 ) -> list[Int[Tensor, " T"]]:
     """Rows of tokens, sampled on from where a user's words begin, up to where the model ended."""
     ids = torch.tensor([_start(tokenizer)] * samples, device=model.device)
+    room = (context_length(model) or ids.shape[1] + tokens) - ids.shape[1]
     pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     written: Any = model.generate(  # pyright: ignore[reportCallIssue]
         input_ids=ids,
@@ -117,7 +119,7 @@ def _written(
         top_k=0,
         top_p=top_p,
         repetition_penalty=1.0,
-        max_new_tokens=tokens,
+        max_new_tokens=min(tokens, room),
         min_new_tokens=1,
         pad_token_id=pad,
         logits_processor=LogitsProcessorList([] if seen is None else [seen]),
@@ -133,10 +135,11 @@ def _text(tokenizer: PreTrainedTokenizerBase, row: Int[Tensor, " T"]) -> str:
     return str(tokenizer.decode(row, skip_special_tokens=True)).strip()
 
 
-def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: int = 512) -> Texts:
-    """A user's texts, each a prompt cut after ``limit`` tokens; all but the template's opening counts."""
+def encode_texts(model: Any, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Texts:
+    """A user's texts, each a prompt that is cut where it is too long; all but the template's opening counts."""
     opening, turn, closing = template_parts(tokenizer)
-    rows = [encode_prompt(tokenizer, text)[: len(opening) + limit] for text in texts if text.strip()]
+    most = min(len(opening) + _MOST, context_length(model) or len(opening) + _MOST)
+    rows = [encode_prompt(tokenizer, text)[:most] for text in texts if text.strip()]
     pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ids, real = pad_rows(rows, pad, left=False), pad_rows([[1] * len(row) for row in rows], 0, left=False).bool()
     counted = real.clone()

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spectr.errors import CompositionError
 from spectr.prompts import cache_records as records
@@ -167,6 +167,21 @@ def packed_lengths(given: Mapping[str, Any]) -> list[int] | None:
     else:
         return None
     return lengths if len(lengths) > 1 else None
+
+
+def unpacked(given: Mapping[str, Any], lengths: list[int]) -> dict[str, Tensor]:
+    """The prompts of a packed row as a padded batch.
+
+    Raises:
+        CompositionError: The call is given embeddings.
+    """
+    ids = given.get("input_ids")
+    if ids is None:
+        raise CompositionError("packed rows of embeddings cannot be decided on", do="pass input_ids")
+    pieces = ids[0].split(lengths)
+    mask = [torch.ones_like(piece) for piece in pieces]
+    padded, real = (nn.utils.rnn.pad_sequence(list(some), batch_first=True) for some in (pieces, mask))
+    return {"input_ids": padded, "attention_mask": real}
 
 
 def kept_tokens(given: Mapping[str, Any]) -> slice | Tensor | None:

@@ -16,9 +16,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import lru_cache
 from operator import is_
 from typing import Any, NamedTuple
@@ -28,8 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from spectr.errors import CompositionError
-from spectr.layers.batch_routing import BatchRouting, LayerCall, routed_by
+from spectr.layers.batch_routing import BASE, BatchRouting, LayerCall, routed_by, thread
 from spectr.layers.routed import RoutedLinear
+from spectr.layers.saved import SavedModule
+from spectr.layers.token_layout import Layouts, TokenPlaces
 from spectr.prompts import cache_records as records
 from spectr.prompts.arguments import (
     CallTokens,
@@ -41,6 +42,7 @@ from spectr.prompts.arguments import (
     part_of,
     same_verdict,
     tokens_of,
+    unpacked,
 )
 from spectr.prompts.batches import Batches
 from spectr.prompts.cache_records import CacheRecord
@@ -50,8 +52,8 @@ from spectr.prompts.first_calls import FirstCalls
 from spectr.prompts.frames import Frame, frame_of, framed
 from spectr.prompts.generation import Generation
 from spectr.prompts.stand_ins import Checkpointing, Entry, entries_of
+from spectr.prompts.token_places import followed, places_of
 
-_TOKENS_FIRST = ("xlnet", "fsmt")  # kinds of models whose layers are given (tokens, rows, features)
 _ROUTINGS = 16  # verdicts whose routing is kept
 
 
@@ -69,7 +71,7 @@ class _Step(NamedTuple):
 
     given: dict[str, Any]
     routing: BatchRouting | None
-    shape: tuple[int, int] | None
+    places: TokenPlaces | None
     kept: slice | Tensor | None
     tokens: CallTokens | None = None
     record: CacheRecord | None = None
@@ -109,7 +111,7 @@ class Calls:
         self._routings: OrderedDict[tuple[Any, ...], BatchRouting] = OrderedDict()
         self._layers = [module for module in model.modules() if isinstance(module, RoutedLinear)]
         self._held: list[LayerCall] = []
-        self._batch_axis = int(getattr(getattr(model, "config", None), "model_type", "") in _TOKENS_FIRST)
+        self.layouts = Layouts(m for m in model.modules() if isinstance(m, (RoutedLinear, SavedModule)))
         if prompt is not None:
             prompt.calls = self
             _keep_out_of_graphs()
@@ -186,8 +188,8 @@ class Calls:
             if self.closed:  # the experts were changed while it waited
                 return entry.module.forward(*args, **kwargs)
             step = self._begin(entry, args, kwargs)
-            followed = self._first_calls.followed(entry.module, step.given)
-            with self._inside(step.routing, step.shape, step.kept), followed:
+            first = self._first_calls.followed(entry.module, step.given)
+            with self._inside(step.routing, step.places, step.kept), first, followed(self.layouts, step.places):
                 out = entry.plain(*args, **kwargs)
             self._end(step, entry, out)
             return out
@@ -197,7 +199,8 @@ class Calls:
         given = entry.given(args, kwargs)
         batch = self.batches.of(given)
         if batch is not None:
-            return _Step(given, batch.routing, (1, batch.tokens), batch.kept)
+            tokens = CallTokens(given["input_ids"], None, None, 1, batch.tokens)
+            return _Step(given, batch.routing, self._places(entry, given, tokens, batch.routing), batch.kept)
         packed = None if self.prompt is None else packed_lengths(given)
         if packed is not None and self.wanted(frame_of(self)) is None:
             return _Step(given, self._packed(given, packed), None, kept_tokens(given))
@@ -205,19 +208,28 @@ class Calls:
         record = self._record_for(entry, given, tokens)
         verdict_BE = record.verdict_BE
         routing = None if verdict_BE is None else self.routing(verdict_BE)
-        return _Step(given, routing, (tokens.rows, tokens.count), None, tokens, record)
+        return _Step(given, routing, self._places(entry, given, tokens, routing), None, tokens, record)
+
+    def _places(
+        self, entry: Entry, given: Mapping[str, Any], tokens: CallTokens, routing: BatchRouting | None
+    ) -> TokenPlaces | None:
+        """Where a call's tokens are among its layers' inputs, where anybody asks for that."""
+        if not thread.watched and (routing is None or not routing.differs):
+            return None
+        of_both, part = has_encoder(self.model), entry.part
+        roles = {"both": of_both and part == "model", "inner": of_both and part == "decoder"}
+        roles["positions"] = bool(thread.watched) or (routing is not None and routing.by_token)
+        with self._inside(BASE):
+            return places_of(self.layouts, entry.plain, entry.names, given, tokens, **roles)
 
     @contextmanager
     def _inside(
-        self, routing: BatchRouting | None, shape: tuple[int, int] | None, kept: slice | Tensor | None = None
+        self, routing: BatchRouting | None, places: TokenPlaces | None = None, kept: slice | Tensor | None = None
     ) -> Iterator[None]:
         before, _stack.inside = _stack.inside, (*_stack.inside, self)
         try:
-            if routing is None:
+            with routed_by(routing, places, kept):
                 yield
-            else:
-                with routed_by(routing, shape, kept):
-                    yield
         finally:
             _stack.inside = before
 
@@ -238,7 +250,7 @@ class Calls:
             if found is not None:
                 self._routings.move_to_end(key)
                 return found
-            found = replace(self.prompt.routing(verdict_NE), batch_axis=self._batch_axis)
+            found = self.prompt.routing(verdict_NE)
             self._routings[key] = found
             sets, several = self.prompt.sets, any(kept.several for kept in self._routings.values())
             most = min(_ROUTINGS, sets.gathered if several else sets.single)
@@ -297,7 +309,7 @@ class Calls:
                 return record
         elif frame is not None and frame.generates and not hasattr(state, "get_seq_length"):
             return self.fresh(wanted, frame)  # a part of what this generation had, as XLNet cuts its own
-        return self.read_again(entry.plain, given, state, tokens, frame, wanted)
+        return self.read_again(entry, given, state, tokens, frame, wanted)
 
     def known(self, state: Any) -> CacheRecord | None:
         """A state's record, where it is of these experts and complete."""
@@ -313,7 +325,7 @@ class Calls:
 
     def read_again(
         self,
-        forward: Callable[..., Any],
+        entry: Entry,
         given: Mapping[str, Any],
         state: Any,
         tokens: CallTokens,
@@ -344,8 +356,9 @@ class Calls:
         read = {**as_prompt(ids_BT), "past_key_values": state, "use_cache": True}
         if positions is not None:
             read["position_ids"] = positions
-        with torch.no_grad(), self._inside(routing, (len(ids_BT), ids_BT.shape[1])):
-            forward(**read)
+        places = self._places(entry, read, tokens_of(read, decoder=False), routing)
+        with torch.no_grad(), self._inside(routing, places), followed(self.layouts, places):
+            entry.plain(**read)
         records.attach(state, record)
         if wanted is not None and self.prompt is not None:
             self.prompt.show(wanted)
@@ -386,13 +399,7 @@ class Calls:
     # Several prompts in one row
 
     def _packed(self, given: Mapping[str, Any], lengths: list[int]) -> BatchRouting:
-        ids = given.get("input_ids")
-        if ids is None:
-            raise CompositionError("packed rows of embeddings cannot be decided on", do="pass input_ids")
-        pieces = ids[0].split(lengths)
-        padded = nn.utils.rnn.pad_sequence(list(pieces), batch_first=True)
-        mask = nn.utils.rnn.pad_sequence([torch.ones_like(piece) for piece in pieces], batch_first=True)
-        verdict_BE = self.decide({"input_ids": padded, "attention_mask": mask})
+        verdict_BE = self.decide(unpacked(given, lengths))
         assert self.prompt is not None
         self.prompt.show(verdict_BE)
         return self.routing(verdict_BE.repeat_interleave(torch.tensor(lengths), 0), by_token=True)

@@ -142,7 +142,7 @@ class Generation:
         if only_new:
             ids = prompt["input_ids"]
             tokens = CallTokens(ids, None, None, len(ids), ids.shape[1])
-            self.calls.read_again(self.calls.entry.plain, {}, state, tokens, frame, frame.verdict_BE)
+            self.calls.read_again(self.calls.entry, {}, state, tokens, frame, frame.verdict_BE)
             return state
         if not records.can_reset(state):
             return None  # then generate begins without

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,10 +12,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from spectr.layers.batch_routing import BatchRouting, routed_by
-from spectr.layers.pairs import LayerInput, Pairs
+from spectr.layers.pairs import LayerInput
 from spectr.layers.routed import RoutedLinear
+from spectr.layers.token_layout import Layouts
 from spectr.prompts.chat_template import Opening
+from spectr.prompts.token_places import See, read_tokens
 from spectr.routers.evidence import Found, ModuleEvidence, ModuleScores
 
 
@@ -34,8 +35,6 @@ class Scorer(Protocol):
 
 
 _READS_NULL = threading.RLock()  # one for all probes: a probe may be copied and pickled, which a lock cannot
-
-See = Callable[[str, Float[Tensor, "N I"], Tensor, int], None]
 
 
 @dataclass(frozen=True)
@@ -84,6 +83,7 @@ class Probe:
         self.entry, self.layers, self.scorers, self.evidence = entry, dict(layers), dict(scorers), evidence
         self.experts, self.opening = tuple(experts), opening or Opening()
         self.null, self._null_QKE = null or Null(()), null_QKE
+        self._layouts = Layouts(self.layers.values())
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Found:
@@ -137,14 +137,8 @@ class Probe:
             kwargs: Likewise.
         """
         given, counted_BT = _probe(self.entry, args, kwargs, self.evidence.probe_tokens, self.opening)
-        read = {layer: _observer(see, name, counted_BT) for name, layer in self.layers.items()}
-
-        def observe(layer: RoutedLinear, x: LayerInput) -> None:
-            if layer in read:
-                read[layer](x)
-
-        with routed_by(BatchRouting(base_only=True, observe=observe)):
-            self.entry.forward(**given)  # not the call: whoever watches the model's calls is not to see this one
+        names = {layer: name for name, layer in self.layers.items()}
+        read_tokens(self.entry, self._layouts, names, see, given, counted_BT)
 
 
 def numbers_among(
@@ -204,23 +198,3 @@ def _probe(
     probe |= {"use_cache": False} if "use_cache" in parameters else {}
     probe |= {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
     return probe, counted_BT
-
-
-def _observer(see: See, name: str, counted_BT: Tensor | None) -> Callable[[LayerInput], None]:
-    def observe(x: LayerInput) -> None:
-        if isinstance(x, Pairs):
-            if counted_BT is not None and counted_BT.numel() == len(x.tokens_NH):
-                counted = counted_BT.to(x.x_SI.device)
-                pairs, row_N = x.some(counted.flatten()), counted.nonzero()[:, 0]
-                see(name, pairs, row_N[pairs.token_S], len(counted))
-            return
-        if x.ndim < 3:  # tokens of all rows in one axis: their rows are not known
-            return
-        x_BTI = x.flatten(1, -2)
-        counted = torch.ones(x_BTI.shape[:2], dtype=torch.bool) if counted_BT is None else counted_BT
-        if counted.shape != x_BTI.shape[:2]:
-            return
-        counted = counted.to(x.device)
-        see(name, x_BTI[counted], counted.nonzero()[:, 0], len(counted))  # N: the tokens of all rows that count
-
-    return observe

@@ -103,12 +103,12 @@ class _Again:
         self.checkpoint = checkpoint
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        routing, shape, kept = thread.routing, thread.shape, thread.kept
+        routing, places, kept = thread.routing, thread.places, thread.kept
         if not torch.is_grad_enabled():  # as while a prompt is read for a decision
             return function(*args, **kwargs)
 
         def again(*given: Any, **more: Any) -> Any:
-            with routed_by(routing, shape, kept):
+            with routed_by(routing, places, kept):
                 return function(*given, **more)
 
         return self.checkpoint(again if routing is not None else function, *args, **kwargs)

@@ -1,0 +1,146 @@
+"""Where the tokens of a call are among the inputs of each layer: by what is known of the layers, or by following it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from inspect import signature
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from spectr.layers.batch_routing import BASE, BatchRouting, routed_by
+from spectr.layers.pairs import LayerInput
+from spectr.layers.routed import RoutedLinear
+from spectr.layers.token_layout import Layouts, TokenPlaces, few_tokens
+from spectr.layers.token_tracking import TokenTracker
+from spectr.prompts.arguments import TOKENS, CallTokens, tokens_of
+
+See = Callable[[str, LayerInput, Int[Tensor, " N"], int], None]
+
+_DECODER = tuple(f"decoder_{name}" for name in TOKENS)
+
+
+def places_of(
+    layouts: Layouts,
+    run: Callable[..., Any],
+    names: tuple[str, ...],
+    given: Mapping[str, Any],
+    tokens: CallTokens,
+    *,
+    both: bool = False,
+    inner: bool = False,
+    positions: bool = False,
+) -> TokenPlaces:
+    """Where a call's tokens are. What is not known of the layers yet is learned by a few tokens.
+
+    Args:
+        layouts: Of the layers that matter.
+        run: The module's own ``forward``.
+        names: Of its parameters.
+        given: The call's arguments by name.
+        tokens: Of the call.
+        both: Whether it runs an encoder and a decoder, so that ``tokens`` are the decoder's.
+        inner: Whether it is such a decoder, which needs an encoder's outputs.
+        positions: Whether the tokens' positions matter too, not their rows alone.
+    """
+    few = None if inner else _few(given, names, both)
+    if few is not None:
+        with routed_by(BASE):
+            layouts.learn(run, few)
+    fixed = layouts.are_fixed(positions=positions and few is not None)
+    tracker = None if fixed else _marked(given, tokens, both or inner)
+    return TokenPlaces(layouts.known, tokens.rows, tokens.count, tracker, layouts.paired)
+
+
+def followed(layouts: Layouts, places: TokenPlaces | None) -> AbstractContextManager[None]:
+    """What a call runs in, under its tracker where it has one."""
+    tracker = None if places is None else places.tracker
+    return nullcontext() if tracker is None else layouts.following(tracker)
+
+
+def _few(given: Mapping[str, Any], names: tuple[str, ...], both: bool) -> dict[str, Any] | None:
+    """Arguments of a few tokens alone; ``None`` where the call has no tokens."""
+    found = (given.get(name) for name in (*TOKENS, *_DECODER))
+    tokens = next((value for value in found if isinstance(value, Tensor) and value.ndim > 1), None)
+    if tokens is None:
+        return None
+    name, few = TOKENS[int(tokens.is_floating_point())], few_tokens(tokens)
+    read: dict[str, Any] = {name: few}
+    if both:
+        read[f"decoder_{name}"] = few.clone()
+    return {**read, "use_cache": False} if "use_cache" in names else read
+
+
+def _marked(given: Mapping[str, Any], tokens: CallTokens, decoder: bool) -> TokenTracker:
+    """A tracker of the call's tokens; what else it is given (images, an encoder's outputs) is known by rows."""
+    tracker, main = TokenTracker(tokens.rows, tokens.count), _DECODER if decoder else TOKENS
+    for name, value in given.items():
+        tensor = value[0] if name == "encoder_outputs" and not isinstance(value, Tensor) and value else value
+        if not isinstance(tensor, Tensor) or tensor.ndim < 2 or len(tensor) != tokens.rows:
+            continue
+        if name in main and tensor.shape[1] == tokens.count:
+            tracker.mark_tokens(tensor)
+        elif tensor.is_floating_point() or name in (*TOKENS, *_DECODER):
+            tracker.mark_rows(tensor)
+    return tracker
+
+
+def read_tokens(
+    entry: Any,
+    layouts: Layouts,
+    names: Mapping[nn.Module, str],
+    see: See,
+    given: Mapping[str, Any],
+    counted_BT: Bool[Tensor, "B T"] | None,
+) -> None:
+    """Have the base model read this.
+
+    Args:
+        entry: The module that is called.
+        layouts: Of the modules.
+        names: The modules whose inputs are wanted, by what they are to be named.
+        see: Receives, for each of them that is given some, its name, its input at the tokens that count, each token's
+            row, and the number of rows. Of a module that is called several times all inputs at once.
+        given: The call's arguments by name.
+        counted_BT: The tokens that count; all that a module is given, where it is left out.
+    """
+    tokens, parameters = tokens_of(given, decoder=False), tuple(signature(entry.forward).parameters)
+    places = places_of(layouts, entry.forward, parameters, given, tokens, positions=counted_BT is not None)
+    counted_BT = None if counted_BT is None else counted_BT.cpu()
+    held: dict[str, list[tuple[Any, Tensor]]] = {}
+
+    def observe(module: nn.Module, x: LayerInput) -> None:
+        found = places.counted(module, x, counted_BT) if module in names else None
+        if found is None:
+            return
+        if isinstance(found[0], Tensor) and (module in layouts.repeated or places.is_followed(module)):
+            held.setdefault(names[module], []).append(found)
+        else:
+            see(names[module], *found, tokens.rows)
+
+    with _observed(names, observe), followed(layouts, places):
+        entry.forward(**given)  # not the call: whoever watches the model's calls is not to see this one
+    for name, parts in held.items():
+        x_NI, row_N = (torch.cat(some) for some in zip(*parts, strict=True))
+        see(name, x_NI, row_N, tokens.rows)
+
+
+@contextmanager
+def _observed(modules: Iterable[nn.Module], observe: Callable[[nn.Module, LayerInput], None]) -> Iterator[None]:
+    """Routed layers compute as the base model, and report; other modules are watched from outside."""
+    others = [module for module in modules if not isinstance(module, RoutedLinear)]
+    handles = [
+        module.register_forward_pre_hook(
+            lambda module, args, kwargs: observe(module, args[0] if args else kwargs["input"]), with_kwargs=True
+        )
+        for module in others
+    ]
+    try:
+        with routed_by(BatchRouting(base_only=True, observe=observe)):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
