@@ -195,7 +195,10 @@ def test_a_hub_id_fetches_only_the_adapters_files(tmp_path, monkeypatch, source,
     inside = f"{subfolder}/" if subfolder else ""
     files = ["adapter_config.json", "adapter_model.safetensors", "README.md", "expert.json", "gates.safetensors"]
     files += ["text.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "added_tokens.json"]
-    assert calls == [(repo, revision, [inside + file for file in files])]
+    initial = [f"{kind}_init/{file}" for kind in ("pissa", "olora", "corda", "lora_ga") for file in files[:2]]
+    [(found_repo, found_revision, patterns)] = calls
+    assert (found_repo, found_revision) == (repo, revision)
+    assert sorted(patterns) == sorted(inside + file for file in files + initial)
     assert expert.origin == source
     assert expert.weights == Path(tmp_path, subfolder or "", "adapter_model.safetensors")
 

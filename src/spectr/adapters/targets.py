@@ -59,6 +59,8 @@ class Targets:
             return False
         if self.modules is None or self.all_linear:
             return self.layers is None or self._layer(module) in self.layers
+        if self.lists(module):  # whatever its layer is
+            return True
         return _matches(self.modules, module) and (self.layers is None or self._layer(module) in self.layers)
 
     def lists(self, module: str) -> bool:

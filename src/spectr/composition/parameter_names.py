@@ -34,7 +34,7 @@ class ModelParameters:
     def of(self, module: str) -> Sequence[Parameter]:
         """See :class:`spectr.adapters.fused_names.ParameterNames`."""
         holder = self._modules.get(module)
-        if holder is None or features(holder) is not None or isinstance(holder, nn.Embedding):
+        if holder is None or features(holder) is not None or isinstance(holder, (nn.Embedding, nn.Linear)):
             return ()
         holder = getattr(holder, "base", holder)
         named = ((f"{module}.{name}", weight) for name, weight in holder.named_parameters(recurse=False))
