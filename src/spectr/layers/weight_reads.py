@@ -44,14 +44,13 @@ class WeightReads(TorchFunctionMode):
         self._owners: dict[int, list[nn.Module]] = {}
         self._layers: dict[int, set[str]] = {}  # by weight, the names of its layers
         self._made: dict[int, tuple[Tensor, frozenset[int]]] = {}  # what was made of weights alone; holds it in memory
+        moved = any(hasattr(module, "_hf_hook") for module in model.modules())
         for name, module in model.named_modules():
             linear = features(module) is not None
             for weight in module.parameters(recurse=linear):
                 self._owners.setdefault(id(weight), []).append(module)
-                followed = (
-                    linear or isinstance(module, nn.Embedding)
-                ) and not weight.is_meta  # accelerate makes others
-                if followed and weight.ndim > 1:
+                kept_elsewhere = weight.is_meta and moved  # accelerate makes others for a call
+                if (linear or isinstance(module, nn.Embedding)) and weight.ndim > 1 and not kept_elsewhere:
                     self._layers.setdefault(id(weight), set()).add(name)
             if isinstance(module, NonDynamicallyQuantizableLinear):  # nn.MultiheadAttention never calls its own
                 self.outside.add(name)
