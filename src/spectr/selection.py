@@ -99,6 +99,11 @@ def select_among(
     return weights_TE / weights_TE.sum(-1, keepdim=True).clamp(min=1e-30)
 
 
+def is_captured() -> bool:
+    """Whether what runs now is made into a graph for other inputs: torch compiles, exports or traces."""
+    return is_compiling() or torch.jit.is_tracing()
+
+
 def largest(scores_TE: Float[Tensor, "*T E"], k: int) -> tuple[Float[Tensor, "*T K"], Int[Tensor, "*T K"]]:
     """The ``k`` largest scores and their places, of equal ones the first. ``topk`` takes any of these."""
     if k == 1:
@@ -109,7 +114,7 @@ def largest(scores_TE: Float[Tensor, "*T E"], k: int) -> tuple[Float[Tensor, "*T
     if k == count:
         return best
     least_T1 = best.values.narrow(-1, k - 1, 1)
-    eager = type(scores_TE) is Tensor and not is_compiling()
+    eager = type(scores_TE) is Tensor and not is_captured()
     if eager and int((scores_TE >= least_T1).count_nonzero()) == best.values.numel():  # no other equals a row's last
         return best
     if count <= _FEW:

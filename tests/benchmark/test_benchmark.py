@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from models import close, logits, peft_adapter, peft_library, peft_on_new_transformers, tiny_llama, tokens
+from models import VOCAB, build, close, logits, peft_adapter, peft_library, peft_on_new_transformers, tiny_llama, tokens
 from spectr import ExpertLibrary, Spectr, compose
 from spectr.benchmark import Timing, benchmark, measure, write_lookalikes
 from spectr.benchmark.measure import Work, peak_bytes
@@ -53,6 +53,20 @@ def test_synthetic_experts_are_made_once_and_are_the_same_again(library, tmp_pat
     elsewhere = write_lookalikes(library, tmp_path / "other", 4)
     for name in ("synthetic-00001", "synthetic-00002"):
         assert first[name].weights.read_bytes() == elsewhere[name].weights.read_bytes()
+
+
+def test_a_recurrent_model_is_measured(tmp_path):
+    """Its state is no ``past_key_values``, and it takes no mask of what came before."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    model = build(MambaForCausalLM, MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=VOCAB, state_size=4))
+    library = peft_library(model, tmp_path / "experts", RANKS, targets=["in_proj", "x_proj"])
+    outcome = benchmark(model, library, Spectr(top_k=1), peers=(), prompt=4, steps=2, rounds=1)
+    assert {row[0] for row in outcome.rows if row[0]} == {
+        "prompt of 4, batch 1",
+        "decoding, batch 1",
+        "decoding, batch 16",
+    }
 
 
 def test_fewer_experts_than_are_real_are_refused(library, tmp_path):

@@ -13,11 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
-from transformers import Cache
 
 from spectr.benchmark.subjects import Subject
 from spectr.models.cache import growing_cache
+from spectr.prompts.cache_records import is_recurrent, states_in
 
+State = Mapping[str, Any]  # what a model remembers of a prompt, by the name of the argument that takes it
+
+_EMPTY: State = {}
 _CALL = "the call that is measured"
 
 
@@ -89,8 +92,8 @@ def measure(
     peaks: dict[tuple[str, str], int] = {}
     decoded = [work for work in works if work.steps]
     first = subjects[0].model
-    filled = {work.name: _read(first, _ids(first, work), growing_cache(first)).past_key_values for work in decoded}
-    caches = {
+    filled = {work.name: _filled(first, _ids(first, work)) for work in decoded}
+    caches: dict[tuple[str, str], State] = {
         (subject.name, work.name): _taken(filled[work.name], subject, work) for subject in subjects for work in decoded
     }
     total, done = (rounds + 2) * len(subjects) * len(works), 0
@@ -99,7 +102,7 @@ def measure(
             subject = subjects[(place + max(turn, 0)) % len(subjects)]
             for work in works:
                 key = (subject.name, work.name)
-                cache = caches.get(key)
+                cache = caches.get(key, _EMPTY)
                 if turn == -1:
                     peaks[key] = peak_bytes(subject.model, work, cache)
                 else:
@@ -111,31 +114,31 @@ def measure(
     return {key: Timing(seconds=tuple(seconds), peak=peaks[key]) for key, seconds in found.items()}
 
 
-def timed(model: nn.Module, work: Work, cache: Cache | None = None) -> float:
+def timed(model: nn.Module, work: Work, cache: State = _EMPTY) -> float:
     """Seconds of one prompt, or of one decoded token after the prompt in ``cache``, which stays as it is."""
     ids = _ids(model, work)
     if not work.steps:
         return _seconds(lambda: _read(model, ids), ids)
     cache, last = copy.deepcopy(cache), ids[:, -1:]
     mask = torch.ones(work.batch, work.prompt + work.steps, dtype=torch.long, device=ids.device)
+    masked = not any(map(is_recurrent, cache.values()))  # a state has folded in what came before
 
     def decode() -> None:
         for step in range(work.steps):
-            model(
-                input_ids=last, past_key_values=cache, attention_mask=mask[:, : work.prompt + step + 1], use_cache=True
-            )
+            seen = {"attention_mask": mask[:, : work.prompt + step + 1]} if masked else {}
+            model(input_ids=last, use_cache=True, **cache, **seen)
 
     return _seconds(decode, ids) / work.steps
 
 
-def peak_bytes(model: nn.Module, work: Work, cache: Cache | None = None) -> int:
+def peak_bytes(model: nn.Module, work: Work, cache: State = _EMPTY) -> int:
     """The most bytes that a call as of :func:`timed` holds at once beyond what was there before it."""
     ids = _ids(model, work)
 
     def begin() -> dict[str, Any]:
         if not work.steps:
             return {"input_ids": ids, "use_cache": True, "logits_to_keep": 1}
-        return {"input_ids": ids[:, -1:], "past_key_values": copy.deepcopy(cache), "use_cache": True}
+        return {"input_ids": ids[:, -1:], "use_cache": True, **copy.deepcopy(cache)}
 
     if ids.is_cuda:
         call = begin()
@@ -160,17 +163,24 @@ def _ids(model: nn.Module, work: Work) -> Tensor:
     return ids.to(next(model.parameters()).device)
 
 
-def _taken(cache: Cache, subject: Subject, work: Work) -> Cache:
+def _taken(cache: State, subject: Subject, work: Work) -> State:
     """The cache for a subject, with what it decides on the prompt."""
     if subject.routed is None:
         return cache
     own = copy.deepcopy(cache)
-    subject.routed.adopt(own, _ids(subject.model, work))
+    for state in own.values():
+        subject.routed.adopt(state, _ids(subject.model, work))
     return own
 
 
-def _read(model: nn.Module, ids: Tensor, cache: Cache | None = None) -> Any:
-    return model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+def _filled(model: nn.Module, ids: Tensor) -> State:
+    cache = growing_cache(model)
+    given = {} if cache is None else {"past_key_values": cache}
+    return dict(states_in(_read(model, ids, **given)))
+
+
+def _read(model: nn.Module, ids: Tensor, **cache: Any) -> Any:
+    return model(input_ids=ids, use_cache=True, logits_to_keep=1, **cache)
 
 
 def _seconds(run: Callable[[], Any], ids: Tensor) -> float:

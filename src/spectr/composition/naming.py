@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -27,21 +27,34 @@ def naming_of(model: nn.Module) -> Naming:
     """
     check_bare(model)
     modules = dict(model.named_modules())
-    rules = lru_cache(maxsize=1)(lambda: _rules(model))  # made where a name is not the model's
     return Naming(
-        modules=modules.keys(),
-        renamed=lambda name: _renamed(name, rules()),
+        modules=frozenset(modules),
+        renamed=_Renamed(model),
         heads=_heads(model, modules),
         parameters=ModelParameters(model),
     )
 
 
-def _renamed(module: str, rules: Iterable[Rule]) -> str:
-    key = module + _SUFFIX
-    for rule in rules:
-        key = rule(key)
-    new = key.removesuffix(_SUFFIX)
-    return module if module.endswith(new) else new  # as PEFT: a name that only lost its beginning is left alone
+class _Renamed:
+    """The present name of a module by an older one, by rules that are made where a name is not the model's."""
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+
+    @cached_property
+    def _rules(self) -> list[Rule]:
+        return _rules(self._model)
+
+    def __call__(self, module: str) -> str:
+        key = module + _SUFFIX
+        for rule in self._rules:
+            key = rule(key)
+        new = key.removesuffix(_SUFFIX)
+        return module if module.endswith(new) else new  # as PEFT: a name that only lost its beginning is left alone
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which make their own rules."""
+        return {"_model": self._model}
 
 
 def _rules(model: Any) -> list[Rule]:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -70,6 +71,17 @@ class Paged(Routed):
 
     def _saved_modules(self, names: tuple[str, ...], library: ExpertLibrary) -> dict[str, SavedModule]:
         return {}  # an index has no such experts
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Experts that are on disk do not go along.
+
+        Raises:
+            CompositionError: Always.
+        """
+        raise CompositionError(
+            f"a model composed with {self.router} can neither be copied nor pickled",
+            do="compose again from the library",
+        )
 
     def _make_layers(
         self, names: tuple[str, ...], library: ExpertLibrary, progress: Progress, saved: Mapping[str, SavedModule]

@@ -23,7 +23,7 @@ from spectr.ops.grouped import grouped_inputs, grouped_outputs
 from spectr.ops.outputs import add_masked, gathered_sum, weighted
 from spectr.routers.base import Router, ShortlistRouter
 from spectr.routers.use import Use
-from spectr.selection import select_among
+from spectr.selection import is_captured, select_among
 from spectr.spectral import Stack
 
 _BUFFERS = (  # and the router's own
@@ -239,7 +239,7 @@ class RoutedLinear(nn.Module):
     def forward(self, input: LayerInput, *args: Any, **kwargs: Any) -> Float[Tensor, "*T O"]:
         """The base layer's output plus the chosen experts' update."""
         call = self.in_force()
-        if not (args or kwargs or is_compiling()):
+        if not (args or kwargs or is_captured()):
             whole = self._whole(input, call)
             if whole is not None:
                 return whole

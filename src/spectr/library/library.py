@@ -57,6 +57,19 @@ def _check_separate(root: Path, names: list[str]) -> None:
         )
 
 
+def _given(value: Any) -> Any:
+    """What was given, where a function reads it elsewhere; unlike a lambda it can be pickled."""
+    return value
+
+
+def _no_calibration() -> None:
+    return None
+
+
+def _no_index() -> Index:
+    return Index({})
+
+
 class ExpertLibrary:
     """Experts by name, always in alphabetical order. Reading one opens its file; nothing else is loaded.
 
@@ -71,9 +84,9 @@ class ExpertLibrary:
         self,
         readers: Mapping[str, Reader],
         origin: str,
-        calibration: Callable[[], Calibration | None] = lambda: None,
+        calibration: Callable[[], Calibration | None] = _no_calibration,
         descriptions: Callable[[], Mapping[str, str]] = dict,
-        index: Callable[[], Index] = lambda: Index({}),
+        index: Callable[[], Index] = _no_index,
         digests: Mapping[str, str] | None = None,
         naming: Naming | None = None,
         folder: Path | None = None,
@@ -125,7 +138,7 @@ class ExpertLibrary:
             raise LibraryError("no adapters were given", do='name at least one: {"sql": "org/sql-lora"}')
         title = "the adapters cannot be used"
         experts = map_together(title, lambda name: read_adapter(adapters[name], name), adapters, AdapterError)
-        return cls({expert.name: (lambda expert=expert: expert) for expert in experts}, origin)
+        return cls({expert.name: partial(_given, expert) for expert in experts}, origin)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -142,7 +155,7 @@ class ExpertLibrary:
         if name in self._readers:
             raise LibraryError(f"there already is an expert '{name}'", do="remove it first, or choose another name")
         expert = read_adapter(source, name)
-        return self._but(readers={**self._readers, name: lambda: expert})
+        return self._but(readers={**self._readers, name: partial(_given, expert)})
 
     def without(self, name: str) -> ExpertLibrary:
         """This library with one expert less; nothing on disk changes."""
@@ -180,7 +193,7 @@ class ExpertLibrary:
 
     def with_calibration(self, calibration: Calibration) -> ExpertLibrary:
         """This library with a calibration; nothing on disk changes."""
-        return self._but(calibration=lambda: calibration)
+        return self._but(calibration=partial(_given, calibration))
 
     @cached_property
     def descriptions(self) -> Mapping[str, str]:
@@ -193,7 +206,7 @@ class ExpertLibrary:
 
     def with_descriptions(self, descriptions: Mapping[str, str]) -> ExpertLibrary:
         """This library with other descriptions; nothing on disk changes."""
-        return self._but(descriptions=lambda: descriptions)
+        return self._but(descriptions=partial(_given, descriptions))
 
     @cached_property
     def index(self) -> Index:
@@ -206,7 +219,7 @@ class ExpertLibrary:
 
     def with_index(self, index: Index) -> ExpertLibrary:
         """This library with another index; nothing on disk changes."""
-        return self._but(index=lambda: index)
+        return self._but(index=partial(_given, index))
 
     def named_for(self, naming: Naming) -> ExpertLibrary:
         """This library with its experts' modules under the names that a model has; nothing on disk changes."""
@@ -251,6 +264,11 @@ class ExpertLibrary:
             LibraryError(f"unknown expert '{n}'", do=did_you_mean(n, self.names)) for n in names if n not in self
         ]
         raise_together("unknown experts", unknown, LibraryError)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: what was read is read again."""
+        read = ("calibration", "descriptions", "index")
+        return {name: value for name, value in vars(self).items() if name not in read}
 
     def __getitem__(self, name: str) -> Expert:
         self.check(name)

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timezone
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -92,19 +92,18 @@ class LibraryStore:
 
     def reader(self, entry: Entry) -> Callable[[], Expert]:
         """A function that reads the expert; its values were checked when it was added."""
+        return partial(self._read, entry)
+
+    def _read(self, entry: Entry) -> Expert:
         folder = (self.root / entry.folder).absolute()  # absolute, so that it is never taken for a Hub id
-
-        def read() -> Expert:
-            try:
-                return read_adapter(folder, entry.name, check_values=False)
-            except AdapterError as error:
-                raise LibraryError(
-                    f"{self.root} is damaged: {error.given}",
-                    expected=error.expected,
-                    do=f"see all that is wrong: spectr library verify -l {self.root}",
-                ) from error
-
-        return read
+        try:
+            return read_adapter(folder, entry.name, check_values=False)
+        except AdapterError as error:
+            raise LibraryError(
+                f"{self.root} is damaged: {error.given}",
+                expected=error.expected,
+                do=f"see all that is wrong: spectr library verify -l {self.root}",
+            ) from error
 
     def add(self, name: str, source: str | Path, *, replace: bool = False) -> Entry:
         """Copy an adapter into the library.

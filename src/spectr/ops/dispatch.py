@@ -112,7 +112,8 @@ def update_by_kernels(
 ) -> Tensor | None:
     """The base layer's output with its experts' update, by kernels; ``None`` where this call is torch's.
 
-    Eager code calls the backend itself. A graph that needs no gradients gets the registered operation.
+    Eager code calls the backend itself. A graph that needs no gradients gets the registered operation, except of
+    ``torch.jit.trace``, which gets torch's.
 
     Args:
         plan: Of the layer.
@@ -124,7 +125,7 @@ def update_by_kernels(
         in_place: Whether the result may be in the memory of ``out``.
     """
     backend, choice = plan.backend, plan.choice
-    if backend is None or x.dtype != A_PI.dtype:
+    if backend is None or x.dtype != A_PI.dtype or torch.jit.is_tracing():
         return None
     if is_compiling():
         return _in_graph(plan, out, x, A_PI, rows, in_place)

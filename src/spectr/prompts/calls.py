@@ -154,7 +154,10 @@ class Calls:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_routings": OrderedDict(), "_held": []}
 
-    # What holds for several calls
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self.prompt is not None:
+            _keep_out_of_graphs()
 
     @contextmanager
     def using(self, verdict_BE: Tensor) -> Iterator[None]:
@@ -395,8 +398,6 @@ class Calls:
             if entry.part != "encoder" and records.is_filled(state):
                 record.read(tokens.ids, tokens.mask, tokens.count, tokens.positions, records.length_of(state))
                 records.attach(state, record)
-
-    # Several prompts in one row
 
     def _packed(self, given: Mapping[str, Any], lengths: list[int]) -> BatchRouting:
         verdict_BE = self.decide(unpacked(given, lengths))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import isfunction
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -72,6 +73,19 @@ class PromptDecision:
         self.experts, self.read, self.sets = tuple(experts), read, sets
         self.held_BE: Tensor | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, of which a reader has to be a part: a function would go on reading by this model.
+
+        Raises:
+            CompositionError: The reader is a function.
+        """
+        if isfunction(self.read):
+            raise CompositionError(
+                f"a model composed with {self.policy} can neither be copied nor pickled",
+                do="compose again from the library, or keep the composed model: spectr.save_composed(routed, folder)",
+            )
+        return vars(self)
+
     def decide(self, *args: Any, **kwargs: Any) -> Float[Tensor, "B E"]:
         """Have a prompt read and return what is decided for it. Nothing is changed.
 
@@ -93,7 +107,12 @@ class PromptDecision:
 
     @torch.no_grad()
     def find(self, *args: Any, **kwargs: Any) -> Found:
-        """All that the reader finds of a prompt."""
+        """All that the reader finds of a prompt.
+
+        Raises:
+            CompositionError: The call is exported or traced.
+        """
+        refuse_to_capture()
         with routed_by(BASE):
             return self.read(*args, **kwargs)
 
@@ -201,6 +220,16 @@ def routing_of(
     gathered = use.fixes or (use.gathers and sets.serve_choices)
     factors = sets.table(taken) if gathered else None
     return BatchRouting(experts, *use.rows(verdict_BTE, among_BTE), factors=factors)
+
+
+def refuse_to_capture() -> None:
+    """Raise :class:`CompositionError` where a graph is made of a call: it would hold one prompt's decision for all."""
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        raise CompositionError(
+            "a call that decides for its prompt cannot be exported or traced: the graph would hold this one decision",
+            expected="a router that decides for each token, or a single expert",
+            do="compose with spectr.Oracle(expert=...), and export that",
+        )
 
 
 def _same_rows(one_BE: Tensor, other_BE: Tensor) -> bool:

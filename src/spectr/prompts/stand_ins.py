@@ -14,6 +14,7 @@ from spectr.layers.batch_routing import routed_by, thread
 from spectr.layers.routed import RoutedLinear
 from spectr.layers.saved import SavedModule
 from spectr.prompts.arguments import TOKENS, has_encoder
+from spectr.prompts.decision import refuse_to_capture
 
 if TYPE_CHECKING:
     from spectr.prompts.calls import Calls
@@ -50,6 +51,8 @@ class Entry:
         """As the module's own."""
         if thread.routing is not None or self.calls.closed or (is_compiling() and self.calls.prompt is None):
             return self.plain(*args, **kwargs)
+        if torch.compiler.is_exporting():
+            refuse_to_capture()
         return self.calls.run(self, args, kwargs)
 
     def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

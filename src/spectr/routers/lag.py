@@ -70,7 +70,7 @@ class Lag(ShortlistRouter):
         if allowed_TE is not None:
             likeness_TE = likeness_TE.masked_fill(~allowed_TE, -torch.inf)
         index_TK = likeness_TE.topk(min(self.shortlist, likeness_TE.shape[-1]), dim=-1).indices
-        listed_TE = torch.zeros_like(likeness_TE, dtype=torch.bool).scatter(-1, index_TK, True)
+        listed_TE = torch.zeros_like(likeness_TE, dtype=torch.bool).scatter(-1, index_TK, 1)
         return listed_TE if allowed_TE is None else listed_TE & allowed_TE
 
     def listed_scores(
