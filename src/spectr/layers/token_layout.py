@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from spectr.layers.pairs import LayerInput, Pairs
 from spectr.layers.token_tracking import Marks, TokenTracker
+from spectr.layers.tracking_rules import RULES
 from spectr.layers.weight_reads import uncompiled
 
 _ROWS, _TOKENS = 2, 5  # of the batch that layouts are learned by
@@ -140,7 +141,7 @@ class Layouts:
         """
         if all(module in self.known for module in self.modules):
             return
-        tracker = TokenTracker(_ROWS, _TOKENS)
+        tracker = TokenTracker(_ROWS, _TOKENS, RULES)
         for value in given.values():
             if isinstance(value, Tensor):
                 tracker.mark_tokens(value)

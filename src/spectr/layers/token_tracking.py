@@ -45,15 +45,14 @@ class TokenTracker(TorchDispatchMode):
     Args:
         rows: B.
         tokens: T.
+        rules: What operations make of marks, by their names (:data:`spectr.layers.tracking_rules.RULES`).
     """
 
     supports_higher_order_operators = True
 
-    def __init__(self, rows: int, tokens: int):
+    def __init__(self, rows: int, tokens: int, rules: Mapping[str, Rule]):
         super().__init__()
-        from spectr.layers.tracking_rules import RULES  # which are made of trackers' methods
-
-        self.rows, self.tokens, self._rules = rows, tokens, RULES
+        self.rows, self.tokens, self._rules = rows, tokens, rules
         # by place in memory: every operation that writes a tensor there comes by here and replaces what is known
         self._known: dict[tuple[Any, ...], Marks] = {}
         self._alike: dict[tuple[int, ...], Marks | None] = {}  # by leading axes, of inputs that were asked for

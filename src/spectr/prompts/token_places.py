@@ -16,6 +16,7 @@ from spectr.layers.pairs import LayerInput
 from spectr.layers.routed import RoutedLinear
 from spectr.layers.token_layout import Layouts, TokenPlaces, few_tokens
 from spectr.layers.token_tracking import TokenTracker
+from spectr.layers.tracking_rules import RULES
 from spectr.prompts.arguments import TOKENS, CallTokens, tokens_of
 
 See = Callable[[str, LayerInput, Int[Tensor, " N"], int], None]
@@ -76,7 +77,7 @@ def _few(given: Mapping[str, Any], names: tuple[str, ...], both: bool) -> dict[s
 
 def _marked(given: Mapping[str, Any], tokens: CallTokens, decoder: bool) -> TokenTracker:
     """A tracker of the call's tokens; what else it is given (images, an encoder's outputs) is known by rows."""
-    tracker, main = TokenTracker(tokens.rows, tokens.count), _DECODER if decoder else TOKENS
+    tracker, main = TokenTracker(tokens.rows, tokens.count, RULES), _DECODER if decoder else TOKENS
     for name, value in given.items():
         tensor = value[0] if name == "encoder_outputs" and not isinstance(value, Tensor) and value else value
         if not isinstance(tensor, Tensor) or tensor.ndim < 2 or len(tensor) != tokens.rows:
