@@ -50,9 +50,9 @@ def calibrate(
 ) -> Calibration:
     """Measure, per module, the mean input ``m`` and each expert's ``c_t = sqrt(mean ||A*_t (x - m)||^2)``.
 
-    No labels and no training. Where the library is calibrated already, only the experts that it does not cover are
-    measured, on the same texts; nothing else changes for the others. What a calibration of an older version lacks is
-    added. The model is left as it is.
+    No labels and no training. Modules that no text reaches, as those of a vision tower, are noted as unmeasured. Where
+    the library is calibrated already, only the experts that it does not cover are measured, on the same texts; nothing
+    else changes for the others. What a calibration of an older version lacks is added. The model is left as it is.
 
     Args:
         model: The base model, not composed.
@@ -90,7 +90,9 @@ def calibrate(
         rows = zip(written.input_ids, written.real, strict=True)
         known = replace(known, null=[ids_T[real_T].tolist() for ids_T, real_T in rows])
     progress(2, total)
-    means = {**known.means, **_mean_inputs(model, [name for name in plan.modules if name not in known.means], known)}
+    missing = [name for name in plan.modules if name not in known.means and name not in known.unmeasured]
+    means = {**known.means, **_mean_inputs(model, missing, known)}
+    known = replace(known, unmeasured=known.unmeasured | {name for name in missing if name not in means})
     progress(3, total)
     rms: dict[str, dict[str, float]] = {}
     base = ModelLayers(model, library.folder)
@@ -164,7 +166,7 @@ def _root_mean_squares(
     means: Mapping[str, Tensor],
     known: Calibration,
 ) -> dict[str, dict[str, float]]:
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, float]] = {name: {} for name in experts}
 
     def see(module: str, x: LayerInput) -> None:
         x_TI = x.x_SI if isinstance(x, Pairs) else x
@@ -176,11 +178,11 @@ def _root_mean_squares(
         mean_S = h_TS.square().mean(0, dtype=torch.float64)
         ranks = [part.A.shape[-2] for part in parts.values()]
         for name, mean_R in zip(parts, mean_S.cpu().split(ranks), strict=True):
-            found.setdefault(name, {})[module] = mean_R.sum().sqrt().item()
+            found[name][module] = mean_R.sum().sqrt().item()
 
     with ExitStack() as files:
         readers = {name: files.enter_context(expert.open_on(base)) for name, expert in experts.items()}
-        used = [module for module, users in plan.modules.items() if not readers.keys().isdisjoint(users)]
+        used = [module for module in means if not readers.keys().isdisjoint(plan.modules.get(module, ()))]
         read_inputs(model, used, known, see)
     return found
 

@@ -78,7 +78,7 @@ def build_index(
     def keep(module: str, x_TI: Float[Tensor, "T I"]) -> None:
         inputs[module] = x_TI.float() - known.means[module].to(x_TI.device)
 
-    read_inputs(model, modules, known.said, keep)
+    read_inputs(model, [module for module in modules if module not in known.unmeasured], known.said, keep)
     to = None if folder is None else Path(folder)
     base = ModelLayers(model, library.folder)
     work = _Parts(missing, to, lambda part: _entries(part, library, base, inputs, known))
@@ -226,7 +226,9 @@ def _measured(modules: list[str], aligned: Sequence[_Aligned], inputs: Mapping[s
     step_EN = (first_ENI.abs().amax(-1) / 127).clamp(min=1e-30)
     code_ENI = (first_ENI / step_EN[..., None]).round()
     rms_NE = [
-        torch.linalg.vector_norm(inputs[m] @ v_EI.to(inputs[m].device).mT, dim=0).cpu() / len(inputs[m]) ** 0.5
+        torch.zeros(len(v_EI))  # no text reaches the module: it takes no part
+        if m not in inputs
+        else torch.linalg.vector_norm(inputs[m] @ v_EI.to(inputs[m].device).mT, dim=0).cpu() / len(inputs[m]) ** 0.5
         for m, v_EI in zip(modules, first_ENI.unbind(1), strict=True)
     ]
     return _Measured(

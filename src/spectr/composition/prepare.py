@@ -139,7 +139,9 @@ def evidence_modules(library: ExpertLibrary, names: Sequence[str], evidence: Mod
     """
     layouts = {some: [module.name for module in modules] for modules, some in library.index.alike(names).items()}
     ends = tuple(f".{part}" for part in evidence.modules)
-    taken = {module for modules in layouts.values() for module in modules if not ends or f".{module}".endswith(ends)}
+    unmeasured = frozenset() if library.calibration is None else library.calibration.unmeasured
+    named = {module for modules in layouts.values() for module in modules if not ends or f".{module}".endswith(ends)}
+    taken = named - unmeasured
     without = [name for some, modules in layouts.items() if taken.isdisjoint(modules) for name in some]
     if without:
         parts = sorted({module.rpartition(".")[2] for modules in layouts.values() for module in modules})

@@ -66,6 +66,8 @@ class Readers:
         layers, scorers = routed.layers, routed.scorers
         if experts != routed.experts:
             scorers = {module: _Some(scorer, experts) for module, scorer in scorers.items()}
+        known = routed.library.calibration
+        layers = {name: layer for name, layer in layers.items() if known is None or name not in known.unmeasured}
         read = [module for module in layers if module in scorers and scorers[module].experts][:: evidence.module_stride]
         opening, null = calibration_texts(routed.library.calibration)
         probe = Probe(
@@ -92,7 +94,9 @@ class Readers:
             return None
         if self._null is None:
             device = next(routed.model.parameters()).device
-            probe = Probe(entry_of(routed.model), routed.layers, routed.scorers, evidence, routed.experts, opening)
+            unmeasured = () if routed.library.calibration is None else routed.library.calibration.unmeasured
+            layers = {name: layer for name, layer in routed.layers.items() if name not in unmeasured}
+            probe = Probe(entry_of(routed.model), layers, routed.scorers, evidence, routed.experts, opening)
             self._null = [probe.scores(**batch) for batch in null.on(device)]
         parts = [
             numbers_among(scores, {module: routed.scorers[module].experts for module in scores}, evidence, names)

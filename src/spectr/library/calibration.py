@@ -38,10 +38,13 @@ def opened(path: Path, *formats: str) -> Iterator[tuple[Any, dict[str, Any]]]:
 
 
 class Statistics(NamedTuple):
-    """One expert at one module: the mean input, and ``sqrt(mean ||A* (x - mean)||^2)`` over the texts' tokens."""
+    """One expert at one module: the mean input, and ``sqrt(mean ||A* (x - mean)||^2)`` over the texts' tokens.
 
-    mean_I: Float[Tensor, " I"]
-    rms: float
+    ``None`` of a module that no text reaches.
+    """
+
+    mean_I: Float[Tensor, " I"] | None
+    rms: float | None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,6 +62,7 @@ class Calibration:
         null: Ordinary prompts that the base model wrote, other ones than the texts: their token ids, each without
             padding, with what the chat template writes around them. Evidence is compared with theirs. Empty where an
             older version calibrated.
+        unmeasured: Modules that no text reaches, as those of a vision tower. They take no part in evidence for prompts.
     """
 
     means: Mapping[str, Float[Tensor, " I"]]
@@ -69,6 +73,7 @@ class Calibration:
     real: Bool[Tensor, "N T"]
     settings: Mapping[str, Any]
     null: Sequence[Sequence[int]] = ()
+    unmeasured: frozenset[str] = frozenset()
 
     @property
     def opening(self) -> tuple[int, ...]:
@@ -111,6 +116,8 @@ class Calibration:
         Raises:
             LibraryError: They were measured under other names of modules, or of other targets.
         """
+        if module in self.unmeasured:
+            return Statistics(None, None)
         if module not in self.rms[expert]:
             raise LibraryError(
                 f"the calibration of '{expert}' has no figures of {module}",
@@ -127,6 +134,7 @@ class Calibration:
             means={**self.means, **other.means},
             rms={**self.rms, **other.rms},
             sha256={**self.sha256, **other.sha256},
+            unmeasured=self.unmeasured | other.unmeasured,
         )
 
     def save(self, folder: str | Path) -> Path:
@@ -139,7 +147,7 @@ class Calibration:
         tensors |= {"input_ids": self.input_ids, "counted": self.counted, "real": self.real}
         tensors["null"] = torch.tensor([id for row in self.null for id in row], dtype=torch.int32)
         tensors["null_sizes"] = torch.tensor([len(row) for row in self.null], dtype=torch.int32)
-        facts = {"settings": dict(self.settings), "sha256": dict(self.sha256)}
+        facts = {"settings": dict(self.settings), "sha256": dict(self.sha256), "unmeasured": sorted(self.unmeasured)}
         target = Path(folder) / CALIBRATION_FILE
         metadata = {"format": _FORMAT, "facts": json.dumps(facts, sort_keys=True)}
         with replacing(target) as scratch:
@@ -182,6 +190,7 @@ class Calibration:
             counted=tensors["counted"],
             real=tensors["real"],
             settings=facts["settings"],
+            unmeasured=frozenset(facts.get("unmeasured", ())),
             null=[row.tolist() for row in tensors["null"].split(tensors["null_sizes"].tolist())]
             if "null" in tensors
             else (),

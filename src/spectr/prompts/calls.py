@@ -202,8 +202,8 @@ class Calls:
         given = entry.given(args, kwargs)
         batch = self.batches.of(given)
         if batch is not None:
-            tokens = CallTokens(given["input_ids"], None, None, 1, batch.tokens)
-            return _Step(given, batch.routing, self._places(entry, given, tokens, batch.routing), batch.kept)
+            places = TokenPlaces(self.layouts.known, 1, batch.tokens)
+            return _Step(given, batch.routing, places, batch.kept)
         packed = None if self.prompt is None else packed_lengths(given)
         if packed is not None and self.wanted(frame_of(self)) is None:
             return _Step(given, self._packed(given, packed), None, kept_tokens(given))

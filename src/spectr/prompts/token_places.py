@@ -115,7 +115,7 @@ def read_tokens(
 
     def observe(module: nn.Module, x: LayerInput) -> None:
         found = places.counted(module, x, counted_BT) if module in names else None
-        if found is None:
+        if found is None or not len(found[1]):
             return
         if isinstance(found[0], Tensor) and (module in layouts.repeated or places.is_followed(module)):
             held.setdefault(names[module], []).append(found)

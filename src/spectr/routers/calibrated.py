@@ -107,12 +107,13 @@ class Calibrated(LengthRouter):
     def init_expert(self, expert: AlignedExpert, side: SideData) -> Share:
         """See :class:`Router`: ``A* / c``, ``B* c`` and ``A* m / c``, so that the scores have the root mean square 1.
 
-        An expert that does nothing here (``c`` 0) stays as it is.
+        An expert that does nothing here (``c`` 0) stays as it is, and so does one at a module that no text of the
+        calibration reaches.
         """
-        assert side.mean_I is not None
         share, rms = Share.spectral(expert.aligned), side.rms or 1.0
         A = share.A / rms
-        return Share(A, share.B * rms, own=Centers(A @ side.mean_I))
+        mean_I = A.new_zeros(A.shape[-1]) if side.mean_I is None else side.mean_I
+        return Share(A, share.B * rms, own=Centers(A @ mean_I))
 
     def scores(
         self, state: State, x_TI: Float[Tensor, "*T I"], h_TP: Float[Tensor, "*T P"], allowed_TE: Tensor | None

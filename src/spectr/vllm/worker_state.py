@@ -69,7 +69,8 @@ class WorkerState:
         self.removed: set[str] = set()
         self.graph_objects: dict[str, Any] = {} if graph_objects is None else graph_objects
         self._rows: dict[RequestOptions, np.ndarray] = {}
-        modules = {module for expert in found for module in expert.shapes}
+        unmeasured = frozenset() if library.calibration is None else library.calibration.unmeasured
+        modules = {module for expert in found for module in expert.shapes} - unmeasured
         self.probes = None
         if self.routers.prompts:
             policies = self.routers.prompts_in(library)
