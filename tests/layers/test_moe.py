@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 
 from models import close, logits, peft_model, tokens
 from moe import EXPERTS, FAMILIES, moe_adapter, tiny_moe
-from spectr import ExpertLibrary, Oracle, Spectr, compose
+from spectr import ExpertLibrary, Oracle, Spectr, compose, trace
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -85,3 +85,20 @@ def route_by_loops(model: nn.Module, deltas: dict[str, dict[str, Tensor]], top_k
         if hasattr(module, "gate_up_proj"):
             patch(name, module)
     return chosen
+
+
+def test_a_trace_shows_the_mean_of_what_a_tokens_moe_experts_decide(tmp_path):
+    base, ids = tiny_moe(), tokens()
+    folders = {name: moe_adapter(base, tmp_path / name, seed) for seed, name in enumerate("ab")}
+    slow = copy.deepcopy(base)
+    chosen = route_by_loops(slow, {name: parameter_deltas(base, folder) for name, folder in folders.items()}, top_k=1)
+    logits(slow, ids)
+    routed = compose(base, ExpertLibrary.from_adapters(folders), Spectr(top_k=1))
+    with trace(base) as record:
+        logits(base, ids)
+    first = torch.tensor(chosen[: 4 * ids.numel()]).view(ids.numel(), 2, 2)  # of layer 0: token, MoE expert, parameter
+    for place, parameter in enumerate(("gate_up_proj", "down_proj")):
+        weights_NE = record[f"model.layers.0.mlp.experts.{parameter}"].weights.flatten(0, 1)
+        close(weights_NE[:, 1], first[..., place].float().mean(1))
+    close(torch.tensor(sum(record.shares().values())), torch.tensor(1.0))
+    assert set(record) == set(routed.layers)

@@ -72,12 +72,14 @@ def fused_for(expert: Expert, names: ParameterNames) -> Expert:
     if config is None:
         return expert
     shapes: dict[str, FactorShape] = {}
+    file_names: dict[str, str] = {}
     taken: set[str] = set()
     for module, wrapped in grouped((name.replace(WRAPPED, ""), name) for name in found).items():
         targeted = _targeted(expert, config, module, wrapped, names.of(module))
-        if targeted:
-            shapes |= _wrapped_shapes(expert, config, module, wrapped, targeted)
-            taken |= set(wrapped)
+        for parameter, name in _levels(expert, module, wrapped, targeted).items() if targeted else ():
+            shapes[parameter.name] = _wrapped_shape(expert, config, parameter, found[name])
+            file_names[parameter.name] = expert.file_names.get(name, name)
+            taken.add(name)
     parts = {name: part for name in expert.shapes if name not in taken and (part := names.part(name)) is not None}
     for parameter, modules in grouped((part.parameter, name) for name, part in parts.items()).items():
         here = {name: parts[name] for name in modules}
@@ -87,8 +89,10 @@ def fused_for(expert: Expert, names: ParameterNames) -> Expert:
         return expert
     _check_products(expert, [found[name] for name in taken])
     kept, left_out = ({n: s for n, s in held.items() if n not in taken} for held in (expert.shapes, expert.left_out))
+    file_names |= {name: old for name, old in expert.file_names.items() if name not in taken}
     marked = {name: shape._replace(of_parameter=True) for name, shape in shapes.items()}
-    return replace(expert, shapes=dict(sorted({**kept, **marked}.items())), left_out=left_out)
+    shapes = dict(sorted({**kept, **marked}.items()))
+    return replace(expert, shapes=shapes, left_out=left_out, file_names=file_names)
 
 
 def _targeted(
@@ -111,10 +115,8 @@ def _check_products(expert: Expert, shapes: Sequence[FactorShape]) -> None:
         )
 
 
-def _wrapped_shapes(
-    expert: Expert, config: AdapterConfig, module: str, wrapped: Sequence[str], targeted: Sequence[Parameter]
-) -> dict[str, FactorShape]:
-    """PEFT wraps a module's parameters in their order, so that the last one's factors have the module's own name."""
+def _levels(expert: Expert, module: str, wrapped: Sequence[str], targeted: Sequence[Parameter]) -> dict[Parameter, str]:
+    """By parameter the name of its factors: PEFT wraps them in their order, so that the last one has the module's."""
     levels = [module + WRAPPED * depth for depth in range(len(targeted))]
     if sorted(levels) != sorted(wrapped):
         raise AdapterError(
@@ -123,14 +125,12 @@ def _wrapped_shapes(
             expected="a pair of factors for each parameter in target_parameters",
             do="save the adapter again with PEFT, with the model that it was trained on",
         )
-    found = {**expert.left_out, **expert.shapes}
-    return {
-        each.name: _wrapped_shape(expert, config, each, found[level])
-        for each, level in zip(targeted, reversed(levels), strict=True)
-    }
+    return dict(zip(targeted, reversed(levels), strict=True))
 
 
 def _wrapped_shape(expert: Expert, config: AdapterConfig, parameter: Parameter, given: FactorShape) -> FactorShape:
+    if not config.targets_parameter(parameter.name):
+        return given  # a linear layer's
     rank, matrices = config.rank_of(parameter.name), max(1, parameter.matrices)
     if given.file_rank != rank * matrices:
         raise AdapterError(

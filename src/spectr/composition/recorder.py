@@ -115,10 +115,9 @@ def _layers(
 @torch.no_grad()
 def _explain(layer: RoutedLinear, x: LayerInput, call: LayerCall, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Scores and weights of some tokens, (tokens, experts), float32."""
-    if isinstance(x, Pairs):  # each token's mean over its MoE experts
+    if isinstance(x, Pairs):
         decision = layer.explain(x, call)
-        scores_NE, weights_NE = (each.float().mean(1)[list(rows)] for each in (decision.scores_TE, decision.weights_TE))
-        return scores_NE, weights_NE
+        return decision.scores_TE[list(rows)].float(), decision.weights_TE[list(rows)].float()
     fixed = call.fixed
     if fixed is not None:
         fixed = fixed._replace(shown_BTF=_rows(fixed.shown_BTF, rows))

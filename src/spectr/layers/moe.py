@@ -87,13 +87,14 @@ def _up(experts: Any) -> str:
 
 def fused_parameters(experts: Any) -> tuple[str, ...]:
     """Names of the parameters that can be routed in a module of MoE experts; none in other modules."""
-    if not all(hasattr(experts, flag) for flag in _FLAGS) or getattr(experts, "_is_expert_parallel", False):
+    moved = hasattr(experts, "_hf_hook") and any(weight.is_meta for weight in experts.parameters(recurse=False))
+    if moved or not all(hasattr(experts, flag) for flag in _FLAGS) or getattr(experts, "_is_expert_parallel", False):
         return ()
     names = (_up(experts), "down_proj")
     return names if all(_is_plain(getattr(experts, name, None)) for name in names) else ()
 
 
 def _is_plain(weight: Any) -> bool:
-    """Whether these are matrices of floating numbers in memory, rather than packed, sharded or elsewhere."""
-    plain = type(weight) in (Tensor, nn.Parameter) and weight.ndim == 3 and not weight.is_meta
+    """Whether these are matrices of floating numbers, rather than packed or sharded."""
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.ndim == 3
     return plain and weight.is_floating_point() and weight.element_size() > 1

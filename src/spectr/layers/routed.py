@@ -181,7 +181,7 @@ class RoutedLinear(nn.Module):
         """What holds for these tokens: the router's scores and the weights, be they chosen or fixed.
 
         Args:
-            x: The layer's input.
+            x: The layer's input; of pairs the result is each token's mean over its MoE experts.
             call: What holds; if left out, what is in force in this thread.
         """
         call = self.in_force() if call is None else call
@@ -189,7 +189,7 @@ class RoutedLinear(nn.Module):
         assert shown is not None, "there is nothing to explain where no expert is held"
         if isinstance(x, Pairs):
             parts = [self.explain(x_NI, part) for x_NI, _, part in x.calls(call, self)]
-            return Decision(*(x.by_token(torch.cat(some)) for some in zip(*parts, strict=True)))
+            return Decision(*(x.by_token(torch.cat(some)).mean(1) for some in zip(*parts, strict=True)))
         if call.fixed is not None:
             h_TP, scores_TE = self._score(x, shown)
             return Decision(h_TP, scores_TE, spread(call.fixed.shown_BTF, self, x).expand_as(scores_TE))

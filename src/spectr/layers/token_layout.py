@@ -269,12 +269,11 @@ class TokenPlaces(NamedTuple):
             return pairs, row_N[index_N][pairs.token_S.cpu()]
         return x.flatten(0, -2)[index_N.to(x.device)], row_N[index_N]
 
-    def by_rows(self, values: Float[Tensor, "*L E"], layer: nn.Module, x: LayerInput, missing: float) -> Tensor | None:
+    def by_rows(self, values: Float[Tensor, "*L E"], layer: nn.Module, x: Tensor, missing: float) -> Tensor | None:
         """Values of a layer's inputs as (rows, tokens, E); ``missing`` for tokens that it is not given."""
-        marks = self.marks(layer, x.tokens_NH if isinstance(x, Pairs) else x)
+        marks = self.marks(layer, x)
         if marks is None or bool((marks < 0).any()):
             return None
-        marks = marks.repeat_interleave(x.slots) if isinstance(x, Pairs) else marks
         marks_N, values_NE = marks.flatten(), values.flatten(0, -2)
         counts_B = (marks_N // (self.tokens + 1)).bincount(minlength=self.rows)
         if bool((counts_B == counts_B[0]).all()):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from spectr.errors import CompositionError, did_you_mean
 from spectr.layers.batch_routing import base_alone, thread
-from spectr.layers.pairs import LayerInput, Pairs
+from spectr.layers.pairs import Pairs
 from spectr.layers.routed import RoutedLinear
 
 
@@ -173,14 +173,14 @@ def _watch_layer(record: LayerTrace) -> Callable[[nn.Module, Any, Any], None]:
         assert isinstance(layer, RoutedLinear)
         if base_alone():  # it reads a prompt, before that is answered
             return
-        x = args[0] if args else kwargs["input"]
+        given = args[0] if args else kwargs["input"]
+        x = given.tokens_NH if isinstance(given, Pairs) else given
         call = layer.in_force()
         if call.shown is None:  # none of a prompt's shortlist adapts it
-            hidden = x.tokens_NH if isinstance(x, Pairs) else x
-            nothing = _three_axes(hidden.new_zeros(*hidden.shape[:-1], 0), layer, hidden)
+            nothing = _three_axes(x.new_zeros(*x.shape[:-1], 0), layer, x)
             record.add((), nothing, nothing)
             return
-        decision = layer.explain(x, call)
+        decision = layer.explain(given, call)
         scores_BTE = _three_axes(decision.scores_TE, layer, x, missing=-torch.inf)
         record.add(call.shown.experts, scores_BTE, _three_axes(decision.weights_TE, layer, x))
 
@@ -215,7 +215,7 @@ def _spread(
 
 
 def _three_axes(
-    tensor: Float[Tensor, "*L E"], layer: RoutedLinear, x: LayerInput, missing: float = 0.0
+    tensor: Float[Tensor, "*L E"], layer: RoutedLinear, x: Tensor, missing: float = 0.0
 ) -> Float[Tensor, "B T E"]:
     """By rows and tokens, where these are known; otherwise as the layer is given them."""
     tensor, places = tensor.detach().float().cpu(), thread.places
