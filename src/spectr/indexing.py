@@ -75,7 +75,7 @@ def build_index(
     modules = sorted({module for expert in missing.values() for module in expert.shapes})
     inputs: dict[str, Float[Tensor, "T I"]] = {}
 
-    def keep(module: str, x_TI: Float[Tensor, "T I"]) -> None:
+    def keep(module: str, x_TI: Any) -> None:  # a tensor, (T, I): an index is of linear layers alone
         inputs[module] = x_TI.float() - known.means[module].to(x_TI.device)
 
     read_inputs(model, [module for module in modules if module not in known.unmeasured], known.said, keep)

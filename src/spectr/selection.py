@@ -101,7 +101,7 @@ def select_among(
 
 def is_captured() -> bool:
     """Whether what runs now is made into a graph for other inputs: torch compiles, exports or traces."""
-    return is_compiling() or torch.jit.is_tracing()
+    return is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
 
 
 def largest(scores_TE: Float[Tensor, "*T E"], k: int) -> tuple[Float[Tensor, "*T K"], Int[Tensor, "*T K"]]:

@@ -21,10 +21,17 @@ class Foretold(Evidence):
     """Each prompt has an expert, by the sum of its tokens; the others have some evidence, too."""
 
     def reader(self, source, experts):
-        def read(input_ids, attention_mask=None, **_):
-            real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            evidence_BE = 0.3 + 0.6 * one_hot((input_ids * real).sum(-1) % len(experts), len(experts)).float()
-            is_ordinary = ((input_ids == RED) & (real > 0)).sum(-1) % 2 == 1
-            return Found(evidence_BE, torch.where(is_ordinary, ORDINARY, SPECIAL))
+        return Reading(len(experts))
 
-        return read
+
+@dataclass(frozen=True)
+class Reading:
+    """A reader that may be copied and pickled, unlike a function."""
+
+    experts: int
+
+    def __call__(self, input_ids, attention_mask=None, **_):
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        evidence_BE = 0.3 + 0.6 * one_hot((input_ids * real).sum(-1) % self.experts, self.experts).float()
+        is_ordinary = ((input_ids == RED) & (real > 0)).sum(-1) % 2 == 1
+        return Found(evidence_BE, torch.where(is_ordinary, ORDINARY, SPECIAL))

@@ -164,7 +164,7 @@ def _factor_shape(
     several = config.target_parameters and A[0] == B[1]  # of a parameter with many matrices, which only a model knows
     if not A[0] == B[1] == rank and not several:
         faults.append(f"{module} has factors of shapes {A} and {B} where the configuration says rank {rank}")
-    more = Parts(**{part: key for part, key in parts.items() if part in Parts._fields})
+    more = Parts(**{part: key for part, key in parts.items() if part in Parts._fields})  # pyright: ignore[reportArgumentType]
     faults += [f"{key} has shape {shapes[key]}, not {B[:1]}" for key in more.tensors if shapes[key] != B[:1]]
     return FactorShape(A[0], A[1], B[0], config.scale_of(module), parts["A"], parts["B"], more)
 

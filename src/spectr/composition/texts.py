@@ -42,7 +42,7 @@ def check_texts(model: nn.Module, experts: Iterable[Expert]) -> None:
 
 def report_names(model: nn.Module, experts: Iterable[Expert]) -> None:
     """Report experts that fit a model by their sizes and name another one as their base."""
-    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    name = str(getattr(getattr(model, "config", None), "_name_or_path", None) or "")
     for expert in experts if name else ():
         if expert.base_model and not same_base(name, expert.base_model):
             report_once(

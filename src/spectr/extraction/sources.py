@@ -104,6 +104,7 @@ class _Renaming:
 
     def __init__(self, model: Any):
         self._model = model
+        self._rename: Any  # its types are narrower than what transformers itself gives it
         try:
             from transformers.conversion_mapping import get_model_conversion_mapping
             from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key

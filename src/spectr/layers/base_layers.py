@@ -40,7 +40,7 @@ class ModelLayers:
         are the columns that it computes with.
         """
         layer = self.layer(module)
-        weight = getattr(layer, "weight", None)
+        weight: Any = getattr(layer, "weight", None)
         if is_plain(weight):
             return (weight if isinstance(getattr(layer, "in_features", None), int) else weight.mT).float()
         sizes = features(layer)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from spectr.layers.routed import RoutedLinear
     from spectr.layers.token_layout import TokenPlaces
 
-Observe = Callable[["RoutedLinear", Tensor], None]
+Observe = Callable[["RoutedLinear", Any], None]
 
 
 class FixedWeights(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -21,10 +22,11 @@ def check_bare(model: nn.Module) -> None:
         return
     wrapped = getattr(sys.modules.get("peft"), "PeftModel", ())
     whole = isinstance(model, wrapped)
-    names = set(model.peft_config) if whole else set()
-    for module in model.modules():
-        if isinstance(module, tuners.BaseTunerLayer):
-            names |= {*_adapters(module), *module.merged_adapters}
+    names: set[str] = {*getattr(model, "peft_config", ())} if whole else set()
+    layers: Iterator[Any] = model.modules()
+    for layer in layers:
+        if isinstance(layer, tuners.BaseTunerLayer):
+            names |= {*_adapters(layer), *layer.merged_adapters}
     if names:
         raise CompositionError(
             f"this model carries adapters of PEFT already ({some_of(sorted(names), 3)}); experts would add to them",

@@ -213,8 +213,8 @@ def saved_faults(base: nn.Module, parts: SavedParts) -> Iterator[str]:
     factors, rows = parts.factors, parts.rows
     if factors is not None and (not isinstance(base, nn.Embedding) or sizes != (factors.tokens, factors.features)):
         yield f"an embedding of {factors.tokens} tokens and {factors.features} features, here {sizes}"
-    fits = sizes is not None and len(sizes) == 2
-    if rows is not None and not (fits and sizes[1] == rows.features and max(rows.tokens, default=0) < sizes[0]):
+    count, features = sizes if sizes is not None and len(sizes) == 2 else (0, 0)
+    if rows is not None and not (features == rows.features and max(rows.tokens, default=0) < count):
         yield f"trained rows up to {max(rows.tokens, default=0)} of {rows.features} features, here {sizes}"
 
 

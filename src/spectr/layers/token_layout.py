@@ -64,7 +64,8 @@ class Layout(NamedTuple):
 @lru_cache(maxsize=64)
 def _marks(layout: Layout, leading: tuple[int, ...], rows: int, tokens: int) -> Int[Tensor, "*L"] | None:
     count, beside = prod(leading), len(leading) > 1 and leading[1] == rows
-    if count % rows or not (leading[0] % rows == 0 or (layout.tokens_first and beside)):
+    first = next(iter(leading))
+    if count % rows or not (first % rows == 0 or (layout.tokens_first and beside)):
         return None
     index_N, each = torch.arange(count), count // rows
     if layout.tokens_first:
@@ -278,7 +279,7 @@ class TokenPlaces(NamedTuple):
         counts_B = (marks_N // (self.tokens + 1)).bincount(minlength=self.rows)
         if bool((counts_B == counts_B[0]).all()):
             order_N = marks_N.argsort(stable=True).to(values.device)
-            return values_NE[order_N].view(self.rows, -1, values.shape[-1])
+            return values_NE[order_N].view(self.rows, len(order_N) // self.rows, values.shape[-1])
         row_N, position_N = marks_N // (self.tokens + 1), marks_N % (self.tokens + 1)
         if bool((position_N == self.tokens).any()):
             return None

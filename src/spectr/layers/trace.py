@@ -169,7 +169,7 @@ def trace(model: nn.Module) -> Iterator[Trace]:
 
 def _watch_layer(record: LayerTrace) -> Callable[[nn.Module, Any, Any], None]:
     @torch.no_grad()
-    def hook(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert isinstance(layer, RoutedLinear)
         if base_alone():  # it reads a prompt, before that is answered
             return

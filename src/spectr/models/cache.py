@@ -110,7 +110,7 @@ def reads_in_parts(model: nn.Module, tokens: int | None = None) -> bool:
     known: Any = model
     if known.config.is_encoder_decoder or known._is_stateful or not known._supports_default_dynamic_cache():
         return False
-    layers = DynamicCache(config=known.config).layers
+    layers: list[Any] = DynamicCache(config=known.config).layers
     windows = [layer.sliding_window for layer in layers if hasattr(layer, "sliding_window")]
     recurrent = any(hasattr(layer, "recurrent_states") or hasattr(layer, "conv_states") for layer in layers)
     return not recurrent and (tokens is None or tokens <= min(windows, default=tokens))

@@ -125,7 +125,7 @@ def update_by_kernels(
         in_place: Whether the result may be in the memory of ``out``.
     """
     backend, choice = plan.backend, plan.choice
-    if backend is None or x.dtype != A_PI.dtype or torch.jit.is_tracing():
+    if backend is None or x.dtype != A_PI.dtype or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return None
     if is_compiling():
         return _in_graph(plan, out, x, A_PI, rows, in_place)

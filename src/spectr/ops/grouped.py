@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
+from torch.jit import is_tracing  # pyright: ignore[reportPrivateImportUsage]
 from torch.nn.functional import linear
 
 
@@ -14,7 +15,7 @@ def grouped_inputs(
     x_TI: Float[Tensor, "*T I"], A_PI: Float[Tensor, "P I"], ranks: Sequence[int], taken_TE: Bool[Tensor, "*T E"]
 ) -> Float[Tensor, "*T P"]:
     """``A_t x`` of each token's own experts, zero for the others: ``2 R I`` operations for each taken expert."""
-    if torch.jit.is_tracing():  # for other inputs, of which other tokens take an expert
+    if is_tracing():  # for other inputs, of which other tokens take an expert
         return linear(x_TI, A_PI) * _spread(taken_TE, ranks)
     x_NI, taken_NE = x_TI.flatten(0, -2), taken_TE.flatten(0, -2)
     h_NP = x_NI.new_zeros(len(x_NI), len(A_PI))
@@ -30,7 +31,7 @@ def grouped_outputs(
     h_TP: Float[Tensor, "*T P"], weights_TE: Float[Tensor, "*T E"], B_OP: Float[Tensor, "O P"], ranks: Sequence[int]
 ) -> Float[Tensor, "*T O"]:
     """``sum_t w_t B_t h_t`` over each token's own experts: ``2 R O`` operations for each expert with a weight."""
-    if torch.jit.is_tracing():
+    if is_tracing():
         return linear(h_TP * _spread(weights_TE, ranks).to(h_TP), B_OP)
     h_NP, weights_NE = h_TP.flatten(0, -2), weights_TE.flatten(0, -2).to(h_TP.dtype)
     delta_NO = h_NP.new_zeros(len(h_NP), len(B_OP))

@@ -140,12 +140,12 @@ class CertainProbe:
         null_z = Interval(*(left_out(bound, texts) for bound in null_z)).widened(0)
         alike_2E = self._null.middle.std(1, correction=min(1, texts - 1)) < LEAST_SPREAD
         alike_2E[0] = False
-        largest_B, null_K = (
-            Interval(*(largest(bound.masked_fill(alike_2E[:, None], torch.nan)) for bound in some))
-            for some in (z, null_z)
+        z, null_z = (
+            Interval(*(bound.masked_fill(alike_2E[:, None], torch.nan) for bound in some)) for some in (z, null_z)
         )
+        largest_B, null_K = (Interval(*map(largest, some)) for some in (z, null_z))
         p = Interval(p_value(largest_B.most, null_K.least), p_value(largest_B.least, null_K.most))
-        return Interval(*(bound[0].nan_to_num(nan=NO_EVIDENCE) for bound in z)), p
+        return Interval(*(bound.nanmean(0).nan_to_num(nan=NO_EVIDENCE) for bound in z)).widened(0), p
 
     def _read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, exact: bool = False) -> Interval:
         """The evidence's numbers for each expert, (numbers, batch, experts)."""
@@ -153,7 +153,7 @@ class CertainProbe:
         most: dict[str, Tensor] = {}
         tokens = 0
 
-        def see(name: str, x_NI: Tensor, row_N: Tensor, rows: int) -> None:
+        def see(name: str, x_NI: Any, row_N: Tensor, rows: int) -> None:
             nonlocal tokens
             scorer = self.probe.scorers[name]
             assert isinstance(scorer, BoundedScorer)

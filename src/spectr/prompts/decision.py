@@ -224,7 +224,7 @@ def routing_of(
 
 def refuse_to_capture() -> None:
     """Raise :class:`CompositionError` where a graph is made of a call: it would hold one prompt's decision for all."""
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():  # pyright: ignore[reportPrivateImportUsage]
         raise CompositionError(
             "a call that decides for its prompt cannot be exported or traced: the graph would hold this one decision",
             expected="a router that decides for each token, or a single expert",

@@ -29,8 +29,8 @@ class Scorer(Protocol):
         """Names of those that it scores."""
         ...
 
-    def scores(self, x: Float[Tensor, "*T I"]) -> Float[Tensor, "*T E"]:
-        """Their scores for each token, float32."""
+    def scores(self, x: Any) -> Float[Tensor, "*T E"]:
+        """Their scores for each token, float32; ``x`` is a tensor, or pairs of a routed parameter."""
         ...
 
 
@@ -109,7 +109,7 @@ class Probe:
     def _read(self, *args: Any, **kwargs: Any) -> Float[Tensor, "Q B E"]:
         found: dict[str, Tensor] = {}
 
-        def see(name: str, x_NI: Tensor, row_N: Tensor, rows: int) -> None:
+        def see(name: str, x_NI: LayerInput, row_N: Tensor, rows: int) -> None:
             found[name] = self.evidence.of_module(self._scores(name, x_NI, row_N, rows)).cpu()
 
         self.observe(see, *args, **kwargs)
@@ -137,7 +137,7 @@ class Probe:
             kwargs: Likewise.
         """
         given, counted_BT = _probe(self.entry, args, kwargs, self.evidence.probe_tokens, self.opening)
-        names = {layer: name for name, layer in self.layers.items()}
+        names: dict[nn.Module, str] = {layer: name for name, layer in self.layers.items()}
         read_tokens(self.entry, self._layouts, names, see, given, counted_BT)
 
 

@@ -44,7 +44,8 @@ def settle(make: Callable[[], nn.Module], settings: TrainingSettings) -> Trainin
     """
     with torch.device("meta"):
         peft_model = with_adapter(make(), replace(settings, dropout=0.0))
-    fused = sorted(peft_model.peft_config["default"].target_parameters or ())
+    written: Any = peft_model.peft_config["default"]
+    fused = sorted(written.target_parameters or ())
     if fused and settings.dropout:
         raise DataError(
             f"dropout={settings.dropout}, and target_modules={settings.target_modules!r} has fused parameters here "
@@ -110,7 +111,7 @@ def untrained(peft_model: PeftModel) -> list[str]:
         name
         for name, part in peft_model.get_base_model().named_modules()
         if isinstance(part, LoraLayer) and not isinstance(part, ParamWrapper) and "default" in part.lora_B
-        if not part.lora_B["default"].weight.any()
+        if not torch.any(part.lora_B["default"].weight)  # pyright: ignore[reportArgumentType]
     ]
 
 
@@ -125,7 +126,7 @@ def write_peft(peft_model: PeftModel, folder: Path, *, base_model: str, without:
     """
     outside = tuple(f"{_PREFIX}{name}.lora_" for name in without)
     tensors = {key: value for key, value in _tensors(peft_model).items() if not key.startswith(outside)}
-    config = peft_model.peft_config["default"]
+    config: Any = peft_model.peft_config["default"]
     if without:
         named = dict(peft_model.get_base_model().named_modules())
         adapted = [name for name, part in named.items() if isinstance(part, LoraLayer)]

@@ -145,13 +145,14 @@ def true_evidence(library, ids, modules=("",)):
         rms_E = torch.stack([usual_size(library, name, module) for name in names])
         scores = [true_scores(v_EI, rms_E, x[module], known.means[module]) for x in (inputs, *texts)]
         one = [ModuleScores(s_TE, torch.zeros(len(s_TE), dtype=torch.long), 1) for s_TE in scores]
-        means_KE = torch.cat([PrototypeMeans().of_module(of_text)[0] for of_text in one])
-        for name, mean_K in zip(names, means_KE.mT, strict=True):
-            if not mean_K.isnan().any():
-                total[name] = total.get(name, 0) + mean_K
+        means_2KE = torch.cat([PrototypeMeans().of_module(of_text) for of_text in one], dim=1)
+        for name, mean_2K in zip(names, means_2KE.unbind(-1), strict=True):
+            if not mean_2K.isnan().any():
+                total[name] = total.get(name, 0) + mean_2K
                 count[name] = count.get(name, 0) + 1
-    means_EK = torch.stack([total[name] / count[name] for name in library])
-    return (means_EK[:, 0] - means_EK[:, 1:].mean(-1)) / means_EK[:, 1:].std(-1)
+    means_2EK = torch.stack([total[name] / count[name] for name in library], dim=1)
+    z_2E = (means_2EK[..., 0] - means_2EK[..., 1:].mean(-1)) / means_2EK[..., 1:].std(-1)
+    return z_2E.mean(0)
 
 
 def read(ids, modules):

@@ -25,11 +25,10 @@ class ScoreMeans(ModuleEvidence):
     """How far an expert's scores are above those that it has for ordinary prompts.
 
     With ``s_t`` the scores of expert ``t`` at a module, two numbers for each prompt: ``log (mean_tokens s_t^p)^(1/p)``,
-    by which experts are chosen, and the same of the relative score ``s_t / geomean_u s_u`` with ``q`` for ``p``, by
-    which is seen whether any expert stands out. Both are averaged over the modules that the expert adapts, and
-    standardised by the mean and the standard deviation that the same expert has over ordinary prompts (the null). The
-    first is the evidence. The largest of the second is compared with the null's largest: ``p_B = (1 + #{null >= it}) /
-    (1 + #null)``.
+    and the same of the relative score ``s_t / geomean_u s_u`` with ``q`` for ``p``. Both are averaged over the modules
+    that the expert adapts, and standardised by the mean and the standard deviation that the same expert has over
+    ordinary prompts (the null). The evidence is the mean of the two. Whether any expert stands out is seen from the
+    largest of the second, compared with the null's largest: ``p_B = (1 + #{null >= it}) / (1 + #null)``.
 
     The first takes each expert by itself, so that experts of other ranks, modules or training are compared by what each
     does for ordinary prompts. The second takes away what moves all experts, as any instruction does. A module where no
@@ -88,12 +87,10 @@ class ScoreMeans(ModuleEvidence):
         squares_Q1E = (null_QKE - mean_Q1E).square().nansum(1, keepdim=True)
         spread_Q1E = (squares_Q1E / (texts_Q1E - 1).clamp(min=1)).sqrt()
         z_QBE, null_z_QKE = ((some - mean_Q1E) / spread_Q1E.clamp(min=LEAST_SPREAD) for some in (found_QBE, null_QKE))
-        p_B = None
-        if ordinary:
-            null_z_QKE = left_out(null_z_QKE, null_QKE.shape[1])
-            varies_2 = (spread_Q1E >= LEAST_SPREAD) | torch.tensor([True, False])[:, None, None]
-            p_B = p_value(*(largest(some.masked_fill(~varies_2, math.nan)) for some in (z_QBE, null_z_QKE)))
-        return Found(z_QBE[0].nan_to_num(nan=NO_EVIDENCE), p_B)
+        varies_Q1E = (spread_Q1E >= LEAST_SPREAD) | torch.tensor([True, False])[:, None, None]
+        z_QBE, null_z_QKE = (some.masked_fill(~varies_Q1E, math.nan) for some in (z_QBE, null_z_QKE))
+        p_B = p_value(largest(z_QBE), largest(left_out(null_z_QKE, null_QKE.shape[1]))) if ordinary else None
+        return Found(z_QBE.nanmean(0).nan_to_num(nan=NO_EVIDENCE), p_B)
 
 
 def largest(z_QNE: Float[Tensor, "2 N E"]) -> Float[Tensor, " N"]:
