@@ -111,7 +111,7 @@ def untrained(peft_model: PeftModel) -> list[str]:
         name
         for name, part in peft_model.get_base_model().named_modules()
         if isinstance(part, LoraLayer) and not isinstance(part, ParamWrapper) and "default" in part.lora_B
-        if not torch.any(part.lora_B["default"].weight)  # pyright: ignore[reportArgumentType]
+        if not torch.any(part.lora_B["default"].weight)  # pyright: ignore[reportArgumentType, reportCallIssue]
     ]
 
 
