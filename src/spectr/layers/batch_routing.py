@@ -139,6 +139,8 @@ class BatchRouting:
 
     def of(self, layer: RoutedLinear) -> LayerCall:
         """What holds for this layer."""
+        if self.base_only:  # one object serves all models, and must not keep their layers
+            return self._of(layer)
         known = self._calls.get(layer)
         if known is None:
             known = self._calls[layer] = self._of(layer)

@@ -149,6 +149,7 @@ class Calls:
                     setattr(module, name, own)
         Checkpointing(self.model).leave()
         self._stand_ins, self._layers, self._held, self.closed = [], [], [], True
+        self.layouts = Layouts(())
         self._routings.clear()
 
     def __getstate__(self) -> dict[str, Any]:
