@@ -123,9 +123,9 @@ def test_experts_come_and_go(root, library):
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_computes_the_same(library, copied):
     model, _ = composed(library, Spectr(top_k=2))
-    twin = copied(model)
-    assert torch.equal(logits(twin, ids), logits(model, ids))
-    close(logits(twin.double(), ids).float(), logits(model, ids), 1e-4)
+    other = copied(model)
+    assert torch.equal(logits(other, ids), logits(model, ids))
+    close(logits(other.double(), ids).float(), logits(model, ids), 1e-4)
 
 
 def test_gradients_reach_the_input_through_the_gain(root, library):

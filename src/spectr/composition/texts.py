@@ -55,5 +55,5 @@ def _rows(model: Any) -> int | None:
     """Tokens that a model's embedding has; ``None`` where it has no such table."""
     try:
         return model.get_input_embeddings().weight.shape[0]
-    except (AttributeError, NotImplementedError):
+    except (AttributeError, NotImplementedError):  # no model of transformers, or its own refusal: there is no table
         return None

@@ -28,7 +28,7 @@ def peft_remarks(model: Any, targets: Any, modules: Iterable[str]) -> list[str]:
     from peft.tuners.lora.layer import LoraLayer
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what does not match, which is told here
+        warnings.simplefilter("ignore")  # of what does not match, which this function reports
         try:
             get_peft_model(model, LoraConfig(r=1, target_modules=targets))
         except ValueError as error:

@@ -26,9 +26,8 @@ from spectr.routers.use import Use
 from spectr.selection import is_captured, select_among
 from spectr.spectral import Stack
 
-_BUFFERS = (  # and the router's own
-    *("A_PI", "B_OP", "owner_P", "member_EP", "rows_ER", "mix_PR", "C_QP", "U_OQ", "gain_EO", "shift_EO"),
-)
+# And the router's own.
+_BUFFERS = "A_PI", "B_OP", "owner_P", "member_EP", "rows_ER", "mix_PR", "C_QP", "U_OQ", "gain_EO", "shift_EO"
 
 
 class RoutedLinear(nn.Module):
@@ -285,7 +284,7 @@ class RoutedLinear(nn.Module):
             return _add(out, gathered_sum(h_TP, index_TK, weights_TK, B_OP, factors.rows_ER))
         weights_TE = self._weights(scores_TE, x, call)
         if factors.exceeds_products:
-            out = out + factors.beyond_products(out, _bias_of(self.base), weights_TE)
+            out = out + factors.beyond_products(out, self.bias, weights_TE)
         if not self.sums:
             return _add(out, self._combined(h_TP, weights_TE, factors))
         if self.lister is not None:
@@ -309,7 +308,7 @@ class RoutedLinear(nn.Module):
         assert fixed is not None
         h_TP = self.router.inputs(factors, x.to(factors.A_PI.device, factors.A_PI.dtype))
         if factors.exceeds_products:
-            out = out + factors.beyond_products(out, _bias_of(self.base), spread(fixed.weights_BTE, self, x))
+            out = out + factors.beyond_products(out, self.bias, spread(fixed.weights_BTE, self, x))
         if self.sums:
             return self._add_masked(out, h_TP * spread(fixed.weights_BTP, self, x), factors.B_OP)
         weights_TE = spread(fixed.weights_BTE, self, x).expand(*h_TP.shape[:-1], -1)
@@ -358,8 +357,8 @@ class RoutedLinear(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        """The base layer's bias."""
-        return self.base.bias  # pyright: ignore[reportReturnType]
+        """The base layer's bias, where it has one."""
+        return getattr(self.base, "bias", None)
 
     @property
     def in_features(self) -> int:
@@ -383,10 +382,6 @@ def _fits(rows: Tensor, layer: RoutedLinear, x: Tensor) -> bool:
         return rows.shape[1] == 1
     rows_first = thread.places is None or thread.places.layouts.get(layer) in ROWS_FIRST
     return rows_first and x.ndim > 2 and len(rows) == len(x)
-
-
-def _bias_of(base: nn.Module) -> Tensor | None:
-    return getattr(base, "bias", None)
 
 
 def _sizes(base: nn.Module) -> Features:

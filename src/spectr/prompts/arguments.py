@@ -91,10 +91,10 @@ def begins_with(whole: Mapping[str, Any], record: CacheRecord, only_new: bool) -
     return mine.shape == before.shape and bool((mine == before.to(mine.device)).all())
 
 
-def as_prompt(ids_BT: Tensor) -> dict[str, Tensor]:
+def as_prompt(ids_BT: Tensor, positions_BT: Tensor | None = None) -> dict[str, Tensor]:
     """Arguments for token ids of which -1 are masked."""
     real_BT = ids_BT >= 0
-    given = {"input_ids": ids_BT.clamp(min=0)}
+    given = {"input_ids": ids_BT.clamp(min=0)} | ({} if positions_BT is None else {"position_ids": positions_BT})
     return given if bool(real_BT.all()) else {**given, "attention_mask": real_BT.long()}
 
 

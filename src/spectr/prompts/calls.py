@@ -18,6 +18,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from operator import is_
 from typing import Any, NamedTuple
@@ -203,15 +204,13 @@ class Calls:
         given = entry.given(args, kwargs)
         batch = self.batches.of(given)
         if batch is not None:
-            places = TokenPlaces(self.layouts.known, 1, batch.tokens)
-            return _Step(given, batch.routing, places, batch.kept)
+            return _Step(given, batch.routing, TokenPlaces(self.layouts.known, 1, batch.tokens), batch.kept)
         packed = None if self.prompt is None else packed_lengths(given)
         if packed is not None and self.wanted(frame_of(self)) is None:
             return _Step(given, self._packed(given, packed), None, kept_tokens(given))
         tokens = tokens_of(given, decoder=has_encoder(self.model) and entry.part == "model")
         record = self._record_for(entry, given, tokens)
-        verdict_BE = record.verdict_BE
-        routing = None if verdict_BE is None else self.routing(verdict_BE)
+        routing = None if record.verdict_BE is None else self.routing(record.verdict_BE)
         return _Step(given, routing, self._places(entry, given, tokens, routing), None, tokens, record)
 
     def _places(
@@ -328,18 +327,12 @@ class Calls:
         return record
 
     def read_again(
-        self,
-        entry: Entry,
-        given: Mapping[str, Any],
-        state: Any,
-        tokens: CallTokens,
-        frame: Frame | None,
-        wanted: Tensor | None,
+        self, entry: Entry, given: Mapping[str, Any], state: Any, tokens: CallTokens, frame: Frame | None, wanted: Any
     ) -> CacheRecord:
         """Empty a cache and read its tokens under what holds now; refused where these are not known."""
         before = records.record_of(state)
         ids_BT = None if before is None or not records.agrees(state, before) else before.ids_BT
-        if ids_BT is None or not records.can_reset(state) or len(ids_BT) != tokens.rows:
+        if before is None or ids_BT is None or not records.can_reset(state) or len(ids_BT) != tokens.rows:
             raise CompositionError(
                 "the cache was filled under other experts or another decision, and its tokens are not known",
                 expected="an empty cache, or one that this composition filled from token ids",
@@ -350,16 +343,12 @@ class Calls:
                 raise CompositionError("a cache goes on with embeddings", do="read the prompt again, without it")
             new_BT = records.masked_ids(tokens.ids, tokens.mask)
             wanted = self.decide(as_prompt(torch.cat([ids_BT.to(new_BT.device), new_BT], dim=1)))
-        assert before is not None
-        positions = before.positions_BT
-        record = self.fresh(wanted, frame)  # before the reset, which empties the record there is
-        record.ids, record.positions = before.ids, before.positions
-        record.length, record.before = before.length, before.before
-        state.reset()
+        fresh = self.fresh(wanted, frame)
+        record = replace(before, composition=fresh.composition, allowed=fresh.allowed, history=fresh.history)
+        record.frame = fresh.frame
+        read = {**as_prompt(ids_BT, before.positions_BT), "past_key_values": state, "use_cache": True}
+        state.reset()  # which empties the record there is
         routing = None if wanted is None else self.routing(wanted)
-        read = {**as_prompt(ids_BT), "past_key_values": state, "use_cache": True}
-        if positions is not None:
-            read["position_ids"] = positions
         places = self._places(entry, read, tokens_of(read, decoder=False), routing)
         with torch.no_grad(), self._inside(routing, places), followed(self.layouts, places):
             entry.plain(**read)
