@@ -146,7 +146,7 @@ FAMILIES = {
         model="MambaForCausalLM",
         config="MambaConfig",
         settings=MAMBA,
-        targets=["in_proj", "x_proj", "out_proj"],
+        targets=["in_proj", "x_proj"],
         plain=("in_proj",),
     ),
     "mixtral": Family(model="MixtralForCausalLM", config="MixtralConfig", settings={**GROUPED, "num_local_experts": 4}),

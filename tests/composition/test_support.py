@@ -1,0 +1,109 @@
+"""Which adapters are exact on which models: each cell of docs/support.md is computed here and compared with PEFT.
+
+Rows of a batch with an expert each, against PEFT with one adapter at a time; and what is refused. To write the table:
+
+    python tests/composition/test_support.py
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
+
+from beyond_lora import moved_adapter
+from families import FAMILIES, Family
+from models import peft_model
+from spectr import ExpertLibrary, compose
+from spectr.errors import SpectrError
+from trained_modules import ROWS
+
+PAGE = Path(__file__).parents[2] / "docs" / "support.md"
+KINDS = {
+    "attention": {},
+    "all linear": {"target_modules": None},
+    "rsLoRA": {"use_rslora": True, "rank_pattern": {r".*(q|query|c_attn|value|v_proj)": 2}},
+    "DoRA": {"use_dora": True},
+    "bias of B": {"lora_bias": True},
+    "trained biases": {"bias": "lora_only"},
+    "PiSSA": {"init_lora_weights": "pissa"},
+    "OLoRA": {"init_lora_weights": "olora"},
+    "saved norm": {"modules_to_save": None},
+}
+
+
+def settings_of(family: Family, kind: str, model) -> dict:
+    """PEFT's settings of an adapter of this kind for a model."""
+    targets = family.plain if isinstance(family.plain, str) else list(family.plain)
+    found = {"target_modules": targets, **family.options, **KINDS[kind]}
+    if found["target_modules"] is None:
+        found["target_modules"] = family.targets
+    if "modules_to_save" in found:
+        norms = [name for name, module in model.named_modules() if "Norm" in type(module).__name__]
+        found["modules_to_save"] = [norms[-1].rpartition(".")[2]]
+    return found
+
+
+@torch.no_grad()
+def output(model, inputs):
+    out = model(**inputs)
+    return (out.logits if "logits" in out else out.last_hidden_state).float()
+
+
+def cell(name: str, kind: str, root: Path) -> str:
+    """ "yes", or who refuses: "PEFT" or "no"; anything else that happens is raised."""
+    family = FAMILIES[name]
+    model = family.build()
+    options = settings_of(family, kind, model)
+    try:
+        folders = {each: moved_adapter(model, root / each, seed, **options) for seed, each in enumerate("ab", start=1)}
+        inputs = family.inputs()
+        theirs = [output(peft_model(model, folder), inputs)[row] for row, folder in enumerate(folders.values())]
+    except (ValueError, RuntimeError):  # Mamba's out_proj is refused by PEFT; OLoRA of GPT-2's layers fails in it
+        return "PEFT"
+    plain = output(model, inputs)
+    assert all((mine - plain[row]).abs().max() > 1e-4 for row, mine in enumerate(theirs)), "the adapter does nothing"
+    try:
+        routed = compose(model, ExpertLibrary.from_adapters(folders), ROWS)
+        assert routed.prompt is not None
+        with routed.prompt.using(torch.eye(2)):
+            ours = output(model, inputs)
+    except SpectrError:
+        return "no"
+    for row, expected in enumerate(theirs):
+        torch.testing.assert_close(ours[row], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    return "yes"
+
+
+def row_of(name: str, root: Path) -> str:
+    """A model's line of the table."""
+    cells = [cell(name, kind, root / str(number)) for number, kind in enumerate(KINDS)]
+    return f"| {name} (`{FAMILIES[name].model}`) | {' | '.join(cells)} |"
+
+
+@pytest.mark.filterwarnings("ignore:.*lora_bias:UserWarning", "ignore:.*OLoRA:UserWarning")  # PEFT's own, of merging
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_table_says_what_is_exact(name, tmp_path):
+    assert row_of(name, tmp_path) in PAGE.read_text(encoding="utf-8").splitlines()
+
+
+def main() -> None:
+    lines = []
+    for name in FAMILIES:
+        with TemporaryDirectory() as root:
+            lines.append(row_of(name, Path(root)))
+        print(lines[-1], file=sys.stderr)
+    before, after = PAGE.read_text(encoding="utf-8").split("<!-- table -->\n")[::2]
+    head = [f"| model | {' | '.join(KINDS)} |", "| --- " * (len(KINDS) + 1) + "|"]
+    table = "\n".join([*head, *lines])
+    PAGE.write_text(f"{before}<!-- table -->\n{table}\n<!-- table -->\n{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
