@@ -6,13 +6,15 @@ VLLM_VENV ?= .venv-vllm
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --retries 10
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --retries 10
 
-.PHONY: help demo test test-browser test-vllm lint clean
+.PHONY: help demo test test-browser test-vllm lint docs docs-serve clean
 help:
 	@echo "make demo   install, fetch the base model, and show the base and the routed model side by side"
 	@echo "make test   install, then run linters, type checker and tests"
 	@echo "make test-browser  install the browser's driver, then test the playground in chromium"
 	@echo "make test-vllm  install the engine vLLM (CPU build) in an environment of its own, then run its tests"
 	@echo "make lint   linters and type checker alone"
+	@echo "make docs   build the documentation site in docs/_build/html; warnings are errors"
+	@echo "make docs-serve  the same, shown at http://127.0.0.1:8000 and built again after each change"
 	@echo "make clean  delete the environment and what the commands wrote"
 
 demo: $(VENV)/.demo
@@ -44,6 +46,12 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+docs: $(VENV)/.test
+	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+
+docs-serve: $(VENV)/.test
+	$(BIN)/sphinx-autobuild --watch src --watch README.md --watch CHANGELOG.md docs docs/_build/html
+
 # torch first and pinned: a range would pull a CUDA build of several gigabytes.
 $(VENV)/.torch: requirements/torch.txt
 	@echo "· making an environment in $(VENV)"
@@ -64,4 +72,4 @@ $(VENV)/.test: $(VENV)/.torch pyproject.toml requirements/constraints.txt
 	@touch $@ $(VENV)/.demo
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) out .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) docs/_build out .pytest_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""The committed report, docs/report.html, made again by one command: inputs, experiments, page.
+"""The committed report, docs/appendix/report.html, made again by one command: inputs, experiments, page.
 
     python benchmarks/report.py --work WORK --data-root DATA
 

@@ -1,4 +1,4 @@
-"""Old names of modules, options and attributes. They work for one version, with a warning; see docs/old-names.md."""
+"""Old names of modules, options and attributes: they work one version longer (docs/reference/old-names.md)."""
 
 from __future__ import annotations
 

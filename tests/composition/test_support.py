@@ -1,6 +1,6 @@
-"""Which adapters are exact on which models: each cell of docs/support.md is computed here and compared with PEFT.
+"""Which adapters are exact on which models: each cell of the support table is computed here and compared with PEFT.
 
-Rows of a batch with an expert each, against PEFT with one adapter at a time; and what is refused. To write the table:
+Rows of a batch with an expert each, against PEFT with one adapter at a time; and what is refused. To write docs/reference/support.md:
 
     python tests/composition/test_support.py
 """
@@ -24,7 +24,7 @@ from spectr import ExpertLibrary, compose
 from spectr.errors import SpectrError
 from trained_modules import ROWS
 
-PAGE = Path(__file__).parents[2] / "docs" / "support.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "support.md"
 KINDS = {
     "attention": {},
     "all linear": {"target_modules": None},

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from spectr.library import ExpertLibrary
     from spectr.merging import Recipe
 
-_PANEL = "Settings of a method (docs/merging.md has their defaults)"
+_PANEL = "Settings of a method (docs/howto/merging.md has their defaults)"
 
 
 def merge(

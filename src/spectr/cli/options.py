@@ -108,7 +108,7 @@ class Routing:
             "-r",
             help="Choose experts by this router. auto: calibrated where the library is (shortlist, of one expert, "
             f"where it is indexed and has more than 64), else spectr. Or {', '.join(ROUTERS.entries)}, or one that a "
-            "package adds. See docs/routers.md.",
+            "package adds. See docs/reference/routers.md.",
             rich_help_panel=_PANEL,
         ),
     ] = "auto"
@@ -134,7 +134,7 @@ class Routing:
             "--set",
             metavar="NAME=VALUE",
             help="Set another setting of the router, once for each: --set temperature=0.5. With several routers it is "
-            "for all that have it; --set arrow.temperature=0.5 is for one. See docs/routers.md.",
+            "for all that have it; --set arrow.temperature=0.5 is for one. See docs/reference/routers.md.",
             rich_help_panel=_PANEL,
         ),
     ] = None

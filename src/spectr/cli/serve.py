@@ -30,7 +30,9 @@ def serve(
     port: Annotated[int, typer.Option(help="Listen at this port; 0 for a free one.", min=0, max=65535)] = 8000,
     policy: Annotated[
         Path | None,
-        typer.Option(help="Read from this YAML or JSON file which API key may use which experts. See docs/serving.md."),
+        typer.Option(
+            help="Read from this YAML or JSON file which API key may use which experts. See docs/howto/serving.md."
+        ),
     ] = None,
     served_name: Annotated[str, typer.Option(help="Name the composed model for clients.")] = "spectr",
     exclude: Annotated[list[str] | None, typer.Option("--except", help="Leave this expert out: once for each.")] = None,

@@ -103,7 +103,7 @@ def _save_base(routed: Routed, tokenizer: PreTrainedTokenizerBase, folder: Path,
     if getattr(model.config, "quantization_config", None) is not None:
         raise CompositionError(
             "the base model is quantised, and such a folder has no place for two quantisations yet",
-            do="save the base model in bfloat16; for vLLM name the library by hf_overrides, see docs/vllm.md",
+            do="save the base model in bfloat16; for vLLM name the library by hf_overrides, see docs/howto/vllm.md",
         )
     model.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
     tokenizer.save_pretrained(folder)

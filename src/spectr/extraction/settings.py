@@ -82,7 +82,7 @@ class Extraction(Truncation):
         oversampling: Of the randomised SVD: directions that it computes in addition to the result.
         power_iterations: Of the randomised SVD: passes that sharpen a spectrum which decays slowly.
         seed: Of the randomised SVD; each module's random numbers depend on it and on the module's name alone.
-        max_memory: Bytes that tensors may take at any time (see docs/extraction.md), Python and torch not counted.
+        max_memory: Bytes that tensors may take at any time, Python and torch not counted (docs/howto/extraction.md).
         dtype: Of the factors that are written: ``bfloat16`` or ``float32``.
         strict: Refuse where anything has changed that a LoRA expert cannot carry.
 

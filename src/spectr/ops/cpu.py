@@ -16,7 +16,10 @@ from spectr.ops.fused_linear import Calls, FusedCpuLinear, Layer, place
 
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _FEW = 16  # tokens up to which one call reads each weight once; of more, products by torch are faster
-_FEW_BY_TILES = {torch.float32: 16, torch.bfloat16: 8}  # or by tiles, where there are any, as measured (docs/speed.md)
+_FEW_BY_TILES = {
+    torch.float32: 16,
+    torch.bfloat16: 8,
+}  # or by tiles, where there are any, as measured (docs/appendix/speed.md)
 _DENSE_PAYS = 2  # experts for each chosen one up to which a product with all of them and zeros is faster than sums
 _SMALL = 1 << 18  # terms of scores that one thread sums before a second one has begun
 

@@ -139,7 +139,7 @@ class Polar:
         self._contexts = []
 
 
-DEFAULT_POLICY = "lfu-aging"  # by benchmarks/paging.py: docs/scale.md has the figures
+DEFAULT_POLICY = "lfu-aging"  # by benchmarks/paging.py: docs/appendix/scale.md has them
 
 POLICIES: Registry[Policy] = Registry(
     kind="policy",

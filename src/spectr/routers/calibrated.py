@@ -53,7 +53,7 @@ class Calibrated(LengthRouter):
             always chooses an expert.
         combine: ``"outputs"``, or another of :data:`spectr.combine.COMBINATIONS`.
 
-    Source: ours; see docs/routers.md.
+    Source: ours; see docs/reference/routers.md.
     """
 
     level: Literal["prompt", "token", "prior"] = "prompt"

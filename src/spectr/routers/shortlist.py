@@ -48,7 +48,7 @@ class Shortlist(PromptRouter):
             always lists experts.
 
     Source: ours, with the prototypes of Arrow (Ostapenko et al., 2024) and the two steps of LAG (Fleshman and Van
-    Durme, 2025); see docs/scale.md.
+    Durme, 2025); see docs/howto/scale.md.
     """
 
     size: int = 16

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, 
 from spectr.errors import DataError, did_you_mean, raise_together
 from spectr.serving.validation import faults
 
-_SEE = "see docs/serving.md, Who may use which expert"
+_SEE = "see docs/howto/serving.md, Who may use which expert"
 
 
 class Key(BaseModel):

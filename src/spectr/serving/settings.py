@@ -68,7 +68,7 @@ class ServerSettings:
                 raise SpectrError(
                     f"--host {self.host} without a policy: anybody who reaches it could use every expert",
                     expected="a policy file, or a loopback address",
-                    do="--policy FILE (see docs/serving.md), or --host 127.0.0.1",
+                    do="--policy FILE (see docs/howto/serving.md), or --host 127.0.0.1",
                 )
             return None
         policy = read_policy(self.policy_file)

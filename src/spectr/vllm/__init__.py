@@ -1,7 +1,7 @@
 """Routing inside vLLM, as a plugin that vLLM finds by itself; nothing here imports vLLM before vLLM asks for it.
 
 A composed folder's config chooses it, or ``hf_overrides={"quantization_config": {"quant_method": "spectr", ...}}``;
-see :class:`spectr.composed_model.settings.Settings` for what that holds, and docs/vllm.md.
+see :class:`spectr.composed_model.settings.Settings` for what that holds, and docs/howto/vllm.md.
 """
 
 from spectr.composed_model.settings import Settings

@@ -38,7 +38,7 @@ def check_version() -> None:
         raise CompositionError(
             f"vLLM {found or 'of an unknown version'} is installed",
             expected=f"vLLM {_words()}: routing uses interfaces that may differ in others",
-            do="install one of these: see docs/vllm.md",
+            do="install one of these: see docs/howto/vllm.md",
         )
 
 

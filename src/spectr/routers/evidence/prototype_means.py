@@ -32,7 +32,7 @@ class PrototypeMeans(ScoreMeans):
             the value that prototypes in full give, in real numbers; where 16 bits do not decide which experts come
             first, the prototypes are read in full.
 
-    Source: ours, with the prototypes of Arrow (Ostapenko et al., 2024); see docs/scale.md.
+    Source: ours, with the prototypes of Arrow (Ostapenko et al., 2024); see docs/howto/scale.md.
     """
 
     reads: ClassVar[Literal["scores", "prototypes"]] = "prototypes"

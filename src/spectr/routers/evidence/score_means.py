@@ -41,7 +41,7 @@ class ScoreMeans(ModuleEvidence):
         relative_power: ``q``, above zero.
         probe_tokens: Tokens of a prompt that are read at most.
 
-    Source: ours; see docs/evidence.md.
+    Source: ours; see docs/concepts/evidence.md.
     """
 
     reads: ClassVar[Literal["scores", "prototypes"]] = "scores"  # pyright: ignore[reportIncompatibleVariableOverride]
