@@ -1,6 +1,6 @@
 """Which adapters are exact on which models: each cell of the support table is computed here and compared with PEFT.
 
-Rows of a batch with an expert each, against PEFT with one adapter at a time; and what is refused. To write docs/reference/support.md:
+Each row of a batch has an expert of its own, and PEFT has one adapter at a time. This writes docs/reference/support.md:
 
     python tests/composition/test_support.py
 """
