@@ -17,9 +17,17 @@ copyright = author
 release = version = installed("spectr-lora")
 repository = "https://github.com/spectr-lora/spectr"
 
-extensions = ["myst_nb", "sphinx_design", "sphinx_copybutton"]
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx_design",
+    "sphinx_copybutton",
+    "code_names",
+    "generated_pages",
+]
 exclude_patterns = ["_build"]
-suppress_warnings: list[str] = []
+suppress_warnings = ["ref.python"]  # a short name in a docstring may be that of several classes
 nitpicky = True
 highlight_language = "none"
 
@@ -28,6 +36,13 @@ myst_heading_anchors = 4
 myst_url_schemes = ["http", "https", "mailto"]
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
+
+# Names of other packages are not looked up: that would take their inventories from the network.
+nitpick_ignore_regex = [("py:.*", r"(?!spectr\b).*")]
+napoleon_use_ivar = True
+napoleon_attr_annotations = False
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
 
 # Notebooks are committed without outputs, and executed when the site is built.
 nb_execution_mode = "cache"

@@ -140,7 +140,7 @@ def options_renamed(**names: str | None) -> Callable[[type[T]], type[T]]:
         for old, new in names.items():
             if new is None:
                 continue
-            setattr(kind, old, property(partial(_read, old=old, new=new)))
+            setattr(kind, old, property(partial(_read, old=old, new=new), doc=f"The old name of ``{new}``."))
         return kind
 
     return decorated

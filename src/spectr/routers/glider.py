@@ -27,7 +27,7 @@ class Glider(PromptRouter):
     """``s_t(x) + alpha cos(e_t, q)``, softmax of the top k.
 
     ``e_t`` embeds an instruction that describes expert ``t``'s task, ``q`` the instruction that a language model
-    writes for the prompt (:class:`spectr.guidance.Guide`): one vector for all layers and tokens.
+    writes for the prompt (:class:`spectr.composition.Guide`): one vector for all layers and tokens.
 
     Attributes:
         token_router: Gives ``s_t(x)``: any router that scores every expert for each token. ``None`` for global routing

@@ -1,0 +1,104 @@
+"""The documentation site: it builds without a warning, and its reference has what the code has."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import spectr
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+SOURCE = Path(spectr.__file__).parent
+# Packages whose ``__all__`` is for the package itself, and vLLM's, which is imported inside the engine.
+NOT_PUBLIC = {"spectr.evaluation.experiments", "spectr.routers.evidence", "spectr.vllm"}
+pytestmark = pytest.mark.skipif(not (DOCS / "conf.py").is_file(), reason="an installed package comes without docs")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def extensions():
+    sys.path.insert(0, str(DOCS / "_extensions"))
+    yield
+    sys.path.remove(str(DOCS / "_extensions"))
+
+
+def text_of(page: str) -> str:
+    return (DOCS / page).read_text(encoding="utf-8")
+
+
+def test_it_builds_without_a_warning(tmp_path):
+    """As ``make docs`` does, but without the notebooks' code."""
+    pytest.importorskip("sphinx")
+    options = ["-W", "--keep-going", "-q", "-D", "nb_execution_mode=off", "-d", str(tmp_path / "doctrees")]
+    command = [sys.executable, "-m", "sphinx", *options, str(DOCS), str(tmp_path / "html")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "html" / "index.html").is_file()
+
+
+def test_every_public_name_is_described():
+    from python_pages import MODULES, public_names, python_pages
+
+    places = [path.parent for path in SOURCE.rglob("__init__.py") if "__all__" in path.read_text(encoding="utf-8")]
+    packages = {".".join(("spectr", *place.relative_to(SOURCE).parts)) for place in places} - {"spectr"}
+    assert packages - set(MODULES) == NOT_PUBLIC
+    pages = python_pages()
+    for module in MODULES:
+        page = pages[f"python/{module}.md"]
+        assert not [name for name in public_names(module) if f"## {name}" not in page and f"`{name}` is" not in page]
+    assert not [name for name in spectr.__all__ if f"`spectr.{name}`" not in pages["python/index.md"]]
+
+
+def test_every_command_and_option_is_described():
+    from command_pages import command_page, commands
+
+    page = command_page()
+    sections = dict(re.findall(r"^## (spectr[a-z -]+)\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL))
+    found = dict(commands())
+    assert list(sections) == list(found)
+    assert len(found) > 20
+    for name, command in found.items():
+        shown = [parameter for parameter in command.params if not parameter.hidden]
+        longest = [max(parameter.opts, key=len) for parameter in shown if parameter.param_type_name == "option"]
+        assert not [option for option in longest if option not in sections[name]], name
+
+
+def test_every_router_setting_is_described():
+    from router_pages import documented, router_page
+
+    from spectr.routers.options import options_of
+    from spectr.routers.registry import ROUTERS
+
+    page = router_page()
+    assert not [name for name in ROUTERS.entries if f"### `{name}`" not in page]
+    assert not [name for name in ROUTERS.entries for option in options_of(name) if f"| `{option}` |" not in page]
+    assert documented("A.\n\nAttributes:\n    k: ``None``:\n        no one | :class:`a.B`.\n\nSource: x") == {
+        "k": "`None`: no one \\| `a.B`."
+    }
+
+
+def test_every_setting_has_a_text():
+    from router_pages import router_page
+
+    assert not re.findall(r"^\| `\w+` \|.*\|  \|$", router_page(), re.MULTILINE)
+
+
+def test_every_environment_variable_is_described():
+    files = [path for folder in ("src", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    files += [ROOT / "Makefile"]
+    found = {name for path in files for name in re.findall(r"\bSPECTR_[A-Z]+(?:_[A-Z]+)*\b", path.read_text("utf-8"))}
+    assert found == set(re.findall(r"`(SPECTR_\w+)`", text_of("reference/environment.md")))
+
+
+def test_names_in_docstrings_that_do_not_exist_are_found():
+    from code_names import described, exists
+
+    assert exists("spectr.routers.base.Lengths")
+    assert exists("spectr.layers.weight_reads.WeightReads.outside")
+    assert not exists("spectr.routers.base.Longest")
+    assert not exists("spectr.nowhere.Lengths")
+    assert described("spectr.compose") == "spectr.composition.compose"
