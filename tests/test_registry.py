@@ -31,7 +31,9 @@ from spectr.routers import Router, get_router, router_names
 from spectr.routers.config import router_config
 from spectr.routers.registry import ROUTERS
 
-UNKNOWN_COMBINATION = "unknown combination 'sum'\n  to do: known: dare, dare-ties, factors, knots, outputs, ties"
+UNKNOWN_COMBINATION = (
+    "unknown combination 'sum'\n  to do: known: dare, dare-ties, factors, knots, outputs, raw-factors, ties"
+)
 
 BY_NAME = {
     "arrow": Arrow(),

@@ -116,8 +116,9 @@ def test_what_takes_linear_layers_alone_refuses_parameters(tmp_path):
     base = tiny_moe()
     folders = {name: moe_adapter(base, tmp_path / name, seed) for seed, name in enumerate("ab")}
     library = ExpertLibrary.from_adapters(folders)
-    with pytest.raises(CompositionError, match="fused parameters are adapted by"):
-        compose(base, library, Spectr(top_k=2, combine="knots"))
+    for combine in ("knots", "raw-factors"):
+        with pytest.raises(CompositionError, match="fused parameters are adapted by"):
+            compose(base, library, Spectr(top_k=2, combine=combine))
     with pytest.raises(MergeError, match="adapts parameters of a mixture of experts"):
         merge_adapter(library, make_recipe(library, ["a", "b"], "average"))
     makers = {name: lambda model: compose(model, library, Spectr(top_k=1)) for name in ("one", "two")}

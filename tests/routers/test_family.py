@@ -156,7 +156,8 @@ def test_dare_inside_the_routing_is_the_dropped_factor(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "combine", ["ties", "dare", "dare-ties", "knots", "ties:density=0.4", "dare-ties:density=0.9,trim=0.4"]
+    "combine",
+    ["raw-factors", "ties", "dare", "dare-ties", "knots", "ties:density=0.4", "dare-ties:density=0.9,trim=0.4"],
 )
 @pytest.mark.parametrize("router", [Spectr, Arrow, Lag], ids=lambda kind: kind.__name__)
 def test_combinations_go_with_every_router_that_selects(tmp_path, combine, router):

@@ -1,8 +1,8 @@
 """From weights to the update of a module's output: how the chosen experts are put together.
 
-By name: ``outputs``, ``factors``, ``ties``, ``dare``, ``dare-ties``, ``knots``; with options after a colon, as in
-``ties:density=0.5``. An option is a share of entries, what is kept. Another package adds combinations by the
-entry-point group ``spectr.combinations``; their options are numbers.
+By name: ``outputs``, ``factors``, ``raw-factors``, ``ties``, ``dare``, ``dare-ties``, ``knots``; with options after a
+colon, as in ``ties:density=0.5``. An option is a share of entries, what is kept. Another package adds combinations by
+the entry-point group ``spectr.combinations``; their options are numbers.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 
 from spectr.combine.base import Combination
-from spectr.combine.factors import merge_factors, merged_products
+from spectr.combine.factors import merge_factors, merge_raw_factors, merged_products
 from spectr.combine.knots import merge_knots
 from spectr.combine.options import parse, warn_of_numbers
 from spectr.combine.outputs import merge_outputs
@@ -26,6 +26,7 @@ COMBINATIONS: Registry[Combination] = Registry(
     entries={
         "outputs": "spectr.combine.outputs:outputs",
         "factors": "spectr.combine.factors:factors",
+        "raw-factors": "spectr.combine.factors:raw_factors",
         "ties": "spectr.combine.ties:ties",
         "dare": "spectr.combine.outputs:dare",
         "dare-ties": "spectr.combine.ties:dare_ties",
@@ -64,6 +65,7 @@ __all__ = [
     "merge_factors",
     "merge_knots",
     "merge_outputs",
+    "merge_raw_factors",
     "merge_ties",
     "merged_products",
 ]

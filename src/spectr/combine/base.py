@@ -23,6 +23,8 @@ class Combination(NamedTuple):
             were not chosen too. ``None``: ``merge`` gets ``B_OP``.
         needs: What the library has to bring.
         is_sum: Whether the update is the weighted sum of the experts' own, unchanged.
+        raw: Whether ``merge`` gets the adapters' own ``A_t x`` and ``c_t B_t`` in place of the router's ``h`` and
+            ``B_OP``.
     """
 
     merge: Callable[..., Tensor]
@@ -30,6 +32,7 @@ class Combination(NamedTuple):
     prepare: Callable[[Stack], tuple[Tensor, Tensor]] | None = None
     needs: tuple[Need, ...] = ()
     is_sum: bool = False
+    raw: bool = False
 
     @property
     def depends_on_residents(self) -> bool:

@@ -15,6 +15,11 @@ def factors() -> Combination:
     return Combination(merge_factors, needs=(EqualRanks("factors"),))
 
 
+def raw_factors() -> Combination:
+    """The same of the adapters' own factors, as they were trained, instead of the router's."""
+    return Combination(merge_raw_factors, needs=(EqualRanks("raw-factors"),), raw=True)
+
+
 def merge_factors(
     h_TP: Float[Tensor, "*T P"],
     weights_TE: Float[Tensor, "*T E"],
@@ -33,6 +38,30 @@ def merge_factors(
         owner_P: Which expert a column of ``B_OP`` belongs to.
 
     Source: SpectR eq. 10 to 12.
+    """
+    return linear(merged_products(h_TP, weights_TE), B_OP)
+
+
+def merge_raw_factors(
+    h_TP: Float[Tensor, "*T P"],
+    weights_TE: Float[Tensor, "*T E"],
+    B_OP: Float[Tensor, "O P"],
+    owner_P: Int[Tensor, " _"],
+) -> Float[Tensor, "*T O"]:
+    """``(sum_t w_t c_t B_t) (sum_t w_t A_t x)`` with the factors of the adapters' files. Needs equal ranks.
+
+    The cross terms ``B_t A_u`` depend on the basis that each adapter was trained in, which an adapter with the same
+    update need not share. The scale ``c_t`` belongs to ``B_t``; among experts of one scale its place makes no
+    difference.
+
+    Args:
+        h_TP: ``A_t x`` of every expert.
+        weights_TE: Weight of every expert, zero where it is not chosen.
+        B_OP: ``c_t B_t`` of every expert.
+        owner_P: Not used, as ranks are equal.
+
+    Source: mttl, the authors' library of Arrow and mu (Ostapenko et al., 2024), by its default
+    ``lora_merge_after=False``.
     """
     return linear(merged_products(h_TP, weights_TE), B_OP)
 

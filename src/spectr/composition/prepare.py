@@ -125,9 +125,12 @@ def stacked(router: Router, shares: Mapping[str, Share]) -> Stack:
 
 def _share(aligned: Aligned, update: Update, name: str, module: str, router: Router, side: SideTable) -> Share:
     A, B, scale = update.factors
-    share = router.init_expert(AlignedExpert(aligned, A.float(), B.float() * scale), side.of(name, module))
+    expert, combination = AlignedExpert(aligned, A.float(), B.float() * scale), router.combination
+    share = router.init_expert(expert, side.of(name, module))
     share = share._replace(gain_O=update.gain_O, shift_O=update.shift_O)
-    density = router.combination.density
+    if combination.raw:
+        share = share._replace(raw_A=expert.A_RI, raw_B=expert.B_OR)
+    density = combination.density
     return share if density == 1 else share._replace(B=drop(share.B, density, seed=0, expert=name, module=module))
 
 

@@ -37,6 +37,8 @@ class Factors(NamedTuple):
         U_OQ: And what it needs with that.
         gain_EO: What each expert multiplies the base layer's ``W x`` by and adds; ``None`` where none does.
         shift_EO: What each expert adds whatever the input is.
+        raw_A_PI: The adapters' own input factors, where the combination merges these.
+        raw_B_OP: And their output factors.
         plan: How they are computed; ``None``: nothing was prepared, and torch computes.
     """
 
@@ -54,6 +56,8 @@ class Factors(NamedTuple):
     U_OQ: Float[Tensor, "O Q"] | None = None
     gain_EO: Float[Tensor, "E O"] | None = None
     shift_EO: Float[Tensor, "E O"] | None = None
+    raw_A_PI: Float[Tensor, "_ I"] | None = None
+    raw_B_OP: Float[Tensor, "O _"] | None = None
     plan: Plan | None = None
 
     @staticmethod
@@ -82,6 +86,8 @@ class Factors(NamedTuple):
             mix_PR=stack.mix_PR,
             gain_EO=stack.gain_EO,
             shift_EO=stack.shift_EO,
+            raw_A_PI=stack.raw_A_PI,
+            raw_B_OP=stack.raw_B_OP,
         )
 
     def stack(self) -> Stack:
@@ -120,6 +126,8 @@ class Factors(NamedTuple):
             U_OQ=self.U_OQ,
             gain_EO=_rows(self.gain_EO, places),
             shift_EO=_rows(self.shift_EO, places),
+            raw_A_PI=_parts(self.raw_A_PI, len(self.experts), places, 0),
+            raw_B_OP=_parts(self.raw_B_OP, len(self.experts), places, 1),
             owner_P=owner_P,
             member_EP=torch.nn.functional.one_hot(owner_P, len(places)).mT.to(self.A_PI),
         )
@@ -203,7 +211,7 @@ class Factors(NamedTuple):
         Args:
             taken: Share of the output factors that it reads.
         """
-        whole = (self.A_PI, self.mix_PR, self.gain_EO, self.shift_EO, *self.own)
+        whole = (self.A_PI, self.mix_PR, self.gain_EO, self.shift_EO, self.raw_A_PI, self.raw_B_OP, *self.own)
         inputs = sum(t.numel() for t in whole if t is not None)
         return round(self.A_PI.element_size() * (inputs + taken * self.B_OP.numel()))
 
@@ -212,6 +220,14 @@ def _rows(rows_EO: Tensor | None, places: list[int]) -> Tensor | None:
     """Those of some experts; ``None`` where they are all zero."""
     some = None if rows_EO is None else rows_EO[places]
     return some if some is not None and bool(some.any()) else None
+
+
+def _parts(whole: Tensor | None, experts: int, places: list[int], dim: int) -> Tensor | None:
+    """Those of some experts, of which each has an equal part."""
+    if whole is None:
+        return None
+    parts = whole.chunk(experts, dim)
+    return torch.cat([parts[place] for place in places], dim)
 
 
 class Decision(NamedTuple):

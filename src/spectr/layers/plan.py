@@ -65,14 +65,14 @@ def _ordered(layers: Mapping[str, nn.Module], users: Mapping[str, object]) -> li
 
 
 def _combination_faults(experts: Sequence[Expert], router: Router) -> list[CompositionError]:
-    """What stands against a combination that needs a basis of each module's experts."""
+    """What stands against a combination that needs more of each module's experts than their shares' ``A`` and ``B``."""
     fused = [expert.name for expert in experts if any(shape.matrices for shape in expert.shapes.values())]
-    if not fused or router.combination.prepare is None:
+    if not fused or not (router.combination.prepare or router.combination.raw):
         return []
     return [
         CompositionError(
             f"combine={router.combine!r}, and fused parameters are adapted by {some_of(fused, _SHOWN)}",
-            expected="a combination that prepares nothing of all experts, such as 'outputs' or 'ties'",
+            expected="a combination of the router's own factors, such as 'outputs' or 'ties'",
             do="leave combine out",
         )
     ]

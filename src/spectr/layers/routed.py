@@ -26,8 +26,8 @@ from spectr.routers.use import Use
 from spectr.selection import is_captured, select_among
 from spectr.spectral import Stack
 
-# And the router's own.
-_BUFFERS = "A_PI", "B_OP", "owner_P", "member_EP", "rows_ER", "mix_PR", "C_QP", "U_OQ", "gain_EO", "shift_EO"
+# Tensors are named by their shapes; and the router's own.
+_BUFFERS = [name for name in Factors._fields if name.rpartition("_")[2].isupper()]
 
 
 class RoutedLinear(nn.Module):
@@ -286,7 +286,7 @@ class RoutedLinear(nn.Module):
         if factors.exceeds_products:
             out = out + factors.beyond_products(out, self.bias, weights_TE)
         if not self.sums:
-            return _add(out, self._combined(h_TP, weights_TE, factors))
+            return _add(out, self._combined(h_TP, weights_TE, factors, x))
         if self.lister is not None:
             return _add(out, grouped_outputs(h_TP, weights_TE, B_OP, factors.ranks))
         return self._add_masked(out, weighted(h_TP, weights_TE, factors.common_rank, factors.member_EP), B_OP)
@@ -312,10 +312,13 @@ class RoutedLinear(nn.Module):
         if self.sums:
             return self._add_masked(out, h_TP * spread(fixed.weights_BTP, self, x), factors.B_OP)
         weights_TE = spread(fixed.weights_BTE, self, x).expand(*h_TP.shape[:-1], -1)
-        return _add(out, self._combined(h_TP, weights_TE, factors))
+        return _add(out, self._combined(h_TP, weights_TE, factors, x))
 
-    def _combined(self, h_TP: Tensor, weights_TE: Tensor, factors: Factors) -> Float[Tensor, "*T O"]:
-        """What the combination makes of output factors, or of what it prepared of these."""
+    def _combined(self, h_TP: Tensor, weights_TE: Tensor, factors: Factors, x: Tensor) -> Float[Tensor, "*T O"]:
+        """What the combination makes of output factors, of what it prepared of these, or of the adapters' own."""
+        if factors.raw_A_PI is not None:
+            h_TP = linear(x.to(h_TP.device, h_TP.dtype), factors.raw_A_PI)
+            return self.combine(h_TP, weights_TE, factors.raw_B_OP, factors.owner_P)
         if factors.C_QP is None:
             return self.combine(h_TP, weights_TE, factors.B_OP, factors.owner_P)
         return self.combine(h_TP, weights_TE, factors.C_QP, factors.owner_P, factors.U_OQ)

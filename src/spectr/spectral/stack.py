@@ -61,6 +61,8 @@ class Share(NamedTuple):
         mix: See ``root``.
         gain_O: Of an update that also scales the layer's outputs: ``gain * (W x)`` is added.
         shift_O: Of one with a bias: it is added. Routers leave both alone.
+        raw_A: The adapter's own ``A``, for a combination that merges these. Routers leave it alone, too.
+        raw_B: And its ``c B``.
     """
 
     A: Float[Tensor, "R I"]
@@ -70,6 +72,8 @@ class Share(NamedTuple):
     mix: Float[Tensor, "R Q"] | None = None
     gain_O: Float[Tensor, " O"] | None = None
     shift_O: Float[Tensor, " O"] | None = None
+    raw_A: Float[Tensor, "R I"] | None = None
+    raw_B: Float[Tensor, "O R"] | None = None
 
     @staticmethod
     def spectral(aligned: Aligned) -> Share:
@@ -155,6 +159,8 @@ class Stack:
         mix_PR: Makes the experts' input factors of the shared one, (P, Q); ``None`` where none is shared.
         gain_EO: See :attr:`Share.gain_O`, zero for experts without one; ``None`` where none has one.
         shift_EO: See :attr:`Share.shift_O`, likewise.
+        raw_A_PI: See :attr:`Share.raw_A`, of experts of one rank; ``None`` where nothing merges them.
+        raw_B_OP: See :attr:`Share.raw_B`, likewise.
     """
 
     experts: tuple[str, ...]
@@ -165,6 +171,8 @@ class Stack:
     mix_PR: Float[Tensor, "P Q"] | None = None
     gain_EO: Float[Tensor, "E O"] | None = None
     shift_EO: Float[Tensor, "E O"] | None = None
+    raw_A_PI: Float[Tensor, "_ I"] | None = None
+    raw_B_OP: Float[Tensor, "O _"] | None = None
 
     @staticmethod
     def of(shares: Mapping[str, Share]) -> Stack:
@@ -180,12 +188,15 @@ class Stack:
         )
 
     def with_outputs_of(self, shares: Mapping[str, Share]) -> Stack:
-        """The stack with the gains and shifts of the shares that it was made of, whatever a router made of the rest."""
+        """The stack with what routers leave alone in the shares that it was made of, whatever one made of the rest."""
         parts = [shares[name] for name in self.experts]
+        raw_A, raw_B = ([t for t in some if t is not None] for some in zip(*(part[-2:] for part in parts), strict=True))
         return replace(
             self,
             gain_EO=_rows([part.gain_O for part in parts], self.B_OP),
             shift_EO=_rows([part.shift_O for part in parts], self.B_OP),
+            raw_A_PI=torch.cat(raw_A) if raw_A else None,
+            raw_B_OP=torch.cat(raw_B, dim=1) if raw_B else None,
         )
 
     @property
@@ -212,7 +223,9 @@ class Stack:
         owns = [remade(self.own, tensors) for tensors in zip(*each, strict=True)] or [()] * count
         gains, shifts = ([None] * count if rows is None else rows.unbind() for rows in (self.gain_EO, self.shift_EO))
         none = [None] * count
-        return dict(zip(self.experts, map(Share, A, B, owns, none, none, gains, shifts), strict=True))
+        raw_A = none if self.raw_A_PI is None else self.raw_A_PI.chunk(count)
+        raw_B = none if self.raw_B_OP is None else self.raw_B_OP.chunk(count, dim=1)
+        return dict(zip(self.experts, map(Share, A, B, owns, none, none, gains, shifts, raw_A, raw_B), strict=True))
 
 
 def _rows(vectors: Sequence[Tensor | None], B_OP: Tensor) -> Tensor | None:
