@@ -1,4 +1,4 @@
-"""What routing costs on a GPU, beside the base model and PEFT. Nothing is downloaded: weights are random.
+"""What routing costs on a GPU, compared with the base model and PEFT. Nothing is downloaded: weights are random.
 
     $ python benchmarks/gpu.py --experts 9 64 --dtype bfloat16 float32
     $ python benchmarks/gpu.py --shape llama-3.1-8b --experts 9 --rank 16

@@ -43,9 +43,7 @@ def main() -> None:
             table.add_row(name, str(room), *cells)
     console = Console(width=120)
     console.print(table)
-    console.print(
-        f"{arguments.prompts} prompts, of which the second half counts; {arguments.load_ms} ms to read an expert"
-    )
+    console.print(f"the second half of {arguments.prompts} prompts; {arguments.load_ms} ms to read an expert")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ QUESTION = "Is the sentiment of this movie review positive or negative?\n\nA dul
 
 
 def main():
-    """Ask the routed model beside the base model, look at one token's layers, and save what the page shows."""
+    """Ask the routed model and the base model, look at one token's layers, and save what the page shows."""
     given = arguments()
     from playwright.sync_api import sync_playwright
 

@@ -2,8 +2,8 @@
 
 The library is an indexed one with the nine shipped experts in it, such as ``benchmarks/scale.py`` leaves behind.
 Prompts are rows of the tasks' *training* files, half in the experts' own words and half in those of
-``pooling_words.yaml``. Each decision is timed beside one pass of the base model over the same prompt, so that the
-machine's other work weighs on both. A row is printed as it is done; after an interrupt the table is of those before.
+``pooling_words.yaml``. Each decision is timed next to one pass of the base model over the same prompt, so that the
+machine's other work affects both. A row is printed as it is done; after an interrupt the table is of those before.
 
     python benchmarks/recall.py --library LIBRARY --data-root DATA [--prompts 12] [--paraphrases]
 """
@@ -122,7 +122,7 @@ def read(model: nn.Module, case: Case, prompts: Sequence[Prompt]) -> tuple[int, 
     composed = weight_sharing_copy(model)
     routed = compose(composed, case.library, case.router)
     assert routed.prompt is not None
-    routed.prompt.evidence(prompts[0].ids)  # what is usual is learnt with the first prompt
+    routed.prompt.evidence(prompts[0].ids)  # the first prompt computes the baseline
     found = []
     for prompt in track(prompts, f"{case.name}, {len(case.library)}"):
         begin = time.perf_counter()

@@ -150,7 +150,7 @@ def answer_once(root: Path) -> None:
     loaded = routed.shelf.figures
     told = {
         f"open {len(library)} experts, index and calibration": f"{opened - begin:.2f} s",
-        "compose, with what is usual on the calibration's texts": f"{composed - opened:.2f} s",
+        "compose, with the baseline on the calibration's texts": f"{composed - opened:.2f} s",
         "load an expert from disk": f"{1000 * loaded.seconds / loaded.misses:.0f} ms",
         "prototypes in memory": f"{sum(p.bytes for p in routed.prototypes.values()) / (1 << 20):.0f} MiB",
         "peak memory of the process, the base model alone": f"{peak:.2f} GiB, {before:.2f} GiB",

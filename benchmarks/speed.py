@@ -1,11 +1,11 @@
-"""What routing costs beside PEFT, on SmolLM2-135M: one table, with what it aims at and what the machine leaves.
+"""What routing costs compared with PEFT, on SmolLM2-135M: one table, with the aims and the machine's limit.
 
     $ python benchmarks/speed.py --work WORK
 
 Each setting (experts and dtype) is measured as by ``spectr benchmark``: base model, routed model, PEFT with one adapter
 and PEFT's Arrow take turns, and ratios are medians of those within a round. Prompts and decoding have a process each:
-what a process did before decides how soon it gets memory, of which Arrow's prompts need much. What is done is kept in
-WORK, so that a killed run goes on with the next; ``--fresh`` measures all again. Libraries of 1,000 experts and more,
+what a process did before determines how fast it gets memory, and Arrow's prompts need much. Finished settings are kept
+in WORK, so that an interrupted run resumes; ``--fresh`` measures all again. Libraries of 1,000 experts and more,
 for which there is the shortlist, have a table of their own: ``benchmarks/scale.py``.
 """
 
@@ -174,7 +174,7 @@ def rows(told: dict[str, Any], name: str, aims: Aims | None) -> Iterator[tuple[s
 
 
 def _told(ratio: float, aim: float | None, *, least: bool = False) -> str:
-    """A ratio beside its aim, marked where that is missed."""
+    """A ratio and its aim, marked if it is missed."""
     if aim is None:
         return f"{ratio:.2f}"
     text = f"{ratio:.2f} ({'>=' if least else '<='} {aim:g})"

@@ -1,7 +1,7 @@
 """A library of unlike experts, as people make them: other tasks, ranks, modules, learning rates, lengths and seeds.
 
-Trains small experts on tasks of a collection, links the shipped ones beside them, and calibrates all. A run that was
-stopped goes on where it was.
+Trains small experts on tasks of a collection, links the shipped ones next to them, and calibrates all. An
+interrupted run resumes.
 
     python benchmarks/unlike_library.py --collection DATA --out LIBRARY
 """

@@ -4,7 +4,7 @@
 
 One engine with the nine shipped experts and ``calibrated``, behind the gateway as ``spectr serve`` has it, with
 compiled graphs and without cached prefixes. A request may use all experts, so that its prompt is read first and then
-answered, or names one. Both take turns with the same prompts, one at a time; medians and quartiles are told.
+answered, or names one. Both take turns with the same prompts, one at a time; it prints medians and quartiles.
 """
 
 from __future__ import annotations

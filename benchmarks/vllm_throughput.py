@@ -2,10 +2,10 @@
 
     $ python benchmarks/vllm_throughput.py --rounds 12
 
-Both engines are vLLM with compiled graphs, in processes of their own, of which one is stopped while the other is timed.
-They take turns every few seconds, so that a machine that is slower for a while is so for both: the ratio is taken
-within a turn, and its median and quartiles are told. Decoding is timed as the difference between answers of 65 tokens
-and of one, prompts by answers of one token.
+Both engines are vLLM with compiled graphs, in separate processes; one is stopped while the other is timed.
+They alternate every few seconds, so that a temporarily slow machine affects both. The ratio is taken
+within a turn, and its median and quartiles are printed. Decoding is timed as the difference between answers of
+65 tokens and of one, prompts by answers of one token.
 """
 
 from __future__ import annotations

@@ -6,27 +6,21 @@ from pathlib import Path
 
 import pytest
 
-from language import AVOIDED, avoided, python_texts, sentences, texts_of, words
+from language import AVOIDED, LONG, avoided, python_texts, sentences, texts_of, words
 
 ROOT = Path(__file__).parents[1]
 KINDS = (".py", ".html", ".js", ".css", ".md", ".c", ".h")
-CHECKED = (
-    "src/spectr/cli",
-    "src/spectr/benchmark",
-    "src/spectr/combine",
-    "src/spectr/library",
-    "src/spectr/paging",
-    "src/spectr/plots",
-    "src/spectr/spectral",
-    "src/spectr/tasks",
-    "src/spectr/training",
-    "src/spectr/vllm",
-)
+CHECKED = ("src", "benchmarks", "experts", "docs", "README.md", "CHANGELOG.md", "CONTRIBUTING.md")
+PAGES = ("docs", "README.md", "CHANGELOG.md", "CONTRIBUTING.md")
 
 
 def _files(place: str) -> list[Path]:
     path = ROOT / place
-    return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in KINDS)
+    return (
+        [path]
+        if path.is_file()
+        else sorted(file for file in path.rglob("*") if file.suffix in KINDS and "_build" not in file.parts)
+    )
 
 
 @pytest.mark.parametrize("place", CHECKED)
@@ -40,6 +34,15 @@ def test_words_to_avoid_stay_out(place):
         for word in avoided(text)
     ]
     assert not found, "\n".join(found)
+
+
+def test_at_most_one_sentence_in_ten_is_long():
+    """Of the documentation, where a sentence of more than 25 words is long."""
+    files = [file for place in PAGES for file in _files(place) if file.suffix == ".md"]
+    found = [(file, sentence) for file in files for sentence in sentences(file.read_text(encoding="utf-8"))]
+    long = [f"{file.relative_to(ROOT)}: {sentence}" for file, sentence in found if words(sentence) > LONG]
+    assert len(found) > 1000
+    assert len(long) <= len(found) / 10, "\n".join([f"{len(long)} of {len(found)} sentences are long", *long])
 
 
 def test_the_checks_find_what_they_look_for():

@@ -1,8 +1,9 @@
-"""The README's Python runs as it is pasted, here with a tiny model and experts of its own."""
+"""The README's Python runs as it is pasted, here with a tiny model and its own experts; its links are absolute."""
 
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,24 +12,41 @@ import spectr
 import spectr.models
 from text_model import make_model, make_tokenizer, save_experts
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+REPOSITORY = re.compile(
+    r"https://(?:github\.com/spectr-lora/spectr/blob|raw\.githubusercontent\.com/spectr-lora/spectr)/main/(\S+)"
+)
 
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     """What the example loads, made small."""
-    save_experts(tmp_path / "experts", ("agnews", "sst2", "qqp"))
-    monkeypatch.setattr("spectr.shipped.shipped_experts", lambda: tmp_path / "experts")
-    monkeypatch.setattr(spectr.models, "load_model", lambda: (make_model(), make_tokenizer()))
-    library = spectr.ExpertLibrary.open(tmp_path / "experts")
-    spectr.calibrate(make_model(), library, make_tokenizer(), samples=2, tokens=8, null=0).save(tmp_path / "experts")
+    save_experts(tmp_path, ("sql", "law"))
+    from_adapters = spectr.ExpertLibrary.from_adapters
+    monkeypatch.setattr(
+        spectr.ExpertLibrary, "from_adapters", lambda given: from_adapters({name: tmp_path / name for name in given})
+    )
+    monkeypatch.setattr(spectr.models, "load_model", lambda name: (make_model(), make_tokenizer()))
+    monkeypatch.setattr(spectr, "calibrate", partial(spectr.calibrate, samples=2, tokens=8, null=0))
 
 
 def test_the_example_runs(tiny, capsys):
-    [code] = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    [code] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     space: dict = {}
     exec(code, space)  # our own README
-    assert space["routed"].experts == ("agnews", "sst2")
-    _, shares = capsys.readouterr().out.rsplit("\n", 2)[:2]
-    assert sum(space["trace"].shares().values()) == pytest.approx(1)
-    assert "sst2" in shares
+    assert space["routed"].experts == ("law", "sql")
+    assert capsys.readouterr().out.startswith("['")
+    assert space["routed"].remove() is space["model"]
+
+
+def test_it_fits_on_one_screen():
+    assert len(README.splitlines()) <= 80
+
+
+def test_links_are_absolute_and_lead_to_files():
+    links = re.findall(r"\]\(([^)\s]+)\)", README)
+    assert [link for link in links if not link.startswith("https://")] == []
+    inside = [found[1] for link in links if (found := REPOSITORY.match(link))]
+    assert inside
+    assert [path for path in inside if not (ROOT / path).is_file()] == []

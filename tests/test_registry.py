@@ -181,7 +181,7 @@ def needs_a_number(alpha):
     [
         ("NO_MAKER", "cannot be called: 'text' is not a callable object"),
         ("raises", "cannot be made: ZeroDivisionError: by 0"),
-        ("makes_a_text", "makes an object of the type str\n  expected: a spectr.routers.Router"),
+        ("makes_a_text", "makes an object of type str\n  expected: a spectr.routers.Router"),
     ],
 )
 def test_a_plugin_that_makes_no_router_is_refused_with_its_package(plugins, value, message):
@@ -208,7 +208,7 @@ def test_a_missing_option_is_asked_for_in_the_form_of_its_kind(plugins, registry
 
 def test_a_plugin_of_another_protocol_is_refused_by_name_or_adapted(plugins):
     plugins("later", "Later")
-    with pytest.raises(CompositionError, match=r"router 'later' of .*:Later is made for version 3") as caught:
+    with pytest.raises(CompositionError, match=r"router 'later' of .*:Later implements version 3") as caught:
         get_router("later")
     assert caught.value.expected == "version 1, 2"
     plugins("old", "theirs", "things")
@@ -223,7 +223,7 @@ def test_a_plugin_of_another_protocol_is_refused_by_name_or_adapted(plugins):
 def test_a_router_with_a_setting_that_is_no_plain_value_cannot_be_written_down(plugins):
     plugins("tabled", "Tabled")
     assert router_config(Tabled()) == {"name": "tabled"}
-    with pytest.raises(CompositionError, match="cannot be written down: table is no plain value"):
+    with pytest.raises(CompositionError, match="cannot be saved: table is not a plain value"):
         router_config(Tabled(table=b"1"))
 
 
@@ -238,7 +238,7 @@ def test_a_plugin_with_a_built_in_name_is_ignored_with_one_warning(plugins):
     plugins("pair", "theirs", "things")
     things = Registry(kind="thing", group="things", entries={"pair": "builtins:dict", "list": "builtins:list"})
     things.load("list")
-    with pytest.warns(SpectrWarning, match=r"the thing 'pair' of .*:theirs is ignored: pair is built in"):
+    with pytest.warns(SpectrWarning, match=r"the thing 'pair' of .*:theirs is ignored, since pair is built in"):
         assert things.load("pair") is dict
     assert things.load("pair") is dict
 

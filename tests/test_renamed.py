@@ -15,7 +15,7 @@ ROOT = Path(spectr.__file__).parent.parent
 
 @pytest.mark.parametrize("old", sorted(set(MODULES) - {name for name in MODULES if name.startswith("spectr.vllm")}))
 def test_an_old_name_is_the_module_itself(old):
-    with pytest.warns(DeprecationWarning, match=f"the module {old} is {MODULES[old]} now"):
+    with pytest.warns(DeprecationWarning, match=f"the module {old} is now {MODULES[old]}"):
         found = importlib.import_module(old)
     assert found is importlib.import_module(MODULES[old])
     assert found.__spec__.name == MODULES[old]
@@ -23,7 +23,7 @@ def test_an_old_name_is_the_module_itself(old):
 
 def test_modules_of_a_package_that_has_another_name():
     assert new_name("spectr.composed.load") == "spectr.composed_model.load"
-    with pytest.warns(DeprecationWarning, match="spectr.composed_model.load now"):
+    with pytest.warns(DeprecationWarning, match="is now spectr.composed_model.load"):
         from spectr.composed.load import load_composed
     assert load_composed is spectr.load_composed
 

@@ -94,4 +94,4 @@ def test_without_a_checkout_and_the_distribution_the_error_names_the_extra(insta
 def test_commands_report_that_the_experts_are_missing(installed, spectr, words):
     code, _, err = spectr(*words)
     assert code == 2
-    assert 'pip install "spectr-lora[demo]", or name a library of your own with --library' in err
+    assert 'pip install "spectr-lora[demo]", or name your own library with --library' in err

@@ -1,4 +1,5 @@
-"""SpectR: one language model and a folder of LoRA experts become one model that picks experts for every token.
+"""SpectR: one language model and a folder of LoRA experts become one model that chooses experts for each token or
+prompt.
 
 library = spectr.ExpertLibrary.open("experts/")
 routed = spectr.compose(model, library, router=spectr.Spectr(top_k=4))

@@ -1,4 +1,4 @@
-"""Where files go, and writing them so that others can read them, whole or not at all."""
+"""Write files so that other processes see the old file or the new one, never a part."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-# What a killed writer leaves begins so, files and folders; a library sweeps it up.
+# Scratch files and folders begin with this. A library deletes those that a killed process left behind.
 SCRATCH, INCOMING = ".manifest-", ".incoming-"
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept: ``$SPECTR_CACHE``, ``$XDG_CACHE_HOME/spectr`` or ``~/.cache/spectr``."""
+    """The cache folder: ``$SPECTR_CACHE``, ``$XDG_CACHE_HOME/spectr`` or ``~/.cache/spectr``."""
     if folder := os.environ.get("SPECTR_CACHE"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spectr"
 
 
 def save_readable(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file; safetensors itself makes it readable by its owner alone."""
+    """Write a safetensors file that all users can read; safetensors itself makes it private."""
     save_file(dict(tensors), path, metadata=dict(metadata))
     path.chmod(0o644)
 
 
 @contextmanager
 def replacing(target: Path, scratch_in: Path | None = None) -> Iterator[Path]:
-    """Yield a scratch path to write to, which takes the target's place when the block ends.
+    """Yield a scratch path to write to. When the block ends, it replaces the target.
 
-    After a kill or a power cut at any moment the target is the old file or the new one. Where the block raises, the
-    scratch file goes and the target stays.
+    After a kill or a power cut at any moment, the target is the old file or the new one. If the block raises, the
+    scratch file is deleted and the target stays.
 
     Args:
-        target: The file.
-        scratch_in: Folder of the scratch path, on the same file system; by default the target's.
+        target: The file to write.
+        scratch_in: Folder of the scratch path, on the same file system. By default the target's folder.
     """
     descriptor, name = tempfile.mkstemp(dir=scratch_in or target.parent, prefix=SCRATCH)
     os.close(descriptor)
@@ -54,14 +54,14 @@ def replacing(target: Path, scratch_in: Path | None = None) -> Iterator[Path]:
 
 
 def sync_file(path: Path) -> None:
-    """Make a file's content last through a power cut."""
+    """Flush a file's content to disk, so that it survives a power cut."""
     with path.open("r+b") as written:
         os.fsync(written.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames inside a folder last through a power cut, where the file system can."""
-    with suppress(OSError):  # the rename itself was made; not every file system syncs folders
+    """Flush renames in a folder to disk, if the file system supports it."""
+    with suppress(OSError):  # the rename was made; not every file system syncs folders
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)

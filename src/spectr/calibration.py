@@ -1,4 +1,4 @@
-"""Calibrating a library: the sizes of its experts' updates on texts that the base model writes itself."""
+"""Calibrate a library: measure each expert's updates on texts that the base model writes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from spectr.routers import Spectr
 
 Progress = Callable[[int, int], None]
 _AT_ONCE = 128  # experts measured in one pass
-_NULL_TOKENS = 96  # of a text at most; a third of what a probe reads, and most texts end before
+_NULL_TOKENS = 96  # at most, of a text; a third of what a probe reads, and most texts are shorter
 
 
 @torch.no_grad()
@@ -48,30 +48,30 @@ def calibrate(
     fresh: bool = False,
     progress: Progress = lambda *_: None,
 ) -> Calibration:
-    """Measure, per module, the mean input ``m`` and each expert's ``c_t = sqrt(mean ||A*_t (x - m)||^2)``.
+    """Measure each module's mean input ``m`` and each expert's ``c_t = sqrt(mean ||A*_t (x - m)||^2)``.
 
-    No labels and no training. Modules that no text reaches, as those of a vision tower, are noted as unmeasured. Where
-    the library is calibrated already, only the experts that it does not cover are measured, on the same texts; nothing
-    else changes for the others. What a calibration of an older version lacks is added. The model is left as it is.
+    Needs no labels and no training. Modules that no text reaches, such as a vision tower's, are recorded as
+    unmeasured. If the library is calibrated already, only experts without a calibration are measured, on the same
+    texts; the others keep their values. Fields that an older version did not write are added. The model is unchanged.
 
     Args:
         model: The base model, not composed.
-        library: Experts; ``library.with_calibration(...)`` then routes with the result, ``.save(folder)`` keeps it.
-        tokenizer: The model's.
-        texts: Unlabelled texts of your own, each as a user would send it. By default the base model writes its own:
-            it receives the chat template up to a user's turn, and continues.
-        samples: How many texts the model writes for the means and scales.
-        tokens: Length of each at most.
-        null: How many other texts it writes, as ordinary prompts that evidence is compared with (the null). A false
-            alarm rate of ``abstain`` needs ``2 / abstain`` of them. A calibration with fewer gets this many new ones.
-            A classifier writes none.
-        seed: Of its writing.
-        fresh: Measure everything anew, on new texts.
-        progress: Receives (passes done, passes in all).
+        library: The experts. Use ``library.with_calibration(result)`` to route, ``result.save(folder)`` to store it.
+        tokenizer: The model's tokenizer.
+        texts: Unlabelled texts of your own, each as a user would send it. By default the base model writes them: it
+            continues the chat template from the start of a user's turn.
+        samples: Number of texts that the model writes for means and scales.
+        tokens: Maximum number of tokens of each text.
+        null: Number of further texts that it writes. They are the ordinary prompts that evidence is compared with (the
+            null). A false alarm rate ``abstain`` needs ``2 / abstain`` of them. A calibration with fewer is extended to
+            this number. A classifier writes none.
+        seed: Seed of the writing.
+        fresh: Measure everything again, on new texts.
+        progress: Called with (passes done, total passes).
 
     Raises:
-        CompositionError: The model is composed or is no decoder-only one, or experts do not fit it.
-        LibraryError: An expert's weights differ from those that the library lists.
+        CompositionError: The model is composed, has no decoder alone, or an expert does not fit it.
+        LibraryError: An expert's weights differ from those in the library.
         DataError: ``texts`` is empty.
     """
     _check(model, texts)
@@ -105,28 +105,28 @@ def calibrate(
 
 def _check(model: Any, texts: Sequence[str] | None) -> None:
     if any(isinstance(module, RoutedLinear) for module in model.modules()):
-        raise CompositionError("this model is composed", do="calibrate the base model: call remove() first")
+        raise CompositionError("the model is composed", do="calibrate the base model: call remove() first")
     if getattr(model.config, "is_encoder_decoder", False):
         raise CompositionError(
-            "this model has an encoder and a decoder", expected="a decoder-only language model, to write its own texts"
+            "the model has an encoder and a decoder", expected="a decoder-only language model, which can write texts"
         )
     if texts is not None and not any(text.strip() for text in texts):
-        raise DataError("there are no texts to calibrate on", do="give some, or leave texts out")
+        raise DataError("texts is empty", do="pass at least one text, or omit texts")
 
 
 def _writes(model: Any) -> bool:
-    """Whether a model generates text, as a classifier does not."""
+    """Whether a model generates text; a classifier does not."""
     return hasattr(model, "generate")
 
 
 def _texts_alone(
     model: Any, tokenizer: Any, texts: Sequence[str] | None, samples: int, tokens: int, seed: int
 ) -> Calibration:
-    """A calibration of no expert: the texts, encoded."""
+    """A calibration of no expert: the encoded texts."""
     if texts is None and not _writes(model):
         raise CompositionError(
-            f"a {type(model).__name__} writes no texts of its own",
-            expected="texts to calibrate on, or a library that is calibrated with its language model",
+            f"a {type(model).__name__} cannot write texts",
+            expected="texts to calibrate on, or a library that its language model calibrated",
             do="spectr.calibrate(model, library, tokenizer, texts=[...])",
         )
     ids, counted, real, opening, turn, closing = (
@@ -188,7 +188,7 @@ def _root_mean_squares(
 
 
 def read_inputs(model: Any, modules: Sequence[str], known: Calibration, see: Callable[[str, LayerInput], None]) -> None:
-    """Run a calibration's texts through the model; ``see`` is given each module and its inputs at counted tokens."""
+    """Run a calibration's texts through the model; ``see`` receives each module and its counted inputs."""
     if not modules:
         return
     device = next(model.parameters()).device
@@ -200,7 +200,7 @@ def read_inputs(model: Any, modules: Sequence[str], known: Calibration, see: Cal
 
 
 def _without_logits(model: Any, modules: Sequence[str]) -> dict[str, int]:
-    """What spares a model the logits of all tokens but the last, unless it is their layer's inputs that are read."""
+    """Skip the logits of all tokens but the last, unless the layer that computes them is measured."""
     head = model.get_output_embeddings()
     if "logits_to_keep" not in signature(model.forward).parameters:
         return {}

@@ -1,4 +1,4 @@
-"""What an adapter is, and what of it would be routed in its base model, without loading that."""
+"""Check an adapter without loading its base model: what it is, and which modules would be routed."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ ROUTES, IDLE, REFUSED, BASE_UNKNOWN = range(4)  # exit codes
 
 @dataclass(frozen=True, kw_only=True)
 class Checkup:
-    """What was found of an adapter.
+    """The result of checking an adapter.
 
     Attributes:
         source: The folder or Hub id.
-        kind: What it is, in words.
-        named: The base model that its configuration names.
-        likely: The Hub id that this most likely means, where it is another name.
-        base: The base model that it was checked with; ``None`` where there is none on this machine.
-        routed: Modules that experts will be routed at.
-        idle: By module why it would do nothing.
-        missing: Modules that the configuration targets and the file lacks.
-        remarks: What else there is to know.
-        refused: Why it cannot be routed, if so.
+        kind: A description of its format.
+        named: The base model in its configuration.
+        likely: The Hub id that this name most likely means, if it is not a Hub id itself.
+        base: The base model of the check; ``None`` if there is none on this machine.
+        routed: Modules where experts will be routed.
+        idle: Modules without effect, each with the reason.
+        missing: Modules that the configuration targets but the file lacks.
+        remarks: Further remarks.
+        refused: Why it cannot be routed; ``None`` if it can.
     """
 
     source: str
@@ -55,7 +55,7 @@ class Checkup:
 
     @property
     def exit_code(self) -> int:
-        """0 it routes in full, 1 parts do nothing, 2 it is refused, 3 its base model is not known here."""
+        """0: all of it is routed; 1: parts have no effect; 2: it is refused; 3: its base model is not known here."""
         if self.refused:
             return REFUSED
         if self.base is None:
@@ -64,17 +64,17 @@ class Checkup:
 
 
 def check_adapter(source: str | Path, model: str | None = None) -> Checkup:
-    """Check an adapter by its configuration, its file's header and its factors, tensor by tensor.
+    """Check an adapter's configuration, its file's header and its factors, one tensor at a time.
 
     Args:
         source: A folder or Hub id.
-        model: The base model; by default the one that the adapter names. Only its configuration is read.
+        model: The base model; by default the one in the adapter's configuration. Only its configuration is read.
 
     Returns:
-        What was found; an adapter that cannot be routed is a result, not an error.
+        The findings. An adapter that cannot be routed is a result, not an error.
 
     Raises:
-        SpectrError: ``model`` was given, and is not on this machine.
+        SpectrError: The given ``model`` is not on this machine.
     """
     result = Checkup(source=str(source))
     try:
@@ -94,14 +94,14 @@ def check_adapter(source: str | Path, model: str | None = None) -> Checkup:
     )
     base = _configuration(model or expert.base_model)
     if base is None and model is not None:
-        raise SpectrError(f"the base model {model} is not on this machine", do="give its folder, or download it first")
+        raise SpectrError(f"the base model {model} is not on this machine", do="pass its folder, or download it first")
     if base is None:
         return replace(result, idle={**idle, **_left_out(expert)})
     return _in_model(result, expert, base, model)
 
 
 def _in_model(result: Checkup, expert: Expert, base: Any, model: str | None) -> Checkup:
-    """The rest of the check, with the base model on the meta device."""
+    """The part of the check that needs the base model, on the meta device."""
     try:
         check_text(replace(expert, base_model=model or expert.base_model))
         shell = _shell(base)
@@ -114,7 +114,9 @@ def _in_model(result: Checkup, expert: Expert, base: Any, model: str | None) -> 
     idle = {new[module]: why for module, why in result.idle.items() if module in new} | _left_out(named)
     remarks = list(result.remarks)
     if model and expert.base_model and not same_base(model, expert.base_model):
-        remarks.append(f"its sizes fit {model}, but {named_base(expert.base_model)}: make sure that they are one model")
+        remarks.append(
+            f"its sizes fit {model}, but {named_base(expert.base_model)}: check that they are the same model"
+        )
     return replace(
         result,
         base=model or expert.base_model,
@@ -126,17 +128,17 @@ def _in_model(result: Checkup, expert: Expert, base: Any, model: str | None) -> 
 
 
 def _zero(expert: Expert) -> list[str]:
-    """Modules whose update is zero; one tensor at a time is in memory."""
+    """Modules whose update is zero; holds one tensor at a time in memory."""
     with open_safetensors(expert.weights, expert.name) as file:
         return [module for module in expert.shapes if not expert.is_alive(module, file.get_tensor)]
 
 
 def _left_out(expert: Expert) -> dict[str, str]:
-    return dict.fromkeys(expert.left_out, "its configuration does not target it, and PEFT leaves it out")
+    return dict.fromkeys(expert.left_out, "the configuration does not target it, so PEFT ignores it")
 
 
 def _missing(expert: Expert, model: nn.Module, heads: Any) -> list[str]:
-    """Linear layers that the configuration targets and that the file has no factors for."""
+    """Linear layers that the configuration targets but the file has no factors for."""
     if expert.config is None or expert.config.targets.modules is None:
         return []
     targets, there = expert.config.targets, {*expert.modules, *expert.left_out}
@@ -152,7 +154,7 @@ def _kind(expert: Expert) -> str:
 
 
 def _configuration(name: str | None) -> Any:
-    """The configuration of a base model, from its folder or the Hub's cache; ``None`` where it is in neither."""
+    """A base model's configuration, from its folder or the Hub's cache; ``None`` if it is in neither."""
     from transformers import AutoConfig
 
     if not name:
@@ -169,10 +171,10 @@ def _configuration(name: str | None) -> Any:
 
 
 def _shell(config: Any) -> nn.Module:
-    """A model of a configuration on the meta device: all of its modules, and none of its weights.
+    """A model on the meta device: all modules, no weights.
 
     Raises:
-        SpectrError: Its class cannot be made of the configuration.
+        SpectrError: The class cannot build a model from this configuration.
     """
     import transformers
 
@@ -181,10 +183,10 @@ def _shell(config: Any) -> nn.Module:
     try:
         with torch.device("meta"):
             return kind(config) if kind else transformers.AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # whatever a model's class raises that cannot be made of its configuration
+    except Exception as error:  # a model's class may raise anything
         raise SpectrError(
-            f"the base model cannot be made of its configuration: {type(error).__name__}: {error}",
-            expected="a configuration of a model that this version of transformers has",
+            f"the base model cannot be built from its configuration: {type(error).__name__}: {error}",
+            expected="a configuration that this version of transformers supports",
             do="check config.json of the base model, and the version of transformers",
         ) from error
 

@@ -1,4 +1,4 @@
-"""From names and settings to a library and routers: what "auto" stands for, and what a router needs."""
+"""From names and settings to a library and routers; resolves "auto"."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from spectr.shipped import open_library
 if TYPE_CHECKING:
     from spectr.composed_model import Settings
 
-_MANY = 64  # experts, beyond which "auto" reads them from disk as prompts call for them
+_MANY = 64  # with more experts, "auto" reads them from disk when a prompt needs them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +34,12 @@ class RoutingRequest:
     """A library and routers by name.
 
     Attributes:
-        model: The base model, or a composed folder, whose library and router are then the defaults.
-        library: Folder of the experts; the shipped ones by default.
-        routers: Names; "auto" is the one that suits the library.
-        settings: Texts, as :func:`spectr.routers.options.read_settings` takes them.
-        allow: Experts that may be chosen; all by default.
-        token_level: "auto" is a router that decides for each token, as vLLM needs.
+        model: The base model, or a composed folder, which then provides library and router by default.
+        library: Folder of the experts; by default the shipped ones.
+        routers: Names; "auto" takes the router that suits the library.
+        settings: Texts for :func:`spectr.routers.options.read_settings`.
+        allow: Experts that may be chosen; by default all.
+        token_level: Make "auto" choose a router that decides for each token, as vLLM needs.
     """
 
     model: str | None = None
@@ -50,7 +50,7 @@ class RoutingRequest:
     token_level: bool = False
 
     def resolve(self) -> ResolvedRouting:
-        """Open the library and make the routers; all problems are raised at once.
+        """Open the library and make the routers. All problems are raised together.
 
         Raises:
             SpectrError: A name or a setting is unknown, a value is out of range, or the library lacks what a router
@@ -87,20 +87,20 @@ class RoutingRequest:
 
     def _remarks(self, library: ExpertLibrary, name: str) -> list[str]:
         if self.token_level:
-            return [f"router: {name}, token by token, as vLLM routes; another by --router"]
+            return [f"router: {name}, which decides for each token, as vLLM needs; choose another with --router"]
         new = [expert for expert in library if not library.calibrated(expert)]
         if not new:
             return []
         return [
-            f"router: spectr, token by token, as {some_of(new, 3)} {'is' if len(new) == 1 else 'are'} not calibrated; "
-            f"for the far better one: spectr library calibrate --library {library.origin}"
+            f"router: spectr, for each token, since {some_of(new, 3)} {'is' if len(new) == 1 else 'are'} not "
+            f"calibrated; for the more accurate router: spectr library calibrate --library {library.origin}"
         ]
 
     def _takes_all(self, router: Router, library: ExpertLibrary) -> str | None:
         there, k = len(self.allow or library), router.selection.k or 0
         if not 1 < k >= there:
             return None
-        return f"{'all' if there > 1 else 'one'} of {there} work on every token: the router takes up to {k}"
+        return f"{'all' if there > 1 else 'one'} of {there} are used for every token: the router chooses up to {k}"
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ class ResolvedRouting:
 
     Attributes:
         library: The experts.
-        routers: By name, in the order of the request.
-        remarks: What a user might not expect.
+        routers: The routers by name, in the order of the request.
+        remarks: What may surprise a user.
     """
 
     library: ExpertLibrary
@@ -119,12 +119,12 @@ class ResolvedRouting:
 
     @property
     def router(self) -> Router:
-        """The first router; the default one where a server has several."""
+        """The first router, which is a server's default."""
         return next(iter(self.routers.values()))
 
 
 def open_composed(model: str | None) -> Settings | None:
-    """How a composed folder is routed; ``None`` for any other model."""
+    """The routing of a composed folder; ``None`` for any other model."""
     if model is None or not (Path(model) / "config.json").is_file():
         return None
     try:
@@ -137,14 +137,14 @@ def open_composed(model: str | None) -> Settings | None:
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raise :class:`CompositionError` for a router that is named twice, or several in one text."""
+    """Raise :class:`CompositionError` if a router is named twice, or one text names several."""
     for name in names:
         if "," in name:
             raise CompositionError(
-                f"--router {name}", do=f"name each by itself: --router {name.replace(',', ' --router ')}"
+                f"--router {name}", do=f"name each one separately: --router {name.replace(',', ' --router ')}"
             )
         if names.count(name) > 1:
-            raise CompositionError(f"--router {name} twice", expected="each router once", do="leave one out")
+            raise CompositionError(f"--router {name} twice", expected="each router once", do="name each router once")
 
 
 def make_routers(
@@ -155,14 +155,14 @@ def make_routers(
     defaults: Mapping[str, Mapping[str, Any]],
     allow: Sequence[str] | None = None,
 ) -> dict[str, Router]:
-    """Routers by name, with settings, checked against the library; all problems are raised at once.
+    """Make routers by name, with settings, and check them against the library. All problems are raised together.
 
     Args:
         names: See :func:`spectr.router_names`.
         texts: Settings, as :func:`spectr.routers.options.read_settings` reads them.
         library: The experts.
-        defaults: By name settings that the texts win over.
-        allow: Experts that may be chosen; all by default.
+        defaults: Settings by name; the texts override them.
+        allow: Experts that may be chosen; by default all.
 
     Raises:
         SpectrError: A name or a setting is unknown, a value is out of range, or the library lacks what a router needs.
@@ -184,24 +184,24 @@ def make_routers(
 
 
 def _made(name: str, options: Mapping[str, Any], library: ExpertLibrary, *, fits: bool) -> Router:
-    """A router whose ``top_k``, where it ``fits`` itself to the library, is at most the number of experts."""
+    """A router. If it ``fits`` itself to the library, its ``top_k`` is at most the number of experts."""
     if name == "oracle" and "expert" not in options:
         raise CompositionError(
-            "router 'oracle' needs expert: the one that it always takes",
+            "router 'oracle' needs the setting expert, the expert that it always takes",
             expected=f"one of {', '.join(library)}",
             do="-r oracle -e NAME",
         )
     if name == "shortlist" and options.get("size") == 1 and "token_router" in options:
         raise CompositionError(
-            "a shortlist of one leaves nothing to choose: token_router and its settings make no difference",
-            do="leave them out, or ask for a longer one: --set size=16",
+            "a shortlist of one expert leaves no choice: token_router and its settings have no effect",
+            do="omit them, or use a longer shortlist: --set size=16",
         )
     router = get_router(name, **options)
     return fit_to(len(library), router) if fits else router
 
 
 def fit_to(experts: int, router: Router) -> Router:
-    """The router, which takes at most this number of experts."""
+    """The router with a ``top_k`` of at most this number of experts."""
     settable = {field.name for field in dataclasses.fields(router)} if dataclasses.is_dataclass(router) else ()
     if (router.selection.k or 0) <= experts or "top_k" not in settable:
         return router
@@ -213,7 +213,7 @@ def _is_calibrated(library: ExpertLibrary) -> bool:
 
 
 def problems_of(check: Callable[[str], Any], names: Iterable[str]) -> list[SpectrError]:
-    """What a check raises for each of these names."""
+    """The errors of a check for each of these names."""
     found: list[SpectrError] = []
     for name in names:
         with collecting(found):

@@ -18,7 +18,7 @@ from spectr.tasks import Task
 
 @dataclass(frozen=True, kw_only=True)
 class Demonstration:
-    """One task's prompt with both answers, how the routed model read it, and the task's expert, if it is there."""
+    """One task's prompt, both answers, the routing, and the task's expert if the library has it."""
 
     task: str
     prompt: str
@@ -50,19 +50,19 @@ def demonstrate(
     max_new_tokens: int = 20,
     say: Callable[[str], None] = lambda _: None,
 ) -> list[Demonstration]:
-    """Answer every task's sample with the base model, then with the routed one; the model is given back as it was."""
+    """Answer each task's sample with the base model, then with the routed model. The model is restored afterwards."""
     examples = [task.example(task.sample) for task in tasks if task.sample]
     prompts = [example.prompt for example in examples]
     say(f"the base model answers {len(prompts)} prompts")
     before = generate_answers(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
-    say(f"composing it with {len(library)} experts")
+    say(f"composing the model with {len(library)} experts")
     routed = compose(model, library, router)
     try:
         if allow:
             routed.allow(allow)
-        say(f"the routed model answers ({len(routed.layers)} layers routed)")
+        say(f"the routed model answers ({len(routed.layers)} routed layers)")
         after = generate_answers(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
-        say("looking at what each layer chose")
+        say("recording the routing of each layer")
         with trace(model) as record:
             model(**encode_batch(tokenizer, prompts), use_cache=False, logits_to_keep=1)
     finally:

@@ -1,4 +1,4 @@
-"""Describing a library's experts in words: by whom, from which rows, and where the texts go."""
+"""Describe a library's experts in words: plan, writer, and file."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class DescriptionPlan:
-    """Experts that are to be described.
+    """Experts to describe.
 
     Attributes:
-        library: Folder of the experts; the texts go there.
-        known: The descriptions that are there.
-        rows: By expert the rows that the writer reads.
-        text: The description itself, of one expert that needs no writer.
+        library: Folder of the experts; the descriptions are written there.
+        known: Descriptions that exist already.
+        rows: For each expert, the rows that the writer reads.
+        text: The description of one expert, which then needs no writer.
     """
 
     library: Path
@@ -37,27 +37,27 @@ class DescriptionPlan:
 def read_description_plan(
     library: Path, names: Sequence[str], source: Source, *, text: str | None = None, limit: int = 3
 ) -> DescriptionPlan:
-    """Read and check which experts are to be described, and what the writer reads of each.
+    """Decide which experts to describe, and read the rows for the writer.
 
     Args:
         library: Folder of the experts.
-        names: Some of them; those without a description if empty.
-        source: Task and data of the one expert; without any, each expert's are those of the shipped task of its name.
-        text: The description itself, of one expert.
-        limit: Rows that the writer reads of each expert.
+        names: Experts to describe; if empty, those without a description.
+        source: Task and data of a single expert. By default each expert has the shipped task of its name.
+        text: The description of a single expert.
+        limit: Number of rows that the writer reads for each expert.
 
     Raises:
-        DataError: The text is empty or not for one expert, or rows cannot be read.
-        LibraryError: There is no such library or expert.
+        DataError: The text is empty or for several experts, or rows cannot be read.
+        LibraryError: The library or an expert does not exist.
     """
     experts = open_library(library)
     experts.check(*names)
     if text is not None and not text.strip():
-        raise DataError("--text is empty", do="say what the expert is for")
+        raise DataError("--text is empty", do="describe what the expert is for")
     if text is not None and (len(names) != 1 or source.own):
         raise DataError(
-            "--text is the whole description of one expert",
-            do="name the expert, without data: spectr library describe NAME --text ...",
+            "--text describes exactly one expert",
+            do="name one expert and omit the data: spectr library describe NAME --text ...",
         )
     known = experts.descriptions
     if text is not None:
@@ -72,12 +72,12 @@ def run_description_plan(
     writer: Callable[[], Writer],
     progress: Callable[[str, int, int, str], None] = lambda *_: None,
 ) -> tuple[Path, dict[str, str]]:
-    """Have a plan's experts described; see :func:`spectr.guidance.describe`.
+    """Write a plan's descriptions; see :func:`spectr.guidance.describe`.
 
     Args:
-        plan: Which, and from what.
-        writer: Makes the language model that writes; called where one is needed.
-        progress: Receives (phase, done, total, remark).
+        plan: The experts and their rows.
+        writer: Makes the language model; called only if one is needed.
+        progress: Called with (phase, done, total, remark).
 
     Returns:
         The file, and the new descriptions by expert.

@@ -1,7 +1,7 @@
-"""Errors that say what was given, what was expected and what to do.
+"""Errors that state what was given, what was expected and what to do.
 
-Everything a user can get wrong raises :class:`SpectrError` or a subclass before anything is changed. A broken invariant
-of ours is an ``assert``, never one of these.
+A user's mistake raises :class:`SpectrError` or a subclass before anything changes. A broken invariant of our own is an
+``assert``.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
-_SHOWN = 40  # known names that a message lists
+_SHOWN = 40  # names that a message lists at most
 
 
 class SpectrError(ValueError):
     """A mistake that the user can correct.
 
     Args:
-        given: What was found, with the path or name it was found under.
-        expected: What would have been right.
-        do: The next step, best as a command.
+        given: What is wrong, with its path or name.
+        expected: What would be right.
+        do: The next step, preferably a command.
     """
 
     def __init__(self, given: str, *, expected: str | None = None, do: str | None = None):
@@ -35,44 +35,44 @@ class SpectrError(ValueError):
 
 
 class SpectrWarning(FutureWarning):
-    """What still works but will not for long, or has no effect; the command line shows each text once."""
+    """Something that has no effect, or will stop working. The command line prints each text once."""
 
 
 class AdapterError(SpectrError):
-    """An adapter that cannot be read, or cannot be routed exactly."""
+    """An adapter cannot be read, or cannot be routed exactly."""
 
 
 class LibraryError(SpectrError):
-    """An expert library that is missing, damaged, or does not allow that."""
+    """An expert library is missing or damaged, or does not allow an operation."""
 
 
 class CompositionError(SpectrError):
-    """A model, library and router that do not go together."""
+    """A model, a library and a router do not fit together."""
 
 
 class MergeError(SpectrError):
-    """Experts that cannot be merged like that."""
+    """Experts cannot be merged as requested."""
 
 
 class DataError(SpectrError):
-    """A task, template or data file that cannot be used."""
+    """A task, template or data file cannot be used."""
 
 
 class ModelError(SpectrError):
-    """A base model that cannot be found or loaded."""
+    """A base model cannot be found or loaded."""
 
 
 class ExtractionError(SpectrError):
-    """Two checkpoints, or an expert, that no such expert can be taken from."""
+    """No expert can be extracted from these checkpoints, or reranked."""
 
 
 class MissingExtraError(SpectrError, ImportError):
-    """An optional dependency that the called feature needs.
+    """An optional dependency is missing.
 
     Args:
-        feature: What needs it.
-        extra: Its name among those of ``spectr-lora``.
-        instead: What else the user can do.
+        feature: What needs the dependency.
+        extra: The extra of ``spectr-lora`` that installs it.
+        instead: An alternative for the user.
     """
 
     def __init__(self, feature: str, extra: str, *, instead: str | None = None):
@@ -85,13 +85,13 @@ class MissingExtraError(SpectrError, ImportError):
 def raise_together(
     title: str, problems: Iterable[SpectrError], kind: type[SpectrError] = SpectrError, *, most: int | None = None
 ) -> None:
-    """Raise one error that carries every problem, the problem itself when there is one, nothing when there is none.
+    """Raise one error with all problems. With one problem, raise it unchanged; with none, do nothing.
 
     Args:
-        title: What they are problems of.
-        problems: What is wrong.
-        kind: Of the error that carries several.
-        most: Problems that are written in full; of the others only the number. By default all are.
+        title: What the problems are about.
+        problems: The problems.
+        kind: Type of the error with several problems.
+        most: Number of problems to print in full; the others are counted. By default all are printed.
     """
     found = list(problems)
     if len(found) == 1:
@@ -103,13 +103,13 @@ def raise_together(
 
 
 def map_together(title: str, make: Callable[[T], R], items: Iterable[T], kind: type[SpectrError]) -> list[R]:
-    """What a function makes of each item; the problems of all items are raised by :func:`raise_together`.
+    """Apply a function to each item; the problems of all items are raised by :func:`raise_together`.
 
     Args:
-        title: What they are problems of.
+        title: What the problems are about.
         make: The function.
-        items: What it is given, one after the other.
-        kind: Of the error that carries several.
+        items: Its arguments.
+        kind: Type of the error with several problems.
     """
     made: list[R] = []
     problems: list[SpectrError] = []
@@ -122,11 +122,11 @@ def map_together(title: str, make: Callable[[T], R], items: Iterable[T], kind: t
 
 @contextmanager
 def collecting(problems: list[SpectrError], place: str = "") -> Iterator[None]:
-    """Append a :class:`SpectrError` of the block to a list, for :func:`raise_together`.
+    """Append a :class:`SpectrError` of the block to ``problems``, for :func:`raise_together`.
 
     Args:
         problems: The list.
-        place: Comes first in the error's text, such as a row of a file.
+        place: Prefix of the error's text, such as a row of a file.
     """
     try:
         yield
@@ -139,19 +139,19 @@ def collecting(problems: list[SpectrError], place: str = "") -> Iterator[None]:
 def range_faults(
     error: type[SpectrError], expected: str, right: Callable[[Any], bool], **values: Any
 ) -> Iterator[SpectrError]:
-    """An error for each value that is not ``right``; ``None`` always is."""
+    """Yield an error for each value that is not ``right``; ``None`` is always right."""
     for name, value in values.items():
         if value is not None and not right(value):
             yield error(f"{name}={value!r}", expected=expected)
 
 
 def some_of(names: Sequence[str], shown: int, what: str = "") -> str:
-    """The first few names, and how many more there are."""
+    """The first few names, and the number of the others."""
     return ", ".join(names[:shown]) + (f" and {len(names) - shown} more{what}" if len(names) > shown else "")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A closing phrase for an unknown name: the nearest known one, and then all of them, or the first of very many."""
+    """A hint for an unknown name: the most similar known name, then the known names."""
     options = sorted(known, key=lambda text: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", text)])
     near = nearest(name, options, likeness=0.5)
     hint = f"did you mean '{near}'? " if near else ""
@@ -160,6 +160,6 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def nearest(name: str, known: Iterable[str], *, likeness: float = 0.6) -> str | None:
-    """The known name that is most similar to this one; ``None`` where none is as alike, of 1."""
+    """The most similar known name; ``None`` if none reaches this similarity, from 0 to 1."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=likeness)
     return near[0] if near else None

@@ -1,4 +1,4 @@
-"""Folders that are written: checked before any work, and then whole or not at all."""
+"""Write folders: check them before any work, then write all or nothing."""
 
 from __future__ import annotations
 
@@ -19,35 +19,36 @@ def check_new_folder(
     overwrite: bool = False,
     inside: bool = False,
 ) -> None:
-    """Raise ``error`` where no new folder can be written.
+    """Raise ``error`` if no new folder can be written at this path.
 
     Args:
         out: The folder.
         error: Type of the error.
         do: The next step, for the error.
-        overwrite: Whether files that are there may be replaced.
-        inside: Whether files are added to those that are there.
+        overwrite: Whether existing files may be replaced.
+        inside: Whether files are added to existing ones.
     """
     if out.exists() and not out.is_dir():
         raise error(f"{out} is a file", expected="a folder", do=do)
     if out.is_dir() and any(out.iterdir()) and not (overwrite or inside):
-        raise error(f"{out} is in use", expected="an empty folder, or none yet", do=do)
+        raise error(f"{out} is not empty", expected="an empty folder or a new one", do=do)
     holders = (out.absolute(), *out.absolute().parents)[0 if inside else 1 :]
     above = next(folder for folder in holders if folder.exists())
-    try:  # asking for the right to write is not enough: root has it on read-only file systems
+    try:  # a test of permissions is not enough: root passes it on a read-only file system
         tempfile.TemporaryDirectory(dir=above).cleanup()
     except OSError as fault:
-        raise error(f"{out} cannot be made: {above} takes no new folder ({fault.strerror})", do=do) from fault
+        raise error(f"{out} cannot be created in {above}: {fault.strerror}", do=do) from fault
 
 
 @contextmanager
 def new_folder(
     out: Path, error: type[SpectrError], do: str = "choose another --out", *, overwrite: bool = False
 ) -> Iterator[Path]:
-    """Yield an empty folder next to ``out`` that takes its place when the block ends; deleted where the block raises.
+    """Yield an empty folder next to ``out``. When the block ends, it replaces ``out``; if the block raises, it is
+    deleted.
 
     Raises:
-        SpectrError: As :func:`check_new_folder`.
+        SpectrError: See :func:`check_new_folder`.
     """
     check_new_folder(out, error, do, overwrite=overwrite)
     out = out.absolute()
@@ -62,7 +63,7 @@ def new_folder(
 
 
 def _swap_in(scratch: Path, out: Path) -> None:
-    """Rename into place. The old folder is deleted only when the new one is there."""
+    """Rename into place. The old folder is deleted only after the new one exists."""
     if not out.exists():
         scratch.rename(out)
         return
@@ -78,7 +79,7 @@ def _swap_in(scratch: Path, out: Path) -> None:
 
 
 def with_parents(path: str | Path) -> Path:
-    """The path of a file that is to be written; the folders above it are made."""
+    """The path of a file to write; creates the folders above it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     return path

@@ -1,4 +1,4 @@
-"""Values that have one key, together."""
+"""Group values by key."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Value = TypeVar("Value")
 
 
 def grouped(pairs: Iterable[tuple[Key, Value]]) -> dict[Key, list[Value]]:
-    """By key its values, both in the order in which they come."""
+    """Values by key, both in the order of arrival."""
     found: dict[Key, list[Value]] = {}
     for key, value in pairs:
         found.setdefault(key, []).append(value)

@@ -1,4 +1,4 @@
-"""Guiding a router by words: instructions for prompts, descriptions of experts, and how alike they are."""
+"""Compare descriptions: instructions for prompts, descriptions of experts, and their similarity."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ _TASK = (
     "Here are examples of one task.\n\n{examples}\n\nSay in one short sentence what the task is, so that other inputs "
     "of the same task are recognised. The task:"
 )
-_LONGEST = 1200  # characters of a prompt, or of an example, that the writer is shown
+_LONGEST = 1200  # characters of a prompt or an example that the writer reads
 
 
 @dataclass(kw_only=True)
 class Spent:
-    """What guiding has cost so far.
+    """The cost of comparing descriptions so far.
 
     Attributes:
         prompts: Prompts that were compared.
-        cached: Of these, those whose vector was there already.
+        cached: Prompts among these whose vector was in the cache.
         tokens: Tokens that the writer wrote.
-        writing: Seconds of writing.
-        embedding: Seconds of embedding.
+        writing: Seconds spent on writing.
+        embedding: Seconds spent on embedding.
     """
 
     prompts: int = 0
@@ -57,18 +57,18 @@ class Spent:
 
 
 class QueryGuide:
-    """``cos(e_t, q)``: the experts' descriptions compared with an instruction that is written for the prompt.
+    """``cos(e_t, q)``: compare the experts' descriptions with an instruction that is written for the prompt.
 
-    A conversation's vector is made once and kept.
+    A conversation's vector is computed once and cached.
 
     Args:
-        tokenizer: The base model's, to read the prompt.
-        embed: From texts to unit vectors.
+        tokenizer: The base model's tokenizer, to decode the prompt.
+        embed: Maps texts to unit vectors.
         write: Writes the instruction; ``None`` embeds the user's own words.
-        per: ``"conversation"``: the first user turn stands for all. ``"turn"``: each user turn anew.
+        per: ``"conversation"``: the first user turn represents all turns. ``"turn"``: each user turn is compared.
 
     Attributes:
-        spent: What it has cost so far.
+        spent: The cost so far.
 
     Source: GLIDER (Li et al., 2024), section 3.
     """
@@ -92,7 +92,7 @@ class QueryGuide:
 
     @staticmethod
     def of(model: Any, tokenizer: Any, **options: Any) -> QueryGuide:
-        """The base model itself writes, and the default embedder embeds."""
+        """A guide where the base model writes and the default embedder embeds."""
         return QueryGuide(tokenizer, load_embedder(), LocalWriter(model, tokenizer), **options)
 
     def reader(self, descriptions: Mapping[str, str], experts: Sequence[str]) -> Similarity:
@@ -101,7 +101,7 @@ class QueryGuide:
 
         def read(input_ids: Tensor | None = None, *_: Any, **given: Any) -> Float[Tensor, "B E"]:
             if input_ids is None:
-                raise CompositionError("a guide reads prompts as token ids", do="call the model with input_ids")
+                raise CompositionError("a guide needs the prompt's token ids", do="call the model with input_ids")
             mask = given.get("attention_mask")
             real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
             rows = zip(input_ids, real.to(input_ids.device), strict=True)
@@ -110,7 +110,7 @@ class QueryGuide:
         return read
 
     def queries(self, texts: Sequence[str]) -> Float[Tensor, "B D"]:
-        """The vectors of prompts, those that are new written and embedded first."""
+        """The vectors of prompts; new prompts are written and embedded first."""
         new = [text for text in dict.fromkeys(texts) if text not in self._vectors]
         self.spent.prompts += len(texts)
         self.spent.cached += len(texts) - len(new)
@@ -135,11 +135,11 @@ class QueryGuide:
 
 
 def describe(write: Writer, examples: Sequence[Example]) -> str:
-    """What a few examples have in common, in one sentence of the writer's.
+    """One sentence about what a few examples have in common, written by the language model.
 
     Args:
         write: A language model.
-        examples: Of one expert's task; three to five are enough.
+        examples: Examples of one expert's task; three to five are enough.
     """
     shown = [f"Input:\n{_short(example.prompt)}\nOutput: {_short(example.answer)}" for example in examples]
     [text] = write([_TASK.format(examples="\n\n".join(shown))])

@@ -1,4 +1,4 @@
-"""Hashes of files, as manifests and cards carry them."""
+"""Hashes of files, for manifests and cards."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def file_sha256(path: str | Path) -> str:
-    """Hex SHA-256 of a file, read in pieces."""
+    """Hex SHA-256 of a file, which is read in pieces."""
     digest = hashlib.sha256()
     with Path(path).open("rb") as stream:
         while block := stream.read(1 << 20):
@@ -19,12 +19,12 @@ def file_sha256(path: str | Path) -> str:
 
 
 def json_sha256(content: Any) -> str:
-    """Hex SHA-256 of plain data as JSON, whatever the order of its keys."""
+    """Hex SHA-256 of plain data as JSON, independent of the order of keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def known_sha256(path: str | Path) -> str:
-    """The same, remembered while the file's size and time of change stay: for checks that are made again and again."""
+    """The SHA-256 of a file, cached while its size and modification time stay the same."""
     state = Path(path).stat()
     return _remembered(Path(path).absolute(), state.st_size, state.st_mtime_ns)
 

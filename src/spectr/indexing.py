@@ -1,4 +1,4 @@
-"""Indexing a library: what routing among very many experts needs of each, made once and kept with them."""
+"""Index a library: what routing among very many experts needs of each, computed once and stored."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from spectr.routers import Spectr
 from spectr.spectral import Rotation, align, rotate
 
 Progress = Callable[[int, int, str], None]
-_TOGETHER = 32  # experts that read the inputs at once, which are larger than they are
+_TOGETHER = 32  # experts per pass over the inputs, which are larger than the experts
 _PROCESSES = 8
 
 Layout = tuple[IndexedModule, ...]
@@ -46,15 +46,15 @@ def build_index(
 ) -> ExpertLibrary:
     """Align each expert once and measure its prototypes on the calibration's texts, for :class:`spectr.Shortlist`.
 
-    Experts that are indexed already are left alone, so that a killed run goes on, and an expert more costs as much as
-    the first. The base model reads the texts once.
+    Experts with an index are skipped, so that an interrupted run resumes and a new expert costs as much as the first.
+    The base model reads the texts once.
 
     Args:
         model: The base model, not composed.
         library: Calibrated experts.
-        folder: The library's folder, where entries are kept; without it they are only in the library returned.
-        fresh: Index all experts anew.
-        progress: Receives (done, total, expert).
+        folder: The library's folder, where entries are stored; without it they exist only in the returned library.
+        fresh: Index all experts again.
+        progress: Called with (done, total, expert).
 
     Returns:
         The library with its index.
@@ -75,7 +75,7 @@ def build_index(
     modules = sorted({module for expert in missing.values() for module in expert.shapes})
     inputs: dict[str, Float[Tensor, "T I"]] = {}
 
-    def keep(module: str, x_TI: Any) -> None:  # a tensor, (T, I): an index is of linear layers alone
+    def keep(module: str, x_TI: Any) -> None:  # a tensor, (T, I): an index covers linear layers only
         inputs[module] = x_TI.float() - known.means[module].to(x_TI.device)
 
     read_inputs(model, [module for module in modules if module not in known.unmeasured], known.said, keep)
@@ -87,7 +87,7 @@ def build_index(
     for made in DataLoader(
         work, batch_size=None, num_workers=workers, multiprocessing_context="fork" if workers else None
     ):
-        if isinstance(made, SpectrError):  # raised here, so that it says what it says and no more
+        if isinstance(made, SpectrError):  # raised here, so that its message has no prefix
             raise made
         for name, entry in made.items():
             entries[name] = entry
@@ -96,7 +96,7 @@ def build_index(
 
 
 def check_index(library: ExpertLibrary, *, fresh: bool = False) -> list[str]:
-    """The experts that are to be indexed: those that are not, or all.
+    """The experts to index: those without an index, or all.
 
     Raises:
         CompositionError: They are not calibrated.
@@ -108,7 +108,7 @@ def check_index(library: ExpertLibrary, *, fresh: bool = False) -> list[str]:
 
 
 class _Parts(Dataset[Any]):
-    """Entries of some experts after the other; those that go to a folder are written where they are made."""
+    """Entries of consecutive experts; entries for a folder are written where they are computed."""
 
     def __init__(self, experts: Mapping[str, Expert], folder: Path | None, make: Callable[..., dict[str, IndexEntry]]):
         names = list(experts)
@@ -134,9 +134,9 @@ class _Parts(Dataset[Any]):
 
 
 def _workers(work: _Parts, inputs: Iterable[Tensor]) -> int:
-    """Processes in addition to this one, none for few experts: the work is many small steps, which threads do in turn.
+    """Number of additional processes; none for few experts. The work has many small steps, which threads run in turn.
 
-    They have to be forked, so that they see the inputs where these are, and only a CPU's can be seen.
+    The processes are forked, so that they share the inputs. Only inputs on a CPU can be shared.
     """
     forks = sys.platform == "linux" and all(x.device.type == "cpu" for x in inputs)
     if not forks or work.folder is None or len(work) < 2:
@@ -148,12 +148,12 @@ class _Aligned(NamedTuple):
     """Modules of one shape of one expert."""
 
     turned: Rotation
-    holds_N: Bool[Tensor, " N"]  # for which of them these hold
+    holds_N: Bool[Tensor, " N"]  # for which of these modules the vectors exist
     first_NI: Float[Tensor, "N I"]  # the first row of V^T of each
 
 
 class _Measured(NamedTuple):
-    """Modules of one shape of some experts that adapt the same."""
+    """Modules of one shape, of experts that adapt the same modules."""
 
     full_ENI: Float[Tensor, "E N I"]
     codes_ENI: Int8[Tensor, "E N I"]
@@ -169,7 +169,7 @@ def _entries(
     inputs: Mapping[str, Float[Tensor, "T I"]],
     known: Calibration,
 ) -> dict[str, IndexEntry]:
-    """Entries of some experts; those that adapt the same modules in the same sizes are measured at once."""
+    """Entries of some experts; experts with equal modules and sizes are measured together."""
     entries = {}
     for layout, together in grouped((_layout(expert), expert) for expert in experts.values()).items():
         alike = _alike(layout)
@@ -202,13 +202,13 @@ def _layout(expert: Expert) -> Layout:
 
 
 def _in_order(groups: Sequence[Tensor], order: Sequence[int]) -> Tensor:
-    """Each expert's rows of all modules one after the other, in their order."""
+    """Each expert's rows of all modules, in the modules' order."""
     columns = [rows_EI for rows_ENI in groups for rows_EI in rows_ENI.unbind(1)]
     return torch.cat([columns[i] for i in order], dim=1)
 
 
 def _alike(layout: Layout) -> list[list[str]]:
-    """The names of modules of the same sizes, together."""
+    """Names of modules, grouped by size."""
     return list(grouped((tuple(sizes), name) for name, *sizes in layout).values())
 
 
@@ -226,7 +226,7 @@ def _measured(modules: list[str], aligned: Sequence[_Aligned], inputs: Mapping[s
     step_EN = (first_ENI.abs().amax(-1) / 127).clamp(min=1e-30)
     code_ENI = (first_ENI / step_EN[..., None]).round()
     rms_NE = [
-        torch.zeros(len(v_EI))  # no text reaches the module: it takes no part
+        torch.zeros(len(v_EI))  # no text reaches the module: it is not scored
         if m not in inputs
         else torch.linalg.vector_norm(inputs[m] @ v_EI.to(inputs[m].device).mT, dim=0).cpu() / len(inputs[m]) ** 0.5
         for m, v_EI in zip(modules, first_ENI.unbind(1), strict=True)
@@ -243,7 +243,7 @@ def _measured(modules: list[str], aligned: Sequence[_Aligned], inputs: Mapping[s
 def _rotations(
     alike: Sequence[Sequence[str]], found: Sequence[tuple[Rotation, Bool[Tensor, " N"]]]
 ) -> dict[str, Rotation]:
-    """By module, of those that can be aligned by one."""
+    """Rotations by module, for modules that one rotation can align."""
     rotations = {}
     for modules, (turned, holds_N) in zip(alike, found, strict=True):
         rows = zip(modules, holds_N.tolist(), *turned, strict=True)

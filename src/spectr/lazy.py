@@ -1,4 +1,4 @@
-"""Packages whose names are imported when they are first used."""
+"""Packages that import a name on first use."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 
 def lazy(package: str, homes: Mapping[str, str], *, renamed: Mapping[str, str] | None = None) -> Callable[[str], Any]:
-    """A package's ``__getattr__``.
+    """Make a package's ``__getattr__``.
 
     Args:
         package: Its ``__name__``.
-        homes: By name the submodule that has it; ``""`` for a submodule itself.
-        renamed: Old names, each with the new one, which work with a warning.
+        homes: For each name the submodule that defines it; ``""`` for a submodule.
+        renamed: New names by old names; an old name works with a warning.
     """
 
     def find(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Objects by name: ours from a table, those of other packages by entry point. Nothing is imported before it is used."""
+"""Objects by name: ours from a table, other packages' by entry point. Nothing is imported before its first use."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from spectr.errors import SpectrError, SpectrWarning, did_you_mean
 
 T = TypeVar("T")
-PROTOCOL = 1  # of the objects that packages add; one that declares no spectr_protocol is of version 1
+PROTOCOL = 1  # version of the objects that packages add; 1 if an object declares none
 
 
 class Entry(NamedTuple):
-    """Where a maker is, and the options that the name stands for."""
+    """Where a maker is, and the options that the name implies."""
 
     target: str
     preset: Mapping[str, Any]
@@ -36,18 +36,18 @@ def entry(target: str, **preset: Any) -> Entry:
 class Registry(Generic[T]):
     """Makers of ``T`` by name. To add a name, add a line to ``entries``; another package declares an entry point.
 
-    The object of an entry point may have an attribute ``spectr_protocol: ClassVar[int]``, the version of the protocol
-    that it implements, 1 if absent. One of another version than ``protocol`` is adapted by ``adapters``, or refused.
+    An entry point's object may have an attribute ``spectr_protocol: ClassVar[int]``, the version of the protocol that
+    it implements (default 1). If it differs from ``protocol``, ``adapters`` adapts the object, or it is refused.
 
     Attributes:
-        kind: What ``T`` is, for messages: "router".
-        group: The entry points' group.
-        entries: By name a maker, ``"module:attribute"`` or :func:`entry`. They win over entry points.
-        error: What is raised.
+        kind: The name of ``T`` in messages, such as "router".
+        group: The group of the entry points.
+        entries: By name a maker, ``"module:attribute"`` or :func:`entry`. These take precedence over entry points.
+        error: Type of the errors.
         protocol: The version that callers of this registry expect.
-        adapters: By an older version what makes a maker of it one of ``protocol``.
+        adapters: By older version, a function that turns a maker of that version into one of ``protocol``.
         old_group: The group's former name, which still works, with a warning.
-        as_text: How the command line takes a name with options such as "density=...", for messages; ``None``: not.
+        as_text: How the command line writes a name with options such as "density=..."; ``None`` if it cannot.
     """
 
     kind: str
@@ -60,31 +60,31 @@ class Registry(Generic[T]):
     as_text: Callable[[str, list[str]], str] | None = None
 
     def names(self) -> tuple[str, ...]:
-        """All names in alphabetical order; nothing is imported."""
+        """All names in alphabetical order; imports nothing."""
         return tuple(sorted({*self.entries, *(point.name for point in self._points())}))
 
     def load(self, name: str) -> Callable[..., T]:
-        """What makes the object of this name.
+        """The maker of this name.
 
         Raises:
-            SpectrError: The name is unknown, or its package is broken or made for another version; of ``error``'s type.
+            SpectrError: The name is unknown, or its package is broken or implements another version; of type ``error``.
         """
         found = self.entries.get(name)
         if found is None:
             return self._load_plugin(name)
         if point := self._hidden.pop(name, None):
             warnings.warn(
-                f"the {self.kind} '{name}' of {_origin(point)} is ignored: {name} is built in; rename the other",
+                f"the {self.kind} '{name}' of {_origin(point)} is ignored, since {name} is built in; rename that one",
                 SpectrWarning,
                 stacklevel=3,
             )
         return _maker(found)
 
     def make(self, name: str, **options: Any) -> T:
-        """The object of this name, made with these options.
+        """Make the object of this name with these options.
 
         Raises:
-            SpectrError: As :meth:`load`, or an option is unknown or missing; of ``error``'s type.
+            SpectrError: See :meth:`load`; or an option is unknown or missing. Of type ``error``.
         """
         make = self.load(name)
         parameters = inspect.signature(make).parameters
@@ -94,7 +94,7 @@ class Registry(Generic[T]):
             raise self.error(
                 f"{self.kind} '{name}' has no {' and no '.join(strange)}",
                 expected=f"some of: {', '.join(parameters)}" if parameters else "no settings",
-                do=did_you_mean(strange[0], parameters) if parameters else "leave it out",
+                do=did_you_mean(strange[0], parameters) if parameters else "remove it",
             )
         fixed = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
         needed = [n for n, p in parameters.items() if p.default is p.empty and p.kind not in fixed]
@@ -112,23 +112,23 @@ class Registry(Generic[T]):
                 raise
             raise self.error(
                 f"{self.described(name)} cannot be made: {type(error).__name__}: {error}",
-                do="check its settings, or repair or uninstall that package",
+                do="check its settings, or repair or uninstall the package",
             ) from error
 
     def described(self, name: str) -> str:
-        """A name that a package adds, with that package, for messages."""
+        """The name that a package adds, with that package, for messages."""
         return f"the {self.kind} '{name}' of {next(_origin(point) for point in self._points() if point.name == name)}"
 
     @cached_property
     def _hidden(self) -> dict[str, EntryPoint]:
-        """Entry points with a built-in name, until a warning has named them; looked up once."""
+        """Entry points with a built-in name, until a warning names them; looked up once."""
         return {point.name: point for point in entry_points(group=self.group) if point.name in self.entries}
 
     def _points(self) -> list[EntryPoint]:
         points = list(entry_points(group=self.group))
         for point in entry_points(group=self.old_group) if self.old_group else ():
             warnings.warn(
-                f"{point.value}: the entry-point group {self.old_group} is now {self.group}; the next version does not "
+                f"{point.value}: the entry-point group {self.old_group} is now {self.group}; the next version will not "
                 "read the old one",
                 SpectrWarning,
                 stacklevel=4,
@@ -150,7 +150,7 @@ class Registry(Generic[T]):
             found = points[0].load()
         except Exception as error:
             raise self.error(
-                f"{what} cannot be imported: {type(error).__name__}: {error}", do="repair or uninstall that package"
+                f"{what} cannot be imported: {type(error).__name__}: {error}", do="repair or uninstall the package"
             ) from error
         try:
             inspect.signature(found)
@@ -158,7 +158,7 @@ class Registry(Generic[T]):
             raise self.error(
                 f"{what} cannot be called: {error}",
                 expected="a class or a function with named parameters",
-                do="repair or uninstall that package",
+                do="repair or uninstall the package",
             ) from error
         version = getattr(found, "spectr_protocol", 1)
         if version == self.protocol:
@@ -167,9 +167,9 @@ class Registry(Generic[T]):
             return self.adapters[version](found)
         readable = ", ".join(map(str, sorted({*self.adapters, self.protocol})))
         raise self.error(
-            f"{what} is made for version {version} of the plugin protocol",
+            f"{what} implements version {version} of the plugin protocol",
             expected=f"version {readable}",
-            do="update spectr-lora, or install another version of that package",
+            do="update spectr-lora, or install another version of the package",
         )
 
 
@@ -182,5 +182,5 @@ def _maker(found: str | Entry) -> Callable[..., Any]:
 
 
 def _origin(point: EntryPoint) -> str:
-    """The package that an entry point comes from, as far as that is known."""
+    """The package of an entry point, if known."""
     return f"{point.dist.name} {point.dist.version} ({point.value})" if point.dist else point.value

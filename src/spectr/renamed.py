@@ -87,19 +87,19 @@ class _Renamed(MetaPathFinder, Loader):
         """The module of the new name."""
         name = new_name(spec.name)
         assert name is not None
-        warnings.warn(f"the module {spec.name} is {name} now", DeprecationWarning, stacklevel=2)
+        warnings.warn(f"the module {spec.name} is now {name}", DeprecationWarning, stacklevel=2)
         module = importlib.import_module(name)
         spec.loader_state = module.__spec__
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """It has run already, and keeps its own specification."""
+        """Do nothing: the module has run already, and keeps its own specification."""
         assert module.__spec__ is not None
         module.__spec__ = module.__spec__.loader_state
 
 
 def new_name(old: str) -> str | None:
-    """What a module is called now; ``None`` for a name that is not an old one."""
+    """The current name of a module; ``None`` for a name that is not an old one."""
     if not old.startswith("spectr."):
         return None
     head, tail = old, ""
@@ -112,19 +112,19 @@ def new_name(old: str) -> str | None:
 
 
 def install() -> None:
-    """Have Python resolve old names; before others do, as an old package's modules would be found a second time."""
+    """Make Python resolve old names, before other finders: an old package's modules would be found a second time."""
     if not any(isinstance(finder, _Renamed) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Renamed())
 
 
-_OPTIONS: dict[Any, dict[str, str | None]] = {}  # by class the new names of its options
+_OPTIONS: dict[Any, dict[str, str | None]] = {}  # by class, the new names of its options
 
 
 def options_renamed(**names: str | None) -> Callable[[type[T]], type[T]]:
-    """Have a dataclass take options by their old names too, and have its objects show them, with a warning.
+    """Make a dataclass accept and show options by their old names, with a warning.
 
     Args:
-        names: By an option's old name the new one; ``None`` for one that is gone and makes no difference any more.
+        names: New names by old names; ``None`` for an option that was removed and has no effect.
     """
 
     def decorated(kind: type[T]) -> type[T]:
@@ -147,12 +147,12 @@ def options_renamed(**names: str | None) -> Callable[[type[T]], type[T]]:
 
 
 def current_options(make: Any, options: Mapping[str, Any], *, warn: bool = True) -> dict[str, Any]:
-    """Options under the names that they have now.
+    """Options under their current names.
 
     Args:
-        make: What is made with them: a class, or a partial of it.
-        options: By name; ``"local.top_k"`` is a part of ``local``.
-        warn: Whether to warn of old names; not where they are read from a file.
+        make: What takes the options: a class, or a partial of it.
+        options: Values by name; ``"local.top_k"`` is a part of ``local``.
+        warn: Whether to warn about old names; false for those in a file.
     """
     names = _OPTIONS.get(make.func if isinstance(make, partial) else make, {})
     current = {}
@@ -161,16 +161,16 @@ def current_options(make: Any, options: Mapping[str, Any], *, warn: bool = True)
         new = names.get(old, old)
         if new is None:
             if warn:
-                warnings.warn(f"there is no option {old} any more: it is left out", DeprecationWarning, stacklevel=4)
+                warnings.warn(f"the option {old} was removed and has no effect", DeprecationWarning, stacklevel=4)
             continue
         if new != old and warn:
-            warnings.warn(f"the option {old} is {new} now", DeprecationWarning, stacklevel=4)
+            warnings.warn(f"the option {old} is now {new}", DeprecationWarning, stacklevel=4)
         if new + dot + rest in current or (new != old and new + dot + rest in options):
-            raise CompositionError(f"{old} is {new} now, and both are given", do=f"leave {old} out")
+            raise CompositionError(f"{old} is now {new}, and both were given", do=f"remove {old}")
         current[new + dot + rest] = value
     return current
 
 
 def _read(owner: Any, *, old: str, new: str) -> Any:
-    warnings.warn(f"{type(owner).__name__}.{old} is {new} now", DeprecationWarning, stacklevel=2)
+    warnings.warn(f"{type(owner).__name__}.{old} is now {new}", DeprecationWarning, stacklevel=2)
     return getattr(owner, new)

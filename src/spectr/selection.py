@@ -1,4 +1,4 @@
-"""From scores to weights: which experts are taken, and how much of each."""
+"""From scores to weights: which experts are chosen, and with which weight."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from torch.compiler import is_compiling
 from spectr.errors import CompositionError
 from spectr.lazy import lazy
 
-_FEW = 16  # experts up to which a stable sort costs less than to repair ties
+_FEW = 16  # up to this many experts, a stable sort is faster than repairing ties
 Weighting = Literal["uniform", "softmax"]
 
 
 @runtime_checkable
 class Selection(Protocol):
-    """Turns a token's scores into weights; where an expert is not taken its weight is zero."""
+    """Turns a token's scores into weights. The weight of an expert that is not chosen is zero."""
 
     @property
     def k(self) -> int | None:
-        """How many are chosen; ``None``: all."""
+        """Number of experts that are chosen; ``None`` means all."""
 
     def __call__(self, scores_TE: Float[Tensor, "*T E"]) -> Float[Tensor, "*T E"]:
-        """Weights of the same shape as the float32 scores, summing to one over the experts."""
+        """Weights of the same shape as the float32 scores; they sum to one over the experts."""
         ...
 
 
@@ -47,12 +47,12 @@ class All:
 
 @dataclass(frozen=True, kw_only=True)
 class TopK:
-    """The ``k`` largest scores, of equal ones the first; where a module has fewer experts, all of them.
+    """The ``k`` largest scores; the first of equal ones. If a module has fewer experts, all of them.
 
     Attributes:
-        k: Experts for each token.
-        weighting: ``1 / k`` each, or the softmax of the chosen scores over ``temperature``.
-        temperature: Of the softmax, above zero.
+        k: Experts per token.
+        weighting: ``"uniform"``: ``1 / k`` each. ``"softmax"``: the softmax of the chosen scores over ``temperature``.
+        temperature: Temperature of the softmax, above zero.
 
     Source: SpectR eq. 9, and the remark below eq. 11; Arrow (Ostapenko et al., 2024) for the softmax.
     """
@@ -80,7 +80,7 @@ class TopK:
     def __call__(self, scores_TE: Float[Tensor, "*T E"]) -> Float[Tensor, "*T E"]:
         """See :class:`Selection`."""
         weights_TE = torch.zeros_like(scores_TE)
-        if self.weighting == "uniform":  # one operation less, which one token notices
+        if self.weighting == "uniform":  # one operation less; for a single token this matters
             k = min(self.k, scores_TE.shape[-1])
             return weights_TE.scatter_(-1, largest(scores_TE, k)[1], 1 / k)
         return weights_TE.scatter_(-1, *self.choose(scores_TE))
@@ -89,33 +89,35 @@ class TopK:
 def select_among(
     selection: Selection, scores_TE: Float[Tensor, "*T E"], allowed_TE: Bool[Tensor, "*B E"]
 ) -> Float[Tensor, "*T E"]:
-    """The weights that a selection gives in a library that holds only each token's allowed experts.
+    """The weights that a selection gives if the library held only each token's allowed experts.
 
-    Where fewer than ``k`` are allowed all of them are taken; where none is, all weights are zero.
+    If fewer than ``k`` are allowed, all of them are chosen; if none is, all weights are zero.
     """
-    none_T1 = ~allowed_TE.any(-1, keepdim=True)  # there a softmax would be of minus infinities alone
+    none_T1 = ~allowed_TE.any(-1, keepdim=True)  # a softmax of these would see only minus infinities
     weights_TE = selection(scores_TE.masked_fill(~allowed_TE, -torch.inf).masked_fill(none_T1, 0.0))
-    weights_TE = weights_TE.where(allowed_TE, 0.0)  # a selection may have had to fill up with others
+    weights_TE = weights_TE.where(allowed_TE, 0.0)  # a selection may have filled up with forbidden experts
     return weights_TE / weights_TE.sum(-1, keepdim=True).clamp(min=1e-30)
 
 
 def is_captured() -> bool:
-    """Whether what runs now is made into a graph for other inputs: torch compiles, exports or traces."""
+    """Whether the running code is being captured as a graph for other inputs: torch compiles, exports or traces."""
     return is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
 
 
 def largest(scores_TE: Float[Tensor, "*T E"], k: int) -> tuple[Float[Tensor, "*T K"], Int[Tensor, "*T K"]]:
-    """The ``k`` largest scores and their places, of equal ones the first. ``topk`` takes any of these."""
+    """The ``k`` largest scores and their positions; the first of equal ones. ``topk`` may return any of these."""
     if k == 1:
         return scores_TE.max(dim=-1, keepdim=True)
-    if not scores_TE.is_cpu:  # nothing waits for the device
+    if not scores_TE.is_cpu:  # avoids waiting for the device
         return _stably(scores_TE, k)
     best, count = scores_TE.topk(k, dim=-1), scores_TE.shape[-1]
     if k == count:
         return best
     least_T1 = best.values.narrow(-1, k - 1, 1)
     eager = type(scores_TE) is Tensor and not is_captured()
-    if eager and int((scores_TE >= least_T1).count_nonzero()) == best.values.numel():  # no other equals a row's last
+    if (
+        eager and int((scores_TE >= least_T1).count_nonzero()) == best.values.numel()
+    ):  # no other score equals a row's last
         return best
     if count <= _FEW:
         return _stably(scores_TE, k)

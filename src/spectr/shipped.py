@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def shipped_experts() -> Path:
-    """Folder of the shipped experts: ``experts/`` in a checkout of the repository, else that of their distribution.
+    """Folder of the shipped experts: ``experts/`` in a checkout of the repository, else the installed distribution's.
 
     Raises:
         MissingExtraError: This is no checkout, and ``spectr-lora-experts`` is not installed.
@@ -29,16 +29,16 @@ def shipped_experts() -> Path:
         folder = Path(str(distribution(DISTRIBUTION).locate_file(_FOLDER)))
     except PackageNotFoundError:
         raise MissingExtraError(
-            "the library of shipped experts", "demo", instead="name a library of your own with --library"
+            "the library of shipped experts", "demo", instead="name your own library with --library"
         ) from None
     return folder
 
 
 def open_library(path: Path | None) -> ExpertLibrary:
-    """The library at that path, or the shipped one.
+    """Open the library at this path, or the shipped one.
 
     Raises:
-        LibraryError: There is none, or it is empty.
+        LibraryError: The library does not exist or is empty.
     """
     from spectr.library import ExpertLibrary
 

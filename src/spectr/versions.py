@@ -1,4 +1,4 @@
-"""Versions of what computed a result, for records and cards."""
+"""Versions of the packages that computed a result, for records and cards."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def package_versions(*packages: str) -> dict[str, str]:
-    """Versions of Python, and of those of these distributions that are installed."""
+    """Versions of Python and of the installed ones among these distributions."""
     found = {"python": platform.python_version()}
     for package in packages:
         with suppress(PackageNotFoundError):

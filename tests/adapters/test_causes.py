@@ -8,17 +8,17 @@ from spectr.errors import AdapterError, LibraryError
 from spectr.library import ExpertLibrary
 
 FOLDERS = {
-    "several adapters": (["a/adapter_config.json", "b/adapter_config.json"], "folders of their own: a, b", "/a"),
-    "one adapter": (["sql/adapter_config.json"], "in folders of their own: sql", "/sql"),
+    "several adapters": (["a/adapter_config.json", "b/adapter_config.json"], "adapters in subfolders: a, b", "/a"),
+    "one adapter": (["sql/adapter_config.json"], "several adapters in subfolders: sql", "/sql"),
     "checkpoints": (
         ["checkpoint-50/adapter_config.json", "checkpoint-200/adapter_config.json"],
         "the checkpoints of a training run: checkpoint-200, checkpoint-50",
         "/checkpoint-200",
     ),
-    "mlx-lm": (["adapter_config.json", "adapters.safetensors"], "is an adapter of mlx-lm", "mlx_lm.fuse"),
-    "diffusers": (["pytorch_lora_weights.safetensors"], "is a LoRA of diffusers", "of a transformers model"),
-    "llama.cpp": (["lora.gguf"], "holds a GGUF file of llama.cpp", "the adapter of PEFT"),
-    "DeepSpeed": (["adapter_config.json", "zero_to_fp32.py"], "is a checkpoint of DeepSpeed", "zero_to_fp32.py"),
+    "mlx-lm": (["adapter_config.json", "adapters.safetensors"], "is an mlx-lm adapter", "mlx_lm.fuse"),
+    "diffusers": (["pytorch_lora_weights.safetensors"], "is a diffusers LoRA", "for a transformers model"),
+    "llama.cpp": (["lora.gguf"], "holds a llama.cpp GGUF file", "the PEFT adapter"),
+    "DeepSpeed": (["adapter_config.json", "zero_to_fp32.py"], "is a DeepSpeed checkpoint", "zero_to_fp32.py"),
     "a whole model": (["config.json", "model.safetensors"], "holds a whole model", "spectr extract FOLDER --base"),
     "pickled": (["adapter_config.json", "adapter_model.bin"], "(adapter_model.bin), which can run code", "with PEFT"),
 }
@@ -47,8 +47,8 @@ def test_an_adapter_with_others_in_folders_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("folders", "given", "do"),
     [
-        ([".", "second"], "is itself an adapter, and holds others in folders (second)", "from_adapters"),
-        ([".", "checkpoint-1"], "is itself an adapter", "spectr library add NAME FOLDER"),
+        ([".", "second"], "is an adapter itself and holds others in subfolders (second)", "from_adapters"),
+        ([".", "checkpoint-1"], "is an adapter itself", "spectr library add NAME FOLDER"),
         (["checkpoint-9", "checkpoint-10"], "the checkpoints of one training run", "checkpoint-10 --library LIBRARY"),
     ],
 )

@@ -69,7 +69,7 @@ def test_a_setting_that_is_off_is_no_reason(tmp_path, setting, off):
 )
 def test_initial_factors_that_cannot_be_made_again_are_asked_for(tmp_path, init, folder):
     error = refusal(write_adapter(tmp_path, init_lora_weights=init))
-    given = ("init_lora_weights names", "cannot be made again", f"none in {folder}")
+    given = ("init_lora_weights names", "cannot be recomputed", f"none in {folder}")
     assert_says(error, given=given, expected=PLAIN_LORA, do="path_initial_model_for_weight_conversion")
 
 
@@ -155,7 +155,7 @@ def test_a_hub_id_that_cannot_be_reached(source, monkeypatch, tmp_path):
     shown = source.replace("/sub@v1", "/sub/")
     assert_says(
         refusal(source),
-        given=("expert 'sql'", f"'{shown}' is no folder here", "LocalEntryNotFoundError"),
+        given=("expert 'sql'", f"'{shown}' is not a folder", "LocalEntryNotFoundError"),
         expected="a Hub id that this machine can reach",
         do="check the name, the network, and whether the repository needs a login",
     )
@@ -167,7 +167,7 @@ def test_no_configuration(adapter):
         refusal(adapter),
         given=("expert 'sql'", f"{adapter} has no adapter_config.json"),
         expected="a folder as PEFT's save_pretrained writes it",
-        do="give the folder of one adapter",
+        do="pass the folder of one adapter",
     )
 
 
@@ -204,7 +204,7 @@ def test_weights_that_are_not_finite(tmp_path, key, value):
     tensors[key][-1, -1] = value
     folder = write_adapter(tmp_path / "a", tensors=tensors)
     says = {
-        "given": (f"expert 'sql': {key} holds NaN or infinite numbers",),
+        "given": (f"expert 'sql': {key} holds NaN or infinite values",),
         "expected": "finite weights",
         "do": "train or download the adapter again",
     }
@@ -222,9 +222,9 @@ def test_an_untrained_adapter(tmp_path):
     untrained = save_with_peft(tmp_path, tiny_llama(), LoraConfig(target_modules=["q_proj", "v_proj"]), trained=False)
     assert_says(
         refusal(untrained),
-        given=("expert 'sql' is zero in all of its 4 modules: it is the base model",),
-        expected="an adapter that was trained",
-        do="leave it out, or save it again after training",
+        given=("expert 'sql' changes nothing: the updates of all 4 modules are zero",),
+        expected="a trained adapter",
+        do="omit it, or save it again after training",
     )
 
 
@@ -232,20 +232,20 @@ def test_an_untrained_adapter(tmp_path):
 def test_an_update_of_zero_whichever_factor_is_zero(tmp_path, dead):
     tensors = {key: tensor * 0 if f"lora_{dead}." in key else tensor for key, tensor in factors().items()}
     folder = write_adapter(tmp_path, tensors=tensors, lora_alpha=0 if dead == "scale" else 4)
-    given = ("expert 'sql' is zero in all of its 2 modules",)
-    assert_says(refusal(folder), given=given, expected="an adapter that was trained", do="leave it out")
+    given = ("expert 'sql' changes nothing: the updates of all 2 modules are zero",)
+    assert_says(refusal(folder), given=given, expected="a trained adapter", do="omit it")
 
 
 @pytest.mark.parametrize("config", [{"r": 4}, {"rank_pattern": {"q_proj": 4}}], ids=["r", "rank_pattern"])
 def test_ranks_other_than_the_configuration_says(tmp_path, config):
     error = refusal(write_adapter(tmp_path, tensors=factors(rank=2), **config))
-    reason = f"{Q} has factors of shapes (2, 8) and (8, 2) where the configuration says rank 4"
+    reason = f"{Q} has factors of shapes (2, 8) and (8, 2) but the configuration says rank 4"
     assert_says(error, given=("expert 'sql'", reason), expected=PAIRS, do="retrain it as plain LoRA")
 
 
 def test_factors_whose_ranks_differ(tmp_path):
     error = refusal(write_adapter(tmp_path, tensors={key_A(Q): torch.ones(2, 8), key_B(Q): torch.ones(8, 3)}))
-    reason = f"{Q} has factors of shapes (2, 8) and (8, 3) where the configuration says rank 2"
+    reason = f"{Q} has factors of shapes (2, 8) and (8, 3) but the configuration says rank 2"
     assert_says(error, given=("expert 'sql'", reason), expected=PAIRS, do="retrain it as plain LoRA")
 
 
@@ -305,7 +305,7 @@ def test_all_broken_adapters_are_reported_in_one_error(tmp_path, adapter):
         f"expert 'hollow': {tmp_path / 'empty'} has no adapter_config.json",
         f"expert 'lost': there is no folder {tmp_path / 'nowhere'}",
         "to do: retrain it as plain LoRA",
-        "to do: give the folder of one adapter",
+        "to do: pass the folder of one adapter",
         "to do: check the path",
     ):
         assert part in message

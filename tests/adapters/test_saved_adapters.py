@@ -60,12 +60,12 @@ WRONG = {
     "other tokens": (
         {**factors(), DELTA: torch.ones(2, 8)},
         {"trainable_token_indices": [1, 2, 3]},
-        f"{DELTA} has the shape (2, 8) where the configuration names 3 trained tokens",
+        f"{DELTA} has the shape (2, 8) but the configuration lists 3 trained tokens",
     ),
     "no tokens": (
         {**factors(), DELTA: torch.ones(2, 8)},
         {},
-        f"{DELTA} has the shape (2, 8) where the configuration names 0 trained tokens",
+        f"{DELTA} has the shape (2, 8) but the configuration lists 0 trained tokens",
     ),
     "half a pair": (
         {**factors(), f"{EMBEDDING}.lora_embedding_A": torch.ones(2, 17)},
@@ -79,7 +79,7 @@ WRONG = {
             f"{EMBEDDING}.lora_embedding_B": torch.ones(8, 3),
         },
         {},
-        f"{EMBEDDING} has factors of shapes (2, 17) and (8, 3), which do not go together",
+        f"{EMBEDDING} has factors of shapes (2, 17) and (8, 3), which do not match",
     ),
     "a vector of nobody": (
         {**factors(), "model.norm.weight": torch.ones(8)},
@@ -89,12 +89,12 @@ WRONG = {
     "words for tokens": (
         factors(),
         {"trainable_token_indices": ["a"]},
-        "trained tokens are ['a'], not numbers of tokens",
+        "trained tokens are ['a'], not token ids",
     ),
     "a token twice": (
         factors(),
         {"trainable_token_indices": [1, 1]},
-        "a token is named twice among the trained tokens",
+        "a trained token is listed twice",
     ),
     "numbers for modules": (factors(), {"modules_to_save": [1]}, "modules_to_save is [1]"),
 }
@@ -143,7 +143,7 @@ def test_merging_and_lower_ranks_take_factors_alone(tmp_path):
     library = ExpertLibrary.open(tmp_path)
     [fault] = expert_faults(library, ["sql"])
     assert isinstance(fault, MergeError)
-    said = "expert 'sql' has trained lm_head besides LoRA's factors, and merging takes factors alone"
-    assert_says(fault, given=(said,), expected="LoRA factors of linear", do="leave it out")
-    with pytest.raises(ExtractionError, match="and a lower rank takes factors alone"):
+    said = "expert 'sql' has trained lm_head besides LoRA's factors, and merging reads factors only"
+    assert_says(fault, given=(said,), expected="LoRA factors of linear", do="omit this expert")
+    with pytest.raises(ExtractionError, match="and a lower rank reads factors only"):
         rerank(library["sql"], tmp_path / "less", Truncation(rank=1))

@@ -210,8 +210,8 @@ def test_routers_that_decide_on_prompts_are_timed_at_any_batch(spectr, folders, 
         (("--batch", "0"), "numbers of at least 1"),
         (("-o", "x.txt"), "does not end in .json"),
         (("--experts", 1, "-r", "spectr"), "the library alone has 2"),
-        (("--allow", "a", "-r", "spectr"), "give a library with these experts"),
-        (("--prompt", 9000, "-r", "spectr"), "tokens in all, this model's context"),
+        (("--allow", "a", "-r", "spectr"), "use a library that holds only these experts"),
+        (("--prompt", 9000, "-r", "spectr"), "tokens in all, the model's context"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(spectr, folders, given, message):
@@ -232,7 +232,7 @@ def test_experts_that_peft_arrow_cannot_hold(spectr, folders, tmp_path):
     with peft_on_new_transformers():
         code, text, said = spectr("benchmark", *folders, *quick)
     assert code == 0
-    assert "Arrow is left out" in " ".join(said.split())
+    assert "Arrow is not measured" in " ".join(said.split())
     assert "one adapter" in text
     assert "Arrow" not in text
 

@@ -36,7 +36,7 @@ def test_an_adapter_that_routes_in_full(spectr, tmp_path, base):
     code, found, shown = checked(spectr, write_adapter(tmp_path / "a", FACTORS, base_model_name_or_path=str(base)))
     assert (code, found["routed"], found["idle"], found["missing"]) == (0, [Q, V], {}, [])
     assert found["kind"].startswith("LoRA of rank 2 in 2 modules")
-    for part in ("routes in full", str(base), "LoRA of rank 2"):
+    for part in ("all of it is routed", str(base), "LoRA of rank 2"):
         assert part in shown
 
 
@@ -63,7 +63,7 @@ def test_an_adapter_that_is_refused(spectr, tmp_path, base):
     assert "was made for layers of other sizes" in shown
     code, found, _ = checked(spectr, tmp_path)
     assert code == 2
-    assert "adapters in folders of their own: a" in found["refused"]
+    assert "adapters in subfolders: a" in found["refused"]
 
 
 def test_a_base_model_that_is_not_here(spectr, tmp_path):
@@ -95,4 +95,4 @@ def test_a_base_model_that_cannot_be_made_is_no_traceback(spectr, tmp_path, base
     monkeypatch.setattr("transformers.LlamaForCausalLM.__init__", lambda *_: 1 / 0)
     code, found, _ = checked(spectr, write_adapter(tmp_path / "a", FACTORS), "-m", base)
     assert code == 2
-    assert "cannot be made of its configuration: ZeroDivisionError" in found["refused"]
+    assert "cannot be built from its configuration: ZeroDivisionError" in found["refused"]

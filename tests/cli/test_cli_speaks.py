@@ -17,15 +17,15 @@ from text_model import save_experts, save_rows
 def test_a_router_that_stands_in_says_why_and_what_to_do(spectr, given, world):
     _, _, notes = spectr("generate", "what is it", "-n", 1, *given)
     said = " ".join(notes.split())
-    assert "router: spectr, token by token, as amber, blue, cyan are not calibrated" in said
+    assert "router: spectr, for each token, since amber, blue, cyan are not calibrated" in said
     assert f"spectr library calibrate --library {world / 'adapters'}" in said
-    assert "all of 3 work on every token: the router takes up to 3" in said
+    assert "all of 3 are used for every token: the router chooses up to 3" in said
 
 
 def test_nothing_is_said_of_a_router_that_was_asked_for(spectr, given):
     _, _, notes = spectr("generate", "what is it", "-n", 1, "-r", "spectr", "-k", 1, *given)
     assert "router:" not in notes
-    assert "work on every token" not in notes
+    assert "are used for every token" not in notes
 
 
 def test_a_router_without_its_calibration_is_refused_before_the_model_is_loaded(spectr, given):
@@ -58,9 +58,11 @@ def test_one_decision_for_a_whole_prompt_is_said(spectr, given, world, tmp_path)
     shown = ("--model", world / "model", "--library", library, "--dtype", "float32")
     assert spectr("library", "calibrate", "--samples", 2, "--tokens", 4, *shown)[0] == 0
     _, _, notes = spectr("route", "what is it", "--set", "abstain=none", *shown)
-    assert "decided once for the whole prompt: spectr route -r spectr" in " ".join(notes.split())
+    assert "decides once for the whole prompt; to see a choice for every token: spectr route -r spectr" in " ".join(
+        notes.split()
+    )
     _, _, notes = spectr("route", "what is it", "-r", "spectr", *shown)
-    assert "decided once" not in notes
+    assert "decides once" not in notes
 
 
 # Libraries
@@ -87,7 +89,7 @@ def test_weights_that_changed_after_they_were_added_are_told_wherever_they_count
     ):
         code, _, notes = spectr(*command, *shown)
         assert code == 2
-        assert f"{amber} is not the file that was added" in notes
+        assert f"{amber} changed since it was added" in notes
         assert "spectr library verify" in notes
     assert spectr("generate", "what is it", *alone[:-1], "blue", *shown)[0] == 0
 
@@ -113,7 +115,7 @@ def test_list_says_who_is_calibrated_and_add_says_what_is_next(spectr, world, tm
     shown = ("--model", world / "model", "--dtype", "float32")
     assert spectr("library", "calibrate", "-l", library, "--samples", 2, "--tokens", 4, *shown)[0] == 0
     code, text, notes = spectr("library", "calibrate", "-l", library, *shown)
-    assert (code, text) == (0, "all 1 experts are calibrated; --fresh measures them anew\n")
+    assert (code, text) == (0, "all 1 experts are calibrated; to measure them again, use --fresh\n")
     assert "loading" not in notes
     spectr("library", "add", "blue", world / "adapters" / "blue", "-l", library)
     rows = {line.split("│")[1].strip(): line.split("│")[5].strip() for line in _table(spectr, library)}
@@ -144,8 +146,8 @@ def test_an_adapter_for_another_base_does_not_go_with_the_others(spectr, world, 
     code, _, notes = spectr("library", "add", "blue", wide, "-l", library)
     said = " ".join(notes.split())
     assert code == 2
-    assert "'blue' does not go with 'amber'" in said
-    assert "keep it in a library of its own" in said
+    assert "'blue' does not match 'amber'" in said
+    assert "add it to another library" in said
     assert ExpertLibrary.open(library).names == ("amber",)
 
 
@@ -187,7 +189,7 @@ def test_the_result_of_another_run_is_not_replaced_in_silence(spectr, given, tas
     assert "is kept" not in spectr(*asked)[2]
     assert "is kept" not in spectr(*asked)[2]
     before = (out / "quality.json").read_text()
-    assert "another run's result of quality is kept as" in spectr(*asked, "--limit", 2)[2]
+    assert "an earlier result of quality was renamed to" in spectr(*asked, "--limit", 2)[2]
     assert (out / "quality.before.json").read_text() == before
 
 
@@ -206,7 +208,7 @@ def test_training_says_when_it_is_measured_on_its_own_rows_and_refuses_a_wrong_t
     shown = ("--task", task, "--model", world / "model", "--target-modules", "nosuch", "-o", tmp_path / "run")
     code, _, notes = spectr("train", *shown)
     assert code == 2
-    assert "the accuracy says nothing about new ones" in " ".join(notes.split())
+    assert "the accuracy does not hold for new rows" in " ".join(notes.split())
     assert "nosuch" in notes
     assert "base model on the test data" not in notes
 
@@ -217,7 +219,7 @@ def test_adding_an_expert_tells_of_twins_and_of_another_base_model(spectr, tmp_p
     assert "the same files" not in spectr("library", "add", "law", one, "-l", library)[2]
     assert "'law' has the same files" in spectr("library", "add", "tax", one, "-l", library)[2]
     notes = spectr("library", "add", "sql", other, "-l", library)[2]
-    assert "is org/other, and " in notes
+    assert "the base model 'org/other'" in notes
     assert " org/base" in notes
     rows = json.loads(spectr("library", "list", "-l", library, "--json")[1])
     assert [row["calibrated"] for row in rows] == [False] * 3
@@ -252,7 +254,7 @@ def test_a_path_in_a_note_is_told_as_it_is(spectr, tmp_path):
 @pytest.mark.parametrize(
     ("router", "message"),
     [
-        ("oracle", "'quality' has each task's own expert"),
+        ("oracle", "'quality' measures each task's own expert"),
         ("shortlist", "spectr library calibrate --library"),
     ],
 )

@@ -150,5 +150,5 @@ def test_an_expert_that_is_added_or_left_out_makes_the_basis_anew(tmp_path):
 
 
 def test_a_shortlist_whose_experts_change_with_the_batch_is_refused():
-    with pytest.raises(CompositionError, match="merges by all experts in memory"):
+    with pytest.raises(CompositionError, match="merges with all experts in memory"):
         Shortlist(size=4, token_router=Spectr(top_k=2, combine="knots"))

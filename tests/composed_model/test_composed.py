@@ -71,10 +71,10 @@ def test_the_command_writes_what_it_says(spectr, given, tmp_path):
 @pytest.mark.parametrize(
     ("place", "words", "told"),
     [
-        ("used", (), "used is in use\n  expected: an empty folder, or none yet"),
+        ("used", (), "used is not empty\n  expected: an empty folder or a new one"),
         ("used/file", (), "used/file is a file\n  expected: a folder"),
-        ("used/file/below", (), "cannot be made: "),
-        ("/proc/nowhere/made", (), "cannot be made: /proc takes no new folder"),
+        ("used/file/below", (), "cannot be created in "),
+        ("/proc/nowhere/made", (), "cannot be created in /proc: "),
         ("made", ("--access", "ajar"), "expected: 'open' or 'closed'"),
     ],
 )
@@ -121,7 +121,7 @@ def test_a_composed_folder_is_no_base_model_and_a_base_model_no_composed_folder(
     assert_says(error.value, given=("is a composed model",), expected="a base model", do="spectr.load_composed")
     with pytest.raises(ModelError) as error:
         spectr.load_composed(world / "model")
-    assert_says(error.value, given=("no composed folder",), expected="quant_method", do="spectr compose --save")
+    assert_says(error.value, given=("is not a composed folder",), expected="quant_method", do="spectr compose --save")
 
 
 def test_what_fails_leaves_the_old_folder_and_no_scratch(tmp_path):
@@ -131,7 +131,7 @@ def test_what_fails_leaves_the_old_folder_and_no_scratch(tmp_path):
     before = tree(tmp_path)
 
     def fail(overwrite):
-        with new_folder(out, CompositionError, "say --overwrite", overwrite=overwrite) as folder:
+        with new_folder(out, CompositionError, "use --overwrite", overwrite=overwrite) as folder:
             (folder / "new").write_text("lost")
             raise KeyboardInterrupt
 
@@ -140,7 +140,7 @@ def test_what_fails_leaves_the_old_folder_and_no_scratch(tmp_path):
     assert tree(tmp_path) == before
     with pytest.raises(CompositionError) as error:
         fail(overwrite=False)
-    assert_says(error.value, given=("is in use",), expected="an empty folder", do="--overwrite")
+    assert_says(error.value, given=("is not empty",), expected="an empty folder", do="--overwrite")
     with new_folder(out, CompositionError, overwrite=True) as folder:
         (folder / "new").write_text("there")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -159,7 +159,9 @@ def test_a_router_that_needs_a_guide_is_not_saved(saved, tmp_path):
     routed.router = spectr.Glider()
     with pytest.raises(CompositionError) as error:
         save_composed(routed, None, tmp_path / "more")
-    assert_says(error.value, given=("needs more than a folder holds",), expected="without a guide", do="another router")
+    assert_says(
+        error.value, given=("more than a composed folder can hold",), expected="without a guide", do="another router"
+    )
     assert not (tmp_path / "more").exists()
 
 
@@ -189,7 +191,7 @@ def test_settings_of_a_router_are_written_where_they_differ():
         ({"library": "x", "router": "spectr"}, "router='spectr'", '"name"'),
         ({"library": "x", "beside": [{"top_k": 1}]}, "beside={'top_k': 1}", '"name"'),
         ({"library": "x", "beside": "arrow"}, "beside='arrow'", '[{"name"'),
-        ({"library": "x", "beside": [{"name": "spectr"}]}, "routers spectr, spectr", "each name once"),
+        ({"library": "x", "beside": [{"name": "spectr"}]}, "routers spectr, spectr", "different names"),
         ({"library": "x", "router": {"name": "spektr"}}, "unknown router 'spektr'", None),
     ],
 )

@@ -37,7 +37,7 @@ def test_weights_of_a_routed_output_layer_can_be_tied(tmp_path):
 
 
 def test_a_router_class_is_no_router(library):
-    with types_unchecked(), pytest.raises(CompositionError, match="is no router"):
+    with types_unchecked(), pytest.raises(CompositionError, match="is not a router"):
         compose(tiny_llama(), library, Spectr)
 
 

@@ -108,5 +108,5 @@ def test_an_export_chooses_for_each_input(library):
 )
 def test_a_prompts_decision_is_not_captured(library, capture):
     handle = routed(library, PROMPTS)
-    with pytest.raises(CompositionError, match="this one decision"):
+    with pytest.raises(CompositionError, match="always use this decision"):
         capture(Logits(handle.model))

@@ -95,7 +95,7 @@ def test_gate_without_up_is_refused_as_peft_does(tmp_path):
     folder = old_adapter(tmp_path / "a", "Qwen3Moe", without=["up_proj"])
     with pytest.raises(ValueError, match="without also targeting"):
         quiet_peft(base, folder)
-    with pytest.raises(AdapterError, match="gate_proj of the experts of a mixture without up_proj"):
+    with pytest.raises(AdapterError, match="gate_proj of MoE experts without up_proj"):
         compose(base, ExpertLibrary.from_adapters({"a": folder}), Oracle(expert="a"))
 
 

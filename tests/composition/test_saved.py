@@ -147,7 +147,7 @@ def test_a_classifier_is_calibrated_on_texts_that_are_given(tmp_path):
 
     model = llama_classifier()
     library, folders = library_of(model, tmp_path, CASES["a pooled head"][1])
-    with types_unchecked(), pytest.raises(CompositionError, match="LlamaForSequenceClassification writes no texts"):
+    with types_unchecked(), pytest.raises(CompositionError, match="LlamaForSequenceClassification cannot write texts"):
         spectr.calibrate(model, library, make_tokenizer())
     routed = spectr.compose(model, calibrated(model, library), spectr.Calibrated())
     chosen = routed.prompt.decide(input_ids=ids).argmax(-1).tolist()
@@ -399,5 +399,5 @@ def test_a_trained_embedding_whose_weight_the_model_uses_by_itself_is_refused(tm
 def test_infinite_numbers_are_refused(tmp_path):
     model = tiny_llama()
     model.lm_head.weight.data[0, 0] = torch.inf
-    with types_unchecked(), pytest.raises(AdapterError, match=r"lm_head.weight holds NaN or infinite numbers"):
+    with types_unchecked(), pytest.raises(AdapterError, match=r"lm_head.weight holds NaN or infinite values"):
         library_of(model, tmp_path, CASES["lm_head"][1])

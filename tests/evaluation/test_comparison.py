@@ -139,7 +139,7 @@ def test_all_leaves_out_what_lacks_its_needs_and_says_so(world):
     ("experiment", "tasks", "message"),
     [
         ("wording", ("amber", "blue"), "none of these tasks has paraphrases"),
-        ("mixed", ("amber",), "it asks two tasks at once"),
+        ("mixed", ("amber",), "it needs two tasks"),
         ("ranks", ("amber", "blue"), "there are no experts of other ranks"),
         ("rank", ("amber", "blue"), "did you mean 'ranks'?"),
     ],

@@ -65,7 +65,7 @@ def test_letters_from_the_command_line(spectr, world, tmp_path):
     made = json.loads((tmp_path / "quality.json").read_text())
     assert made["origin"]["tasks"] == {"both": "v1, lettered, 8 examples"}
     assert "--letters" in made["origin"]["command"]
-    assert "Options are lettered, the answer is a letter: both." in made["notes"]
+    assert "Options have letters, and the answer is a letter: both." in made["notes"]
     records = {path.name for path in (tmp_path / "records").iterdir()}
     assert {"both--base.jsonl", "both, lettered--base.jsonl"} <= records
     code, text, notes = evaluate(spectr, world, "all", "--task", "both.yaml", "--out", tmp_path, "--letters")
@@ -108,9 +108,9 @@ def test_data_from_the_hub_by_one_setting(spectr, world, tmp_path, monkeypatch):
         (("wording", "--task", "both.yaml", "--letters"), "lettered options have no paraphrases to do: leave out"),
         (("routing", "-r", "arrow", "--set", "topk=1"), "router 'arrow' has no topk"),
         (("routing", "-r", "arrow", "--set", "combine=sum"), "router 'arrow': unknown combination 'sum'"),
-        (("routing", "--set", "top_k=1"), "--set top_k=1 without a router to do: name the routers that it is for"),
-        (("similarity", "-r", "arrow"), "similarity compares no routers to do: leave out --router and --set"),
-        (("quality", "--set", "top_k=1"), "quality compares no routers to do: leave out --router and --set"),
+        (("routing", "--set", "top_k=1"), "--set top_k=1 without a router to do: name its routers"),
+        (("similarity", "-r", "arrow"), "similarity compares no routers to do: remove --router and --set"),
+        (("quality", "--set", "top_k=1"), "quality compares no routers to do: remove --router and --set"),
         (("routing", "-r", "arrow", "-r", "mu", "-r", "arrow"), "--router arrow twice"),
         (("routing", "-r", "arrow,mu"), "--router arrow --router mu"),
         (("routing", "-r", "arow", "-r", "sepctr"), "these routers cannot be compared: 2 problems"),
@@ -118,14 +118,14 @@ def test_data_from_the_hub_by_one_setting(spectr, world, tmp_path, monkeypatch):
         (("routing", "-r", "arrow", "--set", "top_k=0"), "router 'arrow': top_k=0 expected: a whole number"),
         (("routing", "-r", "arrow", "--set", "spectr.top_k=1"), "the router spectr is not used here"),
         (("all", "-r", "calibrated"), "not calibrated: amber, blue"),
-        (("quality", "--substitute", "amber=x"), "--substitute is for the experiment robustness to do: leave it out"),
+        (("quality", "--substitute", "amber=x"), "--substitute is for the experiment robustness to do: remove it"),
         (("robustness", "--companion", "amber"), "use --substitute"),
         (("robustness", "--companion", "amber"), "--substitute amber expected: EXPERT=FOLDER"),
         (("routing", "--writer", "http://host/v1"), "the model's name after the address: http://host/v1#MODEL"),
-        (("quality", "--task", "words.yaml", "--task", "words.yaml"), "two tasks are called 'words' expected: each"),
+        (("quality", "--task", "words.yaml", "--task", "words.yaml"), "two tasks have the name 'words'"),
         (("routng",), "unknown experiment 'routng' to do: did you mean 'routing'?"),
         (("wording", "--task", "words.yaml"), "none of these tasks has paraphrases to do: add 'paraphrases'"),
-        (("quality", "--task", "words.yaml", "--data-root", "hub"), "task 'words' names no test data on the Hub"),
+        (("quality", "--task", "words.yaml", "--data-root", "hub"), "task 'words' has no test data on the Hub"),
         (("quality", "--task", "words.yaml", "--task", "none.yaml"), "task 'none' belongs to the expert 'bleu', which"),
         (("quality", "--task", "none.yaml"), "expected: one of amber, blue to do: add it with spectr library add bleu"),
         (("quality", "--task", "none.yaml", "--task", "lost.yaml"), "tasks without an expert: 2 problems"),
@@ -161,7 +161,7 @@ def test_without_task_those_whose_expert_is_absent_are_left_out(spectr, world, t
     monkeypatch.setattr(package, "shipped_tasks", lambda: tasks)
     code, text, notes = evaluate(spectr, world, "quality", "--out", tmp_path)
     assert code == 0
-    assert "left out, as the library has no expert for them: lost" in notes
+    assert "left out, since the library has no expert for them: lost" in notes
     assert "words" in text
 
 

@@ -119,7 +119,7 @@ def test_modules_that_only_one_adapts_do_not_count(tmp_path):
 
 
 def test_one_expert_is_like_nobody(tmp_path):
-    with pytest.raises(DataError, match="two experts or more"):
+    with pytest.raises(DataError, match="at least two experts"):
         cosines(peft_library(make_model(), tmp_path, {"ants": 4}))
 
 
@@ -347,7 +347,7 @@ def test_calibrate_evaluate_and_report_from_the_command_line(spectr, tmp_path):
     assert code == 0
     assert "The routers side by side" in text
     page = (out / "report.html").read_text()
-    assert page.index("The routers side by side") < page.index("What each expert is worth")
+    assert page.index("The routers side by side") < page.index("The value of each expert")
     assert "Which router finds the right expert" in page
     assert not re.search(r"""(src|href)=["']?https?:""", page)
 

@@ -62,19 +62,19 @@ def test_what_is_left_out_is_said(spectr, tmp_path):
     code, _, notes = spectr(*given)
     assert code == 0
     notes = " ".join(notes.split())
-    assert "LoRA cannot carry it: model.layers.0.input_layernorm.weight (norm, change / size 1.0e+00)" in notes
+    assert "LoRA cannot hold it: model.layers.0.input_layernorm.weight (norm, change / size 1.0e+00)" in notes
     assert "and 1 more, see the card" in notes
     code, _, message = spectr(*given[:-1], tmp_path / "second", "--strict")
     assert code == 2
-    assert "6 parameters have changed that LoRA cannot carry" in message
+    assert "6 parameters changed that LoRA cannot hold" in message
     assert not (tmp_path / "second").exists()
 
 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ((), "neither a rank nor a share of energy"),
-        (("--rank", 2, "--energy", 0.5), "both a rank"),
+        ((), "neither rank nor energy"),
+        (("--rank", 2, "--energy", 0.5), "both rank"),
         (("--rank", 2, "--method", "fast"), "method='fast'"),
         (("--rank", 2, "--png", "energy.jpg"), "does not end in .png"),
         (("--rank", 2, "--svg", "energy.png"), "does not end in .svg"),

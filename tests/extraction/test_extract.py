@@ -190,7 +190,7 @@ def test_what_lora_cannot_carry_is_told_by_name_and_kind(tmp_path):
     assert biases["model.layers.1.self_attn.q_proj.bias"] is None  # zero in the base
     assert biases["model.norm.weight"] == pytest.approx(0.5)
     card = (tmp_path / "expert" / "README.md").read_text()
-    assert "4 parameters have changed that LoRA cannot carry" in card
+    assert "4 parameters changed that LoRA cannot hold" in card
     assert "| model.norm.weight | norm | 5.00e-01 |" in card
 
 

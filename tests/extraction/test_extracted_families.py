@@ -104,7 +104,7 @@ def test_changed_experts_of_a_mixture_are_told_by_parameter(tmp_path):
         [left] = report.left
         assert (left.name, left.kind) == ("model.layers.1.mlp.experts.gate_up_proj", "weight of MixtralExperts")
         assert left.change == pytest.approx(0.1 * (96 * 32) ** 0.5, rel=1e-4)
-    with pytest.raises(ExtractionError, match=r"gate_up_proj is joined of other tensors(.|\n)*one version"):
+    with pytest.raises(ExtractionError, match=r"gate_up_proj is split differently(.|\n)*the same version"):
         extract(tmp_path / "new", tmp_path / "base", tmp_path / "no", Extraction(rank=2, max_memory=50_000))
 
 

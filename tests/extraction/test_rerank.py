@@ -110,9 +110,9 @@ def test_what_would_not_get_smaller_is_refused(adapters, tmp_path, asked, says):
         rerank(read_adapter(adapters / "plain", "plain"), tmp_path / "small", Truncation(**asked))
     assert_says(
         caught.value,
-        given=(f"'plain' gets smaller nowhere at {says}: its ranks are 6",),
-        expected="more would only add zeros",
-        do="ask for a lower rank",
+        given=(f"'plain' does not shrink at {says}: its ranks are 6",),
+        expected="a higher one would only add zeros",
+        do="use a lower rank",
     )
     assert tree(tmp_path) == before
 

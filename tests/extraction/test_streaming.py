@@ -104,7 +104,7 @@ def test_the_randomised_method_stands_in_where_the_exact_one_does_not_fit():
     assert tight.need < exact
     with pytest.raises(ExtractionError, match="let --method auto choose"):
         plan(modules, Extraction(rank=8, max_memory=exact - 1, method="exact"))
-    with pytest.raises(ExtractionError, match=r"m1 .* by the randomised SVD(.|\n)*ask for a lower rank"):
+    with pytest.raises(ExtractionError, match=r"m1 .* for the randomised SVD(.|\n)*use a lower rank"):
         plan(modules, Extraction(rank=8, max_memory=tight.need - 1))
 
 

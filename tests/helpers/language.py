@@ -40,11 +40,13 @@ AVOIDED = {
 LONG = 25  # words
 _AVOIDED = re.compile(rf"(?<![\w.`/-])({'|'.join(map(re.escape, AVOIDED))})(?![\w`/]|[.-]\w)", re.IGNORECASE)
 _CODE = re.compile(r"``[^`]+``|`[^`]+`")
+_NAME = re.compile(r"^\s+\w+: |#beside\b", re.MULTILINE)  # an argument in a docstring; an id of the playground's page
 
 
 def avoided(text: str) -> list[str]:
-    """The words to avoid that a text has; names in backticks are code."""
-    return _AVOIDED.findall(" ".join(_CODE.sub("`", text).split()))
+    """The words to avoid that a text has; names in backticks, of arguments and of constants are code."""
+    plain = _NAME.sub(" ", _CODE.sub("`", text))
+    return [found for found in _AVOIDED.findall(" ".join(plain.split())) if not found.isupper()]
 
 
 def python_texts(source: str) -> Iterator[tuple[int, str]]:
@@ -57,10 +59,14 @@ def python_texts(source: str) -> Iterator[tuple[int, str]]:
             yield token.start[0], token.string
 
 
+_SCRIPT = re.compile(r"""/\*.*?\*/|//[^\n]*|"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*'|`(?:[^`\\]|\\.)*`""", re.DOTALL)
+
+
 def script_texts(source: str) -> Iterator[tuple[int, str]]:
     """Comments and strings of more than one word of JavaScript, CSS or C."""
-    for found in re.finditer(r"/\*.*?\*/|//[^\n]*|\"[^\"\n]* [^\"\n]*\"|`[^`]* [^`]*`", source, re.DOTALL):
-        yield source.count("\n", 0, found.start()) + 1, found.group().strip("`")
+    for found in _SCRIPT.finditer(source):
+        if " " in found.group():
+            yield source.count("\n", 0, found.start()) + 1, found.group().strip("`\"'")
 
 
 class _Page(HTMLParser):
@@ -87,7 +93,7 @@ class _Page(HTMLParser):
 def page_texts(source: str) -> Iterator[tuple[int, str]]:
     """Text and visible attributes of HTML."""
     page = _Page()
-    page.feed(source)
+    page.feed(re.sub(r"<svg.*?</svg>", lambda drawn: "\n" * drawn.group().count("\n"), source, flags=re.DOTALL))
     yield from page.found
 
 

@@ -132,7 +132,7 @@ class TestRefusals:
         with pytest.raises(LibraryError) as caught:
             library.add("sql", other_adapter)
         given = (f"{library.root} already has an expert 'sql'",)
-        assert_says(caught.value, given=given, expected=None, do="choose another name, or say --replace")
+        assert_says(caught.value, given=given, expected=None, do="choose another name, or use --replace")
         assert unchanged()
 
     def test_a_name_that_another_store_took_meanwhile(self, library, adapter):
@@ -152,8 +152,8 @@ class TestRefusals:
             library.add(name, adapter)
         assert_says(
             caught.value,
-            given=(f"'{name}' cannot be an expert's name",),
-            expected="up to 100 letters, digits, dots, dashes and underscores, a letter or digit first",
+            given=(f"'{name}' is not a valid expert name",),
+            expected="up to 100 letters, digits, dots, dashes and underscores; the first is a letter or digit",
             do=None,
         )
         assert unchanged()
@@ -192,7 +192,7 @@ class TestRefusals:
     def test_with_expert_of_a_name_that_is_taken(self, library, adapter):
         with pytest.raises(LibraryError) as caught:
             ExpertLibrary.open(library.root).with_expert("sql", adapter)
-        given = ("there already is an expert 'sql'",)
+        given = ("an expert 'sql' already exists",)
         assert_says(caught.value, given=given, expected=None, do="remove it first, or choose another name")
 
     @pytest.mark.parametrize("below", ["", "further"])
@@ -203,8 +203,8 @@ class TestRefusals:
             LibraryStore(root).add("sql", adapter)
         assert_says(
             caught.value,
-            given=(f"{root} cannot be written: ", "the library is as it was"),
-            expected="a folder that can be written",
+            given=(f"{root} cannot be written: ", "the library is unchanged"),
+            expected="a writable folder",
             do="check the path and its permissions",
         )
         assert (tmp_path / "library").read_text() == "precious"

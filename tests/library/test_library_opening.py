@@ -48,7 +48,7 @@ class TestOpening:
     @pytest.mark.parametrize("folder", ["../elsewhere", "/etc", "a/b", "..", ""])
     def test_a_folder_outside_the_library_is_refused(self, library, folder):
         write_entry(library.root, "law", folder=folder)
-        with pytest.raises(LibraryError, match="is no folder of this library"):
+        with pytest.raises(LibraryError, match="is not a folder of this library"):
             ExpertLibrary.open(library.root)
 
     def test_one_expert_more_or_less_changes_nothing_on_disk(self, library, adapter, unchanged):
@@ -93,9 +93,9 @@ class TestOpening:
     def test_an_adapter_given_in_place_of_a_library(self, adapter):
         with pytest.raises(LibraryError) as caught:
             ExpertLibrary.open(adapter)
-        given = (f"{adapter} holds no experts (it is itself an adapter)",)
+        given = (f"{adapter} holds no experts (it is an adapter itself)",)
         assert_says(
-            caught.value, given=given, expected="a manifest.json, or folders", do="give its parent folder, or add"
+            caught.value, given=given, expected="a manifest.json, or folders", do="pass its parent folder, or add"
         )
 
     def test_broken_adapters_of_a_plain_folder_are_reported_together(self, tmp_path):
@@ -116,7 +116,7 @@ class TestOpening:
             (b"[]", "should be an object"),
             (b'{"format": 1, "experts": [{"name": "a"}]}', "experts.0.folder: Field required"),
             (b'{"format": 1, "colour": 1}', "colour: Extra inputs are not permitted"),
-            (b'{"format": 3, "experts": []}', "format 3 is not 2: it was written by another version of spectr"),
+            (b'{"format": 3, "experts": []}', "format 3 is not 2: another version of spectr wrote it"),
             (b'{"format": 2, "experts": []}', "in format 2 entries are files in entries"),
         ],
     )
@@ -183,7 +183,7 @@ class TestOpening:
         folder = library.root / library.entry("sql").folder
         (library.root / "entries" / "sql.json").unlink()
         fault = LibraryStore(library.root).verify()["sql"]
-        given, do = (f"{folder} belongs to no expert",), f"spectr library add sql {folder} --library {library.root}"
+        given, do = (f"{folder} has no entry",), f"spectr library add sql {folder} --library {library.root}"
         assert_says(fault, given=given, expected=None, do=do)
         library.add("sql", folder)
         assert_sound(library, "law", "sql")
@@ -203,12 +203,12 @@ class TestOpening:
 
     def test_a_library_is_not_made_inside_an_adapter(self, adapter, other_adapter):
         before = tree(adapter)
-        with pytest.raises(LibraryError, match="is itself an adapter"):
+        with pytest.raises(LibraryError, match="is an adapter itself"):
             LibraryStore(adapter).add("law", other_adapter)
         assert {path: digest for path, digest in tree(adapter).items() if path != ".lock"} == before
 
     def test_a_folder_that_holds_a_library(self, library):
-        with pytest.raises(LibraryError, match=f"give the library in it: {library.root}"):
+        with pytest.raises(LibraryError, match=f"use the library inside it: {library.root}"):
             ExpertLibrary.open(library.root.parent)
 
     def test_all_damaged_entries_at_once(self, library):
@@ -282,7 +282,7 @@ class TestVerify:
         assert faults["law"] is None
         assert_says(
             faults["sql"],
-            given=(f"{path} is not the file that was added (its SHA-256 differs)",),
+            given=(f"{path} changed since it was added (its SHA-256 differs)",),
             expected=file_sha256(adapter / file),
             do=f"add the expert again from {adapter}, with --replace",
         )

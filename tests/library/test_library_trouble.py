@@ -66,8 +66,8 @@ class TestDiskTrouble:
         advice = {errno.ENOSPC: "free some space and try again", errno.EACCES: "check the path and its permissions"}
         assert_says(
             caught.value,
-            given=(f"{library.root} cannot be written: {os.strerror(number)}; the library is as it was",),
-            expected="a folder that can be written, with room for the expert",
+            given=(f"{library.root} cannot be written: {os.strerror(number)}; the library is unchanged",),
+            expected="a writable folder with enough space for the expert",
             do=advice[number],
         )
         after = tree(library.root)
@@ -82,7 +82,7 @@ class TestDiskTrouble:
         owner, attribute, at_call = step
         with monkeypatch.context() as patch:
             refusing(patch, owner, attribute, errno.ENOSPC, at_call=at_call)
-            with pytest.raises(LibraryError, match="No space left on device; the library is as it was"):
+            with pytest.raises(LibraryError, match="No space left on device; the library is unchanged"):
                 library.remove("sql")
         assert unchanged()
         assert_sound(library, "law", "sql")
@@ -106,8 +106,8 @@ class TestDiskTrouble:
                 change()
         assert_says(
             caught.value,
-            given=(f"{library.root} cannot be written: Permission denied; the library is as it was",),
-            expected="a folder that can be written",
+            given=(f"{library.root} cannot be written: Permission denied; the library is unchanged",),
+            expected="a writable folder",
             do="check the path and its permissions",
         )
         assert unchanged()
@@ -117,7 +117,7 @@ class TestDiskTrouble:
         with pytest.raises(LibraryError) as caught:
             LibraryStore(tmp_path / "library").add("sql", adapter)
         given = (f"{tmp_path / 'library'} cannot be written: Read-only file system",)
-        assert_says(caught.value, given=given, expected="a folder that can be written", do="check the path")
+        assert_says(caught.value, given=given, expected="a writable folder", do="check the path")
 
     def test_a_source_that_changes_while_it_is_copied_is_not_added(self, library, tmp_path, monkeypatch, unchanged):
         source = write_adapter(tmp_path / "new", seed=3)

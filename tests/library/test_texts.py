@@ -41,9 +41,9 @@ def routed(base, library):
 
 
 REFUSED = {
-    "another vocabulary": ({"vocabulary": {"<s>": 0, "b": 1, "a": 2}}, "a tokenizer of another vocabulary"),
-    "an id of another token": ({"added": [*ADDED, {"id": 0, "content": "<t>"}]}, "others in the base model's"),
-    "a token of another id": ({"added": [{"id": 5, "content": "<s>"}]}, "base model's tokenizer: <s>"),
+    "another vocabulary": ({"vocabulary": {"<s>": 0, "b": 1, "a": 2}}, "vocabulary differs from the base model's"),
+    "an id of another token": ({"added": [*ADDED, {"id": 0, "content": "<t>"}]}, "tokenizer uses for other tokens"),
+    "a token of another id": ({"added": [{"id": 5, "content": "<s>"}]}, "uses for other tokens: <s>"),
 }
 
 
@@ -57,11 +57,11 @@ def test_prompts_that_would_be_read_otherwise_are_refused(tmp_path, base, change
 
 
 REPORTED = {
-    "a chat template": ({"template": "{{ x }}"}, "comes with another chat template than the base model"),
-    "an added token": ({"added": [*ADDED, {"id": 3, "content": "<t>"}]}, "tokenizer does not write: <t>"),
+    "a chat template": ({"template": "{{ x }}"}, "has another chat template than the base model"),
+    "an added token": ({"added": [*ADDED, {"id": 3, "content": "<t>"}]}, "tokenizer does not have: <t>"),
     "a resized embedding": (
         {"added": [*ADDED, {"id": 17, "content": "<t>"}]},
-        "knows 18 tokens, and the base model 17",
+        "has 18 tokens, the base model 17",
     ),
 }
 

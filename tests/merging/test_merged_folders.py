@@ -118,7 +118,7 @@ def test_a_merge_that_is_zero_everywhere_is_refused(tmp_path):
     copied = library.with_expert("amber-again", tmp_path / "amber")
     with pytest.raises(MergeError, match="amber is zero everywhere") as caught:
         merge_adapter(copied, Recipe(experts=("amber",), method=Average(), subtract=("amber-again",)))
-    assert "check weights, and what is subtracted" in str(caught.value)
+    assert "check the weights and --subtract" in str(caught.value)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=repr)
@@ -217,7 +217,7 @@ def test_experts_of_different_base_models_are_refused(experts, tmp_path):
     message = refuses(lambda: merge_adapter(experts.with_expert("other", other), Recipe(experts=("amber", "other"))))
     assert "experts 'amber' and 'other' are for different base models" in message
     assert f"{Q} is 32 -> 32 in one, 16 -> 24 in the other" in message
-    assert "leave one of them out" in message
+    assert "remove one of them" in message
 
 
 def test_a_folder_in_use_is_left_alone(experts, tmp_path):
@@ -225,10 +225,10 @@ def test_a_folder_in_use_is_left_alone(experts, tmp_path):
     (tmp_path / "full" / "mine.txt").write_text("mine")
     merged = merge_adapter(experts, Recipe(experts=NAMES))
     message = refuses(lambda: save_merged_adapter(merged, experts, tmp_path / "full"))
-    assert f"{tmp_path / 'full'} is in use" in message
+    assert f"{tmp_path / 'full'} is not empty" in message
     assert "choose another --out" in message
     assert "is a file" in refuses(lambda: save_merged_adapter(merged, experts, tmp_path / "full" / "mine.txt"))
-    assert "cannot be made" in refuses(
+    assert "cannot be created in" in refuses(
         lambda: save_merged_adapter(merged, experts, tmp_path / "full" / "mine.txt" / "x")
     )
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
@@ -250,7 +250,7 @@ OTHER_Q = Q.replace("0", "1")
 NOT_INTO = {
     "another model": (lambda: tiny_llama(hidden_size=16), "was made for layers of other sizes"),
     "tied": (tied, f"{Q} shares its weight with {OTHER_Q}, which the merge would change too"),
-    "quantised": (quantised, f"the weights of {Q} cannot be added to: they are quantised, or not in memory"),
+    "quantised": (quantised, f"the weights of {Q} cannot be changed: they are quantised, or not in memory"),
     "on no device": (lambda: tiny_llama().to("meta"), "not in memory"),
 }
 

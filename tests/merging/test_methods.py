@@ -284,7 +284,7 @@ REFUSALS = {
         "settings of 'ties' out of range: density=0.0",
         "a density above 0, at most 1",
     ),
-    "both": (lambda: Knots(density=2, scale=math.nan), "density=2, scale=nan", "a finite scale other than 0"),
+    "both": (lambda: Knots(density=2, scale=math.nan), "density=2, scale=nan", "a finite scale that is not 0"),
     "inner": (lambda: get_method("knots", inner="dare"), "inner='dare'", "'ties' or 'average'"),
     "weights of an average": (
         lambda: Recipe(experts=("a", "b"), method=Average(), weights=(1.0, 1.0)),
@@ -309,7 +309,7 @@ REFUSALS = {
     "on both sides": (
         lambda: Recipe(experts=("a", "b"), subtract=("b",)),
         "both merged and subtracted: b",
-        "leave it out of one",
+        "remove it from one",
     ),
     "strength": (lambda: Recipe(experts=("a",), subtract=("b",), strength=0.0), "strength=0.0", "other than 0"),
     "nothing to subtract": (
@@ -319,7 +319,7 @@ REFUSALS = {
     ),
     "several for one": (
         lambda: Recipe(experts=("a", "b"), method=GenKnowSub(), subtract=("c",)),
-        "method 'genknowsub' was given 2 experts",
+        "method 'genknowsub' merges one expert, not 2",
         "use another method with --subtract",
     ),
 }
@@ -335,7 +335,7 @@ def test_what_cannot_be_merged_is_refused_by_name(case):
 
 
 def test_all_faults_of_a_recipe_are_told_at_once():
-    with pytest.raises(MergeError, match="the experts cannot be merged like that: 4 problems") as caught:
+    with pytest.raises(MergeError, match="the experts cannot be merged: 4 problems") as caught:
         Recipe(experts=("a", "a"), method=Average(), weights=(1.0,), strength=math.nan)
     for phrase in ("more than once", "1 weight for 2", "strength=nan", "takes no weights"):
         assert phrase in str(caught.value)
@@ -346,5 +346,5 @@ def test_updates_that_are_more_than_factors_are_refused(tmp_path):
     library = ExpertLibrary.from_adapters({"ants": folder})
     with pytest.raises(MergeError) as caught:
         merge_adapter(library, Recipe(experts=("ants",), method=Average()))
-    given = ("expert 'ants' is no plain LoRA adapter (DoRA)", "merging takes factors alone")
+    given = ("expert 'ants' is no plain LoRA adapter (DoRA)", "merging reads factors only")
     assert_says(caught.value, given=given, expected="plain LoRA", do="spectr extract")

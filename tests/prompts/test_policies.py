@@ -177,18 +177,18 @@ def test_unknown_parts_are_named(texts, message):
     [
         (lambda: words(2, Calibrated()), "does not decide for each token"),
         (lambda: words(2, Oracle(expert="sky")), "does not decide for each token"),
-        (lambda: words(2, Spectr(top_k=3)), "a shortlist of 2, of which"),
+        (lambda: words(2, Spectr(top_k=3)), "a shortlist of 2, but"),
         (lambda: words(0, Spectr()), "size=0"),
         (lambda: words(2, None), "expected: a spectr.routers.Router"),
         (
             lambda: PromptPolicy(evidence=PrototypeMeans(), use=MultiplyScores(), router=Spectr()),
-            "has all experts take part",
+            "uses all experts",
         ),
         (
             lambda: PromptPolicy(evidence=PrototypeMeans(), use=HoldWeights(), router=Spectr(combine="knots")),
-            "merges by all experts in memory",
+            "merges with all experts in memory",
         ),
-        (lambda: votes(HoldWeights(), Spectr(top_k=1)), "pools calibrated scores"),
+        (lambda: votes(HoldWeights(), Spectr(top_k=1)), "needs calibrated scores"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(make, message):
@@ -331,7 +331,7 @@ def test_old_names_of_options_work_with_a_warning(make, now, old):
 
 
 def test_an_option_by_both_names_is_refused():
-    with pytest.raises(CompositionError, match="local is token_router now, and both are given"), pytest.warns():
+    with pytest.raises(CompositionError, match="local is now token_router, and both were given"), pytest.warns():
         Glider(local=None, token_router=Spectr())
 
 

@@ -63,7 +63,7 @@ def test_that_nothing_abstains_is_logged_once(library, caplog):
             compose(make_model(), library, router)
         compose(make_model(), with_null(library, ENOUGH), Calibrated())
     [record] = caplog.records
-    assert f"the calibration has 0 ordinary prompts to compare with, and {ENOUGH} are needed" in record.message
+    assert f"the calibration has 0 ordinary prompts to compare with, but {ENOUGH} are needed" in record.message
     assert f"spectr library calibrate --library {library.origin}" in record.message
     assert why_off(Calibrated(), with_null(library, 3)).endswith("--fresh")
 
@@ -123,7 +123,7 @@ def test_results_of_routers_that_always_choose_are_named_as_before():
 
 def test_it_is_said_in_one_sentence():
     assert in_words(0.4) == "no expert stands out (p = 0.40): the base model answered"
-    assert in_words(None) == "no expert takes part: the base model answered"
+    assert in_words(None) == "no expert is used: the base model answered"
 
 
 def test_evidence_that_compares_with_no_ordinary_prompts_cannot_abstain():

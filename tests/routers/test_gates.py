@@ -193,7 +193,7 @@ def test_damaged_gates_are_told(tmp_path):
         {"other": tensors[first].clone()},
     ):
         save_file({**tensors, **wrong}, path)
-        with pytest.raises(AdapterError, match=r"does not fit the adapter in"):
+        with pytest.raises(AdapterError, match=r"does not fit the adapter at"):
             read_gates(library["one"])
     path.write_bytes(b"nothing")
     with pytest.raises(AdapterError, match="cannot be read as safetensors"):
@@ -236,7 +236,7 @@ def test_the_command_trains_keeps_and_skips(command, tmp_path):
 def test_the_command_says_what_is_missing(command, tmp_path):
     for words, expected in (
         (("gates", "sky"), "no library was named for the gates"),
-        (("gates", *command), "one task's data for 2 experts"),
+        (("gates", *command), "one task's data cannot be for 2 experts"),
         (("gates", "sky", "-l", tmp_path / "experts"), "no shipped task has the name of the expert 'sky'"),
         (("--task", "sst2"), "no folder was named for the expert"),
     ):

@@ -219,7 +219,7 @@ def test_what_a_guided_router_needs(library, tmp_path):
     with types_unchecked(), pytest.raises(CompositionError, match="alpha='open'"):
         Glider(alpha="open")
     routed, _ = guided(make_model(), library, Glider())
-    with pytest.raises(CompositionError, match="reads prompts as token ids"):
+    with pytest.raises(CompositionError, match="needs the prompt's token ids"):
         routed.prompt.decide(inputs_embeds=torch.zeros(1, 2, 32))
 
 
@@ -232,7 +232,7 @@ def test_descriptions_are_a_file_that_people_edit(tmp_path):
     path.write_text("sky: a text\n  over two lines\n")
     assert read_descriptions(tmp_path) == {"sky": "a text over two lines"}
     path.write_text("sky: a: b\n")
-    with pytest.raises(LibraryError, match=r"is not YAML(.|\n)*a text with a colon goes in quotes"):
+    with pytest.raises(LibraryError, match=r"is not YAML(.|\n)*quote a text that contains a colon"):
         read_descriptions(tmp_path)
     path.write_text("sky:\ngrass: 3\n")
     with pytest.raises(LibraryError, match="has no text for: sky, grass"):
@@ -302,16 +302,16 @@ def test_the_commands_describe_and_route(tmp_path, url, monkeypatch):
     rows = save_rows(tmp_path / "rows.jsonl")
     experts, prompt = tmp_path / "experts", ("--prompt", "what is the {thing}", "--choices", "green,blue")
     given = ("-l", experts, "--data", rows, *prompt)
-    assert "one task's data for 3 experts" in str(run("library", "describe", *given).exception)
+    assert "one task's data cannot be for 3 experts" in str(run("library", "describe", *given).exception)
     assert run("library", "describe", "sky", *given, "--writer", f"{url}#small").exit_code == 0
     assert run("library", "describe", "grass", *given, "-m", tmp_path / "model").exit_code == 0
     assert run("library", "describe", "who", "-l", experts, "--text", "who is it").exit_code == 0
     found = read_descriptions(experts)
     assert found["sky"].startswith("small read")
     assert found["who"] == "who is it"
-    assert "all of these experts are described" in run("library", "describe", "-l", experts).output
+    assert "all of these experts have a description" in run("library", "describe", "-l", experts).output
     for words, told in (
-        (("--text", "x"), "--text is the whole description of one expert"),
+        (("--text", "x"), "--text describes exactly one expert"),
         (("sky", "--text", " "), "--text is empty"),
         (("sky", *given[2:], "--writer", "none"), "--writer none writes nothing"),
         (("sky", *given[2:], "--writer", url), "the model's name after the address"),
@@ -322,11 +322,11 @@ def test_the_commands_describe_and_route(tmp_path, url, monkeypatch):
     words = ("generate", "blue sky", "-l", experts, "-m", tmp_path / "model", "--json", "-n", 2)
     shown = run(*words, "-r", "glider", "--writer", "none")
     assert shown.exit_code == 0, shown.exception
-    assert "global routing: 1 new of 1 prompts, 0 tokens written" in shown.stderr
+    assert "comparing descriptions: 1 new of 1 prompts, 0 tokens written" in shown.stderr
     assert describing.open_writer(f"{url}#small", "auto").model == "small"
     (experts / DESCRIPTIONS_FILE).unlink()
     assert "not described: grass, sky, who" in str(run(*words, "-r", "glider").exception)
-    assert "no difference" in run(*words, "-r", "spectr", "--writer", "none").stderr
+    assert "have no effect" in run(*words, "-r", "spectr", "--writer", "none").stderr
 
 
 def test_the_packaged_embedder_tells_sentences_apart():

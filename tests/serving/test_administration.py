@@ -31,11 +31,11 @@ def test_administrators_remove_experts_and_nobody_else_does(ask, engine):
     error_of(ask("DELETE", "/v1/experts/cats", ALL, POLICY), 403, "admin_required")
     error_of(ask("DELETE", "/v1/experts/cats", None, POLICY), 401, "invalid_api_key")
     told = error_of(ask("DELETE", "/v1/experts/cat", ADMIN, POLICY), 404, "expert_not_found")
-    do = "if you mean 'cats', write that; /v1/experts lists those that are loaded"
+    do = "use 'cats' if you mean that; /v1/experts lists the loaded experts"
     assert told == f"there is no expert 'cat'\n  to do: {do}"
     for path in ("/v1/experts", "/v1/experts/"):
         told = error_of(ask("DELETE", path, ADMIN, POLICY), 400, "invalid_request")
-        assert told.splitlines()[:2] == ["no expert is named", "  expected: DELETE /v1/experts/NAME"]
+        assert told.splitlines()[:2] == ["the request names no expert", "  expected: DELETE /v1/experts/NAME"]
     assert ask("DELETE", "/v1/experts/cats", ADMIN, POLICY).json() == {
         "id": "cats",
         "object": "expert",

@@ -113,7 +113,7 @@ def test_wrong_requests_are_told_what_is_wrong_and_go_nowhere(ask, inner, engine
 
 def test_a_router_that_is_not_served_is_told_with_those_that_are(ask):
     told = error_of(chat(ask, router="spektr"), 400, "router_not_served", "router")
-    expected = "calibrated or spectr\n  to do: if you mean 'spectr', write that"
+    expected = "calibrated or spectr\n  to do: use 'spectr' if you mean that"
     assert told == f"router 'spektr' is not served\n  expected: {expected}"
     assert "to do" not in error_of(chat(ask, router="arrow"), 400, "router_not_served", "router")
 
@@ -171,7 +171,7 @@ def test_nothing_else_reaches_the_application(ask, inner, method, path, status, 
     ],
 )
 def test_who_asks_where_nothing_is_is_told_where_to_ask(ask, path, do):
-    assert error_of(ask("POST", path, json={}), 404, "not_found") == f"there is nothing at {path}\n  to do: {do}"
+    assert error_of(ask("POST", path, json={}), 404, "not_found") == f"{path} does not exist\n  to do: {do}"
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_who_asks_in_the_wrong_way_is_told_the_right_ones(ask, method, path, all
     answer = ask(method, path)
     assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
     if method != "HEAD":
-        expected = f"{method} is not possible at {path}\n  expected: {allowed.replace(', ', ' or ')}"
+        expected = f"{path} does not support {method}\n  expected: {allowed.replace(', ', ' or ')}"
         assert error_of(answer, 405, "method_not_allowed") == expected
 
 

@@ -74,7 +74,7 @@ def test_an_error_within_a_stream_is_a_standard_one_and_keeps_the_engines_words_
     ("status", "body", "expected", "code", "message"),
     [
         (422, b'{"detail": "No way"}', 400, "invalid_request", "No way"),
-        (422, UNKNOWN, 400, "invalid_request", "'a', 'b': no field that this engine knows\n  to do: leave them out"),
+        (422, UNKNOWN, 400, "invalid_request", "'a', 'b': not supported by this engine\n  to do: remove them"),
         (400, b'{"detail": [{"loc": 1}]}', 400, "invalid_request", '[{"loc": 1}]'),
         (400, TOO_LONG, 400, "context_length_exceeded", "too long"),
         (503, b'{"error": "secret"}', 503, "engine_error", "the engine cannot take requests now"),

@@ -46,8 +46,8 @@ def test_json_is_read_too(tmp_path):
     assert read_policy(path).keys[0].experts == ()
 
 
-ENTRIES = "a list of one entry or more, each with a name, its key (or key_sha256) and its experts"
-ONE, LONG = "either key, or key_sha256", "8 characters or more, in quotes"
+ENTRIES = "a list with at least one entry, each with a name, its key (or key_sha256) and its experts"
+ONE, LONG = "either key, or key_sha256", "a quoted text of at least 8 characters"
 MEANT = "did you mean 'except'? known: except, keys"
 SHA, BOTH = "printf %s KEY | sha256sum", "keys: [{name: a, key: sk-secret-1, key_sha256: " + "a" * 64 + "}]"
 NAMES = 'a list of names, such as [sst2, agnews], or "*" for all'
@@ -61,15 +61,15 @@ FIELDS = "known: admin, base, experts, key, key_sha256, name"
         (
             "keys: []",
             "keys is empty",
-            "a list of one entry or more, each with a name, its key (or key_sha256) and its experts",
+            "a list with at least one entry, each with a name, its key (or key_sha256) and its experts",
         ),
         (
             "keys: [sk-secret-1]",
             "keys[0] is a text of 11 characters",
             "fields: name, key, key_sha256, experts, base, admin",
         ),
-        ("keys: {sk-secret-1: [x]}", "keys is a mapping", "a list of one entry"),
-        ("keys: [{key: sk-secret-1}]", "keys[0].name is missing", "a name for who holds the key, such as team-a"),
+        ("keys: {sk-secret-1: [x]}", "keys is a mapping", "a list with at least one entry"),
+        ("keys: [{key: sk-secret-1}]", "keys[0].name is missing", "a name for the key's owner, such as team-a"),
         ("keys: [{name: a}]", "keys[0] has no key", ONE),
         (
             "keys: [{name: a, key: sk-secret-1, key_sha256: " + "a" * 64 + "}]",
@@ -85,29 +85,29 @@ FIELDS = "known: admin, base, experts, key, key_sha256, name"
         ),
         (
             "keys: [{name: a, key: sk-secret-1, expert: x}]",
-            "keys[0].expert is no field",
+            "keys[0].expert is not a field",
             f"did you mean 'experts'? {FIELDS}",
         ),
-        ("keys: [{name: a, sk-secret-1: x}]", "keys[0].(a name that is not shown) is no field", FIELDS),
+        ("keys: [{name: a, sk-secret-1: x}]", "keys[0].(a name that is not shown) is not a field", FIELDS),
         ("keys: [{name: a, key: sk-secret-1, experts: all}]", 'keys[0].experts is "all"', NAMES),
         ("keys: [{name: a, key: sk-secret-1, experts: [x, 1]}]", "keys[0].experts[1] is 1", NAMES),
         ("keys: [{name: a, key: sk-secret-1, admin: maybe}]", 'keys[0].admin is "maybe"', "true or false"),
         ('keys: [{name: a, key: sk-secret-1, admin: "yes"}]', 'keys[0].admin is "yes"', "true or false"),
         (
             "excpet: [x]\nkeys: [{name: a, key: sk-secret-1}]",
-            "excpet is no field",
+            "excpet is not a field",
             "did you mean 'except'? known: except, keys",
         ),
         ("except: x\nkeys: [{name: a, key: sk-secret-1}]", 'except is "x"', "a list of names, such as [sst2, agnews]"),
         (
             "keys: [{name: a, key: sk-secret-1}, {name: b, key: sk-secret-3}, {name: a, key: sk-secret-2}]",
             "the file has the same name in keys[0] and keys[2]",
-            "a name of its own for each",
+            "a different name for each",
         ),
         (
             "keys: [{name: a, key: sk-secret-1}, {name: b, key: sk-secret-1}]",
             "the file has the same key in keys[0] and keys[1]",
-            "a key of its own for each",
+            "a different key for each",
         ),
     ],
 )
@@ -117,7 +117,7 @@ def test_what_is_no_policy_is_told_without_showing_a_key(tmp_path, text, found, 
     with pytest.raises(DataError) as caught:
         read_policy(path)
     first, fault, told, do = str(caught.value).splitlines()  # one fault alone
-    assert first == f"{path} is no policy"
+    assert first == f"{path} is not a policy"
     assert fault.startswith(f"- {found}")
     assert told.startswith("  expected: ")
     assert expected in told
@@ -135,7 +135,7 @@ def test_all_that_is_wrong_is_told_in_the_files_order(tmp_path):
         "- keys[0].name is missing",
         '- keys[0].experts is "all"',
         '- keys[1].base is "x"',
-        "- more is no field",
+        "- more is not a field",
     ]
 
 
@@ -145,7 +145,7 @@ def test_all_that_is_wrong_is_told_in_the_files_order(tmp_path):
         ("policy.yaml", b"keys: [", "policy.yaml, line 1: expected the node content"),
         ("policy.yaml", b"keys:\n\t- a", "policy.yaml, line 2: found character"),
         ("policy.json", b"{\n'keys'", "policy.json, line 2: Expecting property name"),
-        ("policy.yaml", b"\xff\xfe", "policy.yaml is no text in UTF-8"),
+        ("policy.yaml", b"\xff\xfe", "policy.yaml is not UTF-8 text"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_told_with_its_line(tmp_path, name, text, told):

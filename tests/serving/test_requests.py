@@ -8,16 +8,16 @@ from spectr.serving.api_fields import ChatRequest, CompletionRequest, parse
 from spectr.serving.errors import RefusalError
 
 TURN = {"role": "user", "content": "what is it"}
-TURNS = 'a list of one turn or more: {"role": "user", "content": "..."}'
-EXPERTS = "a list of one expert's name or more; without it all that the key may use"
+TURNS = 'a list with at least one turn: {"role": "user", "content": "..."}'
+EXPERTS = "a list with the name of at least one expert; by default all that the key may use"
 KIND = 'the kind of this part, "text"'
 PART = '{"type": "text", "text": "..."}'
 BIAS = "an object with numbers by token, {TOKEN: BIAS}"
-STREAM = "\"stream\": true too, or no 'stream_options'"
+STREAM = "\"stream\": true as well, or no 'stream_options'"
 OPTIONS = "include_usage, include_obfuscation"
 USAGE = "did you mean 'include_usage'? known: include_obfuscation, include_usage"
 STOP, CONTENT = "a text, or a list of texts, none of them empty", '{"role": "user", "content": "..."}'
-COUNT, PROMPT = "a whole number, at least 1", "a text, or a list of texts or of token numbers"
+COUNT, PROMPT = "a whole number, at least 1", "a text, a list of texts, or a list of token ids"
 
 
 def refused(kind, body):
@@ -56,11 +56,11 @@ def refused(kind, body):
         ({"messages": [{"role": "user", "text": "x"}]}, "'messages[0]' has no content", CONTENT),
         ({"messages": [TURN, {"role": "user", "content": None}]}, "'messages[1]' has no content", CONTENT),
         ({"logit_bias": {"5": "x"}}, "'logit_bias.5' is \"x\"", BIAS),
-        ({"stream_options": {}}, "'stream_options' is for streams alone", STREAM),
-        ({"stream_options": {}, "stream": False}, "'stream_options' is for streams alone", STREAM),
+        ({"stream_options": {}}, "'stream_options' is for streams only", STREAM),
+        ({"stream_options": {}, "stream": False}, "'stream_options' is for streams only", STREAM),
         ({"stream_options": [], "stream": True}, "'stream_options' is empty", "fields: " + OPTIONS),
         ({"stream_options": {"include_usage": 1}}, "'stream_options.include_usage' is 1", "true or false"),
-        ({"stream_options": {"usage": True}}, "'stream_options.usage' is no field", USAGE),
+        ({"stream_options": {"usage": True}}, "'stream_options.usage' is not a field", USAGE),
         ({"stream": "x" * 100}, "'stream' is \"" + "x" * 59 + " ...", "true or false"),
     ],
 )
@@ -101,8 +101,8 @@ def test_several_faults_are_all_told():
 )
 def test_a_slip_in_a_field_is_told_and_does_not_widen_the_set_in_silence(name, meant):
     error = refused(ChatRequest, {"model": "spectr", "messages": [TURN], name: "x"})
-    assert f"'{name}' is no field" in str(error)
-    assert f"if you mean '{meant}', write that; or leave it out" in str(error)
+    assert f"'{name}' is not a field" in str(error)
+    assert f"use '{meant}' if you mean that, or remove the field" in str(error)
     assert error.param == name
 
 
@@ -112,12 +112,13 @@ def test_several_slips_are_all_told_and_a_field_that_the_engine_knows_is_none():
         parse(ChatRequest, body.encode(), frozenset({"topp"}))
     first, do, second, put = str(caught.value).splitlines()
     assert (first, second) == (
-        "'tmperature' is no field of such a request",
-        "also: 'extra_body' is no field of such a request",
+        "'tmperature' is not a field of this request",
+        "also: 'extra_body' is not a field of this request",
     )
-    assert (do, caught.value.param) == ("  to do: if you mean 'temperature', write that; or leave it out", "tmperature")
-    assert put.endswith("write its fields next to the others")
-    assert "if you mean 'top_p'" in str(refused(ChatRequest, json.loads(body)))
+    assert do == "  to do: use 'temperature' if you mean that, or remove the field"
+    assert caught.value.param == "tmperature"
+    assert put.endswith("send its fields next to the others")
+    assert "use 'top_p' if" in str(refused(ChatRequest, json.loads(body)))
 
 
 @pytest.mark.parametrize(
@@ -145,7 +146,7 @@ def test_half_a_character_is_told(text):
     with pytest.raises(RefusalError) as caught:
         parse(CompletionRequest, b'{"model": "spectr", "prompt": "' + text + b'"}')
     half = "\\udfff" if b"F" in text else "\\ud800"
-    assert str(caught.value) == f"the body is no text: '{half}' is half a character\n  expected: Unicode"
+    assert str(caught.value) == f"the body is not valid Unicode: '{half}' is half a character\n  expected: Unicode"
     assert caught.value.code == "invalid_json"
 
 
@@ -158,11 +159,11 @@ def test_other_fields_are_the_engines_matter(name):
 @pytest.mark.parametrize(
     ("body", "found"),
     [
-        (b"model=spectr", "no JSON: Expecting value in line 1, column 1"),
-        (b'{"model":\n}', "no JSON: Expecting value in line 2, column 1"),
-        (b"\xff", "no JSON"),
+        (b"model=spectr", "not JSON: Expecting value in line 1, column 1"),
+        (b'{"model":\n}', "not JSON: Expecting value in line 2, column 1"),
+        (b"\xff", "not JSON"),
         (b" ", "empty"),
-        (b"[1]", "[1], no object"),
+        (b"[1]", "[1], not an object"),
     ],
 )
 def test_what_is_no_json_object_is_told_where(body, found):

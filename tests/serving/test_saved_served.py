@@ -74,7 +74,7 @@ def test_an_index_is_refused(trained):
 
     model, library, _ = trained
     library = library.with_calibration(spectr.calibrate(model, library, make_tokenizer(), texts=["the sky", "who is"]))
-    with types_unchecked(), pytest.raises(CompositionError, match="and an index takes factors alone"):
+    with types_unchecked(), pytest.raises(CompositionError, match="and an index reads factors only"):
         spectr.build_index(model, library)
 
 
@@ -84,7 +84,7 @@ def test_vllm_is_refused(trained):
 
     _, library, _ = trained
     settings = Settings(library="experts", router={"name": "spectr", "top_k": 1})
-    with types_unchecked(), pytest.raises(CompositionError, match="and vLLM takes factors alone"):
+    with types_unchecked(), pytest.raises(CompositionError, match="and vLLM reads factors only"):
         WorkerState(settings, library, 16, 4, torch.device("cpu"))
 
 

@@ -31,7 +31,7 @@ def test_it_serves_says_what_and_ends_with_ctrl_c(start, tmp_path, options):
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert said.splitlines()[-2:] == ["\u00b7 ending; nothing is under way", "stopped"]
+    assert said.splitlines()[-2:] == ["\u00b7 stopping: no request is running", "stopped"]
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_several_routers_are_told_listed_and_answer(start):
         "--router", "spectr", "--router", "arrow", "-r", "uniform", "--batch", "--cache-tokens", 512
     )
     assert "by spectr (by request: arrow, uniform)" in said
-    assert "router uniform: 0.0 MiB more for its factors" in said
+    assert "router uniform: 0.0 MiB of additional factors" in said
     assert [f"preparing layers for {name}: 14 of 14" in said for name in ("spectr", "arrow", "uniform")] == [True] * 3
     with OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
         assert client.models.retrieve("spectr").model_dump()["routers"] == ["spectr", "arrow", "uniform"]
@@ -63,7 +63,7 @@ def test_several_routers_are_told_listed_and_answer(start):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("--host", "0.0.0.0"), "without a policy"),
+        (("--host", "0.0.0.0"), "needs a policy"),
         (("--engine", "magic"), "known: transformers, vllm"),
         (("--engine", "vllm"), "spectr-lora[vllm]"),
         (("--policy", "nowhere.yaml"), "nowhere.yaml"),
@@ -71,7 +71,7 @@ def test_several_routers_are_told_listed_and_answer(start):
         (("--except", "amber", "--except", "blue", "--except", "cyan"), "no expert"),
         (("--served-name", "model"), "base model's own name"),
         (("-r", "spectr,arrow"), "--router spectr --router arrow"),
-        (("keys.yaml",), "a policy file follows --policy"),
+        (("keys.yaml",), "pass a policy file with --policy"),
         (("--router", "spektr", "--router", "aro"), "did you mean 'spectr'"),
         (("--router", "spektr", "--router", "aro"), "did you mean 'arrow'"),
         (("-r", "spectr", "-r", "arrow", "-r", "spectr"), "--router spectr twice"),
@@ -94,14 +94,14 @@ def test_what_cannot_be_served_is_told_before_a_model_is_loaded(spectr, given, w
 def test_a_router_that_holds_one_expert_alone_is_refused_next_to_others(spectr, given, words, unloaded):
     code, _, err = spectr("serve", *given, "-r", "spectr", *words, "--served-name", "ours")
     assert code == 2
-    assert "the router oracle holds one expert alone and cannot be served next to others" in err
-    assert "a request names one expert alone by its model, ours/EXPERT" in err
+    assert "the router oracle holds a single expert and cannot be served with other routers" in err
+    assert "a request chooses a single expert with the model ours/EXPERT" in err
 
 
 def test_a_router_that_holds_one_expert_alone_is_told_which_there_are(spectr, given, unloaded):
     code, _, err = spectr("serve", *given, "-r", "oracle", "--port", "0")
     assert code == 2
-    assert "router 'oracle' needs expert" in err
+    assert "router 'oracle' needs the setting expert" in err
     assert err.endswith("  expected: one of amber, blue, cyan\n  to do: -r oracle -e NAME\n")
 
 
@@ -110,7 +110,7 @@ def test_help_shows_the_options_of_the_engine_once_and_the_default_router(spectr
     assert code == 0
     words = " ".join(out.replace("\u2502", " ").split())
     assert "serve [OPTIONS] [-- OPTIONS]..." in words
-    assert "vllm: all but glider, lag and shortlist. [default: (auto)]" in words
+    assert "vllm offers all but glider, lag and shortlist. [default: (auto)]" in words
 
 
 def test_vllm_is_given_routers_that_it_can_run(spectr, given, monkeypatch):

@@ -82,7 +82,7 @@ def test_what_is_not_done_when_the_grace_is_over_is_told_so_and_who_comes_meanwh
     address, process, streamed, wholes = running
     process.send_signal(signal.SIGTERM)
     said = process.stderr.readline()
-    assert "4 requests under way: 2 seconds" in said
+    assert "waiting up to 2 seconds for 4 requests" in said
     for path in ("/v1/models", "/health", "/"):
         late = httpx.get(f"{address}{path}")
         assert (late.status_code, late.headers["retry-after"]) == (503, "10")
@@ -133,4 +133,4 @@ def test_an_answer_that_is_done_within_the_grace_is_whole(start, endless):
     assert text.endswith("data: [DONE]\n\n")
     said, status = rest(process)
     assert status == 0
-    assert "nothing is under way" in said
+    assert "no request is running" in said

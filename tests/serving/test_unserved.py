@@ -34,7 +34,7 @@ def refused(engine, body):
             [
                 "'messages[1].role' is \"asistant\", which",
                 f"expected: {ROLES}",
-                'to do: if you mean "assistant"',
+                'to do: use "assistant" if',
             ],
         ),
         ({**TURN, "role": "x" * 99}, [f"'messages[1].role' is \"{'x' * 59} ..., which", f"expected: {ROLES}"]),

@@ -57,7 +57,7 @@ def test_the_root_leads_to_the_page_where_there_is_one(gateway):
 
 def test_what_is_not_possible_says_what_is(gateway):
     error = ask(gateway, "PUT", "/v1/models").json()["error"]
-    assert error["message"] == "PUT is not possible at /v1/models\n  expected: GET or HEAD"
+    assert error["message"] == "/v1/models does not support PUT\n  expected: GET or HEAD"
     assert "/v1/chat/completions" in ask(gateway, "GET", "/v1/chat").json()["error"]["message"]
 
 
@@ -81,18 +81,18 @@ def test_a_body_that_is_too_long_is_told_what_to_do(gateway):
     assert error["message"].splitlines() == [
         "the body has 101 bytes",
         "  expected: 100 at most",
-        "  to do: leave out earlier turns, or ask in several requests",
+        "  to do: omit earlier turns, or split it into several requests",
     ]
 
 
 @pytest.mark.parametrize(
     ("key", "model", "told"),
     [
-        (NONE, "spectr", "ask with another key: this one's has no 'experts' that are served, and no 'base: true'"),
-        (NONE, "tiny", "ask with another key: this one's has no 'experts' that are served, and no 'base: true'"),
-        (BASE, "spectr", "ask for 'tiny'; the composed model is for keys whose entry in the policy has 'experts'"),
-        (CATS, "spectre", "if you mean 'spectr', write that; /v1/models lists what this key may use"),
-        (CATS, "cats", "if you mean 'spectr/cats', write that; /v1/models lists what this key may use"),
+        (NONE, "spectr", "use another key: in the policy, this one has no served 'experts' and no 'base: true'"),
+        (NONE, "tiny", "use another key: in the policy, this one has no served 'experts' and no 'base: true'"),
+        (BASE, "spectr", "use 'tiny'; only keys with 'experts' in the policy may use the composed model"),
+        (CATS, "spectre", "use 'spectr' if you mean that; /v1/models lists what this key may use"),
+        (CATS, "cats", "use 'spectr/cats' if you mean that; /v1/models lists what this key may use"),
         (CATS, "ants", "/v1/models lists what this key may use"),
         (CATS, "gpt", "/v1/models lists what this key may use"),
     ],
@@ -110,7 +110,7 @@ def test_who_is_no_administrator_is_told_what_one_is():
     error = ask(gateway, "DELETE", "/v1/experts/cats", ALL).json()["error"]
     assert "'admin: true' in the policy" in error["message"]
     error = ask(gateway, "DELETE", "/v1/experts/cat", ADMIN).json()["error"]
-    assert "if you mean 'cats', write that" in error["message"]
+    assert "use 'cats' if you mean that" in error["message"]
 
 
 def test_a_broken_suspect_keeps_the_list_json(gateway):

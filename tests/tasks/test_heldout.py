@@ -115,7 +115,7 @@ def test_what_heldout_is_asked(tmp_path):
     asked = read_plan("heldout", library, tasks=[str(tmp_path / "other.yaml")], **given)
     assert list(asked.held_out) == ["other"]
     assert len(asked.held_out["other"][1]) == 3
-    with pytest.raises(DataError, match="has an expert of its own for amber"):
+    with pytest.raises(DataError, match="has an expert for amber"):
         read_plan("heldout", library, tasks=[str(tmp_path / "amber.yaml")], **given)
     with pytest.raises(DataError, match=r"no data file at(.|\n)*no data file at"):  # all of them
         read_plan("heldout", library, tasks=(), **given)

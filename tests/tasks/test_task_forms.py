@@ -49,9 +49,9 @@ class TestMetric:
             (
                 FREE,
                 "accuracy",
-                "for choices, and this task's answer is free text: use exact_match, rouge1, rouge2, rou",
+                "for choices, but this task's answer is free text: use exact_match, rouge1, rouge2, rou",
             ),
-            (CHOICE, "rouge1", "metric 'rouge1' is for free text, and this task has choices: use accuracy"),
+            (CHOICE, "rouge1", "metric 'rouge1' is for free text, but this task has choices: use accuracy"),
             (CHOICE, "exact_match", "metric 'exact_match' is for free text"),
         ],
     )
@@ -67,7 +67,7 @@ class TestMetric:
             "name: Field required",
             "unknown metric 'bleu'",
             "'{' has wrong braces",
-            "at least two, all different",
+            "at least two different answers",
             "'letters' needs {options}",
             "max_new_tokens: Input should be greater than or equal to 1",
         ):
@@ -93,14 +93,14 @@ class TestLetters:
         with pytest.raises(DataError) as caught:
             Task.of(**CHOICE).lettered()
         given = ("task 'mood' has no form with lettered options",)
-        assert_says(caught.value, given=given, expected="'letters' with {options}", do="leave out --letters")
+        assert_says(caught.value, given=given, expected="'letters' with {options}", do="remove --letters")
 
     @pytest.mark.parametrize(
         ("fields", "message"),
         [
-            ({**CHOICE, "form": "letters"}, "'form' is letters, and there is no template 'letters'"),
-            ({**FREE, **LETTERS}, "'letters' lists choices, and this task has none"),
-            ({**CHOICE, "letters": "{text}"}, "'letters' needs {options}, where the lettered choices go"),
+            ({**CHOICE, "form": "letters"}, "'form' is letters, but there is no template 'letters'"),
+            ({**FREE, **LETTERS}, "'letters' lists choices, but this task has none"),
+            ({**CHOICE, "letters": "{text}"}, "'letters' needs {options}, which the lettered choices replace"),
             ({**CHOICE, "letters": "{options} {a b}"}, "wrong braces"),
         ],
     )
@@ -113,7 +113,7 @@ class TestLetters:
         task = Task.of(**CHOICE | {"choices": "ends"}, **LETTERS).lettered()
         with pytest.raises(DataError) as caught:
             task.example({"text": "t", "ends": [str(i) for i in range(27)], "label": 0})
-        assert_says(caught.value, given=("task 'mood': 27 choices",), expected="at most 26", do="leave out --letters")
+        assert_says(caught.value, given=("task 'mood': 27 choices",), expected="at most 26", do="remove --letters")
 
     def test_a_wrong_label(self):
         with pytest.raises(DataError) as caught:
@@ -196,8 +196,8 @@ class TestHub:
         task = Task.of(**CHOICE, test="a.jsonl", hub={"train": "hub:org/e:train"})
         with pytest.raises(DataError) as caught:
             data_source(task, "test", "hub")
-        given = ("task 'mood' names no test data on the Hub",)
-        assert_says(caught.value, given=given, expected="hub: {test:", do="give a folder as --data-root")
+        given = ("task 'mood' has no test data on the Hub",)
+        assert_says(caught.value, given=given, expected="hub: {test:", do="use a folder as --data-root")
 
     def test_a_hub_entry_with_faults(self):
         with pytest.raises(DataError) as caught:

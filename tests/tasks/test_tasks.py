@@ -128,23 +128,23 @@ class TestLoad:
             "version: Input should be greater than or equal to 1",
             "label: Input should be a valid string",
         )
-        assert_says(caught.value, given=given, expected=None, do="see the shipped tasks for the form")
+        assert_says(caught.value, given=given, expected=None, do="see the shipped tasks for examples")
 
     @pytest.mark.parametrize(
         ("change", "reason"),
         [
-            ({"choices": None}, "either 'choices' or a free-text 'answer' template, and one of them"),
-            ({"answer": "{text}"}, "either 'choices' or a free-text 'answer' template, and one of them"),
-            ({"choices": []}, "'choices' needs at least two, all different"),
-            ({"choices": ["yes"]}, "'choices' needs at least two, all different"),
-            ({"choices": ["yes", "yes"]}, "'choices' needs at least two, all different"),
+            ({"choices": None}, "either 'choices' or a free-text 'answer' template"),
+            ({"answer": "{text}"}, "either 'choices' or a free-text 'answer' template"),
+            ({"choices": []}, "'choices' needs at least two different answers"),
+            ({"choices": ["yes"]}, "'choices' needs at least two different answers"),
+            ({"choices": ["yes", "yes"]}, "'choices' needs at least two different answers"),
             ({"choices": ["yes", " "]}, "'choices' holds an empty answer"),
         ],
     )
     def test_answers_that_cannot_be_told_apart(self, tmp_path, change, reason):
         with pytest.raises(DataError) as caught:
             Task.load(write(tmp_path / "t.yaml", {**CHOICE, **change}))
-        assert_says(caught.value, given=("task file", reason), expected=None, do="see the shipped tasks for the form")
+        assert_says(caught.value, given=("task file", reason), expected=None, do="see the shipped tasks for examples")
 
 
 class TestExample:
@@ -173,7 +173,7 @@ class TestExample:
             caught.value,
             given=(f"task 'mood': label {label!r} of row r-9",),
             expected="a whole number from 0 to 1",
-            do="correct the field 'gold' of the data",
+            do="correct the field 'gold' in the data",
         )
 
     @pytest.mark.parametrize("ends", ["ab", ["a"], ["a", 1], None])
@@ -181,7 +181,7 @@ class TestExample:
         with pytest.raises(DataError) as caught:
             Task.model_validate({**CHOICE, "choices": "ends"}).example({"text": "x", "label": 0, "ends": ends})
         given = (f"task 'mood': the field 'ends' is {ends!r}",)
-        assert_says(caught.value, given=given, expected="a list of two or more texts", do="correct that field")
+        assert_says(caught.value, given=given, expected="a list of at least two texts", do="correct this field")
 
     def test_a_label_beyond_the_rows_own_choices(self):
         row = {"text": "x", "label": 2, "ends": ["a", "b"]}
@@ -214,7 +214,7 @@ class TestRows:
         with pytest.raises(DataError) as caught:
             read_rows(str(path))
         assert_says(
-            caught.value, given=(f"{path} holds no rows",), expected="one JSON object a line", do="check the file"
+            caught.value, given=(f"{path} holds no rows",), expected="one JSON object per line", do="check the file"
         )
 
     def test_a_line_that_is_not_json_is_named_by_its_number(self, tmp_path):
@@ -223,7 +223,7 @@ class TestRows:
         with pytest.raises(DataError) as caught:
             read_rows(str(path))
         assert_says(
-            caught.value, given=(f"{path}, line 3: ",), expected="one JSON object a line", do="correct that line"
+            caught.value, given=(f"{path}, line 3: ",), expected="one JSON object per line", do="correct that line"
         )
 
     @pytest.mark.parametrize(("line", "kind"), [("[1]", "list"), ("3", "int"), ('"x"', "str"), ("null", "NoneType")])

@@ -151,7 +151,7 @@ def test_the_base_is_measured_anew_on_other_test_rows(tmp_path):
 
 
 def test_only_layers_that_no_text_reaches(tmp_path):
-    with pytest.raises(DataError, match="depends on none of the trained modules"):
+    with pytest.raises(DataError, match="does not depend on any trained module"):
         train(tmp_path / "e", make("gemma3"), replace(SETTINGS, target_modules=r".*vision_tower.*q_proj"))
     assert not (tmp_path / "e" / "adapter_config.json").exists()
 
@@ -159,7 +159,7 @@ def test_only_layers_that_no_text_reaches(tmp_path):
 def test_dropout_and_fused_parameters(tmp_path):
     model = make("mixtral")
     names = list(model.state_dict())
-    with pytest.raises(DataError, match=r"dropout=0.1(.|\n)*gate_up_proj(.|\n)*leave --dropout out"):
+    with pytest.raises(DataError, match=r"dropout=0.1(.|\n)*gate_up_proj(.|\n)*omit --dropout"):
         train(tmp_path / "e", model, replace(SETTINGS, dropout=0.1))
     assert list(model.state_dict()) == names
     assert not (tmp_path / "e").exists()
@@ -177,7 +177,7 @@ def test_a_model_that_is_no_plain_base_is_refused(tmp_path):
 
 
 def test_what_spectr_could_not_read_again_is_refused_before_the_run(tmp_path):
-    with pytest.raises(DataError, match=r"'patch_embedding'(.|\n)*cannot read again"):
+    with pytest.raises(DataError, match=r"'patch_embedding'(.|\n)*cannot read"):
         train(tmp_path / "e", make("gemma3"), replace(SETTINGS, target_modules="patch_embedding"))
     assert not (tmp_path / "e").exists()
 

@@ -72,7 +72,7 @@ def test_within_the_grace_an_answer_ends_and_who_comes_meanwhile_is_turned_away(
             os.killpg(process.pid, end)  # as a terminal does
         else:
             process.send_signal(end)
-        assert "1 request under way: 60 seconds" in process.stderr.readline()
+        assert "waiting up to 60 seconds for 1 request" in process.stderr.readline()
         late = client.post("/v1/completions", json={**PROMPT, "max_tokens": 4})
         assert (late.status_code, late.json()["error"]["code"]) == (503, "server_stopping")
         *rest, done = lines.result()
@@ -80,7 +80,7 @@ def test_within_the_grace_an_answer_ends_and_who_comes_meanwhile_is_turned_away(
         told = [json.loads(line.removeprefix("data: ")) for line in rest]
         assert all("error" not in event for event in told)
         assert told[-1]["choices"][0]["finish_reason"] == "length"
-        assert "nothing is under way" in ended(process, engine, ENDS[end])
+        assert "no request is running" in ended(process, engine, ENDS[end])
 
 
 @pytest.mark.parametrize("end", ENDS, ids=lambda end: end.name)

@@ -86,7 +86,7 @@ async def tell(client, engine):
     assert (status, refused["error"]["param"]) == (400, "use_beam_search")
     status, refused = await said(client, min_token=2)
     assert (status, refused["error"]["param"]) == (400, "min_token")
-    assert "if you mean 'min_tokens', write that" in refused["error"]["message"]
+    assert "use 'min_tokens' if you mean that" in refused["error"]["message"]
     await engine.discard("amber")
     status, gone = await said(client, model="spectr/amber")
     assert (status, gone["error"]["code"]) == (404, "model_not_found")

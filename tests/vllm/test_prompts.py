@@ -96,5 +96,5 @@ def test_without_somebody_who_decides_such_a_router_is_refused(calibrated):
     from spectr.vllm.config import SpectrConfig
 
     config = Settings(library=str(calibrated / "library"), router={"name": "calibrated"}).as_config()
-    with pytest.raises(CompositionError, match="nothing decides on prompts in this process: calibrated"):
+    with pytest.raises(CompositionError, match="vLLM by itself cannot decide on prompts: calibrated"):
         SpectrConfig.from_config(config)

@@ -1,4 +1,4 @@
-"""LoRA adapters as PEFT writes them. All of PEFT's quirks end here."""
+"""LoRA adapters in PEFT's formats. No other folder knows these formats."""
 
 from spectr.adapters.config import CONFIG_FILE
 from spectr.adapters.expert import Expert, FactorShape

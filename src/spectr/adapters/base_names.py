@@ -1,6 +1,6 @@
-"""The base model that an adapter's configuration most likely means, where it names a copy or a path of another machine.
+"""Guess the base model that an adapter's configuration means if it names a copy, or a path on another machine.
 
-A suggestion for people, from a table: nothing here is ever loaded in the place of what a configuration names.
+The guess comes from a table and is a suggestion for people. It is never loaded instead of the named model.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _QUANTISED = re.compile(
     re.IGNORECASE,
 )
 _CACHED = re.compile(r"models--(?P<owner>[^/\\]+?)--(?P<name>[^/\\]+)")
-# By owner the names of their models. To add one is to add its name as the Hub has it.
+# Model names by owner. To add a model, add its name on the Hub.
 _MODELS = {
     "HuggingFaceTB": "SmolLM2-135M SmolLM2-360M SmolLM2-1.7B SmolLM2-135M-Instruct SmolLM2-360M-Instruct "
     "SmolLM2-1.7B-Instruct SmolLM3-3B SmolLM3-3B-Base SmolVLM-Instruct",
@@ -43,7 +43,7 @@ _MODELS = {
     "DeepSeek-R1-Distill-Qwen-14B",
     "llava-hf": "llava-1.5-7b-hf llava-1.5-13b-hf llava-v1.6-mistral-7b-hf",
 }
-# Names that copies have and no owner, in lower case.
+# Names of copies that are no owner's names, in lower case.
 _OTHERS = {
     "llama-2-7b": "meta-llama/Llama-2-7b-hf",
     "llama-2-13b": "meta-llama/Llama-2-13b-hf",
@@ -64,7 +64,7 @@ _KNOWN = {name.lower(): f"{owner}/{name}" for owner, names in _MODELS.items() fo
 
 
 def likely_base(named: str) -> str | None:
-    """The Hub id of the model that a name most likely means; ``None`` where the table does not know it.
+    """The Hub id that a name most likely means; ``None`` if the table does not list it.
 
     Args:
         named: A Hub id, a copy's (``unsloth/Qwen3-8B-unsloth-bnb-4bit``), or a path (``/models/gemma-2-9b-it``).
@@ -76,12 +76,12 @@ def likely_base(named: str) -> str | None:
 
 
 def same_base(one: str, other: str) -> bool:
-    """Whether two names most likely mean one model."""
+    """Whether two names most likely mean the same model."""
     return (likely_base(one) or _plain(one)).lower() == (likely_base(other) or _plain(other)).lower()
 
 
 def named_base(named: str | None) -> str:
-    """What an adapter names as its base, with what it most likely means, in words; empty where it names none."""
+    """The base model that an adapter names, with its most likely meaning, as text; empty if it names none."""
     if not named:
         return ""
     likely = likely_base(named)
@@ -89,7 +89,7 @@ def named_base(named: str | None) -> str:
 
 
 def _plain(name: str) -> str:
-    """The last part of a name or path in lower case, without what says how it is quantised."""
+    """The last part of a name or path in lower case, without its quantisation."""
     last = re.split(r"[/\\]", name.rstrip("/\\"))[-1].lower()
     while (shorter := _QUANTISED.sub("", last)) != last:
         last = shorter

@@ -1,4 +1,4 @@
-"""What a folder is that is not an adapter of PEFT, and what to do with it."""
+"""Find out what a folder is if it is not a PEFT adapter, and what to do with it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MLX = ("adapters.safetensors", "adapters.npz")
 
 
 def adapter_folders(files: Collection[str]) -> list[str]:
-    """The folders with an adapter among relative paths of files; of a training run, the last checkpoint first."""
+    """Folders with an adapter among relative paths of files. For a training run, the last checkpoint comes first."""
     found = {file.rpartition("/")[0] for file in files if file.rpartition("/")[2] == CONFIG_FILE} - {""}
     return sorted(found, key=lambda folder: (-_step(folder), folder))
 
@@ -27,42 +27,42 @@ def stages(names: Sequence[str]) -> bool:
 
 
 def files_of(folder: Path) -> list[str]:
-    """Relative paths of the files of a folder and of the folders in it."""
+    """Relative paths of all files in a folder and its subfolders."""
     return [path.relative_to(folder).as_posix() for path in (*folder.glob("*"), *folder.glob("*/*")) if path.is_file()]
 
 
 def cause(files: Collection[str], name: str, place: str) -> AdapterError | None:
-    """Why a folder cannot be read as one adapter, by its files' names; ``None`` where they do not say.
+    """Why a folder cannot be read as one adapter, judged by its file names; ``None`` if they do not tell.
 
     Args:
         files: Paths relative to the folder.
-        name: Of the expert.
-        place: The folder, or what is like it, in words.
+        name: The expert's name.
+        place: The folder, or a description of it.
     """
     inner, top = adapter_folders(files), {file for file in files if "/" not in file}
     what: tuple[str, str] | None = None
     if inner and CONFIG_FILE not in top:
-        kind = "the checkpoints of a training run" if stages(inner) else "adapters in folders of their own"
-        what = (f"holds {kind}: {some_of(inner, 5)}", f"give one of them: {place}/{inner[0]}")
+        kind = "the checkpoints of a training run" if stages(inner) else "several adapters in subfolders"
+        what = (f"holds {kind}: {some_of(inner, 5)}", f"use one of them: {place}/{inner[0]}")
     elif top & set(_MLX):
         what = (
-            "is an adapter of mlx-lm, which keeps its factors transposed and under other names",
-            "fuse it: mlx_lm.fuse --model BASE --adapter-path FOLDER --save-path MERGED; then take an expert from the "
-            "result: spectr extract MERGED --base BASE",
+            "is an mlx-lm adapter, which stores transposed factors under other names",
+            "fuse it: mlx_lm.fuse --model BASE --adapter-path FOLDER --save-path MERGED; then extract an expert: "
+            "spectr extract MERGED --base BASE",
         )
     elif "pytorch_lora_weights.safetensors" in top:
-        what = ("is a LoRA of diffusers, for a model that makes pictures", "give an adapter of a transformers model")
+        what = ("is a diffusers LoRA, for an image model", "use an adapter for a transformers model")
     elif pickles := sorted(top & set(_PICKLES)):
         what = (
-            f"holds its weights only as a pickle file ({pickles[0]}), which can run code",
+            f"holds its weights only as a pickle file ({pickles[0]}), which can run code when it is loaded",
             "if you trust it, load it with PEFT and save it again with safe_serialization=True",
         )
     elif any(file.endswith(".gguf") for file in top):
-        what = ("holds a GGUF file of llama.cpp", "give the adapter of PEFT that it was made from")
+        what = ("holds a llama.cpp GGUF file", "use the PEFT adapter that it was converted from")
     elif "zero_to_fp32.py" in top or any(file.startswith("global_step") for file in files):
-        what = ("is a checkpoint of DeepSpeed", "run its zero_to_fp32.py, and save the adapter with PEFT")
+        what = ("is a DeepSpeed checkpoint", "run its zero_to_fp32.py, and save the adapter with PEFT")
     elif top & _WHOLE_MODELS:
-        what = ("holds a whole model", "take an expert from it: spectr extract FOLDER --base BASE")
+        what = ("holds a whole model", "extract an expert from it: spectr extract FOLDER --base BASE")
     if what is None:
         return None
     return AdapterError(

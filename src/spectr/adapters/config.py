@@ -1,4 +1,4 @@
-"""What ``adapter_config.json`` says: the scale of every module, and whether the adapter can be routed exactly."""
+"""Read ``adapter_config.json``: the scale of every module, and whether the adapter can be routed exactly."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from spectr.adapters.targets import Targets, target_faults
 from spectr.errors import AdapterError
 
 CONFIG_FILE = "adapter_config.json"
-WRAPPED = ".base_layer"  # after the name of a module: once for each further parameter that PEFT wraps in it
+WRAPPED = ".base_layer"  # follows a module's name, once for each further parameter that PEFT wraps in it
 
-# Settings that change what the adapter computes to something that scale * B @ A * x does not express.
+# Settings with which the adapter computes something other than scale * B @ A * x.
 _REFUSED: dict[str, str] = {
     "layer_replication": "it duplicates layers of the base model",
     "use_qalora": "QA-LoRA pools the input of A",
     "alora_invocation_tokens": "an activated LoRA starts at invocation tokens only",
     "use_bdlora": "its factors are block-diagonal",
-    "arrow_config": "it is a router of other adapters",
+    "arrow_config": "it routes other adapters",
     "monteclora_config": "its factors are random variables",
     "kasa_config": "KaSA changes the base weight",
-    "velora_config": "VeLoRA settings are not known to leave the forward pass alone",
-    "megatron_config": "it belongs to Megatron's parallel layers",
+    "velora_config": "VeLoRA settings may change the forward pass",
+    "megatron_config": "it is for Megatron's parallel layers",
 }
-_TOKENS_ALONE = "TRAINABLE_TOKENS"  # no factors, trained rows of the embedding alone
-# What PEFT makes LoRA of, by its save_as_lora.
+_TOKENS_ALONE = "TRAINABLE_TOKENS"  # no factors, only trained rows of the embedding
+# Adapter types that PEFT's save_as_lora converts to LoRA.
 _CONVERTIBLE = {
     *("C3A", "DELORA", "FOURIERFT", "GRALORA", "HIRA", "LOHA", "LOKR", "MISS", "PSOFT", "RANDLORA", "SHIRA"),
     *("TINYLORA", "UNILORA", "VBLORA", "VERA", "WAVEFT"),
 }
-# Settings that leave the forward pass of an adapter that is loaded as it is alone.
+# Settings that do not change the forward pass of a loaded adapter.
 _HARMLESS = {
     *("peft_type", "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode"),
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "fan_in_fan_out", "bias"),
@@ -61,9 +61,9 @@ class AdapterConfig:
     """The part of a LoRA configuration that routing needs.
 
     Attributes:
-        dora: Whether each module has magnitudes.
+        dora: Whether each module has DoRA magnitudes.
         lora_bias: Whether ``B`` has a bias.
-        trained_bias: Whether the file holds biases of the base model, in the place of the model's own.
+        trained_bias: Whether the file holds biases that replace the base model's.
         initial: How it was initialised.
     """
 
@@ -86,11 +86,11 @@ class AdapterConfig:
         return int(_by_pattern(self.rank_pattern, module, self.rank))
 
     def targets_parameter(self, name: str) -> bool:
-        """PEFT's rule: whether ``target_parameters`` names a parameter, or the end of its name."""
+        """PEFT's rule: whether ``target_parameters`` lists a parameter's name or its ending."""
         return any(name == target or name.endswith(f".{target}") for target in self.target_parameters)
 
     def may_wrap(self, module: str) -> bool:
-        """Whether factors of this name may be those of a parameter that the module holds; a model alone can tell."""
+        """Whether factors of this name may belong to a parameter of the module; only the model can tell."""
         if not self.target_parameters or module.endswith(WRAPPED):
             return bool(self.target_parameters)
         holders = {target.rpartition(".")[0] for target in self.target_parameters}
@@ -104,23 +104,23 @@ class AdapterConfig:
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
     def has(self, part: str) -> bool:
-        """Whether every adapted layer has such a part; factors they have."""
+        """Whether every adapted layer has this part. Every adapted layer has factors."""
         return {"magnitude": self.dora, "bias_B": self.lora_bias}.get(part, True)
 
 
 def read_config(folder: Path, name: str) -> AdapterConfig:
-    """Read and judge an adapter's configuration.
+    """Read and check an adapter's configuration.
 
     Raises:
-        AdapterError: No or no readable ``adapter_config.json``, another ``peft_type``, or a setting that cannot be
-            routed exactly; every such setting is named.
+        AdapterError: ``adapter_config.json`` is missing or unreadable, the ``peft_type`` is not LoRA, or settings
+            cannot be routed exactly. The error names every such setting.
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise AdapterError(
             f"expert '{name}': {folder} has no {CONFIG_FILE}",
             expected="a folder as PEFT's save_pretrained writes it",
-            do="give the folder of one adapter",
+            do="pass the folder of one adapter",
         )
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -153,7 +153,7 @@ def read_config(folder: Path, name: str) -> AdapterConfig:
 
 
 def base_named(folder: Path) -> str | None:
-    """The base model that an adapter's configuration names, as far as it can be read."""
+    """The base model in an adapter's configuration, if it can be read."""
     try:
         raw = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -174,7 +174,7 @@ def _faults(raw: dict[str, Any], folder: Path) -> list[str]:
         faults.append("init_lora_weights is 'loftq' (it also changes the base model's weights)")
     faults += InitialSettings.of(raw).faults(folder)
     unknown = sorted(key for key, value in raw.items() if value and key not in _HARMLESS and key not in _REFUSED)
-    faults += [f"{key} is set, which this version does not know to be harmless" for key in unknown]
+    faults += [f"{key} is set, and this version does not know its effect" for key in unknown]
     faults += [f"r is {raw.get('r')!r}"] if not _is_rank(raw.get("r")) else []
     faults += [f"lora_alpha is {raw.get('lora_alpha')!r}"] if not _is_number(raw.get("lora_alpha")) else []
     for key, right in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):
@@ -186,14 +186,14 @@ def _cure(raw: dict[str, Any]) -> str:
     initial = InitialSettings.of(raw)
     if initial.kind:
         return (
-            f"save the adapter as it was before training into {initial.folder}, with init_lora_weights=True; or have "
-            "PEFT convert it: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+            f"save the adapter before training into {initial.folder}, with init_lora_weights=True; or let PEFT "
+            "convert it: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
     if raw.get("peft_type") not in _CONVERTIBLE:
-        return "retrain it as plain LoRA, or extract one from the merged model"
+        return "retrain it as plain LoRA, or extract an expert from the merged model"
     return (
-        "load it with PEFT and make LoRA of it: peft.tuners.lora.conversion.save_as_lora(FOLDER, peft_model, rank=...)"
-        "; the larger the rank, the closer"
+        "load it with PEFT and convert it: peft.tuners.lora.conversion.save_as_lora(FOLDER, peft_model, rank=...); a "
+        "larger rank is closer to the original"
     )
 
 
@@ -213,7 +213,7 @@ def _is_pattern(patterns: Any, right: Callable[[Any], bool]) -> bool:
 
 
 def _by_pattern(patterns: dict[str, Any], module: str, default: Any) -> Any:
-    """PEFT's rule: a key matches a module whose name ends with it, the key read as a regular expression."""
+    """PEFT's rule: a key is a regular expression for the end of a module's name."""
     for key, value in patterns.items():
         if re.match(rf"(.*\.)?({key})$", module):
             return value

@@ -1,4 +1,4 @@
-"""One expert: its factors by module name, read from a memory-mapped file on use."""
+"""One expert: its factors by module name, read on use from a memory-mapped file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from spectr.errors import AdapterError, SpectrError, some_of
 
 
 class Stacked(NamedTuple):
-    """Factors of N modules whose shapes are the same, in one floating dtype, on the CPU."""
+    """Factors of N modules of the same shapes, in one floating dtype, on the CPU."""
 
     A_NRI: Float[Tensor, "N R I"]
     B_NOR: Float[Tensor, "N O R"]
@@ -31,19 +31,19 @@ class Stacked(NamedTuple):
 
 
 class FactorShape(NamedTuple):
-    """What is known about a module's update without reading it.
+    """What is known about a module's update before it is read.
 
     Attributes:
-        rank: Of the low-rank part; of a fused parameter, of each of its matrices.
-        inputs: Of the layer.
-        outputs: Of the layer.
-        scale: Of the file's factors.
-        key_A: The tensor's name of ``A``; empty where a layout names several.
-        key_B: Of ``B``.
-        parts: What the update has in addition to these factors.
-        layout: Of a fused parameter: where the factors of its matrices are.
-        matrices: Of a fused parameter: how many it holds; else 0.
-        of_parameter: Whether the name is that of a parameter, fused or not, and no module's.
+        rank: Rank of the low-rank part; for a fused parameter, of each of its matrices.
+        inputs: Inputs of the layer.
+        outputs: Outputs of the layer.
+        scale: Scale of the file's factors.
+        key_A: The name of the tensor ``A``; empty if a layout names several.
+        key_B: The name of the tensor ``B``.
+        parts: Parts of the update besides these factors.
+        layout: For a fused parameter, where the factors of its matrices are.
+        matrices: For a fused parameter, its number of matrices; else 0.
+        of_parameter: Whether the name is a parameter's, fused or not, instead of a module's.
     """
 
     rank: int
@@ -59,25 +59,25 @@ class FactorShape(NamedTuple):
 
     @property
     def file_rank(self) -> int:
-        """Of the file's factors, without initial ones."""
+        """Rank of the file's factors, without initial ones."""
         return self.rank - self.parts.initial_rank
 
 
 @dataclass(frozen=True, kw_only=True)
 class Expert:
-    """A LoRA adapter under a name.
+    """A LoRA adapter with a name.
 
     Attributes:
-        name: Unique within a library.
+        name: Unique in a library.
         weights: The safetensors file.
-        shapes: By module name (as in ``model.named_modules()``), in alphabetical order.
-        base_model: What the adapter says it was trained on.
+        shapes: Shapes by module name (as in ``model.named_modules()``), in alphabetical order.
+        base_model: The base model in its configuration.
         origin: Where it came from: a folder or a Hub id.
-        saved: By module name what it has besides factors of linear layers, such as trained heads and embeddings.
-        config: What its configuration says of ranks, scales and targets.
-        left_out: Modules of the file that the configuration does not target; PEFT leaves them out too.
-        file_names: By module the name that the file and what lies next to it have, where that is another one.
-        initial: The adapter as it was before training, where that was saved next to it and is part of the update.
+        saved: By module name, what it holds besides factors of linear layers, such as trained heads and embeddings.
+        config: The ranks, scales and targets in its configuration.
+        left_out: Modules in the file that the configuration does not target; PEFT ignores them too.
+        file_names: For modules that the file names differently, the name in the file.
+        initial: The adapter before training, if it is saved with it and is part of the update.
     """
 
     name: str
@@ -93,7 +93,7 @@ class Expert:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """All modules that it changes, in alphabetical order."""
+        """All modules that the expert changes, in alphabetical order."""
         return tuple(sorted({*self.shapes, *self.saved}))
 
     @property
@@ -103,28 +103,28 @@ class Expert:
 
     @property
     def parameters(self) -> int:
-        """Numbers in all updates and in all that is saved with them."""
+        """Number of parameters in all updates and all saved tensors."""
         pairs = sum(max(1, s.matrices) * s.rank * (s.inputs + s.outputs) for s in self.shapes.values())
         more = sum(s.outputs * len(s.parts.tensors) for s in self.shapes.values())
         return pairs + more + sum(parts.numbers for parts in self.saved.values())
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """In words what the updates are in addition to pairs of factors; empty for plain LoRA."""
+        """Parts of the updates besides pairs of factors, as texts; empty for plain LoRA."""
         return tuple(dict.fromkeys(kind for shape in self.shapes.values() for kind in shape.parts.kinds))
 
     @property
     def exceeds_products(self) -> bool:
-        """Whether an update is more than a product of two factors, be they the file's own."""
+        """Whether an update is more than a product of the file's two factors."""
         return any(shape.parts.tensors for shape in self.shapes.values())
 
     def check_plain(self, what: str, kind: type[SpectrError] = AdapterError, *, parameters: bool = False) -> None:
-        """Raise unless the expert has ``scale * B @ A`` of the file's own factors and nothing else.
+        """Raise if the expert is more than ``scale * B @ A`` of the file's own factors.
 
         Args:
-            what: Takes such experts alone, as in ``"merging"``.
-            kind: Of the error.
-            parameters: Whether it takes factors of fused parameters too.
+            what: The operation that needs plain LoRA, such as ``"merging"``.
+            kind: Type of the error.
+            parameters: Whether factors of fused parameters are allowed.
         """
         self.check_factors_alone(what, kind, parameters=parameters)
         self._check_kinds(what, kind)
@@ -133,62 +133,61 @@ class Expert:
         if self.kinds:
             raise kind(
                 f"expert '{self.name}' is no plain LoRA adapter ({', '.join(self.kinds)}): its update depends on the "
-                f"base model's layers, and {what} takes factors alone",
+                f"base model's layers, and {what} reads factors only",
                 expected="plain LoRA, whose update is scale * B @ A",
-                do="route it in a composed model; or merge it into its base with PEFT and make plain LoRA of the "
-                "difference: spectr extract",
+                do="route it in a composed model; or merge it into its base with PEFT and extract plain LoRA from the "
+                "result: spectr extract",
             )
 
     @property
     def fused(self) -> tuple[str, ...]:
-        """Those of its names that are parameters', no linear layers', or may be, as a model alone can tell."""
+        """Names that are, or may be, parameters' instead of linear layers'; only a model can tell."""
         config = self.config
         return tuple(n for n, shape in self.shapes.items() if shape.of_parameter or (config and config.may_wrap(n)))
 
     def check_factors_alone(
         self, what: str, kind: type[SpectrError] = AdapterError, *, parameters: bool = False
     ) -> None:
-        """Raise where the expert has more than factors of linear layers, for what takes these alone.
+        """Raise if the expert has more than factors of linear layers.
 
         Args:
-            what: Takes them, such as ``"merging"``.
-            kind: Of the error.
-            parameters: Whether it takes factors of fused parameters too.
+            what: The operation that needs such factors, such as ``"merging"``.
+            kind: Type of the error.
+            parameters: Whether factors of fused parameters are allowed.
         """
         if self.fused and not parameters:
             raise kind(
                 f"expert '{self.name}' adapts parameters of a mixture of experts ({some_of(self.fused, 3)}), and "
-                f"{what} takes factors of linear layers alone",
+                f"{what} reads factors of linear layers only",
                 expected="an adapter of linear layers",
-                do="leave it out; spectr.compose and spectr merge --into-base take it",
+                do="omit this expert; spectr.compose and spectr merge --into-base support it",
             )
         if self.saved:
             raise kind(
                 f"expert '{self.name}' has trained {some_of(list(self.saved), 3, ' modules')} besides LoRA's factors, "
-                f"and {what} takes factors alone",
+                f"and {what} reads factors only",
                 expected="an adapter of LoRA factors of linear layers",
-                do="leave it out; spectr.compose applies it whole, under routers that take one expert a prompt",
+                do="omit this expert; spectr.compose supports it with routers that choose one expert per prompt",
             )
 
     @property
     def remark_left_out(self) -> str:
-        """Which modules of the file are left out, in words."""
+        """The ignored modules of the file, as text."""
         return (
-            f"expert '{self.name}': its configuration does not target {len(self.left_out)} modules of its file, which "
-            f"are left out, as PEFT does: {some_of(list(self.left_out), 3)}"
+            f"expert '{self.name}': its configuration does not target {len(self.left_out)} modules in its file; they "
+            f"are ignored, as in PEFT: {some_of(list(self.left_out), 3)}"
         )
 
     @contextmanager
     def open(self):
         """Open the file of a plain LoRA adapter and yield ``read(module) -> Factors``.
 
-        Tensors have the file's dtype, on the CPU. ``read`` raises :class:`AdapterError` where a factor holds NaN or
-        infinity.
+        Tensors have the file's dtype, on the CPU. ``read`` raises :class:`AdapterError` if a factor is not finite.
 
         Raises:
             AdapterError: The file cannot be read, or its updates are more than its factors (see :attr:`kinds`).
         """
-        self._check_kinds("what reads it here", AdapterError)
+        self._check_kinds("this operation", AdapterError)
         with open_safetensors(self.weights, self.name) as file:
             yield lambda module: self._factors(module, file.get_tensor)
 
@@ -196,8 +195,8 @@ class Expert:
     def open_on(self, base: BaseLayers):
         """Open the file and yield ``read(module) -> Update`` for the layers of a base model, on the CPU.
 
-        Plain factors have the file's dtype. ``read`` raises :class:`AdapterError` where a tensor holds NaN or
-        infinity, or does not go with the layer.
+        Plain factors have the file's dtype. ``read`` raises :class:`AdapterError` if a tensor holds NaN or infinity, or
+        does not fit the layer.
         """
         with ExitStack() as files:
             read = files.enter_context(open_safetensors(self.weights, self.name)).get_tensor
@@ -208,7 +207,7 @@ class Expert:
     def open_saved(self):
         """Open the file and yield ``read(key) -> Tensor`` for keys of :attr:`saved`, in the file's dtype, on the CPU.
 
-        ``read`` raises :class:`AdapterError` where a tensor holds NaN or infinity.
+        ``read`` raises :class:`AdapterError` if a tensor holds NaN or infinity.
         """
         with open_safetensors(self.weights, self.name) as file:
 
@@ -220,10 +219,10 @@ class Expert:
             yield read
 
     def check_values(self) -> None:
-        """Read all tensors, and refuse updates that are zero everywhere.
+        """Read all tensors, and refuse an expert whose updates are all zero.
 
         Raises:
-            AdapterError: They are, or a tensor holds NaN or infinity.
+            AdapterError: All updates are zero, or a tensor holds NaN or infinity.
         """
         with open_safetensors(self.weights, self.name) as file:
             alive = [self.is_alive(module, file.get_tensor) for module in self.shapes]
@@ -232,13 +231,13 @@ class Expert:
                 self._check(key, file.get_tensor(key))
         if not any(alive) and not saved:
             raise AdapterError(
-                f"expert '{self.name}' is zero in all of its {len(alive)} modules: it is the base model",
-                expected="an adapter that was trained",
-                do="leave it out, or save it again after training",
+                f"expert '{self.name}' changes nothing: the updates of all {len(alive)} modules are zero",
+                expected="a trained adapter",
+                do="omit it, or save it again after training",
             )
 
     def is_alive(self, module: str, read: Read) -> bool:
-        """Whether a module's update is other than zero; ``read`` gives the file's tensors by their names.
+        """Whether a module's update differs from zero; ``read`` returns the file's tensors by name.
 
         Raises:
             AdapterError: A tensor holds NaN or infinity.
@@ -276,10 +275,10 @@ class Expert:
             return update_on(base, module, factors, parts, read)
 
     def stacked(self, groups: Iterable[Sequence[str]], base: BaseLayers) -> Iterator[Stacked]:
-        """The factors of each group of modules, which have the same shapes; a plain adapter's file is read at once.
+        """The factors, grouped by equal shapes; a plain adapter's file is read at once.
 
         Raises:
-            AdapterError: As :meth:`open_on` and ``read`` do.
+            AdapterError: See :meth:`open_on` and ``read``.
         """
         yield from self._stacked_plain(groups) if not self.kinds else self._stacked_on(base, groups)
 
@@ -308,7 +307,7 @@ class Expert:
     def _check(self, key: str, tensor: Tensor) -> None:
         if not all_finite(tensor):
             raise AdapterError(
-                f"expert '{self.name}': {key} holds NaN or infinite numbers",
+                f"expert '{self.name}': {key} holds NaN or infinite values",
                 expected="finite weights",
                 do="train or download the adapter again",
             )
@@ -316,7 +315,7 @@ class Expert:
 
 @contextmanager
 def naming(expert: str) -> Iterator[None]:
-    """Begin what an error says with the name of an expert."""
+    """Prefix an error of the block with the name of an expert."""
     try:
         yield
     except AdapterError as error:
@@ -324,7 +323,7 @@ def naming(expert: str) -> Iterator[None]:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether there is neither NaN nor infinity: by the extremes, several times as fast as asking every number."""
+    """Whether a tensor holds neither NaN nor infinity; checks the extremes, which is several times faster."""
     if not tensor.numel():
         return True
     low, high = map(float, tensor.aminmax())
@@ -332,10 +331,10 @@ def all_finite(tensor: Tensor) -> bool:
 
 
 def open_safetensors(path: Path, name: str | None = None, kind: type[SpectrError] = AdapterError):
-    """A memory-mapped safetensors file, of the expert ``name``.
+    """Open a memory-mapped safetensors file of the expert ``name``.
 
     Raises:
-        SpectrError: Of this ``kind``: the file is missing, cut short or corrupt.
+        SpectrError: The file is missing, cut short or corrupt; of type ``kind``.
     """
     with unreadable_as_error(path, name, kind):
         return safe_open(path, framework="pt")
@@ -343,10 +342,10 @@ def open_safetensors(path: Path, name: str | None = None, kind: type[SpectrError
 
 @contextmanager
 def unreadable_as_error(path: Path, name: str | None, kind: type[SpectrError] = AdapterError) -> Iterator[None]:
-    """Raise what goes wrong with a safetensors file as an error of this kind."""
+    """Raise errors of a safetensors file as errors of this kind."""
     try:
         yield
-    except Exception as error:  # safetensors raises its own kinds, OSError among them
+    except Exception as error:  # safetensors raises its own types, and OSError
         owner = "" if name is None else f"expert '{name}': "
         raise kind(
             f"{owner}{path} cannot be read as safetensors ({error})",

@@ -1,6 +1,6 @@
-"""Where the factors of a fused parameter lie in an adapter's file.
+"""Where an adapter's file holds the factors of a fused parameter.
 
-A fused parameter holds a matrix for each expert of a mixture of experts (MoE), as ``(J, O, I)`` or ``(J, I, O)``. An
+A fused parameter holds one matrix per expert of a mixture of experts (MoE), as ``(J, O, I)`` or ``(J, I, O)``. An
 adapter has one pair of factors for each of these matrices.
 
 Legend: J matrices of the parameter, R the rank for each, I inputs, O outputs.
@@ -19,18 +19,18 @@ Get = Callable[[str], Tensor]
 
 
 class Layout(Protocol):
-    """How the factors of a parameter's matrices are read."""
+    """How to read the factors of a parameter's matrices."""
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Names of all tensors that take part."""
+        """Names of all tensors that are read."""
         ...
 
     def read(self, get: Get) -> tuple[Float[Tensor, "J R I"], Float[Tensor, "J O R"]]:
-        """The factors.
+        """Read the factors.
 
         Args:
-            get: Reads a tensor by its name.
+            get: Reads a tensor by name.
         """
         ...
 
@@ -38,12 +38,12 @@ class Layout(Protocol):
 class OnePair(NamedTuple):
     """PEFT's layout for ``target_parameters``: all matrices in one pair of factors.
 
-    ``A`` is ``(J R, I)``, the rows of one matrix together; ``B`` is ``(O, R J)``, the columns of one rank together.
+    In ``A``, ``(J R, I)``, the rows of one matrix are adjacent; in ``B``, ``(O, R J)``, the columns of one rank are.
 
     Attributes:
         key_A: Name of ``A``.
         key_B: Name of ``B``.
-        matrices: J.
+        matrices: The number J.
 
     Source: PEFT, ``lora.ParamWrapper``.
     """
@@ -65,14 +65,14 @@ class OnePair(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Factors of one module of an older model, which became a part of a parameter.
+    """Factors of one module of an older model, which is now part of a parameter.
 
     Attributes:
         key_A: Name of ``A``.
         key_B: Name of ``B``.
-        rank: Of both.
-        inputs: Of the module.
-        outputs: Of the module.
+        rank: Rank of both.
+        inputs: Inputs of the module.
+        outputs: Outputs of the module.
         scale: ``alpha / r`` or ``alpha / sqrt(r)``.
     """
 
@@ -85,13 +85,13 @@ class Pair(NamedTuple):
 
 
 class ManyPairs(NamedTuple):
-    """A pair of factors for each matrix, or several, whose outputs follow each other in it (gate, then up).
+    """One or several pairs of factors per matrix; the outputs of several pairs follow each other (gate, then up).
 
     Attributes:
-        rows: By matrix its pairs, of rank 0 where the adapter leaves it alone.
-        rank: Of the parameter: the largest sum of a matrix's ranks. Shorter ones are filled up by zeros.
-        inputs: I.
-        outputs: O.
+        rows: By matrix its pairs, of rank 0 if the adapter does not change it.
+        rank: The parameter's rank: the largest sum of a matrix's ranks. Smaller ones are padded with zeros.
+        inputs: The number I.
+        outputs: The number O.
     """
 
     rows: Sequence[tuple[Pair, ...]]
@@ -105,13 +105,13 @@ class ManyPairs(NamedTuple):
         return tuple(key for row in self.rows for pair in row if pair.rank for key in (pair.key_A, pair.key_B))
 
     def read(self, get: Get) -> tuple[Float[Tensor, "J R I"], Float[Tensor, "J O R"]]:
-        """See :class:`Layout`: the scales are in ``B``, both are float32."""
+        """See :class:`Layout`. ``B`` includes the scales; both are float32."""
         A_JRI = torch.zeros(len(self.rows), self.rank, self.inputs)
         B_JOR = torch.zeros(len(self.rows), self.outputs, self.rank)
         for A_RI, B_OR, row in zip(A_JRI, B_JOR, self.rows, strict=True):
             r = o = 0
             for pair in row:
-                if not pair.rank:  # left alone
+                if not pair.rank:  # not adapted
                     o += pair.outputs
                     continue
                 A_RI[r : r + pair.rank] = get(pair.key_A)

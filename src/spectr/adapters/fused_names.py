@@ -1,7 +1,7 @@
-"""An expert of a model with fused parameters: the factors of its file by the names of the parameters that they adapt.
+"""Experts of models with fused parameters: map the file's factors to the parameters that they adapt.
 
-PEFT's files name the module that holds a parameter, and ``base_layer`` once for each further parameter of it that is
-adapted. Older files have a pair of factors for each expert of a mixture (MoE), as models had a module for it then.
+PEFT's files name the module that holds a parameter, plus ``base_layer`` for each further adapted parameter. Older files
+have one pair of factors per expert of a mixture (MoE), since models then had one module per expert.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from spectr.grouping import grouped
 
 
 class Parameter(NamedTuple):
-    """A parameter that is no weight of a linear layer.
+    """A parameter that is not the weight of a linear layer.
 
     Attributes:
-        name: In the model.
-        matrices: How many it holds; 0 for a matrix.
-        inputs: Of a matrix.
-        outputs: Of a matrix.
+        name: Name in the model.
+        matrices: Number of matrices; 0 for a single matrix.
+        inputs: Inputs of a matrix.
+        outputs: Outputs of a matrix.
     """
 
     name: str
@@ -34,13 +34,13 @@ class Parameter(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What became of the weight of a module of older models.
+    """The place of an older model's module in a parameter.
 
     Attributes:
-        parameter: The parameter that it is a part of.
-        matrix: Of which matrix.
-        branch: Of the modules that became this matrix, which one.
-        branches: How many these are.
+        parameter: The parameter that contains it.
+        matrix: Index of the matrix.
+        branch: Index among the modules that form this matrix.
+        branches: Number of these modules.
     """
 
     parameter: Parameter
@@ -50,23 +50,23 @@ class Part(NamedTuple):
 
 
 class ParameterNames(Protocol):
-    """What a model says of its parameters."""
+    """What a model knows about its parameters."""
 
     def of(self, module: str) -> Sequence[Parameter]:
-        """The parameters of a module that is no linear layer, in their order; none where there is no such module."""
+        """The parameters of a module that is not a linear layer, in order; empty if there is no such module."""
         ...
 
     def part(self, module: str) -> Part | None:
-        """What became of a module that older models had."""
+        """The place of a module that older models had."""
         ...
 
 
 def fused_for(expert: Expert, names: ParameterNames) -> Expert:
-    """An expert whose fused parameters go by their names in a model.
+    """An expert whose fused parameters have their names in a model.
 
     Raises:
-        AdapterError: The factors in the file are not those of the parameters that the configuration targets, or of a
-            matrix made of several modules only some are adapted.
+        AdapterError: The file's factors do not match the targeted parameters, or an adapter changes only some of the
+            modules that form one matrix.
     """
     config, found = expert.config, {**expert.left_out, **expert.shapes}
     if config is None:
@@ -98,25 +98,25 @@ def fused_for(expert: Expert, names: ParameterNames) -> Expert:
 def _targeted(
     expert: Expert, config: AdapterConfig, module: str, wrapped: Sequence[str], parameters: Sequence[Parameter]
 ) -> list[Parameter]:
-    """Those of a module's parameters that the factors under its name are for."""
+    """The module's parameters that the factors under its name are for."""
     targeted = [each for each in parameters if config.targets_parameter(each.name)]
     was_linear = len(parameters) == 1 and not parameters[0].matrices and wrapped == [module]
     return list(parameters) if not targeted and was_linear and module in expert.shapes else targeted
 
 
 def _check_products(expert: Expert, shapes: Sequence[FactorShape]) -> None:
-    """Raise :class:`AdapterError` where parameters have more than factors, which PEFT refuses too."""
+    """Raise :class:`AdapterError` if parameters have more than factors, which PEFT refuses too."""
     kinds = sorted({kind for shape in shapes for kind in shape.parts.kinds})
     if kinds:
         raise AdapterError(
             f"expert '{expert.name}' adapts parameters with {', '.join(kinds)}",
             expected="plain LoRA, whose update is scale * B @ A, for parameters",
-            do="retrain it without these settings, or with linear layers alone",
+            do="retrain it without these settings, or adapt linear layers only",
         )
 
 
 def _levels(expert: Expert, module: str, wrapped: Sequence[str], targeted: Sequence[Parameter]) -> dict[Parameter, str]:
-    """By parameter the name of its factors: PEFT wraps them in their order, so that the last one has the module's."""
+    """The name of the factors of each parameter. PEFT wraps them in order; the last one has the module's name."""
     levels = [module + WRAPPED * depth for depth in range(len(targeted))]
     if sorted(levels) != sorted(wrapped):
         raise AdapterError(
@@ -130,7 +130,7 @@ def _levels(expert: Expert, module: str, wrapped: Sequence[str], targeted: Seque
 
 def _wrapped_shape(expert: Expert, config: AdapterConfig, parameter: Parameter, given: FactorShape) -> FactorShape:
     if not config.targets_parameter(parameter.name):
-        return given  # a linear layer's
+        return given  # a linear layer
     rank, matrices = config.rank_of(parameter.name), max(1, parameter.matrices)
     if given.file_rank != rank * matrices:
         raise AdapterError(
@@ -144,17 +144,17 @@ def _wrapped_shape(expert: Expert, config: AdapterConfig, parameter: Parameter, 
 
 
 def _gathered_shape(expert: Expert, parameter: Parameter, parts: Mapping[str, Part]) -> FactorShape:
-    """Of the factors of modules that became matrices of a parameter."""
+    """Shape of factors whose modules became matrices of a parameter."""
     found = expert.shapes
     branches = next(iter(parts.values())).branches
     present = {part.branch for part in parts.values()}
     if len(present) < len(branches):
         raise AdapterError(
-            f"expert '{expert.name}' adapts {', '.join(branches[b] for b in sorted(present))} of the experts of a "
-            f"mixture without {', '.join(name for b, name in enumerate(branches) if b not in present)}, which this "
-            f"model has in one parameter, {parameter.name}",
+            f"expert '{expert.name}' adapts {', '.join(branches[b] for b in sorted(present))} of MoE experts without "
+            f"{', '.join(name for b, name in enumerate(branches) if b not in present)}; this model holds them in one "
+            f"parameter, {parameter.name}",
             expected=f"factors for {' and '.join(branches)}",
-            do="retrain it with all of these targets, or leave the adapter out",
+            do="retrain it with all of these targets, or omit the adapter",
         )
     rows = [[Pair("", "", 0, 0, 0, 0.0)] * len(branches) for _ in range(parameter.matrices)]
     sizes = {part.branch: found[name].outputs for name, part in parts.items()}

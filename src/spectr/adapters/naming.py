@@ -1,4 +1,4 @@
-"""An expert under the module names of one model, where its file has other ones."""
+"""Give an expert the module names of one model if its file uses other names."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from spectr.errors import AdapterError
 
 @dataclass(frozen=True, kw_only=True)
 class Naming:
-    """What a model says of its modules' names.
+    """What a model knows about its modules' names.
 
     Attributes:
-        modules: The names of all of its modules.
-        renamed: The present name of a module by a name that older versions had.
-        heads: Modules that PEFT's ``all-linear`` leaves out: the output head.
-        parameters: Of its parameters that are no weights of linear layers; ``None`` where these do not matter.
+        modules: The names of all modules.
+        renamed: Current names by the names of older versions.
+        heads: Modules that PEFT's ``all-linear`` skips: the output head.
+        parameters: Its parameters that are not weights of linear layers; ``None`` if these do not matter.
     """
 
     modules: Collection[str]
@@ -30,7 +30,7 @@ class Naming:
     parameters: ParameterNames | None = None
 
     def of(self, module: str) -> str:
-        """The name of a module in the model; as it is where the model has none by it."""
+        """The name of a module in the model; unchanged if the model has no such module."""
         if module in self.modules:
             return module
         new = self.renamed(module)
@@ -38,12 +38,12 @@ class Naming:
 
 
 def named_for(expert: Expert, naming: Naming) -> Expert:
-    """An expert whose modules are those of a model, and those that its configuration targets there.
+    """An expert with a model's module names, restricted to the modules that its configuration targets there.
 
-    PEFT matches targets, ranks and scales with the names of the model, whatever the file's are.
+    PEFT matches targets, ranks and scales with the model's names, whatever the names in the file are.
 
     Raises:
-        AdapterError: Two modules of the file are one module of the model, or as :func:`fused_for` does.
+        AdapterError: Two modules in the file are one module of the model; or see :func:`fused_for`.
     """
     config, found = expert.config, {**expert.shapes, **expert.left_out}
     names = {old: naming.of(old) for old in found}
@@ -52,7 +52,7 @@ def named_for(expert: Expert, naming: Naming) -> Expert:
     twice = [new for new, count in Counter(names.values()).items() if count > 1]
     if twice:
         raise AdapterError(
-            f"expert '{expert.name}' has factors of {twice[0]} under an older name of it and under this one",
+            f"expert '{expert.name}' has factors of {twice[0]} twice: under this name and under an older one",
             expected="one pair of factors for a module",
             do="save the adapter again with PEFT",
         )
@@ -76,5 +76,5 @@ def _targeted(targets: Targets, old: str, new: str, naming: Naming) -> bool:
 
 
 def _rescaled(config: AdapterConfig, new: str, shape: FactorShape) -> FactorShape:
-    """The scale of a renamed module: by its new name, unless only its old one gives the rank that the file has."""
+    """The scale of a renamed module: by its new name, unless only the old name gives the rank in the file."""
     return shape._replace(scale=config.scale_of(new)) if config.rank_of(new) == shape.file_rank else shape

@@ -1,4 +1,4 @@
-"""Adapters here or on the Hub, read into an :class:`Expert`, with everything checked that a file can show."""
+"""Read an adapter, local or from the Hub, into an :class:`Expert`. Checks everything that its files can show."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from spectr.errors import AdapterError, some_of
 WEIGHTS_FILE = "adapter_model.safetensors"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
-# What torch.compile, FSDP and activation checkpointing put into names.
+# Parts of names that torch.compile, FSDP and activation checkpointing add.
 _WRAPPERS = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # "base_model.model.<module>.lora_A.weight"; files written by hand may name the adapter: "...lora_A.default.weight".
 _MODULE = r"^(?:base_model\.model\.)?(?P<module>.+?)\."
@@ -36,16 +36,16 @@ _WORDS = {"magnitude": "DoRA magnitude", "bias_B": "bias of the B matrix", "bias
 _STRANGERS = (("modules_to_save", "a whole trained module"),)
 _HUB_ID = re.compile(r"^(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<subfolder>[\w./-]+?))?(?:@(?P<revision>[\w./-]+))?$")
 _OF_ONE = (CONFIG_FILE, WEIGHTS_FILE, "README.md", "expert.json", GATES_FILE, TEXT_FACTS_FILE)
-ADAPTER_FILES = (*_OF_ONE, *INITIAL_FILES)  # all that belongs to one adapter
+ADAPTER_FILES = (*_OF_ONE, *INITIAL_FILES)  # all files of one adapter
 
 
 def read_adapter(source: str | Path, name: str, *, check_values: bool = True) -> Expert:
-    """An expert from a PEFT folder or a Hub id.
+    """Read an expert from a PEFT folder or a Hub id.
 
     Args:
-        source: A folder, or ``org/repo``, ``org/repo/subfolder``, either with ``@revision``.
+        source: A folder, or ``org/repo`` or ``org/repo/subfolder``, optionally with ``@revision``.
         name: The expert's name.
-        check_values: Also read all weights and refuse NaN, infinity and an update that is zero everywhere.
+        check_values: Also read all weights, and refuse NaN, infinity and updates that are all zero.
 
     Raises:
         AdapterError: The adapter is missing, damaged, or cannot be routed exactly.
@@ -74,8 +74,8 @@ def read_adapter(source: str | Path, name: str, *, check_values: bool = True) ->
     _check_gathered(weights, name, shapes)
     targets = config.targets
     targeted = {module for module in found if targets.tied or targets.has(module) or config.may_wrap(module)}
-    targeted = targeted or set(found)  # names of older versions
-    ignored: list[str] = []  # of modules that PEFT leaves out too
+    targeted = targeted or set(found)  # the names are those of older versions
+    ignored: list[str] = []  # of modules that PEFT ignores too
     read = {
         module: _factor_shape(module, parts, shapes, config, faults if module in targeted else ignored)
         for module, parts in found.items()
@@ -105,7 +105,7 @@ def read_adapter(source: str | Path, name: str, *, check_values: bool = True) ->
 
 
 def _with_initial(expert: Expert, settings: InitialSettings, folder: Path) -> Expert:
-    """An expert with its initial factors as a part of its updates: saved ones, else such as PEFT makes again."""
+    """An expert with its initial factors as part of its updates: saved ones, else recomputed as PEFT does."""
     saved = settings.saved_in(folder.absolute())
     first = None if saved is None else read_adapter(saved, expert.name, check_values=False)
     found = {**expert.shapes, **expert.left_out}
@@ -117,7 +117,7 @@ def _with_initial(expert: Expert, settings: InitialSettings, folder: Path) -> Ex
             raise AdapterError(
                 f"expert '{expert.name}': the initial factors in {saved} {what}",
                 expected="the adapter as it was before training, saved with init_lora_weights=True",
-                do=f"save it again, or leave {settings.folder} out",
+                do=f"save it again, or delete {settings.folder}",
             )
         first = replace(first, shapes={**first.shapes, **first.left_out})
 
@@ -135,14 +135,14 @@ def _with_initial(expert: Expert, settings: InitialSettings, folder: Path) -> Ex
 
 
 def _check_gathered(weights: Path, name: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise :class:`AdapterError` where tensors have no numbers."""
+    """Raise :class:`AdapterError` if tensors are empty."""
     empty = [key for key, shape in shapes.items() if 0 in shape]
     if empty:
         raise AdapterError(
-            f"expert '{name}': {len(empty)} of {len(shapes)} tensors in {weights} have no numbers "
-            f"({some_of(empty, 2)}). DeepSpeed ZeRO-3 writes such files where it does not gather its partitions",
-            expected="factors with all of their numbers",
-            do="gather them from the run's checkpoint by its zero_to_fp32.py, or save again with "
+            f"expert '{name}': {len(empty)} of {len(shapes)} tensors in {weights} are empty "
+            f"({some_of(empty, 2)}). DeepSpeed ZeRO-3 writes such files if it does not gather its partitions",
+            expected="complete factors",
+            do="gather them from the run's checkpoint with its zero_to_fp32.py, or save again with "
             "stage3_gather_16bit_weights_on_model_save",
         )
 
@@ -155,22 +155,22 @@ def _factor_shape(
     faults: list[str],
 ) -> FactorShape | None:
     if "A" not in parts or "B" not in parts:
-        return None  # a fault that is known already
+        return None  # reported already
     A, B = shapes[parts["A"]], shapes[parts["B"]]
     rank = config.rank_of(module)
     if len(A) != 2 or len(B) != 2:
         faults.append(f"{module} has factors of shapes {A} and {B} (a convolution?)")
         return None
-    several = config.target_parameters and A[0] == B[1]  # of a parameter with many matrices, which only a model knows
+    several = config.target_parameters and A[0] == B[1]  # of a fused parameter, whose matrices only a model knows
     if not A[0] == B[1] == rank and not several:
-        faults.append(f"{module} has factors of shapes {A} and {B} where the configuration says rank {rank}")
+        faults.append(f"{module} has factors of shapes {A} and {B} but the configuration says rank {rank}")
     more = Parts(**{part: key for part, key in parts.items() if part in Parts._fields})  # pyright: ignore[reportArgumentType]
     faults += [f"{key} has shape {shapes[key]}, not {B[:1]}" for key in more.tensors if shapes[key] != B[:1]]
     return FactorShape(A[0], A[1], B[0], config.scale_of(module), parts["A"], parts["B"], more)
 
 
 def _sort_keys(keys: Iterable[str], config: AdapterConfig) -> tuple[dict[str, dict[str, str]], list[str], list[str]]:
-    """Sort tensor names into ``{module: {part: key}}``, those of no part of an update, and a list of faults."""
+    """Sort tensor names into ``{module: {part: key}}`` and names outside of updates, and list the faults."""
     found: dict[str, dict[str, str]] = {}
     others: list[str] = []
     faults: list[str] = []
@@ -183,7 +183,7 @@ def _sort_keys(keys: Iterable[str], config: AdapterConfig) -> tuple[dict[str, di
         elif not match:
             others.append(key)
         elif not config.has(part):
-            faults.append(f"{key} is a {_WORDS[part]}, which the configuration does not name")
+            faults.append(f"{key} is a {_WORDS[part]}, which the configuration does not mention")
         else:
             faults += _put(found.setdefault(match["module"], {}), part, key, match["module"])
     faults += [fault for module, parts in found.items() for fault in _lacks(module, parts, config)]
@@ -207,26 +207,26 @@ def _put(parts: dict[str, str], part: str, key: str, module: str) -> Iterator[st
 def _lacks(module: str, parts: Mapping[str, str], config: AdapterConfig) -> Iterator[str]:
     factors = parts.keys() & {"A", "B"}
     if not factors:
-        yield f"{module} has a {' and a '.join(_WORDS[part] for part in parts)}, and no factors of a linear layer"
+        yield f"{module} has a {' and a '.join(_WORDS[part] for part in parts)}, but no factors of a linear layer"
     elif len(factors) < 2:
         yield f"{module} has only one factor"
     else:
         missing = [part for part in ("magnitude", "bias_B") if config.has(part) and part not in parts]
-        yield from (f"{module} has no {_WORDS[part]}, which the configuration names" for part in missing)
+        yield from (f"{module} has no {_WORDS[part]}, which the configuration mentions" for part in missing)
 
 
 def locate_adapter(source: str | Path, name: str) -> Path:
-    """The folder of an adapter, downloaded first where ``source`` is a Hub id.
+    """The folder of an adapter; downloads it if ``source`` is a Hub id.
 
     Raises:
-        AdapterError: There is no such folder, and no such repository that can be reached.
+        AdapterError: The folder does not exist, and the Hub did not return the repository.
     """
     folder = Path(os.path.expanduser(source))
     if folder.is_dir():
         return folder
     if folder.is_file():
         raise AdapterError(
-            f"expert '{name}': {source} is a file", expected="a folder with adapter_config.json", do="give its folder"
+            f"expert '{name}': {source} is a file", expected="a folder with adapter_config.json", do="pass its folder"
         )
     match = _HUB_ID.match(str(source))
     if not match or folder.is_absolute() or str(source).startswith("."):
@@ -249,9 +249,9 @@ def _from_hub(name: str, repo: str, subfolder: str | None, revision: str | None)
         folder = Path(root) / (subfolder or "")
         whole = all((folder / file).is_file() for file in (CONFIG_FILE, WEIGHTS_FILE))
         files = [] if whole else HfApi().list_repo_files(repo, revision=revision)
-    except Exception as error:  # the client raises its own, httpx's and OS errors
+    except Exception as error:  # the client raises its own errors, httpx's and the system's
         raise AdapterError(
-            f"expert '{name}': '{repo}{inside and '/' + inside}' is no folder here, and the Hub did not give it: "
+            f"expert '{name}': '{repo}{inside and '/' + inside}' is not a folder, and the Hub did not return it: "
             f"{type(error).__name__}",
             expected="an existing folder, or a Hub id that this machine can reach",
             do="check the name, the network, and whether the repository needs a login (hf auth login)",

@@ -1,4 +1,4 @@
-"""What an adapter holds besides factors of linear layers: trained modules, rows and factors of embeddings, biases."""
+"""What an adapter holds besides factors of linear layers: trained modules, embedding rows and factors, biases."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _PREFIX = "base_model.model."
 
 
 class SavedWhole(NamedTuple):
-    """A parameter or buffer that the expert has in the place of the base model's.
+    """A parameter or buffer of the expert that replaces the base model's.
 
     Attributes:
-        key: In the file.
+        key: Its name in the file.
         shape: Its shape.
-        shared: Whether every module that shares the base model's parameter gets it too, as when PEFT loads it into the
-            base model; PEFT gives a module of ``modules_to_save`` a parameter of its own.
+        shared: Whether all modules that share the base model's parameter get it, as when PEFT loads it into the base
+            model. PEFT gives a module of ``modules_to_save`` its own parameter.
     """
 
     key: str
@@ -31,12 +31,12 @@ class SavedWhole(NamedTuple):
 
 
 class SavedRows(NamedTuple):
-    """Trained rows of an embedding's weight, which replace those of the base model.
+    """Trained rows of an embedding's weight, which replace the base model's.
 
     Attributes:
-        key: In the file, (tokens, features).
-        tokens: The rows' numbers.
-        features: Numbers of a row.
+        key: Its name in the file, (tokens, features).
+        tokens: Indices of the rows.
+        features: Length of a row.
     """
 
     key: str
@@ -57,12 +57,12 @@ class SavedFactors(NamedTuple):
 
 @dataclass(kw_only=True)
 class SavedParts:
-    """What an expert has for one module, by keys of its file.
+    """What an expert holds for one module, by names in its file.
 
     Attributes:
-        whole: By name of the module's own parameter or buffer.
-        rows: Trained rows, where there are some.
-        factors: Of an embedding, where there are some.
+        whole: By the name of the module's own parameter or buffer.
+        rows: Trained rows, if any.
+        factors: An embedding's factors, if any.
     """
 
     whole: dict[str, SavedWhole] = field(default_factory=dict)
@@ -71,14 +71,14 @@ class SavedParts:
 
     @property
     def keys(self) -> list[str]:
-        """All of its keys of the file."""
+        """All names in the file."""
         rows = [] if self.rows is None else [self.rows.key]
         factors = [] if self.factors is None else [self.factors.key_A, self.factors.key_B]
         return [*(one.key for one in self.whole.values()), *rows, *factors]
 
     @property
     def numbers(self) -> int:
-        """How many numbers the file holds of it."""
+        """Number of parameters in the file."""
         count = sum(_product(one.shape) for one in self.whole.values())
         count += 0 if self.rows is None else len(self.rows.tokens) * self.rows.features
         return count + (
@@ -87,12 +87,12 @@ class SavedParts:
 
 
 class SavedSettings(NamedTuple):
-    """The part of a configuration that says what such tensors are.
+    """The part of a configuration that describes such tensors.
 
     Attributes:
-        modules: Ends of names of modules that were trained as a whole.
+        modules: Endings of the names of modules that were trained as a whole.
         biases: Whether the base model's biases were trained.
-        tokens: The trained rows, by the end of the embedding's name; ``""``: of any.
+        tokens: Trained rows by the ending of the embedding's name; ``""`` for any embedding.
     """
 
     modules: tuple[str, ...] = ()
@@ -101,7 +101,7 @@ class SavedSettings(NamedTuple):
 
     @staticmethod
     def of(raw: Mapping[str, Any]) -> SavedSettings:
-        """From PEFT's configuration."""
+        """Read PEFT's configuration."""
         given = raw.get("trainable_token_indices") or raw.get("token_indices") or {}
         tokens = given if isinstance(given, dict) else {"": given}
         return SavedSettings(
@@ -111,14 +111,14 @@ class SavedSettings(NamedTuple):
         )
 
     def faults(self) -> Iterator[str]:
-        """What is wrong with them."""
+        """What is wrong with the settings."""
         if not all(isinstance(name, str) for name in self.modules):
             yield f"modules_to_save is {list(self.modules)!r}"
         for numbers in self.tokens.values():
             if not all(isinstance(number, int) and number >= 0 for number in numbers):
-                yield f"trained tokens are {list(numbers)[:5]!r}, not numbers of tokens"
+                yield f"trained tokens are {list(numbers)[:5]!r}, not token ids"
             elif len(set(numbers)) < len(numbers):
-                yield "a token is named twice among the trained tokens"
+                yield "a trained token is listed twice"
 
 
 NOTHING_SAVED = SavedSettings()
@@ -127,14 +127,14 @@ NOTHING_SAVED = SavedSettings()
 def read_saved(
     keys: Sequence[str], shapes: Shapes, settings: SavedSettings, scale_of: Callable[[str], float], faults: list[str]
 ) -> dict[str, SavedParts]:
-    """By module what a file holds besides factors of linear layers.
+    """By module, what a file holds besides factors of linear layers.
 
     Args:
-        keys: Names of the tensors that are no such factors.
-        shapes: Of all tensors.
-        settings: Of the configuration.
-        scale_of: The scale of a module's factors, by its name.
-        faults: Gets what is wrong.
+        keys: Names of the tensors that are not such factors.
+        shapes: Shapes of all tensors.
+        settings: The configuration's settings.
+        scale_of: The scale of a module's factors, by the module's name.
+        faults: Receives what is wrong.
     """
     found: dict[str, SavedParts] = {}
     sides: dict[str, dict[str, str]] = {}
@@ -158,7 +158,7 @@ def read_saved(
 
 
 def _is_whole(name: str, match: re.Match[str], shape: tuple[int, ...], settings: SavedSettings) -> bool:
-    """Whether PEFT writes such a tensor: a trained module's, a bias, or an embedding's (``save_embedding_layers``)."""
+    """Whether PEFT writes such a tensor: of a trained module, a bias, or an embedding (``save_embedding_layers``)."""
     if "lora_" in name or "modules_to_save" in name or "original_module" in name:
         return False
     embedding = match["parameter"] == "weight" and len(shape) == 2
@@ -166,7 +166,7 @@ def _is_whole(name: str, match: re.Match[str], shape: tuple[int, ...], settings:
 
 
 def _own(module: str, settings: SavedSettings) -> bool:
-    """Whether PEFT gives this module, or one that it is in, parameters of its own: by the ends of names."""
+    """Whether PEFT gives this module, or one that contains it, its own parameters; compares endings of names."""
     parts = module.split(".")
     around = (".".join(parts[: count + 1]) for count in range(len(parts)))
     return any(name.endswith(settings.modules) for name in around) if settings.modules else False
@@ -177,7 +177,7 @@ def _rows(
 ) -> SavedRows | None:
     tokens = next((numbers for end, numbers in settings.tokens.items() if module.endswith(end)), ())
     if len(shape) != 2 or shape[0] != len(tokens):
-        faults.append(f"{key} has the shape {shape} where the configuration names {len(tokens)} trained tokens")
+        faults.append(f"{key} has the shape {shape} but the configuration lists {len(tokens)} trained tokens")
         return None
     return SavedRows(key, tokens, shape[1])
 
@@ -190,7 +190,7 @@ def _factors(
         return None
     A, B = shapes[pair["A"]], shapes[pair["B"]]
     if len(A) != 2 or len(B) != 2 or A[0] != B[1]:
-        faults.append(f"{module} has factors of shapes {A} and {B}, which do not go together")
+        faults.append(f"{module} has factors of shapes {A} and {B}, which do not match")
         return None
     return SavedFactors(pair["A"], pair["B"], A[0], A[1], B[0], scale_of(module))
 

@@ -1,4 +1,4 @@
-"""Which modules a configuration targets, by PEFT's rules: a file may hold factors of more."""
+"""Which modules a configuration targets, by PEFT's rules; a file may hold factors of more modules."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
-    """The part of a LoRA configuration that says which modules PEFT adapts.
+    """The part of a LoRA configuration that lists the adapted modules.
 
     Attributes:
-        modules: A regular expression for whole names, ``"all-linear"``, or names and ends of names. ``None`` where the
-            configuration does not say: all modules of the file.
-        excluded: The same for modules that are left out.
-        saved: ``modules_to_save``, which take no factors.
-        layers: Numbers of layers; ``None`` for all.
-        patterns: What comes before the number in a module's name; empty for anything.
-        tied: Whether the output head has the factors of an embedding that it is tied to (``ensure_weight_tying``).
+        modules: A regular expression for whole names, ``"all-linear"``, or names and endings of names. ``None`` if the
+            configuration names none: then all modules in the file.
+        excluded: The same for excluded modules.
+        saved: ``modules_to_save``, which have no factors.
+        layers: Layer indices; ``None`` for all.
+        patterns: What precedes the index in a module's name; empty for anything.
+        tied: Whether the output head uses the factors of the embedding that it is tied to (``ensure_weight_tying``).
 
     Source: PEFT's ``check_target_module_exists``.
     """
@@ -35,7 +35,7 @@ class Targets:
 
     @staticmethod
     def of(raw: Mapping[str, Any]) -> Targets:
-        """From a configuration without :func:`target_faults`."""
+        """Read a configuration without :func:`target_faults`."""
         modules, layers, patterns = raw.get("target_modules"), raw.get("layers_to_transform"), raw.get("layers_pattern")
         return Targets(
             modules=modules if modules is None else _names(modules),
@@ -50,7 +50,7 @@ class Targets:
 
     @property
     def all_linear(self) -> bool:
-        """Whether all linear layers but the output head are targeted."""
+        """Whether all linear layers except the output head are targeted."""
         return isinstance(self.modules, str) and self.modules.lower() == ALL_LINEAR
 
     def has(self, module: str) -> bool:
@@ -59,23 +59,23 @@ class Targets:
             return False
         if self.modules is None or self.all_linear:
             return self.layers is None or self._layer(module) in self.layers
-        if self.lists(module):  # whatever its layer is
+        if self.lists(module):  # regardless of its layer
             return True
         return _matches(self.modules, module) and (self.layers is None or self._layer(module) in self.layers)
 
     def lists(self, module: str) -> bool:
-        """Whether a module is targeted by its whole name."""
+        """Whether a module is targeted by its full name."""
         return isinstance(self.modules, frozenset) and module in self.modules
 
     def _layer(self, module: str) -> int | None:
-        """A module's layer: the first number in its name that comes after one of the patterns."""
+        """A module's layer: the first number in its name after one of the patterns."""
         before = [rf"(?:^|.*?\.){pattern}" for pattern in self.patterns] or [r".*?\.[^.]*"]
         found = (re.match(rf"{start}\.(?P<layer>\d+)\.", module) for start in before)
         return next((int(match["layer"]) for match in found if match), None)
 
 
 def target_faults(raw: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with the settings that :class:`Targets` reads."""
+    """What is wrong with the settings of :class:`Targets`."""
     for key in ("target_modules", "exclude_modules"):
         if (value := raw.get(key)) and not (_is_regex(value) if isinstance(value, str) else _are_texts(value)):
             yield f"{key} is {value!r}"

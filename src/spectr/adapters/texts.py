@@ -1,4 +1,4 @@
-"""How a folder's tokenizer and chat template write prompts, compared between an adapter and its base model."""
+"""Compare how the tokenizers and chat templates of an adapter and its base model write prompts."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from typing import Any
 from spectr.errors import some_of
 
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "added_tokens.json")
-TEXT_FACTS_FILE = "text.json"  # of a library's experts, in the place of these files
+TEXT_FACTS_FILE = "text.json"  # replaces these files for a library's experts
 _SHOWN = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextFacts:
-    """What decides how a prompt becomes tokens.
+    """Facts that determine how a prompt becomes tokens.
 
     Attributes:
-        template: Digest of the chat template; ``None`` without one.
-        vocabulary: Digest of the tokenizer's vocabulary without added tokens; ``None`` where it is not known.
-        tokens: Added tokens with their ids.
-        size: One more than the largest id; 0 where no id is known.
+        template: Digest of the chat template; ``None`` if there is none.
+        vocabulary: Digest of the tokenizer's vocabulary without added tokens; ``None`` if unknown.
+        tokens: Added tokens and their ids.
+        size: The largest id plus one; 0 if no id is known.
     """
 
     template: str | None = None
@@ -34,11 +34,11 @@ class TextFacts:
 
     @staticmethod
     def read(folder: Path) -> TextFacts | None:
-        """The facts of a folder; ``None`` where it has no files of a tokenizer that can be read."""
+        """The facts of a folder; ``None`` if it has no readable tokenizer files."""
         try:
             kept = _json(folder / TEXT_FACTS_FILE)
             return TextFacts(**kept) if kept else TextFacts._of_files(folder)
-        except (KeyError, TypeError, ValueError, AttributeError):  # files of another form
+        except (KeyError, TypeError, ValueError, AttributeError):  # files in another format
             return None
 
     @staticmethod
@@ -48,7 +48,7 @@ class TextFacts:
         tokens |= {row["content"]: int(id) for id, row in (settings.get("added_tokens_decoder") or {}).items()}
         tokens |= {row["content"]: row["id"] for row in whole.get("added_tokens", ())}
         vocabulary = (whole.get("model") or {}).get("vocab") or {}
-        if isinstance(vocabulary, list):  # of pieces with scores, in the order of their ids
+        if isinstance(vocabulary, list):  # pieces with scores, in the order of ids
             vocabulary = {piece: id for id, (piece, *_) in enumerate(vocabulary)}
         template = _template(folder, settings)
         if not (tokens or vocabulary or template):
@@ -61,39 +61,39 @@ class TextFacts:
         )
 
     def write(self, folder: Path) -> None:
-        """Keep the facts in a folder, without the files."""
+        """Store the facts in a folder, without the files."""
         (folder / TEXT_FACTS_FILE).write_text(json.dumps(asdict(self), sort_keys=True) + "\n", encoding="utf-8")
 
     def faults(self, base: TextFacts) -> Iterator[str]:
-        """Why the base's tokenizer reads prompts otherwise than the adapter's, in words that follow its name."""
+        """Why the base model's tokenizer writes other tokens than the adapter's, as texts after its name."""
         if self.vocabulary and base.vocabulary and self.vocabulary != base.vocabulary:
-            yield "comes with a tokenizer of another vocabulary than the base model's"
+            yield "has a tokenizer whose vocabulary differs from the base model's"
         moved = [token for token, id in self.tokens.items() if base.tokens.get(token, id) != id]
         owners = {id: token for token, id in base.tokens.items()}
         moved += [token for token, id in self.tokens.items() if owners.get(id, token) != token]
         if moved:
             shown = some_of(sorted(set(moved)), _SHOWN)
-            yield f"gives ids to tokens that are others in the base model's tokenizer: {shown}"
+            yield f"has token ids that the base model's tokenizer uses for other tokens: {shown}"
 
     def remarks(self, base: TextFacts, rows: int | None = None) -> Iterator[str]:
-        """What else differs from the base's, in words that follow the adapter's name.
+        """Further differences from the base model; texts that follow the adapter's name.
 
         Args:
-            base: The base model's.
-            rows: Of the base model's embedding, where it is known.
+            base: Facts of the base model.
+            rows: Rows of the base model's embedding, if known.
         """
         if self.template and self.template != base.template:
-            has = "another chat template than" if base.template else "a chat template, and there is none with"
-            yield f"comes with {has} the base model: prompts are written as the base model's tokenizer does"
+            has = "another chat template than" if base.template else "a chat template, unlike"
+            yield f"has {has} the base model; SpectR writes prompts with the base model's tokenizer"
         new = sorted(set(self.tokens) - set(base.tokens)) if base.vocabulary or base.tokens else []
         if new:
-            yield f"has tokens that the base model's tokenizer does not write: {some_of(new, _SHOWN)}"
+            yield f"has tokens that the base model's tokenizer does not have: {some_of(new, _SHOWN)}"
         if rows and self.size > rows:
-            yield f"was trained with a resized embedding: it knows {self.size} tokens, and the base model {rows}"
+            yield f"was trained with a resized embedding: it has {self.size} tokens, the base model {rows}"
 
 
 def base_texts(base_model: str | None) -> TextFacts | None:
-    """The facts of a base model by its name, from a folder or the Hub's cache; ``None`` where neither has it."""
+    """The facts of a base model, from a folder or the Hub's cache; ``None`` if neither has it."""
     if not base_model:
         return None
     if Path(base_model).is_dir():
@@ -119,7 +119,7 @@ def _template(folder: Path, settings: Mapping[str, Any]) -> str | None:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """A file's JSON object; empty where there is none that can be read."""
+    """A file's JSON object; empty if it cannot be read."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""An expert's whole update at a module, where it is more than a pair of factors: DoRA, biases, PiSSA and OLoRA."""
+"""An expert's complete update of a module that is more than a pair of factors: DoRA, biases, PiSSA and OLoRA."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from spectr.errors import AdapterError
 
-_ROUNDING = 2**-7  # of magnitudes in bfloat16
+_ROUNDING = 2**-7  # rounding of magnitudes in bfloat16
 
 
 class Factors(NamedTuple):
-    """One module's low-rank update ``delta = scale * B @ A``; of a fused parameter, of each of its matrices."""
+    """One module's low-rank update ``delta = scale * B @ A``; for a fused parameter, of each of its matrices."""
 
     A: Float[Tensor, "*matrices rank inputs"]
     B: Float[Tensor, "*matrices outputs rank"]
@@ -31,9 +31,9 @@ class Update(NamedTuple):
     """What an expert adds to a layer's output ``W x + b``: ``scale B A x + gain * (W x) + shift``.
 
     Attributes:
-        factors: The low-rank part, which the expert is scored by.
-        gain_O: Multiplies ``W x``, float32; ``None`` where nothing does.
-        shift_O: What is added whatever ``x`` is, float32; ``None`` for nothing.
+        factors: The low-rank part, which is used to score the expert.
+        gain_O: Multiplies ``W x``, float32; ``None`` if there is none.
+        shift_O: Is added independently of ``x``, float32; ``None`` if there is none.
     """
 
     factors: Factors
@@ -42,20 +42,20 @@ class Update(NamedTuple):
 
     @property
     def is_zero(self) -> bool:
-        """Whether the update changes nothing; gains that rounding of DoRA's first magnitudes leaves are nothing."""
+        """Whether the update changes nothing. Gains within the rounding of DoRA's first magnitudes are nothing."""
         gains = self.gain_O is not None and bool((self.gain_O.abs() > _ROUNDING).any())
         shifts = self.shift_O is not None and bool(self.shift_O.any())
         return self.factors.is_zero and not gains and not shifts
 
 
 class Parts(NamedTuple):
-    """Of what a module's update consists in addition to ``A`` and ``B``; empty where that is nothing.
+    """The parts of a module's update besides ``A`` and ``B``; empty fields for missing parts.
 
     Attributes:
-        magnitude: The tensor's name of DoRA's magnitudes ``m``.
-        bias_B: Of the bias of ``B``.
-        bias: Of the trained bias of the base layer.
-        initial: How the initial factors were made that PEFT subtracts from the base weight, as in ``"PiSSA"``.
+        magnitude: The name of the tensor with DoRA's magnitudes ``m``.
+        bias_B: The name of the bias of ``B``.
+        bias: The name of the trained bias of the base layer.
+        initial: The initialisation whose factors PEFT subtracts from the base weight, such as ``"PiSSA"``.
         initial_rank: Their rank.
     """
 
@@ -67,21 +67,21 @@ class Parts(NamedTuple):
 
     @property
     def tensors(self) -> tuple[str, ...]:
-        """The names of tensors, each of them a vector of the module's outputs."""
+        """The names of tensors; each is a vector over the module's outputs."""
         return tuple(name for name in (self.magnitude, self.bias_B, self.bias) if name)
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """In words what there is."""
+        """The present parts, as texts."""
         vectors = ((self.magnitude, "DoRA"), (self.bias_B, "lora_bias"), (self.bias, "trained biases"))
         return tuple(word for there, word in (*vectors, (self.initial, self.initial)) if there)
 
 
 class BaseLayers(Protocol):
-    """What an update reads of the layers of the base model, by module name."""
+    """What an update reads of the base model's layers, by module name."""
 
     def weight(self, module: str) -> Float[Tensor, "O I"]:
-        """The weight as the layer computes with it, float32, on any device."""
+        """The weight that the layer computes with, float32, on any device."""
         ...
 
     def bias(self, module: str) -> Float[Tensor, " O"] | None:
@@ -89,16 +89,16 @@ class BaseLayers(Protocol):
         ...
 
     def initial(self, module: str, kind: str, rank: int, scale: float) -> Factors:
-        """The factors that PEFT initialises an adapter with, float32 on the CPU.
+        """The factors with which PEFT initialises an adapter, float32 on the CPU.
 
         Args:
             module: The layer's name.
             kind: ``"pissa"`` or ``"olora"``.
-            rank: Of the adapter there.
-            scale: Of the adapter there.
+            rank: Rank of the adapter at this layer.
+            scale: Scale of the adapter at this layer.
 
         Raises:
-            AdapterError: PEFT does not make them of such a layer.
+            AdapterError: PEFT cannot compute them for such a layer.
         """
         ...
 
@@ -116,12 +116,12 @@ def update_on(base: BaseLayers, module: str, factors: Factors, parts: Parts, rea
     Args:
         base: The base model.
         module: The layer's name.
-        factors: Of the file, without initial ones.
-        parts: What the update has in addition.
-        read: Returns a tensor of the file.
+        factors: The file's factors, without initial ones.
+        parts: The update's other parts.
+        read: Returns a tensor of the file by name.
 
     Raises:
-        AdapterError: The layer has no bias where one was trained, or is zero in a row that DoRA divides by.
+        AdapterError: A bias was trained but the layer has none, or a row that DoRA divides by is zero.
 
     Source: DoRA (Liu et al., 2024), eq. 5; PEFT's ``tuners/lora/dora.py``.
     """
@@ -136,9 +136,9 @@ def update_on(base: BaseLayers, module: str, factors: Factors, parts: Parts, rea
         g_O = read(parts.magnitude).float() / size_O
         if not g_O.isfinite().all():
             raise AdapterError(
-                f"{module}: W + scale * B @ A has a row of zeros, whose direction DoRA's magnitude cannot scale",
+                f"{module}: W + scale * B @ A has a row of zeros, which DoRA's magnitude cannot scale",
                 expected="the base model that the adapter was trained on",
-                do="check the base model, or leave the adapter out",
+                do="check the base model, or omit the adapter",
             )
         factors, gain_O = factors._replace(B=g_O[:, None] * factors.B.float()), g_O - 1
     return Update(factors, gain_O, shift_O)
@@ -174,8 +174,8 @@ def _bias(base: BaseLayers, module: str) -> Tensor:
     bias = base.bias(module)
     if bias is None:
         raise AdapterError(
-            f"{module} has a trained bias in the adapter, and none in this model",
+            f"{module} has a trained bias in the adapter but no bias in this model",
             expected="the base model that the adapter was trained on",
-            do="load that model, or leave the adapter out",
+            do="load that model, or omit the adapter",
         )
     return bias

@@ -1,4 +1,4 @@
-"""Writing an adapter as PEFT does, with a rank of its own for every module."""
+"""Write a PEFT adapter where every module has its own rank."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from spectr.adapters.expert import Expert
 from spectr.adapters.read import WEIGHTS_FILE
 from spectr.atomic_write import save_readable
 
-CARD, CARD_DATA = "README.md", "expert.json"  # for people, and for programs
+CARD, CARD_DATA = "README.md", "expert.json"  # for people and for programs
 Pair = tuple[Float[Tensor, "outputs rank"], Float[Tensor, "rank inputs"]]
 
 
@@ -25,9 +25,9 @@ def write_adapter(folder: Path, factors: Mapping[str, Pair], settings: Mapping[s
     """Write the two files of a LoRA adapter whose update is ``B @ A``: the scale is 1 in every module.
 
     Args:
-        folder: Is there; the files in it are replaced.
+        folder: An existing folder; the adapter's files in it are replaced.
         factors: ``(B, A)`` by module name, any floating dtype, ranks of at least 1; at least one module.
-        settings: More of PEFT's settings, such as those that :func:`common_settings` finds; ranks and scale excepted.
+        settings: Further PEFT settings, such as those of :func:`common_settings`; not ranks and scale.
     """
     tensors: dict[str, Tensor] = {}
     for module, (B, A) in factors.items():
@@ -48,7 +48,7 @@ def write_adapter(folder: Path, factors: Mapping[str, Pair], settings: Mapping[s
 
 
 def common_settings(experts: Iterable[Expert]) -> dict[str, Any]:
-    """What an adapter made of experts has to say of the base model, where they agree: its name and kind."""
+    """The base model and task type of an adapter made from experts, if the experts agree."""
     raw = [json.loads((e.weights.parent / CONFIG_FILE).read_text(encoding="utf-8")) for e in experts]
     found: dict[str, Any] = {}
     for key, default in (("base_model_name_or_path", None), ("task_type", None), ("fan_in_fan_out", False)):
@@ -58,10 +58,10 @@ def common_settings(experts: Iterable[Expert]) -> dict[str, Any]:
 
 
 def targets(chosen: Sequence[str], modules: Iterable[str]) -> list[str] | str:
-    """PEFT's ``target_modules`` for exactly these of a model's modules.
+    """PEFT's ``target_modules`` for exactly these modules of a model.
 
-    PEFT adapts every module whose name is one of the list or ends with a dot and one of the list. So: last parts of
-    names where these say it all, else whole names, else (one name is the end of another's) a regular expression.
+    PEFT adapts each module whose name is in the list, or ends with a dot and an entry of the list. This returns the
+    last parts of the names if they are unambiguous, else whole names, else a regular expression.
     """
     every, wanted = list(modules), set(chosen)
     for names in (sorted({name.rpartition(".")[2] for name in chosen}), sorted(wanted)):
@@ -72,11 +72,12 @@ def targets(chosen: Sequence[str], modules: Iterable[str]) -> list[str] | str:
 
 
 def rank_settings(ranks: Mapping[str, int]) -> dict[str, Any]:
-    """The part of a PEFT configuration that gives every module its rank, and the scale 1.
+    """The part of a PEFT configuration that sets every module's rank, and the scale 1.
 
-    The commonest rank is ``r``. The others are in ``rank_pattern``, and in ``alpha_pattern`` since PEFT divides a
-    module's alpha by its own rank. PEFT reads their keys as regular expressions for the end of a module's name. The
-    keys are escaped and anchored, so that each is one module: "encoder.q" gives no rank to "decoder.encoder.q".
+    The most common rank is ``r``. Other ranks are in ``rank_pattern``, and also in ``alpha_pattern``, since PEFT
+    divides a module's alpha by its own rank. PEFT reads the keys as regular expressions for the end of a module's
+    name. They are escaped and anchored, so that each key matches one module:
+    "encoder.q" does not match "decoder.encoder.q".
     """
     counts = Counter(ranks.values())
     commonest = max(counts, key=lambda rank: (counts[rank], rank))

@@ -70,7 +70,7 @@ class Plan:
         if context is not None and self.prompt + self.steps > context:
             raise SpectrError(
                 f"--prompt {self.prompt} and --steps {self.steps}",
-                expected=f"at most {context} tokens in all, this model's context",
+                expected=f"at most {context} tokens in all, the model's context",
             )
 
 
@@ -103,7 +103,7 @@ def read_batches(text: str) -> list[int]:
     except ValueError:
         batches = [0]
     if min(batches) < 1:
-        raise SpectrError(f"--batch {text}", expected="numbers of at least 1, with commas: 1,16")
+        raise SpectrError(f"--batch {text}", expected="numbers of at least 1, separated by commas: 1,16")
     return batches
 
 

@@ -94,8 +94,8 @@ def check_peers(names: Sequence[str], library: ExpertLibrary) -> None:
     if "peft-arrow" in names and not alike(library):
         raise CompositionError(
             "PEFT's Arrow cannot hold these experts: they differ in rank or modules",
-            expected="experts of the same modules with the same ranks there",
-            do="compare with one adapter alone: --against peft-single",
+            expected="experts that adapt the same modules with the same ranks",
+            do="compare with a single adapter: --against peft-single",
         )
 
 

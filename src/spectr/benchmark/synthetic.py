@@ -67,11 +67,11 @@ def check_count(library: ExpertLibrary, count: int) -> None:
     """Raise :class:`LibraryError` where a library cannot grow to this number of experts."""
     if count < len(library):
         raise LibraryError(
-            f"{count} experts, but the library alone has {len(library)}", do=f"ask for at least {len(library)}"
+            f"{count} experts, but the library alone has {len(library)}", do=f"use at least {len(library)}"
         )
     for name in map(_name, range(1, count - len(library) + 1)):
         if name in library:
-            raise LibraryError(f"the library has an expert '{name}'", do="give it another name")
+            raise LibraryError(f"the library has an expert '{name}'", do="rename it")
 
 
 def _name(number: int) -> str:

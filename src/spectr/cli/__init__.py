@@ -1,11 +1,11 @@
-"""The command line. Commands read their arguments, call the library, and show what it returns."""
+"""The command line. Commands read arguments, call the library and print results."""
 
 
 def main() -> None:
-    """Run ``spectr``; mistakes of the user end with one clear message and exit code 2."""
+    """Run ``spectr``. A user's mistake ends with one clear message and exit code 2."""
     try:
         from spectr.cli.app import run
 
         run()
-    except KeyboardInterrupt:  # while Python was still reading its modules
+    except KeyboardInterrupt:  # pressed while Python was importing modules
         raise SystemExit(130) from None

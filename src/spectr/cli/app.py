@@ -1,4 +1,4 @@
-"""All commands in one application, and what becomes of errors."""
+"""All commands in one application, and how it reports errors."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ from spectr.errors import SpectrError, SpectrWarning
 
 app = typer.Typer(
     name="spectr",
-    help="Make one model of a language model and a folder of LoRA experts: it composes the right experts for every "
-    "token at every layer.\n\nWithout flags every command uses the default model (SmolLM2-135M-Instruct), the "
-    "shipped experts, and the router that their calibration allows. Start with: spectr demo",
+    help="Turn a language model and a folder of LoRA experts into one model that chooses the right experts for each "
+    "prompt, or for every token at every layer.\n\nWithout options, every command uses the default model "
+    "(SmolLM2-135M-Instruct), the shipped experts, and the best router that they are calibrated for. "
+    "Start with: spectr demo",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -73,13 +74,13 @@ def run() -> None:
     except SpectrError as error:
         errors.print(f"[bold red]error:[/] {_escaped(error)}", highlight=False, soft_wrap=True)
         sys.exit(2)
-    except SystemExit as end:  # into which typer turns Ctrl-C
+    except SystemExit as end:  # typer turns Ctrl-C into this
         if end.code == 130:
             errors.print("stopped", highlight=False)
         raise
     except BrokenPipeError:
         sys.exit(1)
-    except OSError as error:  # what a path, its permissions or a full disk refuse, where nothing nearer has caught it
+    except OSError as error:  # a bad path, missing permissions or a full disk, where no caller caught it
         place = f"{error.filename}: " if error.filename else ""
         errors.print(f"error: {place}{error.strerror or error}", markup=False, highlight=False, soft_wrap=True)
         errors.print("  to do: check the path, its permissions and the free space", highlight=False)
@@ -87,7 +88,7 @@ def run() -> None:
 
 
 def _show_warnings() -> None:
-    """Show ours as lines, each text once; all others as Python does."""
+    """Print our warnings as lines, each text once, and all others as Python does."""
     others, shown = warnings.showwarning, set()
 
     def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:

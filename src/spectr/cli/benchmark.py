@@ -25,24 +25,26 @@ def benchmark(
     routing: Routing,
     experts: Annotated[
         int | None,
-        typer.Option(help="Measure with N experts: those of the library, and synthetic ones like them.", min=1),
+        typer.Option(help="Measure with N experts: the library's, plus synthetic ones of the same sizes.", min=1),
     ] = None,
     against: Annotated[
         str | None,
         typer.Option(
-            help="Compare with peft-single, peft-arrow, both with a comma, or none; by default with both, where PEFT's "
+            help="Compare with peft-single, peft-arrow, both (separated by a comma), or none. Default: both, if PEFT's "
             "Arrow can hold the experts.",
         ),
     ] = None,
-    prompt: Annotated[int, typer.Option(help="Set the tokens of the prompt.", min=1)] = 256,
-    batch: Annotated[str, typer.Option(help="Decode this many rows together; several numbers with commas.")] = "1,16",
-    steps: Annotated[int, typer.Option(help="Decode this many tokens in a round.", min=1)] = 16,
-    rounds: Annotated[int, typer.Option(help="Time everything this often, in turn.", min=1)] = 7,
+    prompt: Annotated[int, typer.Option(help="Set the number of prompt tokens.", min=1)] = 256,
+    batch: Annotated[str, typer.Option(help="Set the batch size for decoding, or several: 1,16.")] = "1,16",
+    steps: Annotated[int, typer.Option(help="Decode this many tokens per round.", min=1)] = 16,
+    rounds: Annotated[
+        int, typer.Option(help="Set the number of rounds. Each round times every model once.", min=1)
+    ] = 7,
     explain: Annotated[bool, typer.Option("--explain", help="Print which kernels serve the layers, and why.")] = False,
     file: Annotated[Path | None, typer.Option("--out", "-o", help="Write all numbers to this .json file too.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Time the routed model, the base model and PEFT in turn, on your own model and library.
+    """Time the routed model, the base model and PEFT in turn, with your own model and library.
 
     [dim]spectr benchmark[/]
     [dim]spectr benchmark --experts 64 -r spectr --dtype bfloat16[/]
@@ -54,9 +56,9 @@ def benchmark(
     peers, batches = read_peers(against), read_batches(batch)
     library, router = routing.experts()
     if routing.allow:
-        raise SpectrError("--allow makes no difference here", do="give a library with these experts")
+        raise SpectrError("spectr benchmark ignores --allow", do="use a library that holds only these experts")
     if against is None and (fitting := fitting_peers(peers, library)) != peers:
-        say("PEFT's Arrow is left out: it cannot hold experts that differ in rank or modules")
+        say("PEFT's Arrow is not measured: it cannot hold experts that differ in rank or modules")
         peers = fitting
     sizes = {"experts": experts, "prompt": prompt, "batches": batches, "steps": steps, "rounds": rounds}
     plan = Plan(library=library, router=router, peers=peers, **sizes)
@@ -84,9 +86,8 @@ def _show(outcome: Outcome, rounds: int, *, explain: bool) -> None:
     out.print(
         f"{origin['experts']} experts, {origin['router']}, {origin['dtype']}, {origin['threads']} threads, "
         f"kernels {origin['kernels']}, {origin['device']}, torch {origin['torch']}; "
-        f"medians of {rounds} rounds in turn. limit: over the base if the machine did nothing but the added "
-        "operations (prompt), or read the added bytes (decoding). memory: most that "
-        "one call held at once.",
+        f"medians of {rounds} rounds. limit: the ratio to the base model if the machine spent time only on the added "
+        "operations (prompt) or on reading the added bytes (decoding). memory: the peak of one call.",
         highlight=False,
     )
     for line in outcome.backends if explain else ():

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from spectr.composition import Routed
 
-HELP = "/experts lists them, /allow NAME ... restricts, /allow alone lifts that, /new starts over, /quit ends"
+HELP = "/experts lists the experts, /allow NAME ... allows only these, /allow allows all, /new starts over, /quit exits"
 
 
 @with_options
@@ -24,13 +24,11 @@ def chat(
     routing: Routing,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
-    seed: Annotated[
-        int | None, typer.Option(help="Set the seed of the sampling; by default each chat has its own.")
-    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Set the seed of the sampling; by default it is random.")] = None,
 ) -> None:
-    """Talk with the routed model; after each answer the experts with the most weight are shown.
+    """Chat with the routed model. After each answer, the experts with the most weight are shown.
 
-    In the chat, /experts, /allow NAME ..., /new and /quit are commands.
+    Commands in the chat: /experts, /allow NAME ..., /new and /quit.
     """
     library, router = routing.experts()
     base, tokenizer = routing.base(_check_template)

@@ -16,17 +16,19 @@ from spectr.errors import MissingExtraError
 def compose(
     routing: Routing,
     save: Annotated[Path, typer.Option("--save", "-s", help="Write the composed model to this folder.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder's content.")] = False,
     access: Annotated[
         str,
-        typer.Option(help="Give requests to vLLM that name no experts all of them (open) or the base model (closed)."),
+        typer.Option(
+            help="Choose what a vLLM request that names no experts gets: all of them (open) or the base model (closed)."
+        ),
     ] = "open",
-    record: Annotated[bool, typer.Option("--record", help="Let requests to vLLM ask what was chosen.")] = False,
+    record: Annotated[bool, typer.Option("--record", help="Let vLLM requests ask for the chosen experts.")] = False,
 ) -> None:
     """Write base model, experts and router as one folder that transformers and vLLM load.
 
-    Without --router it routes token by token, as vLLM does: calibrated-token where the library is calibrated, else
-    spectr.
+    Without --router, the router decides for each token, as vLLM requires: calibrated-token if the library is
+    calibrated, else spectr.
 
     [dim]spectr compose --save runs/composed[/]
     [dim]python -m vllm.entrypoints.openai.api_server --model runs/composed[/]
@@ -35,10 +37,10 @@ def compose(
         from spectr.composed_model.save import check_folder, check_saving, save_composed
     except ImportError as error:
         raise MissingExtraError("spectr compose", "models") from error
-    check_folder(save, overwrite)  # before a word on the router
+    check_folder(save, overwrite)  # before anything about the router is printed
     library, router = routing.experts(token_level=True)
     experts = routing.allow or library.names
-    check_saving(router, experts, save, access=access, record=record, overwrite=overwrite)  # before minutes of work
+    check_saving(router, experts, save, access=access, record=record, overwrite=overwrite)  # before the slow part
     base, tokenizer = routing.base()
     routed = routing.compose(base, tokenizer, library, router)
 

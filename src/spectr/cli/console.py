@@ -1,4 +1,4 @@
-"""Where text goes: results to standard output, everything else to standard error."""
+"""Where output goes: results to standard output, everything else to standard error."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-_WIDE = 200  # columns of a table that goes to a file, so that nothing is cut
+_WIDE = 200  # columns of a table in a file, so that no cell is cut
 
 
 out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else _WIDE)
 errors = Console(stderr=True)
 
 Advance = Callable[[str, int, int, str], None]
-_QUIET_SECONDS = 15.0  # between two lines of one phase, outside a terminal
+_QUIET_SECONDS = 15.0  # between two progress lines of a phase, outside a terminal
 
 
 def say(message: str) -> None:
-    """One line about what happens now, on standard error."""
+    """Print one line about the current step to standard error."""
     errors.print(f"\u00b7 {message}", style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
 def interruptible(remark: Callable[[], str]) -> Iterator[None]:
-    """Print at Ctrl-C what becomes of the work that was done."""
+    """At Ctrl-C, print what happens to the finished work."""
     try:
         yield
     except KeyboardInterrupt:
@@ -39,7 +39,7 @@ def interruptible(remark: Callable[[], str]) -> Iterator[None]:
 def bar() -> Iterator[Advance]:
     """Progress on standard error; yields ``advance(phase, done, total, remark)``.
 
-    Bars in a terminal; elsewhere (a log file, CI) a line at the end of each phase and every 15 seconds in between.
+    In a terminal: bars. Elsewhere (a log file, CI): a line at the end of each phase, and every 15 seconds.
     """
     if not errors.is_terminal:
         yield _lines()

@@ -15,11 +15,13 @@ from spectr.cli.options import Routing, check_target, with_options
 @with_options
 def demo(
     routing: Routing,
-    folder: Annotated[Path, typer.Option("--out", "-o", help="Write the pictures to this folder.")] = Path("out"),
+    folder: Annotated[Path, typer.Option("--out", "-o", help="Write the picture and the page to this folder.")] = Path(
+        "out"
+    ),
 ) -> None:
-    """Ask the base model and the routed model one question of each task, and draw who did the work.
+    """Ask the base model and the routed model one question of each task, and draw which experts were used.
 
-    Writes a heat map as PNG and a page as HTML that shows, for every token and layer, the experts at work.
+    Writes a heat map (PNG) and a page (HTML) that shows the experts of every token and layer.
     """
     check_target(folder / "routing.png", ".png")
     found = routing.resolve()
@@ -46,8 +48,8 @@ def demo(
     out.print(table)
     before, after = sum(row.base_is_right for row in shown), sum(row.routed_is_right for row in shown)
     out.print(
-        f"Begin with the right answer: {before} of {len(shown)} by the base model, {after} by the routed one. "
-        "One prompt a task shows how it works; spectr evaluate measures how well.",
+        f"Answers that begin with the right one: base model {before} of {len(shown)}, routed model {after}. One "
+        "prompt for each task shows how it works; spectr evaluate measures how well.",
         highlight=False,
     )
     routings = [row.routing for row in shown]

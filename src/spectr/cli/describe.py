@@ -1,4 +1,4 @@
-"""``spectr library describe``: experts in words."""
+"""``spectr library describe``: describe experts in words."""
 
 from __future__ import annotations
 
@@ -21,25 +21,23 @@ def describe(
         Path, typer.Option("--library", "-l", help="Write descriptions.yaml to this folder of experts.")
     ],
     names: Annotated[
-        list[str] | None, typer.Argument(help="Describe these experts; by default all that are not described.")
+        list[str] | None, typer.Argument(help="Describe these experts; by default all without a description.")
     ] = None,
-    text: Annotated[
-        str | None, typer.Option(help="Give the description itself, of one expert, instead of writing one.")
-    ] = None,
+    text: Annotated[str | None, typer.Option(help="Use this text as the description of one expert.")] = None,
     examples: Annotated[int, typer.Option(help="Show the writer this many rows.", min=1)] = 3,
     writer: Annotated[
         str | None,
         typer.Option(
-            help="Have this model write, or http(s)://host/v1#MODEL; by default the model of --model.",
+            help="Write with this model, or http(s)://host/v1#MODEL; by default the model of --model.",
             callback=check_writer,
         ),
     ] = None,
     model: BaseOption = None,
     dtype: DtypeOption = "auto",
 ) -> None:
-    """Describe experts in words, for the router "glider": a language model looks at a few rows of each.
+    """Describe experts in words, for the router "glider". A language model reads a few rows of each expert's data.
 
-    The texts are in descriptions.yaml, to be read and corrected: a small model writes poor ones.
+    The texts are in descriptions.yaml. Read and correct them: a small model writes poor descriptions.
 
     [dim]spectr library describe --library experts --data-root data --writer http://localhost:8000/v1#my-model[/]
     [dim]spectr library describe sql --library experts --text "Turn a question into an SQL query."[/]
@@ -47,13 +45,13 @@ def describe(
     from spectr.description import read_description_plan, run_description_plan
 
     if writer == "none":
-        raise DataError("--writer none writes nothing", do="name a model or an endpoint, or give --text")
+        raise DataError("--writer none writes nothing", do="name a model or an endpoint, or pass --text")
     plan = read_description_plan(library, names or (), rows.source(), text=text, limit=examples)
     if not (plan.rows or plan.text):
-        out.print("all of these experts are described; name those that are to be described anew")
+        out.print("all of these experts have a description; to describe some again, name them")
         return
     with bar() as advance:
         path, found = run_description_plan(plan, lambda: open_writer(writer or model, dtype), advance)
     for name, words in found.items():
         out.print(f"{name}: {words}", highlight=False, markup=False)
-    say(f"written to {path}; correct it there")
+    say(f"wrote {path}; correct the texts there")

@@ -29,57 +29,56 @@ if TYPE_CHECKING:
     from spectr.evaluation.experiments import Result
 
 Folder = Annotated[
-    Path, typer.Option("--out", "-o", help="Write the results to this folder; a killed run goes on there.")
+    Path, typer.Option("--out", "-o", help="Write the results to this folder; an interrupted run resumes from it.")
 ]
 _OTHERS = "Other experts"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What results depend on; in the order of the command that is kept with them."""
+    """The options that results depend on, in the order of the command that is stored with them."""
 
     data_root: DataRootOption = None
     model: BaseOption = None
     library: LibraryOption = None
     task: Annotated[
         list[str] | None,
-        typer.Option("--task", help="Use this shipped task or task file; by default all shipped tasks."),
+        typer.Option("--task", help="Use this shipped task or task file, repeatable; by default all shipped tasks."),
     ] = None
     letters: LettersOption = False
     router: Annotated[
-        list[str] | None, typer.Option("--router", "-r", help="Compare only this router: once for each.")
+        list[str] | None, typer.Option("--router", "-r", help="Compare only this router, repeatable.")
     ] = None
     set: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
             metavar="NAME=VALUE",
-            help="Set a setting of the named routers that have it: --set temperature=0.5.",
+            help="Set a setting of the compared routers that have it: --set temperature=0.5.",
         ),
     ] = None
     limit: Annotated[int | None, typer.Option(help="Limit the test examples of each task.", min=2)] = None
     seeds: Annotated[
         int,
-        typer.Option(help="Measure calibrated routers with N calibrations of their own; 0: with the library's.", min=0),
+        typer.Option(help="Calibrate N times for calibrated routers; 0 uses the library's calibration.", min=0),
     ] = 0
     writer: Annotated[
         str | None,
         typer.Option(
-            help="Have this model write GLIDER's instructions, or http(s)://host/v1#MODEL; by default the base model.",
+            help="Write GLIDER's instructions with this model, or http(s)://host/v1#MODEL; by default the base model.",
             callback=check_writer,
         ),
     ] = None
     ranks: Annotated[
         Path | None,
         typer.Option(
-            help='Take the experts of "ranks" from this folder: EXPERT-rRANK, as sst2-r16.', rich_help_panel=_OTHERS
+            help='Take the experts of "ranks" from this folder, named EXPERT-rRANK, such as sst2-r16.',
+            rich_help_panel=_OTHERS,
         ),
     ] = None
     substitute: Annotated[
         list[str] | None,
-        typer.Option(
-            help='Put an adapter in an expert\'s place in "robustness": EXPERT=FOLDER.', rich_help_panel=_OTHERS
-        ),
+        typer.Option(help='Replace an expert by this adapter in "robustness": EXPERT=FOLDER.', rich_help_panel=_OTHERS),
     ] = None
     companion: Annotated[list[str] | None, typer.Option(hidden=True)] = None
     dtype: DtypeOption = "auto"
@@ -92,9 +91,9 @@ def evaluate(
     folder: Folder = Path("out/evaluation"),
     as_json: JsonOption = False,
 ) -> None:
-    """Run one of the paper's experiments, or all: a table, a figure, and results with their origin as JSON.
+    """Run one of the paper's experiments, or all. Writes a table, a figure, and results with their origin as JSON.
 
-    Examples that were scored are kept, so that a run that was killed goes on where it stopped.
+    Scored examples are kept, so that an interrupted run resumes.
 
     [dim]spectr evaluate routing --data-root data --limit 50[/]
     [dim]spectr evaluate quality --data-root hub --task sst2[/]
@@ -102,7 +101,7 @@ def evaluate(
     from spectr.evaluation.plan import read_plan
 
     if request.companion:
-        say("warning: --companion is deprecated, and the next version drops it; use --substitute")
+        say("warning: --companion is deprecated and will be removed in the next version; use --substitute")
     plan = read_plan(
         experiment,
         open_library(request.library),
@@ -132,16 +131,16 @@ def evaluate(
 
 
 def _recorded() -> str:
-    return "stopped; the same command takes what was scored or found until now from the records"
+    return "stopped; the same command resumes from the results so far"
 
 
 def _keep(result: Result, folder: Path, given: dict[str, Any], as_json: bool) -> None:
-    """Write a result and show it."""
+    """Write a result and print it."""
     from spectr.evaluation.run import keep_result
 
     path, before = keep_result(result, folder, given)
     if before:
-        say(f"another run's result of {result.name} is kept as {before}")
+        say(f"an earlier result of {result.name} was renamed to {before}")
     if as_json:
         sys.stdout.write(path.read_text(encoding="utf-8").replace("\n", " ") + "\n")
     else:
@@ -154,10 +153,10 @@ def report(
         "out/evaluation"
     ),
     page: Annotated[
-        Path | None, typer.Option(help="Write the page here; by default to report.html in that folder.")
+        Path | None, typer.Option(help="Write the page to this file; by default report.html in that folder.")
     ] = None,
 ) -> None:
-    """Draw all results of a folder into one self-contained HTML page.
+    """Write all results of a folder as one self-contained HTML page.
 
     [dim]spectr evaluate all --data-root data --limit 50 && spectr report[/]
     """

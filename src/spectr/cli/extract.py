@@ -1,4 +1,4 @@
-"""``spectr extract`` and ``spectr rerank``: experts out of other weights."""
+"""``spectr extract`` and ``spectr rerank``: experts from other weights."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
     from spectr.adapters import Expert
     from spectr.extraction import Report
 
-Out = Annotated[Path, typer.Option("--out", "-o", help="Write the expert to this folder, which is new or empty.")]
-Rank = Annotated[int | None, typer.Option(help="Give every module this rank.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Write the expert to this folder, which must be new or empty.")]
+Rank = Annotated[int | None, typer.Option(help="Set the rank of every module.")]
 Energy = Annotated[
     float | None,
-    typer.Option(help="Hold this share of each module's squared norm by the fewest ranks, instead of --rank."),
+    typer.Option(help="Use the smallest ranks that keep this share of each module's squared norm, instead of --rank."),
 ]
-MaxRank = Annotated[int, typer.Option(help="Limit the ranks of a module, with --energy.")]
-Name = Annotated[str | None, typer.Option(help="Name the expert; by default as the folder.")]
+MaxRank = Annotated[int, typer.Option(help="Limit the rank of a module, with --energy.")]
+Name = Annotated[str | None, typer.Option(help="Name the expert; by default like the folder.")]
 Written = Annotated[str, typer.Option("--dtype", help="Write the expert's weights as bfloat16 or float32.")]
-Png = Annotated[Path | None, typer.Option(help="Write a picture of what is kept, layers by kinds of module.")]
-Svg = Annotated[Path | None, typer.Option(help="Write the same picture as SVG, for a paper.")]
+Png = Annotated[Path | None, typer.Option(help="Draw the share that is kept, layers by module types, as PNG.")]
+Svg = Annotated[Path | None, typer.Option(help="Draw the same picture as SVG.")]
 
 _LEFT_SHOWN = 5
 
@@ -39,33 +39,31 @@ def extract(
     base: Annotated[
         str | None,
         typer.Option(
-            "--base", "-b", help="Read the model that it was fine-tuned from; by default SmolLM2-135M-Instruct."
+            "--base", "-b", help="Read this base model, which it was fine-tuned from; by default SmolLM2-135M-Instruct."
         ),
     ] = None,
     rank: Rank = None,
     energy: Energy = None,
     max_rank: MaxRank = 128,
     method: Annotated[
-        str, typer.Option(help="Choose the SVD: exact, randomised, or auto (exact where it fits and is quick).")
+        str, typer.Option(help="Choose the SVD: exact, randomised, or auto (exact if it fits and is fast).")
     ] = "auto",
-    oversampling: Annotated[
-        int, typer.Option(help="Add this many directions to those wanted, in the randomised SVD.")
-    ] = 10,
-    power_iterations: Annotated[int, typer.Option(help="Sharpen the randomised SVD by this many passes.")] = 2,
+    oversampling: Annotated[int, typer.Option(help="Add this many extra directions in the randomised SVD.")] = 10,
+    power_iterations: Annotated[int, typer.Option(help="Refine the randomised SVD by this many passes.")] = 2,
     seed: Annotated[int, typer.Option(help="Set the seed of the randomised SVD.")] = 0,
-    max_memory: Annotated[float, typer.Option(help="Hold tensors in at most this many GiB.")] = 4.0,
+    max_memory: Annotated[float, typer.Option(help="Limit the memory of tensors, in GiB.")] = 4.0,
     dtype: Written = "bfloat16",
     strict: Annotated[
-        bool, typer.Option("--strict", help="Refuse where anything has changed that LoRA cannot carry.")
+        bool, typer.Option("--strict", help="Stop with an error if anything changed that LoRA cannot hold.")
     ] = False,
     name: Name = None,
     png: Png = None,
     svg: Svg = None,
 ) -> None:
-    """Make a LoRA expert out of a fully fine-tuned model and its base, without training.
+    """Extract a LoRA expert from a fully fine-tuned model and its base, without training.
 
-    The expert holds the first singular directions of what the fine-tuning changed in each linear layer. Both models are
-    read piece by piece and never loaded.
+    The expert holds the first singular directions of each linear layer's change. Both models are read piece by piece
+    and are never loaded as a whole.
 
     [dim]spectr extract ./fine-tuned --base ./base --rank 16 --out runs/expert --png energy.png[/]
     """
@@ -104,7 +102,7 @@ def rerank(
     png: Png = None,
     svg: Svg = None,
 ) -> None:
-    """Give an expert fewer ranks: the nearest smaller one, computed exactly from its factors.
+    """Lower an expert's rank: the closest expert of that rank, computed exactly from its factors.
 
     [dim]spectr rerank sst2 --rank 4 --out runs/small[/]
     """
@@ -119,7 +117,7 @@ def rerank(
 
 
 def _base(base: str | None) -> tuple[str | Path, str]:
-    """Where the base is, and what the expert calls it."""
+    """Where the base model is, and its name in the expert's configuration."""
     try:
         from spectr.models import HUB_ID, fetch_default_model
     except ImportError as error:
@@ -136,7 +134,7 @@ def _expert(name: str, library: Path | None) -> Expert:
 
 
 def _pictures(png: Path | None, svg: Path | None) -> Callable[[Report], None]:
-    """What draws them; that it can is checked before any work is done."""
+    """The plotting function; checks before the slow part that it can draw."""
     check_target(png, ".png")
     check_target(svg, ".svg")
     wanted = [path for path in (png, svg) if path]
@@ -185,8 +183,8 @@ def _left(report: Report) -> str:
         f"{one.name} ({one.kind}{'' if one.relative is None else f', change / size {one.relative:.1e}'})"
         for one in shown
     ]
-    rest = f" and {len(report.left) - len(shown)} more, see the card" if len(report.left) > len(shown) else ""
+    rest = f" and {len(report.left) - len(shown)} more (see the card)" if len(report.left) > len(shown) else ""
     return (
-        f"left out, as LoRA cannot carry it: {', '.join(named)}{rest}; {report.left_share:.2%} of the squared norm of "
-        "all that has changed"
+        f"not in the expert, since LoRA cannot hold it: {', '.join(named)}{rest}; {report.left_share:.2%} of the "
+        "squared norm of all changes"
     )

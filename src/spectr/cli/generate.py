@@ -14,11 +14,14 @@ from spectr.cli.options import JsonOption, Routing, with_options
 from spectr.errors import DataError
 
 PromptArgument = Annotated[
-    str | None, typer.Argument(help="Answer this prompt; by default, and for -, that of standard input.")
+    str | None, typer.Argument(help="Answer this prompt; by default, and for -, read it from standard input.")
 ]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Limit the tokens of the answer.", min=1)]
 Temperature = Annotated[
-    float, typer.Option("--temperature", "-t", help="Sample at this temperature; 0 takes the likeliest tokens.", min=0)
+    float,
+    typer.Option(
+        "--temperature", "-t", help="Sample at this temperature; 0 always takes the most likely token.", min=0
+    ),
 ]
 Chat = Annotated[bool, typer.Option("--chat/--no-chat", help="Use the model's chat template.")]
 
@@ -27,11 +30,11 @@ def read_prompt(prompt: str | None) -> str:
     """The prompt as given, or all of standard input."""
     if prompt in (None, "-"):
         if prompt is None and sys.stdin.isatty():
-            raise DataError("no prompt was given", do='spectr generate "your question", or pipe one in')
+            raise DataError("no prompt was given", do='spectr generate "your question", or pipe a prompt into it')
         prompt = sys.stdin.read()
     assert prompt is not None
     if not prompt.strip():
-        raise DataError("the prompt is empty", do="give some text")
+        raise DataError("the prompt is empty", do="pass some text")
     return prompt.strip("\n")
 
 
@@ -71,4 +74,4 @@ def generate(
         return
     out.print(answer, markup=False, highlight=False)
     leaders = ", ".join(f"{name} {share:.0%}" for name, share in shares[:4] if share)
-    errors.print(f"[dim]{remark or f'experts at work: {leaders}'}[/]", highlight=False)
+    errors.print(f"[dim]{remark or f'experts used: {leaders}'}[/]", highlight=False)

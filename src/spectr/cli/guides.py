@@ -1,4 +1,4 @@
-"""Who writes and who compares, for routers that go by descriptions in words."""
+"""Language models and embedders for routers that compare descriptions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def open_writer(name: str | None, dtype: str) -> Writer:
-    """A writer: of an endpoint (``http://host/v1#MODEL``), a folder or a Hub id; by default the default model."""
+    """Open a writer: an endpoint (``http://host/v1#MODEL``), a folder or a Hub id; by default the default model."""
     from spectr.models.writer import EndpointWriter, LocalWriter
 
     if _is_endpoint(check_writer(name)):
@@ -33,7 +33,7 @@ def open_writer(name: str | None, dtype: str) -> Writer:
 
 
 def check_writer(name: str | None) -> str | None:
-    """The name of a writer, checked as far as that goes without loading one."""
+    """Check a writer's name without loading it."""
     if _is_endpoint(name) and not str(name).partition("#")[2]:
         raise DataError(f"--writer {name}", expected="the model's name after the address: http://host/v1#MODEL")
     return name
@@ -46,7 +46,7 @@ def _is_endpoint(name: str | None) -> bool:
 def make_guide(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, writer: str | None, embedder: str | None, dtype: str
 ) -> QueryGuide:
-    """What compares prompts with descriptions; without a writer the base model writes, "none" writes nothing."""
+    """Make what compares prompts with descriptions. By default the base model writes; with "none" nothing writes."""
     from spectr.guidance import QueryGuide
     from spectr.models.embed import load_embedder
     from spectr.models.writer import LocalWriter
@@ -60,15 +60,15 @@ def make_guide(
 def guide_maker(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, writer: str | None, dtype: str
 ) -> Callable[[], QueryGuide] | None:
-    """What makes a guide when one is needed first, always the same one; ``None`` where nothing can embed."""
+    """A function that makes one guide on first use and then returns it; ``None`` if nothing can embed."""
     if find_spec("sentence_transformers") is None:
         return None
     return cache(lambda: make_guide(model, tokenizer, writer, None, dtype))
 
 
 def tell_guide(routed: Routed) -> None:
-    """Say what guiding by descriptions has cost, apart from the routing itself."""
+    """Print the cost of comparing descriptions."""
     from spectr.guidance import QueryGuide
 
     if isinstance(routed.guide, QueryGuide):
-        say(f"global routing: {routed.guide.spent}")
+        say(f"comparing descriptions: {routed.guide.spent}")

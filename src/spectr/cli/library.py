@@ -37,24 +37,26 @@ if TYPE_CHECKING:
 _SIDE_FILES = f"{CALIBRATION_FILE}, {DESCRIPTIONS_FILE}, {INDEX_FOLDER}"
 _UNFILLED = "# Model Card for Model ID"  # the title of PEFT's template
 app = typer.Typer(
-    help="Keep experts on disk: check, add, remove, list, show, verify, calibrate, index, describe.",
+    help="Manage experts on disk: check, add, remove, list, show, verify, calibrate, index, describe.",
     no_args_is_help=True,
 )
 app.command()(describe)
 WriteTo = Annotated[
-    Path, typer.Option("--library", "-l", help="Use the library of this folder, which is made if it is not there.")
+    Path, typer.Option("--library", "-l", help="Use the library in this folder; it is created if it does not exist.")
 ]
 
 
 @app.command()
 def add(
-    name: Annotated[str, typer.Argument(help="Name the expert in the library.")],
+    name: Annotated[str, typer.Argument(help="Set the expert's name in the library.")],
     adapter: Annotated[
         str,
-        typer.Argument(help="Copy this PEFT folder, or a Hub id: org/repo, org/repo/folder, either with @revision."),
+        typer.Argument(
+            help="Copy this PEFT folder, or this Hub id: org/repo or org/repo/folder, optionally with @revision."
+        ),
     ],
     library: WriteTo,
-    replace: Annotated[bool, typer.Option(help="Replace an expert of that name.")] = False,
+    replace: Annotated[bool, typer.Option(help="Replace the expert of that name.")] = False,
 ) -> None:
     """Check a LoRA adapter and copy it into a library.
 
@@ -66,16 +68,16 @@ def add(
     for remark in text_remarks(store.root / entry.folder, entry.base_model):
         say(f"'{entry.name}' {remark}")
     for other in store.duplicates(entry):
-        say(f"'{other}' has the same files: routers for tokens count them twice")
+        say(f"'{other}' has the same files: a router that decides for each token counts the expert twice")
     other = any_entry(store.root, but=entry.name)
     if other and not same_base(other.base_model or "", entry.base_model or ""):
-        bases = f"{entry.base_model or 'nothing'}, and '{other.name}' {other.base_model or 'nothing'}"
-        say(f"its base model in the adapter's configuration is {bases}: their sizes agree, but are they for one model?")
+        bases = f"'{entry.base_model or 'nothing'}', that of '{other.name}' '{other.base_model or 'nothing'}'"
+        say(f"its configuration names the base model {bases}; the sizes agree, but check that it is the same model")
     known = Calibration.load(store.root)
     if known is None or known.sha256.get(entry.name) != entry.sha256[WEIGHTS_FILE]:
         steps = ("calibrate", "index") if (store.root / INDEX_FOLDER).is_dir() else ("calibrate",)
         commands = (f"spectr library {step} --library {shlex.quote(str(library))}" for step in steps)
-        say(f"not calibrated yet; when all are added: {', then '.join(commands)}")
+        say(f"not calibrated yet; after you have added all experts, run: {', then '.join(commands)}")
 
 
 @app.command()
@@ -83,14 +85,16 @@ def check(
     adapter: Annotated[str, typer.Argument(help="Check this PEFT folder or Hub id.")],
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", help="Check it with this base model; by default the one that it names."),
+        typer.Option(
+            "--model", "-m", help="Check it against this base model; by default the one in its configuration."
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check an adapter before it is used: which base it is for, what will be routed, and what would do nothing.
+    """Check an adapter before you use it: its base model, the modules that are routed, the modules without effect.
 
-    The base model is not loaded. Exit code 0: it routes in full; 1: parts do nothing; 2: it is refused; 3: its base
-    model is not on this machine.
+    The base model is not loaded. Exit code 0: all of it is routed; 1: parts have no effect; 2: it is refused; 3: its
+    base model is not on this machine.
 
     [dim]spectr library check ./adapters/sql[/]
     """
@@ -105,16 +109,16 @@ def check(
 
 
 def _show_checkup(found: Checkup) -> None:
-    """Print what was found: a table of facts, then what does nothing and why."""
+    """Print a table of facts, then the modules without effect and the reasons."""
     likely = f" (most likely {found.likely})" if found.likely else ""
-    verdicts = ("routes in full", "parts of it do nothing", "refused", "its base model is not on this machine")
+    verdicts = ("all of it is routed", "parts of it have no effect", "refused", "its base model is not on this machine")
     facts = {
         "adapter": found.source,
         "what it is": found.kind,
-        "base model it names": f"{found.named or 'none'}{likely}",
-        "checked with": found.base or "no base model: give one with --model",
+        "base model in its configuration": f"{found.named or 'none'}{likely}",
+        "checked with": found.base or "no base model: name one with --model",
         "routed": f"{len(found.routed)} modules",
-        "does nothing": f"{len(found.idle)} modules" if found.idle else "",
+        "no effect": f"{len(found.idle)} modules" if found.idle else "",
         "missing in its file": some_of(list(found.missing), 3, " modules"),
         "verdict": verdicts[found.exit_code],
     }
@@ -132,9 +136,9 @@ def _show_checkup(found: Checkup) -> None:
 @app.command()
 def remove(
     name: Annotated[str, typer.Argument(help="Delete this expert.")],
-    library: Annotated[Path, typer.Option("--library", "-l", help="Use the library of this folder.")],
+    library: Annotated[Path, typer.Option("--library", "-l", help="Use the library in this folder.")],
 ) -> None:
-    """Take an expert out of a library and delete its files."""
+    """Remove an expert from a library and delete its files."""
     store, _ = _open(library)
     store.remove(name)
     out.print(f"removed {name}")
@@ -142,7 +146,7 @@ def remove(
 
 @app.command("list")
 def list_experts(library: LibraryOption = None, as_json: JsonOption = False) -> None:
-    """List a library's experts."""
+    """List the experts of a library."""
     store, opened = _open(library)
     words = opened.descriptions
     if as_json:
@@ -162,10 +166,10 @@ def list_experts(library: LibraryOption = None, as_json: JsonOption = False) -> 
     alike = grouped(((entry.base_model, entry.targets), entry.name) for entry in store.entries)
     for (base, targets), names in alike.items():
         who = "all" if len(alike) == 1 else ", ".join(names)
-        say(f"{who} for {base or 'a base model that is not stated'}: {', '.join(targets)}")
+        say(f"{who} for {base or 'an unknown base model'}: {', '.join(targets)}")
     strangers = sorted(set(words) - set(opened.names))
     if strangers:
-        say(f"{DESCRIPTIONS_FILE} also describes what is not there: {', '.join(strangers)}")
+        say(f"{DESCRIPTIONS_FILE} also describes experts that are not in the library: {', '.join(strangers)}")
 
 
 @app.command()
@@ -174,7 +178,7 @@ def show(
     library: LibraryOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show one expert: the facts of the library, and its card."""
+    """Show one expert: its facts and its card."""
     store, opened = _open(library)
     entry = store.entry(name)
     card = store.root / entry.folder / "README.md"
@@ -187,7 +191,7 @@ def show(
         table.add_row(key, {True: "yes", False: "no", None: "none"}.get(value) or str(value))
     out.print(table)
     if _UNFILLED in text:
-        say(f"its card is PEFT's template, with its title not filled in: {card}")
+        say(f"its card is PEFT's template, not filled in: {card}")
     elif text:
         from rich.markdown import Markdown
 
@@ -198,34 +202,34 @@ def show(
 def calibrate(
     library: Annotated[
         Path,
-        typer.Option("--library", "-l", help="Calibrate the experts of this folder, and write the calibration there."),
+        typer.Option("--library", "-l", help="Calibrate the experts in this folder, and write the calibration there."),
     ],
     model: BaseOption = None,
     texts: Annotated[
         Path | None,
-        typer.Option(help="Read unlabelled texts of your own, one a line; by default the model writes some."),
+        typer.Option(help="Read unlabelled texts from this file, one per line; by default the model writes some."),
     ] = None,
-    samples: Annotated[int, typer.Option(help="Have the model write this many texts.", min=1)] = 24,
-    tokens: Annotated[int, typer.Option(help="Limit the tokens of each.", min=1)] = 64,
+    samples: Annotated[int, typer.Option(help="Let the model write this many texts.", min=1)] = 24,
+    tokens: Annotated[int, typer.Option(help="Limit the tokens of each text.", min=1)] = 64,
     null: Annotated[
-        int, typer.Option(help="Have it write this many ordinary prompts, which evidence is compared with.", min=0)
+        int, typer.Option(help="Let it write this many ordinary prompts, the baseline of the evidence.", min=0)
     ] = 160,
-    seed: Annotated[int, typer.Option(help="Set the seed of its writing.")] = 0,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Measure experts anew that are calibrated already.")] = False,
+    seed: Annotated[int, typer.Option(help="Set the seed of the writing.")] = 0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure all experts again.")] = False,
     dtype: DtypeOption = "auto",
 ) -> None:
-    """Measure how the experts answer to texts of the base model's own, for the router "calibrated".
+    """Measure each expert's response to texts that the base model writes, for the router "calibrated".
 
-    No data and no training: the model writes a few texts as a user would. An expert that was added later is
+    Needs no data and no training: the model writes a few texts as a user would. An expert that was added later is
     measured alone, on the same texts.
 
     [dim]spectr library calibrate --library experts[/]
     """
     experts = open_library(library)
     lines = read_lines(texts) if texts else None
-    known = None if fresh else experts.calibration  # a damaged file is found before the model is loaded
+    known = None if fresh else experts.calibration  # reports a damaged file before the model is loaded
     if known and len(known.null) >= null and lines is None and all(map(experts.calibrated, experts)):
-        out.print(f"all {len(experts)} experts are calibrated; --fresh measures them anew", highlight=False)
+        out.print(f"all {len(experts)} experts are calibrated; to measure them again, use --fresh", highlight=False)
         return
     base, tokenizer = open_model(model, dtype)
 
@@ -242,7 +246,7 @@ def calibrate(
             null=null,
             seed=seed,
             fresh=fresh,
-            progress=lambda done, total: advance("calibrating, passes of the model", done, total, ""),
+            progress=lambda done, total: advance("calibrating, model passes", done, total, ""),
         )
     path = result.save(library)
     out.print(f"calibrated {len(experts)} experts on {result.settings['tokens']} tokens: {path}", highlight=False)
@@ -251,15 +255,15 @@ def calibrate(
 @app.command()
 def index(
     library: Annotated[
-        Path, typer.Option("--library", "-l", help="Index the experts of this folder, and write the index there.")
+        Path, typer.Option("--library", "-l", help="Index the experts in this folder, and write the index there.")
     ],
     model: BaseOption = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Index experts anew that are indexed already.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Index all experts again.")] = False,
     dtype: DtypeOption = "auto",
 ) -> None:
-    """Store each expert's alignment and prototypes, for the router "shortlist": libraries of very many experts.
+    """Store each expert's alignment and prototypes, for the router "shortlist" and very large libraries.
 
-    Once for each expert, some 0.9 MB; an interrupted run goes on where it was.
+    The index takes about 0.9 MB per expert. An interrupted run resumes.
 
     [dim]spectr library index --library experts[/]
     """
@@ -284,7 +288,7 @@ def index(
 
 @app.command()
 def verify(library: LibraryOption = None, as_json: JsonOption = False) -> None:
-    """Check every expert's files against their hashes and read them; exit code 2 if anything is wrong."""
+    """Check the hashes of all files, and read every expert. Exit code 2 if anything is wrong."""
     store, _ = _open(library)
     say(f"reading {len(store.entries)} experts in {store.root}")
     faults = {**store.verify(), _SIDE_FILES: _side_fault(store.root)}
@@ -292,17 +296,17 @@ def verify(library: LibraryOption = None, as_json: JsonOption = False) -> None:
         sys.stdout.write(json.dumps({name: fault and str(fault) for name, fault in faults.items()}) + "\n")
     raise_together(f"{store.root} is damaged", [fault for fault in faults.values() if fault], LibraryError)
     if not as_json:
-        out.print(f"all {len(store.entries)} experts are as they were added")
+        out.print(f"all {len(store.entries)} experts are unchanged since they were added")
 
 
 def _open(path: Path | None) -> tuple[LibraryStore, ExpertLibrary]:
-    """A library on disk: its entries, and its experts."""
+    """A library on disk: its entries and its experts."""
     root = path or shipped_experts()
     opened = ExpertLibrary.open(root)
     if not (root / MANIFEST_FILE).is_file():
         raise LibraryError(
             f"{root} is a plain folder of adapters, without a {MANIFEST_FILE}",
-            do="make a library of them with: spectr library add NAME ADAPTER --library DIR",
+            do="add each adapter to a library: spectr library add NAME ADAPTER --library DIR",
         )
     return LibraryStore(root), opened
 
@@ -321,7 +325,7 @@ def _ranks(entry: Entry) -> str:
 
 
 def _kept(entry: Entry, opened: ExpertLibrary) -> dict[str, Any]:
-    """What the library keeps of an expert next to its weights."""
+    """The files that the library keeps next to an expert's weights."""
     return {
         "description": opened.descriptions.get(entry.name),
         "calibrated": opened.calibrated(entry.name),

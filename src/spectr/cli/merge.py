@@ -17,36 +17,40 @@ if TYPE_CHECKING:
     from spectr.library import ExpertLibrary
     from spectr.merging import Recipe
 
-_PANEL = "Settings of a method (docs/howto/merging.md has their defaults)"
+_PANEL = "Settings of a method (defaults: see the documentation of merging)"
 
 
 def merge(
     experts: Annotated[list[str], typer.Argument(help="Merge these experts, in the order of the weights.")],
     out_folder: Annotated[
-        Path, typer.Option("--out", "-o", help="Write the result to this folder, which is new or empty.")
+        Path, typer.Option("--out", "-o", help="Write the result to this folder, which must be new or empty.")
     ],
     library: LibraryOption = None,
     method: Annotated[
-        str, typer.Option("--method", help=f"Merge by {', '.join(METHODS.entries)}, or a method of a package.")
+        str, typer.Option("--method", help=f"Merge by {', '.join(METHODS.entries)}, or a method from another package.")
     ] = "ties",
     weights: Annotated[str | None, typer.Option(help='Weight the experts by these numbers: "1,0.5".')] = None,
     subtract: Annotated[
         str | None,
-        typer.Option(help="Subtract this general expert from each expert first; of several, with commas, their mean."),
+        typer.Option(
+            help="Subtract this general expert from each expert, or the mean of several, separated by commas."
+        ),
     ] = None,
-    strength: Annotated[float | None, typer.Option(help="Subtract it times this number; 1.0 by default.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Limit the ranks of the adapter.")] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="Multiply what --subtract subtracts by this number; 1.0 by default.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Limit the adapter's ranks.")] = None,
     energy: Annotated[
         float | None,
-        typer.Option(help="Keep this share of the merge, from 0 to 1, by the smallest ranks that hold it."),
+        typer.Option(help="Use the smallest ranks that keep this share of the merge, from 0 to 1."),
     ] = None,
     into_base: Annotated[
-        bool, typer.Option("--into-base", help="Write a whole model with the merge in its weights, not an adapter.")
+        bool, typer.Option("--into-base", help="Write a whole model that contains the merge, not an adapter.")
     ] = False,
     model: BaseOption = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="Choose the precision of --into-base; float32 by default.", callback=known_dtype),
+        typer.Option(help="Set the precision of --into-base; float32 by default.", callback=known_dtype),
     ] = None,
     density: Annotated[
         float | None, typer.Option(help="Keep this share of the entries.", rich_help_panel=_PANEL)
@@ -58,13 +62,13 @@ def merge(
         int | None, typer.Option(help="Set the seed of DARE's random masks.", rich_help_panel=_PANEL)
     ] = None,
     inner: Annotated[
-        str | None, typer.Option(help="Merge by ties or average within knots.", rich_help_panel=_PANEL)
+        str | None, typer.Option(help="Choose the merge inside knots: ties or average.", rich_help_panel=_PANEL)
     ] = None,
 ) -> None:
     """Merge LoRA experts into one adapter, or into the base model.
 
-    No data, no training and, for an adapter, no model: the experts' files are all it reads. The adapter is an ordinary
-    one of PEFT's; modules keep the ranks that they need.
+    Needs no data and no training. An adapter is made from the experts' files alone, without the model. The result is an
+    ordinary PEFT adapter; each module has the rank that it needs.
 
     [dim]spectr merge agnews sst2 --method ties --weights 1,0.5 --rank 16 --out runs/merged[/]
     [dim]spectr merge agnews sst2 --method knots --into-base --out runs/model[/]
@@ -115,7 +119,7 @@ def _into_adapter(
     table.add_row("energy kept", *_spread(merged.energy, "{:.1%}"))
     out.print(table)
     out.print(f"adapter of {parameters:,} parameters: {out_folder.resolve()}", highlight=False)
-    say(f"to route with it: spectr library add {out_folder.name} {out_folder} --library DIR")
+    say(f"to route with it, run: spectr library add {out_folder.name} {out_folder} --library DIR")
 
 
 def _into_base(library: ExpertLibrary, recipe: Recipe, out_folder: Path, model: str | None, dtype: str) -> None:
@@ -136,7 +140,7 @@ def _into_base(library: ExpertLibrary, recipe: Recipe, out_folder: Path, model: 
     name = HUB_ID if model in (None, DEFAULT_MODEL, HUB_ID) else model
     save_merged_model(base, tokenizer, merged, library, out_folder, base_model=name)
     table = Table("model", "smallest", "median", "largest", title=_title(recipe, len(merged.change)))
-    table.add_row("change of a weight", *_spread(merged.change, "{:.2%}"))
+    table.add_row("change of the weights", *_spread(merged.change, "{:.2%}"))
     table.add_row("energy kept", *["100.0%"] * 3)
     out.print(table)
     out.print(f"model: {out_folder.resolve()}", highlight=False)

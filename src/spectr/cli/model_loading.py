@@ -1,4 +1,4 @@
-"""The base model that an option stands for."""
+"""Load the base model that an option names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def open_model(
     name: str | None, dtype: str, check: Check = lambda *_: None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model and its tokenizer, checked before its weights are read, with a word on what happens."""
+    """Load the base model and its tokenizer. Checks run before the weights are read."""
     try:
         from transformers.utils import logging
 
@@ -28,7 +28,7 @@ def open_model(
         raise MissingExtraError("running a model", "models") from error
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    getLogger("bitsandbytes").setLevel("ERROR")  # it warns of a kernel that 4-bit models alone would gain by
+    getLogger("bitsandbytes").setLevel("ERROR")  # it warns about a kernel that only 4-bit models use
     if name in (None, DEFAULT_MODEL, HUB_ID):
         fetch_default_model(say)
     say(f"loading {name or 'SmolLM2-135M-Instruct'}")

@@ -1,4 +1,4 @@
-"""Options that commands share, and what they stand for."""
+"""Options that commands share."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ ModelOption = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="Load this base model: a folder or a Hub id, by default SmolLM2-135M-Instruct. Of a composed folder, its "
-        "experts and router are the default too.",
+        help="Load this base model: a folder or a Hub id, by default SmolLM2-135M-Instruct. A composed folder also "
+        "provides the experts and the router.",
     ),
 ]
 BaseOption = Annotated[
@@ -43,35 +43,35 @@ BaseOption = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="Load this base model: a folder (of a composed one, the base model in it) or a Hub id, by default "
+        help="Load this base model: a folder (of a composed folder, the base model in it) or a Hub id, by default "
         "SmolLM2-135M-Instruct.",
     ),
 ]
 LibraryOption = Annotated[
     Path | None,
-    typer.Option("--library", "-l", help="Use the experts of this folder; by default the shipped ones."),
+    typer.Option("--library", "-l", help="Use the experts in this folder; by default the shipped ones."),
 ]
 _DTYPES = "auto, float32, bfloat16 or float16"
 
 
 def known_dtype(dtype: str | None) -> str | None:
-    """A precision by name, checked."""
+    """Check the name of a precision."""
     if dtype is not None and dtype not in _DTYPES.replace(" or", ",").split(", "):
         raise SpectrError(f"--dtype {dtype}", expected=_DTYPES)
     return dtype
 
 
 def split_names(texts: Iterable[str]) -> list[str]:
-    """Experts that were given one by one, or several with commas."""
+    """Split names that were given one by one or with commas."""
     return [name.strip() for text in texts for name in text.split(",") if name.strip()]
 
 
 def _split(texts: list[str] | None) -> list[str] | None:
-    """The experts of an allow-list."""
+    """Read the experts of an allow-list."""
     found = split_names(texts or ())
     if texts and not found:
         raise SpectrError(
-            "the allow-list is empty", expected="at least one expert", do="name some, or leave --allow out"
+            "the allow-list is empty", expected="at least one expert", do="name an expert, or omit --allow"
         )
     return found or None
 
@@ -82,12 +82,12 @@ DataRootOption = Annotated[
     typer.Option(
         "--data-root",
         envvar="SPECTR_DATA",
-        help='Start relative paths of data from this folder; or "hub": take each task\'s data from the Hub.',
+        help='Resolve relative paths of data in this folder; "hub" takes each task\'s data from the Hub.',
     ),
 ]
 LettersOption = Annotated[
     bool,
-    typer.Option("--letters", help="List the options as letters: the answer is a letter, not the label's word."),
+    typer.Option("--letters", help="List the options with letters; the answer is then a letter, not a word."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
 
@@ -106,9 +106,9 @@ class Routing:
         typer.Option(
             "--router",
             "-r",
-            help="Choose experts by this router. auto: calibrated where the library is (shortlist, of one expert, "
-            f"where it is indexed and has more than 64), else spectr. Or {', '.join(ROUTERS.entries)}, or one that a "
-            "package adds. See docs/reference/routers.md.",
+            help="Route with this router. auto: calibrated if the library is calibrated (shortlist, one expert, if "
+            f"it is indexed and has more than 64), else spectr. Or: {', '.join(ROUTERS.entries)}, or a router from "
+            "another package. See docs/reference/routers.md.",
             rich_help_panel=_PANEL,
         ),
     ] = "auto"
@@ -125,7 +125,7 @@ class Routing:
     expert: Annotated[
         str | None,
         typer.Option(
-            "--expert", "-e", help="Name the expert that the router oracle always takes.", rich_help_panel=_PANEL
+            "--expert", "-e", help="Set the expert that the router oracle always takes.", rich_help_panel=_PANEL
         ),
     ] = None
     settings: Annotated[
@@ -133,15 +133,15 @@ class Routing:
         typer.Option(
             "--set",
             metavar="NAME=VALUE",
-            help="Set another setting of the router, once for each: --set temperature=0.5. With several routers it is "
-            "for all that have it; --set arrow.temperature=0.5 is for one. See docs/reference/routers.md.",
+            help="Set another setting of the router, repeatable: --set temperature=0.5. With several routers it is for "
+            "all that have it; --set arrow.temperature=0.5 is for one. See docs/reference/routers.md.",
             rich_help_panel=_PANEL,
         ),
     ] = None
     expert_memory: Annotated[
         float,
         typer.Option(
-            help="Hold experts in at most this many GiB, for the router shortlist; the others stay on disk.",
+            help="Hold experts in at most this many GiB of memory (router shortlist); the others stay on disk.",
             min=0.01,
             rich_help_panel=_PANEL,
         ),
@@ -149,8 +149,8 @@ class Routing:
     combine: Annotated[
         str | None,
         typer.Option(
-            help=f"Combine the chosen experts by {', '.join(COMBINATIONS.entries)}, or another of a package. outputs "
-            "is their mean output, factors that of the paper's tables. ties:density=0.5 keeps half of the entries.",
+            help=f"Combine the chosen experts by {', '.join(COMBINATIONS.entries)}, or another package's method. "
+            "outputs averages outputs, factors averages factors. ties:density=0.5 keeps half of the entries.",
             rich_help_panel=_PANEL,
         ),
     ] = None
@@ -159,7 +159,7 @@ class Routing:
         typer.Option(
             "--allow",
             "-a",
-            help="Allow only these experts: once for each, or with commas.",
+            help="Allow only these experts: repeat the option, or separate names with commas.",
             rich_help_panel=_PANEL,
             callback=_split,
         ),
@@ -167,8 +167,8 @@ class Routing:
     writer: Annotated[
         str | None,
         typer.Option(
-            help="Have this model write GLIDER's instruction for a prompt: a folder, a Hub id, http(s)://host/v1#MODEL "
-            "of an OpenAI-compatible endpoint, or none to compare the prompt itself; by default the base model.",
+            help="Write GLIDER's instruction with this model: a folder, a Hub id, or http(s)://host/v1#MODEL of "
+            "an OpenAI-compatible endpoint; none compares the prompt itself. By default the base model.",
             rich_help_panel=_PANEL,
             callback=check_writer,
         ),
@@ -176,7 +176,7 @@ class Routing:
     embedder: Annotated[
         str | None,
         typer.Option(
-            help="Compare by this model of sentence-transformers, for GLIDER; by default all-MiniLM-L6-v2.",
+            help="Embed with this sentence-transformers model, for GLIDER; by default all-MiniLM-L6-v2.",
             rich_help_panel=_PANEL,
         ),
     ] = None
@@ -187,7 +187,7 @@ class Routing:
     router_temperature: Annotated[float | None, typer.Option("--router-temperature", hidden=True)] = None
 
     def request(self, routers: Sequence[str] | None = None, *, token_level: bool = False) -> RoutingRequest:
-        """What was given, with these routers in place of the one; see :class:`spectr.choosing.RoutingRequest`."""
+        """The options with these routers in place of ``router``; see :class:`spectr.choosing.RoutingRequest`."""
         from spectr.choosing import RoutingRequest
 
         return RoutingRequest(
@@ -200,19 +200,19 @@ class Routing:
         )
 
     def resolve(self, *, token_level: bool = False) -> ResolvedRouting:
-        """The library and the router, checked against each other before any model is loaded.
+        """Return the library and the router, checked against each other before a model is loaded.
 
-        Without ``top_k`` the router takes at most as many experts as there are.
+        Without ``top_k``, the router takes at most as many experts as the library has.
         """
         found = self.request(token_level=token_level).resolve()
         self.announce(found.routers.values(), found.remarks)
         return found
 
     def announce(self, routers: Iterable[Router], remarks: Iterable[str]) -> None:
-        """Print remarks on these routers, and check what guided ones need of this machine.
+        """Print remarks on these routers, and check that this machine has what they need.
 
         Raises:
-            MissingExtraError: One is guided, and nothing can embed sentences.
+            MissingExtraError: A router compares descriptions, and nothing can embed sentences.
         """
         from spectr.library.needs import DESCRIBED
 
@@ -220,7 +220,7 @@ class Routing:
         if guided and find_spec("sentence_transformers") is None:
             raise MissingExtraError("comparing prompts with descriptions", "glider")
         if (self.writer or self.embedder) and not guided:
-            say("--writer and --embedder make no difference: no router here compares descriptions")
+            say("--writer and --embedder have no effect: the chosen router compares no descriptions")
         for remark in remarks:
             say(remark)
 
@@ -230,18 +230,18 @@ class Routing:
         return found.library, found.router
 
     def _texts(self) -> list[str]:
-        """All settings as ``NAME=VALUE``; options that ``--set`` replaces still work, with a warning."""
+        """All settings as ``NAME=VALUE``. Options that ``--set`` replaces still work, with a warning."""
         texts = list(self.settings or [])
         for option, setting in _FORMER.items():
             if (value := getattr(self, option)) is not None:
                 flag = f"--{option.replace('_', '-')}"
-                say(f"warning: {flag} is deprecated, and the next version drops it; use --set {setting}={value}")
+                say(f"warning: {flag} is deprecated and will be removed; use --set {setting}={value}")
                 texts.append(f"{setting}={value}")
         short = {"top_k": self.top_k, "expert": self.expert, "combine": self.combine}
         return [*texts, *(f"{name}={value}" for name, value in short.items() if value is not None)]
 
     def base(self, *check: Check) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """The base model and its tokenizer, checked before its weights are read."""
+        """The base model and its tokenizer, checked before the weights are read."""
         return open_model(self.model, self.dtype, *check)
 
     def compose(
@@ -252,7 +252,7 @@ class Routing:
         router: Router,
         what: str = "preparing layers",
     ) -> Routed:
-        """The model composed with the experts that are allowed, with a progress bar."""
+        """Compose the model with the allowed experts, with a progress bar."""
         from spectr.composition import compose
         from spectr.library.needs import DESCRIBED
 
@@ -272,9 +272,9 @@ class Routing:
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of each of its parameters that is a dataclass of options, after its own.
+    """Give a command the options of each parameter that is a dataclass of options, after its own.
 
-    An option that the command has itself is not added.
+    Options that the command already has are not added.
     """
     signature, hints = inspect.signature(command), get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
@@ -301,16 +301,16 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def check_target(path: Path | None, suffix: str) -> None:
-    """Raise :class:`DataError` where a file that is to be written could not be, before any work is done."""
+    """Raise :class:`DataError` if a file cannot be written, before any work is done."""
     if path is None:
         return
     if path.suffix.lower() != suffix:
-        raise DataError(f"{path} does not end in {suffix}", do=f"name it {path.with_suffix(suffix)}")
+        raise DataError(f"{path} does not end in {suffix}", do=f"use the name {path.with_suffix(suffix)}")
     if path.is_dir():
-        raise DataError(f"{path} is a folder", expected=f"a file to write, ending in {suffix}")
+        raise DataError(f"{path} is a folder", expected=f"a file that ends in {suffix}")
     above = next(folder for folder in path.absolute().parents if folder.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):
         raise DataError(
-            f"{path} cannot be written: {above} is no folder that can be written to",
+            f"{path} cannot be written: {above} is not a writable folder",
             do="check the path, its permissions and the free space",
         )

@@ -27,13 +27,15 @@ def route(
     answer_tokens: Annotated[
         int, typer.Option("--max-new-tokens", "-n", help="Route an answer of up to this many tokens too.", min=0)
     ] = 0,
-    layer: Annotated[str | None, typer.Option(help='Show one layer in the terminal, as in --layer "layer 12".')] = None,
-    html: Annotated[Path | None, typer.Option(help="Write a page with a tooltip per token and a layer switch.")] = None,
-    png: Annotated[Path | None, typer.Option(help="Write a picture of layers by tokens.")] = None,
+    layer: Annotated[str | None, typer.Option(help='Show only this layer in the terminal: --layer "layer 12".')] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page (HTML) with a tooltip for each token and a choice of layers.")
+    ] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw layers by tokens as PNG.")] = None,
     chat: Chat = True,
     as_json: JsonOption = False,
 ) -> None:
-    """Show which experts read each token of a text, in the colour of its first expert (the paper's Figure 4).
+    """Show which experts are used for each token of a text, in the colour of its first expert (the paper's Figure 4).
 
     [dim]spectr route "Is this sentence acceptable? The boy eat apples." --html routing.html --png routing.png[/]
     """
@@ -66,7 +68,9 @@ def route(
         if remark:
             out.print(remark, highlight=False)
         elif router.policy is not None and router.policy.use.fixes:
-            say("decided once for the whole prompt: spectr route -r spectr shows a choice for every token and layer")
+            say(
+                "this router decides once for the whole prompt; to see a choice for every token: spectr route -r spectr"
+            )
     if html:
         from spectr.plots import write_page
 
@@ -85,7 +89,7 @@ def _tell(message: str, as_json: bool) -> None:
 
 
 def _layer(layer: str, library: ExpertLibrary) -> str:
-    """A layer's full name, checked."""
+    """The full name of a layer, checked."""
     from spectr.plots.tokens import layer_groups
 
     known = layer_groups(module for expert in library for module in library[expert].shapes)
@@ -106,7 +110,9 @@ def _print(routing: TokenRouting, group: int) -> None:
     out.print(line)
     out.print()
     for name, share in routing.leaders:
-        out.print(Text(f" {name:<14}", style=f"black on {palette[name]}"), f"{share:6.1%} of the work", highlight=False)
+        out.print(
+            Text(f" {name:<14}", style=f"black on {palette[name]}"), f"{share:6.1%} of the weight", highlight=False
+        )
     if group:
         out.print(f"(colours: {routing.layers[group]}; shares: all layers)", style="dim", highlight=False)
 

@@ -18,31 +18,31 @@ _PANEL = "Settings (the paper's are the defaults)"
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Rows of data with a task, or with a prompt and its answers."""
+    """Rows of data, with a task or with a prompt and its answers."""
 
     task: Annotated[
         str | None,
         typer.Option(
-            help="Name a shipped task or a task file. For finished experts the default is the shipped task of the "
+            help="Use this shipped task or task file. For finished experts the default is the shipped task with the "
             "expert's name."
         ),
     ] = None
     data: Annotated[
         str | None,
-        typer.Option(help="Take the training rows of a JSONL file, or of hub:<dataset>[:<config>]:<split>."),
+        typer.Option(help="Read the training rows from this JSONL file, or from hub:<dataset>[:<config>]:<split>."),
     ] = None
     data_root: DataRootOption = None
     prompt: Annotated[
-        str | None, typer.Option(help='Set the template over the fields of a row: "Topic of: {title}".')
+        str | None, typer.Option(help='Set the prompt template, with the fields of a row: "Topic of: {title}".')
     ] = None
-    answer: Annotated[str | None, typer.Option(help="Set the template of the answer, for free text.")] = None
+    answer: Annotated[str | None, typer.Option(help="Set the answer's template, for free text.")] = None
     choices: Annotated[
         str | None,
-        typer.Option(help='List the answers, in the order of the numbers in a row\'s field "label": "World,Sports".'),
+        typer.Option(help='List the answers in the order of the numbers in a row\'s field "label": "World,Sports".'),
     ] = None
 
     def source(self, **more: Any) -> Source:
-        """What was given, as the library takes it."""
+        """The options, as the library takes them."""
         from spectr.tasks.sources import Source
 
         return Source(
@@ -62,8 +62,8 @@ def setting(text: str) -> Any:
 
 
 def last_step(*folders: Path) -> str:
-    """From which step on a run of one of these folders can go on."""
+    """The step from which a run in one of these folders resumes."""
     from spectr.training import checkpoint_step
 
     step = max(map(checkpoint_step, folders))
-    return f"stopped after step {step}; the same command goes on from there" if step else "nothing was saved yet"
+    return f"stopped after step {step}; the same command resumes there" if step else "nothing was saved yet"

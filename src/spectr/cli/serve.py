@@ -23,45 +23,49 @@ def serve(
     engine: Annotated[
         str,
         typer.Option(
-            help=f"Serve by {' or '.join(ENGINES.entries)} (where that is installed), or by an engine of a package."
+            help=f"Serve with {' or '.join(ENGINES.entries)} (if installed), or with another package's engine."
         ),
     ] = "transformers",
-    host: Annotated[str, typer.Option(help="Listen at this address; without a policy a loopback one.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Listen at this port; 0 for a free one.", min=0, max=65535)] = 8000,
+    host: Annotated[
+        str, typer.Option(help="Listen on this address; without a policy it must be a loopback address.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Listen on this port; 0 takes a free one.", min=0, max=65535)] = 8000,
     policy: Annotated[
         Path | None,
         typer.Option(
-            help="Read from this YAML or JSON file which API key may use which experts. See docs/howto/serving.md."
+            help="Read from this YAML or JSON file which experts each API key may use. See docs/howto/serving.md."
         ),
     ] = None,
     served_name: Annotated[str, typer.Option(help="Name the composed model for clients.")] = "spectr",
-    exclude: Annotated[list[str] | None, typer.Option("--except", help="Leave this expert out: once for each.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option("--except", help="Leave out this expert, repeatable.")] = None,
     record: Annotated[
         bool, typer.Option("--record/--no-record", help="Count tokens by expert for every request, for /metrics.")
     ] = True,
     batch: Annotated[
         bool,
-        typer.Option("--batch/--no-batch", help="Answer many requests at once, by transformers' continuous batching."),
+        typer.Option(
+            "--batch/--no-batch", help="Answer many requests at once, with the continuous batching of transformers."
+        ),
     ] = False,
     cache_tokens: Annotated[
-        int, typer.Option(help="Hold this many tokens of all running requests in memory, with --batch.", min=256)
+        int, typer.Option(help="Limit the tokens of all running requests in memory, with --batch.", min=256)
     ] = 16384,
     router: Annotated[
         list[str] | None,
         typer.Option(
             "--router",
             "-r",
-            help="Offer this router to requests, once for each; the first is the default. spectr generate --help lists "
-            "them. vllm: all but glider, lag and shortlist.",
+            help="Offer this router to requests, repeatable; the first is the default. spectr generate --help lists "
+            "them. vllm offers all but glider, lag and shortlist.",
             show_default="auto",
             rich_help_panel="Routing",
         ),
     ] = None,
     grace: Annotated[
-        float, typer.Option(help="Let unfinished answers go on for this many seconds after Ctrl-C or SIGTERM.", min=0)
+        float, typer.Option(help="Give unfinished answers this many seconds after Ctrl-C or SIGTERM.", min=0)
     ] = 10.0,
 ) -> None:
-    """Serve the routed model by OpenAI's API: chat completions, completions, models, metrics, and a page.
+    """Serve the routed model with OpenAI's API: chat completions, completions, models, metrics, and a web page.
 
     [dim]spectr serve --policy keys.yaml --host 0.0.0.0[/]
     [dim]spectr serve --router calibrated --router spectr[/]

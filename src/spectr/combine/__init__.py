@@ -1,8 +1,8 @@
-"""From weights to the update of a module's output: how the chosen experts are put together.
+"""From weights to a module's update: how the updates of the chosen experts are combined.
 
-By name: ``outputs``, ``factors``, ``raw-factors``, ``ties``, ``dare``, ``dare-ties``, ``knots``; with options after a
-colon, as in ``ties:density=0.5``. An option is a share of entries, what is kept. Another package adds combinations by
-the entry-point group ``spectr.combinations``; their options are numbers.
+Names: ``outputs``, ``factors``, ``raw-factors``, ``ties``, ``dare``, ``dare-ties``, ``knots``. Options follow a colon,
+as in ``ties:density=0.5``; each option is the share of entries that is kept. Other packages add combinations with the
+entry-point group ``spectr.combinations``; their options are numbers.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ COMBINATIONS: Registry[Combination] = Registry(
 
 
 def get_combination(text: str) -> Combination:
-    """A combination by its name and options, as in ``"dare:density=0.1"``.
+    """Make a combination from its name and options, such as ``"dare:density=0.1"``.
 
     Raises:
         CompositionError: The name or an option is unknown, or an option is out of range.
@@ -52,7 +52,7 @@ def get_combination(text: str) -> Combination:
     if not options.keys() <= set(known) or (ours and not all(0 < share <= 1 for share in options.values())):
         number = "SHARE" if ours else "NUMBER"
         spelled = f"{kind}:{','.join(f'{option}={number}' for option in known)}"
-        spelled += ", a SHARE that is kept, above 0 and at most 1" if ours else ""
+        spelled += ", where SHARE is the share that is kept, above 0 and at most 1" if ours else ""
         raise CompositionError(f"combine={text!r}", expected=spelled if known else f"no options after {kind}")
     warn_of_numbers(text, kind, options)
     return COMBINATIONS.make(kind, **options)

@@ -1,4 +1,4 @@
-"""What a combination is."""
+"""The type of combinations."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from spectr.spectral import Stack
 
 
 class Combination(NamedTuple):
-    """How the chosen experts' updates become one.
+    """How the updates of the chosen experts are combined.
 
     Attributes:
         merge: ``(h_TP, weights_TE, B_OP, owner_P) -> delta_TO``, pure, with ``h = A x`` of all experts.
-        density: Share of the entries of an expert's output factor that stay when it is prepared; see
+        density: Share of the entries of an expert's output factor that is kept when the expert is prepared; see
             :func:`spectr.spectral.sparsify.drop`.
-        prepare: Makes, of the stack of all experts of a module, what ``merge`` gets in place of ``B_OP`` and one more
-            tensor for it. It runs when the layer gets its experts, and a token's result then depends on experts that
-            were not chosen too. ``None``: ``merge`` gets ``B_OP``.
-        needs: What the library has to bring.
-        is_sum: Whether the update is the weighted sum of the experts' own, unchanged.
-        raw: Whether ``merge`` gets the adapters' own ``A_t x`` and ``c_t B_t`` in place of the router's ``h`` and
+        prepare: Maps the stack of all experts of a module to the argument that replaces ``B_OP``, and one more tensor
+            for ``merge``. It runs when the layer receives its experts. A token's result then also depends on experts
+            that are not chosen. ``None``: ``merge`` receives ``B_OP``.
+        needs: What the library must provide.
+        is_sum: Whether the result is the weighted sum of the experts' updates.
+        raw: Whether ``merge`` receives the adapters' own ``A_t x`` and ``c_t B_t`` instead of the router's ``h`` and
             ``B_OP``.
     """
 
@@ -36,5 +36,5 @@ class Combination(NamedTuple):
 
     @property
     def depends_on_residents(self) -> bool:
-        """Whether what a token gets depends on experts in memory that were not chosen."""
+        """Whether a token's update depends on experts in memory that were not chosen."""
         return self.prepare is not None

@@ -1,4 +1,4 @@
-"""The chosen experts' factors merged first, then applied."""
+"""Merge the chosen experts' factors first, then apply them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def factors() -> Combination:
 
 
 def raw_factors() -> Combination:
-    """The same of the adapters' own factors, as they were trained, instead of the router's."""
+    """Like :func:`factors`, with the adapters' own factors, as they were trained, instead of the router's."""
     return Combination(merge_raw_factors, needs=(EqualRanks("raw-factors"),), raw=True)
 
 
@@ -26,16 +26,16 @@ def merge_factors(
     B_OP: Float[Tensor, "O P"],
     owner_P: Int[Tensor, " P"],
 ) -> Float[Tensor, "*T O"]:
-    """``(sum_t w_t B_t) (sum_t w_t h_t)``: what the paper's experiments use. Needs equal ranks.
+    """``(sum_t w_t B_t) (sum_t w_t h_t)``, the form in the paper's experiments. Needs equal ranks.
 
-    An expert's own term has the weight ``w_t^2`` (``1 / k^2``); the cross terms ``B_t h_u`` depend on the signs of the
-    singular vectors, for which see :func:`spectr.spectral.align`.
+    An expert's own term has the weight ``w_t^2`` (``1 / k^2``). The cross terms ``B_t h_u`` depend on the signs of the
+    singular vectors; see :func:`spectr.spectral.align`.
 
     Args:
         h_TP: ``A x`` of every expert.
-        weights_TE: Weight of every expert, zero where it is not chosen.
+        weights_TE: Weight of every expert; zero if it is not chosen.
         B_OP: Output factors of every expert.
-        owner_P: Which expert a column of ``B_OP`` belongs to.
+        owner_P: The expert of each column of ``B_OP``.
 
     Source: SpectR eq. 10 to 12.
     """
@@ -56,7 +56,7 @@ def merge_raw_factors(
 
     Args:
         h_TP: ``A_t x`` of every expert.
-        weights_TE: Weight of every expert, zero where it is not chosen.
+        weights_TE: Weight of every expert; zero if it is not chosen.
         B_OP: ``c_t B_t`` of every expert.
         owner_P: Not used, as ranks are equal.
 
@@ -67,7 +67,7 @@ def merge_raw_factors(
 
 
 def merged_products(h_TP: Float[Tensor, "*T P"], weights_TE: Float[Tensor, "*T E"]) -> Float[Tensor, "*T P"]:
-    """What :func:`merge_factors` multiplies the output factors with: ``w_t sum_u w_u h_u`` at the place of expert t."""
+    """The factor of the output factors in :func:`merge_factors`: ``w_t sum_u w_u h_u`` at the place of expert t."""
     weights_TE = weights_TE.to(h_TP.dtype)
     h_TER = h_TP.unflatten(-1, (weights_TE.shape[-1], -1))
     merged_TR = (weights_TE[..., None, :] @ h_TER).squeeze(-2)

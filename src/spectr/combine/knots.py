@@ -16,7 +16,7 @@ from spectr.spectral.align import left_basis, without_rounding
 
 
 def knots(*, density: float = 1.0) -> Combination:
-    """TIES of the coordinates of what the chosen experts add; ``density`` is the share of coordinates that is kept."""
+    """TIES on the coordinates of the chosen experts' updates; ``density`` is the share of coordinates that is kept."""
     return Combination(partial(merge_knots, density=density), prepare=coordinates)
 
 
@@ -25,7 +25,7 @@ def coordinates(stack: Stack) -> tuple[Float[Tensor, "Q P"], Float[Tensor, "O Q"
     """``U^T B_t`` of every expert, and the basis ``U`` of ``[delta_1 ... delta_E] = U S [V_1^T ... V_E^T]``.
 
     Args:
-        stack: All experts of a module; another expert makes another basis.
+        stack: All experts of a module; a new expert changes the basis.
     """
     parts = stack.parts().values()
     U_OQ, _ = left_basis((part.A, part.B) for part in parts)
@@ -42,21 +42,21 @@ def merge_knots(
     *,
     density: float = 1.0,
 ) -> Float[Tensor, "*T O"]:
-    """``U * ties(c_t)`` with the coordinates ``c_t = U^T delta_t x = (U^T B_t) h_t`` of what each expert adds.
+    """``U * ties(c_t)`` with the coordinates ``c_t = U^T delta_t x = (U^T B_t) h_t`` of each expert's update.
 
-    :func:`spectr.combine.merge_ties` of the vectors ``c_t`` in place of the outputs ``y_t = U c_t``: each keeps its
-    largest coordinates, each coordinate elects a sign, and the weighted mean takes the coordinates that agree.
+    Applies :func:`spectr.combine.merge_ties` to the vectors ``c_t`` instead of the outputs ``y_t = U c_t``. Each expert
+    keeps its largest coordinates, each coordinate elects a sign, and the weighted mean counts coordinates that agree.
 
-    ``spectr merge --method knots`` takes TIES of the matrices ``S V_t^T`` themselves. Here each is applied to the token
-    first, ``c_t = (S V_t^T) x``, and TIES is taken of the result. The basis there is that of the merged experts with
-    their weights. Here it is that of all experts of the module with weight 1, so that it is made once and not for each
-    choice. Signs of the columns of ``U`` make no difference.
+    ``spectr merge --method knots`` applies TIES to the matrices ``S V_t^T``. Here each matrix is applied to the token
+    first, ``c_t = (S V_t^T) x``, and TIES to the result. There the basis belongs to the merged experts with their
+    weights. Here it belongs to all experts of the module with weight 1, so that it is computed once instead of for each
+    choice. The signs of the columns of ``U`` do not matter.
 
     Args:
         h_TP: ``A x`` of every expert.
-        weights_TE: Weight of every expert, zero where it is not chosen.
+        weights_TE: Weight of every expert; zero if it is not chosen.
         C_QP: Coordinates of their output factors, ``U^T B_t``.
-        owner_P: Which expert a column of ``C_QP`` belongs to.
+        owner_P: The expert of each column of ``C_QP``.
         U_OQ: The basis.
         density: Share of coordinates that is kept, above 0 and at most 1.
 

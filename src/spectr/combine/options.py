@@ -1,4 +1,4 @@
-"""The text of a combination, such as ``dare:density=0.1``, as a name and options."""
+"""Parse the text of a combination, such as ``dare:density=0.1``."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from spectr.errors import SpectrWarning
 def parse(text: str) -> tuple[str, dict[str, float]]:
     """``"dare-ties:density=0.1,trim=0.5"`` as ``("dare-ties", {"density": 0.1, "trim": 0.5})``.
 
-    Numbers without a name, as in ``dare:0.9``, are the form of version 0 and keep their meaning for one version; see
+    Numbers without a name, as in ``dare:0.9``, are the form of version 0. They keep their meaning for one version; see
     :func:`warn_of_numbers`.
 
     Raises:
-        ValueError: What follows the name is no list of options.
+        ValueError: The text after the name is not a list of options.
     """
     name, colon, rest = text.partition(":")
     if not colon:
@@ -30,15 +30,15 @@ def parse(text: str) -> tuple[str, dict[str, float]]:
 
 
 def warn_of_numbers(text: str, name: str, options: Mapping[str, float]) -> None:
-    """Warn where options were given as numbers without names."""
+    """Warn about options that are numbers without names."""
     if options and "=" not in text:
         now = ",".join(f"{key}={number:g}" for key, number in options.items())
-        # Its place is this line for all callers: Python shows one text once. Users of the command line see it too.
+        # stacklevel=1, so that Python shows each text once. The command line prints it too.
         warnings.warn(f"combine={text!r} is deprecated: write {f'{name}:{now}'!r}", SpectrWarning, stacklevel=1)
 
 
 def _of_numbers(name: str, numbers: list[float]) -> dict[str, float]:
-    """The options that numbers without names stood for: TIES's share that is kept, DARE's that is dropped."""
+    """Names for numbers without names: the share that TIES keeps, and the share that DARE drops."""
     match name, numbers:
         case "ties", [kept]:
             return {"density": kept}

@@ -1,4 +1,4 @@
-"""The weighted mean of the chosen experts' outputs. Also after DARE."""
+"""The weighted mean of the chosen experts' outputs, also after DARE."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def outputs() -> Combination:
 
 
 def dare(*, density: float = 0.5) -> Combination:
-    """The same, where a random share ``density`` of each output factor's entries is kept and the rest is zero.
+    """Like :func:`outputs`, with a random share ``density`` of each output factor's entries kept and the others zero.
 
-    Entries are dropped once, when an expert is prepared, and the others enlarged to make up for it. The mean over masks
-    is the expert itself, for any token.
+    Entries are dropped once, when an expert is prepared; the remaining entries are scaled up. The mean over masks is
+    the original expert, for every token.
 
     Source: DARE (Yu et al., 2024), on the factor that SpectR's section 3.3 merges.
     """
@@ -31,13 +31,13 @@ def merge_outputs(
     B_OP: Float[Tensor, "O P"],
     owner_P: Int[Tensor, " P"],
 ) -> Float[Tensor, "*T O"]:
-    """``sum_t w_t B_t h_t``, any mix of ranks, the same for any signs of the singular vectors.
+    """``sum_t w_t B_t h_t``. Works with any mix of ranks, and does not depend on the signs of the singular vectors.
 
     Args:
         h_TP: ``A x`` of every expert.
-        weights_TE: Weight of every expert, zero where it is not chosen.
+        weights_TE: Weight of every expert; zero if it is not chosen.
         B_OP: Output factors of every expert.
-        owner_P: Which expert a column of ``B_OP`` belongs to.
+        owner_P: The expert of each column of ``B_OP``.
 
     Source: SpectR eq. 13 (Appendix A).
     """

@@ -1,4 +1,4 @@
-"""TIES across the chosen experts: trim what each adds, elect signs, average what agrees. Also after DARE."""
+"""TIES across the chosen experts: trim each update, elect signs, average the entries that agree. Also after DARE."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from spectr.spectral.sparsify import elect_and_mean, trim
 
 
 def ties(*, density: float = 0.2) -> Combination:
-    """TIES of what the chosen experts add to a token; ``density`` is the share of entries that is kept."""
+    """TIES on the chosen experts' updates of a token; ``density`` is the share of entries that is kept."""
     return Combination(partial(merge_ties, density=density))
 
 
 def dare_ties(*, density: float = 0.5, trim: float = 1.0) -> Combination:
-    """DARE with ``density``, then TIES that keeps the share ``trim``: by default the dropping replaces the trimming.
+    """DARE with ``density``, then TIES that keeps the share ``trim``; by default DARE replaces the trimming.
 
     Source: DARE (Yu et al., 2024) with TIES-Merging (Yadav et al., 2023).
     """
@@ -35,19 +35,18 @@ def merge_ties(
 ) -> Float[Tensor, "*T O"]:
     """TIES of the chosen experts' output vectors ``y_t = B_t h_t``.
 
-    Of each ``y_t`` the ``density`` share of largest entries is kept. For each output the sign of ``sum_t w_t y_t`` is
-    elected, and the update is ``sum_t w_t y_t / sum_t w_t`` over the experts whose entry has that sign. One expert
-    alone is trimmed and nothing else.
+    Each ``y_t`` keeps its ``density`` share of largest entries. Each output elects the sign of ``sum_t w_t y_t``. The
+    update is ``sum_t w_t y_t / sum_t w_t`` over the experts whose entry has that sign. A single expert is only trimmed.
 
     Args:
         h_TP: ``A x`` of every expert.
-        weights_TE: Weight of every expert, zero where it is not chosen.
+        weights_TE: Weight of every expert; zero if it is not chosen.
         B_OP: Output factors of every expert.
-        owner_P: Which expert a column of ``B_OP`` belongs to.
+        owner_P: The expert of each column of ``B_OP``.
         density: Share of entries that is kept, above 0 and at most 1.
 
-    Source: TIES-Merging (Yadav et al., 2023), applied as SpectR's section 3.3 allows, to what each expert adds to a
-    token instead of to its weights: merging weights anew for each token would form them in full.
+    Source: TIES-Merging (Yadav et al., 2023). As SpectR's section 3.3 allows, it is applied to the experts' updates of
+    a token instead of their weights; merging weights for each token would form them in full.
     """
     weights_TE = weights_TE.float()
     updates, weights = [], []

@@ -1,6 +1,6 @@
-"""A composed model as a folder: the base model, its experts in it, and a config that says how they are routed.
+"""A composed model as a folder: the base model, its experts, and a config that describes their routing.
 
-Importing this teaches transformers to load such a folder as it loads any other.
+Importing this package teaches transformers to load such a folder.
 """
 
 from spectr.composed_model.load import load_composed

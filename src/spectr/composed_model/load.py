@@ -1,4 +1,4 @@
-"""Reading a composed folder with transformers, whose quantisers it comes in through."""
+"""Load a composed folder with transformers, as a quantised model."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class SpectrFolder(QuantizationConfigMixin):
 
     @property
     def settings(self) -> Settings:
-        """What it says."""
+        """The settings in it."""
         return Settings.of(dict(self.__dict__))
 
 
 @register_quantizer(METHOD)
 class SpectrQuantizer(HfQuantizer):
-    """Composes a model when its weights are there; nothing is quantised. The handle is ``model.spectr``."""
+    """Composes a model after its weights are loaded; quantises nothing. The handle is ``model.spectr``."""
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         settings = self.quantization_config.settings  # pyright: ignore[reportAttributeAccessIssue]
@@ -53,31 +53,31 @@ class SpectrQuantizer(HfQuantizer):
         return False
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
-        """See ``HfQuantizer``: a folder is written by :func:`save_composed`."""
+        """See ``HfQuantizer``; :func:`save_composed` writes a folder."""
         return False
 
 
 def load_composed(
     folder: str | Path, *, dtype: str = "auto", device: str = "cpu"
 ) -> tuple[Routed, PreTrainedTokenizerBase]:
-    """The composed model of a folder, in evaluation mode, and its tokenizer.
+    """Load a composed folder in evaluation mode, with its tokenizer.
 
     Args:
-        folder: As :func:`save_composed` wrote it.
-        dtype: As :func:`spectr.models.load_model` takes it.
-        device: Where the model goes.
+        folder: A folder of :func:`save_composed`.
+        dtype: See :func:`spectr.models.load_model`.
+        device: Device of the model.
 
     Returns:
-        The handle, whose ``model`` is the model, and the tokenizer.
+        The handle, whose ``model`` is the composed model, and the tokenizer.
 
     Raises:
         ModelError: The folder holds no composed model.
     """
     if composed_config(folder) is None:
         raise ModelError(
-            f"{folder} is no composed folder",
+            f"{folder} is not a composed folder",
             expected=f'a config.json whose quantization_config has "quant_method": "{METHOD}"',
-            do="make one: spectr compose --save FOLDER",
+            do="create one: spectr compose --save FOLDER",
         )
     kind = pick_dtype(dtype, device)  # pyright: ignore[reportArgumentType]
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=kind)

@@ -1,4 +1,4 @@
-"""Writing a composed model as one folder that transformers and vLLM load."""
+"""Write a composed model as one folder that transformers and vLLM load."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 EXPERTS = "experts"
-_ELSEWHERE = "name another one, or say --overwrite"
+_ELSEWHERE = "choose another folder, or use --overwrite"
 Progress = Callable[[str, int, int], None]
 
 
@@ -35,25 +35,25 @@ def save_composed(
     overwrite: bool = False,
     progress: Progress = lambda *_: None,
 ) -> Path:
-    """Write base model, tokenizer and the experts that are allowed into one folder, all of it or nothing.
+    """Write the base model, the tokenizer and the allowed experts into one folder, atomically.
 
-    The experts are an ordinary library in ``experts/``, and the config's ``quantization_config`` says how they are
-    routed. :func:`load_composed` gives the same composed model again, and vLLM serves it.
+    The experts become an ordinary library in ``experts/``. The config's ``quantization_config`` describes the routing.
+    :func:`load_composed` restores the same composed model, and vLLM serves it.
 
     Args:
         routed: The handle of a composed model.
         tokenizer: Its tokenizer.
         out: The folder.
-        access: In vLLM, what a request gets that names no experts: ``"open"`` all, ``"closed"`` the base model alone.
-        record: In vLLM, whether layers keep what they choose, for requests that ask.
-        overwrite: Replace what is in the folder.
-        progress: Receives (what, done, total).
+        access: In vLLM, what a request that names no experts gets: ``"open"`` all, ``"closed"`` the base model alone.
+        record: In vLLM, whether layers record their choices, for requests that ask for them.
+        overwrite: Replace the folder's content.
+        progress: Called with (what, done, total).
 
     Returns:
         The folder.
 
     Raises:
-        CompositionError: The folder is in use or cannot be written, or the router cannot be written down.
+        CompositionError: The folder is not empty or cannot be written, or the router cannot be saved.
     """
     out = Path(out)
     settings = check_saving(routed.router, routed.experts, out, access=access, record=record, overwrite=overwrite)
@@ -74,23 +74,23 @@ def check_saving(
     record: bool = False,
     overwrite: bool = False,
 ) -> Settings:
-    """What :func:`save_composed` would write down, checked without a model.
+    """Check, without a model, what :func:`save_composed` would write.
 
     Args:
-        router: Of the composed model.
-        experts: Those that are to be written.
-        out: See :func:`save_composed`, as the rest.
+        router: Router of the composed model.
+        experts: The experts to write.
+        out: See :func:`save_composed`, as for the others.
 
     Raises:
-        CompositionError: The folder is in use or cannot be made, or the router cannot be written down.
+        CompositionError: The folder is not empty or cannot be created, or the router cannot be saved.
     """
     if DESCRIBED in router.needs or (router.policy is not None and router.policy.pages):
         raise CompositionError(
-            f"{router} needs more than a folder holds",
+            f"{router} needs more than a composed folder can hold",
             expected="a router without a guide or a shortlist, such as spectr or calibrated",
             do="save it with another router",
         )
-    residents(router, tuple(experts))  # as whoever loads the folder will ask
+    residents(router, tuple(experts))  # loading the folder checks the same
     settings = Settings(library=EXPERTS, router=router_config(router), access=access, record=record)
     settings.check()
     check_folder(out, overwrite)
@@ -98,12 +98,12 @@ def check_saving(
 
 
 def _save_base(routed: Routed, tokenizer: PreTrainedTokenizerBase, folder: Path, settings: Settings) -> None:
-    """The plain model, saved by itself, with one entry more in its config."""
+    """Save the plain model, with one more entry in its config."""
     model = routed.model
     if getattr(model.config, "quantization_config", None) is not None:
         raise CompositionError(
-            "the base model is quantised, and such a folder has no place for two quantisations yet",
-            do="save the base model in bfloat16; for vLLM name the library by hf_overrides, see docs/howto/vllm.md",
+            "the base model is quantised, and a composed folder cannot describe a quantised model yet",
+            do="save the base model in bfloat16; for vLLM, name the library with hf_overrides (see docs/howto/vllm.md)",
         )
     model.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
     tokenizer.save_pretrained(folder)
@@ -111,7 +111,7 @@ def _save_base(routed: Routed, tokenizer: PreTrainedTokenizerBase, folder: Path,
     config["quantization_config"] = settings.as_config()
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for file in filter(Path.is_file, folder.iterdir()):
-        file.chmod(0o644)  # safetensors writes files that their owner alone can read
+        file.chmod(0o644)  # safetensors writes private files
 
 
 def _save_experts(library: ExpertLibrary, names: tuple[str, ...], root: Path, progress: Progress) -> None:
@@ -127,5 +127,5 @@ def _save_experts(library: ExpertLibrary, names: tuple[str, ...], root: Path, pr
 
 
 def check_folder(out: Path, overwrite: bool) -> None:
-    """Raise :class:`CompositionError` where no composed model can be written."""
+    """Raise :class:`CompositionError` if no composed model can be written here."""
     check_new_folder(out, CompositionError, _ELSEWHERE, overwrite=overwrite)

@@ -1,4 +1,4 @@
-"""What a model's ``quantization_config`` says about its experts: all that changes what is computed."""
+"""The ``quantization_config`` of a model with experts: everything that changes what is computed."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _DERIVED = ("fingerprint",)
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a composed folder, or a model that vLLM serves, is routed.
+    """How a composed folder, or a model in vLLM, is routed.
 
-    Everything is in the model's config, and nowhere else: vLLM keeps compiled graphs under a key made of that.
+    All of it is in the model's config, since vLLM caches compiled graphs under a key made from the config.
 
     Attributes:
-        library: The experts' folder; a relative path starts from the model's folder.
-        router: A router's name and its settings, as :func:`spectr.get_router` takes them.
-        access: What a request gets that names no experts: ``"open"`` all of them, ``"closed"`` the base model alone.
-        record: Whether the layers keep what they choose, for requests that ask.
-        inner: The base model's own ``quantization_config``, where its weights are quantised.
-        experts: Those of the library that are there; ``None`` for all of them.
-        beside: Further routers, for requests that ask for one of them by its name; in vLLM alone.
+        library: The experts' folder; a relative path starts at the model's folder.
+        router: A router's name and settings, for :func:`spectr.get_router`.
+        access: What a request that names no experts gets: ``"open"`` all experts, ``"closed"`` the base model alone.
+        record: Whether layers record their choices, for requests that ask for them.
+        inner: The base model's own ``quantization_config`` if its weights are quantised.
+        experts: The experts of the library that are used; ``None`` for all.
+        beside: Further routers, which requests choose by name; in vLLM only.
     """
 
     library: str
@@ -51,10 +51,10 @@ class Settings:
         known = {f.name for f in fields(Settings)} | {"quant_method", "version", *_DERIVED}
         for key in config:
             if key not in known:
-                raise CompositionError(f"quantization_config has the unknown key '{key}'", do=did_you_mean(key, known))
+                raise CompositionError(f"quantization_config has an unknown key '{key}'", do=did_you_mean(key, known))
         if config.get("version", VERSION) != VERSION:
             raise CompositionError(
-                f"quantization_config is of version {config['version']}",
+                f"quantization_config has version {config['version']}",
                 expected=f"version {VERSION}",
                 do="update spectr",
             )
@@ -69,22 +69,24 @@ class Settings:
         return settings
 
     def check(self) -> None:
-        """Raise :class:`CompositionError` where a value is out of range."""
+        """Raise :class:`CompositionError` if a value is out of range."""
         checks = (
             ("access", "'open' or 'closed'", ACCESS.__contains__),
             ("record", "true or false", lambda value: isinstance(value, bool)),
             ("experts", "a list of names, or nothing for all", _are_names),
-            ("beside", '[{"name": "calibrated"}] or the like', lambda value: not isinstance(value, (str, Mapping))),
+            ("beside", 'a list such as [{"name": "calibrated"}]', lambda value: not isinstance(value, (str, Mapping))),
         )
         for name, expected, right in checks:
             raise_together("", range_faults(CompositionError, expected, right, **{name: getattr(self, name)}))
         for key, given in (("router", self.router), *(("beside", given) for given in self.beside)):
             if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
-                raise CompositionError(f"{key}={given!r}", expected='{"name": "spectr", "top_k": 4} or the like')
+                raise CompositionError(f"{key}={given!r}", expected='an object such as {"name": "spectr", "top_k": 4}')
             _made(given)
         names = [given["name"] for given in (self.router, *self.beside)]
         if len(set(names)) < len(names):
-            raise CompositionError(f"routers {', '.join(names)}", expected="each name once, by which requests ask")
+            raise CompositionError(
+                f"routers {', '.join(names)}", expected="different names, since requests choose by name"
+            )
 
     def make_router(self) -> Router:
         """The router."""
@@ -95,14 +97,14 @@ class Settings:
         return {given["name"]: _made(given) for given in (self.router, *self.beside)}
 
     def open_library(self, model: str | Path) -> ExpertLibrary:
-        """The library, whose relative path starts from the model's folder, checked against the router."""
+        """Open the library, resolve its path in the model's folder, and check it against the router."""
         path = Path(self.library).expanduser()
         library = self.narrowed(ExpertLibrary.open(path if path.is_absolute() else _folder(str(model), path)))
         residents(self.make_router(), library.names)
         return library
 
     def narrowed(self, library: ExpertLibrary) -> ExpertLibrary:
-        """A library with the settings' experts alone."""
+        """A library with only the experts in the settings."""
         if self.experts is None:
             return library
         library.check(*self.experts)
@@ -127,7 +129,7 @@ def _made(config: Mapping[str, Any]) -> Router:
 
 
 def _folder(model: str, path: Path) -> Path:
-    """The library inside a model's folder, or of a model on the Hub."""
+    """The library's folder inside a model's folder, or of a model on the Hub."""
     if Path(model).is_dir():
         return Path(model) / path
     from huggingface_hub import snapshot_download

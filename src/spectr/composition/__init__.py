@@ -1,4 +1,4 @@
-"""Putting a library's experts into a model, and taking them out again."""
+"""Put a library's experts into a model, and remove them again."""
 
 from spectr.composition.compose import compose
 from spectr.composition.paged import Paged

@@ -1,4 +1,4 @@
-"""The door: a model, a library and a router become one model."""
+"""The entry point: a model, a library and a router become one model."""
 
 from __future__ import annotations
 
@@ -34,44 +34,43 @@ def compose(
 ) -> Routed:
     """Route a model's linear layers through a library's experts, in place.
 
-    ``model`` keeps its class, the names in its ``state_dict`` and all of its uses; only its linear layers that an
-    expert adapts are wrapped. Experts are prepared in float32 and cast to the dtype of the layer they join. To spread a
-    model by accelerate, do that first and compose then.
+    ``model`` keeps its class, the names in its ``state_dict`` and its uses. Only linear layers that an expert adapts
+    are wrapped. Experts are prepared in float32 and cast to the dtype of their layer. To distribute a model with
+    accelerate, do so before you compose it.
 
     Args:
-        model: Any module with linear layers; transformers' models above all.
+        model: A module with linear layers, usually a transformers model.
         library: The experts, or the path of their folder.
-        router: Scores, selects and combines; :class:`Spectr` with its defaults if left out (and ``top_k`` at
-            most the number of experts).
-        progress: Receives (done, total) layers.
+        router: Scores, selects and combines. By default :class:`Spectr`, with a ``top_k`` of at most the number of
+            experts.
+        progress: Called with (done, total) layers.
         guide: Compares prompts with the library's descriptions, for :class:`Glider`; see
             :class:`spectr.guidance.QueryGuide`.
-        expert_memory: For :class:`Shortlist`: bytes that experts may take in memory; the rest stay on disk. 1 GiB if
-            left out.
-        policy: For :class:`Shortlist`: which expert leaves when there is no room; if left out
+        expert_memory: For :class:`Shortlist`: bytes of memory for experts; the others stay on disk. Default 1 GiB.
+        policy: For :class:`Shortlist`: which expert to evict when memory is full; by default
             :data:`spectr.paging.DEFAULT_POLICY`.
 
     Returns:
-        A handle to restrict, extend and undo.
+        A handle to restrict, extend and undo the composition.
 
     Raises:
-        CompositionError: The model is composed already, the experts do not fit it, or the router does not fit the
-            library. Nothing was changed.
+        CompositionError: The model is composed already, or experts, router and library do not fit together. Nothing was
+            changed.
         LibraryError: The library cannot be read.
         AdapterError: An expert's files are damaged.
     """
     library = library if isinstance(library, ExpertLibrary) else ExpertLibrary.open(library)
     router = Spectr(top_k=min(4, len(library))) if router is None else router
-    model = getattr(model, "_orig_mod", model)  # of a compiled model: the module itself
+    model = getattr(model, "_orig_mod", model)  # the module inside a compiled model
     router = adapted(router)
     if isinstance(router, type) or not isinstance(router, Router):
         raise CompositionError(
-            f"router={router!r} is no router",
+            f"router={router!r} is not a router",
             expected="a router object, such as spectr.Spectr(top_k=4)",
             do="for a router by name: spectr.get_router('arrow')",
         )
     if any(isinstance(module, (RoutedLinear, SavedModule, MultiRoutedLinear)) for module in model.modules()):
-        raise CompositionError("this model is composed already", do="call remove() on its handle first")
+        raise CompositionError("the model is composed already", do="call remove() on its handle first")
     library = library.named_for(naming_of(model))
     if router.policy is not None and router.policy.pages:
         memory = _EXPERT_MEMORY if expert_memory is None else expert_memory
@@ -81,14 +80,14 @@ def compose(
     if expert_memory is not None or policy is not None:
         raise CompositionError(
             f"{router} holds all experts in memory",
-            expected="expert_memory and policy with the router Shortlist alone",
+            expected="expert_memory and policy with the router Shortlist only",
             do="compose(model, library, spectr.Shortlist(), expert_memory=...)",
         )
     if DESCRIBED in router.needs:
         check_needs(router, library, residents(router, library.names))
         if guide is None:
             raise CompositionError(
-                f"{router} compares prompts with descriptions, and there is no guide",
+                f"{router} compares prompts with descriptions, but there is no guide",
                 do="compose(..., guide=spectr.guidance.QueryGuide.of(model, tokenizer))",
             )
     return Routed(model, library, router, progress, guide)

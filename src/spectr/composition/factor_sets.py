@@ -1,4 +1,4 @@
-"""Factors of sets of experts, for calls whose rows have weights or shortlists of their own."""
+"""Factors of sets of experts, for calls where rows have their own weights or shortlists."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from spectr.layers.routed import RoutedLinear
 Table = Mapping[RoutedLinear, Factors | None]
 Make = Callable[[Sequence[RoutedLinear], tuple[str, ...]], Table]
 
-_SINGLE, _GATHERED = 64, 2  # sets that are kept: of one expert, which are views, and of several, which are copies
+_SINGLE, _GATHERED = 64, 2  # cached sets: of one expert, which are views, and of several, which are copies
 
 
 def held_factors(layers: Sequence[RoutedLinear], names: tuple[str, ...]) -> Table:
-    """Of what the layers hold."""
+    """The factors in the layers."""
     return {layer: layer.subset(names) for layer in layers}
 
 
 class FactorSets:
-    """By set of experts the factors of every layer, which all sequences share. Those used last are kept.
+    """Factors of every layer by set of experts. All sequences share them; the most recently used are cached.
 
     Args:
         layers: The routed layers.
-        make: From layers and names to factors.
-        single: Sets of one expert that are kept.
-        gathered: Sets of several experts that are kept.
-        serve_choices: Whether tokens can choose among what it makes, which has all that a router reads; otherwise only
-            fixed weights can be applied to it.
+        make: Maps layers and names to factors.
+        single: Number of cached sets of one expert.
+        gathered: Number of cached sets of several experts.
+        serve_choices: Whether tokens can choose among its factors, which then include all that a router reads.
+            Otherwise only fixed weights can be applied.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class FactorSets:
         self._lock = threading.Lock()
 
     def table(self, names: tuple[str, ...]) -> Table:
-        """Every layer's factors of these experts; made where they are not there, or the layers hold others by now."""
+        """Every layer's factors of these experts; computed if they are missing or the layers changed."""
         held = tuple(layer.factors for layer in self._layers)
         with self._lock:
             found = self._tables.get(names)
@@ -68,7 +68,7 @@ class FactorSets:
                 del self._tables[old]
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, which make their own."""
+        """For copies and pickles, which create their own."""
         return {**vars(self), "_tables": OrderedDict(), "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Trying a model on two tokens or an empty picture, to find what it does with the weights of its linear layers."""
+"""Call a model with two tokens or a small input to find out how it uses the weights of its linear layers."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from torch import Tensor, nn
 from spectr.layers.linear import features
 from spectr.layers.weight_reads import WeightReads, uncompiled
 
-_SAMPLES = 2000  # of sound: a few frames of all models that are given it as a wave
+_SAMPLES = 2000  # audio samples: a few frames for every model that reads waveforms
 
 
 def find_weight_reads(model: nn.Module) -> WeightReads:
-    """How a model uses the weights of its linear layers, found by one call with as little as it takes.
+    """Find out how a model uses the weights of its linear layers, with one minimal call.
 
-    It costs what one token costs. The model is called as it stands (on its devices, by its own kernels) in eval mode,
-    and is left as it was, random numbers included. A part that is not reached, as the vision tower of a language model,
-    is called by itself. What cannot be called, or needs other inputs than tokens, pictures or waves, stays unknown.
+    It costs as much as one token. The model is called as it is (on its devices, with its kernels) in eval mode, and its
+    state is restored, including random numbers. A part that is not reached, such as the vision tower of a language
+    model, is called separately. Parts that cannot be called, or need other inputs than these, stay unknown.
 
     Args:
-        model: The base model, or a composed one. One whose weights accelerate keeps elsewhere is not called.
+        model: The base model or a composed one. A model whose weights accelerate offloads is not called.
     """
     reads = WeightReads(model)
     layers = {module: name for name, module in model.named_modules() if features(module)}
@@ -44,12 +44,12 @@ def find_weight_reads(model: nn.Module) -> WeightReads:
 
 
 def _runs(part: nn.Module, inputs: Mapping[str, Tensor], reads: WeightReads) -> bool:
-    """Whether a module could be called with this."""
+    """Whether a module could be called with these inputs."""
     devices = {tensor.device for tensor in part.parameters() if tensor.is_cuda}
     try:
         with _in_eval_mode(part), torch.random.fork_rng(devices), torch.no_grad(), uncompiled(), reads:
             part(**inputs)
-    except Exception:  # whatever a model raises that wants something else
+    except Exception:  # a model that needs other inputs may raise anything
         return False
     return True
 
@@ -66,7 +66,7 @@ def _in_eval_mode(part: nn.Module) -> Iterator[None]:
 
 
 def _inputs(part: Any) -> Iterator[dict[str, Tensor]]:
-    """What a module may be called with: its main input first, then all that it has a name for."""
+    """Inputs for a module: its main input first, then all inputs that it has a name for."""
     weight = next(weight for weight in part.parameters() if weight.is_floating_point())
     vision = getattr(part.config, "vision_config", part.config)
     size = getattr(vision, "image_size", None)
@@ -86,7 +86,7 @@ def _inputs(part: Any) -> Iterator[dict[str, Tensor]]:
 
 
 def _token_ids(config: Any, device: torch.device) -> Tensor | None:
-    """Two tokens of a model's vocabulary that stand for nothing but themselves."""
+    """Two tokens of a model's vocabulary without a special meaning."""
     text = config.get_text_config()
     special = [value for part in (config, text) for name, value in vars(part).items() if name.endswith("token_id")]
     words = range(getattr(text, "vocab_size", None) or 0)

@@ -1,4 +1,4 @@
-"""One model composed by several routers at once, which share its weights and what their factors have in common."""
+"""One model composed by several routers at once. They share its weights, and the parts of their factors that agree."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from spectr.lazy import lazy
 
 
 class MultiRouter:
-    """A model whose tokens each go through the composition of one of several routers.
+    """A model where each token uses the composition of one of several routers.
 
-    Each router composes a copy of the model, modules of its own around the same weights, so that it is what
-    :func:`compose` made it, whatever the others are. In the model itself a
-    :class:`spectr.layers.multi_routed.MultiRoutedLinear` takes each token to its router's layer. A single router
+    Each router composes its own copy of the model: other modules around the same weights. The copy is what
+    :func:`compose` makes of it, independent of other routers. In the model itself, a
+    :class:`spectr.layers.multi_routed.MultiRoutedLinear` sends each token to its router's layer. A single router
     composes the model itself.
 
     Args:
         model: Is called for the tokens of all routers.
-        makers: By a router's name, for clients, what composes the model that it is given; the first is the default.
+        makers: By router name, a function that composes a given model; the first router is the default.
 
     Attributes:
-        compositions: By name the routers' own handles.
+        compositions: The routers' handles by name.
 
     Raises:
-        CompositionError: The routers do not hold the same experts, or a composition fails. The model is as before.
+        CompositionError: The routers hold different experts, or a composition fails. The model is unchanged.
     """
 
     def __init__(self, model: nn.Module, makers: Mapping[str, Callable[[nn.Module], Routed]]):
@@ -46,13 +46,13 @@ class MultiRouter:
         self._place()
 
     def _check_factors_alone(self) -> None:
-        """Raise :class:`CompositionError` where several routers would need trained modules of experts."""
+        """Raise :class:`CompositionError` if several routers would need experts' trained modules."""
         for name, routed in self.compositions.items():
             if len(self.compositions) > 1 and any(isinstance(m, SavedModule) for m in routed.model.modules()):
                 raise CompositionError(
-                    f"several routers are to share the model, and with '{name}' experts have trained modules besides "
+                    f"several routers cannot share the model: with '{name}', experts have trained modules besides "
                     "LoRA's factors",
-                    expected="one router, which takes one expert a prompt",
+                    expected="one router, which chooses one expert per prompt",
                     do="serve with one router",
                 )
 
@@ -68,7 +68,7 @@ class MultiRouter:
 
     @property
     def bytes(self) -> dict[str, int]:
-        """What each router's experts take of memory, less what a router before it has too."""
+        """Memory of each router's experts, minus what an earlier router already holds."""
         seen: set[int] = set()
         taken = {}
         for name, routed in self.compositions.items():
@@ -78,7 +78,7 @@ class MultiRouter:
         return taken
 
     def refresh(self) -> None:
-        """Take to the layers that the routers have now; to be called when one of them has changed its own."""
+        """Use the routers' current layers; call this after a router changed its own."""
         for name in self.compositions:
             self._share(name)
         self._place()
@@ -97,7 +97,7 @@ class MultiRouter:
             swap_module(self.model, module, layer)
 
     def _share(self, name: str) -> None:
-        """Keep what this router's layers have in common with those of the routers before it once."""
+        """Share the parts of this router's layers that an earlier router holds already."""
         before = list(self.compositions)[: list(self.compositions).index(name)]
         for other in before:
             theirs = self.compositions[other].layers
@@ -106,34 +106,34 @@ class MultiRouter:
 
 
 def check_alike(held: Mapping[str, Sequence[str]]) -> None:
-    """Raise :class:`CompositionError` for a router that holds other experts than the first of them does."""
+    """Raise :class:`CompositionError` for a router that holds other experts than the first router."""
     (first, experts), *others = held.items()
     for name, found in others:
         if tuple(found) != tuple(experts):
             raise CompositionError(
-                f"router '{name}' holds {', '.join(found)}, and router '{first}' {', '.join(experts)}",
-                expected="routers that hold the same experts, so that every request's set can be answered by each",
-                do=f"leave '{name}' out; one expert alone can be asked for with any router",
+                f"router '{name}' holds {', '.join(found)}, but router '{first}' holds {', '.join(experts)}",
+                expected="routers that hold the same experts, so that each can answer every request",
+                do=f"omit '{name}'; requests can ask for one expert with any router",
             )
 
 
 def _check_modules(model: nn.Module, layers: Iterable[str]) -> None:
-    """Raise :class:`CompositionError` for layers that are parameters of the model and no modules."""
+    """Raise :class:`CompositionError` for routed layers that are parameters instead of modules."""
     modules = dict(model.named_modules())
     parameters = [name for name in layers if name not in modules]
     if parameters:
         raise CompositionError(
-            f"several routers at once, and experts adapt parameters of a mixture of experts ({some_of(parameters, 3)})",
+            f"several routers cannot share the model: experts adapt MoE parameters ({some_of(parameters, 3)})",
             expected="one router for a model whose parameters are routed",
-            do="name one router, or leave these experts out",
+            do="use one router, or omit these experts",
         )
 
 
 def weight_sharing_copy(model: nn.Module) -> nn.Module:
-    """The same weights in modules and parameters of their own.
+    """A copy with the same weights in separate modules and parameters.
 
-    What is put in the place of one is not seen by the other, nor whether its weights are frozen, as PEFT does: a frozen
-    layer is another product for torch, which may copy its weights for it first.
+    Replacing a module or freezing weights in one copy does not affect the other. For torch a frozen layer is another
+    product, for which it may first copy the weights.
     """
     shared: dict[int, Tensor] = {id(buffer): buffer for buffer in model.buffers()}
     for weight in model.parameters():

@@ -1,4 +1,4 @@
-"""Module names that versions of transformers have given to the same layers."""
+"""Names that different versions of transformers give to the same modules."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from spectr.composition.parameter_names import ModelParameters
 from spectr.layers.carried import check_bare
 
 Rule = Callable[[str], str]
-_SUFFIX = ".lora_A.weight"  # patterns may look at what comes after a module's name
+_SUFFIX = ".lora_A.weight"  # patterns may match the text after a module's name
 
 
 def naming_of(model: nn.Module) -> Naming:
-    """The names of a model's modules, with transformers' own renamings of older checkpoints.
+    """The names of a model's modules, with transformers' renamings for older checkpoints.
 
     Raises:
-        CompositionError: The model carries adapters already.
+        CompositionError: The model already carries adapters.
 
     Source: ``transformers.conversion_mapping``, and ``_checkpoint_conversion_mapping`` of version 4.
     """
@@ -36,7 +36,7 @@ def naming_of(model: nn.Module) -> Naming:
 
 
 class _Renamed:
-    """The present name of a module by an older one, by rules that are made where a name is not the model's."""
+    """Maps an older module name to the current one; the rules are built when a name is not the model's."""
 
     def __init__(self, model: nn.Module):
         self._model = model
@@ -50,10 +50,10 @@ class _Renamed:
         for rule in self._rules:
             key = rule(key)
         new = key.removesuffix(_SUFFIX)
-        return module if module.endswith(new) else new  # as PEFT: a name that only lost its beginning is left alone
+        return module if module.endswith(new) else new  # like PEFT: a name that lost only its prefix is unchanged
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, which make their own rules."""
+        """For copies and pickles, which create their own rules."""
         return {"_model": self._model}
 
 
@@ -75,7 +75,7 @@ def _conversions(model: Any) -> list[Rule]:
 
 
 def _first_of(mapping: dict[str, str]) -> Rule:
-    """The first pattern that a key has, replaced, as transformers 4 did."""
+    """Replace the first pattern that matches a key, as transformers 4 did."""
 
     def rule(key: str) -> str:
         for pattern, replacement in mapping.items():

@@ -1,4 +1,4 @@
-"""A composed model whose experts stay on disk until a prompt calls for them."""
+"""A composed model whose experts stay on disk until a prompt needs them."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from spectr.spectral import Prototypes, Share
 
 
 class Paged(Routed):
-    """A handle on a model whose prompts are decided on by prototypes: as :class:`Routed`, with most experts on disk.
+    """A handle on a model that decides on prompts with prototypes: like :class:`Routed`, with most experts on disk.
 
     Attributes:
-        shelf: The experts that are in memory.
-        prototypes: By module, what a prompt's shortlist is made by.
-        certainty: What the lists needed to be certain, where the router wants them so; else nothing is counted.
+        shelf: The experts in memory.
+        prototypes: By module, the data for prompts' shortlists.
+        certainty: Counts how exact lists were made, if the router makes exact lists; else nothing is counted.
     """
 
     shelf: ExpertCache
@@ -73,14 +73,14 @@ class Paged(Routed):
         return {}  # an index has no such experts
 
     def __getstate__(self) -> dict[str, Any]:
-        """Experts that are on disk do not go along.
+        """Experts on disk cannot be copied or pickled.
 
         Raises:
             CompositionError: Always.
         """
         raise CompositionError(
             f"a model composed with {self.router} can neither be copied nor pickled",
-            do="compose again from the library",
+            do="compose the library again",
         )
 
     def _make_layers(
@@ -110,16 +110,16 @@ class Paged(Routed):
         return fresh
 
     def _check_memory(self, library: ExpertLibrary, names: tuple[str, ...]) -> None:
-        """Raise :class:`CompositionError` where a shortlist has no room."""
+        """Raise :class:`CompositionError` if the memory cannot hold a shortlist."""
         size = {module: dtype.itemsize for module, (_, dtype) in self._places.items()}
         layouts = library.index.alike(names)
         largest = max(sum(size.get(module.name, 0) * module.numbers for module in modules) for modules in layouts)
         listed = min(self._most, len(names))
         if largest * listed > self._memory:
             raise CompositionError(
-                f"expert_memory={self._memory} bytes, and {listed} on a shortlist take up to {largest} each",
+                f"expert_memory={self._memory} bytes, but a shortlist holds {listed} of up to {largest} bytes",
                 expected=f"at least {largest * listed} bytes ({largest * listed / (1 << 30):.3f} GiB)",
-                do="give more memory (--expert-memory), or a shorter list (--set size=...): Shortlist(size=...)",
+                do="raise --expert-memory, or use a shorter list: --set size=..., Shortlist(size=...)",
             )
 
     def _load(self, expert: Expert) -> dict[str, Share]:
@@ -131,7 +131,7 @@ class Paged(Routed):
 
     @property
     def scorers(self) -> Mapping[str, Scorer]:
-        """See :class:`Routed`: the prototypes."""
+        """See :class:`Routed`; here the prototypes."""
         return self.prototypes
 
     def reader(self, probe: Probe) -> Probe | CertainProbe:
@@ -141,7 +141,7 @@ class Paged(Routed):
         return CertainProbe(probe, self._evidence, self._most, self.certainty, self.policy and self.policy.abstain)
 
     def _factors(self, layers: Sequence[RoutedLinear], names: tuple[str, ...]) -> Table:
-        """Every layer's factors of some experts, from memory or from disk."""
+        """Every layer's factors of some experts, from memory or disk."""
         shares, router = self.shelf.fetch(names), self._token_router
         table: dict[RoutedLinear, Factors | None] = {}
         for layer in layers:
@@ -166,7 +166,7 @@ class Paged(Routed):
         return PromptDecision(self.policy, names, read, sets)
 
     def _read_ahead(self, names: Sequence[str]) -> None:
-        """Ask the system to have these experts' files in its memory soon, where it can be asked."""
+        """Ask the operating system, if possible, to read these experts' files ahead."""
         if not hasattr(os, "posix_fadvise"):
             return
         for name in names:
@@ -175,9 +175,9 @@ class Paged(Routed):
 
 
 def _specimens(library: ExpertLibrary, names: Sequence[str], uncalled: Set[str]) -> list[Expert]:
-    """One expert for all that adapt the same modules in the same sizes, as the index knows them: no file is opened.
+    """One expert for each group with equal modules and sizes, from the index; opens no file.
 
-    Except of those with updates of layers that are not called: each is looked at.
+    Experts that update layers which are not called are all included.
     """
     found = []
     for modules, together in library.index.alike(names).items():

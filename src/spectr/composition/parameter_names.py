@@ -1,4 +1,4 @@
-"""What a model's parameters are called, and what became of the modules that older versions of it had."""
+"""Names of a model's parameters, and the places of older versions' modules in them."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class ModelParameters:
 
     @cached_property
     def _converters(self) -> list[_Converter]:
-        """Those that stack the weights of MoE experts, and join those of one expert row by row."""
+        """Conversions that stack the weights of MoE experts, or concatenate one expert's weights by rows."""
         kinds = (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
         return [
             _Converter(tuple(each.source_patterns), each.rename_source_key)

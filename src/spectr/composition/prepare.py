@@ -22,18 +22,18 @@ from spectr.spectral.sparsify import drop
 
 @dataclass(frozen=True)
 class SideTable:
-    """What a library knows of experts at modules, as far as a router needs it.
+    """What a router needs to know about experts at modules.
 
     Attributes:
-        calibration: Of its experts.
-        gates: By expert and module, float32.
+        calibration: Calibration of the experts.
+        gates: Gates by expert and module, float32.
     """
 
     calibration: Calibration | None = None
     gates: Mapping[str, Mapping[str, Tensor]] | None = None
 
     def of(self, expert: str, module: str) -> SideData:
-        """Of one expert at one module."""
+        """The data of one expert at one module."""
         known = (None, None) if self.calibration is None else self.calibration.of(expert, module)
         return SideData(*known, None if self.gates is None else self.gates[expert][module])
 
@@ -42,10 +42,10 @@ NO_SIDE_DATA = SideTable()
 
 
 def side_data(router: Router, library: ExpertLibrary, names: Sequence[str]) -> SideTable:
-    """What a router is to be given of these experts; :func:`spectr.routers.base.check_needs` says that it is there.
+    """The data that a router needs of these experts; :func:`spectr.routers.base.check_needs` checked that it exists.
 
     Raises:
-        AdapterError: A file of gates is damaged.
+        AdapterError: A gates file is damaged.
     """
     gated = GATED in router.needs
     return SideTable(
@@ -58,13 +58,13 @@ def side_data(router: Router, library: ExpertLibrary, names: Sequence[str]) -> S
 def prepare_module(
     readers: Mapping[str, Callable[[str], Update]], module: str, router: Router, side: SideTable = NO_SIDE_DATA
 ) -> dict[str, Share]:
-    """Align the experts of one module, those of one rank in one batch, and let the router prepare each.
+    """Align the experts of one module, in one batch per rank, and let the router prepare each.
 
     Args:
-        readers: By expert, as :meth:`spectr.adapters.Expert.open_on` yields them.
+        readers: Readers by expert, from :meth:`spectr.adapters.Expert.open_on`.
         module: The module's name.
         router: Prepares the experts.
-        side: What the library knows of them.
+        side: The library's data about them.
     """
     updates = {name: read(module) for name, read in readers.items()}
     factors = {name: update.factors for name, update in updates.items()}
@@ -90,7 +90,7 @@ def prepare_expert(
     router: Router,
     side: SideTable = NO_SIDE_DATA,
 ) -> dict[str, Share]:
-    """All modules of one expert, aligned by the rotations that are known; the shares of :func:`prepare_module`."""
+    """All modules of one expert, aligned by known rotations; the shares of :func:`prepare_module`."""
     prepared = {}
     with expert.open_on(base) as read:
         for module in expert.shapes:
@@ -102,7 +102,7 @@ def prepare_expert(
 
 
 def _fused_share(pair: Factors, name: str, module: str, router: Router, side: SideTable) -> Share:
-    """The share of an expert at a fused parameter: that of each of its matrices, one after the other."""
+    """The share of an expert at a fused parameter: its matrices' shares, in order."""
     aligned = align(pair.A, pair.B, pair.scale)
     shares = [
         _share(Aligned(*each), Update(Factors(A, B, pair.scale)), name, module, router, side)
@@ -113,7 +113,7 @@ def _fused_share(pair: Factors, name: str, module: str, router: Router, side: Si
 
 
 def stacked(router: Router, shares: Mapping[str, Share]) -> Stack:
-    """A router's stack of experts; of a fused parameter that of each matrix, one after the other."""
+    """A router's stack of experts; for a fused parameter, the matrices' stacks, in order."""
     if not any(share.A.ndim > 2 for share in shares.values()):
         return router.stack(shares).with_outputs_of(shares)
     matrices = len(next(iter(shares.values())).A)
@@ -135,10 +135,10 @@ def _share(aligned: Aligned, update: Update, name: str, module: str, router: Rou
 
 
 def evidence_modules(library: ExpertLibrary, names: Sequence[str], evidence: ModuleEvidence) -> set[str]:
-    """The modules that may take part in decisions on indexed experts.
+    """The modules that may be used in decisions about indexed experts.
 
     Raises:
-        CompositionError: An expert adapts none of those that the evidence names.
+        CompositionError: An expert adapts none of the modules that the evidence names.
     """
     layouts = {some: [module.name for module in modules] for modules, some in library.index.alike(names).items()}
     ends = tuple(f".{part}" for part in evidence.modules)
@@ -149,7 +149,7 @@ def evidence_modules(library: ExpertLibrary, names: Sequence[str], evidence: Mod
     if without:
         parts = sorted({module.rpartition(".")[2] for modules in layouts.values() for module in modules})
         raise CompositionError(
-            f"modules={evidence.modules}, and of modules named so none is adapted by {some_of(sorted(without), 5)}",
-            expected=f"of {', '.join(parts)} such that each expert adapts one",
+            f"modules={evidence.modules}, but {some_of(sorted(without), 5)} adapt no module with such a name",
+            expected=f"names among {', '.join(parts)} such that each expert adapts one",
         )
     return taken

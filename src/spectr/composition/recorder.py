@@ -1,4 +1,4 @@
-"""What the layers of a composed model decide for some tokens of a call."""
+"""Record what the layers of a composed model decide for some tokens of a call."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from spectr.layers.routed import RoutedLinear
 
 
 class TokenRouting(NamedTuple):
-    """What was decided for one token.
+    """The decisions for one token.
 
     Attributes:
-        shares: Each expert's weight summed over the routed layers, divided by their number.
-        layers: Where it was asked for, by layer the chosen experts, ``{name: (weight, score)}``.
+        shares: Each expert's weight, averaged over the routed layers.
+        layers: On request, the chosen experts by layer, ``{name: (weight, score)}``.
     """
 
     shares: Mapping[str, float]
@@ -30,9 +30,9 @@ class Watch:
     """One call's decisions for some of its tokens.
 
     Args:
-        layers: The routed layers, as they are for this call.
-        rows: The tokens' places.
-        in_full: Whether each layer's decision is wanted, or shares alone.
+        layers: The routed layers of this call.
+        rows: Positions of the tokens.
+        in_full: Whether to record each layer's decision instead of shares only.
     """
 
     def __init__(self, layers: Sequence[RoutedLinear], rows: tuple[int, ...], in_full: bool):
@@ -42,7 +42,7 @@ class Watch:
         self._found: dict[int, tuple[Tensor, Tensor]] = {}
 
     def observe(self, layer: RoutedLinear, x: LayerInput) -> None:
-        """What a layer is given, and so what it decides."""
+        """Record a layer's input, and so its decision."""
         call = layer.in_force()
         if call.factors is not None and call.shown is not None:
             number = self._numbers[layer]
@@ -50,7 +50,7 @@ class Watch:
             self._found[number] = _explain(layer, x, call, self._rows)
 
     def routings(self) -> list[TokenRouting]:
-        """What was decided for each of the tokens."""
+        """The decisions for each token."""
         scores, weights = ({number: pair[part] for number, pair in self._found.items()} for part in (0, 1))
         return token_routings(self._held, len(self._rows), weights, scores if self._in_full else None)
 
@@ -61,13 +61,13 @@ def token_routings(
     weights: Mapping[int, Tensor],
     scores: Mapping[int, Tensor] | None = None,
 ) -> list[TokenRouting]:
-    """What layers decided, token by token.
+    """The layers' decisions for each token.
 
     Args:
-        experts: Of each layer.
-        tokens: How many there are.
-        weights: By the number of a layer, (tokens, experts); of those where experts take part.
-        scores: Likewise, where each layer's decision is wanted.
+        experts: Experts of each layer.
+        tokens: Number of tokens.
+        weights: By layer index, (tokens, experts); for layers where experts are used.
+        scores: The same for scores, if each layer's decision is recorded.
     """
     layers = [()] * tokens if scores is None else _layers(experts, tokens, weights, scores)
     return [TokenRouting(*pair) for pair in zip(_shares(experts, tokens, weights), layers, strict=True)]
@@ -76,7 +76,7 @@ def token_routings(
 def _shares(
     experts: Sequence[tuple[str, ...]], tokens: int, weights: Mapping[int, Tensor]
 ) -> list[Mapping[str, float]]:
-    """Layers of the same experts are summed before their numbers are fetched."""
+    """Layers with the same experts are summed before their values are fetched."""
     alike = grouped(((experts[number], weights_NE.device), number) for number, weights_NE in weights.items())
     totals: list[dict[str, float]] = [{} for _ in range(tokens)]
     for numbers in alike.values():
@@ -91,7 +91,7 @@ def _shares(
 def _layers(
     experts: Sequence[tuple[str, ...]], tokens: int, weights: Mapping[int, Tensor], scores: Mapping[int, Tensor]
 ) -> list[tuple[Mapping[str, tuple[float, float]], ...]]:
-    """Numbers are fetched for all layers of one shape at once."""
+    """Values of all layers of one shape are fetched at once."""
     alike = grouped(((weights_NE.shape, weights_NE.device), number) for number, weights_NE in weights.items())
     found: dict[int, list[list[list[float]]]] = {}
     for numbers in alike.values():

@@ -1,4 +1,4 @@
-"""Requests of one composed model in one batch: each token chooses among its own request's set of experts."""
+"""Requests of one composed model in one batch: each token chooses among its own request's experts."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from spectr.lazy import lazy
 from spectr.prompts.decision import routing_of
 
 
-@dataclass(eq=False)  # one is like itself alone
+@dataclass(eq=False)  # equal only to itself
 class RequestDecision:
-    """What holds for a request's tokens. Made by :meth:`RequestBatch.decide`.
+    """The decision for a request's tokens. Made by :meth:`RequestBatch.decide`.
 
     Attributes:
-        experts: Its set.
-        among_E: Of all experts those in the set.
-        verdict_E: What was found of its prompt: weights, or a prior; ``None`` of a router that reads no prompt.
+        experts: The request's experts.
+        among_E: A mask of these among all experts.
+        verdict_E: The result for its prompt: weights or a prior; ``None`` if the router reads no prompt.
         router: Its router's name.
-        p: The share of ordinary prompts that have as much evidence for an expert, where that is known.
+        p: The share of ordinary prompts with as much evidence for an expert, if known.
         abstains: Whether no expert stands out, so that the base model answers.
     """
 
@@ -42,20 +42,20 @@ class RequestDecision:
 
     @property
     def has_base_alone(self) -> bool:
-        """Whether no expert takes part."""
+        """Whether no expert is used."""
         return self.abstains or not self.experts
 
 
 class RequestBatch:
-    """Gives every token of a composed model's batch the set of its request.
+    """Gives every token in a batch of a composed model its request's experts.
 
-    Outputs are those of a model that holds that set alone (:meth:`Routed.allow`), up to rounding. The model is to be
-    called with tokens in one row, (1, tokens), inside a block of :meth:`in_force`; from now on it no longer decides on
-    prompts by itself.
+    Outputs equal those of a model that holds only these experts (:meth:`Routed.allow`), up to rounding. Call the model
+    with tokens in one row, (1, tokens), inside a block of :meth:`in_force`. From now on it does not decide on prompts
+    itself.
 
     Args:
-        routed: The composed model. All calls are made by the thread that runs it, or while it does not run.
-        name: The router's, for its requests.
+        routed: The composed model. Call all methods from the thread that runs it, or while it does not run.
+        name: The router's name in requests.
     """
 
     def __init__(self, routed: Routed, name: str = ""):
@@ -65,10 +65,10 @@ class RequestBatch:
         self._take_over()
 
     def decide(self, experts: Sequence[str], input_ids: Tensor | None) -> RequestDecision:
-        """What is to hold for a request with this set; its prompt is read for it, where the router wants that.
+        """Decide for a request with these experts; reads its prompt if the router needs it.
 
         Args:
-            experts: None for the base model alone.
+            experts: ``None`` for the base model alone.
             input_ids: The prompt, (tokens,).
         """
         names = tuple(sorted(experts))
@@ -87,18 +87,18 @@ class RequestBatch:
         return decision
 
     def set_tokens(self, spans: Sequence[tuple[RequestDecision, int]]) -> None:
-        """Set what the next calls' tokens are: a number for each request in turn; one span serves any length."""
+        """Assign the next calls' tokens to requests: the number of tokens of each. One span matches any length."""
         if self._layout is None or list(spans) != self._layout[0]:
-            self._layout = None  # whose requests may be over
+            self._layout = None  # its requests may have ended
             self._layout = list(spans), self._routing_of(list(spans))
 
     def routing(self) -> BatchRouting:
-        """What holds for these tokens."""
+        """The routing of these tokens."""
         routing = BASE if self._layout is None else self._layout[1]
         return routing if self._watching is None else replace(routing, observe=self._watching.observe)
 
     def in_force(self) -> AbstractContextManager[None]:
-        """Calls of this thread inside the block are routed so."""
+        """Route this thread's calls inside the block accordingly."""
         return routed_by(self.routing())
 
     def _routing_of(self, spans: list[tuple[RequestDecision, int]]) -> BatchRouting:
@@ -112,7 +112,7 @@ class RequestBatch:
             return BatchRouting(experts, among_BTE=among_1TE)
         found = [decision.verdict_E for decision in decisions if decision.verdict_E is not None]
         verdict_1TE = torch.stack(found).repeat_interleave(counts, 0)[None]
-        kept = decisions if self._use.fixes else self._decisions  # all that are in force: none is read twice
+        kept = decisions if self._use.fixes else self._decisions  # all decisions in force, so that none is read twice
         verdicts = [decision.verdict_E for decision in kept if decision.verdict_E is not None]
         taken = (torch.stack(verdicts) != self._use.excluded).any(0).tolist()
         names = tuple(name for name, takes in zip(experts, taken, strict=True) if takes)
@@ -120,20 +120,20 @@ class RequestBatch:
         return routing_of(self._use, experts, verdict_1TE, self._sets, names, among_1TE)
 
     def watch(self, rows: Sequence[int], layers: bool) -> None:
-        """Have the next call remember what is decided for the tokens at these places.
+        """Record the next call's decisions for the tokens at these positions.
 
         Args:
-            rows: Places along the token axis.
-            layers: Whether each layer's decision is wanted, or shares alone.
+            rows: Positions along the token axis.
+            layers: Whether to record each layer's decision instead of shares only.
         """
         self._watching = Watch(self._ordered, tuple(rows), layers) if rows else None
 
     def seen(self) -> list[TokenRouting]:
-        """What the last call decided, for each watched token."""
+        """The last call's decisions for each watched token."""
         return [] if self._watching is None else self._watching.routings()
 
     def share(self, decision: RequestDecision) -> TokenRouting | None:
-        """The shares of every token of a request whose weights are fixed; ``None`` where tokens differ."""
+        """The shares of every token of a request with fixed weights; ``None`` if tokens differ."""
         if decision.has_base_alone:
             return TokenRouting({})
         if self._use is None or not self._use.fixes:
@@ -148,7 +148,7 @@ class RequestBatch:
         return TokenRouting({name: share for name, share in shares.items() if share > 0})
 
     def discard(self, name: str) -> None:
-        """Forget an expert; requests go on without it. See :meth:`Routed.discard`."""
+        """Remove an expert; requests continue without it. See :meth:`Routed.discard`."""
         kept = [place for place, other in enumerate(self.routed.experts) if other != name]
         self.routed.discard(name)
         for decision in self._decisions:
@@ -158,11 +158,11 @@ class RequestBatch:
         self._take_over()
 
     def close(self) -> None:
-        """Leave the model as it was composed, with all experts for every token."""
+        """Restore the model as it was composed, with all experts for every token."""
         self.routed.take()
 
     def _take_over(self) -> None:
-        """From the composition, whose layers are new ones."""
+        """Use the composition's layers, which are new."""
         self.routed.release()
         policy = self._policy = self.routed.policy
         self._use, self._readers = (None, None) if policy is None else (policy.use, Readers(self.routed))
@@ -171,10 +171,10 @@ class RequestBatch:
         self._layout: tuple[list[tuple[RequestDecision, int]], BatchRouting] | None = None
 
     def _verdict(self, names: tuple[str, ...], input_ids: Tensor) -> tuple[Float[Tensor, " E"], float | None]:
-        """The verdict on a prompt, and the share of ordinary prompts that have as much evidence."""
+        """The verdict on a prompt, and the share of ordinary prompts with as much evidence."""
         assert self._policy is not None
         assert self._readers is not None
-        if len(names) == 1:  # whatever the prompt is
+        if len(names) == 1:  # independent of the prompt
             return self._policy.use.verdict(torch.zeros(1, 1, dtype=torch.float32))[0], None
         with routed_by(BASE), torch.no_grad():
             found = self._readers.of(names)(input_ids=input_ids)

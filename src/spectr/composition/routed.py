@@ -187,7 +187,7 @@ class Routed:
         kept = tuple(name for name in resident if name in allowed)
         if not kept:
             raise CompositionError(
-                f"{self.router} needs {', '.join(resident)}, of which none is allowed",
+                f"{self.router} needs one of {', '.join(resident)}, but none is allowed",
                 expected="an allow-list with at least one of them",
             )
         return kept

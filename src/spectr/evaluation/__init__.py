@@ -1,4 +1,4 @@
-"""Scoring a model's answers."""
+"""Score a model's answers."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Multiple choice by log-likelihood of the whole choice, with everything that prompts share computed once."""
+"""Multiple choice by the log-likelihood of the whole choice; what prompts share is computed once."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def choice_logprobs(
 ) -> list[Float[Tensor, " choices"]]:
     """Log-likelihood of every choice of every example.
 
-    ``sum_i log p(choice_i | prompt, choice_<i)`` over the choice's tokens and the end-of-sequence token; divided by
-    their number on request. Prompts are run longest first, the tokens that all of them begin with once. A prompt that
+    ``sum_i log p(choice_i | prompt, choice_<i)`` over the choice's tokens and the end-of-sequence token, optionally
+    divided by their number. The longest prompts run first; tokens that all prompts begin with run once. A prompt that
     leaves no room for the longest choice in the model's context loses its beginning.
 
     Args:
@@ -43,20 +43,20 @@ def choice_logprobs(
         tokenizer: Its tokenizer.
         examples: Examples with choices.
         length_normalised: Mean instead of sum.
-        batch_size: Prompts at a time.
-        progress: Receives how many examples were finished since the last call.
+        batch_size: Prompts per batch.
+        progress: Called with the number of examples that were finished since the last call.
 
     Returns:
-        One float32 tensor of shape (choices,) an example, in nats, in the order given.
+        For each example, one float32 tensor of shape (choices,), in nats, in the given order.
 
     Raises:
-        DataError: The model is routed by prompts (:func:`routed_logprobs` is for that), or a choice has no tokens or
-            more than the context.
+        DataError: The model decides on prompts (use :func:`routed_logprobs`), or a choice has no tokens or more than
+            the context.
     """
     if decides_by_prompt(model):
         raise DataError(
-            "this model decides for whole prompts, and their shared beginning is no prompt",
-            do="score it with routed_logprobs(model, tokenizer, examples, routed.prompt)",
+            "this model decides for whole prompts, so that prompts cannot share their beginning",
+            do="use routed_logprobs(model, tokenizer, examples, routed.prompt)",
         )
     encoded = encode_examples(tokenizer, examples, context_length(model))
     return _logprobs(model, tokenizer, encoded, length_normalised, batch_size, progress)
@@ -71,9 +71,9 @@ def routed_logprobs(
     *,
     length_normalised: bool = False,
 ) -> tuple[list[Tensor], Tensor]:
-    """Log-likelihoods of a model that is routed by prompts, and its weights, (examples, experts).
+    """Log-likelihoods of a model that decides on prompts, and its weights, (examples, experts).
 
-    All decisions come first; then the prompts that were decided alike are scored together, with one shared prefix.
+    All decisions come first. Then prompts with equal decisions are scored together, with one shared prefix.
     """
     encoded = encode_examples(tokenizer, examples, context_length(model))
     device = next(model.parameters()).device
@@ -93,12 +93,12 @@ def routed_logprobs(
 def decided_alike(
     decision: PromptDecision, rows: Sequence[Sequence[float]], score: Callable[[list[int]], Sequence[T]]
 ) -> list[T]:
-    """Score examples together that were decided alike, while their decision holds.
+    """Score examples with equal decisions together, while their decision holds.
 
     Args:
-        decision: Of the model.
-        rows: For each example the weights that were decided.
-        score: From numbers of examples to their scores.
+        decision: The model's.
+        rows: For each example the decided weights.
+        score: Maps indices of examples to their scores.
     """
     found: dict[int, T] = {}
     for row, members in grouped((tuple(row), number) for number, row in enumerate(rows)).items():
@@ -108,7 +108,7 @@ def decided_alike(
 
 
 def predict(logprobs: Sequence[Tensor]) -> list[int]:
-    """The likeliest choice of each example."""
+    """The most likely choice of each example."""
     return [int(score_C.argmax()) for score_C in logprobs]
 
 

@@ -19,9 +19,9 @@ class Encoding:
     """One example.
 
     Attributes:
-        prompt: Its token ids, without what there was no room for.
-        choices: Of each choice, with the end-of-sequence token; none for free text.
-        lost: Tokens at the prompt's beginning that there was no room for.
+        prompt: Its token ids, without those that do not fit.
+        choices: Token ids of each choice, with the end-of-sequence token; empty for free text.
+        lost: Number of tokens at the prompt's beginning that do not fit.
     """
 
     prompt: list[int]
@@ -42,12 +42,12 @@ def encode_examples(
     Args:
         tokenizer: The model's.
         examples: With choices, or of free text.
-        context: Tokens that the model reads at most; ``None`` for any number.
-        max_new_tokens: Room that is kept for a free-text answer; for choices it is the longest one's length.
-        name: Of the task, for errors.
+        context: Maximum number of tokens of the model; ``None`` for any number.
+        max_new_tokens: Room for a free-text answer; for choices it is the length of the longest.
+        name: The task's name, for errors.
 
     Raises:
-        DataError: Choices have no tokens, or choices or answers leave no room for a prompt; all of these are named.
+        DataError: Choices have no tokens, or choices or answers leave no room for a prompt; lists all of these.
     """
     place = f"task '{name}', example" if name else "example"
     encoded: list[Encoding] = []
@@ -66,14 +66,14 @@ def _encode(tokenizer: PreTrainedTokenizerBase, example: Example, context: int |
         if len(ids) == ends:
             raise DataError(
                 f"the choice {choice!r} has no tokens",
-                expected="choices of one token or more in this model's vocabulary",
+                expected="choices with at least one token in this model's vocabulary",
                 do="correct the choices of the task or of the row",
             )
         if context is not None and len(ids) >= context:
             raise DataError(
                 f"the choice {_short(choice)} has {len(ids)} tokens",
                 expected=f"choices that leave room for a prompt in the model's context of {context} tokens",
-                do="shorten it, leave the row out, or take a model with a longer context",
+                do="shorten it, omit the row, or use a model with a longer context",
             )
     prompt = encode_prompt(tokenizer, example.prompt)
     if context is None:

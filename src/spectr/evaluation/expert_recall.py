@@ -1,4 +1,4 @@
-"""Does a router find the expert that belongs to a prompt: for each token and module, and for the prompt as a whole."""
+"""Does a router find a prompt's expert: for each token and module, and for the whole prompt."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ _BATCH = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One prompt: shares from 0 to 1 of its tokens and modules, and where the right expert came in the vote.
+    """One prompt: shares from 0 to 1 of its tokens and modules, and the right expert's place in the vote.
 
     Attributes:
-        top_1: Share of tokens and modules where the right expert has the largest score; where the decision is one for
-            the whole prompt, 1 or 0.
-        top_4: Share where it is among the four largest; likewise.
+        top_1: Share of tokens and modules where the right expert has the largest score. For a decision on the whole
+            prompt, 1 or 0.
+        top_4: Share where it is among the four largest scores.
         place: Its place in the vote of all tokens and modules (or in the router's own evidence), from 1.
         winner: The expert with the most votes.
-        p: The share of ordinary prompts that have as much evidence; ``None`` where that is not known.
+        p: The share of ordinary prompts with as much evidence; ``None`` if unknown.
     """
 
     top_1: float
@@ -48,7 +48,7 @@ class Finding:
 
     @property
     def to_base(self) -> float:
-        """1 where the base model answers by the default of ``abstain``, else 0; NaN where ``p`` is not known."""
+        """1 if the base model answers with the default of ``abstain``, else 0; NaN if ``p`` is unknown."""
         return math.nan if self.p is None else float(self.p > AUTO)
 
 
@@ -62,15 +62,15 @@ def find_experts(
     *,
     skip: int = 0,
 ) -> list[Finding]:
-    """Route prompts that all belong to one expert, and see how often it is found.
+    """Route prompts of one expert, and count how often it is found.
 
     Args:
         model: The composed model.
         routed: Its handle.
         tokenizer: Its tokenizer.
         prompts: What the user says.
-        expert: The right one.
-        skip: Tokens at the beginning of every prompt (a chat template's) that are left out of the counts.
+        expert: The right expert.
+        skip: Tokens at the beginning of every prompt (a chat template's) that are not counted.
 
     Source: SpectR, section 4.3 (Tables 1 and 4).
     """

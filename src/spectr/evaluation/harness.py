@@ -1,8 +1,8 @@
-"""A composed model as a model of EleutherAI's lm-evaluation-harness, under the name "spectr".
+"""A composed model for EleutherAI's lm-evaluation-harness, with the name "spectr".
 
 ``python -m spectr.evaluation.harness --model spectr --model_args library=experts,router=calibrated --tasks ...`` is
-the harness' command line with this model registered. ``lm_eval --model spectr`` needs a harness that reads the entry
-points of the group ``lm_eval.models``; its releases up to 0.4.13 do not.
+the harness' command line with this model registered. ``lm_eval --model spectr`` needs a harness that reads the
+entry-point group ``lm_eval.models``; releases up to 0.4.13 do not.
 """
 
 # The harness' decorator hides the class that HFLM is from the type checker.
@@ -31,7 +31,7 @@ from spectr.shipped import open_library
 
 
 def main() -> None:
-    """Run the harness' command line; a user's mistake ends with its message and exit code 2."""
+    """Run the harness' command line. A user's mistake ends with a message and exit code 2."""
     try:
         import_module("spectr.evaluation.harness")  # registers its class; that of __main__ would be another one
         from lm_eval.__main__ import cli_evaluate
@@ -59,17 +59,17 @@ Request = tuple[tuple[str, str], list[int], list[int]]
 
 @register_model("spectr")
 class SpectrLM(HFLM):
-    """The harness' own model of transformers, composed.
+    """The harness' transformers model, composed.
 
-    A router that decides for whole prompts decides on the context alone; what is scored has no say. It always chooses
-    an expert, unless ``abstain`` is given.
+    A router for whole prompts decides on the context alone, not on the scored text. It always chooses an expert unless
+    ``abstain`` is given.
 
     Args:
         base: Folder or Hub id of the base model; the default is SmolLM2-135M-Instruct.
         library: Folder of experts; the default is the shipped ones.
         router: A router's name, or "base" for the base model alone.
         dtype: auto, float32, bfloat16 or float16.
-        device: Where to run; the accelerator where there is one.
+        device: Device to run on; by default an accelerator if there is one.
         more: Settings of the router, such as ``top_k``; all others go to the harness' ``HFLM``, such as ``batch_size``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""How good a free-text answer is, from 0 to 1."""
+"""Metrics of free-text answers, from 0 to 1."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def text_metric(name: str) -> Metric:
-    """The metric of that name: a function of (answer, reference).
+    """The metric of this name: a function of (answer, reference).
 
-    ``exact_match`` is 1 where both are the same but for case, punctuation, English articles and white space, as in
-    SQuAD's evaluation. ``rouge1``, ``rouge2`` and ``rougeL`` are the F-measures of the package ``rouge-score``, with
-    Porter's stemmer; they see the letters a to z and digits alone.
+    ``exact_match`` is 1 if both are equal apart from case, punctuation, English articles and white space, as in SQuAD's
+    evaluation. ``rouge1``, ``rouge2`` and ``rougeL`` are the F-measures of the package ``rouge-score`` with Porter's
+    stemmer; they consider only the letters a to z and digits.
 
     Raises:
         DataError: There is no such metric for free text.
-        MissingExtraError: It is one of ROUGE's, and the package is not installed.
+        MissingExtraError: It is a ROUGE metric, and the package is not installed.
 
     Source: Rajpurkar et al., 2016 (SQuAD); Lin, 2004 (ROUGE).
     """

@@ -9,7 +9,7 @@ from spectr.evaluation.score import Measurement
 
 
 def in_words(share: Measurement) -> str:
-    """A share in percent with its error; where nothing differs, on how many examples."""
+    """A share in percent with its error; if nothing differs, with the number of examples."""
     if share.value == 1 and share.error == 0:
         return f"100%, the same on all {share.count}"
     return f"{share.value:.1%} ± {share.error:.1%}"
@@ -18,10 +18,9 @@ def in_words(share: Measurement) -> str:
 def mean_share(method: Mapping[str, Sequence[float]], own: Mapping[str, Sequence[float]]) -> Measurement:
     """Mean over tasks of ``mean(method) / mean(own)``, with a paired standard error.
 
-    The error is that of a ratio of means of pairs (delta method): for each task ``r = mean(m) / mean(o)`` has the
-    variance ``var(m_i - r o_i) / (n mean(o)^2)``. Where a method answers like the expert it is 0: that there is no
-    difference is certain, however uncertain the accuracy of both is. Tasks that the expert never gets right are left
-    out.
+    The error is that of a ratio of paired means (delta method). For each task, ``r = mean(m) / mean(o)`` has the
+    variance ``var(m_i - r o_i) / (n mean(o)^2)``. It is 0 if a method answers like the expert: then there certainly is
+    no difference, whatever the accuracy of both is. Tasks that the expert never answers correctly are left out.
 
     Args:
         method: By task the score of each example, from 0 to 1.

@@ -1,4 +1,4 @@
-"""What is to be evaluated: tasks, experts, experiments and routers, read and checked before a model is loaded."""
+"""What to evaluate: tasks, experts, experiments and routers, read and checked before a model is loaded."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ _RANKED = re.compile(r"(.+)-r(\d+)")
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything that experiments are run on, except the model.
+    """Everything that experiments need, except the model.
 
     Attributes:
         experiments: Names, in the order to run.
         library: The experts.
         tasks: Each with its examples.
         reworded: By task the same examples in each of its paraphrases.
-        held_out: As ``tasks``, of which the library has no expert.
-        ranks: By rank a library of experts.
-        companions: (case, expert, adapter folder) of each adapter that takes an expert's place.
-        routers: Names of those to compare; all of an experiment's if empty.
-        settings: Of the routers, each ``NAME=VALUE``.
+        held_out: Like ``tasks``, but the library has no expert for them.
+        ranks: By rank, a library of experts.
+        companions: (case, expert, adapter folder) of each adapter that replaces an expert.
+        routers: Names of the routers to compare; if empty, all routers of an experiment.
+        settings: Settings of the routers, ``NAME=VALUE``.
         remarks: What was left out, and why.
     """
 
@@ -74,26 +74,26 @@ def read_plan(
     routers: Sequence[str] = (),
     settings: Sequence[str] = (),
 ) -> Plan:
-    """Read and check it all.
+    """Read and check everything.
 
     Args:
         experiment: A name of :data:`EXPERIMENTS`, or "all".
         library: The experts.
-        tasks: Names of shipped tasks, or task files; the shipped ones if empty.
-        data_root: Folder that relative paths of data start from, or "hub".
-        letters: List the options as letters.
-        limit: Examples of each task at most.
+        tasks: Names of shipped tasks, or task files; by default all shipped tasks.
+        data_root: Folder for relative paths of data, or "hub".
+        letters: List the options with letters.
+        limit: Maximum number of examples per task.
         ranks: For "ranks": a folder of adapters ``EXPERT-rRANK``.
         companions: For "robustness": each ``EXPERT=FOLDER``.
-        routers: Names of those to compare; all of an experiment's if empty.
-        settings: Of the routers, each ``NAME=VALUE``.
+        routers: Names of the routers to compare; if empty, all routers of an experiment.
+        settings: Settings of the routers, ``NAME=VALUE``.
 
     Raises:
         DataError: An unknown experiment, routers that cannot be compared, tasks that cannot be read, or an experiment
             that lacks what it needs.
         CompositionError: A setting is unknown, or its value is out of range.
-        LibraryError: A task that was named, or a companion, belongs to an expert that the library does not have.
-        AdapterError: An adapter of another rank, or a companion, cannot be used.
+        LibraryError: A named task, or a substitute, belongs to an expert that the library does not have.
+        AdapterError: An adapter of another rank, or a substitute, cannot be used.
     """
     known = (*EXPERIMENTS.names(), "all")
     if experiment not in known:
@@ -129,7 +129,7 @@ def read_plan(
             lacks["heldout"] = (error.given, "")
     names, left_out = _possible(experiment, lacks)
     idle = [name for name in read if name not in owned]
-    remarks = [f"left out, as the library has no expert for them: {', '.join(idle)}"] if idle else []
+    remarks = [f"left out, since the library has no expert for them: {', '.join(idle)}"] if idle else []
     return replace(plan, experiments=names, remarks=[*remarks, *left_out])
 
 
@@ -147,7 +147,7 @@ def _check_options(experiment: str, ranks: Path | None, companions: Sequence[str
     """Raise for options that the experiment does not read, and for one that it needs."""
     for option, value, reader in (("--ranks", ranks, "ranks"), ("--substitute", companions, "robustness")):
         if value and experiment not in (reader, "all"):
-            raise DataError(f"{option} is for the experiment {reader}", do="leave it out")
+            raise DataError(f"{option} is for the experiment {reader}", do="remove it")
     if experiment == "ranks" and not ranks:
         raise DataError(f"ranks: {_NO_RANKS[0]}", do=_NO_RANKS[1])
 
@@ -155,9 +155,9 @@ def _check_options(experiment: str, ranks: Path | None, companions: Sequence[str
 def _check_routers(experiment: str, names: Sequence[str], settings: Sequence[str], library: ExpertLibrary) -> None:
     """Raise for routers or settings that the experiment does not use, and for routers that cannot be compared."""
     if (names or settings) and experiment in COMPARES_NONE:
-        raise DataError(f"{experiment} compares no routers", do="leave out --router and --set")
+        raise DataError(f"{experiment} compares no routers", do="remove --router and --set")
     if settings and not names:
-        raise DataError(f"--set {settings[0]} without a router", do="name the routers that it is for: --router NAME")
+        raise DataError(f"--set {settings[0]} without a router", do="name its routers: --router NAME")
     check_names(names)
     title = "these routers cannot be compared"
     raise_together(title, problems_of(ROUTERS.load, names), DataError)
@@ -167,7 +167,7 @@ def _check_routers(experiment: str, names: Sequence[str], settings: Sequence[str
         try:
             made[name] = get_router(name, **given[name])
         except SpectrError as error:
-            own = "leave it out; 'quality' has each task's own expert"
+            own = "remove it; 'quality' measures each task's own expert"
             do = own if name == "oracle" else error.do
             raise DataError(f"router '{name}': {error.given}", expected=error.expected, do=do) from error
 
@@ -192,7 +192,7 @@ def _owned(read: Tasks, library: ExpertLibrary) -> list[str]:
         raise DataError(
             f"none of the tasks ({', '.join(read)}) belongs to an expert of {library.origin} "
             f"({', '.join(library.names)})",
-            do="name a task file whose 'expert' is in the library",
+            do="use a task file whose 'expert' is in the library",
         )
     return owned
 
@@ -212,16 +212,16 @@ def _possible(experiment: str, lacks: Mapping[str, tuple[str, str] | None]) -> t
     return names, remarks
 
 
-_ONE_TASK = ("it asks two tasks at once, and there is one", "give more tasks whose experts are in the library")
+_ONE_TASK = ("it needs two tasks, but there is one", "add tasks whose experts are in the library")
 _NO_RANKS = (
     "there are no experts of other ranks",
-    "give --ranks FOLDER, with adapters named EXPERT-rRANK in it, such as sst2-r16 (spectr train --rank 16)",
+    "use --ranks FOLDER, which holds adapters named EXPERT-rRANK, such as sst2-r16 (spectr train --rank 16)",
 )
 
 
 def _no_paraphrases(letters: bool) -> tuple[str, str]:
     if letters:
-        return "lettered options have no paraphrases", "leave out --letters"
+        return "lettered options have no paraphrases", "remove --letters"
     return "none of these tasks has paraphrases", "add 'paraphrases' to a task's file"
 
 
@@ -229,7 +229,7 @@ def _named(names: Sequence[str]) -> list[Task]:
     found = [Task.load(name) if name.endswith((".yaml", ".yml")) else Task.shipped(name) for name in names]
     for name, count in Counter(task.name for task in found).items():
         if count > 1:
-            raise DataError(f"two tasks are called '{name}'", expected="each task once", do="leave one out")
+            raise DataError(f"two tasks have the name '{name}'", expected="different names", do="remove one")
     return found
 
 
@@ -250,9 +250,9 @@ def _held_out(
     owned = [task.name for task in tasks if (task.expert or task.name) in library]
     if owned:
         raise DataError(
-            f"{library.origin} has an expert of its own for {', '.join(owned)}",
+            f"{library.origin} has an expert for {', '.join(owned)}",
             expected="tasks that no expert was trained on",
-            do="name other tasks, or a library without these experts",
+            do="use other tasks, or a library without these experts",
         )
     read = map_together("held-out tasks", lambda task: (task, _examples(task, root, limit)), tasks, DataError)
     return {task.name: (task, examples) for task, examples in read}
@@ -262,11 +262,9 @@ def _check_experts(tasks: Sequence[Task], library: ExpertLibrary) -> None:
     """Raise :class:`LibraryError` unless the library has the expert of each task that was named."""
     absent = [
         LibraryError(
-            f"task '{task.name}' belongs to the expert '{task.expert or task.name}', which {library.origin} does not "
-            "have",
+            f"task '{task.name}' belongs to the expert '{task.expert or task.name}', which is not in {library.origin}",
             expected=f"one of {', '.join(library.names)}",
-            do=f"add it with spectr library add {task.expert or task.name} ADAPTER, or name another 'expert' in the "
-            "task's file",
+            do=f"add it with spectr library add {task.expert or task.name} ADAPTER, or change 'expert' in the task",
         )
         for task in tasks
         if (task.expert or task.name) not in library
@@ -279,7 +277,7 @@ def _examples(task: Task, root: str | None, limit: int | None) -> list[Example]:
 
     source = data_source(task, "test", root)
     if source is None:
-        raise DataError(f"task '{task.name}' names no test data", do="add 'test' to its file")
+        raise DataError(f"task '{task.name}' has no test data", do="add 'test' to its file")
     return read_examples(task, source, root=root, limit=limit)
 
 
@@ -310,4 +308,4 @@ def _companions(given: Sequence[str], library: ExpertLibrary) -> list[tuple[str,
         library.without(name).with_expert(name, folder)
         return f"{Path(folder).name} in place of {name}", name, Path(folder)
 
-    return map_together("substitutes that cannot be used", companion, given, DataError)
+    return map_together("these substitutes cannot be used", companion, given, DataError)

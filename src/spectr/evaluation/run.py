@@ -1,4 +1,4 @@
-"""Running a plan's experiments, and keeping their results."""
+"""Run a plan's experiments, and store their results."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ def run_experiment(
     guide: Callable[[], Guide] | None = None,
     progress: Progress = lambda *_: None,
 ) -> Result:
-    """One of a plan's experiments.
+    """Run one of a plan's experiments.
 
     Args:
-        name: Which.
-        plan: What it is run on.
+        name: Name of the experiment.
+        plan: What it needs.
         model: The base model.
         tokenizer: Its tokenizer.
-        folder: For records that let a killed run go on.
-        seeds: Number of calibrations that calibrated routers are measured with; 0 for the library's own.
-        guide: Makes what compares prompts with descriptions.
-        progress: Receives (phase, done, total, remark).
+        folder: For records from which an interrupted run resumes.
+        seeds: Number of calibrations for calibrated routers; 0 for the library's own.
+        guide: Makes a guide for routers that compare descriptions.
+        progress: Called with (phase, done, total, remark).
 
     Raises:
-        DataError: A task cannot be scored with this model, or of the plan's one experiment no router is left.
+        DataError: A task cannot be scored with this model, or a single experiment has no router left.
     """
     setup = ExperimentSetup(
         model=model,
@@ -70,20 +70,22 @@ def run_experiment(
     result = EXPERIMENTS.load(name)(setup)
     if not result.rows and len(plan.experiments) == 1:
         reasons = [note for note in result.notes if note.startswith("Left out")]
-        raise DataError(f"{name}: no router is left. {' '.join(reasons)}", do="give what is lacking, or other routers")
+        raise DataError(
+            f"{name}: no router is left. {' '.join(reasons)}", do="add what is missing, or use other routers"
+        )
     return result
 
 
 def keep_result(result: Result, folder: Path, given: Mapping[str, Any]) -> tuple[Path, Path | None]:
-    """Write a result with the command that gives it again; one of another run is kept next to it.
+    """Write a result with the command that reproduces it; a different run's result is renamed.
 
     Args:
-        result: Of :func:`run_experiment`.
-        folder: Where to.
+        result: The result of :func:`run_experiment`.
+        folder: The folder.
         given: The command's options by name.
 
     Returns:
-        The file, and where another run's result is now, if there was one.
+        The file, and the new path of the other run's result, if any.
     """
     result = dataclasses.replace(result, origin={**result.origin, "command": _command(result.name, given)})
     path, before = folder / f"{result.name}.json", None
@@ -107,7 +109,7 @@ def read_results(folder: Path) -> list[Result]:
             results.append(Result.load(path))
         except (json.JSONDecodeError, TypeError) as error:
             raise DataError(
-                f"{path} is no result of spectr evaluate ({error})", do="delete it and run again"
+                f"{path} is not a result of spectr evaluate ({error})", do="delete it and run again"
             ) from error
     return results
 

@@ -1,4 +1,4 @@
-"""Scoring tasks with one model: example by example, kept on disk, so that a run that was killed goes on."""
+"""Score tasks with one model, example by example, with records from which an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -62,35 +62,35 @@ def score_examples(
 ) -> list[dict[str, Any]]:
     """A record of each example, in the order given; :func:`score_of` is its score.
 
-    Of choices a record holds log-likelihoods, prediction and whether it is right; of free text the answer, which is
-    generated greedily, and its score. Where a prompt lost its beginning, as there was no room for it in the model's
-    context, ``lost`` is the number of tokens.
+    For choices, a record holds log-likelihoods, the prediction and whether it is right. For free text it holds the
+    greedy answer and its score. ``lost`` is the number of tokens at the beginning of a prompt that did not fit into the
+    model's context.
 
     Args:
         model: Plain or composed.
         tokenizer: Its tokenizer.
         examples: With choices, or of free text.
-        metric: accuracy for choices; for free text one of :func:`text_metric`.
+        metric: ``accuracy`` for choices; for free text a metric of :func:`text_metric`.
         length_normalised: Mean instead of sum over a choice's tokens.
-        max_new_tokens: Length at most of a free-text answer.
-        decision: Of a model that is routed by prompts (``routed.prompt``); its experts are recorded as well.
-        keep: JSONL file to write records to as they are made, and to read those of a killed run from.
-        origin: What else decides the results (model, router, experts, data); a file of another run is known by it, and
-            begun anew.
-        former: As earlier versions wrote ``origin``; a file of theirs is read, and goes on.
-        name: Of the task, for errors.
-        progress: Receives how many examples were finished since the last call.
+        max_new_tokens: Maximum length of a free-text answer.
+        decision: For a model that decides on prompts, ``routed.prompt``; its experts are recorded too.
+        keep: JSONL file to which records are written; records of an interrupted run are read from it.
+        origin: What else determines the results (model, router, experts, data). The file of a run with another origin
+            is overwritten.
+        former: ``origin`` in the form of earlier versions, whose files can be continued.
+        name: The task's name, for errors.
+        progress: Called with the number of examples that were finished since the last call.
 
     Raises:
-        DataError: Examples cannot be scored by this metric, or not with this model (see :func:`encode_examples`);
-            nothing was scored then.
+        DataError: Examples cannot be scored with this metric or this model (see :func:`encode_examples`); nothing was
+            scored.
     """
     choose = metric in CHOICE_METRICS
     if choose != all(example.choices for example in examples):
         raise DataError(
             f"metric '{metric}' and {'examples without' if choose else 'examples with'} choices",
             expected="accuracy for choices, another metric for free text",
-            do=f"name another metric: {', '.join(TEXT_METRICS if choose else CHOICE_METRICS)}",
+            do=f"use another metric: {', '.join(TEXT_METRICS if choose else CHOICE_METRICS)}",
         )
     room = 0 if choose else max_new_tokens
     lost = [e.lost for e in encode_examples(tokenizer, examples, context_length(model), max_new_tokens=room, name=name)]

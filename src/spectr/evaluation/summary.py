@@ -1,4 +1,4 @@
-"""The routers side by side: one table out of the results of several experiments."""
+"""The routers side by side: one table from the results of several experiments."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def summary(results: Sequence[Result]) -> Result | None:
         rows.append([router, *cells, _taken(found, router)])
     used = [name for name in ("routing", "wording", "multitask", "robustness") if name in found]
     notes = [
-        f"Out of the experiments below: {', '.join(used)}. ± one standard error; where a router was measured with "
-        "several calibration seeds, the mean over them. Shares of accuracy are against the right expert on the same "
-        "examples, with the error of the difference.",
+        f"From the experiments below: {', '.join(used)}. ± one standard error; for a router with several calibration "
+        "seeds, the mean over them. Shares of accuracy compare with the right expert on the same examples; their error "
+        "is that of the difference.",
         *[note for name in ("routing", "wording") if name in found for note in found[name].notes if " seed" in note],
     ]
     setups = {name: (found[name].origin.get("experts"), found[name].origin.get("model")) for name in used}
     if len({str(setup) for setup in setups.values()}) > 1:
-        notes.insert(0, "Take care: these experiments ran with different experts or models.")
+        notes.insert(0, "Warning: these experiments ran with different experts or models.")
     return Result(
         name="summary",
         title="The routers side by side",
@@ -75,14 +75,14 @@ def tradeoff(results: Sequence[Result]) -> Result | None:
     return Result(
         name="tradeoff",
         title="Quality against cost",
-        source="out of the experiments below",
+        source="from the experiments below",
         columns=[*headings, "held-out, points over the base model"],
         rows=rows,
         data={"points": points, "base": held_in["base"]["share"]},
         notes=[
-            "Arithmetic by token while an answer is written, as a share of the base model's. What is spent once, "
-            "before an answer (the calibrated routers' probe, GLIDER's instruction), is in 'costs'. ± one standard "
-            "error. In the picture equal costs stand side by side."
+            "Arithmetic per token of an answer, as a share of the base model's. Work before an answer (the calibrated "
+            "routers' probe, GLIDER's instruction) is in 'costs'. ± one standard error. In the picture, equal costs "
+            "are side by side."
         ],
         origin={"commands": [found[name].origin.get("command", "") for name in used]},
     )

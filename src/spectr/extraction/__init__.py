@@ -1,4 +1,4 @@
-"""Experts out of other weights: of fully fine-tuned models, and of experts with more ranks."""
+"""Make experts from other weights: from fully fine-tuned models, and from experts of higher rank."""
 
 from spectr.extraction.extract import extract
 from spectr.extraction.outcome import Kept, KindSummary, Left, Place, Report, Spread, places, summary

@@ -1,4 +1,4 @@
-"""Which of a model's parameters are weights of linear layers, from transformers, without any memory for weights."""
+"""Which of a model's parameters are weights of linear layers, by transformers; needs no memory for weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from spectr.layers.linear import features
 
 
 class Linear(NamedTuple):
-    """A linear layer whose weight can be adapted; ``transposed`` where it is stored as (inputs, outputs)."""
+    """A linear layer whose weight can be adapted; ``transposed`` if it is stored as (inputs, outputs)."""
 
     module: str
     outputs: int
@@ -31,13 +31,13 @@ class Linear(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What a configuration makes of a model.
+    """The model that a configuration describes.
 
     Attributes:
         model: On the meta device.
         linear: Linear layers by the name of their weight.
-        kinds: What the other parameters are, by name: "embedding", "norm", "bias", ...
-        tied: Names of parameters that are another one's too, with that one's name.
+        kinds: Types of the other parameters, by name: "embedding", "norm", "bias", ...
+        tied: Parameters that are the same as another one, with that one's name.
         modules: Names of all modules.
     """
 
@@ -53,7 +53,7 @@ class Architecture:
         return type(self.model).__name__
 
     def in_head(self, parameter: str) -> bool:
-        """Whether a parameter belongs to what the class adds to the model without a head."""
+        """Whether a parameter belongs to the class's head, which the headless model lacks."""
         prefix = self.model.base_model_prefix
         return hasattr(self.model, prefix) and not parameter.startswith(f"{prefix}.")
 
@@ -77,7 +77,7 @@ def read_architecture(folder: Path) -> Architecture:
     }
     owners = dict(model.named_modules())
     kinds = {name: _kind(name, owners[name.rpartition(".")[0]], tied) for name in parameters if name not in linear}
-    kinds |= dict.fromkeys(uncalled, "weight that is used without its layer, where an expert has no effect")
+    kinds |= dict.fromkeys(uncalled, "weight that is used without its layer, so that an expert has no effect")
     return Architecture(
         model=model, linear=linear, kinds=kinds, tied=tied, modules=tuple(name for name in owners if name)
     )
@@ -98,8 +98,8 @@ def _on_meta(folder: Path) -> Any:
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             problems.append(error)
     raise ModelError(
-        f"transformers builds no language model from {folder / 'config.json'}: {str(problems[0]).splitlines()[0]}",
-        expected="a model that AutoModelForCausalLM, -Seq2SeqLM or -ImageTextToText knows, without code of its own",
+        f"transformers cannot build a language model from {folder / 'config.json'}: {str(problems[0]).splitlines()[0]}",
+        expected="a model that AutoModelForCausalLM, -Seq2SeqLM or -ImageTextToText can build, without custom code",
         do="check the folder, or update transformers",
     ) from problems[0]
 

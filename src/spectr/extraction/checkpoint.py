@@ -1,4 +1,4 @@
-"""A model's safetensors files, one or many, read a few rows at a time."""
+"""A model's safetensors files, read a few rows at a time."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Rows = Callable[[str], Iterator[Shaped[Tensor, "..."]]]
 
 
 class Header(NamedTuple):
-    """What is known of a tensor without reading it."""
+    """What is known of a tensor before it is read."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -58,13 +58,13 @@ class Checkpoint:
 
     @property
     def model_class(self) -> str | None:
-        """The class in transformers that it was saved from, as far as its configuration says."""
+        """The transformers class that saved it, if its configuration names one."""
         known = json.loads((self.folder / "config.json").read_text(encoding="utf-8")).get("architectures")
         return str(known[0]) if known else None
 
     @contextmanager
     def open(self) -> Iterator[Rows]:
-        """Map all files and yield ``rows(name)``, which goes through a tensor in blocks of whole rows.
+        """Map all files and yield ``rows(name)``, which iterates over a tensor in blocks of whole rows.
 
         A block holds at most 2^20 numbers (or one row) in the file's dtype, on the CPU.
         """
@@ -95,7 +95,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """The headers of a model's tensors; no weights are read.
 
     Raises:
-        ModelError: No safetensors weights, a damaged index, or files that are missing or damaged; all of them at once.
+        ModelError: There are no safetensors weights, the index is damaged, or files are missing or damaged; lists all
+            faults.
     """
     files = _files(folder)
     tensors: dict[str, Header] = {}
@@ -134,10 +135,10 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 
 def locate_model(source: str | Path) -> Path:
-    """The folder of a model, downloaded first where ``source`` is a Hub id (``org/repo``, or with ``@revision``).
+    """The folder of a model; downloads it if ``source`` is a Hub id (``org/repo``, optionally with ``@revision``).
 
     Raises:
-        ModelError: There is no such folder, and no such repository that can be reached.
+        ModelError: The folder does not exist, and the Hub did not return the repository.
     """
     folder = Path(os.path.expanduser(source))
     if folder.is_dir():
@@ -157,9 +158,9 @@ def _from_hub(repo: str, revision: str | None) -> Path:
     patterns = ["config.json", WEIGHTS, INDEX, "model-*.safetensors"]
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # the client raises its own, httpx's and OS errors
+    except Exception as error:  # the client raises its own errors, httpx's and the system's
         raise ModelError(
-            f"'{repo}' is no folder here, and the Hub did not give it: {type(error).__name__}",
+            f"'{repo}' is not a folder, and the Hub did not return it: {type(error).__name__}",
             expected=_WHAT,
             do="check the name, the network, and whether the repository needs a login (hf auth login)",
         ) from error

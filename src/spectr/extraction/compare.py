@@ -1,4 +1,4 @@
-"""What differs between a fine-tuned checkpoint and its base, and everything that can be wrong with the two."""
+"""The difference between a fine-tuned checkpoint and its base, and all that can be wrong with the two."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Pair:
     """One parameter in both checkpoints.
 
     Attributes:
-        name: transformers' name of it.
-        parts: In the base checkpoint and in the fine-tuned one: the whole, or what it is joined of tensor by tensor.
-        linear: The layer whose weight it is, where an expert can adapt it.
-        kind: Else what it is.
+        name: Its name in transformers.
+        parts: Its parts in the base and fine-tuned checkpoints: the whole, or the tensors that are joined into it.
+        linear: The layer of this weight, if an expert can adapt it.
+        kind: Its type otherwise.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Pair:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """In both checkpoints; of what is joined tensor by tensor that of the first."""
+        """The shape in both checkpoints; if tensors are joined, that of the first."""
         return self.parts[0][0].shape
 
     def held(self, base: Checkpoint, tuned: Checkpoint) -> int:
@@ -52,7 +52,7 @@ class Pair:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """How far a parameter has moved: Frobenius norms of the difference and of the base's weight."""
+    """How far a parameter moved: Frobenius norms of the difference and of the base's weight."""
 
     pair: Pair
     change: float
@@ -60,20 +60,20 @@ class Difference:
 
     @property
     def relative(self) -> float | None:
-        """``||d|| / ||W||``; ``None`` where W is zero."""
+        """``||d|| / ||W||``; ``None`` if W is zero."""
         return self.change / self.size if self.size else None
 
 
 def pair_up(base: Checkpoint, tuned: Checkpoint, architecture: Architecture) -> tuple[Pair, ...]:
-    """Match the tensors of two checkpoints, by their headers alone.
+    """Match the tensors of two checkpoints, by their headers.
 
-    A parameter that is tied to another one and is not in the file by itself is that other one. Tensors that are no
-    parameters of the architecture are compared too where both have them as floating numbers (they may be the weights of
-    fused experts, or buffers); those that only one has are left to :func:`unmatched`.
+    A tied parameter that is not in the file is the parameter that it is tied to. Floating tensors that are not
+    parameters of the architecture are compared if both checkpoints have them (weights of fused experts, or buffers).
+    Tensors that only one has are left to :func:`unmatched`.
 
     Raises:
-        ExtractionError: Sizes that differ, parameters that a checkpoint lacks, dtypes that are no plain floating
-            numbers; all of them at once.
+        ExtractionError: Sizes differ, a checkpoint lacks parameters, or dtypes are not plain floating-point types;
+            lists all of them.
     """
     sources = [find_sources(architecture.model, checkpoint.tensors) for checkpoint in (base, tuned)]
     wanted = [*architecture.linear, *architecture.kinds]
@@ -97,7 +97,7 @@ def pair_up(base: Checkpoint, tuned: Checkpoint, architecture: Architecture) -> 
         kind = architecture.kinds.get(name, "no parameter of the architecture")
         pairs.append(Pair(name=name, parts=parts, linear=linear, kind=kind))
     faults = _faults(_lacking(where, (base, tuned), architecture), unequal, odd, pairs)
-    raise_together("the two checkpoints do not go together", faults, ExtractionError)
+    raise_together("the two checkpoints do not fit together", faults, ExtractionError)
     return tuple(pairs)
 
 
@@ -120,7 +120,7 @@ def _parts(
 
 
 def unmatched(base: Checkpoint, tuned: Checkpoint, architecture: Architecture) -> tuple[str, ...]:
-    """Floating tensors that only the fine-tuned checkpoint has, such as the head of a reward model."""
+    """Floating-point tensors that only the fine-tuned checkpoint has, such as the head of a reward model."""
     ours, theirs = (find_sources(architecture.model, checkpoint.tensors) for checkpoint in (base, tuned))
     return tuple(
         name
@@ -134,10 +134,10 @@ def measure(
 ) -> tuple[Difference, ...]:
     """The norms of all differences, read block by block and summed in float64.
 
-    A tensor that is the base's, rounded to the fine-tuned checkpoint's dtype, has not changed.
+    A tensor that equals the base's, rounded to the fine-tuned checkpoint's dtype, counts as unchanged.
 
     Raises:
-        ExtractionError: NaN or infinite numbers in either checkpoint; all such tensors at once.
+        ExtractionError: A checkpoint contains NaN or infinite values; lists all such tensors.
     """
     found, faults = [], []
     for done, pair in enumerate(pairs, start=1):
@@ -152,7 +152,7 @@ def measure(
         progress(done, len(pairs))
     if faults:
         raise ExtractionError(
-            f"NaN or infinite numbers in {some_of(faults, _SHOWN)}",
+            f"NaN or infinite values in {some_of(faults, _SHOWN)}",
             expected="finite weights",
             do="download or train it again",
         )
@@ -194,36 +194,36 @@ def _lacking(
 def _faults(
     lacking: Sequence[list[str]], unequal: list[str], odd: list[str], pairs: list[Pair]
 ) -> Iterator[ExtractionError]:
-    """Why two checkpoints do not go together, from what :func:`pair_up` has found."""
+    """Why two checkpoints do not fit together, from the findings of :func:`pair_up`."""
     for what, missing in zip(("base", "fine-tuned"), lacking, strict=True):
         if missing:
             yield ExtractionError(
                 f"the {what} checkpoint lacks {some_of(missing, _SHOWN)}",
                 expected="every parameter of the base's architecture in both checkpoints",
-                do="check that the folder is whole, and that the one was fine-tuned from the other",
+                do="check that the folder is complete, and that one model was fine-tuned from the other",
             )
     if unequal:
         vocabulary = all("embed" in name or "lm_head" in name or "wte" in name for name in unequal)
         yield ExtractionError(
-            f"other sizes: {some_of(unequal, _SHOWN)}",
-            expected="a model that was fine-tuned from this very base"
-            + (", with its vocabulary as it was" if vocabulary else ""),
+            f"sizes differ: {some_of(unequal, _SHOWN)}",
+            expected="a model that was fine-tuned from this base"
+            + (", with the same vocabulary" if vocabulary else ""),
             do="resize the fine-tuned model's embeddings to the base's vocabulary and save it again"
             if vocabulary
-            else "give the base that it was fine-tuned from: --base",
+            else "pass the base that it was fine-tuned from: --base",
         )
     if odd:
         yield ExtractionError(
-            f"not plain floating numbers: {some_of(odd, _SHOWN)}",
+            f"not plain floating-point tensors: {some_of(odd, _SHOWN)}",
             expected="F32, BF16, F16 or F64",
-            do="dequantise the model, save it and extract from that",
+            do="dequantise the model, save it, and extract from the result",
         )
     stored = [(pair, pair.linear.stored) for pair in pairs if pair.linear]
     misfit = [f"{pair.name} is {_shape(pair.shape)} (there: {_shape(s)})" for pair, s in stored if pair.shape != s]
     if misfit:
         yield ExtractionError(
-            f"the base's weights have other sizes than its config.json says: {some_of(misfit, _SHOWN)}",
-            expected="configuration and weights of one model",
+            f"the base's weights differ in size from its config.json: {some_of(misfit, _SHOWN)}",
+            expected="configuration and weights of the same model",
             do="download or save the base again",
         )
 

@@ -1,4 +1,4 @@
-"""A LoRA expert out of a fully fine-tuned model: the first singular directions of what the fine-tuning changed."""
+"""Extract a LoRA expert from a fully fine-tuned model: the first singular directions of each linear layer's change."""
 
 from __future__ import annotations
 
@@ -42,27 +42,27 @@ def extract(
     base_model: str | None = None,
     progress: Progress = lambda phase, done, total, remark: None,
 ) -> Report:
-    """Write a LoRA expert that holds the nearest low-rank matrix to each linear layer's change.
+    """Write a LoRA expert with the best low-rank approximation of each linear layer's change.
 
     ``d = W_tuned - W_base = U S V^T``; the expert is ``B = U_r sqrt(S_r)``, ``A = sqrt(S_r) V_r^T`` with scale 1. Both
-    models are read block by block; neither is ever loaded. Everything is checked before anything is written.
+    models are read block by block and never loaded. Everything is checked before anything is written.
 
     Args:
-        tuned: The fine-tuned model: a folder with safetensors weights, in one file or many, or a Hub id.
-        base: What it was fine-tuned from, likewise.
-        out: The expert's folder; it must not be there yet.
+        tuned: The fine-tuned model: a folder with safetensors weights, or a Hub id.
+        base: The model that it was fine-tuned from, likewise.
+        out: The expert's folder, which must not exist yet.
         settings: Ranks, method and memory.
-        name: The expert's name, by default the folder's.
-        base_model: What the expert says its base is, by default ``base``.
-        progress: Called with phase, done, total and a remark.
+        name: The expert's name; by default the folder's.
+        base_model: Name of the base in the expert's configuration; by default ``base``.
+        progress: Called with (phase, done, total, remark).
 
     Returns:
-        What was kept and what was left out, module by module.
+        What was kept and what was left out, by module.
 
     Raises:
-        ModelError: A model is missing, damaged, or no causal language model that transformers knows.
-        ExtractionError: The two do not go together, do not differ, differ only in what LoRA cannot carry (or at all in
-            such, where ``settings.strict``), or do not fit the memory.
+        ModelError: A model is missing or damaged, or transformers cannot build it.
+        ExtractionError: The two models do not fit together, are equal, differ only in parts that LoRA cannot hold (or,
+            with ``settings.strict``, in any such part), or need too much memory.
 
     Source: Ilharco et al. (2023), task vectors; Fleshman and Van Durme (2024), RE-Adapt and its low-rank LoRE-Adapt.
     """
@@ -98,10 +98,10 @@ def _held(pairs: Sequence[Pair], old: Checkpoint, new: Checkpoint, settings: Ext
     most = max(needs, key=needs.__getitem__)
     if needs[most] > settings.max_memory:
         raise ExtractionError(
-            f"{most.name} is joined of other tensors in the one checkpoint than in the other: to compare it takes "
+            f"{most.name} is split differently in the two checkpoints: comparing it takes "
             f"{shown_bytes(needs[most])} of memory",
-            expected=f"at most {shown_bytes(settings.max_memory)}, as was allowed",
-            do="load both with one version of transformers and save them again, or allow more (--max-memory)",
+            expected=f"at most {shown_bytes(settings.max_memory)}, the limit",
+            do="load and save both with the same version of transformers, or raise --max-memory",
         )
     return {pair.linear.module: need for pair, need in needs.items() if pair.linear}
 
@@ -127,9 +127,9 @@ def _changed(found: Sequence[Difference], left: Sequence[Left], settings: Extrac
     if left and (settings.strict or not changed):
         shown = [f"{one.name} ({one.kind}{'' if one.relative is None else f', {one.relative:.1e}'})" for one in left]
         raise ExtractionError(
-            f"{len(left)} parameters have changed that LoRA cannot carry: {some_of(shown, _SHOWN)}",
+            f"{len(left)} parameters changed that LoRA cannot hold: {some_of(shown, _SHOWN)}",
             expected="changes in weights of linear layers only" if changed else "a change in a linear layer",
-            do="leave them out: without --strict" if changed else "there is nothing to extract from these two",
+            do="to leave them out, remove --strict" if changed else "LoRA cannot hold this difference",
         )
     return changed
 
@@ -174,7 +174,7 @@ def module_seed(seed: int, module: str) -> int:
 
 
 def truncate(svd: Aligned, truncation: Truncation, total: float) -> tuple[int, float]:
-    """The rank to keep, and the share of ``total`` (a squared norm) that it holds."""
+    """The rank to keep, and its share of ``total`` (a squared norm)."""
     rank = truncation.choose(svd.S, total)
     return rank, min(1.0, float(svd.S[:rank].double().square().sum()) / total)
 
@@ -191,14 +191,14 @@ def _remarks(
     remarks = []
     if new.model_class not in (None, architecture.model_class):
         remarks.append(
-            f"The fine-tuned model is a {new.model_class}, the expert one for a {architecture.model_class}: its head "
-            "takes no part."
+            f"The fine-tuned model is a {new.model_class}, the expert one for a {architecture.model_class}; its head "
+            "is not used."
         )
     coarse = [min((_COARSE.get(t.dtype, 53), t.dtype) for t in one.tensors.values()) for one in (old, new)]
     if coarse[1][0] < coarse[0][0]:
         remarks.append(
-            f"The fine-tuned model is stored as {coarse[1][1]}, the base as {coarse[0][1]}: the rounding is part of "
-            "the difference, and of what is not kept."
+            f"The fine-tuned model is stored as {coarse[1][1]}, the base as {coarse[0][1]}: the difference, and what "
+            "is not kept of it, includes the rounding."
         )
     short = [] if settings.energy is None else [one for one in modules if one.share < settings.energy - 1e-6]
     if short:

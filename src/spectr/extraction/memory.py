@@ -1,4 +1,4 @@
-"""How much memory an extraction takes, worked out before it begins, and the method that fits."""
+"""How much memory an extraction needs, computed in advance, and the method that fits."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from spectr.extraction.checkpoint import BLOCK
 from spectr.extraction.settings import DTYPES, Extraction, shown_bytes
 from spectr.extraction.svd import exact_bytes, randomised_bytes, sketch_width
 
-EXACT_SIDE = 2048  # the smaller side of a matrix beyond which a whole SVD takes minutes on a CPU
+EXACT_SIDE = 2048  # if both sides are larger, a full SVD takes minutes on a CPU
 _FLOAT = 4
 _READING = 8  # float32 blocks at most: both in their own dtype and in float32, the difference, its squares in float64
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The method for each module, by its name, and the bytes that tensors take at most."""
+    """The method for each module, by its name, and the maximum size of tensors in bytes."""
 
     methods: Mapping[str, str]
     need: int
@@ -28,16 +28,16 @@ class Plan:
 def plan(layers: Sequence[Linear], settings: Extraction, held: Mapping[str, int] = MappingProxyType({})) -> Plan:
     """Choose a method for each module.
 
-    A module takes its difference in float32, the larger of what reading and the SVD take in addition, and on top come
-    all factors that are kept until they are written (twice: saving copies them).
+    A module needs its difference in float32, and the larger of what reading and the SVD need. All factors are kept
+    until they are written (twice, since saving copies them).
 
     Args:
         layers: The modules.
         settings: Of the extraction.
-        held: By module the bytes that reading it takes in addition, where its tensors have to be converted.
+        held: By module, further bytes for reading it, if its tensors must be converted.
 
     Raises:
-        ExtractionError: A module does not fit ``max_memory``; the one that needs most is named.
+        ExtractionError: A module does not fit into ``max_memory``; names the one that needs most.
     """
     factors = _factors(layers, settings)
     needs = {layer.module: _by_method(layer, settings, held.get(layer.module, 0)) for layer in layers}
@@ -81,10 +81,10 @@ def _too_large(
     others = sum(need > settings.max_memory for need in whole.values()) - 1
     need = whole[layer.module]
     return ExtractionError(
-        f"{layer.module} ({layer.outputs} x {layer.inputs}) needs {shown_bytes(need)} of memory by the {method} SVD, "
-        f"{shown_bytes(factors)} of it for the factors of all modules"
-        + (f"; {others} more modules do not fit either" if others else ""),
-        expected=f"at most {shown_bytes(settings.max_memory)}, as was allowed",
-        do=f"allow more (--max-memory {1.01 * need / (1 << 30):.3g}, in GiB)"
-        + (", or let --method auto choose" if method == "exact" else ", or ask for a lower rank"),
+        f"{layer.module} ({layer.outputs} x {layer.inputs}) needs {shown_bytes(need)} of memory for the {method} SVD, "
+        f"including {shown_bytes(factors)} for the factors of all modules"
+        + (f"; {others} more modules do not fit" if others else ""),
+        expected=f"at most {shown_bytes(settings.max_memory)}, the limit",
+        do=f"use --max-memory {1.01 * need / (1 << 30):.3g} (GiB)"
+        + (", or let --method auto choose" if method == "exact" else ", or use a lower rank"),
     )

@@ -1,4 +1,4 @@
-"""What an extraction found and kept, module by module."""
+"""What an extraction found and kept, by module."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Kept:
 
     Attributes:
         module: Its name in the model.
-        rank: Directions kept.
-        share: Of the update's squared Frobenius norm that they hold, from 0 to 1.
+        rank: Number of kept directions.
+        share: Their share of the update's squared Frobenius norm, from 0 to 1.
         change: The Frobenius norm of the whole update.
-        relative: The same over the norm of the base's weight, where that is known and not zero.
+        relative: The same divided by the norm of the base's weight, if known and not zero.
         method: ``exact``, ``randomised``, or ``factors`` for an expert that was re-ranked.
     """
 
@@ -37,9 +37,9 @@ class Kept:
 
 @dataclass(frozen=True, kw_only=True)
 class Left:
-    """A parameter that has changed and that no LoRA expert can carry.
+    """A parameter that changed but that no LoRA expert can hold.
 
-    ``relative`` is ``||d|| / ||W||``, or ``None`` where the base has nothing there to compare with.
+    ``relative`` is ``||d|| / ||W||``, or ``None`` if the base has nothing to compare with.
     """
 
     name: str
@@ -54,10 +54,10 @@ class Report:
 
     Attributes:
         name: The expert's.
-        base_model: Its base, as it was given.
-        modules: What it holds, in the model's order.
+        base_model: The given base.
+        modules: Its modules, in the model's order.
         left: What it cannot hold.
-        remarks: What its reader should know.
+        remarks: Remarks for the reader.
         origin: Sources, hashes, settings, versions.
     """
 
@@ -76,13 +76,13 @@ class Report:
 
     @property
     def left_share(self) -> float:
-        """What :attr:`left` makes of the squared norm of all that has changed."""
+        """The share of :attr:`left` in the squared norm of all changes."""
         left = sum(one.change**2 for one in self.left)
         return left / (left + sum(kept.change**2 for kept in self.modules))
 
 
 class Place(NamedTuple):
-    """Where a module stands in the model; ``layer`` is ``None`` outside the numbered layers."""
+    """A module's position in the model; ``layer`` is ``None`` outside of the numbered layers."""
 
     kind: str
     layer: int | None
@@ -109,7 +109,7 @@ def places(modules: Iterable[str]) -> dict[str, Place]:
 
 
 class Spread(NamedTuple):
-    """The smallest, the middle and the largest of some numbers."""
+    """Minimum, median and maximum of some numbers."""
 
     least: float
     median: float
@@ -133,7 +133,7 @@ class KindSummary(NamedTuple):
 
 
 def summary(report: Report) -> tuple[KindSummary, ...]:
-    """The modules by kind, in the model's order, and all of them at the end where there are several kinds."""
+    """The modules by kind, in the model's order; then all of them, if there are several kinds."""
     where = places(kept.module for kept in report.modules)
     groups = grouped((where[kept.module].kind, kept) for kept in report.modules)
     if len(groups) > 1:

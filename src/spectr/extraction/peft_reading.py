@@ -1,4 +1,4 @@
-"""Whether PEFT will read an expert as spectr does."""
+"""Whether PEFT reads an expert as spectr does."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _SHOWN = 3
 
 
 def peft_remarks(model: Any, targets: Any, modules: Iterable[str]) -> list[str]:
-    """What to know before PEFT loads an expert; empty where it adapts the same layers, or is not installed.
+    """Remarks for users who load an expert with PEFT; empty if it adapts the same layers, or is not installed.
 
-    PEFT adapts no ``out_proj`` of Mamba's relatives, and takes some layers of mixtures of experts for fused parameters.
+    PEFT does not adapt ``out_proj`` in Mamba models, and treats some layers of mixtures of experts as fused parameters.
 
     Args:
         model: On the meta device; it is left with an adapter.
@@ -37,4 +37,4 @@ def peft_remarks(model: Any, targets: Any, modules: Iterable[str]) -> list[str]:
     other = sorted(adapted ^ set(modules))
     if not other:
         return []
-    return [f"PEFT reads this expert otherwise in {some_of(other, _SHOWN)}: use it with spectr alone."]
+    return [f"PEFT reads {some_of(other, _SHOWN)} differently: use this expert with spectr only."]

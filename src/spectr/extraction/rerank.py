@@ -1,4 +1,4 @@
-"""An expert at other ranks: the exact truncated SVD of its updates, from the factors alone."""
+"""Lower an expert's ranks: the exact truncated SVD of its updates, from the factors."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ def rerank(
     name: str | None = None,
     progress: Callable[[str, int, int, str], None] = lambda phase, done, total, remark: None,
 ) -> Report:
-    """Write an expert with fewer ranks: the nearest one in the Frobenius norm, module by module.
+    """Write an expert of lower ranks: the closest one in the Frobenius norm, module by module.
 
-    The SVD comes from the factors (:func:`spectr.spectral.align`); their product is never formed. The scale goes into
-    the factors. No module gets more ranks than its update has: more would be padding with zeros. An expert that
-    would not get smaller anywhere is refused.
+    The SVD is computed from the factors (:func:`spectr.spectral.align`); their product is never formed. The factors
+    include the scale. No module gets more ranks than its update has. An expert that would not shrink anywhere is
+    refused.
 
     Args:
         expert: From a library, or from :func:`spectr.adapters.read_adapter`.
-        out: The new expert's folder; it must not be there yet.
-        truncation: How many ranks.
-        dtype: Of the factors that are written: ``bfloat16`` or ``float32``.
-        name: The new expert's name, by default the folder's.
-        progress: Called with phase, done, total and a remark.
+        out: The new expert's folder, which must not exist yet.
+        truncation: The ranks to keep.
+        dtype: Dtype of the written factors: ``bfloat16`` or ``float32``.
+        name: The new expert's name; by default the folder's.
+        progress: Called with (phase, done, total, remark).
 
     Returns:
-        What was kept, module by module.
+        What was kept, by module.
 
     Raises:
-        ExtractionError: No module gets smaller, the dtype is another one, or the folder cannot be written.
+        ExtractionError: No module shrinks, the dtype is unknown, or the folder cannot be written.
         AdapterError: A factor holds NaN or infinity.
     """
     out = Path(out)
@@ -101,7 +101,7 @@ def _check_smaller(expert: Expert, modules: list[Kept], truncation: Truncation) 
         return
     wanted = f"rank {truncation.rank}" if truncation.rank else f"a share of {truncation.energy:g}"
     raise ExtractionError(
-        f"'{expert.name}' gets smaller nowhere at {wanted}: its ranks are {', '.join(map(str, expert.ranks))}",
-        expected="fewer ranks than that; more would only add zeros",
-        do="ask for a lower rank or a smaller share of the energy, or use the expert as it is",
+        f"'{expert.name}' does not shrink at {wanted}: its ranks are {', '.join(map(str, expert.ranks))}",
+        expected="a lower rank; a higher one would only add zeros",
+        do="use a lower rank or a smaller share of energy, or keep the expert",
     )

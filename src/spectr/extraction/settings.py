@@ -1,4 +1,4 @@
-"""Settings of an extraction: how many ranks, by which method, within how much memory."""
+"""Settings of an extraction: ranks, method and memory."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ _NULL = 1e-6  # singular values below this share of the largest one are rounding
 
 @dataclass(frozen=True, kw_only=True)
 class Truncation:
-    """How many singular directions of an update are kept.
+    """How many singular directions of an update to keep.
 
     Attributes:
-        rank: The number in every module.
-        energy: In each module the fewest that hold this share of the squared Frobenius norm, above 0 and up to 1; with
-            1 all that are not zero.
-        max_rank: With ``energy``, the most that a module gets.
+        rank: The same number in every module.
+        energy: In each module the fewest directions with this share of the squared Frobenius norm, above 0 and at most
+            1; 1 keeps all directions that are not zero.
+        max_rank: With ``energy``, the largest rank of a module.
 
     Raises:
-        ExtractionError: Not exactly one of ``rank`` and ``energy``, or numbers out of range; all at once.
+        ExtractionError: Not exactly one of ``rank`` and ``energy`` is given, or numbers are out of range; lists all
+            faults.
 
-    Source: Eckart and Young (1936): no other matrix of that rank is nearer in the Frobenius norm.
+    Source: Eckart and Young (1936): no other matrix of that rank is closer in the Frobenius norm.
     """
 
     rank: int | None = None
@@ -42,7 +43,7 @@ class Truncation:
     def __post_init__(self) -> None:
         faults: list[SpectrError] = []
         if (self.rank is None) == (self.energy is None):
-            given = "neither a rank nor a share of energy" if self.rank is None else "both a rank and a share of energy"
+            given = "neither rank nor energy was given" if self.rank is None else "both rank and energy were given"
             faults.append(ExtractionError(given, expected="one of the two", do="--rank 16, or --energy 0.9"))
         sizes = {"rank": self.rank, "max_rank": self.max_rank}
         faults += range_faults(ExtractionError, "1 or more", lambda n: n >= 1, **sizes)
@@ -57,7 +58,7 @@ class Truncation:
     def choose(self, S_R: Float[Tensor, " R"], total: float) -> int:
         """The rank for one module.
 
-        Directions whose singular value is zero (to float32 rounding) are never kept, but one always is.
+        Directions whose singular value is zero (up to float32 rounding) are never kept, except a single one.
 
         Args:
             S_R: Singular values, descending.
@@ -76,18 +77,18 @@ class Extraction(Truncation):
     """Settings of :func:`spectr.extraction.extract`, ranks included.
 
     Attributes:
-        method: ``exact`` computes each whole SVD; ``randomised`` only its first directions; ``auto`` takes the exact
-            one where it fits the memory and the smaller side of the matrix is at most 2048, beyond which it takes
-            minutes for a module.
-        oversampling: Of the randomised SVD: directions that it computes in addition to the result.
-        power_iterations: Of the randomised SVD: passes that sharpen a spectrum which decays slowly.
-        seed: Of the randomised SVD; each module's random numbers depend on it and on the module's name alone.
+        method: ``exact`` computes each SVD completely; ``randomised`` only its first directions; ``auto`` is exact if
+            that fits into the memory and the smaller side of the matrix is at most 2048, above which it takes minutes
+            per module.
+        oversampling: For the randomised SVD: number of additional directions that it computes.
+        power_iterations: For the randomised SVD: passes that improve the result for a slowly decaying spectrum.
+        seed: For the randomised SVD; each module's random numbers depend on it and on the module's name only.
         max_memory: Bytes that tensors may take at any time, Python and torch not counted (docs/howto/extraction.md).
-        dtype: Of the factors that are written: ``bfloat16`` or ``float32``.
-        strict: Refuse where anything has changed that a LoRA expert cannot carry.
+        dtype: Dtype of the written factors: ``bfloat16`` or ``float32``.
+        strict: Raise an error if anything changed that a LoRA expert cannot hold.
 
     Raises:
-        ExtractionError: Settings out of range; all at once.
+        ExtractionError: Settings are out of range; lists all of them.
     """
 
     method: Method = "auto"

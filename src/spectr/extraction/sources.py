@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint's files a model's parameters are made of, by transformers' own conversions."""
+"""Which tensors in a checkpoint's files form a model's parameters, by transformers' own conversions."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Convert = Callable[[Sequence[Tensor]], Mapping[str, Tensor]]
 
 
 class Source(NamedTuple):
-    """What a parameter is made of.
+    """The tensors of a parameter.
 
     Attributes:
-        keys: Tensors of the files, in the order in which they are joined.
-        pattern: Which of its conversion's patterns each of them has; empty where the one tensor is the parameter.
-        convert: From these tensors to parameters by name; ``None`` likewise.
+        keys: Tensors in the files, in the order of joining.
+        pattern: The conversion's pattern of each tensor; empty if a single tensor is the parameter.
+        convert: Maps these tensors to parameters by name; ``None`` if a single tensor is the parameter.
     """
 
     keys: tuple[str, ...]
@@ -29,7 +29,7 @@ class Source(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A parameter, or a part of it, as a checkpoint has it: a tensor, or what a conversion makes of several."""
+    """A parameter or a part of it in a checkpoint: a tensor, or the result of converting several."""
 
     name: str
     source: Source
@@ -46,7 +46,7 @@ class Piece(NamedTuple):
 
     @staticmethod
     def tensor(name: str, key: str, checkpoint: Checkpoint) -> Piece:
-        """One tensor that is joined with others."""
+        """One of several tensors that are joined."""
         return Piece(name, Source((key,)), checkpoint.tensors[key].shape)
 
     def blocks(self, rows: Rows) -> Iterator[Tensor]:
@@ -66,7 +66,7 @@ class Piece(NamedTuple):
 
 
 def find_sources(model: Any, tensors: Mapping[str, Header]) -> dict[str, Source]:
-    """What each parameter is made of; a tensor that is part of none stands under its own name.
+    """The tensors of each parameter; a tensor that belongs to no parameter is listed under its own name.
 
     Args:
         model: Of transformers, on the meta device.
@@ -129,7 +129,7 @@ class _Renaming:
         return next((name for name in options if name in state), key), None
 
     def conversion(self, name: str, patterns: Sequence[str]) -> Convert:
-        """From the tensors of these patterns to the parameters of a conversion, of which one has this name."""
+        """The function from the tensors of these patterns to a conversion's parameters, one of them with this name."""
 
         def convert(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
             converter = deepcopy(self._by_pattern[patterns[0]])

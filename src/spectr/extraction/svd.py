@@ -1,4 +1,4 @@
-"""The first singular directions of a dense matrix: exactly, or by a randomised method that needs far less.
+"""The first singular directions of a dense matrix: exactly, or with a much cheaper randomised method.
 
 Shapes: O outputs, I inputs, R rank, Q directions that the randomised method computes.
 """
@@ -22,7 +22,7 @@ def exact_svd(delta_OI: Float[Tensor, "O I"]) -> Aligned:
 def randomised_svd(
     delta_OI: Float[Tensor, "O I"], rank: int, *, oversampling: int, power_iterations: int, seed: int
 ) -> Aligned:
-    """The first ``rank`` singular directions, nearly: those of ``Q Q^T delta``.
+    """Approximates the first ``rank`` singular directions: those of ``Q Q^T delta``.
 
     Q is an orthonormal basis of ``(delta delta^T)^p delta G`` with G Gaussian of ``rank + oversampling`` columns; a QR
     after every product keeps small directions from drowning in rounding. Then ``Q^T delta = u S V^T`` and ``U = Q u``.

@@ -1,4 +1,4 @@
-"""Writing an expert folder as PEFT reads it, with a card and its origin; whole or not at all."""
+"""Write an expert folder in PEFT's format, with a card and its origin; all or nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PACKAGES = ("spectr-lora", "torch", "transformers", "safetensors")
 
 
 def write_expert(out: Path, factors: Mapping[str, Pair], config: Mapping[str, Any], report: Report) -> Path:
-    """Write a scratch folder and then rename it, so that a kill leaves nothing half-made there.
+    """Write a scratch folder and then rename it, so that a killed process leaves no partial folder.
 
     Args:
         out: Where it belongs.
@@ -49,7 +49,7 @@ tags: [lora, spectr]
 # {report.name}
 
 A LoRA expert{f" for `{report.base_model}`" if report.base_model else ""}, {report.origin["made"]}. Its licence is that
-of the weights that it comes from.
+of the original weights.
 {remarks}
 ## What it keeps
 {report.share:.2%} of the squared Frobenius norm of the update, over all {len(report.modules)} modules.

@@ -223,7 +223,7 @@ def _rows(rows_EO: Tensor | None, places: list[int]) -> Tensor | None:
 
 
 def _parts(whole: Tensor | None, experts: int, places: list[int], dim: int) -> Tensor | None:
-    """Those of some experts, of which each has an equal part."""
+    """The parts of some experts; all parts have equal sizes."""
     if whole is None:
         return None
     parts = whole.chunk(experts, dim)

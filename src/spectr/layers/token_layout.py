@@ -29,13 +29,13 @@ _ROWS, _TOKENS = 2, 5  # of the batch that layouts are learned by
 
 
 class Layout(NamedTuple):
-    """How the leading axes of a layer's input are made of rows and tokens, whatever their numbers.
+    """How the leading axes of a layer's input are composed of rows and tokens, for any number of them.
 
     Attributes:
-        tokens_first: A token of all rows after the other, as (tokens, rows, ...) or in one axis; otherwise a row after
-            the other, as (rows, tokens, ...), in one axis, or in windows.
-        positions: Where a row's inputs are ``n`` times as many as its tokens, whether these are ``n`` for a token
-            (``"outer"``) or ``n`` times all tokens (``"inner"``); ``None`` where they are not told by their places.
+        tokens_first: The order is token by token, as (tokens, rows, ...) or in one axis; otherwise row by row, as
+            (rows, tokens, ...), in one axis, or in windows.
+        positions: If a row has ``n`` times as many inputs as tokens: ``n`` for each token (``"outer"``), or ``n`` times
+            all tokens (``"inner"``); ``None`` if places do not determine them.
     """
 
     tokens_first: bool = False

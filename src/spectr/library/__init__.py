@@ -1,4 +1,4 @@
-"""Experts on disk: PEFT folders, and entries that say which of them count."""
+"""Experts on disk: PEFT folders, and the entries that list them."""
 
 from spectr.library.calibration import Calibration, Statistics
 from spectr.library.index import Index, IndexEntry

@@ -1,4 +1,4 @@
-"""Statistics of experts on calibration texts: one safetensors file next to the experts."""
+"""Statistics of experts on calibration texts, in one safetensors file next to the experts."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from spectr.hashing import known_sha256
 
 CALIBRATION_FILE = "calibration.safetensors"
 _FORMAT = "3"
-_READ = "2", _FORMAT  # 2 has no null; 1 was calibrated on texts of another kind
+_READ = "2", _FORMAT  # format 2 has no null; format 1 used other kinds of texts
 
 
 @contextmanager
 def opened(path: Path, *formats: str) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """A safetensors file and the facts in its header; raises whatever is wrong with it, another format too."""
+    """Open a safetensors file and read the facts in its header. Raises for any fault, and for another format."""
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         if metadata.get("format") not in formats:
@@ -40,7 +40,7 @@ def opened(path: Path, *formats: str) -> Iterator[tuple[Any, dict[str, Any]]]:
 class Statistics(NamedTuple):
     """One expert at one module: the mean input, and ``sqrt(mean ||A* (x - mean)||^2)`` over the texts' tokens.
 
-    ``None`` of a module that no text reaches.
+    ``None`` for a module that no text reaches.
     """
 
     mean_I: Float[Tensor, " I"] | None
@@ -49,20 +49,19 @@ class Statistics(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Calibration:
-    """How a base model's modules and a library's experts behave on texts without labels.
+    """Statistics of a base model's modules and a library's experts on texts without labels.
 
     Attributes:
-        means: By module the mean input over the texts' counted tokens, float32, (inputs,).
+        means: By module, the mean input over the counted tokens, float32, (inputs,).
         rms: By expert and module ``sqrt(mean ||A* (x - m)||^2)`` with ``A* = S V^T``.
-        sha256: By expert the hash of its weights, to notice another one under the same name.
-        input_ids: The texts, (texts, tokens), int64, so that experts that come later see the same ones.
-        counted: Which of these tokens the statistics are over, (texts, tokens).
-        real: Which of these tokens are no padding, (texts, tokens).
-        settings: Base model, seed and the rest, for the record.
-        null: Ordinary prompts that the base model wrote, other ones than the texts: their token ids, each without
-            padding, with what the chat template writes around them. Evidence is compared with theirs. Empty where an
-            older version calibrated.
-        unmeasured: Modules that no text reaches, as those of a vision tower. They take no part in evidence for prompts.
+        sha256: By expert, the hash of its weights; detects another expert under the same name.
+        input_ids: The texts, (texts, tokens), int64, so that experts added later are measured on the same texts.
+        counted: The tokens that the statistics count, (texts, tokens).
+        real: The tokens that are not padding, (texts, tokens).
+        settings: Base model, seed and other settings, for the record.
+        null: Ordinary prompts that the base model wrote, apart from the texts: token ids without padding, including the
+            chat template's. Evidence is compared with theirs. Empty if an older version calibrated.
+        unmeasured: Modules that no text reaches, such as a vision tower's. Evidence for prompts ignores them.
     """
 
     means: Mapping[str, Float[Tensor, " I"]]
@@ -82,23 +81,23 @@ class Calibration:
 
     @property
     def turn(self) -> tuple[int, ...]:
-        """Token ids that it puts between an answer and the next user turn."""
+        """Token ids that the chat template puts between an answer and the next user turn."""
         return tuple(self.settings.get("turn", ()))
 
     @property
     def closing(self) -> tuple[int, ...]:
-        """Token ids that it puts after a user's last turn, where the answer begins."""
+        """Token ids that the chat template puts after a user's last turn, before the answer."""
         return tuple(self.settings.get("closing", ()))
 
     @cached_property
     def digest(self) -> str:
-        """What tells one set of texts from another, 16 hex digits."""
+        """Identifies a set of texts: 16 hex digits."""
         marked = self.input_ids * self.counted * 2 + self.real
         return hashlib.sha256(marked.contiguous().numpy().tobytes()).hexdigest()[:16]
 
     @cached_property
     def said(self) -> Calibration:
-        """The same, with what the chat template writes after a user's words not counted: no probe reads that."""
+        """Like :attr:`real`, without what the chat template writes after a user's words, which probes do not read."""
         counted, end = self.counted.clone(), list(self.closing)
         for row_T, ids_T, length in zip(counted, self.input_ids, self.real.sum(1).tolist(), strict=True):
             words = length - len(end)
@@ -107,20 +106,20 @@ class Calibration:
         return replace(self, counted=counted)
 
     def covers(self, expert: Expert) -> bool:
-        """Whether this very expert, by its weights, was calibrated."""
+        """Whether exactly this expert, by its weights, was calibrated."""
         return expert.name in self.rms and self.sha256.get(expert.name) == known_sha256(expert.weights)
 
     def of(self, expert: str, module: str) -> Statistics:
         """The statistics of one expert at one module.
 
         Raises:
-            LibraryError: They were measured under other names of modules, or of other targets.
+            LibraryError: They were measured with other module names or targets.
         """
         if module in self.unmeasured:
             return Statistics(None, None)
         if module not in self.rms[expert]:
             raise LibraryError(
-                f"the calibration of '{expert}' has no figures of {module}",
+                f"the calibration of '{expert}' does not cover {module}",
                 expected="a calibration of the modules that the expert adapts in this model",
                 do="calibrate again with this model: spectr library calibrate --fresh, or spectr.calibrate(..., "
                 "fresh=True)",
@@ -128,7 +127,7 @@ class Calibration:
         return Statistics(self.means[module], self.rms[expert][module])
 
     def joined(self, other: Calibration) -> Calibration:
-        """This one with the experts and modules of another on the same texts."""
+        """This calibration plus the experts and modules of another one on the same texts."""
         return replace(
             self,
             means={**self.means, **other.means},
@@ -138,7 +137,7 @@ class Calibration:
         )
 
     def save(self, folder: str | Path) -> Path:
-        """Write the file into a library's folder, whole or not at all."""
+        """Write the file into a library's folder, atomically."""
         modules, experts = sorted(self.means), sorted(self.rms)
         tensors = {f"mean/{module}": self.means[module].float().contiguous() for module in modules}
         for expert in experts:
@@ -156,10 +155,10 @@ class Calibration:
 
     @staticmethod
     def load(folder: str | Path) -> Calibration | None:
-        """The calibration of a library's folder; ``None`` where there is none.
+        """The calibration in a library's folder; ``None`` if there is none.
 
         Raises:
-            LibraryError: The file is damaged or of another version.
+            LibraryError: The file is damaged or has another version.
         """
         path = Path(folder) / CALIBRATION_FILE
         if not path.is_file():
@@ -167,10 +166,10 @@ class Calibration:
         try:
             with opened(path, *_READ) as (file, facts):
                 tensors = {key: file.get_tensor(key) for key in list(file.keys())}
-        except Exception as error:  # safetensors raises its own kinds
+        except Exception as error:  # safetensors raises its own types
             raise LibraryError(
                 f"{path} cannot be read ({error})",
-                expected="a calibration that this version wrote",
+                expected="a calibration that this version can read",
                 do=f"calibrate again: spectr library calibrate --library {folder} --fresh",
             ) from error
         means = {key.removeprefix("mean/"): tensor for key, tensor in tensors.items() if key.startswith("mean/")}

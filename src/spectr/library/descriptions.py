@@ -1,4 +1,4 @@
-"""What experts are for, in words: one text file next to them, to be read and edited by people."""
+"""Descriptions of experts, in one text file next to them that people can read and edit."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from spectr.errors import LibraryError
 
 DESCRIPTIONS_FILE = "descriptions.yaml"
 _HEAD = (
-    "# What each expert is for; GLIDER compares prompts with these. Edit the texts; other comments are lost when\n"
-    "# spectr library describe writes.\n"
+    "# What each expert is for. GLIDER compares prompts with these texts. You may edit them. Other comments are lost\n"
+    "# when spectr library describe writes.\n"
 )
 
 
 def read_descriptions(folder: str | Path) -> dict[str, str]:
-    """The descriptions of a library's folder, by expert; empty where there are none.
+    """The descriptions in a library's folder, by expert; empty if there are none.
 
     Raises:
-        LibraryError: The file is not a mapping from experts to texts.
+        LibraryError: The file does not map experts to texts.
     """
     path = Path(folder) / DESCRIPTIONS_FILE
     if not path.is_file():
@@ -31,7 +31,7 @@ def read_descriptions(folder: str | Path) -> dict[str, str]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise LibraryError(
             f"{path} is not YAML ({error})",
-            do="correct it (a text with a colon goes in quotes), or delete it and describe again",
+            do="correct it (quote a text that contains a colon), or delete it and describe the experts again",
         ) from error
     found = {} if found is None else found
     wrong = (
@@ -47,7 +47,7 @@ def read_descriptions(folder: str | Path) -> dict[str, str]:
 
 
 def write_descriptions(folder: str | Path, descriptions: Mapping[str, str]) -> Path:
-    """Write a library's descriptions, whole or not at all."""
+    """Write a library's descriptions, atomically."""
     target = Path(folder) / DESCRIPTIONS_FILE
     text = _HEAD + yaml.safe_dump(dict(sorted(descriptions.items())), allow_unicode=True, width=10_000)
     with replacing(target) as scratch:

@@ -1,8 +1,8 @@
-"""What a large library keeps in memory of every expert, and what makes loading one quick: one small file an expert.
+"""What a large library keeps in memory of every expert, and what speeds up loading: one small file per expert.
 
-``index/<expert>.safetensors`` holds, for each module, the *prototype* (the first row of ``V^T``, in 8 bits and in full)
-with its root mean square over the calibration's texts, and the *rotation* that aligns the adapter's own factors
-(:class:`spectr.spectral.Rotation`). One more expert is one more file; no other changes.
+``index/<expert>.safetensors`` holds, for each module, the *prototype* (the first row of ``V^T``, in 8 bits and in
+full), its root mean square over the calibration's texts, and the *rotation* that aligns the adapter's factors
+(:class:`spectr.spectral.Rotation`). A new expert adds one file and changes no other.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _FORMAT = "1"
 
 
 class IndexedModule(NamedTuple):
-    """A module that an expert adapts: its name, and the sizes of the expert's update there.
+    """A module that an expert adapts, and the sizes of the update there.
 
     Attributes:
-        name: Of the module.
-        rank: Of the expert's factors.
-        inputs: Of the module.
-        outputs: Of the module.
-        vectors: Of its outputs, which the update has in addition to the factors.
+        name: Name of the module.
+        rank: Rank of the expert's factors.
+        inputs: Inputs of the module.
+        outputs: Outputs of the module.
+        vectors: Number of vectors over the outputs that the update has besides the factors.
     """
 
     name: str
@@ -48,25 +48,25 @@ class IndexedModule(NamedTuple):
 
     @property
     def numbers(self) -> int:
-        """In the update."""
+        """Number of parameters in the update."""
         return self.rank * (self.inputs + self.outputs) + self.vectors * self.outputs
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class IndexEntry:
-    """One expert, its modules one after the other along M (``C``: all their inputs).
+    """One expert, with its modules one after the other along M (``C``: all their inputs).
 
     Attributes:
         modules: In alphabetical order.
-        sha256: Of the expert's weights.
-        calibration: Digest of the texts that ``rms_M`` is over.
-        codes_C: Prototypes, one after the other; ``steps_M`` times these.
-        steps_M: What a code's unit stands for.
-        error_M: ``||v - steps codes||_2``: what the 8 bits cost.
-        rms_M: Root mean square of ``v . (x - m)`` over the calibration's texts; 0 where the expert does nothing.
-        rotations: A function that returns them by module, for those that can be aligned by one.
-        full_C: The prototypes in full, float32; of a file they are read from it as they are used. ``None`` in one that
-            was written before these were kept.
+        sha256: Hash of the expert's weights.
+        calibration: Digest of the texts for ``rms_M``.
+        codes_C: Prototypes, one after the other, in units of ``steps_M``.
+        steps_M: Value of one unit of a code.
+        error_M: ``||v - steps codes||_2``, the error of the 8 bits.
+        rms_M: Root mean square of ``v . (x - m)`` over the calibration's texts; 0 if the expert has no effect.
+        rotations: Function that returns rotations by module, for modules that one rotation can align.
+        full_C: The prototypes in full, float32; read from the file on use. ``None`` in a file that an older version
+            wrote.
     """
 
     modules: tuple[IndexedModule, ...]
@@ -80,7 +80,7 @@ class IndexEntry:
     full_C: Float[Tensor, " C"] | None
 
     def save(self, path: Path) -> None:
-        """Write the file, whole or not at all."""
+        """Write the file, atomically."""
         rotations = self.rotations()
         aligned = [module.name for module in self.modules if module.name in rotations]
         tensors = {"codes": self.codes_C, "steps": self.steps_M, "error": self.error_M, "rms": self.rms_M}
@@ -90,15 +90,15 @@ class IndexEntry:
             tensors[part] = torch.cat(values) if values else torch.zeros(0, dtype=torch.float32)
         facts = {"sha256": self.sha256, "calibration": self.calibration, "modules": self.modules, "aligned": aligned}
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path, scratch_in=path.parent.parent) as scratch:  # where the library sweeps
+        with replacing(path, scratch_in=path.parent.parent) as scratch:  # where the library deletes leftovers
             save_readable(tensors, scratch, {"format": _FORMAT, "facts": json.dumps(facts)})
 
     @staticmethod
     def load(path: Path) -> IndexEntry:
-        """Read a file that :meth:`save` wrote.
+        """Read a file of :meth:`save`.
 
         Raises:
-            LibraryError: It is damaged, or of another version.
+            LibraryError: It is damaged, or has another version.
         """
         try:
             with opened(path, _FORMAT) as (file, facts):
@@ -113,7 +113,7 @@ class IndexEntry:
                     rotations=partial(_read_rotations, path),
                     full_C=file.get_tensor("full") if "full" in set(file.keys()) else None,  # mapped, not read
                 )
-        except Exception as error:  # safetensors raises its own kinds
+        except Exception as error:  # safetensors raises its own types
             raise _damaged(path, error) from error
 
 
@@ -134,13 +134,13 @@ def _read_rotations(path: Path) -> dict[str, Rotation]:
 def _damaged(path: Path, error: Exception) -> LibraryError:
     return LibraryError(
         f"{path} cannot be read ({error})",
-        expected="an entry of an index that this version wrote",
+        expected="an index entry that this version can read",
         do=f"index again: spectr library index --library {path.parent.parent} --fresh",
     )
 
 
 class _Part(NamedTuple):
-    """Experts that adapt the same modules, at one of these."""
+    """One module of experts that adapt the same modules."""
 
     experts: tuple[str, ...]
     entries: list[IndexEntry]
@@ -172,18 +172,18 @@ class Index(Mapping[str, IndexEntry]):
 
     @staticmethod
     def open(root: Path, experts: Iterable[str]) -> Index:
-        """The entries that a library's folder has for these experts."""
+        """Open the entries in a library's folder for these experts."""
         folder = root / INDEX_FOLDER
         there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
         files = {name: f"{name}.safetensors" for name in experts}
         return Index({name: folder / file for name, file in files.items() if file in there})
 
     def joined(self, entries: Mapping[str, IndexEntry | Path]) -> Index:
-        """This index with more entries, or with others in the place of some."""
+        """This index with entries added or replaced."""
         return Index({**self._entries, **entries})
 
     def alike(self, names: Iterable[str]) -> dict[tuple[IndexedModule, ...], tuple[str, ...]]:
-        """These experts, those together that adapt the same modules in the same sizes."""
+        """These experts, grouped by equal modules and sizes."""
         found = grouped((self[name].modules, name) for name in sorted(names))
         return {modules: tuple(together) for modules, together in found.items()}
 
@@ -194,8 +194,8 @@ class Index(Mapping[str, IndexEntry]):
 
         Args:
             names: Experts of this index.
-            means: By module the mean input, (inputs,); other modules are left out.
-            bits: 8, 16 or 32 for each number; more than 8 need entries with prototypes in full.
+            means: By module the mean input, (inputs,); other modules are skipped.
+            bits: Bits per number: 8, 16 or 32; more than 8 need entries with full prototypes.
         """
         parts: dict[str, list[_Part]] = {}
         for modules, together in self.alike(names).items():

@@ -1,4 +1,4 @@
-"""A library of experts, as the rest of the program sees it: names in order, experts on request."""
+"""A library of experts: ordered names, and experts on request."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Reader = Callable[[], Expert]
 
 
 def _holds_adapter(folder: Path) -> bool:
-    """Whether a folder is meant as an adapter: it has a configuration, or weights that lack one."""
+    """Whether a folder is meant to be an adapter: it has a configuration, or weights without one."""
     return any((folder / file).is_file() for file in (CONFIG_FILE, WEIGHTS_FILE))
 
 
@@ -30,17 +30,17 @@ def _no_experts(root: Path) -> LibraryError:
     expected = f"a {MANIFEST_FILE}, or folders with {CONFIG_FILE}"
     if (root / CONFIG_FILE).is_file():
         return LibraryError(
-            f"{root} holds no experts (it is itself an adapter)",
+            f"{root} holds no experts (it is an adapter itself)",
             expected=expected,
-            do=f"give its parent folder, or add it to a library: spectr library add NAME {root} --library LIBRARY",
+            do=f"pass its parent folder, or add it to a library: spectr library add NAME {root} --library LIBRARY",
         )
     inner = next((path for path in sorted(root.iterdir()) if (path / MANIFEST_FILE).is_file()), None)
-    do = f"give the library in it: {inner}" if inner else f"spectr library add NAME ADAPTER --library {root}"
+    do = f"use the library inside it: {inner}" if inner else f"spectr library add NAME ADAPTER --library {root}"
     return LibraryError(f"{root} holds no experts", expected=expected, do=do)
 
 
 def _check_separate(root: Path, names: list[str]) -> None:
-    """Raise :class:`LibraryError` where a folder's adapters are parts of one thing rather than experts."""
+    """Raise :class:`LibraryError` if a folder's adapters are parts of one thing instead of experts."""
     several = "spectr.ExpertLibrary.from_adapters({NAME: FOLDER, ...})"
     if stages(names):
         last = max(names, key=lambda name: int(name.rpartition("-")[2]))
@@ -51,14 +51,14 @@ def _check_separate(root: Path, names: list[str]) -> None:
         )
     if (root / CONFIG_FILE).is_file():
         raise LibraryError(
-            f"{root} is itself an adapter, and holds others in folders ({some_of(names, 3)})",
+            f"{root} is an adapter itself and holds others in subfolders ({some_of(names, 3)})",
             expected="a folder of experts",
             do=f"add those that are experts: spectr library add NAME FOLDER --library LIBRARY; or {several}",
         )
 
 
 def _given(value: Any) -> Any:
-    """What was given, where a function reads it elsewhere; unlike a lambda it can be pickled."""
+    """Return the argument, for code that expects a reading function; can be pickled, unlike a lambda."""
     return value
 
 
@@ -71,13 +71,13 @@ def _no_index() -> Index:
 
 
 class ExpertLibrary:
-    """Experts by name, always in alphabetical order. Reading one opens its file; nothing else is loaded.
+    """Experts by name, in alphabetical order. Reading one opens its file; nothing else is loaded.
 
     Make one with :meth:`open` or :meth:`from_adapters`.
 
     Attributes:
-        origin: Where the experts came from, in words.
-        folder: Where things are kept next to them; ``None`` for adapters that are in no common folder.
+        origin: A description of where the experts came from.
+        folder: The folder with further files of the library; ``None`` if the adapters have no common folder.
     """
 
     def __init__(
@@ -98,13 +98,13 @@ class ExpertLibrary:
 
     @classmethod
     def open(cls, path: str | Path) -> ExpertLibrary:
-        """The experts of a folder: a library that ``spectr library`` made, or just a folder of PEFT adapters.
+        """Open the experts of a folder: a library of ``spectr library``, or a plain folder of PEFT adapters.
 
-        A library of the first kind opens by its entries alone, without touching the experts' files.
+        A library is opened by its entries alone; the experts' files are not read.
 
         Raises:
             LibraryError: The folder is missing or holds no experts, or its entries are damaged.
-            AdapterError: Adapters of a plain folder that cannot be used; all of them at once.
+            AdapterError: Adapters of a plain folder cannot be used; lists all of them.
         """
         root = Path(os.path.expanduser(path))
         if root.is_file():
@@ -113,7 +113,7 @@ class ExpertLibrary:
             raise LibraryError(
                 f"there is no library folder {root}",
                 expected="a folder of experts",
-                do=f"make one: spectr library add NAME ADAPTER --library {root}",
+                do=f"create one: spectr library add NAME ADAPTER --library {root}",
             )
         if (root / MANIFEST_FILE).is_file():
             store = LibraryStore(root)
@@ -129,10 +129,10 @@ class ExpertLibrary:
 
     @classmethod
     def from_adapters(cls, adapters: Mapping[str, str | Path], origin: str = "adapters") -> ExpertLibrary:
-        """Experts from PEFT folders and Hub ids, by name; nothing is copied.
+        """Make a library of PEFT folders and Hub ids, by name; copies nothing.
 
         Raises:
-            AdapterError: Adapters that cannot be used; all of them at once.
+            AdapterError: Adapters cannot be used; lists all of them.
         """
         if not adapters:
             raise LibraryError("no adapters were given", do='name at least one: {"sql": "org/sql-lora"}')
@@ -146,30 +146,30 @@ class ExpertLibrary:
         return tuple(self._readers)
 
     def with_expert(self, name: str, source: str | Path) -> ExpertLibrary:
-        """This library with one more expert; nothing on disk changes.
+        """This library with one more expert; changes nothing on disk.
 
         Raises:
             LibraryError: The name is taken.
             AdapterError: The adapter cannot be used.
         """
         if name in self._readers:
-            raise LibraryError(f"there already is an expert '{name}'", do="remove it first, or choose another name")
+            raise LibraryError(f"an expert '{name}' already exists", do="remove it first, or choose another name")
         expert = read_adapter(source, name)
         return self._but(readers={**self._readers, name: partial(_given, expert)})
 
     def without(self, name: str) -> ExpertLibrary:
-        """This library with one expert less; nothing on disk changes."""
+        """This library without one expert; changes nothing on disk."""
         self.check(name)
         readers, digests = ({n: v for n, v in d.items() if n != name} for d in (self._readers, self._digests))
         return self._but(readers=readers, digests=digests)
 
     def sha256(self, name: str) -> str:
-        """Hash of an expert's weights: as its entry says; of a plain folder, of the file itself."""
+        """Hash of an expert's weights: from its entry, or in a plain folder from the file."""
         self.check(name)
         return self._digests.get(name) or known_sha256(self[name].weights)
 
     def check_weights(self, expert: Expert) -> None:
-        """Check that an expert's weights are those of its entry; a plain folder has no entries.
+        """Check that an expert's weights match its entry; a plain folder has no entries.
 
         Raises:
             LibraryError: They differ.
@@ -177,14 +177,14 @@ class ExpertLibrary:
         known = self._digests.get(expert.name)
         if known and known_sha256(expert.weights) != known:
             raise LibraryError(
-                f"{expert.weights} is not the file that was added (its SHA-256 differs)",
+                f"{expert.weights} changed since it was added (its SHA-256 differs)",
                 expected=known,
                 do=f"add '{expert.name}' again with --replace; see spectr library verify --library {self.origin}",
             )
 
     @cached_property
     def calibration(self) -> Calibration | None:
-        """What is known of the experts on calibration texts, or ``None``; read on first use.
+        """The experts' statistics on calibration texts, or ``None``; read on first use.
 
         Raises:
             LibraryError: The file is damaged.
@@ -192,12 +192,12 @@ class ExpertLibrary:
         return self._read_calibration()
 
     def with_calibration(self, calibration: Calibration) -> ExpertLibrary:
-        """This library with a calibration; nothing on disk changes."""
+        """This library with a calibration; changes nothing on disk."""
         return self._but(calibration=partial(_given, calibration))
 
     @cached_property
     def descriptions(self) -> Mapping[str, str]:
-        """What experts are for, in words, by name; read on first use.
+        """Descriptions of the experts by name; read on first use.
 
         Raises:
             LibraryError: The file is damaged.
@@ -205,12 +205,12 @@ class ExpertLibrary:
         return self._read_descriptions()
 
     def with_descriptions(self, descriptions: Mapping[str, str]) -> ExpertLibrary:
-        """This library with other descriptions; nothing on disk changes."""
+        """This library with other descriptions; changes nothing on disk."""
         return self._but(descriptions=partial(_given, descriptions))
 
     @cached_property
     def index(self) -> Index:
-        """What routing among very many experts needs of each (:func:`spectr.build_index`); read on first use.
+        """The index for routing among very many experts (:func:`spectr.build_index`); read on first use.
 
         Raises:
             LibraryError: An entry is damaged.
@@ -218,26 +218,26 @@ class ExpertLibrary:
         return self._read_index()
 
     def with_index(self, index: Index) -> ExpertLibrary:
-        """This library with another index; nothing on disk changes."""
+        """This library with another index; changes nothing on disk."""
         return self._but(index=partial(_given, index))
 
     def named_for(self, naming: Naming) -> ExpertLibrary:
-        """This library with its experts' modules under the names that a model has; nothing on disk changes."""
+        """This library with a model's module names; changes nothing on disk."""
         return self._but(naming=naming)
 
     def calibrated(self, name: str) -> bool:
-        """Whether the calibration has this very expert, by its weights."""
+        """Whether the calibration covers exactly this expert, by its weights."""
         return self.calibration is not None and self.calibration.sha256.get(name) == self.sha256(name)
 
     def indexed(self, name: str) -> bool:
-        """Whether the index has this very expert, by its weights, measured on the library's calibration."""
+        """Whether the index covers exactly this expert, by its weights, with the library's calibration."""
         if name not in self.index or self.calibration is None:
             return False
         entry = self.index[name]
         return entry.sha256 == self.sha256(name) and entry.calibration == self.calibration.said.digest
 
     def _with_folder(self, root: Path) -> ExpertLibrary:
-        """This library with what its folder holds next to the experts."""
+        """This library with the further files in its folder."""
         return self._but(
             folder=root,
             calibration=partial(Calibration.load, root),
@@ -266,7 +266,7 @@ class ExpertLibrary:
         raise_together("unknown experts", unknown, LibraryError)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: what was read is read again."""
+        """For copies and pickles: cached values are read again."""
         read = ("calibration", "descriptions", "index")
         return {name: value for name, value in vars(self).items() if name not in read}
 

@@ -1,7 +1,7 @@
-"""What decides what a library holds: one small file for each expert, so that one more costs the same in any library.
+"""The entries that define a library: one small file per expert, so that adding one costs the same in any library.
 
-``manifest.json`` says that a folder is a library, and its format. In format 2 each expert has ``entries/NAME.json``;
-format 1, which is still read, has all entries in ``manifest.json``, and the first change turns it into format 2.
+``manifest.json`` marks a folder as a library and holds its format. In format 2 each expert has ``entries/NAME.json``.
+Format 1, which can still be read, has all entries in ``manifest.json``; the first change converts it to format 2.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ class Entry(BaseModel):
 
     Attributes:
         name: The expert's name.
-        folder: Its folder below the library, named after its content.
+        folder: Its folder in the library, named after its content.
         sha256: Hex digests of the folder's files.
         ranks: The different ranks of its modules, ascending.
-        modules: How many modules it adapts.
-        targets: The different last parts of their names.
-        parameters: Numbers in its factors.
-        base_model: What it says it was trained on.
+        modules: Number of modules that it adapts.
+        targets: The different last parts of the modules' names.
+        parameters: Number of parameters in its factors.
+        base_model: The base model in its configuration.
         origin: Where it was added from.
-        added: When, in UTC.
+        added: Time of adding, in UTC.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -60,7 +60,7 @@ class Entry(BaseModel):
     @classmethod
     def _inside(cls, folder: str) -> str:
         if folder in ("", ".", "..") or set(folder) & set("/\\"):
-            raise ValueError(f"{folder!r} is no folder of this library")
+            raise ValueError(f"{folder!r} is not a folder of this library")
         return folder
 
 
@@ -77,7 +77,7 @@ class _Manifest(BaseModel):
     def _of_a_known_format(cls, data: Any) -> Any:
         found = data.get("format", 1) if isinstance(data, dict) else 1
         if found not in (1, FORMAT):
-            raise ValueError(f"format {found} is not {FORMAT}: it was written by another version of spectr")
+            raise ValueError(f"format {found} is not {FORMAT}: another version of spectr wrote it")
         return data
 
     @model_validator(mode="after")
@@ -91,28 +91,28 @@ class _Manifest(BaseModel):
 
 
 def read_entries(root: Path) -> tuple[Entry, ...]:
-    """All experts' entries, in alphabetical order; none where there is no library yet.
+    """All experts' entries, in alphabetical order; empty if there is no library yet.
 
     Raises:
-        LibraryError: Files that are damaged, or of another format; all of them at once.
+        LibraryError: Files are damaged or in another format; lists all of them.
     """
     first_format = _first_format(root)
     names = sorted(_names(root, first_format))
     entries = map_together(f"{root} is damaged", lambda name: _entry(root, first_format, name), names, LibraryError)
-    return tuple(entry for entry in entries if entry)  # some may be gone since the folder was listed
+    return tuple(entry for entry in entries if entry)  # some may be deleted since the folder was listed
 
 
 def read_entry(root: Path, name: str) -> Entry | None:
-    """The entry of one expert, whatever else there is; ``None`` where there is no such expert.
+    """The entry of one expert, independent of others; ``None`` if there is no such expert.
 
     Raises:
-        LibraryError: The entry is damaged, or the library is of another format.
+        LibraryError: The entry is damaged, or the library has another format.
     """
     return _entry(root, _first_format(root), name)
 
 
 def has_entry(root: Path, name: str) -> bool:
-    """Whether there is an expert of that name, be its entry damaged or not."""
+    """Whether an expert of that name exists, even if its entry is damaged."""
     first_format = _first_format(root)
     if first_format is not None:
         return name in first_format
@@ -120,15 +120,15 @@ def has_entry(root: Path, name: str) -> bool:
 
 
 def entry_names(root: Path) -> list[str]:
-    """Names of all experts, in alphabetical order, be their entries damaged or not."""
+    """Names of all experts, in alphabetical order, even if their entries are damaged."""
     return sorted(_names(root, _first_format(root)))
 
 
 def any_entry(root: Path, *, but: str) -> Entry | None:
-    """The entry of some expert with another name than ``but``, without reading the rest."""
+    """The entry of any expert with a name other than ``but``, without reading the others."""
     first_format = _first_format(root)
     for name in _names(root, first_format):
-        with suppress(LibraryError):  # whose damage does not concern others
+        with suppress(LibraryError):  # damage of one does not matter to others
             entry = _entry(root, first_format, name) if name != but else None
             if entry:
                 return entry
@@ -142,7 +142,7 @@ def begin(root: Path) -> None:
 
 
 def write_entry(root: Path, entry: Entry) -> None:
-    """Let an expert count, in the place of one of its name: after a kill at any moment it is the old one or the new."""
+    """Add or replace an expert's entry. After a kill at any moment it is the old one or the new one."""
     _upgrade(root)
     _write(root, f"{ENTRIES_FOLDER}/{entry.name}.json", entry)
 
@@ -154,14 +154,14 @@ def drop_entry(root: Path, name: str) -> None:
 
 
 def _upgrade(root: Path) -> None:
-    """Turn a library of format 1 into one of this format; what replaces the manifest decides."""
+    """Convert a library of format 1 to this format; replacing the manifest is the decisive step."""
     first_format = _first_format(root)
     if first_format is None:
         return
     scratch = Path(tempfile.mkdtemp(dir=root, prefix=INCOMING))
     for name, entry in first_format.items():
         _write(root, f"{scratch.name}/{name}.json", entry)
-    shutil.rmtree(root / ENTRIES_FOLDER, ignore_errors=True)  # of an upgrade that was killed
+    shutil.rmtree(root / ENTRIES_FOLDER, ignore_errors=True)  # left by an interrupted conversion
     scratch.chmod(0o755)
     scratch.rename(root / ENTRIES_FOLDER)
     begin(root)
@@ -173,7 +173,7 @@ def _write(root: Path, file: str, model: BaseModel) -> None:
 
 
 def _names(root: Path, first_format: Mapping[str, Entry] | None) -> Iterator[str]:
-    """Names of the experts in no order, each when the caller asks for it."""
+    """Names of the experts in no order, one at a time."""
     if first_format is not None:
         yield from first_format
         return
@@ -189,7 +189,7 @@ def _names(root: Path, first_format: Mapping[str, Entry] | None) -> Iterator[str
 
 
 def _first_format(root: Path) -> Mapping[str, Entry] | None:
-    """The entries of a library of format 1, by name; none where there is no library; ``None`` of one of this format."""
+    """The entries of a format 1 library by name; empty if there is no library; ``None`` for the current format."""
     if not (root / MANIFEST_FILE).is_file():
         return {}
     repair = "restore the file, or build the library again with 'spectr library add'"
@@ -206,7 +206,7 @@ def _entry(root: Path, first_format: Mapping[str, Entry] | None, name: str) -> E
     repair = f"add the expert again: spectr library add {name} ADAPTER --library {root} --replace; or remove it"
     entry = _read(path, Entry, "an expert's entry", repair)
     if entry.name != name:
-        raise LibraryError(f"{path} is the entry of '{entry.name}'", do="give the file back the name it had")
+        raise LibraryError(f"{path} is the entry of '{entry.name}'", do="rename the file to its old name")
     return entry
 
 

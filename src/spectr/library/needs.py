@@ -1,4 +1,4 @@
-"""What a router, a combination or evidence for prompts needs of a library."""
+"""What a router, a combination or evidence needs from a library."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ _SHOWN = 3
 
 
 class Need:
-    """One thing that a library has to provide.
+    """One requirement for a library.
 
     Attributes:
-        lacking: What a library without it lacks, in words.
+        lacking: What is missing in a library that does not meet it.
     """
 
     lacking: ClassVar[str]
 
     def check(self, library: ExpertLibrary, names: Sequence[str]) -> None:
-        """Raise unless the library has this; by default by the names of all of its experts.
+        """Raise unless the library meets it; by default judged by the names of all experts.
 
         Args:
-            library: All that there is.
-            names: The experts of it that are to be used.
+            library: The library.
+            names: The experts that will be used.
 
         Raises:
-            CompositionError: It does not.
-            LibraryError: Some experts have other weights now than when they were added.
+            CompositionError: It does not meet it.
+            LibraryError: The weights of some experts changed since they were added.
         """
         self.resident(library.names)
 
     def resident(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        """Those of a library's experts that a model has to hold; raises where their names alone do not do."""
+        """The experts that a model must hold; raises if the names alone cannot meet the requirement."""
         return names
 
     def problems(self, experts: Sequence[Expert]) -> list[CompositionError]:
-        """What is wrong with these experts, by what is known of their modules without a library: nothing."""
+        """Problems with these experts that are known from their modules alone; by default none."""
         return []
 
 
@@ -59,7 +59,7 @@ class AtMost(Need):
             raise CompositionError(
                 f"top_k={self.k}, but the library has {len(names)} expert{'s' * (len(names) != 1)}",
                 expected=f"top_k from 1 to {len(names)}",
-                do=f"choose top_k={len(names)} or less, or add experts",
+                do=f"use top_k={len(names)} or less, or add experts",
             )
         return names
 
@@ -75,7 +75,7 @@ class OneExpert(Need):
         """See :class:`Need`."""
         if self.expert not in names:
             raise CompositionError(
-                f"the oracle's expert '{self.expert}' is not there", do=did_you_mean(self.expert, names)
+                f"the oracle's expert '{self.expert}' is not in the library", do=did_you_mean(self.expert, names)
             )
         return (self.expert,)
 
@@ -89,7 +89,7 @@ class Calibrated(Need):
     def check(self, library: ExpertLibrary, names: Sequence[str]) -> None:
         """See :class:`Need`."""
         calibration, experts = library.calibration, [library[name] for name in names]
-        with ThreadPoolExecutor() as pool:  # files are hashed in it
+        with ThreadPoolExecutor() as pool:  # hashes files
             covered = pool.map(lambda expert: calibration is not None and calibration.covers(expert), experts)
         missing = [expert for expert, known in zip(experts, covered, strict=True) if not known]
         for expert in missing:
@@ -97,7 +97,7 @@ class Calibrated(Need):
         if missing or calibration is None:
             raise CompositionError(
                 f"not calibrated: {', '.join(expert.name for expert in missing)}",
-                expected="experts whose answers to the base model's own texts are known",
+                expected="experts that are measured on texts of the base model",
                 do=f"spectr library calibrate --library {library.origin}, or "
                 "library.with_calibration(spectr.calibrate(model, library, tokenizer))",
             )
@@ -105,7 +105,7 @@ class Calibrated(Need):
 
 @dataclass(frozen=True)
 class Described(Need):
-    """A description in words of every expert of the library."""
+    """A description of every expert in the library."""
 
     lacking: ClassVar[str] = "descriptions, or of a model that embeds them"
 
@@ -115,7 +115,7 @@ class Described(Need):
         if missing:
             raise CompositionError(
                 f"not described: {', '.join(missing)}",
-                expected="a sentence for each expert that says what it is for, as GLIDER compares prompts with these",
+                expected="a description of each expert, which GLIDER compares with prompts",
                 do=f"spectr library describe --library {library.origin}, or library.with_descriptions({{...}})",
             )
 
@@ -132,18 +132,18 @@ class Gated(Need):
         if missing:
             raise CompositionError(
                 f"no gates were trained for: {', '.join(missing)}",
-                expected="experts with gates of their own, as PHATGOOSE routes by them",
-                do=f"spectr train gates --library {library.origin} --data-root DATA; the routers glider-spectr and "
-                "glider-global need none",
+                expected="experts with gates, which PHATGOOSE uses for routing",
+                do=f"spectr train gates --library {library.origin} --data-root DATA; or use the routers "
+                "glider-spectr and glider-global, which need no gates",
             )
 
 
 @dataclass(frozen=True)
 class Indexed(Need):
-    """An index of the experts as they are (:func:`spectr.build_index`).
+    """An index that matches the experts (:func:`spectr.build_index`).
 
     Attributes:
-        in_full: Whether their prototypes have to be there in full.
+        in_full: Whether their full prototypes are needed.
     """
 
     in_full: bool = False
@@ -154,8 +154,8 @@ class Indexed(Need):
         if library.calibration is None:
             raise CompositionError(
                 "the library is not calibrated",
-                expected="a calibrated and indexed library, as the router shortlist decides by its figures",
-                do=f"spectr library calibrate --library {library.origin}, then spectr library index with the same",
+                expected="a calibrated and indexed library, which the router shortlist needs",
+                do=f"spectr library calibrate --library {library.origin}, then spectr library index",
             )
         missing = [name for name in names if not library.indexed(name)]
         if missing:
@@ -163,21 +163,21 @@ class Indexed(Need):
             first = "" if all(map(library.calibrated, missing)) else first
             raise CompositionError(
                 f"not indexed: {some_of(missing, 5)}",
-                expected="experts whose prototypes and alignment are stored, as the router shortlist needs them",
+                expected="stored prototypes and alignment of the experts, which the router shortlist needs",
                 do=f"{first}spectr library index --library {library.origin}, or spectr.build_index(model, library)",
             )
         old = [name for name in names if library.index[name].full_C is None] if self.in_full else []
         if old:
             raise CompositionError(
-                f"indexed by an older version, in 8 bits alone: {some_of(old, 5)}",
-                expected="prototypes in full, for shortlists that are certain",
-                do=f"spectr library index --library {library.origin} --fresh, or 8 bits",
+                f"indexed by an older version, in 8 bits only: {some_of(old, 5)}",
+                expected="full prototypes, for exact shortlists",
+                do=f"spectr library index --library {library.origin} --fresh, or use 8 bits",
             )
 
 
 @dataclass(frozen=True)
 class OfExperts(Need):
-    """What the experts' own modules say; ``problems`` finds it."""
+    """A requirement on the experts' own modules, which ``problems`` checks."""
 
     combine: str
 
@@ -189,12 +189,12 @@ class OfExperts(Need):
 
 @dataclass(frozen=True)
 class EqualRanks(OfExperts):
-    """Experts that have one rank at each module, for the combination ``combine``."""
+    """Experts with one rank per module, for the combination ``combine``."""
 
     lacking: ClassVar[str] = "equal ranks"
 
     def problems(self, experts: Sequence[Expert]) -> list[CompositionError]:
-        """What is wrong with these experts; one error, or none."""
+        """What is wrong with these experts: one error or none."""
         ranks: dict[str, set[int]] = {}
         for expert in experts:
             for module, shape in expert.shapes.items():
@@ -208,14 +208,14 @@ class EqualRanks(OfExperts):
             CompositionError(
                 f"combine='{self.combine}' merges factors of unequal ranks ({each}; in {where})",
                 expected="experts of one rank",
-                do="use combine='outputs', or leave experts out",
+                do="use combine='outputs', or omit experts",
             )
         ]
 
 
 @dataclass(frozen=True)
 class ProductsAlone(OfExperts):
-    """Experts whose update is ``B A x`` alone, for the combination ``combine``, which merges such products."""
+    """Experts whose update is ``B A x`` only, for the combination ``combine``, which merges such products."""
 
     lacking: ClassVar[str] = "experts without DoRA and biases"
 
@@ -227,19 +227,19 @@ class ProductsAlone(OfExperts):
         each = some_of([f"{expert.name} ({', '.join(expert.kinds)})" for expert in more], _SHOWN)
         return [
             CompositionError(
-                f"combine='{self.combine}' merges products of factors, and updates of these experts are more: {each}",
+                f"combine='{self.combine}' merges products of factors, but these experts have further parts: {each}",
                 expected="experts without DoRA and biases",
-                do="use combine='outputs', or leave experts out",
+                do="use combine='outputs', or omit experts",
             )
         ]
 
 
 @dataclass(frozen=True)
 class Nulled(Need):
-    """Ordinary prompts in the calibration, enough that a share ``abstain`` of them is at least two.
+    """Enough ordinary prompts in the calibration that a share ``abstain`` of them is at least two.
 
     Attributes:
-        abstain: The share of ordinary prompts that is to go to an expert.
+        abstain: The share of ordinary prompts that may go to an expert.
     """
 
     abstain: float
@@ -247,20 +247,20 @@ class Nulled(Need):
 
     @property
     def least(self) -> int:
-        """How many prompts that are."""
+        """The number of prompts that is needed."""
         return math.ceil(2 / self.abstain)
 
     def is_met(self, library: ExpertLibrary) -> bool:
-        """Whether a library has as many."""
+        """Whether a library has enough prompts."""
         return len(_null_of(library)) >= self.least
 
     def there(self, library: ExpertLibrary) -> str:
-        """How many a library has, in words."""
+        """The number of prompts in a library, as text."""
         count = len(_null_of(library))
-        return f"the calibration has {count} ordinary prompts to compare with, and {self.least} are needed"
+        return f"the calibration has {count} ordinary prompts to compare with, but {self.least} are needed"
 
     def remedy(self, library: ExpertLibrary) -> str:
-        """What to do about it, in words."""
+        """How to get enough prompts, as text."""
         fresh = " --fresh" if _null_of(library) else ""
         return f"spectr library calibrate --library {library.origin}{fresh}"
 
@@ -268,7 +268,7 @@ class Nulled(Need):
         """See :class:`Need`."""
         if not self.is_met(library):
             raise CompositionError(
-                f"abstain={self.abstain}, and {self.there(library)}",
+                f"abstain={self.abstain}, but {self.there(library)}",
                 expected=f"at least 2 / abstain = {self.least} prompts that the base model wrote",
                 do=f"{self.remedy(library)}; or abstain=None, which always chooses an expert",
             )
@@ -279,4 +279,4 @@ def _null_of(library: ExpertLibrary) -> Sequence[Sequence[int]]:
 
 
 CALIBRATED, DESCRIBED, GATED = Calibrated(), Described(), Gated()
-SIDE_DATA: tuple[Need, ...] = CALIBRATED, GATED  # what a router is given of each expert at each module
+SIDE_DATA: tuple[Need, ...] = CALIBRATED, GATED  # what a router receives of each expert at each module

@@ -1,10 +1,10 @@
-"""A library folder on disk: adding, removing and verifying, safe against being killed at any moment.
+"""A library folder on disk: add, remove and verify experts, safely even if the process is killed.
 
-An expert lives in a folder of its own, named ``<name>-<start of its hash>``, exactly as PEFT wrote it, so that PEFT
-can load it too. The entries alone decide what a library holds (``manifest.py``). To add: copy to a scratch folder,
-rename into place, then write the entry. To remove: delete the entry, then the folder. Before a folder is added or
-deleted, a mark ``.pending-<folder>`` is set, so that the next writer finds what a kill left behind without a look at
-every folder. Readers ignore it.
+Each expert has its own folder, named ``<name>-<start of its hash>``, in PEFT's format, so that PEFT can load it too.
+The entries alone define what a library holds (``manifest.py``). To add: copy to a scratch folder, rename it into
+place, then write the entry. To remove: delete the entry, then the folder. Before a folder is added or deleted, a mark
+``.pending-<folder>`` is set, so that the next writer finds leftovers of a killed process without checking every folder.
+Readers ignore the mark.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ from spectr.library.texts import check_text
 _DIGITS = 12
 _PENDING = ".pending-"
 _FOLDER = re.compile(rf"(?P<name>{NAME.pattern})-(?P<digits>[0-9a-f]{{{_DIGITS}}})")
-_PATIENCE = 60  # seconds that a writer waits for another
+_PATIENCE = 60  # seconds that a writer waits for another one
 
 
 class LibraryStore:
     """Reads and changes a library folder.
 
     Args:
-        root: The folder; one that does not exist is an empty library, and is made by the first :meth:`add`.
+        root: The folder. A missing folder is an empty library; the first :meth:`add` creates it.
     """
 
     def __init__(self, root: str | Path):
@@ -73,11 +73,11 @@ class LibraryStore:
 
     @cached_property
     def entries(self) -> tuple[Entry, ...]:
-        """The experts' entries in alphabetical order, read on first use, and again after a change made here."""
+        """The experts' entries in alphabetical order; read on first use and after each change by this object."""
         return read_entries(self.root)
 
     def entry(self, name: str) -> Entry:
-        """The entry of an expert, as it is now.
+        """The current entry of an expert.
 
         Raises:
             LibraryError: There is no expert of that name.
@@ -91,18 +91,18 @@ class LibraryStore:
         return LibraryError(f"{self.root} has no expert '{name}'", do=did_you_mean(name, entry_names(self.root)))
 
     def reader(self, entry: Entry) -> Callable[[], Expert]:
-        """A function that reads the expert; its values were checked when it was added."""
+        """A function that reads the expert. Its values were checked when it was added."""
         return partial(self._read, entry)
 
     def _read(self, entry: Entry) -> Expert:
-        folder = (self.root / entry.folder).absolute()  # absolute, so that it is never taken for a Hub id
+        folder = (self.root / entry.folder).absolute()  # an absolute path cannot be mistaken for a Hub id
         try:
             return read_adapter(folder, entry.name, check_values=False)
         except AdapterError as error:
             raise LibraryError(
                 f"{self.root} is damaged: {error.given}",
                 expected=error.expected,
-                do=f"see all that is wrong: spectr library verify -l {self.root}",
+                do=f"list all problems: spectr library verify -l {self.root}",
             ) from error
 
     def add(self, name: str, source: str | Path, *, replace: bool = False) -> Entry:
@@ -111,17 +111,17 @@ class LibraryStore:
         Args:
             name: The expert's name: letters, digits, dot, dash, underscore.
             source: PEFT folder or Hub id.
-            replace: Put it in the place of an expert of that name.
+            replace: Replace the expert of that name.
 
         Raises:
             AdapterError: The adapter is missing, damaged, or cannot be routed exactly.
-            LibraryError: The name is taken or not allowed, the expert's modules have other sizes than those of the
-                experts that are there, or the folder cannot be written. Nothing was changed.
+            LibraryError: The name is taken or not allowed, the expert's modules differ in size from those of the
+                experts in the library, or the folder cannot be written. Nothing was changed.
         """
         if not NAME.fullmatch(name):
             raise LibraryError(
-                f"'{name}' cannot be an expert's name",
-                expected="up to 100 letters, digits, dots, dashes and underscores, a letter or digit first",
+                f"'{name}' is not a valid expert name",
+                expected="up to 100 letters, digits, dots, dashes and underscores; the first is a letter or digit",
             )
         expert = read_adapter(source, name)
         read_gates(expert)
@@ -130,32 +130,32 @@ class LibraryStore:
             if not replace and has_entry(self.root, name):
                 raise LibraryError(
                     f"{self.root} already has an expert '{name}'",
-                    do="choose another name, or say --replace (replace=True)",
+                    do="choose another name, or use --replace (replace=True)",
                 )
             self._check_sizes(expert)
             return self._put(expert)
 
     def duplicates(self, entry: Entry) -> list[str]:
-        """Other experts whose files are the same, by the names of their folders."""
+        """Other experts with the same files, by the names of their folders."""
         digits = entry.folder.rpartition("-")[2]
         names = sorted(folder["name"] for folder in self._expert_folders() if folder["digits"] == digits)
         return [name for name in names if name != entry.name and has_entry(self.root, name)]
 
     def _expert_folders(self) -> list[re.Match[str]]:
-        """Matches of the folders here that are named as experts' folders are."""
+        """Matches of the folders whose names are those of experts' folders."""
         files = os.listdir(self.root) if self.root.is_dir() else []
         return [folder for file in files if (folder := _FOLDER.fullmatch(file))]
 
     def add_gates(self, name: str, gates: Mapping[str, Float[Tensor, " I"]], facts: Mapping[str, Any]) -> Entry:
-        """Put PHATGOOSE gates next to an expert's weights, in the place of older ones.
+        """Write PHATGOOSE gates next to an expert's weights; replaces older gates.
 
         Args:
             name: The expert.
-            gates: By module one vector, (inputs,).
-            facts: How they were made, for the record (JSON).
+            gates: By module, one vector (inputs,).
+            facts: How they were trained, for the record (JSON).
 
         Raises:
-            LibraryError: There is no such expert, or the folder cannot be written. Nothing was changed.
+            LibraryError: The expert does not exist, or the folder cannot be written. Nothing was changed.
             AdapterError: The gates do not fit the expert.
         """
         with self._writing():
@@ -168,30 +168,30 @@ class LibraryStore:
             )
 
     def _check_sizes(self, expert: Expert) -> None:
-        """Raise :class:`LibraryError` where the expert is for another base model than one that is there."""
+        """Raise :class:`LibraryError` if the expert has another base model than an expert in the library."""
         other = any_entry(self.root, but=expert.name)
         if other is None:
             return
         try:
             there = self.reader(other)().shapes
-        except LibraryError:  # a damaged expert is no reason to refuse another one
+        except LibraryError:  # damage of one expert does not matter to another
             return
         for module, shape in expert.shapes.items():
-            known = None if module in expert.fused else there.get(module)  # a model alone can tell what these are
+            known = None if module in expert.fused else there.get(module)  # only a model can tell what these are
             if known and (known.inputs, known.outputs) != (shape.inputs, shape.outputs):
                 raise LibraryError(
-                    f"'{expert.name}' does not go with '{other.name}' of {self.root}: {module} is {shape.inputs} -> "
-                    f"{shape.outputs}, and {known.inputs} -> {known.outputs} there",
+                    f"'{expert.name}' does not match '{other.name}' of {self.root}: {module} is {shape.inputs} -> "
+                    f"{shape.outputs}, but {known.inputs} -> {known.outputs} there",
                     expected=f"experts of one base model ({other.base_model or 'not stated'} there, "
                     f"{expert.base_model or 'not stated'} here)",
-                    do="keep it in a library of its own: another --library",
+                    do="add it to another library: choose another --library",
                 )
 
     def remove(self, name: str) -> None:
-        """Take an expert out of the library and delete its files.
+        """Remove an expert from the library and delete its files.
 
         Raises:
-            LibraryError: There is no such expert, or the folder cannot be written.
+            LibraryError: The expert does not exist, or the folder cannot be written.
         """
         if not has_entry(self.root, name):
             raise self._unknown(name)
@@ -199,15 +199,15 @@ class LibraryStore:
             drop_entry(self.root, name)
 
     def verify(self) -> dict[str, SpectrError | None]:
-        """Check every expert's files against their hashes, and read them: by name, what is wrong, or ``None``.
+        """Check every expert's files against their hashes, and read them: the fault by name, or ``None``.
 
-        Damaged entries, and experts' folders that have lost theirs, are among what is wrong.
+        Faults include damaged entries, and experts' folders whose entry is missing.
         """
         faults: dict[str, SpectrError | None] = {}
         for name in entry_names(self.root):
             try:
                 entry = read_entry(self.root, name)
-                if entry:  # else it is gone since the names were listed
+                if entry:  # else it was deleted since the names were listed
                     self._check(entry)
                     faults[name] = None
             except SpectrError as error:
@@ -215,20 +215,20 @@ class LibraryStore:
         return faults | self._lost()
 
     def _lost(self) -> dict[str, SpectrError]:
-        """By name, experts whose folder is there without an entry."""
+        """Experts whose folder exists without an entry, by name."""
         found: dict[str, SpectrError] = {}
         for folder in self._expert_folders():
             name, path = folder["name"], self.root / folder[0]
-            pending = (self.root / f"{_PENDING}{folder[0]}").exists()  # a killed writer's; the next one sweeps it up
+            pending = (self.root / f"{_PENDING}{folder[0]}").exists()  # a killed writer's; the next writer deletes it
             if not pending and not has_entry(self.root, name) and _is_ours(path):
                 found[name] = LibraryError(
-                    f"{path} belongs to no expert: its entry is missing",
+                    f"{path} has no entry, so that the library does not use it",
                     do=f"spectr library add {name} {path} --library {self.root}, or delete it",
                 )
         return found
 
     def _check(self, entry: Entry) -> None:
-        """Raise :class:`SpectrError` where an expert's files are not those that were added."""
+        """Raise :class:`SpectrError` if an expert's files differ from those that were added."""
         try:
             for file, expected in entry.sha256.items():
                 path = self.root / entry.folder / file
@@ -239,7 +239,7 @@ class LibraryStore:
                     )
                 if file_sha256(path) != expected:
                     raise LibraryError(
-                        f"{path} is not the file that was added (its SHA-256 differs)",
+                        f"{path} changed since it was added (its SHA-256 differs)",
                         expected=expected,
                         do=f"add the expert again from {entry.origin or 'its origin'}, with --replace",
                     )
@@ -251,7 +251,7 @@ class LibraryStore:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """Hold the library's lock; turn what the file system refuses into our error."""
+        """Hold the library's lock; report errors of the file system as ours."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             with FileLock(self.root / ".lock", timeout=_PATIENCE):
@@ -262,35 +262,35 @@ class LibraryStore:
                 yield
         except Timeout as error:
             raise LibraryError(
-                f"{self.root} has been in use by another writer for {_PATIENCE} s; nothing was changed",
-                do="try again when the other command has ended",
+                f"{self.root} is locked by another writer for {_PATIENCE} s; nothing was changed",
+                do="try again after the other command ends",
             ) from error
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             raise LibraryError(
-                f"{self.root} cannot be written: {error.strerror or error}; the library is as it was",
-                expected="a folder that can be written, with room for the expert",
+                f"{self.root} cannot be written: {error.strerror or error}; the library is unchanged",
+                expected="a writable folder with enough space for the expert",
                 do="free some space and try again" if full else "check the path and its permissions",
             ) from error
 
     def _begin(self) -> None:
-        """Make this folder a library, unless it holds adapters that a new manifest would hide."""
+        """Make this folder a library, unless it holds adapters, which a new manifest would hide."""
         if (self.root / CONFIG_FILE).is_file():
             raise LibraryError(
-                f"{self.root} is itself an adapter", expected="a folder for a library", do="choose another --library"
+                f"{self.root} is an adapter itself", expected="a folder for a library", do="choose another --library"
             )
         adapters = sorted(path.name for path in self.root.iterdir() if (path / CONFIG_FILE).is_file())
         if adapters:
             raise LibraryError(
                 f"{self.root} holds adapters ({', '.join(adapters[:5])}) but no {MANIFEST_FILE}: it is a plain folder "
-                "of adapters, or a library that lost its manifest",
+                "of adapters, or a library without its manifest",
                 expected="a library, or a folder without adapters",
-                do=f"make a new library and add them: spectr library add NAME {self.root / adapters[0]} --library NEW",
+                do=f"add them to a new library: spectr library add NAME {self.root / adapters[0]} --library NEW",
             )
         begin(self.root)
 
     def _put(self, expert: Expert, alter: Callable[[Path], None] = lambda _: None, **kept: str) -> Entry:
-        """Copy an expert in and let it count, in the place of one of its name."""
+        """Copy an expert into the library and write its entry; replaces the expert of that name."""
         source = expert.weights.parent
         with tempfile.TemporaryDirectory(dir=self.root, prefix=INCOMING) as folder:
             scratch = Path(folder)
@@ -304,7 +304,7 @@ class LibraryStore:
                 facts.write(scratch)
             alter(scratch)
             digests = _digests(scratch)
-            # What counts is the copy, should the source change under our hands.
+            # Check the copy, in case the source changes meanwhile.
             read_gates(read_adapter(scratch, expert.name))
             entry = Entry(
                 name=expert.name,
@@ -325,7 +325,7 @@ class LibraryStore:
         return entry
 
     def _folders(self, name: str) -> list[str]:
-        """The folder that an expert's entry names; where the entry is damaged, all that are named as its own."""
+        """The folder in an expert's entry; if the entry is damaged, all folders with its name."""
         try:
             entry = read_entry(self.root, name)
         except LibraryError:
@@ -337,14 +337,14 @@ class LibraryStore:
         if folder.exists():
             if _digests(folder) == digests:
                 return
-            # It is damaged: nothing is lost by a moment without it.
+            # It is damaged, so that nothing is lost while it is missing.
             folder.rename(self.root / f"{INCOMING}damaged-{scratch.name.removeprefix(INCOMING)}")
         scratch.chmod(0o755)
         scratch.rename(folder)
 
     @contextmanager
     def _pending(self, *folders: str) -> Iterator[None]:
-        """Mark folders that come or go; at the end those that do not count are deleted."""
+        """Mark folders that are added or removed; at the end, delete those without an entry."""
         for folder in folders:
             (self.root / f"{_PENDING}{folder}").touch()
         try:
@@ -353,7 +353,7 @@ class LibraryStore:
             self._sweep()
 
     def _sweep(self) -> None:
-        """Delete what killed or finished writers left: half-made copies, and marked folders that do not count."""
+        """Delete leftovers of killed or finished writers: partial copies, and marked folders without an entry."""
         for file in [name for name in os.listdir(self.root) if name.startswith(".")]:
             path = self.root / file
             if file.startswith(_PENDING):
@@ -366,11 +366,11 @@ class LibraryStore:
     def _settle(self, mark: Path) -> None:
         folder = _FOLDER.fullmatch(mark.name.removeprefix(_PENDING))
         if folder is None:
-            return  # not ours
+            return  # not made by this module
         try:
             entry = read_entry(self.root, folder["name"])
         except LibraryError:
-            return  # what counts is unknown until the entry is repaired
+            return  # unknown until the entry is repaired
         if entry is None or entry.folder != folder[0]:
             shutil.rmtree(self.root / folder[0], ignore_errors=True)
         if entry is None:
@@ -387,6 +387,6 @@ def _content_digits(digests: dict[str, str]) -> str:
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether a folder is named after the hash of its content, as only this module names folders."""
+    """Whether a folder is named after the hash of its content; only this module uses such names."""
     digits = folder.name.rpartition("-")[2]
     return (folder / WEIGHTS_FILE).is_file() and _content_digits(_digests(folder)) == digits

@@ -1,4 +1,4 @@
-"""What an adapter's tokenizer and chat template say, where it is added to a library."""
+"""Compare an adapter's tokenizer and chat template with its base model's when it is added to a library."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from spectr.errors import AdapterError
 
 
 def check_text(expert: Expert) -> None:
-    """Check that prompts for an expert's base model are the tokens that the expert's own tokenizer writes.
+    """Check that the base model's tokenizer writes the tokens that the expert's own tokenizer writes.
 
-    Nothing is compared where the base model's tokenizer is not on this machine.
+    Nothing is compared if the base model's tokenizer is not on this machine.
 
     Raises:
-        AdapterError: They are not.
+        AdapterError: They differ.
     """
     facts, base = TextFacts.read(expert.weights.parent), base_texts(expert.base_model)
     if facts and base and (faults := list(facts.faults(base))):
         raise AdapterError(
             f"expert '{expert.name}' {'; and '.join(faults)}",
             expected=f"a tokenizer that writes the tokens of its base model ({expert.base_model})",
-            do="add it to a library for the base model whose tokenizer it has",
+            do="add it to a library of a base model with the same tokenizer",
         )
 
 
 def text_remarks(folder: Path, base_model: str | None) -> list[str]:
-    """What else differs between an adapter's tokenizer and its base model's, in words that follow its name."""
+    """Further differences from the base model's tokenizer; texts that follow the adapter's name."""
     facts, base = TextFacts.read(folder), base_texts(base_model)
     if facts is None:
         return []
     if base is None:
-        return ["comes with a tokenizer, which is not compared: its base model's is not on this machine"]
+        return ["has a tokenizer that was not checked: its base model's tokenizer is not on this machine"]
     return list(facts.remarks(base))

@@ -1,10 +1,10 @@
-"""Several experts become one, before anything runs: an adapter as PEFT reads it, or the base model's own weights.
+"""Merge several experts before anything runs: into a PEFT adapter, or into the base model's weights.
 
 recipe = Recipe(experts=("agnews", "sst2"), method=Ties(density=0.2), weights=(1.0, 0.5))
 merged = merge_adapter(library, recipe, rank=16)
 save_merged_adapter(merged, library, "runs/merged")
 
-All maths is on the products ``delta_t = scale_t B_t A_t``, module by module, in float32.
+All computations use the products ``delta_t = scale_t B_t A_t``, module by module, in float32.
 """
 
 from spectr.merging.dare import Dare, DareTies

@@ -1,4 +1,4 @@
-"""DARE: drop entries of each update at random, and make up for them in the others."""
+"""DARE: drop random entries of each update, and scale up the others."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Dare:
     """``delta = sum_t w_t drop(delta_t)``.
 
     Attributes:
-        density: Share of each update's entries that stay; the paper's drop rate is ``1 - density``.
-        seed: Of the random masks.
+        density: Share of each update's entries that are kept; the paper's drop rate is ``1 - density``.
+        seed: Seed of the random masks.
 
     Source: DARE (Yu et al., 2024), before averaging or task arithmetic. It searches drop rates from 0.1 to 0.9 and
-    fixes none; 0.8 is what the authors of KnOTS use for LoRA experts of Llama-3-8B.
+    recommends none; the authors of KnOTS use 0.8 for LoRA experts of Llama-3-8B.
     """
 
     name: ClassVar[str] = "dare"
@@ -42,7 +42,7 @@ class Dare:
         check_settings(self, density=self.density)
 
     def weights(self, given: Sequence[float] | None, count: int) -> tuple[float, ...]:
-        """See :class:`spectr.merging.Method`; 1 / E each where none are given."""
+        """See :class:`spectr.merging.Method`; by default 1 / E each."""
         return shares(given, count)
 
     def merge(self, deltas: Sequence[LowRank], site: Site) -> Float[Tensor, "O I"]:
@@ -52,12 +52,12 @@ class Dare:
 
 @dataclass(frozen=True, kw_only=True)
 class DareTies:
-    """``delta = scale * elect_and_mean(drop(w_t delta_t))``: the dropping stands in for TIES's trimming.
+    """``delta = scale * elect_and_mean(drop(w_t delta_t))``: dropping replaces TIES's trimming.
 
     Attributes:
-        density: Share of each update's entries that stay; the paper's drop rate is ``1 - density``.
+        density: Share of each update's entries that are kept; the paper's drop rate is ``1 - density``.
         scale: Lambda of TIES.
-        seed: Of the random masks.
+        seed: Seed of the random masks.
 
     Source: DARE (Yu et al., 2024) with TIES-Merging (Yadav et al., 2023); the drop rate as in :class:`Dare`.
     """
@@ -71,7 +71,7 @@ class DareTies:
         check_settings(self, density=self.density, scale=self.scale)
 
     def weights(self, given: Sequence[float] | None, count: int) -> tuple[float, ...]:
-        """See :class:`spectr.merging.Method`; 1 each where none are given."""
+        """See :class:`spectr.merging.Method`; by default 1 each."""
         return ones(given, count)
 
     def merge(self, deltas: Sequence[LowRank], site: Site) -> Float[Tensor, "O I"]:

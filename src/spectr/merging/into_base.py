@@ -1,4 +1,4 @@
-"""A merge added to the base model's weights."""
+"""Add a merge to the base model's weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class MergedBase:
     Attributes:
         recipe: How it was made.
         change: By module name ``||delta|| / ||W||`` (Frobenius).
-        before: The weights that were there, while :meth:`undo` has to be possible.
+        before: The original weights, while :meth:`undo` is possible.
     """
 
     recipe: Recipe
@@ -37,13 +37,13 @@ class MergedBase:
     before: Mapping[nn.Module, Tensor]
 
     def undo(self) -> None:
-        """Give the layers the very weights back that they had.
+        """Restore the layers' original weights.
 
         Raises:
             MergeError: The merge was made with ``undoable=False``.
         """
         if not self.before:
-            raise MergeError("the weights from before were not kept", do="merge with undoable=True, or load the model")
+            raise MergeError("the original weights were not kept", do="merge with undoable=True, or load the model")
         for layer, weight in self.before.items():
             _weight(layer).data = weight
 
@@ -57,21 +57,21 @@ def merge_into(
     undoable: bool = True,
     progress: Progress = lambda done, total: None,
 ) -> MergedBase:
-    """Add the merge of experts to a model's weights, in place: the exact update, with no limit on its rank.
+    """Add the merge of experts to a model's weights, in place: the exact update, of any rank.
 
-    The sum is taken in float32 and rounded to the dtype of the weight. Both layouts of a weight are known, (outputs,
-    inputs) and that of transformers' ``Conv1D``.
+    The sum is computed in float32 and rounded to the weight's dtype. Both layouts of a weight are supported: (outputs,
+    inputs), and that of transformers' ``Conv1D``.
 
     Args:
-        model: Any module with the experts' linear layers; not changed where an error is raised before the first sum.
-        library: Holds the experts.
-        recipe: Which of them, and how.
-        undoable: Keep the weights from before, as long as the result lives.
-        progress: Receives after each module how many are done, and of how many.
+        model: A module with the experts' linear layers; unchanged if an error is raised.
+        library: The library of the experts.
+        recipe: The experts, and how to merge them.
+        undoable: Keep the original weights as long as the result exists.
+        progress: Called after each module with (modules done, total).
 
     Raises:
         MergeError: Experts are unknown, or the model's layers cannot take an update.
-        CompositionError: The experts are not for this model.
+        CompositionError: The experts do not fit this model.
     """
     library = library.named_for(naming_of(model))
     raise_together("the experts cannot be merged into this model", into_faults(model, library, recipe), MergeError)
@@ -93,7 +93,7 @@ def merge_into(
 
 
 def into_faults(model: nn.Module, library: ExpertLibrary, recipe: Recipe) -> list[SpectrError]:
-    """All that stands against adding a merge to a model's weights."""
+    """All reasons why a merge cannot be added to a model's weights."""
     names = [*recipe.experts, *recipe.subtract]
     faults = expert_faults(library, names)
     if faults:
@@ -114,7 +114,7 @@ def _weight_faults(model: nn.Module, modules: list[str]) -> Iterator[MergeError]
     packed = [name for name, layer in layers.items() if not _takes_sum(layer)]
     if packed:
         yield MergeError(
-            f"the weights of {some_of(packed, _SHOWN)} cannot be added to: they are quantised, or not in memory",
+            f"the weights of {some_of(packed, _SHOWN)} cannot be changed: they are quantised, or not in memory",
             expected="weights in float32, bfloat16 or float16",
             do="load the model unquantised and on one device, or merge into an adapter",
         )
@@ -124,7 +124,7 @@ def _weight_faults(model: nn.Module, modules: list[str]) -> Iterator[MergeError]
         yield MergeError(
             f"{some_of(tied, _SHOWN)} shares its weight with {some_of(others, _SHOWN)}, which the merge would "
             "change too",
-            expected="layers with a weight of their own",
+            expected="layers that share no weight",
             do="untie the weights, or merge into an adapter",
         )
 
@@ -143,7 +143,7 @@ def _weight(layer: nn.Module) -> nn.Parameter:
 
 
 def _in_layout(layer: nn.Module, delta: Tensor) -> Tensor:
-    """The update (outputs, inputs) as the layer keeps its weight: transformers' ``Conv1D`` keeps (inputs, outputs)."""
+    """The update (outputs, inputs) in the weight's layout: transformers' ``Conv1D`` uses (inputs, outputs)."""
     if isinstance(layer, FusedLinear):
         return delta.mT if layer.is_transposed else delta
     return delta if isinstance(getattr(layer, "in_features", None), int) else delta.mT

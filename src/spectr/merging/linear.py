@@ -1,4 +1,4 @@
-"""Merges that are sums of updates: exact in factors."""
+"""Merges that are sums of updates, and exact in factors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Average:
     def weights(self, given: Sequence[float] | None, count: int) -> tuple[float, ...]:
         """See :class:`spectr.merging.Method`."""
         if given is not None:
-            raise MergeError("method 'average' takes no weights", do="leave them out, or use the method 'linear'")
+            raise MergeError("method 'average' takes no weights", do="omit them, or use the method 'linear'")
         return shares(None, count)
 
     def merge(self, deltas: Sequence[LowRank], site: Site) -> LowRank:
@@ -57,10 +57,10 @@ class Linear:
 
 @dataclass(frozen=True, kw_only=True)
 class GenKnowSub:
-    """``delta = delta_t - strength * delta_general`` for one expert; what to subtract is the recipe's.
+    """``delta = delta_t - strength * delta_general`` for one expert; the recipe names what to subtract.
 
-    The subtraction is one of updates. That of the factors, ``(B_t - B_g)(A_t - A_g)``, has cross terms that belong to
-    no expert, and gives another result for the same updates in other factors.
+    It subtracts updates, not factors: ``(B_t - B_g)(A_t - A_g)`` has cross terms that belong to no expert, and differs
+    between factorisations of the same updates.
 
     Source: GenKnowSub (Bagherifard et al., 2025); negation of task vectors (Ilharco et al., 2023).
     """
@@ -72,9 +72,9 @@ class GenKnowSub:
         """See :class:`spectr.merging.Method`."""
         if count != 1:
             raise MergeError(
-                f"method 'genknowsub' was given {count} experts",
+                f"method 'genknowsub' merges one expert, not {count}",
                 expected="one expert",
-                do="to subtract from each before merging them, use another method with --subtract",
+                do="to subtract from several experts before merging them, use another method with --subtract",
             )
         return ones(given, count)
 

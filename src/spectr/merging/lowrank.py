@@ -1,4 +1,4 @@
-"""Updates as pairs of factors, and cutting an update down to a rank."""
+"""Updates as pairs of factors, and truncating an update to a rank."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from torch import Tensor
 
 from spectr.spectral import align
 
-_NOTHING = 1e-14  # share of the factors' squared norms: below it the product is rounding of float32
-_NULL = 1e-12  # eigenvalues below this share of the largest one likewise
+_NOTHING = 1e-14  # share of the factors' squared norms, below which a product is float32 rounding
+_NULL = 1e-12  # share of the largest eigenvalue, below which an eigenvalue is rounding
 
 
 class LowRank(NamedTuple):
-    """One module's update ``delta = B @ A``, float32, its scale within ``B``; rank 0 is the update that is zero."""
+    """One module's update ``delta = B @ A``, float32, with its scale in ``B``; rank 0 is an update of zero."""
 
     B: Float[Tensor, "O R"]
     A: Float[Tensor, "R I"]
 
     @staticmethod
     def zero(outputs: int, inputs: int) -> LowRank:
-        """The update of a module that an expert leaves alone."""
+        """The update of a module that an expert does not adapt."""
         B, A = torch.zeros(outputs, 0, dtype=torch.float32), torch.zeros(0, inputs, dtype=torch.float32)
         return LowRank(B, A)
 
     @staticmethod
     def joined(parts: Iterable[LowRank]) -> LowRank:
-        """The sum of updates, exactly: the factors side by side, the rank the sum of the ranks."""
+        """The exact sum of updates: concatenated factors, whose rank is the sum of the ranks."""
         B, A = zip(*parts, strict=True)
         return LowRank(torch.cat(B, dim=1), torch.cat(A))
 
@@ -39,7 +39,7 @@ class LowRank(NamedTuple):
         return self.A.shape[0]
 
     def times(self, factor: float) -> LowRank:
-        """The update times a number."""
+        """The update multiplied by a number."""
         return LowRank(self.B * factor, self.A)
 
     def dense(self) -> Float[Tensor, "O I"]:
@@ -55,16 +55,16 @@ class Cut(NamedTuple):
 
 
 def cut_factors(delta: LowRank, rank: int | None = None, energy: float | None = None) -> Cut:
-    """The best approximation of a low rank, from QR decompositions and a small SVD; the product is never formed.
+    """The best low-rank approximation, from QR decompositions and a small SVD; the product is never formed.
 
     Args:
         delta: Factors, float32.
-        rank: At most this many directions.
-        energy: The fewest directions that keep this share of ``||delta||^2``, above 0, at most 1.
+        rank: Maximum number of directions.
+        energy: Keep the fewest directions with this share of ``||delta||^2``, above 0, at most 1.
 
     Returns:
-        Factors of at most that rank; those given, untouched, where neither is given or they are small enough
-        already; rank 0 where the product is zero to float32 rounding.
+        Factors of at most that rank. The given factors if neither limit is given or they are within it. Rank 0 if the
+            product is zero up to float32 rounding.
 
     Source: Eckart and Young (1936); the SVD is :func:`spectr.spectral.align`.
     """
@@ -79,18 +79,18 @@ def cut_factors(delta: LowRank, rank: int | None = None, energy: float | None = 
 
 
 def cut_dense(delta: Float[Tensor, "O I"], rank: int | None = None, energy: float | None = None) -> Cut:
-    """The best approximation of a low rank of a dense update: its projection on its first singular vectors.
+    """The best low-rank approximation of a dense update: its projection on its first singular vectors.
 
-    Those of the shorter side are the eigenvectors of the Gram matrix, taken in float64, so that their error is that of
-    a float32 SVD or less, at a fraction of its cost.
+    The singular vectors of the shorter side are eigenvectors of the Gram matrix, computed in float64. Their error is at
+    most that of a float32 SVD, at a fraction of its cost.
 
     Args:
         delta: (O, I), float32.
-        rank: As in :func:`cut_factors`.
-        energy: As in :func:`cut_factors`.
+        rank: See :func:`cut_factors`.
+        energy: See :func:`cut_factors`.
 
     Returns:
-        ``B`` with orthonormal columns and ``A = B^T delta``, or the like of the other side.
+        ``B`` with orthonormal columns and ``A = B^T delta``, or the equivalent for the other side.
 
     Source: Eckart and Young (1936).
     """
@@ -112,7 +112,7 @@ def _is_zero(delta: LowRank) -> bool:
 
 
 def _kept(squares_R: Float[Tensor, " R"], rank: int | None, energy: float | None) -> int:
-    """How many of the squared singular values, descending, stay."""
+    """How many of the squared singular values (descending) are kept."""
     alive = int((squares_R > _NULL * squares_R[0]).sum())
     if energy is not None:
         reached = squares_R.cumsum(0) >= energy * squares_R.sum() * (1 - _NULL)

@@ -1,4 +1,4 @@
-"""Experts through a recipe, one module at a time."""
+"""Merge experts by a recipe, one module at a time."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ Progress = Callable[[int, int], None]
 
 
 class MergedModule(NamedTuple):
-    """What became of one module: its name, the merged update, and the sum of the ranks that went in.
+    """One merged module: its name, the merged update, and the sum of the experts' ranks.
 
-    Of a parameter that holds several matrices this is one of them, ``matrix``.
+    For a parameter with several matrices, it is one of them, ``matrix``.
     """
 
     module: str
@@ -35,12 +35,12 @@ class MergedModule(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MergedAdapter:
-    """A merge as one adapter.
+    """A merge as an adapter.
 
     Attributes:
         recipe: How it was made.
-        deltas: Factors by module name, in alphabetical order; a module whose merged update is zero is left out.
-        energy: By module name, the share of ``||delta||^2`` (Frobenius) that the factors keep of the exact merge.
+        deltas: Factors by module name, in alphabetical order, without modules whose merged update is zero.
+        energy: By module name, the share of ``||delta||^2`` (Frobenius) of the exact merge that the factors keep.
     """
 
     recipe: Recipe
@@ -58,16 +58,16 @@ def merge_adapter(
 ) -> MergedAdapter:
     """Merge experts into one adapter, in memory.
 
-    Sums of updates (average, linear, genknowsub) and KnOTS have exact factors, whose rank is the sum of the experts'.
-    The other methods give dense updates, of which the best approximation of a rank is kept.
+    Sums of updates (average, linear, genknowsub) and KnOTS have exact factors, whose rank is the sum of the experts'
+    ranks. The other methods compute dense updates, and the best approximation of a rank is kept.
 
     Args:
-        library: Holds the experts.
-        recipe: Which of them, and how.
-        rank: Largest rank of a module. ``None``: all of an exact merge; of a dense one as many directions as the
-            experts' ranks in that module have in sum.
-        energy: Keep the fewest directions whose share of ``||delta||^2`` is at least this; ``rank`` still limits them.
-        progress: Receives after each module how many are done, and of how many.
+        library: The library of the experts.
+        recipe: The experts, and how to merge them.
+        rank: Largest rank of a module. ``None`` keeps all of an exact merge, and for a dense one the sum of the
+            experts' ranks in the module.
+        energy: Keep the fewest directions with at least this share of ``||delta||^2``; ``rank`` still limits them.
+        progress: Called after each module with (modules done, total).
 
     Raises:
         MergeError: Experts are unknown or of different base models, a size is out of range, or the merge is zero.
@@ -89,14 +89,14 @@ def merge_adapter(
             deltas[module], kept[module] = cut
     if not deltas:
         raise MergeError(
-            f"the merge of {', '.join(recipe.experts)} is zero everywhere: it is the base model",
-            do="check weights, and what is subtracted",
+            f"the merge of {', '.join(recipe.experts)} is zero everywhere",
+            do="check the weights and --subtract",
         )
     return MergedAdapter(recipe=recipe, deltas=deltas, energy=kept)
 
 
 def size_faults(rank: int | None, energy: float | None) -> list[SpectrError]:
-    """What is wrong with the sizes of an adapter that is to be."""
+    """What is wrong with the size limits of an adapter."""
     return [
         *range_faults(MergeError, "a rank of at least 1", lambda r: r >= 1, rank=rank),
         *range_faults(MergeError, "a share of the energy above 0, at most 1", lambda e: 0 < e <= 1, energy=energy),
@@ -107,11 +107,11 @@ def size_faults(rank: int | None, energy: float | None) -> list[SpectrError]:
 def merged_modules(
     library: ExpertLibrary, recipe: Recipe, progress: Progress = lambda done, total: None
 ) -> Iterator[MergedModule]:
-    """Every module that an expert of the recipe adapts, merged, in alphabetical order; one at a time in memory.
+    """Every module that an expert of the recipe adapts, merged, in alphabetical order; holds one at a time.
 
     Yields:
-        Name, exact update (factors, or dense (outputs, inputs) float32), and the sum of ranks. Of a parameter that
-        holds several matrices one after the other.
+        Name, exact update (factors, or dense (outputs, inputs) float32), and the sum of ranks. A parameter with several
+            matrices yields them in order.
     """
     experts = {name: library[name] for name in (*recipe.experts, *recipe.subtract)}
     sizes = {m: (s.outputs, s.inputs) for expert in experts.values() for m, s in expert.shapes.items()}
@@ -136,7 +136,7 @@ def merged_modules(
 
 
 def _updates(expert: Expert, read: Callable[[str], Factors], module: str) -> list[LowRank]:
-    """An expert's update of a module, or of each matrix of a parameter; none where it leaves it alone."""
+    """An expert's update of a module, or of each matrix of a parameter; empty if it does not adapt it."""
     if module not in expert.shapes:
         return []
     A, B, scale = read(module)
@@ -152,6 +152,6 @@ def _weighted(own: list[LowRank], general: list[LowRank], recipe: Recipe) -> lis
 
 
 def spread(values: Mapping[str, float]) -> tuple[float, float, float]:
-    """Smallest, middle and largest of some numbers; NaN where there are none."""
+    """Minimum, median and maximum of some numbers; NaN if there are none."""
     ordered = sorted(values.values()) or [math.nan]
     return ordered[0], ordered[len(ordered) // 2], ordered[-1]

@@ -1,4 +1,4 @@
-"""What a method of merging is, and methods by name: built-in ones and those of other packages."""
+"""The interface of merging methods, and methods by name, built-in and from other packages."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from spectr.registry import Registry
 
 
 class Site(NamedTuple):
-    """Where updates meet: a module, and the experts that they belong to, in their order."""
+    """One module, and the experts of its updates, in order."""
 
     module: str
     experts: tuple[str, ...]
 
 
 class Method(Protocol):
-    """A way to make one update out of several, module by module. Implementations are frozen dataclasses.
+    """Merges several updates into one, module by module. Implementations are frozen dataclasses.
 
     Attributes:
-        name: What :func:`spectr.merging.get_method` knows it by.
+        name: Its name for :func:`spectr.merging.get_method`.
     """
 
     name: ClassVar[str]
 
     def weights(self, given: Sequence[float] | None, count: int) -> tuple[float, ...]:
-        """The number that each expert's update is multiplied by before :meth:`merge` sees it.
+        """The factor of each expert's update, which is applied before :meth:`merge`.
 
         Args:
-            given: One for each expert; ``None`` for the method's own.
+            given: One per expert; ``None`` for the method's default.
             count: Number of experts.
 
         Raises:
-            MergeError: The method takes no weights, or needs them, or merges another number of experts.
+            MergeError: The method takes no weights, or requires them, or merges another number of experts.
         """
         ...
 
@@ -46,11 +46,11 @@ class Method(Protocol):
         """One module's merged update.
 
         Args:
-            deltas: The experts' updates, weighted, float32; of rank 0 where an expert leaves the module alone.
+            deltas: The experts' weighted updates, float32; of rank 0 if an expert does not adapt the module.
             site: Module and experts.
 
         Returns:
-            Factors where the method has exact ones, else the dense update.
+            Factors if the method has exact ones, else the dense update.
         """
         ...
 
@@ -73,35 +73,35 @@ METHODS: Registry[Method] = Registry(
 
 
 def method_names() -> tuple[str, ...]:
-    """All names that :func:`get_method` knows, in alphabetical order."""
+    """All names for :func:`get_method`, in alphabetical order."""
     return METHODS.names()
 
 
 def get_method(name: str, **options: Any) -> Method:
-    """A method by name.
+    """Make a method by name.
 
     Args:
         name: One of :func:`method_names`.
-        options: Its settings, as in ``density=0.3``.
+        options: Its settings, such as ``density=0.3``.
 
     Raises:
-        MergeError: The name or an option is unknown, or an option's value is out of range.
+        MergeError: The name or an option is unknown, or a value is out of range.
     """
     return METHODS.make(name, **options)
 
 
 def ones(given: Sequence[float] | None, count: int) -> tuple[float, ...]:
-    """Weights as given, else 1 each."""
+    """The given weights, else 1 each."""
     return tuple(given) if given is not None else (1.0,) * count
 
 
 def shares(given: Sequence[float] | None, count: int) -> tuple[float, ...]:
-    """Weights as given, else 1 / count each."""
+    """The given weights, else 1 / count each."""
     return tuple(given) if given is not None else (1.0 / count,) * count
 
 
 def check_settings(method: Method, **settings: Any) -> None:
-    """Raise :class:`MergeError` for a ``density`` or ``scale`` that is out of range; all of them at once."""
+    """Raise one :class:`MergeError` for all of ``density`` and ``scale`` that are out of range."""
     wrong = [f"{key}={value}" for key, value in settings.items() if not _RIGHT[key](value)]
     if wrong:
         raise MergeError(
@@ -111,4 +111,4 @@ def check_settings(method: Method, **settings: Any) -> None:
 
 
 _RIGHT = {"density": lambda d: 0 < d <= 1, "scale": lambda s: math.isfinite(s) and s != 0}
-_EXPECTED = {"density": "a density above 0, at most 1", "scale": "a finite scale other than 0"}
+_EXPECTED = {"density": "a density above 0, at most 1", "scale": "a finite scale that is not 0"}

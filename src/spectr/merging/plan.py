@@ -1,4 +1,4 @@
-"""What is to be merged, checked before anything is read or written."""
+"""What to merge, checked before anything is read or written."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def read_plan(
     model: str | None = None,
     dtype: str | None = None,
 ) -> tuple[ExpertLibrary, Recipe]:
-    """The experts of a merge, and which become one and how, with all of the request checked.
+    """The library and the recipe of a merge, after checking the whole request.
 
     Args:
         library: Folder of the experts; the shipped ones by default.
@@ -38,17 +38,17 @@ def read_plan(
         out: Folder for the result.
         method: Name of a method.
         options: Its settings.
-        weights: Numbers with commas between them.
+        weights: Numbers, separated by commas.
         subtract: See :class:`Recipe`.
         strength: See :class:`Recipe`; 1 by default.
-        rank: Of an adapter.
-        energy: Of an adapter.
-        into_base: Whether the result is a whole model, and no adapter.
-        model: Of a whole model.
-        dtype: Of a whole model.
+        rank: For an adapter.
+        energy: For an adapter.
+        into_base: Whether the result is a whole model instead of an adapter.
+        model: For a whole model.
+        dtype: For a whole model.
 
     Raises:
-        SpectrError: All that is wrong.
+        SpectrError: Lists everything that is wrong.
     """
     problems = size_faults(rank, energy)
     for option, value, of, used in (
@@ -57,9 +57,9 @@ def read_plan(
         ("--strength", strength, "--subtract", bool(subtract)),
     ):
         if value is not None and not used:
-            problems.append(MergeError(f"{option} makes no difference without {of}", do=f"leave it out, or add {of}"))
+            problems.append(MergeError(f"{option} has no effect without {of}", do=f"remove it, or add {of}"))
     if into_base and (rank is not None or energy is not None):
-        problems.append(MergeError("--into-base has no rank to limit", do="leave out --rank and --energy"))
+        problems.append(MergeError("--rank and --energy have no effect with --into-base", do="remove them"))
     opened, numbers = None, None
     with collecting(problems):
         check_new_folder(out, MergeError)
@@ -87,4 +87,4 @@ def _numbers(text: str | None) -> list[float] | None:
     try:
         return [float(number) for number in text.split(",")]
     except ValueError:
-        raise MergeError(f"--weights {text}", expected='numbers with commas between them: "1,0.5"') from None
+        raise MergeError(f"--weights {text}", expected='numbers separated by commas: "1,0.5"') from None

@@ -1,4 +1,4 @@
-"""Merges as folders: an adapter, or a whole model, each with a card for people and one for programs."""
+"""Write merges as folders: an adapter or a whole model, each with a card for people and one for programs."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ MODEL_FACTS = "merge.json"
 def save_merged_adapter(
     merged: MergedAdapter, library: ExpertLibrary, out: str | Path, name: str | None = None
 ) -> Path:
-    """Write an adapter folder as PEFT does, with a card and the origin in JSON.
+    """Write an adapter folder as PEFT does, with a card and its origin as JSON.
 
     Args:
         merged: The merge.
-        library: What it was made of, for the origin.
-        out: A folder that is empty or not there yet.
-        name: For the card; the folder's by default.
+        library: The library of the experts, for the origin.
+        out: A new or empty folder.
+        name: Name in the card; by default the folder's.
 
     Returns:
         The folder.
 
     Raises:
-        MergeError: The folder cannot be written, or holds something.
+        MergeError: The folder cannot be written, or is not empty.
     """
     out = Path(out)
     settings = common_settings(library[expert] for expert in merged.recipe.experts)
@@ -63,28 +63,28 @@ def save_merged_model(
     out: str | Path,
     base_model: str,
 ) -> Path:
-    """Write a model that has a merge in its weights, with its tokenizer, a card and the origin in JSON.
+    """Write a model that contains a merge, with its tokenizer, a card and its origin as JSON.
 
     Args:
-        model: As :func:`merge_into` left it; saved in its dtype, as safetensors.
+        model: A model after :func:`merge_into`; saved in its dtype, as safetensors.
         tokenizer: Its tokenizer.
-        merged: What was merged into it.
-        library: What that was made of, for the origin.
-        out: A folder that is empty or not there yet.
-        base_model: What the model was before.
+        merged: The merge in it.
+        library: The library of the experts, for the origin.
+        out: A new or empty folder.
+        base_model: Name of the original model.
 
     Returns:
         The folder.
 
     Raises:
-        MergeError: The folder cannot be written, or holds something.
+        MergeError: The folder cannot be written, or is not empty.
     """
     out = Path(out)
     with new_folder(out, MergeError) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         for file in filter(Path.is_file, folder.iterdir()):
-            file.chmod(0o644)  # safetensors writes files that their owner alone can read
+            file.chmod(0o644)  # safetensors writes private files
         weights = sorted(path.name for path in folder.glob("*.safetensors"))
         facts = {
             **origin(library, merged.recipe),
@@ -98,7 +98,7 @@ def save_merged_model(
 
 
 def origin(library: ExpertLibrary, recipe: Recipe) -> dict[str, Any]:
-    """What a merge was made of: experts with the hashes of their weights, method with its settings, versions."""
+    """The origin of a merge: experts with hashes of their weights, the method with its settings, versions."""
 
     def source(expert_name: str) -> dict[str, Any]:
         expert = library[expert_name]
@@ -125,8 +125,8 @@ def _adapter_card(name: str, facts: Mapping[str, Any]) -> str:
     ranks = sorted(set(facts["ranks"].values()))
     shown = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     body = (
-        f"A LoRA adapter. {len(facts['ranks'])} modules, {shown}, scale 1. Share of the exact merge that its factors "
-        f"keep (squared Frobenius norm): {low:.1%} to {high:.1%}, median {middle:.1%}."
+        f"A LoRA adapter with {len(facts['ranks'])} modules, {shown}, scale 1. Share of the exact merge in its factors "
+        f"(squared Frobenius norm): {low:.1%} to {high:.1%}, median {middle:.1%}."
     )
     return _card(name, facts, "library_name: peft", "lora, spectr, merge", body)
 
@@ -145,7 +145,7 @@ def _card(name: str, facts: Mapping[str, Any], kind: str, tags: str, body: str) 
     settings = ", ".join(f"{key} {value}" for key, value in facts["merge"].items() if key != "method")
     method = facts["merge"]["method"] + (f" ({settings})" if settings else "")
     taken = ", ".join(e["expert"] for e in facts["subtracted"])
-    taken = f"\nSubtracted from each first: {facts['strength']:g} times the mean of {taken}.\n" if taken else ""
+    taken = f"\nSubtracted from each expert first: {facts['strength']:g} times the mean of {taken}.\n" if taken else ""
     named = facts["base_model"]
     base, made_for = (f"base_model: {named}\n", f" for `{named}`") if named else ("", "")
     return f"""---

@@ -1,4 +1,4 @@
-"""What is to be merged, how, and all that can be wrong with that."""
+"""What to merge and how, and all that can be wrong with it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _SHOWN = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Which experts become one, and how.
+    """Which experts to merge, and how.
 
     Attributes:
         experts: Their names, in the order of the weights.
-        method: Merges them.
-        weights: One number an expert; the method's own where there are none.
-        subtract: General experts, of which the mean update is subtracted from each expert's before anything else.
-        strength: Lambda of that: ``delta_t - strength * mean(delta_general)``.
+        method: The method.
+        weights: One number per expert; by default the method's own.
+        subtract: General experts. The mean of their updates is first subtracted from each expert's update.
+        strength: Factor of the subtraction: ``delta_t - strength * mean(delta_general)``.
     """
 
     experts: tuple[str, ...]
@@ -36,11 +36,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         faults = recipe_faults(self.experts, self.method, self.weights, self.subtract, self.strength)
-        raise_together("the experts cannot be merged like that", faults, MergeError)
+        raise_together("the experts cannot be merged", faults, MergeError)
 
     @property
     def effective_weights(self) -> tuple[float, ...]:
-        """One number an expert, the method's own where none were given."""
+        """One number per expert, by default the method's own."""
         return self.method.weights(self.weights, len(self.experts))
 
 
@@ -55,20 +55,20 @@ def make_recipe(
     strength: float = 1.0,
     problems: Iterable[SpectrError] = (),
 ) -> Recipe:
-    """A recipe from a method's name and its options, all checked at once.
+    """Make a recipe from a method's name and options; checks everything at once.
 
     Args:
-        library: Has to know the experts; ``None`` where it could not be opened.
+        library: A library that knows the experts; ``None`` if it could not be opened.
         experts: Names.
         method: Name of a method.
         options: Its settings.
-        weights: As in :class:`Recipe`.
-        subtract: As in :class:`Recipe`.
-        strength: As in :class:`Recipe`.
-        problems: What is wrong with the rest of the request, to be raised along.
+        weights: See :class:`Recipe`.
+        subtract: See :class:`Recipe`.
+        strength: See :class:`Recipe`.
+        problems: Problems with the rest of the request, which are raised together.
 
     Raises:
-        MergeError: All that is wrong.
+        MergeError: Lists everything that is wrong.
     """
     found = list(problems)
     made: Method | None = None
@@ -89,7 +89,7 @@ def recipe_faults(
     subtract: Sequence[str],
     strength: float,
 ) -> list[SpectrError]:
-    """What is wrong with a recipe by itself; ``method`` is ``None`` where that is wrong already."""
+    """What is wrong with a recipe itself; ``method`` is ``None`` if that is wrong already."""
     faults: list[SpectrError] = []
     if not experts:
         faults.append(MergeError("no experts were named", expected="at least one expert"))
@@ -97,7 +97,7 @@ def recipe_faults(
     if weights is not None:
         faults += _weight_faults(experts, weights)
     if not (math.isfinite(strength) and strength != 0):
-        faults.append(MergeError(f"strength={strength}", expected="a finite number other than 0"))
+        faults.append(MergeError(f"strength={strength}", expected="a finite number that is not 0"))
     if method is not None and experts:
         with collecting(faults):
             method.weights(weights, len(experts))
@@ -115,7 +115,7 @@ def _name_faults(experts: Sequence[str], subtract: Sequence[str]) -> Iterator[Me
             )
     both = sorted(set(experts) & set(subtract))
     if both:
-        yield MergeError(f"both merged and subtracted: {', '.join(both)}", do="leave it out of one of them")
+        yield MergeError(f"both merged and subtracted: {', '.join(both)}", do="remove it from one of them")
 
 
 def _weight_faults(experts: Sequence[str], weights: Sequence[float]) -> Iterator[MergeError]:
@@ -123,7 +123,7 @@ def _weight_faults(experts: Sequence[str], weights: Sequence[float]) -> Iterator
         yield MergeError(
             f"{len(weights)} weight{'s' * (len(weights) != 1)} for {len(experts)} experts",
             expected="one number for each expert, in the same order",
-            do=f"give {len(experts)}: {some_of(experts, _SHOWN)}",
+            do=f"pass {len(experts)} numbers, for {some_of(experts, _SHOWN)}",
         )
     if not all(map(math.isfinite, weights)) or not any(weights):
         yield MergeError(f"weights {', '.join(map(str, weights))}", expected="finite numbers that are not all 0")
@@ -155,6 +155,6 @@ def _size_faults(experts: Sequence[Expert]) -> Iterator[MergeError]:
                     f"experts '{other.name}' and '{expert.name}' are for different base models: {module} is "
                     f"{theirs.inputs} -> {theirs.outputs} in one, {shape.inputs} -> {shape.outputs} in the other",
                     expected="experts of one base model",
-                    do="leave one of them out",
+                    do="remove one of them",
                 )
                 break

@@ -1,4 +1,4 @@
-"""TIES: trim each update, elect a sign for each entry, take the mean of those that agree."""
+"""TIES: trim each update, elect a sign for each entry, take the mean of the entries that agree."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from spectr.spectral.sparsify import elect_and_mean, trim
 
 
 def ties_of(deltas: Sequence[Float[Tensor, "M N"]], density: float) -> Float[Tensor, "M N"]:
-    """TIES of matrices of one shape: each trimmed as a whole, signs elected, the mean of the entries that agree.
+    """TIES for matrices of one shape: each is trimmed as a whole, signs are elected, entries that agree are averaged.
 
     Args:
         deltas: At least one.
-        density: Share of each one's entries that stay.
+        density: Share of each matrix's entries that are kept.
     """
     return elect_and_mean([trim(delta.flatten(), density) for delta in deltas]).view_as(deltas[0])
 
@@ -28,12 +28,12 @@ def ties_of(deltas: Sequence[Float[Tensor, "M N"]], density: float) -> Float[Ten
 class Ties:
     """``delta = scale * elect_and_mean(trim(w_t delta_t))``.
 
-    Trimmed are the products, each module by itself. Weights count before the election: weight 2 is the same as an
-    update twice as large, and weight 0 the same as leaving the expert out.
+    The products are trimmed, each module separately. Weights are applied before the election: weight 2 equals an update
+    twice as large, and weight 0 equals omitting the expert.
 
     Attributes:
-        density: Share of each update's entries that stay.
-        scale: Lambda of the paper.
+        density: Share of each update's entries that are kept.
+        scale: The paper's lambda.
 
     Source: TIES-Merging (Yadav et al., 2023), section 4; the defaults are those it recommends without validation data.
     """
@@ -46,7 +46,7 @@ class Ties:
         check_settings(self, density=self.density, scale=self.scale)
 
     def weights(self, given: Sequence[float] | None, count: int) -> tuple[float, ...]:
-        """See :class:`spectr.merging.Method`; 1 each where none are given."""
+        """See :class:`spectr.merging.Method`; by default 1 each."""
         return ones(given, count)
 
     def merge(self, deltas: Sequence[LowRank], site: Site) -> Float[Tensor, "O I"]:

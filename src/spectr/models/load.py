@@ -65,11 +65,11 @@ def load_model(
     except SpectrError:
         raise
     except (OSError, ValueError, KeyError) as error:
-        there = "that folder holds no model that transformers can load" if Path(path).exists() else "no such folder"
+        there = "the folder holds no model that transformers can load" if Path(path).exists() else "no such folder"
         raise ModelError(
             f"the model '{path}' could not be loaded: {str(error).splitlines()[0]}",
             expected=f"a folder with a transformers model, or a Hub id that can be reached ({there})",
-            do="check --model; leave it out for the default model",
+            do="check --model; omit it for the default model",
         ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -82,14 +82,14 @@ def _check_reachable(path: str, base_alone: bool) -> bool:
         _refuse_adapter(path, Path(path) / CONFIG_FILE)
         if not (Path(path) / "config.json").is_file():
             raise ModelError(
-                f"the model '{path}' could not be loaded: that folder has no config.json",
+                f"the model '{path}' could not be loaded: the folder has no config.json",
                 expected="a folder with a transformers model",
-                do="check --model; leave it out for the default model",
+                do="check --model; omit it for the default model",
             )
         composed = composed_config(path) is not None
         if composed and not base_alone:  # it must not become its base model unnoticed
             raise ModelError(
-                f"{path} is a composed model, whose experts are in it",
+                f"{path} is a composed model, which contains experts",
                 expected="a base model",
                 do=f"spectr.load_composed({path!r}), or spectr generate -m {path}; or name its base model",
             )
@@ -99,7 +99,7 @@ def _check_reachable(path: str, base_alone: bool) -> bool:
         raise ModelError(
             f"the model '{path}' could not be loaded: {why}",
             expected="a folder with a transformers model, or a Hub id, such as org/model",
-            do="check --model; leave it out for the default model",
+            do="check --model; omit it for the default model",
         )
     from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
 
@@ -118,9 +118,9 @@ def _check_reachable(path: str, base_alone: bool) -> bool:
     except Exception as error:  # the client raises its own, httpx's and OS errors
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(
-            f"the model '{path}' could not be loaded: it is no folder here, and the Hub did not give it ({why})",
+            f"the model '{path}' could not be loaded: it is not a folder, and the Hub did not return it ({why})",
             expected="a folder with a transformers model, or a Hub id that can be reached",
-            do="check --model and the network; leave --model out for the default model",
+            do="check --model and the network; omit --model for the default model",
         ) from error
     return False
 

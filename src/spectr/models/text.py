@@ -42,8 +42,8 @@ def encode_prompt(
     opening = opening_length(tokenizer, chat=chat)
     if limit <= opening:
         raise DataError(
-            f"there is room for {max(limit, 0)} tokens of a prompt, and the chat template's opening takes {opening}",
-            do="shorten the answers (max_new_tokens, or the choices), or take a model with a longer context",
+            f"there is room for {max(limit, 0)} tokens of a prompt, but the chat template's opening takes {opening}",
+            do="shorten the answers (max_new_tokens, or the choices), or use a model with a longer context",
         )
     return ids[:opening] + ids[opening - limit :]
 

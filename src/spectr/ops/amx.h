@@ -39,8 +39,8 @@ static inline line rounded(__m512 numbers) {
   return _mm512_mask_add_epi32(bits, finite, bits, _mm512_set1_epi32(0x8000));
 }
 
-/* The next part of 16 pairs of numbers, pair beside pair, which are left with what remains. It is cut off, or `nearest`; the
-   last one is. */
+/* The next part of 16 pairs of numbers, in pairs; the numbers keep the remainder. It is truncated, or rounded if `nearest` or
+   `last`. */
 static inline line next_part(__m512 *first, __m512 *second, int nearest, int last) {
   const line upper = _mm512_set1_epi32(0xffff0000);
   line a = (line)*first, b = (line)*second;
@@ -55,8 +55,8 @@ static inline line next_part(__m512 *first, __m512 *second, int nearest, int las
   return _mm512_or_epi32(_mm512_and_epi32(b, upper), _mm512_srli_epi32(a, 16));
 }
 
-/* 16 tokens as tiles, `parts` for each DEEP of their numbers, of which number c is beside number c + 16; the first part is the
-   nearest bfloat16. Zero for tokens and numbers that are not there. */
+/* 16 tokens as tiles, `parts` for each DEEP of their numbers; number c is next to number c + 16. The first part is the nearest
+   bfloat16. Missing tokens and numbers are zero. */
 static inline void lay_rows_f32(const float *from, long rows, long columns, int parts, uint16_t *to) {
   for (long c = 0; c < columns; c += DEEP, to += parts * TILE) {
     __mmask16 near = first_of(columns - c), far = first_of(columns - c - SIDE);
@@ -123,7 +123,7 @@ static inline void lay_turned_f32(const float *from, long rows, long columns, in
   }
 }
 
-/* The same of bfloat16, which is one part: number c is beside number c + 1. */
+/* The same for bfloat16, which is one part: number c is next to number c + 1. */
 static inline void lay_rows_bf16(const uint16_t *from, long rows, long columns, int parts, uint16_t *to) {
   for (long c = 0; c < columns; c += DEEP, to += parts * TILE)
     for (long r = 0; r < SIDE; r++) {
@@ -200,7 +200,7 @@ struct tiles {
   long tokens, rows, each; /* those numbers, as many as fill tiles; and bfloat16 numbers of 16 rows of x or a matrix */
 };
 
-/* Room from `at` on for so many tokens. */
+/* Memory for this many tokens, starting at `at`. */
 static struct tiles tiles_for(long rows, long inputs, long tokens, long parts, long threads, char **at) {
   struct tiles s = {.rows = ROUND(rows, 2 * SIDE), .each = ROUND(inputs, DEEP) / DEEP * parts * TILE};
   long most = tokens < CHUNK ? ROUND(tokens, 2 * SIDE) : CHUNK, panels = threads * STRIP;
@@ -212,8 +212,8 @@ static struct tiles tiles_for(long rows, long inputs, long tokens, long parts, l
 
 static inline uint16_t *panel_of(const struct tiles *s) { return s->panels + THREAD * STRIP / SIDE * s->each; }
 
-/* What a call has of its tokens beside x: a prior of the scores, float32, or weights that are held of the rows of A; one row
-   of these for each equal share of `all` tokens. */
+/* Data of a call's tokens in addition to x: a prior of the scores, float32, or fixed weights of the rows of A; one row for each
+   equal share of `all` tokens. */
 struct given {
   const void *rows;
   long count, all, held;
@@ -221,7 +221,7 @@ struct given {
 
 static inline long row_of(const struct given *given, long token) { return token * given->count / given->all; }
 
-/* The priors of 16 tokens from `begin` on, of which `there` are there; `priors` itself, where there are any. */
+/* The priors of the `there` tokens from `begin` on, at most 16; `priors` itself, if there are any. */
 static const float *const *priors_of(const struct layer *l, const struct given *given, long begin, long there,
                                      const float *priors[SIDE]) {
   for (long u = 0; u < SIDE && given->rows; u++)

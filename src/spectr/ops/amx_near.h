@@ -39,7 +39,7 @@ static void inner_rough(const struct layer *l, const struct tiles *s, int parts)
   }
 }
 
-/* Lengths of 16 tokens, of which `there` are there, and of what the first parts of their numbers leave out; both at least. */
+/* Lower bounds of the lengths of `there` tokens, at most 16, and of what the first parts of their numbers leave out. */
 static void lengths_of(const float *x, long inputs, long there, vector *lengths, vector *left) {
   *lengths = *left = (vector){0};
   for (long u = 0; u < there; u++) {

@@ -19,7 +19,7 @@ _BLOCK_ROWS = 8192  # numbers of the output factors that it holds, within any GP
 _FEW = 8192  # numbers of all tokens up to which one kernel weighs and adds; of more, a product with all experts adds
 _AT_ONCE = 16  # tokens that such a program takes, as few as the matrix unit does
 _MOST_AT_ONCE = 256  # numbers of each of these tokens
-_WEIGHED = 512  # numbers that a program weighs, if one token has no more
+_WEIGHED = 512  # numbers that a program weighs, if one token has at most that many
 _MOST_ROWS = 16384  # numbers of one token that a program holds
 _VARIES = ("tokens", "rows_of_prior")  # from call to call: no code of its own for numbers that 16 divides
 

@@ -15,7 +15,7 @@ def grouped_inputs(
     x_TI: Float[Tensor, "*T I"], A_PI: Float[Tensor, "P I"], ranks: Sequence[int], taken_TE: Bool[Tensor, "*T E"]
 ) -> Float[Tensor, "*T P"]:
     """``A_t x`` of each token's own experts, zero for the others: ``2 R I`` operations for each taken expert."""
-    if is_tracing():  # for other inputs, of which other tokens take an expert
+    if is_tracing():  # for other inputs, where other tokens use an expert
         return linear(x_TI, A_PI) * _spread(taken_TE, ranks)
     x_NI, taken_NE = x_TI.flatten(0, -2), taken_TE.flatten(0, -2)
     h_NP = x_NI.new_zeros(len(x_NI), len(A_PI))

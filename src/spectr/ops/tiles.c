@@ -29,7 +29,7 @@ struct lanes {
   __m512 granted, score, among, weight; /* `among`: the score, or less than any of who is not to be chosen */
 };
 
-/* The unit, for blocks of so many tokens; 0 to leave it to others. */
+/* Configure the unit for blocks of this many tokens; 0 releases it. */
 static void configure(long tokens) {
   static _Thread_local long before;
   if (tokens == before) return;

@@ -1,4 +1,4 @@
-"""Decisions for whole prompts: how a prompt is read, what is decided, and which calls of a model it holds for."""
+"""Decisions for whole prompts: how a prompt is read, what is decided, and for which calls it holds."""
 
 from spectr.prompts.decision import PromptDecision, Reader, decides_by_prompt, entry_of
 

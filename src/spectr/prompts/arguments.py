@@ -1,4 +1,4 @@
-"""What the arguments of a call or of a generation say: the prompt, its tokens, its rows."""
+"""Read the arguments of a call or a generation: the prompt, its tokens, its rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from spectr.prompts import cache_records as records
 from spectr.prompts.cache_records import CacheRecord
 
 TOKENS = ("input_ids", "inputs_embeds")
-_ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")  # what others propose is verified
+_ASSISTED = (
+    "assistant_model",
+    "prompt_lookup_num_tokens",
+    "assistant_early_exit",
+)  # with these, proposed tokens are verified
 
 
 class CallTokens(NamedTuple):
@@ -28,7 +32,7 @@ class CallTokens(NamedTuple):
 
 
 class GenerationSettings(NamedTuple):
-    """What of a generation's settings matters for decisions."""
+    """The settings of a generation that matter for decisions."""
 
     pad: Any
     eos: Any
@@ -39,7 +43,7 @@ class GenerationSettings(NamedTuple):
 
     @staticmethod
     def of(model: Any, given: Mapping[str, Any]) -> GenerationSettings:
-        """From the arguments of ``generate`` and the model's own configuration."""
+        """From the arguments of ``generate`` and the model's configuration."""
         config, own = given.get("generation_config"), getattr(model, "generation_config", None)
 
         def find(name: str) -> Any:
@@ -58,7 +62,7 @@ class GenerationSettings(NamedTuple):
 
 
 def prompt_of(model: Any, given: Mapping[str, Any], settings: GenerationSettings) -> dict[str, Any]:
-    """What a generation is given to answer, as the module that reads prompts is called."""
+    """The prompt of a generation, as arguments of the module that reads prompts."""
     main = getattr(model, "main_input_name", "input_ids")
     if has_encoder(model):
         main = getattr(model.get_encoder(), "main_input_name", main)
@@ -74,14 +78,14 @@ def prompt_of(model: Any, given: Mapping[str, Any], settings: GenerationSettings
     if isinstance(ids, Tensor) and "attention_mask" not in prompt and settings.pad is not None:
         eos = settings.eos if isinstance(settings.eos, (list, tuple)) else [settings.eos]
         pad = int(settings.pad)
-        if pad not in eos and bool((ids == pad).any()):  # as transformers takes it then
+        if pad not in eos and bool((ids == pad).any()):  # as in transformers
             prompt["attention_mask"] = (ids != pad).long()
     device = next(model.parameters()).device
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in prompt.items()}
 
 
 def begins_with(whole: Mapping[str, Any], record: CacheRecord, only_new: bool) -> bool:
-    """Whether a generation's input begins with the tokens of a cache, and goes on."""
+    """Whether a generation's input starts with the tokens of a cache and continues after them."""
     ids, before = whole.get("input_ids"), record.ids_BT
     if only_new:
         return True
@@ -92,22 +96,21 @@ def begins_with(whole: Mapping[str, Any], record: CacheRecord, only_new: bool) -
 
 
 def as_prompt(ids_BT: Tensor, positions_BT: Tensor | None = None) -> dict[str, Tensor]:
-    """Arguments for token ids of which -1 are masked."""
+    """Arguments for token ids, where -1 marks masked tokens."""
     real_BT = ids_BT >= 0
     given = {"input_ids": ids_BT.clamp(min=0)} | ({} if positions_BT is None else {"position_ids": positions_BT})
     return given if bool(real_BT.all()) else {**given, "attention_mask": real_BT.long()}
 
 
 def same_verdict(one_BE: Tensor | None, other_BE: Tensor) -> bool:
-    """Whether two verdicts say the same of every row."""
+    """Whether two verdicts are equal for every row."""
     return one_BE is not None and one_BE.shape == other_BE.shape and bool((one_BE == other_BE).all())
 
 
 def expanded(verdict_BE: Tensor, rows: int, expand: int | None) -> Tensor:
-    """A verdict for the rows that a generation makes of those that were decided on.
+    """A verdict for the rows that a generation makes from the rows of a decision.
 
-    Each becomes ``expand`` rows, one after the other; then all of them together may be there several times, as guidance
-    has them.
+    Each row becomes ``expand`` adjacent rows. Then all rows together may be repeated, as guidance needs them.
     """
     given = len(verdict_BE)
     if given == rows:
@@ -117,7 +120,7 @@ def expanded(verdict_BE: Tensor, rows: int, expand: int | None) -> Tensor:
     times, rest = divmod(rows, given)
     if rest or not times:
         raise CompositionError(
-            f"{rows} rows are computed, and {given} were decided on",
+            f"the call has {rows} rows, but the decision has {given}",
             expected=f"{given} rows, or several for each of them",
             do="decide on all rows: with routed.prompt.using(routed.prompt.decide(...)): ...",
         )
@@ -131,7 +134,7 @@ def tokens_of(given: Mapping[str, Any], *, decoder: bool) -> CallTokens:
 
     Args:
         given: The call's arguments by name.
-        decoder: Whether the model has an encoder too, so that they are the decoder's.
+        decoder: Whether the model also has an encoder; then they are the decoder's tokens.
     """
     ids_name, embeds_name = ("decoder_input_ids", "decoder_inputs_embeds") if decoder else TOKENS
     ids, embeds = given.get(ids_name), given.get(embeds_name)
@@ -152,7 +155,7 @@ def tokens_of(given: Mapping[str, Any], *, decoder: bool) -> CallTokens:
 
 
 def packed_lengths(given: Mapping[str, Any]) -> list[int] | None:
-    """Lengths of the prompts that stand one after the other in the only row of a call, as their positions show."""
+    """Lengths of the prompts that are packed in the only row of a call, judged by their positions."""
     ids, positions = given.get("input_ids"), given.get("position_ids")
     tokens = ids if ids is not None else given.get("inputs_embeds")
     filled = any(records.is_filled(state) for _, state in records.states_in(given))
@@ -173,11 +176,11 @@ def unpacked(given: Mapping[str, Any], lengths: list[int]) -> dict[str, Tensor]:
     """The prompts of a packed row as a padded batch.
 
     Raises:
-        CompositionError: The call is given embeddings.
+        CompositionError: The call has embeddings instead of token ids.
     """
     ids = given.get("input_ids")
     if ids is None:
-        raise CompositionError("packed rows of embeddings cannot be decided on", do="pass input_ids")
+        raise CompositionError("prompts cannot be packed as embeddings", do="pass input_ids")
     pieces = ids[0].split(lengths)
     mask = [torch.ones_like(piece) for piece in pieces]
     padded, real = (nn.utils.rnn.pad_sequence(list(some), batch_first=True) for some in (pieces, mask))
@@ -185,13 +188,13 @@ def unpacked(given: Mapping[str, Any], lengths: list[int]) -> dict[str, Tensor]:
 
 
 def kept_tokens(given: Mapping[str, Any]) -> slice | Tensor | None:
-    """The tokens that the output head is given."""
+    """The tokens that the output head receives."""
     kept = given.get("logits_to_keep")
     return kept if isinstance(kept, Tensor) else slice(-kept, None) if kept else None
 
 
 def part_of(out: Any, name: str) -> Any:
-    """An output of a model or of an encoder by name, whatever kind of object holds it."""
+    """An output of a model or an encoder by name, for any type of output."""
     if isinstance(out, Mapping):
         return out.get(name)
     return getattr(out, name, None) if not isinstance(out, tuple) else (out[0] if name == "last_hidden_state" else None)

@@ -1,4 +1,4 @@
-"""Continuous batching of transformers: each request has its own decision, and each token its request's."""
+"""Continuous batching of transformers: each request has its own decision, and each token its request's decision."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from spectr.layers.batch_routing import BASE, BatchRouting
 if TYPE_CHECKING:
     from spectr.prompts.calls import Calls
 
-_KEPT = 1 << 16  # requests whose verdict is remembered
-_managers: WeakSet[Any] = WeakSet()  # of all composed models; they outlive a change of the experts
+_KEPT = 1 << 16  # number of requests whose verdict is stored
+_managers: WeakSet[Any] = WeakSet()  # managers of all composed models; they survive a change of the experts
 
 
 class Batch(NamedTuple):
-    """A step of a batch: what holds for its tokens, how many they are, and those that the output head is given."""
+    """One step of a batch: the routing and number of its tokens, and the tokens that the output head receives."""
 
     routing: BatchRouting | None
     tokens: int
@@ -31,10 +31,10 @@ class Batch(NamedTuple):
 
 
 class Batches:
-    """Stands in for a model's ``init_continuous_batching``, and tells the requests of each step.
+    """Replaces a model's ``init_continuous_batching``, and identifies the requests of each step.
 
-    Requests share no part of the cache: what one expert wrote is not read by another. Graphs are not used, and steps do
-    not overlap, as each has other decisions.
+    Requests share no part of the cache, since another request may have other experts. Graphs are not used and steps do
+    not overlap, since each step has its own decisions.
 
     Args:
         calls: Decides.
@@ -68,7 +68,7 @@ class Batches:
             return manager
         if manager.continuous_batching_config.allow_block_sharing:
             raise CompositionError(
-                "the model keeps a manager from before it was composed, whose requests share their cache",
+                "the model has a manager from before it was composed, whose requests share a cache",
                 do="call model.destroy_cached_continuous_batching_manager() first",
             )
         _managers.add(manager)
@@ -76,27 +76,27 @@ class Batches:
         return manager
 
     def begin(self, manager: Any, request: str, verdict_1E: Tensor | None) -> None:
-        """Remember what was decided for a request before it was added, and nothing of one that had its name."""
+        """Store a request's decision before it is added; removes an older request of the same name."""
         self._verdicts.setdefault(manager, OrderedDict()).pop(request, None)
         if verdict_1E is not None:
             self._remember(manager, request, verdict_1E)
 
     def check_idle(self) -> None:
-        """Refuse a change of the experts while requests are answered, whose cache the present ones have written.
+        """Refuse to change the experts while requests that used them are being answered.
 
         Raises:
-            CompositionError: There is such a request.
+            CompositionError: A request is being answered.
         """
         for manager in list(_managers):
             processor = manager.batch_processor
             if manager.model is self.model and processor is not None and processor.has_pending_requests():
                 raise CompositionError(
-                    "the experts cannot be changed while requests of a batch are answered",
+                    "the experts cannot change while requests of a batch are being answered",
                     do="wait for these requests, or stop their manager",
                 )
 
     def of(self, given: Mapping[str, Any]) -> Batch | None:
-        """The step that a call is, where it is one of a batch."""
+        """The step that a call belongs to, if it is part of a batch."""
         cache = given.get("cache")
         if cache is None:
             return None
@@ -110,7 +110,7 @@ class Batches:
         futures = processor.inputs_and_outputs.requests_in_batch
         counts = [future.query_length for future in futures]
         if not futures or sum(counts) > tokens:
-            return Batch(BASE, tokens, None)  # a rehearsal, of nobody's tokens
+            return Batch(BASE, tokens, None)  # a warm-up without tokens of a request
         rows = torch.cat([self._verdict(manager, future.state) for future in futures])
         counts[-1] += tokens - sum(counts)  # padding
         verdict_TE = rows.repeat_interleave(torch.tensor(counts), 0)
@@ -142,7 +142,7 @@ class Batches:
 
 
 class _Adding:
-    """Stands in for a manager's ``add_request``."""
+    """Replaces a manager's ``add_request``."""
 
     def __init__(self, manager: Any):
         self.manager, self.plain = manager, type(manager).add_request.__get__(manager)
@@ -153,7 +153,7 @@ class _Adding:
             return self.plain(*args, **kwargs)
         given = {**dict(zip(signature(self.plain).parameters, args, strict=False)), **kwargs}
         if given.get("request_id") is None:
-            with self.manager._request_lock:  # its name is needed before it is added
+            with self.manager._request_lock:  # the name is needed before the request is added
                 given["request_id"] = f"req_{self.manager._request_counter}"
                 self.manager._request_counter += 1
         batches.begin(self.manager, given["request_id"], batches.calls.request_verdict())

@@ -1,4 +1,4 @@
-"""Decisions of a shortlist that are certain: by codes where these decide, else by the prototypes in full."""
+"""Exact decisions of a shortlist: by the codes in memory if these decide, else by the full prototypes."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ _TOGETHER = 256  # tokens that are scored at once, in float64
 
 @runtime_checkable
 class BoundedScorer(Scorer, Protocol):
-    """A scorer that knows how far its scores may be off."""
+    """A scorer that knows the error of its scores."""
 
     def bounded(self, x: Float[Tensor, "T I"]) -> tuple[Float[Tensor, "T E"], Float[Tensor, "T E"]]:
-        """Scores, float64, and how far each may be from the true one."""
+        """Scores, float64, and the largest error of each."""
         ...
 
     def in_full(self) -> BoundedScorer:
-        """One that knows all that is known of the experts."""
+        """A scorer with the full prototypes."""
         ...
 
 
 @dataclass
 class Certainty:
-    """How shortlists came to be certain.
+    """Counts how exact shortlists were decided.
 
     Attributes:
         at_once: Lists that the codes in memory decided.
-        in_full: Lists for which the prototypes were read in full.
-        tied: Lists whose last expert and the next are alike, as far as float64 can tell.
+        in_full: Lists for which the full prototypes were read.
+        tied: Lists whose last expert and the next are equal within float64.
     """
 
     at_once: int = 0
@@ -46,23 +46,23 @@ class Certainty:
 
 
 class Interval(NamedTuple):
-    """The least and the most that numbers can be, float64."""
+    """Lower and upper bounds of numbers, float64."""
 
     least: Float[Tensor, "*N E"]
     most: Float[Tensor, "*N E"]
 
     @property
     def middle(self) -> Float[Tensor, "*N E"]:
-        """What is taken for it."""
+        """The value that is used for it."""
         return (self.least + self.most) / 2
 
     def widened(self, terms: int) -> Interval:
-        """By what float64 rounds in sums of this many terms: means over tokens, logarithms, means over modules."""
+        """Widened by float64's rounding in sums of this many terms: token means, logarithms, module means."""
         slack = 2.0**-47 * (terms + 64)  # logarithms are below 2^5
         return Interval(self.least - slack, self.most + slack)
 
     def decides(self, size: int) -> Bool[Tensor, " B"]:
-        """Of which rows it is certain who the ``size`` first are."""
+        """For each row, whether the first ``size`` experts are certain."""
         experts = self.least.shape[-1]
         if size >= experts:
             return torch.ones(len(self.least), dtype=torch.bool)
@@ -71,9 +71,9 @@ class Interval(NamedTuple):
         return self.least.gather(-1, listed_BE).amin(-1) > self.most.gather(-1, other_BE).amax(-1)
 
     def standardised(self, null: Interval) -> Interval:
-        """These less the mean of others, over their standard deviation; both over the axis before the last.
+        """Standardised by the mean and standard deviation of others; both over the second-last axis.
 
-        A standard deviation moves by ``(K / (K - 1))^0.5`` at most where each of K values moves by 1.
+        If each of K values moves by 1, a standard deviation moves by at most ``(K / (K - 1))^0.5``.
         """
         texts = null.least.shape[-2]
         mean = Interval(null.least.mean(-2, keepdim=True), null.most.mean(-2, keepdim=True)).widened(texts)
@@ -88,14 +88,14 @@ class Interval(NamedTuple):
 
 
 class CertainProbe:
-    """Reads prompts for a shortlist that is to be certain; called like a :class:`Probe`.
+    """Reads prompts for an exact shortlist; called like a :class:`Probe`.
 
     Args:
-        probe: Its scorers know how far their scores may be off.
+        probe: Its scorers know the errors of their scores.
         evidence: Bounds the evidence.
         size: Experts on a list.
-        figures: Counts what was needed.
-        abstain: The share of ordinary prompts from which on the base model answers, where it does.
+        figures: Counts how lists were decided.
+        abstain: The share of ordinary prompts above which the base model answers; ``None`` if it never does.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class CertainProbe:
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Found:
-        """See :class:`Probe`; float64, so that what is certain stays so."""
+        """See :class:`Probe`; float64, so that exact bounds stay exact."""
         self.read_null()
         found, p = self._found(self._read(args, kwargs))
         at_once = decided = self._decides(found, p)
@@ -119,14 +119,14 @@ class CertainProbe:
         return Found(found.middle, p.middle if self.probe.null.ordinary else None)
 
     def _decides(self, found: Interval, p: Interval) -> Bool[Tensor, " B"]:
-        """Of which rows both the list and whether the base model answers are certain."""
+        """For each row, whether both the list and abstention are certain."""
         level = self.abstain if self.probe.null.ordinary else None
         listed = found.decides(self.size)
         return listed if level is None else (p.least > level) | (listed & (p.most <= level))
 
     @torch.no_grad()
     def read_null(self) -> None:
-        """See :class:`Probe`; by the prototypes in full."""
+        """See :class:`Probe`; uses the full prototypes."""
         if self._null is None:
             device, exact = next(self.probe.entry.parameters()).device, self.evidence.bits < 32
             read = [self._read((), batch, exact=exact) for batch in self.probe.null.on(device)]

@@ -1,9 +1,9 @@
-"""What was decided for the tokens of a cache, kept next to it. The one file that knows transformers' cache classes.
+"""Records of the decisions for a cache's tokens. This is the only file that knows transformers' cache classes.
 
-A record follows its cache: copies, reordered, repeated, selected and cropped rows have the record that belongs to them.
-Transformers has no place for that, so a cache with a record is of a subclass of its class (``isinstance`` and the
-class's name stay), which is made when it is needed first. States that are no ``Cache`` (tuples, XLNet's ``mems``) are
-known by their first tensor.
+A record follows its cache: copied, reordered, repeated, selected and cropped rows keep their records. Transformers has
+no place for a record, so a cache with a record gets a subclass of its class (``isinstance`` and the class name stay
+the same), which is created on first use. States that are not a ``Cache`` (tuples, XLNet's ``mems``) are identified by
+their first tensor.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# Arguments by which models of transformers are given what they remember, and by which they return it.
+# Names of arguments and outputs with a model's state in transformers.
 STATES = ("past_key_values", "cache_params", "mems", "past_buckets_states", "state", "rwkv_state", "past_key_value")
 _MASKED = -1
 
 
 @dataclass
 class CacheRecord:
-    """What a cache holds, and under which decision it was computed.
+    """What a cache holds, and the decision under which it was computed.
 
     Attributes:
-        composition: Names the experts and router that wrote it.
+        composition: Identifies the experts and the router that wrote it.
         allowed: The experts that could be chosen.
-        history: From which token on which verdict holds, (rows, experts); ``None`` where tokens decide.
-        ids: Token ids as they were read, (rows, tokens) each, -1 where masked; ``None`` where they are not known.
-        positions: Their positions, where they were given.
-        length: How many tokens were read.
-        before: What the cache counts besides them, as the model puts its own in front.
-        frame: The generation or block that wrote it, whose verdict it has whatever its rows are.
+        history: The verdict from each token on, (rows, experts); ``None`` if tokens decide.
+        ids: Token ids as they were read, (rows, tokens) each, -1 if masked; ``None`` if unknown.
+        positions: Their positions, if they were given.
+        length: Number of tokens that were read.
+        before: Number of other positions in the cache, which the model adds in front.
+        frame: The generation or block that wrote it and defines its verdict.
     """
 
     composition: str
@@ -49,17 +49,17 @@ class CacheRecord:
 
     @property
     def verdict_BE(self) -> Float[Tensor, "B E"] | None:
-        """What holds for the next token."""
+        """The verdict for the next token."""
         return self.history[-1][1] if self.history else None
 
     @property
     def ids_BT(self) -> Int[Tensor, "B T"] | None:
-        """All token ids, -1 where masked."""
+        """All token ids, -1 if masked."""
         return None if not self.ids else torch.cat(self.ids, dim=1)
 
     @property
     def positions_BT(self) -> Int[Tensor, "B T"] | None:
-        """All positions; ``None`` where none was given, and a model takes the next ones by itself."""
+        """All positions; ``None`` if none was given, so that the model counts them."""
         if not self.ids or all(positions is None for positions in self.positions):
             return None
         parts, start = [], 0
@@ -77,14 +77,14 @@ class CacheRecord:
         positions: Tensor | None = None,
         held: int | None = None,
     ) -> None:
-        """Note tokens that follow those that are there.
+        """Record the tokens that follow.
 
         Args:
-            ids_BT: Their ids, where they are known.
-            mask_BT: Of them, or of more before them.
-            tokens: How many they are.
-            positions: Theirs, where they are given.
-            held: What the cache counts now. A model may be given the whole text, and add what is new.
+            ids_BT: Their ids, if known.
+            mask_BT: Mask of these tokens, or of these and earlier ones.
+            tokens: Their number.
+            positions: Their positions, if given.
+            held: The cache's length now. A model may receive the whole text and add only what is new.
         """
         if held is not None and not self.length:
             self.before = max(0, held - tokens)
@@ -107,14 +107,14 @@ class CacheRecord:
         self.history = tuple((start, None if held is None else pick(held)) for start, held in self.history)
 
     def repeat(self, times: int) -> None:
-        """Have each row ``times`` times, one after the other."""
+        """Repeat each row ``times`` times, adjacently."""
         first = next((held for _, held in self.history if held is not None), None)
         known = self.ids[0] if self.ids else first
         if known is not None:
             self.rows(torch.arange(len(known)).repeat_interleave(times))
 
     def crop(self, tokens: int) -> None:
-        """Forget all but the first ``tokens``."""
+        """Drop all but the first ``tokens``."""
         if tokens >= self.length:
             return
         ids, positions = self.ids_BT, self.positions_BT
@@ -126,12 +126,12 @@ class CacheRecord:
             self.ids, self.positions = (), ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CacheRecord:
-        """A copy of its own, of the same frame."""
+        """A separate copy with the same frame."""
         return replace(self)
 
 
 def masked_ids(ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
-    """Token ids with -1 where the mask (of these tokens, or of more before them) is zero."""
+    """Token ids with -1 where the mask (of these tokens, or of these and earlier ones) is zero."""
     if mask_BT is None or mask_BT.ndim != 2 or len(mask_BT) != len(ids_BT) or mask_BT.shape[1] < ids_BT.shape[1]:
         return ids_BT.detach()
     own_BT = mask_BT[:, mask_BT.shape[1] - ids_BT.shape[1] :].to(ids_BT.device)
@@ -139,7 +139,7 @@ def masked_ids(ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
 
 
 class _Recorded:
-    """What a cache class gets so that its record follows it."""
+    """Methods for a cache class that make its record follow it."""
 
     _record: CacheRecord
 
@@ -153,7 +153,7 @@ class _Recorded:
 
     def crop(self, length: int) -> None:
         super().crop(length)  # pyright: ignore[reportAttributeAccessIssue]
-        # below zero: tokens to remove; above: tokens to keep, as transformers had it before 5
+        # negative: tokens to remove; positive: tokens to keep, as before transformers 5
         self._record.crop(max(0, self._record.length + length if length <= 0 else length - self._record.before))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -166,7 +166,7 @@ class _Recorded:
 
     @property
     def is_compileable(self) -> bool:
-        # transformers asks for the very class, so as not to compile a DynamicCache whose layers all could be
+        # transformers compares the class itself, so as not to compile a DynamicCache
         from transformers import DynamicCache
 
         return type(self).__mro__[2] is not DynamicCache and super().is_compileable  # pyright: ignore[reportAttributeAccessIssue]
@@ -190,7 +190,7 @@ _by_tensor: list[WeakKeyDictionary[Any, CacheRecord]] = []
 
 
 def _tensors() -> Any:
-    """Records by tensor; a tensor's own comparison is of its numbers, so it takes torch's kind of dictionary."""
+    """Records by tensor. Tensors compare by value, so this uses torch's dictionary."""
     if not _by_tensor:
         from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -199,7 +199,7 @@ def _tensors() -> Any:
 
 
 def record_of(state: Any) -> CacheRecord | None:
-    """The record of a cache or of another state; ``None`` where it has none."""
+    """The record of a cache or another state; ``None`` if it has none."""
     if isinstance(state, _Recorded):
         return state._record
     first = _first_tensor(state)
@@ -212,7 +212,7 @@ def record_of(state: Any) -> CacheRecord | None:
 
 
 def attach(state: Any, record: CacheRecord) -> None:
-    """Have a cache or another state be followed by this record."""
+    """Attach a record to a cache or another state."""
     if isinstance(state, _Recorded):
         state._record = record
         return
@@ -225,7 +225,7 @@ def attach(state: Any, record: CacheRecord) -> None:
     else:
         try:
             _by_object[state] = record
-        except TypeError:  # nothing that can be known again
+        except TypeError:  # cannot be identified later
             return
 
 
@@ -242,7 +242,7 @@ def is_filled(state: Any) -> bool:
 
 
 def length_of(state: Any) -> int | None:
-    """Tokens that a cache holds; ``None`` where it does not say."""
+    """Number of tokens in a cache; ``None`` if it does not tell."""
     try:
         return int(state.get_seq_length())
     except (AttributeError, ValueError, TypeError):
@@ -250,13 +250,13 @@ def length_of(state: Any) -> int | None:
 
 
 def agrees(state: Any, record: CacheRecord) -> bool:
-    """Whether a cache holds what its record says, as far as it shows: others may have filled it since."""
+    """Whether a cache matches its record, as far as visible; others may have filled it since."""
     length = length_of(state)
     return length is None or length == record.before + record.length
 
 
 def is_recurrent(state: Any) -> bool:
-    """Whether a state folds its tokens together, so that nobody can tell them apart or take one back."""
+    """Whether a state mixes its tokens, so that none can be separated or removed."""
     if state is not None and not hasattr(state, "get_seq_length"):
         return True
     layers = getattr(state, "layers", None) or ()
@@ -269,7 +269,7 @@ def can_reset(state: Any) -> bool:
 
 
 def states_in(values: Any) -> Iterator[tuple[str, Any]]:
-    """What a model remembers among its arguments by name, or in its output."""
+    """A model's states among its arguments by name, or in its output."""
     if isinstance(values, Mapping):
         for name in STATES:
             if values.get(name) is not None:

@@ -1,15 +1,15 @@
 """Which decision holds for which call of a composed model. A decision belongs to a sequence, never to the model.
 
-1. ``generate`` decides once, on its whole input, for all of its calls. A ``generate`` inside another inherits that; a
-   composed assistant keeps its first verdict.
-2. A cache never changes the answer: one that was filled under another verdict or other experts, or by somebody else, is
-   reset and its tokens are read again. Where its tokens are not known the call is refused.
-3. Any other call decides for itself; calls on the cache that it filled keep that.
-4. ``prompt.hold`` (all threads) and ``prompt.using`` (one thread or asyncio task) take the place of what calls decide.
-5. With an encoder a decision belongs to the encoder's outputs.
+1. ``generate`` decides once, on its whole input, for all of its calls. A ``generate`` inside another inherits the
+   decision; a composed assistant keeps its first verdict.
+2. A cache never changes the answer. If it was filled under another verdict, with other experts or by another model,
+   it is reset and its tokens are read again. If its tokens are unknown, the call is refused.
+3. Any other call decides for itself; later calls with the cache that it filled keep that decision.
+4. ``prompt.hold`` (all threads) and ``prompt.using`` (one thread or asyncio task) override what calls would decide.
+5. With an encoder, a decision belongs to the encoder's outputs.
 
-What is decided is set for the thread that runs the call (:mod:`spectr.layers.batch_routing`); next to a cache it is
-kept in a record (:mod:`spectr.prompts.cache_records`).
+The decision is set for the thread that runs the call (:mod:`spectr.layers.batch_routing`). Next to a cache it is kept
+in a record (:mod:`spectr.prompts.cache_records`).
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ from spectr.prompts.generation import Generation
 from spectr.prompts.stand_ins import Checkpointing, Entry, entries_of
 from spectr.prompts.token_places import followed, places_of
 
-_ROUTINGS = 16  # verdicts whose routing is kept
+_ROUTINGS = 16  # number of verdicts whose routing is cached
 
 
 class _Stack(threading.local):
-    """Of a thread: the compositions that one of its calls is in."""
+    """For each thread, the compositions that it is currently calling."""
 
     inside: tuple[Calls, ...] = ()
 
@@ -68,7 +68,7 @@ _stack = _Stack()
 
 
 class _Step(NamedTuple):
-    """A call: what holds for its layers, and what will be known of a cache that it fills."""
+    """A call: the routing of its layers, and the record for a cache that it fills."""
 
     given: dict[str, Any]
     routing: BatchRouting | None
@@ -80,7 +80,7 @@ class _Step(NamedTuple):
 
 @lru_cache(maxsize=1)
 def _keep_out_of_graphs() -> None:
-    """Have decisions made outside of compiled graphs. Not on import, as torch's compiler takes seconds to load."""
+    """Make decisions outside of compiled graphs. Not on import: torch's compiler takes seconds to load."""
     for name, all_inside in {"run": False, "_begin": True, "_end": True}.items():  # the model inside is compiled
         setattr(Calls, name, torch.compiler.disable(getattr(Calls, name), recursive=all_inside))
 
@@ -90,11 +90,11 @@ class Calls:
 
     Args:
         model: The composed model.
-        experts: Those that can be chosen.
-        prompt: Decides on prompts, where the router does that.
-        key: Names experts and router in caches' records; a new one, if left out.
-        exclusion: Keeps changes of the experts out of running calls.
-        unknown: Routed layers of which it is not known whether the model calls them.
+        experts: The experts that can be chosen.
+        prompt: Decides on prompts, if the router does.
+        key: Identifies experts and router in caches' records; by default a new one.
+        exclusion: Keeps changes of the experts and running calls apart.
+        unknown: Routed layers that the model may or may not call.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class Calls:
         self.closed = False
         self._install()
 
-    # Standing in for the model's methods
+    # Replacing the model's methods
 
     def _install(self) -> None:
         for module, part in entries_of(self.model):
@@ -135,14 +135,14 @@ class Calls:
             self._replace(self.model, "init_continuous_batching", self.batches)
         if hasattr(self.model, "_set_gradient_checkpointing"):
             self._replace(self.model, "_set_gradient_checkpointing", Checkpointing(self.model))
-            Checkpointing(self.model).take()  # where it is on already
+            Checkpointing(self.model).take()  # if it is already on
 
     def _replace(self, module: nn.Module, name: str, stand_in: Any) -> None:
         self._stand_ins.append((module, name, stand_in, vars(module).get(name)))
         setattr(module, name, stand_in)
 
     def close(self) -> None:
-        """Give the model its own methods back. Where somebody has wrapped ours since, as accelerate does, it stays."""
+        """Restore the model's own methods. If another library wrapped ours, as accelerate does, ours stays."""
         for module, name, stand_in, own in reversed(self._stand_ins):
             if vars(module).get(name) is stand_in:
                 del vars(module)[name]
@@ -163,18 +163,18 @@ class Calls:
 
     @contextmanager
     def using(self, verdict_BE: Tensor) -> Iterator[None]:
-        """Have a verdict hold for this thread's calls."""
+        """Use a verdict for this thread's calls."""
         with framed(Frame(self, plain_verdict(verdict_BE))):
             yield
 
     def adopt(self, state: Any, ids_BT: Tensor) -> None:
-        """Have a cache go on as if this composition had filled it with these tokens."""
+        """Treat a cache as if this composition had filled it with these tokens."""
         record = self.fresh(None if self.prompt is None else self.prompt.decide(input_ids=ids_BT), None)
         record.read(ids_BT, None, ids_BT.shape[1])
         records.attach(state, record)
 
     def request_verdict(self) -> Tensor | None:
-        """Of the verdict that holds for this thread the row that a request which is added now has."""
+        """The row of this thread's verdict for a request that is being added."""
         frame = frame_of(self)
         return None if frame is None else frame.next_row()
 
@@ -182,15 +182,15 @@ class Calls:
 
     @property
     def is_inside(self) -> bool:
-        """Whether this thread is in one of its calls."""
+        """Whether this thread is inside one of its calls."""
         return self in _stack.inside
 
     def run(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call of an entry: decide, or find what was decided; compute; and note what a cache holds now."""
+        """Run a call: decide or look up the decision, compute, and record what a cache holds now."""
         if self.is_inside:
             return entry.plain(*args, **kwargs)
         with self.exclusion.running():
-            if self.closed:  # the experts were changed while it waited
+            if self.closed:  # the experts changed while it waited
                 return entry.module.forward(*args, **kwargs)
             step = self._begin(entry, args, kwargs)
             first = self._first_calls.followed(entry.module, step.given)
@@ -200,7 +200,7 @@ class Calls:
             return out
 
     def _begin(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Step:
-        """What holds for a call, decided now or known."""
+        """The decision for a call, made now or known."""
         given = entry.given(args, kwargs)
         batch = self.batches.of(given)
         if batch is not None:
@@ -216,7 +216,7 @@ class Calls:
     def _places(
         self, entry: Entry, given: Mapping[str, Any], tokens: CallTokens, routing: BatchRouting | None
     ) -> TokenPlaces | None:
-        """Where a call's tokens are among its layers' inputs, where anybody asks for that."""
+        """Where a call's tokens are among its layers' inputs, if anything needs that."""
         if not thread.watched and (routing is None or not routing.differs):
             return None
         of_both, part = has_encoder(self.model), entry.part
@@ -237,7 +237,7 @@ class Calls:
             _stack.inside = before
 
     def routing(self, verdict_NE: Tensor, *, by_token: bool = False) -> BatchRouting:
-        """What a verdict makes of a call. Kept by what it says: sequences that were decided alike share it."""
+        """The routing for a verdict. Cached by value: sequences with equal decisions share it."""
         assert self.prompt is not None
         if by_token:
             return self.prompt.routing(verdict_NE, by_token=True)
@@ -246,7 +246,7 @@ class Calls:
         key = (tuple(verdict_NE.shape), verdict_NE.detach().cpu().numpy().tobytes())
         held = [layer.call for layer in self._layers]
         with self.exclusion.lock:
-            if len(held) != len(self._held) or not all(map(is_, held, self._held)):  # moved or cast since
+            if len(held) != len(self._held) or not all(map(is_, held, self._held)):  # moved or cast meanwhile
                 self._routings.clear()
                 self._held = held
             found = self._routings.get(key)
@@ -262,7 +262,7 @@ class Calls:
         return found
 
     def wanted(self, frame: Frame | None) -> Tensor | None:
-        """What takes the place of what calls decide."""
+        """The verdict that overrides what calls decide."""
         if frame is not None and frame.verdict_BE is not None:
             return frame.verdict_BE
         return None if self.prompt is None else self.prompt.held_BE
@@ -272,7 +272,7 @@ class Calls:
         return CacheRecord(self.key, self.experts, ((0, verdict_BE),), frame=None if frame is None else frame.token)
 
     def _record_for(self, entry: Entry, given: Mapping[str, Any], tokens: CallTokens) -> CacheRecord:
-        """What is known of the sequences of a call, whose tokens were read or are read now."""
+        """What is known about the sequences of a call, whose tokens were read or are read now."""
         frame = frame_of(self)
         wanted = self.wanted(frame)
         if wanted is not None:
@@ -288,21 +288,21 @@ class Calls:
         return self.fresh(wanted, frame)
 
     def decide(self, given: Mapping[str, Any]) -> Tensor:
-        """The verdict on the prompts of a call, by the names of its arguments."""
+        """The verdict on the prompts of a call, by argument name."""
         assert self.prompt is not None
         return plain_verdict(self.prompt.decide(**{name: value for name, value in given.items() if value is not None}))
 
     def _continued(
         self, entry: Entry, given: Mapping[str, Any], state: Any, tokens: CallTokens, frame: Frame | None, wanted: Any
     ) -> CacheRecord:
-        """What holds for a cache that goes on; read again, where it was filled under something else."""
+        """The decision for a continued cache, which is read again if it was filled under another one."""
         record = self.known(state)
         if record is not None:
             verdict_BE = record.verdict_BE
             if verdict_BE is not None and len(verdict_BE) != tokens.rows:
                 raise CompositionError(
-                    f"the cache goes on with {tokens.rows} rows, and {len(verdict_BE)} were decided on",
-                    do="reorder, repeat or select its rows by the cache's own methods",
+                    f"the cache continues with {tokens.rows} rows, but the decision has {len(verdict_BE)}",
+                    do="reorder, repeat or select its rows with the cache's own methods",
                 )
             mine = frame is not None and record.frame is frame.token
             if mine or wanted is None or same_verdict(verdict_BE, wanted):
@@ -311,43 +311,46 @@ class Calls:
                     self.prompt.show(verdict_BE)
                 return record
         elif frame is not None and frame.generates and not hasattr(state, "get_seq_length"):
-            return self.fresh(wanted, frame)  # a part of what this generation had, as XLNet cuts its own
+            return self.fresh(wanted, frame)  # a part of this generation's state, as XLNet cuts it
         return self.read_again(entry, given, state, tokens, frame, wanted)
 
     def known(self, state: Any) -> CacheRecord | None:
-        """A state's record, where it is of these experts and complete."""
+        """A state's record, if it belongs to these experts and is complete."""
         record = records.record_of(state)
         if record is None or record.composition != self.key or record.allowed != self.experts:
             return None
         if not records.agrees(state, record):
             if self.prompt is not None:
                 return None
-            # by compiled calls, which note nothing and decide nothing
+            # filled by compiled calls, which record and decide nothing
             record.ids, record.length, record.before = None, records.length_of(state) or 0, 0
         return record
 
     def read_again(
         self, entry: Entry, given: Mapping[str, Any], state: Any, tokens: CallTokens, frame: Frame | None, wanted: Any
     ) -> CacheRecord:
-        """Empty a cache and read its tokens under what holds now; refused where these are not known."""
+        """Empty a cache and read its tokens with the current decision; refused if they are unknown."""
         before = records.record_of(state)
         ids_BT = None if before is None or not records.agrees(state, before) else before.ids_BT
         if before is None or ids_BT is None or not records.can_reset(state) or len(ids_BT) != tokens.rows:
             raise CompositionError(
-                "the cache was filled under other experts or another decision, and its tokens are not known",
+                "the cache was filled with other experts or under another decision, and its tokens are unknown",
                 expected="an empty cache, or one that this composition filled from token ids",
-                do="read the prompt again, without that cache",
+                do="pass the whole prompt again, without the cache",
             )
         if wanted is None and self.prompt is not None:
             if tokens.ids is None:
-                raise CompositionError("a cache goes on with embeddings", do="read the prompt again, without it")
+                raise CompositionError(
+                    "a filled cache cannot continue with embeddings",
+                    do="pass the whole prompt again, without the cache",
+                )
             new_BT = records.masked_ids(tokens.ids, tokens.mask)
             wanted = self.decide(as_prompt(torch.cat([ids_BT.to(new_BT.device), new_BT], dim=1)))
         fresh = self.fresh(wanted, frame)
         record = replace(before, composition=fresh.composition, allowed=fresh.allowed, history=fresh.history)
         record.frame = fresh.frame
         read = {**as_prompt(ids_BT, before.positions_BT), "past_key_values": state, "use_cache": True}
-        state.reset()  # which empties the record there is
+        state.reset()  # also empties the record
         routing = None if wanted is None else self.routing(wanted)
         places = self._places(entry, read, tokens_of(read, decoder=False), routing)
         with torch.no_grad(), self._inside(routing, places), followed(self.layouts, places):
@@ -358,7 +361,7 @@ class Calls:
         return record
 
     def encoded(self, part: str, given: Mapping[str, Any], tokens: CallTokens) -> Tensor | None:
-        """What was decided for the outputs of an encoder that a call is given; ``None`` where it is given none."""
+        """The decision for an encoder's outputs in a call; ``None`` if the call has none."""
         outputs = given.get("encoder_outputs") if part == "model" else given.get("encoder_hidden_states")
         if part == "encoder" or outputs is None or (part == "model" and not has_encoder(self.model)):
             return None
@@ -366,16 +369,16 @@ class Calls:
         record = records.record_of(hidden)
         if record is None or record.composition != self.key or record.allowed != self.experts:
             raise CompositionError(
-                "nothing was decided for these outputs of the encoder",
-                expected="the very tensor that this model's encoder gave, under the experts that are allowed now",
-                do="give the model its input, or encode it again; to change rows, decide yourself: "
+                "there is no decision for these encoder outputs",
+                expected="the tensor that this model's encoder returned with the experts that are allowed now",
+                do="pass the encoder's input, or encode it again; to change rows, decide yourself: "
                 "with routed.prompt.using(routed.prompt.decide(...)): ...",
             )
         assert record.verdict_BE is not None
         return expanded(record.verdict_BE, tokens.rows, None)
 
     def _end(self, step: _Step, entry: Entry, out: Any) -> None:
-        """Keep with a cache and with an encoder's outputs what held for a call."""
+        """Store the decision with a cache and with an encoder's outputs."""
         given, tokens, record = step.given, step.tokens, step.record
         if tokens is None or record is None:
             return

@@ -1,4 +1,4 @@
-"""Decisions for whole prompts: a prompt is read before it is answered, and what was found holds for its sequence."""
+"""Decisions for whole prompts: a prompt is read before it is answered, and the result holds for its sequence."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 
 class Sets(Protocol):
-    """Where factors of sets of experts come from; see :class:`spectr.composition.factor_sets.FactorSets`.
+    """Provides factors of sets of experts; see :class:`spectr.composition.factor_sets.FactorSets`.
 
     Attributes:
-        single: Sets of one expert that are kept.
-        gathered: Sets of several experts that are kept.
+        single: Number of cached sets of one expert.
+        gathered: Number of cached sets of several experts.
         serve_choices: Whether tokens can choose among a set's factors; otherwise only fixed weights can be applied.
     """
 
@@ -45,7 +45,7 @@ class Sets(Protocol):
 
 
 class _Last(threading.local):
-    """A thread's last verdict by composition. For display: nothing reads it to decide."""
+    """A thread's last verdict by composition. For display only: nothing reads it to decide."""
 
     def __init__(self) -> None:
         self.verdicts: dict[str, Tensor] = {}
@@ -56,14 +56,14 @@ _last = _Last()
 
 
 class PromptDecision:
-    """Has a prompt read and decides. What is decided belongs to a sequence (:mod:`spectr.prompts.calls`).
+    """Reads prompts and decides. A decision belongs to a sequence (:mod:`spectr.prompts.calls`).
 
     Args:
-        policy: Turns evidence into weights, into a prior, or into a shortlist.
+        policy: Turns evidence into weights, a prior or a shortlist.
         experts: All experts, in alphabetical order.
-        read: Called as the entry is; finds the evidence for each expert. While it runs the model is the base model for
-            this thread.
-        sets: Factors of the experts that a verdict calls for.
+        read: Computes the evidence for each expert; has the model's arguments. While it runs, the model is the base
+            model for this thread.
+        sets: Factors of the experts that a verdict uses.
     """
 
     calls: Calls
@@ -74,7 +74,7 @@ class PromptDecision:
         self.held_BE: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, of which a reader has to be a part: a function would go on reading by this model.
+        """For copies and pickles, which include the reader. A reader that is a function would still read this model.
 
         Raises:
             CompositionError: The reader is a function.
@@ -82,19 +82,19 @@ class PromptDecision:
         if isfunction(self.read):
             raise CompositionError(
                 f"a model composed with {self.policy} can neither be copied nor pickled",
-                do="compose again from the library, or keep the composed model: spectr.save_composed(routed, folder)",
+                do="compose the library again, or save the composed model: spectr.save_composed(routed, folder)",
             )
         return vars(self)
 
     def decide(self, *args: Any, **kwargs: Any) -> Float[Tensor, "B E"]:
-        """Have a prompt read and return what is decided for it. Nothing is changed.
+        """Read a prompt and return the verdict. Changes nothing.
 
-        The experts' weights; or, of a router that decides for each token with the prompt as prior, the prior. Where no
-        expert stands out, and the policy abstains then, all experts have the number that excludes them.
+        The verdict is the experts' weights, or the prior if the router decides for each token. If no expert stands out
+        and the policy abstains, all experts have the number that excludes them.
 
         Args:
-            args: As the model (or its encoder) is called.
-            kwargs: Likewise.
+            args: The arguments of the model (or its encoder).
+            kwargs: Its keyword arguments.
         """
         found = self.find(*args, **kwargs)
         verdict_BE = self.policy.verdict(found)
@@ -102,22 +102,22 @@ class PromptDecision:
         return verdict_BE
 
     def evidence(self, *args: Any, **kwargs: Any) -> Float[Tensor, "B E"]:
-        """The evidence for each expert, as the reader gives it, whether the verdict is to abstain or not."""
+        """The reader's evidence for each expert, even if the verdict is to abstain."""
         return self.find(*args, **kwargs).evidence_BE
 
     @torch.no_grad()
     def find(self, *args: Any, **kwargs: Any) -> Found:
-        """All that the reader finds of a prompt.
+        """Everything that the reader finds for a prompt.
 
         Raises:
-            CompositionError: The call is exported or traced.
+            CompositionError: The call is being exported or traced.
         """
         refuse_to_capture()
         with routed_by(BASE):
             return self.read(*args, **kwargs)
 
     def hold(self, verdict_BE: Float[Tensor, "B E"] | None) -> None:
-        """Have this verdict hold for all calls of all threads, whatever their prompts; ``None`` ends that.
+        """Use this verdict for all calls of all threads, whatever their prompts; ``None`` ends it.
 
         One row serves batches of any size. Caches that were filled under another verdict are read again.
         """
@@ -127,11 +127,11 @@ class PromptDecision:
 
     @contextmanager
     def using(self, verdict_BE: Float[Tensor, "B E"]) -> Iterator[None]:
-        """Have this verdict hold for this thread's calls while the block runs, in the place of what they would decide.
+        """Use this verdict for this thread's calls inside the block, instead of what they would decide.
 
-        For what was decided on more text than one call sees. In a task of asyncio it holds for that task alone, and for
-        what it runs by ``asyncio.to_thread``. ``generate_batch`` and its manager take the verdict along with the
-        requests that are added in the block, a row for each in turn.
+        Use it for a decision on more text than one call contains. In an asyncio task it holds for that task only, and
+        for what it runs with ``asyncio.to_thread``. ``generate_batch`` and its manager store the verdict with the
+        requests that are added in the block: one row per request, in order.
         """
         self._check(verdict_BE)
         with self.calls.using(verdict_BE):
@@ -139,21 +139,21 @@ class PromptDecision:
 
     @property
     def weights_BE(self) -> Float[Tensor, "B E"] | None:
-        """The last verdict that held for a call of this thread, for display."""
+        """For display: the last verdict for a call of this thread."""
         return _last.verdicts.get(self.calls.key)
 
     @property
     def p_B(self) -> Float[Tensor, " B"] | None:
-        """For display: of the prompts that this thread decided on last, the shares of ordinary ones that fit as well.
+        """For display: for this thread's last prompts, the share of ordinary prompts that fit as well.
 
-        ``None`` where it is not known, or another verdict than the decided one has held since.
+        ``None`` if it is unknown, or if another verdict was used since.
         """
         decided = _last.decided.get(self.calls.key)
         return None if decided is None else decided[1]
 
     @property
     def remark(self) -> str | None:
-        """That the base model answered, in words, where this thread's last verdict has no expert take part."""
+        """A text that the base model answered, if this thread's last verdict uses no expert."""
         verdict_BE, decided = self.weights_BE, _last.decided.get(self.calls.key)
         if verdict_BE is None or not bool((verdict_BE == self.use.excluded).all()):
             return None
@@ -162,7 +162,7 @@ class PromptDecision:
         return in_words(None if p_B is None else float(p_B.min()))
 
     def show(self, verdict_BE: Float[Tensor, "B E"]) -> None:
-        """Remember a verdict as this thread's last one."""
+        """Store a verdict as this thread's last one."""
         key = self.calls.key
         if _last.verdicts.get(key) is verdict_BE:
             return
@@ -172,10 +172,10 @@ class PromptDecision:
             del _last.decided[key]
 
     def routing(self, verdict_NE: Float[Tensor, "N E"], *, by_token: bool = False) -> BatchRouting:
-        """What a verdict makes of a call.
+        """The routing for a verdict.
 
         Args:
-            verdict_NE: Of each row; one row serves all.
+            verdict_NE: The verdict of each row; one row serves all.
             by_token: Whether these are the tokens of one row instead.
         """
         verdict_BTE = verdict_NE[None] if by_token else verdict_NE[:, None]
@@ -186,14 +186,14 @@ class PromptDecision:
     def _check(self, verdict_BE: Tensor) -> None:
         if self.calls.closed:
             raise CompositionError(
-                "the experts were changed since this handle on decisions was taken, and it decides nothing any more",
-                do="take routed.prompt again",
+                "the experts changed after you got this object, so that it no longer decides",
+                do="use routed.prompt again",
             )
         if verdict_BE.ndim != 2 or verdict_BE.shape[1] != len(self.experts):
             raise CompositionError(
                 f"a verdict of shape {tuple(verdict_BE.shape)}",
                 expected=f"(rows, {len(self.experts)}), a number for each of {', '.join(self.experts)}",
-                do="take it from prompt.decide(...)",
+                do="use the result of prompt.decide(...)",
             )
 
 
@@ -205,17 +205,17 @@ def routing_of(
     taken: tuple[str, ...],
     among_BTE: Tensor | None = None,
 ) -> BatchRouting:
-    """What a verdict makes of a call.
+    """The routing for a verdict.
 
     Args:
-        use: Of the policy that gave it.
+        use: The use in the policy that made it.
         experts: Names of its columns.
-        verdict_BTE: Of each row or token.
-        sets: Where factors come from.
-        taken: The experts that take part, where others do not.
-        among_BTE: Those that a row may use; all, if left out.
+        verdict_BTE: The verdict of each row or token.
+        sets: Provides factors.
+        taken: The experts that are used, if others are not.
+        among_BTE: The experts that a row may use; by default all.
     """
-    if not taken:  # the base model alone; traces see the layers nonetheless
+    if not taken:  # the base model alone; traces still see the layers
         return BatchRouting(experts, factors={})
     gathered = use.fixes or (use.gathers and sets.serve_choices)
     factors = sets.table(taken) if gathered else None
@@ -223,23 +223,23 @@ def routing_of(
 
 
 def refuse_to_capture() -> None:
-    """Raise :class:`CompositionError` where a graph is made of a call: it would hold one prompt's decision for all."""
+    """Raise :class:`CompositionError` if a graph is being made of a call: it would fix one prompt's decision."""
     if torch.jit.is_tracing() or torch.compiler.is_exporting():  # pyright: ignore[reportPrivateImportUsage]
         raise CompositionError(
-            "a call that decides for its prompt cannot be exported or traced: the graph would hold this one decision",
+            "a call that decides for its prompt cannot be exported or traced: the graph would always use this decision",
             expected="a router that decides for each token, or a single expert",
-            do="compose with spectr.Oracle(expert=...), and export that",
+            do="compose with spectr.Oracle(expert=...), then export",
         )
 
 
 def _same_rows(one_BE: Tensor, other_BE: Tensor) -> bool:
-    """Whether two verdicts have the same rows, in whatever order and however often: a generation repeats them."""
+    """Whether two verdicts have the same rows, in any order and number: a generation repeats rows."""
     one_BE, other_BE = (torch.unique(verdict_BE.cpu(), dim=0) for verdict_BE in (one_BE, other_BE))
     return torch.equal(one_BE, other_BE)
 
 
 def plain_verdict(verdict_BE: Tensor) -> Float[Tensor, "B E"]:
-    """A verdict as sequences keep it: float32 and on the CPU, whatever gave it."""
+    """A verdict as sequences store it: float32 on the CPU, whatever it was."""
     return verdict_BE.detach().to("cpu", torch.float32)
 
 

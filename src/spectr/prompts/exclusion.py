@@ -1,4 +1,4 @@
-"""Keeps changes of a composed model's experts and its running calls apart."""
+"""Keep changes of a composed model's experts and its running calls apart."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 from spectr.errors import CompositionError
 
-_PATIENCE = 30.0  # seconds; a running call may itself wait for the new one, so that neither can wait for ever
+_PATIENCE = 30.0  # seconds; a running call may itself wait for the new one, so neither may wait forever
 
 
 class Exclusion:
-    """Any number of calls run at once; a change waits until none of another thread runs, and then runs alone.
+    """Any number of calls run at once. A change waits until no other thread runs a call, and then runs alone.
 
-    A new call lets changes that wait go first, for some time.
+    A new call lets waiting changes go first, for a limited time.
 
     Attributes:
-        lock: Guards what calls share.
+        lock: Guards the data that calls share.
     """
 
     def __init__(self) -> None:
@@ -48,17 +48,17 @@ class Exclusion:
 
     @contextmanager
     def changing(self) -> Iterator[None]:
-        """A change.
+        """A change of the experts.
 
         Raises:
-            CompositionError: A call of this thread runs.
+            CompositionError: This thread is inside a call.
         """
         me = threading.get_ident()
         with self._state:
             if me in self._running:
                 raise CompositionError(
-                    "the experts cannot be changed from inside a call of the model",
-                    do="change them when it has returned",
+                    "the experts cannot change during a call of the model",
+                    do="change them after the call returns",
                 )
             self._waiting += 1
             self._state.wait_for(lambda: not self._running and self._changer in (None, me))

@@ -1,4 +1,4 @@
-"""Following the first calls of a composed model, where it could not be tried whether it calls all of its layers."""
+"""Follow the first calls of a composed model if it is unknown whether the model calls all of its layers."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from spectr.layers.weight_reads import WeightReads, uncompiled
 
 
 class FirstCalls:
-    """Follows the first call of each kind, by the arguments that are given, until all layers are known to be called.
+    """Follows the first call with each set of arguments, until all layers are known to be called.
 
     Args:
         model: The composed model.
-        unknown: Names of the routed layers whose use is not known.
+        unknown: Names of the routed layers whose use is unknown.
     """
 
     def __init__(self, model: nn.Module, unknown: Collection[str]):

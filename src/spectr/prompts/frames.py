@@ -1,4 +1,4 @@
-"""What holds for several calls of a thread or task: a generation, or a block under a verdict."""
+"""Decisions that hold for several calls of a thread or task: a generation, or a block under a verdict."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 
 class _Token:
-    """Names a frame in records, which must not keep the frame alive."""
+    """Identifies a frame in records, which must not keep the frame alive."""
 
 
 @dataclass(eq=False)
 class Frame:
-    """A generation, or a block, whose verdict holds for all of its calls.
+    """A generation or a block whose verdict holds for all of its calls.
 
     Attributes:
-        verdict_BE: ``None`` of a router that decides for each token.
+        verdict_BE: ``None`` if the router decides for each token.
         generates: Whether it is a generation.
-        expand: How many sequences each row becomes (beams, sequences to return); ``None`` where that is not known.
-        assistants: The first verdict of each composition that assists.
+        expand: Number of sequences per row (beams, returned sequences); ``None`` if unknown.
+        assistants: The first verdict of each assisting composition.
     """
 
     calls: Calls
@@ -41,20 +41,22 @@ class Frame:
     requests: int = 0
 
     def next_row(self) -> Tensor | None:
-        """The verdict's row for the next request that is added here."""
+        """The verdict's row for the next request that is added."""
         if self.verdict_BE is None:
             return None
         rows, number = len(self.verdict_BE), self.requests
         if rows > 1 and number >= rows:
             raise CompositionError(
-                f"a verdict of {rows} rows, and a further request",
-                do="decide on all requests that are added in this block, or on one for all",
+                f"the verdict has {rows} rows, but a further request was added",
+                do="decide on as many requests as are added in this block, or on one for all",
             )
         self.requests += 1
         return self.verdict_BE[:1] if rows == 1 else self.verdict_BE[number : number + 1]
 
 
-_frames: ContextVar[tuple[Frame, ...]] = ContextVar("spectr_frames", default=())  # of a thread or task; innermost last
+_frames: ContextVar[tuple[Frame, ...]] = ContextVar(
+    "spectr_frames", default=()
+)  # frames of a thread or task, innermost last
 
 
 def frame_of(calls: Calls) -> Frame | None:
@@ -63,13 +65,13 @@ def frame_of(calls: Calls) -> Frame | None:
 
 
 def innermost() -> Frame | None:
-    """The innermost frame, whosever it is."""
+    """The innermost frame of any composition."""
     return next(iter(_frames.get()[-1:]), None)
 
 
 @contextmanager
 def framed(frame: Frame) -> Iterator[None]:
-    """Have a frame hold while the block runs."""
+    """Use a frame while the block runs."""
     _frames.set((*_frames.get(), frame))
     try:
         yield

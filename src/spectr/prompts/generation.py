@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Generation:
-    """Stands in for the ``generate`` of a model.
+    """Replaces a model's ``generate``.
 
     Args:
         calls: Decides.
@@ -50,7 +50,7 @@ class Generation:
         return signature(self.plain)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the model's own; decides once for all of its calls, and sees to it that a given cache fits that."""
+        """Like the model's own. Decides once for all of its calls, and makes a given cache match the decision."""
         calls = self.calls
         if calls.closed:
             return self.plain(*args, **kwargs)
@@ -73,7 +73,7 @@ class Generation:
             frame.verdict_BE = self._verdict_for(whole, outer, settings, known, given)
             with framed(frame):
                 if state is not None:
-                    # assisted, transformers reads the whole text again behind what a cache holds
+                    # with an assistant, transformers reads the whole text again after a cache's tokens
                     again = settings.assisted or records.is_recurrent(state)
                     known = None if again else known
                     kwargs = {**kwargs, name: self._fitting(state, known, whole, prompt, frame, only_new)}
@@ -81,7 +81,7 @@ class Generation:
                 return self.plain(*args, **kwargs)
 
     def _whole(self, prompt: dict[str, Any], given: Mapping[str, Any], state: Any) -> tuple[dict[str, Any], bool]:
-        """A generation's whole input, and whether it is given the new tokens alone, as its mask shows."""
+        """A generation's whole input, and whether it received only the new tokens, judged by its mask."""
         ids, mask = prompt.get("input_ids"), given.get("attention_mask")
         if state is None or not isinstance(ids, Tensor) or not isinstance(mask, Tensor) or has_encoder(self.model):
             return prompt, False
@@ -91,7 +91,7 @@ class Generation:
         before = None if record is None or not records.agrees(state, record) else record.ids_BT
         if before is None or before.shape[1] + ids.shape[1] != mask.shape[1]:
             raise CompositionError(
-                "generate is given new tokens alone, and those of the cache are not known",
+                "generate received only new tokens, and the tokens in the cache are unknown",
                 do="pass the whole text as input_ids, with or without the cache",
             )
         whole = torch.cat([before.to(ids.device).clamp(min=0), ids], dim=1)
@@ -129,7 +129,7 @@ class Generation:
     def _fitting(
         self, state: Any, known: CacheRecord | None, whole: dict[str, Any], prompt: Any, frame: Frame, only_new: bool
     ) -> Any:
-        """A given cache, so that it does not change the answer: as it is, read again, or emptied."""
+        """A given cache that does not change the answer: unchanged, read again, or emptied."""
         if known is not None and begins_with(whole, known, only_new):
             wanted = frame.verdict_BE
             fits = wanted is None or (

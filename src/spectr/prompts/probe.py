@@ -1,4 +1,4 @@
-"""Reading a prompt for a decision: the base model computes it once, without experts, and modules' inputs are scored."""
+"""Read a prompt for a decision: the base model runs once, without experts, and modules' inputs are scored."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from spectr.routers.evidence import Found, ModuleEvidence, ModuleScores
 
 @runtime_checkable
 class Scorer(Protocol):
-    """What scores the experts at one module: a routed layer, or prototypes."""
+    """Scores the experts at one module: a routed layer, or prototypes."""
 
     @property
     def experts(self) -> tuple[str, ...]:
-        """Names of those that it scores."""
+        """Names of the experts that it scores."""
         ...
 
     def scores(self, x: Any) -> Float[Tensor, "*T E"]:
@@ -34,7 +34,7 @@ class Scorer(Protocol):
         ...
 
 
-_READS_NULL = threading.RLock()  # one for all probes: a probe may be copied and pickled, which a lock cannot
+_READS_NULL = threading.RLock()  # one lock for all probes, since a probe may be copied and pickled
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Null:
     """Texts that prompts are compared with.
 
     Attributes:
-        batches: As the model is called (``input_ids``, ``attention_mask``), padded on the right.
-        ordinary: Whether they are ordinary prompts of the base model's own, other ones than the calibration's texts.
+        batches: The model's arguments (``input_ids``, ``attention_mask``), padded on the right.
+        ordinary: Whether they are ordinary prompts that the base model wrote, apart from the calibration's texts.
     """
 
     batches: Sequence[Mapping[str, Tensor]]
@@ -55,18 +55,18 @@ class Null:
 
 
 class Probe:
-    """Has the base model read prompts, and pools what the evidence makes of the scores at each module.
+    """Runs the base model on prompts, and pools the evidence of the scores at each module.
 
     Args:
         entry: The module that reads prompts.
-        layers: Those of its routed layers that take part, by name.
-        scorers: What scores the experts at each of them; often the layer itself.
+        layers: The routed layers to use, by name.
+        scorers: Scores the experts at each of them; often the layer itself.
         evidence: From scores to evidence.
         experts: All experts, in alphabetical order.
-        opening: What the chat template writes around a user's words. It does not count, and of a conversation only the
-            user's last turn does.
-        null: What the evidence compares prompts with.
-        null_QKE: What the evidence makes of these texts, where it is known; then they are not read.
+        opening: What the chat template writes around a user's words. It is not counted, and of a conversation only the
+            user's last turn is.
+        null: Texts that the evidence compares prompts with.
+        null_QKE: The evidence's numbers for these texts, if known; then the texts are not read.
     """
 
     def __init__(
@@ -90,8 +90,8 @@ class Probe:
         """The evidence for each expert.
 
         Args:
-            args: As the model (or its encoder) is called.
-            kwargs: Likewise.
+            args: The arguments of the model (or its encoder).
+            kwargs: Its keyword arguments.
         """
         self.read_null()
         numbers_QBE = self._read(*args, **kwargs)
@@ -100,7 +100,7 @@ class Probe:
 
     @torch.no_grad()
     def read_null(self) -> None:
-        """Read the texts that prompts are compared with, unless that is done; otherwise the first prompt does it."""
+        """Read the texts that prompts are compared with, if not done yet; otherwise the first prompt does it."""
         with _READS_NULL:
             if self._null_QKE is None and self.null.batches:
                 device = next(self.entry.parameters()).device
@@ -117,7 +117,7 @@ class Probe:
 
     @torch.no_grad()
     def scores(self, *args: Any, **kwargs: Any) -> dict[str, ModuleScores]:
-        """The scores by module when the base model reads this."""
+        """The scores by module when the base model reads this input."""
         kept: dict[str, ModuleScores] = {}
         self.observe(lambda name, *given: kept.update({name: self._scores(name, *given)}), *args, **kwargs)
         return kept
@@ -128,13 +128,13 @@ class Probe:
 
     @torch.no_grad()
     def observe(self, see: See, *args: Any, **kwargs: Any) -> None:
-        """Have the base model read this.
+        """Run the base model on this input.
 
         Args:
-            see: Receives, for each layer that takes part, its name, its input at the tokens of all rows that count,
-                each token's row, and the number of rows.
-            args: As the model (or its encoder) is called.
-            kwargs: Likewise.
+            see: Receives, for each used layer, its name, its input at the counted tokens of all rows, each token's
+                row, and the number of rows.
+            args: The arguments of the model (or its encoder).
+            kwargs: Its keyword arguments.
         """
         given, counted_BT = _probe(self.entry, args, kwargs, self.evidence.probe_tokens, self.opening)
         names: dict[nn.Module, str] = {layer: name for name, layer in self.layers.items()}
@@ -147,13 +147,13 @@ def numbers_among(
     evidence: ModuleEvidence,
     experts: Sequence[str],
 ) -> Float[Tensor, "Q B E"]:
-    """The numbers that some of the experts would have without the others; not compared with the null.
+    """The numbers that some experts would have without the others; not compared with the null.
 
     Args:
         scores: By module, of all experts.
         holders: By module the names of its experts.
         evidence: From scores to numbers.
-        experts: Those that count.
+        experts: The experts to consider.
     """
     found: dict[str, Tensor] = {}
     names: dict[str, Sequence[str]] = {}
@@ -168,10 +168,10 @@ def numbers_among(
 def _probe(
     entry: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], limit: int, opening: Opening
 ) -> tuple[dict[str, Any], Tensor | None]:
-    """What the base model is to read for a decision, and which of these tokens count, (batch, tokens).
+    """What the base model reads for a decision, and which of these tokens are counted, (batch, tokens).
 
-    Of token ids the user's last turn, its first ``limit`` tokens, padded on the right; of embeddings the first
-    ``limit`` alone. Anything else is read whole, as it is.
+    For token ids: the first ``limit`` tokens of the user's last turn, padded on the right. For embeddings: the first
+    ``limit``. Any other input is read completely.
     """
     parameters = inspect.signature(entry.forward).parameters
     given = {**dict(zip(parameters, args, strict=False)), **kwargs}

@@ -1,4 +1,4 @@
-"""What stands in for a composed model's own methods, so that each of its calls has what was decided for it."""
+"""Replacements of a composed model's methods, which give each call its decision."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from spectr.prompts.calls import Calls
 
 _OURS = (RoutedLinear, SavedModule)
-_CHECKPOINT = "_gradient_checkpointing_func"  # where transformers keeps it
+_CHECKPOINT = "_gradient_checkpointing_func"  # its attribute in transformers
 
 
 class Entry:
-    """Stands in for the ``forward`` of a module that is called with prompts.
+    """Replaces the ``forward`` of a module that is called with prompts.
 
     Args:
         calls: Decides.
@@ -34,21 +34,23 @@ class Entry:
 
     def __init__(self, calls: Calls, module: nn.Module, part: str):
         self.calls, self.module, self.part = calls, module, part
-        self.own: Callable[..., Any] | None = module.__dict__.get("forward")  # accelerate's, for one
+        self.own: Callable[..., Any] | None = module.__dict__.get("forward")  # such as accelerate's
         self.names = tuple(self.__signature__.parameters)
 
     def plain(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own ``forward``."""
         if self.own is not None:
             return self.own(*args, **kwargs)
-        return type(self.module).forward(self.module, *args, **kwargs)  # Dynamo takes a bound one for this entry
+        return type(self.module).forward(
+            self.module, *args, **kwargs
+        )  # Dynamo would take a bound method for this entry
 
     @property
     def __signature__(self) -> Any:
         return signature(self.own or type(self.module).forward.__get__(self.module))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the module's own."""
+        """Like the module's own."""
         if thread.routing is not None or self.calls.closed or (is_compiling() and self.calls.prompt is None):
             return self.plain(*args, **kwargs)
         if torch.compiler.is_exporting():
@@ -61,9 +63,9 @@ class Entry:
 
 
 class Checkpointing:
-    """Stands in for the method by which transformers turns gradient checkpointing on.
+    """Replaces the method with which transformers turns on gradient checkpointing.
 
-    What is computed again in the backward pass, perhaps by another thread, is routed as it was before.
+    What is recomputed in the backward pass, possibly by another thread, is routed as before.
     """
 
     def __init__(self, model: Any):
@@ -79,20 +81,20 @@ class Checkpointing:
         return signature(self.plain)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the model's own."""
+        """Like the model's own."""
         done = self.plain(*args, **kwargs)
         self.take()
         return done
 
     def take(self) -> None:
-        """Have the checkpoint functions that modules have now keep what holds."""
+        """Make the modules' current checkpoint functions keep the decision."""
         for module in self.model.modules():
             own = vars(module).get(_CHECKPOINT)
             if own is not None and not isinstance(own, _Again):
                 setattr(module, _CHECKPOINT, _Again(own))
 
     def leave(self) -> None:
-        """Give modules their own functions back."""
+        """Restore the modules' own functions."""
         for module in self.model.modules():
             again = vars(module).get(_CHECKPOINT)
             if isinstance(again, _Again):
@@ -100,14 +102,14 @@ class Checkpointing:
 
 
 class _Again:
-    """A checkpoint function whose function is routed alike whenever it runs."""
+    """A checkpoint function that routes its function equally whenever it runs."""
 
     def __init__(self, checkpoint: Callable[..., Any]):
         self.checkpoint = checkpoint
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         routing, places, kept = thread.routing, thread.places, thread.kept
-        if not torch.is_grad_enabled():  # as while a prompt is read for a decision
+        if not torch.is_grad_enabled():  # for example while a prompt is read for a decision
             return function(*args, **kwargs)
 
         def again(*given: Any, **more: Any) -> Any:
@@ -118,7 +120,7 @@ class _Again:
 
 
 def entries_of(model: Any) -> Iterator[tuple[nn.Module, str]]:
-    """The modules that are called with prompts and hold routed layers, each with what it is; the model always."""
+    """The modules that are called with prompts and hold routed layers, each with its part; always the model."""
     encoder = model.get_encoder() if has_encoder(model) else None
     decoder = model.get_decoder() if has_encoder(model) else None
     parts = {id(module): "decoder" for module in (decoder.modules() if decoder is not None else ())}

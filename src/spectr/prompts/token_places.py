@@ -1,4 +1,4 @@
-"""Where the tokens of a call are among the inputs of each layer: by what is known of the layers, or by following it."""
+"""Where a call's tokens are among the inputs of each layer: from known layouts, or by tracking."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ def places_of(
     inner: bool = False,
     positions: bool = False,
 ) -> TokenPlaces:
-    """Where a call's tokens are. What is not known of the layers yet is learned by a few tokens.
+    """Where a call's tokens are. Unknown layouts are learned with a few tokens.
 
     Args:
-        layouts: Of the layers that matter.
+        layouts: Layouts of the relevant layers.
         run: The module's own ``forward``.
-        names: Of its parameters.
+        names: Its parameters.
         given: The call's arguments by name.
-        tokens: Of the call.
-        both: Whether it runs an encoder and a decoder, so that ``tokens`` are the decoder's.
+        tokens: The call's tokens.
+        both: Whether it runs an encoder and a decoder; then ``tokens`` are the decoder's.
         inner: Whether it is such a decoder, which needs an encoder's outputs.
-        positions: Whether the tokens' positions matter too, not their rows alone.
+        positions: Whether the tokens' positions matter too, not only their rows.
     """
     few = None if inner else _few(given, names, both)
     if few is not None:
@@ -57,13 +57,13 @@ def places_of(
 
 
 def followed(layouts: Layouts, places: TokenPlaces | None) -> AbstractContextManager[None]:
-    """What a call runs in, under its tracker where it has one."""
+    """The context that a call runs in, with its tracker if it has one."""
     tracker = None if places is None else places.tracker
     return nullcontext() if tracker is None else layouts.following(tracker)
 
 
 def _few(given: Mapping[str, Any], names: tuple[str, ...], both: bool) -> dict[str, Any] | None:
-    """Arguments of a few tokens alone; ``None`` where the call has no tokens."""
+    """Arguments with only a few tokens; ``None`` if the call has no tokens."""
     found = (given.get(name) for name in (*TOKENS, *_DECODER))
     tokens = next((value for value in found if isinstance(value, Tensor) and value.ndim > 1), None)
     if tokens is None:
@@ -76,7 +76,7 @@ def _few(given: Mapping[str, Any], names: tuple[str, ...], both: bool) -> dict[s
 
 
 def _marked(given: Mapping[str, Any], tokens: CallTokens, decoder: bool) -> TokenTracker:
-    """A tracker of the call's tokens; what else it is given (images, an encoder's outputs) is known by rows."""
+    """A tracker of the call's tokens; other inputs (images, an encoder's outputs) are tracked by row."""
     tracker, main = TokenTracker(tokens.rows, tokens.count, RULES), _DECODER if decoder else TOKENS
     for name, value in given.items():
         tensor = value[0] if name == "encoder_outputs" and not isinstance(value, Tensor) and value else value
@@ -97,16 +97,16 @@ def read_tokens(
     given: Mapping[str, Any],
     counted_BT: Bool[Tensor, "B T"] | None,
 ) -> None:
-    """Have the base model read this.
+    """Run the base model on this input.
 
     Args:
         entry: The module that is called.
-        layouts: Of the modules.
-        names: The modules whose inputs are wanted, by what they are to be named.
-        see: Receives, for each of them that is given some, its name, its input at the tokens that count, each token's
-            row, and the number of rows. Of a module that is called several times all inputs at once.
+        layouts: Layouts of the modules.
+        names: The modules whose inputs are wanted, and the names to report.
+        see: Receives, for each of them that is called, its name, its input at the counted tokens, each token's row, and
+            the number of rows. For a module that is called several times, all inputs at once.
         given: The call's arguments by name.
-        counted_BT: The tokens that count; all that a module is given, where it is left out.
+        counted_BT: The counted tokens; by default all.
     """
     tokens, parameters = tokens_of(given, decoder=False), tuple(signature(entry.forward).parameters)
     places = places_of(layouts, entry.forward, parameters, given, tokens, positions=counted_BT is not None)
@@ -123,7 +123,7 @@ def read_tokens(
             see(names[module], *found, tokens.rows)
 
     with _observed(names, observe), followed(layouts, places):
-        entry.forward(**given)  # not the call: whoever watches the model's calls is not to see this one
+        entry.forward(**given)  # not __call__: hooks on the model must not see this call
     for name, parts in held.items():
         x_NI, row_N = (torch.cat(some) for some in zip(*parts, strict=True))
         see(name, x_NI, row_N, tokens.rows)
@@ -131,7 +131,7 @@ def read_tokens(
 
 @contextmanager
 def _observed(modules: Iterable[nn.Module], observe: Callable[[nn.Module, LayerInput], None]) -> Iterator[None]:
-    """Routed layers compute as the base model, and report; other modules are watched from outside."""
+    """Routed layers compute as the base model and report their inputs; other modules are watched with hooks."""
     others = [module for module in modules if not isinstance(module, RoutedLinear)]
     handles = [
         module.register_forward_pre_hook(

@@ -1,4 +1,4 @@
-"""Abstention: where no expert fits a prompt, the base model answers it."""
+"""Abstention: if no expert fits a prompt, the base model answers it."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from spectr.routers.policy import PromptPolicy
 
 Abstain = float | Literal["auto"] | None
-AUTO = 0.05  # what "auto" is, where the calibration has enough ordinary prompts
+AUTO = 0.05  # the value of "auto", if the calibration has enough ordinary prompts
 
 
 def check_abstain(abstain: Abstain, *, auto: bool = True) -> None:
-    """Raise :class:`CompositionError` for what is no share of ordinary prompts.
+    """Raise :class:`CompositionError` for a value that is not a share of ordinary prompts.
 
     Args:
-        abstain: A setting's value.
-        auto: Whether it may be ``"auto"``.
+        abstain: The setting's value.
+        auto: Whether ``"auto"`` is allowed.
     """
     if abstain is None or (auto and abstain == "auto"):
         return
@@ -30,17 +30,17 @@ def check_abstain(abstain: Abstain, *, auto: bool = True) -> None:
         raise CompositionError(
             f"abstain={abstain!r}",
             expected="a number above 0 and below 1, None" + (" or 'auto'" if auto else ""),
-            do="0.05 sends 19 of 20 ordinary prompts to the base model; None always chooses an expert",
+            do="use 0.05 to send 19 of 20 ordinary prompts to the base model, or None to always choose an expert",
         )
 
 
 def nulled(abstain: Abstain) -> tuple[Need, ...]:
-    """What a library has to bring for that; nothing where ``"auto"`` leaves it to the library."""
+    """What a library must provide for abstention; nothing if ``"auto"`` leaves it to the library."""
     return () if abstain is None or isinstance(abstain, str) else (Nulled(abstain),)
 
 
 def policy_for(router: Router, library: ExpertLibrary) -> PromptPolicy | None:
-    """A router's policy in a library, which says what ``abstain="auto"`` stands for."""
+    """A router's policy in a library; resolves ``abstain="auto"``."""
     policy = router.policy
     if policy is None or router.abstain != "auto" or not Nulled(AUTO).is_met(library):
         return policy
@@ -48,21 +48,21 @@ def policy_for(router: Router, library: ExpertLibrary) -> PromptPolicy | None:
 
 
 def always_choosing(router: Router) -> Router:
-    """The same router, with an expert for every prompt."""
+    """The same router, which always chooses an expert."""
     return router if router.abstain is None else replace(router, abstain=None)  # pyright: ignore[reportArgumentType]
 
 
 def why_off(router: Router, library: ExpertLibrary) -> str | None:
-    """Why ``abstain="auto"`` is off in a library, in words; ``None`` where it is on, or was not asked for."""
+    """Why ``abstain="auto"`` is off in a library, as text; ``None`` if it is on or was not set."""
     need = Nulled(AUTO)
     if router.policy is None or router.abstain != "auto" or need.is_met(library):
         return None
     return (
-        f"an expert answers every prompt, and never the base model alone: {need.there(library)}; "
-        f"to have both: {need.remedy(library)}"
+        f"an expert answers every prompt, never the base model alone, since {need.there(library)}; "
+        f"to change that, run: {need.remedy(library)}"
     )
 
 
 def in_words(p: float | None) -> str:
-    """That the base model answered, for users."""
-    return f"no expert {'takes part' if p is None else f'stands out (p = {p:.2f})'}: the base model answered"
+    """For users: the base model answered."""
+    return f"no expert {'is used' if p is None else f'stands out (p = {p:.2f})'}: the base model answered"

@@ -24,13 +24,13 @@ class Prototypes(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Arrow(LengthRouter):
-    """Arrow routing: ``|v_t . x|`` with the top right singular vector ``v_t`` of ``delta_t``, softmax of the top k.
+    """Arrow routing: ``|v_t . x|`` with the first right singular vector ``v_t`` of ``delta_t``; softmax of the top k.
 
     Attributes:
-        top_k: Experts for each token and module.
+        top_k: Experts per token and module.
         weights: ``"softmax"`` of the chosen scores, or ``"uniform"``.
-        temperature: Of the softmax.
-        combine: ``"outputs"``, or another of :data:`spectr.combine.COMBINATIONS`.
+        temperature: Temperature of the softmax.
+        combine: ``"outputs"``, or another name in :data:`spectr.combine.COMBINATIONS`.
 
     Source: Arrow (Ostapenko et al., 2024); SpectR eq. 4 and 5.
     """
@@ -58,7 +58,7 @@ class Arrow(LengthRouter):
         return linear(x_TI, state.own.prototypes_EI).float().abs()
 
     def lengths(self, state: InputState) -> Lengths:
-        """See :class:`LengthRouter`: of an expert's rows the first is ``v_t``, the others are zero."""
+        """See :class:`LengthRouter`: an expert's first row is ``v_t``, the others are zero."""
         A_PI = torch.zeros_like(state.A_PI)
         A_PI[first_rows(state.ranks)] = state.own.prototypes_EI
         return Lengths(A_PI)

@@ -1,6 +1,6 @@
-"""What a router is: three small axes (score, select, combine), prepared once.
+"""The interface of routers: three parts (score, select, combine), prepared once.
 
-All of these are interfaces; a router is a frozen dataclass that implements them and is its own configuration.
+All classes here are interfaces. A router is a frozen dataclass that implements them and is its own configuration.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ PROTOCOL = 2  # 1: prepare(aligned) and scores(x, norms, prototypes); see spectr
 
 
 class Router(ABC):
-    """The interface that composing, tracing and serving know.
+    """The interface that composition, tracing and serving use.
 
-    ``init_expert`` runs once for each expert and module, alone, so that an expert more or less changes nothing for the
-    others; ``stack`` puts the shares together. ``scores`` runs for each token and is pure. What is not abstract here is
-    what holds for most routers.
+    ``init_expert`` runs once for each expert and module, independently, so that adding or removing an expert changes
+    no other. ``stack`` joins the shares. ``scores`` runs for each token and is pure. Methods that are not abstract fit
+    most routers.
 
     Attributes:
-        combine: How the chosen experts' updates become one; see :func:`spectr.combine.get_combination`.
-        reads: What ``scores`` reads: the input ``x``, the products ``h = A* x``, both, or nothing.
-        rule: The name of ``scores`` among :data:`spectr.ops.rules.RULES`, where it is one of them.
-        abstain: Where it decides for whole prompts, the share of ordinary prompts that goes to an expert nonetheless;
-            see :class:`spectr.routers.PromptPolicy`. ``"auto"``: as the library allows; ``None``: all prompts do.
+        combine: How the chosen experts' updates are combined; see :func:`spectr.combine.get_combination`.
+        reads: The inputs of ``scores``: the input ``x``, the products ``h = A* x``, both, or nothing.
+        rule: The name of ``scores`` in :data:`spectr.ops.rules.RULES`, if it is one of them.
+        abstain: For decisions on whole prompts, the share of ordinary prompts that an expert may answer; see
+            :class:`spectr.routers.PromptPolicy`. ``"auto"``: as the library allows; ``None``: experts answer all.
     """
 
     combine: str = "outputs"
@@ -49,7 +49,7 @@ class Router(ABC):
     abstain: Abstain = None
 
     def __post_init__(self) -> None:
-        """Check the settings, as dataclasses do at the end of their construction."""
+        """Check the settings; dataclasses call this at the end of their construction."""
         check_settings(self)
 
     @property
@@ -64,22 +64,22 @@ class Router(ABC):
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        """What the library has to bring."""
+        """What the library must provide."""
         k, combination = self.selection.k, self.combination
         alone = () if combination.is_sum else (ProductsAlone(self.combine),)
         return (*(() if k is None else (AtMost(k),)), *combination.needs, *alone)
 
     @property
     def policy(self) -> PromptPolicy | None:
-        """What decides for whole prompts; ``None``: none is read before it is answered."""
+        """The policy for whole prompts; ``None`` if the router reads no prompt first."""
         return None
 
     def init_expert(self, expert: AlignedExpert, side: SideData) -> Share:
-        """One expert's share of a module's stack, float32; by default ``A*`` and ``B*`` alone.
+        """One expert's share of a module's stack, float32; by default only ``A*`` and ``B*``.
 
         Args:
             expert: Its factors.
-            side: What the library knows of it, as far as :attr:`needs` asks for that.
+            side: The library's data about it, if :attr:`needs` requests it.
         """
         return Share.spectral(expert.aligned)
 
@@ -88,7 +88,7 @@ class Router(ABC):
         return Stack.of(shares)
 
     def shares(self, stack: Stack) -> Mapping[str, Share]:
-        """Shares that another stack can be made of; those that are missing have to be made anew."""
+        """Shares for building another stack; missing ones must be computed again."""
         return stack.parts()
 
     def inputs(self, state: InputState, x_TI: Float[Tensor, "*T I"]) -> Float[Tensor, "*T P"]:
@@ -108,37 +108,37 @@ class Router(ABC):
         Args:
             state: The experts of the module.
             x_TI: The module's input.
-            h_TP: What :meth:`inputs` gives.
-            allowed_TE: Those that may be chosen, for a row of tokens or for each token; all, if left out. Whoever calls
-                this takes the others out of the result.
+            h_TP: The result of :meth:`inputs`.
+            allowed_TE: The experts that may be chosen, for a row of tokens or for each token; by default all. The
+                caller removes the others from the result.
         """
 
 
 class Lengths(NamedTuple):
-    """Scores ``||A_t x - center_t||``, rows of ``A_t`` one expert after the other; no center is zero."""
+    """Scores ``||A_t x - center_t||``, rows of ``A_t`` by expert; no center is zero."""
 
     A_PI: Float[Tensor, "P I"]
     centers_P: Float[Tensor, " P"] | None = None
 
 
 class LengthRouter(Router):
-    """A router whose scores are lengths of vectors of the experts' ranks, which kernels and vLLM compute.
+    """A router whose scores are lengths of vectors of the experts' ranks; kernels and vLLM can compute them.
 
-    A prompt's prior, where there is one, is multiplied with them.
+    A prompt's prior is multiplied with them.
     """
 
     rule = "lengths"
 
     @abstractmethod
     def lengths(self, state: InputState) -> Lengths:
-        """The scores of :meth:`Router.scores` as lengths. Where experts share their input factor this is not asked."""
+        """The scores of :meth:`Router.scores` as lengths. Not called if experts share their input factor."""
 
 
 class ShortlistRouter(Router):
-    """A router that scores only some experts for each token; the rest are not computed for it.
+    """A router that scores only some experts for each token; the others are not computed.
 
     Attributes:
-        shortlist: How many are scored at most.
+        shortlist: Number of experts that are scored at most.
     """
 
     shortlist: int
@@ -147,17 +147,17 @@ class ShortlistRouter(Router):
     def candidates(
         self, state: State, x_TI: Float[Tensor, "*T I"], allowed_TE: Bool[Tensor, "*B E"] | None = None
     ) -> Bool[Tensor, "*T E"]:
-        """Which experts are scored for each token, as if there were none but those that are allowed."""
+        """The experts that are scored for each token, as if only allowed ones existed."""
 
     @abstractmethod
     def listed_scores(
         self, state: State, h_TP: Float[Tensor, "*T P"], listed_TE: Bool[Tensor, "*T E"]
     ) -> Float[Tensor, "*T E"]:
-        """The scores, where the candidates are known; ``h_TP`` of the others may be anything."""
+        """The scores for known candidates; values of ``h_TP`` for other experts are ignored."""
 
 
 def residents(router: Router, experts: Sequence[str]) -> tuple[str, ...]:
-    """Those of a library's experts that the model has to hold.
+    """The experts of a library that the model must hold.
 
     Raises:
         CompositionError: The router cannot work with these experts.
@@ -169,15 +169,15 @@ def residents(router: Router, experts: Sequence[str]) -> tuple[str, ...]:
 
 
 def first_lack(router: Router, library: ExpertLibrary, names: Sequence[str]) -> tuple[Need, CompositionError] | None:
-    """What a router needs and a library does not bring, with the error that says so; ``None`` where it brings all.
+    """The first requirement of a router that a library does not meet, with its error; ``None`` if it meets all.
 
     Args:
-        router: Names what it needs.
-        library: All that there is.
-        names: The experts of it that are to be used.
+        router: Declares its needs.
+        library: The library.
+        names: The experts that will be used.
 
     Raises:
-        LibraryError: Some experts have other weights by now than the library says.
+        LibraryError: The weights of some experts changed since they were added.
     """
     for need in router.needs:
         try:
@@ -188,7 +188,7 @@ def first_lack(router: Router, library: ExpertLibrary, names: Sequence[str]) -> 
 
 
 def check_needs(router: Router, library: ExpertLibrary, names: Sequence[str]) -> None:
-    """Raise :class:`CompositionError` unless a library brings all that a router needs; see :func:`first_lack`."""
+    """Raise :class:`CompositionError` unless a library meets all needs of a router; see :func:`first_lack`."""
     lack = first_lack(router, library, names)
     if lack is not None:
         raise lack[1]

@@ -24,7 +24,7 @@ _LEVELS = "prompt", "token", "prior"
 
 
 class Centers(NamedTuple):
-    """``A*_t m / c_t`` of each expert, one after the other."""
+    """``A*_t m / c_t`` of each expert, in order."""
 
     centers_P: Float[Tensor, " P"]
 
@@ -32,26 +32,26 @@ class Centers(NamedTuple):
 @options_renamed(pool_temperature=None, certainty_weight=None)
 @dataclass(frozen=True, kw_only=True)
 class Calibrated(LengthRouter):
-    """``||A*_t (x - m)|| / c_t``: the spectral score minus what is the same for every input.
+    """``||A*_t (x - m)|| / c_t``: the spectral score minus the part that is the same for every input.
 
-    ``m`` is a module's mean input and ``c_t`` the root mean square of ``||A*_t (x - m)||``, both over texts that the
-    base model wrote itself (:func:`spectr.calibrate`), so that an expert's size buys it nothing. For a prompt the
-    power means of its tokens' scores are compared with those that each expert has for ordinary prompts
+    ``m`` is a module's mean input and ``c_t`` the root mean square of ``||A*_t (x - m)||``, over texts that the base
+    model wrote (:func:`spectr.calibrate`), so that an expert's size does not raise its score. For a prompt, the power
+    means of its tokens' scores are compared with each expert's values for ordinary prompts
     (:class:`spectr.routers.evidence.ScoreMeans`).
 
     Attributes:
-        level: ``"prompt"`` decides once for each prompt and holds the decision while the answer is written;
-            ``"token"`` decides for each token and module, as the paper does; ``"prior"`` does that too, with each
-            score multiplied by ``exp(prior_strength * evidence)``.
-        top_k: Experts for each prompt, or for each token and module.
+        level: ``"prompt"`` decides once for each prompt and keeps the decision for the answer. ``"token"`` decides for
+            each token and module, as in the paper. ``"prior"`` also decides for each token, with scores multiplied by
+            ``exp(prior_strength * evidence)``.
+        top_k: Experts per prompt, or per token and module.
         weights: ``"uniform"`` (``1 / k``) or ``"softmax"`` of the chosen evidence (prompt) or scores (token).
-        temperature: Of that softmax.
-        prior_strength: 0 is ``level="token"``; the larger, the more the prompt decides.
-        probe_tokens: Tokens of a prompt that are read for the decision at most.
-        abstain: The share of ordinary prompts that goes to an expert nonetheless; the base model alone answers where
-            no expert stands out. ``"auto"`` is 0.05 where the calibration has the ordinary prompts for that; ``None``
-            always chooses an expert.
-        combine: ``"outputs"``, or another of :data:`spectr.combine.COMBINATIONS`.
+        temperature: Temperature of the softmax.
+        prior_strength: 0 equals ``level="token"``; with larger values the prompt has more influence.
+        probe_tokens: Maximum number of a prompt's tokens that are read for the decision.
+        abstain: The share of ordinary prompts that an expert may answer; if no expert stands out, the base model
+            answers alone. ``"auto"`` is 0.05 if the calibration has enough ordinary prompts; ``None`` always chooses an
+            expert.
+        combine: ``"outputs"``, or another name in :data:`spectr.combine.COMBINATIONS`.
 
     Source: ours; see docs/reference/routers.md.
     """
@@ -70,8 +70,8 @@ class Calibrated(LengthRouter):
         check_abstain(self.abstain)
         if self.policy is None and nulled(self.abstain):
             raise CompositionError(
-                f"abstain={self.abstain} with level='token', where nothing decides on the prompt",
-                do="leave abstain out, or use level='prompt' or 'prior'",
+                f"abstain={self.abstain} with level='token', which does not decide on prompts",
+                do="omit abstain, or use level='prompt' or 'prior'",
             )
         _ = self._evidence, self._prior
 
@@ -87,7 +87,7 @@ class Calibrated(LengthRouter):
 
     @property
     def policy(self) -> PromptPolicy | None:
-        """See :class:`Router`: as the level says."""
+        """See :class:`Router`; depends on the level."""
         hold = HoldWeights(top_k=self.top_k, weights=self.weights, temperature=self.temperature)
         use = {"prompt": hold, "token": None, "prior": self._prior}[self.level]
         if use is None:
@@ -105,10 +105,10 @@ class Calibrated(LengthRouter):
         return MultiplyScores(strength=self.prior_strength)
 
     def init_expert(self, expert: AlignedExpert, side: SideData) -> Share:
-        """See :class:`Router`: ``A* / c``, ``B* c`` and ``A* m / c``, so that the scores have the root mean square 1.
+        """See :class:`Router`: ``A* / c``, ``B* c`` and ``A* m / c``, so that scores have the root mean square 1.
 
-        An expert that does nothing here (``c`` 0) stays as it is, and so does one at a module that no text of the
-        calibration reaches.
+        An expert without effect here (``c`` is 0) is unchanged, and so is one at a module that no calibration text
+        reaches.
         """
         share, rms = Share.spectral(expert.aligned), side.rms or 1.0
         A = share.A / rms

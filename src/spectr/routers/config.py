@@ -1,4 +1,4 @@
-"""Routers, evidence and uses as plain data, for files: a name and the settings that differ from its defaults."""
+"""Routers, evidence and uses as plain data for files: a name and the settings that differ from its defaults."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from spectr.routers.registry import PARTS, make_part
 
 
 def router_config(router: Router) -> dict[str, Any]:
-    """``{"name": ..., setting: value, ...}``, which gives an equal router with :func:`spectr.get_router`.
+    """``{"name": ..., setting: value, ...}``; :func:`spectr.get_router` makes an equal router from it.
 
-    All values are JSON's own. A router, evidence or a use inside a router is such a dictionary, too.
+    All values are JSON values. A router, evidence or use inside a router is such a dictionary too.
 
     Raises:
-        CompositionError: No known name gives such a router, or a setting is no plain value.
+        CompositionError: No known name makes such a router, or a setting is not a plain value.
     """
     return part_config(router)
 
 
 def part_config(part: Any) -> dict[str, Any]:
-    """See :func:`router_config`; of a router, evidence or a use."""
+    """See :func:`router_config`; for a router, evidence or a use."""
     kind = next(kind for kind in PARTS if isinstance(part, kind))
     registry = PARTS[kind]
     settings = {f.name: getattr(part, f.name) for f in fields(part)} if is_dataclass(part) else {}
@@ -33,14 +33,14 @@ def part_config(part: Any) -> dict[str, Any]:
             own_first = sorted(found, key=lambda c: (c["name"] != type(part).__name__.lower(), c["name"]))
             return {key: _plain(part, key, value) for key, value in min(own_first, key=len).items()}
     raise CompositionError(
-        f"{part!r} has no name",
-        expected=f"a {registry.kind} that is known by a name, as spectr.get_router takes it",
+        f"{part!r} has no registered name",
+        expected=f"a {registry.kind} with a registered name, as for spectr.get_router",
         do=f"declare an entry point of the group {registry.group}",
     )
 
 
 def _named(kind: type, name: str, part: Any, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The config under a name, if that name gives such a part. A package's may do anything but that."""
+    """The config under a name, if that name makes an equal part. A package's maker may do anything else."""
     try:
         plain = make_part(kind, name, {})
     except CompositionError:
@@ -63,6 +63,6 @@ def _plain(part: Any, key: str, value: Any) -> Any:
     if isinstance(value, tuple(PARTS)):
         return part_config(value)
     raise CompositionError(
-        f"{part!r} cannot be written down: {key} is no plain value",
+        f"{part!r} cannot be saved: {key} is not a plain value",
         expected="a router whose settings are texts and numbers",
     )

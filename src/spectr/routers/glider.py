@@ -1,4 +1,4 @@
-"""GLIDER: the similarity of the prompt to an expert's description, added to another router's score of each token."""
+"""GLIDER: adds the similarity of the prompt to an expert's description to another router's score of each token."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from spectr.spectral import State
 class Glider(PromptRouter):
     """``s_t(x) + alpha cos(e_t, q)``, softmax of the top k.
 
-    ``e_t`` embeds an instruction that describes expert ``t``'s task, ``q`` the instruction that a language model
-    writes for the prompt (:class:`spectr.composition.Guide`): one vector for all layers and tokens.
+    ``e_t`` embeds an instruction that describes expert ``t``'s task, and ``q`` the instruction that a language model
+    writes for the prompt (:class:`spectr.composition.Guide`). It is one vector for all layers and tokens.
 
     Attributes:
-        token_router: Gives ``s_t(x)``: any router that scores every expert for each token. ``None`` for global routing
-            alone, which is decided once for the prompt and held.
+        token_router: Computes ``s_t(x)``: any router that scores every expert for each token. ``None`` decides once for
+            the prompt, by the descriptions alone.
         alpha: See :class:`spectr.routers.use.AddToScores`, as for the following three.
-        alpha_near: Where some description is like the prompt.
-        alpha_far: Elsewhere.
-        threshold: Between the two.
-        top_k: Experts for each token and module.
+        alpha_near: Used if some description is similar to the prompt.
+        alpha_far: Used otherwise.
+        threshold: Separates the two.
+        top_k: Experts per token and module.
         weights: ``"softmax"`` of the chosen scores, or ``"uniform"``.
-        temperature: Of the softmax.
-        combine: ``"outputs"``, or another of :data:`spectr.combine.COMBINATIONS`.
+        temperature: Temperature of the softmax.
+        combine: ``"outputs"``, or another name in :data:`spectr.combine.COMBINATIONS`.
 
     Source: GLIDER (Li et al., 2024). Their released code sets one alpha by hand.
     """
@@ -86,7 +86,7 @@ class Glider(PromptRouter):
 
 @dataclass(frozen=True, kw_only=True)
 class Reselected(DelegatingRouter):
-    """Another router's scores with a selection and a combination of its own.
+    """Another router's scores with a different selection and combination.
 
     Attributes:
         router: Scores every expert for each token.
@@ -118,7 +118,7 @@ class Reselected(DelegatingRouter):
 
 @dataclass(frozen=True)
 class Unscored(Router):
-    """All scores are zero, where nothing is said of single tokens."""
+    """All scores are zero: tokens are not scored."""
 
     @property
     def selection(self) -> All:

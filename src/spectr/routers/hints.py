@@ -1,4 +1,4 @@
-"""Types of settings, as annotations give them."""
+"""Types of settings, from annotations."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _NONE = type(None)
 
 
 class Unresolved(NamedTuple):
-    """Stands for a type whose annotation cannot be resolved, with the reason."""
+    """Replaces a type whose annotation cannot be resolved; holds the reason."""
 
     cause: str
 
 
 def hints_of(make: Callable[..., Any]) -> dict[str, Any]:
-    """The type of each parameter. Each annotation is resolved alone, so that one that fails hides no other."""
+    """The type of each parameter. Annotations are resolved separately: a failing one does not affect others."""
     source: Any = inspect.unwrap(make.func if isinstance(make, partial) else make)
     if is_dataclass(source):
         return {
@@ -37,11 +37,11 @@ def _resolved(hint: Any, names: dict[str, Any], local: Mapping[str, Any]) -> Any
     holder = type("_", (), {"__annotations__": {"it": hint}})
     try:
         return get_type_hints(holder, names, dict(local))["it"]
-    except Exception as error:  # a name that is there for type checkers alone, or anything else that evaluating raises
+    except Exception as error:  # a name that exists only for type checkers, or any other error of evaluation
         return Unresolved(f"{type(error).__name__}: {error}")
 
 
 def kinds(hint: Any) -> list[Any]:
-    """The members of a union, any text last."""
+    """The members of a union, with text last."""
     parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     return sorted(parts, key=lambda part: (part is str, part is not _NONE))

@@ -1,4 +1,4 @@
-"""LAG: Arrow's prototypes make a shortlist, the spectral score chooses from it."""
+"""LAG: Arrow's prototypes select a shortlist, and the spectral score chooses from it."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class Prototypes(NamedTuple):
 class Lag(ShortlistRouter):
     """The ``shortlist`` largest ``|v_t . x|``, and among these experts the ``top_k`` largest ``||A*_t x||``.
 
-    Experts that are not on a token's shortlist have the score minus infinity, and are not computed for it.
+    Experts that are not on a token's shortlist score minus infinity, and are not computed.
 
     Attributes:
-        shortlist: Experts that a token's spectral score is made for; all, where a module has fewer.
-        top_k: Experts for each token and module.
+        shortlist: Number of experts with a spectral score per token; all if a module has fewer.
+        top_k: Experts per token and module.
         weights: ``"uniform"`` (``1 / k``) or ``"softmax"`` of the chosen scores.
-        temperature: Of the softmax.
-        combine: ``"outputs"``, or another of :data:`spectr.combine.COMBINATIONS`.
+        temperature: Temperature of the softmax.
+        combine: ``"outputs"``, or another name in :data:`spectr.combine.COMBINATIONS`.
 
     Source: LoRA-Augmented Generation (Fleshman and Van Durme, 2025).
     """
@@ -65,7 +65,7 @@ class Lag(ShortlistRouter):
     def candidates(
         self, state: State, x_TI: Float[Tensor, "*T I"], allowed_TE: Bool[Tensor, "*B E"] | None = None
     ) -> Bool[Tensor, "*T E"]:
-        """See :class:`ShortlistRouter`: those of the largest ``|v_t . x|``."""
+        """See :class:`ShortlistRouter`: the experts with the largest ``|v_t . x|``."""
         likeness_TE = linear(x_TI, state.own.prototypes_EI).float().abs()
         if allowed_TE is not None:
             likeness_TE = likeness_TE.masked_fill(~allowed_TE, -torch.inf)

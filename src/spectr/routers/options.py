@@ -1,6 +1,6 @@
-"""Settings of routers as texts, ``name=value``: names, types and defaults are those of the router's own fields.
+"""Settings of routers as texts, ``name=value``. Names, types and defaults come from the router's fields.
 
-Another package's router needs nothing for this but fields with types, or a function's parameters with types.
+Another package's router only needs typed fields, or a function with typed parameters.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from spectr.routers.hints import Unresolved, hints_of, kinds
 from spectr.routers.registry import PARTS, ROUTERS, part_of
 
 _NONE = type(None)
-_DETAILED = 3  # routers at most whose settings a message lists with their defaults
+_DETAILED = 3  # a message lists the defaults of this many routers at most
 _BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 class Option(NamedTuple):
-    """One setting: its type, and its default (``inspect.Parameter.empty`` where it has none)."""
+    """One setting: its type, and its default (``inspect.Parameter.empty`` if it has none)."""
 
     hint: Any
     default: Any
 
     @property
     def part(self) -> type | None:
-        """What the value is, where it has settings itself: a router, evidence or a use."""
+        """The kind of value if it has settings itself: a router, evidence or a use."""
         return part_of(self.hint)
 
 
 def options_of(name: str, kind: type = Router) -> dict[str, Option]:
-    """The settings of a router by name, or of evidence or a use.
+    """The settings of a router, evidence or use by name.
 
     Raises:
-        CompositionError: There is none of this name.
+        CompositionError: The name is unknown.
     """
     make = PARTS[kind].load(name)
     hints, made = hints_of(make), _factory_defaults(make)
@@ -64,23 +64,23 @@ def read_settings(
 ) -> dict[str, dict[str, Any]]:
     """The settings of each router, from texts to options of :func:`spectr.get_router`: plain data.
 
-    ``temperature=2`` is for every router that has this setting, ``arrow.temperature=2`` for one of them, and wins. A
-    setting that a router lacks is that of the router inside it, where that has it; ``token_router.top_k=2`` is the full
-    form. Likewise for evidence and uses.
+    ``temperature=2`` applies to every router with this setting; ``arrow.temperature=2`` applies to one router and takes
+    precedence. A setting that a router lacks is applied to the router inside it, if that has it;
+    ``token_router.top_k=2`` is the full form. The same holds for evidence and uses.
 
     Args:
-        texts: Each ``NAME=VALUE``.
-        routers: Their names.
-        defaults: By router settings that the texts win over; a setting of the router inside one changes that router.
-        strict: Whether a setting that none of them has is an error.
+        texts: Texts of the form ``NAME=VALUE``.
+        routers: Names of the routers.
+        defaults: Settings by router that texts override; a setting of the router inside one changes that router.
+        strict: Whether a setting that no router has is an error.
 
     Raises:
-        CompositionError: A text has another form or is there twice, no router has the setting, or it has another type.
+        CompositionError: A text has another form or is repeated, no router has the setting, or its type is wrong.
     """
     given = [_split(text) for text in texts]
     twice = sorted(key for key, count in Counter(key for key, _ in given).items() if count > 1)
     if twice:
-        raise CompositionError(f"{' and '.join(twice)} set twice", expected="each setting once", do="leave one out")
+        raise CompositionError(f"{' and '.join(twice)} set twice", expected="each setting once", do="remove one")
     names = {f"{name}." for name in (*routers, *ROUTERS.names())} if any("." in key for key, _ in given) else set()
     general = {key: text for key, text in given if not key.startswith(tuple(names))}
     found: dict[str, dict[str, Any]] = {}
@@ -98,7 +98,7 @@ def read_settings(
 def _settled(
     name: str, texts: Mapping[str, str], defaults: Mapping[str, Any], kind: type = Router
 ) -> tuple[dict[str, Any], set[str]]:
-    """Options of one router, evidence or use, and which of the given names it has."""
+    """Options of one router, evidence or use, and which of the given names apply to it."""
     known = options_of(name, kind)
     as_given = current_options(PARTS[kind].load(name), {key: key for key in texts})
     given = {key: texts[old] for key, old in as_given.items()}
@@ -119,17 +119,17 @@ def _settled(
 
 
 def parse(text: str, hint: Any, name: str) -> Any:
-    """A value of this type.
+    """Parse a value of this type.
 
     Args:
-        text: As it was given.
-        hint: A type of a field: int, float, bool, str, Path, an Enum (a member's name or value), a Literal, a router's
-            name, a tuple, list or Sequence of these (with commas), several of them, or None ("none"). Any takes a
-            Python literal, or else the text.
-        name: The setting's, for messages.
+        text: The text.
+        hint: A field's type: int, float, bool, str, Path, an Enum (a member's name or value), a Literal, a router's
+            name, a tuple, list or Sequence of these (with commas), a union of them, or None ("none"). Any takes a
+            Python literal, else the text.
+        name: Name of the setting, for messages.
 
     Raises:
-        CompositionError: The text is no such value, or no text can be one.
+        CompositionError: The text is not such a value, or no text can be one.
     """
     parsers = {kind: parser for kind in kinds(hint) if (parser := _parser(kind, name))}
     for parser in parsers.values():
@@ -145,7 +145,7 @@ def parse(text: str, hint: Any, name: str) -> Any:
 
 
 def _parser(kind: Any, name: str) -> Callable[[str], Any] | None:
-    """What reads a text as this type; ``None``: no text stands for a value of it."""
+    """A function that parses a text as this type; ``None`` if no text can represent such a value."""
     if inspect.isclass(kind) and issubclass(kind, Enum):
         return {**{str(member.value): member for member in kind}, **kind.__members__}.__getitem__
     origin, parts = get_origin(kind), get_args(kind)
@@ -166,7 +166,7 @@ def _parser(kind: Any, name: str) -> Callable[[str], Any] | None:
 
 
 def _is_fixed(kind: Any) -> bool:
-    """Whether it is a tuple of a known length."""
+    """Whether the type is a tuple of a known length."""
     return get_origin(kind) is tuple and get_args(kind)[1:] != (...,)
 
 
@@ -204,9 +204,9 @@ def _in_words(kind: Any) -> str:
     if inspect.isclass(kind) and issubclass(kind, Enum):
         return " or ".join(kind.__members__)
     if _is_fixed(kind):
-        return f"{len(get_args(kind))} values with commas: {', '.join(map(_in_words, get_args(kind)))}"
+        return f"{len(get_args(kind))} values, separated by commas: {', '.join(map(_in_words, get_args(kind)))}"
     if get_origin(kind) in _SEVERAL:
-        return f"{_in_words(get_args(kind)[0])}, several with commas"
+        return f"{_in_words(get_args(kind)[0])}, or several, separated by commas"
     return words.get(kind, "a text")
 
 
@@ -219,7 +219,7 @@ def _split(text: str) -> tuple[str, str]:
 
 
 def _refuse(key: str, routers: Sequence[str]) -> None:
-    """Raise: no router has this setting."""
+    """Raise an error: no router has this setting."""
     first, dot, rest = key.partition(".")
     if dot and first in ROUTERS.names() and first not in routers:
         raise CompositionError(
@@ -232,7 +232,7 @@ def _refuse(key: str, routers: Sequence[str]) -> None:
         expected = f"one of {', '.join(known)}"
     else:
         shown = [f"{router}: {', '.join(_shown(router)) or 'none'}" for router in among]
-        expected = f"one of these settings, here with their defaults; {'; '.join(shown)}"
+        expected = f"one of these settings (with their defaults): {'; '.join(shown)}"
     raise CompositionError(
         f"router '{among[0]}' has no {name}" if len(among) == 1 else f"none of these routers has {name}",
         expected=expected,
@@ -246,7 +246,7 @@ def _shown(router: str) -> list[str]:
 
 
 def _all_of(name: str, prefix: str = "", kind: type = Router) -> Iterator[tuple[str, Any]]:
-    """A router's settings and those of the parts inside it, with their defaults."""
+    """The settings of a router and of its parts, with their defaults."""
     for key, option in options_of(name, kind).items():
         part = option.part
         inner = part_config(option.default) if part is not None and isinstance(option.default, part) else None
@@ -262,7 +262,7 @@ def _as_text(value: Any) -> str:
 
 
 def _factory_defaults(make: Callable[..., Any]) -> dict[str, Any]:
-    """Defaults that a dataclass makes anew for each object, where the name does not stand for another value."""
+    """Defaults that a dataclass creates for each object, if the name does not stand for another value."""
     source, preset = (make.func, make.keywords) if isinstance(make, partial) else (make, {})
     if not is_dataclass(source):
         return {}

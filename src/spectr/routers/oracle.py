@@ -1,4 +1,4 @@
-"""The oracle: one expert that someone else chose."""
+"""The oracle: one expert that the user chooses."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from spectr.spectral import Share, Stack, State
 
 @dataclass(frozen=True, kw_only=True)
 class Oracle(Router):
-    """Always the named expert with weight 1: the fine-tuned model itself. The other experts are not even loaded.
+    """Always uses the named expert with weight 1, as a fine-tuned model would. Other experts are not loaded.
 
     Attributes:
-        expert: Its name.
+        expert: Name of the expert.
     """
 
     reads = ""
@@ -34,15 +34,15 @@ class Oracle(Router):
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        """See :class:`Router`: this expert, and no other is held."""
+        """See :class:`Router`: this expert only."""
         return (OneExpert(self.expert),)
 
     def stack(self, shares: Mapping[str, Share]) -> Stack:
-        """See :class:`Router`: of the named expert alone."""
+        """See :class:`Router`: the named expert only."""
         return Stack.of({self.expert: shares[self.expert]})
 
     def scores(
         self, state: State, x_TI: Float[Tensor, "*T I"], h_TP: Tensor, allowed_TE: Tensor | None
     ) -> Float[Tensor, "*T E"]:
-        """See :class:`Router`; one, of the one expert."""
+        """See :class:`Router`: always one."""
         return x_TI.new_ones(*x_TI.shape[:-1], 1, dtype=torch.promote_types(x_TI.dtype, torch.float32))

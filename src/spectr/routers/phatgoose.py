@@ -1,4 +1,4 @@
-"""PHATGOOSE: an expert's score is its trained gate's similarity to the token."""
+"""PHATGOOSE: an expert's score is the similarity of its trained gate to the token."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class Gates(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Phatgoose(Router):
-    """``LN(x) . LN(v_t) / sqrt(I)`` with the gates ``v_t`` that ``spectr train gates`` trained; softmax of the top k.
+    """``LN(x) . LN(v_t) / sqrt(I)`` with trained gates ``v_t`` (``spectr train gates``); softmax of the top k.
 
-    LayerNorm is without affine. The softmax over the chosen is that over all experts, renormalised.
+    LayerNorm has no affine part. The softmax over the chosen experts is the renormalised softmax over all.
 
     Attributes:
-        top_k: Experts for each token and module.
+        top_k: Experts per token and module.
         weights: ``"softmax"`` of the chosen scores, or ``"uniform"``.
-        temperature: Of the softmax.
-        combine: ``"outputs"``, or another of :data:`spectr.combine.COMBINATIONS`.
+        temperature: Temperature of the softmax.
+        combine: ``"outputs"``, or another name in :data:`spectr.combine.COMBINATIONS`.
 
     Source: PHATGOOSE (Muqeeth et al., 2024), section 3.
     """

@@ -22,12 +22,12 @@ from spectr.spectral import AlignedExpert, InputState, Share, SideData, Stack, S
 
 
 class DelegatingRouter(Router):
-    """A router that scores as another one does."""
+    """A router that uses another router's scores."""
 
     @property
     @abstractmethod
     def scorer(self) -> Router:
-        """The other one."""
+        """The other router."""
 
     def init_expert(self, expert: AlignedExpert, side: SideData) -> Share:
         """See :class:`Router`."""
@@ -53,12 +53,12 @@ class DelegatingRouter(Router):
 
 
 class PromptRouter(DelegatingRouter):
-    """Settings from which a policy for prompts is derived. As a router for each token it is the policy's router."""
+    """Settings that define a policy for prompts. As a router for each token it is the policy's router."""
 
     @property
     @abstractmethod
     def policy(self) -> PromptPolicy:
-        """The parts that the settings stand for."""
+        """The policy that the settings define."""
 
     @property
     def scorer(self) -> Router:
@@ -82,7 +82,7 @@ class PromptRouter(DelegatingRouter):
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        """See :class:`Router`: what the token router and the evidence need."""
+        """See :class:`Router`: the needs of the token router and the evidence."""
         policy = self.policy
         compared = nulled(self.abstain) if isinstance(policy.evidence, ModuleEvidence) else ()
         return tuple(dict.fromkeys((*policy.router.needs, *policy.evidence.needs, *compared)))
@@ -90,15 +90,15 @@ class PromptRouter(DelegatingRouter):
 
 @dataclass(frozen=True, kw_only=True)
 class PromptPolicy(PromptRouter):
-    """Evidence of a whole prompt, what is done with it, and a router for each token: any combination of the three.
+    """Evidence for a whole prompt, its use, and a router for each token, in any combination.
 
     Attributes:
-        evidence: A number for each expert; see :mod:`spectr.routers.evidence`.
+        evidence: Computes a number for each expert; see :mod:`spectr.routers.evidence`.
         use: Holds weights, keeps a shortlist, or informs each token's scores; see :mod:`spectr.routers.use`.
-        router: Decides for each token, as far as the use leaves that to it.
-        abstain: The base model alone answers a prompt unless its evidence is such as at most this share of ordinary
-            prompts has, where the evidence knows that (:class:`spectr.routers.evidence.Found`). ``None``: an expert
-            always answers, as one does that is the only one allowed.
+        router: Decides for each token, as far as the use allows.
+        abstain: The base model answers alone unless a prompt's evidence is such as at most this share of ordinary
+            prompts has. The evidence must know that share (:class:`spectr.routers.evidence.Found`). ``None``: an expert
+            always answers; a single allowed expert always does.
     """
 
     evidence: Evidence
@@ -113,41 +113,41 @@ class PromptPolicy(PromptRouter):
                 raise CompositionError(f"{name}={getattr(self, name)!r}", expected=f"a spectr.routers.{kind.__name__}")
         if (self.use.fixes or self.use.gathers) and self.use.excluded != 0:
             raise CompositionError(
-                f"{self.use!r} has excluded={self.use.excluded}, and with it experts of number zero take no part",
-                expected="excluded = 0.0 of a use that fixes or gathers",
+                f"{self.use!r} has excluded={self.use.excluded}, but it leaves out experts whose number is zero",
+                expected="excluded = 0.0 for a use that fixes or gathers",
             )
         if self.abstain is not None and not self.evidence.knows_p:
             raise CompositionError(
-                f"abstain={self.abstain}, and {self.evidence!r} does not know what ordinary prompts have",
-                do="leave abstain out, or take evidence from scores, such as score-means",
+                f"abstain={self.abstain}, but {self.evidence!r} does not compare with ordinary prompts",
+                do="omit abstain, or use evidence from scores, such as score-means",
             )
         if self.evidence.calibrated_scores and CALIBRATED not in self.router.needs:
             raise CompositionError(
-                f"{self.evidence!r} pools calibrated scores, and those of {self.router!r} have any size",
+                f"{self.evidence!r} needs calibrated scores, but {self.router!r} has none",
                 expected="a token router with calibrated scores",
-                do='take router=Calibrated(level="token")',
+                do='use router=Calibrated(level="token")',
             )
         router, most = self.router, self.use.most
         if router.policy is not None or any(isinstance(need, OneExpert) for need in router.needs):
             raise CompositionError(
-                f"{router!r} does not decide for each token among those it is given",
+                f"{router!r} does not decide for each token",
                 expected="a router for each token, such as Spectr(top_k=4)",
-                do="for one expert a prompt: a use that holds one, as Shortlist(size=1) does",
+                do="for one expert per prompt, use one that holds it, such as Shortlist(size=1)",
             )
         if self.pages and most is None:
             raise CompositionError(
-                f"{self.use!r} has all experts take part, and with {self.evidence!r} they are on disk",
+                f"{self.use!r} uses all experts, but with {self.evidence!r} they stay on disk",
                 expected="a use of a few experts: HoldWeights or KeepShortlist",
             )
         if self.pages and router.combination.depends_on_residents:
             raise CompositionError(
-                f"{router!r} merges by all experts in memory, which change with the prompts of a batch",
-                expected="another combination than 'knots'",
-                do="leave combine out, or use a router that holds all experts",
+                f"{router!r} merges with all experts in memory, which depend on the prompts of a batch",
+                expected="a combination other than 'knots'",
+                do="omit combine, or use a router that holds all experts",
             )
         if most is not None and not self.use.fixes and most < (router.selection.k or 1):
             raise CompositionError(
-                f"a shortlist of {most}, of which {router!r} is to take {router.selection.k}",
+                f"a shortlist of {most}, but {router!r} chooses {router.selection.k}",
                 expected="a size of at least top_k",
             )
 
@@ -157,7 +157,7 @@ class PromptPolicy(PromptRouter):
         return self
 
     def verdict(self, found: Found) -> Float[Tensor, "B E"]:
-        """The use's verdict; of prompts for which no expert stands out the base model's, which excludes all."""
+        """The use's verdict. For prompts where no expert stands out it excludes all, so that the base model answers."""
         verdict_BE = self.use.verdict(found.evidence_BE)
         if self.abstain is None or found.p_B is None or verdict_BE.shape[-1] < 2:
             return verdict_BE
@@ -166,10 +166,10 @@ class PromptPolicy(PromptRouter):
 
     @property
     def pages(self) -> bool:
-        """Whether experts stay on disk until a prompt calls for them."""
+        """Whether experts stay on disk until a prompt needs them."""
         return self.evidence.reads == "prototypes"
 
 
 def token_router(router: Router) -> Router:
-    """What decides for each token: a policy's router, or the router itself."""
+    """The router for each token: a policy's router, or the router itself."""
     return router if router.policy is None else router.policy.router

@@ -1,4 +1,4 @@
-"""Routers, evidence and uses by name, and what other packages add (:mod:`spectr.registry`)."""
+"""Routers, evidence and uses by name, including other packages' (:mod:`spectr.registry`)."""
 
 from __future__ import annotations
 
@@ -81,27 +81,27 @@ PARTS: Mapping[type, Registry[Any]] = {Router: ROUTERS, Evidence: EVIDENCE, Use:
 
 
 def router_names() -> tuple[str, ...]:
-    """All names that :func:`get_router` knows, in alphabetical order."""
+    """All names for :func:`get_router`, in alphabetical order."""
     return ROUTERS.names()
 
 
 def get_router(name: str, **options: Any) -> Router:
-    """A router by name.
+    """Make a router by name.
 
     Args:
         name: One of :func:`router_names`.
-        options: Its settings, as in ``top_k=2``. A router, evidence or a use inside it may be plain data, such as
+        options: Its settings, such as ``top_k=2``. A router, evidence or use inside it may be plain data, such as
             ``{"name": "spectr", "top_k": 2}``.
 
     Raises:
-        CompositionError: The name or an option is unknown, an option's value is out of range, or what a package adds
-            makes no router.
+        CompositionError: The name or an option is unknown, a value is out of range, or a package's object is not a
+            router.
     """
     return make_part(Router, name, options)
 
 
 def make_part(kind: type[T], name: str, options: Mapping[str, Any]) -> T:
-    """A router, evidence or a use by name; see :func:`get_router`."""
+    """Make a router, evidence or a use by name; see :func:`get_router`."""
     registry = PARTS[kind]
     make = registry.load(name)
     options = current_options(make, options)
@@ -109,15 +109,15 @@ def make_part(kind: type[T], name: str, options: Mapping[str, Any]) -> T:
     made: object = registry.make(name, **{k: _from_data(value, hints.get(k, Any)) for k, value in options.items()})
     if not isinstance(made, kind):
         raise CompositionError(
-            f"{registry.described(name)} makes an object of the type {type(made).__name__}",
+            f"{registry.described(name)} makes an object of type {type(made).__name__}",
             expected=f"a spectr.routers.{kind.__name__}",
-            do="repair or uninstall that package",
+            do="repair or uninstall the package",
         )
     return made
 
 
 def part_of(hint: Any) -> type | None:
-    """What a setting of this type is made of by name: :class:`Router`, :class:`Evidence`, :class:`Use`, or nothing."""
+    """The kind of object for a setting of this type: :class:`Router`, :class:`Evidence`, :class:`Use`, or nothing."""
     classes = [kind for kind in kinds(hint) if isinstance(kind, type)]
     return next((part for part in PARTS for kind in classes if issubclass(kind, part)), None)
 

@@ -1,4 +1,4 @@
-"""What routers' files share: checks of settings, and places of rows."""
+"""Shared by routers' files: checks of settings, and positions of rows."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 def check_settings(router: Router, **choices: tuple[str, tuple[str, ...]]) -> None:
-    """Raise :class:`CompositionError` for a field that is out of range.
+    """Raise :class:`CompositionError` if a field is out of range.
 
     Args:
-        router: Its ``combine``, and what its selection is made of, are checked.
-        choices: By a field's name its value, and those that it can have.
+        router: Its ``combine`` and the parts of its selection are checked.
+        choices: By field name, the value and the allowed values.
     """
     get_combination(router.combine)
     for name, (value, known) in choices.items():
@@ -31,12 +31,12 @@ def check_settings(router: Router, **choices: tuple[str, tuple[str, ...]]) -> No
 
 
 def check_counts(**counts: int) -> None:
-    """Raise :class:`CompositionError` for a setting that is no whole number of at least 1."""
+    """Raise :class:`CompositionError` if a setting is not a whole number of at least 1."""
     for name, value in counts.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise CompositionError(f"{name}={value}", expected="a whole number of at least 1")
 
 
 def first_rows(ranks: Sequence[int]) -> Int[Tensor, " E"]:
-    """Where each expert's rows begin along P."""
+    """The position of each expert's first row along P."""
     return torch.tensor((0, *ranks[:-1])).cumsum(0)

@@ -1,4 +1,4 @@
-"""Routing among very many experts: a prompt's shortlist, and a router for each token among those on it."""
+"""Routing among very many experts: a shortlist for each prompt, and a router for each token among its experts."""
 
 from __future__ import annotations
 
@@ -25,27 +25,26 @@ def _informed() -> Router:
 @options_renamed(local="token_router", heard="modules", every="module_stride", pool_temperature=None)
 @dataclass(frozen=True, kw_only=True)
 class Shortlist(PromptRouter):
-    """For each prompt the ``size`` experts that its words call for; among these ``token_router`` decides.
+    """For each prompt, the ``size`` experts that fit it best; among these, ``token_router`` decides.
 
-    The shortlist is the decision of :class:`Calibrated`, made with one direction of each expert in place of all
-    (:class:`spectr.routers.evidence.PrototypeMeans`). Only these are in memory; the experts on the shortlist are read
-    from disk when a prompt calls for them. After the prompt an answer costs the same whatever the size of the library.
+    The shortlist is the decision of :class:`Calibrated`, made with one direction of each expert instead of all
+    (:class:`spectr.routers.evidence.PrototypeMeans`). Only these directions are in memory; experts on the shortlist are
+    read from disk when a prompt needs them. After the prompt, an answer costs the same for any size of the library.
 
     Needs a calibrated and indexed library (:func:`spectr.build_index`).
 
     Attributes:
-        size: Experts on a prompt's shortlist. One is held for the whole answer, and ``token_router`` is not used.
-        token_router: Decides for each token and module among them; any router that does so, and :class:`Calibrated`
+        size: Experts on a prompt's shortlist. With one, it is held for the whole answer, without ``token_router``.
+        token_router: Decides for each token and module among them. Any router that does so, and :class:`Calibrated`
             with the level ``"prior"``, which the prompt's evidence informs.
-        probe_tokens: See :class:`PrototypeMeans`, as for the following.
-        modules: Last parts of the names of the modules that take part in the decision, such as
+        probe_tokens: See :class:`PrototypeMeans`, as for the next three.
+        modules: Last parts of the names of the modules that are used for the decision, such as
             ``("q_proj", "k_proj")``. Empty for all.
-        module_stride: Every how many-th of these takes part; more costs less and finds less.
-        bits: Of each number of a prototype in memory: 8, 16 or 32. From 16 on the list is certain: it is the one that
-            prototypes in full give, in real numbers.
-        abstain: The share of ordinary prompts that gets a list nonetheless; the base model alone answers where no
-            expert stands out. ``"auto"`` is 0.05 where the calibration has the ordinary prompts for that; ``None``
-            always lists experts.
+        module_stride: Use every N-th of these modules; larger is faster and less accurate.
+        bits: Bits per number of a prototype in memory: 8, 16 or 32. From 16 on the list is exact: it equals the list of
+            full prototypes, in real numbers.
+        abstain: The share of ordinary prompts that may get a list; if no expert stands out, the base model answers
+            alone. ``"auto"`` is 0.05 if the calibration has enough ordinary prompts; ``None`` always lists experts.
 
     Source: ours, with the prototypes of Arrow (Ostapenko et al., 2024) and the two steps of LAG (Fleshman and Van
     Durme, 2025); see docs/howto/scale.md.
@@ -64,11 +63,12 @@ class Shortlist(PromptRouter):
         check_abstain(self.abstain)
         if isinstance(self.token_router, type) or not isinstance(self.token_router, Router):
             raise CompositionError(
-                f"token_router={self.token_router!r} is no router", expected="a router object, as in Spectr(top_k=4)"
+                f"token_router={self.token_router!r} is not a router",
+                expected="a router object, such as Spectr(top_k=4)",
             )
         if nulled(self.token_router.abstain):
             raise CompositionError(
-                f"abstain={self.token_router.abstain} of the token router, which decides on no prompt here",
+                f"abstain={self.token_router.abstain} of the token router, which does not decide on prompts here",
                 do="set it for the shortlist: Shortlist(abstain=...)",
             )
         _ = self.policy
@@ -91,11 +91,11 @@ class Shortlist(PromptRouter):
 
     @property
     def selection(self) -> All:
-        """See :class:`Router`: all on the list are held."""
+        """See :class:`Router`: all experts on the list are held."""
         return All()
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        """See :class:`Router`: an index, and what the token router reads and combines of experts."""
+        """See :class:`Router`: an index, and the needs of the token router."""
         inner = (need for need in self.token_router.needs if need == GATED or isinstance(need, ProductsAlone))
         return (*self.policy.evidence.needs, *nulled(self.abstain), *inner)

@@ -1,4 +1,4 @@
-"""SpectR: an expert's score is the length of its own low-rank vector."""
+"""SpectR: an expert's score is the length of its low-rank vector."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Spectr(LengthRouter):
     """Spectral routing: the ``top_k`` experts with the longest ``A*_t x``.
 
     Attributes:
-        score: ``"spectral"``, the paper's: ``A* = S V^T``, so that the score is ``||delta_t x||``. ``"projection"``,
-            the authors' released code's: ``A* = V^T`` and ``B* = U S``, so that it is the length of the projection on
-            the expert's input subspace.
-        top_k: Experts for each token and module.
+        score: ``"spectral"``, as in the paper: ``A* = S V^T``, so that the score is ``||delta_t x||``.
+            ``"projection"``, as in the authors' released code: ``A* = V^T`` and ``B* = U S``, so that the score is the
+            length of the projection on the expert's input subspace.
+        top_k: Experts per token and module.
         weights: ``"uniform"`` (``1 / k``) or ``"softmax"`` of the chosen scores.
-        temperature: Of the softmax.
-        combine: ``"outputs"`` (eq. 13), ``"factors"`` (eq. 10 to 12, the paper's experiments), or another of
+        temperature: Temperature of the softmax.
+        combine: ``"outputs"`` (eq. 13), ``"factors"`` (eq. 10 to 12, the paper's experiments), or another name in
             :data:`spectr.combine.COMBINATIONS`.
 
     Source: SpectR (Fleshman and Van Durme, 2025), eq. 2 to 13.

@@ -1,4 +1,4 @@
-"""Mu-routing: every expert, always."""
+"""Mu-routing: always use every expert."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Uniform(LengthRouter):
     """All experts that adapt a module, each with weight ``1 / E``.
 
     Attributes:
-        combine: ``"outputs"``, or another of :data:`spectr.combine.COMBINATIONS`.
+        combine: ``"outputs"``, or another name in :data:`spectr.combine.COMBINATIONS`.
 
     Source: mu-routing (Ostapenko et al., 2024).
     """
@@ -36,11 +36,11 @@ class Uniform(LengthRouter):
     def scores(
         self, state: State, x_TI: Float[Tensor, "*T I"], h_TP: Tensor, allowed_TE: Tensor | None
     ) -> Float[Tensor, "*T E"]:
-        """See :class:`Router`; all ones."""
+        """See :class:`Router`: all ones."""
         dtype = torch.promote_types(x_TI.dtype, torch.float32)
         return x_TI.new_ones(*x_TI.shape[:-1], len(state.ranks), dtype=dtype)
 
     def lengths(self, state: InputState) -> Lengths:
-        """See :class:`LengthRouter`: rows that are zero, one from each center."""
+        """See :class:`LengthRouter`: rows of zeros, at distance one from each center."""
         centers_P = state.A_PI.new_zeros(len(state.A_PI)).index_fill(0, first_rows(state.ranks), 1.0)
         return Lengths(torch.zeros_like(state.A_PI), centers_P)

@@ -1,4 +1,4 @@
-"""What is done with the evidence of a whole prompt.
+"""How the evidence for a whole prompt is used.
 
 Legend: B rows of the batch, T tokens of a row (1: the same for all of a row's tokens), E experts.
 """
@@ -20,7 +20,7 @@ from spectr.selection import TopK, Weighting
 
 
 class Rows(NamedTuple):
-    """A verdict as it holds for the rows of a call; see :class:`spectr.layers.batch_routing.BatchRouting`."""
+    """A verdict for the rows of a call; see :class:`spectr.layers.batch_routing.BatchRouting`."""
 
     weights_BTE: Float[Tensor, "B T E"] | None = None
     prior_BTE: Float[Tensor, "B T E"] | None = None
@@ -28,18 +28,18 @@ class Rows(NamedTuple):
 
 
 class Use(ABC):
-    """From evidence to a verdict, a number for each prompt and expert, and how that holds for the prompt's tokens.
+    """From evidence to a verdict, a number for each prompt and expert, and its effect on the prompt's tokens.
 
-    A frozen dataclass, which is its own configuration. What is not abstract here is right for a verdict that informs
-    the scores of each token.
+    A frozen dataclass that is its own configuration. Methods that are not abstract fit a verdict that informs the
+    scores of each token.
 
     Attributes:
-        fixes: Whether the verdict is the weights of all of the prompt's tokens, so that no token chooses.
-        gathers: Whether an expert whose number is zero takes no part, so that its factors need not be in memory.
-        neutral: The number of an expert of which nothing is known.
-        excluded: The number of an expert that takes no part. Where all have it the base model is alone. Zero of a use
-            that fixes or gathers.
-        in_kernels: Whether scores are informed by a product alone, as kernels do it.
+        fixes: Whether the verdict gives the weights of all tokens of the prompt, so that no token chooses.
+        gathers: Whether an expert with the number zero is not used, so that its factors need not be in memory.
+        neutral: The number of an expert about which nothing is known.
+        excluded: The number of an expert that is not used. If all experts have it, the base model answers alone. Zero
+            for a use that fixes or gathers.
+        in_kernels: Whether scores are informed by a product only, as in kernels.
     """
 
     fixes: ClassVar[bool] = False
@@ -50,7 +50,7 @@ class Use(ABC):
 
     @property
     def most(self) -> int | None:
-        """How many experts take part in a prompt at most; ``None``: all may."""
+        """Maximum number of experts that are used for a prompt; ``None``: all."""
         return None
 
     @abstractmethod
@@ -58,15 +58,15 @@ class Use(ABC):
         """From evidence to the verdict, float32."""
 
     def informed(self, scores_TE: Float[Tensor, "*T E"], verdict_TE: Float[Tensor, "*B E"]) -> Float[Tensor, "*T E"]:
-        """A token's scores with the prompt's numbers, one row for a row of tokens, or each token's own."""
+        """A token's scores with the prompt's numbers: one row of numbers for a row of tokens, or one for each token."""
         return scores_TE
 
     def rows(self, verdict_BTE: Float[Tensor, "B T E"], among_BTE: Bool[Tensor, "B T E"] | None = None) -> Rows:
-        """What a verdict makes of a call.
+        """A verdict's effect on a call.
 
         Args:
             verdict_BTE: A number for each expert.
-            among_BTE: Those that a row may use; all, if left out.
+            among_BTE: The experts that a row may use; by default all.
         """
         taking_BTE = verdict_BTE != self.excluded
         if not bool(taking_BTE.all()):
@@ -79,7 +79,7 @@ class MultiplyScores(Use):
     """The evidence is a prior: each token's scores are multiplied by ``exp(strength * evidence)``.
 
     Attributes:
-        strength: 0 leaves the scores alone; the larger, the more the prompt decides.
+        strength: 0 leaves scores unchanged; with larger values the prompt has more influence.
     """
 
     neutral: ClassVar[float] = 1.0
@@ -93,7 +93,7 @@ class MultiplyScores(Use):
             raise CompositionError(f"prior_strength={self.strength}", expected="a finite number of at least zero")
 
     def verdict(self, evidence_BE: Float[Tensor, "B E"]) -> Float[Tensor, "B E"]:
-        """See :class:`Use`: the prior, above zero, so that a shortlist loses no expert by it."""
+        """See :class:`Use`: the prior, above zero, so that a shortlist keeps every expert."""
         below_BE = evidence_BE - evidence_BE.amax(-1, keepdim=True)
         return (self.strength * below_BE).exp().clamp(min=torch.finfo(torch.float32).tiny)
 
@@ -107,8 +107,8 @@ class AddToScores(Use):
     """The evidence is a bias: ``alpha`` times it is added to each token's scores.
 
     Attributes:
-        alpha: ``"gated"``: ``alpha_near`` where the prompt's largest evidence is above ``threshold``, as for a task
-            that some expert knows, and ``alpha_far`` elsewhere. Or one number for all prompts.
+        alpha: ``"gated"``: ``alpha_near`` if the prompt's largest evidence is above ``threshold``, as for a task that
+            some expert knows, else ``alpha_far``. Or one number for all prompts.
         alpha_near: See ``alpha``.
         alpha_far: See ``alpha``.
         threshold: See ``alpha``.
@@ -142,10 +142,10 @@ class HoldWeights(Use):
     """The experts with the most evidence have fixed weights for the whole answer.
 
     Attributes:
-        top_k: How many.
+        top_k: Number of experts.
         weights: ``"uniform"`` (``1 / k``) or ``"softmax"`` of their evidence.
-        temperature: Of the softmax.
-        bias: Gives the bias that the weights are made of, in place of the evidence itself.
+        temperature: Temperature of the softmax.
+        bias: Turns evidence into the bias that weights are made from; by default they are made from the evidence.
     """
 
     fixes: ClassVar[bool] = True
@@ -184,8 +184,8 @@ class KeepShortlist(Use):
     """Tokens choose among the experts with the most evidence.
 
     Attributes:
-        size: How many.
-        prior: How their evidence informs the scores of tokens too; not at all, if left out.
+        size: Number of experts.
+        prior: How their evidence also informs the tokens' scores; by default it does not.
     """
 
     gathers: ClassVar[bool] = True
@@ -204,7 +204,7 @@ class KeepShortlist(Use):
         return self.size
 
     def verdict(self, evidence_BE: Float[Tensor, "B E"]) -> Float[Tensor, "B E"]:
-        """See :class:`Use`: zero for experts off the shortlist; of the others the prior, or alike."""
+        """See :class:`Use`: zero for experts off the shortlist; for the others the prior, or equal numbers."""
         index_BK = evidence_BE.topk(min(self.size, evidence_BE.shape[-1]), dim=-1).indices
         listed_BE = torch.zeros_like(evidence_BE).scatter(-1, index_BK, 1.0)
         if self.prior is not None:
@@ -212,7 +212,7 @@ class KeepShortlist(Use):
         return (listed_BE / index_BK.shape[-1]).float()
 
     def informed(self, scores_TE: Float[Tensor, "*T E"], verdict_TE: Float[Tensor, "*B E"]) -> Float[Tensor, "*T E"]:
-        """See :class:`Use`: as the prior does."""
+        """See :class:`Use`: like the prior."""
         return scores_TE if self.prior is None else self.prior.informed(scores_TE, verdict_TE)
 
     def rows(self, verdict_BTE: Float[Tensor, "B T E"], among_BTE: Bool[Tensor, "B T E"] | None = None) -> Rows:

@@ -1,4 +1,4 @@
-"""Routers of the first protocol (``prepare(aligned)``, ``scores(x, norms, prototypes)``) in the form of the second."""
+"""Adapt routers of the first protocol (``prepare(aligned)``, ``scores(x, norms, prototypes)``) to the second."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from spectr.selection import All, Selection, TopK
 from spectr.spectral import AlignedExpert, Share, SideData, State, segment_norms
 
 _FIRST = ("prepare", "scores")
-_MORE = ("candidates", "level", "resident")  # members of the first protocol that are not adapted
+_MORE = ("candidates", "level", "resident")  # members of the first protocol that cannot be adapted
 
 
 class OldState(NamedTuple):
-    """A vector of each expert (none: of width 0), and what is subtracted from ``A x`` before it is scored."""
+    """A vector of each expert (width 0 if there is none), and what is subtracted from ``A x`` before scoring."""
 
     prototypes_EI: Float[Tensor, "E _"]
     centers_P: Float[Tensor, " P"]
@@ -55,7 +55,7 @@ class VersionOne(Router):
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        """See :class:`Router`: as its attributes ``calibrated`` and ``gated`` say."""
+        """See :class:`Router`: from its attributes ``calibrated`` and ``gated``."""
         flags = {"calibrated": CALIBRATED, "gated": GATED}
         return (*super().needs, *(need for flag, need in flags.items() if self._declared(flag, False)))
 
@@ -85,25 +85,25 @@ class VersionOne(Router):
 
 
 def adapted(router: Any) -> Any:
-    """A router as it is; one of the first protocol in the form of the second.
+    """Return a router, adapted if it implements the first protocol.
 
     Raises:
-        CompositionError: It is of the first protocol, and does more than score every expert for each token.
+        CompositionError: It implements the first protocol, and does more than score every expert for each token.
     """
     if isinstance(router, (Router, type)) or not all(callable(getattr(router, name, None)) for name in _FIRST):
         return router
     more = [name for name in _MORE if getattr(router, name, None) is not None]
     if more:
         raise CompositionError(
-            f"{router!r} has the first protocol of routers, with {', '.join(more)}",
+            f"{router!r} implements the first protocol of routers, with {', '.join(more)}",
             expected=f"protocol {PROTOCOL}: a class that implements spectr.routers.Router",
-            do="update the package that it comes from; see CONTRIBUTING.md",
+            do="update its package; see CONTRIBUTING.md",
         )
     return VersionOne(router)
 
 
 def adapted_maker(make: Callable[..., Any]) -> Callable[..., Any]:
-    """What makes a router of another package that declares no version: the router itself, or adapted."""
+    """A maker of routers for a package that declares no version; adapts routers of the first protocol."""
     if isinstance(make, type) and issubclass(make, Router):
         return make
 

@@ -1,1 +1,1 @@
-"""The HTTP API: who may use which expert, what a request asks for, and what an engine gets."""
+"""The HTTP API: which experts a client may use, what a request selects, and what an engine receives."""

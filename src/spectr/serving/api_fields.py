@@ -1,4 +1,4 @@
-"""The requests that are taken, with our fields, and the field of ours in answers."""
+"""The accepted requests with our own fields, and our field in answers."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ OURS = ("experts", "router", "return_routing")
 _DIGITS = 3
 
 _COUNT, _PENALTY = "a whole number, at least 1", "a number from -2 to 2"
-_ELSEWHERE = {  # fields that other requests have
+_ELSEWHERE = {  # fields of other requests
     "messages": "send it to /v1/chat/completions, or write one text as 'prompt'",
     "prompt": "send it to /v1/completions, or write turns as 'messages'",
-    "extra_body": "that is an argument of OpenAI's client; write its fields next to the others",
+    "extra_body": "extra_body is an argument of OpenAI's client; send its fields next to the others",
 }
-_SLIP = 0.81  # likeness of names; ``top_k``, which others have, is no slip in ``top_p``
+_SLIP = 0.81  # similarity of names; ``top_k``, a field of other servers, is not a misspelt ``top_p``
 Number = StrictFloat | StrictInt
 Text = Annotated[StrictStr, Field(min_length=1)]
 
@@ -46,7 +46,7 @@ def _field(expected: str, default: Any = ...) -> Any:
 
 
 class StreamOptions(BaseModel):
-    """Options of a stream; it is never padded, so that there is no obfuscation to be left out."""
+    """Options of a stream. Streams are never padded, so that there is no obfuscation to omit."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -55,11 +55,11 @@ class StreamOptions(BaseModel):
 
 
 class Request(BaseModel):
-    """What both endpoints share; fields that are not named here go to the engine as they are.
+    """Fields of both endpoints; other fields go to the engine unchanged.
 
     Attributes:
-        experts: Allow-list; narrows the key's set.
-        router: One of those served.
+        experts: Allow-list; restricts the key's experts.
+        router: One of the served routers.
         return_routing: ``true``: each token's shares; ``"layers"``: also each layer's decision.
     """
 
@@ -79,7 +79,7 @@ class Request(BaseModel):
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = _field(_PENALTY, None)
     logit_bias: dict[StrictStr, Number] | None = _field("an object with numbers by token, {TOKEN: BIAS}", None)
     experts: Annotated[list[StrictStr], Field(min_length=1)] | None = _field(
-        "a list of one expert's name or more; without it all that the key may use", None
+        "a list with the name of at least one expert; by default all that the key may use", None
     )
     router: StrictStr | None = _field("a router's name", None)
     return_routing: StrictBool | Literal["layers"] = _field('true, false or "layers"', False)
@@ -88,7 +88,7 @@ class Request(BaseModel):
     @classmethod
     def _of_a_stream(cls, value: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
         if value is not None and not info.data.get("stream", True):
-            raise ValueError("is for streams alone", "\"stream\": true too, or no 'stream_options'")
+            raise ValueError("is for streams only", "\"stream\": true as well, or no 'stream_options'")
         return value
 
 
@@ -117,37 +117,37 @@ class Message(BaseModel):
 
     @model_validator(mode="after")
     def _has_content(self) -> Message:
-        if self.content is None and self.role != "assistant":  # whose turn may be a tool's call alone
+        if self.content is None and self.role != "assistant":  # whose turn may consist of a tool call
             raise ValueError("has no content", f'{{"role": "{self.role}", "content": "..."}}')
         return self
 
 
 class ChatRequest(Request):
-    """Of ``/v1/chat/completions``."""
+    """A request to ``/v1/chat/completions``."""
 
     messages: Annotated[list[Message], Field(min_length=1)] = _field(
-        'a list of one turn or more: {"role": "user", "content": "..."}'
+        'a list with at least one turn: {"role": "user", "content": "..."}'
     )
 
 
 class CompletionRequest(Request):
-    """Of ``/v1/completions``."""
+    """A request to ``/v1/completions``."""
 
     prompt: StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]] = _field(
-        "a text, or a list of texts or of token numbers"
+        "a text, a list of texts, or a list of token ids"
     )
 
 
 def parse(kind: type[Request], body: bytes, known: frozenset[str] = frozenset()) -> tuple[Request, dict[str, Any]]:
-    """A request's body, checked; and as it is, without our own fields.
+    """Check a request's body. Returns it as a model, and as it is without our own fields.
 
     Args:
-        kind: What is to be made of it.
+        kind: The model.
         body: JSON.
-        known: Further fields, which the engine knows.
+        known: Further fields that the engine knows.
 
     Raises:
-        RefusalError: 400: it is no JSON object, or a field is misspelt, missing or of the wrong type.
+        RefusalError: 400: the body is not a JSON object, or a field is misspelt, missing or of the wrong type.
     """
     if not body.strip():
         raise _no_json("empty")
@@ -155,13 +155,13 @@ def parse(kind: type[Request], body: bytes, known: frozenset[str] = frozenset())
         raw = json.loads(body)
         json.dumps(raw, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
-        raise _no_json(f"no JSON: {error.msg} in line {error.lineno}, column {error.colno}") from None
+        raise _no_json(f"not JSON: {error.msg} in line {error.lineno}, column {error.colno}") from None
     except UnicodeEncodeError as error:
-        raise _no_json(f"no text: {error.object[error.start]!a} is half a character", "Unicode") from None
+        raise _no_json(f"not valid Unicode: {error.object[error.start]!a} is half a character", "Unicode") from None
     except (ValueError, RecursionError):
-        raise _no_json("no JSON") from None
+        raise _no_json("not JSON") from None
     if not isinstance(raw, dict):
-        raise _no_json(f"{shown(raw)}, no object")
+        raise _no_json(f"{shown(raw)}, not an object")
     _check_spelling(raw, (known - frozenset(_ELSEWHERE)) | frozenset(kind.model_fields))
     try:
         request = kind.model_validate(raw)
@@ -175,10 +175,10 @@ def _no_json(found: str, expected: str = 'a JSON object, such as {"model": "spec
 
 
 def _check_spelling(raw: Mapping[str, Any], known: frozenset[str]) -> None:
-    """Raise :class:`RefusalError` for fields that look like known ones: an engine may ignore what it does not know, and
-    ``expert`` for ``experts`` would then widen the set."""
+    """Raise :class:`RefusalError` for fields that look like known ones. An engine may ignore unknown fields, and
+    ``expert`` instead of ``experts`` would then widen the set of experts."""
     meant = {name: _meant(name, known) for name in raw if name not in known}
-    slips = [f"'{name}' is no field of such a request\n  to do: {do}" for name, do in meant.items() if do]
+    slips = [f"'{name}' is not a field of this request\n  to do: {do}" for name, do in meant.items() if do]
     if slips:
         param = next(name for name, do in meant.items() if do)
         raise RefusalError("\nalso: ".join(slips), code="invalid_value", param=param)
@@ -188,7 +188,7 @@ def _meant(name: str, known: frozenset[str]) -> str | None:
     if name in _ELSEWHERE:
         return _ELSEWHERE[name]
     near = nearest(name, sorted(known), likeness=_SLIP)
-    return f"if you mean '{near}', write that; or leave it out" if near else None
+    return f"use '{near}' if you mean that, or remove the field" if near else None
 
 
 def _refusal(found: Sequence[Fault]) -> RefusalError:
@@ -198,12 +198,12 @@ def _refusal(found: Sequence[Fault]) -> RefusalError:
 
 
 def routing(ticket: Ticket, steps: Sequence[Step], layers: Sequence[str]) -> dict[str, Any]:
-    """The ``routing`` of a choice: of all its tokens, or of those of one chunk.
+    """The ``routing`` field of a choice: for all its tokens, or for those of one chunk.
 
     Args:
-        ticket: Its experts are the only names in the answer.
-        steps: One for each token.
-        layers: The routed layers' names; in the answer with ``record="layers"`` alone.
+        ticket: The answer names only its experts.
+        steps: One per token.
+        layers: Names of the routed layers, which the answer has with ``record="layers"`` only.
     """
     place = {name: number for number, name in enumerate(ticket.experts)}
     found: dict[str, Any] = {

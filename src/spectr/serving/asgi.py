@@ -1,4 +1,4 @@
-"""The few things that a middleware does with ASGI messages."""
+"""What middleware needs of ASGI messages."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _WITH = {401: {"www_authenticate": "Bearer"}, 503: {"retry_after": "10"}}  # hea
 
 
 def bearer(scope: Scope) -> str | None:
-    """The key that a request carries."""
+    """The API key of a request."""
     kind, _, secret = Headers(scope=scope).get("authorization", "").partition(" ")
     return secret.strip() if kind.lower() == "bearer" else None
 
 
 async def read_body(receive: Receive, scope: Scope, limit: int) -> bytes:
-    """A request's body.
+    """Read a request's body.
 
     Raises:
-        RefusalError: 413: it is longer than the limit; the rest is not read.
-        ClientDisconnect: The client left before it had sent it.
+        RefusalError: 413: the body is longer than the limit; the rest is not read.
+        ClientDisconnect: The client disconnected before it had sent the body.
     """
     request, body = Request(scope, receive), bytearray()
     declared = request.headers.get("content-length", "")
@@ -41,15 +41,15 @@ async def read_body(receive: Receive, scope: Scope, limit: int) -> bytes:
 def _too_large(size: str, limit: int) -> RefusalError:
     return RefusalError(
         f"the body has {size} bytes",
-        expected=f"{limit} at most",
-        do="leave out earlier turns, or ask in several requests",
+        expected=f"at most {limit} bytes",
+        do="omit earlier turns, or split it into several requests",
         code="request_too_large",
         status=413,
     )
 
 
 async def respond(send: Send, status: int, body: bytes, kind: str = "application/json", **headers: str) -> None:
-    """Send a whole answer."""
+    """Send a complete answer."""
     lines = [(b"content-type", kind.encode()), (b"content-length", str(len(body)).encode())]
     lines += [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": status, "headers": lines})
@@ -57,14 +57,14 @@ async def respond(send: Send, status: int, body: bytes, kind: str = "application
 
 
 class TrackedSend:
-    """``send``, with the state of the response.
+    """ASGI's ``send``, plus the state of the response.
 
     Args:
         send: ASGI's.
-        bare: Send no body, as to ``HEAD``.
+        bare: Send no body, as for ``HEAD``.
 
     Attributes:
-        status: Of the response; ``None`` before it has begun.
+        status: Status of the response; ``None`` before it starts.
     """
 
     def __init__(self, send: Send, *, bare: bool = False):
@@ -73,7 +73,7 @@ class TrackedSend:
         self.status: int | None = None
 
     async def __call__(self, message: Message) -> None:
-        """In the place of ASGI's ``send``."""
+        """Replaces ASGI's ``send``."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
             self._streams = dict(message.get("headers", ())).get(b"content-type", b"").startswith(b"text/event-stream")
@@ -89,7 +89,7 @@ class TrackedSend:
 
 
 def with_headers(message: Message, *, drop: tuple[bytes, ...] = (), **changed: str) -> Message:
-    """A response's start with other headers."""
+    """The start of a response with other headers."""
     names = {name.replace("_", "-").encode() for name in changed} | set(drop)
     kept = [(key, value) for key, value in message.get("headers", ()) if key.lower() not in names]
     added = [(name.replace("_", "-").encode(), value.encode()) for name, value in changed.items()]
@@ -97,7 +97,7 @@ def with_headers(message: Message, *, drop: tuple[bytes, ...] = (), **changed: s
 
 
 def rewritten(scope: Scope, body: bytes, request_id: str) -> Scope:
-    """The scope for the application: another body, which is JSON whatever the client called its own, our id, and no
+    """The scope for the application: with another body, which is JSON whatever type the client declared, our id, and no
     credentials."""
     length = str(len(body)).encode()
     ours = {b"content-type": b"application/json", b"content-length": length, b"x-request-id": request_id.encode()}
@@ -107,7 +107,7 @@ def rewritten(scope: Scope, body: bytes, request_id: str) -> Scope:
 
 
 class Connection:
-    """The connection to a client: gives the application a body, and notices when the client hangs up."""
+    """The connection to a client: gives the application a body, and notices a disconnect."""
 
     def __init__(self, receive: Receive, body: bytes):
         self._body: bytes | None = body
@@ -121,11 +121,11 @@ class Connection:
 
     @property
     def gone(self) -> bool:
-        """Whether the client has hung up."""
+        """Whether the client disconnected."""
         return self._gone.is_set()
 
     async def receive(self) -> Message:
-        """What the application is given: the body once, then the end."""
+        """What the application receives: the body once, then the end."""
         if self._body is not None:
             body, self._body = self._body, None
             return {"type": "http.request", "body": body, "more_body": False}
@@ -133,10 +133,10 @@ class Connection:
         return {"type": "http.disconnect"}
 
     async def hold_for(self, work: Awaitable[None], answered: Callable[[], bool]) -> None:
-        """Wait for the work, or for the client to leave before it is answered, which cancels the work.
+        """Wait for the work. A client that disconnects earlier cancels the work.
 
         Raises:
-            ClientDisconnect: The client left first.
+            ClientDisconnect: The client disconnected first.
         """
         task, left = asyncio.ensure_future(work), asyncio.ensure_future(self._gone.wait())
         try:

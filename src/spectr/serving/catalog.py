@@ -1,4 +1,4 @@
-"""The models that are offered, to whom, and what a request stands for."""
+"""The models that each client may use, and what a request selects."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Grant:
 
     Attributes:
         experts: In alphabetical order.
-        base: Whether the base model alone, too.
+        base: Whether the client may also use the base model alone.
     """
 
     experts: tuple[str, ...]
@@ -34,24 +34,22 @@ class Catalog:
     """Names of models and experts, and who may use them.
 
     Args:
-        engine: Has the experts.
-        policy: API keys; without one everybody may use everything.
-        served_name: The composed model's; ``served_name/EXPERT`` is one expert alone.
+        engine: Provides the experts.
+        policy: API keys; without a policy everyone may use everything.
+        served_name: Name of the composed model; ``served_name/EXPERT`` is a single expert.
     """
 
     def __init__(self, engine: Engine, policy: Policy | None, served_name: str):
         if served_name == engine.base_model:
-            raise SpectrError(
-                f"'{served_name}' is the base model's own name", do="serve under another name: --served-name"
-            )
+            raise SpectrError(f"'{served_name}' is the base model's own name", do="choose another name: --served-name")
         self.engine, self.policy, self.served_name = engine, policy, served_name
         self._since = int(time.time())
 
     def grant(self, secret: str | None) -> Grant:
-        """What the holder of a key may use.
+        """What the owner of a key may use.
 
         Raises:
-            RefusalError: 401: there is a policy, and no such key in it.
+            RefusalError: 401: there is a policy, and it does not contain the key.
         """
         key = self._key(secret)
         if self.policy is None or key is None:
@@ -59,30 +57,30 @@ class Catalog:
         return Grant(experts=self.policy.granted(key, self.engine.experts), base=key.base)
 
     def administrator(self, secret: str | None) -> str | None:
-        """The name of an administrator's key; without a policy, which needs none, ``None``.
+        """The name of an administrator's key; ``None`` without a policy, which needs no key.
 
         Raises:
-            RefusalError: 401: no such key; 403: it is no administrator's.
+            RefusalError: 401: unknown key; 403: not an administrator's key.
         """
         key = self._key(secret)
         if key is None:
             return None
         if not key.admin:
             raise RefusalError(
-                "this key may not do that",
-                expected="the key of an administrator",
-                do="ask with one that has 'admin: true' in the policy",
+                "this key is not allowed to do that",
+                expected="an administrator's key",
+                do="use a key with 'admin: true' in the policy",
                 code="admin_required",
                 status=403,
             )
         return key.name
 
     def _key(self, secret: str | None) -> Key | None:
-        """The policy's key; ``None`` where there is no policy."""
+        """The policy's key; ``None`` without a policy."""
         key = self.policy and self.policy.holder(secret)
         if self.policy is not None and key is None:
-            given = "no API key" if secret is None else "an API key that is not known"
-            do = "send one of the policy's: Authorization: Bearer KEY"
+            given = "no API key" if secret is None else "an unknown API key"
+            do = "send a key of the policy: Authorization: Bearer KEY"
             raise RefusalError(given, do=do, code="invalid_api_key", status=401)
         return key
 
@@ -91,29 +89,29 @@ class Catalog:
         return {"object": "list", "data": [self._listed(grant, name) for name in self._names(grant)]}
 
     def entry(self, grant: Grant, name: str) -> dict[str, Any]:
-        """One model, as it is listed."""
+        """One model in the list."""
         if name not in self._names(grant):
             raise self._no_model(grant, name)
         return self._listed(grant, name)
 
     def loaded(self, name: str | None = None) -> dict[str, Any]:
-        """The answer of ``/v1/experts``, which is for administrators: every expert that is loaded, or one.
+        """The answer of ``/v1/experts`` for administrators: all loaded experts, or one.
 
         Raises:
-            RefusalError: 404: there is none of that name.
+            RefusalError: 404: there is no expert of that name.
         """
         experts = self.engine.experts
         if name is not None and name not in experts:
-            raise self._no_expert([name], experts, param=None, where="/v1/experts lists those that are loaded")
+            raise self._no_expert([name], experts, param=None, where="/v1/experts lists the loaded experts")
         found = [{"id": expert, "object": "expert", **self._suspicion(expert)} for expert in experts]
         return {"object": "list", "data": found} if name is None else found[experts.index(name)]
 
     def ticket(self, grant: Grant, request: Request, *, count: bool) -> Ticket:
-        """What a request of this client stands for; routing is recorded where it is wanted, or to ``count`` tokens.
+        """What a client's request selects. Routing is recorded if the request wants it, or to ``count`` tokens.
 
         Raises:
-            RefusalError: It names a model, an expert or a router that is not there, or that the client may not use; the
-                answer is the same.
+            RefusalError: The request names a model, expert or router that does not exist or that the client may not
+                use. The answer is the same for both.
         """
         experts = self._experts(grant, request)
         router = self.engine.routers[0] if request.router is None else request.router
@@ -137,19 +135,19 @@ class Catalog:
     def _no_expert(
         self, names: Sequence[str], known: Sequence[str], param: str | None = "experts", **where: str
     ) -> RefusalError:
-        """The one answer for experts that are not there and those that are not for this client, who knows ``known``."""
+        """The answer for experts that do not exist, and for those outside ``known``, which the client may use."""
         quoted = ", ".join(f"'{name}'" for name in names)
         do = _nearest(names[0], known, **where)
         return RefusalError(f"there is no expert {quoted}", do=do, code="expert_not_found", param=param, status=404)
 
     def _no_model(self, grant: Grant, name: str) -> RefusalError:
-        """The one answer for models that are not there and those that are not for this client."""
+        """The answer for models that do not exist and for those that the client may not use."""
         known = self._names(grant)
         do = _nearest(name, known)
         if not known:
-            do = "ask with another key: this one's has no 'experts' that are served, and no 'base: true', in the policy"
+            do = "use another key: in the policy, this one has no served 'experts' and no 'base: true'"
         elif name == self.served_name:
-            do = f"ask for '{known[0]}'; the composed model is for keys whose entry in the policy has 'experts'"
+            do = f"use '{known[0]}'; only keys with 'experts' in the policy may use the composed model"
         return RefusalError(f"there is no model '{name}'", do=do, code="model_not_found", param="model", status=404)
 
     def _experts(self, grant: Grant, request: Request) -> tuple[str, ...]:
@@ -164,8 +162,8 @@ class Catalog:
         alone = () if model == self.engine.base_model else (model.removeprefix(self.served_name + "/"),)
         if named is not None and set(named) != set(alone):
             raise RefusalError(
-                f"model '{model}' and other experts do not go together",
-                do=f"leave 'experts' out, or ask for model '{self.served_name}'",
+                f"model '{model}' cannot use other experts",
+                do=f"remove 'experts', or use model '{self.served_name}'",
                 code="experts_conflict",
                 param="experts",
             )
@@ -196,10 +194,12 @@ class Catalog:
 
 
 def _meant(name: str, known: Sequence[str]) -> str | None:
-    alone = [other for other in known if other.endswith(f"/{name}")]  # an expert's name, where a model's is asked for
-    narrow = [other for other in known if not name.startswith(f"{other}/")]  # one expert is no slip for all of them
+    alone = [other for other in known if other.endswith(f"/{name}")]  # an expert's name in place of a model's
+    narrow = [
+        other for other in known if not name.startswith(f"{other}/")
+    ]  # a single expert is not a misspelling of all experts
     near = alone[0] if alone else nearest(name, narrow)
-    return f"if you mean '{near}', write that" if near else None
+    return f"use '{near}' if you mean that" if near else None
 
 
 def _nearest(name: str, known: Sequence[str], where: str = "/v1/models lists what this key may use") -> str:

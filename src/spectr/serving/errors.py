@@ -13,14 +13,14 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_
 
 
 class RefusalError(SpectrError):
-    """A request that is not answered, with the status and the body of its answer.
+    """A refused request, with the status and body of the answer.
 
     Args:
         given: What is wrong.
         code: Machine-readable, such as ``"context_length_exceeded"``.
-        param: The field of the request that is to blame.
-        status: Of the answer.
-        headers: Further ones of the answer.
+        param: The field that is wrong.
+        status: Status of the answer.
+        headers: Further headers of the answer.
     """
 
     def __init__(
@@ -49,9 +49,9 @@ def error_body(status: int, message: str, code: str | None = None, param: str | 
 
 
 def standardised(status: int, body: bytes) -> bytes:
-    """An application's error body in the standard form; one that has it already stays as it is.
+    """An application's error body in the standard form; unchanged if it has that form already.
 
-    What an application reports of its own failures (status 500 and above) is not passed on.
+    Details of the application's own failures (status 500 and above) are not passed on.
     """
     try:
         answer = json.loads(body)
@@ -60,9 +60,9 @@ def standardised(status: int, body: bytes) -> bytes:
     if isinstance(answer, dict) and isinstance(answer.get("error"), dict) and status < 500:
         return json.dumps({"error": {**_error(status, "", None, None), **answer["error"]}}).encode()
     if unknown := _unknown(answer):
-        do = "leave it out" if len(unknown) == 1 else "leave them out"
+        do = "remove it" if len(unknown) == 1 else "remove them"
         named = ", ".join(f"'{name}'" for name in unknown)
-        return error_body(status, f"{named}: no field that this engine knows\n  to do: {do}", _code(status), unknown[0])
+        return error_body(status, f"{named}: not supported by this engine\n  to do: {do}", _code(status), unknown[0])
     return error_body(status, _message(status, answer), _code(status))
 
 

@@ -1,4 +1,4 @@
-"""The gateway: what stands between clients and an engine's own application, whichever engine it is."""
+"""The gateway between clients and an engine's own application, for any engine."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _WHERE = "/v1/models lists the models; /v1/chat/completions and /v1/completions 
 
 
 def _endpoint(path: str) -> str:
-    """What a path is counted as."""
+    """The name under which a path is counted."""
     if path in ("/", "/health", "/metrics", *_GENERATE):
         return path
     heads = (
@@ -53,25 +53,25 @@ def _endpoint(path: str) -> str:
 
 
 def _near(path: str) -> str:
-    """What to ask for instead; a client's base URL often lacks its last part, or has it twice."""
+    """The path that the client may have meant; a base URL often lacks its last part, or repeats it."""
     near = [place for place in ("/v1/models", *_GENERATE) if path.endswith(place.removeprefix("/v1"))]
-    return f"ask at {near[0]}: a client's base URL ends in /v1" if near else _WHERE
+    return f"use {near[0]}; a client's base URL ends in /v1" if near else _WHERE
 
 
 class Gateway:
-    """An ASGI application around an engine's: it checks keys and requests, and completes answers.
+    """An ASGI application around an engine's application: checks keys and requests, and completes answers.
 
     Args:
         app: The engine's own application.
         engine: See :class:`Engine`.
-        policy: API keys; without one everything is open.
+        policy: API keys; without a policy everything is open.
         served_name: The composed model's name.
-        count: Whether to have the engine record every request's shares, for the tokens by expert in ``/metrics``.
-        max_body: Bytes of a request at most.
-        say: Shows one line, where an expert was removed.
+        count: Whether the engine records every request's shares, for the tokens by expert in ``/metrics``.
+        max_body: Maximum size of a request in bytes.
+        say: Prints one line when an expert was removed.
 
     Attributes:
-        shutdown: Ends it.
+        shutdown: Ends the server.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Gateway:
                 await self._answer(scope, receive, tracked)
             status = tracked.status or 500
         except ClientDisconnect:
-            status = 499  # as nginx logs it; no client reads it
+            status = 499  # the code in nginx's logs; no client reads it
             self.metrics.hangups.inc()
         finally:
             self._count(scope["path"], status, began)
@@ -123,7 +123,7 @@ class Gateway:
         except asyncio.CancelledError:
             if not self.shutdown.over:
                 raise
-            with suppress(asyncio.TimeoutError):  # of a client that does not read
+            with suppress(asyncio.TimeoutError):  # a client that does not read
                 await asyncio.wait_for(send.refuse(stopped()), FINAL_SECONDS / 2)
         except ClientDisconnect:
             raise
@@ -139,7 +139,7 @@ class Gateway:
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
         path, method, place = scope["path"], scope["method"], _endpoint(scope["path"])
         name = path.removeprefix(place).lstrip("/")
-        if method == "HEAD":  # as GET, and the body stays here
+        if method == "HEAD":  # like GET, without sending the body
             scope = {**scope, "method": "GET"}
         routes: dict[tuple[str, str], Callable[[], Awaitable[None]]] = {
             ("GET", "/"): lambda: self._point(send),
@@ -155,12 +155,12 @@ class Gateway:
         if found is not None:
             await found()
         elif place == "other":
-            raise RefusalError(f"there is nothing at {path}", do=_near(path), code="not_found", status=404)
+            raise RefusalError(f"{path} does not exist", do=_near(path), code="not_found", status=404)
         else:
             takes = [method for method, where in routes if where == place]
             takes += ["HEAD"] if "GET" in takes else []
             raise RefusalError(
-                f"{method} is not possible at {path}",
+                f"{path} does not support {method}",
                 expected=" or ".join(takes),
                 code="method_not_allowed",
                 status=405,
@@ -168,7 +168,7 @@ class Gateway:
             )
 
     async def _point(self, send: Send) -> None:
-        """Where the models and the page are; a browser is sent to the page, where there is one."""
+        """Where the models and the page are; a browser is redirected to the page if there is one."""
         places = {"models": "/v1/models", "health": "/health"} | ({"page": "/playground/"} if self.page else {})
         location = {"location": "playground/"} if self.page else {}
         await respond(send, 307 if self.page else 200, json.dumps(places).encode(), **location)
@@ -190,9 +190,9 @@ class Gateway:
         holder = self.catalog.administrator(bearer(scope))
         if not name:
             raise RefusalError(
-                "no expert is named",
+                "the request names no expert",
                 expected="DELETE /v1/experts/NAME",
-                do="name one of those that GET /v1/experts lists",
+                do="name one of the experts that GET /v1/experts lists",
                 code="invalid_request",
             )
         self.catalog.loaded(name)
@@ -208,7 +208,7 @@ class Gateway:
 
     async def _play(self, scope: Scope, send: Send) -> None:
         rest = scope["path"].removeprefix("/playground")
-        if rest == "":  # so that the page's relative links lead into its folder
+        if rest == "":  # so that the page's relative links resolve
             await respond(send, 307, b"", location="playground/")
             return
         body, kind = page_file(self.page, rest.strip("/"))
@@ -237,7 +237,7 @@ class Gateway:
                 self.metrics.count_usage(usage.last)
 
     def _editor(self, ticket: Ticket, request: Request, usage: Usage) -> Edit:
-        """What is done to each JSON object of an answer."""
+        """The change to each JSON object of an answer."""
 
         def edit(answer: dict[str, Any]) -> list[dict[str, Any]]:
             steps = self.engine.steps(ticket, answer) if ticket.record != "none" else {}

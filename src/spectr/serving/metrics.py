@@ -1,4 +1,4 @@
-"""What a server counts, for Prometheus."""
+"""A server's counters, for Prometheus."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Metrics:
-    """One server's counters, in a registry of their own."""
+    """One server's counters, in a separate registry."""
 
     def __init__(self) -> None:
         own = self.registry = CollectorRegistry()
         self.requests = Counter("spectr_requests", "Requests by status", ["endpoint", "status"], registry=own)
         self.running = Gauge("spectr_requests_running", "Requests that are being answered", registry=own)
-        self.hangups = Counter("spectr_hangups", "Clients that left before their answer ended", registry=own)
-        self.seconds = Histogram("spectr_request_seconds", "From a request to the end of its answer", registry=own)
-        self.prompt = Counter("spectr_prompt_tokens", "Tokens of prompts", registry=own)
-        self.generated = Counter("spectr_generated_tokens", "Tokens of answers", registry=own)
-        tokens = f"Generated tokens, shared out among experts by weight; {BASE}: without any"
+        self.hangups = Counter("spectr_hangups", "Clients that disconnected before their answer ended", registry=own)
+        self.seconds = Histogram("spectr_request_seconds", "Time from a request to the end of its answer", registry=own)
+        self.prompt = Counter("spectr_prompt_tokens", "Prompt tokens", registry=own)
+        self.generated = Counter("spectr_generated_tokens", "Answer tokens", registry=own)
+        tokens = f"Generated tokens by expert, split by weight; {BASE}: no expert"
         self.tokens = Counter("spectr_tokens", tokens, ["expert"], registry=own)
-        self.layers = Gauge("spectr_routed_layers", "Layers that are routed", registry=own)
-        score = "How far an expert's norm is above the others', a robust z-score"
+        self.layers = Gauge("spectr_routed_layers", "Routed layers", registry=own)
+        score = "Robust z-score of an expert's norm among all experts"
         self.suspicion = Gauge("spectr_expert_suspicion", score, ["expert"], registry=own)
 
     def describe(self, engine: Engine) -> None:
-        """Set what is known without any request."""
+        """Set values that are known without any request."""
         self.layers.set(len(engine.layers))
         for name, score in engine.suspicion.items():
             self.suspicion.labels(name).set(score)
 
     def forget(self, expert: str) -> None:
-        """Drop what is no longer true of an expert that was removed; its tokens stay."""
+        """Drop values of a removed expert; its tokens stay."""
         with suppress(KeyError):
             self.suspicion.remove(expert)
 
     def count_steps(self, experts: Sequence[str], steps: Sequence[Step]) -> None:
-        """Share generated tokens out among the experts that did the work."""
+        """Split generated tokens among the experts that were used."""
         totals: dict[str, float] = {}
         for step in steps:
             for name, share in step.shares.items():
@@ -59,5 +59,5 @@ class Metrics:
             counter.inc(number if isinstance(number, int) else 0)
 
     def text(self) -> bytes:
-        """All of it, as Prometheus reads it."""
+        """All counters in Prometheus' format."""
         return generate_latest(self.registry)

@@ -1,4 +1,4 @@
-"""Experts whose updates are far larger than the others': made to attract every token, or simply broken."""
+"""Experts whose updates are far larger than the others': built to attract every token, or broken."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from spectr.adapters import BaseLayers, Expert, Factors
 
 THRESHOLD = 3.5
-_LEAST_SPREAD = 0.35  # of the logarithms: honest experts, trained longer or shorter, differ threefold
+_LEAST_SPREAD = 0.35  # least spread of the logarithms: ordinary experts differ up to threefold, by length of training
 
 
 def spectral_norm(expert: Expert, base: BaseLayers | None = None) -> float:
@@ -19,7 +19,7 @@ def spectral_norm(expert: Expert, base: BaseLayers | None = None) -> float:
 
     Args:
         expert: The expert.
-        base: The layers of its base model; needed where the factors depend on them.
+        base: The layers of its base model; needed if the factors depend on them.
     """
     with _factors(expert, base) as read, torch.no_grad():
         norms = torch.stack([_norm(*read(module)) for module in expert.shapes])
@@ -27,10 +27,10 @@ def spectral_norm(expert: Expert, base: BaseLayers | None = None) -> float:
 
 
 def suspicion(norms: Mapping[str, float]) -> dict[str, float]:
-    """Of experts that stand out above the others, how far: the robust z-score of the norm's logarithm.
+    """Experts that stand out above the others, with the robust z-score of the norm's logarithm.
 
-    ``z = 0.6745 (log n - median) / max(MAD, 0.35)``; given where it is at least 3.5, which is sixfold or more, or the
-    norm is not finite. Of fewer than three there is no score.
+    ``z = 0.6745 (log n - median) / max(MAD, 0.35)``. Listed if ``z`` is at least 3.5, which is sixfold or more, or if
+    the norm is not finite. With fewer than three experts there is no score.
 
     Args:
         norms: See :func:`spectral_norm`.
@@ -49,7 +49,7 @@ def suspicion(norms: Mapping[str, float]) -> dict[str, float]:
 
 
 def suspicious(experts: Iterable[Expert], base: BaseLayers | None = None) -> dict[str, float]:
-    """:func:`suspicion` of those of these experts that have factors, by :func:`spectral_norm`."""
+    """:func:`suspicion` of the experts among these that have factors, by :func:`spectral_norm`."""
     return suspicion({expert.name: spectral_norm(expert, base) for expert in experts if expert.shapes})
 
 

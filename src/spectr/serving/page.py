@@ -1,4 +1,4 @@
-"""The playground page: static files, where they are installed."""
+"""The playground page: installed static files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def page_file(folder: Path | None, name: str) -> tuple[bytes, str]:
     """One of the page's files, with its content type.
 
     Raises:
-        RefusalError: 404: there is none of this name.
+        RefusalError: 404: there is no file of this name.
     """
     path = (folder / (name or "index.html")).resolve() if folder else None
     if path is None or folder is None or not path.is_relative_to(folder.resolve()) or not path.is_file():

@@ -1,4 +1,4 @@
-"""Who may use which expert: API keys and their sets of experts, in a file; what is not named is denied."""
+"""Which experts each API key may use, from a file. Everything that it does not name is denied."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ _SEE = "see docs/howto/serving.md, Who may use which expert"
 
 
 class Key(BaseModel):
-    """One API key and what its holder may use.
+    """One API key and what its owner may use.
 
     Attributes:
-        name: For logs and error messages at start-up; unique.
+        name: For logs and start-up errors; unique.
         key: The key itself, or
         key_sha256: its SHA-256 in hexadecimal.
         experts: Names, or ``"*"`` for all.
         base: Whether the base model alone may be used too.
-        admin: Whether experts may be removed and metrics read.
+        admin: Whether the owner may remove experts and read metrics.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(min_length=1, description="a name for who holds the key, such as team-a")
+    name: str = Field(min_length=1, description="a name for the key's owner, such as team-a")
     key: str | None = Field(
-        default=None, min_length=8, repr=False, description="the key itself, a text of 8 characters or more, in quotes"
+        default=None, min_length=8, repr=False, description="the key itself, a quoted text of at least 8 characters"
     )
     key_sha256: str | None = Field(
         default=None,
         pattern=r"^[0-9a-f]{64}$",
         repr=False,
-        description="the 64 hexadecimal digits that this prints: printf %s KEY | sha256sum",
+        description="the 64 hexadecimal digits that this command prints: printf %s KEY | sha256sum",
     )
     experts: tuple[str, ...] | Literal["*"] = Field(
         default=(), description='a list of names, such as [sst2, agnews], or "*" for all'
@@ -57,7 +57,7 @@ class Key(BaseModel):
     def _one_key(self) -> Key:
         if (self.key is None) == (self.key_sha256 is None):
             found = "has no key" if self.key is None else "has both key and key_sha256"
-            raise ValueError(found, "either key, or key_sha256")
+            raise ValueError(found, "either key or key_sha256")
         return self
 
     @property
@@ -70,8 +70,8 @@ class Policy(BaseModel):
     """The content of a policy file.
 
     Attributes:
-        keys: Each with its set.
-        exclude: Experts that no key may use, whatever its set; ``except`` in the file.
+        keys: The keys, each with its experts.
+        exclude: Experts that no key may use; ``except`` in the file.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
@@ -79,7 +79,7 @@ class Policy(BaseModel):
     keys: tuple[Key, ...] = Field(
         min_length=1,
         repr=False,
-        description="a list of one entry or more, each with a name, its key (or key_sha256) and its experts",
+        description="a list with at least one entry, each with a name, its key (or key_sha256) and its experts",
     )
     exclude: tuple[str, ...] = Field(default=(), alias="except", description="a list of names, such as [sst2, agnews]")
 
@@ -89,11 +89,11 @@ class Policy(BaseModel):
             first = {value: number for number, value in reversed(list(enumerate(of)))}
             if twice := [(first[value], number) for number, value in enumerate(of) if first[value] != number]:
                 places = " and ".join(f"keys[{number}]" for number in twice[0])
-                raise ValueError(f"has the same {what} in {places}", f"a {what} of its own for each")
+                raise ValueError(f"has the same {what} in {places}", f"a different {what} for each")
         return self
 
     def holder(self, secret: str | None) -> Key | None:
-        """Whose key this is; all are compared, in a time that depends on none of them."""
+        """The owner of a key. All keys are compared, in a time that does not depend on them."""
         digest = hashlib.sha256((secret or "").encode("utf-8", "surrogateescape")).digest()
         found = None
         for key in self.keys:
@@ -102,19 +102,19 @@ class Policy(BaseModel):
         return found
 
     def granted(self, key: Key, experts: Iterable[str]) -> tuple[str, ...]:
-        """Of these experts those that a key may use, in alphabetical order."""
+        """The experts among these that a key may use, in alphabetical order."""
         return tuple(
             sorted(name for name in experts if name not in self.exclude and (key.experts == "*" or name in key.experts))
         )
 
     def check(self, experts: Iterable[str]) -> None:
-        """Raise :class:`DataError` for names that are no experts of the library, all at once."""
+        """Raise :class:`DataError` for names that are not experts of the library, all at once."""
         known = tuple(experts)
         named = {key.name: key.experts for key in self.keys if key.experts != "*"} | {"except": self.exclude}
         raise_together(
-            "the policy names experts that are not there",
+            "the policy names unknown experts",
             [
-                DataError(f"'{name}' of {who} is no expert of this library", expected=did_you_mean(name, known))
+                DataError(f"'{name}' of {who} is not an expert of this library", expected=did_you_mean(name, known))
                 for who, names in named.items()
                 for name in names
                 if name not in known
@@ -124,10 +124,10 @@ class Policy(BaseModel):
 
 
 def read_policy(path: Path) -> Policy:
-    """A policy from a YAML or JSON file.
+    """Read a policy from a YAML or JSON file.
 
     Raises:
-        DataError: It cannot be read, or is no policy; all faults at once. No key is shown.
+        DataError: It cannot be read, or is not a policy; lists all faults. No key is shown.
     """
     given = _read(path)
     try:
@@ -135,7 +135,7 @@ def read_policy(path: Path) -> Policy:
     except ValidationError as error:
         found = faults(Policy, given, error)
     problems = [DataError(f"{fault.place or 'the file'} {fault.found}", expected=fault.expected) for fault in found]
-    raise DataError(f"{path} is no policy\n" + "\n".join(f"- {problem}" for problem in problems), do=_SEE)
+    raise DataError(f"{path} is not a policy\n" + "\n".join(f"- {problem}" for problem in problems), do=_SEE)
 
 
 def _read(path: Path) -> Any:
@@ -145,10 +145,10 @@ def _read(path: Path) -> Any:
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}", expected="a policy file", do=_SEE) from error
     except UnicodeDecodeError:
-        raise DataError(f"{path} is no text in UTF-8", expected="a policy, as YAML or JSON", do=_SEE) from None
+        raise DataError(f"{path} is not UTF-8 text", expected="a policy, as YAML or JSON", do=_SEE) from None
     except json.JSONDecodeError as error:
         raise DataError(f"{path}, line {error.lineno}: {error.msg}", expected="JSON", do=_SEE) from None
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         place = f", line {mark.line + 1}" if mark else ""
-        raise DataError(f"{path}{place}: {problem or 'no YAML'}", expected="YAML", do=_SEE) from None
+        raise DataError(f"{path}{place}: {problem or 'not YAML'}", expected="YAML", do=_SEE) from None

@@ -1,4 +1,4 @@
-"""What becomes of an engine's answer on its way to the client: routing goes in, errors become standard ones."""
+"""Change an engine's answer on its way to the client: add the routing, and standardise errors."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from starlette.types import Message, Send
 from spectr.serving.asgi import with_headers
 from spectr.serving.errors import error_body, standardised
 
-Edit = Callable[[dict[str, Any]], Sequence[dict[str, Any]]]  # to what stands in its place
+Edit = Callable[[dict[str, Any]], Sequence[dict[str, Any]]]  # returns the replacements
 
 
 class Answer:
-    """Passes a response on, each JSON object in it edited: the whole body, or every event of a stream.
+    """Passes on a response and edits each JSON object in it: the whole body, or every event of a stream.
 
     Attributes:
-        status: Of the response; ``None`` before it has begun.
-        done: Whether its last byte was sent.
+        status: Status of the response; ``None`` before it starts.
+        done: Whether the last byte was sent.
     """
 
     def __init__(self, send: Send, edit: Edit):
@@ -31,7 +31,7 @@ class Answer:
         self.done = False
 
     async def __call__(self, message: Message) -> None:
-        """In the place of ASGI's ``send``."""
+        """Replaces ASGI's ``send``."""
         if message["type"] == "http.response.start":
             await self._begin(message)
         elif message["type"] == "http.response.body" and not self.done:
@@ -83,5 +83,5 @@ class Answer:
         except ValueError:
             answer = {"error": None}
         if not isinstance(answer, dict) or "error" in answer:
-            return [error_body(500, "the engine failed while it answered", "engine_error")]
+            return [error_body(500, "the engine failed during the answer", "engine_error")]
         return [json.dumps(one, ensure_ascii=False, separators=(",", ":")).encode() for one in self._edit(answer)]

@@ -1,4 +1,4 @@
-"""An engine's application behind the gateway, on a socket, until it is ended."""
+"""An engine's application behind the gateway, on a socket, until it is stopped."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import uvicorn
 
 _LAST_STEPS = 2  # seconds for an engine's processes to end by themselves
-_LAST_BYTES = 1  # seconds for connections to be closed, before those that do not read are left
+_LAST_BYTES = 1  # seconds for closing connections; clients that do not read are dropped
 
 
 async def listen(
@@ -33,22 +33,22 @@ async def listen(
     say: Callable[[str], None],
     watch: Callable[[uvicorn.Server], Awaitable[None]] | None = None,
 ) -> None:
-    """Serve until the process is interrupted; say what is served once it can be reached.
+    """Serve until the process is interrupted; print what is served when it is reachable.
 
-    The first SIGINT or SIGTERM lets answers under way end, for ``settings.grace`` seconds, the second ends at once, the
-    third kills the process, also while it clears up after this has returned.
+    The first SIGINT or SIGTERM gives running answers ``settings.grace`` seconds. The second ends at once. The third
+    kills the process, even during the cleanup after this function.
 
     Args:
         app: The engine's own application.
         engine: Of that application.
-        settings: What is served.
+        settings: What to serve.
         bound: From :meth:`ServerSettings.listen`.
-        say: Shows one line.
-        watch: Is given the server, and may end it.
+        say: Prints one line.
+        watch: Receives the server, and may end it.
 
     Raises:
         CompositionError: No layer is routed.
-        KeyboardInterrupt: It was ended by SIGINT.
+        KeyboardInterrupt: SIGINT ended it.
     """
     from uvicorn import Config, Server
 
@@ -64,7 +64,7 @@ async def listen(
     server.handle_exit = lambda sig, frame: _note(signals, sig)
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, server.handle_exit)  # stays when the server has given back what it found
+            signal.signal(number, server.handle_exit)  # stays after the server restores its own handlers
     tasks = [
         asyncio.ensure_future(_announce(server, lines, say)),
         asyncio.ensure_future(_end(server, gateway.shutdown, settings.grace, signals, say)),
@@ -80,13 +80,13 @@ async def listen(
 
 
 def _note(signals: list[int], number: int) -> None:
-    """What a signal does: it is written down; the third one finds a process that does not react, and kills it.
+    """The effect of a signal: it is recorded. The third signal kills the process, which apparently does not react.
 
-    An engine's processes, which leave Ctrl-C to this one, go before it: those that do not react either are killed, too.
+    An engine's processes ignore Ctrl-C. They end before this process; those that do not react are killed too.
     """
     signals.append(number)
     if len(signals) > 2:
-        signal.signal(number, signal.SIG_DFL)  # one more does not wait for them
+        signal.signal(number, signal.SIG_DFL)  # one more signal does not wait for them
         _end_children()
         signal.raise_signal(number)
 
@@ -102,7 +102,7 @@ def _end_children() -> None:
 
 
 async def _announce(server: uvicorn.Server, lines: list[str], say: Callable[[str], None]) -> None:
-    """Print what is served once it can be reached."""
+    """Print what is served when it is reachable."""
     while not server.started:
         await asyncio.sleep(0.02)
     for line in lines:
@@ -112,18 +112,18 @@ async def _announce(server: uvicorn.Server, lines: list[str], say: Callable[[str
 async def _end(
     server: uvicorn.Server, shutdown: Shutdown, grace: float, signals: list[int], say: Callable[[str], None]
 ) -> None:
-    """Once the server is to end, let the answers under way end first, but not for longer than the grace."""
+    """When the server is to end, let running answers end first, but at most for the grace period."""
     while not (signals or server.should_exit):
         await asyncio.sleep(0.1)
     shutdown.begin()
     until = time.monotonic() + grace
     if shutdown.under_way and grace:
-        say(f"ending; {_requests(shutdown)} under way: {grace:g} seconds for them, and Ctrl-C again ends at once")
+        say(f"stopping: waiting up to {grace:g} seconds for {_requests(shutdown)}; press Ctrl-C again to stop at once")
     while shutdown.under_way and len(signals) < 2 and time.monotonic() < until:
         await asyncio.sleep(0.05)
-    say(f"ending; {_requests(shutdown)} cut off" if shutdown.under_way else "ending; nothing is under way")
+    say(f"stopping: {_requests(shutdown)} cut off" if shutdown.under_way else "stopping: no request is running")
     log = logging.getLogger("uvicorn.error")
-    log.disabled = True  # it would list each that was cut off
+    log.disabled = True  # it would list each request that was cut off
     await shutdown.end()
     log.disabled = False
     server.should_exit = True
@@ -139,17 +139,17 @@ def summary(settings: ServerSettings, engine: Engine, port: int, *, page: bool) 
     """What is served, to whom and where, and experts that stand out."""
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     lines = [
-        f"warning: the updates of '{name}' are far larger than the other experts' (robust z-score {score:.1f}); if you "
-        f"did not expect that: --except {name}"
+        f"warning: the updates of '{name}' are far larger than those of the other experts (robust z-score "
+        f"{score:.1f}); if you did not expect that, use --except {name}"
         for name, score in engine.suspicion.items()
     ]
     default, *others = engine.routers
     by = default + (f" (by request: {', '.join(others)})" if others else "")
     lines.append(f"{len(engine.layers)} layers routed among {', '.join(engine.experts)}, by {by}")
-    open_to_all = "none needed, as there is no policy: everyone on this machine may use every expert, and remove it"
+    open_to_all = "none (no policy): everyone on this machine may use and remove every expert"
     lines.append(f"keys: {settings.policy_file or open_to_all}")
     lines += [f"page: http://{host}:{port}/playground/"] if page else []
     lines.append(
-        f"serving '{settings.served_name}' and '{settings.base_name}' at http://{host}:{port}/v1, Ctrl-C ends it"
+        f"serving '{settings.served_name}' and '{settings.base_name}' at http://{host}:{port}/v1; press Ctrl-C to stop"
     )
     return lines

@@ -1,4 +1,4 @@
-"""What a server is to serve, for whichever engine does it."""
+"""What a server serves, for any engine."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from spectr.models import HUB_ID
 from spectr.routers import Router, residents
 from spectr.serving.policy import Policy, read_policy
 
-_BACKLOG = 2048  # connections that wait until they are taken, as uvicorn has it
+_BACKLOG = 2048  # waiting connections, as in uvicorn
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """What a server is to serve, checked.
+    """What a server serves, checked.
 
     Attributes:
-        library: Has the experts.
-        experts: Those of them that are served, in alphabetical order.
-        routers: Those that a request may name, by their names for clients; the first is the default.
+        library: The experts.
+        experts: The served experts, in alphabetical order.
+        routers: The routers that a request may choose, by their names for clients; the first is the default.
         model: Folder or Hub id of the base model; ``None`` for the default one.
         base_name: The base model's name for clients.
-        dtype: Of the model.
+        dtype: Precision of the model.
         served_name: The composed model's name for clients.
-        policy_file: API keys, if there are any.
-        host: Address to listen at.
-        port: Likewise; 0 for a free one.
-        count: Whether tokens are counted by expert for every request.
-        grace: Seconds that answers under way have to end when the server is to.
-        options: Of the engine's own command line.
-        remarks: What a user might not expect.
+        policy_file: API keys, if any.
+        host: Address to listen on.
+        port: Port to listen on; 0 for a free one.
+        count: Whether to count tokens by expert for every request.
+        grace: Seconds that running answers have when the server stops.
+        options: Options of the engine's own command line.
+        remarks: What may surprise a user.
     """
 
     library: ExpertLibrary
@@ -60,13 +60,13 @@ class ServerSettings:
         """The policy, checked against the experts.
 
         Raises:
-            DataError: It is none, or names experts that are not there.
-            SpectrError: There is none, and other machines could reach the server.
+            DataError: It is not a policy, or names unknown experts.
+            SpectrError: There is no policy, and other machines could reach the server.
         """
         if self.policy_file is None:
             if not _is_loopback(self.host):
                 raise SpectrError(
-                    f"--host {self.host} without a policy: anybody who reaches it could use every expert",
+                    f"--host {self.host} needs a policy: without one, anyone who reaches it can use every expert",
                     expected="a policy file, or a loopback address",
                     do="--policy FILE (see docs/howto/serving.md), or --host 127.0.0.1",
                 )
@@ -76,11 +76,11 @@ class ServerSettings:
         return policy
 
     def check(self) -> None:
-        """Everything that can be checked before a model is loaded, but for the socket.
+        """Everything that can be checked before a model is loaded, except the socket.
 
         Raises:
-            SpectrError: See :meth:`policy`; or the composed model has the base model's name, or an answer would depend
-                on experts that its request may not use.
+            SpectrError: See :meth:`policy`; or the composed model has the base model's name, or answers would depend on
+                experts that the request may not use.
         """
         self.policy()
         for name, router in self.routers.items():
@@ -88,19 +88,19 @@ class ServerSettings:
                 raise SpectrError(
                     f"router '{name}' with combine='{router.combine}': answers would depend on all experts "
                     "of the server, also on those that a request may not use",
-                    expected="a combination of the chosen experts alone",
-                    do="leave --combine out, or --combine ties",
+                    expected="a combination of only the chosen experts",
+                    do="omit --combine, or use --combine ties",
                 )
         if self.served_name == self.base_name:
             raise SpectrError(
-                f"'{self.served_name}' is the base model's own name", do="serve under another name: --served-name"
+                f"'{self.served_name}' is the base model's own name", do="choose another name: --served-name"
             )
 
     def listen(self) -> socket.socket:
-        """A socket that is bound, and listens, so that a second server cannot have it meanwhile; who connects waits.
+        """Bind a socket and listen, so that no second server can take it; connections wait.
 
         Raises:
-            SpectrError: The address is not there, or taken.
+            SpectrError: The address does not exist, or is taken.
         """
         kind = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         try:
@@ -119,24 +119,24 @@ def make_settings(
     Args:
         request: Library and routers.
         exclude: Experts of the library that are not served.
-        served_name: See :class:`ServerSettings`, as all others.
+        served_name: See :class:`ServerSettings`, as for all others.
         given: See :class:`ServerSettings`.
 
     Raises:
         SpectrError: A name is unknown, no expert is left, the routers cannot be served together, or the settings do not
-            go together (:meth:`ServerSettings.check`).
+            fit together (:meth:`ServerSettings.check`).
     """
     if len(request.routers) > 1 and "oracle" in request.routers:
         raise SpectrError(
-            "the router oracle holds one expert alone and cannot be served next to others",
-            do=f"leave it out; a request names one expert alone by its model, {served_name}/EXPERT",
+            "the router oracle holds a single expert and cannot be served with other routers",
+            do=f"omit it; a request chooses a single expert with the model {served_name}/EXPERT",
         )
     found = request.resolve()
     check_alike({name: residents(router, found.library.names) for name, router in found.routers.items()})
     found.library.check(*exclude)
     experts = tuple(name for name in sorted(request.allow or found.library) if name not in exclude)
     if not experts:
-        raise LibraryError("--except leaves no expert to serve", do="name fewer")
+        raise LibraryError("--except leaves no expert to serve", do="exclude fewer experts")
     settings = ServerSettings(
         library=found.library,
         experts=experts,
@@ -152,7 +152,7 @@ def make_settings(
 
 
 def _base_name(model: str | None) -> str:
-    """What clients call a base model: its Hub id, or its folder's name."""
+    """A base model's name for clients: its Hub id, or the name of its folder."""
     if model is None:
         return HUB_ID
     return Path(model).resolve().name if Path(model).exists() else model

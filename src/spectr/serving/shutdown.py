@@ -1,4 +1,4 @@
-"""The end of a server: requests under way have time, new ones are refused, and each gets an answer."""
+"""Stop a server: running requests get time, new ones are refused, and each gets an answer."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ FINAL_SECONDS = 2.0  # seconds for the last answers
 
 
 class Shutdown:
-    """Whether a server is to end, and which requests it still works on.
+    """Whether a server is stopping, and its running requests.
 
     Attributes:
         begun: New requests are refused.
-        over: What was under way is cut off.
+        over: Running requests are cut off.
     """
 
     def __init__(self) -> None:
@@ -25,12 +25,12 @@ class Shutdown:
 
     @property
     def under_way(self) -> int:
-        """Requests that are not answered yet."""
+        """Requests without an answer yet."""
         return len(self._under_way)
 
     @contextmanager
     def tracked(self) -> Iterator[None]:
-        """While the block runs, the current task is under way: it is cancelled when the time is over."""
+        """Inside the block, the current task is a running request; it is cancelled when the time is over."""
         task = asyncio.current_task()
         assert task is not None
         self._under_way.add(task)
@@ -40,7 +40,7 @@ class Shutdown:
             self._under_way.discard(task)
 
     def check(self) -> None:
-        """Raise :class:`RefusalError` for a request that comes too late."""
+        """Raise :class:`RefusalError` for a request that arrives too late."""
         if self.begun:
             raise stopped("the server is stopping and takes no new requests")
 
@@ -49,7 +49,7 @@ class Shutdown:
         self.begun = True
 
     async def end(self) -> None:
-        """Cut off what is under way; returns when it has ended."""
+        """Cut off running requests; returns after they ended."""
         self.begin()
         self.over = True
         tasks = list(self._under_way)
@@ -59,6 +59,6 @@ class Shutdown:
             await asyncio.wait(tasks, timeout=FINAL_SECONDS)
 
 
-def stopped(given: str = "the server has stopped before this answer was done") -> RefusalError:
-    """What a client reads whose request gets no answer any more."""
-    return RefusalError(given, do="ask again later", code="server_stopping", status=503)
+def stopped(given: str = "the server stopped before this answer was complete") -> RefusalError:
+    """The answer to a request that the stopping server does not complete."""
+    return RefusalError(given, do="try again later", code="server_stopping", status=503)

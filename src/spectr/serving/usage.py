@@ -1,4 +1,4 @@
-"""The tokens that an answer takes, and where its reader finds them."""
+"""The number of tokens of an answer, and where a client finds it."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from spectr.serving.api_fields import Request
 
 
 class Usage:
-    """Puts the ``usage`` of an answer where OpenAI's API has it, wherever the engine does.
+    """Puts an answer's ``usage`` where OpenAI's API has it, wherever the engine puts it.
 
-    A whole answer has it. A stream has it where ``stream_options`` have (``include_usage``): in a chunk of its
-    own, without choices; the chunks before have ``null``.
+    A complete answer has it. A stream has it if ``stream_options`` request it (``include_usage``), in a separate chunk
+    without choices; the chunks before have ``null``.
 
     Args:
         request: The request.
 
     Attributes:
-        last: The last one that the engine gave; empty before it.
+        last: The engine's last value; empty before the first.
     """
 
     def __init__(self, request: Request):
@@ -26,7 +26,7 @@ class Usage:
         self.last: dict[str, Any] = {}
 
     def placed(self, answer: dict[str, Any]) -> list[dict[str, Any]]:
-        """What stands in the place of a whole answer, or of a stream's chunk."""
+        """The replacement of a complete answer, or of a stream's chunk."""
         found = answer.get("usage")
         self.last = found or self.last
         if not self._streams:

@@ -1,6 +1,6 @@
-"""What is wrong with a policy or a request, field by field found by pydantic, in our own words.
+"""Faults of a policy or a request by field, found by pydantic, in our own words.
 
-Each field of a model has in its ``description`` what is expected of it. One that must not be shown has ``repr=False``.
+The ``description`` of each field states what is expected. A field that must not be shown has ``repr=False``.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from pydantic.fields import FieldInfo
 from spectr.errors import did_you_mean
 
 Path = tuple[str | int, ...]
-_LONGEST = 60  # characters of what was found that are shown
+_LONGEST = 60  # shown characters of a value
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """One thing that is wrong.
+    """One fault.
 
     Attributes:
         place: Such as ``keys[1].experts``; empty for the whole.
@@ -35,12 +35,12 @@ class Fault:
 
 
 def faults(model: type[BaseModel], given: Any, error: ValidationError) -> list[Fault]:
-    """What is wrong, in the order of the fields: one fault for each field, the one that lies deepest.
+    """All faults in the order of the fields: for each field one, the most deeply nested.
 
     Args:
-        model: What was to be made of it.
-        given: What it was to be made of.
-        error: Of pydantic.
+        model: The expected model.
+        given: The data.
+        error: Pydantic's error.
     """
     found = [_Found(model, given, fault) for fault in error.errors(include_url=False)]
     kept: list[_Found] = []
@@ -51,11 +51,11 @@ def faults(model: type[BaseModel], given: Any, error: ValidationError) -> list[F
 
 
 class _Found:
-    """A pydantic error, and where in what was given it lies.
+    """A pydantic error, and its place in the data.
 
     Attributes:
         path: The place.
-        of: That of the field that it is an error of.
+        of: The place of the field that it belongs to.
     """
 
     def __init__(self, model: type[BaseModel], given: Any, fault: Any):
@@ -75,14 +75,14 @@ class _Found:
             given = given.get(part) if isinstance(given, dict) else given[part]
 
     def fault(self) -> Fault:
-        """In our own words."""
+        """The fault in our own words."""
         found, expected = self._words()
         return Fault(place="".join(map(_step, self.path)).removeprefix("."), found=found, expected=expected)
 
     def _words(self) -> tuple[str, str | None]:
         fields = list(_names(self.model))
         if self.kind == "extra_forbidden":
-            return "is no field", did_you_mean(str(self.path[-1]), map(str, fields))
+            return "is not a field", did_you_mean(str(self.path[-1]), map(str, fields))
         if self.kind == "value_error":
             found, *expected = self.context["error"].args
             return found, expected[0] if expected else None
@@ -96,7 +96,7 @@ class _Found:
 
 
 def _leads_on(part: str | int, given: Any, model: type[BaseModel]) -> bool:
-    """Whether a part of pydantic's place is one of the data, not one of the types that a value may have."""
+    """Whether a part of pydantic's place belongs to the data, not to the types that a value may have."""
     if isinstance(part, int):
         return isinstance(given, (list, tuple))
     return isinstance(given, dict) and (part in given or part in _names(model))
@@ -115,11 +115,11 @@ def _kind(value: Any) -> str:
     if value in ([], {}, None):
         return "empty"
     kinds = {dict: "a mapping", list: "a list", bool: "true or false", int: "a number", float: "a number"}
-    return kinds.get(type(value), "of another kind")
+    return kinds.get(type(value), "of another type")
 
 
 def shown(value: Any) -> str:
-    """A value as JSON writes it, cut where it is long."""
+    """A value as JSON, shortened if it is long."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."
 
@@ -129,7 +129,7 @@ def _names(model: type[BaseModel]) -> dict[str | int, FieldInfo]:
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The models within a field's type."""
+    """The models in a field's type."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for inner in get_args(annotation):

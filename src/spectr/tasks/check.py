@@ -32,14 +32,14 @@ def _of_answers(fields: Mapping[str, Any]) -> Iterator[str]:
     if isinstance(metric, str) and metric not in METRICS:
         yield f"unknown metric '{metric}'; {did_you_mean(metric, METRICS)}"
     if (choices is None) == (answer is None):
-        yield "a task has either 'choices' or a free-text 'answer' template, and one of them"
+        yield "a task needs either 'choices' or a free-text 'answer' template"
     elif answer is None and metric in TEXT_METRICS:
-        yield f"metric '{metric}' is for free text, and this task has choices: use {', '.join(CHOICE_METRICS)}"
+        yield f"metric '{metric}' is for free text, but this task has choices: use {', '.join(CHOICE_METRICS)}"
     elif choices is None and metric in CHOICE_METRICS:
-        yield f"metric '{metric}' is for choices, and this task's answer is free text: use {', '.join(TEXT_METRICS)}"
+        yield f"metric '{metric}' is for choices, but this task's answer is free text: use {', '.join(TEXT_METRICS)}"
     if isinstance(choices, (list, tuple)) and all(isinstance(choice, str) for choice in choices):
         if len(choices) < 2 or len(set(choices)) < len(choices):
-            yield "'choices' needs at least two, all different"
+            yield "'choices' needs at least two different answers"
         if not all(choice.strip() for choice in choices):
             yield "'choices' holds an empty answer"
 
@@ -47,10 +47,10 @@ def _of_answers(fields: Mapping[str, Any]) -> Iterator[str]:
 def _of_letters(fields: Mapping[str, Any]) -> Iterator[str]:
     letters = fields.get("letters")
     if letters is None and fields.get("form") == "letters":
-        yield "'form' is letters, and there is no template 'letters'"
+        yield "'form' is letters, but there is no template 'letters'"
     if not isinstance(letters, str):
         return
     if fields.get("choices") is None:
-        yield "'letters' lists choices, and this task has none"
+        yield "'letters' lists choices, but this task has none"
     if template.fault(letters) is None and "options" not in template.names(letters):
-        yield "'letters' needs {options}, where the lettered choices go"
+        yield "'letters' needs {options}, which the lettered choices replace"

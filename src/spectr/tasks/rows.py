@@ -72,9 +72,9 @@ def data_source(task: Task, part: Literal["train", "test"], root: str | Path | N
     source = getattr(task.hub, part, None)
     if source is None:
         raise DataError(
-            f"task '{task.name}' names no {part} data on the Hub",
+            f"task '{task.name}' has no {part} data on the Hub",
             expected=f"'hub: {{{part}: \"hub:<dataset>:<split>\"}}' in its file",
-            do="add it, or give a folder as --data-root",
+            do="add it, or use a folder as --data-root",
         )
     return source
 
@@ -90,7 +90,7 @@ def read_lines(path: str | Path) -> list[str]:
         raise DataError(f"no text file at {path}", do="check the path")
     lines = [line.strip() for line in _lines(path) if line.strip()]
     if not lines:
-        raise DataError(f"{path} holds no text", expected="one text a line")
+        raise DataError(f"{path} holds no text", expected="one text per line")
     return lines
 
 
@@ -108,15 +108,15 @@ def _rows(
         if count == limit:
             return
     if count == 0:
-        raise DataError(f"{source} holds no rows", expected="one JSON object a line", do="check the file")
+        raise DataError(f"{source} holds no rows", expected="one JSON object per line", do="check the file")
 
 
 def _jsonl_rows(path: Path) -> Iterator[dict[str, Any] | DataError]:
     if not path.is_file():
         raise DataError(
             f"no data file at {path}",
-            do="give the folder that holds it with --data-root, or its full path; with --data-root hub "
-            "tasks that name a dataset of the Hub take it from there",
+            do="pass its folder with --data-root, or its full path; with --data-root hub, "
+            "tasks read their datasets from the Hub",
         )
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
@@ -125,7 +125,7 @@ def _jsonl_rows(path: Path) -> Iterator[dict[str, Any] | DataError]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             yield DataError(
-                f"{path}, line {number}: {error}", expected="one JSON object a line", do="correct that line"
+                f"{path}, line {number}: {error}", expected="one JSON object per line", do="correct that line"
             )
             continue
         if isinstance(row, dict):

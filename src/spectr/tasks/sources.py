@@ -58,18 +58,18 @@ class Source:
 
     def _named(self, task: str) -> Task:
         if self.prompt or self.answer or self.choices:
-            raise DataError("--task comes with its own templates", do="leave out --prompt, --answer and --choices")
+            raise DataError("--task has its own templates", do="remove --prompt, --answer and --choices")
         return Task.load(task) if task.endswith((".yaml", ".yml")) else Task.shipped(task)
 
     def _of_a_prompt(self, name: str) -> Task:
         if self.prompt is None:
             raise DataError(
-                "nothing says how a row becomes a prompt",
-                do='give --task agnews (or a task file), or --prompt "..." with --answer "..." or --choices "a,b"',
+                "there is no prompt template",
+                do='use --task agnews (or a task file), or --prompt "..." with --answer "..." or --choices "a,b"',
             )
         if (self.answer is None) == (self.choices is None):
             raise DataError(
-                "one kind of answer is needed", do='give --answer "{field}" or --choices "no,yes", not both'
+                "exactly one kind of answer is needed", do='use --answer "{field}" or --choices "no,yes", not both'
             )
         listed = tuple(choice.strip() for choice in self.choices.split(",")) if self.choices else None
         return Task.of(name=name, version=1, prompt=self.prompt, answer=self.answer, choices=listed)
@@ -106,7 +106,7 @@ def read_expert_rows(
     """
     if source.own and len(names) > 1:
         raise DataError(
-            f"one task's data for {len(names)} experts ({', '.join(names)})", do="name the expert that it belongs to"
+            f"one task's data cannot be for {len(names)} experts ({', '.join(names)})", do="name one expert"
         )
     title = "the data of these experts"
     found = map_together(title, lambda name: _expert_rows(name, source, limit), names, DataError)
@@ -117,10 +117,10 @@ def _expert_rows(name: str, source: Source, limit: int | None) -> tuple[list[Exa
     if not source.own and name not in shipped_tasks():
         raise DataError(
             f"no shipped task has the name of the expert '{name}'",
-            do="name its data: --task FILE, or --data ROWS with --prompt and --choices (or --answer)",
+            do="pass its data: --task FILE, or --data ROWS with --prompt and --choices (or --answer)",
         )
     about = source.read_task(name, None if source.prompt else name)
     rows = source.rows(about, "train")
     if rows is None:
-        raise DataError(f"no training data was named for '{name}'", do="give --data, or a task that names its own")
+        raise DataError(f"no training data was named for '{name}'", do="use --data, or a task with training data")
     return read_examples(about, rows, root=source.root, limit=limit), source.origin(about, rows)

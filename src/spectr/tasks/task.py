@@ -128,7 +128,7 @@ class Task(BaseModel):
         """
         path = Path(path)
         if not path.is_file():
-            raise DataError(f"no task file at {path}", do="give the path of a YAML task file, or a shipped task's name")
+            raise DataError(f"no task file at {path}", do="use the path of a YAML task file, or a shipped task's name")
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -173,7 +173,7 @@ class Task(BaseModel):
             raise DataError(
                 f"task '{self.name}' has no form with lettered options",
                 expected="a template 'letters' with {options} in its file",
-                do="add it, or leave out --letters",
+                do="add it, or remove --letters",
             )
         return self.model_copy(update={"form": "letters", "paraphrases": (), "length_normalised": False})
 
@@ -201,8 +201,8 @@ class Task(BaseModel):
         if not isinstance(choices, (list, tuple)) or len(choices) < 2 or not all(isinstance(c, str) for c in choices):
             raise DataError(
                 f"task '{self.name}': the field '{self.choices}'{template.of(row)} is {choices!r}",
-                expected="a list of two or more texts",
-                do="correct that field of the data, or name another one as 'choices'",
+                expected="a list of at least two texts",
+                do="correct this field in the data, or use another field for 'choices'",
             )
         return tuple(choices)
 
@@ -212,7 +212,7 @@ class Task(BaseModel):
             raise DataError(
                 f"task '{self.name}': label {label!r}{template.of(row)}",
                 expected=f"a whole number from 0 to {count - 1}",
-                do=f"correct the field '{self.label}' of the data",
+                do=f"correct the field '{self.label}' in the data",
             )
         return label
 
@@ -222,8 +222,8 @@ def _as_letters(choices: tuple[str, ...], row: Mapping[str, Any], task: str) -> 
     if len(choices) > len(string.ascii_uppercase):
         raise DataError(
             f"task '{task}': {len(choices)} choices{template.of(row)}",
-            expected=f"at most {len(string.ascii_uppercase)}, as many as there are letters",
-            do="leave out --letters",
+            expected=f"at most {len(string.ascii_uppercase)}, the number of letters",
+            do="remove --letters",
         )
     letters = tuple(string.ascii_uppercase[: len(choices)])
     options = "\n".join(f"{letter}. {choice}" for letter, choice in zip(letters, choices, strict=True))
@@ -238,7 +238,7 @@ def _validated(fields: dict[str, Any], what: str) -> Task:
         lines = [f"{place}: {message}" if place else message for place, message in found]
         if all(place for place, _ in found):  # with a wrong field, pydantic does not come to what is between fields
             lines += faults(fields)
-        raise DataError(f"{what}: {'; '.join(lines)}", do="see the shipped tasks for the form") from error
+        raise DataError(f"{what}: {'; '.join(lines)}", do="see the shipped tasks for examples") from error
 
 
 @cache

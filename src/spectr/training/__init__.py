@@ -1,4 +1,4 @@
-"""Training one LoRA expert on peft and transformers."""
+"""Train one LoRA expert with peft and transformers."""
 
 from typing import TYPE_CHECKING
 

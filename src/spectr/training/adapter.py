@@ -1,4 +1,4 @@
-"""The adapter that is trained, in PEFT's hands: what is checked before the run, and what is written after it."""
+"""The adapter during training, in PEFT's format: checks before the run, and files after it."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ _NAMES = re.compile(r"^[\w.\s,]+$")  # of modules; anything else is a regular ex
 
 
 def settle(make: Callable[[], nn.Module], settings: TrainingSettings) -> TrainingSettings:
-    """Settings with the dropout that a model allows, after all checks that need no weights.
+    """Settings with a dropout that the model allows, after all checks that need no weights.
 
     Args:
         make: Makes the model; called on the meta device.
         settings: Of the run.
 
     Raises:
-        DataError: No module matches ``target_modules``, spectr could not read the adapter again, or dropout was asked
-            for where fused parameters (of a mixture of experts) are trained, which have none in PEFT.
+        DataError: No module matches ``target_modules``, spectr could not read the adapter afterwards, or dropout was
+            set for fused parameters (of a mixture of experts), for which PEFT has none.
     """
     with torch.device("meta"):
         peft_model = with_adapter(make(), replace(settings, dropout=0.0))
@@ -48,24 +48,24 @@ def settle(make: Callable[[], nn.Module], settings: TrainingSettings) -> Trainin
     fused = sorted(written.target_parameters or ())
     if fused and settings.dropout:
         raise DataError(
-            f"dropout={settings.dropout}, and target_modules={settings.target_modules!r} has fused parameters here "
+            f"dropout={settings.dropout}, but target_modules={settings.target_modules!r} includes fused parameters "
             f"({', '.join(fused)})",
-            expected="no dropout, which PEFT does not have for those",
-            do="leave --dropout out, or name linear layers: --target-modules q_proj,v_proj",
+            expected="no dropout, since PEFT has none for fused parameters",
+            do="omit --dropout, or target linear layers: --target-modules q_proj,v_proj",
         )
     _check_readable(peft_model, settings)
     return replace(settings, dropout=0.0 if fused else DROPOUT) if settings.dropout is None else settings
 
 
 def check_plain(model: nn.Module) -> None:
-    """Raise :class:`DataError` if a model is composed or carries an adapter, which would take part unnoticed."""
+    """Raise :class:`DataError` if a model is composed or carries an adapter, which would affect the training."""
     for what, kind in {"is composed": RoutedLinear, "carries an adapter": BaseTunerLayer}.items():
         if any(isinstance(module, kind) for module in model.modules()):
-            raise DataError(f"this model {what}", expected="a base model", do="take that off, or load the model anew")
+            raise DataError(f"this model {what}", expected="a base model", do="remove it, or load the model again")
 
 
 def with_adapter(model: Any, settings: TrainingSettings) -> PeftModel:
-    """The model with a fresh adapter, the same one for the same seed.
+    """The model with a new adapter, the same one for the same seed.
 
     Raises:
         DataError: No module matches ``target_modules``, or PEFT cannot adapt one that does.
@@ -106,7 +106,7 @@ def _is_refused(name: str, model: Any, config: LoraConfig) -> bool:
 
 
 def untrained(peft_model: PeftModel) -> list[str]:
-    """Linear layers whose update is still zero: no gradient has ever reached them."""
+    """Linear layers whose update is still zero, since no gradient reached them."""
     return [
         name
         for name, part in peft_model.get_base_model().named_modules()
@@ -119,10 +119,10 @@ def write_peft(peft_model: PeftModel, folder: Path, *, base_model: str, without:
     """Write PEFT's two files, the factors in bfloat16.
 
     Args:
-        peft_model: With the adapter; its configuration is the one that is written.
-        folder: For the files.
-        base_model: What the configuration names as its base.
-        without: Linear layers whose update is zero; what is written does not target them, so that PEFT misses none.
+        peft_model: The model with the adapter; its configuration is written.
+        folder: Folder of the files.
+        base_model: Name of the base model in the configuration.
+        without: Linear layers whose update is zero; the written configuration does not target them.
     """
     outside = tuple(f"{_PREFIX}{name}.lora_" for name in without)
     tensors = {key: value for key, value in _tensors(peft_model).items() if not key.startswith(outside)}
@@ -147,14 +147,14 @@ def _tensors(peft_model: PeftModel) -> Mapping[str, Tensor]:
 
 
 def _check_readable(peft_model: PeftModel, settings: TrainingSettings) -> None:
-    """Write the adapter as it will be, with zeros, and read it."""
+    """Write the adapter with zeros, and read it back."""
     with TemporaryDirectory() as folder:
         write_peft(peft_model, Path(folder), base_model="")
         try:
             read_adapter(folder, "trained", check_values=False)
         except AdapterError as error:
             raise DataError(
-                f"target_modules={settings.target_modules!r} trains what spectr cannot read again: {error.given}",
+                f"target_modules={settings.target_modules!r} trains parts that spectr cannot read: {error.given}",
                 expected="linear layers",
-                do="name them: --target-modules q_proj,v_proj",
+                do="target these: --target-modules q_proj,v_proj",
             ) from error

@@ -1,4 +1,4 @@
-"""From examples to batches: encoded once, ordered by the seed alone."""
+"""From examples to batches: encoded once, in an order that only the seed determines."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Encoded:
     """Training examples as token ids.
 
     Attributes:
-        prefix: Tokens that every example begins with; not repeated in ``prompts``.
+        prefix: Tokens that all examples begin with; not repeated in ``prompts``.
         prompts: The rest of each prompt.
         answers: Each answer with its end-of-sequence token.
-        shortened: How many prompts were longer than allowed.
+        shortened: Number of prompts that were longer than allowed.
     """
 
     prefix: list[int]
@@ -38,10 +38,10 @@ class Encoded:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One step's tokens, padded on the right. B examples, T tokens of their own after S shared ones.
+    """One step's tokens, padded on the right: B examples, with T tokens each after S shared tokens.
 
-    Padding comes last, since elsewhere recurrent states and attention windows would count it. For a model with an
-    encoder and a decoder prompts are in ``input_ids``, and answers in ``labels``.
+    Padding comes last; elsewhere recurrent states and attention windows would count it. For a model with an encoder and
+    a decoder, prompts are in ``input_ids`` and answers in ``labels``.
 
     Attributes:
         input_ids: (B, T) int64.
@@ -64,8 +64,8 @@ def encode(
     Args:
         tokenizer: The model's.
         examples: Prompts and answers.
-        max_length: Tokens of both at most.
-        share: Take the tokens that all prompts begin with apart, to be run once a batch.
+        max_length: Maximum number of tokens of both.
+        share: Separate the tokens that all prompts begin with, to run them once per batch.
     """
     prompts = [encode_prompt(tokenizer, example.prompt) for example in examples]
     answers = [encode_answer(tokenizer, example.answer)[:max_length] for example in examples]
@@ -80,9 +80,10 @@ def encode(
 def batches(
     data: Encoded, *, batch_size: int, epochs: int, seed: int, pad: int, two_sided: bool = False
 ) -> Iterator[Batch]:
-    """Every batch of the run, in an order that only the seed decides; examples of like length go together.
+    """Every batch of the run, in an order that only the seed determines; examples of similar length are batched
+    together.
 
-    ``two_sided`` is for models with an encoder and a decoder: prompts alone are the input.
+    ``two_sided`` is for models with an encoder and a decoder, whose input is the prompts only.
     """
     collate = _collate_two_sided if two_sided else _collate
     for epoch in range(epochs):

@@ -1,8 +1,8 @@
-"""The training loop and its checkpoints: each one safetensors file, replaced whole or not at all.
+"""The training loop and its checkpoints, each one safetensors file that is replaced atomically.
 
-It is our own and short, rather than transformers' Trainer, for three things that the Trainer does not do: the tokens
-that all prompts share are run once a batch and not once an example, logits are computed for the answer only, and every
-step draws its randomness from (seed, step), so that a run killed anywhere ends with the same weights.
+It is our own short loop instead of transformers' Trainer for three reasons. Tokens that all prompts share run once per
+batch, not once per example. Logits are computed for the answer only. Every step draws its random numbers from
+(seed, step), so that an interrupted run ends with the same weights.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ def fit(
     progress: Progress,
     validate: Callable[[str], float] | None = None,
 ) -> dict[str, Any]:
-    """Train the model's trainable parameters for ``total`` steps in all, from where ``facts`` says the run is.
+    """Train the model's trainable parameters for ``total`` steps, starting at the step in ``facts``.
 
-    Returns the facts at its end.
+    Returns the facts at the end.
 
-    With ``validate``, called after every epoch, the parameters end as those of the epoch with the highest value, the
-    earlier one of two that are equal. Ctrl-C ends the step, saves a checkpoint and raises ``KeyboardInterrupt``.
+    With ``validate``, which is called after every epoch, the parameters of the best epoch are kept (the first of equal
+    ones). Ctrl-C ends the step, saves a checkpoint and raises ``KeyboardInterrupt``.
     """
     parameters = trainable(model)
     per_epoch = count_steps(data, batch_size=settings.batch_size, epochs=1)
@@ -89,12 +89,12 @@ def fit(
 
 
 def fresh_facts(fingerprint: str, **more: Any) -> dict[str, Any]:
-    """The facts of a run that begins."""
+    """The facts of a new run."""
     return {"fingerprint": fingerprint, "step": 0, "loss": float("nan"), "seconds": 0.0, "validation": [], **more}
 
 
 def _scheduler_at(step: int, optimizer: torch.optim.Optimizer, settings: OptimizerSettings, total: int) -> Any:
-    """The learning rate's schedule, from where the run is."""
+    """The learning rate's schedule, at the run's step."""
     scheduler = get_scheduler(settings.schedule, optimizer, round(settings.warmup * total), total)
     for _ in range(step):
         optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]  # these steps were made earlier
@@ -134,9 +134,9 @@ def _step(
         loss = answer_loss(model, batch, torch.tensor([prefix], dtype=torch.long, device=device), device)
     if not loss.requires_grad:
         raise DataError(
-            "the loss depends on none of the trained modules",
+            "the loss does not depend on any trained module",
             expected="modules that text goes through",
-            do="choose others: --target-modules all-linear",
+            do="train other modules: --target-modules all-linear",
         )
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -146,7 +146,7 @@ def _step(
 
 
 def answer_loss(model: Any, batch: Batch, prefix_1S: Tensor, device: torch.device) -> Tensor:
-    """Mean cross-entropy of the answers' tokens, in nats; the prefix is run once, for all of the batch."""
+    """Mean cross-entropy of the answers' tokens, in nats; the prefix runs once for the whole batch."""
     if model.config.is_encoder_decoder:
         given = {key: getattr(batch, key).to(device) for key in ("input_ids", "attention_mask", "labels")}
         return model(**given).loss
@@ -176,9 +176,9 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @contextmanager
 def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Yield a function that returns whether Ctrl-C was pressed; a second time it interrupts at once.
+    """Yield a function that returns whether Ctrl-C was pressed; a second Ctrl-C interrupts at once.
 
-    Outside the main thread, where Python allows no handlers, nothing is deferred.
+    Outside of the main thread, where Python allows no handlers, nothing is deferred.
     """
     pressed = False
 
@@ -217,7 +217,7 @@ def save_checkpoint(
 
 
 def read_facts(path: Path, fingerprint: str | None = None) -> dict[str, Any] | None:
-    """The checkpoint's facts, or ``None`` where there is no checkpoint; without a fingerprint of any run.
+    """The facts of a checkpoint; ``None`` if there is none. Without ``fingerprint``, of any run.
 
     Raises:
         DataError: The checkpoint belongs to a run with other settings, data or base model.
@@ -229,8 +229,8 @@ def read_facts(path: Path, fingerprint: str | None = None) -> dict[str, Any] | N
     if fingerprint is not None and facts["fingerprint"] != fingerprint:
         raise DataError(
             f"{path} is the checkpoint of a run with other settings, data or base model",
-            expected="the same settings, to go on with that run",
-            do="give the same settings again, choose another --out, or delete the checkpoint",
+            expected="the same settings, to resume that run",
+            do="use the same settings, choose another --out, or delete the checkpoint",
         )
     return facts
 

@@ -1,4 +1,4 @@
-"""PHATGOOSE gates: for a finished expert one vector a module, trained with the base model and the expert frozen."""
+"""PHATGOOSE gates: for a finished expert, one vector per module, trained with base model and expert frozen."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from spectr.training.settings import GateSettings
 
 
 class GatedLinear(nn.Module):
-    """``W x + b + sigmoid(v . x) u(x)`` with an expert's update ``u``; only ``v`` is trained, zero at the start.
+    """``W x + b + sigmoid(v . x) u(x)`` with an expert's update ``u``; only ``v`` is trained, starting at zero.
 
     Args:
         base: The layer ``W x + b``.
-        update: The expert's, frozen.
-        device: Where to compute.
-        dtype: Of the layer; the gate itself is float32.
+        update: The expert's update, frozen.
+        device: Device of the computation.
+        dtype: Dtype of the layer; the gate itself is float32.
 
     Source: PHATGOOSE (Muqeeth et al., 2024), section 3.
     """
@@ -88,21 +88,21 @@ def train_gates(
     checkpoint_seconds: float = 60.0,
     progress: Progress = lambda *_: None,
 ) -> tuple[dict[str, Float[Tensor, " I"]], dict[str, Any]]:
-    """Train an expert's gates on its own data and loss; goes on where a killed run stopped.
+    """Train an expert's gates on its own data and loss. An interrupted run resumes.
 
     Args:
-        model: The base model, decoder-only or with an encoder and a decoder; left as it was.
+        model: The base model, decoder-only or with an encoder and a decoder; unchanged afterwards.
         tokenizer: Its tokenizer.
-        expert: Finished, and frozen here.
+        expert: A finished expert, frozen here.
         train: Its training examples.
         settings: See :class:`GateSettings`.
         work: Folder for the checkpoint; emptied at the end by :func:`forget`.
-        data: Origin of the examples, for the record and to know this run by.
+        data: Origin of the examples; for the record, and to identify this run.
         checkpoint_seconds: Time between checkpoints.
-        progress: Receives (phase, done, total, remark).
+        progress: Called with (phase, done, total, remark).
 
     Returns:
-        By module the gate, float32, (inputs,); and how it was made.
+        The gates by module, float32, (inputs,); and a record of the training.
 
     Raises:
         DataError: There are no examples, or ``work`` holds the checkpoint of another run.
@@ -134,12 +134,12 @@ def train_gates(
 
 
 def checkpoint_of(work: str | Path) -> Path:
-    """The checkpoint of a run in this folder."""
+    """The checkpoint in this folder."""
     return Path(work) / "checkpoint.safetensors"
 
 
 def forget(work: str | Path) -> None:
-    """Delete a finished run's checkpoint, and its folder if that is empty then."""
+    """Delete a finished run's checkpoint, and its folder if it is then empty."""
     checkpoint_of(work).unlink(missing_ok=True)
     folder = Path(work)
     if folder.is_dir() and not any(folder.iterdir()):
@@ -147,7 +147,7 @@ def forget(work: str | Path) -> None:
 
 
 def keep_gates(library: Path, expert: Expert, gates: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Put gates next to an expert: of a library through its entry, of a plain folder into the adapter's own."""
+    """Write gates next to an expert: in a library through its entry, in a plain folder into the adapter's own."""
     from spectr.library import LibraryStore
     from spectr.library.manifest import MANIFEST_FILE
 
@@ -160,7 +160,7 @@ def keep_gates(library: Path, expert: Expert, gates: dict[str, Any], facts: dict
 
 @contextmanager
 def _gated(model: nn.Module, expert: Expert) -> Iterator[None]:
-    """The model with the expert behind gates, which alone are trained; afterwards as it was."""
+    """The model with the expert behind gates, the only trained parameters; restored afterwards."""
     plan = make_plan(model, [expert], Oracle(expert=expert.name))
     originals = {name: model.get_submodule(name) for name in plan.modules}
     if any(isinstance(module, RoutedLinear) for module in originals.values()):

@@ -1,4 +1,4 @@
-"""What is to be trained, read and checked before a model is loaded."""
+"""What to train, read and checked before a model is loaded."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ class Plan:
     """One expert to train.
 
     Attributes:
-        name: The expert's.
+        name: The expert's name.
         out: Its folder.
         task: What it learns.
         train: Training examples.
-        validation: Examples that choose the epoch.
-        test: Examples to measure on, before and after.
-        test_rows: Their numbers among the test rows, from 1; ``None`` for all.
-        settings: Of the run.
+        validation: Examples that select the epoch.
+        test: Examples to measure on, before and after training.
+        test_rows: Their numbers among the test rows, starting at 1; ``None`` for all.
+        settings: Settings of the run.
         data: Origin of the examples, for the card.
-        remarks: What a user should know before the run.
+        remarks: What the user should know before the run.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Plan:
         """Check the configuration of the base model, before its weights are read.
 
         Raises:
-            DataError: As of :func:`spectr.training.adapter.settle`.
+            DataError: See :func:`spectr.training.adapter.settle`.
         """
         from transformers import AutoModelForCausalLM
 
@@ -76,32 +76,32 @@ def read_plan(
     test_limit: int | None = TEST_ROWS,
     settings: Mapping[str, Any],
 ) -> Plan:
-    """Read and check all of a training run.
+    """Read and check everything that a training run needs.
 
     Args:
         out: Folder for the expert.
-        source: Its task and data.
-        name: The expert's; by default the task's or the folder's.
-        validation: Rows that are held out, the first of the data.
-        test_limit: Test rows at most, drawn at random, always the same ones; ``None`` for all.
-        settings: Of :class:`TrainingSettings`.
+        source: Task and data.
+        name: The expert's name; by default the task's or the folder's.
+        validation: Number of rows to hold out, from the start of the data.
+        test_limit: Maximum number of test rows, drawn at random with a fixed seed; ``None`` for all.
+        settings: Options of :class:`TrainingSettings`.
 
     Raises:
         DataError: Something is missing, cannot be read or is out of range, or ``out`` cannot be written.
         MissingExtraError: PEFT is not installed.
     """
     if out is None:
-        raise DataError("no folder was named for the expert", do="give a folder: --out runs/mine")
+        raise DataError("no folder was named for the expert", do="name a folder: --out runs/mine")
     task = source.read_task(name or out.name)
     train, test = source.rows(task, "train"), source.rows(task, "test")
     if train is None:
-        raise DataError("no training data was named", do="give --data, or a task that names its own")
+        raise DataError("no training data was named", do="use --data, or a task with training data")
     examples = settings.get("examples")
     rows = read_examples(task, train, root=source.root, limit=None if examples is None else validation + examples)
     if validation >= len(rows):
         raise DataError(
-            f"--validation {validation} holds out all of the {len(rows)} rows that there are",
-            do="hold out fewer, or give more data",
+            f"--validation {validation} holds out all {len(rows)} rows",
+            do="hold out fewer rows, or add data",
         )
     test_examples = read_examples(task, test, root=source.root) if test else []
     drawn = _drawn(len(test_examples), test_limit)
@@ -131,11 +131,11 @@ def _drawn(rows: int, limit: int | None) -> list[int] | None:
 
 
 def _remarks(same: bool, drawn: Sequence[int] | None, rows: int) -> list[str]:
-    remarks = ["the test rows are training rows: the accuracy says nothing about new ones"] * same
+    remarks = ["the test rows are training rows, so that the accuracy does not hold for new rows"] * same
     if drawn is not None:
         which = some_of([str(row) for row in drawn], 5)
         remarks.append(
-            f"measuring on {len(drawn)} of {rows} test rows, drawn at random: {which}; --all-test-rows measures on all"
+            f"measuring on {len(drawn)} of {rows} test rows, drawn at random: {which}; for all of them: --all-test-rows"
         )
     return remarks
 
@@ -154,8 +154,8 @@ def run_plan(
         plan: What to train.
         model: The base model.
         tokenizer: Its tokenizer.
-        base_model: What the adapter's configuration names as its base.
-        progress: Receives (phase, done, total, remark).
+        base_model: Name of the base model in the adapter's configuration.
+        progress: Called with (phase, done, total, remark).
     """
     from spectr.training.run import train_expert
 
@@ -181,12 +181,12 @@ def run_plan(
 
 @dataclass(frozen=True, kw_only=True)
 class GatePlan:
-    """Experts whose gates are to be trained.
+    """Experts to train gates for.
 
     Attributes:
         library: Folder of the experts.
-        experts: By name each with its examples and their origin.
-        settings: Of each run.
+        experts: By name, the examples and their origin.
+        settings: Settings of each run.
     """
 
     library: Path
@@ -208,22 +208,22 @@ def read_gate_plan(
     limit: int | None = None,
     settings: Mapping[str, Any],
 ) -> GatePlan:
-    """Read and check all of a run that trains gates.
+    """Read and check everything that training of gates needs.
 
     Args:
         library: Folder of the experts.
-        names: Some of them; all if empty.
-        source: Task and data of the one expert; without any, each expert's are those of the shipped task of its name.
-        fresh: Whether those are trained too that have gates.
-        limit: Examples of each at most.
-        settings: Of :class:`GateSettings`.
+        names: Experts to train gates for; if empty, all.
+        source: Task and data of a single expert. By default each expert has the shipped task of its name.
+        fresh: Whether to train gates again for experts that have some.
+        limit: Maximum number of examples per expert.
+        settings: Options of :class:`GateSettings`.
 
     Raises:
-        DataError: No library, one source for several experts, data that cannot be read, or a setting out of range.
+        DataError: The library is missing, one source is for several experts, data is unreadable, or a setting is wrong.
         LibraryError: There is no such library or expert.
     """
     if library is None:
-        raise DataError("no library was named for the gates", do="give its folder: --library experts")
+        raise DataError("no library was named for the gates", do="name its folder: --library experts")
     experts = open_library(library)
     experts.check(*names)
     chosen = [name for name in names or experts if fresh or not has_gates(experts[name])]
@@ -240,13 +240,13 @@ def run_gate_plan(
     tokenizer: PreTrainedTokenizerBase,
     progress: Progress = lambda *_: None,
 ) -> None:
-    """Train and keep each expert's gates in turn; see :func:`spectr.training.train_gates`.
+    """Train and store each expert's gates in turn; see :func:`spectr.training.train_gates`.
 
     Args:
         plan: What to train.
         model: The base model.
         tokenizer: Its tokenizer.
-        progress: Receives (phase, done, total, remark).
+        progress: Called with (phase, done, total, remark).
     """
     from spectr.training.gates import forget, keep_gates, train_gates
 

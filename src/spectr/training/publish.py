@@ -1,4 +1,4 @@
-"""A training run's outcome, and writing the expert: PEFT's two files, and a card for people and for programs."""
+"""The result of a training run, and writing the expert: PEFT's two files, and a card for people and programs."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """The outcome of a run; also the data of the expert's card.
+    """The result of a run, which is also the data of the expert's card.
 
     Attributes:
-        validation_accuracy: After each epoch, from 0 to 1; the weights are those of the best, the first of equals.
-        metric: What the accuracies are: ``"accuracy"`` of choices, or a metric of free text.
-        accuracy_before: The base model's, on the test examples, from 0 to 1; ``None`` without test data.
-        accuracy_after: The expert's, measured on the weights as saved.
-        majority: Share of the most frequent label, where labels mean the same in every row.
-        test_rows: Numbers of the test rows that were measured on, from 1; ``None`` for all.
-        without_gradient: Targeted layers that no gradient has reached; the expert leaves them out.
+        validation_accuracy: After each epoch, from 0 to 1. The weights are those of the best epoch, the first of
+            equals.
+        metric: The metric of the accuracies: ``"accuracy"`` for choices, or a metric of free text.
+        accuracy_before: The base model's accuracy on the test examples, from 0 to 1; ``None`` without test data.
+        accuracy_after: The expert's accuracy, measured with the saved weights.
+        majority: Share of the most frequent label, if labels mean the same in every row.
+        test_rows: Numbers of the measured test rows, starting at 1; ``None`` for all.
+        without_gradient: Targeted layers that no gradient reached; the expert leaves them out.
     """
 
     name: str
@@ -54,7 +55,7 @@ class Report:
 
 
 def publish(model: PeftModel, out: Path, report: Report, note: str) -> None:
-    """Write adapter (bfloat16), configuration and card into ``out``; the configuration last, as it marks the end."""
+    """Write adapter (bfloat16), configuration and card into ``out``. The configuration comes last and marks the end."""
     scratch = out / ".partial"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
@@ -105,7 +106,7 @@ A LoRA expert for `{facts["base_model"]}`, trained with `spectr train`.
 
 def _left_out(facts: dict[str, Any]) -> str:
     names = facts["without_gradient"]
-    return f"\nNo gradient has reached {some_of(names, 5)}: left out.\n" if names else ""
+    return f"\nNo gradient reached {some_of(names, 5)}; the expert leaves them out.\n" if names else ""
 
 
 def _accuracy(facts: dict[str, Any]) -> str:
@@ -113,7 +114,11 @@ def _accuracy(facts: dict[str, Any]) -> str:
     if after is None:
         return "Not measured: no test data was given.\n" + _validation(facts)
     count = facts["test_examples"]
-    drawn = "" if facts["test_rows"] is None else f"The test examples were drawn: rows in {CARD_DATA}.\n"
+    drawn = (
+        ""
+        if facts["test_rows"] is None
+        else f"The test examples were drawn at random; their rows are in {CARD_DATA}.\n"
+    )
     if facts["metric"] != "accuracy":
         return f"{facts['metric']} {after:.1%} on {count} test examples; the base model has {before:.1%}.\n{drawn}"
     error = (after * (1 - after) / count) ** 0.5
@@ -128,6 +133,6 @@ def _validation(facts: dict[str, Any]) -> str:
         return ""
     listed = ", ".join(f"{value:.1%}" for value in values)
     return (
-        f"\nOn {facts['validation_examples']} rows held out of the training data: {listed} after each epoch in turn; "
+        f"\nOn {facts['validation_examples']} rows held out of the training data: {listed} after each epoch; "
         f"the weights are those of epoch {values.index(max(values)) + 1}.\n"
     )

@@ -1,4 +1,4 @@
-"""One training run: evaluation before and after, the adapter that is trained, and what is left on disk."""
+"""One training run: evaluation before and after, the trained adapter, and the files."""
 
 from __future__ import annotations
 
@@ -51,35 +51,35 @@ def train_expert(
     checkpoint_seconds: float = 60.0,
     progress: Progress = lambda *_: None,
 ) -> Report:
-    """Train a LoRA expert and write it to ``out`` as PEFT does, with a card; goes on where a killed run stopped.
+    """Train a LoRA expert and write it to ``out`` as PEFT does, with a card. An interrupted run resumes.
 
     Args:
-        model: The base model; its weights are left as they are, and the adapter is taken off again.
+        model: The base model; its weights do not change, and the adapter is removed afterwards.
         tokenizer: Its tokenizer.
         name: The expert's name.
-        base_model: What the adapter's configuration names as its base.
+        base_model: Name of the base model in the adapter's configuration.
         train: Training examples.
-        test: Examples to measure on, before and after.
-        test_rows: Their numbers in the test data, for the card, where they are not all of it.
-        validation: Examples with choices to measure accuracy on after every epoch. The weights of the best epoch are
-            kept, so that nothing need be decided by the test examples.
+        test: Examples to measure on, before and after training.
+        test_rows: Their numbers in the test data, for the card, if they are not all of it.
+        validation: Examples with choices to measure accuracy on after every epoch. The best epoch's weights are kept,
+            so that the test examples decide nothing.
         settings: See :class:`TrainingSettings`.
         out: Folder to write, which must not hold an expert yet.
-        data: Origin of the examples (paths, hashes), for the card and to know this run by.
+        data: Origin of the examples (paths, hashes); for the card, and to identify this run.
         length_normalised: How choices are scored.
-        metric: Of examples without choices; see :func:`spectr.evaluation.metrics.text_metric`.
-        max_new_tokens: Length at most of an answer that is measured by it.
+        metric: Metric of examples without choices; see :func:`spectr.evaluation.metrics.text_metric`.
+        max_new_tokens: Maximum length of a measured answer.
         note: A remark for the card.
         checkpoint_seconds: Time between checkpoints.
-        progress: Receives (phase, done, total, remark).
+        progress: Called with (phase, done, total, remark).
 
     Returns:
-        What the card says.
+        The content of the card.
 
     Raises:
-        DataError: ``out`` holds an expert, other files or the checkpoint of another run, the model is composed or has
-            an adapter, ``target_modules`` match nothing that can be trained and read again, there is nothing to train
-            on, or the validation examples have no choices.
+        DataError: ``out`` holds an expert, other files or another run's checkpoint; the model is composed or has an
+            adapter; ``target_modules`` matches nothing that can be trained and read; there is nothing to train on; or
+            the validation examples have no choices.
     """
     out = Path(out)
     check_folder(out)
@@ -134,25 +134,25 @@ def _check_examples(train: Sequence[Example], validation: Sequence[Example]) -> 
     if not train:
         raise DataError("there are no training examples", do="check the data file and the limit on examples")
     if validation and not validation[0].choices:
-        raise DataError("validation compares accuracies, and these examples have no choices", do="leave validation out")
+        raise DataError("validation compares accuracies, but these examples have no choices", do="omit validation")
 
 
 def checkpoint_step(out: str | Path) -> int:
-    """The step that the run of a folder would go on from; 0 where nothing was saved."""
+    """The step from which the run in a folder would resume; 0 if nothing was saved."""
     facts = read_facts(Path(out) / CHECKPOINT)
     return facts["step"] if facts else 0
 
 
 def check_folder(out: str | Path) -> None:
-    """Raise :class:`DataError` unless an expert can be written to this folder without touching what is not its own."""
+    """Raise :class:`DataError` unless an expert can be written to this folder without changing other files."""
     out = Path(out)
     if (out / "adapter_config.json").exists():
-        raise DataError(f"{out} already holds an expert", do="choose another --out, or delete that folder")
+        raise DataError(f"{out} already holds an expert", do="choose another --out, or delete the folder")
     others = sorted(path.name for path in out.iterdir() if path.name not in _OWN) if out.is_dir() else []
     if others:
         raise DataError(
             f"{out} holds other files ({some_of(others, 4)})",
-            expected="a new folder, or that of a run to go on with",
+            expected="a new folder, or the folder of an interrupted run",
             do=f"choose another --out, such as {out / 'expert'}",
         )
     check_new_folder(out, DataError, inside=True)
@@ -173,7 +173,7 @@ def _meter(
     max_new_tokens: int,
     examples: Sequence[Example],
 ) -> Callable[[str], float]:
-    """Measures the model on examples whenever it is called: accuracy of choices, else the metric."""
+    """Measures the model on examples when it is called: accuracy of choices, else the metric."""
     if not examples[0].choices:
         text_metric(metric)  # raises before anything is trained
 

@@ -1,4 +1,4 @@
-"""What is adjustable about training an expert, or its gates."""
+"""Settings of training an expert or its gates."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from spectr.errors import DataError
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
-    """What both trainings have.
+    """Settings of both trainings.
 
     Attributes:
-        batch_size: Examples a step.
-        learning_rate: AdamW's step size.
-        schedule: Over the whole run, after the warm-up.
-        warmup: Share of the steps that warm up linearly, from 0 to below 1.
-        weight_decay: AdamW's.
-        max_grad_norm: Gradients are clipped to this length.
+        batch_size: Examples per step.
+        learning_rate: AdamW's learning rate.
+        schedule: Schedule after the warm-up, over the whole run.
+        warmup: Share of steps with linear warm-up, from 0 to below 1.
+        weight_decay: AdamW's weight decay.
+        max_grad_norm: Gradients are clipped to this norm.
         max_length: Longer examples lose the middle of their prompt (counted and reported).
-        seed: Of all that is random.
+        seed: Seed of all random numbers.
     """
 
     what: ClassVar[str]  # is trained, for errors
@@ -59,15 +59,15 @@ class TrainingSettings(OptimizerSettings):
     Attributes:
         rank: LoRA rank ``r``.
         alpha: LoRA alpha; the scale is ``alpha / rank``, or ``alpha / sqrt(rank)`` with ``rslora``.
-        dropout: LoRA dropout, from 0 to below 1. On the tokens that all prompts share one mask serves the whole batch.
-            ``None`` is 0.05, and 0 where fused parameters of a mixture of experts are trained, which have none in PEFT.
+        dropout: LoRA dropout, from 0 to below 1. On tokens that all prompts share, one mask serves the whole batch.
+            ``None`` is 0.05, or 0 if fused parameters of a mixture of experts are trained, for which PEFT has none.
         rslora: Rank-stabilised scale.
-        target_modules: PEFT's: ``"all-linear"`` (all that it adapts), or a regular expression, or names separated by
-            commas.
+        target_modules: PEFT's setting: ``"all-linear"`` (everything that it adapts), a regular expression, or names
+            separated by commas.
         epochs: Passes over the examples.
-        examples: Training examples used at most, the first of the file; ``None`` for all.
+        examples: Maximum number of training examples, from the start of the file; ``None`` for all.
 
-    The seed is that of the initial matrix, the order and the dropout.
+    The seed determines the initial matrix, the order and the dropout.
     """
 
     what: ClassVar[str] = "training settings"
@@ -82,12 +82,12 @@ class TrainingSettings(OptimizerSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class GateSettings(OptimizerSettings):
-    """Settings of one training of gates; the defaults are the authors' but for the batch, which they do not fix.
+    """Settings of training gates. The defaults are the authors', except for the batch, which they do not specify.
 
     Attributes:
         steps: Optimiser steps.
-        learning_rate: AdamW's.
-        warmup: Share of the steps that warm up linearly, from 0 to below 1.
+        learning_rate: AdamW's learning rate.
+        warmup: Share of steps with linear warm-up, from 0 to below 1.
 
     Source: PHATGOOSE (Muqeeth et al., 2024), section 4.
     """

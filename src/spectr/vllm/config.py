@@ -81,8 +81,8 @@ class SpectrConfig(QuantizationConfig):
         settings = Settings.of(config)
         if all(map(decides_on_prompts, routers_of(settings).by_name.values())) and DECIDES not in os.environ:
             raise CompositionError(
-                f"nothing decides on prompts in this process: {settings.router['name']}",
-                expected="a router that decides for each token, in vLLM by itself",
+                f"vLLM by itself cannot decide on prompts: {settings.router['name']}",
+                expected="a router that decides for each token",
                 do="spectr serve --engine vllm, or save with calibrated-token",
             )
         return cls(settings)
@@ -145,7 +145,7 @@ class SpectrConfig(QuantizationConfig):
 
 
 def _check_engine(engine: Any, probes: bool) -> None:
-    """Raise :class:`CompositionError` for options of the engine under which a token's experts could not be known."""
+    """Raise :class:`CompositionError` for engine options under which a token's experts cannot be known."""
     parallel = engine.parallel_config
     wrong = {
         "the second model runner": engine.use_v2_model_runner,
@@ -161,7 +161,7 @@ def _check_engine(engine: Any, probes: bool) -> None:
         and not engine.model_config.enforce_eager,
     }
     problems = [
-        CompositionError(f"routing inside vLLM does not work with {what}", do="serve without it")
+        CompositionError(f"routing inside vLLM does not work with {what}", do="disable it")
         for what, there in wrong.items()
         if there
     ]

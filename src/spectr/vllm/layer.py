@@ -215,9 +215,9 @@ def check_sizes(name: str, module: str, inputs: int, outputs: int, state: Worker
     ]
     if unfit:
         raise CompositionError(
-            f"experts were made for a {module} of another size: {', '.join(unfit)}; {name} has {inputs} -> {outputs}",
+            f"these experts do not fit {module}: {', '.join(unfit)}; {name} has {inputs} -> {outputs}",
             expected="experts for this base model",
-            do="leave them out, or serve their base model",
+            do="omit them, or serve their base model",
         )
 
 

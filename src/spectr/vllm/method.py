@@ -60,9 +60,9 @@ class RoutedLinearMethod(LinearMethodBase):
             check_sizes(self.name, module, input_size, outputs, self.state)
         if split.by_input and sees_input(self.state.router):
             raise CompositionError(
-                f"{self.state.router} scores whole inputs, and {self.name} sees a part of them on each rank",
-                expected="tensor parallelism of 1, or a router that scores products: spectr, calibrated-token, arrow",
-                do="leave --tensor-parallel-size out",
+                f"{self.state.router} scores whole inputs, but {self.name} receives a part of them on each rank",
+                expected="no tensor parallelism, or a router that scores products: spectr, calibrated-token, arrow",
+                do="remove --tensor-parallel-size",
             )
         layer.spectr = Experts(self.modules, split, self.state, tensor_model_parallel_all_reduce)
         layer.spectr_dtype = params_dtype

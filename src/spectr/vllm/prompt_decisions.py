@@ -71,7 +71,7 @@ class Decider:
     async def _decide(self, prompt: Any, among: dict[str, Any]) -> tuple[dict[str, float], float | None]:
         ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
         if not ids:
-            raise CompositionError("a prompt that is no text cannot be decided on", do="name one expert")
+            raise CompositionError("a router for prompts needs a text prompt", do="use a single expert")
         probe = uuid.uuid4().hex
         await self._read(probe, list(ids), among)
         [verdict, *_] = await self._client.collective_rpc("spectr_verdict", args=(probe,))

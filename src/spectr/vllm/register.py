@@ -37,8 +37,8 @@ def check_version() -> None:
     if not _supported(found):
         raise CompositionError(
             f"vLLM {found or 'of an unknown version'} is installed",
-            expected=f"vLLM {_words()}: routing uses interfaces that may differ in others",
-            do="install one of these: see docs/howto/vllm.md",
+            expected=f"vLLM {_words()}, since other versions may have other interfaces",
+            do="install such a version: see docs/howto/vllm.md",
         )
 
 

@@ -101,12 +101,14 @@ def routers_of(settings: Settings) -> Routers:
     for router in by_name.values():
         if router.combination != first.combination:
             raise CompositionError(
-                f"combine={first.combine!r} and combine={router.combine!r} in one engine",
-                expected="one combination, as the layers hold an expert's factors once",
-                do="leave --combine out, or one of the routers",
+                f"one engine cannot use both combine={first.combine!r} and combine={router.combine!r}",
+                expected="a single combination, since the layers hold an expert's factors once",
+                do="omit --combine, or one of the routers",
             )
     if len({probe_tokens(one.policy) for one in by_name.values() if one.policy is not None}) > 1:
-        raise CompositionError("routers whose probe_tokens differ", expected="one number, as each prompt is read once")
+        raise CompositionError(
+            "the routers' probe_tokens differ", expected="equal numbers, since each prompt is read once"
+        )
     choosing = {name: router for name, router in by_name.items() if not _fixes(router)} or by_name
     token_routers, numbers = list[Router](), dict[str, int]()
     for name, router in choosing.items():
@@ -121,9 +123,9 @@ def routers_of(settings: Settings) -> Routers:
     others = [router for router in token_routers if not isinstance(router, LengthRouter)]
     if len(token_routers) > 1 and others:
         raise CompositionError(
-            f"{others[0]!r} with another router that chooses for each token",
+            f"{others[0]!r} cannot share an engine with another router that chooses for each token",
             expected="routers that score by the same factors: spectr, seqr, calibrated, arrow, uniform",
-            do="name fewer, or --engine transformers",
+            do="use fewer routers, or --engine transformers",
         )
     return Routers(by_name, tuple(token_routers), numbers)
 
@@ -160,7 +162,7 @@ def supported(router: Router) -> Router:
         raise CompositionError(
             f"this router cannot run inside vLLM: {router!r}",
             expected=instead,
-            do="choose calibrated-token for a calibrated library, or spectr for any",
+            do="use calibrated-token for a calibrated library, or spectr",
         )
     merge = router.combination.merge
     if merge not in (merge_outputs, merge_factors):

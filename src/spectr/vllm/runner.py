@@ -52,7 +52,7 @@ def _checking(load_model: Any) -> Any:
             logger = init_logger("vllm.spectr")
             logger.info("SpectR routes %d layers (%d modules) by %s among %s", *_words(state))
         elif self.vllm_config.model_config.quantization == "spectr":
-            raise CompositionError("no layer is routed: the model has no linear layers of vLLM's", do="serve another")
+            raise CompositionError("no layer is routed: the model has no vLLM linear layers", do="serve another model")
         return result
 
     return load
@@ -136,5 +136,5 @@ def _probes_of(worker: Any) -> Probes:
 def _routed_state(worker: Any) -> WorkerState:
     state = state_of(worker.model_runner)
     if state is None:
-        raise CompositionError("this engine's model is not routed", do='serve one with quant_method "spectr"')
+        raise CompositionError("this engine's model is not routed", do='serve a model with quant_method "spectr"')
     return state

@@ -155,7 +155,7 @@ class WorkerState:
         some = some_of(missing, 3, " modules")
         found = f"{len(self.routed)} of {len(wanted)} modules are routed" if self.routed else "no layer is routed"
         raise CompositionError(
-            f"{found}: this model has no linear layer {some}, which experts of {self.library.origin} adapt",
+            f"{found}: this model lacks linear layers that experts of {self.library.origin} adapt: {some}",
             expected="a model that has all layers that the experts adapt",
-            do="serve the base model that the experts were trained on, or leave the experts out",
+            do="serve the base model that the experts were trained on, or omit the experts",
         )

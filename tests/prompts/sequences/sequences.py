@@ -220,8 +220,8 @@ CACHE_WAYS = {
     "empty": lambda m, x, o, b, c: say(m, x, past_key_values=c(m)),
     "filled": lambda m, x, o, b, c: with_filled(m, x, b, c),
     "filled by generate": lambda m, x, o, b, c: with_filled(m, x, b, c, generated=True),
-    "new tokens alone": lambda m, x, o, b, c: with_filled(m, x, b, c, new_alone=True),
-    "new tokens alone, after generate": lambda m, x, o, b, c: with_filled(m, x, b, c, new_alone=True, generated=True),
+    "only new tokens": lambda m, x, o, b, c: with_filled(m, x, b, c, new_alone=True),
+    "only new tokens, after generate": lambda m, x, o, b, c: with_filled(m, x, b, c, new_alone=True, generated=True),
     "filled by another prompt": lambda m, x, o, b, c: with_filled(m, x, b, c, by=o),
     "copied": lambda m, x, o, b, c: with_copies(m, x, b, c),
     "loop": lambda m, x, o, b, c: step_by_step(m, x, b, past_key_values=c(m)),
@@ -235,8 +235,8 @@ CACHE_WAYS = {
 FP8_DEPENDS = {
     "filled",
     "filled by generate",
-    "new tokens alone",
-    "new tokens alone, after generate",
+    "only new tokens",
+    "only new tokens, after generate",
     "copied",
     "chunks",
 }

@@ -108,13 +108,13 @@ def test_a_cache_has_no_forbidden_expert(world, router):
     handle.allow(["ants", "bees"])
     ids = torch.arange(5, 12)[None]
     wrong = []
-    for how in ("loop", "whole", "new tokens alone", "other model"):
+    for how in ("loop", "whole", "only new tokens", "other model"):
         cache = DynamicCache(config=model.config)
         (world.base if how == "other model" else model)(ids[:, :5], past_key_values=cache)
         routed.allow(["ants", "bees"])
         if how == "loop":
             got, want = (out.logits[:, -1].argmax(-1) for out in (model(ids[:, 5:], past_key_values=cache), some(ids)))
-        elif how == "new tokens alone":
+        elif how == "only new tokens":
             mask = torch.ones_like(ids)
             got, want = say(model, ids[:, 5:], attention_mask=mask, past_key_values=cache), say(some, ids)
         else:

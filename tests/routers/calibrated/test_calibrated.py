@@ -190,7 +190,7 @@ def test_a_cache_that_was_filled_before_composing_is_refused(library):
     model = make_model()
     cache = model(input_ids=ids_of("what"), use_cache=True).past_key_values
     compose(model, library, Calibrated())
-    with pytest.raises(CompositionError, match="read the prompt again, without that cache"):
+    with pytest.raises(CompositionError, match="pass the whole prompt again, without the cache"):
         model(input_ids=ids_of("is it"), past_key_values=cache)
 
 
@@ -200,7 +200,7 @@ def test_a_cache_that_goes_on_with_other_rows_is_refused(library):
     cache = model(input_ids=ids_of(PROMPTS[0]), use_cache=True).past_key_values
     for layer in cache.layers:
         layer.batch_repeat_interleave(2)
-    with pytest.raises(CompositionError, match="goes on with 2 rows, and 1 were decided on"):
+    with pytest.raises(CompositionError, match="continues with 2 rows, but the decision has 1"):
         model(input_ids=torch.tensor([[5], [6]]), past_key_values=cache)
 
 
@@ -226,9 +226,9 @@ def test_a_handle_from_before_a_change_of_experts_is_refused(library):
     _, routed = routed_model(library)
     before, verdict = routed.prompt, torch.tensor([[0.0, 1.0, 0.0]])
     routed.allow(["ants", "bees"])
-    with pytest.raises(CompositionError, match=r"take routed\.prompt again"):
+    with pytest.raises(CompositionError, match=r"use routed\.prompt again"):
         before.hold(verdict)
-    with pytest.raises(CompositionError, match=r"take routed\.prompt again"), before.using(verdict):
+    with pytest.raises(CompositionError, match=r"use routed\.prompt again"), before.using(verdict):
         pass
     routed.prompt.hold(verdict[:, :2])
 
@@ -389,5 +389,5 @@ def test_an_encoder_decides_for_its_decoder(tmp_path):
 
 @pytest.mark.parametrize("gone", ["pool_temperature", "certainty_weight"])
 def test_settings_of_votes_make_no_difference_any_more(gone):
-    with pytest.warns(DeprecationWarning, match=f"no option {gone} any more"):
+    with pytest.warns(DeprecationWarning, match=f"the option {gone} was removed"):
         assert Calibrated(**{gone: 0.3}) == Calibrated()

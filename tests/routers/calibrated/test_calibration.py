@@ -153,5 +153,5 @@ def test_weights_that_change_in_place_are_noticed(root, library, tmp_path):
 def test_what_cannot_be_calibrated_is_refused(root, library):
     with pytest.raises(CompositionError, match="call remove"):
         calibrate(routed_model(library)[0], library, make_tokenizer())
-    with pytest.raises(DataError, match="no texts"):
+    with pytest.raises(DataError, match="texts is empty"):
         calibrate(make_model(), library, make_tokenizer(), texts=[" "])

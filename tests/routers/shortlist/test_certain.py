@@ -307,7 +307,7 @@ def test_an_index_without_prototypes_in_full_is_told(library, tmp_path):
     older = library.with_index(library.index.joined(old))
     before, _ = lists(library, 8, list(library))
     assert lists(older, 8, list(library))[0] == before
-    with pytest.raises(CompositionError, match=r"in 8 bits alone: ants, bees(.|\n)*library index .* --fresh"):
+    with pytest.raises(CompositionError, match=r"in 8 bits only: ants, bees(.|\n)*library index .* --fresh"):
         compose(make_model(), older, Shortlist(bits=16))
 
 

@@ -47,7 +47,7 @@ def test_from_nothing_to_an_answer(spectr, given, world):
     assert list(json.loads(text)["experts"].values()) == [1.0]
     code, text, notes = spectr("route", "what is it", "-r", "shortlist", "--set", "size=1", *always, *given)
     assert code == 0
-    assert "decided once for the whole prompt" in said(notes)
+    assert "decides once for the whole prompt" in said(notes)
 
 
 @pytest.mark.parametrize(
@@ -57,8 +57,8 @@ def test_from_nothing_to_an_answer(spectr, given, world):
         (("-r", "spectr", "--set", "top-q=3"), "did you mean 'top_k'"),
         (("-r", "arrow", "--set", "weights=soft"), "weights=soft expected: uniform or softmax"),
         (("-r", "shortlist", "--set", "bits=12"), "bits=12"),
-        (("-r", "shortlist", "--set", "size=1", "--set", "token_router=arrow"), "nothing to choose"),
-        (("-r", "shortlist", "--set", "size=1", "-k", 2), "nothing to choose"),
+        (("-r", "shortlist", "--set", "size=1", "--set", "token_router=arrow"), "leaves no choice"),
+        (("-r", "shortlist", "--set", "size=1", "-k", 2), "leaves no choice"),
         (("-r", "shortlist", "--set", "token_router=calibrated"), "does not decide for each token"),
         (("-r", "shortlist", "--set", "token_router=arow"), "arrow"),
         (("-r", "shortlist", "--set", "size=2", "--set", "token_router=spectr", "-k", 3), "at least top_k"),

@@ -1,4 +1,4 @@
-"""Which model and which experts answer, beside whom, until when, and what is said when it goes wrong."""
+"""Which model and which experts answer, compared with what, until when, and what the page shows if something fails."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_models_are_told_apart(page):
     groups = page.locator("#model optgroup").evaluate_all(
         "groups => groups.map(group => [group.label, [...group.children].map(option => option.textContent)])"
     )
-    assert groups == [["Routed among experts", ["spectr"]], ["Base model", [BASE]], ["One expert alone", list(EXPERTS)]]
+    assert groups == [["Routed among experts", ["spectr"]], ["Base model", [BASE]], ["A single expert", list(EXPERTS)]]
 
 
 def test_a_server_of_one_plain_model_is_enough(server, visit, ask):
@@ -149,7 +149,7 @@ def test_trouble_in_the_middle_keeps_what_came(server, page, ask, last, says):
 
 def test_a_stream_without_its_end_is_trouble(server, page, ask):
     server.cut = True
-    expect(ask(page).get_by_role("alert")).to_contain_text("The connection ended before the answer did.")
+    expect(ask(page).get_by_role("alert")).to_contain_text("The connection ended before the answer was complete.")
 
 
 def test_a_server_that_is_gone_is_named(server, visit, ask):
@@ -208,7 +208,7 @@ def test_a_key_that_cannot_be_sent_is_refused_by_the_page(page):
     page.locator("#key").fill("sk-“quoted”")
     page.locator("#key").press("Tab")
     expect(page.locator("#trouble")).to_have_text(
-        "The API key has spaces or letters that no key can have. Copy it again."
+        "The API key contains characters that are not allowed. Copy it again."
     )
 
 
@@ -227,7 +227,7 @@ def test_a_suspect_is_flagged_in_the_list_with_why(server, visit, score):
     server.suspicion["spectr/cola"] = score
     page = visit()
     [flag] = page.locator("#boxes .warning").all()
-    why = f"Far larger updates than the other experts' (robust z-score {score}). Served all the same."
+    why = f"Far larger updates than the other experts' (robust z-score {score}). It is served anyway."
     expect(flag).to_have_attribute("title", why)
     expect(flag).to_be_visible()
     box = page.get_by_role("checkbox", name="cola")

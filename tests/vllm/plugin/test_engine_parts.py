@@ -371,5 +371,5 @@ def test_probes_are_scored_by_factors_of_one_of_the_engines_routers(tmp_path, na
 
 def test_updates_that_are_more_than_factors_are_refused(tmp_path):
     moved_adapter(tiny_llama(), tmp_path / "ants", 1, use_dora=True)
-    with pytest.raises(CompositionError, match=r"'ants' is no plain LoRA adapter \(DoRA\).*vLLM takes factors alone"):
+    with pytest.raises(CompositionError, match=r"'ants' is no plain LoRA adapter \(DoRA\).*vLLM reads factors only"):
         session_of(tmp_path, ())

@@ -14,7 +14,7 @@ from spectr.vllm.router_set import decides_on_prompts, routers_of, supported
 def test_other_routers_for_prompts_are_refused(name):
     with pytest.raises(CompositionError) as error:
         supported(spectr.get_router(name))
-    assert_says(error.value, given=("cannot run inside vLLM",), expected="calibrated-token", do="spectr for any")
+    assert_says(error.value, given=("cannot run inside vLLM",), expected="calibrated-token", do="or spectr")
 
 
 def test_calibrated_decides_on_prompts_inside_vllm():
@@ -69,7 +69,7 @@ def test_routers_that_score_by_other_factors_are_refused_beside_others():
     with pytest.raises(CompositionError) as error:
         routers_of(several("spectr", "phatgoose"))
     assert_says(
-        error.value, given=("Phatgoose(",), expected="spectr, seqr, calibrated, arrow, uniform", do="name fewer"
+        error.value, given=("Phatgoose(",), expected="spectr, seqr, calibrated, arrow, uniform", do="use fewer routers"
     )
     assert len(routers_of(several("phatgoose", "calibrated")).token_routers) == 1  # which chooses nothing
 
@@ -77,14 +77,14 @@ def test_routers_that_score_by_other_factors_are_refused_beside_others():
 def test_routers_that_read_other_parts_of_a_prompt_are_refused():
     with pytest.raises(CompositionError) as error:
         routers_of(several("calibrated", {"name": "calibrated-prior", "probe_tokens": 7}))
-    assert_says(error.value, given=("probe_tokens differ",), expected="one number", do=None)
+    assert_says(error.value, given=("probe_tokens differ",), expected="equal numbers", do=None)
 
 
 def test_routers_whose_combinations_differ_are_refused():
     with pytest.raises(CompositionError) as error:
         routers_of(several("spectr", {"name": "calibrated", "combine": "dare:density=0.5"}))
     assert_says(
-        error.value, given=("'outputs'", "'dare:density=0.5'"), expected="one combination", do="leave --combine out"
+        error.value, given=("'outputs'", "'dare:density=0.5'"), expected="a single combination", do="omit --combine"
     )
 
 

@@ -61,11 +61,11 @@ def agreement(setup: ExperimentSetup) -> Result:
         rows=rows,
         data={"routers": data, "experts": experts},
         notes=[
-            "Share of tokens and modules, over the tasks' prompts, where the expert with the largest ||delta_t x|| is "
-            "chosen too. Every layer is asked about the inputs that it has under the full score. "
-            f"Arithmetic measured on {SAMPLE_TOKENS} tokens, scores and updates together, one expert a token.",
-            "SEQR needs experts that share A: here each has its own B with the first expert's A, which says nothing of "
-            "their quality and is no use for answers. Its score is the full one, so that it agrees but for rounding.",
+            "Share of tokens and modules, over the tasks' prompts, where the router chooses the expert with the "
+            "largest ||delta_t x||. Every layer receives the inputs that it has with the full score. "
+            f"Arithmetic measured on {SAMPLE_TOKENS} tokens, scores and updates together, one expert per token.",
+            "SEQR needs experts that share A. Here each expert has its own B with the first expert's A: this says "
+            "nothing about quality; such experts give no useful answers. Its score is the full score up to rounding.",
             *setup.remarks(),
         ],
         origin=setup.origin(),

@@ -65,10 +65,10 @@ def costs(setup: ExperimentSetup) -> Result:
         notes=[
             f"The library takes {stored / 1e6:.1f} MB on disk for {len(experts)} experts.",
             _FORMULA_NOTE,
-            "Once a prompt: what is spent before the answer, by token of a prompt of "
-            f"{SAMPLE_TOKENS}: the probe of the calibrated routers, and GLIDER's instruction, which the base model "
-            "writes, whatever the prompt's length (its embedding, by another model, is not counted). Before a model's "
-            "first prompt the calibrated routers also read the calibration's texts once, "
+            f"Once a prompt: work before the answer, per token of a prompt of {SAMPLE_TOKENS} tokens: the probe of the "
+            "calibrated routers, and GLIDER's instruction, which the base model writes whatever the prompt's length "
+            "(its embedding, by another model, is not counted). Before a model's first prompt, the calibrated routers "
+            "also read the calibration's texts once, "
             f"{read} tokens here.",
             *setup.left_out(ROUTERS),
         ],
@@ -78,12 +78,12 @@ def costs(setup: ExperimentSetup) -> Result:
 
 _FORMULA_NOTE = (
     "Formula: 2 P I for all scores and 2 O P for the updates of a module with I inputs, O outputs and P ranks "
-    "in all (the weights of experts that were not chosen are zero, their products are made); 2 O R for each "
-    "chosen expert where these alone are summed, as it is done where a fourth or less of one rank is chosen; "
-    "for prototypes 2 E I more, for unequal ranks 4 P E, 2 P E where h is not scored; "
-    "held, the chosen experts' P alone. "
-    "LAG: 2 E I, and 2 R I for each of its shortlist and 2 R O for each chosen expert. "
-    "One multiply-add counts as 2. Attention's own cost is in the base model's measurement."
+    "in total (products of experts that were not chosen are computed, with the weight zero). 2 O R for each "
+    "chosen expert if only these are summed, which happens if at most a fourth of equal-rank experts is chosen. "
+    "Prototypes add 2 E I; unequal ranks add 4 P E, or 2 P E if h is not scored. "
+    "Held weights: only the chosen experts' P. "
+    "LAG: 2 E I, plus 2 R I for each expert on its shortlist and 2 R O for each chosen expert. "
+    "One multiply-add counts as 2. The base model's measurement includes attention."
 )
 
 

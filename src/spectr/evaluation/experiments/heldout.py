@@ -1,4 +1,4 @@
-"""Held-out tasks: what a library is worth on tasks that none of its experts was trained on."""
+"""Held-out tasks: the value of a library on tasks that none of its experts was trained on."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ def heldout(setup: ExperimentSetup) -> Result:
         rows=rows,
         data={"tasks": tasks, "methods": methods, "experts_alone": means, "best": best},
         notes=[
-            "Zero-shot. ± one standard error over examples; of the points over the base model, over the differences "
-            "example by example. In hindsight: the experts that were best on these very examples, which no one can "
-            "know beforehand; with nine to choose from, the best of them is flattered by chance. "
+            "Zero-shot. ± one standard error over examples; for points over the base model, of the differences per "
+            "example. In hindsight: the experts that were best on exactly these examples, which nobody can know in "
+            "advance. With nine experts, the best one is favoured by chance. "
             f"Best by task: {', '.join(f'{task} {expert}' for task, expert in best.items())}.",
             *setup.left_out(METHODS),
             *setup.remarks(),

@@ -1,4 +1,4 @@
-"""Prompts that ask two things at once: are both experts found, and who does the work."""
+"""Prompts that contain two tasks: are both experts found, and which one is used."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROUTERS: list[tuple[str, dict[str, Any]]] = [
 def mixed(setup: ExperimentSetup) -> Result:
     """One prompt for every pair of tasks, one question after the other.
 
-    Found are both experts where they are the two with the largest weights over the whole prompt.
+    Both experts are found if they have the two largest weights over the whole prompt.
     """
     tasks = setup.owned
     pairs = [pair[:: (-1) ** number] for number, pair in enumerate(combinations(tasks, 2))]  # both orders in turn
@@ -47,15 +47,15 @@ def mixed(setup: ExperimentSetup) -> Result:
         data[label] = [[m.value, m.error] for m in measured]
     return Result(
         name="mixed",
-        title="Prompts that ask two things at once",
+        title="Prompts with two tasks",
         source="ours",
         columns=["router", "both experts are the first two", "one of them is", "their share of the work"],
         rows=rows,
         data={"routers": data, "chance": 2 / (len(setup.library) * (len(setup.library) - 1))},
         notes=[
-            f"{len(prompts)} prompts: every pair of tasks, one question after the other. The two "
-            "experts with the largest weight over all tokens after the template's opening and all layers. ± one "
-            "standard error over prompts.",
+            f"{len(prompts)} prompts: every pair of tasks, one question after the other. Counted are the two experts "
+            "with the largest weight over all tokens after the template's opening and all layers. ± one standard "
+            "error over prompts.",
             *setup.left_out(ROUTERS),
         ],
         origin=setup.origin(),

@@ -1,4 +1,4 @@
-"""One model for all tasks: accuracy by router, as a share of what each task's own expert reaches."""
+"""One model for all tasks: accuracy by router, as a share of the accuracy of each task's own expert."""
 
 from __future__ import annotations
 
@@ -68,9 +68,9 @@ def multitask(setup: ExperimentSetup) -> Result:
         rows=rows,
         data={"tasks": list(tasks), "methods": {label: methods[label] for label in found}},
         notes=[
-            "Accuracy by task, and the mean over tasks of accuracy divided by that of the task's own expert on the "
-            "same examples. ± one standard error of that share, over the differences between method and expert example "
-            f"by example. {seeds}",
+            "Accuracy by task, and the mean over tasks of the accuracy divided by that of the task's own expert on the "
+            "same examples. ± one standard error of that share, from the paired differences between method and expert. "
+            f"{seeds}",
             *setup.left_out(METHODS),
             *setup.remarks(),
         ],

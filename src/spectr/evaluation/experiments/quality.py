@@ -1,4 +1,4 @@
-"""Expert quality: each task with the base model, and with its own expert alone."""
+"""Expert quality: each task with the base model, and with only its own expert."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def quality(setup: ExperimentSetup) -> Result:
     rows = [[task, percent(base[task]), most[task], percent(own[task]), own[task].count] for task in tasks]
     return Result(
         name="quality",
-        title="What each expert is worth on its own task",
+        title="The value of each expert on its own task",
         source="SpectR, Table 3",
         columns=["task", "base model", "majority class", "its own expert", "examples"],
         rows=rows,

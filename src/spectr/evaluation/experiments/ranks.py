@@ -18,17 +18,17 @@ ROUTERS: list[tuple[str, dict[str, Any]]] = [
 
 
 def ranks(setup: ExperimentSetup) -> Result:
-    """How often the right expert is found, by rank, among experts that were trained alike but for it.
+    """How often the right expert is found, by rank, among experts that differ only in rank.
 
     Source: SpectR, Figure 6.
 
     Raises:
-        DataError: No library of experts of a rank was given.
+        DataError: No library of experts of other ranks was given.
     """
     if not setup.ranks:
         raise DataError(
             "there are no experts of other ranks",
-            expected="--ranks FOLDER, with adapters named EXPERT-rRANK in it, such as sst2-r16",
+            expected="--ranks FOLDER, which holds adapters named EXPERT-rRANK, such as sst2-r16",
             do="train some: spectr train --task sst2 --rank 16 --out runs/ranks/sst2-r16",
         )
     rows, data = [], {}
@@ -49,8 +49,8 @@ def ranks(setup: ExperimentSetup) -> Result:
         rows=rows,
         data={"routers": data, "chance": 1 / len(experts)},
         notes=[
-            f"Libraries of {len(experts)} experts ({', '.join(experts)}), all of one rank, trained alike but for the "
-            f"rank. By chance {1 / len(experts):.1%}. ± one standard error over prompts.",
+            f"Libraries of {len(experts)} experts ({', '.join(experts)}) that differ only in rank. "
+            f"By chance {1 / len(experts):.1%}. ± one standard error over prompts.",
             *among.left_out(ROUTERS),
         ],
         origin=setup.origin(),

@@ -1,4 +1,4 @@
-"""Odd companions: does an expert that is large, of high rank, or random take prompts that are not its own."""
+"""Unusual experts: does an expert that is large, of high rank or random attract prompts of other experts."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _LARGE, _RANK = 100.0, 64
 
 
 def robustness(setup: ExperimentSetup) -> Result:
-    """Routing where an expert is made a hundred times as large, or has rank 64, or a random one is added.
+    """Routing if an expert is scaled by a hundred, has rank 64, or a random expert is added.
 
-    And where an expert is replaced by each of the setup's companions, such as one that was trained for longer.
+    Also if an expert is replaced by each of the setup's substitutes, such as one that was trained for longer.
     """
     rows, data, odd = [], {}, {}
     with tempfile.TemporaryDirectory() as folder:
@@ -51,13 +51,13 @@ def robustness(setup: ExperimentSetup) -> Result:
                 }
     return Result(
         name="robustness",
-        title="Odd companions",
+        title="Unusual experts",
         source="ours",
         columns=["library", "router", "prompts, by vote", "its own prompts", "prompts of others that it took"],
         rows=rows,
         data={"cases": data, "odd": odd},
         notes=[
-            "One expert of the library is changed, or one is added. ± one standard error over prompts.",
+            "One expert of the library is changed or added. ± one standard error over prompts.",
             *setup.left_out(ROUTERS),
             *setup.remarks(),
         ],
@@ -70,7 +70,7 @@ def _larger(tensors: dict[str, Tensor], config: dict) -> None:
 
 
 def _higher_rank(tensors: dict[str, Tensor], config: dict) -> None:
-    """The same update in factors of rank 64: rotated into all directions of them, the scale kept."""
+    """The same update in factors of rank 64, rotated into all their directions, at the same scale."""
     generator, rank = torch.Generator().manual_seed(0), config["r"]
     for key in [key for key in tensors if "lora_A" in key]:
         other = key.replace("lora_A", "lora_B")

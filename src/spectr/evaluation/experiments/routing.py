@@ -79,9 +79,9 @@ def routing(setup: ExperimentSetup) -> Result:
 
 _NOTE = (
     "Tokens: mean over a prompt's tokens after the chat template's opening and over all modules, then over prompts. "
-    "Prompts: the expert with the most first places over all tokens and modules. 'calibrated' decides once for the "
-    "prompt, by its evidence, and that holds for all of its tokens. To base: prompts that the base model answers by "
-    "the default of 'abstain'; in the other columns an expert always answers. ± one standard error over prompts."
+    "Prompts: the expert that is first most often over all tokens and modules. 'calibrated' decides once for the "
+    "prompt, by its evidence. To base: prompts that the base model answers with the default of 'abstain'; in the other "
+    "columns an expert always answers. ± one standard error over prompts."
 )
 _VALUES: dict[str, Any] = {
     "top_1": lambda finding: finding.top_1,

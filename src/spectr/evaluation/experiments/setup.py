@@ -1,4 +1,4 @@
-"""What experiments share: their setup, and the form of their results."""
+"""Shared by experiments: their setup, and the form of their results."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ Compared = Sequence[tuple[str, Mapping[str, Any]]]  # names of routers, each wit
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One experiment's outcome: tables for people and all that a plot needs, in JSON's own types.
+    """One experiment's result: tables for people and all data for plots, in JSON types.
 
     Attributes:
         name: The experiment.
-        title: What it shows, for a heading.
-        source: Where in the paper it belongs.
+        title: A heading.
+        source: Its place in the paper.
         columns: Headings of the table.
-        rows: Its cells: texts and numbers.
-        data: What the plot shows.
-        notes: What a reader should know.
+        rows: Cells: texts and numbers.
+        data: Data of the plot.
+        notes: Notes for the reader.
         origin: Model, experts, data, versions, seeds.
     """
 
@@ -70,30 +70,30 @@ class Result:
 
     @staticmethod
     def load(path: Path) -> Result:
-        """Read what :meth:`save` wrote."""
+        """Read a file of :meth:`save`."""
         return Result(**json.loads(path.read_text(encoding="utf-8")))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExperimentSetup:
-    """Base model, experts and tasks that an experiment works on.
+    """The base model, experts and tasks of an experiment.
 
     Attributes:
         model: The base model, not composed; experiments leave it so.
         tokenizer: Its tokenizer.
         library: The experts.
-        tasks: Each with the examples that are used of it.
-        reworded: By task the same examples in each of its paraphrases.
-        folder: For records that let a killed run go on.
-        only: Names of the routers to compare; all of an experiment's if empty.
-        settings: Of these routers, each ``NAME=VALUE``; see :func:`spectr.routers.options.read_settings`.
-        seeds: Of the calibrations that calibrated routers are measured with; the library's own alone if empty.
-        ranks: By rank a library of the same tasks' experts.
-        held_out: As ``tasks``, of which the library has no expert; for "heldout".
-        ownerless: Whether ``tasks`` may have no expert in the library.
-        guide: Makes what compares prompts with descriptions, for guided routers; called once.
-        companions: Adapters that "robustness" puts in the place of experts: (case, expert, folder).
-        progress: Receives (phase, done, total, remark).
+        tasks: The tasks, each with its examples.
+        reworded: By task, the same examples in each of its paraphrases.
+        folder: For records from which an interrupted run resumes.
+        only: Names of the routers to compare; if empty, all routers of an experiment.
+        settings: Settings of these routers, ``NAME=VALUE``; see :func:`spectr.routers.options.read_settings`.
+        seeds: Seeds of calibrations for calibrated routers; if empty, the library's own calibration.
+        ranks: By rank, a library of the same tasks' experts.
+        held_out: Like ``tasks``, but the library has no expert for them; for "heldout".
+        ownerless: Whether the library may lack an expert for some ``tasks``.
+        guide: Makes a guide for routers that compare descriptions; called once.
+        companions: Adapters that replace experts in "robustness": (case, expert, folder).
+        progress: Called with (phase, done, total, remark).
     """
 
     model: PreTrainedModel
@@ -143,15 +143,15 @@ class ExperimentSetup:
             routed.remove()
 
     def routers(self, compared: Compared) -> list[tuple[str, Router]]:
-        """Routers with a label each, without those that lack something (:meth:`left_out`).
+        """Labelled routers, without those that lack something (:meth:`left_out`).
 
         Args:
-            compared: Those that the experiment compares. Others that :attr:`only` names have no settings.
+            compared: The experiment's routers. Routers that only :attr:`only` names have no settings.
         """
         return [(label, router) for label, router, lack in self._compared(compared) if lack is None]
 
     def left_out(self, compared: Compared) -> list[str]:
-        """Remarks on the other routers: which, and what the library lacks for them."""
+        """Remarks on the omitted routers and what the library lacks for them."""
         found = grouped((lack, label) for label, _, lack in self._compared(compared) if lack is not None)
         return [f"Left out for lack of {lack}: {'; '.join(labels)}." for lack, labels in found.items()]
 
@@ -171,9 +171,9 @@ class ExperimentSetup:
             yield label, router, need.lacking if need else None
 
     def find(self, routed: Routed, phase: str) -> dict[str, list[Finding]]:
-        """By task, for each of its prompts, whether the model as it is routed now finds the task's expert.
+        """By task, for each prompt, whether the model in its current routing finds the task's expert.
 
-        What a killed run has found is not found again.
+        Results of an interrupted run are reused.
         """
         found = {}
         for done, (task, (_, examples)) in enumerate(self.owned.items(), start=1):
@@ -192,7 +192,7 @@ class ExperimentSetup:
 
     @property
     def opening(self) -> int:
-        """How many tokens the chat template puts before every prompt."""
+        """Number of tokens that the chat template puts before every prompt."""
         return opening_length(self.tokenizer)
 
     def find_over_seeds(self, router: Router, phase: str) -> list[dict[str, list[Finding]]]:
@@ -242,7 +242,7 @@ class ExperimentSetup:
         )
 
     def own_scores(self, method: str = "its own expert") -> dict[str, list[float]]:
-        """By task each example's score with the task's own expert alone."""
+        """By task, each example's score with only the task's own expert."""
         found = {}
         for task in self.owned:
             with self.routed(Oracle(expert=self.expert_of(task))) as routed:
@@ -250,7 +250,7 @@ class ExperimentSetup:
         return found
 
     def scores(self, task: str, method: str, routed: Routed | None = None) -> list[float]:
-        """Each example's score with the model as it is now; what a killed run scored is not scored again."""
+        """Each example's score with the model as it is now; reuses scores of an interrupted run."""
         about, examples = self.tasks[task]
         origin = {**self.origin(), **self._needed_by(routed), "task": about.version}
         records = score_examples(
@@ -281,7 +281,7 @@ class ExperimentSetup:
         return facts
 
     def check(self) -> None:
-        """Raise :class:`DataError` where a task's examples cannot be scored with this model, for all tasks at once."""
+        """Raise :class:`DataError` if examples cannot be scored with this model, for all tasks at once."""
         problems: list[SpectrError] = []
         for name, (task, _) in self.owned.items():
             with collecting(problems):
@@ -291,7 +291,7 @@ class ExperimentSetup:
         raise_together("the tasks cannot be scored with this model", problems, DataError)
 
     def remarks(self) -> list[str]:
-        """What a reader of the accuracies should know of the tasks: their metric, their form, what was cut."""
+        """Notes on the tasks for readers of the accuracies: metric, form, shortened prompts."""
         counts = [f"{name} {len(examples)}" for name, (_, examples) in self.owned.items()]
         found = [f"Examples: {', '.join(counts)}."]
         for name, (task, _) in self.owned.items():
@@ -301,10 +301,10 @@ class ExperimentSetup:
             if lost:
                 found.append(
                     f"{lost} {'prompt' if lost == 1 else 'prompts'} of {name} left no room for the answer in the "
-                    f"model's {context_length(self.model)} tokens and lost their beginning."
+                    f"model's context of {context_length(self.model)} tokens and lost their beginning.",
                 )
         lettered = [name for name, (task, _) in self.owned.items() if task.form == "letters"]
-        found += [f"Options are lettered, the answer is a letter: {', '.join(lettered)}."] if lettered else []
+        found += [f"Options have letters, and the answer is a letter: {', '.join(lettered)}."] if lettered else []
         return found
 
     def _lost(self, task: str) -> list[int]:
@@ -364,11 +364,11 @@ def seeds_note(label: str, runs: Sequence[Mapping[str, Sequence[Finding]]], setu
         return []
     each = [over_runs([run], lambda finding: finding.place == 1).value for run in runs]
     seeds = ", ".join(f"{seed}: {value:.1%}" for seed, value in zip(setup.seeds, each, strict=True))
-    return [f"{label} is the mean over calibration seeds, each prompt found at once by seed {seeds}."]
+    return [f"{label} is the mean over calibration seeds, prompts found at once by seed {seeds}."]
 
 
 def percent(measurement: Measurement) -> str:
-    """A share in percent with its standard error; where there is none, as all are alike, with their number."""
+    """A share in percent with its standard error; if all values are equal, with their number."""
     if math.isnan(measurement.value):
         return "-"
     if measurement.error == 0 and measurement.value in (0.0, 1.0):

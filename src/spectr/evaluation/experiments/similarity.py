@@ -1,4 +1,4 @@
-"""Similarity of experts, pairwise and over depth: cosines of their updates, from factors, without a product."""
+"""Similarity of experts, pairwise and over depth: cosines of their updates, computed from factors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def similarity(setup: ExperimentSetup) -> Result:
     rows = [[name, *(f"{value:.3f}" for value in row)] for name, row in zip(names, mean_EE.tolist(), strict=True)]
     return Result(
         name="similarity",
-        title="How alike the experts are",
+        title="Similarity of the experts",
         source="SpectR, Figures 2, 3 and 7",
         columns=["expert", *names],
         rows=rows,
@@ -50,7 +50,7 @@ def similarity(setup: ExperimentSetup) -> Result:
             },
         },
         notes=[
-            "Cosine of the updates c B A as vectors, mean over the modules that both experts adapt; computed from the "
+            "Cosine of the updates c B A as vectors, mean over the modules that both experts adapt. Computed from the "
             "factors.",
             f"Mean over all pairs: {float(mean_EE[off].nanmean()):.4f}.",
         ],
@@ -85,7 +85,7 @@ def cosines(
     """
     names = library.names
     if len(names) < 2:
-        raise DataError(f"similarity needs two experts or more, and {library.origin} has {len(names)}")
+        raise DataError(f"similarity needs at least two experts, but {library.origin} has {len(names)}")
     experts = {name: library[name] for name in names}
     for expert in experts.values():
         expert.check_factors_alone("similarity", DataError)

@@ -1,4 +1,4 @@
-"""What each token's experts are, on one prompt of a task."""
+"""The experts of each token, for one prompt of a task."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def tokens(setup: ExperimentSetup) -> Result:
         setup.progress("tokens", len(rows), len(ROUTERS), label)
     return Result(
         name="tokens",
-        title="Who works on which token",
+        title="The experts of each token",
         source="SpectR, Figure 4",
         columns=["router", f"share of {expert}, the right one", "largest share"],
         rows=rows,
         data={"task": task, "tokens": pieces, "experts": list(setup.library.names), "weights": weights},
         notes=[
-            f"The shortest of the prompts of {task}. Colour: the expert with the largest weight at a token, averaged "
-            "over all layers; the stronger, the larger that weight.",
+            f"The shortest prompt of {task}. Colour: the expert with the largest weight at a token, averaged over all "
+            "layers; stronger colours are larger weights.",
             *setup.left_out(ROUTERS),
         ],
         origin=setup.origin(),

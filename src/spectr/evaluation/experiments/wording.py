@@ -1,4 +1,4 @@
-"""The same tasks in words that no expert was trained on: is the right expert still found, and what is it worth."""
+"""The same tasks in words that no expert was trained on: is the right expert found, and how accurate is the answer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROUTERS: list[tuple[str, dict[str, Any]]] = [
 def wording(setup: ExperimentSetup) -> Result:
     """Routing of prompts in paraphrases of their tasks, and accuracy against the right expert's.
 
-    The paraphrases of a task take its examples in turn, so that every row of data is used once.
+    The paraphrases of a task are assigned to its examples in turn, so that every row of data is used once.
     """
     setup = setup.paraphrased()
     tasks, own, notes = setup.owned, setup.own_scores("its own expert, reworded"), []
@@ -58,10 +58,10 @@ def wording(setup: ExperimentSetup) -> Result:
             "own": {task: sum(values) / len(values) for task, values in own.items()},
         },
         notes=[
-            "Every prompt in one of the paraphrases of its task, none of which an expert was trained on. Accuracy as a "
-            "share of the right expert's on the same words, mean over tasks. ± one standard error over prompts, for "
-            "shares over the differences between method and expert example by example. To base: prompts that the "
-            "base model answers by the default of 'abstain'; in the other columns an expert always answers.",
+            "Every prompt is in one of its task's paraphrases, on which no expert was trained. Accuracy is a share of "
+            "the right expert's on the same words, mean over tasks. ± one standard error over prompts; for shares, of "
+            "the paired differences between method and expert. To base: prompts that the base model answers with the "
+            "default of 'abstain'; in the other columns an expert always answers.",
             *notes,
             *setup.left_out(ROUTERS),
             *setup.remarks(),

@@ -1,4 +1,4 @@
-"""Evidence: how well each expert fits a whole prompt. One file for each kind."""
+"""Evidence: how well each expert fits a whole prompt. One file per kind."""
 
 from spectr.routers.evidence.base import Evidence, Found, Guide, ModuleEvidence, ModuleScores, Reader, Source
 from spectr.routers.evidence.descriptions import DescriptionSimilarity

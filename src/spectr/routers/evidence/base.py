@@ -1,4 +1,4 @@
-"""How well each expert fits a whole prompt, found before the prompt's first token is answered.
+"""How well each expert fits a whole prompt; computed before the first token of the answer.
 
 Legend: B rows of the batch, N tokens of all rows, T tokens, E experts.
 """
@@ -21,11 +21,11 @@ Similarity = Callable[..., Float[Tensor, "B E"]]
 
 
 class Found(NamedTuple):
-    """What was found of prompts.
+    """The evidence for prompts.
 
     Attributes:
-        evidence_BE: How well each expert fits, float32 or float64. The larger, the better.
-        p_B: The share of ordinary prompts whose best expert has as much evidence; ``None`` where that is not known.
+        evidence_BE: How well each expert fits, float32 or float64. Larger is better.
+        p_B: The share of ordinary prompts whose best expert has as much evidence; ``None`` if unknown.
     """
 
     evidence_BE: Float[Tensor, "B E"]
@@ -40,26 +40,26 @@ class Guide(Protocol):
     """Compares prompts with descriptions; :class:`spectr.guidance.QueryGuide` is one."""
 
     def reader(self, descriptions: Mapping[str, str], experts: Sequence[str]) -> Similarity:
-        """A function that is called as the model is and returns ``cos(e_t, q)``, (batch, experts)."""
+        """A function with the model's arguments that returns ``cos(e_t, q)``, (batch, experts)."""
         ...
 
 
 @runtime_checkable
 class Source(Protocol):
-    """What a composed model offers to evidence."""
+    """What a composed model provides to evidence."""
 
     @property
     def library(self) -> ExpertLibrary:
-        """The experts, with all that is known of them."""
+        """The experts and all data about them."""
         ...
 
     @property
     def guide(self) -> Guide | None:
-        """What compares words, where the model was composed with it."""
+        """Compares descriptions, if the model was composed with a guide."""
         ...
 
     def module_reader(self, evidence: ModuleEvidence, experts: tuple[str, ...]) -> Reader:
-        """What has the base model read a prompt and pools what the evidence makes of the scores at each module."""
+        """Makes a reader that runs the base model on a prompt and pools the evidence of the scores at each module."""
         ...
 
 
@@ -67,11 +67,11 @@ class Evidence(ABC):
     """How well each expert fits a prompt. A frozen dataclass, which is its own configuration.
 
     Attributes:
-        reads: What it reads: ``"scores"`` of the token router at each module, ``"prototypes"`` of the library's index
-            in the place of the experts, which may then stay on disk, or the ``"words"`` of the prompt.
-        knows_p: Whether it may tell how many ordinary prompts have as much (:attr:`Found.p_B`), so that a policy can
-            abstain.
-        calibrated_scores: Whether the token router's scores have to be calibrated.
+        reads: ``"scores"`` of the token router at each module; ``"prototypes"`` of the library's index, so that experts
+            can stay on disk; or the ``"words"`` of the prompt.
+        knows_p: Whether it may know the share of ordinary prompts with as much evidence (:attr:`Found.p_B`), which a
+            policy needs to abstain.
+        calibrated_scores: Whether the token router's scores must be calibrated.
     """
 
     reads: ClassVar[Literal["scores", "prototypes", "words"]] = "words"
@@ -80,25 +80,25 @@ class Evidence(ABC):
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        """What the library has to bring."""
+        """What the library must provide."""
         return ()
 
     @abstractmethod
     def reader(self, source: Source, experts: tuple[str, ...]) -> Reader:
-        """What reads prompts for a set of experts, as if there were no others.
+        """Make a reader of prompts for a set of experts, as if no others existed.
 
         Args:
-            source: The composed model's library and its means to read prompts.
+            source: The composed model's library and its means of reading prompts.
             experts: The allowed experts, in alphabetical order.
 
         Returns:
-            A function that is called as the model (or its encoder) is called, and gives for each prompt and expert a
-            number (:class:`Found`).
+            A function with the arguments of the model (or its encoder). It returns a number for each prompt and expert
+            (:class:`Found`).
         """
 
 
 class ModuleScores(NamedTuple):
-    """Scores of one module's experts for the tokens of a batch that count.
+    """Scores of one module's experts for the counted tokens of a batch.
 
     Attributes:
         scores_NE: Float32.
@@ -119,14 +119,14 @@ class ModuleScores(NamedTuple):
 
 
 class ModuleEvidence(Evidence):
-    """Evidence from scores at the modules: made at each, pooled over all, compared with the calibration's texts.
+    """Evidence from scores at the modules: computed at each, pooled over all, compared with the calibration's texts.
 
     The base model reads the prompt once for it, without experts.
 
     Attributes:
-        probe_tokens: Tokens of a prompt that are read at most.
-        modules: Last parts of the names of the modules that take part; empty for all.
-        module_stride: Every how many-th of these takes part.
+        probe_tokens: Maximum number of a prompt's tokens that are read.
+        modules: Last parts of the names of the modules to use; empty for all.
+        module_stride: Use every N-th of these modules.
     """
 
     probe_tokens: int = 256
@@ -141,7 +141,7 @@ class ModuleEvidence(Evidence):
     def of_module(self, scores: ModuleScores) -> Float[Tensor, "Q B E"]:
         """One module's numbers (Q of them) for its own experts, pooled over each row's tokens.
 
-        NaN is the number of an expert that takes no part at this module.
+        NaN means that an expert has no score at this module.
         """
 
     def of_prompt(
@@ -150,19 +150,19 @@ class ModuleEvidence(Evidence):
         holders: Mapping[str, Sequence[str]],
         experts: Sequence[str],
     ) -> Float[Tensor, "Q B E"]:
-        """Each expert's means over the modules where it takes part; NaN where there is none.
+        """Each expert's means over the modules where it has a score; NaN if there are none.
 
         Args:
-            found: By module what :meth:`of_module` gives.
-            holders: By module the names of its experts.
-            experts: All of them.
+            found: By module, the result of :meth:`of_module`.
+            holders: By module, the names of its experts.
+            experts: All experts.
 
         Raises:
-            CompositionError: No module takes part.
+            CompositionError: No module has scores.
         """
         if not found:
             raise CompositionError(
-                "no layer could score this prompt", do="use level='token', or name the experts yourself"
+                "no layer could score this prompt", do="use level='token', or choose the experts yourself"
             )
         first = next(iter(found.values()))
         total_QBE = first.new_zeros(*first.shape[:2], len(experts))
@@ -176,11 +176,11 @@ class ModuleEvidence(Evidence):
 
     @abstractmethod
     def compare(self, found_QBE: Float[Tensor, "Q B E"], null_QKE: Float[Tensor, "Q K E"], *, ordinary: bool) -> Found:
-        """The evidence: prompts' numbers compared with those of the calibration's texts.
+        """The evidence: the prompts' numbers compared with those of the calibration's texts.
 
         Args:
-            found_QBE: Of prompts.
-            null_QKE: Of the K texts, for the same experts.
-            ordinary: Whether these are ordinary prompts of all lengths (:attr:`spectr.library.Calibration.null`), so
-                that the share of them that has as much evidence says something; otherwise ``p_B`` is left out.
+            found_QBE: Numbers of the prompts.
+            null_QKE: Numbers of the K texts, for the same experts.
+            ordinary: Whether the texts are ordinary prompts of all lengths
+                (:attr:`spectr.library.Calibration.null`), so that ``p_B`` has a meaning; otherwise it is omitted.
         """

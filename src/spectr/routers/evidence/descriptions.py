@@ -13,7 +13,7 @@ from spectr.routers.evidence.base import Evidence, Found, Reader, Source
 class DescriptionSimilarity(Evidence):
     """``cos(e_t, q)``: ``e_t`` embeds the description of expert ``t``, ``q`` an instruction written for the prompt.
 
-    The model is to be composed with a guide (:class:`spectr.guidance.QueryGuide`), which writes and embeds.
+    The model must be composed with a guide (:class:`spectr.guidance.QueryGuide`), which writes and embeds.
 
     Source: GLIDER (Li et al., 2024), section 3.
     """

@@ -1,4 +1,4 @@
-"""Power means of scores by one direction of each expert out of the library's index, with the experts on disk."""
+"""Power means of scores by one direction of each expert, from the library's index, with the experts on disk."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ class PrototypeMeans(ScoreMeans):
 
     Attributes:
         power: See :class:`ScoreMeans`.
-        relative_power: Likewise.
-        probe_tokens: Tokens of a prompt that are read at most.
-        modules: Last parts of the names of the modules that take part, such as ``("q_proj", "k_proj")``; no prototypes
-            of others are in memory. Empty for all.
-        module_stride: Every how many-th of these takes part; more costs less and finds less.
-        bits: Of each number of a prototype in memory: 8, 16 or 32. From 16 on the evidence is an interval that holds
-            the value that prototypes in full give, in real numbers; where 16 bits do not decide which experts come
-            first, the prototypes are read in full.
+        relative_power: See :class:`ScoreMeans`.
+        probe_tokens: Maximum number of a prompt's tokens that are read.
+        modules: Last parts of the names of the modules to use, such as ``("q_proj", "k_proj")``; other modules'
+            prototypes are not in memory. Empty for all.
+        module_stride: Use every N-th of these modules; larger is faster and less accurate.
+        bits: Bits per number of a prototype in memory: 8, 16 or 32. From 16 on, the evidence is an interval that
+            contains the value of full prototypes, in real numbers. If 16 bits do not decide which experts come first,
+            the full prototypes are read.
 
     Source: ours, with the prototypes of Arrow (Ostapenko et al., 2024); see docs/howto/scale.md.
     """
 
     reads: ClassVar[Literal["scores", "prototypes"]] = "prototypes"
-    calibrated_scores: ClassVar[bool] = False  # the index brings its own, whatever the router's are
+    calibrated_scores: ClassVar[bool] = False  # the index has its own calibration
 
     modules: tuple[str, ...] = ()
     module_stride: int = 1
@@ -50,25 +50,25 @@ class PrototypeMeans(ScoreMeans):
                 f"modules={self.modules!r}", expected='a tuple of names, such as ("q_proj", "k_proj")'
             )
         if self.bits not in (8, 16, 32):
-            raise CompositionError(f"bits={self.bits}", expected="8, or for a list that is certain 16 or 32")
+            raise CompositionError(f"bits={self.bits}", expected="8; or 16 or 32 for an exact list")
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        """See :class:`Evidence`: an index, with prototypes in full for intervals."""
+        """See :class:`Evidence`: an index, with full prototypes for intervals."""
         return (Indexed(self.is_interval),)
 
     @property
     def is_interval(self) -> bool:
-        """Whether the evidence is an interval that holds what prototypes in full give."""
+        """Whether the evidence is an interval that contains the value of full prototypes."""
         return self.bits > 8
 
     def token_bounds(
         self, scores_TE: Float[Tensor, "T E"], off_TE: Float[Tensor, "T E"]
     ) -> tuple[Float[Tensor, "2 T E"], Float[Tensor, "2 T E"]]:
-        """The least and the most that a token adds to both means, where scores may be off by so much; float64.
+        """The least and the most that a token adds to both means, if scores may differ by this much; float64.
 
-        Both grow with the expert's own score; the second falls with those of all others. What float64 rounds is
-        allowed for: sums of E logarithms, and powers.
+        Both grow with the expert's own score; the second falls with all other scores. The bounds include float64's
+        rounding: sums of E logarithms, and powers.
         """
         takes_part_E = scores_TE.amax(0) + off_TE.amax(0) > 0
         low_TE, high_TE = ((scores_TE + by).clamp(FLOOR, CEILING) for by in (-off_TE, off_TE))

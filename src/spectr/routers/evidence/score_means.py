@@ -1,4 +1,4 @@
-"""Power means of the token router's scores, such as calibrated spectral ones, against those of ordinary prompts."""
+"""Power means of the token router's scores, such as calibrated spectral ones, compared with ordinary prompts."""
 
 from __future__ import annotations
 
@@ -15,31 +15,34 @@ from spectr.library.needs import CALIBRATED, Need
 from spectr.routers.evidence.base import Found, ModuleEvidence, ModuleScores
 from spectr.routers.settings import check_counts
 
-FLOOR, CEILING = 0.05, 1e6  # of scores, whose root mean square is 1: one zero would move a geometric mean far
-LEAST_SPREAD = 1e-3  # of a logarithm among ordinary prompts; 0.03 is common
-NO_EVIDENCE = -1e9  # of an expert that does nothing anywhere
+FLOOR, CEILING = (
+    0.05,
+    1e6,
+)  # limits of scores, whose root mean square is 1: a single zero would dominate a geometric mean
+LEAST_SPREAD = 1e-3  # least spread of a logarithm among ordinary prompts; 0.03 is common
+NO_EVIDENCE = -1e9  # for an expert without effect
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreMeans(ModuleEvidence):
-    """How far an expert's scores are above those that it has for ordinary prompts.
+    """How far an expert's scores exceed its scores for ordinary prompts.
 
-    With ``s_t`` the scores of expert ``t`` at a module, two numbers for each prompt: ``log (mean_tokens s_t^p)^(1/p)``,
-    and the same of the relative score ``s_t / geomean_u s_u`` with ``q`` for ``p``. Both are averaged over the modules
-    that the expert adapts, and standardised by the mean and the standard deviation that the same expert has over
-    ordinary prompts (the null). The evidence is the mean of the two. Whether any expert stands out is seen from the
-    largest of the second, compared with the null's largest: ``p_B = (1 + #{null >= it}) / (1 + #null)``.
+    Let ``s_t`` be the scores of expert ``t`` at a module. Each prompt has two numbers:
+    ``log (mean_tokens s_t^p)^(1/p)``, and the same of the relative score ``s_t / geomean_u s_u`` with ``q`` for ``p``.
+    Both are averaged over the modules that the expert adapts, and standardised by the mean and standard deviation that
+    the expert has over ordinary prompts (the null). The evidence is the mean of the two. Whether any expert stands out
+    is judged by the largest second number, compared with the null's: ``p_B = (1 + #{null >= it}) / (1 + #null)``.
 
-    The first takes each expert by itself, so that experts of other ranks, modules or training are compared by what each
-    does for ordinary prompts. The second takes away what moves all experts, as any instruction does. A module where no
-    other expert is counts for the first alone; an expert that shares no module is judged by its first number. Scores
-    are kept between 0.05 and 1e6, where calibrated ones have the root mean square 1. An expert whose scores are zero
-    takes no part.
+    The first number judges each expert alone, so that experts of other ranks, modules or training are compared by their
+    effect on ordinary prompts. The second removes what affects all experts, as any instruction does. A module with a
+    single expert counts for the first number only; an expert that shares no module is judged by its first number.
+    Scores are limited to 0.05 and 1e6, where calibrated ones have the root mean square 1. An expert with zero scores is
+    not used.
 
     Attributes:
         power: ``p``, above zero.
         relative_power: ``q``, above zero.
-        probe_tokens: Tokens of a prompt that are read at most.
+        probe_tokens: Maximum number of a prompt's tokens that are read.
 
     Source: ours; see docs/concepts/evidence.md.
     """
@@ -64,7 +67,7 @@ class ScoreMeans(ModuleEvidence):
         return (CALIBRATED,)
 
     def of_module(self, scores: ModuleScores) -> Float[Tensor, "2 B E"]:
-        """See :class:`ModuleEvidence`: both numbers, NaN where an expert takes no part."""
+        """See :class:`ModuleEvidence`: both numbers; NaN if an expert has no score."""
         takes_part_E = (scores.scores_NE > 0).any(0)
         s_NE = scores.scores_NE.clamp(FLOOR, CEILING)
         one_N = torch.ones_like(s_NE[:, 0])
@@ -94,15 +97,15 @@ class ScoreMeans(ModuleEvidence):
 
 
 def largest(z_QNE: Float[Tensor, "2 N E"]) -> Float[Tensor, " N"]:
-    """How far the expert that does so most stands out; of one that shares no module by its scores alone."""
+    """How far the leading expert stands out; judged by its scores alone if it shares no module."""
     own_NE, relative_NE = z_QNE
     return torch.where(relative_NE.isnan(), own_NE, relative_NE).nan_to_num(nan=NO_EVIDENCE).amax(-1)
 
 
 def left_out(z_QKE: Float[Tensor, "*q K E"], texts: int) -> Float[Tensor, "*q K E"]:
-    """Each text of a null standardised by the others, as a prompt is by all: from the values that include it.
+    """Standardise each text of a null by the other texts, starting from values that include the text.
 
-    Without this a text is held back by itself, and more prompts than texts would be found to stand out.
+    A prompt is standardised by all texts. Without this, more prompts than texts would stand out.
     """
     if texts < 3:
         return z_QKE
@@ -111,5 +114,5 @@ def left_out(z_QKE: Float[Tensor, "*q K E"], texts: int) -> Float[Tensor, "*q K 
 
 
 def p_value(found_B: Float[Tensor, " B"], null_K: Float[Tensor, " K"]) -> Float[Tensor, " B"]:
-    """The share of the null that is as large, where the prompt itself counts among it."""
+    """The share of the null that is at least as large, counting the prompt itself."""
     return (1 + (null_K >= found_B[:, None]).sum(-1)) / (1 + len(null_K))

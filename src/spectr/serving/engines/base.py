@@ -1,15 +1,15 @@
-"""What the gateway needs of an engine: it takes a request's experts, and reports which of them were chosen.
+"""What the gateway needs of an engine: it accepts a request's experts, and reports which experts were chosen.
 
-The gateway is an ASGI middleware around an engine's own OpenAI-compatible application. Of each request it makes a
-:class:`Ticket`, has the engine write it into the request's body (:meth:`Engine.admit`), hands that body to the
-application with the ticket's id as its ``x-request-id`` header, and asks for the routing with each answer or chunk that
-comes back (:meth:`Engine.steps`). At the end, however it comes about, it calls :meth:`Engine.finish`.
+The gateway is an ASGI middleware around an engine's own OpenAI-compatible application. For each request it makes a
+:class:`Ticket`, lets the engine write it into the request's body (:meth:`Engine.admit`), sends that body to the
+application with the ticket's id as ``x-request-id``, and asks for the routing with each answer or chunk
+(:meth:`Engine.steps`). At the end of the request, for any reason, it calls :meth:`Engine.finish`.
 
     key and request -> Ticket -> admit(body) -> the engine's application -> answer -> steps(answer) -> client
                                                                                    -> finish(ticket)
 
-Nothing else reaches the application: of its routes the gateway lets ``POST /v1/chat/completions``,
-``POST /v1/completions`` and ``GET /health`` through, and answers the others itself.
+The gateway passes ``POST /v1/chat/completions``, ``POST /v1/completions`` and ``GET /health`` to the application, and
+answers all other requests itself.
 """
 
 from __future__ import annotations
@@ -23,17 +23,16 @@ Recording = Literal["none", "shares", "layers"]
 
 @dataclass(frozen=True, kw_only=True)
 class Ticket:
-    """What an engine gets of one request. The gateway makes it; a client cannot.
+    """What an engine receives about one request. Only the gateway makes it, never a client.
 
     Attributes:
-        id: Unique to this request; the header ``x-request-id`` that the application sees. Never the client's.
-        experts: The granted set, those that may be chosen, in alphabetical order: the key's set, narrowed by the
-            request. Empty: the base model alone, without any expert. Never more than :attr:`Engine.experts`.
-        router: One of :attr:`Engine.routers`.
-            (Of one expert every router gives it all weight.)
-        salt: Equal for two tickets whose experts and router are equal, and different otherwise. An engine with a prefix
-            cache must never let tickets of different salts share an entry.
-        record: What :meth:`Engine.steps` is to tell: nothing, each token's shares, or also each layer's decision.
+        id: Unique for this request; the application sees it as the header ``x-request-id``. Never the client's.
+        experts: The experts that may be chosen, in alphabetical order: the key's experts, restricted by the request.
+            Empty means the base model alone. Always a subset of :attr:`Engine.experts`.
+        router: One of :attr:`Engine.routers`. With a single expert every router gives it all weight.
+        salt: Equal for two tickets if and only if their experts and router are equal. An engine with a prefix cache
+            must never share an entry between different salts.
+        record: What :meth:`Engine.steps` must report: nothing, each token's shares, or also each layer's decision.
     """
 
     id: str
@@ -44,17 +43,17 @@ class Ticket:
 
 
 class Step(NamedTuple):
-    """The routing of one generated token: that of the step which produced it.
+    """The routing of one generated token, which is that of the step that produced it.
 
-    The first generated token's is the routing of the prompt's last position.
+    The first generated token has the routing of the prompt's last position.
 
     Attributes:
-        shares: Of each expert that took part, its part of the layers' weight: its weight summed over the routed layers,
-            divided by the number of :attr:`Engine.layers`. At most one in total.
-        layers: With ``record="layers"``, for each of :attr:`Engine.layers` the experts that were chosen there, as
+        shares: For each expert that was used, its weight summed over the routed layers, divided by the number of
+            :attr:`Engine.layers`. The sum is at most one.
+        layers: With ``record="layers"``, the experts that were chosen at each of :attr:`Engine.layers`, as
             ``{name: (weight, score)}``; else empty.
-        p: Of a router that decides for whole prompts the share of ordinary prompts whose best expert fits as well as
-            this prompt's, where that is known. Where it is large no expert may take part.
+        p: For a router that decides for whole prompts, the share of ordinary prompts whose best expert fits as well as
+            this prompt's, if known. If it is large, possibly no expert is used.
     """
 
     shares: Mapping[str, float]
@@ -64,16 +63,16 @@ class Step(NamedTuple):
 
 @runtime_checkable
 class Engine(Protocol):
-    """An engine as the gateway sees it. All methods are called on the event loop's thread and must not block it."""
+    """An engine as the gateway sees it. All methods run on the event loop's thread and must not block it."""
 
     @property
     def base_model(self) -> str:
-        """The name under which the base model alone is offered."""
+        """The name of the base model alone."""
         ...
 
     @property
     def experts(self) -> tuple[str, ...]:
-        """The experts that requests from now on may be granted, in alphabetical order."""
+        """The experts that new requests may get, in alphabetical order."""
         ...
 
     @property
@@ -88,51 +87,51 @@ class Engine(Protocol):
 
     @property
     def fields(self) -> frozenset[str]:
-        """The fields that the application knows of a request, of either endpoint; what looks like one of them, or of
-        ours, and is none is refused as a slip."""
+        """The fields of both endpoints' requests that the application knows. A field that resembles one of them or one
+        of ours, but is none, is refused as misspelt."""
         ...
 
     @property
     def suspicion(self) -> Mapping[str, float]:
-        """Of each expert whose norm is far out of the others', how far (a robust z-score); empty where none is."""
+        """Experts whose norm is an outlier, with a robust z-score; empty if there are none."""
         ...
 
     def admit(self, ticket: Ticket, body: Mapping[str, Any]) -> dict[str, Any]:
-        """A request's body as the application is to get it; from now on the ticket is in force.
+        """The body of a request for the application; from now on the ticket is in force.
 
-        ``body`` was validated, and is without our own fields (``experts``, ``router``, ``return_routing``); its
-        ``model`` is still the client's, which the gateway puts back into the answers. Must set ``model`` to what the
-        application calls the composed model, and must overwrite or refuse every field by which a client could say
-        itself what the ticket sets (for vLLM ``vllm_xargs``, ``cache_salt`` and the like). An engine that passes it
-        on by other means than the body (by the header ``x-request-id``) keeps the ticket until :meth:`finish`.
+        ``body`` is validated and without our fields (``experts``, ``router``, ``return_routing``). Its ``model`` is the
+        client's, which the gateway puts back into the answers. This method must set ``model`` to the application's name
+        of the composed model. It must overwrite or refuse every field with which a client could set what the ticket
+        sets (in vLLM ``vllm_xargs``, ``cache_salt`` and others). An engine that passes the ticket on outside of the
+        body (by the header ``x-request-id``) keeps it until :meth:`finish`.
 
         Raises:
-            RefusalError: The engine cannot do that. Nothing is kept.
+            RefusalError: The engine cannot serve this request. Nothing is kept.
         """
         ...
 
     def steps(self, ticket: Ticket, answer: dict[str, Any]) -> Mapping[int, Sequence[Step]]:
         """The routing of the tokens that were generated since the last call for this ticket, by choice index.
 
-        Called with every whole answer or SSE chunk, parsed, before it goes to the client, where ``ticket.record`` is
-        not ``"none"``. The engine may read the routing out of ``answer`` and must then delete from it what is not the
-        API's. Tokens whose text is still held back (part of a character) may come with a later chunk; with the chunk
-        that has a ``finish_reason``, and with a whole answer, all remaining ones come.
+        Called with every complete answer or SSE chunk, parsed, before it goes to the client, unless ``ticket.record``
+        is ``"none"``. The engine may read the routing from ``answer`` and must then delete what is not part of
+        the API. Tokens whose text is not complete yet (part of a character) may come with a later chunk. The chunk with
+        a ``finish_reason``, or a complete answer, brings all remaining tokens.
         """
         ...
 
     def finish(self, ticket: Ticket) -> None:
-        """The request is over: answered, refused, failed, or its client has hung up. Called exactly once after
-        :meth:`admit`, and never raises. What is still being generated for it may be stopped."""
+        """The request has ended: answered, refused, failed, or its client disconnected. Called exactly once after
+        :meth:`admit`; never raises. Generation that is still running for it may be stopped."""
 
     async def discard(self, name: str) -> None:
-        """Forget an expert. From the call on it is not in :attr:`experts`; returns when its weights have left memory,
-        which may wait for the requests that were granted it.
+        """Remove an expert. It leaves :attr:`experts` at once. Returns after its weights have left the memory, which
+        may wait for requests that use it.
 
         Raises:
             SpectrError: There is no such expert, or it is the last one.
         """
 
     def metrics(self) -> bytes:
-        """The engine's own Prometheus text, to be shown after ours; empty where it has none."""
+        """The engine's own Prometheus text, which is shown after ours; empty if it has none."""
         ...

@@ -1,4 +1,4 @@
-"""Which request each token of a model's call belongs to, and what was decided for it."""
+"""Which request each token of a model's call belongs to, and the decision for that request."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ log = logging.getLogger("spectr.serving")
 
 
 class Part(NamedTuple):
-    """Tokens of one call that belong together.
+    """Tokens of one call that belong to one request.
 
     Attributes:
-        running: Their request; ``None`` where it is not known: they get no expert.
-        tokens: How many they are.
+        running: The request; ``None`` if unknown, so that no expert is used.
+        tokens: Number of tokens.
         generates: Whether the last of them generates a token of the answer.
-        prompt: What is read to decide, where that is not done yet.
+        prompt: The prompt to decide on, if the decision is not made yet.
         fail: Ends the request with an error.
     """
 
@@ -38,10 +38,10 @@ class Part(NamedTuple):
 
 
 class BatchScheduler:
-    """Gives each token of a composed model's calls the router and the set of its request, and writes down what was
-    decided.
+    """Gives each token of a composed model's calls its request's router and experts, and records the
+    decisions.
 
-    It hooks the model's calls; ``parts`` gives the tokens that a call is made of.
+    It hooks the model's calls; ``parts`` lists the tokens of a call.
 
     Args:
         multi_router: The composed model.
@@ -62,7 +62,7 @@ class BatchScheduler:
         ]
 
     def decide(self, running: Running, prompt: Tensor) -> None:
-        """Have a request's prompt read, where its router wants that. The model must not run meanwhile."""
+        """Read a request's prompt if its router needs that. The model must not run meanwhile."""
         self._deciding = True
         try:
             running.decision = self.router_batch.decide(running.ticket.router, running.ticket.experts, prompt)
@@ -73,7 +73,7 @@ class BatchScheduler:
 
     @contextmanager
     def only(self, running: Running, prompt: Tensor) -> Iterator[None]:
-        """While the block runs, all calls belong to this request."""
+        """Inside the block, all calls belong to this request."""
         self.decide(running, prompt)
         self.parts = lambda: [Part(running, 1, True)]
         try:
@@ -82,13 +82,13 @@ class BatchScheduler:
             self.parts = list
 
     def close(self) -> None:
-        """Leave the model as it was composed."""
+        """Restore the model as it was composed."""
         for hook in self._hooks:
             hook.remove()
         self.router_batch.close()
 
     def _before(self, *_: Any) -> None:
-        if self._deciding:  # a guide has the base model write
+        if self._deciding:  # a guide is letting the base model write
             return
         parts = self.parts() or [Part(None, 1, False)]
         self.router_batch.set_tokens([(self._decision(part), part.tokens) for part in parts])
@@ -109,8 +109,8 @@ class BatchScheduler:
         if running.decision is None:
             try:
                 self.decide(running, torch.tensor(part.prompt, device=self._device))
-            except Exception as error:  # of this request alone: the others of the batch must not suffer
-                log.exception("no decision could be made for a prompt")
+            except Exception as error:  # affects this request only, not the others in the batch
+                log.exception("deciding on a prompt failed")
                 running.decision = self._nobody
                 part.fail(error)
         assert running.decision is not None

@@ -1,4 +1,4 @@
-"""Many requests in one batch: transformers' continuous batching, each token with its own request's router and set."""
+"""Many requests in one batch: continuous batching of transformers, where each token has its request's experts."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _UNSERVED = ("stop", "frequency_penalty", "presence_penalty", "logit_bias")
 
 @dataclass(kw_only=True)
 class Batching:
-    """Settings of continuous batching, and what runs with them once it is started.
+    """Settings of continuous batching, and its running state.
 
-    No prefix is shared between requests, so none between sets; the model is called step by step, without graphs, as
-    each step's tokens have other sets.
+    Requests share no prefix, so that sets of experts share none either. The model is called step by step, without
+    graphs, since each step's tokens have other experts.
 
     Attributes:
-        cache_tokens: Tokens of all running requests that are kept; who does not fit in waits, or starts again.
-        batch_tokens: Tokens of one step at most; longer prompts are read in pieces.
-        requests: Requests of one step at most.
-        page: Tokens of one page of the cache.
+        cache_tokens: Tokens of all running requests in memory; a request that does not fit waits or starts again.
+        batch_tokens: Maximum number of tokens per step; longer prompts are read in pieces.
+        requests: Maximum number of requests per step.
+        page: Tokens per page of the cache.
     """
 
     cache_tokens: int = 16384
@@ -40,13 +40,13 @@ class Batching:
     page: int = 64
 
     def start(self, model: Any, scheduler: BatchScheduler, running: Mapping[str, Running]) -> None:
-        """Begin to generate, in a thread that waits for requests."""
+        """Start generating, in a thread that waits for requests."""
         from transformers import ContinuousBatchingConfig
         from transformers.cli.serving.utils import CBGenerateManager
 
         if isinstance(model.get_output_embeddings(), (RoutedLinear, SavedModule, MultiRoutedLinear)):
             raise CompositionError(
-                "an expert adapts the output head, which continuous batching calls for some tokens alone",
+                "an expert adapts the output head, which continuous batching calls for some tokens only",
                 do="serve without continuous batching",
             )
         config = ContinuousBatchingConfig(
@@ -69,40 +69,40 @@ class Batching:
 
     @property
     def context(self) -> int:
-        """Tokens of one request at most."""
+        """Maximum number of tokens of one request."""
         return self.cache_tokens - self.page
 
     def alive(self) -> bool:
-        """Whether requests are still worked on."""
+        """Whether the thread is running."""
         return self.manager.is_alive()
 
     def check(self, body: Mapping[str, Any]) -> None:
-        """Raise :class:`RefusalError` for what transformers' batches would silently ignore."""
+        """Raise :class:`RefusalError` for settings that transformers' batches would silently ignore."""
         for key in _UNSERVED:
             if body.get(key):
                 raise RefusalError(
-                    f"'{key}' is not served together with continuous batching",
-                    do=f"leave '{key}' out, or ask a server that runs without --batch",
+                    f"'{key}' does not work with continuous batching",
+                    do=f"remove '{key}', or use a server without --batch",
                     code="unsupported_value",
                     param=key,
                 )
 
     def enter(self, model: Any, running: Running) -> Any:
-        """What transformers' manager is given as the model; from now on the request can be stopped."""
+        """The model for transformers' manager; from now on the request can be stopped."""
         running.stop = lambda: self._forget(running.ticket.id)
         return model
 
     def begun(self, running: Running, queue: asyncio.Queue, streamer: Any) -> None:
-        """Write down which tokens each piece of text stands for."""
+        """Record which tokens each piece of text represents."""
         mark_pieces(queue, "put_nowait", running, streamer)
 
     def paused(self, work: Callable[[], None]) -> None:
-        """Do something to the model between two steps; not on the thread that generates."""
+        """Change the model between two steps; not on the thread that generates."""
         with self._cb.pause():
             work()
 
     def stop(self) -> None:
-        """Stop generating; requests that are not done fail."""
+        """Stop generating; unfinished requests fail."""
         self._cb.stop(block=True, timeout=10, hard_stop=True)
 
     def _add_request(self, input_ids: list[int], request_id: str, **given: Any) -> Any:
@@ -111,15 +111,15 @@ class Batching:
 
     def _forget(self, request_id: str) -> None:
         router = self._cb.output_router
-        if request_id in router.result_handlers:  # of one that is done there is none any more
+        if request_id in router.result_handlers:  # a finished request has none
             self._cb.cancel_request(request_id)
             with router._lock:
                 router.result_handlers.pop(request_id, None)
-        while not router.output_queue.empty():  # what came for those that have left
+        while not router.output_queue.empty():  # output for clients that disconnected
             router.output_queue.get_nowait()
 
     def _parts(self) -> list[Part]:
-        """Whose tokens the coming call is made of, as transformers has put them together."""
+        """The requests of the next call's tokens, as transformers combined them."""
         batch = self._cb.batch_processor.inputs_and_outputs.requests_in_batch
         return [self._part(future) for future in batch]
 
@@ -136,7 +136,7 @@ class Batching:
 
 
 def _sampling_config(model: Any) -> Any:
-    """One under which every request can have settings of its own: each has to differ from what means "off"."""
+    """A configuration in which every request can have its own settings: each must differ from the value for "off"."""
     config = copy.deepcopy(model.generation_config)
     config.do_sample, config.temperature, config.top_k, config.top_p = True, 0.5, 2, 0.5
     config.use_cache = False
@@ -144,7 +144,7 @@ def _sampling_config(model: Any) -> Any:
 
 
 def _sampling(body: Mapping[str, Any], model: Any) -> dict[str, Any]:
-    """A request's own temperature, top_k and top_p; greedy is the best one alone."""
+    """A request's own temperature, top_k and top_p; greedy decoding is a top_k of 1."""
     default, vocabulary = model.generation_config, model.config.get_text_config().vocab_size
     temperature, top_p = body.get("temperature"), body.get("top_p")
     if temperature == 0 or (temperature is None and top_p is None and not default.do_sample):

@@ -1,4 +1,4 @@
-"""Transformers' generation managers, wrapped: each generation is bound to the request that it works for."""
+"""Wrap transformers' generation managers, so that each generation belongs to its request."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class State:
 
     Args:
         inner: The state.
-        bind: From one of its managers to one that is bound.
-        alive: Whether the batches' thread lives.
+        bind: Binds one of its managers.
+        alive: Whether the thread of the batches runs.
     """
 
     def __init__(self, inner: Any, bind: Callable[[Any], Any], alive: Callable[[], bool]):
@@ -36,20 +36,20 @@ class State:
         return self._bind(self._inner.get_manager(model_id, use_cb=False))
 
     def is_cb_alive(self) -> bool:
-        """What ``/health`` wants to know."""
+        """Used by ``/health``."""
         return self._alive()
 
 
 class Bound:
-    """A generation manager that checks a request's length and has its set in force while it generates.
+    """A generation manager that checks a request's length and applies its experts while it generates.
 
     Args:
         inner: Transformers' manager.
-        find: A request by its id.
-        context: Tokens that the model takes at most, answer included.
-        enter: From the model and a request to what is given to the inner manager as the model.
-        begun: Gets a stream before its first token.
-        ends: Whether a generation that is no longer waited for comes to an end by itself, and must be let to.
+        find: Finds a request by its id.
+        context: Maximum number of tokens of the model, including the answer.
+        enter: Maps the model and a request to the model for the inner manager.
+        begun: Receives a stream before its first token.
+        ends: Whether a generation that nobody waits for ends by itself, and must be left to do so.
     """
 
     def __init__(
@@ -92,17 +92,17 @@ class Bound:
         if not self._ends:
             return await work
         task = asyncio.ensure_future(work)
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # which no one else reads
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # nothing else reads it
         return await asyncio.shield(task)
 
 
 class OneAtATime:
-    """The model as one request's generation sees it: with the request's set, until it is done or its client has left.
+    """The model for one request's generation: with the request's experts, until it ends or its client disconnects.
 
     Args:
         model: The composed model.
         running: The request.
-        scheduler: Gives its tokens their set.
+        scheduler: Gives its tokens their experts.
     """
 
     def __init__(self, model: Any, running: Running, scheduler: BatchScheduler):
@@ -114,7 +114,7 @@ class OneAtATime:
     def generate(self, *, input_ids: torch.Tensor, generation_config: Any, **given: Any) -> torch.Tensor:
         """See transformers' ``GenerationMixin.generate``."""
         running, streamer = self._running, given.get("streamer")
-        if running.over.is_set():  # its client left while others were answered
+        if running.over.is_set():  # its client disconnected while it waited
             if streamer is not None:
                 streamer.end()
             return input_ids
@@ -131,19 +131,19 @@ class OneAtATime:
 
 
 def fit(running: Running, inputs: Mapping[str, Any], gen_config: Any, context: int) -> None:
-    """Shorten the answer to what the model can take.
+    """Shorten the answer to the model's context.
 
     Raises:
-        RefusalError: The prompt alone is too long, or empty.
+        RefusalError: The prompt alone is too long, or is empty.
     """
     ids, param = inputs["input_ids"], "messages" if "messages" in running.body else "prompt"
     tokens = len(ids) if isinstance(ids, list) else ids.shape[-1]
     if tokens == 0:
-        raise RefusalError("the prompt has no token", expected="one or more", code="invalid_value", param=param)
+        raise RefusalError("the prompt is empty", expected="at least one token", code="invalid_value", param=param)
     if tokens >= context:
         raise RefusalError(
             f"the prompt has {tokens} tokens",
-            expected=f"less than the model's context of {context}, which the answer has to fit in too",
+            expected=f"less than the model's context of {context} tokens, which includes the answer",
             code="context_length_exceeded",
             param=param,
         )
@@ -151,7 +151,7 @@ def fit(running: Running, inputs: Mapping[str, Any], gen_config: Any, context: i
 
 
 def sampling(body: Mapping[str, Any], gen_config: Any) -> None:
-    """Sample where a temperature is given; set the seed, as nothing else samples meanwhile."""
+    """Sample if a temperature is given; sets the seed, since nothing else samples meanwhile."""
     if body.get("temperature") or (body.get("top_p") is not None and body.get("temperature") is None):
         gen_config.do_sample = True
     if body.get("seed") is not None:
@@ -159,7 +159,7 @@ def sampling(body: Mapping[str, Any], gen_config: Any) -> None:
 
 
 def mark_pieces(owner: Any, way: str, running: Running, streamer: Any) -> None:
-    """Write down, for each piece of text that is handed on by ``owner.way``, how many tokens there were by then."""
+    """Record the number of tokens so far for each piece of text that ``owner.way`` passes on."""
     hand_on = getattr(owner, way)
 
     def marked(item: Any) -> None:

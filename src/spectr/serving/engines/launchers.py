@@ -1,4 +1,4 @@
-"""How ``spectr serve`` starts each engine; a package adds one by an entry point of the group ``spectr.engines``."""
+"""How ``spectr serve`` starts each engine. Packages add engines with the entry-point group ``spectr.engines``."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What an engine of this process makes its models of; one with processes of its own needs none of it.
+    """What an engine in this process builds its models from. An engine with its own processes does not need it.
 
     Attributes:
-        open_model: Gives base model and tokenizer.
-        compose: Routes a model: (model, tokenizer, router, phase of the progress).
-        cache_tokens: Tokens of all running requests in memory, in continuous batches; ``None`` for one after the other.
+        open_model: Returns base model and tokenizer.
+        compose: Composes a model: (model, tokenizer, router, phase of the progress).
+        cache_tokens: Tokens of all running requests in memory, for continuous batching; ``None`` for one at a time.
     """
 
     open_model: Callable[[], tuple[Any, Any]]
@@ -38,16 +38,16 @@ class Launcher(Protocol):
     """Starts an engine and serves until the process is interrupted.
 
     Attributes:
-        by_token: Whether the router "auto" has to be one that decides for each token.
+        by_token: Whether the router "auto" must decide for each token.
     """
 
     by_token: ClassVar[bool]
 
     def check(self, options: Sequence[str]) -> None:
-        """Raise :class:`SpectrError` where the engine is not installed, or does not take these options of its own."""
+        """Raise :class:`SpectrError` if the engine is not installed, or does not accept these options."""
 
     def launch(self, settings: ServerSettings, parts: Parts, say: Say) -> None:
-        """Serve these settings; ``say`` shows one line."""
+        """Serve these settings; ``say`` prints one line."""
 
 
 class Transformers:
@@ -56,11 +56,11 @@ class Transformers:
     by_token: ClassVar[bool] = False
 
     def check(self, options: Sequence[str]) -> None:
-        """See :class:`Launcher`: no options of its own."""
+        """See :class:`Launcher`; it has no options of its own."""
         if options:
             raise SpectrError(
-                f"{' '.join(options)}: the engine transformers has no options of its own",
-                do="leave it out; a policy file follows --policy, and each router its own --router",
+                f"{' '.join(options)}: the engine transformers accepts no options after --",
+                do="remove them; pass a policy file with --policy, and each router with --router",
             )
 
     def launch(self, settings: ServerSettings, parts: Parts, say: Say) -> None:
@@ -96,7 +96,7 @@ class Transformers:
 
 
 class Vllm:
-    """vLLM, in processes of its own. See :class:`Launcher`."""
+    """vLLM, in its own processes. See :class:`Launcher`."""
 
     by_token: ClassVar[bool] = True
 
@@ -126,7 +126,7 @@ def _composed(settings: ServerSettings, parts: Parts, say: Say) -> tuple[Any, An
 
     composed = MultiRouter(base, {name: maker(name, router) for name, router in settings.routers.items()})
     for name, size in list(composed.bytes.items())[1:]:
-        say(f"router {name}: {size / (1 << 20):.1f} MiB more for its factors")
+        say(f"router {name}: {size / (1 << 20):.1f} MiB of additional factors")
     return composed, tokenizer
 
 

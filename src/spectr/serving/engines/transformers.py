@@ -1,7 +1,7 @@
-"""Serving on transformers' own code: its handlers, its model manager, its generation.
+"""Serve with transformers' own code: its handlers, its model manager, its generation.
 
-One request after the other; or, with continuous batching, many at once (:mod:`spectr.serving.engines.batching`).
-Nothing here subclasses transformers' classes: they are wrapped, and a request is known to them by its id.
+Requests run one at a time, or many at once with continuous batching (:mod:`spectr.serving.engines.batching`).
+Transformers' classes are wrapped, not subclassed; they know a request by its id.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from spectr.serving.validation import shown
 if TYPE_CHECKING:
     from spectr.serving.engines.batching import Batching
 
-TESTED = ((5, 23), (5, 24))  # from, and up to but not with
-_NAME = "spectr"  # what transformers' code calls the composed model
+TESTED = ((5, 23), (5, 24))  # at least, and below
+_NAME = "spectr"  # name of the composed model in transformers' code
 _UNSERVED = ("logprobs", "top_logprobs", "generation_config", "best_of", "echo", "audio", "suffix")
 _UNSERVED += ("functions", "function_call", "tools", "tool_choice", "presence_penalty")
 _ROLES = ("system", "user", "assistant", "tool", "developer")
@@ -42,18 +42,18 @@ class TransformersEngine:
     """The composed model behind transformers' serving code. See :class:`spectr.serving.engines.Engine`.
 
     Args:
-        composed: The model and its routers; not for other use while this engine runs.
+        composed: The model and its routers; must not be used elsewhere while this engine runs.
         tokenizer: The model's.
         base_model: The base model's name for clients.
-        suspicion: Experts whose norm is far out, and how far.
-        batching: Continuous batching; ``None`` for one request after the other.
+        suspicion: Experts whose norm is an outlier, with a score.
+        batching: Continuous batching; ``None`` for one request at a time.
 
     Attributes:
-        app: The ASGI application, to be put behind a :class:`spectr.serving.gateway.Gateway`.
+        app: The ASGI application, for a :class:`spectr.serving.gateway.Gateway`.
 
     Raises:
-        CompositionError: No layer is routed, or a router cannot serve several sets.
-        SpectrError: The installed transformers is not one that this was tested with.
+        CompositionError: No layer is routed, or a router cannot serve several sets of experts.
+        SpectrError: The installed transformers version was not tested with this engine.
     """
 
     def __init__(
@@ -123,8 +123,8 @@ class TransformersEngine:
         return b""
 
     def stop(self) -> None:
-        """Stop what runs; returns when the model's current call is done, as a thread that is cut off in one ends the
-        whole process with a crash. The event loop is to be there still."""
+        """Stop running calls; returns after the model's current call. A thread that is cut off inside a call would
+        crash the process. Call it while the event loop exists."""
         for running in self._running.values():
             running.over.set()
         if self.batching is not None:
@@ -134,12 +134,12 @@ class TransformersEngine:
                 self._state.get_manager(_KEY).submit(lambda: None).result(_LAST_CALL)
 
     def close(self) -> None:
-        """Stop what runs, and leave the model as it was composed."""
+        """Stop running calls, and restore the model as it was composed."""
         self.stop()
         self.scheduler.close()
 
     async def _between_calls(self, work: Callable[[], None]) -> None:
-        """Do something to the model while it does not run."""
+        """Change the model while it does not run."""
         if self.batching is not None:
             await asyncio.to_thread(self.batching.paused, work)
         else:
@@ -148,7 +148,7 @@ class TransformersEngine:
     def _find(self, request_id: str) -> Running:
         found = self._running.get(request_id)
         if found is None:
-            raise RefusalError("this request is over", code="request_cancelled", status=400)
+            raise RefusalError("this request has ended", code="request_cancelled", status=400)
         return found
 
     def _make_state(self) -> State:
@@ -177,18 +177,18 @@ class TransformersEngine:
         manager = ModelManager(model_timeout=-1)
         manager.loaded_models[_KEY] = TimedModel(self.composed.model, -1, self.tokenizer)  # pyright: ignore[reportArgumentType]
         chat, complete = ChatCompletionHandler(manager, state), CompletionHandler(manager, state)
-        unreachable: Any = None  # the gateway passes no request on to other endpoints
+        unreachable: Any = None  # the gateway passes no request to other endpoints
         app = build_server(manager, chat, complete, unreachable, unreachable, unreachable, state)
         _explain_refusals(app)
         return app
 
 
 _KEY = f"{_NAME}@main"
-_LAST_CALL = 10.0  # seconds for the model's call that is under way at the end
+_LAST_CALL = 10.0  # seconds for the model's running call at the end
 
 
 def check_version() -> None:
-    """Raise :class:`SpectrError` for a transformers whose serving code may be another."""
+    """Raise :class:`SpectrError` for a transformers version whose serving code may differ."""
     if not all(map(find_spec, ("fastapi", "uvicorn"))):
         raise MissingExtraError("serving", "serve")
     installed = version("transformers")
@@ -197,13 +197,13 @@ def check_version() -> None:
         least, most = (".".join(map(str, bound)) for bound in TESTED)
         raise SpectrError(
             f"transformers {installed} is installed",
-            expected=f"one from {least} on and below {most}, whose serving code this was tested with",
+            expected=f"at least {least} and below {most}, the tested versions",
             do=f'pip install "transformers[serving]>={least},<{most}"',
         )
 
 
 def _explain_refusals(app: Any) -> None:
-    """Have the application answer refusals, and templates' own, with status 400 instead of 500."""
+    """Make the application answer refusals, and templates' errors, with status 400 instead of 500."""
     from fastapi.responses import Response
     from jinja2 import TemplateError
 
@@ -211,7 +211,7 @@ def _explain_refusals(app: Any) -> None:
         return Response(error.body, error.status, media_type="application/json")
 
     async def refuse_template(_: Any, error: Any) -> Response:
-        refusal = RefusalError(f"the chat template refuses: {error}", code="invalid_value", param="messages")
+        refusal = RefusalError(f"the chat template raised an error: {error}", code="invalid_value", param="messages")
         return Response(refusal.body, 400, media_type="application/json")
 
     app.add_exception_handler(RefusalError, refuse)
@@ -227,12 +227,12 @@ def _check(body: Mapping[str, Any], vocabulary: int) -> None:
     tokens = all(key.isdigit() and int(key) < vocabulary for key in bias)
     known = isinstance(options, dict) and set(options) <= _TEMPLATE_OPTIONS
     for key, possible, expected in (
-        ("n", body.get("n", 1) == 1, "1: one answer for each request"),
+        ("n", body.get("n", 1) == 1, "1, one answer per request"),
         ("prompt", isinstance(body.get("prompt", ""), str), "one text"),
-        ("logit_bias", not bias or "prompt" not in body, None),  # which transformers heeds in chats alone
+        ("logit_bias", not bias or "prompt" not in body, None),  # transformers applies it in chats only
         ("frequency_penalty", body.get("frequency_penalty", 0) > -1, "more than -1"),
-        ("logit_bias", tokens, "numbers of the model's tokens as keys"),
-        ("chat_template_kwargs", known, f"none but {', '.join(sorted(_TEMPLATE_OPTIONS))}"),
+        ("logit_bias", tokens, "the model's token ids as keys"),
+        ("chat_template_kwargs", known, f"only {', '.join(sorted(_TEMPLATE_OPTIONS))}"),
         ("response_format", (body.get("response_format") or {}).get("type", "text") == "text", '{"type": "text"}'),
     ):
         if not possible:
@@ -251,9 +251,9 @@ def _check_message(place: str, message: Mapping[str, Any]) -> None:
         if value not in possible:
             near = nearest(value, possible)
             raise RefusalError(
-                f"'{where}' is {shown(value)}, which is not served",
+                f"'{where}' is {shown(value)}, which is not supported",
                 expected=" or ".join(f'"{one}"' for one in possible),
-                do=f'if you mean "{near}", write that' if near else None,
+                do=f'use "{near}" if you mean that' if near else None,
                 code="unsupported_value",
                 param="messages",
             )
@@ -273,9 +273,9 @@ def _check_calls(calls: Any) -> None:
 
 def _unserved(key: str, expected: str | None = None) -> RefusalError:
     return RefusalError(
-        f"'{key}' cannot be served as given" if expected else f"'{key}' is not served",
+        f"'{key}' has an unsupported value" if expected else f"'{key}' is not supported",
         expected=expected,
-        do=f"change '{key}'" + ("" if key in ("messages", "prompt") else ", or leave it out"),
+        do=f"change '{key}'" + ("" if key in ("messages", "prompt") else ", or remove it"),
         code="unsupported_value",
         param=key,
     )

@@ -32,28 +32,27 @@ from spectr.vllm.requests import EXPERTS, ROUTE_ID, ROUTER, ROUTING
 from spectr.vllm.router_set import decides_on_prompts, probe_tokens, routers_of, supported
 from spectr.vllm.routing_records import Listener
 
-INNER = "spectr"  # what vLLM's application calls the composed model
+INNER = "spectr"  # name of the composed model in vLLM's application
 _PATIENCE = 0.25  # seconds that an answer waits for its reports
 _ROUTING = {"shares": "tokens", "layers": "layers"}
-# Fields by which a client could set what the ticket sets, or reach what is not its own.
+# Fields with which a client could set what the ticket sets, or access other clients' data.
 _NOT_THE_CLIENTS = ("vllm_xargs", "cache_salt", "request_id", "priority", "return_token_ids", "user")
 _NOT_HERE = ("use_beam_search", "kv_transfer_params", "ec_transfer_params", "prompt_embeds", "structural_tag")
 _REQUEST = re.compile(r"(?:(?P<child>\d+)_)?(?:chat)?cmpl-(?P<id>\w+?)(?:-(?P<prompt>\d{1,4}))?(?:-[0-9a-f]{8})?")
 
 
 class VllmEngine:
-    """A running vLLM engine whose model is routed. See :class:`spectr.serving.engines.Engine`.
+    """A running vLLM engine with a routed model. See :class:`spectr.serving.engines.Engine`.
 
     Args:
         client: vLLM's ``AsyncLLM``.
-        status: Of the routing, from its workers.
-        listener: Gets the reports.
+        status: Status of the routing, from the workers.
+        listener: Receives the reports.
         base_model: The base model's name for clients.
-        routers: Names for clients of those that requests may name, the default first; each with its name in the
-            model's config.
-        suspicion: Experts whose norm is far out, and how far.
-        records: Whether the layers keep what they choose.
-        p: By vLLM's name of a request what was found of its prompt; see :class:`Decider`.
+        routers: Clients' names of the routers, the default first, each with its name in the model's config.
+        suspicion: Experts whose norm is an outlier, with a score.
+        records: Whether the layers record their choices.
+        p: The result for a request's prompt by vLLM's name of the request; see :class:`Decider`.
 
     Raises:
         CompositionError: No layer is routed.
@@ -93,27 +92,29 @@ class VllmEngine:
     def admit(self, ticket: Ticket, body: Mapping[str, Any]) -> dict[str, Any]:
         """See :class:`Engine`."""
         if self.client.errored:
-            raise RefusalError("the engine has died", code="engine_dead", status=503)
+            raise RefusalError("the engine stopped unexpectedly", code="engine_dead", status=503)
         for field in _NOT_HERE:
             if body.get(field):
-                raise RefusalError(f"{field} is not possible here", code="unsupported_parameter", param=field)
+                raise RefusalError(f"{field} is not supported", code="unsupported_parameter", param=field)
         admitted = {key: value for key, value in body.items() if key not in _NOT_THE_CLIENTS}
         extra: dict[str, Any] = {EXPERTS: list(ticket.experts), ROUTER: self._inner[ticket.router]}
         if ticket.record != "none" and self.records:
             extra |= {ROUTING: _ROUTING[ticket.record], ROUTE_ID: ticket.id}
-            admitted["return_token_ids"] = True  # gives the number of tokens of a chunk
+            admitted["return_token_ids"] = True  # returns the number of tokens of a chunk
             self._choices[ticket.id] = body.get("n") or 1
             self._waiting[ticket.id], self._reported[ticket.id] = {}, {}
             self.listener.expect(ticket.id)
         if body.get("stream"):
-            admitted["stream_options"] = {"include_usage": True}  # to be counted; the gateway decides who reads it
+            admitted["stream_options"] = {
+                "include_usage": True
+            }  # for counting; the gateway decides what the client sees
         admitted |= {"model": INNER, "vllm_xargs": extra}
         if ticket.salt:
-            admitted["cache_salt"] = ticket.salt  # next to the engine's own, which no client knows
+            admitted["cache_salt"] = ticket.salt  # in addition to the engine's own salt, which no client knows
         return admitted
 
     def steps(self, ticket: Ticket, answer: dict[str, Any]) -> Mapping[int, Sequence[Step]]:
-        """See :class:`Engine`. Reports leave the engine before their tokens do; it waits for them a moment at most."""
+        """See :class:`Engine`. Reports leave the engine before their tokens do; this waits for them briefly."""
         fresh = {choice.get("index", 0): _tokens(choice) for choice in answer.get("choices") or ()}
         answer.pop("prompt_token_ids", None)
         if ticket.id not in self._reported:
@@ -138,7 +139,7 @@ class VllmEngine:
         self.listener.forget(ticket.id)
 
     async def discard(self, name: str) -> None:
-        """See :class:`Engine`. Requests under way go on without the expert."""
+        """See :class:`Engine`. Running requests continue without the expert."""
         if name not in self.experts or len(self.experts) == 1:
             raise CompositionError(f"'{name}' cannot be removed", expected=f"one of several: {', '.join(self.experts)}")
         self.experts = tuple(expert for expert in self.experts if expert != name)
@@ -152,13 +153,13 @@ class VllmEngine:
         return generate_latest()
 
     def _p_of(self, ticket: Ticket, choice: int) -> float | None:
-        """What was found of the prompt that a choice answers, under the names that vLLM's handlers give a request."""
+        """The result for the prompt of a choice, under the names that vLLM's handlers give a request."""
         prompt = choice // self._choices.get(ticket.id, 1)
         names = (f"chatcmpl-{ticket.id}", f"cmpl-{ticket.id}-{prompt}", f"cmpl-{ticket.id}")
         return next((self._p[name] for name in names if name in self._p), None)
 
     def _place(self, report: Mapping[str, Any]) -> tuple[int, int]:
-        """The choice and the number of the token that a report is about."""
+        """The choice and the index of the token that a report describes."""
         named = _REQUEST.fullmatch(report["request"])
         child, prompt = (int(named[key] or 0) for key in ("child", "prompt")) if named else (0, 0)
         return prompt * self._choices.get(report["id"], 1) + child, report["token"]
@@ -170,7 +171,7 @@ class VllmEngine:
 
 
 def _tokens(choice: dict[str, Any]) -> int:
-    """How many new tokens a choice has; the fields that carry them are removed."""
+    """The number of new tokens of a choice; removes the fields that carry them."""
     choice.pop("prompt_token_ids", None)
     return len(choice.pop("token_ids", None) or ())
 
@@ -185,25 +186,27 @@ async def launched(
     record: bool = True,
     options: Sequence[str] = (),
 ) -> AsyncIterator[tuple[Any, VllmEngine]]:
-    """vLLM's application and its engine, to be put behind a :class:`spectr.serving.gateway.Gateway`.
+    """vLLM's application and its engine, for a :class:`spectr.serving.gateway.Gateway`.
 
     Args:
-        model: A composed folder; or with ``settings`` any model that vLLM has, by folder or Hub id.
-        settings: How it is routed, where the folder does not have them.
+        model: A composed folder; or, with ``settings``, any model that vLLM supports, by folder or Hub id.
+        settings: The routing, if the folder does not describe it.
         base_model: The base model's name for clients.
-        routers: As :class:`VllmEngine` takes them; by default those of the settings.
-        record: Whether routing can be returned and counted; it costs a little at each layer.
-        options: Of vLLM's own command line.
+        routers: See :class:`VllmEngine`; by default those of the settings.
+        record: Whether routing can be returned and counted; costs a little at each layer.
+        options: Options of vLLM's own command line.
 
     Raises:
         MissingExtraError: vLLM is not installed.
-        CompositionError: The model cannot be routed, or vLLM is of another version.
+        CompositionError: The model cannot be routed, or vLLM has another version.
     """
     if engine_version() is None:
         raise MissingExtraError("serving with vLLM", "vllm")
     check_version()
     settings = settings or _of_folder(model)
-    closed = replace(settings, access="closed", record=record)  # whatever passes the gateway by gets the base model
+    closed = replace(
+        settings, access="closed", record=record
+    )  # a request that bypasses the gateway gets the base model
     prompts, listener = routers_of(closed).prompts, Listener()
     if prompts:
         os.environ[DECIDES] = "1"
@@ -236,34 +239,34 @@ async def launched(
 
 
 def launch(settings: ServerSettings, say: Callable[[str], None]) -> None:
-    """Start vLLM with a routed model, and serve it until the process is interrupted: ``spectr serve --engine vllm``.
+    """Start vLLM with a routed model, and serve until the process is interrupted: ``spectr serve --engine vllm``.
 
     Args:
-        settings: What is to be served.
-        say: Shows one line.
+        settings: What to serve.
+        say: Prints one line.
 
     Raises:
         CompositionError: The model cannot be routed, or no layer of it is.
-        SpectrError: vLLM refuses an option, or its engine has died.
+        SpectrError: vLLM refuses an option, or its engine stopped unexpectedly.
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # before vLLM is imported
     routed = _routed(settings)
     with settings.listen() as bound:
         model = settings.model or str(fetch_default_model(say))
-        say(f"starting vLLM with {model}; compiling takes a minute or two, and -- --enforce-eager leaves it out")
+        say(f"starting vLLM with {model}; compiling takes a minute or two; -- --enforce-eager skips it")
         signal.signal(signal.SIGTERM, _end)
         asyncio.run(_serve(settings, routed, model, bound, say))
 
 
 def _end(number: int, frame: Any) -> None:
-    """End by an exception: ending at once would leave the engine's processes behind."""
+    """End by an exception; exiting at once would leave the engine's processes running."""
     raise SystemExit(128 + number)
 
 
 def _routed(settings: ServerSettings) -> Settings:
-    """How the model is routed, as its config has it."""
+    """The routing in the model's config."""
     routers = [fit_to(len(settings.experts), supported(router)) for router in settings.routers.values()]
-    order = sorted(routers, key=decides_on_prompts)  # by default one that needs no decision
+    order = sorted(routers, key=decides_on_prompts)  # the default is one that does not decide on prompts
     first, *others = map(router_config, order)
     everyone = settings.experts == settings.library.names
     routed = Settings(
@@ -298,30 +301,30 @@ async def _serve(
     async with started as (app, engine):
 
         async def watch(server: Any) -> None:
-            app.state.server = server  # where vLLM's own handlers look for it
+            app.state.server = server  # vLLM's own handlers read it here
             while not engine.client.errored:
                 await asyncio.sleep(0.5)
             server.should_exit = True
 
         await listen(app, engine, settings, bound, say, watch)
         if engine.client.errored:
-            raise SpectrError("vLLM's engine has died; its output is above", do="start the server again")
+            raise SpectrError("vLLM's engine stopped unexpectedly; its output is above", do="start the server again")
 
 
 def _of_folder(model: str) -> Settings:
     settings = open_composed(model)
     if settings is None:
         raise CompositionError(
-            f"{model} is no composed folder",
+            f"{model} is not a composed folder",
             expected=f'a config.json whose quantization_config has "quant_method": "{METHOD}"',
-            do="make one: spectr compose --save FOLDER; or name a library",
+            do="create one: spectr compose --save FOLDER; or name a library",
         )
     return settings
 
 
 @asynccontextmanager
 async def _application(arguments: Sequence[str]) -> AsyncIterator[tuple[Any, Any]]:
-    """vLLM's application and its client, as its own command makes them."""
+    """vLLM's application and its client, built as by vLLM's own command."""
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
     from vllm.entrypoints.launchers.app import build_app
@@ -341,11 +344,11 @@ async def _application(arguments: Sequence[str]) -> AsyncIterator[tuple[Any, Any
 
 @contextmanager
 def _sheltered() -> Iterator[None]:
-    """Processes of an engine that is started meanwhile do not hear a terminal's Ctrl-C: who started them ends them."""
+    """Processes of an engine that starts inside ignore a terminal's Ctrl-C; the parent process ends them."""
     from vllm.v1.engine.utils import CoreEngineProcManager
 
     plain = CoreEngineProcManager.__init__
-    resource_tracker.ensure_running()  # else the first process that is started has it start, which unblocks the signal
+    resource_tracker.ensure_running()  # else the first new process would start it, which unblocks the signal
 
     def start(*args: Any, **kwargs: Any) -> None:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # new processes inherit it

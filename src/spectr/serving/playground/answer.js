@@ -75,7 +75,7 @@ export class Answer {
 
   #button({ name, share }) {
     const pressed = String(this.#only === name);
-    const title = "Colour the tokens by this expert alone";
+    const title = "Colour the tokens by this expert only";
     const button = make(
       "button",
       { type: "button", title, "aria-pressed": pressed },

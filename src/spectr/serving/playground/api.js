@@ -16,7 +16,7 @@ export class ServerError extends Error {
 export async function listModels(key) {
   const response = await send("models", { key });
   const { data } = await response.json().catch(() => ({}));
-  if (!Array.isArray(data)) throw new ServerError("The server's list of models is not one. Is this a SpectR server?");
+  if (!Array.isArray(data)) throw new ServerError("The server did not send a list of models. Is this a SpectR server?");
   return data.map(({ id, routers, suspicion }) => ({
     id: String(id),
     routers: Array.isArray(routers) ? routers.map(String) : [],
@@ -33,12 +33,12 @@ export async function* streamChat(body, { key, signal }) {
     if (chunk.error) throw serverError(chunk.error, response.status);
     yield chunk;
   }
-  throw new ServerError("The connection ended before the answer did. The server's log may say why; ask again.");
+  throw new ServerError("The connection ended before the answer was complete. Check the server's log and ask again.");
 }
 
 async function send(path, { key, signal, body }) {
   if (/[^\x21-\x7e]/.test(key))
-    throw new ServerError("The API key has spaces or letters that no key can have. Copy it again.");
+    throw new ServerError("The API key contains characters that are not allowed. Copy it again.");
   const headers = {
     ...(key && { Authorization: `Bearer ${key}` }),
     ...(body && { "Content-Type": "application/json" }),

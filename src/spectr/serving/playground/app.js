@@ -102,7 +102,7 @@ function sample(text) {
   return make("li", {}, button);
 }
 
-/** Beside the talk where there is room, folded above it on a phone. */
+/** Next to the conversation if there is room; on a phone, folded above it. */
 function fold() {
   const set = () => (find("settings").open = wide.matches);
   wide.addEventListener("change", set);

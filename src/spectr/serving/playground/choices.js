@@ -1,4 +1,4 @@
-// The settings: which model, which experts, beside what, how long, how random, with which key.
+// The settings: which model, which experts, compared with what, how long, how random, with which key.
 
 import { labelled } from "./badge.js";
 import { find, make } from "./dom.js";
@@ -32,7 +32,7 @@ export class Choices {
     return find("system").value.trim();
   }
 
-  /** Models to ask: the chosen one, and the one beside it. */
+  /** Models to ask: the chosen one, and the one to compare with. */
   get asked() {
     return [find("model").value, find("beside").value].filter(Boolean);
   }
@@ -111,7 +111,7 @@ export class Choices {
         routed === null ? "Models" : "Base model",
         others.map(id => ({ id, name: id })),
       ),
-      ...group("One expert alone", experts),
+      ...group("A single expert", experts),
     );
     if ([...select.options].some(option => option.value === before)) select.value = before;
   }
@@ -151,13 +151,13 @@ export class Choices {
     find("advice").textContent = this.#routes ? this.obstacle : routed;
     find("advice").hidden = !find("advice").textContent;
     const experts = this.#routes ? `, ${find("count").textContent} experts` : "";
-    find("summary").textContent = this.asked.join(" beside ") + experts;
+    find("summary").textContent = this.asked.join(" compared with ") + experts;
   }
 }
 
-/** Why somebody should look at an expert: seen, pointed at, and heard. */
+/** Why an expert stands out: visible, as a tooltip, and for screen readers. */
 function warning(suspicion) {
-  const why = `Far larger updates than the other experts' (robust z-score ${suspicion}). Served all the same.`;
+  const why = `Far larger updates than the other experts' (robust z-score ${suspicion}). It is served anyway.`;
   return make("span", { className: "warning", title: why }, make("span", { className: "unseen" }, why));
 }
 

@@ -59,7 +59,7 @@ export class Detail {
     this.next.disabled = this.#number === this.#tokens.pieces.length - 1;
     const shares = piece.shares.length
       ? shareList(piece.shares, 12)
-      : make("p", { className: "hint" }, "No expert: the base model alone.");
+      : make("p", { className: "hint" }, "No expert: only the base model.");
     this.content.replaceChildren(shares, ...this.#layerParts(byLayer(piece)));
   }
 

@@ -6,7 +6,7 @@ import { find, make } from "./dom.js";
 import { Pieces } from "./routing.js";
 import { Speaker, say } from "./speak.js";
 
-const ENDS = { length: "cut at the max tokens", content_filter: "filtered by the server" };
+const ENDS = { length: "stopped at the maximum number of tokens", content_filter: "filtered by the server" };
 
 export class Talk {
   #turns = [];

@@ -1,4 +1,4 @@
-// The one tooltip: a token's experts, beside the token.
+// The one tooltip: a token's experts, next to the token.
 
 import { shareList } from "./badge.js";
 import { find, make } from "./dom.js";
@@ -15,7 +15,7 @@ export function titleOf({ text, tokens }) {
 
 export function showTip(target, piece) {
   const tip = find("tip");
-  const body = piece.shares.length ? shareList(piece.shares, 6) : "No expert: the base model alone.";
+  const body = piece.shares.length ? shareList(piece.shares, 6) : "No expert: only the base model.";
   tip.replaceChildren(make("p", { className: "tiptitle" }, titleOf(piece)), body);
   tip.hidden = false;
   target.setAttribute("aria-describedby", "tip");
