@@ -59,8 +59,8 @@ def test_an_adapter_that_is_refused(spectr, tmp_path, base):
     other = {Q: random_factors(2, 16, 16, 1)}
     code, found, shown = checked(spectr, write_adapter(tmp_path / "a", other), "-m", base)
     assert code == 2
-    assert "was made for layers of other sizes" in found["refused"]
-    assert "was made for layers of other sizes" in shown
+    assert "does not fit the sizes of" in found["refused"]
+    assert "does not fit the sizes of" in shown
     code, found, _ = checked(spectr, tmp_path)
     assert code == 2
     assert "adapters in subfolders: a" in found["refused"]

@@ -44,7 +44,7 @@ def test_what_is_no_router_is_refused(library, model, router):
 def test_an_adapter_for_layers_of_other_sizes_is_refused(model, tmp_path):
     module_adapter(tmp_path / "big", {Q: (64, 64)}, base_model_name_or_path="org/big-7b")
     library = ExpertLibrary.open(tmp_path)
-    error = unharmed(model, lambda: compose(model, library, Spectr(top_k=1)), CompositionError, "other sizes")
+    error = unharmed(model, lambda: compose(model, library, Spectr(top_k=1)), CompositionError, "the sizes of")
     assert f"{Q} (64 -> 64, here 32 -> 32)" in error.given
     assert "org/big-7b" in error.expected
 
@@ -89,7 +89,7 @@ def test_all_faults_of_all_experts_come_in_one_error(model, tmp_path):
     library = ExpertLibrary.open(tmp_path)
     router = Spectr(top_k=1, combine="factors")
     error = unharmed(model, lambda: compose(model, library, router), CompositionError, "do not fit this model: 4")
-    for fault in ("'ants' was made for layers of other sizes", "'ants' adapts model.norm", "'bees' adapts nowhere"):
+    for fault in ("'ants' does not fit the sizes of", "'ants' adapts model.norm", "'bees' adapts nowhere"):
         assert fault in str(error)
     assert "unequal ranks" in str(error)
 
@@ -146,7 +146,7 @@ def test_adding_what_is_there_or_does_not_fit_is_refused(root, library, model, t
     routed = compose(model, library, Spectr(top_k=2))
     module_adapter(tmp_path / "big", {Q: (64, 64)})
     unharmed(model, lambda: routed.add("ants", root / "equal" / "bees"), LibraryError, "'ants' already exists")
-    unharmed(model, lambda: routed.add("big", tmp_path / "big"), CompositionError, "other sizes")
+    unharmed(model, lambda: routed.add("big", tmp_path / "big"), CompositionError, "the sizes of")
     unharmed(model, lambda: routed.add("gone", tmp_path / "gone"), AdapterError, "there is no folder")
     assert routed.experts == routed.library.names == tuple(RANKS)
 

@@ -81,7 +81,7 @@ def test_targets_count_by_the_names_of_the_model(tmp_path):
 def test_a_configuration_that_targets_nothing_of_this_model(tmp_path):
     folder = renamed(peft_adapter(llava(), tmp_path / "a", 1, targets=LANGUAGE), *OLD)
     renamed(folder, "none", "none", target_modules=r"language_model\.model\..*")
-    with pytest.raises(CompositionError, match=r"'a' adapts nothing here(.|\n)*correct target_modules"):
+    with pytest.raises(CompositionError, match=r"'a' adapts nothing in this model(.|\n)*correct target_modules"):
         composed(llava(), folder)
 
 

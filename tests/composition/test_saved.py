@@ -270,7 +270,7 @@ def test_a_verdict_that_mixes_experts_with_trained_modules_is_refused(tmp_path):
         with (
             routed.prompt.using(torch.tensor([weights])),
             types_unchecked(),
-            pytest.raises(CompositionError, match="a row mixes experts, or takes a part of one"),
+            pytest.raises(CompositionError, match="a row mixes experts, or uses a part of one"),
         ):
             out(model, ids)
 

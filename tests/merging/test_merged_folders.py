@@ -248,7 +248,7 @@ def quantised():
 
 OTHER_Q = Q.replace("0", "1")
 NOT_INTO = {
-    "another model": (lambda: tiny_llama(hidden_size=16), "was made for layers of other sizes"),
+    "another model": (lambda: tiny_llama(hidden_size=16), "does not fit the sizes of"),
     "tied": (tied, f"{Q} shares its weight with {OTHER_Q}, which the merge would change too"),
     "quantised": (quantised, f"the weights of {Q} cannot be changed: they are quantised, or not in memory"),
     "on no device": (lambda: tiny_llama().to("meta"), "not in memory"),

@@ -255,10 +255,10 @@ def layer_of(router, ranks=(4, 4, 4), base=None, dtype=torch.float32):
 REASONS = [
     (layer_of(Spectr(top_k=2)), "C for cpu: top 2 of 3 by lengths, with the base layer"),
     (layer_of(Calibrated(level="token"), base=OtherLinear(INPUTS, OUTPUTS)), "C for cpu: top 1 of 3 by lengths, after"),
-    (layer_of(Spectr(combine="ties")), "no kernel combines by 'ties'"),
-    (layer_of(Arrow(top_k=2)), "Arrow scores by no rule that has a kernel"),
-    (layer_of(Lag(top_k=1)), "Lag scores by no rule that has a kernel"),
-    (layer_of(Uniform()), "Uniform scores by no rule that has a kernel"),
+    (layer_of(Spectr(combine="ties")), "no kernel supports combine='ties'"),
+    (layer_of(Arrow(top_k=2)), "Arrow has no kernel for its scores"),
+    (layer_of(Lag(top_k=1)), "Lag has no kernel for its scores"),
+    (layer_of(Uniform()), "Uniform has no kernel for its scores"),
     (layer_of(Seqr(), ranks=(4, 3)), "the experts' ranks differ"),
     (layer_of(Spectr(top_k=2), dtype=torch.float64), "no kernel for these tensors (float64, cpu)"),
 ]

@@ -178,5 +178,5 @@ def test_what_cannot_be_followed_is_refused(tmp_path):
         Glider(token_router=None, top_k=1),
         guide=Guide(),
     )
-    with pytest.raises(CompositionError, match=r"rows that have experts of their own(.|\n)*one prompt at a time"):
+    with pytest.raises(CompositionError, match=r"rows that have different experts(.|\n)*one prompt at a time"):
         model(input_ids=torch.tensor([[3, 4, 5], [6, 7, 8]]))

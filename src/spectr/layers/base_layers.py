@@ -66,7 +66,7 @@ class ModelLayers:
         layer = self.layer(module)
         if not is_plain(getattr(layer, "weight", None)):
             raise AdapterError(
-                f"{module} is quantised or not in memory, and the adapter's initial factors are a part of its weight",
+                f"{module} is quantised or not in memory, but the adapter's initial factors are a part of its weight",
                 expected="weights in float32, bfloat16 or float16",
                 do="load the model unquantised, or convert the adapter with PEFT: save_pretrained(..., "
                 "path_initial_model_for_weight_conversion=...)",

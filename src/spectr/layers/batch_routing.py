@@ -116,9 +116,9 @@ class BatchRouting:
         alone_BT = (taking_BTE.sum(-1) == 1) & (rows_BTE.sum(-1) == 1)
         if bool((own_BTN.any(-1) & ~alone_BT).any()):
             raise CompositionError(
-                f"a row mixes experts, or takes a part of one, and {', '.join(experts)} have trained modules",
+                f"a row mixes experts, or uses a part of one, but {', '.join(experts)} have trained modules",
                 expected="one expert for a whole prompt, with the weight 1",
-                do="give a verdict of one expert: prompt.using, prompt.hold",
+                do="use a verdict of one expert: prompt.using, prompt.hold",
             )
         return torch.where(own_BTN.any(-1), own_BTN.int().argmax(-1), -1).cpu()
 
@@ -280,7 +280,7 @@ def spread(rows_BTN: Tensor, layer: nn.Module, x: Tensor) -> Tensor:
         if rows == 1 and leading.numel() == tokens:
             return rows_BTN[0].view(*leading, -1)
     raise CompositionError(
-        f"a layer is given tokens of shape {tuple(leading)} in a batch of {rows} rows that have experts of their own",
-        expected="tokens that can be followed from the model's arguments to the layer",
+        f"a layer receives tokens of shape {tuple(leading)} in a batch of {rows} rows that have different experts",
+        expected="tokens that can be tracked from the model's arguments to the layer",
         do="run one prompt at a time",
     )

@@ -29,8 +29,8 @@ def check_bare(model: nn.Module) -> None:
             names |= {*_adapters(layer), *layer.merged_adapters}
     if names:
         raise CompositionError(
-            f"this model carries adapters of PEFT already ({some_of(sorted(names), 3)}); experts would add to them",
-            expected="a base model alone",
+            f"this model already carries PEFT adapters ({some_of(sorted(names), 3)}); experts would be added to them",
+            expected="a plain base model",
             do=_cure(model, whole, sorted(names)),
         )
 
@@ -43,9 +43,9 @@ def _adapters(layer: Any) -> set[str]:
 def _cure(model: nn.Module, whole: bool, names: list[str]) -> str:
     if whole or not getattr(model, "_hf_peft_config_loaded", False):
         which = "model" if whole else "the PeftModel around it"
-        return f"{which}.unload() gives the base model; merge_and_unload() keeps the adapters in its weights"
+        return f"{which}.unload() returns the base model; merge_and_unload() keeps the adapters in its weights"
     listed = ", ".join(map(repr, names))
     return (
-        f"model.delete_adapter([{listed}]) unloads them; to route them, load the base model they were trained on and "
-        "add them to the library"
+        f"model.delete_adapter([{listed}]) unloads them; to route them, load the base model that they were trained on "
+        "and add them to the library"
     )

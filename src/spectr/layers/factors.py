@@ -165,7 +165,7 @@ class Factors(NamedTuple):
     def _refusal(self, router: Router, use: Use | None, fixed: bool) -> str:
         """Why no kernel computes what the router wants; empty where one may."""
         combines = router.combination.merge is merge_outputs
-        refusal = "" if combines else f"no kernel combines by '{router.combine}'"
+        refusal = "" if combines else f"no kernel supports combine='{router.combine}'"
         if self.exceeds_products:
             refusal = "experts scale the layer's outputs or add a bias"
         if self.has_matrices:
@@ -174,9 +174,9 @@ class Factors(NamedTuple):
             return refusal
         informs = use is None or use.in_kernels
         if not router.rule or not informs:
-            return f"{type(router if informs else use).__name__} scores by no rule that has a kernel"
+            return f"{type(router if informs else use).__name__} has no kernel for its scores"
         if not isinstance(router.selection, TopK):
-            return f"no kernel selects as {type(router.selection).__name__} does"
+            return f"no kernel selects like {type(router.selection).__name__}"
         if self.common_rank is None:
             return "the experts' ranks differ"
         return "" if self.mix_PR is None else "the experts share their input factor"

@@ -60,7 +60,7 @@ class RoutedGate(StandIn):
             raise CompositionError(
                 f"{type(self.base).__name__} did not multiply with its parameter '{self.parameter}' in this call",
                 expected="a product by torch.nn.functional.linear, which its experts can change",
-                do="leave out experts that adapt this parameter",
+                do="omit experts that adapt this parameter",
             )
         return out
 

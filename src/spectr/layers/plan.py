@@ -71,9 +71,9 @@ def _combination_faults(experts: Sequence[Expert], router: Router) -> list[Compo
         return []
     return [
         CompositionError(
-            f"combine={router.combine!r}, and fused parameters are adapted by {some_of(fused, _SHOWN)}",
+            f"combine={router.combine!r}, but fused parameters are adapted by {some_of(fused, _SHOWN)}",
             expected="a combination of the router's own factors, such as 'outputs' or 'ties'",
-            do="leave combine out",
+            do="omit combine",
         )
     ]
 
@@ -112,7 +112,7 @@ def _faults(
     if expert.left_out and not expert.modules:
         found.append(
             Fault(
-                f"adapts nothing here: its configuration targets none of the modules in its file "
+                f"adapts nothing in this model: its configuration targets none of the modules in its file "
                 f"({some_of(list(expert.left_out), _SHOWN)})",
                 "target_modules that match names of this model",
                 "correct target_modules in its adapter_config.json",
@@ -137,9 +137,9 @@ def _faults(
     if unfit:
         found.append(
             Fault(
-                f"was made for layers of other sizes: {some_of(unfit, _SHOWN, ' modules')}",
+                f"does not fit the sizes of {some_of(unfit, _SHOWN, ' modules')}",
                 f"an adapter for this base model{base}",
-                "leave the expert out, or load its base model, with its number of labels and of tokens",
+                "omit the expert, or load its base model, with the same numbers of labels and tokens",
             )
         )
     changed = _changed(expert, base_layers, sorted(uncalled & expert.shapes.keys()))

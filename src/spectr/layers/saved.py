@@ -191,7 +191,7 @@ class SavedModule(nn.Module):
 
     def _cannot(self, why: str) -> CompositionError:
         return CompositionError(
-            f"a {type(self.base).__name__} that experts have trained {why}, and rows hold experts of their own",
+            f"a {type(self.base).__name__} that experts have trained {why}, but rows use different experts",
             expected="a module that maps (..., inputs) to (..., outputs)",
             do="run prompts of different experts one at a time",
         )
@@ -245,7 +245,7 @@ def with_tensors(base: nn.Module, tensors: Mapping[str, Tensor], **attributes: A
     other = copy.copy(base)
     if vars(other).pop("forward", None) is not None and not base._parameters.keys() <= tensors.keys():
         raise CompositionError(
-            f"experts have trained a part of a {type(base).__name__} whose weights are moved for each call",
+            f"experts have trained a part of a {type(base).__name__}, but its weights are moved for each call",
             expected="a model without offloading",
             do="load it onto one device",
         )

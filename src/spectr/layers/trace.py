@@ -103,7 +103,7 @@ class Trace(Mapping[str, LayerTrace]):
         if not found:
             raise CompositionError(
                 "no routed layer was traced",
-                do="run the model inside the with-block; one that was compiled before has to run uncompiled",
+                do="run the model inside the with-block; a compiled model must run uncompiled",
             )
         experts = self.experts
         shapes = [layer.weights.shape[:2] for layer in found]
@@ -129,7 +129,7 @@ class Trace(Mapping[str, LayerTrace]):
 
     def __getitem__(self, layer: str) -> LayerTrace:
         if layer not in self.layers:
-            raise CompositionError(f"no trace of a layer '{layer}'", do=did_you_mean(layer, self.layers))
+            raise CompositionError(f"there is no trace of a layer '{layer}'", do=did_you_mean(layer, self.layers))
         return self.layers[layer]
 
     def __iter__(self) -> Iterator[str]:
