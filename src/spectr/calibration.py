@@ -14,8 +14,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from spectr.adapters import Expert
-from spectr.composition import prepare_module
+from spectr.composition import compose, prepare_module
+from spectr.composition.multi_router import weight_sharing_copy
 from spectr.composition.naming import naming_of
+from spectr.composition.subset_probes import Readers
 from spectr.errors import CompositionError, DataError
 from spectr.hashing import known_sha256
 from spectr.layers.base_layers import ModelLayers
@@ -26,8 +28,9 @@ from spectr.layers.routed import RoutedLinear
 from spectr.layers.token_layout import Layouts
 from spectr.library import Calibration, ExpertLibrary
 from spectr.models.samples import encode_texts, null_samples, self_samples
+from spectr.prompts.probe import Probe
 from spectr.prompts.token_places import read_tokens
-from spectr.routers import Spectr
+from spectr.routers import Calibrated, Spectr
 
 Progress = Callable[[int, int], None]
 _AT_ONCE = 128  # experts measured in one pass
@@ -76,13 +79,13 @@ def calibrate(
     """
     _check(model, texts)
     library = library.named_for(naming_of(model))
-    known = None if fresh or texts is not None else library.calibration
+    before = known = None if fresh or texts is not None else library.calibration
     new = [name for name in library if known is None or not library.calibrated(name)]
     experts = {name: library[name] for name in new}
     for expert in experts.values():
         library.check_weights(expert)
     plan = make_plan(model, list(experts.values()), Spectr(top_k=1))
-    total = 3 + -(-len(new) // _AT_ONCE)
+    total = 4 + -(-len(new) // _AT_ONCE)
     known = known or _texts_alone(model, tokenizer, texts, samples, tokens, seed)
     progress(1, total)
     if len(known.null) < null and _writes(model):
@@ -100,7 +103,26 @@ def calibrate(
         rms |= _root_mean_squares(model, base, plan, {name: experts[name] for name in chunk}, means, known)
         progress(done, total)
     sha256 = {name: known_sha256(expert.weights) for name, expert in experts.items()}
-    return known.joined(replace(known, means=means, rms=rms, sha256=sha256))
+    known = known.joined(replace(known, means=means, rms=rms, sha256=sha256))
+    if new or before is None or before.null != known.null or known.null_experts != library.names:
+        known = _with_null_numbers(model, library, known)
+    progress(total, total)
+    return known
+
+
+def _with_null_numbers(model: Any, library: ExpertLibrary, known: Calibration) -> Calibration:
+    """With what ``calibrated`` makes of the null. Experts that it refuses, and very many, leave that to its first use."""
+    without = replace(known, null_experts=(), null_numbers=None)
+    if not known.null or len(library) > _AT_ONCE:
+        return without
+    try:
+        given = library.with_calibration(without)
+        routed = compose(weight_sharing_copy(model), given, Calibrated())
+    except CompositionError:
+        return without
+    reader = Readers(routed).of(routed.experts)
+    assert isinstance(reader, Probe)
+    return replace(known, null_experts=routed.experts, null_numbers=reader.null_numbers())
 
 
 def _check(model: Any, texts: Sequence[str] | None) -> None:

@@ -228,7 +228,8 @@ def calibrate(
     experts = open_library(library)
     lines = read_lines(texts) if texts else None
     known = None if fresh else experts.calibration  # reports a damaged file before the model is loaded
-    if known and len(known.null) >= null and lines is None and all(map(experts.calibrated, experts)):
+    complete = known and len(known.null) >= null and known.null_experts == experts.names
+    if complete and lines is None and all(map(experts.calibrated, experts)):
         out.print(f"all {len(experts)} experts are calibrated; to measure them again, use --fresh", highlight=False)
         return
     base, tokenizer = open_model(model, dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from copy import copy
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -69,7 +70,9 @@ class Readers:
         known = routed.library.calibration
         layers = {name: layer for name, layer in layers.items() if known is None or name not in known.unmeasured}
         read = [module for module in layers if module in scorers and scorers[module].experts][:: evidence.module_stride]
-        opening, null = calibration_texts(routed.library.calibration)
+        opening, null = calibration_texts(known)
+        if known is not None and known.null_experts == experts and evidence.reads == "scores":
+            null = replace(null, numbers_QKE=known.null_numbers)
         probe = Probe(
             entry_of(routed.model),
             {module: layers[module] for module in read},

@@ -62,6 +62,10 @@ class Calibration:
         null: Ordinary prompts that the base model wrote, apart from the texts: token ids without padding, including the
             chat template's. Evidence is compared with theirs. Empty if an older version calibrated.
         unmeasured: Modules that no text reaches, such as a vision tower's. Evidence for prompts ignores them.
+        null_experts: The experts that ``null_numbers`` are of, in alphabetical order.
+        null_numbers: What the evidence of ``calibrated`` makes of the null when all of these are allowed, float32,
+            (numbers, texts by length, experts). No process has to read the null again for them. ``None`` if that was
+            not computed.
     """
 
     means: Mapping[str, Float[Tensor, " I"]]
@@ -73,6 +77,8 @@ class Calibration:
     settings: Mapping[str, Any]
     null: Sequence[Sequence[int]] = ()
     unmeasured: frozenset[str] = frozenset()
+    null_experts: tuple[str, ...] = ()
+    null_numbers: Float[Tensor, "Q K E"] | None = None
 
     @property
     def opening(self) -> tuple[int, ...]:
@@ -147,6 +153,8 @@ class Calibration:
         tensors["null"] = torch.tensor([id for row in self.null for id in row], dtype=torch.int32)
         tensors["null_sizes"] = torch.tensor([len(row) for row in self.null], dtype=torch.int32)
         facts = {"settings": dict(self.settings), "sha256": dict(self.sha256), "unmeasured": sorted(self.unmeasured)}
+        if self.null_numbers is not None:
+            tensors["null_numbers"], facts["null_experts"] = self.null_numbers, list(self.null_experts)
         target = Path(folder) / CALIBRATION_FILE
         metadata = {"format": _FORMAT, "facts": json.dumps(facts, sort_keys=True)}
         with replacing(target) as scratch:
@@ -193,4 +201,6 @@ class Calibration:
             null=[row.tolist() for row in tensors["null"].split(tensors["null_sizes"].tolist())]
             if "null" in tensors
             else (),
+            null_experts=tuple(facts.get("null_experts", ())),
+            null_numbers=tensors.get("null_numbers"),
         )

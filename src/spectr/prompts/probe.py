@@ -34,6 +34,7 @@ class Scorer(Protocol):
         ...
 
 
+_SAME = 0.1  # of the null's standard deviation: the farthest that a kept number may be off; bfloat16 moves it by 0.05
 _READS_NULL = threading.RLock()  # one lock for all probes, since a probe may be copied and pickled
 
 
@@ -44,10 +45,12 @@ class Null:
     Attributes:
         batches: The model's arguments (``input_ids``, ``attention_mask``), padded on the right.
         ordinary: Whether they are ordinary prompts that the base model wrote, apart from the calibration's texts.
+        numbers_QKE: What the evidence made of them when the library was calibrated, if that is known.
     """
 
     batches: Sequence[Mapping[str, Tensor]]
     ordinary: bool = False
+    numbers_QKE: Float[Tensor, "Q K E"] | None = None
 
     def on(self, device: torch.device) -> Iterator[dict[str, Tensor]]:
         """The batches on a device."""
@@ -104,7 +107,32 @@ class Probe:
         with _READS_NULL:
             if self._null_QKE is None and self.null.batches:
                 device = next(self.entry.parameters()).device
-                self._null_QKE = torch.cat([self._read(**batch) for batch in self.null.on(device)], dim=1)
+                batches = list(self.null.on(device))
+                self._null_QKE = self._kept_null(batches[0])
+                if self._null_QKE is None:
+                    self._null_QKE = torch.cat([self._read(**batch) for batch in batches], dim=1)
+
+    def null_numbers(self) -> Float[Tensor, "Q K E"]:
+        """What the evidence makes of the texts that prompts are compared with."""
+        self.read_null()
+        assert self._null_QKE is not None
+        return self._null_QKE
+
+    def _kept_null(self, batch: Mapping[str, Tensor]) -> Float[Tensor, "Q K E"] | None:
+        """What the calibration kept of the null, if this model finds the same for the first of its texts.
+
+        With another base model, evidence or dtype the numbers may differ; then the null is read.
+        """
+        kept_QKE = self.null.numbers_QKE
+        if kept_QKE is None:
+            return None
+        length = int(batch["attention_mask"][0].sum())
+        found_QE = self._read(**{key: tensor[:1, :length] for key, tensor in batch.items()})[:, 0]
+        if found_QE.shape != kept_QKE[:, 0].shape:
+            return None
+        spread_QE = (kept_QKE - kept_QKE.nanmean(1, keepdim=True)).square().nanmean(1).sqrt()
+        same_QE = (found_QE - kept_QKE[:, 0]).abs() <= _SAME * spread_QE
+        return kept_QKE if bool((same_QE | (found_QE.isnan() & kept_QKE[:, 0].isnan())).all()) else None
 
     def _read(self, *args: Any, **kwargs: Any) -> Float[Tensor, "Q B E"]:
         found: dict[str, Tensor] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -92,8 +93,37 @@ def test_more_ordinary_prompts_are_written_where_a_calibration_has_fewer(library
     assert kept.null == more.null
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("scale", "fewer"), [(1.0, 4), (1.5, -1)])
+def test_the_null_is_read_by_other_base_models_alone(library, scale, fewer):
+    known = calibrate(make_model(), library, make_tokenizer(), null=5)
+    found, read = [], []
+    for given in (known, replace(known, null_experts=(), null_numbers=None)):
+        model, seen = make_model(), []
+        model.model.layers[0].mlp.down_proj.weight.mul_(scale)
+        routed = compose(model, library.with_calibration(given), Calibrated(abstain=None))
+        model.model.embed_tokens.register_forward_pre_hook(lambda _, args, seen=seen: seen.extend(args[0]))
+        found.append(routed.prompt.find(input_ids=ids_of("what is it")))
+        read.append(len(seen))
+    assert read[1] - read[0] == fewer  # of five texts the shortest alone is read, and all where it differs
+    close(found[0].evidence_BE, found[1].evidence_BE)
+    assert torch.equal(found[0].p_B, found[1].p_B)
+
+
+def test_numbers_of_the_null_are_computed_anew_for_other_experts(root, library, tmp_path):
+    known = calibrate(make_model(), library, make_tokenizer(), null=3)
+    assert known.null_experts == library.names
+    assert known.null_numbers.shape[1:] == (3, len(library))
+    peft_adapter(make_model(), tmp_path / "dogs", seed=9, rank=4)
+    larger = library.with_calibration(known).with_expert("dogs", tmp_path / "dogs")
+    grown = calibrate(make_model(), larger, make_tokenizer(), null=3)
+    assert grown.null_experts == larger.names
+    same = calibrate(make_model(), larger.with_calibration(grown), make_tokenizer(), null=3)
+    assert same.null_numbers is grown.null_numbers
+
+
 def test_a_calibration_is_saved_and_loaded_as_it_is(library, tmp_path):
-    known = library.calibration
+    known = calibrate(make_model(), library, make_tokenizer(), null=3)
     known.save(tmp_path)
     loaded = Calibration.load(tmp_path)
     assert {name: dict(values) for name, values in loaded.rms.items()} == {
@@ -101,6 +131,8 @@ def test_a_calibration_is_saved_and_loaded_as_it_is(library, tmp_path):
     }
     assert all(torch.equal(loaded.means[module], known.means[module]) for module in known.means)
     assert torch.equal(loaded.input_ids, known.input_ids)
+    assert torch.equal(loaded.null_numbers, known.null_numbers)
+    assert loaded.null_experts == known.null_experts == library.names
     assert (loaded.sha256, loaded.settings) == (known.sha256, known.settings)
     assert [path.name for path in tmp_path.iterdir()] == ["calibration.safetensors"]
 
