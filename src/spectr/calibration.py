@@ -111,7 +111,7 @@ def calibrate(
 
 
 def _with_null_numbers(model: Any, library: ExpertLibrary, known: Calibration) -> Calibration:
-    """With what ``calibrated`` makes of the null. Experts that it refuses, and very many, leave that to its first use."""
+    """The same with what ``calibrated`` makes of the null, unless it refuses the experts or they are very many."""
     without = replace(known, null_experts=(), null_numbers=None)
     if not known.null or len(library) > _AT_ONCE:
         return without
