@@ -171,7 +171,7 @@ def test_mistakes_are_the_clients_own_errors(client, server, stream):
 
 
 def test_an_empty_prompt_is_refused(client):
-    with pytest.raises(openai.BadRequestError, match="no token"):
+    with pytest.raises(openai.BadRequestError, match="the prompt is empty"):
         client.completions.create(model="spectr", prompt="")
 
 
@@ -359,3 +359,13 @@ def test_what_batches_would_ignore_is_refused(library):
             f"{address}/v1/completions", content=json.dumps({"model": "spectr", "prompt": "no", "stop": ["x"]})
         )
         assert (told.status_code, told.json()["error"]["param"]) == (400, "stop")
+
+
+def test_messages_are_refused_where_the_model_has_no_chat_template(library, monkeypatch):
+    with served(library) as (address, engine):
+        monkeypatch.setattr(engine.tokenizer, "chat_template", None)
+        messages = [{"role": "user", "content": "no"}]
+        told = httpx.post(f"{address}/v1/chat/completions", json={"model": "spectr", "messages": messages})
+        assert (told.status_code, told.json()["error"]["param"]) == (400, "messages")
+        answer = httpx.post(f"{address}/v1/completions", json={"model": "spectr", "prompt": "no", "max_tokens": 2})
+        assert answer.status_code == 200

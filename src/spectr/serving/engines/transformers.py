@@ -89,6 +89,13 @@ class TransformersEngine:
         """See :class:`Engine`."""
         admitted = {key: value for key, value in body.items() if value not in (None, [])} | {"model": _NAME}
         _check(admitted, len(self.tokenizer))
+        if "messages" in admitted and not self.tokenizer.chat_template:
+            raise RefusalError(
+                "the model has no chat template, so it cannot read messages",
+                do="send a prompt to /v1/completions, or give the model's tokenizer a chat template",
+                code="unsupported_value",
+                param="messages",
+            )
         if self.batching is not None:
             self.batching.check(admitted)
         self._running[ticket.id] = Running(ticket, admitted)
