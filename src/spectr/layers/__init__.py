@@ -1,4 +1,4 @@
-"""Routed layers inside any model: planning, checking, swapping in and out, and watching what is chosen."""
+"""Routed layers inside any model: plan them, swap them in and out, and record what they choose."""
 
 from spectr.layers.linear import Features, features
 from spectr.layers.plan import Plan, make_plan

@@ -1,4 +1,4 @@
-"""What experts read of a base model's layers: their weights as they compute with them."""
+"""What experts read of a base model's layers: the weights that they compute with."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class ModelLayers:
     """The linear layers of a model, composed or not, by module name; see :class:`spectr.adapters.BaseLayers`.
 
     Args:
-        model: The model. It is read when a layer is asked for.
-        folder: Where decompositions of its weights are kept, as a library's is; ``None``: in memory alone.
+        model: The model. A layer is read on request.
+        folder: Folder for decompositions of weights, such as a library's; ``None`` keeps them in memory.
     """
 
     def __init__(self, model: nn.Module, folder: Path | None = None):
@@ -36,8 +36,7 @@ class ModelLayers:
     def weight(self, module: str) -> Float[Tensor, "O I"]:
         """The layer's weight, (outputs, inputs), float32, on the layer's device.
 
-        A quantised layer, or one whose weights are moved in for each call, is given the unit vectors: what it returns
-        are the columns that it computes with.
+        A quantised or offloaded layer is called with unit vectors; its outputs are the columns that it computes with.
         """
         layer = self.layer(module)
         weight: Any = getattr(layer, "weight", None)
@@ -61,7 +60,7 @@ class ModelLayers:
         """The initial factors of PiSSA or OLoRA, decomposed once for a weight and a rank.
 
         Raises:
-            AdapterError: The layer is quantised: PEFT then quantises what is left of the weight again.
+            AdapterError: The layer is quantised; PEFT then quantises the remaining weight again.
         """
         layer = self.layer(module)
         if not is_plain(getattr(layer, "weight", None)):
@@ -79,13 +78,13 @@ class ModelLayers:
         return Factors(A, B, 1.0 if kind == "pissa" else scale)  # PEFT divides PiSSA's singular values by the scale
 
     def layer(self, module: str) -> Any:
-        """The layer itself, of a composed model the one that it stands in for."""
+        """The layer itself; in a composed model, the one that it replaces."""
         layer = self._model.get_submodule(module)
         return plain_module(layer.base if isinstance(layer, MultiRoutedLinear) else layer)
 
 
 def is_plain(weight: Any) -> bool:
-    """Whether this is a matrix of floating numbers in memory, rather than packed or elsewhere."""
+    """Whether this is a matrix of floating-point numbers in memory, not packed or elsewhere."""
     if not isinstance(weight, Tensor) or weight.is_meta or weight.ndim != 2:
         return False
     return weight.is_floating_point() and weight.element_size() > 1

@@ -1,7 +1,7 @@
-"""What holds for the rows of one forward call, and how a layer finds it.
+"""The routing of one forward call by row, and how a layer finds it.
 
 A call of a composed model has one :class:`BatchRouting`. The model's entry sets it for the thread that runs the call,
-and every routed layer reads it. Nothing is written into layers, so that threads and interleaved sequences cannot meet.
+and every routed layer reads it. Nothing is written into layers, so that threads and sequences do not interfere.
 
 Legend: B rows of the batch, T tokens of a row (1: the same for all of a row's tokens), E experts, P rows of factors.
 """
@@ -30,7 +30,7 @@ Observe = Callable[["RoutedLinear", Any], None]
 
 
 class FixedWeights(NamedTuple):
-    """Weights that hold whatever the tokens are, of the experts that take part and of all that a layer shows."""
+    """Weights that do not depend on tokens: of the experts that are used, and of all experts that a layer shows."""
 
     weights_BTE: Float[Tensor, "B T E"]
     weights_BTP: Float[Tensor, "B T P"]
@@ -38,16 +38,16 @@ class FixedWeights(NamedTuple):
 
 
 class LayerCall(NamedTuple):
-    """What holds for one layer in one call.
+    """The routing of one layer in one call.
 
     Attributes:
-        factors: Of the experts that are computed; ``None``: the base layer alone.
-        shown: Of the experts that a trace shows.
-        fixed: Their weights, where these do not depend on the tokens.
-        prior_BTE: Multiplies or shifts the scores, as the router says; float32.
-        among_BTE: Experts that may be chosen; all, if left out.
+        factors: Factors of the experts that are computed; ``None``: the base layer alone.
+        shown: Factors of the experts that a trace shows.
+        fixed: Their weights, if these do not depend on the tokens.
+        prior_BTE: Multiplies or shifts the scores, depending on the router; float32.
+        among_BTE: Experts that may be chosen; by default all.
         observe: Receives the layer and its input before it computes.
-        some_base: Whether some rows have fixed weights of zero alone, so that the layer's output is the base layer's.
+        some_base: Whether some rows have only fixed weights of zero, so that their output is the base layer's.
     """
 
     factors: Factors | None
@@ -61,15 +61,15 @@ class LayerCall(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class BatchRouting:
-    """What holds for each row (or token) of a call, by expert. Made once and used by any number of calls.
+    """The routing of each row (or token) of a call, by expert. Made once and used by any number of calls.
 
     Attributes:
         experts: Names of the columns.
-        weights_BTE: Fixed weights; ``None`` where tokens choose.
-        prior_BTE: A prior for the scores of those that choose.
-        among_BTE: Experts that they may choose; all, if left out.
-        factors: By layer the factors of the experts that take part; ``None``: those that the layer holds.
-        base_only: No expert takes part.
+        weights_BTE: Fixed weights; ``None`` if tokens choose.
+        prior_BTE: A prior for the scores of tokens that choose.
+        among_BTE: Experts that they may choose; by default all.
+        factors: By layer, the factors of the experts that are used; ``None``: those in the layer.
+        base_only: No expert is used.
         observe: Receives each layer and its input.
     """
 
@@ -86,15 +86,15 @@ class BatchRouting:
 
     @cached_property
     def several(self) -> bool:
-        """Whether several experts take part, so that their factors are copies."""
+        """Whether several experts are used, so that their factors are copies."""
         rows_BTE = self.weights_BTE if self.weights_BTE is not None else self.among_BTE
         return rows_BTE is not None and int((rows_BTE != 0).flatten(0, 1).any(0).sum()) > 1
 
     def held(self, experts: tuple[str, ...]) -> Int[Tensor, "B T"]:
-        """For each row the one of these experts that it holds, by number; -1 where it holds none of them.
+        """For each row, the index of the one expert among these that it holds; -1 if it holds none of them.
 
         Raises:
-            CompositionError: A row has one of them and others too, or not in full.
+            CompositionError: A row mixes one of them with others, or holds a part of it.
         """
         known = self._held.get(experts)
         if known is None:
@@ -124,12 +124,12 @@ class BatchRouting:
 
     @property
     def differs(self) -> bool:
-        """Whether rows of the batch, or tokens, have numbers of their own."""
+        """Whether rows or tokens differ in their numbers."""
         return any(size > 1 for shape in self._shapes for size in shape)
 
     @property
     def by_token(self) -> bool:
-        """Whether tokens have numbers of their own."""
+        """Whether tokens differ in their numbers."""
         return any(tokens > 1 for _, tokens in self._shapes)
 
     @property
@@ -138,7 +138,7 @@ class BatchRouting:
         return [tuple(rows_BTE.shape[:2]) for rows_BTE in given if rows_BTE is not None]
 
     def of(self, layer: RoutedLinear) -> LayerCall:
-        """What holds for this layer."""
+        """The routing of this layer."""
         if self.base_only:  # one object serves all models, and must not keep their layers
             return self._of(layer)
         known = self._calls.get(layer)
@@ -200,14 +200,14 @@ class Span(NamedTuple):
 
 
 class _Thread(threading.local):
-    """What a thread's call is made of.
+    """The state of a thread's call.
 
     Attributes:
-        routing: What holds; ``None``: every token chooses among all experts.
-        places: Where the call's tokens are among a layer's inputs, as far as that is known.
-        kept: Of a call whose tokens have weights of their own the tokens that the output head is given.
-        spans: Of layers with several routers.
-        watched: How many traces are open, for which calls know their tokens' places.
+        routing: The routing; ``None``: every token chooses among all experts.
+        places: Where the call's tokens are among a layer's inputs, if known.
+        kept: If tokens have their own weights, the tokens that the output head receives.
+        spans: Spans for layers with several routers.
+        watched: Number of open traces, for which calls must know their tokens' places.
     """
 
     routing: BatchRouting | None = None
@@ -227,7 +227,7 @@ def routed_by(
     kept: slice | Tensor | None = None,
     spans: Sequence[Span] = (),
 ) -> Iterator[None]:
-    """Have this hold for the thread's calls while the block runs."""
+    """Use this routing for the thread's calls inside the block."""
     before = thread.routing, thread.places, thread.kept, thread.spans
     thread.routing, thread.places, thread.kept, thread.spans = routing, places, kept, spans
     try:
@@ -238,7 +238,7 @@ def routed_by(
 
 @contextmanager
 def outside_inference_mode() -> Iterator[None]:
-    """For tensors that are kept: later calls may need gradients, which tensors of inference mode do not allow."""
+    """For tensors that are stored: later calls may need gradients, which inference mode does not allow."""
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False), torch.no_grad():
             yield
@@ -247,15 +247,15 @@ def outside_inference_mode() -> Iterator[None]:
 
 
 def base_alone() -> bool:
-    """Whether this thread's calls are the base model's, as while it reads a prompt for a decision."""
+    """Whether this thread's calls are the base model's, for example while it reads a prompt for a decision."""
     return thread.routing is not None and thread.routing.base_only
 
 
 def spread(rows_BTN: Tensor, layer: nn.Module, x: Tensor) -> Tensor:
-    """Rows' numbers so that they broadcast over the leading axes of a layer's input.
+    """Rows' numbers in a shape that broadcasts over the leading axes of a layer's input.
 
     Raises:
-        CompositionError: Rows differ, and it is not known which of them the input's tokens belong to.
+        CompositionError: Rows differ, and the input's tokens cannot be assigned to them.
     """
     rows, tokens = rows_BTN.shape[:2]
     leading, places = x.shape[:-1], thread.places

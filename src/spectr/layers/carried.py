@@ -1,4 +1,4 @@
-"""Adapters of PEFT that a model carries already, which would be added to what is routed."""
+"""PEFT adapters that a model already carries; experts would be added to them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from spectr.errors import CompositionError, some_of
 
 
 def check_bare(model: nn.Module) -> None:
-    """Check that a model is a base model alone.
+    """Check that a model carries no PEFT adapters.
 
     Raises:
-        CompositionError: PEFT has put adapters into it, be they switched on or not.
+        CompositionError: It carries adapters, enabled or not.
     """
     tuners = sys.modules.get("peft.tuners.tuners_utils")
     if tuners is None:  # nothing is of PEFT where it was never imported

@@ -1,4 +1,4 @@
-"""The experts of one layer as its calls need them."""
+"""The experts of one layer in the form that its calls need."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from spectr.spectral import Stack, remade
 
 
 class Factors(NamedTuple):
-    """Experts of one layer, on its device and in its dtype. Never changed.
+    """Experts of one layer, on its device and in its dtype. Immutable.
 
     Attributes:
         experts: Their names, in the order of the E axis.
         ranks: Their ranks; the P axis has their sum.
-        common_rank: The rank of all, ``None`` where they differ.
-        A_PI: Input factors; of experts that share theirs, that one.
-        B_OP: Output factors; an expert's columns lie together in memory.
-        owner_P: For each row the number of its expert.
-        member_EP: One where row ``p`` belongs to expert ``e``, else zero.
-        rows_ER: Each expert's rows, where only those of the chosen ones are read.
-        own: The router's own tensors of them; see :attr:`spectr.spectral.Share.own`.
-        mix_PR: Makes the experts' input factors of a shared one.
-        C_QP: What the combination made of the output factors, in their place.
-        U_OQ: And what it needs with that.
-        gain_EO: What each expert multiplies the base layer's ``W x`` by and adds; ``None`` where none does.
-        shift_EO: What each expert adds whatever the input is.
-        raw_A_PI: The adapters' own input factors, where the combination merges these.
-        raw_B_OP: And their output factors.
-        plan: How they are computed; ``None``: nothing was prepared, and torch computes.
+        common_rank: The rank of all experts; ``None`` if they differ.
+        A_PI: Input factors; for experts that share their input factor, that one.
+        B_OP: Output factors; an expert's columns are adjacent in memory.
+        owner_P: The expert's index for each row.
+        member_EP: One if row ``p`` belongs to expert ``e``, else zero.
+        rows_ER: Each expert's rows, if only those of the chosen experts are read.
+        own: The router's own tensors; see :attr:`spectr.spectral.Share.own`.
+        mix_PR: Maps a shared input factor to the experts' factors.
+        C_QP: What the combination made of the output factors, which it replaces.
+        U_OQ: The combination's second tensor.
+        gain_EO: Factor by which each expert multiplies the base layer's ``W x`` and adds it; ``None`` if none does.
+        shift_EO: What each expert adds independently of the input.
+        raw_A_PI: The adapters' own input factors, if the combination merges these.
+        raw_B_OP: The adapters' own output factors, likewise.
+        plan: How they are computed; ``None``: nothing is prepared, and torch computes.
     """
 
     experts: tuple[str, ...]
@@ -62,7 +62,7 @@ class Factors(NamedTuple):
 
     @staticmethod
     def of(stack: Stack, router: Router) -> Factors:
-        """Experts as a router's calls need them, without a plan."""
+        """Experts for a router's calls, without a plan."""
         count, device = len(stack.experts), stack.A_PI.device
         owner_P, combination = stack.owner_P, router.combination
         rows_ER = None
@@ -91,7 +91,7 @@ class Factors(NamedTuple):
         )
 
     def stack(self) -> Stack:
-        """The experts as the router stacked them."""
+        """The experts in the router's stack."""
         return Stack(**{field.name: getattr(self, field.name) for field in fields(Stack)})
 
     def tensors(self) -> dict[str, Tensor]:
@@ -100,13 +100,13 @@ class Factors(NamedTuple):
         return {name: value for name, value in named.items() if isinstance(value, Tensor)}
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Factors:
-        """The factors with other tensors in the place of :meth:`tensors`, without a plan."""
+        """The factors with other tensors instead of :meth:`tensors`, without a plan."""
         own = remade(self.own, [tensors[name] for name in self.own._fields]) if self.own else ()
         others = {name: tensors[name] for name in self._fields if isinstance(getattr(self, name), Tensor)}
         return self._replace(plan=None, own=own, **others)
 
     def subset(self, names: tuple[str, ...]) -> Factors | None:
-        """Some of the experts, for weights that are fixed, without a plan; a single one without a copy."""
+        """Some of the experts, for fixed weights, without a plan; a single one without a copy."""
         places = [place for place, name in enumerate(self.experts) if name in names]
         if not places or len(places) == len(self.experts):
             return self if places else None
@@ -144,13 +144,13 @@ class Factors(NamedTuple):
         )
 
     def planned(self, base: nn.Module, router: Router, use: Use | None = None, *, fixed: bool = False) -> Factors:
-        """The factors with the plan of a layer that has them.
+        """The factors with a layer's plan.
 
         Args:
             base: The base layer.
             router: Chooses among them.
-            use: What is done with the evidence of whole prompts.
-            fixed: Whether their weights will be fixed, rather than chosen by each token.
+            use: Use of the evidence for whole prompts.
+            fixed: Whether weights are fixed instead of chosen for each token.
         """
         refusal = self._refusal(router, use, fixed)
         if fixed or refusal:
@@ -163,7 +163,7 @@ class Factors(NamedTuple):
         return self._replace(plan=make_plan(base, self.A_PI, self.B_OP, router.lengths(self).centers_P, choice))
 
     def _refusal(self, router: Router, use: Use | None, fixed: bool) -> str:
-        """Why no kernel computes what the router wants; empty where one may."""
+        """Why no kernel can compute what the router needs; empty if one may."""
         combines = router.combination.merge is merge_outputs
         refusal = "" if combines else f"no kernel supports combine='{router.combine}'"
         if self.exceeds_products:
@@ -206,7 +206,7 @@ class Factors(NamedTuple):
         return added_TO
 
     def bytes_read(self, taken: float) -> int:
-        """Bytes that a call reads at least.
+        """The minimum of bytes that a call reads.
 
         Args:
             taken: Share of the output factors that it reads.

@@ -1,4 +1,4 @@
-"""Which layers will be routed, and everything that can be wrong with that, before anything is changed."""
+"""Which layers will be routed, and everything that can be wrong with it, before anything changes."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ def make_plan(model: nn.Module, experts: Sequence[Expert], router: Router, *, un
 
     Args:
         model: The model.
-        experts: To be matched.
-        router: Its demands on ranks are checked.
+        experts: The experts to match.
+        router: Its requirements on ranks are checked.
         uncalled: Layers whose weights the model uses without calling them
-            (:attr:`spectr.layers.weight_reads.WeightReads.outside`). They are not routed: updates of zero there, as
-            PEFT's training leaves them, are left out.
+            (:attr:`spectr.layers.weight_reads.WeightReads.outside`). They are not routed: zero updates there, as PEFT's
+            training leaves them, are ignored.
 
     Raises:
-        CompositionError: Experts adapt modules that the model does not have, that are no linear layers, or that have
-            other sizes (an adapter for another base model); they change layers that are not called; or ranks differ
-            where the combination needs equal ones. All faults of all experts at once.
+        CompositionError: Experts adapt modules that the model does not have, that are not linear layers, or whose sizes
+            differ (an adapter for another base model); they change layers that are not called; or ranks differ
+            although the combination needs equal ones. Lists all faults of all experts.
     """
     layers = {name: module for name, module in plain_modules(model) if name}
     base = ModelLayers(model)
@@ -59,7 +59,7 @@ def make_plan(model: nn.Module, experts: Sequence[Expert], router: Router, *, un
 
 
 def _ordered(layers: Mapping[str, nn.Module], users: Mapping[str, object]) -> list[str]:
-    """Names of modules and parameters in the model's order; a parameter comes after the module that holds it."""
+    """Names of modules and parameters in the model's order; a parameter follows the module that holds it."""
     places = {name: place for place, name in enumerate(layers)}
     return sorted(users, key=lambda name: (places.get(name, places.get(name.rpartition(".")[0], 0)), name))
 
@@ -79,7 +79,7 @@ def _combination_faults(experts: Sequence[Expert], router: Router) -> list[Compo
 
 
 class Fault(NamedTuple):
-    """What is wrong with an expert, in words that follow its name."""
+    """What is wrong with an expert, as text that follows its name."""
 
     what: str
     expected: str
@@ -161,7 +161,7 @@ def _changed(expert: Expert, base: ModelLayers, modules: Sequence[str]) -> list[
 
 
 def uncalled_fault(modules: Sequence[str]) -> Fault:
-    """That an expert changes layers that are not called."""
+    """The fault that an expert changes layers that are not called."""
     return Fault(
         f"changes {some_of(modules, _SHOWN, ' layers')}, whose weights this model uses without calling the layer",
         "updates of layers that the model calls; elsewhere PEFT has no effect either, and training leaves zero",
@@ -170,7 +170,7 @@ def uncalled_fault(modules: Sequence[str]) -> Fault:
 
 
 def united(faults: Mapping[str, Sequence[Fault]]) -> list[CompositionError]:
-    """One error for each different fault, naming all experts that have it."""
+    """One error for each different fault, with the names of all experts that have it."""
     names = grouped((fault, name) for name, found in faults.items() for fault in found)
     return [
         CompositionError(
@@ -183,7 +183,7 @@ def united(faults: Mapping[str, Sequence[Fault]]) -> list[CompositionError]:
 
 
 def did_you_mean_module(name: str, layers: Mapping[str, nn.Module]) -> str:
-    """A hint at the name under which the model has such a module."""
+    """A hint: the model's name of such a module."""
     last = name.rpartition(".")[2]
     alike = [layer for layer in layers if layer.rpartition(".")[2] == last]
     return f"it has {alike[0]}" if alike else did_you_mean(last, {layer.rpartition(".")[2] for layer in layers})

@@ -33,20 +33,20 @@ _BUFFERS = [name for name in Factors._fields if name.rpartition("_")[2].isupper(
 class RoutedLinear(nn.Module):
     """``y = base(x) + combine(select(score(x)))``.
 
-    It stands in for its base layer wherever the model looks: ``weight``, ``bias`` and sizes are the base layer's, and
-    so are the names in ``state_dict``, so that a composed model is saved and loaded like the plain one. A call only
-    computes: what holds for its rows is the thread's :class:`spectr.layers.batch_routing.BatchRouting`.
+    It replaces its base layer in the model: ``weight``, ``bias`` and sizes are the base layer's, and so are the names
+    in ``state_dict``. So a composed model is saved and loaded like the plain one. A call only computes; its routing is
+    the thread's :class:`spectr.layers.batch_routing.BatchRouting`.
 
     Args:
-        base: The layer as it was; never changed.
-        stack: Its experts, on the device and in the dtype to compute in; ``None`` for none.
+        base: The original layer; never changed.
+        stack: Its experts, on the device and in the dtype of the computation; ``None`` for none.
         router: Decides for each token.
-        use: What is done with the evidence of whole prompts, so that a call without a decision is refused; ``None``:
-            tokens alone decide.
+        use: Use of the evidence for whole prompts, so that a call without a decision is refused; ``None``: only tokens
+            decide.
 
     Attributes:
         experts: Names of the experts that it holds.
-        call: What holds where nothing else does: every token chooses among all of them.
+        call: The default routing: every token chooses among all experts.
     """
 
     A_PI: Tensor
@@ -66,7 +66,7 @@ class RoutedLinear(nn.Module):
         self.train(base.training)
 
     def fill(self, stack: Stack | None) -> None:
-        """Hold these experts in the place of those before; without any the layer is its base layer."""
+        """Replace the experts; without any, the layer is its base layer."""
         held = None if stack is None else Factors.of(stack, self.router)
         self._prepared_dtype = None if held is None else held.A_PI.dtype
         self._buffers.clear()
@@ -82,16 +82,16 @@ class RoutedLinear(nn.Module):
         self.call = LayerCall(factors, factors)
 
     def factors_of(self, stack: Stack, *, fixed: bool = False) -> Factors:
-        """Experts as this layer's calls need them.
+        """Experts in the form that this layer's calls need.
 
         Args:
             stack: The experts.
-            fixed: Whether their weights will be fixed, rather than chosen by each token.
+            fixed: Whether weights are fixed instead of chosen for each token.
         """
         return Factors.of(stack, self.router).planned(self.base, self.router, self.use, fixed=fixed)
 
     def subset(self, names: tuple[str, ...]) -> Factors | None:
-        """The factors of some experts, for weights that are fixed; of a single one without a copy."""
+        """The factors of some experts, for fixed weights; a single one without a copy."""
         some = None if self.factors is None else self.factors.subset(names)
         return None if some is None else some.planned(self.base, self.router, self.use, fixed=True)
 
@@ -102,7 +102,7 @@ class RoutedLinear(nn.Module):
         return self
 
     def share(self, other: RoutedLinear) -> None:
-        """Use the other layer's tensors in the place of equal ones."""
+        """Use the other layer's tensors instead of equal ones."""
         for name, mine in list(self._buffers.items()):
             theirs = other._buffers.get(name)
             if mine is not None and theirs is not None and mine.shape == theirs.shape and torch.equal(mine, theirs):
@@ -110,13 +110,13 @@ class RoutedLinear(nn.Module):
         self.prepare()
 
     def prepare(self) -> None:
-        """Make a plan anew: the factors moved or were cast, or there are other kernels."""
+        """Make a new plan: the factors moved or were cast, or the kernels changed."""
         held = self.call.factors
         if held is not None:
             self._keep(held.with_tensors(self._buffers))  # pyright: ignore[reportArgumentType]
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: plans know places in memory, and are made anew."""
+        """For copies and pickles: plans contain memory addresses and are made again."""
         held = self.call.factors
         plain = None if held is None else held._replace(plan=None)
         return {**vars(self), "call": LayerCall(plain, plain)}
@@ -126,12 +126,12 @@ class RoutedLinear(nn.Module):
         self.prepare()
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """A new weight (as tying or resizing gives) goes to the base layer."""
+        """A new weight, for example after tying or resizing, belongs to the base layer."""
         self.base.register_parameter(name, param)
 
     @property
     def factors(self) -> Factors | None:
-        """Of the experts that it holds."""
+        """The factors of its experts."""
         return self.call.factors
 
     @property
@@ -142,21 +142,21 @@ class RoutedLinear(nn.Module):
 
     @property
     def can_share(self) -> bool:
-        """Whether others may be made of its experts: of one matrix, and in the dtype that they were prepared in."""
+        """Whether other factors can be made from its experts: a single matrix, in the dtype of preparation."""
         return self.A_PI.dtype == self._prepared_dtype and self.A_PI.ndim == 2
 
     def in_force(self) -> LayerCall:
-        """What holds for a call of this thread now.
+        """The routing of this thread's current call.
 
         Raises:
-            CompositionError: Prompts are decided on, and nothing was decided for this call.
+            CompositionError: The router decides on prompts, but there is no decision for this call.
         """
         routing = thread.routing
         if routing is not None:
             return routing.of(self)
         if self.decided:
             raise CompositionError(
-                "a routed layer was called, and nothing was decided for its prompt",
+                "a routed layer was called without a decision for its prompt",
                 expected="a call of the model, its inner decoder or its encoder, which reads the prompt first",
                 do="call the model; or decide yourself: with routed.prompt.using(routed.prompt.decide(...)): ...",
             )
@@ -177,11 +177,11 @@ class RoutedLinear(nn.Module):
         return self.router.scores(held, x.to(held.A_PI.device, held.A_PI.dtype), x.new_empty(0), None)
 
     def explain(self, x: LayerInput, call: LayerCall | None = None) -> Decision:
-        """What holds for these tokens: the router's scores and the weights, be they chosen or fixed.
+        """The routing of these tokens: the router's scores, and the chosen or fixed weights.
 
         Args:
-            x: The layer's input; of pairs the result is each token's mean over its MoE experts.
-            call: What holds; if left out, what is in force in this thread.
+            x: The layer's input; for pairs the result is each token's mean over its MoE experts.
+            call: The routing; by default the thread's.
         """
         call = self.in_force() if call is None else call
         shown = call.shown
@@ -261,7 +261,7 @@ class RoutedLinear(nn.Module):
         return self._add_chosen(out, x, call) if call.fixed is None else self._add_fixed(out, x, call)
 
     def _by_kernels(self, out: Tensor, x: Tensor, call: LayerCall, factors: Factors) -> Tensor | None:
-        """All by one compiled call, where that is possible; in the memory of ``out`` where nobody else sees it."""
+        """Compute everything in one compiled call if possible, in the memory of ``out`` if nothing else uses it."""
         fixed, plan = call.fixed, factors.plan
         if plan is None:
             if not is_compiling():
@@ -329,16 +329,16 @@ class RoutedLinear(nn.Module):
         return add_masked(out, weighted_TP, B_OP, in_place=self._owns(out))
 
     def _owns(self, out: Tensor) -> bool:
-        """Whether nobody else can see the base layer's output: not autograd, and no hook."""
+        """Whether nothing else can see the base layer's output: no autograd, no hook."""
         plain = type(self.base) is nn.Linear and not self.base._forward_hooks
         return plain and out.is_contiguous() and not torch.is_grad_enabled()
 
     def bytes_read(self, tokens: int, call: LayerCall | None = None) -> int:
-        """Bytes of the experts' factors that a call with this number of tokens reads at least.
+        """The minimum of bytes of the experts' factors that a call with this number of tokens reads.
 
         Args:
-            tokens: Of the call.
-            call: What holds; if left out, every token chooses.
+            tokens: Number of tokens.
+            call: The routing; by default every token chooses.
         """
         call = self.call if call is None else call
         factors = call.factors
@@ -350,7 +350,7 @@ class RoutedLinear(nn.Module):
         return factors.bytes_read(min(1.0, tokens * (self.select.k or 1) / len(factors.experts)) if chosen else 1.0)
 
     def stack(self) -> Stack:
-        """The experts that it holds; there must be at least one."""
+        """Its experts; there must be at least one."""
         return self._held().stack()
 
     @property
@@ -360,21 +360,21 @@ class RoutedLinear(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        """The base layer's bias, where it has one."""
+        """The base layer's bias, if any."""
         return getattr(self.base, "bias", None)
 
     @property
     def in_features(self) -> int:
-        """Numbers a token brings."""
+        """Size of the input."""
         return _sizes(self.base).inputs
 
     @property
     def out_features(self) -> int:
-        """Numbers a token takes along."""
+        """Size of the output."""
         return _sizes(self.base).outputs
 
     def extra_repr(self) -> str:
-        """What ``print(model)`` shows next to the base layer."""
+        """The part of ``print(model)`` about routing."""
         ranks = self.call.factors.ranks if self.call.factors else ()
         return f"experts={len(self.experts)}, ranks={sorted(set(ranks))}, router={self.router}"
 

@@ -1,4 +1,4 @@
-"""A module that experts have trained as a whole, or rows and factors of an embedding, next to the base model's own.
+"""A module that experts have trained as a whole, or rows and factors of an embedding, next to the base model's.
 
 Legend: B rows of the batch, T tokens of a row, N trained tokens, D features, R rank, V vocabulary.
 """
@@ -23,14 +23,14 @@ _NO_PADDING = {"padding_idx": None, "max_norm": None}
 
 
 class SavedTensors(NamedTuple):
-    """What one expert has for a module, on the module's device and in its dtype.
+    """What one expert holds for a module, on the module's device and in its dtype.
 
     Attributes:
-        whole: By name, what takes the place of the module's own parameters and buffers.
-        tokens_N: Numbers of trained rows, ascending.
-        rows_ND: These rows of the weight.
-        A_VR: An embedding's input factor, a row for each token.
-        B_DR: And its output factor, times the scale.
+        whole: By name, replacements of the module's own parameters and buffers.
+        tokens_N: Token ids of trained rows, ascending.
+        rows_ND: The trained rows of the weight.
+        A_VR: An embedding's input factor, one row per token.
+        B_DR: Its output factor, including the scale.
     """
 
     whole: Mapping[str, Tensor] = {}
@@ -51,16 +51,16 @@ class SavedTensors(NamedTuple):
 
 
 class SavedModule(nn.Module):
-    """``y = module of the expert that the row holds (x)``; the base model's module for rows that hold none.
+    """``y = module of the row's expert (x)``; the base model's module for rows without one.
 
-    It stands in for its base module wherever the model looks, as :class:`spectr.layers.routed.RoutedLinear` does. Rows
-    of a batch may hold experts of their own.
+    It replaces its base module in the model, like :class:`spectr.layers.routed.RoutedLinear`. Rows of a batch may have
+    different experts.
 
     Args:
-        base: The module as it was; never changed.
-        tensors: By expert, what it has for this module.
-        only: The expert of all calls, where the model holds no other one.
-        decided: Whether experts come with decisions for whole prompts, so that a call without one is refused.
+        base: The original module; never changed.
+        tensors: By expert, what it holds for this module.
+        only: The expert of all calls, if the model holds no other.
+        decided: Whether decisions for whole prompts name the experts, so that a call without one is refused.
     """
 
     def __init__(self, base: nn.Module, tensors: Mapping[str, SavedTensors], only: str | None, *, decided: bool):
@@ -143,7 +143,7 @@ class SavedModule(nn.Module):
         if routing is None:
             if self.decided:
                 raise CompositionError(
-                    "a module that experts have trained was called, and nothing was decided for its prompt",
+                    "a module that experts have trained was called without a decision for its prompt",
                     expected="a call of the model, its inner decoder or its encoder, which reads the prompt first",
                     do="call the model; or decide yourself: with routed.prompt.using(routed.prompt.decide(...)): ...",
                 )

@@ -1,4 +1,4 @@
-"""Watching a routed model: what each layer chose for each token."""
+"""Record what each layer of a routed model chooses for each token."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from spectr.layers.routed import RoutedLinear
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class LayerTrace:
-    """One layer's decisions, one call of the layer after the other.
+    """One layer's decisions in all calls, in order.
 
     Attributes:
-        experts: The layer's experts, in the order of the last axis; all that it has held, where that changes.
-        steps: Of each call (scores, weights), float32 on the CPU, (batch, tokens, experts) each. An expert that was not
-            there has the score minus infinity.
+        experts: The layer's experts, in the order of the last axis; all that it held, if they change.
+        steps: For each call (scores, weights), float32 on the CPU, each (batch, tokens, experts). An expert that the
+            layer did not hold has the score minus infinity.
     """
 
     experts: tuple[str, ...]
     steps: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def add(self, experts: tuple[str, ...], scores: Float[Tensor, "B T E"], weights: Float[Tensor, "B T E"]) -> None:
-        """One more call, by the experts that the layer held then."""
+        """Add a call, with the experts that the layer held."""
         if experts != self.experts:
             known = tuple(sorted({*self.experts, *experts}))
             self.steps = [
@@ -57,18 +57,19 @@ class LayerTrace:
         return f"LayerTrace({len(self.experts)} experts, {len(self.steps)} calls)"
 
     def chosen(self, batch: int, token: int) -> tuple[str, ...]:
-        """The experts that one token took, the largest weight first."""
+        """The experts that one token uses, the largest weight first."""
         weights_E = self.weights[batch, token]
         return tuple(self.experts[i] for i in weights_E.argsort(descending=True, stable=True) if weights_E[i] > 0)
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Trace(Mapping[str, LayerTrace]):
-    """What a model's layers chose while the trace was open: a mapping from layer names to :class:`LayerTrace`.
+    """The choices of a model's layers while the trace was open: a mapping from layer names to :class:`LayerTrace`.
 
     Attributes:
-        inputs: Of each call of the model its ``input_ids``, (batch, tokens), where it was given some.
-        masks: Of each call (with ``input_ids`` or ``inputs_embeds``) which tokens are no padding, (batch, tokens).
+        inputs: The ``input_ids`` of each call of the model, (batch, tokens), if it received some.
+        masks: For each call (with ``input_ids`` or ``inputs_embeds``), the tokens that are not padding, (batch,
+            tokens).
     """
 
     layers: dict[str, LayerTrace] = field(default_factory=dict)
@@ -91,10 +92,10 @@ class Trace(Mapping[str, LayerTrace]):
         return torch.cat(self.masks, dim=1)
 
     def weights(self, layers: Callable[[str], bool] = lambda _: True) -> Float[Tensor, "B T E"]:
-        """Mean weight of every expert of :attr:`experts` over the layers whose name passes, for each token.
+        """Mean weight of every expert in :attr:`experts` over the layers whose name passes, for each token.
 
-        A layer that does not hold an expert counts as weight zero for it. Layers that ran over other tokens than the
-        most of them did (an encoder next to a decoder) are left out.
+        A layer that does not hold an expert counts with weight zero. Layers that ran over other tokens than most
+        layers (an encoder next to a decoder) are left out.
 
         Raises:
             CompositionError: No layer's name passes, or nothing was traced.
@@ -115,7 +116,7 @@ class Trace(Mapping[str, LayerTrace]):
         return total / shapes.count(commonest)
 
     def shares(self) -> dict[str, float]:
-        """Each expert's share of the work, averaged over the tokens that are no padding and all layers; from 0 to 1."""
+        """Each expert's share of the weight, averaged over all layers and tokens without padding; from 0 to 1."""
         weights = self.weights()
         if self.masks and self.mask.shape == weights.shape[:2]:
             mean_E = weights[self.mask].mean(0)
@@ -141,10 +142,9 @@ class Trace(Mapping[str, LayerTrace]):
 
 @contextmanager
 def trace(model: nn.Module) -> Iterator[Trace]:
-    """Record what the routed layers of a model choose while the block runs; the model computes as ever.
+    """Record what the routed layers of a model choose while the block runs; its results do not change.
 
-    Layers are watched from outside, by hooks that route the same input once more, so that without a trace nothing is
-    spent on it.
+    Hooks route each layer's input a second time. Without a trace nothing is recorded, at no cost.
 
     Raises:
         CompositionError: The model has no routed layers.
