@@ -1,4 +1,4 @@
-"""Base models: fetching the default one, loading any other, and going from text to tokens and back."""
+"""Base models: fetch the default one, load any other, and convert between text and tokens."""
 
 from spectr.models.cache import growing_cache, reads_in_parts
 from spectr.models.fetch import DEFAULT_MODEL, HUB_ID, fetch_default_model

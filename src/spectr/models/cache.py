@@ -1,7 +1,7 @@
-"""Keys and values of the tokens that were read, in memory that has room for the next ones.
+"""Keys and values of the tokens so far, in memory with room for more tokens.
 
-Transformers' own cache copies all of a layer's keys and values for every token that is decoded, which takes the
-longer, the longer the prompts and the larger the batches. Here a token's are written behind them.
+Transformers' own cache copies all of a layer's keys and values for each decoded token, which takes longer with longer
+prompts and larger batches. Here each token is appended.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from torch.compiler import is_compiling
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-_LEAST = 64  # tokens that there is room for at least
+_LEAST = 64  # room for at least this many tokens
 _SHARE = 4  # room for one part in four of the present tokens; each token is copied four times on average
 
 
 class Room:
-    """Memory that begins with the numbers of all tokens so far, as :meth:`add` has returned them."""
+    """Memory that starts with the numbers of all tokens so far, as :meth:`add` returned them."""
 
     def __init__(self) -> None:
         self._memory = torch.empty(0)
 
     def add(self, held: Shaped[Tensor, "B H S D"], more: Shaped[Tensor, "B H T D"]) -> Shaped[Tensor, "B H U D"]:
-        """``held`` with ``more`` behind it, along the tokens.
+        """``held`` followed by ``more``, along the tokens.
 
         Args:
-            held: What was returned last, or part of it, or anything else, which is copied.
-            more: Of the next tokens.
+            held: The last result, or a part of it; anything else is copied.
+            more: Numbers of the next tokens.
         """
         before, after = held.shape[-2], held.shape[-2] + more.shape[-2]
         if not self._begins_with(held) or after > self._memory.shape[-2]:
@@ -49,9 +49,9 @@ class Room:
 
 
 class GrowingLayer(DynamicLayer):
-    """Transformers' ``DynamicLayer`` with room: the same keys and values, as views of memory that is written on.
+    """Transformers' ``DynamicLayer`` with room: the same keys and values, as views of memory that is extended.
 
-    With gradients, or while torch compiles, it does as ``DynamicLayer`` does.
+    With gradients, or while torch compiles, it works like ``DynamicLayer``.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -74,14 +74,14 @@ class GrowingLayer(DynamicLayer):
 
 
 def growing_cache(model: nn.Module) -> Cache | None:
-    """An empty cache for ``model(past_key_values=...)`` and ``model.generate``; layers that keep all tokens have room.
+    """An empty cache for ``model(past_key_values=...)`` and ``model.generate`` that appends instead of copying.
 
     Args:
-        model: A causal language model of transformers, plain or composed, or in PEFT's hands.
+        model: A causal language model of transformers: plain, composed, or wrapped by PEFT.
 
     Returns:
-        The cache; ``None``, which leaves it to transformers, where the model or the configuration of its generation has
-        a kind of its own.
+        The cache; ``None`` (which leaves it to transformers) if the model or its generation configuration uses another
+            kind of cache.
     """
     known: Any = model
     settings = known.generation_config
@@ -97,14 +97,14 @@ def growing_cache(model: nn.Module) -> Cache | None:
 
 
 def reads_in_parts(model: nn.Module, tokens: int | None = None) -> bool:
-    """Whether a model may read a beginning once, and then rows that differ in length behind copies of its cache.
+    """Whether a model may read a shared beginning once, and then rows of different lengths after copies of its cache.
 
-    Not with an encoder, nor with a recurrent state, which folds padding in and cannot be repeated for more rows; and
-    where padding stands between the two, not beyond an attention window, which counts it.
+    Not with an encoder, and not with a recurrent state, which counts padding and cannot be repeated for more rows. If
+    padding is between the two, not beyond an attention window, which counts it.
 
     Args:
-        model: A causal language model of transformers, plain or composed, or in PEFT's hands.
-        tokens: Of the longest row with its beginning, where padding stands between the two; ``None`` where it comes
+        model: A causal language model of transformers: plain, composed, or wrapped by PEFT.
+        tokens: Length of the longest row with its beginning, if padding is between the two; ``None`` if padding comes
             last.
     """
     known: Any = model

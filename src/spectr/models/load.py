@@ -1,4 +1,4 @@
-"""Loading a base model and its tokenizer, in the precision that this machine is quickest in."""
+"""Load a base model and its tokenizer, in the precision that is fastest on this machine."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from spectr.errors import ModelError, SpectrError
 from spectr.models.fetch import DEFAULT_MODEL, HUB_ID, fetch_default_model
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Check = Callable[[Any, PreTrainedTokenizerBase], None]  # of a model's configuration and its tokenizer
+Check = Callable[[Any, PreTrainedTokenizerBase], None]  # receives a model's configuration and its tokenizer
 
 
 def pick_dtype(dtype: Dtype = "auto", device: str = "cpu") -> torch.dtype:
-    """The dtype of that name; ``auto`` is bfloat16 where the hardware multiplies it natively, else float32."""
+    """The dtype of this name; ``auto`` is bfloat16 if the hardware multiplies it natively, else float32."""
     if dtype != "auto":
         return getattr(torch, dtype)
     if device.startswith("cuda"):
@@ -38,18 +38,18 @@ def load_model(
     base_alone: bool = False,
     check: Check = lambda *_: None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model in evaluation mode, with its tokenizer.
+    """Load a causal language model in evaluation mode, and its tokenizer.
 
     Args:
-        name: Folder or Hub id. ``None``, ``"smollm2"`` or its Hub id is the default model, fetched when it is not
-            there yet.
-        dtype: Precision of the weights, see :func:`pick_dtype`.
-        device: ``"cpu"``, ``"cuda"``, ...; the accelerator where there is one.
-        base_alone: Of a composed folder load the base model, instead of refusing it.
-        check: Called with the configuration and the tokenizer, before any weights are read; may raise.
+        name: Folder or Hub id. ``None``, ``"smollm2"`` or its Hub id is the default model, which is downloaded if
+            necessary.
+        dtype: Precision of the weights; see :func:`pick_dtype`.
+        device: ``"cpu"``, ``"cuda"``, ...; by default an accelerator if there is one.
+        base_alone: Load the base model of a composed folder instead of refusing it.
+        check: Called with the configuration and the tokenizer before any weights are read; may raise.
 
     Raises:
-        ModelError: There is no such model, or it cannot be loaded.
+        ModelError: The model does not exist, or cannot be loaded.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     path = fetch_default_model() if name in (None, DEFAULT_MODEL, HUB_ID) else name
@@ -77,7 +77,7 @@ def load_model(
 
 
 def _check_reachable(path: str, base_alone: bool) -> bool:
-    """A quick check before transformers tries, with many retries; returns whether it is a composed folder."""
+    """A quick check before transformers tries with many retries; returns whether it is a composed folder."""
     if Path(path).is_dir():
         _refuse_adapter(path, Path(path) / CONFIG_FILE)
         if not (Path(path) / "config.json").is_file():
@@ -87,14 +87,14 @@ def _check_reachable(path: str, base_alone: bool) -> bool:
                 do="check --model; omit it for the default model",
             )
         composed = composed_config(path) is not None
-        if composed and not base_alone:  # it must not become its base model unnoticed
+        if composed and not base_alone:  # it must not silently become its base model
             raise ModelError(
                 f"{path} is a composed model, which contains experts",
                 expected="a base model",
                 do=f"spectr.load_composed({path!r}), or spectr generate -m {path}; or name its base model",
             )
         return composed
-    if Path(path).is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:  # what no Hub id looks like
+    if Path(path).is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:  # this is not a Hub id
         why = "it is a file" if Path(path).is_file() else "there is no such folder"
         raise ModelError(
             f"the model '{path}' could not be loaded: {why}",
@@ -126,7 +126,7 @@ def _check_reachable(path: str, base_alone: bool) -> bool:
 
 
 def _refuse_adapter(path: str, config: Path) -> None:
-    """Raise :class:`ModelError` where there is an adapter's configuration: transformers loads its base with it."""
+    """Raise :class:`ModelError` if the folder is an adapter, which transformers would load into its base model."""
     if config.is_file():
         base = base_named(config.parent)
         raise ModelError(

@@ -1,4 +1,4 @@
-"""Texts to calibrate on: what a model writes from nothing, or a user's own."""
+"""Texts for calibration: written by the model, or the user's own."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, 
 from spectr.models.generate import pad_rows
 from spectr.models.text import context_length, encode_prompt, shared_prefix
 
-_ROWS = 32  # that are written at once
-_MOST = 512  # tokens of a text that are read
+_ROWS = 32  # texts that are written at once
+_MOST = 512  # maximum number of tokens of a text
 
 
 class Texts(NamedTuple):
-    """Texts as tokens: ids, which count, which are no padding; and what the chat template puts around user turns."""
+    """Texts as tokens: ids, counted tokens, tokens without padding; and the chat template around user turns."""
 
     input_ids: Int[Tensor, "N T"]
     counted: Bool[Tensor, "N T"]
@@ -33,11 +33,11 @@ class Texts(NamedTuple):
 def self_samples(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, samples: int, tokens: int, seed: int
 ) -> Texts:
-    """What the model writes where a user would: the chat template up to a user's words, sampled on.
+    """Texts that the model writes as a user would: it continues the chat template from the start of a user's turn.
 
-    Without a template it goes on from the beginning of a text.
+    Without a template it starts at the beginning of a text.
 
-    Source: Xu et al., 2024 (Magpie), who draw instructions for training so.
+    Source: Xu et al., 2024 (Magpie), who draw instructions for training like this.
     """
     with _seeded(seed):
         rows = _written(model, tokenizer, samples, tokens)
@@ -47,14 +47,14 @@ def self_samples(
 def null_samples(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, samples: int, tokens: int, seed: int
 ) -> Texts:
-    """Ordinary prompts as the model writes them, less garbled ones: those that it finds least likely itself.
+    """Ordinary prompts that the model writes, without garbled ones: those that it finds least likely.
 
-    A tenth more is drawn, from the likeliest tokens that make up 95 % (nucleus sampling), and the texts with the least
-    mean log-probability of a token are dropped.
+    A tenth more texts are drawn, from the most likely tokens that make up 95 % (nucleus sampling). The texts with the
+    lowest mean log-probability of a token are dropped.
     """
     drawn, found = samples + -(-samples // 10), list[tuple[float, str]]()
     with _seeded(seed):
-        for _ in range(0, 2 * drawn, _ROWS):  # some of what it writes may be empty
+        for _ in range(0, 2 * drawn, _ROWS):  # some texts may be empty
             seen = _LogProbabilities()
             rows = _written(model, tokenizer, min(_ROWS, drawn - len(found)), tokens, top_p=0.95, seen=seen)
             texts = map(partial(_text, tokenizer), rows)
@@ -67,21 +67,21 @@ def null_samples(
 
 
 class _LogProbabilities(LogitsProcessor):
-    """Remembers how likely the model itself found each token that was drawn."""
+    """Records how likely the model found each drawn token."""
 
     def __init__(self) -> None:
         self._next_BV: Tensor | None = None
         self._found: list[Float[Tensor, " B"]] = []
 
     def __call__(self, input_ids: Int[Tensor, "B T"], scores: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
-        """See transformers; the scores are left as they are."""
+        """See transformers; the scores are unchanged."""
         if self._next_BV is not None:
             self._found.append(self._next_BV.gather(-1, input_ids[:, -1:])[:, 0])
         self._next_BV = scores.float().log_softmax(-1)
         return scores
 
     def mean(self, row: int, tokens: int) -> float:
-        """Over the first tokens of a row; the very last one of all is not known."""
+        """The mean over the first tokens of a row; the very last token of all is not known."""
         found = [step_B[row].item() for step_B in self._found[:tokens]]
         return sum(found) / max(1, len(found))
 
@@ -107,7 +107,7 @@ def _written(
     top_p: float = 1.0,
     seen: LogitsProcessor | None = None,
 ) -> list[Int[Tensor, " T"]]:
-    """Rows of tokens, sampled on from where a user's words begin, up to where the model ended."""
+    """Rows of sampled tokens, from the start of a user's words up to the model's end."""
     ids = torch.tensor([_start(tokenizer)] * samples, device=model.device)
     room = (context_length(model) or ids.shape[1] + tokens) - ids.shape[1]
     pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -136,7 +136,7 @@ def _text(tokenizer: PreTrainedTokenizerBase, row: Int[Tensor, " T"]) -> str:
 
 
 def encode_texts(model: Any, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Texts:
-    """A user's texts, each a prompt that is cut where it is too long; all but the template's opening counts."""
+    """A user's texts, each a prompt that is shortened if necessary; all tokens but the template's opening count."""
     opening, turn, closing = template_parts(tokenizer)
     most = min(len(opening) + _MOST, context_length(model) or len(opening) + _MOST)
     rows = [encode_prompt(tokenizer, text)[:most] for text in texts if text.strip()]
@@ -150,7 +150,7 @@ def encode_texts(model: Any, tokenizer: PreTrainedTokenizerBase, texts: Sequence
 def template_parts(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], list[int]]:
     """What the chat template writes before a first user turn, before a later one, and after the last.
 
-    The second is between an assistant's answer and the user's next words. The third ends where the answer begins.
+    The second part is between an assistant's answer and the user's next words. The third ends where the answer starts.
     """
     if not tokenizer.chat_template:
         return [], [], []

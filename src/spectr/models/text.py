@@ -1,4 +1,4 @@
-"""From text to token ids, the same way in training, evaluation and generation."""
+"""Convert text to token ids, in the same way for training, evaluation and generation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from spectr.errors import DataError
 
 
 def context_length(model: Any) -> int | None:
-    """Tokens that a model of transformers reads at most; ``None`` where its configuration names no such number."""
+    """Maximum number of tokens of a transformers model; ``None`` if its configuration does not state it."""
     return configured_context(model.config)
 
 
@@ -24,17 +24,17 @@ def configured_context(config: Any) -> int | None:
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool = True, limit: int | None = None
 ) -> list[int]:
-    """Token ids of a prompt, up to where the model's answer begins.
+    """Token ids of a prompt, up to the start of the model's answer.
 
     Args:
-        tokenizer: The base model's own.
-        prompt: What the user says.
-        chat: Wrap it in the tokenizer's chat template as one user turn, where there is a template.
-        limit: Tokens at most. A longer prompt loses its beginning: the chat template's opening stays, the first of the
-            user's own tokens go.
+        tokenizer: The base model's tokenizer.
+        prompt: The user's text.
+        chat: Wrap it in the tokenizer's chat template as one user turn, if there is a template.
+        limit: Maximum number of tokens. A longer prompt loses its beginning: the start of the chat template stays, and
+            the first of the user's own tokens are dropped.
 
     Raises:
-        DataError: The limit leaves no room for any of the user's own tokens.
+        DataError: The limit leaves no room for the user's own tokens.
     """
     ids = _encode(tokenizer, prompt, chat)
     if limit is None or len(ids) <= limit:
@@ -49,7 +49,7 @@ def encode_prompt(
 
 
 def opening_length(tokenizer: PreTrainedTokenizerBase, *, chat: bool = True) -> int:
-    """How many tokens the chat template puts before every prompt; 0 without one."""
+    """Number of tokens that the chat template puts before every prompt; 0 without a template."""
     return len(shared_prefix([_encode(tokenizer, text, chat) for text in ("a", "1", "\u4e2d")]))
 
 
@@ -70,7 +70,7 @@ def encode_answer(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
 
 
 def shared_prefix(sequences: Sequence[list[int]]) -> list[int]:
-    """The longest common prefix that leaves every sequence at least one token of its own."""
+    """The longest common prefix that leaves at least one token of each sequence."""
     if not sequences:
         return []
     first, last = min(sequences), max(sequences)  # what these two share, all that lie between them share

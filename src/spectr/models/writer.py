@@ -1,4 +1,4 @@
-"""Writers of short texts for the program: a model that is loaded here, or one behind an endpoint."""
+"""Models that write short texts for the program: loaded here, or behind an endpoint."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from spectr.models.generate import generate_answers
 
 
 class Writer(Protocol):
-    """Answers prompts; ``written`` counts the tokens that it has written so far."""
+    """Answers prompts; ``written`` counts its tokens so far."""
 
     written: int
 
     def __call__(self, prompts: Sequence[str]) -> list[str]:
-        """One text for each prompt."""
+        """Write one text for each prompt."""
         ...
 
 
 class LocalWriter:
-    """A model of transformers, which writes the likeliest tokens.
+    """A transformers model that always takes the most likely tokens.
 
     Args:
         model: Causal, or with an encoder and a decoder.
         tokenizer: Its tokenizer.
-        max_new_tokens: Length of a text at most.
-        batch_size: Prompts at a time.
+        max_new_tokens: Maximum length of a text.
+        batch_size: Prompts per batch.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, max_new_tokens: int = 40, batch_size: int = 16):
@@ -38,7 +38,7 @@ class LocalWriter:
         return f"LocalWriter({os.path.basename(str(self.model.config.name_or_path))}, {self.max_new_tokens} tokens)"
 
     def __call__(self, prompts: Sequence[str]) -> list[str]:
-        """One text for each prompt."""
+        """Write one text for each prompt."""
         texts: list[str] = []
         for start in range(0, len(prompts), self.batch_size):
             some = list(prompts[start : start + self.batch_size])
@@ -48,13 +48,13 @@ class LocalWriter:
 
 
 class EndpointWriter:
-    """A chat model behind an endpoint with OpenAI's protocol.
+    """A chat model behind an endpoint with OpenAI's API.
 
     Args:
-        url: Its base, such as ``http://localhost:8000/v1``.
-        model: The name that it has there; may be empty where there is one alone.
-        max_new_tokens: Length of a text at most.
-        api_key: By default that of the environment variable ``OPENAI_API_KEY``.
+        url: Its base URL, such as ``http://localhost:8000/v1``.
+        model: Its name there; may be empty if there is only one.
+        max_new_tokens: Maximum length of a text.
+        api_key: By default the environment variable ``OPENAI_API_KEY``.
     """
 
     def __init__(self, url: str, model: str = "", *, max_new_tokens: int = 40, api_key: str | None = None):
@@ -69,10 +69,10 @@ class EndpointWriter:
         return f"EndpointWriter({self.url}, {self.model}, {self.max_new_tokens} tokens)"
 
     def __call__(self, prompts: Sequence[str]) -> list[str]:
-        """One text for each prompt.
+        """Write one text for each prompt.
 
         Raises:
-            DataError: The endpoint does not answer, or not as it should.
+            DataError: The endpoint does not answer, or its answer is invalid.
         """
         return [self._answer(prompt) for prompt in prompts]
 
