@@ -1,4 +1,4 @@
-"""What routing costs on a user's own model and library: time and memory next to PEFT, in one interleaved run."""
+"""What routing costs with your model and library: time and memory compared with PEFT, in one interleaved run."""
 
 from spectr.benchmark.comparison import Outcome, benchmark
 from spectr.benchmark.measure import Timing, measure

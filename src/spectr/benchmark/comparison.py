@@ -1,4 +1,4 @@
-"""One run of all models and works, its table, and how near the machine's limits it is."""
+"""One run of all models and tasks to time, its table, and the limits set by the hardware."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ COLUMNS = ("work", "model", "time", "over the base", "theirs over ours", "limit"
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What was measured.
+    """The result of a benchmark.
 
     Attributes:
-        rows: One for each work and model, as :data:`COLUMNS` name them.
-        timings: By "model | work" the seconds of every round and the peak in bytes.
-        limits: By work: what ours takes over the base at least, by operations (prompt) or bytes (decoding) added.
+        rows: One row for each work and model, with the columns of :data:`COLUMNS`.
+        timings: For each "model | work", the seconds of every round and the memory peak in bytes.
+        limits: For each work, the least possible ratio to the base model, by added operations (prompt) or bytes
+            (decoding).
         origin: Model, experts, router, dtype, threads, versions, machine.
-        backends: What :func:`explain` says of the routed model.
+        backends: What :func:`explain` says about the routed model.
     """
 
     rows: Sequence[Sequence[str]]
@@ -55,18 +56,18 @@ def benchmark(
     rounds: int = 7,
     progress: Callable[[int, int, str], None] = lambda *_: None,
 ) -> Outcome:
-    """Measure a base model, the same model routed, and peers, in turn.
+    """Time a base model, the same model with routing, and peers, in turn.
 
     Args:
-        model: A causal model of transformers, not composed.
-        library: Its experts.
-        router: How they are chosen.
-        peers: Of :data:`spectr.benchmark.PEERS`.
-        prompt: Tokens of the prompt.
-        time_prompt: Whether a prompt of one row is timed by itself.
-        batches: Rows of the batches that are decoded, each after prompts as long.
-        steps: Tokens that are decoded in a round.
-        rounds: How often each is timed.
+        model: A causal model from transformers that is not composed.
+        library: The experts.
+        router: The router that chooses them.
+        peers: Names in :data:`spectr.benchmark.PEERS`.
+        prompt: Length of the prompt in tokens.
+        time_prompt: Whether to time a single prompt too.
+        batches: Batch sizes for decoding, each after prompts of that length.
+        steps: Number of tokens to decode in a round.
+        rounds: Number of rounds.
         progress: Receives (done, total, what).
 
     Raises:
@@ -92,7 +93,7 @@ def benchmark(
 
 
 def explain(model: nn.Module) -> list[str]:
-    """A line for each way in which routed layers are computed: how many layers, by which backend, and why."""
+    """A line for each way that routed layers are computed: the number of layers, the backend, and the reason."""
     found: Counter[str] = Counter()
     for layer in model.modules():
         if isinstance(layer, RoutedLinear):
@@ -118,11 +119,11 @@ def _row(
 
 @torch.inference_mode()
 def limit(base: nn.Module, routed: nn.Module, work: Work) -> float:
-    """Time over the base model's if a machine did nothing but the operations (prompt) or the reading (decoding).
+    """The least possible time relative to the base model: only operations (prompt) or memory reads (decoding) count.
 
     Args:
-        base: As it is.
-        routed: The same with experts.
+        base: The base model alone.
+        routed: The base model with experts.
         work: What is timed.
     """
     layers = [layer for layer in routed.modules() if isinstance(layer, RoutedLinear)]

@@ -1,4 +1,4 @@
-"""Timing models in turn, and the most memory that a call holds at once."""
+"""Times of models, measured in turn, and the peak memory of a call."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from spectr.benchmark.subjects import Subject
 from spectr.models.cache import growing_cache
 from spectr.prompts.cache_records import is_recurrent, states_in
 
-State = Mapping[str, Any]  # what a model remembers of a prompt, by the name of the argument that takes it
+State = Mapping[str, Any]  # a model's state after a prompt, by the name of the argument that takes it
 
 _EMPTY: State = {}
 _CALL = "the call that is measured"
@@ -26,12 +26,12 @@ _CALL = "the call that is measured"
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What is timed.
+    """The work to time.
 
     Attributes:
-        prompt: Tokens of the prompt.
-        batch: Rows.
-        steps: Tokens that are decoded after it, one by one; 0 times the prompt itself.
+        prompt: Length of the prompt in tokens.
+        batch: Batch size.
+        steps: Number of tokens to decode after it, one by one. With 0, the prompt itself is timed.
     """
 
     prompt: int
@@ -40,17 +40,17 @@ class Work:
 
     @property
     def name(self) -> str:
-        """As a table's heading says it."""
+        """The name in a table's heading."""
         return f"decoding, batch {self.batch}" if self.steps else f"prompt of {self.prompt}, batch {self.batch}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Of one model and work: seconds of each round (of one decoded token, or of one prompt), and bytes.
+    """Times and memory for one model and work. Times are for one decoded token or one prompt.
 
     Attributes:
-        seconds: One number for each round.
-        peak: Most bytes that one call held at once beyond what was there before it.
+        seconds: The time in each round.
+        peak: Peak memory of one call in bytes, beyond what was there before.
     """
 
     seconds: tuple[float, ...]
@@ -58,11 +58,11 @@ class Timing:
 
     @property
     def median(self) -> float:
-        """Seconds, the median of all rounds."""
+        """The median of all rounds, in seconds."""
         return statistics.median(self.seconds)
 
     def over(self, other: Timing) -> float:
-        """How many times ``other`` it takes: the median over rounds of the ratio within a round."""
+        """The time relative to ``other``: the median over rounds of the ratio within a round."""
         return statistics.median(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
 
 
@@ -74,19 +74,19 @@ def measure(
     rounds: int,
     progress: Callable[[int, int, str], None] = lambda *_: None,
 ) -> Mapping[tuple[str, str], Timing]:
-    """Time every model at every work, in turn: each round times all of them, beginning with another one.
+    """Time every model with every work, in turn. Each round times all models and starts with another one.
 
-    The prompt before tokens that are decoded is read by the first model, for all of them; what a model decides on it
-    is held while it decodes.
+    Before decoding, the first model reads the prompt for all of them. What a model decides on the prompt holds while
+    it decodes.
 
     Args:
-        subjects: Causal models of transformers, all of one architecture.
-        works: What each of them does.
-        rounds: How often; one more comes first and is not counted, and one under the memory profiler.
+        subjects: Causal models from transformers with one architecture.
+        works: The work that each of them does.
+        rounds: Number of rounds. Two more are not counted: a first one, and one with the memory profiler.
         progress: Receives (done, total, what).
 
     Returns:
-        A timing for each (model's name, work's name).
+        A timing for each pair of model name and work name.
     """
     found: dict[tuple[str, str], list[float]] = {}
     peaks: dict[tuple[str, str], int] = {}
@@ -115,7 +115,7 @@ def measure(
 
 
 def timed(model: nn.Module, work: Work, cache: State = _EMPTY) -> float:
-    """Seconds of one prompt, or of one decoded token after the prompt in ``cache``, which stays as it is."""
+    """Seconds for one prompt, or for one decoded token after the prompt in ``cache``. The cache is unchanged."""
     ids = _ids(model, work)
     if not work.steps:
         return _seconds(lambda: _read(model, ids), ids)
@@ -132,7 +132,7 @@ def timed(model: nn.Module, work: Work, cache: State = _EMPTY) -> float:
 
 
 def peak_bytes(model: nn.Module, work: Work, cache: State = _EMPTY) -> int:
-    """The most bytes that a call as of :func:`timed` holds at once beyond what was there before it."""
+    """Peak memory in bytes of a call as in :func:`timed`, beyond what was there before."""
     ids = _ids(model, work)
 
     def begin() -> dict[str, Any]:
@@ -147,7 +147,7 @@ def peak_bytes(model: nn.Module, work: Work, cache: State = _EMPTY) -> int:
         model(**call)
         return torch.cuda.max_memory_allocated(ids.device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call = begin()  # profiled too: what a call frees is counted only if its making was seen
+        call = begin()  # profiled too: freed memory counts only if its allocation was seen
         with record_function(_CALL):
             model(**call)
     events = profiler.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
@@ -164,7 +164,7 @@ def _ids(model: nn.Module, work: Work) -> Tensor:
 
 
 def _taken(cache: State, subject: Subject, work: Work) -> State:
-    """The cache for a subject, with what it decides on the prompt."""
+    """The cache for a subject, with its decisions on the prompt."""
     if subject.routed is None:
         return cache
     own = copy.deepcopy(cache)

@@ -1,4 +1,4 @@
-"""What is to be measured, checked before a model is loaded."""
+"""What to measure, checked before a model is loaded."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ Progress = Callable[[str, int, int, str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One benchmark, whose parts are checked against each other.
+    """The settings of a benchmark, which are checked together.
 
     Attributes:
         library: The experts.
-        router: How they are chosen.
-        peers: Of :data:`spectr.benchmark.PEERS`.
-        experts: Number of experts, where that is not the library's: synthetic ones are added.
-        prompt: Tokens of the prompt.
-        batches: Rows that are decoded together.
-        steps: Tokens that are decoded in a round.
-        rounds: How often each is timed.
+        router: The router that chooses them.
+        peers: Names in :data:`spectr.benchmark.PEERS`.
+        experts: Number of experts, if it differs from the library's: synthetic experts are added.
+        prompt: Length of the prompt in tokens.
+        batches: Batch sizes for decoding.
+        steps: Number of tokens to decode in a round.
+        rounds: Number of rounds.
 
     Raises:
         SpectrError: A peer cannot hold the experts, the router cannot be timed, or the library cannot have this size.
@@ -75,7 +75,7 @@ class Plan:
 
 
 def read_peers(against: str | None) -> list[str]:
-    """Peers with commas between them, or "none"; all of them by default.
+    """Read the names of peers, separated by commas, or "none". The default is all of them.
 
     Raises:
         CompositionError: A name is unknown.
@@ -88,15 +88,15 @@ def read_peers(against: str | None) -> list[str]:
 
 
 def fitting_peers(peers: Sequence[str], library: ExpertLibrary) -> list[str]:
-    """Those of the peers that can hold the experts: PEFT's Arrow takes none that differ in rank or modules."""
+    """The peers that can hold the experts. PEFT's Arrow needs experts of the same ranks and modules."""
     return [name for name in peers if name != "peft-arrow" or alike(library)]
 
 
 def read_batches(text: str) -> list[int]:
-    """Numbers of rows with commas between them.
+    """Read batch sizes, separated by commas.
 
     Raises:
-        SpectrError: One is no number of at least 1.
+        SpectrError: A batch size is not a number of at least 1.
     """
     try:
         batches = [int(number) for number in text.split(",")]
@@ -108,7 +108,7 @@ def read_batches(text: str) -> list[int]:
 
 
 def run_plan(plan: Plan, model: nn.Module, progress: Progress = lambda *_: None) -> Outcome:
-    """Measure a plan with a model.
+    """Run a plan with a model.
 
     Args:
         plan: What to measure.
@@ -142,5 +142,5 @@ def run_plan(plan: Plan, model: nn.Module, progress: Progress = lambda *_: None)
 
 
 def _needs_measures(router: Router) -> bool:
-    """Whether a router needs what was measured or trained of each expert."""
+    """Whether a router needs calibration or trained gates of each expert."""
     return any(need in SIDE_DATA or isinstance(need, Indexed) for need in router.needs)

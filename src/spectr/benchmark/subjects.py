@@ -1,4 +1,4 @@
-"""The models that are compared: all of them share the base model's weights."""
+"""The models to compare. All of them share the base model's weights."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ BASE, OURS = "base model", "spectr"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Subject:
-    """One model to measure, by the name that a table shows.
+    """One model to measure.
 
     Attributes:
-        name: For a table.
-        model: A causal model of transformers.
-        routed: The handle of a composed one.
+        name: Its name in the table.
+        model: A causal model from transformers.
+        routed: The handle, if the model is composed.
     """
 
     name: str
@@ -44,7 +44,7 @@ def peft_single(model: nn.Module, library: ExpertLibrary, top_k: int) -> Subject
     peft = _peft()
     folder = library[library.names[0]].weights.parent
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what PEFT asks transformers for is none of a user's business here
+        warnings.simplefilter("ignore")  # a user can do nothing about PEFT's warnings here
         return Subject(
             name="peft, one adapter",
             model=peft.PeftModel.from_pretrained(weight_sharing_copy(model), str(folder)).eval(),
@@ -52,10 +52,10 @@ def peft_single(model: nn.Module, library: ExpertLibrary, top_k: int) -> Subject
 
 
 def peft_arrow(model: nn.Module, library: ExpertLibrary, top_k: int) -> Subject:
-    """PEFT's own Arrow, over all experts.
+    """PEFT's Arrow with all experts.
 
     Raises:
-        CompositionError: The experts differ in rank or modules, which PEFT's Arrow does not take.
+        CompositionError: The experts differ in rank or modules, which PEFT's Arrow does not support.
     """
     check_peers(["peft-arrow"], library)
     peft = _peft()
@@ -73,7 +73,7 @@ PEERS: Mapping[str, Callable[[nn.Module, ExpertLibrary, int], Subject]] = {
 
 
 def get_peer(name: str) -> Callable[[nn.Module, ExpertLibrary, int], Subject]:
-    """A peer by name.
+    """Get a peer by name.
 
     Raises:
         CompositionError: The name is unknown.
@@ -84,7 +84,7 @@ def get_peer(name: str) -> Callable[[nn.Module, ExpertLibrary, int], Subject]:
 
 
 def check_peers(names: Sequence[str], library: ExpertLibrary) -> None:
-    """See that peers are known, and can hold these experts.
+    """Check that peers are known, and can hold these experts.
 
     Raises:
         CompositionError: A name is unknown, or PEFT's Arrow is named and the experts differ in rank or modules.

@@ -1,4 +1,4 @@
-"""Experts that resemble real ones in spectrum and size, to measure libraries larger than one has."""
+"""Experts that resemble real ones in spectrum and size, to measure with larger libraries."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def write_lookalikes(
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> ExpertLibrary:
-    """A library of a given size: the real experts, and synthetic ones named ``synthetic-00001`` and so on.
+    """Make a library of a given size: the real experts, and synthetic ones named ``synthetic-00001`` and so on.
 
     A synthetic expert has the singular values of one of the real ones, chosen at random, times ``exp(0.2 n)`` with one
     standard normal ``n`` for all of its modules, and random orthonormal directions. Real experts
@@ -34,10 +34,10 @@ def write_lookalikes(
 
     Args:
         library: At least one real expert.
-        folder: Receives the synthetic experts as PEFT folders; what is there already is kept, so that a killed run
-            goes on.
-        count: Experts in all; at least as many as are real.
-        seed: Of the random numbers; each expert has its own.
+        folder: Receives the synthetic experts as PEFT folders. Existing ones are kept, so that a run that was stopped
+            can continue.
+        count: Total number of experts, at least the number of real ones.
+        seed: Seed of the random numbers, which differ for each expert.
         progress: Receives (done, total) synthetic experts.
 
     Raises:

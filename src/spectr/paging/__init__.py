@@ -1,4 +1,4 @@
-"""Experts that stay on disk until a prompt calls for them: a cache of a stated size, and who has to leave it."""
+"""Experts that stay on disk until a prompt needs them: a cache of limited size, and policies for eviction."""
 
 from spectr.lazy import lazy
 from spectr.paging.expert_cache import CacheStatistics, ExpertCache

@@ -1,4 +1,4 @@
-"""A cache of experts in memory, of a bounded size in bytes."""
+"""A cache of experts in memory, limited in bytes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Shares = Mapping[str, Share]  # one expert's share of each module's stack
 
 @dataclass
 class CacheStatistics:
-    """What a cache has done.
+    """Statistics of a cache.
 
     Attributes:
-        hits: Experts called for that were there.
-        misses: Experts that had to be loaded.
-        evictions: Experts that had to go.
-        seconds: Time spent loading.
+        hits: Requested experts that were in memory.
+        misses: Requested experts that had to be loaded.
+        evictions: Experts that were removed to make room.
+        seconds: Time spent on loading.
     """
 
     hits: int = 0
@@ -34,17 +34,18 @@ class CacheStatistics:
 
     @property
     def hit_rate(self) -> float:
-        """Share of calls that found the expert there."""
+        """Share of requests that found the expert in memory."""
         return self.hits / max(1, self.hits + self.misses)
 
 
 class ExpertCache:
-    """Experts in memory, loaded when called for; what a policy picks leaves when there is no room.
+    """Experts in memory, loaded on request. When the cache is full, a policy picks the experts to remove.
 
     Args:
         load: Reads an expert from disk.
-        capacity: Bytes at most. All that one call names is loaded and returned, and stays as far as there is room.
-        policy: Says who leaves.
+        capacity: Limit in bytes. One call loads and returns all experts that it names; they stay as far as there is
+            room.
+        policy: Picks the expert to remove.
     """
 
     def __init__(self, load: Callable[[str], Shares], capacity: int, policy: Policy):
@@ -55,23 +56,23 @@ class ExpertCache:
 
     @property
     def experts(self) -> tuple[str, ...]:
-        """The experts that are there, in alphabetical order."""
+        """The experts in memory, in alphabetical order."""
         return tuple(sorted(self._there))
 
     @property
     def bytes(self) -> int:
-        """What they take."""
+        """The size of the experts in memory."""
         return sum(self._bytes.values())
 
     def fetch(self, names: Sequence[str], context: Float[Tensor, " D"] | None = None) -> dict[str, Shares]:
-        """These experts, from memory or from disk.
+        """Get experts from memory or from disk.
 
         Args:
-            names: Experts.
-            context: What is known of the prompt that calls for them, for the policy.
+            names: The experts.
+            context: What is known about the prompt that needs them, for the policy.
 
         Raises:
-            SpectrError: An expert's files are damaged. What was there stays.
+            SpectrError: An expert's files are damaged. The cache is unchanged.
         """
         found: dict[str, Shares] = {}
         for name in names:

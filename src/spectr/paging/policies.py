@@ -1,4 +1,4 @@
-"""Which expert leaves a full cache."""
+"""Policies that pick the expert to remove from a full cache."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ Context = Float[Tensor, " D"]
 
 
 class Policy(Protocol):
-    """Remembers what was called for, and says what is least likely to be called for soon."""
+    """Records requests, and picks the expert that is least likely to be needed soon."""
 
     def used(self, expert: str, context: Context | None) -> None:
-        """An expert was called for.
+        """Record a request for an expert.
 
         Args:
-            expert: Its name.
-            context: What is known of the prompt that did, (D,) float32, if anything is.
+            expert: The expert's name.
+            context: What is known about the prompt, (D,) float32, or ``None``.
         """
 
     def victim(self, resident: Collection[str]) -> str:
-        """The one of these experts to let go."""
+        """The expert to remove, one of these."""
         ...
 
 
 class Lru:
-    """The one that was not used for the longest time."""
+    """Removes the expert that was not used for the longest time."""
 
     def __init__(self) -> None:
         self._clock = 0
@@ -49,10 +49,10 @@ class Lru:
 
 
 class Lfu:
-    """The one that was used least often; of those used as often, the one that was not used for the longest time.
+    """Removes the expert that was used least often. Ties go to the one that was not used for the longest time.
 
     Args:
-        half_life: Uses of any experts after which one counts half; ``None`` never forgets.
+        half_life: Number of uses (of any expert) after which a use counts half. With ``None``, all uses count equally.
     """
 
     def __init__(self, half_life: float | None = None) -> None:
@@ -65,7 +65,7 @@ class Lfu:
     def used(self, expert: str, context: Context | None) -> None:
         """See :class:`Policy`."""
         self._clock += 1
-        self._weight *= self._growth  # growing weights are forgetting, without touching what is old
+        self._weight *= self._growth  # growing weights discount old uses without changing them
         if self._weight > 1e100:
             self._count = {name: count / self._weight for name, count in self._count.items()}
             self._weight = 1.0
@@ -78,20 +78,20 @@ class Lfu:
 
 
 class Polar:
-    """The one with the least demand that was learnt from the prompts' contexts, in the manner of POLAR.
+    """Removes the expert with the least demand, as learnt from the prompts' contexts in the manner of POLAR.
 
-    On the fast time scale every use is an example for one ridge regression of "is this expert called for" on the
-    prompt's context, older ones counting less. On the slow one, every ``epoch`` uses, each expert's demand is
-    forecast: the mean of ``theta_t . z`` over the epoch's contexts. Experts without a forecast are ranked by how lately
-    they were used, below those with one.
+    On the fast time scale, every use is an example for a ridge regression of "is this expert needed" on the
+    prompt's context. Older examples count less. On the slow one, every ``epoch`` uses, each expert's demand is
+    forecast: the mean of ``theta_t . z`` over the epoch's contexts. Experts without a forecast rank below those with
+    one, by how recently they were used.
 
-    POLAR itself also routes: its bandit chooses the expert, and counts the cost of one that is not there. Here the
-    router is not to be talked out of the right expert, and the policy only keeps the cache. Since every call tells of
-    all experts whether it was for them, the confidence bounds of LinUCB are as wide for all, and left out.
+    POLAR itself also routes: its bandit chooses the expert and counts the cost of loading it. Here the router alone
+    chooses the expert, and the policy only manages the cache. Every request says for all experts whether they were
+    needed, so LinUCB's confidence bounds are equally wide for all and are left out.
 
     Args:
-        epoch: Uses between two forecasts.
-        half_life: Uses after which an example counts half.
+        epoch: Number of uses between two forecasts.
+        half_life: Number of uses after which an example counts half.
 
     Source: POLAR (Li and Li, 2026), which learns caching and routing at once; LinUCB (Li et al., 2010).
     """
@@ -100,13 +100,13 @@ class Polar:
         self._epoch, self._decay = epoch, 2 ** (-1 / half_life)
         self._gram: Tensor | None = None
         self._sums: dict[str, Tensor] = {}
-        self._scale = 1.0  # sums are kept in units of it, so that forgetting touches none of them
+        self._scale = 1.0  # the unit of all sums, so that discounting need not change them
         self._contexts: list[Tensor] = []
         self._forecast: dict[str, float] = {}
         self._recent = Lru()
 
     def used(self, expert: str, context: Context | None) -> None:
-        """See :class:`Policy`; without contexts it learns how often each expert is called for."""
+        """See :class:`Policy`. Without contexts it learns how often each expert is needed."""
         z_D = torch.ones(1) if context is None else torch.cat([torch.ones(1), context.float().cpu()])
         z_D = z_D.double() / z_D.norm()
         if self._gram is None or len(self._gram) != len(z_D):
@@ -155,9 +155,9 @@ POLICIES: Registry[Policy] = Registry(
 
 
 def get_policy(name: str) -> Policy:
-    """A policy by name: lru, lfu, lfu-aging, polar, or one that a package added.
+    """Get a policy by name: lru, lfu, lfu-aging, polar, or one that a package added.
 
     Raises:
-        CompositionError: There is none of that name.
+        CompositionError: The name is unknown.
     """
     return POLICIES.make(name)

@@ -1,4 +1,4 @@
-"""Pictures of routing: data for them, one HTML page, PNG files."""
+"""Pictures of routing: their data, HTML pages and PNG files."""
 
 from importlib.util import find_spec
 

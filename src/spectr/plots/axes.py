@@ -1,4 +1,4 @@
-"""What figures share: axes, bars, text in cells, and how a figure is written."""
+"""What all figures share: axes, bars, text in cells, and writing to a file."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ _NO_DATE = {"Date": None, "Creator": None}  # the same picture gives the same te
 
 
 def canvas(width: float, height: float, columns: int = 1, **layout: Any) -> tuple[Figure, Any]:
-    """A figure of that size in inches, and its axes: one, or an array of ``columns``."""
+    """A figure of this size in inches, and its axes: a single one, or an array of ``columns``."""
     drawn = Figure(figsize=(width, height), layout="constrained")
     return drawn, drawn.subplots(1, columns, **layout)
 
 
 def legend_below(drawn: Figure, number: int = 0) -> Figure:
-    """The figure with a legend of one of the axes for the whole of it, where it covers nothing."""
+    """Put the legend of one of the axes below the whole figure, where it covers nothing."""
     handles, labels = drawn.axes[number].get_legend_handles_labels()
     drawn.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     return drawn
 
 
 def percent(axes: Axes, label: str, **limits: tuple[float, float]) -> None:
-    """A vertical axis in percent."""
+    """Show the vertical axis in percent."""
     axes.set(ylabel=label, **limits)
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
@@ -46,7 +46,7 @@ def percent(axes: Axes, label: str, **limits: tuple[float, float]) -> None:
 def grouped_bars(
     axes: Axes, groups: Mapping[str, Sequence[float]], errors: Mapping[str, Sequence[float]] | None = None
 ) -> None:
-    """Bars side by side: one for each group at each place, from 0 to the number of places."""
+    """Draw bars side by side: one for each group at each place. The places count from 0."""
     palette, width = colours(list(groups)), 0.8 / max(len(groups), 1)
     for number, (name, values) in enumerate(groups.items()):
         place = np.arange(len(values)) + (number - (len(groups) - 1) / 2) * width
@@ -55,14 +55,14 @@ def grouped_bars(
 
 
 def listed_bars(axes: Axes, names: Sequence[str], values: Any, errors: Any, kinds: Sequence[str]) -> None:
-    """Horizontal bars in the colours ``kinds``, the first name at the top."""
+    """Draw horizontal bars in the colours ``kinds``, with the first name at the top."""
     axes.barh(range(len(names)), values, xerr=errors, color=kinds, capsize=2)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.invert_yaxis()
 
 
 def cell_texts(axes: Axes, grid: np.ndarray, bound: float, text: Callable[[float], str], fontsize: float) -> None:
-    """The numbers of a heat map in its cells, white above ``bound``; nothing where they are NaN."""
+    """Write a heat map's numbers into its cells, in white above ``bound``. NaN cells stay empty."""
     for row, column in np.argwhere(~np.isnan(grid)):
         colour = "white" if grid[row, column] > bound else "black"
         style = {"ha": "center", "va": "center", "fontsize": fontsize, "color": colour}
@@ -70,9 +70,9 @@ def cell_texts(axes: Axes, grid: np.ndarray, bound: float, text: Callable[[float
 
 
 def as_svg(drawn: Figure) -> str:
-    """A figure as SVG text, to be put into a page as it is."""
+    """A figure as SVG text, which a page can embed."""
     stream = io.StringIO()
-    # Words stay words, which are smaller than outlines and can be searched.
+    # Text stays text: it is smaller than outlines, and can be searched.
     settings = {"svg.hashsalt": "spectr", "svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans"]}
     with mpl.rc_context(settings):  # pyright: ignore[reportArgumentType]
         FigureCanvasSVG(drawn)
@@ -81,7 +81,7 @@ def as_svg(drawn: Figure) -> str:
 
 
 def save(drawn: Figure, path: str | Path) -> Path:
-    """Write a figure as PNG, or as SVG where the path ends so."""
+    """Write a figure as PNG, or as SVG if the path ends in ``.svg``."""
     path = with_parents(path)
     FigureCanvasAgg(drawn)
     with mpl.rc_context({"svg.hashsalt": "spectr"}):

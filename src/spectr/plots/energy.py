@@ -1,4 +1,4 @@
-"""What a low-rank expert keeps of an update: layers by kinds of module."""
+"""What a low-rank expert keeps of an update, by layer and kind of module."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from spectr.extraction import Kept, Report
 
 _UNCHANGED = "#e3e5e8"
-_LEAST_RANGE = 5.0  # of a colour scale, so that differences that do not matter look alike
+_LEAST_RANGE = 5.0  # least range of a colour scale, so that small differences look alike
 _NUMBERED = 40  # layers up to which the cells are wide enough for numbers
 
 
 def energy_figure(report: Report) -> Figure:
-    """Two heat maps, layers by kinds: share of the squared norm kept, in percent, and rank used.
+    """Two heat maps by layer and kind of module: the percentage of the squared norm kept, and the rank used.
 
-    A cell that stands for several modules (the experts of a mixture) shows the share of all of them together, and their
-    mean rank. The second map is left out where all ranks are the same.
+    A cell may stand for several modules (a mixture's experts). It shows their common share and mean rank. The second
+    map is left out where all ranks are the same.
     """
     cells, kinds, columns = _cells(report)
     labels = ["\u2013" if layer is None else str(layer) for layer in columns]
@@ -59,7 +59,7 @@ def energy_figure(report: Report) -> Figure:
 
 
 def write_energy_map(report: Report, path: str | Path) -> Path:
-    """Write :func:`energy_figure` as PNG, or as SVG where the path ends so."""
+    """Write :func:`energy_figure` as PNG, or as SVG if the path ends in ``.svg``."""
     return save(energy_figure(report), path)
 
 
@@ -107,7 +107,7 @@ def _heat_map(
 
 
 def _percent(value: float) -> str:
-    """Never "100" for what is not all, to a tenth."""
+    """A percentage that shows "100" only from 99.95 upwards."""
     return "100" if value >= 99.95 else f"{min(value, 99.0):.0f}"
 
 

@@ -116,7 +116,7 @@ def _multitask(data: dict[str, Any]) -> Figure:
 
 
 def _tokens(data: dict[str, Any]) -> Figure:
-    """Rows of text for each router, every token on the colour of its expert."""
+    """Rows of text for each router, with every token on its expert's colour."""
     palette, width, rows = colours(data["experts"]), 100, []
     for router, weights in data["weights"].items():
         rows.append([(router, None, 0.0)])
@@ -232,7 +232,7 @@ def _heldout(data: dict[str, Any]) -> Figure:
 
 
 def _agreement(data: dict[str, Any]) -> Figure:
-    """How often a cheaper router chooses as SpectR does, against its arithmetic."""
+    """How often a cheaper router makes SpectR's first choice, by its arithmetic."""
     drawn, axes = canvas(7, 3.6)
     for name, row in data["routers"].items():
         kind, _, more = name.partition(", ")
@@ -249,7 +249,7 @@ def _agreement(data: dict[str, Any]) -> Figure:
 
 
 def _tradeoff(data: dict[str, Any]) -> Figure:
-    """Quality against cost: held-in on the left, held-out on the right."""
+    """Quality by cost: held-in tasks on the left, held-out tasks on the right."""
     points = data["points"]
     drawn, (inside, outside) = canvas(11, 4.2, 2)
     palette, place = colours(list(points)), _apart({name: point["cost"] * 100 for name, point in points.items()})
@@ -269,7 +269,7 @@ def _tradeoff(data: dict[str, Any]) -> Figure:
 
 
 def _apart(costs: dict[str, float], step: float = 0.45) -> dict[str, float]:
-    """Places on an axis that are at least ``step`` apart, in the order of the costs."""
+    """Positions on an axis, at least ``step`` apart, in the order of the costs."""
     placed, last = {}, -step
     for name in sorted(costs, key=costs.__getitem__):
         last = placed[name] = max(costs[name], last + step)

@@ -29,11 +29,11 @@ svg{max-width:100%;height:auto} pre{background:#f4f6f9;padding:.8rem;overflow-x:
 
 
 def write_page(routings: Sequence[TokenRouting], path: str | Path, *, title: str, subtitle: str = "") -> Path:
-    """Write a page of texts whose tokens are coloured by their experts; it loads nothing from anywhere.
+    """Write an HTML page of texts whose tokens have their experts' colours. The page needs no network.
 
     Args:
-        routings: One or more texts, all with the same experts and layers. With several, a table of texts by experts
-            comes first.
+        routings: One or more texts, all with the same experts and layers. Several texts get a table of texts by experts
+            first.
         path: The file to write.
         title: Heading.
         subtitle: A line below it, such as the model and router.
@@ -56,10 +56,10 @@ def write_page(routings: Sequence[TokenRouting], path: str | Path, *, title: str
 
 
 def write_report(results: Sequence[Result], path: str | Path, *, title: str) -> Path:
-    """Write a page with the results of experiments; it loads nothing from anywhere.
+    """Write an HTML page with the results of experiments. The page needs no network.
 
     Args:
-        results: Of the experiments, in the order to show.
+        results: The experiments' results, in the order to show.
         path: The file to write.
         title: Heading.
     """

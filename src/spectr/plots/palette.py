@@ -1,4 +1,4 @@
-"""One colour for each expert, the same in the terminal, in HTML, in PNG and on the playground's page."""
+"""One colour for each expert, the same in the terminal, HTML, PNG and the playground."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Sequence
 # against the ground, and searched to stay apart for all kinds of colour vision.
 LIGHT = ("#101ee0", "#d97b08", "#047d6c", "#8a0260", "#64a077", "#a45df1", "#916710", "#5f0e24", "#4b209b", "#634400")
 DARK = ("#34a3c9", "#f17b0c", "#7bfeef", "#b3568b", "#8fe90c", "#c0b2fe", "#efe5a2", "#d34624", "#7171d0", "#f4ac91")
-TINT = 0.45  # of a colour at most, where dark text stands on it
+TINT = 0.45  # largest share of a colour behind dark text
 
 
 def colours(experts: Sequence[str]) -> dict[str, str]:
-    """A hex colour by expert, for a light ground: ten that everybody can tell apart, then hues by the golden ratio."""
+    """A hex colour for each expert on a light background: ten clearly distinct ones, then hues by the golden ratio."""
     found = {}
     for number, name in enumerate(experts):
         if number < len(LIGHT):
@@ -25,7 +25,7 @@ def colours(experts: Sequence[str]) -> dict[str, str]:
 
 
 def tints(experts: Sequence[str]) -> dict[str, str]:
-    """:func:`colours`, lightened so that black text can stand on them."""
+    """:func:`colours`, lightened so that black text on them is readable."""
     return {name: _lightened(colour) for name, colour in colours(experts).items()}
 
 

@@ -14,7 +14,7 @@ from spectr.plots.tokens import TokenRouting
 
 
 def write_heat_map(routings: Sequence[TokenRouting], path: str | Path, *, title: str) -> Path:
-    """Texts by experts: how much of the work on each text each expert did, in percent."""
+    """Write a heat map of texts by experts: each expert's share of the work, in percent."""
     experts = routings[0].experts
     share = 100 * np.array([[routing.shares[name] for name in experts] for routing in routings])
     figure, axes = canvas(1.9 + 0.72 * len(experts), 1.5 + 0.42 * len(routings))
@@ -29,7 +29,7 @@ def write_heat_map(routings: Sequence[TokenRouting], path: str | Path, *, title:
 
 
 def write_token_map(routing: TokenRouting, path: str | Path) -> Path:
-    """Layers by tokens (the paper's Figure 4): each cell in the colour of the expert that did most there."""
+    """Write a map of layers by tokens (the paper's Figure 4), in the colour of each cell's leading expert."""
     palette = colours(routing.experts)
     rgb_E3 = np.array([[int(palette[name][i : i + 2], 16) / 255 for i in (1, 3, 5)] for name in routing.experts])
     first = min(1, len(routing.layers) - 1)  # "all layers" only where there is nothing else

@@ -1,4 +1,4 @@
-"""What the pictures show: for each token and layer, how much of each expert was taken."""
+"""What the pictures show: each expert's weight for each token and layer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class TokenRouting:
 
     Attributes:
         title: What the text is.
-        tokens: Its tokens as text.
+        tokens: The tokens as text.
         experts: Names, in alphabetical order.
         layers: Names of the layer groups; the first is all of them.
         weights: Mean weights, (layers, tokens, experts), float32, from 0 to 1.
@@ -43,12 +43,12 @@ class TokenRouting:
 
     @property
     def leaders(self) -> tuple[tuple[str, float], ...]:
-        """Experts by their share, the largest first."""
+        """The experts with their shares, largest first."""
         return tuple(sorted(self.shares.items(), key=lambda item: -item[1]))
 
 
 def layer_groups(modules: Iterable[str]) -> dict[str, list[str]]:
-    """Modules by "layer N", after all of them as "all layers"."""
+    """Modules grouped as "layer N"; the first group, "all layers", holds all of them."""
     names = list(modules)
     blocks = ((_BLOCK.search(f".{name}."), name) for name in names)
     return {ALL_LAYERS: names, **grouped((f"layer {block[1]}", name) for block, name in blocks if block)}
@@ -63,8 +63,8 @@ def token_routing(
         trace: A closed trace of a model that was given ``input_ids``.
         tokenizer: Turns ids back into text.
         title: What the text is.
-        batch: Its number in the batch.
-        skip: Tokens at the beginning to leave out, such as a system turn.
+        batch: The text's number in the batch.
+        skip: Number of tokens to leave out at the beginning, such as a system message.
     """
     real_T = trace.mask[batch].clone()
     real_T[real_T.nonzero()[:skip]] = False

@@ -1,4 +1,4 @@
-"""What can be wrong between a task's fields, all of it at once."""
+"""All contradictions between a task's fields, found at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ METRICS = (*CHOICE_METRICS, *TEXT_METRICS)
 
 
 def faults(fields: Mapping[str, Any]) -> list[str]:
-    """What is wrong between fields; those that are missing or of the wrong type are passed over."""
+    """What is wrong between fields. Missing fields and fields of the wrong type are skipped."""
     return [*_of_templates(fields), *_of_answers(fields), *_of_letters(fields)]
 
 

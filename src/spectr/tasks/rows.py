@@ -1,4 +1,4 @@
-"""Rows of a data set: JSONL files and the Hub's datasets."""
+"""Rows of a dataset: JSONL files and datasets on the Hub."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def read_rows(
 
     Args:
         source: Path of a JSONL file, or ``hub:<dataset>[:<config>]:<split>``.
-        root: Folder that a relative path starts from; "hub" stands for none.
-        limit: Rows at most.
-        shuffle: Take a Hub dataset's rows in a random order, always the same one.
+        root: Folder that a relative path starts from. With "hub" there is none.
+        limit: Maximum number of rows.
+        shuffle: Take a Hub dataset's rows in a random but fixed order.
 
     Raises:
-        DataError: The file is missing, empty or holds lines that are no JSON objects, all named; or the Hub has no
+        DataError: The file is missing or empty, or some lines are not JSON objects (all are named). Or the Hub has no
             such data.
     """
     rows = list(_rows(source, root, limit, shuffle))
@@ -39,13 +39,13 @@ def read_rows(
 def read_examples(
     task: Task, source: str, *, root: str | Path | None = None, limit: int | None = None
 ) -> list[Example]:
-    """The examples that a task makes of a source's rows.
+    """Read a source's rows and turn them into a task's examples.
 
-    Of the task's own Hub data the rows come in a random order, always the same one: a data set may be sorted by label.
+    Rows of the task's own Hub data come in a random but fixed order, because a dataset may be sorted by label.
 
     Raises:
-        DataError: As :func:`read_rows` does; or rows lack a field or have a label out of range. All that is wrong with
-            the file, with the rows' numbers.
+        DataError: As for :func:`read_rows`. Or rows lack a field or have a label out of range; the error lists all
+            problems of the file with their row numbers.
     """
     ours = task.hub is not None and source in (task.hub.train, task.hub.test)
     found: list[Example] = []
@@ -61,10 +61,10 @@ def read_examples(
 
 
 def data_source(task: Task, part: Literal["train", "test"], root: str | Path | None = None) -> str | None:
-    """Where a task's rows are: as its file says, or on the Hub where the data folder is "hub".
+    """Where a task's rows are: as its file says, or on the Hub if the data folder is "hub".
 
     Raises:
-        DataError: They are wanted from the Hub, and the task names none there.
+        DataError: The data folder is "hub", and the task names no Hub data.
     """
     own = getattr(task, part)
     if root != HUB or (own or "").startswith("hub:"):
@@ -97,7 +97,7 @@ def read_lines(path: str | Path) -> list[str]:
 def _rows(
     source: str, root: str | Path | None, limit: int | None, shuffle: bool
 ) -> Iterator[dict[str, Any] | DataError]:
-    """Rows, and in the place of each that is none what is wrong with it."""
+    """The rows; an invalid row is replaced by what is wrong with it."""
     count = 0
     if source.startswith("hub:"):
         rows = iter(_hub_rows(source, limit, shuffle))

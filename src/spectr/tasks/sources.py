@@ -1,4 +1,4 @@
-"""Rows of data as commands name them: of a task, or of a prompt with its answers; for one expert, or for each."""
+"""Data that a command names: a task's rows, or rows for a prompt template, for one expert or for several."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from spectr.tasks.task import Example, Task, shipped_tasks
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A task and its data, as a command names them.
+    """A task and its data, as a command's options name them.
 
     Attributes:
-        task: A shipped task's name, or a file.
+        task: A shipped task's name, or a task file.
         prompt: Template over the fields of a row.
         answer: Template of the answer.
-        choices: Answers with commas between them.
-        train: Training rows, where they are not the task's own.
-        test: Test rows, likewise.
+        choices: Answers, separated by commas.
+        train: Training rows, to replace the task's own.
+        test: Test rows, to replace the task's own.
         root: Folder that relative paths start from, or "hub".
         letters: List the options as letters.
     """
@@ -39,18 +39,18 @@ class Source:
 
     @property
     def own(self) -> bool:
-        """Whether it names a task or data at all."""
+        """Whether the options name a task or data."""
         return any((self.task, self.train, self.prompt, self.answer, self.choices))
 
     def read_task(self, name: str, task: str | None = None) -> Task:
-        """A shipped task, one of a file, or a prompt with its answers.
+        """The task: a shipped one, a task file, or a prompt template with its answers.
 
         Args:
-            name: Of a task that is made of a prompt.
-            task: The name of the task by default.
+            name: Name for a task that is made from a prompt template.
+            task: Task to use if the options name none.
 
         Raises:
-            DataError: Nothing, or too much, says how a row becomes a prompt and an answer.
+            DataError: The options say too little, or too much, about how a row becomes a prompt and an answer.
         """
         named = self.task or task
         about = self._named(named) if named else self._of_a_prompt(name)
@@ -75,12 +75,12 @@ class Source:
         return Task.of(name=name, version=1, prompt=self.prompt, answer=self.answer, choices=listed)
 
     def rows(self, task: Task, part: Literal["train", "test"]) -> str | None:
-        """Where the rows are: those that were named, else the task's own; ``None`` where it names none."""
+        """Where the rows are: those of the options, or else the task's own. ``None`` if there are none."""
         own = task.hub or getattr(task, part)
         return getattr(self, part) or (data_source(task, part, self.root) if own else None)
 
     def origin(self, task: Task, train: str, test: str | None = None) -> dict[str, Any]:
-        """Task, paths and hashes of the data, for the record."""
+        """The task, and the paths and hashes of its data, for records of origin."""
         origin: dict[str, Any] = {"task": task.title}
         for what, source in (("train", train), ("test", test)):
             if source:
@@ -94,15 +94,15 @@ class Source:
 def read_expert_rows(
     names: Sequence[str], source: Source, *, limit: int | None = None
 ) -> dict[str, tuple[list[Example], dict[str, Any]]]:
-    """By expert rows of the data that trained it, and their origin.
+    """For each expert, rows of the data that trained it; and their origin.
 
     Args:
         names: The experts.
-        source: Task and data of the one expert; without any, each expert's are those of the shipped task of its name.
-        limit: Rows of each at most.
+        source: Task and data of a single expert. Without it, each expert uses the shipped task of its name.
+        limit: Maximum number of rows for each expert.
 
     Raises:
-        DataError: One source for several experts, or data that cannot be read, for all experts at once.
+        DataError: One source was named for several experts, or data cannot be read (all experts are listed).
     """
     if source.own and len(names) > 1:
         raise DataError(

@@ -20,7 +20,7 @@ from spectr.tasks.check import faults
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One row, rendered: ``answer`` is ``choices[label]`` where the task has choices."""
+    """One row as prompt and answer. If the task has choices, ``answer`` is ``choices[label]``."""
 
     prompt: str
     answer: str
@@ -33,8 +33,8 @@ class HubData(BaseModel):
 
     Attributes:
         train: Training rows, ``hub:<dataset>[:<config>]:<split>``.
-        test: Test rows, likewise; of a split whose labels are public.
-        fields: Fields that the task's templates name and the Hub's rows lack, as templates over the Hub's fields.
+        test: Test rows in the same form, from a split whose labels are public.
+        fields: Templates over the Hub's fields, for fields that the task's templates need and the Hub's rows lack.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -63,25 +63,25 @@ class Task(BaseModel):
     """How rows become examples.
 
     Attributes:
-        name: Identifier, also the default name of the expert.
-        version: Rises whenever the prompt or the answers change.
+        name: Identifier, and the default name of the expert.
+        version: Increases whenever the prompt or the answers change.
         expert: Name of the expert that belongs to the task.
-        prompt: Template over the row's fields, as in ``{title}``; constant text first, so that it can be shared.
-        choices: Answers by label number, or the name of the row's field that lists them. ``None`` for free text.
-        answer: Template of a free-text answer; only where there are no choices.
-        metric: What an answer is measured by: accuracy of choices; exact_match (the default), rouge1, rouge2 or rougeL
-            of free text.
-        max_new_tokens: Length at most of a free-text answer.
-        length_normalised: Whether a choice is scored by its mean instead of its total log-likelihood.
-        letters: The prompt with lettered options, which go where it says ``{options}``; the answer is then a letter.
-        form: Which of the two the task is in: choices as words, or as letters. See :meth:`lettered`.
-        label: The row's field with the label number.
+        prompt: Template over the row's fields, as in ``{title}``. Put constant text first, so that prompts share it.
+        choices: Answers in the order of the label numbers, or the row's field that lists them. ``None`` for free text.
+        answer: Template of a free-text answer, for tasks without choices.
+        metric: How answers are scored. For choices: accuracy. For free text: exact_match (the default), rouge1, rouge2
+            or rougeL.
+        max_new_tokens: Maximum length of a free-text answer.
+        length_normalised: Score a choice by its mean log-likelihood, not by the total.
+        letters: The prompt with lettered options in the place of ``{options}``. The answer is then a letter.
+        form: Whether the choices are shown as words or as letters. See :meth:`lettered`.
+        label: The row's field that holds the label number.
         train: Training rows: a path below the data folder, or ``hub:<dataset>[:<config>]:<split>``.
-        test: Test rows, likewise.
+        test: Test rows, in the same form.
         hub: The same data on the Hub.
         sample: One made-up row with its label, for demonstrations without data.
-        paraphrases: The prompt in other words, likewise templates; no expert is to be trained on them.
-        note: What a reader of its figures should know.
+        paraphrases: Templates of the prompt in other words. Do not train an expert on them.
+        note: What a reader of the task's results should know.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -124,7 +124,8 @@ class Task(BaseModel):
         """Read a task file.
 
         Raises:
-            DataError: The file is missing or not YAML, or fields are missing, unknown or wrong (all named at once).
+            DataError: The file is missing or not YAML, or fields are missing, unknown or wrong. All problems are
+                listed.
         """
         path = Path(path)
         if not path.is_file():
@@ -139,16 +140,16 @@ class Task(BaseModel):
 
     @staticmethod
     def of(**fields: Any) -> Task:
-        """A task from its fields.
+        """Make a task from its fields.
 
         Raises:
-            DataError: Fields are missing, unknown or wrong; all named at once.
+            DataError: Fields are missing, unknown or wrong. All problems are listed.
         """
         return _validated(fields, "this task")
 
     @staticmethod
     def shipped(name: str) -> Task:
-        """One of the tasks that come with the package, by name."""
+        """Get a task that comes with the package by its name."""
         tasks = {**heldout_tasks(), **shipped_tasks()}
         if name not in tasks:
             raise DataError(f"unknown task '{name}'", do=did_you_mean(name, tasks))
@@ -160,14 +161,14 @@ class Task(BaseModel):
         return f"{self.name} v{self.version}" + (", lettered" if self.form == "letters" else "")
 
     def reworded(self, number: int) -> Task:
-        """The task with a paraphrase, counted from 0, for its prompt."""
+        """The task with one of its paraphrases as prompt; the index counts from 0."""
         return self.model_copy(update={"prompt": self.paraphrases[number], "paraphrases": ()})
 
     def lettered(self) -> Task:
-        """The task in its other form: the options listed as letters, the answer a letter. It has no paraphrases.
+        """The task in its other form: lettered options, and a letter as answer. This form has no paraphrases.
 
         Raises:
-            DataError: The task has no template for that.
+            DataError: The task has no template ``letters``.
         """
         if self.letters is None:
             raise DataError(
@@ -181,7 +182,7 @@ class Task(BaseModel):
         """Render a row.
 
         Raises:
-            DataError: A field that the templates name is absent, or the label is not the number of a choice.
+            DataError: A field that a template names is missing, or the label is not the number of a choice.
         """
         if self.answer is not None:
             filled = (template.fill(text, row, self.name) for text in (self.prompt, self.answer))
@@ -218,7 +219,7 @@ class Task(BaseModel):
 
 
 def _as_letters(choices: tuple[str, ...], row: Mapping[str, Any], task: str) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """The letters, and the row with the options that they stand for."""
+    """The letters, and the row with its lettered options."""
     if len(choices) > len(string.ascii_uppercase):
         raise DataError(
             f"task '{task}': {len(choices)} choices{template.of(row)}",
@@ -236,20 +237,20 @@ def _validated(fields: dict[str, Any], what: str) -> Task:
     except ValidationError as error:
         found = [(".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")) for e in error.errors()]
         lines = [f"{place}: {message}" if place else message for place, message in found]
-        if all(place for place, _ in found):  # with a wrong field, pydantic does not come to what is between fields
+        if all(place for place, _ in found):  # if a field is wrong, pydantic skips the checks between fields
             lines += faults(fields)
         raise DataError(f"{what}: {'; '.join(lines)}", do="see the shipped tasks for examples") from error
 
 
 @cache
 def shipped_tasks() -> dict[str, Task]:
-    """The tasks that come with the package and have an expert there, by name, in alphabetical order."""
+    """The package's tasks that have an expert in the package, by name in alphabetical order."""
     return _tasks_in("shipped")
 
 
 @cache
 def heldout_tasks() -> dict[str, Task]:
-    """The tasks that come with the package and that none of its experts was trained on, likewise."""
+    """The package's tasks that none of its experts was trained on, by name in alphabetical order."""
     return _tasks_in("heldout")
 
 

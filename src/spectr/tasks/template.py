@@ -10,10 +10,10 @@ from spectr.errors import DataError
 
 
 def names(template: str) -> list[str]:
-    """The fields that a template names, in its order.
+    """The fields that a template names, in order.
 
     Raises:
-        ValueError: Its braces are wrong.
+        ValueError: The braces do not match.
     """
     found = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
     if not all(name.isidentifier() for name in found):
@@ -22,7 +22,7 @@ def names(template: str) -> list[str]:
 
 
 def fault(template: str) -> str | None:
-    """What is wrong with a template; ``None`` if nothing is."""
+    """What is wrong with a template, or ``None``."""
     try:
         names(template)
     except ValueError:
@@ -31,19 +31,19 @@ def fault(template: str) -> str | None:
 
 
 def fill(template: str, row: Mapping[str, Any], task: str) -> str:
-    """A template with a row's fields in it.
+    """Fill a template with a row's fields.
 
     Raises:
-        DataError: A field is absent.
+        DataError: A field is missing.
     """
     return template.format(**{name: field(name, row, task) for name in names(template)})
 
 
 def field(name: str, row: Mapping[str, Any], task: str) -> Any:
-    """One field of a row.
+    """Get one field of a row.
 
     Raises:
-        DataError: It is absent.
+        DataError: The field is missing.
     """
     if name not in row:
         raise DataError(
