@@ -1,4 +1,4 @@
-"""Routing inside vLLM, as a plugin that vLLM finds by itself. Nothing here imports vLLM before vLLM loads the plugin.
+"""Routing inside vLLM, as a plugin that vLLM finds. Nothing here imports vLLM before vLLM loads the plugin.
 
 A composed folder's config chooses it, or ``hf_overrides={"quantization_config": {"quant_method": "spectr", ...}}``;
 see :class:`spectr.composed_model.settings.Settings` for what that holds, and docs/howto/vllm.md.

@@ -1,4 +1,4 @@
-"""Cached prefixes of one set of experts never serve another set: the set is part of every request's cache salt."""
+"""Keeps cached prefixes of one set of experts from serving another set: each request's cache salt names its set."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 from spectr.vllm.requests import RequestOptions
 
 REMOVE = "spectr_remove"
-_removed: set[str] = set()  # experts that have left the engine of this process
+_removed: set[str] = set()  # experts removed from the engine of this process
 
 
 def salt_requests() -> None:
-    """Put each request's set of experts into its cache salt, where the engine core makes it."""
+    """Add each request's set of experts to its cache salt, where the engine core makes the salt."""
     from vllm.v1.request import Request
 
     if getattr(Request.__init__, "salts", False):
@@ -33,7 +33,7 @@ def salt_requests() -> None:
 
 
 def follow_removals() -> None:
-    """Salt the requests that follow the removal of an expert, which the engine core sends to its workers."""
+    """Change the salt of requests that come after the removal of an expert."""
     from vllm.v1.engine.core import EngineCore
 
     if getattr(EngineCore.collective_rpc, "follows", False):

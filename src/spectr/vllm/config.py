@@ -26,7 +26,7 @@ _RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 
 @register_quantization_config(METHOD)
 class SpectrConfig(QuantizationConfig):
-    """The composed model's config; made in the front-end process and sent to the workers.
+    """The composed model's config. The front-end process makes it and sends it to the workers.
 
     Attributes:
         settings: The model's ``quantization_config``.
@@ -46,7 +46,7 @@ class SpectrConfig(QuantizationConfig):
         self._mapper: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """For another process, which opens the library itself."""
+        """The state for another process, which opens the library itself."""
         return {**self.__dict__, "library": None, "_worker_state": None}
 
     @classmethod
@@ -70,7 +70,7 @@ class SpectrConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> SpectrConfig:
-        """See ``QuantizationConfig``. Masks need the first model runner, so that one is chosen here."""
+        """See ``QuantizationConfig``. Masks need vLLM's first model runner, so this selects it."""
         if os.environ.get(_RUNNER, "0") not in ("0", "false", "False"):
             raise CompositionError(
                 f"{_RUNNER}={os.environ[_RUNNER]}",
@@ -88,7 +88,7 @@ class SpectrConfig(QuantizationConfig):
         return cls(settings)
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """Find the library, and put into the model's config what a compiled graph depends on."""
+        """Find the library, and add to the model's config what a compiled graph depends on."""
         self.library = self.settings.open_library(model_name)
         self.origin = self.library.origin
         known = getattr(hf_config, "quantization_config", None)
@@ -98,14 +98,14 @@ class SpectrConfig(QuantizationConfig):
             self.inner.maybe_update_config(model_name, hf_config, revision)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
-        """Remember how vLLM names the checkpoint's modules."""
+        """Store how vLLM names the checkpoint's modules."""
         self._mapper = hf_to_vllm_mapper
         if self.inner:
             self.inner.apply_vllm_mapper(hf_to_vllm_mapper)
 
     @property
     def state(self) -> WorkerState:
-        """This worker's experts and buffers, made for the first layer."""
+        """This worker's experts and buffers; made when the first layer needs them."""
         if self._worker_state is None:
             engine = get_current_vllm_config()  # pyright: ignore[reportCallIssue]  (vLLM is not installed where it runs)
             _check_engine(engine, bool(routers_of(self.settings).prompts))
@@ -137,7 +137,7 @@ class SpectrConfig(QuantizationConfig):
         return mapped[0].removesuffix(".weight") if mapped else module
 
     def _modules(self, prefix: str) -> list[str]:
-        """The library's names of the modules that a layer packs."""
+        """The library's names for the modules that a layer packs."""
         parent, _, last = prefix.rpartition(".")
         packed = self.packed_modules_mapping.get(last) or [last]
         names = [f"{parent}.{one}" if parent else one for one in packed]
@@ -145,7 +145,7 @@ class SpectrConfig(QuantizationConfig):
 
 
 def _check_engine(engine: Any, probes: bool) -> None:
-    """Raise :class:`CompositionError` for engine options under which a token's experts cannot be known."""
+    """Raise :class:`CompositionError` for engine options with which a token's experts cannot be known."""
     parallel = engine.parallel_config
     wrong = {
         "the second model runner": engine.use_v2_model_runner,

@@ -28,9 +28,9 @@ class Experts(nn.Module):
     """The experts' update of a layer's output.
 
     Args:
-        modules: The library's names of the packed modules, in the order of the output.
+        modules: The library's names for the packed modules, in the order of the output.
         split: How tensor parallelism cuts the layer.
-        state: The worker's.
+        state: The worker's state.
         reduce: Sums a tensor over the ranks; used in row-parallel layers.
     """
 
@@ -53,13 +53,13 @@ class Experts(nn.Module):
             self.register_buffer(name, getattr(state, name), persistent=False)
 
     def build(self, state: WorkerState, device: torch.device, dtype: torch.dtype, name: str) -> None:
-        """Prepare the experts as :func:`spectr.compose` does, and keep this rank's share of them.
+        """Prepare the experts as :func:`spectr.compose` does, and keep this rank's share.
 
         Args:
-            state: The worker's.
-            device: Of the layer.
-            dtype: Likewise.
-            name: The layer's.
+            state: The worker's state.
+            device: The layer's device.
+            dtype: The layer's dtype.
+            name: The layer's name.
         """
         self.device, self.dtype = device, dtype
         self.routed_modules = [module for module in self.modules_S if state.experts_of(module)]
@@ -80,7 +80,7 @@ class Experts(nn.Module):
             self.A, self.B = Product(A_PI), nn.ModuleList(Product(B_OP) for B_OP in B_SOP)
 
     def fill(self, state: WorkerState) -> None:
-        """Write the factors again, zero for experts that have been removed."""
+        """Write the factors again, with zeros for removed experts."""
         stacks = self._stacks(state, state.router)
         transforms = self._transforms(state, stacks, state.routers.token_routers)
         for run, group in zip(self.runs, self.groups, strict=True):
@@ -96,7 +96,7 @@ class Experts(nn.Module):
             product.replace(B_OP)
 
     def forward(self, out_TO: Float[Tensor, "T O"], x_TI: Float[Tensor, "T I"]) -> Float[Tensor, "T O"]:
-        """The base layer's output with the chosen experts' update, in the memory of ``out_TO``."""
+        """Add the chosen experts' update to the base layer's output, in the memory of ``out_TO``."""
         if self.packed is not None:
             return self.packed(out_TO, x_TI)
         h_TQ = self.A(x_TI)
@@ -119,14 +119,14 @@ class Experts(nn.Module):
         return out_TO
 
     def _stacks(self, state: WorkerState, router: Router) -> list[Stack]:
-        """Each module's experts, prepared in float32; removed ones are zero."""
+        """Each module's experts, prepared in float32. Removed ones are zero."""
         parts = [state.parts(module, router) for module in self.routed_modules]
         return [Stack.of({name: _kept(part, name in state.removed) for name, part in one.items()}) for one in parts]
 
     def _grouped(
         self, state: WorkerState, stacks: Sequence[Stack], routers: Sequence[Router]
     ) -> tuple[list[list[int]], nn.ModuleList]:
-        """Numbers of the stacks that are scored together, and what scores them for each router."""
+        """The stacks that are scored together, by number, with what scores them for each router."""
         runs = _runs(stacks, routers[0])
         transforms = self._transforms(state, stacks, routers)
         columns = {
@@ -148,7 +148,7 @@ class Experts(nn.Module):
     def _transforms(
         self, state: WorkerState, stacks: Sequence[Stack], routers: Sequence[Router]
     ) -> list[list[ScoreTransform]]:
-        """Each router's score transform of each module, where transforms are needed."""
+        """Each router's score transform for each module, if transforms are needed."""
         transforms: list[list[ScoreTransform]] = [[] for _ in stacks]
         for router in routers if needs_transforms(routers) else ():
             assert isinstance(router, LengthRouter)
@@ -157,7 +157,7 @@ class Experts(nn.Module):
         return transforms
 
     def _probe_factors(self, state: WorkerState, A_PI: Tensor) -> tuple[Tensor, list[tuple[Any, list[str]]], Reduce]:
-        """The factors that probes are scored by: the layer's own, or those of the router that decides on prompts."""
+        """The factors that score probes: the layer's own, or those of the router that decides on prompts."""
         runs, groups = self.runs, self.groups
         if not state.routers.share_factors:
             router = state.routers.by_name[next(iter(state.routers.prompts))]
@@ -192,7 +192,7 @@ class Experts(nn.Module):
                 self.register_buffer(f"{name}_{number}", empty, persistent=False)
 
     def kept(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of a layer with one group: the sampled tokens, and where their scores and weights go."""
+        """For a layer with one group: the sampled tokens, and the buffers for their scores and weights."""
         return self.sampled_N, self.scores_0, self.weights_0
 
     def _write(self, number: int, scores_TSE: Tensor, weights_TSE: Tensor) -> None:
@@ -200,7 +200,7 @@ class Experts(nn.Module):
         getattr(self, f"weights_{number}").copy_(weights_TSE.index_select(0, self.sampled_N))
 
     def recorded(self, name: str, requests: Sequence[int]) -> list[Tensor]:
-        """Of each module the ``"scores"`` or ``"weights"``, (requests, experts), of these requests' sampled tokens."""
+        """Each module's ``"scores"`` or ``"weights"``, (requests, experts), for these requests' sampled tokens."""
         rows = torch.tensor(requests, dtype=torch.long, device=self.device)
         kept = [getattr(self, f"{name}_{number}").index_select(0, rows) for number in range(len(self.groups))]
         return [rows_NE for rows_NSE in kept for rows_NE in rows_NSE.unbind(1)]
@@ -222,12 +222,12 @@ def check_sizes(name: str, module: str, inputs: int, outputs: int, state: Worker
 
 
 def _kept(share: Share, removed: bool) -> Share:
-    """A share as the engine holds it: zero where the expert is gone."""
+    """A share as the engine holds it: zero if the expert was removed."""
     return share.mapped(torch.zeros_like) if removed else share
 
 
 def _runs(stacks: Sequence[Stack], router: Router) -> list[list[int]]:
-    """Numbers of stacks, in groups that are scored together."""
+    """The numbers of stacks, in groups that are scored together."""
     runs = [[0]]
     for before, number in pairwise(range(len(stacks))):
         if same_layout(stacks[before], stacks[number], router):

@@ -1,4 +1,4 @@
-"""vLLM's linear method that routes, around the one that the layer would have had."""
+"""A linear method for vLLM that routes; it wraps the layer's own method."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class RoutedLinearMethod(LinearMethodBase):
 
     Args:
         base: The method of the layer without experts: unquantised, or an inner quantisation's.
-        state: The worker's.
-        modules: The library's names of the modules that the layer packs.
-        name: The layer's own.
+        state: The worker's state.
+        modules: The library's names for the modules that the layer packs.
+        name: The layer's name.
     """
 
     def __init__(self, base: LinearMethodBase, state: WorkerState, modules: list[str], name: str):
@@ -43,7 +43,7 @@ class RoutedLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs,
     ) -> None:
-        """See vLLM's ``LinearMethodBase``; the experts get a submodule of the layer."""
+        """See vLLM's ``LinearMethodBase``. The experts become a submodule of the layer."""
         self.base.create_weights(
             layer,
             input_size_per_partition,
@@ -68,7 +68,7 @@ class RoutedLinearMethod(LinearMethodBase):
         layer.spectr_dtype = params_dtype
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """See vLLM's ``QuantizeMethodBase``: the experts from the library, and the base layer's."""
+        """See vLLM's ``QuantizeMethodBase``. This loads the experts too."""
         device = next((p.device for p in layer.parameters()), torch.device("cpu"))
         layer.spectr.build(self.state, device, layer.spectr_dtype, self.name)
         self.base.process_weights_after_loading(layer)
@@ -86,10 +86,10 @@ class RoutedLinearMethod(LinearMethodBase):
 
 @register_weight_loader_v2_supported_method
 class RoutedLinearMethodV2(RoutedLinearMethod):
-    """The same around a method whose weights vLLM loads by its second protocol: it goes by the class' name."""
+    """The same for a base method with vLLM's second protocol of loading, which vLLM selects by the class's name."""
 
 
 def routed_method(base: LinearMethodBase, state: WorkerState, modules: list[str], name: str) -> RoutedLinearMethod:
-    """A routed method that vLLM loads weights for as it does for ``base``."""
+    """A routed method whose weights vLLM loads in the same way as those of ``base``."""
     newer = type(base).__name__ in WEIGHT_LOADER_V2_SUPPORTED
     return (RoutedLinearMethodV2 if newer else RoutedLinearMethod)(base, state, modules, name)

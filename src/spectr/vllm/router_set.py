@@ -37,11 +37,11 @@ class Routers(NamedTuple):
 
     @property
     def prompts(self) -> dict[str, PromptPolicy]:
-        """The policies of those that read a prompt first."""
+        """The policies of the routers that read a prompt first."""
         return {name: one.policy for name, one in self.by_name.items() if one.policy is not None}
 
     def prompts_in(self, library: ExpertLibrary) -> dict[str, PromptPolicy]:
-        """The same as they are in a library, which says when one may abstain; where none may that is logged once."""
+        """The policies with a library's thresholds of abstention. If none can abstain, this is logged once."""
         policies = {name: policy_for(self.by_name[name], library) for name in self.prompts}
         for remark in {why_off(self.by_name[name], library) for name in policies} - {None}:
             report_once(str(remark))
@@ -54,7 +54,7 @@ class Routers(NamedTuple):
 
     @property
     def most_fixed(self) -> int:
-        """Experts that a verdict gives fixed weights at most; 0 where that is one, which has all weight in any case."""
+        """Most experts with fixed weights in a verdict; 0 if it is one expert, which always has all the weight."""
         most = max(map(_most_fixed_by, self.by_name.values()))
         return most if most > 1 else 0
 
@@ -63,11 +63,11 @@ class Routers(NamedTuple):
         return self.numbers.get(name, 0)
 
     def permitted(self, name: str, verdict: Mapping[str, float], decided: bool) -> Mapping[str, float]:
-        """What a request may do with its experts; see :attr:`spectr.vllm.worker_state.WorkerState.routing_TE`.
+        """How a request may use its experts; see :attr:`spectr.vllm.worker_state.WorkerState.routing_TE`.
 
         Args:
-            name: Its router's; with an unknown one it gets the base model alone.
-            verdict: A number for each of its experts; ones where nothing was decided.
+            name: Its router's name. With an unknown one, the base model answers alone.
+            verdict: A number for each of its experts; ones if nothing was decided.
             decided: Whether anything was decided.
         """
         router = self.by_name.get(name or next(iter(self.by_name)))
@@ -94,7 +94,7 @@ def routers_of(settings: Settings) -> Routers:
     """The routers of a model's config.
 
     Raises:
-        CompositionError: One of them cannot run inside vLLM, or not with the others.
+        CompositionError: One of them cannot run inside vLLM, or cannot run together with the others.
     """
     by_name = {name: supported(router) for name, router in settings.make_routers().items()}
     first = next(iter(by_name.values()))
@@ -116,7 +116,7 @@ def routers_of(settings: Settings) -> Routers:
         if not same:
             token_routers.append(router)
         elif router.policy is not None:
-            token_routers[same[0]] = router  # which informs, by ones where there is no prior
+            token_routers[same[0]] = router  # which informs scores; the prior is 1 if there is none
         numbers[name] = same[0] if same else len(token_routers) - 1
     calibrated = [number for number, other in enumerate(token_routers) if CALIBRATED in other.needs]
     numbers |= dict.fromkeys(by_name.keys() - choosing.keys(), calibrated[0] if calibrated else 0)  # for their scores
@@ -131,18 +131,18 @@ def routers_of(settings: Settings) -> Routers:
 
 
 def _chooses_as(one: Router, other: Router) -> bool:
-    """Whether two routers score tokens alike, by calibrated factors, and take as many."""
+    """Whether two routers score tokens in the same way, by calibrated factors, and choose equally many experts."""
     return CALIBRATED in one.needs and CALIBRATED in other.needs and one.selection == other.selection
 
 
 def probe_tokens(policy: PromptPolicy) -> int:
-    """Tokens of a prompt that are read for a decision at most."""
+    """Maximum number of a prompt's tokens to read for a decision."""
     assert isinstance(policy.evidence, ModuleEvidence)
     return policy.evidence.probe_tokens
 
 
 def decides_on_prompts(router: Router) -> bool:
-    """Whether a router reads a prompt through its own scores, and holds weights or informs scores by what it finds."""
+    """Whether a router reads the prompt through its own scores to set weights or to inform scores."""
     policy = router.policy
     if policy is None or policy.evidence.reads != "scores":
         return False
@@ -150,10 +150,10 @@ def decides_on_prompts(router: Router) -> bool:
 
 
 def supported(router: Router) -> Router:
-    """The router itself, if layers in vLLM can choose as it does.
+    """The router, if layers in vLLM can choose as it does.
 
     Raises:
-        CompositionError: They cannot, or its combination needs what a tensor-parallel layer does not have.
+        CompositionError: They cannot, or its combination does not work in a tensor-parallel layer.
     """
     instead = "one that decides for each token (spectr, calibrated-token, arrow, ...), calibrated or calibrated-prior"
     by_prompt = router.policy is not None and not decides_on_prompts(router)
@@ -174,7 +174,7 @@ def supported(router: Router) -> Router:
 
 
 def fingerprint(library: ExpertLibrary, compiled: bool) -> str:
-    """A hash of what a graph depends on: the experts, their modules and ranks, and whether C adds them."""
+    """A hash of what a graph depends on: the experts, their modules and ranks, and whether C code adds them."""
     experts = [library[name] for name in library]
     shapes = {e.name: {module: shape[:3] for module, shape in e.shapes.items()} for e in experts}
     return hashlib.sha256(json.dumps([shapes, compiled], sort_keys=True).encode()).hexdigest()[:16]

@@ -1,6 +1,6 @@
 """Scores and weights of a packed layer: pure torch, static shapes, any number of requests in a batch.
 
-Legend: T tokens, S modules that are packed in one layer and have like experts, E experts, P rows of their factors,
+Legend: T tokens, S modules of one layer with the same experts and ranks, E experts, P rows of their factors,
 R one expert's rows, W token routers, F the engine's experts.
 """
 
@@ -21,22 +21,22 @@ from spectr.vllm.score_transforms import ScoreTransform
 
 
 def sees_input(router: Router) -> bool:
-    """Whether a router's scores need all of a module's input, and not only products with it."""
+    """Whether a router's scores need a module's whole input, not only products with it."""
     return "x" in router.reads and not isinstance(router, LengthRouter)
 
 
 class Group(nn.Module):
-    """Modules packed in one layer, next to each other, that have the same experts of the same ranks.
+    """Adjacent modules of one packed layer that have the same experts with the same ranks.
 
-    It is what a router's ``scores`` read; see :class:`spectr.spectral.State`.
+    A router's ``scores`` read it; see :class:`spectr.spectral.State`.
 
     Args:
-        stacks: Of each module, its experts as the first router prepared them.
-        routers: Choose for each token; of several, the one that the token has.
-        columns: Which of the engine's experts these are.
-        engine_experts: How many that has.
-        most_fixed: Experts with fixed weights at most.
-        transforms: Each router's score transform of each module, where :func:`needs_transforms`.
+        stacks: Each module's experts, as the first router prepared them.
+        routers: The token routers. If there are several, each token names its own.
+        columns: The numbers of these experts in the engine.
+        engine_experts: The engine's number of experts.
+        most_fixed: Maximum number of experts with fixed weights.
+        transforms: Each router's score transform for each module, if :func:`needs_transforms`.
     """
 
     owner_P: Tensor
@@ -82,7 +82,7 @@ class Group(nn.Module):
 
     @property
     def own(self) -> tuple[Tensor, ...]:
-        """The first router's own tensors, of one module or stacked along S."""
+        """The first router's own tensors, for one module or stacked along S."""
         return self._state(*(getattr(self, name) for name in self._own)) if self._own else ()
 
     def refill(self, stacks: Sequence[Stack], transforms: Sequence[Sequence[ScoreTransform]] = ()) -> None:
@@ -106,9 +106,9 @@ class Group(nn.Module):
 
         Args:
             h_TSP: ``A x``.
-            x_TI: The input itself; a part of it in a row-parallel layer, whose router does not read it.
-            routing_TF: What each token may do with the engine's experts; see :attr:`WorkerState.routing_TE`.
-            router_T: Which of several routers each token has.
+            x_TI: The input. In a row-parallel layer it is a part, and the router does not read it.
+            routing_TF: How each token may use the engine's experts; see :attr:`WorkerState.routing_TE`.
+            router_T: The number of each token's router, if there are several.
         """
         scores_TSE = self.scores(h_TSP, x_TI) if self.scales_SWP is None else self._transformed_scores(h_TSP, router_T)
         routing_TE = routing_TF if self.holds_all else routing_TF[:, self.columns_E]
@@ -137,14 +137,14 @@ class Group(nn.Module):
         return segment_norms(h_TSP * scales_TSP - centers_TSP, self)
 
     def weighted(self, h_TSP: Float[Tensor, "T S P"], weights_TSE: Float[Tensor, "T S E"]) -> Float[Tensor, "T S P"]:
-        """What the output factors are multiplied with: zero where the weight is, even if ``h`` is not finite."""
+        """``h`` times its weights: zero where the weight is zero, even if ``h`` is not finite."""
         weights_TSP = weights_TSE[..., self.owner_P].to(h_TSP.dtype)
         h_TSP = h_TSP.where(weights_TSP != 0, 0)
         return merged_products(h_TSP, weights_TSE) if self.merges else h_TSP * weights_TSP
 
 
 def _own(stacks: Sequence[Stack]) -> tuple[Tensor, ...]:
-    """The router's own tensors of modules that are scored in one go."""
+    """The router's own tensors for modules that are scored together."""
     if len(stacks) == 1:
         return stacks[0].own
     return remade(stacks[0].own, [torch.stack(each) for each in zip(*(stack.own for stack in stacks), strict=True)])
@@ -153,7 +153,7 @@ def _own(stacks: Sequence[Stack]) -> tuple[Tensor, ...]:
 def _tables(
     stacks: Sequence[Stack], transforms: Sequence[Sequence[ScoreTransform]], router: Router
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Centers and scales, (S, W, P), where there are any."""
+    """Centers and scales, (S, W, P), if there are any."""
     if not any(transforms):
         rows = [router.lengths(stack).centers_P for stack in stacks] if isinstance(router, LengthRouter) else []
         centers = [row[None] for row in rows if row is not None]

@@ -1,6 +1,6 @@
-"""Reports of what was chosen for each generated token, out of band: lines of JSON through a Unix socket.
+"""Reports of the routing of each generated token: lines of JSON through a Unix socket.
 
-They leave the worker before the token does, so that a token's report is in the socket when the token arrives.
+A report leaves the worker before its token does, so that it is in the socket when the token arrives.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Reporter:
     """Sends reports of one worker.
 
     Args:
-        state: The worker's.
-        stream: Connected to the listener.
+        state: The worker's state.
+        stream: A socket that is connected to the listener.
     """
 
     def __init__(self, state: WorkerState, stream: socket.socket):
@@ -46,7 +46,7 @@ class Reporter:
 
     @staticmethod
     def of(state: WorkerState) -> Reporter | None:
-        """A reporter, where the model records, this is the first rank, and there is a listener."""
+        """A reporter, if the model records, this is the first rank, and a listener exists."""
         from vllm.distributed import get_tensor_model_parallel_rank
 
         path = os.environ.get(SOCKET)
@@ -58,7 +58,7 @@ class Reporter:
         return Reporter(state, stream)
 
     def report(self, runner: Any) -> None:
-        """Report the step that a runner has just computed, for the requests that ask. Before tokens are counted."""
+        """Report the step that a runner has just computed, for requests that ask. Call it before tokens are counted."""
         rows = {
             number: options
             for number, options in enumerate(runner.spectr_options)
@@ -77,7 +77,7 @@ class Reporter:
             )
 
     def _routings(self, rows: Mapping[int, RequestOptions]) -> list[TokenRouting]:
-        """What was chosen for the sampled tokens of some of the batch's requests."""
+        """The routing of the sampled tokens of some requests in the batch."""
         in_full = any(options.routing == "layers" for options in rows.values())
         scores = self._kept("scores", list(rows)) if in_full else None
         return token_routings(self._experts, len(rows), self._kept("weights", list(rows)), scores)
@@ -87,7 +87,7 @@ class Reporter:
         return dict(enumerate(rows_NE for layer in layers for rows_NE in layer.recorded(name, requests)))
 
     def _in_numbers(self, routing: TokenRouting, by_layer: bool) -> dict[str, Any]:
-        """A report's routing: experts by their numbers, the largest weight first."""
+        """A report's routing: experts by number, the largest weight first."""
 
         def ordered(chosen: Mapping[str, Sequence[float]]) -> list[list[float]]:
             rows = [[self._place[name], *(round(value, 6) for value in values)] for name, values in chosen.items()]
@@ -116,10 +116,10 @@ class Reporter:
 
 
 class Listener:
-    """The other end: make one before the engine, in the process that starts it.
+    """Receives the reports. Make one before the engine, in the process that starts it.
 
     Attributes:
-        experts: Names by the reports' numbers; known when the engine has loaded its model.
+        experts: The experts' names, in the order of the reports' numbers; known when the engine has loaded its model.
         layers: Names of the routed modules, in the order of the reports.
     """
 
@@ -137,7 +137,7 @@ class Listener:
         threading.Thread(target=self._accept, daemon=True, name="spectr-routes").start()
 
     def expect(self, route_id: str) -> None:
-        """Keep the reports of a request from now on; those of others are dropped."""
+        """Keep the reports of a request from now on. Reports of other requests are dropped."""
         with self._changed:
             self._reports[route_id] = []
 
@@ -145,9 +145,9 @@ class Listener:
         """The reports of an expected request since the last call.
 
         Args:
-            route_id: Of the request.
-            tokens: It waits for this many.
-            timeout: Seconds that it waits at most.
+            route_id: The request's route id.
+            tokens: The number of reports to wait for.
+            timeout: Maximum number of seconds to wait.
         """
         until = time.monotonic() + timeout
         with self._changed:

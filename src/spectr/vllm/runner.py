@@ -1,4 +1,4 @@
-"""Hooks of vLLM's first model runner: masks before each step, reports after it, and a check when a model is loaded."""
+"""Hooks in vLLM's first model runner: masks before each step, reports after it, and a check when a model loads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from spectr.vllm.worker_state import WorkerState
 
 
 def hook_runner() -> None:
-    """Wrap the runner's methods; runners of other models work as before."""
+    """Wrap the runner's methods. Runners of other models work as before."""
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
     from vllm.v1.worker.worker_base import WorkerBase
@@ -104,7 +104,7 @@ def _reporting(bookkeeping: Any) -> Any:
 
 
 def _remove(self: Any, name: str) -> dict[str, Any]:
-    """Worker method: remove an expert; returns the new status."""
+    """Worker method: remove an expert, and return the new status."""
     state = _routed_state(self)
     state.remove(name)
     return state.status()

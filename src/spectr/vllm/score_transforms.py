@@ -1,4 +1,4 @@
-"""Routers whose factors differ by the scale of each row, so that all score by the products ``A x`` of one of them."""
+"""Routers whose factors differ only by a scale for each row: all of them score by one router's products ``A x``."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from spectr.spectral import Stack
 
 
 class ScoreTransform(NamedTuple):
-    """How a router scores the experts of one module: ``||scales A x - centers||`` of each one's rows.
+    """How a router scores the experts of one module: ``||scales A x - centers||`` over each expert's rows.
 
     Attributes:
         centers_P: Float32.
-        scales_P: Likewise.
+        scales_P: Float32.
     """
 
     centers_P: Float[Tensor, " P"]
@@ -26,12 +26,12 @@ class ScoreTransform(NamedTuple):
 
     @staticmethod
     def of(own: Stack, shared: Stack, router: LengthRouter) -> ScoreTransform:
-        """The transform of another router's products ``A x``.
+        """The transform of a shared router's products ``A x``.
 
         Args:
             own: The module's experts as the router prepares them.
-            shared: The same as the router whose products are computed prepares them.
-            router: The one that scores.
+            shared: The same experts, as the router with the computed products prepares them.
+            router: The router that scores.
         """
         A_PI, centers_P = router.lengths(own)
         centers_P = torch.zeros(len(A_PI), dtype=torch.float32) if centers_P is None else centers_P
@@ -40,5 +40,5 @@ class ScoreTransform(NamedTuple):
 
 
 def needs_transforms(routers: Sequence[Router]) -> bool:
-    """Whether scores are transforms of ``A x``: of several routers, and of one whose scores are no norms of its own."""
+    """Whether scores are transforms of ``A x``: with several routers, or if scores are not norms of ``A x``."""
     return len(routers) > 1 or (isinstance(routers[0], LengthRouter) and routers[0].reads != "h")

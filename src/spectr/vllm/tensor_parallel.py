@@ -1,4 +1,4 @@
-"""Which part of a layer's factors this rank holds."""
+"""The part of a layer's factors that this rank holds."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Split:
 
     Attributes:
         rank: This rank.
-        ranks: How many there are.
-        by_input: Whether each rank sees a part of the input (row-parallel), and the sum of all is the output.
-        parts: Of each part that the layer's output is made of, its length on this rank.
-        whole: Of each part, its length in the checkpoint.
-        index: Of each part, which of its shards this rank holds.
+        ranks: The number of ranks.
+        by_input: Whether each rank sees a part of the input (row-parallel), and the output is the sum over the ranks.
+        parts: The length on this rank of each part of the layer's output.
+        whole: The length of each part in the checkpoint.
+        index: The number of the shard that this rank holds of each part.
     """
 
     rank: int
@@ -55,7 +55,7 @@ class Split:
         )
 
     def inputs(self, A_PI: Float[Tensor, "P I"]) -> Float[Tensor, "P J"]:
-        """The columns of an input factor that meet this rank's part of the input."""
+        """The columns of an input factor for this rank's part of the input."""
         if not self.by_input:
             return A_PI
         size = A_PI.shape[1] // self.ranks
@@ -64,12 +64,13 @@ class Split:
     def outputs(self, B_OP: Float[Tensor, "O P"], module: int, modules: int) -> Float[Tensor, "N Q"]:
         """This rank's share of an output factor.
 
-        Of a row-parallel layer, whose outputs are summed over the ranks, some columns; else the rows of its shard.
+        For a row-parallel layer, whose outputs are summed over the ranks, the share is some columns. For other layers
+        it is the rows of this rank's shard.
 
         Args:
-            B_OP: Of one module.
-            module: Its number among those that are packed in the layer.
-            modules: How many these are.
+            B_OP: The output factor of one module.
+            module: The module's number within the layer.
+            modules: The number of modules in the layer.
         """
         if self.by_input:
             return B_OP[:, self.columns(B_OP.shape[1])]
@@ -82,7 +83,7 @@ class Split:
         return torch.cat(rows)
 
     def columns(self, rows: int) -> slice:
-        """The rows of ``h`` whose products this rank adds."""
+        """The rows of ``h`` for which this rank adds products."""
         if not self.by_input:
             return slice(0, rows)
         return slice(rows * self.rank // self.ranks, rows * (self.rank + 1) // self.ranks)
@@ -95,7 +96,7 @@ class Split:
         return list(zip(begins, self.parts, strict=True))
 
     def check(self, name: str, modules: Sequence[str]) -> None:
-        """Raise :class:`CompositionError` where the packed modules are not the layer's parts."""
+        """Raise :class:`CompositionError` if the packed modules are not the layer's parts."""
         if len(modules) not in (1, len(self.parts)):
             raise CompositionError(
                 f"layer {name} packs {', '.join(modules)} in {len(self.parts)} parts",

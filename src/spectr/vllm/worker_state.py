@@ -1,4 +1,4 @@
-"""The state of one worker: the experts, and what each token of the step may do with them."""
+"""The state of one worker: the experts, and how each token of the step may use them."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from spectr.vllm.router_set import routers_of
 
 
 class WorkerState:
-    """One worker's experts and buffers. The buffers keep their addresses, so that graphs read what is written there.
+    """One worker's experts and buffers. The buffers keep their addresses, so that graphs read new values.
 
     Attributes:
-        settings: From the model's config.
+        settings: Settings from the model's config.
         library: The experts.
-        routers: Those that choose among them.
-        router: The one whose factors the layers hold.
-        experts: Names of all that were loaded, in the order of all masks; a removed one keeps its place.
-        routing_TE: What each token of the step may do with each of them. NaN: nothing. From zero on: choose it by its
-            score, which this informs; 1 where no prompt was read. Below zero: minus the weight that it has unchosen.
-            The base model alone until the first step is written.
+        routers: The routers that choose among them.
+        router: The router whose factors the layers hold.
+        experts: Names of all loaded experts, in the order of all masks. A removed one keeps its place.
+        routing_TE: How each token of the step may use each expert. NaN: not at all. Zero or more: choose it by its
+            score, informed by this number (1 if no prompt was read). Below zero: minus the expert's fixed weight.
+            Before the first step is written, the base model computes alone.
         router_T: The number of each token's router.
         sampled_N: For each request in the batch, which token of the step its next token is sampled from.
-        layers: The routed layers, by vLLM's name, in the model's order.
-        routed: The modules that they stand for, by the library's names.
-        removed: Experts that were removed.
+        layers: The routed layers by vLLM's names, in the model's order.
+        routed: The modules in these layers, by the library's names.
+        removed: The removed experts.
         graph_objects: Objects that compiled graphs find by name.
-        probes: The prompts that are decided on, where a router does that.
+        probes: The prompts to decide on, if a router decides on prompts.
     """
 
     def __init__(
@@ -77,18 +77,18 @@ class WorkerState:
             self.probes = Probes(policies, {module: self.experts_of(module) for module in modules})
 
     def parts(self, module: str, router: Router) -> dict[str, Share]:
-        """A module's experts as a router prepares them, float32; removed ones too."""
+        """A module's experts as a router prepares them, in float32, including removed ones."""
         with ExitStack() as stack:
             opened = {name: stack.enter_context(self.adapters[name].open()) for name in self.experts_of(module)}
             readers = {name: lambda one, read=read: Update(read(one)) for name, read in opened.items()}
             return prepare_module(readers, module, router, self._side[router])
 
     def experts_of(self, module: str) -> list[str]:
-        """The experts that adapt a module, in their order."""
+        """The experts that adapt a module, in order."""
         return [name for name in self.experts if module in self.adapters[name].shapes]
 
     def row(self, options: RequestOptions) -> np.ndarray:
-        """What a request may do with each expert, as one row of :attr:`routing_TE`; cached."""
+        """How a request may use each expert, as one row of :attr:`routing_TE`; cached."""
         row = self._rows.get(options)
         if row is None:
             names = options.allowed(self.experts, self.settings.access)
@@ -102,10 +102,10 @@ class WorkerState:
         return row
 
     def write(self, step: Sequence[Row], alive: Collection[str]) -> None:
-        """Write what a step's tokens may do.
+        """Write how a step's tokens may use the experts.
 
         Args:
-            step: The requests of the batch.
+            step: The requests in the batch.
             alive: All requests that the engine works on.
         """
         options, tokens = [row.options for row in step], np.array([row.tokens for row in step])
@@ -122,10 +122,10 @@ class WorkerState:
             self.sampled_N[len(ends) :] = 0
 
     def remove(self, name: str) -> None:
-        """Remove an expert: its factors become zeros, and no request may use it from now on.
+        """Remove an expert: its factors become zeros, and no request can use it from now on.
 
         Raises:
-            CompositionError: There is no such expert.
+            CompositionError: The expert is unknown.
         """
         if name not in self.experts:
             raise CompositionError(f"unknown expert '{name}'", do=did_you_mean(name, self.experts))
@@ -136,7 +136,7 @@ class WorkerState:
             layer.fill(self)
 
     def status(self) -> dict[str, Any]:
-        """What is routed: layers, modules, experts and routers."""
+        """The routed layers and modules, the experts and the routers."""
         experts = [name for name in self.experts if name not in self.removed]
         return {
             "layers": len(self.layers),
