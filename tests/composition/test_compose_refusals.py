@@ -120,7 +120,7 @@ def test_unknown_experts_are_refused_all_at_once(library, model):
 def test_an_oracle_without_its_expert_is_refused(library, model):
     routed = compose(model, library, Oracle(expert="cats"))
     unharmed(model, lambda: routed.allow(["ants"]), CompositionError, "needs one of cats, but none is allowed")
-    unharmed(model, lambda: routed.discard("cats"), CompositionError, "oracle's expert 'cats' is not there")
+    unharmed(model, lambda: routed.discard("cats"), CompositionError, "oracle's expert 'cats' is not in the library")
     assert routed.experts == ("cats",)
 
 

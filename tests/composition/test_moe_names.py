@@ -122,7 +122,7 @@ def test_what_takes_linear_layers_alone_refuses_parameters(tmp_path):
     with pytest.raises(MergeError, match="adapts parameters of a mixture of experts"):
         merge_adapter(library, make_recipe(library, ["a", "b"], "average"))
     makers = {name: lambda model: compose(model, library, Spectr(top_k=1)) for name in ("one", "two")}
-    with pytest.raises(CompositionError, match="several routers at once"):
+    with pytest.raises(CompositionError, match="several routers cannot share the model"):
         MultiRouter(base, makers)
     assert not hasattr(base.model.layers[0].mlp.experts, "is_routed")
 

@@ -63,7 +63,7 @@ def test_what_is_left_out_is_said(spectr, tmp_path):
     assert code == 0
     notes = " ".join(notes.split())
     assert "LoRA cannot hold it: model.layers.0.input_layernorm.weight (norm, change / size 1.0e+00)" in notes
-    assert "and 1 more, see the card" in notes
+    assert "and 1 more (see the card)" in notes
     code, _, message = spectr(*given[:-1], tmp_path / "second", "--strict")
     assert code == 2
     assert "6 parameters changed that LoRA cannot hold" in message

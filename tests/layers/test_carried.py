@@ -34,7 +34,7 @@ def carrying(folder, way):
 
 CURES = {
     "load_adapter": ("(mine)", r"model\.delete_adapter\(\['mine'\]\) unloads"),
-    "PeftModel": ("(default)", r"model\.unload\(\) gives"),
+    "PeftModel": ("(default)", r"model\.unload\(\) returns"),
     "merged": ("(default)", r"merge_and_unload"),
     "the model in PEFT's": ("(default)", r"the PeftModel around it\.unload\(\)"),
 }

@@ -93,7 +93,7 @@ MISTAKES = {
     "rank of a model": (("--into-base", "--rank", "4"), "have no effect with --into-base", "remove them"),
     "rank": (("--rank", "0"), "rank=0", "at least 1"),
     "energy": (("--energy", "2"), "energy=2.0", "at most 1"),
-    "strength": (("--subtract", "cyan", "--strength", "0"), "strength=0.0", "other than 0"),
+    "strength": (("--subtract", "cyan", "--strength", "0"), "strength=0.0", "not 0"),
     "no library": (("-l", "nowhere"), "there is no library folder nowhere", "spectr library add"),
     "folder in use": (("-o", "{full}"), "{full} is not empty", "choose another --out"),
     "no model": (("--into-base", "-m", "/no/model"), "the model '/no/model' could not be loaded", "check --model"),

@@ -311,7 +311,7 @@ REFUSALS = {
         "both merged and subtracted: b",
         "remove it from one",
     ),
-    "strength": (lambda: Recipe(experts=("a",), subtract=("b",), strength=0.0), "strength=0.0", "other than 0"),
+    "strength": (lambda: Recipe(experts=("a",), subtract=("b",), strength=0.0), "strength=0.0", "not 0"),
     "nothing to subtract": (
         lambda: Recipe(experts=("a",), method=GenKnowSub()),
         "'genknowsub' needs a general expert",

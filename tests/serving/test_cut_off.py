@@ -44,5 +44,5 @@ def test_who_does_not_read_is_left_without_a_traceback(library, capfd):
         served.start()
         served.join(timeout=30)
         assert not served.is_alive()
-    assert said[-1] == "ending; 1 request cut off"
+    assert said[-1] == "stopping: 1 request cut off"
     assert capfd.readouterr().err == ""

@@ -164,9 +164,9 @@ def test_nothing_else_reaches_the_application(ask, inner, method, path, status, 
 @pytest.mark.parametrize(
     ("path", "do"),
     [
-        ("/chat/completions", "ask at /v1/chat/completions: a client's base URL ends in /v1"),
-        ("/completions", "ask at /v1/completions: a client's base URL ends in /v1"),
-        ("/v1/v1/models", "ask at /v1/models: a client's base URL ends in /v1"),
+        ("/chat/completions", "use /v1/chat/completions; a client's base URL ends in /v1"),
+        ("/completions", "use /v1/completions; a client's base URL ends in /v1"),
+        ("/v1/v1/models", "use /v1/models; a client's base URL ends in /v1"),
         ("/v1/responses", "/v1/models lists the models; /v1/chat/completions and /v1/completions answer"),
     ],
 )

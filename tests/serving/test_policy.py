@@ -47,7 +47,7 @@ def test_json_is_read_too(tmp_path):
 
 
 ENTRIES = "a list with at least one entry, each with a name, its key (or key_sha256) and its experts"
-ONE, LONG = "either key, or key_sha256", "a quoted text of at least 8 characters"
+ONE, LONG = "either key or key_sha256", "a quoted text of at least 8 characters"
 MEANT = "did you mean 'except'? known: except, keys"
 SHA, BOTH = "printf %s KEY | sha256sum", "keys: [{name: a, key: sk-secret-1, key_sha256: " + "a" * 64 + "}]"
 NAMES = 'a list of names, such as [sst2, agnews], or "*" for all'
@@ -74,7 +74,7 @@ FIELDS = "known: admin, base, experts, key, key_sha256, name"
         (
             "keys: [{name: a, key: sk-secret-1, key_sha256: " + "a" * 64 + "}]",
             "keys[0] has both",
-            "either key, or key_sha256",
+            "either key or key_sha256",
         ),
         ("keys: [{name: a, key: short}]", "keys[0].key is a text of 5 characters", LONG),
         ("keys: [{name: a, key: 12345678}]", "keys[0].key is a number", LONG),

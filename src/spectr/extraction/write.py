@@ -86,8 +86,7 @@ def _left(report: Report) -> str:
     rest = f"\nand {len(report.left) - 20} more; see {CARD_DATA}.\n" if len(report.left) > 20 else ""
     return f"""
 ## What it leaves out
-{len(report.left)} parameters have changed that LoRA cannot carry: {report.left_share:.2%} of the squared norm of all
-that has changed.
+{len(report.left)} parameters changed that LoRA cannot hold: {report.left_share:.2%} of the squared norm of all\nchanges.
 
 | parameter | what it is | change / size |
 | --- | --- | --- |
