@@ -86,7 +86,8 @@ def _left(report: Report) -> str:
     rest = f"\nand {len(report.left) - 20} more; see {CARD_DATA}.\n" if len(report.left) > 20 else ""
     return f"""
 ## What it leaves out
-{len(report.left)} parameters changed that LoRA cannot hold: {report.left_share:.2%} of the squared norm of all\nchanges.
+{len(report.left)} parameters changed that LoRA cannot hold: {report.left_share:.2%} of the squared norm of
+all\nchanges.
 
 | parameter | what it is | change / size |
 | --- | --- | --- |

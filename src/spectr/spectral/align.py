@@ -1,4 +1,4 @@
-"""Spectral alignment: the SVD of ``scale * B @ A`` from its factors, without forming the product; and of several."""
+"""Spectral alignment: the SVD of ``scale * B @ A`` from its factors, without forming the product."""
 
 from __future__ import annotations
 
@@ -74,5 +74,5 @@ def left_basis(
 
 
 def without_rounding(x: Tensor, size: Tensor) -> Tensor:
-    """``x`` with exact zeros where it is rounding at ``size``: in TIES the sign of rounding would have a vote."""
+    """``x`` with exact zeros in place of rounding errors at ``size``, whose signs TIES would count."""
     return x * (x.abs() > _NULL * size)

@@ -1,4 +1,4 @@
-"""Initial factors that PEFT makes of a base weight, and subtracts from it."""
+"""Initial factors that PEFT computes from a base weight and subtracts from it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class InitialFactors(NamedTuple):
-    """``B A`` is what is taken out of the weight."""
+    """``B A`` is the part that is subtracted from the weight."""
 
     A_RI: Float[Tensor, "R I"]
     B_OR: Float[Tensor, "O R"]

@@ -1,4 +1,4 @@
-"""Scoring very many experts by one direction each."""
+"""Scores of very many experts, by one direction each."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _ROUNDING = 2.0**-52  # twice what one float64 operation is off by, relative
 
 
 class Codes(NamedTuple):
-    """Prototypes ``v ~ steps_E codes_EI``, in whole numbers of 8 or 16 bits, or as they are, in float32.
+    """Prototypes ``v ~ steps_E codes_EI`` in integers of 8 or 16 bits, or unchanged in float32.
 
     Attributes:
-        codes_EI: One row an expert.
-        steps_E: What a code's unit stands for.
+        codes_EI: One row for each expert.
+        steps_E: The value of one unit of a code.
         rms_E: Root mean square of ``v . (x - m)`` over the calibration's texts; 0 for an expert that does nothing here.
-        error_E: ``||v - steps codes||_2``: what is left out.
+        error_E: The quantisation error ``||v - steps codes||_2``.
     """
 
     codes_EI: Int8[Tensor, "E I"] | Int16[Tensor, "E I"] | Float[Tensor, "E I"]
@@ -31,7 +31,7 @@ class Codes(NamedTuple):
 
     @staticmethod
     def of(v_EI: Float[Tensor, "E I"], rms_E: Float[Tensor, " E"], bits: int) -> Codes:
-        """Codes of ``bits`` bits a number; of 32 bits, the prototypes themselves."""
+        """Codes with ``bits`` bits per number. With 32 bits, the prototypes themselves."""
         if bits == 32:
             return Codes(v_EI, torch.ones_like(rms_E), rms_E, torch.zeros_like(rms_E).double())
         steps_E = (v_EI.abs().amax(-1) / (2 ** (bits - 1) - 1)).clamp(min=1e-30)
@@ -41,19 +41,19 @@ class Codes(NamedTuple):
         return Codes(codes_EI.to(_KINDS[bits]), steps_E, rms_E, error_E)
 
     def to(self, device: torch.device) -> Codes:
-        """These on a device."""
+        """The codes on a device."""
         return Codes(*(t.to(device) for t in self))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Prototypes:
-    """The experts of one module by their prototypes ``v_t``: the direction that each amplifies most.
+    """The prototypes ``v_t`` of one module's experts: the direction that each expert amplifies most.
 
     Attributes:
-        experts: Their names, those of the first part first.
-        parts: Their prototypes; experts that adapt the same modules in one part.
+        experts: The experts' names, in the order of the parts.
+        parts: The prototypes. Experts that adapt the same modules form one part.
         mean_I: The module's mean input ``m``.
-        full: Reads the parts' prototypes in float32, from where they are kept.
+        full: Reads the parts' prototypes in float32 from disk.
     """
 
     experts: tuple[str, ...]
@@ -62,9 +62,9 @@ class Prototypes:
     full: Callable[[], tuple[Float[Tensor, "E I"], ...]] | None = None
 
     def scores(self, x: Float[Tensor, "*T I"]) -> Float[Tensor, "*T E"]:
-        """``|v_t . (x - m)|`` over its root mean square, float32; 0 for an expert that does nothing here.
+        """``|v_t . (x - m)|`` divided by its root mean square, float32; 0 for an expert that does nothing here.
 
-        That is Arrow's score (SpectR, eq. 4 and 5), calibrated. The prototypes are unpacked as they are needed.
+        This is Arrow's score (SpectR, eq. 4 and 5), calibrated. The prototypes are unpacked when they are needed.
         """
         y_TI = x.to(self.mean_I.device).float() - self.mean_I
         scores = []
@@ -74,10 +74,10 @@ class Prototypes:
         return scores[0] if len(scores) == 1 else torch.cat(scores, -1)
 
     def bounded(self, x: Float[Tensor, "T I"]) -> tuple[Float[Tensor, "T E"], Float[Tensor, "T E"]]:
-        """The scores, float64, and how far each may be from that of the prototype in full, in real numbers.
+        """The scores, float64, and a bound on how far each is from the exact score of the full prototype.
 
-        By Cauchy and Schwarz that is ``||v - steps codes|| ||x - m||`` over the root mean square, and what a sum of I
-        products can lose to rounding in whatever order it is made.
+        By Cauchy and Schwarz the bound is ``||v - steps codes|| ||x - m||`` over the root mean square, plus what a sum
+        of I products can lose to rounding in any order.
         """
         y_TI = x.to(self.mean_I.device).double() - self.mean_I.double()
         length_T1 = torch.linalg.vector_norm(y_TI, dim=-1, keepdim=True)
@@ -91,12 +91,12 @@ class Prototypes:
         return torch.cat(scores, -1), torch.cat(off, -1)
 
     def in_full(self) -> Prototypes:
-        """The same by the prototypes in full, which are read for it."""
+        """The same with the full prototypes, which are read for this."""
         assert self.full is not None
         rows = zip(self.full(), self.parts, strict=True)
         return replace(self, parts=tuple(Codes.of(v_EI.to(part.rms_E.device), part.rms_E, 32) for v_EI, part in rows))
 
     @property
     def bytes(self) -> int:
-        """What they take of memory."""
+        """Their size in memory."""
         return sum(t.numel() * t.element_size() for part in self.parts for t in part)

@@ -1,6 +1,6 @@
-"""The equations written down slowly and plainly, one token and one expert at a time: what the tests compare with.
+"""The equations in plain form, one token and one expert at a time, for comparison in tests.
 
-Nothing here is used by the program. Every function takes dense updates ``delta_t`` of shape (O, I) and a token ``x``
+The package does not use this module. Every function takes dense updates ``delta_t`` of shape (O, I) and a token ``x``
 of shape (I,), all float64, and forms everything in full.
 """
 
@@ -75,13 +75,13 @@ def relative_scores(scores: list[float]) -> list[float]:
 
 
 def standardised(value: float, null: list[float]) -> float:
-    """A value less the null's mean, over its standard deviation."""
+    """A value minus the null's mean, divided by its standard deviation."""
     mean = sum(null) / len(null)
     return (value - mean) / (sum((other - mean) ** 2 for other in null) / (len(null) - 1)) ** 0.5
 
 
 def top_k(scores: list[float], k: int) -> list[int]:
-    """Numbers of the ``k`` largest scores, SpectR eq. 9."""
+    """The indices of the ``k`` largest scores, SpectR eq. 9."""
     return sorted(range(len(scores)), key=lambda i: -scores[i])[:k]
 
 
@@ -119,7 +119,7 @@ def merge_factors(A: list[Tensor], B: list[Tensor], weights: list[float], x: Ten
 
 
 def merge_ties(deltas: list[Tensor], weights: list[float], x: Tensor, density: float) -> Tensor:
-    """TIES of what each expert with a weight adds to one token, entry by entry."""
+    """TIES, entry by entry, of what each expert with a weight adds to one token."""
     return _ties([delta @ x for delta in deltas], weights, density)
 
 

@@ -1,4 +1,4 @@
-"""Alignment as small square matrices: what is worth storing of an SVD, since the factors themselves are on disk."""
+"""Alignment as small square matrices: the part of an SVD to store when the factors are on disk."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ _OFF = 2e-5  # how far U and V may be from orthonormal, once their rotations are
 
 
 class Rotation(NamedTuple):
-    """``U = scale * B @ left``, ``V^T = right @ A``: an aligned pair of factors in the terms of the adapter's own.
+    """``U = scale * B @ left``, ``V^T = right @ A``: an aligned pair of factors, expressed by the adapter's own
+    factors.
 
-    Two matrices of (R, R) in place of (O, R) and (R, I): for rank 8 and 576 inputs and outputs a seventieth.
+    Two (R, R) matrices replace (O, R) and (R, I): a seventieth of the size for rank 8 and 576 inputs and outputs.
     """
 
     left: Float[Tensor, "*N R R"]
@@ -51,11 +52,11 @@ def rotate(
         scale: One number, or one for each pair (shape (N,)).
 
     Returns:
-        The rotation, float32, and which pairs it holds for, (N,) or (): those whose factors have full rank by such
+        The rotation, float32, and a mask of valid pairs, (N,) or (). Their factors have full rank with such
         a margin that ``U`` and ``V`` are orthonormal to 2e-5 in float32. Align the others by
         :func:`spectr.spectral.align`.
 
-    Source: SpectR (Fleshman and Van Durme, 2025), eq. 2 and 3, by another way than theirs.
+    Source: SpectR (Fleshman and Van Durme, 2025), eq. 2 and 3, computed in another way.
     """
     scale_N = torch.as_tensor(scale, dtype=torch.float64)
     factor = scale_N[..., None, None]
@@ -74,7 +75,7 @@ def rotate(
     sign = torch.where(-Vh.amin(-1, keepdim=True) > Vh.amax(-1, keepdim=True), -1.0, 1.0).to(Vh)
     found = Rotation((left * sign.mT).float(), S.float(), (right * sign).float())
     turned_b, turned_a = found.left.double() * factor, found.right.double()
-    for gram in (turned_b.mT @ gram_b @ turned_b, turned_a @ gram_a @ turned_a.mT):  # of U and V, as they are rounded
+    for gram in (turned_b.mT @ gram_b @ turned_b, turned_a @ gram_a @ turned_a.mT):  # of U and V after rounding
         holds &= (gram - identity).abs().amax((-2, -1)) < _OFF
     return found, holds
 

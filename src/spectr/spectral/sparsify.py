@@ -1,4 +1,4 @@
-"""TIES and DARE, for merges before anything runs and for merges at each token alike.
+"""TIES and DARE, for merges into one adapter and for merges at each token.
 
 Both make updates sparse. TIES keeps the largest entries (:func:`trim`) and lets the updates elect a sign for each entry
 (:func:`elect_and_mean`). DARE keeps entries at random (:func:`drop`). A share of entries is always the ``density``:
@@ -16,9 +16,9 @@ from torch import Tensor
 
 
 def trim(x_TN: Float[Tensor, "*T N"], density: float) -> Float[Tensor, "*T N"]:
-    """Each row with its ``k = max(1, floor(density * N))`` entries of largest magnitude; the others are zero.
+    """Keep each row's ``k = max(1, floor(density * N))`` entries of largest magnitude, and set the others to zero.
 
-    Entries as large as the smallest that is kept are kept too, so that the result does not depend on their order.
+    Entries that tie with the smallest kept entry are kept too, so that the result does not depend on their order.
 
     Args:
         x_TN: Updates, one in a row.
@@ -41,12 +41,12 @@ def elect_and_mean(
 ) -> Float[Tensor, "*T N"]:
     """For each entry ``e = sgn(sum_t u_t)``, and the mean of those ``u_t`` whose sign is ``e``.
 
-    Entries that are zero do not count. Where the sum is exactly zero no sign is elected, and the result is zero: the
+    Entries that are zero do not count. If the sum is exactly zero, no sign is elected, and the result is zero. The
     sign of zero is zero, no entry has it, and a merge of the negated updates stays the negated merge.
 
     Args:
-        updates: Updates of one shape, at least one, multiplied by their weights.
-        weights: The divisor of the mean is the sum of the weights that agree. ``None``: it is their number.
+        updates: At least one update, all of one shape, multiplied by their weights.
+        weights: The mean is divided by the sum of the weights that agree, or by their number if ``None``.
 
     Source: TIES-Merging (Yadav et al., 2023), section 4, "Elect" and "Disjoint Merge", and Algorithm 1.
     """
@@ -60,14 +60,14 @@ def elect_and_mean(
 
 
 def drop(x_MN: Float[Tensor, "M N"], density: float, *, seed: int, expert: str, module: str) -> Float[Tensor, "M N"]:
-    """Each entry divided by ``density`` with that probability, else zero: ``x`` on average.
+    """Divide each entry by ``density`` with that probability, else set it to zero. The mean is ``x``.
 
     Args:
         x_MN: Any matrix.
         density: ``1 - p`` with the paper's drop rate ``p``; above 0, at most 1.
-        seed: The mask depends on seed, expert and module alone, never on the other experts.
-        expert: Its name.
-        module: Its name.
+        seed: Seed of the mask, which depends only on seed, expert and module, not on other experts.
+        expert: The expert's name.
+        module: The module's name.
 
     Source: DARE (Yu et al., 2024), "drop and rescale": drop with probability ``p``, multiply the rest by
     ``1 / (1 - p)``.

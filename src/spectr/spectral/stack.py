@@ -1,4 +1,4 @@
-"""The experts of one module: each one's share, made alone, and all of them in one pair of matrices.
+"""The experts of one module: each expert's share, and all of them in one pair of matrices.
 
 Legend: O outputs, I inputs, R an expert's rank, E experts, P the sum of their ranks, Q rows of a shared input factor.
 """
@@ -22,7 +22,7 @@ class AlignedExpert(NamedTuple):
     Attributes:
         aligned: ``delta = U S V^T``.
         A_RI: The adapter's ``A_t``.
-        B_OR: Its ``c B_t``, with the scale.
+        B_OR: The adapter's ``c B_t``, with the scale.
     """
 
     aligned: Aligned
@@ -36,11 +36,11 @@ class AlignedExpert(NamedTuple):
 
 
 class SideData(NamedTuple):
-    """What a library knows of an expert at a module besides its factors; ``None`` where nobody asked for it.
+    """What a library knows about an expert at a module besides its factors; ``None`` if not requested.
 
     Attributes:
         mean_I: The module's mean input over the calibration's texts.
-        rms: Root mean square of ``||A* (x - mean)||`` over these.
+        rms: Root mean square of ``||A* (x - mean)||`` over these texts.
         gate_I: The expert's trained gate.
     """
 
@@ -50,19 +50,19 @@ class SideData(NamedTuple):
 
 
 class Share(NamedTuple):
-    """One expert's share of a stack: what a router's ``init_expert`` makes of it.
+    """One expert's share of a stack, made by a router's ``init_expert``.
 
     Attributes:
         A: Input factor of the update ``B A``.
         B: Output factor.
-        own: What the router scores it by besides: a named tuple of the router's. Each tensor has a row for the expert,
-            or one for each row of ``A``, so that those of several experts are put one after the other.
+        own: The router's other data for scores, as a named tuple. Each tensor has a row for the expert,
+            or one for each row of ``A``, so that several experts can be concatenated.
         root: An input factor that others may share, with ``A = mix @ root``.
         mix: See ``root``.
-        gain_O: Of an update that also scales the layer's outputs: ``gain * (W x)`` is added.
-        shift_O: Of one with a bias: it is added. Routers leave both alone.
-        raw_A: The adapter's own ``A``, for a combination that merges these. Routers leave it alone, too.
-        raw_B: And its ``c B``.
+        gain_O: For an update that also scales the layer's outputs: ``gain * (W x)`` is added.
+        shift_O: For an update with a bias: it is added. Routers change neither.
+        raw_A: The adapter's own ``A``, for a combination that merges these. Routers do not change it.
+        raw_B: The adapter's own ``c B``, likewise.
     """
 
     A: Float[Tensor, "R I"]
@@ -85,13 +85,13 @@ class Share(NamedTuple):
         return self.mapped(lambda tensor: tensor.to(device, dtype))
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Share:
-        """The share of changed tensors."""
+        """The share with a function applied to its tensors."""
         rest = (None if tensor is None else change(tensor) for tensor in self[3:])
         return Share(change(self.A), change(self.B), remade(self.own, map(change, self.own)), *rest)
 
 
 class Prepared(NamedTuple):
-    """A :class:`Share` in the first protocol of routers."""
+    """A :class:`Share` in the earlier protocol of routers."""
 
     A: Float[Tensor, "R I"]
     B: Float[Tensor, "O R"]
@@ -110,20 +110,20 @@ def remade(own: tuple[Tensor, ...], tensors: Iterable[Tensor]) -> tuple[Tensor, 
 
 @runtime_checkable
 class State(Protocol):
-    """What a router's ``scores`` reads of the experts of a module."""
+    """The data of a module's experts that a router's ``scores`` reads."""
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """Of the experts, in their order."""
+        """The experts' ranks, in order."""
         ...
 
     @property
     def common_rank(self) -> int | None:
-        """The rank of all; ``None`` where they differ."""
+        """The rank of all experts; ``None`` if they differ."""
 
     @property
     def member_EP(self) -> Tensor:
-        """One where row ``p`` belongs to expert ``e``, else zero."""
+        """One if row ``p`` belongs to expert ``e``, else zero."""
         ...
 
     @property
@@ -133,33 +133,33 @@ class State(Protocol):
 
 @runtime_checkable
 class InputState(State, Protocol):
-    """The same with the input factors: a :class:`Stack`, or a layer's factors."""
+    """A :class:`State` with input factors: a :class:`Stack`, or a layer's factors."""
 
     @property
     def A_PI(self) -> Tensor:
-        """Input factors; of experts that share theirs, that one."""
+        """Input factors; if the experts share one, the shared one."""
         ...
 
     @property
     def mix_PR(self) -> Tensor | None:
-        """Makes the experts' input factors of a shared one."""
+        """The matrix that makes the experts' input factors from a shared one."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Stack:
-    """Experts of one module, one after the other along P, in alphabetical order of their names. An :class:`InputState`.
+    """Experts of one module, concatenated along P in alphabetical order. An :class:`InputState`.
 
     Attributes:
         experts: Their names.
-        ranks: Their ranks; the P axis has their sum.
-        A_PI: Input factors, (P, I); where all experts share theirs, that one, (Q, I). Of a parameter that holds J
-            matrices all tensors of factors have one axis more, the first one.
+        ranks: Their ranks. P is the sum.
+        A_PI: Input factors, (P, I), or the one that all experts share, (Q, I). For a parameter that holds J
+            matrices, all tensors of factors have one more axis, the first.
         B_OP: Output factors, (O, P).
         own: The router's own tensors, of all experts; see :attr:`Share.own`.
-        mix_PR: Makes the experts' input factors of the shared one, (P, Q); ``None`` where none is shared.
-        gain_EO: See :attr:`Share.gain_O`, zero for experts without one; ``None`` where none has one.
+        mix_PR: Makes the experts' input factors from the shared one, (P, Q); ``None`` if none is shared.
+        gain_EO: See :attr:`Share.gain_O`. Zero for experts without one; ``None`` if no expert has one.
         shift_EO: See :attr:`Share.shift_O`, likewise.
-        raw_A_PI: See :attr:`Share.raw_A`, of experts of one rank; ``None`` where nothing merges them.
+        raw_A_PI: See :attr:`Share.raw_A`, for experts of one rank; ``None`` if nothing merges them.
         raw_B_OP: See :attr:`Share.raw_B`, likewise.
     """
 
@@ -176,7 +176,7 @@ class Stack:
 
     @staticmethod
     def of(shares: Mapping[str, Share]) -> Stack:
-        """Stack experts by name, each with an input factor of its own; there must be at least one."""
+        """Stack experts by name, each with its own input factor. There must be at least one."""
         names = sorted(shares)
         parts = [shares[name] for name in names]
         return Stack(
@@ -188,7 +188,7 @@ class Stack:
         )
 
     def with_outputs_of(self, shares: Mapping[str, Share]) -> Stack:
-        """The stack with what routers leave alone in the shares that it was made of, whatever one made of the rest."""
+        """The stack with the parts of its shares that routers must not change, taken from the original shares."""
         parts = [shares[name] for name in self.experts]
         raw_A, raw_B = ([t for t in some if t is not None] for some in zip(*(part[-2:] for part in parts), strict=True))
         return replace(
@@ -201,7 +201,7 @@ class Stack:
 
     @property
     def owner_P(self) -> Int[Tensor, " P"]:
-        """For each row of ``A_PI`` the number of its expert."""
+        """The number of the expert for each row of ``A_PI``."""
         return torch.repeat_interleave(torch.arange(len(self.ranks)), torch.tensor(self.ranks, dtype=torch.long))
 
     @property
@@ -211,11 +211,11 @@ class Stack:
 
     @property
     def common_rank(self) -> int | None:
-        """The rank of all experts, ``None`` where they differ."""
+        """The rank of all experts, or ``None`` if they differ."""
         return self.ranks[0] if len(set(self.ranks)) == 1 else None
 
     def parts(self) -> dict[str, Share]:
-        """The experts taken apart again, by name, each with an input factor of its own."""
+        """The separate experts by name, each with its own input factor."""
         whole = self.A_PI if self.mix_PR is None else self.mix_PR @ self.A_PI
         A, B = whole.split(self.ranks), self.B_OP.split(self.ranks, dim=1)
         each = [own.split(1 if len(own) == len(self.experts) else self.ranks) for own in self.own]
@@ -229,7 +229,7 @@ class Stack:
 
 
 def _rows(vectors: Sequence[Tensor | None], B_OP: Tensor) -> Tensor | None:
-    """One row each, of zeros where there is no vector; ``None`` where all are zero."""
+    """One row for each expert, zeros without a vector; ``None`` if all are zero."""
     if not any(vector is not None and bool(vector.any()) for vector in vectors):
         return None
     zeros_O = B_OP.new_zeros(len(B_OP))
@@ -237,11 +237,11 @@ def _rows(vectors: Sequence[Tensor | None], B_OP: Tensor) -> Tensor | None:
 
 
 def segment_norms(h_TP: Float[Tensor, "*T P"], state: State) -> Float[Tensor, "*T E"]:
-    """``||h_t||_2`` of each expert's own part of ``h``, in float32 whatever the dtype of ``h`` (float64 stays so).
+    """``||h_t||_2`` of each expert's part of ``h``, in float32 for any dtype of ``h`` except float64.
 
     Args:
-        h_TP: The experts' parts, one after the other.
-        state: Whose ranks and members say which are whose.
+        h_TP: The experts' parts, concatenated.
+        state: Says which part belongs to which expert.
     """
     wide = torch.promote_types(h_TP.dtype, torch.float32)
     rank = state.common_rank
@@ -251,6 +251,6 @@ def segment_norms(h_TP: Float[Tensor, "*T P"], state: State) -> Float[Tensor, "*
 
 
 def norms(h_TP: Float[Tensor, "*T P"], experts: int) -> Float[Tensor, "*T E"]:
-    """:func:`segment_norms` of experts of one rank."""
+    """:func:`segment_norms` for experts of one rank."""
     wide = torch.promote_types(h_TP.dtype, torch.float32)
     return torch.linalg.vector_norm(h_TP.unflatten(-1, (experts, -1)), dim=-1, dtype=wide)
