@@ -102,3 +102,46 @@ def test_names_in_docstrings_that_do_not_exist_are_found():
     assert not exists("spectr.routers.base.Longest")
     assert not exists("spectr.nowhere.Lengths")
     assert described("spectr.compose") == "spectr.composition.compose"
+
+
+def _fragments(heading: str) -> list[str]:
+    """The fixed parts of a message that a heading quotes."""
+    return [part.strip(" '") for quoted in re.findall(r"`([^`]+)`", heading) for part in quoted.split("…")]
+
+
+def test_every_error_class_has_an_entry_with_cause_and_cure():
+    from python_pages import public_names
+
+    page = text_of("howto/troubleshooting.md")
+    sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL))
+    assert set(sections) == set(public_names("spectr.errors"))
+    for name, section in sections.items():
+        entries = section.split("\n### ")[1:]
+        assert entries, name
+        assert all("**Cause.**" in entry and "**Cure.**" in entry for entry in entries), name
+
+
+def test_the_messages_that_are_explained_exist():
+    headings = re.findall(r"^### (.*)$", text_of("howto/troubleshooting.md"), re.MULTILINE)
+    code = "\n".join(path.read_text("utf-8") for path in SOURCE.rglob("*.py"))
+    code = re.sub(r'"\s*\n\s*f?"', "", code)  # texts over several lines
+    code = code.replace("{CONFIG_FILE}", "adapter_config.json")
+    missing = [part for heading in headings for part in _fragments(heading) if len(part) > 8 and part not in code]
+    assert not missing
+
+
+def test_every_error_code_of_the_api_is_described():
+    source = "\n".join(path.read_text("utf-8") for path in (SOURCE / "serving").rglob("*.py"))
+    codes = set(re.findall(r'code="(\w+)"', source)) | {"engine_error", "invalid_request"}
+    page = text_of("reference/http.md")
+    assert codes == set(re.findall(r"^\| \d{3} \| `(\w+)`", page, re.MULTILINE))
+    statuses = dict(re.findall(r'code="(\w+)",[^)]*?status=(\d+)', source))
+    assert all(f"| {status} | `{code}` |" in page for code, status in statuses.items())
+
+
+def test_every_metric_is_described():
+    pytest.importorskip("prometheus_client")
+    from spectr.serving.metrics import Metrics
+
+    page = text_of("reference/http.md")
+    assert not [metric.name for metric in Metrics().registry.collect() if metric.name not in page]

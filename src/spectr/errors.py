@@ -151,7 +151,12 @@ def some_of(names: Sequence[str], shown: int, what: str = "") -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A hint for an unknown name: the most similar known name, then the known names."""
+    """A hint for an unknown name: the most similar known name, then the known names.
+
+    Example:
+        >>> did_you_mean("arow", ["arrow", "lag"])
+        "did you mean 'arrow'? known: arrow, lag"
+    """
     options = sorted(known, key=lambda text: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", text)])
     near = nearest(name, options, likeness=0.5)
     hint = f"did you mean '{near}'? " if near else ""

@@ -49,6 +49,11 @@ class All:
 class TopK:
     """The ``k`` largest scores; the first of equal ones. If a module has fewer experts, all of them.
 
+    Example:
+        >>> chosen, weights = TopK(k=2, weighting="uniform").choose(torch.tensor([[0.1, 0.9, 0.5]]))
+        >>> chosen.tolist(), weights.tolist()
+        ([[1, 2]], [[0.5, 0.5]])
+
     Attributes:
         k: Experts per token.
         weighting: ``"uniform"``: ``1 / k`` each. ``"softmax"``: the softmax of the chosen scores over ``temperature``.

@@ -38,6 +38,10 @@ COMBINATIONS: Registry[Combination] = Registry(
 def get_combination(text: str) -> Combination:
     """Make a combination from its name and options, such as ``"dare:density=0.1"``.
 
+    Example:
+        >>> get_combination("ties:density=0.5")
+        Ties(density=0.5)
+
     Raises:
         CompositionError: The name or an option is unknown, or an option is out of range.
     """

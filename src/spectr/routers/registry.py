@@ -88,6 +88,10 @@ def router_names() -> tuple[str, ...]:
 def get_router(name: str, **options: Any) -> Router:
     """Make a router by name.
 
+    Example:
+        >>> spectr.get_router("arrow", top_k=2)
+        Arrow(top_k=2, weights='softmax', temperature=1.0, combine='outputs')
+
     Args:
         name: One of :func:`router_names`.
         options: Its settings, such as ``top_k=2``. A router, evidence or use inside it may be plain data, such as

@@ -23,6 +23,12 @@ class Aligned(NamedTuple):
 def align(A_NRI: Float[Tensor, "*N R I"], B_NOR: Float[Tensor, "*N O R"], scale: float | Tensor) -> Aligned:
     """The SVD of low-rank updates, ``U S V^T = scale * B A``.
 
+    Example:
+        >>> A, B = torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0], [2.0]])
+        >>> U, S, Vh = align(A, B, scale=0.5)
+        >>> round(S.item(), 4)  # 0.5 * 2 * 5, the length of the only direction
+        5.0
+
     ``scale B = Q_b R_b`` and ``A^T = Q_a R_a`` are QR decompositions, ``R_b R_a^T = u S v^T`` a small SVD; then
     ``U = Q_b u`` and ``V = Q_a v``. Signs: in each row of ``V^T`` the entry of the largest magnitude is positive.
     Directions whose singular value is zero (to float32 rounding) are zero in ``U`` and ``V^T`` too, so that
