@@ -6,7 +6,7 @@ VLLM_VENV ?= .venv-vllm
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --retries 10
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --retries 10
 
-.PHONY: help demo test test-browser test-vllm lint docs docs-serve clean
+.PHONY: help demo test test-browser test-vllm lint docs docs-serve dist test-dist clean
 help:
 	@echo "make demo   install, fetch the base model, and show the base and the routed model side by side"
 	@echo "make test   install, then run linters, type checker and tests"
@@ -15,6 +15,8 @@ help:
 	@echo "make lint   linters and type checker alone"
 	@echo "make docs   build the documentation site in docs/_build/html; warnings are errors"
 	@echo "make docs-serve  the same, shown at http://127.0.0.1:8000 and built again after each change"
+	@echo "make dist   build wheels and sdists of both distributions in dist, and check them"
+	@echo "make test-dist  build them, install the wheels into an empty environment, and run spectr demo there"
 	@echo "make clean  delete the environment and what the commands wrote"
 
 demo: $(VENV)/.demo
@@ -52,6 +54,22 @@ docs: $(VENV)/.test
 docs-serve: $(VENV)/.test
 	$(BIN)/sphinx-autobuild --watch src --watch README.md --watch CHANGELOG.md docs docs/_build/html
 
+dist: $(VENV)/.test
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m build --outdir dist experts
+	$(BIN)/twine check --strict dist/*
+
+# In an empty folder, where no checkout is near: the wheels have to be enough.
+test-dist: dist
+	rm -rf .venv-dist
+	$(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/python -m pip --disable-pip-version-check install --quiet --retries 10 -r requirements/torch.txt
+	.venv-dist/bin/python -m pip --disable-pip-version-check install --quiet --retries 10 \
+		-c requirements/constraints.txt --find-links dist "spectr-lora[demo]==$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)"
+	folder=$$(mktemp -d) && cd $$folder && $(CURDIR)/.venv-dist/bin/spectr demo && test -s out/routing.png && test -s out/routing.html; \
+		code=$$?; rm -rf $$folder; exit $$code
+
 # torch first and pinned: a range would pull a CUDA build of several gigabytes.
 $(VENV)/.torch: requirements/torch.txt
 	@echo "· making an environment in $(VENV)"
@@ -72,4 +90,4 @@ $(VENV)/.test: $(VENV)/.torch pyproject.toml requirements/constraints.txt
 	@touch $@ $(VENV)/.demo
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) docs/_build out .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) .venv-dist dist docs/_build docs/reference/generated out .pytest_cache .ruff_cache

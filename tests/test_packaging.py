@@ -70,3 +70,22 @@ def test_the_distribution_of_experts_carries_the_whole_library():
 @checkout_only
 def test_both_distributions_have_the_same_licence():
     assert (EXPERTS / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+
+
+def test_the_addresses_and_the_version_are_the_same_everywhere():
+    project = read(ROOT)["project"]
+    home, site, version = project["urls"]["Source"], project["urls"]["Documentation"], project["version"]
+    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f'repository = "{home}"' in (ROOT / "docs" / "conf.py").read_text(encoding="utf-8")
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert all(
+        line in citation.splitlines() for line in (f"version: {version}", f"repository-code: {home}", f"url: {site}")
+    )
+
+
+@checkout_only
+def test_both_distributions_and_the_image_name_the_same_version_and_home():
+    project, experts = read(ROOT)["project"], read(EXPERTS)["project"]
+    assert experts["urls"]["Homepage"] == project["urls"]["Homepage"]
+    image = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    assert f'"spectr-lora[serve,demo]=={project["version"]}"' in image
