@@ -39,8 +39,8 @@ def get_combination(text: str) -> Combination:
     """Make a combination from its name and options, such as ``"dare:density=0.1"``.
 
     Example:
-        >>> get_combination("ties:density=0.5")
-        Ties(density=0.5)
+        >>> get_combination("outputs").is_sum, get_combination("ties:density=0.5").is_sum
+        (True, False)
 
     Raises:
         CompositionError: The name or an option is unknown, or an option is out of range.
