@@ -52,7 +52,7 @@ docs: $(VENV)/.test
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
 
 docs-serve: $(VENV)/.test
-	$(BIN)/sphinx-autobuild --watch src --watch README.md --watch CHANGELOG.md docs docs/_build/html
+	$(BIN)/sphinx-autobuild --ignore "*/reference/generated/*" --watch src --watch README.md --watch CHANGELOG.md docs docs/_build/html
 
 dist: $(VENV)/.test
 	rm -rf dist

@@ -10,6 +10,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import spectr as package
+from spectr.errors import DOCUMENTATION
 
 tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
 ROOT = Path(__file__).parents[1]
@@ -76,6 +77,7 @@ def test_the_addresses_and_the_version_are_the_same_everywhere():
     project = read(ROOT)["project"]
     home, site, version = project["urls"]["Source"], project["urls"]["Documentation"], project["version"]
     assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert site == DOCUMENTATION
     assert f'repository = "{home}"' in (ROOT / "docs" / "conf.py").read_text(encoding="utf-8")
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert all(

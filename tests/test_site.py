@@ -145,3 +145,10 @@ def test_every_metric_is_described():
 
     page = text_of("reference/http.md")
     assert not [metric.name for metric in Metrics().registry.collect() if metric.name not in page]
+
+
+def test_the_pages_that_messages_name_exist():
+    code = "\n".join(path.read_text("utf-8") for path in SOURCE.rglob("*.py"))
+    named = set(re.findall(r"\bpage\(['\"]([a-z/-]+)['\"]\)", code))
+    assert len(named) > 2
+    assert not [name for name in named if not (DOCS / f"{name}.md").is_file()]

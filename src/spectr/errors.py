@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
+DOCUMENTATION = "https://spectr-lora.github.io/spectr/"
 _SHOWN = 40  # names that a message lists at most
 
 
@@ -168,3 +169,8 @@ def nearest(name: str, known: Iterable[str], *, likeness: float = 0.6) -> str | 
     """The most similar known name; ``None`` if none reaches this similarity, from 0 to 1."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=likeness)
     return near[0] if near else None
+
+
+def page(name: str) -> str:
+    """The address of a page of the documentation, such as ``"howto/serving"``."""
+    return f"{DOCUMENTATION}{name}.html"

@@ -148,7 +148,9 @@ def test_routers_that_hold_other_experts_than_the_others_are_refused(library):
         "spectr": lambda model: compose(model, library, ROUTERS["spectr"]),
         "oracle": lambda model: compose(model, library, spectr.Oracle(expert="bees")),
     }
-    with pytest.raises(CompositionError, match="router 'oracle' holds bees, but router 'spectr' holds ants, bees, cats"):
+    with pytest.raises(
+        CompositionError, match="router 'oracle' holds bees, but router 'spectr' holds ants, bees, cats"
+    ):
         MultiRouter(model, makers)
     compose(model, library, ROUTERS["spectr"])  # it is as it was
 

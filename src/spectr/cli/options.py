@@ -17,7 +17,7 @@ from spectr.cli.console import bar, say
 from spectr.cli.guides import check_writer, make_guide
 from spectr.cli.model_loading import open_model
 from spectr.combine import COMBINATIONS
-from spectr.errors import DataError, MissingExtraError, SpectrError
+from spectr.errors import DataError, MissingExtraError, SpectrError, page
 from spectr.routers.registry import ROUTERS
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class Routing:
             "-r",
             help="Route with this router. auto: calibrated if the library is calibrated (shortlist, one expert, if "
             f"it is indexed and has more than 64), else spectr. Or: {', '.join(ROUTERS.entries)}, or a router from "
-            "another package. See docs/reference/routers.md.",
+            f"another package. See {page('reference/routers')}.",
             rich_help_panel=_PANEL,
         ),
     ] = "auto"
@@ -134,7 +134,7 @@ class Routing:
             "--set",
             metavar="NAME=VALUE",
             help="Set another setting of the router, repeatable: --set temperature=0.5. With several routers it is for "
-            "all that have it; --set arrow.temperature=0.5 is for one. See docs/reference/routers.md.",
+            f"all that have it; --set arrow.temperature=0.5 is for one. See {page('reference/routers')}.",
             rich_help_panel=_PANEL,
         ),
     ] = None

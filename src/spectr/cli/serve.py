@@ -10,6 +10,7 @@ import typer
 
 from spectr.cli.console import say
 from spectr.cli.options import Routing, with_options
+from spectr.errors import page
 from spectr.serving.engines.launchers import ENGINES, Parts
 
 
@@ -33,7 +34,7 @@ def serve(
     policy: Annotated[
         Path | None,
         typer.Option(
-            help="Read from this YAML or JSON file which experts each API key may use. See docs/howto/serving.md."
+            help=f"Read from this YAML or JSON file which experts each API key may use. See {page('howto/serving')}."
         ),
     ] = None,
     served_name: Annotated[str, typer.Option(help="Name the composed model for clients.")] = "spectr",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from spectr.composed_model.settings import Settings
 from spectr.composition import Routed
-from spectr.errors import CompositionError
+from spectr.errors import CompositionError, page
 from spectr.folders import check_new_folder, new_folder
 from spectr.library import ExpertLibrary, LibraryStore
 from spectr.library.descriptions import write_descriptions
@@ -103,7 +103,7 @@ def _save_base(routed: Routed, tokenizer: PreTrainedTokenizerBase, folder: Path,
     if getattr(model.config, "quantization_config", None) is not None:
         raise CompositionError(
             "the base model is quantised, and a composed folder cannot describe a quantised model yet",
-            do="save the base model in bfloat16; for vLLM, name the library with hf_overrides (see docs/howto/vllm.md)",
+            do=f"save the base model in bfloat16; for vLLM, name the library with hf_overrides: {page('howto/vllm')}",
         )
     model.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
     tokenizer.save_pretrained(folder)

@@ -12,10 +12,10 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, field_validator, model_validator
 
-from spectr.errors import DataError, did_you_mean, raise_together
+from spectr.errors import DataError, did_you_mean, page, raise_together
 from spectr.serving.validation import faults
 
-_SEE = "see docs/howto/serving.md, Who may use which expert"
+_SEE = f"see {page('howto/serving')}, Who may use which expert"
 
 
 class Key(BaseModel):

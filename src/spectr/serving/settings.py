@@ -11,7 +11,7 @@ from typing import Any
 
 from spectr.choosing import RoutingRequest
 from spectr.composition.multi_router import check_alike
-from spectr.errors import LibraryError, SpectrError
+from spectr.errors import LibraryError, SpectrError, page
 from spectr.library import ExpertLibrary
 from spectr.models import HUB_ID
 from spectr.routers import Router, residents
@@ -68,7 +68,7 @@ class ServerSettings:
                 raise SpectrError(
                     f"--host {self.host} needs a policy: without one, anyone who reaches it can use every expert",
                     expected="a policy file, or a loopback address",
-                    do="--policy FILE (see docs/howto/serving.md), or --host 127.0.0.1",
+                    do=f"--policy FILE ({page('howto/serving')}), or --host 127.0.0.1",
                 )
             return None
         policy = read_policy(self.policy_file)

