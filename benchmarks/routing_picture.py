@@ -84,7 +84,7 @@ def token_panel(axes: Axes, routing: TokenRouting) -> None:
 def prompt_panel(axes: Axes, experts: list[str], prompts: list[str], evidence: np.ndarray, weights: np.ndarray) -> None:
     """Prompts by experts: the evidence, with a frame around the chosen expert."""
     axes.imshow(evidence, cmap="YlGnBu", aspect="auto", vmin=0, vmax=np.quantile(evidence, 0.95))
-    cell_texts(axes, evidence, 0.6 * float(np.quantile(evidence, 0.95)), "{:.0f}".format, 7)
+    cell_texts(axes, evidence, 0.6 * float(np.quantile(evidence, 0.95)), lambda value: str(round(value)), 7)
     labels = []
     for row, (name, chosen) in enumerate(zip(prompts, weights, strict=True)):
         labels.append(name if chosen.any() else f"{name} \u2192 base model")
