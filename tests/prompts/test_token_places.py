@@ -10,6 +10,7 @@ from torch import nn
 
 from families import FAMILIES
 from models import VOCAB, close, peft_library
+from picked_experts import PickedExperts
 from spectr import Glider, Oracle, Spectr, compose, trace
 from spectr.errors import CompositionError
 from spectr.layers.linear import features
@@ -18,23 +19,6 @@ from spectr.prompts.token_places import read_tokens
 
 UNUSUAL = ["opt", "qwen2-moe", "jetmoe", "deepseek-v3", "xlnet", "reformer", "longformer", "led"]
 LENGTHS = 8, 5, 3
-
-
-class PickedExperts(nn.Module):
-    """Experts as modules, each of which is given the tokens that a router picks for it."""
-
-    def __init__(self):
-        super().__init__()
-        self.gate = nn.Linear(8, 3)
-        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8)) for _ in range(3))
-
-    def forward(self, x):
-        flat, out = x.reshape(-1, 8), torch.zeros(x.shape).reshape(-1, 8)
-        chosen = self.gate(flat).topk(2, dim=-1).indices
-        for number, expert in enumerate(self.experts):
-            tokens, _ = torch.where(chosen == number)
-            out.index_add_(0, tokens, expert(flat[tokens]))
-        return x + out.view(x.shape)
 
 
 class Picking(nn.Module):

@@ -259,8 +259,8 @@ def spread(rows_BTN: Tensor, layer: nn.Module, x: Tensor) -> Tensor:
     """
     rows, tokens = rows_BTN.shape[:2]
     leading, places = x.shape[:-1], thread.places
-    if rows == tokens == 1:
-        return rows_BTN.view(*(1 for _ in leading), -1)
+    if rows == tokens == 1 or not leading.numel():  # or no token at all
+        return rows_BTN[:1, :1].reshape(*(1 for _ in leading), -1)
     if tokens == 1 and places is not None:
         wide = places.spread(rows_BTN[:, 0], layer, x)
         if wide is not None:
@@ -268,9 +268,11 @@ def spread(rows_BTN: Tensor, layer: nn.Module, x: Tensor) -> Tensor:
     elif tokens == 1 and leading[0] == rows:
         return rows_BTN.view(rows, *(1 for _ in leading[1:]), -1)
     elif places is not None and rows == 1 and places.is_followed(layer) and layer not in places.paired:
-        position_L = places.positions(layer, x)
-        if position_L is not None and tokens == places.tokens:
+        position_L = places.positions(layer, x) if tokens == places.tokens else None
+        if position_L is not None:
             return rows_BTN[0][position_L.to(rows_BTN.device)]
+        if tuple(leading) != (1, tokens):
+            raise _not_tracked(leading, rows)
     elif leading[-1] != tokens and thread.kept is not None:
         rows_BTN = rows_BTN[:, thread.kept]
         tokens = rows_BTN.shape[1]
@@ -279,7 +281,11 @@ def spread(rows_BTN: Tensor, layer: nn.Module, x: Tensor) -> Tensor:
             return rows_BTN
         if rows == 1 and leading.numel() == tokens:
             return rows_BTN[0].view(*leading, -1)
-    raise CompositionError(
+    raise _not_tracked(leading, rows)
+
+
+def _not_tracked(leading: Sequence[int], rows: int) -> CompositionError:
+    return CompositionError(
         f"a layer receives tokens of shape {tuple(leading)} in a batch of {rows} rows that have different experts",
         expected="tokens that can be tracked from the model's arguments to the layer",
         do="run one prompt at a time",

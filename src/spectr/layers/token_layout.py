@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from spectr.layers.pairs import LayerInput, Pairs
-from spectr.layers.token_tracking import Marks, TokenTracker
+from spectr.layers.token_tracking import Marks, TokenTracker, check_rows_known
 from spectr.layers.tracking_rules import RULES
 from spectr.layers.weight_reads import uncompiled
 
@@ -118,6 +118,7 @@ class Layouts:
 
     Attributes:
         known: The layouts; ``None`` where calls have to be followed.
+        of_text: Those that a text alone shows, whatever else a call is given.
         repeated: Modules that one call of the model calls several times.
         paired: Modules that are given pairs of tokens and MoE experts.
     """
@@ -125,6 +126,7 @@ class Layouts:
     def __init__(self, modules: Iterable[nn.Module]):
         self.modules = tuple(modules)
         self.known: dict[nn.Module, Layout | None] = {}
+        self.of_text: dict[nn.Module, Layout | None] = {}
         self.repeated: set[nn.Module] = set()
         self.paired: set[nn.Module] = set()
 
@@ -142,7 +144,7 @@ class Layouts:
         """
         if all(module in self.known for module in self.modules):
             return
-        tracker = TokenTracker(_ROWS, _TOKENS, RULES)
+        tracker, before = TokenTracker(_ROWS, _TOKENS, RULES), set(self.known)
         for value in given.values():
             if isinstance(value, Tensor):
                 tracker.mark_tokens(value)
@@ -151,6 +153,7 @@ class Layouts:
         }
         with torch.no_grad(), torch.random.fork_rng(list(devices)), self.following(tracker):
             run(**given)
+        self.of_text.update((module, layout) for module, layout in self.known.items() if module not in before)
         for module in self.modules:
             self.known.setdefault(module, None)
 
@@ -179,10 +182,12 @@ class Layouts:
             for handle in handles:
                 handle.remove()
         for module, found in seen.items():
-            if rows > 1 and tokens > 1 and len(set(found)) == 1:
+            if tracker.certain and rows > 1 and tokens > 1 and len(set(found)) == 1:
                 self.known[module] = found[0]
             if len(found) > 1:
                 self.repeated.add(module)
+        if tracker.assumed and not tracker.met:
+            check_rows_known()
 
 
 def few_tokens(tokens: Tensor) -> Tensor:
@@ -215,7 +220,7 @@ class TokenPlaces(NamedTuple):
             found = self.tracker.of(x)
             if found is not None:
                 return found.at
-        if layout is None:
+        if layout is None and (self.tracker is None or self.tracker.certain):
             layout = _by_shape(leading, self.rows, self.tokens)
         return None if layout is None else layout.marks(leading, self.rows, self.tokens)
 

@@ -20,6 +20,9 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from spectr.errors import CompositionError
+from spectr.layers.batch_routing import thread
+
 _LARGEST = 1 << 22  # marks that are compared one by one
 
 
@@ -46,13 +49,21 @@ class TokenTracker(TorchDispatchMode):
         rows: B.
         tokens: T.
         rules: What operations make of marks, by their names (:data:`spectr.layers.tracking_rules.RULES`).
+        certain: Whether the rows of all inputs are known. If not, an input is not taken for another one of its shape.
+        assumed: Whether rows of some inputs are assumed, which has to be seen where they meet the text's tokens.
+
+    Attributes:
+        met: Whether inputs met tokens of the rows that they were assumed to belong to.
     """
 
     supports_higher_order_operators = True
 
-    def __init__(self, rows: int, tokens: int, rules: Mapping[str, Rule]):
+    def __init__(
+        self, rows: int, tokens: int, rules: Mapping[str, Rule], *, certain: bool = True, assumed: bool = False
+    ):
         super().__init__()
         self.rows, self.tokens, self._rules = rows, tokens, rules
+        self.certain, self.assumed, self.met = certain, assumed, False
         # by place in memory: every operation that writes a tensor there comes by here and replaces what is known
         self._known: dict[tuple[Any, ...], Marks] = {}
         self._alike: dict[tuple[int, ...], Marks | None] = {}  # by leading axes, of inputs that were asked for
@@ -76,7 +87,7 @@ class TokenTracker(TorchDispatchMode):
         found, leading = self._known.get(_key(x)), tuple(x.shape[:-1])
         at = None if found is None else self._alike_along(found.at, -1)
         if found is None or at is None:
-            return self._alike.get(leading)
+            return self._alike.get(leading) if self.certain else None
         marks = Marks(at.expand(*leading, 1)[..., 0], found.by_data)
         self.note(marks, leading)
         return marks
@@ -145,6 +156,21 @@ class TokenTracker(TorchDispatchMode):
             at = self._alike_along(at, axis)
         return at
 
+    def compare(self, one: Tensor, other: Tensor) -> None:
+        """Compare the rows of marks, element by element, where tokens of the text meet something else.
+
+        Raises:
+            CompositionError: An input is not of the row that it was said to belong to.
+        """
+        if not self.assumed:
+            return
+        text_one, text_other = (at % (self.tokens + 1) < self.tokens for at in (one, other))
+        meeting = (one >= 0) & (other >= 0) & (text_one != text_other)
+        if bool((meeting & (self.rows_of(one) != self.rows_of(other))).any()):
+            self._known.clear()
+            check_rows_known()
+        self.met = self.met or bool(meeting.any())
+
     def merged(self, one: Marks | None, other: Marks | None) -> Marks | None:
         """What two tensors say that are computed with element by element."""
         if one is None or other is None:
@@ -156,10 +182,26 @@ class TokenTracker(TorchDispatchMode):
         a, b = torch.broadcast_tensors(a, b)
         if a.numel() > _LARGEST:
             return None
+        self.compare(a, b)
         rows_a, rows_b = self.rows_of(a), self.rows_of(b)
         both = torch.where(a == rows_a, b, torch.where((b == rows_b) | (a == b), a, rows_a))
         both = torch.where(rows_a == rows_b, both, -1)
         return Marks(torch.where(a < 0, b, torch.where(b < 0, a, both)), by_data)
+
+
+def check_rows_known() -> None:
+    """Refuse a call where it is not known which rows images or sounds belong to, unless it is only watched.
+
+    Raises:
+        CompositionError: Rows of this thread's call have experts of their own.
+    """
+    if thread.routing is not None and thread.routing.differs:
+        raise CompositionError(
+            "rows of this batch have experts of their own, and it is not known which row each image (video, sound) is "
+            "of",
+            expected="in each row as many placeholder tokens as its images take, or one image for each row",
+            do="run one prompt at a time",
+        )
 
 
 Rule = Callable[[TokenTracker, Any, Sequence[Any], Mapping[str, Any], Sequence[Any]], "Sequence[Marks | None] | None"]

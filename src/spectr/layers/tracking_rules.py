@@ -192,6 +192,19 @@ def _written(tracker: TokenTracker, x: Tensor, values: Tensor, write: Callable[[
     return [tracker.merged(mine, written) if mine is not None else written]
 
 
+def _scattered(tracker: TokenTracker, func: Any, args: Any, kwargs: Any, outs: Any) -> Any:
+    """``x.masked_scatter(mask, source)``, as pictures take the place of the text's tokens."""
+    mine, theirs = tracker.known(args[0]), tracker.known(args[2])
+    if tracker.assumed and mine is not None and theirs is not None:
+        shape, source = tuple(args[0].shape), args[2]
+        whole = shape[-1] == source.shape[-1] and mine.at.shape[-1] == theirs.at.shape[-1] == 1
+        mask = args[1].cpu().expand(shape)[..., :1] if whole else args[1].cpu().expand(shape)
+        at = mine.at.expand(mask.shape)[mask]
+        new = theirs.at.expand(*source.shape[:-1], 1) if whole else theirs.at.expand(source.shape)
+        tracker.compare(at, new.flatten()[: len(at)])
+    return [mine]
+
+
 def _copied(tracker: TokenTracker, func: Any, args: Any, kwargs: Any, outs: Any) -> Any:
     marks = tracker.known(args[1])
     return None if marks is None else [Marks(_to_axes(marks.at, outs[0].ndim), marks.by_data)]
@@ -253,7 +266,7 @@ RULES = _by_name(
         "unsafe_chunk flatten unflatten swapaxes mT": _moved,
         "detach alias clone _to_copy to contiguous lift_fresh native_layer_norm layer_norm _fused_rms_norm": _same,
         "rms_norm _softmax _safe_softmax softmax _log_softmax log_softmax native_dropout dropout": _same,
-        "native_group_norm masked_scatter masked_fill cumsum cumprod tril triu": _same,
+        "native_group_norm masked_fill cumsum cumprod tril triu": _same,
         "mm bmm _grouped_mm": _product(0),
         "addmm baddbmm": _product(1),
         "scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu": _attention,
@@ -263,6 +276,7 @@ RULES = _by_name(
         "max_pool2d _adaptive_avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d native_batch_norm": _first_axis,
         "batch_norm upsample_bilinear2d upsample_bicubic2d upsample_nearest2d": _first_axis,
         "sum mean amax amin var std logsumexp linalg_vector_norm norm max min prod": _reduced,
+        "masked_scatter": _scattered,
         "copy": _copied,
         "embedding": _embedding,
         "index": _picked,

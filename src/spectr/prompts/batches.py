@@ -14,6 +14,7 @@ from torch import Tensor
 
 from spectr.errors import CompositionError
 from spectr.layers.batch_routing import BASE, BatchRouting
+from spectr.prompts.token_places import learn_rows
 
 if TYPE_CHECKING:
     from spectr.prompts.calls import Calls
@@ -63,6 +64,9 @@ class Batches:
         if self.calls.prompt is not None:
             config.use_cuda_graph = False
             config.use_async_batching = False
+            if not self.calls.closed:  # while the model reads rows: a manager has it read blocks of a cache
+                device = next(self.model.parameters()).device
+                learn_rows(self.calls.layouts, self.calls.entry, torch.zeros(1, 1, dtype=torch.long, device=device))
         manager = self.plain(**{**given, "continuous_batching_config": config})
         if self.calls.closed:
             return manager

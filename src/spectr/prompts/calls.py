@@ -53,7 +53,7 @@ from spectr.prompts.first_calls import FirstCalls
 from spectr.prompts.frames import Frame, frame_of, framed
 from spectr.prompts.generation import Generation
 from spectr.prompts.stand_ins import Checkpointing, Entry, entries_of
-from spectr.prompts.token_places import followed, places_of
+from spectr.prompts.token_places import followed, places_in_row, places_of
 
 _ROUTINGS = 16  # number of verdicts whose routing is cached
 
@@ -204,10 +204,10 @@ class Calls:
         given = entry.given(args, kwargs)
         batch = self.batches.of(given)
         if batch is not None:
-            return _Step(given, batch.routing, TokenPlaces(self.layouts.known, 1, batch.tokens), batch.kept)
+            return _Step(given, batch.routing, places_in_row(self.layouts, given, batch.routing), batch.kept)
         packed = None if self.prompt is None else packed_lengths(given)
         if packed is not None and self.wanted(frame_of(self)) is None:
-            return _Step(given, self._packed(given, packed), None, kept_tokens(given))
+            return _Step(given, *self._packed(entry, given, packed), kept_tokens(given))
         tokens = tokens_of(given, decoder=has_encoder(self.model) and entry.part == "model")
         record = self._record_for(entry, given, tokens)
         routing = None if record.verdict_BE is None else self.routing(record.verdict_BE)
@@ -223,7 +223,7 @@ class Calls:
         roles = {"both": of_both and part == "model", "inner": of_both and part == "decoder"}
         roles["positions"] = bool(thread.watched) or (routing is not None and routing.by_token)
         with self._inside(BASE):
-            return places_of(self.layouts, entry.plain, entry.names, given, tokens, **roles)
+            return places_of(self.layouts, entry.plain, entry.names, given, tokens, entry.module, **roles)
 
     @contextmanager
     def _inside(
@@ -392,8 +392,9 @@ class Calls:
                 record.read(tokens.ids, tokens.mask, tokens.count, tokens.positions, records.length_of(state))
                 records.attach(state, record)
 
-    def _packed(self, given: Mapping[str, Any], lengths: list[int]) -> BatchRouting:
+    def _packed(self, entry: Entry, given: Mapping[str, Any], lengths: list[int]) -> tuple[BatchRouting, TokenPlaces]:
         verdict_BE = self.decide(unpacked(given, lengths))
         assert self.prompt is not None
         self.prompt.show(verdict_BE)
-        return self.routing(verdict_BE.repeat_interleave(torch.tensor(lengths), 0), by_token=True)
+        routing = self.routing(verdict_BE.repeat_interleave(torch.tensor(lengths), 0), by_token=True)
+        return routing, places_in_row(self.layouts, given, routing, entry)

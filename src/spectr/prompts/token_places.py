@@ -18,6 +18,7 @@ from spectr.layers.token_layout import Layouts, TokenPlaces, few_tokens
 from spectr.layers.token_tracking import TokenTracker
 from spectr.layers.tracking_rules import RULES
 from spectr.prompts.arguments import TOKENS, CallTokens, tokens_of
+from spectr.prompts.inputs_of_rows import InputRows, rows_of_input
 
 See = Callable[[str, LayerInput, Int[Tensor, " N"], int], None]
 
@@ -30,6 +31,7 @@ def places_of(
     names: tuple[str, ...],
     given: Mapping[str, Any],
     tokens: CallTokens,
+    module: Any = None,
     *,
     both: bool = False,
     inner: bool = False,
@@ -43,6 +45,7 @@ def places_of(
         names: Its parameters.
         given: The call's arguments by name.
         tokens: The call's tokens.
+        module: The module; its configuration names the tokens that stand for images.
         both: Whether it runs an encoder and a decoder; then ``tokens`` are the decoder's.
         inner: Whether it is such a decoder, which needs an encoder's outputs.
         positions: Whether the tokens' positions matter too, not only their rows.
@@ -51,9 +54,40 @@ def places_of(
     if few is not None:
         with routed_by(BASE):
             layouts.learn(run, few)
-    fixed = layouts.are_fixed(positions=positions and few is not None)
-    tracker = None if fixed else _marked(given, tokens, both or inner)
-    return TokenPlaces(layouts.known, tokens.rows, tokens.count, tracker, layouts.paired)
+    others = _others(given, tokens, both or inner, getattr(module, "config", None))
+    certain = all(found.certain and found.row_N is not None for found in others.values())
+    fixed = certain and layouts.are_fixed(positions=positions and few is not None)
+    tracker = None if fixed else _marked(given, tokens, both or inner, others)
+    known = layouts.known if certain else layouts.of_text
+    return TokenPlaces(known, tokens.rows, tokens.count, tracker, layouts.paired)
+
+
+def learn_rows(layouts: Layouts, entry: Any, ids_BT: Tensor) -> None:
+    """Learn where tokens are among the layers' inputs, by two rows of a few tokens that an entry of a model reads."""
+    few = {"input_ids": few_tokens(ids_BT), "use_cache": False}
+    with routed_by(BASE):
+        layouts.learn(entry.plain, {name: value for name, value in few.items() if name in entry.names})
+
+
+def places_in_row(
+    layouts: Layouts, given: Mapping[str, Any], routing: BatchRouting | None, entry: Any = None
+) -> TokenPlaces:
+    """Where the tokens of several requests are, one request after the other in the only row of a call.
+
+    Args:
+        layouts: Layouts of the relevant layers.
+        given: The call's arguments by name.
+        routing: The call's routing. If tokens share their weights, no token has to be tracked.
+        entry: The entry that is called, by which unknown layouts are learned; if left out they are tracked.
+    """
+    ids_1T, tracker = given["input_ids"], None
+    tokens = ids_1T.shape[1]
+    if entry is not None:
+        learn_rows(layouts, entry, ids_1T)
+    if routing is not None and routing.by_token and not layouts.are_fixed(positions=True):
+        tracker = TokenTracker(1, tokens, RULES)
+        tracker.mark_tokens(ids_1T)
+    return TokenPlaces(layouts.known, 1, tokens, tracker, layouts.paired)
 
 
 def followed(layouts: Layouts, places: TokenPlaces | None) -> AbstractContextManager[None]:
@@ -75,17 +109,47 @@ def _few(given: Mapping[str, Any], names: tuple[str, ...], both: bool) -> dict[s
     return {**read, "use_cache": False} if "use_cache" in names else read
 
 
-def _marked(given: Mapping[str, Any], tokens: CallTokens, decoder: bool) -> TokenTracker:
-    """A tracker of the call's tokens; other inputs (images, an encoder's outputs) are tracked by row."""
-    tracker, main = TokenTracker(tokens.rows, tokens.count, RULES), _DECODER if decoder else TOKENS
+def _others(given: Mapping[str, Any], tokens: CallTokens, decoder: bool, config: Any) -> dict[str, InputRows]:
+    """What a call is given besides its text (images, an encoder's outputs), by the rows that it belongs to."""
+    found, main = {}, _DECODER if decoder else TOKENS
     for name, value in given.items():
-        tensor = value[0] if name == "encoder_outputs" and not isinstance(value, Tensor) and value else value
-        if not isinstance(tensor, Tensor) or tensor.ndim < 2 or len(tensor) != tokens.rows:
+        tensor = _tensor(name, value)
+        if (
+            tensor is None
+            or tensor.ndim < 2
+            or (name in main and tuple(tensor.shape[:2]) == (tokens.rows, tokens.count))
+        ):
             continue
-        if name in main and tensor.shape[1] == tokens.count:
+        if name in (*TOKENS, *_DECODER, "encoder_outputs"):
+            found[name] = InputRows(torch.arange(tokens.rows) if len(tensor) == tokens.rows else None, certain=True)
+        elif tensor.is_floating_point() and "mask" not in name:
+            found[name] = rows_of_input(name, tensor, tokens.ids, config, tokens.rows)
+    return found
+
+
+def _tensor(name: str, value: Any) -> Tensor | None:
+    value = value[0] if name == "encoder_outputs" and not isinstance(value, Tensor) and value else value
+    return value if isinstance(value, Tensor) else None
+
+
+def _marked(
+    given: Mapping[str, Any], tokens: CallTokens, decoder: bool, others: Mapping[str, InputRows]
+) -> TokenTracker:
+    """A tracker of the call's tokens, and of the rows of what else it is given."""
+    certain = all(found.certain and found.row_N is not None for found in others.values())
+    assumed = any(not found.certain and found.row_N is not None for found in others.values())
+    tracker = TokenTracker(tokens.rows, tokens.count, RULES, certain=certain, assumed=assumed)
+    main = _DECODER if decoder else TOKENS
+    for name, value in given.items():
+        tensor = _tensor(name, value)
+        if tensor is None:
+            continue
+        if name in others:
+            row_N = others[name].row_N
+            if row_N is not None:
+                tracker.mark_rows(tensor, row_N)
+        elif name in main and tensor.ndim > 1:
             tracker.mark_tokens(tensor)
-        elif tensor.is_floating_point() or name in (*TOKENS, *_DECODER):
-            tracker.mark_rows(tensor)
     return tracker
 
 
@@ -109,7 +173,7 @@ def read_tokens(
         counted_BT: The counted tokens; by default all.
     """
     tokens, parameters = tokens_of(given, decoder=False), tuple(signature(entry.forward).parameters)
-    places = places_of(layouts, entry.forward, parameters, given, tokens, positions=counted_BT is not None)
+    places = places_of(layouts, entry.forward, parameters, given, tokens, entry, positions=counted_BT is not None)
     counted_BT = None if counted_BT is None else counted_BT.cpu()
     held: dict[str, list[tuple[Any, Tensor]]] = {}
 

@@ -10,8 +10,10 @@ from sequences import FREE, NEW, decided, prompts_of, say
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig
 
 import spectr
-from models import close
+from models import close, peft_library, tiny_llama, tokens
+from picked_experts import PickedExperts
 from spectr.errors import CompositionError
+from trained_modules import ROWS
 
 
 def test_batches_whose_rows_have_different_experts(world, shared):
@@ -102,3 +104,37 @@ def test_continuous_batching(world, monkeypatch):
         with pytest.raises(CompositionError):
             routed.allow([two])
     assert torch.equal(say(model, a), say(world.oracle(one), a))
+
+
+def test_tokens_that_moe_experts_pick_keep_the_expert_of_their_request(monkeypatch, tmp_path):
+    """As many tokens are picked as there are requests, now and then: the sizes alone tell nothing."""
+    monkeypatch.setattr(gc, "collect", lambda: 0)
+
+    def base():
+        model = tiny_llama()
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            for layer in model.model.layers:
+                layer.mlp = PickedExperts(32).eval()
+        return model
+
+    model, prompts = base(), [tokens(1, length, seed) for seed, length in enumerate((5, 6, 7, 4))]
+    library = peft_library(model, tmp_path, {"ants": 4, "bees": 4}, targets=r".*experts\.\d\.[02]|.*q_proj")
+    oracles = []
+    for name in library.names:
+        oracles.append(base())
+        spectr.compose(oracles[-1], library, spectr.Oracle(expert=name))
+    routed = spectr.compose(model, library, ROWS)
+    want = [say(oracles[int(ids[0, 0]) % 2], ids)[0].tolist() for ids in prompts]
+    assert len({int(ids[0, 0]) % 2 for ids in prompts}) == 2
+    settings = GenerationConfig(max_new_tokens=NEW, eos_token_id=-1, pad_token_id=0, do_sample=True, top_k=1)
+    small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32)
+    said = model.generate_batch([ids[0].tolist() for ids in prompts], settings, small, warmup=False)
+    assert sorted(output.generated_tokens for output in said.values()) == sorted(want)
+    routed.remove()
+    spectr.compose(model, library, ROWS)
+    row, places = torch.cat(prompts, 1), torch.cat([torch.arange(ids.shape[1]) for ids in prompts])[None]
+    logits = torch.cat([oracles[int(ids[0, 0]) % 2](ids).logits for ids in prompts], 1)
+    last = torch.tensor([4, 10, 17, 21])
+    close(model(row, position_ids=places, use_cache=False).logits, logits)
+    close(model(row, position_ids=places, use_cache=False, logits_to_keep=last).logits, logits[:, last])

@@ -1,0 +1,30 @@
+"""MoE experts that are modules of their own, each of which is given the tokens that a gate picks for it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class PickedExperts(nn.Module):
+    """Three of them, two for each token.
+
+    Args:
+        size: Features of a token.
+    """
+
+    def __init__(self, size: int = 8):
+        super().__init__()
+        self.size, self.gate = size, nn.Linear(size, 3)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(size, 12), nn.ReLU(), nn.Linear(12, size)) for _ in range(3)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The sum of each token's experts, and the token."""
+        flat, out = x.reshape(-1, self.size), torch.zeros(x.shape).reshape(-1, self.size)
+        chosen = self.gate(flat).topk(2, dim=-1).indices
+        for number, expert in enumerate(self.experts):
+            tokens, _ = torch.where(chosen == number)
+            out.index_add_(0, tokens, expert(flat[tokens]))
+        return x + out.view(x.shape)

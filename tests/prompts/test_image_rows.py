@@ -1,0 +1,140 @@
+"""Which row each image belongs to: batches of several images a row, whose rows have experts of their own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from beyond_lora import moved_adapter
+from models import SIZES, TEXT, TOKENS, build, close, peft_model
+from spectr import ExpertLibrary, Spectr, compose, trace
+from spectr.errors import CompositionError
+from trained_modules import ROWS
+
+IMAGE, GRID = 55, 4  # the token that stands for images; tokens for each in all three models
+LLAMA = {**TEXT, **TOKENS, "num_key_value_heads": 2, "model_type": "llama"}
+VISION = {**SIZES, "image_size": 8, "patch_size": 4}
+BATCHES = [(1, 1), (3, 1), (2, 0), (1, 2), (2, 1, 1)]  # images of each row
+
+
+def llava():
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    vision = {**VISION, "model_type": "clip_vision_model", "projection_dim": 16}
+    named = {"image_token_index": IMAGE, "image_token_id": IMAGE}
+    config = LlavaConfig(vision_config=vision, text_config=LLAMA, vision_feature_layer=-1, **named)
+    return build(LlavaForConditionalGeneration, config)
+
+
+def idefics3():
+    from transformers import Idefics3Config, Idefics3ForConditionalGeneration
+
+    vision = {**VISION, "image_size": 16}
+    config = Idefics3Config(text_config=LLAMA, vision_config=vision, image_token_id=IMAGE, scale_factor=2)
+    return build(Idefics3ForConditionalGeneration, config)
+
+
+def qwen2_vl():
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    text = {**LLAMA, "model_type": "qwen2_vl_text"}
+    text["rope_parameters"] = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2, "patch_size": 4}
+    ids = {"video_token_id": 56, "vision_start_token_id": 53, "vision_end_token_id": 54}
+    config = Qwen2VLConfig(text_config=text, vision_config=vision, image_token_id=IMAGE, **ids)
+    return build(Qwen2VLForConditionalGeneration, config)
+
+
+def text_of(images):
+    """A row of tokens for each number of images."""
+    ids = torch.randint(3, 50, (len(images), 2 + 5 * max(images)), generator=torch.Generator().manual_seed(5))
+    for row, count in enumerate(images):
+        for image in range(count):
+            ids[row, 2 + 5 * image : 6 + 5 * image] = IMAGE
+    return ids
+
+
+def given(name, images):
+    """What a batch is given, and what each of its rows is given alone."""
+    ids, generator = text_of(images), torch.Generator().manual_seed(1)
+    if name == "idefics3":
+        pixels = torch.zeros(len(images), max(images), 3, 16, 16)
+        for row, count in enumerate(images):
+            pixels[row, :count] = torch.randn(count, 3, 16, 16, generator=generator)
+        return {"input_ids": ids, "pixel_values": pixels}, [
+            {"input_ids": ids[row : row + 1], "pixel_values": pixels[row : row + 1]} for row in range(len(images))
+        ]
+    patches = 16 if name == "qwen2_vl" else 1
+    shape = (16, 96) if name == "qwen2_vl" else (1, 3, 8, 8)
+    pictures = [torch.randn(shape, generator=generator) for _ in range(sum(images))]
+
+    def call(ids, pictures):
+        found = {"input_ids": ids, **({"pixel_values": torch.cat(pictures)} if pictures else {})}
+        if patches > 1:
+            found["mm_token_type_ids"] = (ids == IMAGE).int()
+            found |= {"image_grid_thw": torch.tensor([[1, 4, 4]] * len(pictures))} if pictures else {}
+        return found
+
+    ends = torch.tensor((0, *images)).cumsum(0).tolist()
+    alone = [call(ids[r : r + 1], pictures[ends[r] : ends[r + 1]]) for r in range(len(images))]
+    return call(ids, pictures), alone
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A composed model, and PEFT's with each expert."""
+    kept = {}
+
+    def make(name):
+        if name not in kept:
+            model, root = (
+                {"llava": llava, "idefics3": idefics3, "qwen2_vl": qwen2_vl}[name](),
+                tmp_path_factory.mktemp(name),
+            )
+            targets = r".*(q_proj|v_proj|fc1|linear_1|qkv|modality_projection.proj)"
+            folders = [
+                moved_adapter(model, root / each, seed, target_modules=targets) for seed, each in enumerate("ab")
+            ]
+            theirs = [peft_model(model, folder) for folder in folders]
+            routed = compose(model, ExpertLibrary.from_adapters(dict(zip("ab", folders, strict=True))), ROWS)
+            kept[name] = model, routed, theirs
+        return kept[name]
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["llava", "idefics3", "qwen2_vl"])
+@torch.no_grad()
+def test_images_have_the_expert_of_their_row(name, made):
+    model, routed, theirs = made(name)
+    for images in BATCHES if name != "idefics3" else [each for each in BATCHES if min(each)]:
+        batch, alone = given(name, images)
+        with routed.prompt.using(torch.eye(2)[[row % 2 for row in range(len(images))]]):
+            ours = model(**batch).logits
+        for row, one in enumerate(alone):
+            close(ours[row], theirs[row % 2](**one).logits[0], 1e-4)
+
+
+@torch.no_grad()
+def test_without_token_ids_only_what_is_seen_to_fit_is_computed(made):
+    model, routed, theirs = made("llava")
+    for images in ((1, 1), (2, 0)):
+        batch, alone = given("llava", images)
+        embeds = model.get_input_embeddings()(batch["input_ids"])
+        with routed.prompt.using(torch.eye(2)):
+            if images == (1, 1):
+                ours = model(inputs_embeds=embeds, pixel_values=batch["pixel_values"]).logits
+                close(ours[1], theirs[1](**alone[1]).logits[0], 1e-4)
+                continue
+            with pytest.raises(CompositionError, match="not known which row each image"):
+                model(inputs_embeds=embeds, pixel_values=batch["pixel_values"])
+
+
+@torch.no_grad()
+def test_a_trace_of_tokens_decisions_needs_no_rows_of_images(made):
+    compose(base := llava(), made("llava")[1].library, Spectr(top_k=1))
+    batch, _ = given("llava", (2, 0))
+    embeds = base.get_input_embeddings()(batch["input_ids"])
+    ours = base(inputs_embeds=embeds, pixel_values=batch["pixel_values"]).logits
+    with trace(base):
+        close(base(inputs_embeds=embeds, pixel_values=batch["pixel_values"]).logits, ours)
