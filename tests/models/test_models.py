@@ -5,10 +5,13 @@ import zipfile
 
 import pytest
 import torch
+import transformers
 
+from families import FAMILIES
+from models import build, tiny_llama
 from spectr.errors import ModelError
 from spectr.models import fetch, load_model, pick_dtype
-from text_model import save_model
+from text_model import make_tokenizer, save_model
 
 
 @pytest.fixture(autouse=True)
@@ -84,3 +87,27 @@ def test_dtype_by_name_and_by_hardware(monkeypatch):
     assert pick_dtype("auto", "cpu") is torch.bfloat16
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
     assert pick_dtype("auto", "cpu") is torch.float32
+
+
+def test_models_that_commands_do_not_run_are_refused_before_their_weights_are_read(tmp_path):
+    config, vision = tiny_llama().config, {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
+    parts = {"text_config": config.to_dict(), "vision_config": {**vision, "num_hidden_layers": 1}}
+    kinds = {
+        "has an encoder and a decoder": FAMILIES["bart"].build(),
+        "output layer writes no text": build(transformers.LlamaForSequenceClassification, config),
+        "does not load as a language model of text alone": build(
+            transformers.LlavaForConditionalGeneration, transformers.LlavaConfig(**parts)
+        ),
+    }
+    for number, (why, model) in enumerate(kinds.items()):
+        model.save_pretrained(folder := tmp_path / str(number))
+        (folder / "model.safetensors").unlink()
+        with pytest.raises(ModelError, match=f"{type(model).__name__}, (.*){why}(.|\n)*spectr.compose"):
+            load_model(str(folder))
+
+
+def test_an_output_layer_that_a_checkpoint_lacks_is_not_made_up(tmp_path):
+    tiny_llama().model.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"lacks weights of a causal language model: lm_head\.weight"):
+        load_model(str(tmp_path))

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from spectr.adapters import CONFIG_FILE
 from spectr.adapters.config import base_named
-from spectr.errors import ModelError, SpectrError
+from spectr.errors import ModelError, SpectrError, some_of
 from spectr.models.fetch import DEFAULT_MODEL, HUB_ID, fetch_default_model
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+_OTHER_HEAD = re.compile(r"For(?!CausalLM|ConditionalGeneration)[A-Z]")
 Check = Callable[[Any, PreTrainedTokenizerBase], None]  # receives a model's configuration and its tokenizer
 
 
@@ -59,9 +62,11 @@ def load_model(
         config: Any = AutoConfig.from_pretrained(path)
         if composed:
             del config.quantization_config  # which makes it a composed model
+        _check_kind(str(path), config)
         tokenizer = AutoTokenizer.from_pretrained(path)
         check(config, tokenizer)
-        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=pick_dtype(dtype, device))
+        kind = pick_dtype(dtype, device)
+        model, found = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=kind, output_loading_info=True)
     except SpectrError:
         raise
     except (OSError, ValueError, KeyError) as error:
@@ -71,9 +76,49 @@ def load_model(
             expected=f"a folder with a transformers model, or a Hub id that can be reached ({there})",
             do="check --model; omit it for the default model",
         ) from error
+    if getattr(config, "quantization_config", None) is None:
+        _check_complete(str(path), sorted(found["missing_keys"]))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.to(device).eval(), tokenizer  # pyright: ignore[reportArgumentType]
+
+
+def _check_kind(path: str, config: Any) -> None:
+    """Check that a configuration is that of a language model with a decoder alone, as commands run no others.
+
+    Raises:
+        ModelError: It is another kind of model.
+    """
+    named = next(iter(getattr(config, "architectures", None) or ()), "")
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if getattr(config, "is_encoder_decoder", False):
+        what = "which has an encoder and a decoder"
+    elif _OTHER_HEAD.search(named) and named != getattr(_class_of(config) if known else None, "__name__", ""):
+        what = "whose output layer writes no text"
+    elif not known and not hasattr(config, "auto_map"):
+        what = "which transformers does not load as a language model of text alone"
+    else:
+        return
+    raise ModelError(
+        f"the model '{path}' is a {named or type(config).__name__}, {what}",
+        expected="a causal language model (AutoModelForCausalLM)",
+        do="in Python, load it with its own class: spectr.compose(model, library, router) takes it",
+    )
+
+
+def _class_of(config: Any) -> Any:
+    found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return found[0] if isinstance(found, (tuple, list)) else found
+
+
+def _check_complete(path: str, missing: Sequence[str]) -> None:
+    """Raise :class:`ModelError` for weights that a checkpoint lacks, which transformers makes up at random."""
+    if missing:
+        raise ModelError(
+            f"the model '{path}' lacks weights of a causal language model: {some_of(missing, 3)}",
+            expected="a checkpoint with all weights, its output layer among them",
+            do="take the language model that this one was made of",
+        )
 
 
 def _check_reachable(path: str, base_alone: bool) -> bool:
