@@ -135,14 +135,22 @@ class TestRefusals:
         assert_says(caught.value, given=given, expected=None, do="choose another name, or use --replace")
         assert unchanged()
 
-    def test_a_name_that_another_store_took_meanwhile(self, library, adapter):
+    def test_a_name_that_another_store_took_meanwhile(self, library, adapter, other_adapter):
         other = LibraryStore(library.root)
         assert len(other.entries) == 2
         library.add("med", adapter)
         before = tree(library.root)
         with pytest.raises(LibraryError, match="already has an expert 'med'"):
-            other.add("med", adapter)
+            other.add("med", other_adapter)
         assert tree(library.root) == before
+
+    def test_the_very_same_files_are_no_fault_and_change_nothing(self, library, adapter):
+        entry, before = library.add("med", adapter), tree(library.root)
+        assert LibraryStore(library.root).add("med", adapter) == entry
+        assert tree(library.root) == before
+        (library.root / entry.folder / "adapter_model.safetensors").write_bytes(b"damaged")
+        with pytest.raises(LibraryError, match="already has an expert 'med'"):
+            library.add("med", adapter)
 
     @pytest.mark.parametrize(
         "name", ["", ".hidden", "-x", "_x", "a/b", "../a", "a b", "é", "a\0", "x" * 101, "manifest/"]

@@ -15,7 +15,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from functools import cached_property, partial
 from pathlib import Path
@@ -106,7 +106,7 @@ class LibraryStore:
             ) from error
 
     def add(self, name: str, source: str | Path, *, replace: bool = False) -> Entry:
-        """Copy an adapter into the library.
+        """Copy an adapter into the library; the very files that an expert of that name has change nothing.
 
         Args:
             name: The expert's name: letters, digits, dot, dash, underscore.
@@ -128,12 +128,22 @@ class LibraryStore:
         check_text(expert)
         with self._writing():
             if not replace and has_entry(self.root, name):
+                if same := self._same(expert):
+                    return same
                 raise LibraryError(
                     f"{self.root} already has an expert '{name}'",
                     do="choose another name, or use --replace (replace=True)",
                 )
             self._check_sizes(expert)
             return self._put(expert)
+
+    def _same(self, expert: Expert) -> Entry | None:
+        """The entry of an expert of this name, where it is whole and has the very same files."""
+        with suppress(LibraryError):
+            entry = read_entry(self.root, expert.name)
+            if entry and entry.sha256 == _digests(expert.weights.parent) == _digests(self.root / entry.folder):
+                return entry
+        return None
 
     def duplicates(self, entry: Entry) -> list[str]:
         """Other experts with the same files, by the names of their folders."""
@@ -329,8 +339,7 @@ class LibraryStore:
         try:
             entry = read_entry(self.root, name)
         except LibraryError:
-            named = [folder[0] for folder in self._expert_folders() if folder["name"] == name]
-            return [folder for folder in named if _is_ours(self.root / folder)]
+            return [f[0] for f in self._expert_folders() if f["name"] == name and _is_ours(self.root / f[0])]
         return [entry.folder] if entry else []
 
     def _put_in_place(self, scratch: Path, folder: Path, digests: dict[str, str]) -> None:
@@ -388,5 +397,4 @@ def _content_digits(digests: dict[str, str]) -> str:
 
 def _is_ours(folder: Path) -> bool:
     """Whether a folder is named after the hash of its content; only this module uses such names."""
-    digits = folder.name.rpartition("-")[2]
-    return (folder / WEIGHTS_FILE).is_file() and _content_digits(_digests(folder)) == digits
+    return (folder / WEIGHTS_FILE).is_file() and folder.name.endswith(f"-{_content_digits(_digests(folder))}")
