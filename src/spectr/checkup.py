@@ -15,13 +15,14 @@ from spectr.adapters.base_names import likely_base, named_base, same_base
 from spectr.adapters.expert import open_safetensors
 from spectr.composition.find_weight_reads import find_weight_reads
 from spectr.composition.naming import naming_of
-from spectr.errors import SpectrError
+from spectr.errors import SpectrError, some_of
 from spectr.layers.linear import features
 from spectr.layers.plan import make_plan
 from spectr.library.texts import check_text, text_remarks
 from spectr.models.fetch import DEFAULT_MODEL, HUB_ID
 from spectr.routers import Oracle
 
+_SHOWN = 3
 ROUTES, IDLE, REFUSED, BASE_UNKNOWN = range(4)  # exit codes
 
 
@@ -107,7 +108,8 @@ def _in_model(result: Checkup, expert: Expert, base: Any, model: str | None) -> 
         shell = _shell(base)
         naming = naming_of(shell)
         named = named_for(expert, naming)
-        make_plan(shell, [named], Oracle(expert=expert.name), uncalled=find_weight_reads(shell).outside)
+        uncalled = find_weight_reads(shell).outside
+        make_plan(shell, [named], Oracle(expert=expert.name), uncalled=uncalled, changes_weights=True)
     except SpectrError as error:
         return replace(result, base=model or expert.base_model, refused=_words(error))
     new = {named.file_names.get(module, module): module for module in named.modules}
@@ -117,6 +119,9 @@ def _in_model(result: Checkup, expert: Expert, base: Any, model: str | None) -> 
         remarks.append(
             f"its sizes fit {model}, but {named_base(expert.base_model)}: check that they are the same model"
         )
+    whole = sorted({*named.saved, *(uncalled & named.shapes.keys())} - idle.keys())
+    if whole:
+        remarks.append(f"changes {some_of(whole, _SHOWN)} as a whole: it needs a router that takes one expert a prompt")
     return replace(
         result,
         base=model or expert.base_model,

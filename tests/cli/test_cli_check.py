@@ -6,7 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models import random_factors, tiny_llama, write_adapter
+from beyond_lora import KINDS, moved_adapter
+from families import FAMILIES
+from models import peft_adapter, random_factors, tiny_llama, write_adapter
 from spectr import ExpertLibrary, Oracle, compose
 from spectr.ops.dispatch import report_once
 
@@ -96,3 +98,47 @@ def test_a_base_model_that_cannot_be_made_is_no_traceback(spectr, tmp_path, base
     code, found, _ = checked(spectr, write_adapter(tmp_path / "a", FACTORS), "-m", base)
     assert code == 2
     assert "cannot be built from its configuration: ZeroDivisionError" in found["refused"]
+
+
+MORE = {  # by kind of adapter: settings of PEFT, and what is said of it
+    **{kind: (settings, "") for kind, settings in KINDS.items()},
+    "PiSSA": ({"init_lora_weights": "pissa"}, "PiSSA"),
+    "a head": ({"modules_to_save": ["lm_head"]}, "changes lm_head as a whole"),
+    "an embedding": ({"target_modules": ["embed_tokens", "q_proj"]}, "changes model.embed_tokens as a whole"),
+    "tokens": ({"trainable_token_indices": [3, 5]}, "changes model.embed_tokens as a whole"),
+}
+
+
+@pytest.mark.parametrize("kind", MORE)
+def test_adapters_that_are_more_than_two_factors(spectr, tmp_path, base, kind):
+    settings, said = MORE[kind]
+    model = tiny_llama(attention_bias=True)
+    model.config.architectures = ["LlamaForCausalLM"]
+    model.config.save_pretrained(tmp_path / "base")
+    code, found, _ = checked(spectr, moved_adapter(model, tmp_path / "a", 1, **settings), "-m", tmp_path / "base")
+    assert (code, found["idle"], found["missing"]) == (0, {}, [])
+    assert said in " ".join([found["kind"], *found["remarks"]])
+    assert ("one expert a prompt" in " ".join(found["remarks"])) == said.startswith("changes")
+
+
+def test_parameters_of_mixtures_and_weights_that_are_read(spectr, tmp_path):
+    for name, targets, code in (
+        ("mixtral", {"targets": ["q_proj"], "target_parameters": ["experts.gate_up_proj"]}, 0),
+        ("mamba", {"targets": ["in_proj", "dt_proj"]}, 0),
+        ("t5", {"targets": ["q", "v"]}, 0),
+        ("vit", {"targets": r".*(query|value|q_proj|v_proj)"}, 0),
+    ):
+        model = FAMILIES[name].build()
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(tmp_path / f"{name} base")
+        found = checked(spectr, peft_adapter(model, tmp_path / name, 1, **targets), "-m", tmp_path / f"{name} base")
+        assert found[0] == code
+        assert found[1]["routed"]
+        assert ("dt_proj" in " ".join(found[1]["remarks"])) == (name == "mamba")
+
+
+def test_other_methods_are_refused_with_the_cure(spectr, tmp_path):
+    folder = write_adapter(tmp_path / "a", FACTORS, peft_type="LOHA")
+    code, found, _ = checked(spectr, folder)
+    assert code == 2
+    assert "save_as_lora" in found["refused"]

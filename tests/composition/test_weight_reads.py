@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 
@@ -10,11 +11,12 @@ import torch
 from composing import module_adapter
 from torch import nn
 
-from models import SIZES, TEXT, TOKENS, VOCAB, build, close, peft_adapter, peft_model, tokens, types_unchecked
-from spectr import ExpertLibrary, Oracle, Spectr, compose
+from models import SIZES, TEXT, TOKENS, VOCAB, build, close, greedy, peft_adapter, peft_model, tokens, types_unchecked
+from spectr import Calibrated, ExpertLibrary, Oracle, Spectr, compose, trace
 from spectr.composition.find_weight_reads import find_weight_reads
 from spectr.errors import CompositionError
 from spectr.layers.weight_reads import WeightReads
+from trained_modules import ROWS
 
 ids = tokens(batch=2, length=5)
 STATE = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": VOCAB, "state_size": 4, **TOKENS}
@@ -94,7 +96,42 @@ def test_updates_of_zero_are_left_out_with_a_remark(mamba, tmp_path, caplog):
     close(model(ids).logits, theirs)
 
 
-def test_other_updates_are_refused_by_name(mamba, tmp_path):
+@pytest.mark.parametrize("targets", [TARGETS, ["dt_proj"]], ids=["with others", "alone"])
+@torch.no_grad()
+def test_other_updates_are_applied_where_a_prompt_has_one_expert(targets, mamba, tmp_path):
+    theirs = []
+    for number, name in enumerate(("ants", "bees")):
+        peft_adapter(mamba, tmp_path / name, seed=number, targets=targets)
+        theirs.append(peft_model(mamba, tmp_path / name).merge_and_unload()(ids).logits)
+    model = made("MambaForCausalLM", "MambaConfig", {**STATE, "initializer_range": 0.25})
+    plain, library = model(ids).logits, ExpertLibrary.open(tmp_path)
+    assert all((each - plain).abs().max() > 1e-3 for each in theirs)
+    for number, name in enumerate(library.names):
+        routed = compose(model, library, Oracle(expert=name))
+        close(model(ids).logits, theirs[number])
+        close(copy.deepcopy(model)(ids).logits, theirs[number])
+        routed.remove()
+        assert torch.equal(model(ids).logits, plain)
+    if targets == ["dt_proj"]:
+        assert "bees have no LoRA factors" in str(refused(mamba, tmp_path, Calibrated(abstain=None)).given)
+        return
+    routed = compose(model, library, ROWS)
+    for first, number in ((4, 0), (5, 1)):
+        row = ids[:1].clone()
+        row[0, 0] = first
+        peft = peft_model(mamba, tmp_path / library.names[number]).merge_and_unload()
+        close(model(row).logits, peft(row).logits)
+        assert torch.equal(greedy(model, row), greedy(peft, row))
+    with pytest.raises(CompositionError, match=r"without calling it(.|\n)*one at a time"):
+        model(torch.tensor([[4, 5], [5, 4]]))
+    routed.allow(["bees"])
+    close(model(ids).logits, theirs[1])
+    with trace(model) as record:
+        model(ids)
+    assert not any("dt_proj" in name for name in record)
+
+
+def test_other_updates_are_refused_by_name_where_tokens_choose(mamba, tmp_path):
     for number, name in enumerate(("ants", "bees")):
         peft_adapter(mamba, tmp_path / name, seed=number, targets=TARGETS)
     error = refused(mamba, tmp_path, Spectr(top_k=1))

@@ -134,16 +134,23 @@ def test_a_reward_model_gives_the_expert_of_its_layers(tmp_path):
         take(tmp_path / "base", tmp_path / "reward", tmp_path / "f", rank=2)
 
 
-def test_weights_that_no_layer_call_uses_are_left_out(tmp_path):
+def test_weights_that_no_layer_call_uses_need_one_expert_a_prompt(tmp_path):
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 61, "state_size": 4, **TOKENS}
     for name, change in (("base", ()), ("tuned", ("in_proj.weight", "dt_proj.weight")), ("only", ("dt_proj.weight",))):
         model = build(transformers.MambaForCausalLM, transformers.MambaConfig(**sizes))
         tune(model, change).save_pretrained(tmp_path / name)
-    report = take(tmp_path / "base", tmp_path / "tuned", tmp_path / "e", rank=2)
+    report = take(tmp_path / "base", tmp_path / "tuned", tmp_path / "e", rank=2, called_only=True)
     assert {one.module.rpartition(".")[2] for one in report.modules} == {"in_proj"}
     assert [left.name for left in report.left] == [f"backbone.layers.{i}.mixer.dt_proj.weight" for i in range(2)]
     with pytest.raises(ExtractionError, match=r"dt_proj.weight \(weight that is used without its layer"):
-        take(tmp_path / "base", tmp_path / "only", tmp_path / "f", rank=2)
+        take(tmp_path / "base", tmp_path / "only", tmp_path / "f", rank=2, called_only=True)
+    for name in ("tuned", "only"):
+        report = take(tmp_path / "base", tmp_path / name, tmp_path / f"of {name}", rank=2)
+        assert not report.left
+        assert "backbone.layers.0.mixer.dt_proj" in report.remarks[0]
+        fresh = build(transformers.MambaForCausalLM, transformers.MambaConfig(**sizes))
+        tuned = transformers.MambaForCausalLM.from_pretrained(tmp_path / name).eval()
+        close(answer(composed(fresh, tmp_path / f"of {name}")), answer(tuned), 1e-4)
 
 
 def test_what_peft_does_not_load_is_told(tmp_path):

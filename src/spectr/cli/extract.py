@@ -56,6 +56,13 @@ def extract(
     strict: Annotated[
         bool, typer.Option("--strict", help="Stop with an error if anything changed that LoRA cannot hold.")
     ] = False,
+    called_only: Annotated[
+        bool,
+        typer.Option(
+            "--called-only",
+            help="Leave out layers whose weights the model uses without calling them (Mamba's dt_proj).",
+        ),
+    ] = False,
     name: Name = None,
     png: Png = None,
     svg: Svg = None,
@@ -80,6 +87,7 @@ def extract(
         max_memory=int(max_memory * (1 << 30)),
         dtype=dtype,
         strict=strict,
+        called_only=called_only,
     )
     draw = _pictures(png, svg)
     folder, base_model = _base(base)

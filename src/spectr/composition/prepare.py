@@ -14,10 +14,14 @@ from spectr.errors import CompositionError
 from spectr.grouping import grouped
 from spectr.library import Calibration, ExpertLibrary
 from spectr.library.needs import CALIBRATED, GATED, some_of
+from spectr.ops import report_once
+from spectr.routers import PromptPolicy
 from spectr.routers.base import Router
 from spectr.routers.evidence import ModuleEvidence
 from spectr.spectral import Aligned, AlignedExpert, Rotation, Share, SideData, Stack, align, remade
 from spectr.spectral.sparsify import drop
+
+_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,27 @@ def _share(aligned: Aligned, update: Update, name: str, module: str, router: Rou
     return share if density == 1 else share._replace(B=drop(share.B, density, seed=0, expert=name, module=module))
 
 
+def report_unmeasured(policy: PromptPolicy | None, library: ExpertLibrary, users: Mapping[str, Sequence[str]]) -> None:
+    """Report experts that evidence can never speak for, as no text of the calibration reaches what they adapt.
+
+    Args:
+        policy: Decides on prompts, if anything does.
+        library: The experts.
+        users: By routed module the names of its experts.
+    """
+    if policy is None or policy.evidence.reads == "words" or library.calibration is None:
+        return
+    unmeasured = library.calibration.unmeasured
+    measured = {name for module, names in users.items() if module not in unmeasured for name in names}
+    for name in sorted({name for names in users.values() for name in names} - measured):
+        modules = [module for module, names in users.items() if name in names]
+        report_once(
+            f"expert '{name}' adapts only modules that no text of the calibration reaches "
+            f"({some_of(modules, _SHOWN)}), so that no prompt speaks for it: choose it yourself, by prompt.using or by "
+            "the router Oracle"
+        )
+
+
 def evidence_modules(library: ExpertLibrary, names: Sequence[str], evidence: ModuleEvidence) -> set[str]:
     """The modules that may be used in decisions about indexed experts.
 
@@ -146,6 +171,13 @@ def evidence_modules(library: ExpertLibrary, names: Sequence[str], evidence: Mod
     named = {module for modules in layouts.values() for module in modules if not ends or f".{module}".endswith(ends)}
     taken = named - unmeasured
     without = [name for some, modules in layouts.items() if taken.isdisjoint(modules) for name in some]
+    unseen = sorted(name for some, modules in layouts.items() if unmeasured.issuperset(modules) for name in some)
+    if unseen:
+        raise CompositionError(
+            f"no text of the calibration reaches what is adapted by {some_of(unseen, 5)}",
+            expected="experts of modules that read a prompt",
+            do="leave them out, or use the router Oracle for them",
+        )
     if without:
         parts = sorted({module.rpartition(".")[2] for modules in layouts.values() for module in modules})
         raise CompositionError(

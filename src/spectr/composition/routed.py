@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from spectr.adapters import Expert
 from spectr.composition.factor_sets import FactorSets
 from spectr.composition.find_weight_reads import find_weight_reads
-from spectr.composition.prepare import prepare_module, side_data, stacked
+from spectr.composition.prepare import prepare_module, report_unmeasured, side_data, stacked
 from spectr.composition.saved import saved_modules
 from spectr.composition.subset_probes import Readers
 from spectr.composition.texts import check_texts, report_names
@@ -19,7 +20,7 @@ from spectr.errors import CompositionError
 from spectr.layers.base_layers import ModelLayers
 from spectr.layers.linear import placement
 from spectr.layers.parameter_layer import ParameterLayer
-from spectr.layers.plan import make_plan
+from spectr.layers.plan import Plan, make_plan
 from spectr.layers.routed import RoutedLinear
 from spectr.layers.saved import SavedModule
 from spectr.layers.swap import layer_at, plain_module, swap_module
@@ -31,6 +32,7 @@ from spectr.prompts.exclusion import Exclusion
 from spectr.prompts.probe import Probe, Scorer
 from spectr.routers import Router, check_needs, residents, token_router
 from spectr.routers.abstention import policy_for, why_off
+from spectr.routers.base import takes_one
 from spectr.routers.evidence import Guide, Reader
 
 Progress = Callable[[int, int], None]
@@ -224,26 +226,30 @@ class Routed:
             self._calls = self._new_calls(key)
 
     def _saved_modules(self, names: tuple[str, ...], library: ExpertLibrary) -> dict[str, SavedModule]:
-        """Modules that these experts have trained as a whole; nothing is changed yet."""
-        experts = {name: library[name] for name in names}
-        if not any(expert.saved for expert in experts.values()):
+        """Modules that these experts have trained as a whole, or that are not called; nothing is changed yet."""
+        experts, uncalled = {name: library[name] for name in names}, self._reads.outside
+        if not any(expert.saved or not uncalled.isdisjoint(expert.shapes) for expert in experts.values()):
             return {}
-        uncalled = self._reads.outside
-        make_plan(self.model, list(experts.values()), self.router, uncalled=uncalled)
+        self._plan(list(experts.values()))
         return saved_modules(self.model, experts, self.router, uncalled)
+
+    def _plan(self, experts: Sequence[Expert]) -> Plan:
+        one = len(experts) == 1 or takes_one(self.router)
+        return make_plan(self.model, experts, self.router, uncalled=self._reads.outside, changes_weights=one)
 
     def _make_layers(
         self, names: tuple[str, ...], library: ExpertLibrary, progress: Progress, saved: Mapping[str, SavedModule]
     ) -> dict[str, RoutedLinear]:
         """Routed layers for the modules that these experts adapt, around what was saved; nothing is changed yet."""
         experts = {name: library[name] for name in names}
-        plan = make_plan(self.model, list(experts.values()), self.router, uncalled=self._reads.outside)
+        plan = self._plan(list(experts.values()))
         check_texts(self.model, experts.values())
         report_names(self.model, experts.values())
         for expert in experts.values():
             if expert.left_out:
                 report_once(expert.remark_left_out)
         check_needs(self.router, library, names)
+        report_unmeasured(self.policy, library, plan.modules)
         side = side_data(self._token_router, library, names)
         held, use = self.layers, None if self.policy is None else self.policy.use
         layers, router = ModelLayers(self.model, library.folder), self._token_router

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from spectr.adapters import Expert, SavedParts
 from spectr.errors import CompositionError, raise_together, some_of
 from spectr.grouping import grouped
+from spectr.layers.base_layers import ModelLayers
 from spectr.layers.linear import placement
 from spectr.layers.plan import uncalled_fault, united
 from spectr.layers.saved import SavedModule, SavedTensors
 from spectr.layers.swap import plain_modules
 from spectr.routers import Router
+from spectr.routers.base import takes_one
 
 _SHOWN = 3
 Read = Callable[[str], Tensor]
@@ -32,10 +34,11 @@ def saved_modules(
         experts: Those that the model will hold. They fit it (:func:`spectr.layers.make_plan`).
         router: Decides.
         uncalled: Modules whose weights the model uses without calling them
-            (:attr:`spectr.layers.weight_reads.WeightReads.outside`).
+            (:attr:`spectr.layers.weight_reads.WeightReads.outside`). Updates by factors are computed here too.
 
     Raises:
-        CompositionError: The router mixes experts, and some of them have trained modules; or these are not called.
+        CompositionError: The router mixes experts, and some of them have trained modules; or these are not called,
+            and are more than a weight.
         AdapterError: A tensor holds NaN or infinity.
     """
     bases = dict(plain_modules(model))
@@ -45,27 +48,52 @@ def saved_modules(
             read = files.enter_context(expert.open_saved())
             for module, tensors in _tensors_of(expert, bases, model, read).items():
                 found.setdefault(module, {})[name] = tensors
-    users = grouped((name, module) for module in sorted(uncalled & found.keys()) for name in found[module])
+            for module, tensors in _changes(expert, bases, model, uncalled).items():
+                found.setdefault(module, {})[name] = tensors
+    users = grouped(
+        (name, module)
+        for module in sorted(uncalled & found.keys())
+        for name, tensors in found[module].items()
+        if isinstance(bases[module], nn.Embedding) and (tensors.tokens_N is not None or tensors.A_VR is not None)
+    )
     problems = united({name: [uncalled_fault(modules)] for name, modules in users.items()})
     raise_together("the experts do not fit this model", problems, CompositionError)
     one = len(experts) == 1
     if not one:
-        _check_scored(experts, router)
-    if found and not one and not _takes_one(router):
+        _check_scored(experts, router, uncalled)
+    if found and not one and not takes_one(router):
         raise _mixed(found, router)
     only = next(iter(experts)) if one else None
     decided = router.policy is not None
-    return {module: SavedModule(bases[module], tensors, only, decided=decided) for module, tensors in found.items()}
+    return {
+        module: SavedModule(bases[module], tensors, only, decided=decided, is_read=module in uncalled)
+        for module, tensors in found.items()
+    }
 
 
-def _takes_one(router: Router) -> bool:
-    """Whether every prompt has one expert at most."""
-    return router.policy is not None and router.policy.use.most == 1
+def _changes(
+    expert: Expert, bases: Mapping[str, nn.Module], model: nn.Module, uncalled: Set[str]
+) -> dict[str, SavedTensors]:
+    """By layer that is not called, the factors by which an expert changes its weight."""
+    modules, found = sorted(uncalled & expert.shapes.keys()), {}
+    if not modules:
+        return {}
+    with expert.open_on(ModelLayers(model)) as read:
+        updates = {module: read(module) for module in modules}
+    for module, update in updates.items():
+        if not update.is_zero:
+            base, (A_RI, B_OR, scale) = bases[module], update.factors
+            pair = B_OR.float() * scale, A_RI.float().mT.contiguous()
+            left, right = pair if isinstance(base, nn.Linear) else pair[::-1]
+            weight = tensor_of(base, "weight")
+            left, right = (_placed(factor, weight, base, model) for factor in (left, right))
+            found[module] = SavedTensors(A_VR=left, B_DR=right)
+    return found
 
 
-def _check_scored(experts: Mapping[str, Expert], router: Router) -> None:
+def _check_scored(experts: Mapping[str, Expert], router: Router, uncalled: Set[str]) -> None:
     """Raise :class:`CompositionError` for experts without factors, where these are what experts are chosen by."""
-    alone = [name for name, expert in experts.items() if not expert.shapes]
+    alone = [name for name, expert in experts.items() if not expert.shapes.keys() - uncalled]
     if alone and (router.policy is None or router.policy.evidence.reads != "words"):
         raise CompositionError(
             f"{some_of(alone, _SHOWN, ' experts')} have no LoRA factors, and {router} chooses by these",

@@ -39,6 +39,7 @@ class Architecture:
         kinds: Types of the other parameters, by name: "embedding", "norm", "bias", ...
         tied: Parameters that are the same as another one, with that one's name.
         modules: Names of all modules.
+        uncalled: Those of the linear layers whose weights the model uses without calling them, by their names.
     """
 
     model: Any
@@ -46,6 +47,7 @@ class Architecture:
     kinds: Mapping[str, str]
     tied: Mapping[str, str]
     modules: tuple[str, ...]
+    uncalled: frozenset[str] = frozenset()
 
     @property
     def model_class(self) -> str:
@@ -58,8 +60,12 @@ class Architecture:
         return hasattr(self.model, prefix) and not parameter.startswith(f"{prefix}.")
 
 
-def read_architecture(folder: Path) -> Architecture:
+def read_architecture(folder: Path, *, called_only: bool = False) -> Architecture:
     """The architecture of a language model, built on the ``meta`` device.
+
+    Args:
+        folder: Of the model.
+        called_only: Whether to take layers whose weights the model uses without calling them for no linear layers.
 
     Raises:
         ModelError: transformers cannot build a language model from the folder's ``config.json``.
@@ -69,17 +75,24 @@ def read_architecture(folder: Path) -> Architecture:
     names: dict[int, str] = {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     tied = {name: first for name, p in parameters.items() if (first := names.setdefault(id(p), name)) != name}
-    uncalled = {f"{name}.weight" for name in find_weight_reads(model).outside}
+    outside = find_weight_reads(model).outside
+    skipped = {*tied, *tied.values(), *(f"{name}.weight" for name in outside if called_only)}
     linear = {
         f"{name}.weight": found
         for name, module in model.named_modules()
-        if (found := _linear(name, module)) and f"{name}.weight" not in {*tied, *tied.values(), *uncalled}
+        if (found := _linear(name, module)) and f"{name}.weight" not in skipped
     }
     owners = dict(model.named_modules())
     kinds = {name: _kind(name, owners[name.rpartition(".")[0]], tied) for name in parameters if name not in linear}
-    kinds |= dict.fromkeys(uncalled, "weight that is used without its layer, so that an expert has no effect")
+    used = {f"{name}.weight" for name in outside} - linear.keys()
+    kinds |= dict.fromkeys(used, "weight that is used without its layer")
     return Architecture(
-        model=model, linear=linear, kinds=kinds, tied=tied, modules=tuple(name for name in owners if name)
+        model=model,
+        linear=linear,
+        kinds=kinds,
+        tied=tied,
+        modules=tuple(name for name in owners if name),
+        uncalled=frozenset(layer.module for layer in linear.values() if layer.module in outside),
     )
 
 

@@ -69,7 +69,7 @@ def extract(
     out = Path(out)
     check_new_folder(out, ExtractionError)
     old, new = read_checkpoint(locate_model(base)), read_checkpoint(locate_model(tuned))
-    architecture = read_architecture(old.folder)
+    architecture = read_architecture(old.folder, called_only=settings.called_only)
     pairs = pair_up(old, new, architecture)
     held = _held(pairs, old, new, settings)
     with old.open() as old_rows, new.open() as new_rows:
@@ -193,6 +193,13 @@ def _remarks(
         remarks.append(
             f"The fine-tuned model is a {new.model_class}, the expert one for a {architecture.model_class}; its head "
             "is not used."
+        )
+    used = [one.module for one in modules if one.module in architecture.uncalled]
+    if used:
+        remarks.append(
+            f"The model uses the weights of {some_of(used, _SHOWN, ' layers')} without calling the layer: the expert "
+            "needs a router that takes one expert for a whole prompt, and PEFT has to merge it. Without these layers: "
+            "--called-only."
         )
     coarse = [min((_COARSE.get(t.dtype, 53), t.dtype) for t in one.tensors.values()) for one in (old, new)]
     if coarse[1][0] < coarse[0][0]:

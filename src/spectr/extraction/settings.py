@@ -86,6 +86,8 @@ class Extraction(Truncation):
         max_memory: Bytes that tensors may take at any time, Python and torch not counted (docs/howto/extraction.md).
         dtype: Dtype of the written factors: ``bfloat16`` or ``float32``.
         strict: Raise an error if anything changed that a LoRA expert cannot hold.
+        called_only: Leave out layers whose weights the model uses without calling the layer, as Mamba's ``dt_proj``. An
+            expert with such layers needs a router that chooses one expert for a whole prompt.
 
     Raises:
         ExtractionError: Settings are out of range; lists all of them.
@@ -98,6 +100,7 @@ class Extraction(Truncation):
     max_memory: int = 4 * GIB
     dtype: str = "bfloat16"
     strict: bool = False
+    called_only: bool = False
 
     def __post_init__(self) -> None:
         faults: list[SpectrError] = []

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from spectr.adapters import Expert
+from spectr.adapters import Expert, FactorShape
 from spectr.adapters.base_names import named_base
 from spectr.errors import CompositionError, did_you_mean, raise_together
 from spectr.grouping import grouped
@@ -31,7 +31,14 @@ class Plan:
     modules: Mapping[str, tuple[str, ...]]
 
 
-def make_plan(model: nn.Module, experts: Sequence[Expert], router: Router, *, uncalled: Set[str] = frozenset()) -> Plan:
+def make_plan(
+    model: nn.Module,
+    experts: Sequence[Expert],
+    router: Router,
+    *,
+    uncalled: Set[str] = frozenset(),
+    changes_weights: bool = False,
+) -> Plan:
     """Match experts to a model's layers.
 
     Args:
@@ -41,15 +48,17 @@ def make_plan(model: nn.Module, experts: Sequence[Expert], router: Router, *, un
         uncalled: Layers whose weights the model uses without calling them
             (:attr:`spectr.layers.weight_reads.WeightReads.outside`). They are not routed: zero updates there, as PEFT's
             training leaves them, are ignored.
+        changes_weights: Whether other updates there are added to the weights. Then a prompt must have one expert.
 
     Raises:
         CompositionError: Experts adapt modules that the model does not have, that are not linear layers, or whose sizes
-            differ (an adapter for another base model); they change layers that are not called; or ranks differ
-            although the combination needs equal ones. Lists all faults of all experts.
+            differ (an adapter for another base model); they change layers that are not called, and
+            ``changes_weights`` is false; or ranks differ although the combination needs equal ones. Lists all faults
+            of all experts.
     """
     layers = {name: module for name, module in plain_modules(model) if name}
     base = ModelLayers(model)
-    problems = united({expert.name: _faults(expert, layers, base, uncalled) for expert in experts})
+    problems = united({expert.name: _faults(expert, layers, base, uncalled, changes_weights) for expert in experts})
     users = grouped((module, expert.name) for expert in experts for module in expert.shapes if module not in uncalled)
     problems += _combination_faults(experts, router)
     for need in router.needs:
@@ -87,7 +96,7 @@ class Fault(NamedTuple):
 
 
 def _faults(
-    expert: Expert, layers: Mapping[str, nn.Module], base_layers: ModelLayers, uncalled: Set[str]
+    expert: Expert, layers: Mapping[str, nn.Module], base_layers: ModelLayers, uncalled: Set[str], changes_weights: bool
 ) -> list[Fault]:
     missing, strange, unfit = [], [], []
     for module, shape in expert.shapes.items():
@@ -143,6 +152,7 @@ def _faults(
             )
         )
     changed = _changed(expert, base_layers, sorted(uncalled & expert.shapes.keys()))
+    changed = [m for m in changed if not (changes_weights and can_change(layers[m], expert.shapes[m]))]
     return [*found, uncalled_fault(changed)] if changed else found
 
 
@@ -160,12 +170,21 @@ def _changed(expert: Expert, base: ModelLayers, modules: Sequence[str]) -> list[
     return changed
 
 
+def can_change(layer: nn.Module, shape: FactorShape) -> bool:
+    """Whether the weight that a model reads of a layer can be one with an expert's update: plain LoRA of a matrix."""
+    weight = getattr(layer, "weight", None)
+    plain = isinstance(weight, nn.Parameter) and weight.ndim == 2 and weight.is_floating_point()
+    sizes = (shape.outputs, shape.inputs) if isinstance(layer, nn.Linear) else (shape.inputs, shape.outputs)
+    return plain and weight.element_size() > 1 and tuple(weight.shape) == sizes and not shape.parts.tensors
+
+
 def uncalled_fault(modules: Sequence[str]) -> Fault:
     """The fault that an expert changes layers that are not called."""
     return Fault(
         f"changes {some_of(modules, _SHOWN, ' layers')}, whose weights this model uses without calling the layer",
-        "updates of layers that the model calls; elsewhere PEFT has no effect either, and training leaves zero",
-        "train it without these layers, or merge it into the weights: spectr merge --into-base",
+        "plain LoRA of linear layers, and one expert for a whole prompt; without merging PEFT has no effect there",
+        "use Calibrated() or Oracle(expert=...); or leave these layers out (train without them, spectr extract "
+        "--called-only), or merge it into the weights: spectr merge --into-base",
     )
 
 

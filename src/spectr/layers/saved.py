@@ -29,8 +29,8 @@ class SavedTensors(NamedTuple):
         whole: By name, replacements of the module's own parameters and buffers.
         tokens_N: Token ids of trained rows, ascending.
         rows_ND: The trained rows of the weight.
-        A_VR: An embedding's input factor, one row per token.
-        B_DR: Its output factor, including the scale.
+        A_VR: An embedding's input factor, one row per token; or the left factor of a weight that the model reads.
+        B_DR: Its output factor, including the scale: the update of the weight is ``A B^T``.
     """
 
     whole: Mapping[str, Tensor] = {}
@@ -61,12 +61,21 @@ class SavedModule(nn.Module):
         tensors: By expert, what it holds for this module.
         only: The expert of all calls, if the model holds no other.
         decided: Whether decisions for whole prompts name the experts, so that a call without one is refused.
+        is_read: Whether the model reads the weight without calling the module. All rows must use one expert then.
     """
 
-    def __init__(self, base: nn.Module, tensors: Mapping[str, SavedTensors], only: str | None, *, decided: bool):
+    def __init__(
+        self,
+        base: nn.Module,
+        tensors: Mapping[str, SavedTensors],
+        only: str | None,
+        *,
+        decided: bool,
+        is_read: bool = False,
+    ):
         super().__init__()
         self.base = base
-        self.experts, self.only, self.decided = tuple(tensors), only, decided
+        self.experts, self.only, self.decided, self.is_read = tuple(tensors), only, decided, is_read
         self._tensors = dict(tensors)
         for number, own in enumerate(tensors.values()):
             for name, tensor in own.named().items():
@@ -116,7 +125,20 @@ class SavedModule(nn.Module):
             base = self.__dict__.get("_modules", {}).get("base")
             if base is None:
                 raise
-            return getattr(base, name)
+            is_own = name in base._parameters or name in base._buffers
+            return getattr(self._read() if is_own and self.__dict__.get("is_read") else base, name)
+
+    def _read(self) -> Any:
+        """What has the tensors of the expert that all rows hold."""
+        held = self._held()
+        if isinstance(held, Tensor):
+            raise CompositionError(
+                f"the model uses the weight of a {type(self.base).__name__} without calling it, experts have changed "
+                "it, and rows hold experts of their own",
+                expected="prompts of one expert in a batch",
+                do="run prompts of different experts one at a time",
+            )
+        return self._of(held)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module of the expert that each row holds."""
@@ -232,8 +254,29 @@ def module_of(base: nn.Module, own: SavedTensors) -> Callable[..., Any]:
         return made(whole, own.tokens_N, own.rows_ND)
     if own.A_VR is not None:
         assert own.B_DR is not None
+        if not isinstance(base, nn.Embedding):
+            return _Changed(base, own.A_VR, own.B_DR)
         return _with_factors(whole, own.A_VR, own.B_DR)
     return whole
+
+
+class _Changed:
+    """A linear layer with the weight ``W + A B^T``, which is made whenever it is read."""
+
+    def __init__(self, base: nn.Module, A_VR: Tensor, B_DR: Tensor):
+        self._base, self._factors = base, (A_VR, B_DR)
+
+    @property
+    def weight(self) -> Tensor:
+        weight: Any = self._base.weight
+        A_VR, B_DR = self._factors
+        return weight + (A_VR @ B_DR.mT).to(weight.dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._base, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return with_tensors(self._base, {"weight": self.weight})(*args, **kwargs)
 
 
 def with_tensors(base: nn.Module, tensors: Mapping[str, Tensor], **attributes: Any) -> nn.Module:

@@ -156,6 +156,12 @@ class ShortlistRouter(Router):
         """The scores for known candidates; values of ``h_TP`` for other experts are ignored."""
 
 
+def takes_one(router: Router) -> bool:
+    """Whether every prompt has one expert at most, as a whole."""
+    policy = router.policy
+    return policy is not None and policy.use.most == 1 and not policy.pages
+
+
 def residents(router: Router, experts: Sequence[str]) -> tuple[str, ...]:
     """The experts of a library that the model must hold.
 
