@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from spectr.adapters import BaseLayers, Expert
 from spectr.calibration import read_inputs
 from spectr.composition.naming import naming_of
+from spectr.composition.texts import check_texts, report_names
 from spectr.errors import CompositionError, SpectrError
 from spectr.grouping import grouped
 from spectr.layers.base_layers import ModelLayers
@@ -60,7 +61,7 @@ def build_index(
         The library with its index.
 
     Raises:
-        CompositionError: Experts are not calibrated, or do not fit the model.
+        CompositionError: Experts are not calibrated, or they or their tokenizers do not fit the model.
         LibraryError: An entry on disk is damaged.
     """
     named = library.named_for(naming_of(model))
@@ -68,6 +69,8 @@ def build_index(
     if not missing:
         return library
     make_plan(model, list(missing.values()), Spectr(top_k=1))
+    check_texts(model, missing.values())
+    report_names(model, missing.values())
     for expert in missing.values():
         expert.check_factors_alone("an index", CompositionError)
     known = library.calibration

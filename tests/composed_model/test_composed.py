@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from adapters_on_disk import assert_says, tree
 from spectr.composed_model import Settings, save_composed
 from spectr.errors import CompositionError, ModelError
 from spectr.folders import new_folder
+from spectr.ops.dispatch import report_once
 from spectr.routers import get_router, router_names
 from spectr.routers.config import router_config
 
@@ -46,6 +48,19 @@ def test_a_folder_gives_the_same_composed_model_again(saved):
     assert tokenizer.chat_template
     plain = logits(again.remove())
     assert not torch.equal(plain, logits(routed.model))
+
+
+def test_a_composed_folder_is_the_base_that_its_experts_name(world, tmp_path, caplog):
+    model, tokenizer = base(world)
+    model.config._name_or_path = "org/base"
+    shutil.copytree(world / "adapters", tmp_path / "adapters")
+    for path in (tmp_path / "adapters").glob("*/adapter_config.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "org/base"}))
+    folder = save_composed(spectr.compose(model, tmp_path / "adapters"), tokenizer, tmp_path / "folder")
+    report_once.cache_clear()
+    routed, _ = spectr.load_composed(folder, dtype="float32")
+    assert {routed.library[name].base_model for name in EXPERTS} == {"org/base"}
+    assert "org/base" not in caplog.text
 
 
 def test_the_experts_are_an_ordinary_library_and_only_those_allowed(world, tmp_path):

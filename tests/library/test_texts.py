@@ -1,14 +1,18 @@
 """Tokenizers and chat templates that come with adapters are compared with the base model's."""
 
 import json
+import shutil
 
 import pytest
+import torch
 
 from adapters_on_disk import tiny_llama, write_adapter
-from spectr import ExpertLibrary, Oracle, compose
+from spectr import ExpertLibrary, Oracle, build_index, compose
 from spectr.adapters.texts import TextFacts
+from spectr.composed_model.settings import Settings
 from spectr.errors import AdapterError, CompositionError
-from spectr.library import LibraryStore
+from spectr.hashing import known_sha256
+from spectr.library import Calibration, LibraryStore
 from spectr.library.texts import text_remarks
 from spectr.ops.dispatch import report_once
 
@@ -33,11 +37,15 @@ def expert(tmp_path, base, **changes):
     return texts(folder, **changes) if changes else folder
 
 
-def routed(base, library):
+def named(base):
     model = tiny_llama()
     model.config._name_or_path = str(base)
+    return model
+
+
+def routed(base, library):
     report_once.cache_clear()
-    return compose(model, library, Oracle(expert="a"))
+    return compose(named(base), library, Oracle(expert="a"))
 
 
 REFUSED = {
@@ -52,8 +60,17 @@ def test_prompts_that_would_be_read_otherwise_are_refused(tmp_path, base, change
     folder = expert(tmp_path, base, **changes)
     with pytest.raises(AdapterError, match=reason):
         LibraryStore(tmp_path / "library").add("a", folder)
+    library = ExpertLibrary.from_adapters({"a": folder})
     with pytest.raises(CompositionError, match=reason):
-        routed(base, ExpertLibrary.from_adapters({"a": folder}))
+        routed(base, library)
+    shutil.copytree(folder, tmp_path / "experts" / "a")
+    with pytest.raises(CompositionError, match=reason):  # of a composed folder, as vLLM opens it
+        Settings(library=str(tmp_path / "experts"), router={"name": "spectr", "top_k": 1}).open_library(base)
+    one = torch.ones(1, 1, dtype=torch.bool)
+    texts = {"input_ids": one.long(), "counted": one, "real": one, "settings": {}}
+    known = Calibration(means={}, rms={"a": {}}, sha256={"a": known_sha256(library["a"].weights)}, **texts)
+    with pytest.raises(CompositionError, match=reason):
+        build_index(named(base), library.with_calibration(known))
 
 
 REPORTED = {

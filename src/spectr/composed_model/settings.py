@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from spectr.composition.texts import compare_texts
 from spectr.errors import CompositionError, did_you_mean, raise_together, range_faults
 from spectr.library import ExpertLibrary
 from spectr.routers import Router, get_router, residents
@@ -97,10 +98,15 @@ class Settings:
         return {given["name"]: _made(given) for given in (self.router, *self.beside)}
 
     def open_library(self, model: str | Path) -> ExpertLibrary:
-        """Open the library, resolve its path in the model's folder, and check it against the router."""
+        """Open the library, resolve its path in the model's folder, and check it against the router.
+
+        Raises:
+            CompositionError: The router does not fit it, or its experts' tokenizers do not fit the model's.
+        """
         path = Path(self.library).expanduser()
         library = self.narrowed(ExpertLibrary.open(path if path.is_absolute() else _folder(str(model), path)))
         residents(self.make_router(), library.names)
+        compare_texts(str(model), (library[name] for name in library))
         return library
 
     def narrowed(self, library: ExpertLibrary) -> ExpertLibrary:

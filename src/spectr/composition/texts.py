@@ -13,18 +13,29 @@ from spectr.adapters.texts import TextFacts, base_texts
 from spectr.errors import CompositionError, raise_together
 from spectr.ops import report_once
 
+_COMPOSED = "spectr"  # what a composed folder's configuration has as its quant_method
+
 
 def check_texts(model: nn.Module, experts: Iterable[Expert]) -> None:
+    """As :func:`compare_texts`, of a model in memory."""
+    compare_texts(getattr(getattr(model, "config", None), "_name_or_path", None), experts, _rows(model))
+
+
+def compare_texts(model: str | None, experts: Iterable[Expert], rows: int | None = None) -> None:
     """Compare what experts keep of tokenizers and chat templates with the base model's, and report what differs.
 
     Nothing is compared where the base model's tokenizer is not on this machine.
+
+    Args:
+        model: The base model's folder or Hub id.
+        experts: To be compared.
+        rows: Of the base model's embedding, where it is known.
 
     Raises:
         CompositionError: Prompts would become other tokens than those that experts were trained on.
     """
     found = [(expert, facts) for expert in experts if (facts := TextFacts.read(expert.weights.parent))]
-    base = base_texts(getattr(getattr(model, "config", None), "_name_or_path", None)) if found else None
-    rows = _rows(model)
+    base = base_texts(model) if found else None
     problems = []
     for expert, facts in found:
         for remark in facts.remarks(base or facts, rows):
@@ -42,7 +53,10 @@ def check_texts(model: nn.Module, experts: Iterable[Expert]) -> None:
 
 def report_names(model: nn.Module, experts: Iterable[Expert]) -> None:
     """Report experts that fit a model by their sizes and name another one as their base."""
-    name = str(getattr(getattr(model, "config", None), "_name_or_path", None) or "")
+    config = getattr(model, "config", None)
+    name = str(getattr(config, "_name_or_path", None) or "")
+    if getattr(getattr(config, "quantization_config", None), "quant_method", None) == _COMPOSED:
+        return  # a composed folder has its own name, and its experts fitted when it was written
     for expert in experts if name else ():
         if expert.base_model and not same_base(name, expert.base_model):
             report_once(
