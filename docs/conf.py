@@ -48,6 +48,7 @@ autodoc_preserve_defaults = True
 nb_execution_mode = "cache"
 nb_execution_timeout = 600
 nb_execution_raise_on_error = True
+nb_output_stderr = "remove"  # progress bars; an error ends the build
 
 html_theme = "pydata_sphinx_theme"
 html_title = "SpectR"
