@@ -50,10 +50,39 @@ def settings_of(family: Family, kind: str, model) -> dict:
     return found
 
 
+FORWARD, LEFT, RIGHT, CACHED, UNCACHED = "forward", "padded left", "padded right", "generate", "generate, no cache"
+WAYS = {
+    "causal": (FORWARD, LEFT, RIGHT, CACHED, UNCACHED),
+    "seq2seq": (FORWARD, RIGHT, CACHED, UNCACHED),
+    "encoder": (FORWARD, RIGHT),
+    "image": (FORWARD,),
+}
+NO_CACHE = ("reformer",)  # their own generate fails with a cache
+
+
+def inputs_for(family: Family, way: str) -> dict[str, torch.Tensor]:
+    """What a model is given; padded, the second row is shorter than the first."""
+    inputs = family.inputs()
+    if way in (LEFT, RIGHT):
+        mask = torch.ones_like(inputs["input_ids"])
+        mask[1, slice(0, 2) if way == LEFT else slice(-2, None)] = 0
+        inputs |= {"input_ids": inputs["input_ids"] * mask, "attention_mask": mask}
+    elif way != FORWARD:
+        inputs.pop("decoder_input_ids", None)
+    return inputs
+
+
 @torch.no_grad()
-def output(model, inputs):
+def output(model, inputs, way):
+    """What the model computes for each row, at the tokens that count."""
+    if way in (CACHED, UNCACHED):
+        options = {"max_new_tokens": 3, "do_sample": False, "use_cache": way == CACHED, "output_logits": True}
+        said = model.generate(**inputs, **options, eos_token_id=None, pad_token_id=0, return_dict_in_generate=True)
+        return torch.stack(said.logits, dim=1).float()
     out = model(**inputs)
-    return (out.logits if "logits" in out else out.last_hidden_state).float()
+    found, mask = (out.logits if "logits" in out else out.last_hidden_state).float(), inputs.get("attention_mask")
+    of_tokens = mask is not None and found.shape[1] == mask.shape[1]
+    return found * mask[..., None] if of_tokens else found
 
 
 def cell(name: str, kind: str, root: Path) -> str:
@@ -63,17 +92,19 @@ def cell(name: str, kind: str, root: Path) -> str:
     options = settings_of(family, kind, model)
     try:
         folders = {each: moved_adapter(model, root / each, seed, **options) for seed, each in enumerate("ab", start=1)}
-        inputs = family.inputs()
-        theirs = [output(peft_model(model, folder), inputs)[row] for row, folder in enumerate(folders.values())]
+        way = WAYS[family.kind][list(KINDS).index(kind) % len(WAYS[family.kind])]
+        way = UNCACHED if way == CACHED and name in NO_CACHE else way
+        inputs = inputs_for(family, way)
+        theirs = [output(peft_model(model, folder), inputs, way)[row] for row, folder in enumerate(folders.values())]
     except (ValueError, RuntimeError):  # Mamba's out_proj is refused by PEFT; OLoRA of GPT-2's layers fails in it
         return "PEFT"
-    plain = output(model, inputs)
+    plain = output(model, inputs, way)
     assert all((mine - plain[row]).abs().max() > 1e-4 for row, mine in enumerate(theirs)), "the adapter does nothing"
     try:
         routed = compose(model, ExpertLibrary.from_adapters(folders), ROWS)
         assert routed.prompt is not None
         with routed.prompt.using(torch.eye(2)):
-            ours = output(model, inputs)
+            ours = output(model, inputs, way)
     except SpectrError:
         return "no"
     for row, expected in enumerate(theirs):
