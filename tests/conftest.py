@@ -7,6 +7,9 @@ import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault(
+    "SPECTR_KERNELS", "rows:16,tiles,torch+tiles,torch+sums"
+)  # timing would decide otherwise each time
 
 from pathlib import Path
 

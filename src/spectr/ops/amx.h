@@ -7,7 +7,6 @@
 #include "unit.h"
 
 typedef __m512i line;     /* a tile's row */
-#define INLINED static inline __attribute__((always_inline)) /* so that `parts` are a constant in it */
 
 static void tiles_begin(void) {
   struct {

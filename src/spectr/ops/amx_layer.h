@@ -85,7 +85,7 @@ static void NAME(hold_all)(const struct layer *l, const struct tiles *s, const s
 /* The chosen experts' outputs, added to those of the base layer. */
 INLINED void NAME(outer_tiles)(const struct layer *l, const struct tiles *s, const struct many *m, TYPE *out, long tokens,
                                long threads, int parts) {
-  float *strip = m->strips + THREAD * CHUNK * STRIP;
+  float *strip = m->strips + THREAD * m->chunk * STRIP;
 #pragma omp for schedule(static)
   for (long worker = 0; worker < threads; worker++) {
     struct part own = part_of(l->outputs, worker, threads);
@@ -137,7 +137,7 @@ int NAME(tiles)(const struct layer *l, const TYPE *x, const void *rows, TYPE *ou
   char *memory, *at = 0;
   struct given given = {rows, count, tokens, held};
   tiles_for(l->rows, l->inputs, tokens, parts, threads, &at);
-  struct many m = room_for(l, threads, scratch + (size_t)at + near, &memory);
+  struct many m = room_for(l, CHUNK, threads, scratch + (size_t)at + near, &memory);
   if (!memory) return 1;
   at = memory + scratch;
   struct tiles s = tiles_for(l->rows, l->inputs, tokens, parts, threads, &at);

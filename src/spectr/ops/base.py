@@ -75,9 +75,22 @@ class Backend(ABC):
                 return False
         return True
 
-    def prepare(self, A_PI: Tensor, Bt_PO: Tensor, centers_P: Tensor | None, choice: Choice) -> None:
-        """Compile what calls of this form need, so that none has to."""
-        return
+    def prepare(
+        self, A_PI: Tensor, Bt_PO: Tensor, centers_P: Tensor | None, choice: Choice | None, linear: FusedLinear | None
+    ) -> str:
+        """Compile and time what calls of this form need, so that none has to.
+
+        Args:
+            A_PI: See :meth:`fused_linear`.
+            Bt_PO: See :meth:`fused_linear`.
+            centers_P: See :meth:`fused_linear`.
+            choice: See :meth:`fused_linear`.
+            linear: What :meth:`fused_linear` gave.
+
+        Returns:
+            How calls are computed, for reports; may be empty.
+        """
+        return ""
 
     @abstractmethod
     def choose(self, h_TP: Tensor, centers_P: Tensor | None, prior_BE: Tensor | None, choice: Choice) -> bool:

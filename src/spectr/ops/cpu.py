@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,15 +14,11 @@ from torch.nn.functional import linear
 
 from spectr.ops.base import Backend, Choice, FusedLinear
 from spectr.ops.compiling import load, machine
-from spectr.ops.fused_linear import Calls, FusedCpuLinear, Layer, place
+from spectr.ops.fused_linear import Experts, FusedCpuLinear, Layer, Way, place
+from spectr.ops.trials import Trials
+from spectr.ops.ways import Shape, place_of
 
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
-_FEW = 16  # tokens up to which one call reads each weight once; of more, products by torch are faster
-_FEW_BY_TILES = {
-    torch.float32: 16,
-    torch.bfloat16: 8,
-}  # or by tiles, where there are any, as measured (docs/appendix/speed.md)
-_DENSE_PAYS = 2  # experts for each chosen one up to which a product with all of them and zeros is faster than sums
 _SMALL = 1 << 18  # terms of scores that one thread sums before a second one has begun
 
 
@@ -41,6 +39,7 @@ class CpuBackend(Backend):
             "route": [pointer] * 4 + [number] * 3,
             "route_many": [pointer] * 4 + [number] * 3,
             "held": [pointer] * 4 + [number] * 3,
+            "lanes": [pointer] * 4 + [number] * 4,
             "select": [pointer] * 3 + [number] * 3,
         }
         if tiles_work(library):
@@ -51,6 +50,29 @@ class CpuBackend(Backend):
                 function = getattr(library, f"{name}_{suffix}")
                 function.argtypes = arguments
                 self._functions[name, dtype] = function
+        self._trials = Trials(self, library._name)
+
+    def ways(self, dtype: torch.dtype, chooses: bool) -> Mapping[str, Way]:
+        """All ways to compute a layer, by name.
+
+        Args:
+            dtype: Of the layer.
+            chooses: Whether tokens choose; else their weights are fixed.
+        """
+        ways, tiles, lanes = {}, self._functions.get(("tiles", dtype)), self._functions["lanes", dtype]
+        at_once = {"rows": self._functions["route" if chooses else "held", dtype]}
+        at_once["lanes"] = lambda *call: lanes(*call[:-1], not chooses, call[-1])
+        if tiles is not None:
+            at_once["tiles"] = lambda *call: tiles(*call[:-1], not chooses, parts_of_float32(), call[-1])
+        for name, function in at_once.items():
+            ways[name] = Way(whole=function)
+            ways[f"torch+{name}"] = Way(base=linear, add=partial(_add_at_once, function))
+        if chooses:
+            for name, add in {"sums": self._add_sums, "dense": self._add_dense}.items():
+                ways[f"torch+{name}"] = Way(base=linear, add=partial(add, linear))
+                if dtype is torch.bfloat16:
+                    ways[f"float+{name}"] = Way(base=linear_in_float, add=partial(add, linear_in_float))
+        return ways
 
     def choose(self, h_TP: Tensor, centers_P: Tensor | None, prior_BE: Tensor | None, choice: Choice) -> bool:
         """See :meth:`Backend.choose`."""
@@ -75,27 +97,37 @@ class CpuBackend(Backend):
         choice: Choice,
     ) -> bool:
         """See :meth:`Backend.add_chosen`."""
-        layer, threads = Layer.of(A_PI, Bt_PO, centers_P, choice), torch.get_num_threads()
-        tokens, rows = x.numel() // layer.inputs, 1 if prior_BE is None else len(prior_BE)
-        at, prior, to = ctypes.addressof(layer), place(prior_BE), place(out)
-        at_once = self._calls("route", x.dtype).of(tokens)
-        if at_once is not None:
-            return not at_once(at, place(x), prior, to, tokens, rows, threads)
-        h = linear(x, A_PI)
-        if choice.experts > _DENSE_PAYS * choice.k:
-            return not self._functions["route_many", x.dtype](at, place(h), prior, to, tokens, rows, threads)
-        if not self._choose(layer, h, prior_BE):
-            return False
-        sums = out.view(tokens, layer.outputs)
-        torch.addmm(sums, h.view(tokens, layer.rows), Bt_PO, out=sums)
-        return True
+        experts = Experts(Layer.of(A_PI, Bt_PO, centers_P, choice), A_PI, Bt_PO, centers_P)
+        return self._add(shape_of(A_PI, Bt_PO, choice), experts, x, prior_BE, out)
 
     def add_weighted(self, x: Tensor, A_PI: Tensor, Bt_PO: Tensor, weights_BP: Tensor, out: Tensor) -> bool:
         """See :meth:`Backend.add_weighted`."""
-        layer, tokens = Layer.of(A_PI, Bt_PO), x.numel() // A_PI.shape[1]
-        held = self._calls("held", x.dtype).of(tokens)
-        places = (place(x), place(weights_BP), place(out), tokens, len(weights_BP), torch.get_num_threads())
-        return held is not None and not held(ctypes.addressof(layer), *places)
+        experts = Experts(Layer.of(A_PI, Bt_PO), A_PI, Bt_PO, None)
+        return self._add(shape_of(A_PI, Bt_PO, None), experts, x, weights_BP, out)
+
+    def _add(self, shape: Shape, experts: Experts, x: Tensor, rows: Tensor | None, out: Tensor) -> bool:
+        way = self._trials.after_base(shape)[place_of(x.numel() // shape.inputs)]
+        return way is not None and way.add is not None and way.add(experts, x, rows, out)
+
+    def _add_sums(self, product: Any, experts: Experts, x: Tensor, prior_BE: Tensor | None, out: Tensor) -> bool:
+        layer, h = experts.layer, product(x, experts.A_PI)
+        tokens, rows = x.numel() // layer.inputs, 1 if prior_BE is None else len(prior_BE)
+        add, places = self._functions["route_many", x.dtype], (place(h), place(prior_BE), place(out))
+        return not add(ctypes.addressof(layer), *places, tokens, rows, torch.get_num_threads())
+
+    def _add_dense(self, product: Any, experts: Experts, x: Tensor, prior_BE: Tensor | None, out: Tensor) -> bool:
+        layer, h = experts.layer, product(x, experts.A_PI)
+        if not self._choose(layer, h, prior_BE):
+            return False
+        sums = out.view(-1, layer.outputs)
+        torch.addmm(sums, h.view(-1, layer.rows), experts.Bt_PO, out=sums)
+        return True
+
+    def prepare(
+        self, A_PI: Tensor, Bt_PO: Tensor, centers_P: Tensor | None, choice: Choice | None, linear: FusedLinear | None
+    ) -> str:
+        """See :meth:`Backend.prepare`."""
+        return self._trials.reason(shape_of(A_PI, Bt_PO, choice), whole=linear is not None)
 
     def fused_linear(
         self, base: nn.Module, A_PI: Tensor, Bt_PO: Tensor, centers_P: Tensor | None, choice: Choice | None
@@ -103,16 +135,26 @@ class CpuBackend(Backend):
         """See :meth:`Backend.fused_linear`."""
         if type(base) is not nn.Linear:
             return None
-        layer = Layer.of(A_PI, Bt_PO, centers_P, choice)
-        calls = self._calls("held" if choice is None else "route", A_PI.dtype)
-        return FusedCpuLinear(base, (A_PI, Bt_PO, centers_P), layer, calls)
+        experts = Experts(Layer.of(A_PI, Bt_PO, centers_P, choice), A_PI, Bt_PO, centers_P)
+        return FusedCpuLinear(base, experts, self._trials.best(shape_of(A_PI, Bt_PO, choice)))
 
-    def _calls(self, name: str, dtype: torch.dtype) -> Calls:
-        few, tiles = self._functions[name, dtype], self._functions.get(("tiles", dtype))
-        if tiles is None:
-            return Calls(few, _FEW, None)
-        held = name == "held"
-        return Calls(few, _FEW_BY_TILES[dtype], lambda *call: tiles(*call[:-1], held, parts_of_float32(), call[-1]))
+
+def _add_at_once(function: Any, experts: Experts, x: Tensor, rows: Tensor | None, out: Tensor) -> bool:
+    layer, count = experts.layer, 1 if rows is None else len(rows)
+    places, tokens = (place(x), place(rows), place(out)), x.numel() // layer.inputs
+    return not function(ctypes.addressof(layer), *places, tokens, count, torch.get_num_threads())
+
+
+def linear_in_float(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A product of float32, which processors without units for bfloat16 multiply sooner."""
+    return linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+
+def shape_of(A_PI: Tensor, Bt_PO: Tensor, choice: Choice | None) -> Shape:
+    """What a layer's time depends on."""
+    (rows, inputs), outputs = A_PI.shape, Bt_PO.shape[1]
+    experts, k = (rows, 0) if choice is None else (choice.experts, choice.k)
+    return Shape(A_PI.dtype, inputs, outputs, rows // experts, experts, k)
 
 
 def available() -> Backend:

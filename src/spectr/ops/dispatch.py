@@ -6,7 +6,6 @@ A plan is made when a model is composed, moved or cast. Calls compile and prepar
 from __future__ import annotations
 
 import logging
-import os
 from functools import lru_cache
 from importlib import import_module
 from typing import NamedTuple
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from spectr.ops.base import Backend, Choice, FusedLinear
+from spectr.ops.ways import switched_off, wanted
 
 _BACKENDS = {"cpu": "spectr.ops.cpu", "cuda": "spectr.ops.gpu"}
 NOT_PREPARED = "kernels were not prepared for these experts"
@@ -53,11 +53,6 @@ class Plan(NamedTuple):
         return self.reason if self.backend is not None else f"torch: {self.reason}"
 
 
-def switched_off() -> bool:
-    """Whether the user wants no kernels."""
-    return os.environ.get("SPECTR_KERNELS") == "0"
-
-
 @lru_cache
 def backend_for(device: str) -> Offer:
     """The backend for a kind of device. One that cannot run is reported once."""
@@ -65,6 +60,7 @@ def backend_for(device: str) -> Offer:
         return Offer(None, "SPECTR_KERNELS=0")
     if device not in _BACKENDS:
         return Offer(None, f"no kernels for {device}")
+    wanted()  # a wrong wish is an error, not a missing backend
     try:
         backend = import_module(_BACKENDS[device]).available()
     except Exception as error:  # compilers and drivers raise whatever they like
@@ -99,12 +95,12 @@ def make_plan(
         refusal = f"no kernel for these tensors ({str(A_PI.dtype).removeprefix('torch.')}, {A_PI.device.type})"
     if backend is None or refusal:
         return Plan(None, refusal or reason, Bt_PO, centers_P, choice)
-    if choice is not None:
-        backend.prepare(A_PI, Bt_PO, centers_P, choice)
     linear = backend.fused_linear(base, A_PI, Bt_PO, centers_P, choice)
+    how = backend.prepare(A_PI, Bt_PO, centers_P, choice, linear)
     whole = "with" if linear is not None else f"after {type(base).__name__},"
     work = "fixed weights" if choice is None else f"top {choice.k} of {choice.experts} by {choice.rule}"
-    return Plan(backend, f"{reason}: {work}, {whole} the base layer", Bt_PO, centers_P, choice, linear)
+    told = f"{reason}: {work}, {whole} the base layer{how and '; '}{how}"
+    return Plan(backend, told, Bt_PO, centers_P, choice, linear)
 
 
 def update_by_kernels(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, get_num_threads, nn
 
 from spectr.ops import screening
 from spectr.ops.base import Choice, own_numbers, watched
+from spectr.ops.ways import place_of
 
 _ONE = Choice(1, 1, 0.0)
 
@@ -33,41 +34,54 @@ class Layer(ctypes.Structure):
         return Layer(*places, None, None, None, inputs, outputs, rows, experts, k, outputs, temperature)
 
 
-class Calls(NamedTuple):
-    """What does the same for few tokens and for many.
+class Experts(NamedTuple):
+    """The experts of a layer, as calls read them.
 
     Attributes:
-        few: Reads each weight once, and multiplies it with each token.
-        most: Tokens that are few.
-        many: By the machine's own units for products, where it has any.
+        layer: Their places.
+        A_PI: Input factors.
+        Bt_PO: Output factors, transposed.
+        centers_P: Subtracted before scoring.
     """
 
-    few: Callable[..., int]
-    most: int
-    many: Callable[..., int] | None
+    layer: Layer
+    A_PI: Tensor
+    Bt_PO: Tensor
+    centers_P: Tensor | None
 
-    def of(self, tokens: int) -> Callable[..., int] | None:
-        """The one for this number of tokens."""
-        return self.few if tokens <= self.most else self.many
+
+class Way(NamedTuple):
+    """How a layer is computed for some numbers of tokens.
+
+    Attributes:
+        whole: Does all of it in C, if it does; given places, as ``route`` of the source.
+        base: Computes the base layer, given tokens, weight and bias, if that is not done in C,
+        add: and then this adds to its output, given experts, tokens, prior or weights, and that output. It returns
+            whether that was done.
+    """
+
+    whole: Callable[..., int] | None = None
+    base: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
+    add: Callable[[Experts, Tensor, Tensor | None, Tensor], bool] | None = None
 
 
 class FusedCpuLinear:
     """A :class:`spectr.ops.base.FusedLinear`.
 
     Args:
-        base: The base layer.
-        kept: The tensors that ``layer`` has the places of.
-        layer: Without the base layer, whose weight may be replaced at any time.
-        calls: ``route`` or ``held``, of few tokens and of many.
+        base: The base layer, whose weight may be replaced at any time.
+        experts: Its experts.
+        ways: For each of :data:`spectr.ops.ways.TOKENS`; ``None`` where the call is torch's.
     """
 
     rough: screening.Rough | None = None
 
-    def __init__(self, base: nn.Linear, kept: tuple[Tensor, Tensor, Tensor | None], layer: Layer, calls: Calls):
-        self.base, self.kept, self.layer, self.calls, self.dtype = base, kept, layer, calls, kept[0].dtype
+    def __init__(self, base: nn.Linear, experts: Experts, ways: Sequence[Way | None]):
+        self.base, self.experts, self.ways, self.dtype = base, experts, ways, experts.A_PI.dtype
+        self.layer = layer = Layer.from_buffer_copy(experts.layer)
         self.place, self.inputs, self.outputs = ctypes.addressof(layer), layer.inputs, layer.outputs
         if self.dtype is torch.float32 and layer.experts >= screening.PAYS * layer.k:
-            self.rough = rough = screening.Rough.of(kept[0], layer.experts)
+            self.rough = rough = screening.Rough.of(experts.A_PI, layer.experts)
             if rough is not None:
                 layer.rough, layer.errors, layer.sizes = place(rough.A_PI), place(rough.errors_E), place(rough.sizes_E)
 
@@ -78,15 +92,21 @@ class FusedCpuLinear:
         if x.shape[-1] != self.inputs or not x.numel():
             return None
         tokens, numbers = x.numel() // self.inputs, own_numbers(self.base, x)
-        function = self.calls.of(tokens)
-        if function is None or numbers is None:
+        way = self.ways[place_of(tokens)]
+        if way is None or numbers is None:
             return None
-        if self.rough is not None and self.rough.version != self.kept[0]._version:
+        whole, base, add = way
+        if whole is None:
+            assert base is not None
+            assert add is not None
+            out = base(x, *numbers)
+            return out if add(self.experts, x, rows, out) else None
+        if self.rough is not None and self.rough.version != self.experts.A_PI._version:
             self.rough = self.layer.rough = None  # A was changed in place: all of it is read until it is prepared again
         self.layer.W, self.layer.bias = place(numbers[0]), place(numbers[1])
         out = x.new_empty((*x.shape[:-1], self.outputs))
         count = 1 if rows is None else len(rows)
-        failed = function(self.place, place(x), place(rows), place(out), tokens, count, get_num_threads())
+        failed = whole(self.place, place(x), place(rows), place(out), tokens, count, get_num_threads())
         return None if failed else out
 
 

@@ -183,12 +183,15 @@ class GpuBackend(Backend):
         self._compiled: dict[tuple[Any, ...], Any] = {}
         self._prepared: set[tuple[Any, ...]] = set()
 
-    def prepare(self, A_PI: Tensor, Bt_PO: Tensor, centers_P: Tensor | None, choice: Choice) -> None:
+    def prepare(
+        self, A_PI: Tensor, Bt_PO: Tensor, centers_P: Tensor | None, choice: Choice | None, linear: FusedLinear | None
+    ) -> str:
         """See :meth:`Backend.prepare`: one call of few tokens and one of many, with a prior and without."""
         key = (Bt_PO.shape, choice, centers_P is None, A_PI.dtype, A_PI.device)
-        if self.device == "cuda" and key not in self._prepared:
+        if self.device == "cuda" and choice is not None and key not in self._prepared:
             self._prepared.add(key)
             self.warm_up(A_PI, Bt_PO, centers_P, choice)
+        return ""
 
     @torch.no_grad()
     def warm_up(self, A_PI: Tensor, Bt_PO: Tensor, centers_P: Tensor | None, choice: Choice) -> None:

@@ -159,7 +159,7 @@ static void NAME(add_chosen)(const struct layer *l, const struct many *m, float 
 
 /* out += sum over the chosen of w_t B_t h_t, of many tokens. */
 static void NAME(outer_many)(const struct layer *l, const struct many *m, TYPE *out, long tokens, long threads) {
-  float *strip = m->strips + THREAD * CHUNK * STRIP;
+  float *strip = m->strips + THREAD * m->chunk * STRIP;
 #pragma omp for schedule(static)
   for (long worker = 0; worker < threads; worker++) {
     struct part own = part_of(l->outputs, worker, threads);
@@ -327,7 +327,7 @@ int NAME(route_many)(const struct layer *l, const TYPE *h, const float *prior, T
                      long threads) {
   long rows = l->rows, experts = l->experts, rank = rows / experts, k = l->k, own = rows + experts + k;
   char *memory;
-  struct many m = room_for(l, threads, threads * (own * sizeof(float) + k * sizeof(long)), &memory);
+  struct many m = room_for(l, CHUNK, threads, threads * (own * sizeof(float) + k * sizeof(long)), &memory);
   if (!memory) return 1;
 #pragma omp parallel num_threads(threads)
   for (long begin = 0; begin < tokens; begin += CHUNK) {

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from spectr.ops.compiling import load
 from spectr.ops.cpu import parts_of_float32, tiles_work
-from spectr.ops.dispatch import report_once, switched_off
+from spectr.ops.dispatch import report_once
 from spectr.ops.fused_linear import place
+from spectr.ops.ways import switched_off
 
 _SIDE, _DEEP = 16, 32  # columns of a tile, and terms
 _VECTORS = {torch.float32: "add_f32", torch.bfloat16: "add_bf16"}

@@ -94,7 +94,7 @@ int NAME(add)(const struct packed *p, const void *x, void *out, long stride, lon
   int narrow = sizeof(TYPE) < sizeof(float);
   char *memory;
   struct room room;
-  struct many m = room_for(&one, threads, (size_t)lay_out(&room, p, tokens, narrow, threads, 0), &memory);
+  struct many m = room_for(&one, CHUNK, threads, (size_t)lay_out(&room, p, tokens, narrow, threads, 0), &memory);
   if (!memory) return 1;
   lay_out(&room, p, tokens, narrow, threads, memory);
 #pragma omp parallel num_threads(threads)

@@ -16,7 +16,6 @@
 #define THREAD 0
 #endif
 
-#define WIDE 16   /* numbers of a vector; narrower machines take it in parts */
 #define ROWS 4    /* rows of a matrix that are read side by side */
 #define CHUNK 256 /* tokens at once, where they are many, so that what is laid out stays near */
 #define STRIP 128 /* their outputs at once at most, */
@@ -24,15 +23,21 @@
 #define AHEAD 4   /* tokens whose outputs are fetched before they are needed */
 #define TINY 1e-17f /* more than sums of squares lose that are too small for float32 */
 #define ROUND(n, to) (((n) + (to) - 1) / (to) * (to))
-#ifdef __AVX512F__ /* as registers allow: tokens that a row is multiplied with at once; */
-#define TOKENS 4
-#define HELD 8     /* rows of Bt that are held, */
+#ifdef __AVX512F__ /* numbers of a vector: wider ones than the machine's would be kept in memory; and as registers allow, */
+#define WIDE 16
+#define TOKENS 4    /* tokens that a row is multiplied with at once, */
+#define BLOCK 12    /* rows that one or two vectors of tokens are multiplied with, */
+#define HELD 8      /* rows of Bt that are held, */
 #define HELD_WIDE 2 /* and their vectors */
 #else
-#define TOKENS 1
+#define WIDE 8
+#define TOKENS 3
+#define BLOCK 6
 #define HELD 4
-#define HELD_WIDE 1
+#define HELD_WIDE 2
 #endif
+#define LANES 2 /* vectors of tokens at most */
+#define INLINED static inline __attribute__((always_inline)) /* so that what is given is a constant in it */
 typedef float vector __attribute__((vector_size(4 * WIDE)));
 typedef uint32_t words __attribute__((vector_size(4 * WIDE)));
 typedef uint16_t halves __attribute__((vector_size(2 * WIDE)));
@@ -118,7 +123,7 @@ struct many {
   int32_t *token;          /* and whose they are */
   float *share;            /* (tokens, k, wide): w h of the chosen, with zeros to fill up */
   float *strips;           /* of each thread, (tokens, STRIP): outputs */
-  long wide;
+  long wide, chunk;        /* numbers of a share, and tokens that there is room for */
 };
 
 /* A thread's outputs, in strips of equal width. */
@@ -140,20 +145,20 @@ static void *taken(char **at, size_t bytes) {
   return here;
 }
 
-/* Room for a call of many tokens, and `more` bytes at its beginning; `memory` is to be freed. */
-static struct many room_for(const struct layer *l, long threads, size_t more, char **memory) {
+/* Room for `chunk` tokens at once, and `more` bytes at its beginning; `memory` is to be freed. */
+static struct many room_for(const struct layer *l, long chunk, long threads, size_t more, char **memory) {
   long rank = l->rows / l->experts;
-  struct many m = {.wide = ROUND(rank, HELD)};
-  size_t strips = threads * CHUNK * STRIP * sizeof(float), shares = CHUNK * l->k * m.wide * sizeof(float);
-  size_t places = CHUNK * l->k * sizeof(int32_t);
+  struct many m = {.wide = ROUND(rank, HELD), .chunk = chunk};
+  size_t strips = threads * chunk * STRIP * sizeof(float), shares = chunk * l->k * m.wide * sizeof(float);
+  size_t places = chunk * l->k * sizeof(int32_t);
   more = ROUND(more, sizeof(vector));
   *memory = aligned_alloc(sizeof(vector), ROUND(more + strips + shares + 3 * places + (l->experts + 1) * 4, sizeof(vector)));
   m.strips = (float *)(*memory + more);
-  m.share = m.strips + threads * CHUNK * STRIP;
-  m.chosen = (int32_t *)(m.share + CHUNK * l->k * m.wide);
-  m.order = m.chosen + CHUNK * l->k;
-  m.token = m.order + CHUNK * l->k;
-  m.begins = m.token + CHUNK * l->k;
+  m.share = m.strips + threads * chunk * STRIP;
+  m.chosen = (int32_t *)(m.share + chunk * l->k * m.wide);
+  m.order = m.chosen + chunk * l->k;
+  m.token = m.order + chunk * l->k;
+  m.begins = m.token + chunk * l->k;
   return m;
 }
 
@@ -200,6 +205,8 @@ static void products_bf16(const float *x, const uint16_t *M, const uint16_t *bia
 #define FUNCTIONS "layer.h"
 #include "dtypes.h"
 #undef FUNCTIONS
+
+#include "lanes.h"
 
 #ifdef __AMX_BF16__
 #include "amx.h"

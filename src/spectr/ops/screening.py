@@ -10,7 +10,7 @@ from torch import Tensor
 
 PAYS = 8  # experts for each chosen one from which reading half of all ``A`` first is worth the memory that it takes
 _UNIT = 2.0**-24  # by which one operation in float32 is off at most, relatively
-_LANES = 16  # sums that go side by side in a kernel; they, and what is left of the inputs, are summed up last
+_LANES = 8, 16  # sums that go side by side in a kernel; they, and what is left of the inputs, are summed up last
 
 
 class Rough(NamedTuple):
@@ -35,7 +35,7 @@ class Rough(NamedTuple):
         if A_PI.is_inference():
             return None
         rough_PI = A_PI.bfloat16()
-        terms = A_PI.shape[1] / _LANES + 3 * _LANES
+        terms = A_PI.shape[1] / min(_LANES) + 3 * max(_LANES)
         rounding_E = 2 * terms * _UNIT * A_PI.unflatten(0, (experts, -1)).norm(dim=(1, 2))
         left_E, sizes_E = (_norms(factors_PI, experts) for factors_PI in (A_PI - rough_PI, rough_PI.float()))
         return cls(rough_PI, left_E + rounding_E, sizes_E, A_PI._version)

@@ -1,0 +1,27 @@
+/* Many tokens without a matrix unit: the lanes of vectors are tokens, so that no sum goes across lanes. A block of rows of a
+   matrix is multiplied with one vector of tokens, or two, while all sums stay in registers. */
+
+/* sums = rows x of `vectors` vectors of tokens, whose numbers lie side by side for each input. */
+INLINED void lanes_block(const float *x, const float *const *rows, vector sums[][LANES], long inputs, int vectors) {
+  for (int r = 0; r < BLOCK; r++)
+    for (int v = 0; v < vectors; v++) sums[r][v] = (vector){0};
+  for (long i = 0; i < inputs; i++) {
+    vector xi[LANES];
+    for (int v = 0; v < vectors; v++) xi[v] = load_f32(x + (i * vectors + v) * WIDE);
+    for (int r = 0; r < BLOCK; r++)
+      for (int v = 0; v < vectors; v++) sums[r][v] += rows[r][i] * xi[v];
+  }
+}
+
+/* What a call of many tokens works with. */
+struct lanes {
+  float *x, *h;          /* of some tokens: as vectors, and A x, one token after the other */
+  float *wide;           /* of each thread a block of rows as floats, where they are not */
+  const void *rows;      /* the prior, or with `held` the weights; `count` rows that share all `tokens` */
+  long count, held, all;
+  int vectors;           /* of tokens, side by side */
+};
+
+#define FUNCTIONS "lanes_layer.h"
+#include "dtypes.h"
+#undef FUNCTIONS

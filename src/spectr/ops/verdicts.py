@@ -1,0 +1,105 @@
+"""How long each way takes for each shape of a layer: timed when it is needed first, and kept in the cache folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from spectr.atomic_write import replacing
+from spectr.ops.timing import Clock, Watch
+from spectr.ops.ways import TOKENS, Shape
+
+_EACH = 0.3  # seconds that a shape is timed for, roughly
+_SECONDS = 1.0  # that one process times layers for; other shapes then go by the most similar one
+
+
+class Verdict(NamedTuple):
+    """What was timed of one shape.
+
+    Attributes:
+        seconds: Of each way by its name, for each of :data:`spectr.ops.ways.TOKENS`.
+        origin: Where that is from, for reports.
+    """
+
+    seconds: list[Mapping[str, float]]
+    origin: str
+
+
+class Verdicts:
+    """The verdicts of this process, and those of a file that processes share.
+
+    Args:
+        file: Where they are kept. It belongs to one machine, version and number of threads.
+        measure: Gives the seconds of a shape's ways in about as much time as it is given.
+        clock: To time by.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        measure: Callable[[Shape, float], list[dict[str, float]]],
+        clock: Clock = Clock(),  # noqa: B008
+    ):
+        self._file, self._measure, self._clock = file, measure, clock
+        self._shapes: dict[str, Shape] = {}
+        self._known: dict[str, Verdict] = {}
+        self._spent = 0.0
+
+    def of(self, shape: Shape) -> Verdict:
+        """The verdict of a shape, measured if there is time for that."""
+        if shape.key not in self._known:
+            kept = self._read().get(shape.key)
+            self._known[shape.key] = self._new(shape) if kept is None else Verdict(kept, "timed before")
+            self._shapes[shape.key] = shape
+        return self._known[shape.key]
+
+    def nearest(self, shape: Shape) -> Verdict | None:
+        """The verdict of the most similar shape of those that this process knows; nothing is measured."""
+        if shape.key in self._known:
+            return self._known[shape.key]
+        alike = [key for key, known in self._shapes.items() if (known.dtype, not known.k) == (shape.dtype, not shape.k)]
+        if not alike:
+            return None
+        best = min(alike, key=lambda key: _distance(self._shapes[key], shape))
+        return self._known[best]._replace(origin=f"as for {self._shapes[best].key}")
+
+    def _new(self, shape: Shape) -> Verdict:
+        left = _SECONDS - self._spent
+        near = self.nearest(shape) if left <= 0 else None
+        if near is not None:
+            return near
+        with Watch(self._clock) as watch:
+            began = self._clock.now()
+            seconds = self._measure(shape, _EACH)
+            self._spent += self._clock.now() - began
+        if watch.loaded:
+            return Verdict(list(seconds), "timed beside other work, not kept")
+        self._keep(shape.key, seconds)
+        return Verdict(list(seconds), "timed now")
+
+    def _read(self) -> dict[str, list[Mapping[str, float]]]:
+        try:
+            found = json.loads(self._file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) and all(map(_is_whole, found.values())) else {}
+
+    def _keep(self, key: str, seconds: list[dict[str, float]]) -> None:
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(self._file) as scratch:
+                scratch.write_text(json.dumps({**self._read(), key: seconds}, indent=1), encoding="utf-8")
+        except OSError:
+            return  # timed again by the next process
+
+
+def _is_whole(times: Any) -> bool:
+    """Whether this is what :meth:`Verdicts.of` keeps."""
+    return isinstance(times, list) and len(times) == len(TOKENS) and all(isinstance(one, dict) for one in times)
+
+
+def _distance(one: Shape, other: Shape) -> float:
+    sizes = zip(one[1:], other[1:], strict=True)
+    return sum(abs((a + 1).bit_length() - (b + 1).bit_length()) for a, b in sizes)
