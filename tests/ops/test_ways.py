@@ -15,13 +15,13 @@ from spectr.ops import Choice, backend_for, make_plan, reference, timing
 from spectr.ops.timing import Clock, Watch, time_in_turn
 from spectr.ops.trials import Trials, measure
 from spectr.ops.verdicts import Verdicts
-from spectr.ops.ways import TOKENS, TORCH, WAYS, Shape, by_rules, fastest, place_of, told, wanted
+from spectr.ops.ways import TOKENS, TORCH, WAYS, Shape, by_rules, described, fastest, place_of, wanted
 
 SHAPE = Shape(torch.float32, 24, 20, 3, 9, 2)
 
 
 class Hands:
-    """A clock that goes on as it is told: by wall, and for how much of that this thread had a core."""
+    """A clock that goes on as it is described: by wall, and for how much of that this thread had a core."""
 
     def __init__(self, share=1.0):
         self.wall, self.used, self.share = 0.0, 0.0, share
@@ -79,7 +79,7 @@ def test_every_number_of_tokens_goes_by_the_nearest_that_is_timed():
 
 
 def test_a_table_can_be_read():
-    assert told(("rows", "rows", "lanes", TORCH, TORCH)) == "rows for 1 4, lanes for 16, torch for 64 256 tokens"
+    assert described(("rows", "rows", "lanes", TORCH, TORCH)) == "rows for 1 4, lanes for 16, torch for 64 256 tokens"
 
 
 # Timing
@@ -155,7 +155,7 @@ def test_two_processes_keep_the_verdicts_of_both(tmp_path):
 
 def test_a_verdict_beside_other_work_is_used_and_not_kept(tmp_path):
     busy, counts = verdicts(tmp_path, share=0.5)
-    assert busy.of(SHAPE).origin == "timed beside other work, not kept"
+    assert busy.of(SHAPE).origin == "timed while other work ran, not kept"
     assert busy.of(SHAPE).seconds[0]["rows"] == 1.0
     assert len(counts.shapes) == 1
     assert verdicts(tmp_path)[0].of(SHAPE).origin == "timed now"

@@ -99,8 +99,8 @@ def make_plan(
     how = backend.prepare(A_PI, Bt_PO, centers_P, choice, linear)
     whole = "with" if linear is not None else f"after {type(base).__name__},"
     work = "fixed weights" if choice is None else f"top {choice.k} of {choice.experts} by {choice.rule}"
-    told = f"{reason}: {work}, {whole} the base layer{how and '; '}{how}"
-    return Plan(backend, told, Bt_PO, centers_P, choice, linear)
+    why = f"{reason}: {work}, {whole} the base layer{how and '; '}{how}"
+    return Plan(backend, why, Bt_PO, centers_P, choice, linear)
 
 
 def update_by_kernels(

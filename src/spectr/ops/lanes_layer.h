@@ -48,7 +48,7 @@ INLINED void NAME(inner_lanes)(const struct layer *l, const struct lanes *s, lon
     }
 }
 
-/* Choose for some tokens, the first of which is number `begin`, or take the weights that are held. */
+/* Choose for some tokens from number `begin` on, or take the weights that are held. */
 static void NAME(choose_lanes)(const struct layer *l, const struct lanes *s, const struct many *m, long begin, long tokens,
                                float *scratch, long *chosen) {
   float *scores = scratch, *weights = scratch + l->experts;

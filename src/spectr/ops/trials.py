@@ -21,7 +21,7 @@ from spectr.ops.outputs import add_masked, gathered_sum, gathering_pays, weighte
 from spectr.ops.rules import RULES
 from spectr.ops.timing import time_in_turn
 from spectr.ops.verdicts import Verdict, Verdicts
-from spectr.ops.ways import TOKENS, TORCH, Shape, Table, after_base, by_rules, fastest, told, wanted
+from spectr.ops.ways import TOKENS, TORCH, Shape, Table, after_base, by_rules, described, fastest, wanted
 from spectr.selection import TopK
 from spectr.versions import package_versions
 
@@ -73,7 +73,7 @@ class Trials:
         self._after.pop(shape, None)
         table = self._table(shape, verdict, (lambda way: True) if whole else after_base)
         origin = "as SPECTR_KERNELS says" if verdict is None else verdict.origin
-        return f"{shape.inputs} to {shape.outputs}, {told(table)} ({origin})"
+        return f"{shape.inputs} to {shape.outputs}, {described(table)} ({origin})"
 
     def _table(self, shape: Shape, verdict: Verdict | None, among: Callable[[str], bool] = bool) -> Table:
         if self._rules:
@@ -139,7 +139,7 @@ def _next_takes(times: Mapping[str, float]) -> float:
 
 
 class _Layers:
-    """Layers of one shape that take turns, so many that each call reads its own from memory, as in a model.
+    """Layers of one shape that take turns, so that each call reads its layer from memory, as in a model.
 
     Args:
         shape: Of all.
@@ -182,7 +182,7 @@ class _Layers:
 
 
 def _aligned(numbers: int) -> int:
-    """At least so many that what follows them begins a line of the processor's cache."""
+    """This number, rounded up to whole lines of the processor's cache."""
     return -(-numbers // _LINE) * _LINE
 
 

@@ -75,7 +75,7 @@ class Verdicts:
             seconds = self._measure(shape, _EACH)
             self._spent += self._clock.now() - began
         if watch.loaded:
-            return Verdict(list(seconds), "timed beside other work, not kept")
+            return Verdict(list(seconds), "timed while other work ran, not kept")
         self._keep(shape.key, seconds)
         return Verdict(list(seconds), "timed now")
 

@@ -121,7 +121,7 @@ def by_rules(rules: tuple[Rule, ...], possible: Container[str]) -> Table:
     )
 
 
-def told(table: Table) -> str:
+def described(table: Table) -> str:
     """A table for reports, as ``rows for 1, 4, 16 tokens, torch+sums for 64, 256``."""
     counts: dict[str, list[str]] = {}
     for way, tokens in zip(table, TOKENS, strict=True):
