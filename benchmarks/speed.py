@@ -1,4 +1,4 @@
-"""What routing costs compared with PEFT, on SmolLM2-135M: one table, with the aims and the machine's limit.
+"""What routing costs compared with PEFT and with torch alone, on SmolLM2-135M: one table with the aims and the limit.
 
     $ python benchmarks/speed.py --work WORK
 
@@ -16,7 +16,9 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import platform
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from multiprocessing.connection import Connection
@@ -31,7 +33,7 @@ from rich.table import Table
 
 from spectr import ExpertLibrary, Spectr
 from spectr.benchmark import Timing, benchmark, write_lookalikes
-from spectr.benchmark.subjects import BASE, OURS
+from spectr.benchmark.subjects import BASE, BY_TORCH, OURS
 from spectr.models import load_model
 from spectr.shipped import shipped_experts
 
@@ -42,6 +44,7 @@ COLUMNS = (
     "work",
     "ours over one adapter of PEFT",
     "PEFT's Arrow over ours",
+    "ours over ours by torch alone",
     "memory, ours over one adapter",
     "ours over base",
     "limit",
@@ -60,13 +63,16 @@ class Aims(NamedTuple):
     """What ratios should be: at most, at least, at most."""
 
     single_prompt: float
-    single_decoding: float
+    single_token: float
+    single_batch: float
     arrow_prompt: float
     arrow_decoding: float
     memory: float
 
 
-AIMS = {SHIPPED: Aims(1.08, 1.0, 2.2, 2.2, 1.2), 64: Aims(1.5, 1.5, 15, 6, 1.5)}
+AIMS = {SHIPPED: Aims(1.05, 0.8, 1.05, 2.2, 2.2, 1.2), 64: Aims(1.5, 1.5, 1.5, 15, 6, 1.5)}
+UNITS = {"amx_bf16": "AMX", "avx512_bf16": "bfloat16 by AVX-512", "avx512f": "AVX-512", "avx2": "AVX2"}
+BUSY = 0.15  # cores that other processes use, from which a machine is loaded
 
 
 def main() -> None:
@@ -82,6 +88,7 @@ def main() -> None:
     given.work.mkdir(parents=True, exist_ok=True)
     console, table = Console(width=160), Table(*COLUMNS)
     origin: Mapping[str, Any] = {}
+    others: list[float | None] = []
     with Progress(console=console, transient=True) as bars:
         for count in given.experts:
             for dtype in given.dtype:
@@ -94,7 +101,9 @@ def main() -> None:
                         table.add_row(*row)
                         name = ""
                     origin = told["origin"]
+                    others.append(told.get("others"))
     console.print(table)
+    console.print(f"{processor()}; {load(others)}.", highlight=False)
     console.print(
         f"{origin['router']}, {origin['threads']} threads, {origin['device']}, torch {origin['torch']}; medians of "
         f"{given.rounds} rounds in turn; in brackets what is aimed at, * where it is missed. limit: over the base "
@@ -110,7 +119,7 @@ def _show(bars: Progress, task: TaskID, done: int, total: int, what: str) -> Non
 
 def outcome(given: argparse.Namespace, setting: Setting, progress: Callable[[int, int, str], None]) -> dict[str, Any]:
     """What :func:`spectr.benchmark.benchmark` gives in a process of its own, or gave."""
-    kept = given.work / f"{setting.experts}-{setting.dtype}-{setting.part}-{given.rounds}.json"
+    kept = given.work / f"{setting.experts}-{setting.dtype}-{setting.part}-{given.rounds}-torch.json"
     if not kept.is_file() or given.fresh:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe(duplex=False)
@@ -140,32 +149,72 @@ def measured(work: Path, setting: Setting, rounds: int, tell: Connection) -> Non
     if setting.experts > len(library):
         library = write_lookalikes(library, work / "experts", setting.experts)
     prompts = setting.part == "prompt"
+    began, before = time.perf_counter(), used_by_others()
     found = benchmark(
         model,
         library,
         Spectr(top_k=4),
+        torch_alone=True,
         time_prompt=prompts,
         batches=() if prompts else (1, 16),
         steps=16 if setting.experts <= SHIPPED else 4,
         rounds=rounds,
         progress=lambda *told: tell.send(told),
     )
-    tell.send(dataclasses.asdict(found))
+    after, wall = used_by_others(), time.perf_counter() - began
+    others = None if before is None or after is None else (after - before) / wall
+    tell.send({**dataclasses.asdict(found), "others": others})
+
+
+def processor() -> str:
+    """The processor's name and the units that decide how fast it multiplies."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = facts.get("flags", "").split()
+    units = [name for flag, name in UNITS.items() if flag in flags]
+    return (
+        f"{facts.get('model name', platform.machine())}, {os.cpu_count()} cores, {', '.join(units) or 'no wide units'}"
+    )
+
+
+def used_by_others() -> float | None:
+    """Seconds that other processes have had a core for; ``None`` where the system does not tell."""
+    try:
+        user, nice, system, _, _, *rest = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:])
+    except OSError:
+        return None
+    return (user + nice + system + sum(rest[:3])) / os.sysconf("SC_CLK_TCK") - time.process_time()
+
+
+def load(others: list[float | None]) -> str:
+    """What other processes used while settings were measured."""
+    known = [cores for cores in others if cores is not None]
+    if not known:
+        return "whether it was idle is not known"
+    state = "idle" if max(known) < BUSY else "loaded"
+    return f"{state}: other processes used {min(known):.2f} to {max(known):.2f} cores"
 
 
 def rows(told: dict[str, Any], name: str, aims: Aims | None) -> Iterator[tuple[str, ...]]:
     """One for each work."""
     timings = {key: Timing(seconds=tuple(one["seconds"]), peak=one["peak"]) for key, one in told["timings"].items()}
     for work, limit in told["limits"].items():
-        base, ours, single, arrow = (
-            timings[f"{subject} | {work}"] for subject in (BASE, OURS, "peft, one adapter", "peft, Arrow")
+        base, ours, single, arrow, plain = (
+            timings[f"{subject} | {work}"] for subject in (BASE, OURS, "peft, one adapter", "peft, Arrow", BY_TORCH)
         )
         prompt = work.startswith("prompt")
+        most = aims and (
+            aims.single_prompt if prompt else aims.single_token if work.endswith("batch 1") else aims.single_batch
+        )
         yield (
             name,
             work,
-            _told(ours.over(single), aims and (aims.single_prompt if prompt else aims.single_decoding)),
+            _told(ours.over(single), most),
             _told(arrow.over(ours), aims and (aims.arrow_prompt if prompt else aims.arrow_decoding), least=True),
+            _told(ours.over(plain), 1.0),
             _told(ours.peak / single.peak, aims and aims.memory),
             f"{ours.over(base):.2f}",
             f"{limit:.2f}",

@@ -10,8 +10,9 @@ import torch
 from models import VOCAB, build, close, logits, peft_adapter, peft_library, peft_on_new_transformers, tiny_llama, tokens
 from spectr import ExpertLibrary, Spectr, compose
 from spectr.benchmark import Timing, benchmark, measure, write_lookalikes
+from spectr.benchmark.comparison import explain
 from spectr.benchmark.measure import Work, peak_bytes
-from spectr.benchmark.subjects import BASE, OURS, Subject, check_peers, get_peer, ours
+from spectr.benchmark.subjects import BASE, BY_TORCH, OURS, Subject, by_torch, check_peers, get_peer, ours
 from spectr.composition.multi_router import weight_sharing_copy
 from spectr.errors import CompositionError, LibraryError
 from spectr.flops import count_flops
@@ -95,6 +96,15 @@ def test_subjects_compute_what_they_are_named_for(library):
     close(logits(routed, tokens()), logits(other, tokens()))
     assert not torch.allclose(logits(single, tokens()), plain, atol=1e-4)
     assert torch.equal(logits(model, tokens()), plain)
+
+
+def test_the_routed_model_is_measured_without_kernels_too(library):
+    model = tiny_llama()
+    outcome = benchmark(model, library, Spectr(top_k=1), peers=(), prompt=4, batches=(), rounds=1, torch_alone=True)
+    assert set(outcome.timings) == {f"{name} | prompt of 4, batch 1" for name in (BASE, OURS, BY_TORCH)}
+    [line] = explain(by_torch(model, library, Spectr(top_k=1)).model)
+    assert line.endswith("layers: torch: without kernels")
+    assert "without kernels" not in "".join(explain(ours(model, library, Spectr(top_k=1)).model))
 
 
 def test_an_unknown_peer_is_named():

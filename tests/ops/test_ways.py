@@ -122,8 +122,8 @@ class Measure:
     def __init__(self, hands, seconds=0.2):
         self.hands, self.seconds, self.shapes = hands, seconds, []
 
-    def __call__(self, shape, seconds):
-        self.shapes.append(shape)
+    def __call__(self, shape, seconds, alone):
+        self.shapes.append((shape, alone) if alone else shape)
         self.hands.pass_(self.seconds)
         return [{"rows": 1.0, TORCH: 2.0}] * len(TOKENS)
 
@@ -155,9 +155,9 @@ def test_two_processes_keep_the_verdicts_of_both(tmp_path):
 
 def test_a_verdict_beside_other_work_is_used_and_not_kept(tmp_path):
     busy, counts = verdicts(tmp_path, share=0.5)
-    assert busy.of(SHAPE).origin == "timed while other work ran, not kept"
+    assert busy.of(SHAPE).origin == "by one thread, while other work ran, not kept"
     assert busy.of(SHAPE).seconds[0]["rows"] == 1.0
-    assert len(counts.shapes) == 1
+    assert counts.shapes == [SHAPE, (SHAPE, True)]
     assert verdicts(tmp_path)[0].of(SHAPE).origin == "timed now"
 
 
@@ -202,6 +202,18 @@ def test_all_ways_are_timed(dtype, k):
         found = measure(ways, shape, 60)
     assert [set(times) for times in found] == [{*ways, TORCH}] * len(TOKENS)
     assert all(seconds > 0 for times in found for seconds in times.values())
+
+
+@needs_a_compiler
+def test_one_thread_is_timed_alone_and_all_of_them_work_afterwards():
+    trials, threads = Trials(backend_for("cpu").backend, "test"), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = trials._measure(SHAPE, 60, alone=True)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert "rows" in found[0]
 
 
 @needs_a_compiler

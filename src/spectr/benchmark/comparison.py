@@ -13,7 +13,7 @@ from torch import nn
 
 import spectr
 from spectr.benchmark.measure import Timing, Work, measure
-from spectr.benchmark.subjects import BASE, OURS, Subject, get_peer, ours
+from spectr.benchmark.subjects import BASE, OURS, Subject, by_torch, get_peer, ours
 from spectr.flops import forward_flops
 from spectr.layers.routed import RoutedLinear
 from spectr.library import ExpertLibrary
@@ -49,6 +49,7 @@ def benchmark(
     router: Router,
     *,
     peers: Sequence[str] = ("peft-single", "peft-arrow"),
+    torch_alone: bool = False,
     prompt: int = 256,
     time_prompt: bool = True,
     batches: Sequence[int] = (1, 16),
@@ -63,6 +64,7 @@ def benchmark(
         library: The experts.
         router: The router that chooses them.
         peers: Names in :data:`spectr.benchmark.PEERS`.
+        torch_alone: Whether to time the routed model without kernels too.
         prompt: Length of the prompt in tokens.
         time_prompt: Whether to time a single prompt too.
         batches: Batch sizes for decoding, each after prompts of that length.
@@ -78,6 +80,7 @@ def benchmark(
     top_k = min(router.selection.k or len(library), len(library))
     routed = ours(model, library, router)
     subjects = [Subject(name=BASE, model=model), routed, *(peer(model, library, top_k) for peer in make)]
+    subjects += [by_torch(model, library, router)] if torch_alone else []
     works = [Work(prompt=prompt, batch=batch, steps=steps) for batch in batches]
     works = [Work(prompt=prompt), *works] if time_prompt else works
     timings = measure(subjects, works, rounds=rounds, progress=progress)

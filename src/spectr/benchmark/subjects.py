@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -12,10 +12,11 @@ from spectr.composition import Routed, compose
 from spectr.composition.multi_router import weight_sharing_copy
 from spectr.errors import CompositionError, MissingExtraError, did_you_mean
 from spectr.library import ExpertLibrary
+from spectr.ops import without_kernels
 from spectr.routers import Router
 from spectr.routers.abstention import always_choosing
 
-BASE, OURS = "base model", "spectr"
+BASE, OURS, BY_TORCH = "base model", "spectr", "spectr without kernels"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,6 +38,12 @@ def ours(model: nn.Module, library: ExpertLibrary, router: Router) -> Subject:
     """The base model composed with the library."""
     routed = compose(weight_sharing_copy(model), library, always_choosing(router))
     return Subject(name=OURS, model=routed.model, routed=routed)
+
+
+def by_torch(model: nn.Module, library: ExpertLibrary, router: Router) -> Subject:
+    """The same, computed by torch alone."""
+    with without_kernels():
+        return replace(ours(model, library, router), name=BY_TORCH)
 
 
 def peft_single(model: nn.Module, library: ExpertLibrary, top_k: int) -> Subject:

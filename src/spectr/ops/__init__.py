@@ -7,7 +7,16 @@ serves a layer, and why. Graphs see the operations of :mod:`spectr.ops.registere
 """
 
 from spectr.ops.base import Backend, Choice, FusedLinear
-from spectr.ops.dispatch import NOT_PREPARED, Offer, Plan, backend_for, make_plan, report_once, update_by_kernels
+from spectr.ops.dispatch import (
+    NOT_PREPARED,
+    Offer,
+    Plan,
+    backend_for,
+    make_plan,
+    report_once,
+    update_by_kernels,
+    without_kernels,
+)
 from spectr.ops.registered import add_update, add_update_, choose
 
 __all__ = [
@@ -24,4 +33,5 @@ __all__ = [
     "make_plan",
     "report_once",
     "update_by_kernels",
+    "without_kernels",
 ]

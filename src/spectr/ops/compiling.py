@@ -20,6 +20,9 @@ from spectr.atomic_write import cache_folder
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math")
 
 
+_PATIENCE = 600  # seconds for the compiler, which takes ten where nobody else is at work
+
+
 def load(source: str) -> ctypes.CDLL:
     """The shared library of a source in this folder.
 
@@ -69,7 +72,7 @@ def _make(compiler: str, source: Path, target: Path, threads: Path | None) -> No
     linking: list[Any] = [compiler, "-shared", parts, "-o", target, *([threads] if threads else []), "-lm"]
     linking += ["-Wl,--no-undefined"] if threads else []  # an error now, not when it is loaded
     for command in (compiling, linking):
-        subprocess.run(command, check=True, capture_output=True, timeout=60)
+        subprocess.run(command, check=True, capture_output=True, timeout=_PATIENCE)
 
 
 def _threads() -> Path | None:

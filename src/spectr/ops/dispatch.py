@@ -6,6 +6,9 @@ A plan is made when a model is composed, moved or cast. Calls compile and prepar
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from importlib import import_module
 from typing import NamedTuple
@@ -53,6 +56,19 @@ class Plan(NamedTuple):
         return self.reason if self.backend is not None else f"torch: {self.reason}"
 
 
+_without = ContextVar("without kernels", default=False)
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """Plans that are made inside use no kernels, for comparisons."""
+    before = _without.set(True)
+    try:
+        yield
+    finally:
+        _without.reset(before)
+
+
 @lru_cache
 def backend_for(device: str) -> Offer:
     """The backend for a kind of device. One that cannot run is reported once."""
@@ -88,7 +104,7 @@ def make_plan(
         refusal: Why no kernel computes what the router wants, if none does.
     """
     Bt_PO = B_OP.mT
-    backend, reason = backend_for(A_PI.device.type)
+    backend, reason = Offer(None, "without kernels") if _without.get() else backend_for(A_PI.device.type)
     if choice is not None and backend is not None and choice.rule not in backend.rules:
         refusal = f"no kernel scores by the rule '{choice.rule}'"
     if backend is not None and not refusal and not backend.know(A_PI, Bt_PO):

@@ -13,13 +13,21 @@ INLINED void lanes_block(const float *x, const float *const *rows, vector sums[]
   }
 }
 
+static void one_vector(const float *x, const float *const *rows, vector sums[][LANES], long inputs) {
+  lanes_block(x, rows, sums, inputs, 1);
+}
+
+static void all_vectors(const float *x, const float *const *rows, vector sums[][LANES], long inputs) {
+  lanes_block(x, rows, sums, inputs, LANES);
+}
+
 /* What a call of many tokens works with. */
 struct lanes {
   float *x, *h;          /* of some tokens: as vectors, and A x, one token after the other */
   float *wide;           /* of each thread a block of rows as floats, where they are not */
   const void *rows;      /* the prior, or with `held` the weights; `count` rows that share all `tokens` */
   long count, held, all;
-  int vectors;           /* of tokens, side by side */
+  long side;             /* tokens side by side: one vector of them, or LANES */
 };
 
 #define FUNCTIONS "lanes_layer.h"

@@ -2,7 +2,7 @@
 
 /* Lay some tokens out as vectors, zeros for those that are not there. */
 static void NAME(lay_lanes)(const TYPE *x, long tokens, long inputs, const struct lanes *s, long threads) {
-  long side = s->vectors * WIDE;
+  long side = s->side;
 #pragma omp for schedule(static)
   for (long worker = 0; worker < threads; worker++)
     for (long begin = 0; begin < tokens; begin += side)
@@ -12,8 +12,8 @@ static void NAME(lay_lanes)(const TYPE *x, long tokens, long inputs, const struc
 }
 
 /* to = M x + bias for a block of M's rows, or what there is of it, and tokens from `begin` to `end`. */
-INLINED void NAME(multiply_block)(const TYPE *M, const TYPE *bias, long rows, long inputs, const struct lanes *s, long begin,
-                                  long end, float *to, long stride, int vectors) {
+static void NAME(multiply_block)(const TYPE *M, const TYPE *bias, long rows, long inputs, const struct lanes *s, long begin,
+                                 long end, float *to, long stride) {
   const float *at[BLOCK];
   float *wide = s->wide + THREAD * BLOCK * inputs;
   for (long r = 0; r < BLOCK; r++) {
@@ -23,10 +23,10 @@ INLINED void NAME(multiply_block)(const TYPE *M, const TYPE *bias, long rows, lo
     at[r] = wide + row * inputs;
     for (long i = 0; i < inputs && r < rows; i++) wide[r * inputs + i] = FROM(M[r * inputs + i]);
   }
-  for (long t = begin; t < end; t += vectors * WIDE) {
+  for (long t = begin; t < end; t += s->side) {
     vector sums[BLOCK][LANES];
-    lanes_block(s->x + t * inputs, at, sums, inputs, vectors);
-    long there = end - t < vectors * WIDE ? end - t : vectors * WIDE;
+    (s->side == WIDE ? one_vector : all_vectors)(s->x + t * inputs, at, sums, inputs);
+    long there = end - t < s->side ? end - t : s->side;
     for (long r = 0; r < BLOCK && r < rows; r++) {
       float add = bias ? FROM(bias[r]) : 0;
       for (long u = 0; u < there; u++) to[(t + u) * stride + r] = ((const float *)sums[r])[u] + add;
@@ -35,14 +35,14 @@ INLINED void NAME(multiply_block)(const TYPE *M, const TYPE *bias, long rows, lo
 }
 
 /* h = A x, rounded as this dtype rounds. */
-INLINED void NAME(inner_lanes)(const struct layer *l, const struct lanes *s, long tokens, int vectors) {
-  long side = vectors * WIDE;
+static void NAME(inner_lanes)(const struct layer *l, const struct lanes *s, long tokens) {
+  long side = s->side;
 #pragma omp for schedule(static) collapse(2)
   for (long p = 0; p < l->rows; p += BLOCK)
     for (long begin = 0; begin < tokens; begin += 2 * side) {
       long rows = l->rows - p < BLOCK ? l->rows - p : BLOCK, end = begin + 2 * side < tokens ? begin + 2 * side : tokens;
       const TYPE *A = (const TYPE *)l->A + p * l->inputs;
-      NAME(multiply_block)(A, 0, rows, l->inputs, s, begin, end, s->h + p, l->rows, vectors);
+      NAME(multiply_block)(A, 0, rows, l->inputs, s, begin, end, s->h + p, l->rows);
       for (long t = begin; t < end && sizeof(TYPE) < sizeof(float); t++)
         for (long r = p; r < p + rows; r++) s->h[t * l->rows + r] = FROM(TO(s->h[t * l->rows + r]));
     }
@@ -70,8 +70,8 @@ static void NAME(choose_lanes)(const struct layer *l, const struct lanes *s, con
 }
 
 /* The base layer's outputs, or what `out` has of them, and the chosen experts'. */
-INLINED void NAME(outer_lanes)(const struct layer *l, const struct lanes *s, const struct many *m, TYPE *out, long tokens,
-                               long threads, int vectors) {
+static void NAME(outer_lanes)(const struct layer *l, const struct lanes *s, const struct many *m, TYPE *out, long tokens,
+                              long threads) {
   float *strip = m->strips + THREAD * m->chunk * STRIP;
 #pragma omp for schedule(static)
   for (long worker = 0; worker < threads; worker++) {
@@ -82,7 +82,7 @@ INLINED void NAME(outer_lanes)(const struct layer *l, const struct lanes *s, con
       for (long o = 0; o < there && l->W; o += BLOCK) {
         const TYPE *W = (const TYPE *)l->W + (from + o) * l->inputs, *bias = l->bias;
         long rows = there - o < BLOCK ? there - o : BLOCK;
-        NAME(multiply_block)(W, bias ? bias + from + o : 0, rows, l->inputs, s, 0, tokens, strip + o, STRIP, vectors);
+        NAME(multiply_block)(W, bias ? bias + from + o : 0, rows, l->inputs, s, 0, tokens, strip + o, STRIP);
       }
       NAME(add_chosen)(l, m, strip, from, there);
       NAME(store_strip)(l, out, strip, from, there, tokens);
@@ -90,38 +90,29 @@ INLINED void NAME(outer_lanes)(const struct layer *l, const struct lanes *s, con
   }
 }
 
-INLINED void NAME(lanes_chunk)(const struct layer *l, const struct lanes *s, const struct many *m, const TYPE *x, TYPE *out,
-                               long begin, long tokens, float *scratch, long *chosen, long threads, int vectors) {
-  NAME(lay_lanes)(x, tokens, l->inputs, s, threads);
-  NAME(inner_lanes)(l, s, tokens, vectors);
-  NAME(choose_lanes)(l, s, m, begin, tokens, scratch, chosen);
-  sort_chosen(l, m, tokens);
-  NAME(outer_lanes)(l, s, m, out, tokens, threads, vectors);
-}
-
 /* As route, or with `held` as held, of many tokens. */
 int NAME(lanes)(const struct layer *l, const TYPE *x, const void *rows, TYPE *out, long tokens, long count, long held,
                 long threads) {
-  struct lanes s = {.rows = rows, .count = count, .held = held, .all = tokens, .vectors = tokens <= WIDE ? 1 : LANES};
-  long side = s.vectors * WIDE, chunk = ROUND(tokens < CHUNK ? tokens : CHUNK, side), own = l->experts + l->k;
+  struct lanes s = {.rows = rows, .count = count, .held = held, .all = tokens, .side = tokens <= WIDE ? WIDE : LANES * WIDE};
+  long chunk = ROUND(tokens < CHUNK ? tokens : CHUNK, s.side), own = l->experts + l->k;
+  long longs = ROUND(threads * l->k, (long)(sizeof(vector) / sizeof(long)));
   long wide = sizeof(TYPE) == sizeof(float) ? 0 : threads * BLOCK * l->inputs;
   size_t floats = (chunk * (l->inputs + l->rows) + wide + threads * own) * sizeof(float);
   char *memory;
-  struct many m = room_for(l, chunk, threads, threads * l->k * sizeof(long) + floats, &memory);
+  struct many m = room_for(l, chunk, threads, longs * sizeof(long) + floats, &memory);
   if (!memory) return 1;
-  s.x = (float *)((long *)memory + threads * l->k);
+  s.x = (float *)((long *)memory + longs);
   s.h = s.x + chunk * l->inputs;
   s.wide = s.h + chunk * l->rows;
 #pragma omp parallel num_threads(threads)
   for (long begin = 0; begin < tokens; begin += chunk) {
     long some = tokens - begin < chunk ? tokens - begin : chunk, *chosen = (long *)memory + THREAD * l->k;
     float *scratch = s.wide + wide + THREAD * own;
-    const TYPE *from = x + begin * l->inputs;
-    TYPE *to = out + begin * l->stride;
-    if (s.vectors == 1)
-      NAME(lanes_chunk)(l, &s, &m, from, to, begin, some, scratch, chosen, threads, 1);
-    else
-      NAME(lanes_chunk)(l, &s, &m, from, to, begin, some, scratch, chosen, threads, LANES);
+    NAME(lay_lanes)(x + begin * l->inputs, some, l->inputs, &s, threads);
+    NAME(inner_lanes)(l, &s, some);
+    NAME(choose_lanes)(l, &s, &m, begin, some, scratch, chosen);
+    sort_chosen(l, &m, some);
+    NAME(outer_lanes)(l, &s, &m, out + begin * l->stride, some, threads);
   }
   free(memory);
   return 0;

@@ -19,7 +19,7 @@ from spectr.ops.base import Choice
 from spectr.ops.fused_linear import Experts, FusedCpuLinear, Layer, Way
 from spectr.ops.outputs import add_masked, gathered_sum, gathering_pays, weighted
 from spectr.ops.rules import RULES
-from spectr.ops.timing import time_in_turn
+from spectr.ops.timing import Clock, time_in_turn
 from spectr.ops.verdicts import Verdict, Verdicts
 from spectr.ops.ways import TOKENS, TORCH, Shape, Table, after_base, by_rules, described, fastest, wanted
 from spectr.selection import TopK
@@ -100,9 +100,16 @@ class Trials:
             self._by_threads[threads] = Verdicts(cache_folder() / "kernels" / f"times-{name}.json", self._measure)
         return self._by_threads[threads]
 
-    def _measure(self, shape: Shape, seconds: float) -> list[dict[str, float]]:
+    def _measure(self, shape: Shape, seconds: float, alone: bool) -> list[dict[str, float]]:
+        ways, threads = self._backend.ways(shape.dtype, shape.k > 0), torch.get_num_threads()
         with torch.no_grad():
-            return measure(self._backend.ways(shape.dtype, shape.k > 0), shape, seconds)
+            if not alone:
+                return measure(ways, shape, seconds)
+            torch.set_num_threads(1)
+            try:
+                return measure(ways, shape, seconds, Clock(now=time.thread_time))
+            finally:
+                torch.set_num_threads(threads)
 
 
 def _settings() -> tuple[str, ...]:
@@ -110,7 +117,12 @@ def _settings() -> tuple[str, ...]:
     return torch.get_float32_matmul_precision(), *(f"{name}={os.environ.get(name)}" for name in _VARIABLES)
 
 
-def measure(ways: Mapping[str, Way], shape: Shape, seconds: float) -> list[dict[str, float]]:
+def measure(
+    ways: Mapping[str, Way],
+    shape: Shape,
+    seconds: float,
+    clock: Clock = Clock(),  # noqa: B008
+) -> list[dict[str, float]]:
     """Seconds of each way and of torch, for each number of tokens that is timed.
 
     What would take too long is not timed: there torch computes the base layer, and the rest goes by fewer tokens.
@@ -119,17 +131,18 @@ def measure(ways: Mapping[str, Way], shape: Shape, seconds: float) -> list[dict[
         ways: By name.
         shape: Of the layer.
         seconds: That this may take, roughly.
+        clock: To time by.
     """
     found: list[dict[str, float]] = []
-    layers, began = _Layers(shape), time.perf_counter()
+    layers, began = _Layers(shape), clock.now()
     for place, tokens in enumerate(TOKENS):
-        left = seconds - (time.perf_counter() - began)
+        left = seconds - (clock.now() - began)
         if found and _next_takes(found[-1]) > left:
             found.append({way: time for way, time in found[-1].items() if "+" in way or way == TORCH})
             continue
         x = layers.tokens(tokens)
         calls = {name: partial(layers.by, way, x) for name, way in ways.items()} | {TORCH: partial(layers.by, None, x)}
-        found.append(time_in_turn(calls, left / (len(TOKENS) - place)))
+        found.append(time_in_turn(calls, left / (len(TOKENS) - place), clock))
     return found
 
 

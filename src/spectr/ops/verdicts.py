@@ -12,7 +12,7 @@ from spectr.ops.timing import Clock, Watch
 from spectr.ops.ways import TOKENS, Shape
 
 _EACH = 0.3  # seconds that a shape is timed for, roughly
-_SECONDS = 1.0  # that one process times layers for; other shapes then go by the most similar one
+_SECONDS = 1.2  # that one process times layers for; other shapes then go by the most similar one
 
 
 class Verdict(NamedTuple):
@@ -32,14 +32,15 @@ class Verdicts:
 
     Args:
         file: Where they are kept. It belongs to one machine, version and number of threads.
-        measure: Gives the seconds of a shape's ways in about as much time as it is given.
+        measure: Gives the seconds of a shape's ways in about as much time as it is given, as all threads see them, or
+            of one thread alone, for which it had a core.
         clock: To time by.
     """
 
     def __init__(
         self,
         file: Path,
-        measure: Callable[[Shape, float], list[dict[str, float]]],
+        measure: Callable[[Shape, float, bool], list[dict[str, float]]],
         clock: Clock = Clock(),  # noqa: B008
     ):
         self._file, self._measure, self._clock = file, measure, clock
@@ -71,13 +72,14 @@ class Verdicts:
         if near is not None:
             return near
         with Watch(self._clock) as watch:
-            began = self._clock.now()
-            seconds = self._measure(shape, _EACH)
-            self._spent += self._clock.now() - began
-        if watch.loaded:
-            return Verdict(list(seconds), "timed while other work ran, not kept")
-        self._keep(shape.key, seconds)
-        return Verdict(list(seconds), "timed now")
+            began = self._clock.used()
+            seconds = self._measure(shape, _EACH, False)
+        if watch.loaded:  # threads that wait for each other take as long as others let them wait
+            seconds = self._measure(shape, 2 * _EACH, True)
+        else:
+            self._keep(shape.key, seconds)
+        self._spent += self._clock.used() - began
+        return Verdict(list(seconds), "by one thread, while other work ran, not kept" if watch.loaded else "timed now")
 
     def _read(self) -> dict[str, list[Mapping[str, float]]]:
         try:
