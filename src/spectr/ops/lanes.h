@@ -2,15 +2,21 @@
    matrix is multiplied with one vector of tokens, or two, while all sums stay in registers. */
 
 /* sums = rows x of `vectors` vectors of tokens, whose numbers lie side by side for each input. */
-INLINED void lanes_block(const float *x, const float *const *rows, vector sums[][LANES], long inputs, int vectors) {
-  for (int r = 0; r < BLOCK; r++)
+INLINED void lanes_block(const float *x, const float *const *rows, vector to[][LANES], long inputs, int vectors) {
+  vector sums[BLOCK][LANES]; /* here, so that they are in registers */
+  const float *at[BLOCK];
+  for (int r = 0; r < BLOCK; r++) {
+    at[r] = rows[r];
     for (int v = 0; v < vectors; v++) sums[r][v] = (vector){0};
+  }
   for (long i = 0; i < inputs; i++) {
     vector xi[LANES];
     for (int v = 0; v < vectors; v++) xi[v] = load_f32(x + (i * vectors + v) * WIDE);
     for (int r = 0; r < BLOCK; r++)
-      for (int v = 0; v < vectors; v++) sums[r][v] += rows[r][i] * xi[v];
+      for (int v = 0; v < vectors; v++) sums[r][v] += at[r][i] * xi[v];
   }
+  for (int r = 0; r < BLOCK; r++)
+    for (int v = 0; v < vectors; v++) to[r][v] = sums[r][v];
 }
 
 static void one_vector(const float *x, const float *const *rows, vector sums[][LANES], long inputs) {
