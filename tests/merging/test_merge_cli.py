@@ -83,7 +83,7 @@ MISTAKES = {
     "unknown method": (("--method", "tie"), "unknown method 'tie'", "did you mean 'ties'?"),
     "density": (("--density", "2"), "settings of 'ties' out of range: density=2.0", "at most 1"),
     "a setting of another": (("--seed", "2"), "method 'ties' has no seed", "some of: density, scale"),
-    "weights": (("--weights", "1"), "1 weight for 2 experts", "give 2: amber, blue"),
+    "weights": (("--weights", "1"), "1 weight for 2 experts", "pass 2 numbers, for amber, blue"),
     "no numbers": (("--weights", "1;2"), "--weights 1;2", '"1,0.5"'),
     "linear": (("--method", "linear"), "method 'linear' needs weights", "--weights 1,1"),
     "unknown general": (("--subtract", "cyam"), "unknown expert 'cyam'", "did you mean 'cyan'?"),

@@ -299,7 +299,7 @@ REFUSALS = {
     "too few weights": (
         lambda: Recipe(experts=("a", "b"), weights=(1.0,)),
         "1 weight for 2 experts",
-        "give 2: a, b",
+        "pass 2 numbers, for a, b",
     ),
     "infinite weight": (lambda: Recipe(experts=("a",), weights=(math.inf,)), "weights inf", "finite numbers"),
     "only zeros": (lambda: Recipe(experts=("a",), weights=(0.0,)), "weights 0.0", "not all 0"),
