@@ -299,8 +299,11 @@ def test_the_oracle_is_the_measure_of_the_multitask_table(library, tasks, tmp_pa
     for name, found in methods.items():
         expected = [found["accuracy"][t] / max(own["accuracy"][t], 1e-9) for t in ("ants", "bees")]
         assert found["share"] == pytest.approx(sum(expected) / 2), name
+        for task, share in found["shares"].items():
+            assert share == pytest.approx(found["accuracy"][task] / own["accuracy"][task], nan_ok=True), name
     assert "arrow, k 4" not in methods, "there are three experts"
-    assert "spectr, k 2" in methods
+    assert (methods["spectr, k 2"]["merge"], methods["spectr, k 2"]["weights"]) == ("outputs", "uniform")
+    assert "mu, combine raw-factors" not in methods, "their ranks differ"
 
 
 def test_the_formula_of_costs_is_what_is_measured(library, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from spectr.evaluation.experiments.setup import ExperimentSetup, Result
@@ -9,9 +10,14 @@ from spectr.evaluation.paired_statistics import in_words, mean_share
 from spectr.evaluation.score import Measurement
 
 _KS = (2, 4, 8)
+_MERGES: list[dict[str, Any]] = [{"combine": "raw-factors"}, {"combine": "factors"}, {}]  # the last: outputs
 _FAMILY = ("spectr", "spectr-paper", "spectr-projection", "spectr-code")
 METHODS: list[tuple[str, dict[str, Any]]] = [
-    ("mu", {}),
+    # The paper's rows: one merge for all methods (section 3.3), weights 1 / k.
+    *(("mu", merge) for merge in _MERGES),
+    *(("arrow", {"weights": "uniform", **merge, "top_k": 4}) for merge in _MERGES),
+    ("spectr", {"combine": "raw-factors", "top_k": 4}),  # the other merges are below
+    # Arrow's own: a softmax of the scores.
     ("arrow", {"top_k": 4}),
     # With one expert, weights and combination make no difference.
     ("spectr", {"top_k": 1}),
@@ -42,7 +48,8 @@ def multitask(setup: ExperimentSetup) -> Result:
     methods: dict[str, dict[str, Any]] = {}
     for label, router in setup.routers(METHODS):
         found[label] = setup.scores_over_seeds(router, label)
-        methods[label] = {"k": router.selection.k, "family": label.partition(", k ")[0]}
+        about = {"k": router.selection.k, "family": label.partition(", k ")[0], "merge": router.combine}
+        methods[label] = about | {"weights": getattr(router.selection, "weighting", "uniform")}
     found["its own expert"] = own
     seeds, rows = "", []
     if setup.seeds and setup.library.calibration is not None:
@@ -50,29 +57,46 @@ def multitask(setup: ExperimentSetup) -> Result:
     for label, by_task in found.items():
         share = mean_share(by_task, own)
         accuracy = {task: Measurement.of(values) for task, values in by_task.items()}
+        shares = {task: mean_share({task: by_task[task]}, {task: own[task]}) for task in tasks}
         methods[label] = {
             "k": None,
             "family": label,
+            "merge": "",
+            "weights": "",
             **methods.get(label, {}),
             "share": share.value,
             "error": share.error,
             "accuracy": {task: m.value for task, m in accuracy.items()},
             "accuracy_error": {task: m.error for task, m in accuracy.items()},
+            "shares": {task: m.value for task, m in shares.items()},
         }
-        rows.append([label, in_words(share), *(f"{accuracy[task].value:.1%}" for task in tasks)])
+        row = methods[label]
+        rows.append([label, row["merge"], row["weights"], in_words(share), *map(_normalised, shares.values())])
+    reached = ", ".join(f"{task} {Measurement.of(values).value:.1%}" for task, values in own.items())
     return Result(
         name="multitask",
         title="One model for all tasks",
         source="SpectR, Table 2",
-        columns=["method", "mean share of the own expert's accuracy", *tasks],
+        columns=["method", "merge", "weights", "mean share of the own expert's accuracy", *tasks],
         rows=rows,
         data={"tasks": list(tasks), "methods": {label: methods[label] for label in found}},
         notes=[
-            "Accuracy by task, and the mean over tasks of the accuracy divided by that of the task's own expert on the "
-            "same examples. ± one standard error of that share, from the paired differences between method and expert. "
-            f"{seeds}",
+            "Accuracy divided by that of the task's own expert on the same examples, by task and the mean over tasks. "
+            "± one standard error of that share, from the paired differences between method and expert. "
+            f"The own expert's accuracy: {reached}. {seeds}",
+            _MERGE_NOTE,
             *setup.left_out(METHODS),
             *setup.remarks(),
         ],
         origin=setup.origin(),
     )
+
+
+_MERGE_NOTE = (
+    "Merge: what is averaged for a token. raw-factors: A and B of the adapters' files (the authors of mu and Arrow). "
+    "factors: those of the SVD, A* = S V^T and B* = U (SpectR, eq. 10 to 12). outputs: what each expert adds (eq. 13)."
+)
+
+
+def _normalised(share: Measurement) -> str:
+    return "-" if math.isnan(share.value) else f"{share.value:.1%}"
