@@ -26,7 +26,7 @@ from spectr.evaluation.experiments import EXPERIMENTS
 from spectr.shipped import open_library
 
 if TYPE_CHECKING:
-    from spectr.evaluation.experiments import Result
+    from spectr.evaluation.experiments.setup import Result, SideTable
 
 Folder = Annotated[
     Path, typer.Option("--out", "-o", help="Write the results to this folder; an interrupted run resumes from it.")
@@ -178,11 +178,17 @@ def report(
 
 
 def _show(result: Result) -> None:
-    table = Table(title=f"{result.title} ({result.source})")
-    for number, column in enumerate(result.columns):
-        table.add_column(str(column), justify="left" if number == 0 else "right")
-    for row in result.rows:
-        table.add_row(*map(str, row))
-    out.print(table)
+    _print(f"{result.title} ({result.source})", result)
+    for table in result.more:
+        _print(table.title, table)
     for note in result.notes:
         out.print(note, style="dim", markup=False, highlight=False)
+
+
+def _print(title: str, cells: Result | SideTable) -> None:
+    table = Table(title=title)
+    for number, column in enumerate(cells.columns):
+        table.add_column(str(column), justify="left" if number == 0 else "right")
+    for row in cells.rows:
+        table.add_row(*map(str, row))
+    out.print(table)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -38,6 +39,8 @@ class Finding:
         place: Its place in the vote of all tokens and modules (or in the router's own evidence), from 1.
         winner: The expert with the most votes.
         p: The share of ordinary prompts with as much evidence; ``None`` if unknown.
+        ratio: The right expert's score as a share of the largest one, mean over tokens and modules. For a decision on
+            the whole prompt, NaN.
     """
 
     top_1: float
@@ -45,6 +48,7 @@ class Finding:
     place: int
     winner: str
     p: float | None = None
+    ratio: float = math.nan
 
     @property
     def to_base(self) -> float:
@@ -91,13 +95,15 @@ def find_experts(
             model(**batch, use_cache=False, logits_to_keep=1)
         real_BT = record.mask & (record.mask.cumsum(1) > skip)
         for row in range(len(real_BT)):
-            votes, hits, total = Counter[str](), torch.zeros(2, dtype=torch.float64), 0
+            votes, hits, total = Counter[str](), torch.zeros(3, dtype=torch.float64), 0
             for layer in record.values():
                 if expert not in layer.experts:
                     continue
                 scores_TE = layer.scores[row][real_BT[row]]
                 right, order_TE = layer.experts.index(expert), scores_TE.argsort(dim=-1, descending=True, stable=True)
-                hits += torch.tensor([(order_TE[:, :k] == right).any(-1).sum().item() for k in (1, 4)])
+                ratios_T = score_ratios(scores_TE, right)
+                found_K = [(order_TE[:, :k] == right).any(-1).sum().item() for k in (1, 4)]
+                hits += torch.tensor([*found_K, ratios_T.sum().item()])
                 total += len(scores_TE)
                 votes.update(layer.experts[i] for i in order_TE[:, 0].tolist())
             evidence = {name: float(votes[name]) for name in record.experts}
@@ -105,6 +111,18 @@ def find_experts(
                 evidence = dict(zip(routed.experts, evidence_BE[row].tolist(), strict=True))
             found.append(_finding(evidence, expert, p_B[row], hits / max(total, 1)))
     return found
+
+
+def score_ratios(scores_TE: Float[Tensor, "T E"], right: int) -> Float[Tensor, " T"]:
+    """Of each token the right expert's score as a share of the largest: 1 where it is the largest, be that zero.
+
+    A score below zero, as trained gates give, counts as zero.
+
+    Source: SpectR, Figure 6.
+    """
+    scores_TE = scores_TE.double().clamp(min=0)
+    best_T, own_T = scores_TE.amax(-1), scores_TE[:, right]
+    return torch.where(best_T > 0, own_T / best_T.clamp(min=torch.finfo(torch.float64).tiny), 1.0)
 
 
 def kept_findings(path: Path, *made_of: Mapping[str, Any]) -> list[Finding] | None:
@@ -158,5 +176,6 @@ def over_runs(
 def _finding(evidence: dict[str, float], expert: str, p: float | None, hits: Tensor | None = None) -> Finding:
     ranking = sorted(evidence, key=lambda name: (-evidence[name], name))
     place = ranking.index(expert) + 1
-    top_1, top_4 = (float(place <= 1), float(place <= 4)) if hits is None else map(float, hits)
-    return Finding(top_1=top_1, top_4=top_4, place=place, winner=ranking[0], p=p)
+    decided = float(place <= 1), float(place <= 4), math.nan
+    top_1, top_4, ratio = decided if hits is None else map(float, hits)
+    return Finding(top_1=top_1, top_4=top_4, place=place, winner=ranking[0], p=p, ratio=ratio)

@@ -115,6 +115,17 @@ class Trace(Mapping[str, LayerTrace]):
                 total[..., [experts.index(name) for name in layer.experts]] += layer.weights
         return total / shapes.count(commonest)
 
+    def mean_scores(self) -> Float[Tensor, "B T E"]:
+        """Mean score of every expert of :attr:`experts` over the layers that hold all of them, for each token.
+
+        Raises:
+            CompositionError: No layer holds all experts, or layers ran over different tokens.
+        """
+        whole = [layer.scores for layer in self.layers.values() if layer.experts == self.experts and layer.steps]
+        if not whole or len({scores.shape for scores in whole}) > 1:
+            raise CompositionError("no layers hold all experts for the same tokens", do="read the layers' own scores")
+        return torch.stack(whole).mean(0)
+
     def shares(self) -> dict[str, float]:
         """Each expert's share of the weight, averaged over all layers and tokens without padding; from 0 to 1."""
         weights = self.weights()

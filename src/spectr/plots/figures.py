@@ -46,7 +46,7 @@ def _quality(data: dict[str, Any]) -> Figure:
 
 def _similarity(data: dict[str, Any]) -> Figure:
     names, shown = data["experts"], np.array(data["mean"])
-    drawn, (left, right) = canvas(3.6 + 0.45 * len(names) + 4, 1.8 + 0.42 * len(names), 2)
+    drawn, (left, middle, right) = canvas(3.6 + 0.45 * len(names) + 7, 1.8 + 0.42 * len(names), 3)
     np.fill_diagonal(shown, np.nan)
     limit = max(float(np.nanmax(np.abs(shown))), 1e-6)
     image = left.imshow(shown, cmap="PuOr", vmin=-limit, vmax=limit)
@@ -54,6 +54,11 @@ def _similarity(data: dict[str, Any]) -> Figure:
     left.set_yticks(range(len(names)), names)
     left.set_title("mean cosine of the updates", fontsize=10)
     drawn.colorbar(image, ax=left, shrink=0.8)
+    both = {"updates": data["by_expert"], "factors": data["factors_by_expert"]}
+    grouped_bars(middle, both)
+    middle.set_xticks(range(len(names)), names, rotation=40, ha="right")
+    middle.set_title("mean cosine with the others", fontsize=10)
+    middle.legend(fontsize=7)
     palette = colours(list(data["by_kind"]))
     for kind, blocks in data["by_kind"].items():
         right.plot([*map(int, blocks)], list(blocks.values()), marker=".", lw=1, label=kind, color=palette[kind])
@@ -76,8 +81,9 @@ def _routing(data: dict[str, Any]) -> Figure:
     palette = colours(list(per_task))
     for name, shares in per_task.items():
         top_4 = [shares[task]["top_4"] * 100 for task in tasks]
-        right.scatter([data["nearest"][task] for task in tasks], top_4, s=18, color=palette[name], label=name)
-    right.set(xlabel="cosine to the nearest other expert", ylabel="tokens and modules, %")
+        right.scatter([data["similarity"][task] for task in tasks], top_4, s=18, color=palette[name], label=name)
+    right.axhline(100 * min(4, len(data["experts"])) / len(data["experts"]), **DOTTED)
+    right.set(xlabel="mean cosine with the other experts", ylabel="tokens and modules, %")
     right.set_title("right expert among four, by task similarity", fontsize=10)
     right.grid(alpha=0.3)
     return drawn
@@ -118,7 +124,8 @@ def _multitask(data: dict[str, Any]) -> Figure:
 def _tokens(data: dict[str, Any]) -> Figure:
     """Rows of text for each router, with every token on its expert's colour."""
     palette, width, rows = colours(data["experts"]), 100, []
-    for router, weights in data["weights"].items():
+    scores = {f"{router}: scores": _shares(rows) for router, rows in data["scores"].items()}
+    for router, weights in {**data["weights"], **scores}.items():
         rows.append([(router, None, 0.0)])
         line, used = [], 0
         for token, row in zip(data["tokens"], weights, strict=True):
@@ -134,7 +141,7 @@ def _tokens(data: dict[str, Any]) -> Figure:
     axes = drawn.add_axes((0.01, 0.02, 0.98, 0.9))
     axes.set(xlim=(0, width * 1.02), ylim=(len(rows), 0))
     axes.axis("off")
-    strongest = max(max(row) for weights in data["weights"].values() for row in weights)
+    strongest = max(max(row) for weights in (*data["weights"].values(), *scores.values()) for row in weights)
     for number, line in enumerate(rows):
         place = 0.0
         for text, colour, weight in line:
@@ -150,17 +157,29 @@ def _tokens(data: dict[str, Any]) -> Figure:
     return drawn
 
 
+def _shares(scores: list[list[float]]) -> list[list[float]]:
+    return [[value / max(sum(row), 1e-9) for value in row] for row in scores]
+
+
+_OF_RANKS = {
+    "ratio": "score, % of the largest",
+    "tokens": "tokens and modules, first, %",
+    "prompts": "prompts, by vote, %",
+}
+
+
 def _ranks(data: dict[str, Any]) -> Figure:
     routers = data["routers"]
-    drawn, both = canvas(9, 3.4, 2)
+    drawn, all_axes = canvas(12, 3.4, 3)
     palette = colours(list(routers))
-    for axes, place, label in zip(both, (0, 2), ("tokens and modules, %", "prompts, by vote, %"), strict=True):
+    for axes, (what, label) in zip(all_axes, _OF_RANKS.items(), strict=True):
         for router, by_rank in routers.items():
             ranks = sorted(map(int, by_rank))
-            values = np.array([by_rank[str(rank)] for rank in ranks]) * 100
+            values = np.array([by_rank[str(rank)][what] for rank in ranks]) * 100
             style = {"marker": ".", "lw": 1.2, "capsize": 2, "color": palette[router], "label": router}
-            axes.errorbar(ranks, values[:, place], yerr=values[:, place + 1], **style)
-        axes.axhline(data["chance"] * 100, **DOTTED)
+            axes.errorbar(ranks, values[:, 0], yerr=values[:, 1], **style)
+        if what != "ratio":
+            axes.axhline(data["chance"] * 100, **DOTTED)
         axes.set_xscale("log", base=2)
         axes.set_xticks(ranks, [str(rank) for rank in ranks])
         axes.set_xlabel("rank of the experts")

@@ -16,7 +16,7 @@ from spectr.plots.palette import TINT, colours
 from spectr.plots.tokens import TokenRouting
 
 if TYPE_CHECKING:
-    from spectr.evaluation.experiments import Result
+    from spectr.evaluation.experiments.setup import Result, SideTable
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#1d2330;background:#fff}
@@ -74,16 +74,21 @@ def write_report(results: Sequence[Result], path: str | Path, *, title: str) -> 
 
 
 def _section(result: Result) -> str:
-    head = "".join(f"<th>{html.escape(str(column))}</th>" for column in result.columns)
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in result.rows
-    )
+    more = "".join(f"<h3>{html.escape(table.title)}</h3>{_table(table)}" for table in result.more)
     picture = as_svg(figure(result)) if result.data else ""
     command = result.origin.get("command") or "; ".join(result.origin.get("commands", []))
     notes = "".join(f"<p class=notes>{html.escape(note)}</p>" for note in result.notes)
     return (
         f"<h2>{html.escape(result.title)}</h2><p class=source>{html.escape(result.source)}; "
         f"<code>{html.escape(command)}</code></p>"
-        f"{picture}<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>{notes}"
+        f"{picture}{_table(result)}{more}{notes}"
         f"<details><summary>Origin</summary><pre>{html.escape(json.dumps(result.origin, indent=1))}</pre></details>"
     )
+
+
+def _table(cells: Result | SideTable) -> str:
+    head = "".join(f"<th>{html.escape(str(column))}</th>" for column in cells.columns)
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in cells.rows
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"

@@ -1,13 +1,14 @@
-"""Routing against the rank of the experts: libraries of the same tasks' experts, each of one rank."""
+"""Routing against the rank of the experts: the right expert's score as a share of the largest, and who is found."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from spectr.errors import DataError
 from spectr.evaluation.experiments.setup import ExperimentSetup, Result, percent
-from spectr.evaluation.expert_recall import over_runs
+from spectr.evaluation.expert_recall import Finding, over_runs
 
 ROUTERS: list[tuple[str, dict[str, Any]]] = [
     ("arrow", {"top_k": 1}),
@@ -17,10 +18,19 @@ ROUTERS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def ranks(setup: ExperimentSetup) -> Result:
-    """How often the right expert is found, by rank, among experts that differ only in rank.
+_VALUES: dict[str, Callable[[Finding], float]] = {
+    "ratio": lambda finding: finding.ratio,
+    "tokens": lambda finding: finding.top_1,
+    "prompts": lambda finding: finding.place == 1,
+}
 
-    Source: SpectR, Figure 6.
+
+def ranks(setup: ExperimentSetup) -> Result:
+    """The ratio of the right expert's score to the largest, by rank, among experts that differ only in rank.
+
+    And how often that expert is found.
+
+    Source: SpectR, Figure 6: the ratio, by token and module.
 
     Raises:
         DataError: No library of experts of other ranks was given.
@@ -37,20 +47,22 @@ def ranks(setup: ExperimentSetup) -> Result:
         among = dataclasses.replace(setup, library=known, seeds=())
         for label, router in among.routers(ROUTERS):
             runs = among.find_over_seeds(router, f"ranks: rank {rank}, {label}")
-            tokens, prompts = over_runs(runs, lambda f: f.top_1), over_runs(runs, lambda f: f.place == 1)
-            rows.append([rank, label, percent(tokens), percent(prompts)])
-            data.setdefault(label, {})[str(rank)] = [tokens.value, tokens.error, prompts.value, prompts.error]
+            found = {what: over_runs(runs, value) for what, value in _VALUES.items()}
+            rows.append([rank, label, *map(percent, found.values())])
+            data.setdefault(label, {})[str(rank)] = {what: [m.value, m.error] for what, m in found.items()}
     experts = sorted({name for library in setup.ranks.values() for name in library})
     return Result(
         name="ranks",
         title="Routing against the rank of the experts",
         source="SpectR, Figure 6",
-        columns=["rank", "router", "tokens, first", "prompts, by vote"],
+        columns=["rank", "router", "score, of the largest", "tokens, first", "prompts, by vote"],
         rows=rows,
         data={"routers": data, "chance": 1 / len(experts)},
         notes=[
-            f"Libraries of {len(experts)} experts ({', '.join(experts)}) that differ only in rank. "
-            f"By chance {1 / len(experts):.1%}. ± one standard error over prompts.",
+            f"Libraries of {len(experts)} experts ({', '.join(experts)}) that differ only in rank. By chance "
+            f"{1 / len(experts):.1%} are first. Score: the right expert's divided by the largest, mean over tokens and "
+            "modules, then over prompts. With fewer experts it is larger. ± one standard error over prompts.",
+            *among.remarks(),
             *among.left_out(ROUTERS),
         ],
         origin=setup.origin(),

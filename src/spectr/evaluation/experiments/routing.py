@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
-from spectr.evaluation.experiments.setup import ExperimentSetup, Result, percent, seeds_note
-from spectr.evaluation.experiments.similarity import cosines, mean_cosines
+from spectr.evaluation.experiments.setup import ExperimentSetup, Result, SideTable, percent, seeds_note
+from spectr.evaluation.experiments.similarity import cosines, mean_cosines, mean_with_others
 from spectr.evaluation.expert_recall import over_runs
 
 ROUTERS: list[tuple[str, dict[str, Any]]] = [
@@ -29,6 +27,7 @@ def routing(setup: ExperimentSetup) -> Result:
     """
     tasks, names, notes = setup.owned, setup.library.names, []
     rows, per_task, winners, summary = [], {}, {}, {}
+    by_task: dict[str, list[list[str]]] = {"top_4": [], "top_1": []}
     for label, router in setup.routers(ROUTERS):
         runs = setup.find_over_seeds(router, f"routing: {label}")
         measured = {what: over_runs(runs, value) for what, value in _VALUES.items()}
@@ -38,12 +37,15 @@ def routing(setup: ExperimentSetup) -> Result:
         per_task[label] = {
             task: {what: over_runs(runs, value, [task]).value for what, value in _VALUES.items()} for task in tasks
         }
+        for what, table in by_task.items():
+            each = [over_runs(runs, _VALUES[what], [task]) for task in tasks]
+            table.append([label, *map(percent, (*each, measured[what]))])
         winners[label] = {
             task: {name: over_runs(runs, lambda f, name=name: f.winner == name, [task]).value for name in names}
             for task in tasks
         }
     count = len(names)
-    nearest = (mean_cosines(cosines(setup.library)) - 2 * torch.eye(count)).amax(1)
+    similar = mean_with_others(mean_cosines(cosines(setup.library)))
     return Result(
         name="routing",
         title="Which router finds the right expert",
@@ -63,8 +65,12 @@ def routing(setup: ExperimentSetup) -> Result:
             "summary": summary,
             "per_task": per_task,
             "winners": winners,
-            "nearest": {task: float(nearest[names.index(setup.expert_of(task))]) for task in tasks},
+            "similarity": {task: float(similar[names.index(setup.expert_of(task))]) for task in tasks},
         },
+        more=[
+            SideTable(title=f"{title}, by task", columns=["router", *tasks, "all"], rows=by_task[what])
+            for what, title in _BY_TASK.items()
+        ],
         notes=[
             f"By chance: {1 / count:.1%} first, {min(4, count) / count:.1%} among four, {min(2, count) / count:.1%} "
             "among two.",
@@ -83,6 +89,10 @@ _NOTE = (
     "prompt, by its evidence. To base: prompts that the base model answers with the default of 'abstain'; in the other "
     "columns an expert always answers. ± one standard error over prompts."
 )
+_BY_TASK = {
+    "top_4": "Right expert among the first four, tokens and modules (Table 1)",
+    "top_1": "Right expert first, tokens and modules (Table 4)",
+}
 _VALUES: dict[str, Any] = {
     "top_1": lambda finding: finding.top_1,
     "top_4": lambda finding: finding.top_4,

@@ -39,6 +39,21 @@ Compared = Sequence[tuple[str, Mapping[str, Any]]]  # names of routers, each wit
 
 
 @dataclass(frozen=True, kw_only=True)
+class SideTable:
+    """A further table of an experiment.
+
+    Attributes:
+        title: What it shows.
+        columns: Headings.
+        rows: Its cells.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Result:
     """One experiment's result: tables for people and all data for plots, in JSON types.
 
@@ -51,6 +66,7 @@ class Result:
         data: Data of the plot.
         notes: Notes for the reader.
         origin: Model, experts, data, versions, seeds.
+        more: Further tables of the same experiment.
     """
 
     name: str
@@ -61,6 +77,7 @@ class Result:
     data: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()
     origin: Mapping[str, Any] = field(default_factory=dict)
+    more: Sequence[SideTable] = ()
 
     def save(self, folder: Path) -> Path:
         """Write ``NAME.json`` into a folder."""
@@ -71,7 +88,8 @@ class Result:
     @staticmethod
     def load(path: Path) -> Result:
         """Read a file of :meth:`save`."""
-        return Result(**json.loads(path.read_text(encoding="utf-8")))
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        return Result(**{**kept, "more": [SideTable(**table) for table in kept.get("more", ())]})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +198,7 @@ class ExperimentSetup:
             prompts = [example.prompt for example in examples]
             expert = self.expert_of(task)
             path = self.folder / "records" / f"{task}--{phase.replace(':', '')}.json"
-            made_of = {**self.origin(), **self._needed_by(routed), "expert": expert, "prompts": prompts}
+            made_of = {**self.origin(), **self._needed_by(routed), "expert": expert, "prompts": prompts, "ratio": True}
             made_of |= {"p": True} if routed.policy is not None and routed.policy.evidence.knows_p else {}
             kept = kept_findings(path, made_of, {**made_of, "router": str(routed.router)})
             if kept is None:

@@ -1,4 +1,4 @@
-"""Similarity of experts, pairwise and over depth: cosines of their updates, computed from factors."""
+"""Similarity of experts, pairwise, by task and over depth: cosines of their updates, and of the factors themselves."""
 
 from __future__ import annotations
 
@@ -19,14 +19,19 @@ _BLOCK = re.compile(r"\.(\d+)\.")
 
 
 def similarity(setup: ExperimentSetup) -> Result:
-    """Cosine between the experts' updates, averaged over modules; and by layer and kind of module.
+    """Cosine between the experts' updates, averaged over modules, by expert, and by layer and kind of module.
+
+    And the cosine of the adapters' own factors, the other way to read the paper. Only that one sees that experts began
+    from the same initial ``A``.
 
     Source: SpectR, Figures 2, 3 and 7.
     """
     by_module = cosines(setup.library, lambda done, total: setup.progress("similarity", done, total, ""))
     mean_EE = mean_cosines(by_module)
+    raw_EE = mean_cosines(cosines(setup.library, products=raw_products))
     names = setup.library.names
     off = ~torch.eye(len(names), dtype=torch.bool)
+    others_E, raw_others_E = mean_with_others(mean_EE), mean_with_others(raw_EE)
     kinds: dict[str, dict[int, list[float]]] = {}
     for module, table_EE in by_module.items():
         block = _BLOCK.search(module)
@@ -34,16 +39,22 @@ def similarity(setup: ExperimentSetup) -> Result:
         kinds.setdefault(module.rpartition(".")[2], {}).setdefault(int(block[1]) if block else -1, []).append(
             float(values.nanmean())
         )
-    rows = [[name, *(f"{value:.3f}" for value in row)] for name, row in zip(names, mean_EE.tolist(), strict=True)]
+    rows = [
+        [name, f"{float(mean):.4f}", f"{float(raw):.4f}", *(f"{value:.3f}" for value in row)]
+        for name, mean, raw, row in zip(names, others_E, raw_others_E, mean_EE.tolist(), strict=True)
+    ]
     return Result(
         name="similarity",
         title="Similarity of the experts",
         source="SpectR, Figures 2, 3 and 7",
-        columns=["expert", *names],
+        columns=["expert", "mean with the others", "of the factors", *names],
         rows=rows,
         data={
             "experts": list(names),
             "mean": mean_EE.tolist(),
+            "factors": raw_EE.tolist(),
+            "by_expert": others_E.tolist(),
+            "factors_by_expert": raw_others_E.tolist(),
             "by_kind": {
                 kind: {str(block): sum(values) / len(values) for block, values in sorted(blocks.items())}
                 for kind, blocks in kinds.items()
@@ -52,7 +63,9 @@ def similarity(setup: ExperimentSetup) -> Result:
         notes=[
             "Cosine of the updates c B A as vectors, mean over the modules that both experts adapt. Computed from the "
             "factors.",
-            f"Mean over all pairs: {float(mean_EE[off].nanmean()):.4f}.",
+            f"Mean over all pairs: {float(mean_EE[off].nanmean()):.4f}; of the factors "
+            f"{float(raw_EE[off].nanmean()):.4f}. Of the factors: cosine of A and B as the adapters' files have them, "
+            "as one vector; between experts of unequal ranks there is none.",
         ],
         origin=setup.origin(),
     )
@@ -73,10 +86,36 @@ def inner_products(factors: Sequence[Factors]) -> Float[Tensor, "E E"]:
     return found
 
 
+def raw_products(factors: Sequence[Factors]) -> Float[Tensor, "E E"]:
+    """``<A_s, A_t> + <B_s, B_t>``, float64: of an adapter's numbers as one vector; NaN where ranks differ."""
+    count = len(factors)
+    found = torch.full((count, count), float("nan"), dtype=torch.float64)
+    for s, (A_s, B_s, _) in enumerate(factors):
+        for t, (A_t, B_t, _) in enumerate(factors[: s + 1]):
+            if A_s.shape == A_t.shape:
+                value = (A_s.double() * A_t.double()).sum() + (B_s.double() * B_t.double()).sum()
+                found[s, t] = found[t, s] = value
+    return found
+
+
+def mean_with_others(table_EE: Float[Tensor, "E E"]) -> Float[Tensor, " E"]:
+    """Of each expert the mean over all others; NaN where none is comparable."""
+    same = torch.eye(len(table_EE), dtype=torch.bool)
+    return table_EE.masked_fill(same, float("nan")).nanmean(1)
+
+
 def cosines(
-    library: ExpertLibrary, progress: Callable[[int, int], None] = lambda *_: None
+    library: ExpertLibrary,
+    progress: Callable[[int, int], None] = lambda *_: None,
+    *,
+    products: Callable[[Sequence[Factors]], Tensor] = inner_products,
 ) -> Mapping[str, Float[Tensor, "E E"]]:
     """By module the cosines between all experts' updates, (experts, experts), NaN where one does not adapt it.
+
+    Args:
+        library: The experts.
+        progress: Receives (done, total).
+        products: The inner products of which cosines are made; of the updates by default.
 
     Source: SpectR, Figures 2, 3 and 7.
 
@@ -95,7 +134,7 @@ def cosines(
         readers = {name: files.enter_context(expert.open()) for name, expert in experts.items()}
         for done, module in enumerate(modules, start=1):
             users = [i for i, name in enumerate(names) if module in experts[name].shapes]
-            gram = inner_products([readers[names[i]](module) for i in users])
+            gram = products([readers[names[i]](module) for i in users])
             length = gram.diagonal().sqrt()
             full = torch.full((len(names), len(names)), float("nan"), dtype=torch.float64)
             full[torch.tensor(users)[:, None], torch.tensor(users)] = gram / (length[:, None] * length)
