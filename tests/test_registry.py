@@ -39,6 +39,7 @@ BY_NAME = {
     "arrow": Arrow(),
     "glider": Glider(),
     "glider-global": Glider(token_router=None),
+    "glider-paper": Glider(threshold=0.8),
     "glider-spectr": Glider(token_router=Spectr(top_k=1)),
     "lag": Lag(),
     "mu": Uniform(),

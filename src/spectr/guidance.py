@@ -109,6 +109,11 @@ class QueryGuide:
 
         return read
 
+    def between(self, descriptions: Mapping[str, str]) -> Float[Tensor, "E E"]:
+        """See :class:`spectr.routers.evidence.ComparingGuide`."""
+        vectors_ED = self.embed(list(descriptions.values()))
+        return vectors_ED @ vectors_ED.mT
+
     def queries(self, texts: Sequence[str]) -> Float[Tensor, "B D"]:
         """The vectors of prompts; new prompts are written and embedded first."""
         new = [text for text in dict.fromkeys(texts) if text not in self._vectors]

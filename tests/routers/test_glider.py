@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from guided import DESCRIPTIONS, NAMES, embed, library_with_gates
 from holding import holding
 from models import random_factors, types_unchecked, write_adapter
-from spectr import Arrow, Calibrated, ExpertLibrary, Glider, Lag, Phatgoose, Spectr, compose, trace
+from spectr import Arrow, Calibrated, ExpertLibrary, Glider, Lag, Phatgoose, Spectr, compose, get_router, trace
 from spectr.cli import describe as describing
 from spectr.cli.app import app
 from spectr.errors import CompositionError, DataError, LibraryError
@@ -24,6 +24,7 @@ from spectr.guidance import QueryGuide, describe
 from spectr.library.descriptions import DESCRIPTIONS_FILE, read_descriptions, write_descriptions
 from spectr.models.generate import encode_batch, generate_answers
 from spectr.models.writer import EndpointWriter, LocalWriter
+from spectr.routers import AddToScores, PromptPolicy, ScoreMeans
 from spectr.tasks import Example
 from text_model import make_model, make_tokenizer, save_experts, save_model, save_rows
 
@@ -82,13 +83,47 @@ def test_the_prior_is_alpha_times_the_cosine(library):
     torch.testing.assert_close(found, 7 * cosines("what is the sky", "green grass"), rtol=0, atol=1e-5)
 
 
-def test_alpha_is_large_where_some_expert_is_near(library):
-    routed, _ = guided(make_model(), library, Glider())
+def test_the_authors_threshold_is_there_by_name(library):
+    assert get_router("glider-paper") == Glider(threshold=0.8)
+    routed, _ = guided(make_model(), library, get_router("glider-paper"))
     near, far = "blue sky", "a film is the sky"
     assert cosines(near).max() > 0.8 > cosines(far).max()
     found = routed.prompt.decide(**batch(near, far))
     expected = torch.cat([100 * cosines(near), 3 * cosines(far)])
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_alpha_is_large_above_what_descriptions_of_two_experts_have_in_common(library):
+    """By hand: of each description the largest cosine to another one, and the mean of these."""
+    described = {"grass": "green grass film", "sky": "blue sky film", "who": "who film"}
+    library = library.with_descriptions(described)
+    axes = embed([described[name] for name in NAMES])
+    threshold = sum(max(float(axes[t] @ axes[u]) for u in range(3) if u != t) for t in range(3)) / 3
+    routed, _ = guided(make_model(), library, Glider())
+    near, far = "film who", "green blue who sky"
+    cosines = embed([near, far]) @ axes.mT
+    assert cosines[0].max() > threshold > cosines[1].max()
+    expected = torch.cat([100 * cosines[:1], 3 * cosines[1:]])
+    torch.testing.assert_close(routed.prompt.decide(**batch(near, far)), expected, rtol=0, atol=1e-4)
+    routed.allow(["sky", "who"])  # the threshold is the library's
+    torch.testing.assert_close(routed.prompt.decide(**batch(near, far)), expected[:, 1:], rtol=0, atol=1e-4)
+    routed.allow(["sky"])
+    assert routed.prompt.decide(**batch(near)).shape == (1, 1)
+
+
+def test_a_threshold_that_nobody_knows_is_refused(library):
+    class Words:
+        def reader(self, descriptions, experts):
+            return lambda input_ids, **_: torch.zeros(len(input_ids), len(experts))
+
+    routed = compose(make_model(), library, Glider(), guide=Words())
+    with pytest.raises(CompositionError, match="does not compare descriptions"):
+        routed.prompt.decide(**batch("green grass"))
+    use = AddToScores(threshold="descriptions")
+    with pytest.raises(CompositionError, match="compares no descriptions"):
+        PromptPolicy(evidence=ScoreMeans(), use=use, router=Calibrated(level="token"))
+    with pytest.raises(CompositionError, match="a number, or 'descriptions'"):
+        Glider(threshold="high")
 
 
 @pytest.mark.parametrize("local", [Phatgoose(), Spectr(), Arrow()], ids=lambda router: type(router).__name__)

@@ -35,7 +35,7 @@ class Glider(PromptRouter):
         alpha: See :class:`spectr.routers.use.AddToScores`, as for the following three.
         alpha_near: Used if some description is similar to the prompt.
         alpha_far: Used otherwise.
-        threshold: Separates the two.
+        threshold: Separates the two. The authors' is 0.8, for their embedder (``"glider-paper"``).
         top_k: Experts per token and module.
         weights: ``"softmax"`` of the chosen scores, or ``"uniform"``.
         temperature: Temperature of the softmax.
@@ -48,7 +48,7 @@ class Glider(PromptRouter):
     alpha: float | Literal["gated"] = "gated"
     alpha_near: float = 100.0
     alpha_far: float = 3.0
-    threshold: float = 0.8
+    threshold: float | Literal["descriptions"] = "descriptions"
     top_k: int = 2
     weights: Weighting = "softmax"
     temperature: float = 1.0

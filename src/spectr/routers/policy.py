@@ -121,6 +121,12 @@ class PromptPolicy(PromptRouter):
                 f"abstain={self.abstain}, but {self.evidence!r} does not compare with ordinary prompts",
                 do="omit abstain, or use evidence from scores, such as score-means",
             )
+        if self.use.wants_threshold and not self.evidence.knows_threshold:
+            raise CompositionError(
+                f"threshold='descriptions', and {self.evidence!r} compares no descriptions",
+                expected="evidence from descriptions",
+                do="give a number as the threshold, or as alpha",
+            )
         if self.evidence.calibrated_scores and CALIBRATED not in self.router.needs:
             raise CompositionError(
                 f"{self.evidence!r} needs calibrated scores, but {self.router!r} has none",
@@ -158,7 +164,7 @@ class PromptPolicy(PromptRouter):
 
     def verdict(self, found: Found) -> Float[Tensor, "B E"]:
         """The use's verdict. For prompts where no expert stands out it excludes all, so that the base model answers."""
-        verdict_BE = self.use.verdict(found.evidence_BE)
+        verdict_BE = self.use.verdict_above(found.evidence_BE, found.threshold)
         if self.abstain is None or found.p_B is None or verdict_BE.shape[-1] < 2:
             return verdict_BE
         alone_B = found.p_B.to(verdict_BE.device) > self.abstain

@@ -43,6 +43,7 @@ ROUTERS: Registry[Router] = Registry(
         "arrow": "spectr.routers.arrow:Arrow",
         "phatgoose": "spectr.routers.phatgoose:Phatgoose",
         "glider": _GLIDER,
+        "glider-paper": entry(_GLIDER, threshold=0.8),
         "glider-global": entry(_GLIDER, token_router=None),
         "glider-spectr": entry(_GLIDER, token_router=entry(_SPECTR, top_k=1)),
         "lag": "spectr.routers.lag:Lag",

@@ -57,6 +57,15 @@ class Use(ABC):
     def verdict(self, evidence_BE: Float[Tensor, "B E"]) -> Float[Tensor, "B E"]:
         """From evidence to the verdict, float32."""
 
+    def verdict_above(self, evidence_BE: Float[Tensor, "B E"], threshold: float | None) -> Float[Tensor, "B E"]:
+        """The same, with the evidence above which some expert knows a prompt's task; most uses do not ask for it."""
+        return self.verdict(evidence_BE)
+
+    @property
+    def wants_threshold(self) -> bool:
+        """Whether the evidence has to say that."""
+        return False
+
     def informed(self, scores_TE: Float[Tensor, "*T E"], verdict_TE: Float[Tensor, "*B E"]) -> Float[Tensor, "*T E"]:
         """A token's scores with the prompt's numbers: one row of numbers for a row of tokens, or one for each token."""
         return scores_TE
@@ -111,7 +120,8 @@ class AddToScores(Use):
             some expert knows, else ``alpha_far``. Or one number for all prompts.
         alpha_near: See ``alpha``.
         alpha_far: See ``alpha``.
-        threshold: See ``alpha``.
+        threshold: See ``alpha``: a number, or ``"descriptions"``, which takes the evidence's own
+            (:attr:`spectr.routers.evidence.Found.threshold`). The authors' 0.8 belongs to their embedder.
 
     Source: GLIDER (Li et al., 2024). Their released code sets one alpha by hand.
     """
@@ -119,17 +129,37 @@ class AddToScores(Use):
     alpha: float | Literal["gated"] = "gated"
     alpha_near: float = 100.0
     alpha_far: float = 3.0
-    threshold: float = 0.8
+    threshold: float | Literal["descriptions"] = 0.8
 
     def __post_init__(self) -> None:
-        if isinstance(self.alpha, str) and self.alpha != "gated":
-            raise CompositionError(f"alpha={self.alpha!r}", expected="a number, or 'gated'")
+        for name, word in (("alpha", "gated"), ("threshold", "descriptions")):
+            value = getattr(self, name)
+            if isinstance(value, str) and value != word:
+                raise CompositionError(f"{name}={value!r}", expected=f"a number, or '{word}'")
+
+    @property
+    def wants_threshold(self) -> bool:
+        """See :class:`Use`."""
+        return isinstance(self.alpha, str) and isinstance(self.threshold, str)
 
     def verdict(self, evidence_BE: Float[Tensor, "B E"]) -> Float[Tensor, "B E"]:
         """See :class:`Use`: the bias."""
+        return self.verdict_above(evidence_BE, None)
+
+    def verdict_above(self, evidence_BE: Float[Tensor, "B E"], threshold: float | None) -> Float[Tensor, "B E"]:
+        """See :class:`Use`."""
         if not isinstance(self.alpha, str):
             return self.alpha * evidence_BE
-        near_B1 = evidence_BE.amax(-1, keepdim=True) > self.threshold
+        threshold = threshold if isinstance(self.threshold, str) else self.threshold
+        if threshold is None:
+            if evidence_BE.shape[-1] > 1:
+                raise CompositionError(
+                    "threshold='descriptions', and the guide does not compare descriptions with each other",
+                    expected="a guide with the method 'between', as spectr.guidance.QueryGuide has",
+                    do="give a number, such as threshold=0.8",
+                )
+            threshold = math.inf  # one expert, whom no bias moves
+        near_B1 = evidence_BE.amax(-1, keepdim=True) > threshold
         return torch.where(near_B1, self.alpha_near * evidence_BE, self.alpha_far * evidence_BE)
 
     def informed(self, scores_TE: Float[Tensor, "*T E"], verdict_TE: Float[Tensor, "*B E"]) -> Float[Tensor, "*T E"]:
@@ -172,7 +202,17 @@ class HoldWeights(Use):
 
     def verdict(self, evidence_BE: Float[Tensor, "B E"]) -> Float[Tensor, "B E"]:
         """See :class:`Use`: the weights."""
-        return self.selection(evidence_BE if self.bias is None else self.bias.verdict(evidence_BE)).float()
+        return self.verdict_above(evidence_BE, None)
+
+    def verdict_above(self, evidence_BE: Float[Tensor, "B E"], threshold: float | None) -> Float[Tensor, "B E"]:
+        """See :class:`Use`."""
+        scored_BE = evidence_BE if self.bias is None else self.bias.verdict_above(evidence_BE, threshold)
+        return self.selection(scored_BE).float()
+
+    @property
+    def wants_threshold(self) -> bool:
+        """See :class:`Use`."""
+        return self.bias is not None and self.bias.wants_threshold
 
     def rows(self, verdict_BTE: Float[Tensor, "B T E"], among_BTE: Bool[Tensor, "B T E"] | None = None) -> Rows:
         """See :class:`Use`."""

@@ -26,10 +26,12 @@ class Found(NamedTuple):
     Attributes:
         evidence_BE: How well each expert fits, float32 or float64. Larger is better.
         p_B: The share of ordinary prompts whose best expert has as much evidence; ``None`` if unknown.
+        threshold: The evidence above which some expert knows a prompt's task; ``None`` if unknown.
     """
 
     evidence_BE: Float[Tensor, "B E"]
     p_B: Float[Tensor, " B"] | None = None
+    threshold: float | None = None
 
 
 Reader = Callable[..., Found]
@@ -41,6 +43,15 @@ class Guide(Protocol):
 
     def reader(self, descriptions: Mapping[str, str], experts: Sequence[str]) -> Similarity:
         """A function with the model's arguments that returns ``cos(e_t, q)``, (batch, experts)."""
+        ...
+
+
+@runtime_checkable
+class ComparingGuide(Guide, Protocol):
+    """A guide that compares descriptions with each other, too."""
+
+    def between(self, descriptions: Mapping[str, str]) -> Float[Tensor, "E E"]:
+        """``cos(e_t, e_u)``."""
         ...
 
 
@@ -71,11 +82,14 @@ class Evidence(ABC):
             can stay on disk; or the ``"words"`` of the prompt.
         knows_p: Whether it may know the share of ordinary prompts with as much evidence (:attr:`Found.p_B`), which a
             policy needs to abstain.
+        knows_threshold: Whether it may know the evidence above which some expert knows a prompt's task
+            (:attr:`Found.threshold`).
         calibrated_scores: Whether the token router's scores must be calibrated.
     """
 
     reads: ClassVar[Literal["scores", "prototypes", "words"]] = "words"
     knows_p: ClassVar[bool] = True
+    knows_threshold: ClassVar[bool] = False
     calibrated_scores: ClassVar[bool] = False
 
     @property

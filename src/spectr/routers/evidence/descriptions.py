@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from spectr.library.needs import DESCRIBED, Need
-from spectr.routers.evidence.base import Evidence, Found, Reader, Source
+from spectr.routers.evidence.base import ComparingGuide, Evidence, Found, Reader, Source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,10 +19,15 @@ class DescriptionSimilarity(Evidence):
 
     The model must be composed with a guide (:class:`spectr.guidance.QueryGuide`), which writes and embeds.
 
-    Source: GLIDER (Li et al., 2024), section 3.
+    The threshold is ``mean_t max_{u != t} cos(e_t, e_u)`` over all described experts: a prompt of a task that some
+    expert knows is to be nearer to that expert's description than descriptions of two tasks are to each other. It
+    moves with the embedder, whose cosines may all be small.
+
+    Source: GLIDER (Li et al., 2024), section 3; the threshold is ours.
     """
 
     knows_p: ClassVar[bool] = False
+    knows_threshold: ClassVar[bool] = True
 
     @property
     def needs(self) -> tuple[Need, ...]:
@@ -28,9 +37,19 @@ class DescriptionSimilarity(Evidence):
     def reader(self, source: Source, experts: tuple[str, ...]) -> Reader:
         """See :class:`Evidence`."""
         assert source.guide is not None
-        compare = source.guide.reader(source.library.descriptions, experts)
+        described, guide = source.library.descriptions, source.guide
+        compare = guide.reader(described, experts)
+        threshold = None
+        if isinstance(guide, ComparingGuide) and len(described) > 1:
+            threshold = nearest_other(guide.between(described))
 
         def read(*args: Any, **kwargs: Any) -> Found:
-            return Found(compare(*args, **kwargs))
+            return Found(compare(*args, **kwargs), threshold=threshold)
 
         return read
+
+
+def nearest_other(cosines_EE: Float[Tensor, "E E"]) -> float:
+    """``mean_t max_{u != t} cosines[t, u]``."""
+    same_EE = torch.eye(len(cosines_EE), dtype=torch.bool, device=cosines_EE.device)
+    return float(cosines_EE.masked_fill(same_EE, -torch.inf).amax(-1).mean())
