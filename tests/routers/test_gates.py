@@ -21,7 +21,7 @@ from spectr.errors import AdapterError, CompositionError, DataError
 from spectr.library import LibraryStore
 from spectr.spectral import reference
 from spectr.tasks import Task
-from spectr.training import GateSettings, encode, train_gates
+from spectr.training import AUTHORS_GATES, GateSettings, encode, train_gates
 from spectr.training.data import batches
 from spectr.training.fit import answer_loss
 from spectr.training.gates import GatedLinear, checkpoint_of, forget, keep_gates
@@ -65,6 +65,20 @@ def test_one_step_is_the_gradient_of_the_gated_loss(expert, tmp_path):
         gradient = vectors[module].grad
         clear = gradient.abs() > 1e-5 * gradient.abs().max()  # AdamW's epsilon blurs what is near zero
         torch.testing.assert_close(gate[clear], -1e-3 * gradient.sign()[clear], rtol=2e-2, atol=0)
+
+
+def test_accumulated_batches_are_one_large_batch(expert, tmp_path):
+    """Every answer has as many tokens, so that the mean over batches is the mean over rows."""
+    whole, _ = gates_of(expert, tmp_path / "whole", replace(SETTINGS, steps=3, batch_size=16))
+    parts, made = gates_of(expert, tmp_path / "parts", replace(SETTINGS, steps=3, batch_size=4, accumulation=4))
+    for module, gate in whole.items():
+        torch.testing.assert_close(parts[module], gate, rtol=1e-3, atol=1e-5)
+    assert made["passes"] == 3.0
+
+
+def test_the_authors_step_has_1024_rows():
+    assert AUTHORS_GATES.passes(1024) == AUTHORS_GATES.steps == 100
+    assert GateSettings().passes(800) == 1.0
 
 
 def test_gates_start_at_one_half(expert):

@@ -120,6 +120,9 @@ def gates(
     fresh: Annotated[bool, typer.Option("--fresh", help="Train gates again for experts that have some.")] = False,
     steps: Annotated[int, setting("Set the number of optimiser steps.")] = 100,
     batch_size: BatchSize = 8,
+    accumulation: Annotated[
+        int, setting("Set the batches per step. The authors use --batch-size 32 --accumulation 32.")
+    ] = 1,
     learning_rate: Annotated[float, setting("Set AdamW's learning rate.")] = 5e-3,
     warmup: WarmUp = 0.06,
     weight_decay: WeightDecay = 0.0,
@@ -143,6 +146,8 @@ def gates(
     if not plan.experts:
         out.print("all of these experts have gates; to train them again, use --fresh")
         return
+    for remark in plan.remarks:
+        say(remark)
     base, tokenizer = open_model(model, dtype)
     with bar() as advance, interruptible(lambda: last_step(*plan.work)):
         run_gate_plan(plan, base, tokenizer, progress=advance)

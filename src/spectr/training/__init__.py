@@ -9,17 +9,18 @@ if TYPE_CHECKING:
     from spectr.training.gates import train_gates
     from spectr.training.publish import Report
     from spectr.training.run import check_folder, checkpoint_step, train_expert
-    from spectr.training.settings import GateSettings, TrainingSettings
+    from spectr.training.settings import AUTHORS_GATES, GateSettings, TrainingSettings
 
 _HOMES = {
     "data": ("Encoded", "batches", "encode"),
     "gates": ("train_gates",),
     "publish": ("Report",),
     "run": ("check_folder", "checkpoint_step", "train_expert"),
-    "settings": ("GateSettings", "TrainingSettings"),
+    "settings": ("AUTHORS_GATES", "GateSettings", "TrainingSettings"),
 }
 
 __all__ = [
+    "AUTHORS_GATES",
     "Encoded",
     "GateSettings",
     "Report",

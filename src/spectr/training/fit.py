@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -43,10 +43,13 @@ def fit(
     checkpoint_seconds: float,
     progress: Progress,
     validate: Callable[[str], float] | None = None,
+    *,
+    accumulation: int = 1,
 ) -> dict[str, Any]:
     """Train the model's trainable parameters for ``total`` steps, starting at the step in ``facts``.
 
-    Returns the facts at the end.
+    Returns the facts at the end. A step takes ``accumulation`` batches and averages their gradients. Epochs are counted
+    for one batch a step.
 
     With ``validate``, which is called after every epoch, the parameters of the best epoch are kept (the first of equal
     ones). Ctrl-C ends the step, saves a checkpoint and raises ``KeyboardInterrupt``.
@@ -61,9 +64,11 @@ def fit(
     scheduler = _scheduler_at(done, optimizer, settings, total)
     model.train()
     began = saved = time.monotonic()
-    stream = _stream(model.config, data, settings, -(-total // per_epoch))
+    stream = _stream(model.config, data, settings, -(-total * accumulation // per_epoch))
+    batches_left = islice(stream, done * accumulation, total * accumulation)
     with deferred_interrupt() as interrupted:
-        for step, batch in islice(enumerate(stream), done, total):
+        for step in range(done, total):
+            batch = list(islice(batches_left, accumulation))
             loss = _step(model, batch, data.prefix, optimizer, parameters, settings, step)
             scheduler.step()
             facts = {**facts, "step": step + 1, "loss": loss, "seconds": before + time.monotonic() - began}
@@ -121,28 +126,30 @@ def _pad(config: Any) -> int:
 
 def _step(
     model: Any,
-    batch: Batch,
+    some: Sequence[Batch],
     prefix: list[int],
     optimizer: torch.optim.Optimizer,
     parameters: Mapping[str, nn.Parameter],
     settings: OptimizerSettings,
     step: int,
 ) -> float:
-    device = next(iter(parameters.values())).device
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed * 1_000_003 + step)
-        loss = answer_loss(model, batch, torch.tensor([prefix], dtype=torch.long, device=device), device)
-    if not loss.requires_grad:
-        raise DataError(
-            "the loss does not depend on any trained module",
-            expected="modules that text goes through",
-            do="train other modules: --target-modules all-linear",
-        )
+    device, mean = next(iter(parameters.values())).device, 0.0
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    for number, batch in enumerate(some):
+        with torch.random.fork_rng():
+            torch.manual_seed(settings.seed * 1_000_003 + step * len(some) + number)
+            loss = answer_loss(model, batch, torch.tensor([prefix], dtype=torch.long, device=device), device)
+        if not loss.requires_grad:
+            raise DataError(
+                "the loss does not depend on any trained module",
+                expected="modules that text goes through",
+                do="train other modules: --target-modules all-linear",
+            )
+        (loss / len(some)).backward()
+        mean += loss.item() / len(some)
     torch.nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
     optimizer.step()
-    return loss.item()
+    return mean
 
 
 def answer_loss(model: Any, batch: Batch, prefix_1S: Tensor, device: torch.device) -> Tensor:

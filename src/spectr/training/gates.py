@@ -119,13 +119,15 @@ def train_gates(
     named = named_for(expert, naming_of(model))
     named.check_factors_alone("a gate", CompositionError)
     with _gated(model, named):
-        facts = fit(model, encoded, settings, settings.steps, facts, checkpoint, checkpoint_seconds, progress)
+        told = (model, encoded, settings, settings.steps, facts, checkpoint, checkpoint_seconds, progress)
+        facts = fit(*told, accumulation=settings.accumulation)
         trained = {name.removesuffix(".gate"): gate.detach().clone() for name, gate in trainable(model).items()}
     gates = {named.file_names.get(name, name): gate for name, gate in trained.items()}
     made = {
         "settings": asdict(settings),
         "data": data or {},
         "examples": len(train),
+        "passes": round(settings.passes(len(train)), 2),
         "expert_sha256": known_sha256(expert.weights),
         "last_loss": facts["loss"],
         "seconds": round(facts["seconds"], 1),

@@ -194,6 +194,14 @@ class GatePlan:
     settings: GateSettings
 
     @property
+    def remarks(self) -> list[str]:
+        """What a user should know before the runs: how often each row is seen."""
+        return [
+            f"gates of {name}: {self.settings.passes(len(rows)):.1f} passes over {len(rows)} rows"
+            for name, (_, rows, _) in self.experts.items()
+        ]
+
+    @property
     def work(self) -> list[Path]:
         """The folder of each expert's checkpoint."""
         return [self.library / f".gates-{name}" for name in self.experts]

@@ -47,14 +47,16 @@ class OptimizerSettings:
 
 
 DROPOUT = 0.05  # where nothing else is asked for
-_SIZES = ("rank", "alpha", "batch_size", "epochs", "steps", "max_length", "examples")
+_SIZES = ("rank", "alpha", "batch_size", "accumulation", "epochs", "steps", "max_length", "examples")
 _RATES = ("learning_rate", "max_grad_norm")
 _SHARES = ("dropout", "warmup")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings(OptimizerSettings):
-    """Settings of one training run; the defaults are the paper's (SpectR, section 4.1).
+    """Settings of one training run; the defaults are the paper's: rank and layers are in section 4.1, the rest in B.
+
+    The paper's code drops examples of 512 tokens and more; here a longer prompt loses its middle.
 
     Attributes:
         rank: LoRA rank ``r``.
@@ -82,10 +84,13 @@ class TrainingSettings(OptimizerSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class GateSettings(OptimizerSettings):
-    """Settings of training gates. The defaults are the authors', except for the batch, which they do not specify.
+    """Settings of training gates. The defaults are the authors', except for the batch.
+
+    :data:`spectr.training.AUTHORS_GATES` has theirs.
 
     Attributes:
         steps: Optimiser steps.
+        accumulation: Batches per step, whose gradients are averaged.
         learning_rate: AdamW's learning rate.
         warmup: Share of steps with linear warm-up, from 0 to below 1.
 
@@ -94,5 +99,14 @@ class GateSettings(OptimizerSettings):
 
     what: ClassVar[str] = "settings of the gates"
     steps: int = 100
+    accumulation: int = 1
     learning_rate: float = 5e-3
     warmup: float = 0.06
+
+    def passes(self, rows: int) -> float:
+        """How often each of ``rows`` examples is seen, on average."""
+        return self.steps * self.batch_size * self.accumulation / rows
+
+
+AUTHORS_GATES = GateSettings(batch_size=32, accumulation=32)
+"""PHATGOOSE's own: 100 steps of 1,024 examples, as its README sets ``gradient_accumulation_factor=32``."""

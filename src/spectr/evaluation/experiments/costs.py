@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from spectr.composition import Routed
-from spectr.evaluation.experiments.setup import ExperimentSetup, Result
+from spectr.evaluation.experiments.setup import ExperimentSetup, Result, SideTable
+from spectr.evaluation.section_5 import COLUMNS, by_method
 from spectr.flops import count_flops, forward_flops
 from spectr.layers import RoutedLinear
 from spectr.layers.batch_routing import BatchRouting, LayerCall, routed_by
@@ -48,6 +49,7 @@ def costs(setup: ExperimentSetup) -> Result:
         cells = [f"{held:.1f}", f"{formula:.2f}", f"{flops:.2f}", f"{share:.1%}", f"{probe:.1f}" if probe else ""]
         rows.append([label, *cells])
         setup.progress("costs", done, len(ROUTERS), label)
+    counted = by_method(experts)
     return Result(
         name="costs",
         title="What routing costs",
@@ -61,10 +63,24 @@ def costs(setup: ExperimentSetup) -> Result:
             "once a prompt, MFLOP by its token",
         ],
         rows=rows,
-        data={"stored": stored, "base": base / SAMPLE_TOKENS, "routers": data, "memory": plain},
+        data={
+            "stored": stored,
+            "base": base / SAMPLE_TOKENS,
+            "routers": data,
+            "memory": plain,
+            "section_5": {name: count._asdict() for name, count in counted.items()},
+        },
+        more=[
+            SideTable(
+                title="As section 5 counts, 4 experts a token",
+                columns=["method", *COLUMNS],
+                rows=[[name, *(f"{value / 1e6:.2f}" for value in count)] for name, count in counted.items()],
+            )
+        ],
         notes=[
             f"The library takes {stored / 1e6:.1f} MB on disk for {len(experts)} experts.",
             _FORMULA_NOTE,
+            _SECTION_5_NOTE,
             f"Once a prompt: work before the answer, per token of a prompt of {SAMPLE_TOKENS} tokens: the probe of the "
             "calibrated routers, and GLIDER's instruction, which the base model writes whatever the prompt's length "
             "(its embedding, by another model, is not counted). Before a model's first prompt, the calibrated routers "
@@ -84,6 +100,15 @@ _FORMULA_NOTE = (
     "Held weights: only the chosen experts' P. "
     "LAG: 2 E I, plus 2 R I for each expert on its shortlist and 2 R O for each chosen expert. "
     "One multiply-add counts as 2. The base model's measurement includes attention."
+)
+
+
+_SECTION_5_NOTE = (
+    "As section 5 counts: Arrow's scores are 2 E I for a module, 1 / R of SpectR's 2 E R I, which give A* x along. "
+    "Factors merged: one adapter is applied, 2 R I + 2 R O, and SpectR has its first part. Outputs: k of them. mu is "
+    "part of W where it is folded in, and one adapter where factors are merged. Stored in bfloat16: the adapters, and "
+    "Arrow's prototypes. What is executed here is in the first table: the dispatcher makes all products where that is "
+    "faster."
 )
 
 
