@@ -115,7 +115,7 @@ def cosines(
     Args:
         library: The experts.
         progress: Receives (done, total).
-        products: The inner products of which cosines are made; of the updates by default.
+        products: Gives inner products, for the cosines; by default those of the updates.
 
     Source: SpectR, Figures 2, 3 and 7.
 
