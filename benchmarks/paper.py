@@ -1,4 +1,4 @@
-"""The paper's experiments on a base model of your choice: nine experts by its settings, then every table and figure.
+r"""The paper's experiments on a base model of your choice: nine experts by its settings, then every table and figure.
 
     python benchmarks/paper.py --base google/gemma-2-2b-it --work WORK
 
@@ -8,9 +8,10 @@ letters, one seed for all nine. With --ranks 2,4,16,32,64 also those of Figure 6
 experiments, and WORK/report.html. Killed, it goes on where it stopped. docs/paper-and-code.md says what differs from
 the paper.
 
-A rehearsal on two cores, with the small base and rows on disk:
+A rehearsal on a CPU, with the small base, rows on disk and four experts, as four are chosen for a token:
 
-    python benchmarks/paper.py --work WORK --data-root DATA --tasks sst2,cola --examples 16 --limit 2 --ranks 4
+    python benchmarks/paper.py --work WORK --data-root DATA --dtype float32 --tasks sst2,cola,mrpc,qqp --examples 16 \
+        --limit 2 --ranks 4
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from spectr.tasks import shipped_tasks
 
 SETTINGS = (
     "--letters --dropout 0.05 --target-modules all-linear --batch-size 8 --learning-rate 1e-4 --schedule constant "
-    "--epochs 1 --max-length 512 --seed 42 --test-limit 200"
+    "--epochs 1 --max-length 512 --seed 42"
 )
 EXPERIMENTS = ("quality", "similarity", "tokens", "routing", "multitask", "costs")
 ROUTERS = (
@@ -69,6 +70,7 @@ def experts(arguments: argparse.Namespace, work: Path) -> list[Step]:
     for rank, task in itertools.product((8, *ranks), arguments.tasks.split(",")):
         out = f"experts/{task}" if rank == 8 else f"ranks/{task}-r{rank}"
         how = f"train --task {task} --rank {rank} --alpha {2 * rank} {SETTINGS} {common(arguments)} --out {out}"
+        how += f" --test-limit {arguments.limit or 200}"
         how += f" --examples {arguments.examples}" if arguments.examples else ""
         steps.append(Step(out, spectr(how), work / out / "adapter_model.safetensors"))
     return steps

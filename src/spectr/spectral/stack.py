@@ -77,7 +77,7 @@ class Share(NamedTuple):
 
     @staticmethod
     def spectral(aligned: Aligned) -> Share:
-        """``A* = S V^T`` and ``B* = U``, SpectR eq. 3."""
+        """``A* = S V^T`` and ``B* = U``, SpectR eq. 6."""
         return Share(aligned.S[:, None] * aligned.Vh, aligned.U)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Share:
