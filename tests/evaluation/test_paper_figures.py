@@ -11,7 +11,7 @@ from models import close, peft_library, random_factors
 from questions import CHOICES, EXAMPLES
 from spectr import Arrow, Calibrated, Spectr, calibrate, compose, trace
 from spectr.adapters import Factors
-from spectr.errors import CompositionError
+from spectr.errors import CompositionError, DataError
 from spectr.evaluation.experiments import EXPERIMENTS, ExperimentSetup, Result
 from spectr.evaluation.experiments.similarity import cosines, mean_with_others, raw_products
 from spectr.evaluation.expert_recall import find_experts, score_ratios
@@ -118,6 +118,12 @@ def test_routing_has_tables_by_task_and_they_are_on_the_page(setup, tmp_path):
     page = write_report([loaded], tmp_path / "page.html", title="all").read_text(encoding="utf-8")
     assert all(table.title in page for table in found.more)
     assert set(found.data["similarity"]) == {"ants", "bees"}
+
+
+def test_results_of_an_older_version_are_refused_by_name(tmp_path):
+    old = Result(name="ranks", title="", source="", columns=[], rows=[], data={"routers": {"arrow": {"8": [0.1, 0.2]}}})
+    with pytest.raises(DataError, match="the results of 'ranks' lack"):
+        write_report([old], tmp_path / "page.html", title="all")
 
 
 def test_mean_scores_are_over_the_layers_that_hold_all_experts(library):

@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spectr.errors import DataError
 from spectr.folders import with_parents
 from spectr.plots.axes import as_svg
 from spectr.plots.figures import figure
@@ -75,7 +76,14 @@ def write_report(results: Sequence[Result], path: str | Path, *, title: str) -> 
 
 def _section(result: Result) -> str:
     more = "".join(f"<h3>{html.escape(table.title)}</h3>{_table(table)}" for table in result.more)
-    picture = as_svg(figure(result)) if result.data else ""
+    try:
+        picture = as_svg(figure(result)) if result.data else ""
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"the results of '{result.name}' lack what its figure shows ({error})",
+            expected="results of this version",
+            do=f"run spectr evaluate {result.name} again, with the same --out",
+        ) from error
     command = result.origin.get("command") or "; ".join(result.origin.get("commands", []))
     notes = "".join(f"<p class=notes>{html.escape(note)}</p>" for note in result.notes)
     return (

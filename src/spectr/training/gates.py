@@ -119,8 +119,17 @@ def train_gates(
     named = named_for(expert, naming_of(model))
     named.check_factors_alone("a gate", CompositionError)
     with _gated(model, named):
-        told = (model, encoded, settings, settings.steps, facts, checkpoint, checkpoint_seconds, progress)
-        facts = fit(*told, accumulation=settings.accumulation)
+        facts = fit(
+            model,
+            encoded,
+            settings,
+            settings.steps,
+            facts,
+            checkpoint,
+            checkpoint_seconds,
+            progress,
+            accumulation=settings.accumulation,
+        )
         trained = {name.removesuffix(".gate"): gate.detach().clone() for name, gate in trainable(model).items()}
     gates = {named.file_names.get(name, name): gate for name, gate in trained.items()}
     made = {
