@@ -36,8 +36,8 @@ class DescriptionSimilarity(Evidence):
 
     def reader(self, source: Source, experts: tuple[str, ...]) -> Reader:
         """See :class:`Evidence`."""
-        assert source.guide is not None
         described, guide = source.library.descriptions, source.guide
+        assert guide is not None
         compare = guide.reader(described, experts)
         threshold = None
         if isinstance(guide, ComparingGuide) and len(described) > 1:
