@@ -40,7 +40,7 @@ def test_the_experts_have_the_papers_settings(capsys):
         assert given["model"] == "some/model"
         assert given["examples"] is None
         names = [field.name for field in fields(TrainingSettings) if field.name in given]
-        assert len(names) == 13, "all but the length of gradients"
+        assert len(names) == 14, "all but the length of gradients"
         assert {name: given[name] for name in names} == {name: getattr(plain, name) for name in names}
 
 
