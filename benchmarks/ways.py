@@ -49,14 +49,15 @@ def main() -> None:
         BASE: Way(base=linear, add=lambda *_: True),
         ADAPTER: Way(base=linear, add=one_adapter),
     }
-    totals: dict[int, dict[str, float]] = {tokens: defaultdict(float) for tokens in TOKENS}
+    times_of: dict[int, dict[str, list[float]]] = {tokens: defaultdict(list) for tokens in TOKENS}
     for (inputs, outputs), count in LAYERS.items():
         shape = Shape(dtype, inputs, outputs, RANK, given.experts, TOP_K)
         for tokens, times in zip(TOKENS, measure(ways, shape, given.seconds, Clock(now=time.thread_time)), strict=True):
             fastest = min(seconds for way, seconds in times.items() if way not in (BASE, ADAPTER))
             for way, seconds in {**times, "fastest": fastest}.items():
-                totals[tokens][way] += 1000 * count * seconds
-    for tokens, total in totals.items():
+                times_of[tokens][way].append(1000 * count * seconds)
+    for tokens, times in times_of.items():  # of ways that there was time for at each shape
+        total = {way: sum(some) for way, some in times.items() if len(some) == len(LAYERS)}
         print(f"{tokens} tokens, ms: " + ", ".join(f"{way} {total[way]:.1f}" for way in sorted(total, key=total.get)))  # pyright: ignore
 
 
