@@ -80,7 +80,7 @@ def test_a_body_that_is_too_long_is_told_what_to_do(gateway):
     error = ask(gateway, "POST", "/v1/completions", content=b" " * 101).json()["error"]
     assert error["message"].splitlines() == [
         "the body has 101 bytes",
-        "  expected: 100 at most",
+        "  expected: at most 100 bytes",
         "  to do: omit earlier turns, or split it into several requests",
     ]
 
