@@ -105,7 +105,10 @@ def test_data_from_the_hub_by_one_setting(spectr, world, tmp_path, monkeypatch):
     ("words", "message"),
     [
         (("quality", "--task", "words.yaml", "--letters"), "task 'words' has no form with lettered options"),
-        (("wording", "--task", "both.yaml", "--letters"), "lettered options have no paraphrases to do: remove --letters"),
+        (
+            ("wording", "--task", "both.yaml", "--letters"),
+            "lettered options have no paraphrases to do: remove --letters",
+        ),
         (("routing", "-r", "arrow", "--set", "topk=1"), "router 'arrow' has no topk"),
         (("routing", "-r", "arrow", "--set", "combine=sum"), "router 'arrow': unknown combination 'sum'"),
         (("routing", "--set", "top_k=1"), "--set top_k=1 without a router to do: name its routers"),

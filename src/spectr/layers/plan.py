@@ -173,9 +173,10 @@ def _changed(expert: Expert, base: ModelLayers, modules: Sequence[str]) -> list[
 def can_change(layer: nn.Module, shape: FactorShape) -> bool:
     """Whether the weight that a model reads of a layer can be one with an expert's update: plain LoRA of a matrix."""
     weight = getattr(layer, "weight", None)
-    plain = isinstance(weight, nn.Parameter) and weight.ndim == 2 and weight.is_floating_point()
+    if not isinstance(weight, nn.Parameter) or weight.ndim != 2 or not weight.is_floating_point():
+        return False
     sizes = (shape.outputs, shape.inputs) if isinstance(layer, nn.Linear) else (shape.inputs, shape.outputs)
-    return plain and weight.element_size() > 1 and tuple(weight.shape) == sizes and not shape.parts.tensors
+    return weight.element_size() > 1 and tuple(weight.shape) == sizes and not shape.parts.tensors
 
 
 def uncalled_fault(modules: Sequence[str]) -> Fault:

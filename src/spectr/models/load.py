@@ -66,7 +66,8 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(path)
         check(config, tokenizer)
         kind = pick_dtype(dtype, device)
-        model, found = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=kind, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=kind, output_loading_info=True)
+        model, found = loaded
     except SpectrError:
         raise
     except (OSError, ValueError, KeyError) as error:

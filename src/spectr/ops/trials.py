@@ -170,7 +170,10 @@ class _Layers:
         numbers = self._pattern.repeat(-(-count * sum(places) // _PATTERN))
         parts = iter(numbers[: count * sum(places)].split(places * count))
         choice = Choice(experts, k, 0.0) if k else None
-        self._layers = [self._layer(*(next(parts)[: a * b].view(a, b) for a, b in sizes), choice) for _ in range(count)]
+        self._layers = list[FusedCpuLinear]()
+        for _ in range(count):
+            W, A, Bt = (next(parts)[: a * b].view(a, b) for a, b in sizes)
+            self._layers.append(self._layer(W, A, Bt, choice))
         self._weights = self._pattern[:rows].view(1, 1, rows).clone()
 
     @staticmethod
