@@ -220,7 +220,7 @@ def test_adding_an_expert_tells_of_twins_and_of_another_base_model(spectr, tmp_p
     assert "'law' has the same files" in spectr("library", "add", "tax", one, "-l", library)[2]
     notes = spectr("library", "add", "sql", other, "-l", library)[2]
     assert "the base model 'org/other'" in notes
-    assert " org/base" in notes
+    assert "'org/base'" in notes
     rows = json.loads(spectr("library", "list", "-l", library, "--json")[1])
     assert [row["calibrated"] for row in rows] == [False] * 3
     notes = spectr("library", "list", "-l", library)[2]
