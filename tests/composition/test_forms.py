@@ -36,6 +36,9 @@ class Logits(nn.Module):
 class Guide:
     """Finds nothing in a prompt."""
 
+    def between(self, descriptions):
+        return torch.full((len(descriptions), len(descriptions)), 0.8)
+
     def reader(self, descriptions, experts):
         return lambda input_ids, **_: torch.zeros(len(input_ids), len(experts))
 

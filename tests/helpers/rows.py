@@ -15,6 +15,9 @@ PROMPTS = ["what is it", "a good film of the sky is the x y z", "no", "who is re
 class Guide:
     """Finds the same likeness in every prompt."""
 
+    def between(self, descriptions):
+        return torch.full((len(descriptions), len(descriptions)), 0.8)
+
     def reader(self, descriptions, experts):
         found = {"ants": 0.9, "bees": 0.2, "cats": 0.5}
         return lambda input_ids, **_: torch.tensor([[found[name] for name in experts]]).expand(len(input_ids), -1)

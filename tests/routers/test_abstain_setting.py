@@ -129,5 +129,5 @@ def test_it_is_said_in_one_sentence():
 def test_evidence_that_compares_with_no_ordinary_prompts_cannot_abstain():
     parts = {"evidence": DescriptionSimilarity(), "use": HoldWeights(), "router": Spectr(top_k=1)}
     assert PromptPolicy(**parts).abstain is None
-    with pytest.raises(CompositionError, match=r"abstain=0\.05, and DescriptionSimilarity"):
+    with pytest.raises(CompositionError, match=r"abstain=0\.05, but DescriptionSimilarity"):
         PromptPolicy(**parts, abstain=0.05)

@@ -56,7 +56,7 @@ def test_transformers_own_batches_give_each_request_its_expert(trained):
 def test_several_routers_of_one_model_are_refused(trained):
     model, library, _ = trained
     makers = {name: lambda inner: spectr.compose(inner, library, ROWS) for name in ("one", "two")}
-    with types_unchecked(), pytest.raises(CompositionError, match="with 'one' experts have trained modules"):
+    with types_unchecked(), pytest.raises(CompositionError, match="with 'one', experts have trained modules"):
         MultiRouter(model, makers)
 
 

@@ -13,6 +13,7 @@ from models import random_factors, write_adapter
 from spectr import Calibrated, ExpertLibrary, Shortlist, build_index, calibrate, compose
 from spectr.errors import CompositionError
 from spectr.library import Calibration
+from spectr.ops.dispatch import report_once
 from text_model import make_model, make_tokenizer
 
 SPARE = "model.spare"  # a layer that is called for no text
@@ -53,6 +54,7 @@ def test_a_calibration_names_them_and_keeps_that(library, tmp_path):
 
 def test_an_expert_that_adapts_nothing_else_is_reported_and_never_chosen(library, caplog):
     model = base()
+    report_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         routed = compose(model, library, Calibrated(abstain=None))
     assert f"expert 'dogs' adapts only modules that no text of the calibration reaches ({SPARE})" in caplog.text
