@@ -16,7 +16,6 @@ DOCS = ROOT / "docs"
 SOURCE = Path(spectr.__file__).parent
 # Packages whose ``__all__`` is for the package itself, and vLLM's, which is imported inside the engine.
 NOT_PUBLIC = {"spectr.evaluation.experiments", "spectr.routers.evidence", "spectr.vllm"}
-pytestmark = pytest.mark.skipif(not (DOCS / "conf.py").is_file(), reason="an installed package comes without docs")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,7 +31,6 @@ def text_of(page: str) -> str:
 
 def test_it_builds_without_a_warning(tmp_path):
     """As ``make docs`` does, but without the notebooks' code."""
-    pytest.importorskip("sphinx")
     options = ["-W", "--keep-going", "-q", "-D", "nb_execution_mode=off", "-d", str(tmp_path / "doctrees")]
     command = [sys.executable, "-m", "sphinx", *options, str(DOCS), str(tmp_path / "html")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -140,7 +138,6 @@ def test_every_error_code_of_the_api_is_described():
 
 
 def test_every_metric_is_described():
-    pytest.importorskip("prometheus_client")
     from spectr.serving.metrics import Metrics
 
     page = text_of("reference/http.md")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from guides import Guide
 from models import close, peft_library, tiny_llama, tokens
 from spectr import Arrow, Calibrated, Lag, Oracle, Shortlist, Spectr, build_index, calibrate, compose, get_router
 from spectr.errors import CompositionError
@@ -33,11 +34,8 @@ class Logits(nn.Module):
         return self.model(input_ids=input_ids, use_cache=False).logits
 
 
-class Guide:
+class EmptyGuide(Guide):
     """Finds nothing in a prompt."""
-
-    def between(self, descriptions):
-        return torch.full((len(descriptions), len(descriptions)), 0.8)
 
     def reader(self, descriptions, experts):
         return lambda input_ids, **_: torch.zeros(len(input_ids), len(experts))
@@ -83,7 +81,7 @@ def test_a_copy_is_a_model_of_its_own(library, router, way):
 @pytest.mark.parametrize("name", ["shortlist", "glider-spectr"])
 def test_what_reads_prompts_by_its_own_model_does_not_go_along(library, name, way):
     router = Shortlist(size=2) if name == "shortlist" else get_router(name)
-    handle = routed(library, router, guide=Guide())
+    handle = routed(library, router, guide=EmptyGuide())
     for value in (handle.model, handle):
         with pytest.raises(CompositionError, match="neither be copied nor pickled"):
             WAYS[way](value)

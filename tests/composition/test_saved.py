@@ -15,43 +15,10 @@ from models import TEXT, TOKENS, VOCAB, build, close as closer, greedy, identiti
 from spectr.errors import AdapterError, CompositionError
 from spectr.layers.saved import SavedModule
 from spectr.routers import HoldWeights, KeepShortlist, PromptPolicy
-from trained_modules import ROWS, ByFirst, as_peft, library_of, moved, out
+from trained_modules import ROWS, ByFirst, as_peft, gemma, gpt2, library_of, llama_classifier, moved, out, roberta, t5
 
 Q = ["q_proj"]
 ids = tokens(batch=4, length=8)
-
-
-def llama_classifier(labels=3):
-    from transformers import LlamaConfig, LlamaForSequenceClassification
-
-    config = LlamaConfig(**{**TEXT, **TOKENS, "num_key_value_heads": 2, "num_labels": labels})
-    return build(LlamaForSequenceClassification, config)
-
-
-def roberta(kind="RobertaForSequenceClassification"):
-    import transformers
-
-    config = transformers.RobertaConfig(**{**TEXT, **TOKENS, "num_labels": 3, "is_decoder": "CausalLM" in kind})
-    return build(getattr(transformers, kind), config)
-
-
-def gemma():
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
-    return build(Gemma3ForCausalLM, Gemma3TextConfig(**{**TEXT, **TOKENS, "num_key_value_heads": 2, "head_dim": 8}))
-
-
-def gpt2():
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    return build(GPT2LMHeadModel, GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=2, n_positions=16))
-
-
-def t5():
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4, "vocab_size": VOCAB}
-    return build(T5ForConditionalGeneration, T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0))
 
 
 def tied(**changes):

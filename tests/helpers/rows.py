@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 import spectr
+from guides import Guide
 from spectr import compose
 from text_model import make_model, make_tokenizer
 
@@ -12,11 +13,8 @@ SETS = [("ants", "bees", "cats"), ("cats",), (), ("ants", "bees"), ("bees", "cat
 PROMPTS = ["what is it", "a good film of the sky is the x y z", "no", "who is red", "the film is bad"]
 
 
-class Guide:
+class SameGuide(Guide):
     """Finds the same likeness in every prompt."""
-
-    def between(self, descriptions):
-        return torch.full((len(descriptions), len(descriptions)), 0.8)
 
     def reader(self, descriptions, experts):
         found = {"ants": 0.9, "bees": 0.2, "cats": 0.5}
@@ -26,7 +24,7 @@ class Guide:
 def composed(library, router, model=None):
     model = model or make_model()
     if isinstance(router, spectr.Glider):
-        return compose(model, library.with_descriptions(dict.fromkeys(library, "x")), router, guide=Guide())
+        return compose(model, library.with_descriptions(dict.fromkeys(library, "x")), router, guide=SameGuide())
     return compose(model, library, router)
 
 

@@ -10,6 +10,7 @@ from peft import PeftModel, get_peft_model
 
 import spectr
 from adapters_on_disk import of_others
+from models import TEXT, TOKENS, VOCAB, build
 from spectr.routers import Evidence, HoldWeights, PromptPolicy
 from spectr.routers.evidence import Found
 
@@ -59,3 +60,36 @@ def out(model, ids, **inputs):
 def library_of(model, root, config, names=("ants", "bees")):
     folders = {name: moved(model, root / name, config, seed) for seed, name in enumerate(names, start=1)}
     return spectr.ExpertLibrary.from_adapters(folders), folders
+
+
+def llama_classifier(labels=3):
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    config = LlamaConfig(**{**TEXT, **TOKENS, "num_key_value_heads": 2, "num_labels": labels})
+    return build(LlamaForSequenceClassification, config)
+
+
+def roberta(kind="RobertaForSequenceClassification"):
+    import transformers
+
+    config = transformers.RobertaConfig(**{**TEXT, **TOKENS, "num_labels": 3, "is_decoder": "CausalLM" in kind})
+    return build(getattr(transformers, kind), config)
+
+
+def gemma():
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    return build(Gemma3ForCausalLM, Gemma3TextConfig(**{**TEXT, **TOKENS, "num_key_value_heads": 2, "head_dim": 8}))
+
+
+def gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return build(GPT2LMHeadModel, GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=2, n_positions=16))
+
+
+def t5():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4, "vocab_size": VOCAB}
+    return build(T5ForConditionalGeneration, T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0))

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from families import FAMILIES
+from guides import Guide
 from models import VOCAB, close, peft_library
 from picked_experts import PickedExperts
 from spectr import Glider, Oracle, Spectr, compose, trace
@@ -98,11 +99,8 @@ def test_a_batch_with_as_many_rows_as_tokens_tells_both_orders_apart():
     assert layouts.known == {layer: Layout(tokens_first=True), model.lm_loss: Layout()}
 
 
-class Guide:
+class GuideByRow(Guide):
     """Row ``i`` has expert ``i % 2``."""
-
-    def between(self, descriptions):
-        return torch.full((len(descriptions), len(descriptions)), 0.8)
 
     def reader(self, descriptions, names):
         def read(*args, **given):
@@ -120,7 +118,7 @@ def test_rows_with_an_expert_each_are_each_row_with_its_expert(name, tmp_path):
     library = peft_library(base, tmp_path, {"ants": 4, "bees": 2}, targets=targets)
     library = library.with_descriptions({"ants": "one", "bees": "two"})
     model = copy.deepcopy(base)
-    compose(model, library, Glider(token_router=None, top_k=1), guide=Guide())
+    compose(model, library, Glider(token_router=None, top_k=1), guide=GuideByRow())
     with torch.no_grad():
         out = logits_of(model(**given))
         for row in range(4):
@@ -163,7 +161,7 @@ def test_what_cannot_be_followed_is_refused(tmp_path):
         model,
         library.with_descriptions({"ants": "one", "bees": "two"}),
         Glider(token_router=None, top_k=1),
-        guide=Guide(),
+        guide=GuideByRow(),
     )
     with pytest.raises(CompositionError, match=r"rows that have different experts(.|\n)*one prompt at a time"):
         model(input_ids=torch.tensor([[3, 4, 5], [6, 7, 8]]))

@@ -23,6 +23,9 @@ class Clock(NamedTuple):
     used: Callable[[], float] = time.thread_time
 
 
+REAL = Clock()
+
+
 class Watch:
     """Notes, while it is entered, whether this thread had to wait for others.
 
@@ -30,7 +33,7 @@ class Watch:
         loaded: Whether it had.
     """
 
-    def __init__(self, clock: Clock = Clock()):  # noqa: B008
+    def __init__(self, clock: Clock = REAL):
         self._clock, self.loaded = clock, False
 
     def __enter__(self) -> Watch:
@@ -45,7 +48,7 @@ class Watch:
 def time_in_turn(
     ways: Mapping[str, Callable[[], object]],
     seconds: float,
-    clock: Clock = Clock(),  # noqa: B008
+    clock: Clock = REAL,
 ) -> dict[str, float]:
     """The least seconds of each way, called in turn: what others take of the machine only adds to that.
 

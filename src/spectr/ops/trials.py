@@ -19,7 +19,7 @@ from spectr.ops.base import Choice
 from spectr.ops.fused_linear import Experts, FusedCpuLinear, Layer, Way
 from spectr.ops.outputs import add_masked, gathered_sum, gathering_pays, weighted
 from spectr.ops.rules import RULES
-from spectr.ops.timing import Clock, time_in_turn
+from spectr.ops.timing import REAL, Clock, time_in_turn
 from spectr.ops.verdicts import Verdict, Verdicts
 from spectr.ops.ways import TOKENS, TORCH, Shape, Table, after_base, by_rules, described, fastest, wanted
 from spectr.selection import TopK
@@ -121,7 +121,7 @@ def measure(
     ways: Mapping[str, Way],
     shape: Shape,
     seconds: float,
-    clock: Clock = Clock(),  # noqa: B008
+    clock: Clock = REAL,
 ) -> list[dict[str, float]]:
     """Seconds of each way and of torch, for each number of tokens that is timed.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from spectr.atomic_write import replacing
-from spectr.ops.timing import Clock, Watch
+from spectr.ops.timing import REAL, Clock, Watch
 from spectr.ops.ways import TOKENS, Shape
 
 _EACH = 0.3  # seconds that a shape is timed for, roughly
@@ -41,7 +41,7 @@ class Verdicts:
         self,
         file: Path,
         measure: Callable[[Shape, float, bool], list[dict[str, float]]],
-        clock: Clock = Clock(),  # noqa: B008
+        clock: Clock = REAL,
     ):
         self._file, self._measure, self._clock = file, measure, clock
         self._shapes: dict[str, Shape] = {}

@@ -7,10 +7,10 @@ import copy
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch.nn.functional import one_hot
 from transformers import DynamicCache, PreTrainedTokenizerFast, QuantizedCache, StaticCache
 
 import spectr
+from guides import GuideBySum
 from models import TOKENS, VOCAB, build, peft_adapter, tokens
 from spectr import ExpertLibrary, build_index, calibrate, compose
 from spectr.models import growing_cache
@@ -19,22 +19,6 @@ NEW = 4
 FREE = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 NAMES = ("ants", "bees", "cats")
 SEVEN = torch.tensor([[7]])  # one more token
-
-
-class Guide:
-    """Finds likeness in the sum of a prompt's tokens."""
-
-    def between(self, descriptions):
-        return torch.full((len(descriptions), len(descriptions)), 0.8)
-
-    def reader(self, descriptions, experts):
-        def read(input_ids=None, attention_mask=None, **_):
-            real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            return 0.3 + 0.6 * one_hot((input_ids * real).sum(-1) % len(experts), len(experts)).float()
-
-        return read
-
-
 BY_SUM = spectr.Glider(token_router=None, top_k=1)  # one expert a prompt, with the guide above; needs no calibration
 ROUTERS = {
     "calibrated": spectr.Calibrated(),
@@ -80,7 +64,7 @@ class World:
         """A composed copy of the model, and its handle."""
         model, library, guide = copy.deepcopy(self.base), self.library, None
         if isinstance(router, spectr.Glider):
-            library, guide = library.with_descriptions(dict.fromkeys(library, "x")), Guide()
+            library, guide = library.with_descriptions(dict.fromkeys(library, "x")), GuideBySum()
         return model, compose(model, library, router, guide=guide)
 
     def oracle(self, name):
