@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from inspect import Parameter, signature
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -59,6 +60,14 @@ class GenerationSettings(NamedTuple):
         return GenerationSettings(
             find("pad_token_id"), eos, find("bos_token_id"), expand if known else None, assists, assisted
         )
+
+
+def names_of(forward: Callable[..., Any], config: Any) -> tuple[str, ...]:
+    """Names of a forward's parameters, with ``use_cache`` where it passes that on without naming it."""
+    parameters = signature(forward).parameters
+    names = tuple(parameters)
+    passed_on = any(each.kind is Parameter.VAR_KEYWORD for each in parameters.values()) and hasattr(config, "use_cache")
+    return (*names, "use_cache") if passed_on and "use_cache" not in names else names
 
 
 def prompt_of(model: Any, given: Mapping[str, Any], settings: GenerationSettings) -> dict[str, Any]:

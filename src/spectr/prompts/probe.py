@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from spectr.layers.pairs import LayerInput
 from spectr.layers.routed import RoutedLinear
 from spectr.layers.token_layout import Layouts
+from spectr.prompts.arguments import names_of
 from spectr.prompts.chat_template import Opening
 from spectr.prompts.token_places import See, read_tokens
 from spectr.routers.evidence import Found, ModuleEvidence, ModuleScores
@@ -201,7 +201,7 @@ def _probe(
     For token ids: the first ``limit`` tokens of the user's last turn, padded on the right. For embeddings: the first
     ``limit``. Any other input is read completely.
     """
-    parameters = inspect.signature(entry.forward).parameters
+    parameters = names_of(entry.forward, getattr(entry, "config", None))
     given = {**dict(zip(parameters, args, strict=False)), **kwargs}
     key = next((key for key in ("input_ids", "inputs_embeds") if given.get(key) is not None), None)
     if key is None:

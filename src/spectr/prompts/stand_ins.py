@@ -13,7 +13,7 @@ from torch.compiler import is_compiling
 from spectr.layers.batch_routing import routed_by, thread
 from spectr.layers.routed import RoutedLinear
 from spectr.layers.saved import SavedModule
-from spectr.prompts.arguments import TOKENS, has_encoder
+from spectr.prompts.arguments import TOKENS, has_encoder, names_of
 from spectr.prompts.decision import refuse_to_capture
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Entry:
     def __init__(self, calls: Calls, module: nn.Module, part: str):
         self.calls, self.module, self.part = calls, module, part
         self.own: Callable[..., Any] | None = module.__dict__.get("forward")  # such as accelerate's
-        self.names = tuple(self.__signature__.parameters)
+        self.names = names_of(self, getattr(module, "config", None))
 
     def plain(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own ``forward``."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from inspect import signature
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from spectr.layers.routed import RoutedLinear
 from spectr.layers.token_layout import Layouts, TokenPlaces, few_tokens
 from spectr.layers.token_tracking import TokenTracker
 from spectr.layers.tracking_rules import RULES
-from spectr.prompts.arguments import TOKENS, CallTokens, tokens_of
+from spectr.prompts.arguments import TOKENS, CallTokens, names_of, tokens_of
 from spectr.prompts.inputs_of_rows import InputRows, rows_of_input
 
 See = Callable[[str, LayerInput, Int[Tensor, " N"], int], None]
@@ -172,8 +171,8 @@ def read_tokens(
         given: The call's arguments by name.
         counted_BT: The counted tokens; by default all.
     """
-    tokens, parameters = tokens_of(given, decoder=False), tuple(signature(entry.forward).parameters)
-    places = places_of(layouts, entry.forward, parameters, given, tokens, entry, positions=counted_BT is not None)
+    tokens, names_of_entry = tokens_of(given, decoder=False), names_of(entry.forward, getattr(entry, "config", None))
+    places = places_of(layouts, entry.forward, names_of_entry, given, tokens, entry, positions=counted_BT is not None)
     counted_BT = None if counted_BT is None else counted_BT.cpu()
     held: dict[str, list[tuple[Any, Tensor]]] = {}
 
