@@ -41,11 +41,39 @@ CHANGES: dict[str, dict[str, Any]] = {  # None: the configuration computes it
     "Qwen3_5Moe": {"config": "Qwen3_5MoeTextConfig"},
     "Zaya": {"num_experts_per_tok": 1},
 }
-FAMILIES = """
-    Afmoe AXK1 Cohere2Moe DeepseekV2 DeepseekV3 Dots1 Ernie4_5_Moe ExaoneMoe FlexOlmo Gemma4 Glm4Moe
-    Glm4MoeLite GptOss GraniteMoe GraniteMoeHybrid GraniteMoeShared HunYuanMoEV1 Jamba KimiLinear Lfm2Moe
-    MiniMax MiniMaxM2 Mixtral NemotronH Olmoe Phimoe Qwen2Moe Qwen3_5Moe Qwen3Moe Qwen3Next Zaya
-""".split()
+FAMILIES = (
+    "Afmoe",
+    "AXK1",
+    "Cohere2Moe",
+    "DeepseekV2",
+    "DeepseekV3",
+    "Dots1",
+    "Ernie4_5_Moe",
+    "ExaoneMoe",
+    "FlexOlmo",
+    "Gemma4",
+    "Glm4Moe",
+    "Glm4MoeLite",
+    "GptOss",
+    "GraniteMoe",
+    "GraniteMoeHybrid",
+    "GraniteMoeShared",
+    "HunYuanMoEV1",
+    "Jamba",
+    "KimiLinear",
+    "Lfm2Moe",
+    "MiniMax",
+    "MiniMaxM2",
+    "Mixtral",
+    "NemotronH",
+    "Olmoe",
+    "Phimoe",
+    "Qwen2Moe",
+    "Qwen3_5Moe",
+    "Qwen3Moe",
+    "Qwen3Next",
+    "Zaya",
+)
 
 
 def tiny(family: str) -> nn.Module:

@@ -17,7 +17,7 @@ from models import random_factors, types_unchecked, write_adapter
 from spectr import Arrow, Calibrated, ExpertLibrary, Glider, Lag, Phatgoose, Spectr, compose, get_router, trace
 from spectr.cli import describe as describing
 from spectr.cli.app import app
-from spectr.errors import CompositionError, DataError, LibraryError
+from spectr.errors import CompositionError, DataError, LibraryError, SpectrWarning
 from spectr.evaluation import routed_logprobs
 from spectr.evaluation.expert_recall import find_experts
 from spectr.guidance import QueryGuide, describe
@@ -111,14 +111,18 @@ def test_alpha_is_large_above_what_descriptions_of_two_experts_have_in_common(li
     assert routed.prompt.decide(**batch(near)).shape == (1, 1)
 
 
-def test_a_threshold_that_nobody_knows_is_refused(library):
+def test_a_guide_that_compares_no_descriptions_has_the_authors_threshold(library):
     class Words:
         def reader(self, descriptions, experts):
-            return lambda input_ids, **_: torch.zeros(len(input_ids), len(experts))
+            return lambda input_ids, **_: torch.tensor([[0.81, 0.0, 0.0], [0.79, 0.0, 0.0]])
 
-    routed = compose(make_model(), library, Glider(), guide=Words())
-    with pytest.raises(CompositionError, match="does not compare descriptions"):
-        routed.prompt.decide(**batch("green grass"))
+    with pytest.warns(SpectrWarning, match="has no effect, because Words has no method 'between'"):
+        routed = compose(make_model(), library, Glider(), guide=Words())
+        decided = routed.prompt.decide(**batch("green grass", "film who"))
+    torch.testing.assert_close(decided, torch.tensor([[81.0, 0, 0], [3 * 0.79, 0, 0]]))
+
+
+def test_a_threshold_that_nobody_knows_is_refused():
     use = AddToScores(threshold="descriptions")
     with pytest.raises(CompositionError, match="compares no descriptions"):
         PromptPolicy(evidence=ScoreMeans(), use=use, router=Calibrated(level="token"))

@@ -154,8 +154,8 @@ class AddToScores(Use):
         if threshold is None:
             if evidence_BE.shape[-1] > 1:
                 raise CompositionError(
-                    "threshold='descriptions', and the guide does not compare descriptions with each other",
-                    expected="a guide with the method 'between', as spectr.guidance.QueryGuide has",
+                    "threshold='descriptions', and the evidence knows no threshold for this prompt",
+                    expected="evidence that sets Found.threshold, as spectr.routers.DescriptionSimilarity does",
                     do="give a number, such as threshold=0.8",
                 )
             threshold = math.inf  # one expert, whom no bias moves

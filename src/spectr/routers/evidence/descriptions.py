@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,8 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from spectr.errors import SpectrWarning
 from spectr.library.needs import DESCRIBED, Need
-from spectr.routers.evidence.base import ComparingGuide, Evidence, Found, Reader, Source
+from spectr.routers.evidence.base import ComparingGuide, Evidence, Found, Guide, Reader, Source
+
+AUTHORS_THRESHOLD = 0.8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +26,8 @@ class DescriptionSimilarity(Evidence):
 
     The threshold is ``mean_t max_{u != t} cos(e_t, e_u)`` over all described experts: a prompt of a task that some
     expert knows is to be nearer to that expert's description than descriptions of two tasks are to each other. It
-    moves with the embedder, whose cosines may all be small.
+    moves with the embedder, whose cosines may all be small. If the guide cannot compare descriptions
+    (:class:`spectr.routers.evidence.ComparingGuide`), the threshold is the authors' 0.8, with a warning.
 
     Source: GLIDER (Li et al., 2024), section 3; the threshold is ours.
     """
@@ -39,14 +45,24 @@ class DescriptionSimilarity(Evidence):
         described, guide = source.library.descriptions, source.guide
         assert guide is not None
         compare = guide.reader(described, experts)
-        threshold = None
-        if isinstance(guide, ComparingGuide) and len(described) > 1:
-            threshold = nearest_other(guide.between(described))
+        threshold = _threshold(guide, described) if len(described) > 1 else None
 
         def read(*args: Any, **kwargs: Any) -> Found:
             return Found(compare(*args, **kwargs), threshold=threshold)
 
         return read
+
+
+def _threshold(guide: Guide, described: Mapping[str, str]) -> float:
+    if isinstance(guide, ComparingGuide):
+        return nearest_other(guide.between(described))
+    warnings.warn(
+        f"threshold='descriptions' has no effect, because {type(guide).__name__} has no method 'between': "
+        f"the threshold is {AUTHORS_THRESHOLD}, as with the embedder of GLIDER's authors",
+        SpectrWarning,
+        stacklevel=2,
+    )
+    return AUTHORS_THRESHOLD
 
 
 def nearest_other(cosines_EE: Float[Tensor, "E E"]) -> float:
