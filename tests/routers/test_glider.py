@@ -118,7 +118,7 @@ def test_a_guide_that_compares_no_descriptions_has_the_authors_threshold(library
 
     with pytest.warns(SpectrWarning, match="has no effect, because Words has no method 'between'"):
         routed = compose(make_model(), library, Glider(), guide=Words())
-        decided = routed.prompt.decide(**batch("green grass", "film who"))
+    decided = routed.prompt.decide(**batch("green grass", "film who"))
     torch.testing.assert_close(decided, torch.tensor([[81.0, 0, 0], [3 * 0.79, 0, 0]]))
 
 
