@@ -116,7 +116,7 @@ def test_every_error_class_has_an_entry_with_cause_and_cure():
     for name, section in sections.items():
         entries = section.split("\n### ")[1:]
         assert entries, name
-        assert all("**Cause.**" in entry and "**Cure.**" in entry for entry in entries), name
+        assert all("**Cause.**" in entry and "**Fix.**" in entry for entry in entries), name
 
 
 def test_the_messages_that_are_explained_exist():
