@@ -74,6 +74,7 @@ def test_every_router_setting_is_described():
     page = router_page()
     assert not [name for name in ROUTERS.entries if f"### `{name}`" not in page]
     assert not [name for name in ROUTERS.entries for option in options_of(name) if f"| `{option}` |" not in page]
+    assert "| `modules` | names, separated by commas | `empty` |" in page
     assert documented("A.\n\nAttributes:\n    k: ``None``:\n        no one | :class:`a.B`.\n\nSource: x") == {
         "k": "`None`: no one \\| `a.B`."
     }

@@ -83,6 +83,8 @@ def _type(hint: Any) -> str:
     for kind in kinds(hint):
         if get_origin(kind) is Literal:
             found += [f"`{value}`" for value in get_args(kind)]
+        elif get_origin(kind) is tuple:
+            found.append("names, separated by commas")
         else:
             found.append(words.get(kind) or inspect.formatannotation(kind).split(".")[-1].replace("|", "\\|"))
     return " or ".join(found)
@@ -96,4 +98,4 @@ def _as_text(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, tuple(PARTS)):
         return part_config(value)["name"]
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return ",".join(map(str, value)) or "empty" if isinstance(value, tuple) else str(value)
