@@ -88,6 +88,11 @@ MISTAKES = {
     "linear": (("--method", "linear"), "method 'linear' needs weights", "--weights 1,1"),
     "unknown general": (("--subtract", "cyam"), "unknown expert 'cyam'", "did you mean 'cyan'?"),
     "general twice": (("--subtract", "blue"), "both merged and subtracted: blue", "remove it"),
+    "strength of factors": (
+        ("--method", "genknowsub", "--subtract", "cyan", "--strength", "2"),
+        "'genknowsub' has no strength",
+        "omit --strength",
+    ),
     "two for one": (("--method", "genknowsub", "--subtract", "cyan"), "merges one expert, not 2", "one expert"),
     "nothing general": (("--method", "genknowsub"), "'genknowsub' needs a general expert", "--subtract GENERAL"),
     "rank of a model": (("--into-base", "--rank", "4"), "have no effect with --into-base", "remove them"),

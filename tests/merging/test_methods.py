@@ -30,6 +30,7 @@ from spectr.merging import (
     Knots,
     Linear,
     LowRank,
+    Products,
     Recipe,
     Site,
     Ties,
@@ -168,7 +169,7 @@ def test_the_companions_do_not_change_what_dare_leaves_of_an_expert(experts):
 
 
 SUBTRACTED = {
-    "genknowsub": (("amber",), GenKnowSub(), None, lambda d: slow_sum(d, [1.0])),
+    "products": (("amber",), Products(), None, lambda d: slow_sum(d, [1.0])),
     "average": (("amber", "blue"), Average(), None, lambda d: slow_sum(d, [0.5, 0.5])),
     "ties": (("amber", "blue"), Ties(density=0.5), None, lambda d: slow_ties(d, [1, 1], 0.5)),
     "knots": (("amber", "blue"), Knots(), (1.0, 0.3), lambda d: slow_knots(d, [1.0, 0.3], 1.0)),
@@ -186,7 +187,7 @@ def test_subtracting_a_general_expert_is_done_on_products_before_the_method(expe
 
 
 def test_several_general_experts_are_subtracted_as_their_mean(experts):
-    ours = merged(experts, experts=("amber",), method=GenKnowSub(), subtract=("blue", "cyan"))
+    ours = merged(experts, experts=("amber",), method=Products(), subtract=("blue", "cyan"))
     for module, delta in ours.items():
         blue, cyan = dense_of(experts, "blue")[module], dense_of(experts, "cyan")[module]
         close(delta.double(), dense_of(experts, "amber")[module] - (blue + cyan) / 2)
@@ -262,7 +263,7 @@ def test_progress_counts_the_modules(experts):
 
 
 def test_methods_by_name():
-    assert method_names() == ("average", "dare", "dare-ties", "genknowsub", "knots", "linear", "ties")
+    assert method_names() == ("average", "dare", "dare-ties", "genknowsub", "knots", "linear", "products", "ties")
     assert get_method("dare-ties", density=0.4, seed=7) == DareTies(density=0.4, seed=7)
 
 
@@ -317,9 +318,14 @@ REFUSALS = {
         "'genknowsub' needs a general expert",
         "--subtract GENERAL",
     ),
+    "strength of factors": (
+        lambda: Recipe(experts=("a",), method=GenKnowSub(), subtract=("c",), strength=0.5),
+        "method 'genknowsub' has no strength",
+        "use the method 'products'",
+    ),
     "several for one": (
-        lambda: Recipe(experts=("a", "b"), method=GenKnowSub(), subtract=("c",)),
-        "method 'genknowsub' merges one expert, not 2",
+        lambda: Recipe(experts=("a", "b"), method=Products(), subtract=("c",)),
+        "method 'products' merges one expert, not 2",
         "use another method with --subtract",
     ),
 }

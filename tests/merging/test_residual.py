@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from models import close, dense_deltas, logits, peft_library, peft_on_new_transformers, tiny_llama, tokens
-from spectr import Arrow, Uniform, compose
+from spectr import Arrow, ExpertLibrary, Uniform, compose
 from spectr.errors import MergeError
-from spectr.merging import residual_experts
+from spectr.merging import Recipe, get_method, merge_adapter, merge_into, residual_experts
 
 NAMES, GENERAL = ("a", "b", "c"), ("x", "y")
 
@@ -64,6 +64,36 @@ def test_the_two_are_not_the_same(world, tmp_path):
         out.append(logits(model, tokens()))
         routed.remove()
     assert float((out[0] - out[1]).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("subtract", ["genknowsub", "products"])
+@torch.no_grad()
+def test_a_merge_subtracts_as_the_residual_experts_do(world, tmp_path, subtract):
+    model, experts, general = world
+    both = ExpertLibrary.from_adapters({name: some[name].weights.parent for some in (experts, general) for name in some})
+    recipe = Recipe(experts=("a",), method=get_method(subtract), subtract=GENERAL)
+    theirs = residual_experts(experts, general, tmp_path / "out", subtract=subtract)["a"]
+    expected = dense_deltas(theirs.weights.parent)
+    merged = merge_adapter(both, recipe)
+    for module, delta in merged.deltas.items():
+        close(delta.dense().double(), expected[module], 1e-5)
+    assert {delta.rank for delta in merged.deltas.values()} == set(theirs.ranks)
+    before = {module: model.get_submodule(module).weight.clone() for module in expected}
+    made = merge_into(model, both, recipe)
+    for module, delta in expected.items():
+        close(model.get_submodule(module).weight, (before[module] + delta).float(), 1e-5)
+    made.undo()
+
+
+def test_a_merge_refuses_factors_of_other_sizes_and_products_do_not(world, tmp_path):
+    model, experts, _ = world
+    other = peft_library(model, tmp_path / "general", {"x": 2})
+    both = ExpertLibrary.from_adapters({"a": experts["a"].weights.parent, "x": other["x"].weights.parent})
+    recipes = [Recipe(experts=("a",), method=get_method(m), subtract=("x",)) for m in ("genknowsub", "products")]
+    for refused in (lambda: merge_adapter(both, recipes[0]), lambda: merge_into(model, both, recipes[0])):
+        with pytest.raises(MergeError, match="different modules or sizes"):
+            refused()
+    assert merge_adapter(both, recipes[1]).deltas
 
 
 def test_factors_of_other_sizes_are_refused_and_products_are_not(world, tmp_path):

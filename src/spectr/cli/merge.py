@@ -72,7 +72,7 @@ def merge(
 
     [dim]spectr merge agnews sst2 --method ties --weights 1,0.5 --rank 16 --out runs/merged[/]
     [dim]spectr merge agnews sst2 --method knots --into-base --out runs/model[/]
-    [dim]spectr merge agnews --method genknowsub --subtract sst2 --out runs/agnews-only[/]
+    [dim]spectr merge agnews --method products --subtract sst2 --out runs/agnews-only[/]
     """
     from spectr.merging.plan import read_plan
 

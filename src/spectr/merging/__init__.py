@@ -10,7 +10,7 @@ All computations use the products ``delta_t = scale_t B_t A_t``, module by modul
 from spectr.merging.dare import Dare, DareTies
 from spectr.merging.into_base import MergedBase, merge_into
 from spectr.merging.knots import Knots
-from spectr.merging.linear import Average, GenKnowSub, Linear
+from spectr.merging.linear import Average, GenKnowSub, Linear, Products
 from spectr.merging.lowrank import LowRank
 from spectr.merging.merge import MergedAdapter, merge_adapter, merged_modules
 from spectr.merging.method import Method, Site, get_method, method_names
@@ -30,6 +30,7 @@ __all__ = [
     "MergedAdapter",
     "MergedBase",
     "Method",
+    "Products",
     "Recipe",
     "Site",
     "Ties",

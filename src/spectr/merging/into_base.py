@@ -95,7 +95,7 @@ def merge_into(
 def into_faults(model: nn.Module, library: ExpertLibrary, recipe: Recipe) -> list[SpectrError]:
     """All reasons why a merge cannot be added to a model's weights."""
     names = [*recipe.experts, *recipe.subtract]
-    faults = expert_faults(library, names)
+    faults = expert_faults(library, recipe.experts, recipe.subtract, recipe.method.name)
     if faults:
         return faults
     if any(isinstance(module, RoutedLinear) for module in model.modules()):

@@ -56,28 +56,51 @@ class Linear:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenKnowSub:
+class Products:
     """``delta = delta_t - strength * delta_general`` for one expert; the recipe names what to subtract.
 
-    It subtracts updates, not factors: ``(B_t - B_g)(A_t - A_g)`` has cross terms that belong to no expert, and differs
-    between factorisations of the same updates.
+    Exact, and independent of how updates are split into factors, unlike :class:`GenKnowSub`.
 
-    Source: GenKnowSub (Bagherifard et al., 2025); negation of task vectors (Ilharco et al., 2023).
+    Source: GenKnowSub (Bagherifard et al., 2025), as it is meant; negation of task vectors (Ilharco et al., 2023).
     """
 
-    name: ClassVar[str] = "genknowsub"
-    needs_general: ClassVar[bool] = True
+    name: ClassVar[str] = "products"
 
     def weights(self, given: Sequence[float] | None, count: int) -> tuple[float, ...]:
         """See :class:`spectr.merging.Method`."""
-        if count != 1:
-            raise MergeError(
-                f"method 'genknowsub' merges one expert, not {count}",
-                expected="one expert",
-                do="to subtract from several experts before merging them, use another method with --subtract",
-            )
-        return ones(given, count)
+        return _of_one(self.name, given, count)
 
     def merge(self, deltas: Sequence[LowRank], site: Site) -> LowRank:
         """See :class:`spectr.merging.Method`."""
         return LowRank.joined(deltas)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenKnowSub:
+    """``delta = c_t (B_t - B_general) (A_t - A_general)`` for one expert; the recipe names what to subtract.
+
+    This has cross terms that belong to no expert, and depends on how updates are split into factors.
+    :class:`Products` has neither.
+
+    Source: GenKnowSub (Bagherifard et al., 2025), as its authors' code and PEFT compute it.
+    """
+
+    name: ClassVar[str] = "genknowsub"
+
+    def weights(self, given: Sequence[float] | None, count: int) -> tuple[float, ...]:
+        """See :class:`spectr.merging.Method`."""
+        return _of_one(self.name, given, count)
+
+    def merge(self, deltas: Sequence[LowRank], site: Site) -> LowRank:
+        """See :class:`spectr.merging.Method`."""
+        return LowRank.joined(deltas)
+
+
+def _of_one(method: str, given: Sequence[float] | None, count: int) -> tuple[float, ...]:
+    if count != 1:
+        raise MergeError(
+            f"method '{method}' merges one expert, not {count}",
+            expected="one expert",
+            do="to subtract from several experts before merging them, use another method with --subtract",
+        )
+    return ones(given, count)

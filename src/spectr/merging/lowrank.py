@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from spectr.adapters import Factors
 from spectr.spectral import align
 
 _NOTHING = 1e-14  # share of the factors' squared norms, below which a product is float32 rounding
@@ -20,6 +21,11 @@ class LowRank(NamedTuple):
 
     B: Float[Tensor, "O R"]
     A: Float[Tensor, "R I"]
+
+    @staticmethod
+    def of(factors: Factors) -> LowRank:
+        """A module's factors in an adapter."""
+        return LowRank(factors.B.float() * factors.scale, factors.A.float())
 
     @staticmethod
     def zero(outputs: int, inputs: int) -> LowRank:

@@ -11,12 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spectr.adapters import Expert, Factors
+from spectr.adapters import Factors
 from spectr.errors import MergeError, SpectrError, collecting, raise_together, range_faults
 from spectr.library import ExpertLibrary
 from spectr.merging.lowrank import LowRank, cut_dense, cut_factors
 from spectr.merging.method import Site
 from spectr.merging.recipe import Recipe, expert_faults
+from spectr.merging.subtract import SUBTRACTIONS, of_products
 
 Progress = Callable[[int, int], None]
 
@@ -58,7 +59,7 @@ def merge_adapter(
 ) -> MergedAdapter:
     """Merge experts into one adapter, in memory.
 
-    Sums of updates (average, linear, genknowsub) and KnOTS have exact factors, whose rank is the sum of the experts'
+    Sums of updates (average, linear, genknowsub, products) and KnOTS have exact factors, whose rank is the sum of the experts'
     ranks. The other methods compute dense updates, and the best approximation of a rank is kept.
 
     Args:
@@ -73,9 +74,8 @@ def merge_adapter(
         MergeError: Experts are unknown or of different base models, a size is out of range, or the merge is zero.
         AdapterError: An expert's file cannot be read.
     """
-    names = [*recipe.experts, *recipe.subtract]
-    faults = [*size_faults(rank, energy), *expert_faults(library, names)]
-    for name in [] if faults else names:
+    faults = [*size_faults(rank, energy), *expert_faults(library, recipe.experts, recipe.subtract, recipe.method.name)]
+    for name in () if faults else (*recipe.experts, *recipe.subtract):
         with collecting(faults):
             library[name].check_factors_alone("a merged adapter", MergeError)
     raise_together("the experts cannot be merged", faults, MergeError)
@@ -118,16 +118,12 @@ def merged_modules(
     with ExitStack() as files:
         readers = {name: files.enter_context(expert.open()) for name, expert in experts.items()}
         for done, module in enumerate(sorted(sizes), start=1):
-            own, general = (
-                [_updates(experts[name], readers[name], module) for name in names]
-                for names in (recipe.experts, recipe.subtract)
-            )
-            matrices = max(expert.shapes[module].matrices for expert in experts.values() if module in expert.shapes)
+            adapted = [name for name, expert in experts.items() if module in expert.shapes]
+            factors = {name: _matrices(readers[name](module)) for name in adapted}
+            matrices = max(experts[name].shapes[module].matrices for name in adapted)
             for matrix in range(max(1, matrices)):
-                mine, theirs = (
-                    [each[matrix] if each else LowRank.zero(*sizes[module]) for each in some] for some in (own, general)
-                )
-                updates = _weighted(mine, theirs, recipe)
+                here = {name: each[matrix] for name, each in factors.items()}
+                updates = _weighted(here, recipe, LowRank.zero(*sizes[module]))
                 place = f"{module}[{matrix}]" if matrices else module
                 merged = recipe.method.merge(updates, Site(place, recipe.experts))
                 rank = sum(update.rank for update in updates)
@@ -135,20 +131,22 @@ def merged_modules(
             progress(done, len(sizes))
 
 
-def _updates(expert: Expert, read: Callable[[str], Factors], module: str) -> list[LowRank]:
-    """An expert's update of a module, or of each matrix of a parameter; empty if it does not adapt it."""
-    if module not in expert.shapes:
-        return []
-    A, B, scale = read(module)
-    A, B = A.float(), B.float() * scale
-    return [LowRank(B, A)] if A.ndim == 2 else list(map(LowRank, B, A))
+def _matrices(factors: Factors) -> list[Factors]:
+    """The factors of each matrix of a parameter; those of a linear layer unchanged."""
+    A, B, scale = factors
+    return [factors] if A.ndim == 2 else [Factors(*pair, scale) for pair in zip(A, B, strict=True)]
 
 
-def _weighted(own: list[LowRank], general: list[LowRank], recipe: Recipe) -> list[LowRank]:
-    """``w_t (delta_t - strength * mean(general))`` for each expert."""
-    taken = [update.times(-recipe.strength / len(general)) for update in general]
-    pairs = zip(own, recipe.effective_weights, strict=True)
-    return [LowRank.joined([update, *taken]).times(weight) for update, weight in pairs]
+def _weighted(factors: Mapping[str, Factors], recipe: Recipe, zero: LowRank) -> list[LowRank]:
+    """Each expert's weighted update without the mean of the general ones; ``factors`` lacks who does not adapt this."""
+    nothing = Factors(zero.A, zero.B, 1.0)
+    general = [factors[name] for name in recipe.subtract if name in factors]
+    subtract = SUBTRACTIONS.get(recipe.method.name, of_products)
+    share = recipe.strength / max(1, len(recipe.subtract))
+    return [
+        subtract(factors.get(name, nothing), general, share).times(weight)
+        for name, weight in zip(recipe.experts, recipe.effective_weights, strict=True)
+    ]
 
 
 def spread(values: Mapping[str, float]) -> tuple[float, float, float]:

@@ -68,6 +68,7 @@ METHODS: Registry[Method] = Registry(
         "dare-ties": "spectr.merging.dare:DareTies",
         "knots": "spectr.merging.knots:Knots",
         "genknowsub": "spectr.merging.linear:GenKnowSub",
+        "products": "spectr.merging.linear:Products",
     },
 )
 

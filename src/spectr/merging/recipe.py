@@ -11,6 +11,7 @@ from spectr.adapters import Expert
 from spectr.errors import MergeError, SpectrError, collecting, did_you_mean, raise_together, some_of
 from spectr.library import ExpertLibrary
 from spectr.merging.method import Method, get_method
+from spectr.merging.subtract import SUBTRACTIONS, factor_faults
 from spectr.merging.ties import Ties
 
 _SHOWN = 3
@@ -76,7 +77,7 @@ def make_recipe(
         made = get_method(method, **(options or {}))
     numbers = tuple(weights) if weights is not None else None
     found += recipe_faults(experts, made, numbers, subtract, strength)
-    found += expert_faults(library, [*experts, *subtract]) if library is not None else []
+    found += expert_faults(library, experts, subtract, method) if library is not None else []
     raise_together("nothing was merged", found, MergeError)
     assert made is not None
     return Recipe(experts=tuple(experts), method=made, weights=numbers, subtract=tuple(subtract), strength=strength)
@@ -101,8 +102,13 @@ def recipe_faults(
     if method is not None and experts:
         with collecting(faults):
             method.weights(weights, len(experts))
-    if getattr(method, "needs_general", False) and not subtract:
-        faults.append(MergeError("method 'genknowsub' needs a general expert", do="name one: --subtract GENERAL"))
+    name = "" if method is None else method.name
+    if name in SUBTRACTIONS and not subtract:
+        faults.append(MergeError(f"method '{name}' needs a general expert", do="name one: --subtract GENERAL"))
+    if name == "genknowsub" and strength != 1:
+        faults.append(
+            MergeError("method 'genknowsub' has no strength", do="omit --strength, or use the method 'products'")
+        )
     return faults
 
 
@@ -129,11 +135,13 @@ def _weight_faults(experts: Sequence[str], weights: Sequence[float]) -> Iterator
         yield MergeError(f"weights {', '.join(map(str, weights))}", expected="finite numbers that are not all 0")
 
 
-def expert_faults(library: ExpertLibrary, names: Iterable[str]) -> list[SpectrError]:
-    """Names that the library does not have, experts that cannot be read, and modules whose sizes differ."""
+def expert_faults(
+    library: ExpertLibrary, names: Sequence[str], subtract: Sequence[str] = (), method: str = ""
+) -> list[SpectrError]:
+    """Names that the library does not have, experts that cannot be read, and modules or factors whose sizes differ."""
     faults: list[SpectrError] = []
     experts: list[Expert] = []
-    for name in dict.fromkeys(names):
+    for name in dict.fromkeys([*names, *subtract]):
         if name not in library:
             faults.append(MergeError(f"unknown expert '{name}'", do=did_you_mean(name, library.names)))
             continue
@@ -141,7 +149,10 @@ def expert_faults(library: ExpertLibrary, names: Iterable[str]) -> list[SpectrEr
             expert = library[name]
             expert.check_plain("merging", MergeError, parameters=True)
             experts.append(expert)
-    return faults + list(_size_faults(experts))
+    faults += _size_faults(experts)
+    if method == "genknowsub" and subtract and not faults:
+        faults += factor_faults(experts)
+    return faults
 
 
 def _size_faults(experts: Sequence[Expert]) -> Iterator[MergeError]:
