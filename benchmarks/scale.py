@@ -28,7 +28,7 @@ from rich.table import Table
 from torch import nn
 
 from spectr import Calibrated, ExpertLibrary, Shortlist, Spectr, build_index, calibrate, compose
-from spectr.benchmark.synthetic import write_lookalikes
+from spectr.benchmark.subjects import write_lookalikes
 from spectr.composition import Paged
 from spectr.composition.multi_router import weight_sharing_copy
 from spectr.library import LibraryStore

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from inspect import signature
-from itertools import islice
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from spectr.composition.multi_router import weight_sharing_copy
 from spectr.composition.naming import naming_of
 from spectr.composition.subset_probes import Readers
 from spectr.errors import CompositionError, DataError
+from spectr.grouping import chunks
 from spectr.hashing import known_sha256
 from spectr.layers.base_layers import ModelLayers
 from spectr.layers.pairs import LayerInput, Pairs
@@ -99,7 +99,7 @@ def calibrate(
     progress(3, total)
     rms: dict[str, dict[str, float]] = {}
     base = ModelLayers(model, library.folder)
-    for done, chunk in enumerate(_chunks(new, _AT_ONCE), start=4):
+    for done, chunk in enumerate(chunks(new, _AT_ONCE), start=4):
         rms |= _root_mean_squares(model, base, plan, {name: experts[name] for name in chunk}, means, known)
         progress(done, total)
     sha256 = {name: known_sha256(expert.weights) for name, expert in experts.items()}
@@ -228,9 +228,3 @@ def _without_logits(model: Any, modules: Sequence[str]) -> dict[str, int]:
         return {}
     layers = dict(model.named_modules())
     return {} if any(layers.get(name) is head for name in modules) else {"logits_to_keep": 1}
-
-
-def _chunks(names: Sequence[str], size: int) -> Iterator[list[str]]:
-    stream = iter(names)
-    while chunk := list(islice(stream, size)):
-        yield chunk

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from spectr.errors import DataError
 from spectr.library.descriptions import write_descriptions
 from spectr.shipped import open_library
-from spectr.tasks.sources import Source, read_expert_rows
+from spectr.tasks.rows import Source, read_expert_rows
 
 if TYPE_CHECKING:
     from spectr.models.writer import Writer

@@ -1,10 +1,13 @@
-"""Hashes of files, for manifests and cards."""
+"""Hashes of files and versions of packages, for manifests and cards."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import platform
+from contextlib import suppress
 from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -32,3 +35,12 @@ def known_sha256(path: str | Path) -> str:
 @lru_cache(maxsize=16384)
 def _remembered(path: Path, _size: int, _changed: int) -> str:
     return file_sha256(path)
+
+
+def package_versions(*packages: str) -> dict[str, str]:
+    """Versions of Python and of the installed ones among these distributions."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found

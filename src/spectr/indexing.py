@@ -20,7 +20,7 @@ from spectr.calibration import read_inputs
 from spectr.composition.naming import naming_of
 from spectr.composition.texts import check_texts, report_names
 from spectr.errors import CompositionError, SpectrError
-from spectr.grouping import grouped
+from spectr.grouping import chunks, grouped
 from spectr.layers.base_layers import ModelLayers
 from spectr.layers.plan import make_plan
 from spectr.library import Calibration, ExpertLibrary
@@ -114,9 +114,7 @@ class _Parts(Dataset[Any]):
     """Entries of consecutive experts; entries for a folder are written where they are computed."""
 
     def __init__(self, experts: Mapping[str, Expert], folder: Path | None, make: Callable[..., dict[str, IndexEntry]]):
-        names = list(experts)
-        starts = range(0, len(names), _TOGETHER)
-        self.parts = [{name: experts[name] for name in names[start : start + _TOGETHER]} for start in starts]
+        self.parts = list(map(dict, chunks(list(experts.items()), _TOGETHER)))
         self.folder, self.make = folder, make
 
     def __len__(self) -> int:

@@ -11,7 +11,7 @@ from spectr.evaluation.experiments import Result
 from spectr.evaluation.expert_recall import Finding, over_runs
 from spectr.evaluation.paired_statistics import in_words, mean_share
 from spectr.evaluation.plan import ORDER, read_plan
-from spectr.evaluation.summary import summary, tradeoff
+from spectr.evaluation.run import summary, tradeoff
 from spectr.library import ExpertLibrary
 from text_model import save_experts, save_rows
 

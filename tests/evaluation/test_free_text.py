@@ -15,7 +15,7 @@ from models import peft_library
 from spectr import Calibrated, Oracle, Spectr, calibrate, compose
 from spectr.errors import DataError, MissingExtraError
 from spectr.evaluation import choice_logprobs, routed_logprobs, text_metric
-from spectr.evaluation.encode import encode_examples
+from spectr.evaluation.choices import encode_examples
 from spectr.evaluation.experiments import EXPERIMENTS, ExperimentSetup
 from spectr.evaluation.expert_recall import find_experts
 from spectr.evaluation.score import score_examples, score_of

@@ -6,7 +6,7 @@ import pytest
 
 from models import random_factors, write_adapter
 from spectr import ExpertLibrary
-from spectr.evaluation.section_5 import by_method
+from spectr.evaluation.experiments.costs import by_method
 
 
 def library(root, ranks):

@@ -137,7 +137,7 @@ def test_an_interrupted_run_leaves_nothing(pair, tmp_path, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("spectr.extraction.write.card", stop)
+    monkeypatch.setattr("spectr.extraction.outcome.card", stop)
     with pytest.raises(KeyboardInterrupt):
         take(*pair, tmp_path / "out" / "expert", rank=2)
     assert list((tmp_path / "out").iterdir()) == []

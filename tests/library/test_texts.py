@@ -8,12 +8,11 @@ import torch
 
 from adapters_on_disk import tiny_llama, write_adapter
 from spectr import ExpertLibrary, Oracle, build_index, compose
-from spectr.adapters.texts import TextFacts
+from spectr.adapters.texts import TextFacts, text_remarks
 from spectr.composed_model.settings import Settings
 from spectr.errors import AdapterError, CompositionError
 from spectr.hashing import known_sha256
 from spectr.library import Calibration, LibraryStore
-from spectr.library.texts import text_remarks
 from spectr.ops.dispatch import report_once
 
 VOCABULARY = {"<s>": 0, "a": 1, "b": 2}

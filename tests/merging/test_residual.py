@@ -70,7 +70,9 @@ def test_the_two_are_not_the_same(world, tmp_path):
 @torch.no_grad()
 def test_a_merge_subtracts_as_the_residual_experts_do(world, tmp_path, subtract):
     model, experts, general = world
-    both = ExpertLibrary.from_adapters({name: some[name].weights.parent for some in (experts, general) for name in some})
+    both = ExpertLibrary.from_adapters(
+        {name: some[name].weights.parent for some in (experts, general) for name in some}
+    )
     recipe = Recipe(experts=("a",), method=get_method(subtract), subtract=GENERAL)
     theirs = residual_experts(experts, general, tmp_path / "out", subtract=subtract)["a"]
     expected = dense_deltas(theirs.weights.parent)

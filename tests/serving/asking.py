@@ -8,7 +8,7 @@ import pytest
 from openai import OpenAI
 
 from serving import ALL
-from spectr.serving.engines.batching import Batching
+from spectr.serving.engines.generation import Batching
 
 SETS = [("ants", "bees", "cats"), ("cats",), ("ants", "bees"), ("bees", "cats")]
 PROMPTS = ["what is it", "a good film of the sky is the x y z", "no", "who is red", "the film is bad"]

@@ -12,10 +12,10 @@ import uvicorn
 
 from spectr import Calibrated, compose
 from spectr.composition.multi_router import MultiRouter
+from spectr.serving.catalog import Policy
 from spectr.serving.engines import Step
 from spectr.serving.engines.transformers import TransformersEngine
 from spectr.serving.gateway import Gateway
-from spectr.serving.policy import Policy
 from spectr.serving.settings import ServerSettings
 from text_model import make_model, make_tokenizer
 

@@ -7,8 +7,8 @@ import pytest
 
 from inner import chat, error_of
 from serving import ADMIN, ALL, CATS, POLICY
+from spectr.serving.catalog import Policy
 from spectr.serving.gateway import Gateway
-from spectr.serving.policy import Policy
 
 
 def test_metrics_count_tokens_by_expert_and_are_for_administrators(ask, engine):

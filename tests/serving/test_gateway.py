@@ -240,3 +240,9 @@ def test_the_page_is_served_without_a_key_and_nothing_beside_it(ask, tmp_path, m
     assert "javascript" in ask("GET", "/playground/app.js", policy=POLICY).headers["content-type"]
     for path in ("/playground/..%2fsecret", "/playground/%2e%2e/secret", "/playground//etc/passwd", "/playground/x"):
         error_of(ask("GET", path, policy=POLICY), 404, "not_found")
+
+
+def test_an_engine_that_routes_no_layer_is_refused(inner, engine, monkeypatch):
+    monkeypatch.setattr(engine, "layers", ())
+    with pytest.raises(SpectrError, match="no layer of this model is routed"):
+        Gateway(inner, engine)

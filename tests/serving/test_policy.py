@@ -5,7 +5,7 @@ import hashlib
 import pytest
 
 from spectr.errors import DataError
-from spectr.serving.policy import Policy, read_policy
+from spectr.serving.catalog import Policy, read_policy
 
 GOOD = """
 keys:

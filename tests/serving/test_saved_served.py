@@ -61,7 +61,7 @@ def test_several_routers_of_one_model_are_refused(trained):
 
 
 def test_continuous_batching_of_the_server_is_refused(trained):
-    from spectr.serving.engines.batching import Batching
+    from spectr.serving.engines.generation import Batching
 
     model, library, _ = trained
     spectr.compose(model, library, ROWS)

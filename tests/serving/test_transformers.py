@@ -16,7 +16,7 @@ import spectr
 from asking import MODES, PROMPTS, SETS, alike, answers, ask, open_to, watch_for_mixed_calls
 from serving import ADMIN, ALL, CATS, POLICY, served
 from spectr import Calibrated
-from spectr.serving.engines.batching import Batching
+from spectr.serving.engines.generation import Batching
 
 ROUTERS = [Calibrated(), Calibrated(level="prior"), spectr.Spectr(top_k=2)]
 

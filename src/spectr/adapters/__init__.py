@@ -2,9 +2,8 @@
 
 from spectr.adapters.config import CONFIG_FILE
 from spectr.adapters.expert import Expert, FactorShape
-from spectr.adapters.fused_names import fused_for
 from spectr.adapters.gates import GATES_FILE, has_gates, read_gates, write_gates
-from spectr.adapters.naming import Naming, named_for
+from spectr.adapters.naming import Naming, fused_for, named_for
 from spectr.adapters.read import ADAPTER_FILES, WEIGHTS_FILE, locate_adapter, read_adapter
 from spectr.adapters.saved import SavedParts
 from spectr.adapters.updates import BaseLayers, Factors, Update

@@ -16,9 +16,8 @@ from safetensors.torch import load
 from torch import Tensor
 
 from spectr.adapters.config import AdapterConfig
-from spectr.adapters.fused import Layout
 from spectr.adapters.saved import SavedParts
-from spectr.adapters.updates import BaseLayers, Factors, Parts, Read, Update, update_on, without_initial
+from spectr.adapters.updates import BaseLayers, Factors, Layout, Parts, Read, Update, update_on, without_initial
 from spectr.errors import AdapterError, SpectrError, some_of
 
 
@@ -210,13 +209,7 @@ class Expert:
         ``read`` raises :class:`AdapterError` if a tensor holds NaN or infinity.
         """
         with open_safetensors(self.weights, self.name) as file:
-
-            def read(key: str) -> Tensor:
-                tensor = file.get_tensor(key)
-                self._check(key, tensor)
-                return tensor
-
-            yield read
+            yield self._checked(file.get_tensor)
 
     def check_values(self) -> None:
         """Read all tensors, and refuse an expert whose updates are all zero.
@@ -228,7 +221,7 @@ class Expert:
             alive = [self.is_alive(module, file.get_tensor) for module in self.shapes]
             saved = [key for parts in self.saved.values() for key in parts.keys]
             for key in saved:
-                self._check(key, file.get_tensor(key))
+                self._checked(file.get_tensor)(key)
         if not any(alive) and not saved:
             raise AdapterError(
                 f"expert '{self.name}' changes nothing: the updates of all {len(alive)} modules are zero",
@@ -243,19 +236,11 @@ class Expert:
             AdapterError: A tensor holds NaN or infinity.
         """
         factors = self._factors(module, read)
-        more = {key: read(key) for key in self.shapes[module].parts.tensors}
-        for key, tensor in more.items():
-            self._check(key, tensor)
-        return not factors.is_zero or any(tensor.any() for tensor in more.values())
+        more = [self._checked(read)(key) for key in self.shapes[module].parts.tensors]
+        return not factors.is_zero or any(tensor.any() for tensor in more)
 
     def _factors(self, module: str, read: Read) -> Factors:
-        shape = self.shapes[module]
-
-        def checked(key: str) -> Tensor:
-            tensor = read(key)
-            self._check(key, tensor)
-            return tensor
-
+        shape, checked = self.shapes[module], self._checked(read)
         if shape.layout is not None:
             return Factors(*shape.layout.read(checked), shape.scale)
         return Factors(checked(shape.key_A), checked(shape.key_B), shape.scale)
@@ -265,7 +250,7 @@ class Expert:
         if not parts.kinds:
             return Update(factors)
         for key in parts.tensors:
-            self._check(key, read(key))
+            self._checked(read)(key)
         with naming(self.name):
             if first is not None:
                 factors = without_initial(factors, first(self.file_names.get(module, module)))
@@ -296,7 +281,7 @@ class Expert:
             stack_NXY = torch.stack([tensors[key] for key in keys])
             if not all_finite(stack_NXY):
                 for key in keys:
-                    self._check(key, tensors[key])
+                    self._checked(tensors.__getitem__)(key)
             return stack_NXY
 
         for modules in groups:
@@ -304,13 +289,20 @@ class Expert:
             A_NRI, B_NOR = stack([shape.key_A for shape in shapes]), stack([shape.key_B for shape in shapes])
             yield Stacked(A_NRI, B_NOR, torch.tensor([shape.scale for shape in shapes], dtype=torch.float32))
 
-    def _check(self, key: str, tensor: Tensor) -> None:
-        if not all_finite(tensor):
+    def _checked(self, read: Read) -> Read:
+        """A function that reads a tensor by name, and refuses NaN and infinity."""
+
+        def checked(key: str) -> Tensor:
+            tensor = read(key)
+            if all_finite(tensor):
+                return tensor
             raise AdapterError(
                 f"expert '{self.name}': {key} holds NaN or infinite values",
                 expected="finite weights",
                 do="train or download the adapter again",
             )
+
+        return checked
 
 
 @contextmanager

@@ -1,16 +1,173 @@
-"""Give an expert the module names of one model if its file uses other names."""
+"""Give an expert the module and parameter names of one model if its file uses other names.
+
+PEFT's files name the module that holds a fused parameter, plus ``base_layer`` for each further adapted parameter. Older
+files have one pair of factors per expert of a mixture (MoE), since models then had one module per expert.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
 
-from spectr.adapters.config import AdapterConfig
+from spectr.adapters.config import WRAPPED, AdapterConfig
 from spectr.adapters.expert import Expert, FactorShape
-from spectr.adapters.fused_names import ParameterNames, fused_for
 from spectr.adapters.targets import Targets
+from spectr.adapters.updates import ManyPairs, OnePair
 from spectr.errors import AdapterError
+from spectr.grouping import grouped
+
+
+class Parameter(NamedTuple):
+    """A parameter that is not the weight of a linear layer.
+
+    Attributes:
+        name: Name in the model.
+        matrices: Number of matrices; 0 for a single matrix.
+        inputs: Inputs of a matrix.
+        outputs: Outputs of a matrix.
+    """
+
+    name: str
+    matrices: int
+    inputs: int
+    outputs: int
+
+
+class Part(NamedTuple):
+    """The place of an older model's module in a parameter.
+
+    Attributes:
+        parameter: The parameter that contains it.
+        matrix: Index of the matrix.
+        branch: Index among the modules that form this matrix.
+        branches: Number of these modules.
+    """
+
+    parameter: Parameter
+    matrix: int
+    branch: int
+    branches: tuple[str, ...]
+
+
+class ParameterNames(Protocol):
+    """What a model knows about its parameters."""
+
+    def of(self, module: str) -> Sequence[Parameter]:
+        """The parameters of a module that is not a linear layer, in order; empty if there is no such module."""
+        ...
+
+    def part(self, module: str) -> Part | None:
+        """The place of a module that older models had."""
+        ...
+
+
+def fused_for(expert: Expert, names: ParameterNames) -> Expert:
+    """An expert whose fused parameters have their names in a model.
+
+    Raises:
+        AdapterError: The file's factors do not match the targeted parameters, or an adapter changes only some of the
+            modules that form one matrix.
+    """
+    config, found = expert.config, {**expert.left_out, **expert.shapes}
+    if config is None:
+        return expert
+    shapes: dict[str, FactorShape] = {}
+    file_names: dict[str, str] = {}
+    taken: set[str] = set()
+    for module, wrapped in grouped((name.replace(WRAPPED, ""), name) for name in found).items():
+        targeted = _parameters_for(expert, config, module, wrapped, names.of(module))
+        for parameter, name in _levels(expert, module, wrapped, targeted).items() if targeted else ():
+            shapes[parameter.name] = _wrapped_shape(expert, config, parameter, found[name])
+            file_names[parameter.name] = expert.file_names.get(name, name)
+            taken.add(name)
+    parts = {name: part for name in expert.shapes if name not in taken and (part := names.part(name)) is not None}
+    for parameter, modules in grouped((part.parameter, name) for name, part in parts.items()).items():
+        here = {name: parts[name] for name in modules}
+        shapes[parameter.name] = _gathered_shape(expert, parameter, here) if parameter.matrices else found[modules[0]]
+    taken |= set(parts)
+    if not taken:
+        return expert
+    _check_products(expert, [found[name] for name in taken])
+    kept, left_out = ({n: s for n, s in held.items() if n not in taken} for held in (expert.shapes, expert.left_out))
+    file_names |= {name: old for name, old in expert.file_names.items() if name not in taken}
+    marked = {name: shape._replace(of_parameter=True) for name, shape in shapes.items()}
+    shapes = dict(sorted({**kept, **marked}.items()))
+    return replace(expert, shapes=shapes, left_out=left_out, file_names=file_names)
+
+
+def _parameters_for(
+    expert: Expert, config: AdapterConfig, module: str, wrapped: Sequence[str], parameters: Sequence[Parameter]
+) -> list[Parameter]:
+    """The module's parameters that the factors under its name are for."""
+    targeted = [each for each in parameters if config.targets_parameter(each.name)]
+    was_linear = len(parameters) == 1 and not parameters[0].matrices and wrapped == [module]
+    return list(parameters) if not targeted and was_linear and module in expert.shapes else targeted
+
+
+def _check_products(expert: Expert, shapes: Sequence[FactorShape]) -> None:
+    """Raise :class:`AdapterError` if parameters have more than factors, which PEFT refuses too."""
+    kinds = sorted({kind for shape in shapes for kind in shape.parts.kinds})
+    if kinds:
+        raise AdapterError(
+            f"expert '{expert.name}' adapts parameters with {', '.join(kinds)}",
+            expected="plain LoRA, whose update is scale * B @ A, for parameters",
+            do="retrain it without these settings, or adapt linear layers only",
+        )
+
+
+def _levels(expert: Expert, module: str, wrapped: Sequence[str], targeted: Sequence[Parameter]) -> dict[Parameter, str]:
+    """The name of the factors of each parameter. PEFT wraps them in order; the last one has the module's name."""
+    levels = [module + WRAPPED * depth for depth in range(len(targeted))]
+    if sorted(levels) != sorted(wrapped):
+        raise AdapterError(
+            f"expert '{expert.name}' has {len(wrapped)} pairs of factors for parameters of {module}, and its "
+            f"configuration targets {', '.join(each.name for each in targeted)}",
+            expected="a pair of factors for each parameter in target_parameters",
+            do="save the adapter again with PEFT, with the model that it was trained on",
+        )
+    return dict(zip(targeted, reversed(levels), strict=True))
+
+
+def _wrapped_shape(expert: Expert, config: AdapterConfig, parameter: Parameter, given: FactorShape) -> FactorShape:
+    if not config.targets_parameter(parameter.name):
+        return given  # a linear layer
+    rank, matrices = config.rank_of(parameter.name), max(1, parameter.matrices)
+    if given.file_rank != rank * matrices:
+        raise AdapterError(
+            f"expert '{expert.name}': {parameter.name} has factors of rank {given.rank}",
+            expected=f"{rank} for each of its {matrices} matrices" if parameter.matrices else f"rank {rank}",
+            do="load the base model that the adapter was trained on, or save the adapter again with PEFT",
+        )
+    layout = OnePair(given.key_A, given.key_B, matrices) if parameter.matrices else None
+    scale = config.scale_of(parameter.name)
+    return given._replace(rank=rank, scale=scale, layout=layout, matrices=parameter.matrices)
+
+
+def _gathered_shape(expert: Expert, parameter: Parameter, parts: Mapping[str, Part]) -> FactorShape:
+    """Shape of factors whose modules became matrices of a parameter."""
+    found = expert.shapes
+    branches = next(iter(parts.values())).branches
+    present = {part.branch for part in parts.values()}
+    if len(present) < len(branches):
+        raise AdapterError(
+            f"expert '{expert.name}' adapts {', '.join(branches[b] for b in sorted(present))} of MoE experts without "
+            f"{', '.join(name for b, name in enumerate(branches) if b not in present)}; this model holds them in one "
+            f"parameter, {parameter.name}",
+            expected=f"factors for {' and '.join(branches)}",
+            do="retrain it with all of these targets, or omit the adapter",
+        )
+    sizes = {part.branch: found[name].outputs for name, part in parts.items()}
+    missing = [FactorShape(0, 0, sizes[branch], 0.0, "", "") for branch in range(len(branches))]
+    rows = [[*missing] for _ in range(parameter.matrices)]
+    for name, part in parts.items():
+        rows[part.matrix][part.branch] = found[name]
+    filled = [tuple(row) for row in rows]
+    rank = max(sum(pair.rank for pair in row) for row in filled)
+    inputs, outputs = next(found[name].inputs for name in parts), sum(sizes.values())
+    layout = ManyPairs(filled, rank, inputs, outputs)
+    return FactorShape(rank, inputs, outputs, 1.0, "", "", layout=layout, matrices=parameter.matrices)
 
 
 @dataclass(frozen=True, kw_only=True)

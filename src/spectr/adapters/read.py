@@ -1,22 +1,88 @@
-"""Read an adapter, local or from the Hub, into an :class:`Expert`. Checks everything that its files can show."""
+"""Read an adapter, local or from the Hub, into an :class:`Expert`, or find out what else a folder holds."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from spectr.adapters.causes import cause, files_of
-from spectr.adapters.config import CONFIG_FILE, AdapterConfig, read_config
+from spectr.adapters.config import CONFIG_FILE, INITIAL_FILES, AdapterConfig, InitialSettings, read_config
 from spectr.adapters.expert import Expert, FactorShape, open_safetensors
 from spectr.adapters.gates import GATES_FILE
-from spectr.adapters.initial import INITIAL_FILES, InitialSettings
 from spectr.adapters.saved import read_saved
 from spectr.adapters.texts import TEXT_FACTS_FILE, TEXT_FILES
 from spectr.adapters.updates import Parts
 from spectr.errors import AdapterError, some_of
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
+_WHOLE_MODELS = {f"{file}{end}" for file in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")}
+_MLX = ("adapters.safetensors", "adapters.npz")
+
+
+def adapter_folders(files: Collection[str]) -> list[str]:
+    """Folders with an adapter among relative paths of files. For a training run, the last checkpoint comes first."""
+    found = {file.rpartition("/")[0] for file in files if file.rpartition("/")[2] == CONFIG_FILE} - {""}
+    return sorted(found, key=lambda folder: (-_step(folder), folder))
+
+
+def stages(names: Sequence[str]) -> bool:
+    """Whether folders are several checkpoints of one training run."""
+    return len(names) > 1 and all(_CHECKPOINT.fullmatch(name) for name in names)
+
+
+def files_of(folder: Path) -> list[str]:
+    """Relative paths of all files in a folder and its subfolders."""
+    return [path.relative_to(folder).as_posix() for path in (*folder.glob("*"), *folder.glob("*/*")) if path.is_file()]
+
+
+def cause(files: Collection[str], name: str, place: str) -> AdapterError | None:
+    """Why a folder cannot be read as one adapter, judged by its file names; ``None`` if they do not tell.
+
+    Args:
+        files: Paths relative to the folder.
+        name: The expert's name.
+        place: The folder, or a description of it.
+    """
+    inner, top = adapter_folders(files), {file for file in files if "/" not in file}
+    what: tuple[str, str] | None = None
+    if inner and CONFIG_FILE not in top:
+        kind = "the checkpoints of a training run" if stages(inner) else "several adapters in subfolders"
+        what = (f"holds {kind}: {some_of(inner, 5)}", f"use one of them: {place}/{inner[0]}")
+    elif top & set(_MLX):
+        what = (
+            "is an mlx-lm adapter, which stores transposed factors under other names",
+            "fuse it: mlx_lm.fuse --model BASE --adapter-path FOLDER --save-path MERGED; then extract an expert: "
+            "spectr extract MERGED --base BASE",
+        )
+    elif "pytorch_lora_weights.safetensors" in top:
+        what = ("is a diffusers LoRA, for an image model", "use an adapter for a transformers model")
+    elif pickles := sorted(top & set(_PICKLES)):
+        what = (
+            f"holds its weights only as a pickle file ({pickles[0]}), which can run code when it is loaded",
+            "if you trust it, load it with PEFT and save it again with safe_serialization=True",
+        )
+    elif any(file.endswith(".gguf") for file in top):
+        what = ("holds a llama.cpp GGUF file", "use the PEFT adapter that it was converted from")
+    elif "zero_to_fp32.py" in top or any(file.startswith("global_step") for file in files):
+        what = ("is a DeepSpeed checkpoint", "run its zero_to_fp32.py, and save the adapter with PEFT")
+    elif top & _WHOLE_MODELS:
+        what = ("holds a whole model", "extract an expert from it: spectr extract FOLDER --base BASE")
+    if what is None:
+        return None
+    return AdapterError(
+        f"expert '{name}': {place} {what[0]}",
+        expected=f"one adapter, as PEFT's save_pretrained writes it: {CONFIG_FILE} and adapter_model.safetensors",
+        do=what[1],
+    )
+
+
+def _step(folder: str) -> int:
+    match = _CHECKPOINT.fullmatch(folder.rpartition("/")[2])
+    return int(match[1]) if match else -1
+
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -33,7 +99,6 @@ _TENSORS = {
 }
 _BIAS = re.compile(_MODULE + r"(?:base_layer\.)?bias$")
 _WORDS = {"magnitude": "DoRA magnitude", "bias_B": "bias of the B matrix", "bias": "trained bias"}
-_STRANGERS = (("modules_to_save", "a whole trained module"),)
 _HUB_ID = re.compile(r"^(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<subfolder>[\w./-]+?))?(?:@(?P<revision>[\w./-]+))?$")
 _OF_ONE = (CONFIG_FILE, WEIGHTS_FILE, "README.md", "expert.json", GATES_FILE, TEXT_FACTS_FILE)
 ADAPTER_FILES = (*_OF_ONE, *INITIAL_FILES)  # all files of one adapter
@@ -176,10 +241,9 @@ def _sort_keys(keys: Iterable[str], config: AdapterConfig) -> tuple[dict[str, di
     faults: list[str] = []
     for key in sorted(keys):
         plain = _WRAPPERS.sub("", key)
-        stranger = next((what for mark, what in _STRANGERS if mark in key), None)
         part, match = next(((part, m) for part, form in _TENSORS.items() if (m := form.match(plain))), ("", None))
-        if stranger:
-            faults.append(f"{key} is {stranger}")
+        if "modules_to_save" in key:
+            faults.append(f"{key} is a whole trained module")
         elif not match:
             others.append(key)
         elif not config.has(part):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -79,7 +80,7 @@ class SavedParts:
     @property
     def numbers(self) -> int:
         """Number of parameters in the file."""
-        count = sum(_product(one.shape) for one in self.whole.values())
+        count = sum(math.prod(one.shape) for one in self.whole.values())
         count += 0 if self.rows is None else len(self.rows.tokens) * self.rows.features
         return count + (
             0 if self.factors is None else self.factors.rank * (self.factors.tokens + self.factors.features)
@@ -193,10 +194,3 @@ def _factors(
         faults.append(f"{module} has factors of shapes {A} and {B}, which do not match")
         return None
     return SavedFactors(pair["A"], pair["B"], A[0], A[1], B[0], scale_of(module))
-
-
-def _product(shape: Sequence[int]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spectr.errors import some_of
+from spectr.adapters.expert import Expert
+from spectr.errors import AdapterError, some_of
 
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "added_tokens.json")
 TEXT_FACTS_FILE = "text.json"  # replaces these files for a library's experts
@@ -129,3 +130,30 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def check_text(expert: Expert) -> None:
+    """Check that the base model's tokenizer writes the tokens that the expert's own tokenizer writes.
+
+    Nothing is compared if the base model's tokenizer is not on this machine.
+
+    Raises:
+        AdapterError: They differ.
+    """
+    facts, base = TextFacts.read(expert.weights.parent), base_texts(expert.base_model)
+    if facts and base and (faults := list(facts.faults(base))):
+        raise AdapterError(
+            f"expert '{expert.name}' {'; and '.join(faults)}",
+            expected=f"a tokenizer that writes the tokens of its base model ({expert.base_model})",
+            do="add it to a library of a base model with the same tokenizer",
+        )
+
+
+def text_remarks(folder: Path, base_model: str | None) -> list[str]:
+    """Further differences from the base model's tokenizer; texts that follow the adapter's name."""
+    facts, base = TextFacts.read(folder), base_texts(base_model)
+    if facts is None:
+        return []
+    if base is None:
+        return ["has a tokenizer that was not checked: its base model's tokenizer is not on this machine"]
+    return list(facts.remarks(base))

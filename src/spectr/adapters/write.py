@@ -47,6 +47,13 @@ def write_adapter(folder: Path, factors: Mapping[str, Pair], settings: Mapping[s
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def write_card(folder: Path, card: str, facts: Mapping[str, Any], file: str = CARD_DATA) -> None:
+    """Write a card for people, and its facts as JSON for programs."""
+    text = json.dumps(facts, indent=2, sort_keys=True, default=str)
+    (folder / file).write_text(text + "\n", encoding="utf-8")
+    (folder / CARD).write_text(card, encoding="utf-8")
+
+
 def common_settings(experts: Iterable[Expert]) -> dict[str, Any]:
     """The base model and task type of an adapter made from experts, if the experts agree."""
     raw = [json.loads((e.weights.parent / CONFIG_FILE).read_text(encoding="utf-8")) for e in experts]

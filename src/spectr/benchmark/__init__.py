@@ -2,7 +2,6 @@
 
 from spectr.benchmark.comparison import Outcome, benchmark
 from spectr.benchmark.measure import Timing, measure
-from spectr.benchmark.subjects import PEERS, Subject
-from spectr.benchmark.synthetic import write_lookalikes
+from spectr.benchmark.subjects import PEERS, Subject, write_lookalikes
 
 __all__ = ["PEERS", "Outcome", "Subject", "Timing", "benchmark", "measure", "write_lookalikes"]

@@ -8,13 +8,12 @@ import warnings
 from typing import Any
 
 import typer
+from rich.markup import escape
 
 from spectr import __version__
 from spectr.cli import (
     benchmark,
-    chat,
     compose,
-    demo,
     evaluate,
     extract,
     generate,
@@ -38,18 +37,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("demo")(demo.demo)
-app.command("generate")(generate.generate)
-app.command("chat")(chat.chat)
-app.command("route")(route.route)
-app.command("serve")(serve.serve)
-app.command("compose")(compose.compose)
-app.command("merge")(merge.merge)
-app.command("extract")(extract.extract)
-app.command("rerank")(extract.rerank)
-app.command("evaluate")(evaluate.evaluate)
-app.command("report")(evaluate.report)
-app.command("benchmark")(benchmark.benchmark)
+for command in (
+    *(route.demo, generate.generate, generate.chat, route.route, serve.serve, compose.compose, merge.merge),
+    *(extract.extract, extract.rerank, evaluate.evaluate, evaluate.report, benchmark.benchmark),
+):
+    app.command()(command)
 app.add_typer(train.app, name="train")
 app.add_typer(library.app, name="library")
 
@@ -72,7 +64,7 @@ def run() -> None:
             _show_warnings()
             app()
     except SpectrError as error:
-        errors.print(f"[bold red]error:[/] {_escaped(error)}", highlight=False, soft_wrap=True)
+        errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
     except SystemExit as end:  # typer turns Ctrl-C into this
         if end.code == 130:
@@ -99,9 +91,3 @@ def _show_warnings() -> None:
             say(f"warning: {message}")
 
     warnings.showwarning = show
-
-
-def _escaped(error: SpectrError) -> str:
-    from rich.markup import escape
-
-    return escape(str(error))

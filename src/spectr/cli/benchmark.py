@@ -50,7 +50,7 @@ def benchmark(
     [dim]spectr benchmark --experts 64 -r spectr --dtype bfloat16[/]
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    from spectr.benchmark.plan import Plan, fitting_peers, read_batches, read_peers, run_plan
+    from spectr.benchmark.comparison import Plan, fitting_peers, read_batches, read_peers, run_plan
 
     check_target(file, ".json")
     peers, batches = read_peers(against), read_batches(batch)

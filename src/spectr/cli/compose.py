@@ -46,11 +46,12 @@ def compose(
 
     with bar() as advance:
         save_composed(
-            routed, tokenizer, save, access=access, record=record, overwrite=overwrite, progress=advance_of(advance)
+            routed,
+            tokenizer,
+            save,
+            access=access,
+            record=record,
+            overwrite=overwrite,
+            progress=lambda phase, done, total: advance(phase, done, total, ""),
         )
     out.print(f"{save}: {len(routed.experts)} experts, {len(routed.layers)} routed layers, {router}", highlight=False)
-
-
-def advance_of(advance):
-    """Progress of named phases in a bar."""
-    return lambda phase, done, total: advance(phase, done, total, "")

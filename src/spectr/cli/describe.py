@@ -8,9 +8,8 @@ from typing import Annotated
 import typer
 
 from spectr.cli.console import bar, out, say
-from spectr.cli.guides import check_writer, open_writer
-from spectr.cli.options import BaseOption, DtypeOption, with_options
-from spectr.cli.rows import Rows
+from spectr.cli.model_loading import check_writer, open_writer
+from spectr.cli.options import BaseOption, DtypeOption, Rows, with_options
 from spectr.errors import DataError
 
 

@@ -11,8 +11,7 @@ import typer
 from rich.table import Table
 
 from spectr.cli.console import bar, interruptible, out, say
-from spectr.cli.guides import check_writer, guide_maker
-from spectr.cli.model_loading import open_model
+from spectr.cli.model_loading import check_writer, guide_maker, open_model
 from spectr.cli.options import (
     BaseOption,
     DataRootOption,
@@ -32,6 +31,7 @@ Folder = Annotated[
     Path, typer.Option("--out", "-o", help="Write the results to this folder; an interrupted run resumes from it.")
 ]
 _OTHERS = "Other experts"
+_STOPPED = "stopped; the same command resumes from the results so far"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,15 +123,11 @@ def evaluate(
     guide = guide_maker(base, tokenizer, request.writer, request.dtype)
     given = {name.replace("_", "-"): value for name, value in vars(request).items() if value != "auto"}
     for name in plan.experiments:
-        with interruptible(_recorded), bar() as advance:
+        with interruptible(lambda: _STOPPED), bar() as advance:
             result = run_experiment(
                 name, plan, base, tokenizer, folder=folder, seeds=request.seeds, guide=guide, progress=advance
             )
         _keep(result, folder, given, as_json)
-
-
-def _recorded() -> str:
-    return "stopped; the same command resumes from the results so far"
 
 
 def _keep(result: Result, folder: Path, given: dict[str, Any], as_json: bool) -> None:
@@ -160,8 +156,7 @@ def report(
 
     [dim]spectr evaluate all --data-root data --limit 50 && spectr report[/]
     """
-    from spectr.evaluation.run import read_results
-    from spectr.evaluation.summary import summary, tradeoff
+    from spectr.evaluation.run import read_results, summary, tradeoff
     from spectr.plots.pages import write_report
 
     results = read_results(folder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -89,11 +89,11 @@ def extract(
         strict=strict,
         called_only=called_only,
     )
-    draw = _pictures(png, svg)
+    pictures = _pictures(png, svg)
     folder, base_model = _base(base)
     with bar() as advance:
         report = run(fine_tuned, folder, out_folder, settings, name=name, base_model=base_model, progress=advance)
-    _show(report, out_folder, draw)
+    _show(report, out_folder, pictures)
 
 
 def rerank(
@@ -117,11 +117,11 @@ def rerank(
     from spectr.extraction import Truncation, rerank as run
 
     truncation = Truncation(rank=rank, energy=energy, max_rank=max_rank)
-    draw = _pictures(png, svg)
+    pictures = _pictures(png, svg)
     found = _expert(expert, library)
     with bar() as advance:
         report = run(found, out_folder, truncation, dtype=dtype, name=name, progress=advance)
-    _show(report, out_folder, draw)
+    _show(report, out_folder, pictures)
 
 
 def _base(base: str | None) -> tuple[str | Path, str]:
@@ -141,29 +141,26 @@ def _expert(name: str, library: Path | None) -> Expert:
     return open_library(library)[name]
 
 
-def _pictures(png: Path | None, svg: Path | None) -> Callable[[Report], None]:
-    """The plotting function; checks before the slow part that it can draw."""
+def _pictures(png: Path | None, svg: Path | None) -> list[Path]:
+    """The pictures to draw; checks before the slow part that they can be drawn."""
     check_target(png, ".png")
     check_target(svg, ".svg")
     wanted = [path for path in (png, svg) if path]
-    if not wanted:
-        return lambda report: None
-    from spectr.plots import write_energy_map
-
-    def draw(report: Report) -> None:
-        for path in wanted:
-            out.print(f"picture: {write_energy_map(report, path).resolve()}", highlight=False)
-
-    return draw
+    if wanted:
+        import_module("spectr.plots.energy")
+    return wanted
 
 
-def _show(report: Report, folder: Path, draw: Callable[[Report], None]) -> None:
+def _show(report: Report, folder: Path, pictures: list[Path]) -> None:
     out.print(_table(report))
     for remark in report.remarks:
         say(remark)
     if report.left:
         say(_left(report))
-    draw(report)
+    for path in pictures:
+        from spectr.plots import write_energy_map
+
+        out.print(f"picture: {write_energy_map(report, path).resolve()}", highlight=False)
     out.print(
         f"{report.share:.2%} of the squared norm kept in {len(report.modules)} modules; expert: {folder.resolve()}",
         highlight=False,
@@ -172,7 +169,7 @@ def _show(report: Report, folder: Path, draw: Callable[[Report], None]) -> None:
 
 def _table(report: Report) -> Table:
     from spectr.extraction import summary
-    from spectr.extraction.write import percent, whole
+    from spectr.extraction.outcome import percent, whole
 
     rows = summary(report)
     known = any(row.relative for row in rows)

@@ -16,6 +16,7 @@ from rich.table import Table
 from spectr.adapters import GATES_FILE
 from spectr.adapters.base_names import same_base
 from spectr.adapters.read import WEIGHTS_FILE
+from spectr.adapters.texts import text_remarks
 from spectr.cli.console import bar, out, say
 from spectr.cli.describe import describe
 from spectr.cli.model_loading import open_model
@@ -27,7 +28,6 @@ from spectr.library.calibration import CALIBRATION_FILE
 from spectr.library.descriptions import DESCRIPTIONS_FILE
 from spectr.library.index import INDEX_FOLDER
 from spectr.library.manifest import MANIFEST_FILE, any_entry
-from spectr.library.texts import text_remarks
 from spectr.shipped import open_library, shipped_experts
 from spectr.tasks.rows import read_lines
 

@@ -74,7 +74,7 @@ def merge(
     [dim]spectr merge agnews sst2 --method knots --into-base --out runs/model[/]
     [dim]spectr merge agnews --method products --subtract sst2 --out runs/agnews-only[/]
     """
-    from spectr.merging.plan import read_plan
+    from spectr.merging.recipe import read_plan
 
     options = {"density": density, "scale": scale, "seed": seed, "inner": inner}
     opened, recipe = read_plan(

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import wraps
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,8 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from spectr.cli.console import bar, say
-from spectr.cli.guides import check_writer, make_guide
-from spectr.cli.model_loading import open_model
+from spectr.cli.model_loading import check_writer, make_guide, open_model
 from spectr.combine import COMBINATIONS
 from spectr.errors import DataError, MissingExtraError, SpectrError, page
 from spectr.routers.registry import ROUTERS
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from spectr.library import ExpertLibrary
     from spectr.models.load import Check
     from spectr.routers import Router
+    from spectr.tasks.rows import Source
 
 ModelOption = Annotated[
     str | None,
@@ -314,3 +315,59 @@ def check_target(path: Path | None, suffix: str) -> None:
             f"{path} cannot be written: {above} is not a writable folder",
             do="check the path, its permissions and the free space",
         )
+
+
+_SETTINGS = "Settings (the paper's are the defaults)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Rows of data, with a task or with a prompt and its answers."""
+
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="Use this shipped task or task file. For finished experts the default is the shipped task with the "
+            "expert's name."
+        ),
+    ] = None
+    data: Annotated[
+        str | None,
+        typer.Option(help="Read the training rows from this JSONL file, or from hub:<dataset>[:<config>]:<split>."),
+    ] = None
+    data_root: DataRootOption = None
+    prompt: Annotated[
+        str | None, typer.Option(help='Set the prompt template, with the fields of a row: "Topic of: {title}".')
+    ] = None
+    answer: Annotated[str | None, typer.Option(help="Set the answer's template, for free text.")] = None
+    choices: Annotated[
+        str | None,
+        typer.Option(help='List the answers in the order of the numbers in a row\'s field "label": "World,Sports".'),
+    ] = None
+
+    def source(self, **more: Any) -> Source:
+        """The options, as the library takes them."""
+        from spectr.tasks.rows import Source
+
+        return Source(
+            task=self.task,
+            prompt=self.prompt,
+            answer=self.answer,
+            choices=self.choices,
+            train=self.data,
+            root=self.data_root,
+            **more,
+        )
+
+
+def setting(text: str) -> Any:
+    """An option of a run's settings, with its help."""
+    return typer.Option(help=text, rich_help_panel=_SETTINGS)
+
+
+def last_step(*folders: Path) -> str:
+    """The step from which a run in one of these folders resumes."""
+    from spectr.training import checkpoint_step
+
+    step = max(map(checkpoint_step, folders))
+    return f"stopped after step {step}; the same command resumes there" if step else "nothing was saved yet"

@@ -1,4 +1,4 @@
-"""``spectr route``."""
+"""``spectr route`` and ``spectr demo``: the experts at work."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from spectr.cli.console import out, say
+from spectr.cli.console import errors, out, say
 from spectr.cli.generate import Chat, PromptArgument, read_prompt
 from spectr.cli.options import JsonOption, Routing, check_target, with_options
 from spectr.errors import DataError, did_you_mean
@@ -18,6 +18,8 @@ from spectr.errors import DataError, did_you_mean
 if TYPE_CHECKING:
     from spectr.library import ExpertLibrary
     from spectr.plots import TokenRouting
+from rich.markup import escape
+from rich.table import Table
 
 
 @with_options
@@ -83,8 +85,6 @@ def route(
 
 
 def _tell(message: str, as_json: bool) -> None:
-    from spectr.cli.console import errors
-
     (errors if as_json else out).print(message, highlight=False)
 
 
@@ -127,3 +127,63 @@ def _as_data(routing: TokenRouting, router: str) -> dict:
         "shares": routing.shares,
         "weights": weights,
     }
+
+
+_SHOWN = 60  # characters of an answer
+
+
+@with_options
+def demo(
+    routing: Routing,
+    folder: Annotated[Path, typer.Option("--out", "-o", help="Write the picture and the page to this folder.")] = Path(
+        "out"
+    ),
+) -> None:
+    """Ask the base model and the routed model one question of each task, and draw which experts were used.
+
+    Writes a heat map (PNG) and a page (HTML) that shows the experts of every token and layer.
+    """
+    check_target(folder / "routing.png", ".png")
+    found = routing.resolve()
+    library, router, name = found.library, found.router, next(iter(found.routers))
+    base, tokenizer = routing.base()
+
+    from spectr.demo import demonstrate
+    from spectr.plots import tints, write_heat_map, write_page
+    from spectr.tasks import shipped_tasks
+
+    shown = demonstrate(base, tokenizer, library, router, list(shipped_tasks().values()), allow=routing.allow, say=say)
+    palette = tints(library.names)
+    table = Table(title=f"{name}, top {router.selection.k or len(library)}, {len(library)} experts", expand=True)
+    for column, ratio in (("task", 2), ("right answer", 3), ("base model", 5), ("routed model", 5), ("at work", 4)):
+        table.add_column(column, ratio=ratio, overflow="fold")
+    for row in shown:
+        workers = "\n".join(
+            f"[black on {palette[n]}]{n}[/] {share:.1%}" for n, share in row.routing.leaders[:3] if share
+        )
+        workers = workers or "[dim]base model[/]"
+        task = row.task if row.expert else f"{row.task}\n[dim](no expert)[/]"
+        before, after = _marked(row.base_answer, row.base_is_right), _marked(row.routed_answer, row.routed_is_right)
+        table.add_row(task, _first(row.expected), before, after, workers)
+    out.print(table)
+    before, after = sum(row.base_is_right for row in shown), sum(row.routed_is_right for row in shown)
+    out.print(
+        f"Answers that begin with the right one: base model {before} of {len(shown)}, routed model {after}. One "
+        "prompt for each task shows how it works; spectr evaluate measures how well.",
+        highlight=False,
+    )
+    routings = [row.routing for row in shown]
+    title = f"Experts at work on one prompt of each task ({name})"
+    png = write_heat_map(routings, folder / "routing.png", title=title)
+    page = write_page(routings, folder / "routing.html", title=title, subtitle=str(router))
+    out.print(f"heat map: {png.resolve()}\npage:     {page.resolve()}", highlight=False)
+
+
+def _marked(text: str, right: bool) -> str:
+    mark = "[green]\u2713[/]" if right else "[red]\u2717[/]"
+    return f"{mark} {_first(text)}"
+
+
+def _first(text: str) -> str:
+    line = " ".join(text.split())
+    return escape(line if len(line) <= _SHOWN else line[: _SHOWN - 1] + "\u2026")

@@ -10,8 +10,7 @@ import typer
 
 from spectr.cli.console import bar, interruptible, out, say
 from spectr.cli.model_loading import open_model
-from spectr.cli.options import BaseOption, DtypeOption, LettersOption, with_options
-from spectr.cli.rows import Rows, last_step, setting
+from spectr.cli.options import BaseOption, DtypeOption, LettersOption, Rows, last_step, setting, with_options
 from spectr.errors import some_of
 
 app = typer.Typer()

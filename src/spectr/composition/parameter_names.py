@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from spectr.adapters.fused_names import Parameter, Part
+from spectr.adapters.naming import Parameter, Part
 from spectr.layers.linear import features
 
 
@@ -20,7 +20,7 @@ class _Converter(NamedTuple):
 
 
 class ModelParameters:
-    """The parameters of a model; see :class:`spectr.adapters.fused_names.ParameterNames`.
+    """The parameters of a model; see :class:`spectr.adapters.naming.ParameterNames`.
 
     Args:
         model: The model, composed or not.
@@ -32,7 +32,7 @@ class ModelParameters:
         self._model, self._modules = model, dict(model.named_modules())
 
     def of(self, module: str) -> Sequence[Parameter]:
-        """See :class:`spectr.adapters.fused_names.ParameterNames`."""
+        """See :class:`spectr.adapters.naming.ParameterNames`."""
         holder = self._modules.get(module)
         if holder is None or features(holder) is not None or isinstance(holder, (nn.Embedding, nn.Linear)):
             return ()
@@ -42,7 +42,7 @@ class ModelParameters:
         return [_parameter(name, weight.shape, transposed) for name, weight in named if weight.ndim in (2, 3)]
 
     def part(self, module: str) -> Part | None:
-        """See :class:`spectr.adapters.fused_names.ParameterNames`."""
+        """See :class:`spectr.adapters.naming.ParameterNames`."""
         if module in self._modules:
             return None
         key = f"{module}.weight"

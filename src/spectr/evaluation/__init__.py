@@ -6,7 +6,7 @@ from spectr.lazy import lazy
 
 if TYPE_CHECKING:
     from spectr.evaluation.choices import accuracy, choice_logprobs, predict, routed_logprobs
-    from spectr.evaluation.metrics import text_metric
+    from spectr.evaluation.score import text_metric
 
 __all__ = ["accuracy", "choice_logprobs", "predict", "routed_logprobs", "text_metric"]
 __getattr__ = lazy(
@@ -16,6 +16,6 @@ __getattr__ = lazy(
         "choice_logprobs": "choices",
         "predict": "choices",
         "routed_logprobs": "choices",
-        "text_metric": "metrics",
+        "text_metric": "score",
     },
 )

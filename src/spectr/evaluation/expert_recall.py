@@ -20,6 +20,7 @@ from spectr.atomic_write import replacing
 from spectr.composition import Routed
 from spectr.evaluation.score import Measurement
 from spectr.folders import with_parents
+from spectr.grouping import chunks
 from spectr.hashing import json_sha256
 from spectr.layers import trace
 from spectr.models import context_length, encode_batch
@@ -79,8 +80,8 @@ def find_experts(
     Source: SpectR, section 4.3 (Tables 1 and 4).
     """
     found, limit, device = [], context_length(model), next(model.parameters()).device
-    for start in range(0, len(prompts), _BATCH):
-        batch = encode_batch(tokenizer, prompts[start : start + _BATCH], limit=limit, device=device)
+    for some in chunks(prompts, _BATCH):
+        batch = encode_batch(tokenizer, some, limit=limit, device=device)
         read = routed.prompt.find(**batch) if routed.prompt else None
         evidence_BE = None if read is None else read.evidence_BE
         p_B = [None] * len(batch["input_ids"]) if read is None or read.p_B is None else read.p_B.tolist()

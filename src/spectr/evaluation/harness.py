@@ -21,6 +21,7 @@ import torch
 from spectr.composition import compose
 from spectr.errors import CompositionError, MissingExtraError, SpectrError, did_you_mean
 from spectr.evaluation.choices import decided_alike
+from spectr.grouping import chunks
 from spectr.guidance import QueryGuide
 from spectr.library.needs import DESCRIBED
 from spectr.models import load_model, pad_rows
@@ -107,8 +108,7 @@ class SpectrLM(HFLM):
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         contexts = sorted({tuple(context) for _, context, _ in requests}, key=lambda ids: (-len(ids), ids))
         chosen: dict[tuple[int, ...], tuple[float, ...]] = {}
-        for start in range(0, len(contexts), _AT_ONCE):
-            some = contexts[start : start + _AT_ONCE]
+        for some in chunks(contexts, _AT_ONCE):
             ids = pad_rows(list(map(list, some)), 0, left=False, device=self.device)
             mask = pad_rows([[1] * len(row) for row in some], 0, left=False, device=self.device)
             weights_BE = decision.decide(input_ids=ids, attention_mask=mask)

@@ -33,31 +33,40 @@ _RANKED = re.compile(r"(.+)-r(\d+)")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Everything that experiments need, except the model.
+class Material:
+    """What experiments work on, apart from the model.
 
     Attributes:
-        experiments: Names, in the order to run.
         library: The experts.
-        tasks: Each with its examples.
-        reworded: By task the same examples in each of its paraphrases.
-        held_out: Like ``tasks``, but the library has no expert for them.
-        ranks: By rank, a library of experts.
-        companions: (case, expert, adapter folder) of each adapter that replaces an expert.
-        routers: Names of the routers to compare; if empty, all routers of an experiment.
-        settings: Settings of the routers, ``NAME=VALUE``.
-        remarks: What was left out, and why.
+        tasks: The tasks, each with its examples.
+        reworded: By task, the same examples in each of its paraphrases.
+        held_out: Like ``tasks``, but the library has no expert for them; for "heldout".
+        ranks: By rank, a library of the same tasks' experts.
+        companions: Adapters that replace experts in "robustness": (case, expert, folder).
+        settings: Settings of the compared routers, ``NAME=VALUE``; see :func:`spectr.routers.options.read_settings`.
     """
 
-    experiments: Sequence[str]
     library: ExpertLibrary
     tasks: Tasks = field(default_factory=dict)
     reworded: Mapping[str, Sequence[Sequence[Example]]] = field(default_factory=dict)
     held_out: Tasks = field(default_factory=dict)
     ranks: Mapping[int, ExpertLibrary] = field(default_factory=dict)
     companions: Sequence[tuple[str, str, Path]] = ()
-    routers: Sequence[str] = ()
     settings: Sequence[str] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(Material):
+    """Everything that experiments need, except the model.
+
+    Attributes:
+        experiments: Names, in the order to run.
+        routers: Names of the routers to compare; if empty, all routers of an experiment.
+        remarks: What was left out, and why.
+    """
+
+    experiments: Sequence[str]
+    routers: Sequence[str] = ()
     remarks: Sequence[str] = ()
 
 

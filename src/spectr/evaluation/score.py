@@ -1,8 +1,10 @@
-"""Score tasks with one model, example by example, with records from which an interrupted run resumes."""
+"""Score tasks with one model, example by example, by metrics from 0 to 1; an interrupted run resumes."""
 
 from __future__ import annotations
 
 import json
+import re
+import string
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,16 +15,57 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from spectr.errors import DataError
-from spectr.evaluation.choices import choice_logprobs, predict, routed_logprobs
-from spectr.evaluation.encode import encode_examples
-from spectr.evaluation.metrics import text_metric
+from spectr.errors import DataError, MissingExtraError, did_you_mean
+from spectr.evaluation.choices import choice_logprobs, encode_examples, predict, routed_logprobs
 from spectr.folders import with_parents
+from spectr.grouping import chunks
 from spectr.hashing import json_sha256
 from spectr.models import context_length, generate_answers
 from spectr.prompts.decision import PromptDecision
 from spectr.tasks import Example
-from spectr.tasks.check import CHOICE_METRICS, TEXT_METRICS
+from spectr.tasks.task import CHOICE_METRICS, TEXT_METRICS
+
+Metric = Callable[[str, str], float]
+
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def text_metric(name: str) -> Metric:
+    """The metric of this name: a function of (answer, reference).
+
+    ``exact_match`` is 1 if both are equal apart from case, punctuation, English articles and white space, as in SQuAD's
+    evaluation. ``rouge1``, ``rouge2`` and ``rougeL`` are the F-measures of the package ``rouge-score`` with Porter's
+    stemmer; they consider only the letters a to z and digits.
+
+    Raises:
+        DataError: There is no such metric for free text.
+        MissingExtraError: It is a ROUGE metric, and the package is not installed.
+
+    Source: Rajpurkar et al., 2016 (SQuAD); Lin, 2004 (ROUGE).
+    """
+    if name not in TEXT_METRICS:
+        raise DataError(f"metric '{name}' does not measure free text", do=did_you_mean(name, TEXT_METRICS))
+    return _exact_match if name == "exact_match" else _rouge(name)
+
+
+def _exact_match(answer: str, reference: str) -> float:
+    return float(_normalised(answer) == _normalised(reference))
+
+
+def _normalised(text: str) -> str:
+    lowered = text.lower()
+    bare = re.sub(r"\b(a|an|the)\b", " ", lowered.translate(_PUNCTUATION))
+    return " ".join((bare if bare.strip() else lowered).split())  # "a" and "%" are not both nothing
+
+
+def _rouge(name: str) -> Metric:
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise MissingExtraError(f"the metric {name}", "evaluate") from error
+    scorer = RougeScorer([name], use_stemmer=True)
+    return lambda answer, reference: float(scorer.score(reference, answer)[name].fmeasure)
+
 
 Progress = Callable[[int], None]
 _CHUNK, _BATCH = 32, 16  # examples that are kept at once, and that are answered at once
@@ -101,8 +144,7 @@ def score_examples(
     progress(len(done))
     order = sorted(set(range(len(examples))) - set(done), key=lambda i: (-len(examples[i].prompt), i))
     with _appending(keep, keys[0], origin, fresh=not done) as write:
-        for start in range(0, len(order), _CHUNK):
-            chosen = order[start : start + _CHUNK]
+        for chosen in chunks(order, _CHUNK):
             some = [examples[i] for i in chosen]
             if measure is None:
                 made = _choice_records(model, tokenizer, some, length_normalised, decision)
@@ -168,8 +210,7 @@ def _answer_records(
     """Greedy answers with their scores; a prompt that leaves no room for the answer loses its beginning."""
     context = context_length(model)
     limit = None if context is None else context - max_new_tokens
-    for start in range(0, len(examples), _BATCH):
-        some = examples[start : start + _BATCH]
+    for some in chunks(examples, _BATCH):
         answers = generate_answers(
             model,  # pyright: ignore[reportArgumentType]
             tokenizer,

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from spectr.errors import ExtractionError, raise_together, some_of
 from spectr.extraction.architecture import Architecture, Linear
-from spectr.extraction.checkpoint import Checkpoint, Rows
-from spectr.extraction.sources import Piece, Source, find_sources
+from spectr.extraction.checkpoint import Checkpoint, Piece, Rows, Source, find_sources
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _SHOWN = 5
@@ -41,7 +40,7 @@ class Pair:
         return self.parts[0][0].shape
 
     def held(self, base: Checkpoint, tuned: Checkpoint) -> int:
-        """Bytes in memory at a time in addition to blocks; see :meth:`spectr.extraction.sources.Piece.held`."""
+        """Bytes in memory at a time in addition to blocks; see :meth:`spectr.extraction.checkpoint.Piece.held`."""
         return max(old.held(base) + new.held(tuned) for old, new in self.parts)
 
     def blocks(self, base: Rows, tuned: Rows) -> Iterator[tuple[Tensor, Tensor]]:

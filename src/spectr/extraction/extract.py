@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +18,12 @@ from spectr.errors import ExtractionError, some_of
 from spectr.extraction.architecture import Architecture, read_architecture
 from spectr.extraction.checkpoint import Checkpoint, Rows, locate_model, read_checkpoint
 from spectr.extraction.compare import Difference, Pair, difference, measure, pair_up, unmatched
-from spectr.extraction.memory import Plan, plan
-from spectr.extraction.outcome import Kept, Left, Report
-from spectr.extraction.peft_reading import peft_remarks
-from spectr.extraction.settings import DTYPES, Extraction, Truncation, shown_bytes
+from spectr.extraction.outcome import PACKAGES, Kept, Left, Report, write_expert
+from spectr.extraction.settings import DTYPES, Extraction, Plan, Truncation, plan, shown_bytes
 from spectr.extraction.svd import exact_svd, randomised_svd
-from spectr.extraction.write import PACKAGES, write_expert
 from spectr.folders import check_new_folder
-from spectr.hashing import file_sha256
+from spectr.hashing import file_sha256, package_versions
 from spectr.spectral import Aligned
-from spectr.versions import package_versions
 
 Progress = Callable[[str, int, int, str], None]
 _COARSE = {"BF16": 8, "F16": 11, "F32": 24, "F64": 53}  # bits of precision
@@ -248,3 +246,34 @@ def _config(modules: Sequence[Kept], architecture: Architecture, base_model: str
         "fan_in_fan_out": any(name in transposed for name in names),
         "target_modules": targets(names, architecture.modules),
     }
+
+
+_DIFFERING_SHOWN = 3
+
+
+def peft_remarks(model: Any, targets: Any, modules: Iterable[str]) -> list[str]:
+    """Remarks for users who load an expert with PEFT; empty if it adapts the same layers, or is not installed.
+
+    PEFT does not adapt ``out_proj`` in Mamba models, and treats some layers of mixtures of experts as fused parameters.
+
+    Args:
+        model: On the meta device; it is left with an adapter.
+        targets: The expert's ``target_modules``.
+        modules: The layers that it has factors for.
+    """
+    if find_spec("peft") is None:
+        return []
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora.layer import LoraLayer
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what does not match, which this function reports
+        try:
+            get_peft_model(model, LoraConfig(r=1, target_modules=targets))
+        except ValueError as error:
+            return [f"PEFT does not load this expert ({str(error).splitlines()[0]}); spectr does."]
+    adapted = {name for name, part in model.named_modules() if isinstance(part, LoraLayer)}
+    other = sorted(adapted ^ set(modules))
+    if not other:
+        return []
+    return [f"PEFT reads {some_of(other, _DIFFERING_SHOWN)} differently: use this expert with spectr only."]

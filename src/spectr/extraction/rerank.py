@@ -12,13 +12,11 @@ from torch import Tensor
 from spectr.adapters import CONFIG_FILE, Expert
 from spectr.errors import ExtractionError, raise_together, range_faults
 from spectr.extraction.extract import split, truncate
-from spectr.extraction.outcome import Kept, Report
+from spectr.extraction.outcome import PACKAGES, Kept, Report, write_expert
 from spectr.extraction.settings import DTYPES, Truncation
-from spectr.extraction.write import PACKAGES, write_expert
 from spectr.folders import check_new_folder
-from spectr.hashing import file_sha256
+from spectr.hashing import file_sha256, package_versions
 from spectr.spectral import align
-from spectr.versions import package_versions
 
 
 def rerank(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from spectr.adapters import CONFIG_FILE, WEIGHTS_FILE, Expert, Naming, named_for, read_adapter
-from spectr.adapters.causes import stages
+from spectr.adapters.read import stages
 from spectr.errors import AdapterError, LibraryError, did_you_mean, map_together, raise_together, some_of
 from spectr.hashing import known_sha256
 from spectr.library.calibration import Calibration
@@ -62,12 +62,7 @@ def _given(value: Any) -> Any:
     return value
 
 
-def _no_calibration() -> None:
-    return None
-
-
-def _no_index() -> Index:
-    return Index({})
+_NO_CALIBRATION, _NO_INDEX = partial(_given, None), partial(Index, {})
 
 
 class ExpertLibrary:
@@ -84,9 +79,9 @@ class ExpertLibrary:
         self,
         readers: Mapping[str, Reader],
         origin: str,
-        calibration: Callable[[], Calibration | None] = _no_calibration,
+        calibration: Callable[[], Calibration | None] = _NO_CALIBRATION,
         descriptions: Callable[[], Mapping[str, str]] = dict,
-        index: Callable[[], Index] = _no_index,
+        index: Callable[[], Index] = _NO_INDEX,
         digests: Mapping[str, str] | None = None,
         naming: Naming | None = None,
         folder: Path | None = None,

@@ -35,7 +35,7 @@ from spectr.adapters import (
     read_gates,
     write_gates,
 )
-from spectr.adapters.texts import TextFacts
+from spectr.adapters.texts import TextFacts, check_text
 from spectr.atomic_write import INCOMING, SCRATCH, sync_file, sync_folder
 from spectr.errors import AdapterError, LibraryError, SpectrError, did_you_mean
 from spectr.hashing import file_sha256, json_sha256
@@ -53,7 +53,6 @@ from spectr.library.manifest import (
     read_entry,
     write_entry,
 )
-from spectr.library.texts import check_text
 
 _DIGITS = 12
 _PENDING = ".pending-"

@@ -16,7 +16,7 @@ from spectr.merging.merge import MergedAdapter, merge_adapter, merged_modules
 from spectr.merging.method import Method, Site, get_method, method_names
 from spectr.merging.publish import save_merged_adapter, save_merged_model
 from spectr.merging.recipe import Recipe, make_recipe
-from spectr.merging.residual import residual_experts
+from spectr.merging.subtract import residual_experts
 from spectr.merging.ties import Ties
 
 __all__ = [

@@ -55,8 +55,28 @@ class Linear:
         return LowRank.joined(deltas)
 
 
+class _OfOneExpert:
+    """What is common to methods that subtract from one expert: the recipe's subtraction is all that they do."""
+
+    name: ClassVar[str]
+
+    def weights(self, given: Sequence[float] | None, count: int) -> tuple[float, ...]:
+        """See :class:`spectr.merging.Method`."""
+        if count != 1:
+            raise MergeError(
+                f"method '{self.name}' merges one expert, not {count}",
+                expected="one expert",
+                do="to subtract from several experts before merging them, use another method with --subtract",
+            )
+        return ones(given, count)
+
+    def merge(self, deltas: Sequence[LowRank], site: Site) -> LowRank:
+        """See :class:`spectr.merging.Method`."""
+        return LowRank.joined(deltas)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Products:
+class Products(_OfOneExpert):
     """``delta = delta_t - strength * delta_general`` for one expert; the recipe names what to subtract.
 
     Exact, and independent of how updates are split into factors, unlike :class:`GenKnowSub`.
@@ -66,17 +86,9 @@ class Products:
 
     name: ClassVar[str] = "products"
 
-    def weights(self, given: Sequence[float] | None, count: int) -> tuple[float, ...]:
-        """See :class:`spectr.merging.Method`."""
-        return _of_one(self.name, given, count)
-
-    def merge(self, deltas: Sequence[LowRank], site: Site) -> LowRank:
-        """See :class:`spectr.merging.Method`."""
-        return LowRank.joined(deltas)
-
 
 @dataclass(frozen=True, kw_only=True)
-class GenKnowSub:
+class GenKnowSub(_OfOneExpert):
     """``delta = c_t (B_t - B_general) (A_t - A_general)`` for one expert; the recipe names what to subtract.
 
     This has cross terms that belong to no expert, and depends on how updates are split into factors.
@@ -86,21 +98,3 @@ class GenKnowSub:
     """
 
     name: ClassVar[str] = "genknowsub"
-
-    def weights(self, given: Sequence[float] | None, count: int) -> tuple[float, ...]:
-        """See :class:`spectr.merging.Method`."""
-        return _of_one(self.name, given, count)
-
-    def merge(self, deltas: Sequence[LowRank], site: Site) -> LowRank:
-        """See :class:`spectr.merging.Method`."""
-        return LowRank.joined(deltas)
-
-
-def _of_one(method: str, given: Sequence[float] | None, count: int) -> tuple[float, ...]:
-    if count != 1:
-        raise MergeError(
-            f"method '{method}' merges one expert, not {count}",
-            expected="one expert",
-            do="to subtract from several experts before merging them, use another method with --subtract",
-        )
-    return ones(given, count)

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from spectr.adapters import Factors
-from spectr.errors import MergeError, SpectrError, collecting, raise_together, range_faults
+from spectr.errors import MergeError, collecting, raise_together
 from spectr.library import ExpertLibrary
 from spectr.merging.lowrank import LowRank, cut_dense, cut_factors
 from spectr.merging.method import Site
-from spectr.merging.recipe import Recipe, expert_faults
+from spectr.merging.recipe import Recipe, expert_faults, size_faults
 from spectr.merging.subtract import SUBTRACTIONS, of_products
 
 Progress = Callable[[int, int], None]
@@ -59,8 +59,8 @@ def merge_adapter(
 ) -> MergedAdapter:
     """Merge experts into one adapter, in memory.
 
-    Sums of updates (average, linear, genknowsub, products) and KnOTS have exact factors, whose rank is the sum of the experts'
-    ranks. The other methods compute dense updates, and the best approximation of a rank is kept.
+    Sums of updates (average, linear, products), genknowsub and KnOTS have exact factors; the rank of a sum is the sum
+    of the experts' ranks. The other methods compute dense updates, and the best approximation of a rank is kept.
 
     Args:
         library: The library of the experts.
@@ -93,14 +93,6 @@ def merge_adapter(
             do="check the weights and --subtract",
         )
     return MergedAdapter(recipe=recipe, deltas=deltas, energy=kept)
-
-
-def size_faults(rank: int | None, energy: float | None) -> list[SpectrError]:
-    """What is wrong with the size limits of an adapter."""
-    return [
-        *range_faults(MergeError, "a rank of at least 1", lambda r: r >= 1, rank=rank),
-        *range_faults(MergeError, "a share of the energy above 0, at most 1", lambda e: 0 < e <= 1, energy=energy),
-    ]
 
 
 @torch.no_grad()

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spectr.adapters import CARD, CARD_DATA, CONFIG_FILE, WEIGHTS_FILE, common_settings, write_adapter
+from spectr.adapters import CONFIG_FILE, WEIGHTS_FILE, common_settings, write_adapter
+from spectr.adapters.write import write_card
 from spectr.errors import MergeError
 from spectr.folders import new_folder
-from spectr.hashing import file_sha256, known_sha256
+from spectr.hashing import file_sha256, known_sha256, package_versions
 from spectr.library import ExpertLibrary
 from spectr.merging.into_base import MergedBase
 from spectr.merging.merge import MergedAdapter, spread
 from spectr.merging.recipe import Recipe
-from spectr.versions import package_versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -51,7 +50,7 @@ def save_merged_adapter(
             "ranks": {module: delta.rank for module, delta in merged.deltas.items()},
             "sha256": {file: file_sha256(folder / file) for file in (WEIGHTS_FILE, CONFIG_FILE)},
         }
-        _write_facts(folder, CARD_DATA, facts, _adapter_card(name or out.absolute().name, facts))
+        write_card(folder, _adapter_card(name or out.absolute().name, facts), facts)
     return out
 
 
@@ -93,7 +92,7 @@ def save_merged_model(
             "change": dict(merged.change),
             "sha256": {file: file_sha256(folder / file) for file in weights},
         }
-        _write_facts(folder, MODEL_FACTS, facts, _model_card(out.absolute().name, facts))
+        write_card(folder, _model_card(out.absolute().name, facts), facts, MODEL_FACTS)
     return out
 
 
@@ -113,11 +112,6 @@ def origin(library: ExpertLibrary, recipe: Recipe) -> dict[str, Any]:
         "strength": recipe.strength if recipe.subtract else None,
         "versions": package_versions("spectr-lora", "torch"),
     }
-
-
-def _write_facts(folder: Path, file: str, facts: Mapping[str, Any], card: str) -> None:
-    (folder / file).write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    (folder / CARD).write_text(card, encoding="utf-8")
 
 
 def _adapter_card(name: str, facts: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from torch._C import _len_torch_dispatch_stack  # pyright: ignore[reportAttribut
 from torch.nn.functional import linear
 
 from spectr.atomic_write import cache_folder
+from spectr.hashing import package_versions
 from spectr.ops.base import Choice
 from spectr.ops.fused_linear import Experts, FusedCpuLinear, Layer, Way
 from spectr.ops.outputs import add_masked, gathered_sum, gathering_pays, weighted
@@ -23,7 +24,6 @@ from spectr.ops.timing import REAL, Clock, time_in_turn
 from spectr.ops.verdicts import Verdict, Verdicts
 from spectr.ops.ways import TOKENS, TORCH, Shape, Table, after_base, by_rules, described, fastest, wanted
 from spectr.selection import TopK
-from spectr.versions import package_versions
 
 _CACHES = 48 << 20  # bytes that a cache of a processor hardly keeps from one call to the next
 _MOST_LAYERS = 64

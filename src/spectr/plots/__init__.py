@@ -8,9 +8,9 @@ if find_spec("matplotlib") is None:
     raise MissingExtraError("drawing pictures", "plots")
 
 from spectr.plots.energy import write_energy_map
+from spectr.plots.figures import write_heat_map, write_token_map
 from spectr.plots.pages import write_page
 from spectr.plots.palette import colours, tints
-from spectr.plots.png import write_heat_map, write_token_map
 from spectr.plots.tokens import TokenRouting, token_routing
 
 __all__ = [

@@ -36,9 +36,9 @@ def legend_below(drawn: Figure, number: int = 0) -> Figure:
     return drawn
 
 
-def percent(axes: Axes, label: str, **limits: tuple[float, float]) -> None:
-    """Show the vertical axis in percent."""
-    axes.set(ylabel=label, **limits)
+def percent(axes: Axes, label: str, **more: Any) -> None:
+    """Show the vertical axis in percent; ``more`` is set too, such as limits and a title."""
+    axes.set(ylabel=label, **more)
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
 

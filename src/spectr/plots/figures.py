@@ -1,17 +1,32 @@
-"""The figures of the experiments, as matplotlib draws them."""
+"""The figures of the experiments, and heat maps of a text's routing, as matplotlib draws them."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from spectr.plots.axes import BLUE, DOTTED, GREY, ORANGE, canvas, grouped_bars, legend_below, listed_bars, percent
+from spectr.plots.axes import (
+    BLUE,
+    DOTTED,
+    GREY,
+    ORANGE,
+    canvas,
+    cell_texts,
+    grouped_bars,
+    legend_below,
+    listed_bars,
+    percent,
+    save,
+)
 from spectr.plots.palette import TINT, colours
+from spectr.plots.tokens import TokenRouting
 
 if TYPE_CHECKING:
     from spectr.evaluation.experiments import Result
@@ -25,7 +40,8 @@ _FAMILIES = [
 
 def figure(result: Result) -> Figure:
     """The picture that belongs to an experiment's result."""
-    return _DRAW[result.name](dict(result.data))
+    with mpl.rc_context({"axes.titlesize": 10}):
+        return _DRAW[result.name](dict(result.data))
 
 
 def _quality(data: dict[str, Any]) -> Figure:
@@ -52,18 +68,17 @@ def _similarity(data: dict[str, Any]) -> Figure:
     image = left.imshow(shown, cmap="PuOr", vmin=-limit, vmax=limit)
     left.set_xticks(range(len(names)), names, rotation=40, ha="right")
     left.set_yticks(range(len(names)), names)
-    left.set_title("mean cosine of the updates", fontsize=10)
+    left.set_title("mean cosine of the updates")
     drawn.colorbar(image, ax=left, shrink=0.8)
     both = {"updates": data["by_expert"], "factors": data["factors_by_expert"]}
     grouped_bars(middle, both)
     middle.set_xticks(range(len(names)), names, rotation=40, ha="right")
-    middle.set_title("mean cosine with the others", fontsize=10)
+    middle.set_title("mean cosine with the others")
     middle.legend(fontsize=7)
     palette = colours(list(data["by_kind"]))
     for kind, blocks in data["by_kind"].items():
         right.plot([*map(int, blocks)], list(blocks.values()), marker=".", lw=1, label=kind, color=palette[kind])
-    right.set(xlabel="layer", ylabel="mean cosine of all pairs")
-    right.set_title("by layer and kind of module", fontsize=10)
+    right.set(xlabel="layer", ylabel="mean cosine of all pairs", title="by layer and kind of module")
     right.legend(fontsize=7, ncols=2)
     right.grid(alpha=0.3)
     return drawn
@@ -75,8 +90,7 @@ def _routing(data: dict[str, Any]) -> Figure:
     grouped_bars(left, {name: [shares[task]["first"] * 100 for task in tasks] for name, shares in per_task.items()})
     left.axhline(100 / len(data["experts"]), **DOTTED)
     left.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right")
-    left.set_title("prompts whose expert is found", fontsize=10)
-    percent(left, "prompts, %", ylim=(0, 105))
+    percent(left, "prompts, %", ylim=(0, 105), title="prompts whose expert is found")
     legend_below(drawn)
     palette = colours(list(per_task))
     for name, shares in per_task.items():
@@ -84,7 +98,7 @@ def _routing(data: dict[str, Any]) -> Figure:
         right.scatter([data["similarity"][task] for task in tasks], top_4, s=18, color=palette[name], label=name)
     right.axhline(100 * min(4, len(data["experts"])) / len(data["experts"]), **DOTTED)
     right.set(xlabel="mean cosine with the other experts", ylabel="tokens and modules, %")
-    right.set_title("right expert among four, by task similarity", fontsize=10)
+    right.set_title("right expert among four, by task similarity")
     right.grid(alpha=0.3)
     return drawn
 
@@ -182,8 +196,7 @@ def _ranks(data: dict[str, Any]) -> Figure:
             axes.axhline(data["chance"] * 100, **DOTTED)
         axes.set_xscale("log", base=2)
         axes.set_xticks(ranks, [str(rank) for rank in ranks])
-        axes.set_xlabel("rank of the experts")
-        percent(axes, label, ylim=(0, 105))
+        percent(axes, label, ylim=(0, 105), xlabel="rank of the experts")
     return legend_below(drawn)
 
 
@@ -276,9 +289,8 @@ def _tradeoff(data: dict[str, Any]) -> Figure:
         for name, (value, error) in ((name, point[key]) for name, point in points.items() if point[key]):
             style = {"marker": "o", "ms": 6, "capsize": 3, "color": palette[name], "label": name}
             axes.errorbar(place[name], value * 100, yerr=error * 100, **style)
-        axes.set_xlabel("arithmetic added to a token, % of the base model's")
+        axes.set(xlabel="arithmetic added to a token, % of the base model's", xlim=(0, None))
         axes.grid(alpha=0.3)
-        axes.set_xlim(left=0)
     inside.axhline(100, **DOTTED)
     inside.axhline(data["base"] * 100, color=GREY, lw=1)
     inside.set_ylabel("held-in: share of the own expert's accuracy, %")
@@ -310,3 +322,44 @@ _DRAW: dict[str, Callable[[dict[str, Any]], Figure]] = {
     "robustness": _robustness,
     "costs": _costs,
 }
+
+
+def write_heat_map(routings: Sequence[TokenRouting], path: str | Path, *, title: str) -> Path:
+    """Write a heat map of texts by experts: each expert's share of the work, in percent."""
+    experts = routings[0].experts
+    share = 100 * np.array([[routing.shares[name] for name in experts] for routing in routings])
+    figure, axes = canvas(1.9 + 0.72 * len(experts), 1.5 + 0.42 * len(routings))
+    image = axes.imshow(share, cmap="YlGnBu", aspect="auto", vmin=0)
+    axes.set_xticks(range(len(experts)), experts, rotation=40, ha="right")
+    axes.set_yticks(range(len(routings)), [routing.title for routing in routings])
+    axes.set(xlabel="expert", ylabel="prompt")
+    cell_texts(axes, share, 0.6 * share.max(), "{:.1f}".format, 8)
+    figure.colorbar(image, label="share of the work, %")
+    axes.set_title(title, fontsize=11)
+    return save(figure, path)
+
+
+def write_token_map(routing: TokenRouting, path: str | Path) -> Path:
+    """Write a map of layers by tokens (the paper's Figure 4), in the colour of each cell's leading expert."""
+    palette = colours(routing.experts)
+    rgb_E3 = np.array([[int(palette[name][i : i + 2], 16) / 255 for i in (1, 3, 5)] for name in routing.experts])
+    first = min(1, len(routing.layers) - 1)  # "all layers" only where there is nothing else
+    weights, layers = routing.weights[first:], routing.layers[first:]
+    if not routing.experts:  # the base model alone
+        rgb_E3, weights = np.ones((1, 3)), weights.new_zeros(*weights.shape[:-1], 1)
+    strength = weights.amax(-1).numpy()[..., None]
+    strength = np.where(strength > 0, 0.25 + 0.75 * strength / max(strength.max(), 1e-9), 0)
+    width = min(2.5 + 0.24 * len(routing.tokens), 40)
+    figure, axes = canvas(width, 2.2 + 0.16 * len(layers))
+    axes.imshow(1 - strength * (1 - rgb_E3[weights.argmax(-1).numpy()]), aspect="auto", interpolation="nearest")
+    axes.set_xticks(range(len(routing.tokens)), [_shown(t) for t in routing.tokens], rotation=90, fontsize=7)
+    step = max(1, len(layers) // 15)
+    axes.set_yticks(range(0, len(layers), step), layers[::step], fontsize=7)
+    axes.set_title(routing.title or "Expert with the largest weight, for each token and layer", fontsize=10)
+    handles = [Patch(color=palette[name], label=f"{name} {share:.0%}") for name, share in routing.leaders]
+    figure.legend(handles=handles, loc="outside right upper", fontsize=7, title="share of the work", title_fontsize=7)
+    return save(figure, path)
+
+
+def _shown(token: str) -> str:
+    return token.strip().replace("$", r"\$") or {"\n": "\u23ce"}.get(token, "\u2423")

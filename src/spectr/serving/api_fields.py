@@ -24,8 +24,7 @@ from pydantic import (
 
 from spectr.errors import nearest
 from spectr.serving.engines.base import Step, Ticket
-from spectr.serving.errors import RefusalError
-from spectr.serving.validation import Fault, faults, shown
+from spectr.serving.errors import Fault, RefusalError, faults, shown
 
 OURS = ("experts", "router", "return_routing")
 _DIGITS = 3

@@ -1,15 +1,18 @@
-"""What middleware needs of ASGI messages."""
+"""What middleware needs of ASGI messages, and changes to an engine's answer on its way to the client."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import json
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive, Scope, Send
 
-from spectr.serving.errors import RefusalError
+from spectr.serving import api_fields
+from spectr.serving.errors import RefusalError, error_body, standardised
 
 _WITH = {401: {"www_authenticate": "Bearer"}, 503: {"retry_after": "10"}}  # headers of refusals
 
@@ -119,11 +122,6 @@ class Connection:
             pass
         self._gone.set()
 
-    @property
-    def gone(self) -> bool:
-        """Whether the client disconnected."""
-        return self._gone.is_set()
-
     async def receive(self) -> Message:
         """What the application receives: the body once, then the end."""
         if self._body is not None:
@@ -148,3 +146,108 @@ class Connection:
             for pending in (task, left, self._watch):
                 pending.cancel()
             await asyncio.gather(task, left, self._watch, return_exceptions=True)
+
+
+Edit = Callable[[dict[str, Any]], Sequence[dict[str, Any]]]  # returns the replacements
+
+
+class Answer:
+    """Passes on a response and edits each JSON object in it: the whole body, or every event of a stream.
+
+    Attributes:
+        status: Status of the response; ``None`` before it starts.
+        done: Whether the last byte was sent.
+    """
+
+    def __init__(self, send: Send, edit: Edit):
+        self._send, self._edit = send, edit
+        self._start: Message = {}
+        self._buffer = b""
+        self._streams = self._closed = False
+        self.status: int | None = None
+        self.done = False
+
+    async def __call__(self, message: Message) -> None:
+        """Replaces ASGI's ``send``."""
+        if message["type"] == "http.response.start":
+            await self._begin(message)
+        elif message["type"] == "http.response.body" and not self.done:
+            self._buffer += message.get("body", b"")
+            last = not message.get("more_body", False)
+            await (self._pass_events(last) if self._streams else self._pass_whole(last))
+
+    async def _begin(self, message: Message) -> None:
+        self._start, self.status = message, message["status"]
+        kind = dict(message.get("headers", ())).get(b"content-type", b"")
+        self._streams = message["status"] < 400 and kind.startswith(b"text/event-stream")
+        if self._streams:
+            await self._send(with_headers(message, drop=(b"content-length",), cache_control="no-cache"))
+
+    async def _pass_whole(self, last: bool) -> None:
+        if not last:
+            return
+        assert self.status is not None
+        body = self._buffer if self.status < 400 else standardised(self.status, self._buffer)
+        status = 400 if self.status == 422 else self.status
+        if status < 400:
+            body = b"".join(self._edited(body))
+        self.status, self.done = status, True
+        start = with_headers(self._start, content_length=str(len(body)), content_type="application/json")
+        await self._send({**start, "status": status})
+        await self._send({"type": "http.response.body", "body": body})
+
+    async def _pass_events(self, last: bool) -> None:
+        *events, self._buffer = self._buffer.replace(b"\r\n", b"\n").split(b"\n\n")
+        events += [self._buffer] if last and self._buffer.strip() else []
+        out = b"".join(self._event(event) for event in events)
+        if last and not self._closed:
+            out += b"data: [DONE]\n\n"
+        self.done = last
+        if out or last:
+            await self._send({"type": "http.response.body", "body": out, "more_body": not last})
+
+    def _event(self, event: bytes) -> bytes:
+        if self._closed or not event.startswith(b"data:"):
+            return b"" if self._closed else event + b"\n\n"
+        data = event.removeprefix(b"data:").strip()
+        self._closed = data == b"[DONE]"
+        edited = [data] if self._closed else self._edited(data)
+        return b"".join(b"data: " + one + b"\n\n" for one in edited)
+
+    def _edited(self, data: bytes) -> list[bytes]:
+        try:
+            answer = json.loads(data)
+        except ValueError:
+            answer = {"error": None}
+        if not isinstance(answer, dict) or "error" in answer:
+            return [error_body(500, "the engine failed during the answer", "engine_error")]
+        return [json.dumps(one, ensure_ascii=False, separators=(",", ":")).encode() for one in self._edit(answer)]
+
+
+class Usage:
+    """Puts an answer's ``usage`` where OpenAI's API has it, wherever the engine puts it.
+
+    A complete answer has it. A stream has it if ``stream_options`` request it (``include_usage``), in a separate chunk
+    without choices; the chunks before have ``null``.
+
+    Args:
+        request: The request.
+
+    Attributes:
+        last: The engine's last value; empty before the first.
+    """
+
+    def __init__(self, request: api_fields.Request):
+        self._streams = bool(request.stream)
+        self._wanted = request.stream_options is not None and bool(request.stream_options.include_usage)
+        self.last: dict[str, Any] = {}
+
+    def placed(self, answer: dict[str, Any]) -> list[dict[str, Any]]:
+        """The replacement of a complete answer, or of a stream's chunk."""
+        found = answer.get("usage")
+        self.last = found or self.last
+        if not self._streams:
+            return [answer]
+        chunk = {key: value for key, value in answer.items() if key != "usage"}
+        chunks = [chunk | ({"usage": None} if self._wanted else {})] if chunk.get("choices") else []
+        return chunks + ([chunk | {"choices": [], "usage": found}] if found and self._wanted else [])

@@ -1,37 +1,112 @@
-"""The gateway between clients and an engine's own application, for any engine."""
+"""The gateway between clients and an engine's own application, for any engine: its page, its requests, its end."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import logging
+import mimetypes
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from spectr.errors import SpectrError
+from spectr.errors import CompositionError, SpectrError
 from spectr.serving.api_fields import ChatRequest, CompletionRequest, Request, parse, routing
 from spectr.serving.asgi import (
+    Answer,
     Connection,
+    Edit,
     TrackedSend,
+    Usage,
     bearer,
     read_body,
     respond,
     rewritten,
 )
-from spectr.serving.catalog import Catalog
+from spectr.serving.catalog import Catalog, Policy
 from spectr.serving.engines.base import Engine, Ticket
 from spectr.serving.errors import RefusalError
 from spectr.serving.metrics import CONTENT_TYPE, Metrics
-from spectr.serving.page import find_page, page_file
-from spectr.serving.policy import Policy
-from spectr.serving.responses import Answer, Edit
-from spectr.serving.shutdown import FINAL_SECONDS, Shutdown, stopped
-from spectr.serving.usage import Usage
+
+FINAL_SECONDS = 2.0  # seconds for the last answers
+
+
+class Shutdown:
+    """Whether a server is stopping, and its running requests.
+
+    Attributes:
+        begun: New requests are refused.
+        over: Running requests are cut off.
+    """
+
+    def __init__(self) -> None:
+        self.begun = self.over = False
+        self._under_way: set[asyncio.Task[None]] = set()
+
+    @property
+    def under_way(self) -> int:
+        """Requests without an answer yet."""
+        return len(self._under_way)
+
+    @contextmanager
+    def tracked(self) -> Iterator[None]:
+        """Inside the block, the current task is a running request; it is cancelled when the time is over."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._under_way.add(task)
+        try:
+            yield
+        finally:
+            self._under_way.discard(task)
+
+    def check(self) -> None:
+        """Raise :class:`RefusalError` for a request that arrives too late."""
+        if self.begun:
+            raise stopped("the server is stopping and takes no new requests")
+
+    def begin(self) -> None:
+        """Refuse new requests from now on."""
+        self.begun = True
+
+    async def end(self) -> None:
+        """Cut off running requests; returns after they ended."""
+        self.begin()
+        self.over = True
+        tasks = list(self._under_way)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=FINAL_SECONDS)
+
+
+def stopped(given: str = "the server stopped before this answer was complete") -> RefusalError:
+    """The answer to a request that the stopping server does not complete."""
+    return RefusalError(given, do="try again later", code="server_stopping", status=503)
+
+
+def find_page() -> Path | None:
+    """The folder of the page's files."""
+    folder = Path(__file__).parent / "playground"
+    return folder if (folder / "index.html").is_file() else None
+
+
+def page_file(folder: Path | None, name: str) -> tuple[bytes, str]:
+    """One of the page's files, with its content type.
+
+    Raises:
+        RefusalError: 404: there is no file of this name.
+    """
+    path = (folder / (name or "index.html")).resolve() if folder else None
+    if path is None or folder is None or not path.is_relative_to(folder.resolve()) or not path.is_file():
+        raise RefusalError(f"there is no page '{name}'", code="not_found", status=404)
+    kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+    return path.read_bytes(), f"{kind}; charset=utf-8" if kind.startswith("text/") else kind
+
 
 log = logging.getLogger("spectr.serving")
 _GENERATE: Mapping[str, type[Request]] = {
@@ -72,6 +147,10 @@ class Gateway:
 
     Attributes:
         shutdown: Ends the server.
+
+    Raises:
+        CompositionError: No layer is routed.
+        SpectrError: The composed model has the base model's name.
     """
 
     def __init__(
@@ -85,6 +164,8 @@ class Gateway:
         max_body: int = _MAX_BODY,
         say: Callable[[str], None] = log.info,
     ):
+        if not engine.layers:
+            raise CompositionError("no layer of this model is routed", do="check the library with spectr library list")
         self.say = say
         self.app, self.engine, self.max_body, self.count = app, engine, max_body, count
         self.catalog = Catalog(engine, policy, served_name)

@@ -12,11 +12,9 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
-from spectr.errors import CompositionError
 from spectr.serving.engines.base import Engine
-from spectr.serving.gateway import Gateway
+from spectr.serving.gateway import Gateway, Shutdown
 from spectr.serving.settings import ServerSettings
-from spectr.serving.shutdown import Shutdown
 
 if TYPE_CHECKING:
     import uvicorn
@@ -52,8 +50,6 @@ async def listen(
     """
     from uvicorn import Config, Server
 
-    if not engine.layers:
-        raise CompositionError("no layer of this model is routed", do="check the library with spectr library list")
     gateway = Gateway(
         app, engine, policy=settings.policy(), served_name=settings.served_name, count=settings.count, say=say
     )

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 from spectr.lazy import lazy
 
 if TYPE_CHECKING:
+    from spectr.training.adapter import Report
     from spectr.training.data import Encoded, batches, encode
     from spectr.training.gates import train_gates
-    from spectr.training.publish import Report
     from spectr.training.run import check_folder, checkpoint_step, train_expert
     from spectr.training.settings import AUTHORS_GATES, GateSettings, TrainingSettings
 

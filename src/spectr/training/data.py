@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from spectr.grouping import chunks
 from spectr.models import encode_answer, encode_prompt, pad_rows, shared_prefix
 from spectr.tasks import Example
 
@@ -91,8 +92,8 @@ def batches(
         order = torch.randperm(len(data.prompts), generator=generator).tolist()
         groups = [
             chunk
-            for start in range(0, len(order), batch_size * _BUCKET)
-            for chunk in _chunks(sorted(order[start : start + batch_size * _BUCKET], key=data.length), batch_size)
+            for bucket in chunks(order, batch_size * _BUCKET)
+            for chunk in chunks(sorted(bucket, key=data.length), batch_size)
         ]
         for index in torch.randperm(len(groups), generator=generator).tolist():
             yield collate(data, groups[index], pad)
@@ -103,14 +104,14 @@ def count_steps(data: Encoded, *, batch_size: int, epochs: int) -> int:
     return epochs * -(-len(data.prompts) // batch_size)
 
 
-def _collate(data: Encoded, chosen: list[int], pad: int) -> Batch:
+def _collate(data: Encoded, chosen: Sequence[int], pad: int) -> Batch:
     rows = [data.prompts[i] + data.answers[i][:-1] for i in chosen]
     first = min(len(data.prompts[i]) for i in chosen) - 1  # position of the first target of all
     labels = [[-100] * (len(data.prompts[i]) - 1 - first) + data.answers[i] for i in chosen]
     return _batch(rows, labels, len(data.prefix), pad)
 
 
-def _collate_two_sided(data: Encoded, chosen: list[int], pad: int) -> Batch:
+def _collate_two_sided(data: Encoded, chosen: Sequence[int], pad: int) -> Batch:
     return _batch([data.prompts[i] for i in chosen], [data.answers[i] for i in chosen], 0, pad)
 
 
@@ -126,8 +127,3 @@ def _batch(rows: list[list[int]], labels: list[list[int]], shared: int, pad: int
 
 def _without_middle(prompt: list[int], size: int) -> list[int]:
     return prompt if len(prompt) <= size else prompt[: size // 2] + prompt[len(prompt) - (size - size // 2) :]
-
-
-def _chunks(order: list[int], size: int) -> Iterator[list[int]]:
-    for start in range(0, len(order), size):
-        yield order[start : start + size]

@@ -13,14 +13,14 @@ from spectr.adapters import Expert, has_gates
 from spectr.errors import DataError, MissingExtraError, some_of
 from spectr.shipped import open_library
 from spectr.tasks import Example, Task, read_examples
-from spectr.tasks.sources import Source, read_expert_rows
+from spectr.tasks.rows import Source, read_expert_rows
 from spectr.training.settings import GateSettings, TrainingSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from spectr.training.adapter import Report
     from spectr.training.fit import Progress
-    from spectr.training.publish import Report
 
 
 TEST_ROWS = 200  # minutes on a CPU, with a standard error of at most 3.5 points

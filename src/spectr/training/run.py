@@ -21,10 +21,9 @@ from spectr.folders import check_new_folder
 from spectr.hashing import json_sha256
 from spectr.models import reads_in_parts
 from spectr.tasks import Example
-from spectr.training.adapter import check_plain, settle, untrained, with_adapter
+from spectr.training.adapter import Report, check_plain, publish, settle, untrained, with_adapter
 from spectr.training.data import Encoded, count_steps, encode
 from spectr.training.fit import Progress, fit, fresh_facts, read_facts, trainable
-from spectr.training.publish import Report, publish
 from spectr.training.settings import TrainingSettings
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -67,7 +66,7 @@ def train_expert(
         out: Folder to write, which must not hold an expert yet.
         data: Origin of the examples (paths, hashes); for the card, and to identify this run.
         length_normalised: How choices are scored.
-        metric: Metric of examples without choices; see :func:`spectr.evaluation.metrics.text_metric`.
+        metric: Metric of examples without choices; see :func:`spectr.evaluation.score.text_metric`.
         max_new_tokens: Maximum length of a measured answer.
         note: A remark for the card.
         checkpoint_seconds: Time between checkpoints.

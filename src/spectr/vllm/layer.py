@@ -1,25 +1,116 @@
-"""The experts of one of vLLM's linear layers, which may pack several modules."""
+"""The experts of one of vLLM's linear layers, which may pack several modules, and the products that add them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
+from importlib import import_module
 from itertools import pairwise
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
+from spectr.combine import merge_outputs
 from spectr.errors import CompositionError
+from spectr.ops.packed import Choice, Choosing, Module, Packed, packed_works
 from spectr.routers import LengthRouter, Router
+from spectr.selection import Selection, TopK
 from spectr.spectral import Share, Stack
-from spectr.vllm.packed import fits, packed_of
 from spectr.vllm.probes import ProbeScorer, key_of
-from spectr.vllm.product import Product
-from spectr.vllm.routing import Group, same_layout
-from spectr.vllm.score_transforms import ScoreTransform, needs_transforms
+from spectr.vllm.routing import Group, ScoreTransform, needs_transforms, same_layout
 from spectr.vllm.tensor_parallel import Split
 from spectr.vllm.worker_state import WorkerState
+
+
+class Product(nn.Module):
+    """``x @ weight^T``. On a CPU, oneDNN keeps the weight in its own order, and the plain copy is freed.
+
+    Args:
+        weight_NK: The weight, on its device and in the dtype of the computation.
+    """
+
+    weight_NK: Tensor
+    packed: Any = None
+    multiply: Any = None
+
+    def __init__(self, weight_NK: Float[Tensor, "N K"]):
+        super().__init__()
+        self.size = tuple(weight_NK.shape)
+        self.register_buffer("weight_NK", weight_NK.contiguous(), persistent=False)
+        if weight_NK.device.type == "cpu" and weight_NK.numel():
+            self.packed = _pack(self.weight_NK)
+            self.multiply = getattr(_ops(), "onednn_mm", None)
+            if self.packed is not None:
+                self.weight_NK = weight_NK.new_empty(0)
+
+    def forward(self, x_TK: Float[Tensor, "*T K"]) -> Float[Tensor, "*T N"]:
+        """The product."""
+        return linear(x_TK, self.weight_NK) if self.packed is None else self.multiply(self.packed, x_TK, None)
+
+    def replace(self, weight_NK: Float[Tensor, "N K"]) -> None:
+        """Replace the weight by one of the same size, from the next call on. Compiled graphs use it too."""
+        assert tuple(weight_NK.shape) == self.size
+        if self.packed is None:
+            self.weight_NK.copy_(weight_NK)
+            return
+        fresh = _pack(weight_NK.to(self.weight_NK.dtype).contiguous())
+        old, new = self.packed.handler_tensor, fresh.handler_tensor
+        address = old.item()
+        old.copy_(new)
+        new.fill_(address)  # so that what goes with `fresh` are the old weight's own bytes
+
+
+def _pack(weight_NK: Tensor) -> Any:
+    ops = _ops()
+    if not getattr(ops, "_supports_onednn", False):
+        return None
+    try:
+        return ops.create_onednn_mm(weight_NK.t(), 32)
+    except RuntimeError:  # a dtype or size that oneDNN does not support
+        return None
+
+
+@cache
+def _ops() -> Any:
+    return import_module("vllm._custom_ops")
+
+
+def fits(experts: Any) -> bool:
+    """Whether this operation can compute a layer: its experts need one rank and scores that are norms."""
+    return experts.device.type == "cpu" and _simple(experts) and packed_works(experts.dtype)
+
+
+def packed_of(experts: Any, A_PI: Tensor, B_SOP: list[Tensor]) -> Packed:
+    """A layer's experts for this operation."""
+    [group] = experts.groups
+    tables = group.centers_SWP, group.scales_SWP
+    centers, scales = ([None] * len(B_SOP) if table is None else table for table in tables)
+    begins = (begin for begin, _ in experts.places)
+    modules = [Module(*one) for one in zip(B_SOP, centers, begins, scales, strict=True)]
+    kept = experts.kept() if experts.record else None
+    choices = [_choice(select, group.experts) for select in group.selects]
+    routers = experts.router_T if len(choices) > 1 else None
+    most = max(group.most_fixed, *(choice.k for choice in choices), 1)
+    return Packed(A_PI, modules, Choosing(group.columns_E, experts.routing_TE, choices, routers, most, kept))
+
+
+def _simple(experts: Any) -> bool:
+    """Whether one set of experts of one rank has norms as scores, and the best experts' outputs are added."""
+    if experts.split.by_input or len(experts.groups) != 1:
+        return False
+    [group] = experts.groups
+    outputs = group.router.combination.merge is merge_outputs
+    return bool(outputs and isinstance(group.router, LengthRouter) and group.common_rank is not None)
+
+
+def _choice(select: Selection, experts: int) -> Choice:
+    if not isinstance(select, TopK):
+        return Choice(experts, 0.0)
+    return Choice(select.k, select.temperature if select.weighting == "softmax" else 0.0)
+
 
 Reduce = Callable[[Tensor], Tensor]
 

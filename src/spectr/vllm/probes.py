@@ -54,11 +54,6 @@ class Verdict(NamedTuple):
     p: float | None = None
 
 
-class _Part(NamedTuple):
-    request: str
-    tokens: int
-
-
 class Probes:
     """The probes of one worker.
 
@@ -73,7 +68,7 @@ class Probes:
     def __init__(self, routers: Mapping[str, Any], modules: Mapping[str, Sequence[str]]):
         self.routers, self.modules = routers, modules
         self.rows_N: Tensor | None = None
-        self._parts: list[_Part] = []
+        self._parts: list[tuple[str, int]] = []  # a request, and how many of its tokens count
         self._complete: list[Row] = []
         self._scores: dict[str, dict[str, list[Tensor]]] = {}
         self._awaited: set[str] = set()
@@ -93,7 +88,7 @@ class Probes:
                 first, end = max(row.before, row.options.skipped), min(row.before + row.tokens, row.prompt)
                 if first < end:
                     rows.append(torch.arange(first, end) - row.before + start)
-                    self._parts.append(_Part(row.request, end - first))
+                    self._parts.append((row.request, end - first))
                 if row.before < row.prompt <= row.before + row.tokens:
                     self._complete.append(row)
             start += row.tokens
@@ -101,9 +96,9 @@ class Probes:
 
     def take(self, module: str, scores_NE: Float[Tensor, "N E"]) -> None:
         """Receive a module's scores of the step's tokens that count."""
-        pieces = scores_NE.split([part.tokens for part in self._parts])
-        for part, piece_NE in zip(self._parts, pieces, strict=True):
-            self._scores[part.request].setdefault(module, []).append(piece_NE)
+        pieces = scores_NE.split([tokens for _, tokens in self._parts])
+        for (request, _), piece_NE in zip(self._parts, pieces, strict=True):
+            self._scores[request].setdefault(module, []).append(piece_NE)
 
     def end(self, removed: Collection[str]) -> None:
         """Decide on the prompts that this step has completed."""

@@ -22,8 +22,7 @@ def register() -> None:
     except CompositionError as error:
         warnings.warn(f"composed models will not load: {error}", stacklevel=2)
         return
-    from spectr.vllm.cache_salt import follow_removals, salt_requests
-    from spectr.vllm.runner import hook_runner
+    from spectr.vllm.runner import follow_removals, hook_runner, salt_requests
 
     import_module("spectr.vllm.config")  # its class registers itself
     salt_requests()

@@ -1,4 +1,4 @@
-"""Hooks in vLLM's first model runner: masks before each step, reports after it, and a check when a model loads."""
+"""Hooks in vLLM: cache salts by sets of experts; in its first model runner masks before a step, reports after it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,52 @@ from typing import Any
 import numpy as np
 
 from spectr.errors import CompositionError
-from spectr.vllm.cache_salt import REMOVE
 from spectr.vllm.probes import Probes, Row
 from spectr.vllm.requests import RequestOptions
 from spectr.vllm.routing_records import Reporter
 from spectr.vllm.worker_state import WorkerState
+
+REMOVE = "spectr_remove"
+_removed: set[str] = set()  # experts removed from the engine of this process
+
+
+def salt_requests() -> None:
+    """Add each request's set of experts to its cache salt, where the engine core makes the salt."""
+    from vllm.v1.request import Request
+
+    if getattr(Request.__init__, "salts", False):
+        return
+    original = Request.__init__
+
+    @wraps(original)
+    def salted(self: Any, *args: Any, **options: Any) -> None:
+        params = options["sampling_params"] if "sampling_params" in options else (args[2] if len(args) > 2 else None)
+        salt = RequestOptions.of(getattr(params, "extra_args", None)).salt(_removed)
+        if salt:
+            own = options.get("cache_salt")
+            options["cache_salt"] = f"{salt}|{own}" if own else salt
+        original(self, *args, **options)
+
+    salted.salts = True  # pyright: ignore[reportAttributeAccessIssue]
+    Request.__init__ = salted
+
+
+def follow_removals() -> None:
+    """Change the salt of requests that come after the removal of an expert."""
+    from vllm.v1.engine.core import EngineCore
+
+    if getattr(EngineCore.collective_rpc, "follows", False):
+        return
+    original = EngineCore.collective_rpc
+
+    @wraps(original)
+    def followed(self: Any, method: Any, timeout: float | None = None, args: tuple = (), kwargs: Any = None) -> Any:
+        if method == REMOVE and args:
+            _removed.add(str(args[0]))
+        return original(self, method, timeout, args, kwargs)
+
+    followed.follows = True  # pyright: ignore[reportAttributeAccessIssue]
+    EngineCore.collective_rpc = followed
 
 
 def hook_runner() -> None:

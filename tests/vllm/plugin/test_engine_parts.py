@@ -21,8 +21,7 @@ from spectr.vllm.probes import Row
 from spectr.vllm.register import _supported, check_version, register
 from spectr.vllm.requests import PROBE, ROUTER, SKIPPED, VERDICT, RequestOptions
 from spectr.vllm.router_set import routers_of, supported
-from spectr.vllm.routing import Group
-from spectr.vllm.score_transforms import ScoreTransform, needs_transforms
+from spectr.vllm.routing import Group, ScoreTransform, needs_transforms
 from spectr.vllm.tensor_parallel import Split
 
 KNOWN = ("amber", "blue", "cyan")

@@ -17,13 +17,13 @@ from spectr.adapters import GATES_FILE
 from spectr.calibration import calibrate
 from spectr.composition import Guide, Routed, compose
 from spectr.errors import CompositionError, DataError, SpectrError, collecting, raise_together
-from spectr.evaluation.encode import encode_examples
+from spectr.evaluation.choices import encode_examples
 from spectr.evaluation.expert_recall import Finding, find_experts, keep_findings, kept_findings, over_runs
-from spectr.evaluation.metrics import text_metric
-from spectr.evaluation.score import Measurement, counting, score_examples, score_of
+from spectr.evaluation.plan import Material
+from spectr.evaluation.score import Measurement, counting, score_examples, score_of, text_metric
 from spectr.folders import with_parents
 from spectr.grouping import grouped
-from spectr.hashing import known_sha256
+from spectr.hashing import known_sha256, package_versions
 from spectr.library import Calibration, ExpertLibrary
 from spectr.library.needs import CALIBRATED, DESCRIBED, GATED
 from spectr.models import context_length, opening_length
@@ -32,7 +32,6 @@ from spectr.routers.abstention import always_choosing
 from spectr.routers.config import router_config
 from spectr.routers.options import read_settings
 from spectr.tasks import Example, Task
-from spectr.versions import package_versions
 
 Progress = Callable[[str, int, int, str], None]
 Compared = Sequence[tuple[str, Mapping[str, Any]]]  # names of routers, each with its settings
@@ -93,39 +92,25 @@ class Result:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExperimentSetup:
+class ExperimentSetup(Material):
     """The base model, experts and tasks of an experiment.
 
     Attributes:
         model: The base model, not composed; experiments leave it so.
         tokenizer: Its tokenizer.
-        library: The experts.
-        tasks: The tasks, each with its examples.
-        reworded: By task, the same examples in each of its paraphrases.
         folder: For records from which an interrupted run resumes.
         only: Names of the routers to compare; if empty, all routers of an experiment.
-        settings: Settings of these routers, ``NAME=VALUE``; see :func:`spectr.routers.options.read_settings`.
         seeds: Seeds of calibrations for calibrated routers; if empty, the library's own calibration.
-        ranks: By rank, a library of the same tasks' experts.
-        held_out: Like ``tasks``, but the library has no expert for them; for "heldout".
         ownerless: Whether the library may lack an expert for some ``tasks``.
         guide: Makes a guide for routers that compare descriptions; called once.
-        companions: Adapters that replace experts in "robustness": (case, expert, folder).
         progress: Called with (phase, done, total, remark).
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    library: ExpertLibrary
-    tasks: Mapping[str, tuple[Task, Sequence[Example]]]
     folder: Path
-    reworded: Mapping[str, Sequence[Sequence[Example]]] = field(default_factory=dict)
     only: Sequence[str] = ()
-    settings: Sequence[str] = ()
     seeds: Sequence[int] = ()
-    ranks: Mapping[int, ExpertLibrary] = field(default_factory=dict)
-    companions: Sequence[tuple[str, str, Path]] = ()
-    held_out: Mapping[str, tuple[Task, Sequence[Example]]] = field(default_factory=dict)
     ownerless: bool = False
     guide: Callable[[], Guide] | None = None
     progress: Progress = lambda *_: None

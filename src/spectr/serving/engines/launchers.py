@@ -66,7 +66,7 @@ class Transformers:
     def launch(self, settings: ServerSettings, parts: Parts, say: Say) -> None:
         """See :class:`Launcher`."""
         try:
-            from spectr.serving.engines.batching import Batching
+            from spectr.serving.engines.generation import Batching
             from spectr.serving.engines.transformers import TransformersEngine, check_version
             from spectr.serving.run import listen
         except ImportError as error:

@@ -1,6 +1,6 @@
 """Serve with transformers' own code: its handlers, its model manager, its generation.
 
-Requests run one at a time, or many at once with continuous batching (:mod:`spectr.serving.engines.batching`).
+Requests run one at a time, or many at once with continuous batching (:mod:`spectr.serving.engines.generation`).
 Transformers' classes are wrapped, not subclassed; they know a request by its id.
 """
 
@@ -13,20 +13,15 @@ from concurrent.futures import TimeoutError
 from contextlib import suppress
 from importlib.metadata import version
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from spectr.composition.multi_router import MultiRouter
 from spectr.errors import CompositionError, MissingExtraError, SpectrError, nearest
 from spectr.models import context_length
 from spectr.serving.engines.base import Step, Ticket
-from spectr.serving.engines.batch_scheduling import BatchScheduler
-from spectr.serving.engines.generation import Bound, OneAtATime, State
-from spectr.serving.engines.requests import Running
-from spectr.serving.errors import RefusalError
-from spectr.serving.validation import shown
-
-if TYPE_CHECKING:
-    from spectr.serving.engines.batching import Batching
+from spectr.serving.engines.batch_scheduling import BatchScheduler, Running
+from spectr.serving.engines.generation import Batching, Bound, OneAtATime, State
+from spectr.serving.errors import RefusalError, shown
 
 TESTED = ((5, 23), (5, 24))  # at least, and below
 _NAME = "spectr"  # name of the composed model in transformers' code
@@ -52,7 +47,7 @@ class TransformersEngine:
         app: The ASGI application, for a :class:`spectr.serving.gateway.Gateway`.
 
     Raises:
-        CompositionError: No layer is routed, or a router cannot serve several sets of experts.
+        CompositionError: A router cannot serve several sets of experts.
         SpectrError: The installed transformers version was not tested with this engine.
     """
 
@@ -66,8 +61,6 @@ class TransformersEngine:
         batching: Batching | None = None,
     ):
         check_version()
-        if not composed.layers:
-            raise CompositionError("no layer of this model is routed", do="compose it with a library of experts")
         self.composed, self.tokenizer, self.base_model, self.batching = composed, tokenizer, base_model, batching
         self.routers, self.suspicion = tuple(composed.compositions), dict(suspicion or {})
         self.experts, self.layers = composed.experts, composed.layers

@@ -53,9 +53,6 @@ class VllmEngine:
         suspicion: Experts whose norm is an outlier, with a score.
         records: Whether the layers record their choices.
         p: The result for a request's prompt by vLLM's name of the request; see :class:`Decider`.
-
-    Raises:
-        CompositionError: No layer is routed.
     """
 
     def __init__(
@@ -70,8 +67,6 @@ class VllmEngine:
         records: bool = True,
         p: Mapping[str, float] | None = None,
     ):
-        if not status["layers"]:
-            raise CompositionError("no layer of this model is routed", do="compose it with a library of experts")
         self.client, self.listener, self.base_model, self.records = client, listener, base_model, records
         self.routers, self._inner, self.suspicion = tuple(routers), dict(routers), dict(suspicion or {})
         self._p = {} if p is None else p
