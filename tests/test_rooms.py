@@ -12,7 +12,7 @@ import spectr
 
 ROOT = Path(spectr.__file__).parent
 ROOMS = (
-    ("errors", "renamed", "atomic_write", "folders", "grouping", "hashing", "versions", "flops", "lazy", "registry"),
+    ("errors", "renamed", "atomic_write", "folders", "grouping", "hashing", "flops", "lazy", "registry"),
     ("spectral",),
     ("adapters",),
     ("library",),
