@@ -147,6 +147,8 @@ class TestRefusals:
     def test_the_very_same_files_are_no_fault_and_change_nothing(self, library, adapter):
         entry, before = library.add("med", adapter), tree(library.root)
         assert LibraryStore(library.root).add("med", adapter) == entry
+        (adapter / "README.md").write_text("another card")
+        assert library.add("med", adapter) == entry
         assert tree(library.root) == before
         (library.root / entry.folder / "adapter_model.safetensors").write_bytes(b"damaged")
         with pytest.raises(LibraryError, match="already has an expert 'med'"):

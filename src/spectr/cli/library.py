@@ -111,7 +111,7 @@ def check(
 def _show_checkup(found: Checkup) -> None:
     """Print a table of facts, then the modules without effect and the reasons."""
     likely = f" (most likely {found.likely})" if found.likely else ""
-    verdicts = ("all of it is routed", "parts of it have no effect", "refused", "its base model is not on this machine")
+    results = ("all of it is routed", "parts of it have no effect", "refused", "its base model is not on this machine")
     facts = {
         "adapter": found.source,
         "what it is": found.kind,
@@ -120,7 +120,7 @@ def _show_checkup(found: Checkup) -> None:
         "routed": f"{len(found.routed)} modules",
         "no effect": f"{len(found.idle)} modules" if found.idle else "",
         "missing in its file": some_of(list(found.missing), 3, " modules"),
-        "verdict": verdicts[found.exit_code],
+        "result": results[found.exit_code],
     }
     table = Table(show_header=False)
     for key, value in facts.items():

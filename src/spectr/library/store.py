@@ -27,6 +27,8 @@ from torch import Tensor
 
 from spectr.adapters import (
     ADAPTER_FILES,
+    CARD,
+    CARD_DATA,
     CONFIG_FILE,
     GATES_FILE,
     WEIGHTS_FILE,
@@ -105,7 +107,7 @@ class LibraryStore:
             ) from error
 
     def add(self, name: str, source: str | Path, *, replace: bool = False) -> Entry:
-        """Copy an adapter into the library; the very files that an expert of that name has change nothing.
+        """Copy an adapter into the library. If an expert of that name is the same but for its card, nothing changes.
 
         Args:
             name: The expert's name: letters, digits, dot, dash, underscore.
@@ -137,10 +139,11 @@ class LibraryStore:
             return self._put(expert)
 
     def _same(self, expert: Expert) -> Entry | None:
-        """The entry of an expert of this name, where it is whole and has the very same files."""
+        """The entry of an expert of this name, if it is whole and the same but for its card."""
         with suppress(LibraryError):
             entry = read_entry(self.root, expert.name)
-            if entry and entry.sha256 == _digests(expert.weights.parent) == _digests(self.root / entry.folder):
+            whole = entry is not None and entry.sha256 == _digests(self.root / entry.folder)
+            if whole and _without_card(entry.sha256) == _without_card(_digests(expert.weights.parent)):
                 return entry
         return None
 
@@ -388,6 +391,10 @@ class LibraryStore:
 
 def _digests(folder: Path) -> dict[str, str]:
     return {file: file_sha256(folder / file) for file in ADAPTER_FILES if (folder / file).is_file()}
+
+
+def _without_card(digests: Mapping[str, str]) -> dict[str, str]:
+    return {file: digest for file, digest in digests.items() if file not in (CARD, CARD_DATA)}
 
 
 def _content_digits(digests: dict[str, str]) -> str:

@@ -141,6 +141,9 @@ def write_peft(peft_model: PeftModel, folder: Path, *, base_model: str, without:
         config.target_modules = targets(kept, [name for name in named if not name.startswith(inner)])
     config.base_model_name_or_path = base_model
     config.inference_mode = True
+    for name, value in list(vars(config).items()):
+        if isinstance(value, set):  # PEFT would write its items in an order that differs from process to process
+            setattr(config, name, sorted(value))
     save_readable(tensors, folder / WEIGHTS_FILE, {"format": "pt"})
     config.save_pretrained(str(folder))
 
