@@ -68,7 +68,7 @@ def run(page: str, space: dict[str, Any]) -> None:
     whole = "\n".join(blocks)
     if "spectr.compose(" not in whole and re.search(r"\brouted\.|spectr\.trace\(", whole):
         space["routed"] = spectr.compose(space["model"], space["library"], spectr.Calibrated())
-        space["verdict"] = space["routed"].prompt.decide(**space["inputs"])
+        space["verdict"] = space["decision"] = space["routed"].prompt.decide(**space["inputs"])
     for number, code in enumerate(blocks, start=1):
         layers = space["model"].modules() if "spectr.compose(" in code else ()
         if any(isinstance(layer, spectr.RoutedLinear) for layer in layers):
