@@ -18,7 +18,7 @@ def router_page() -> str:
     lines = [
         "# Router settings",
         "",
-        "Set a setting with `--set NAME=VALUE` on the command line, or with `spectr.get_router` in Python.",
+        "Use `--set NAME=VALUE` on the command line, or `spectr.get_router` in Python.",
         "[Routers](../routers.md) explains what each router computes.",
     ]
     for kind, title in titles.items():

@@ -38,8 +38,8 @@ def describe(
 
     The texts are in descriptions.yaml. Read and correct them: a small model writes poor descriptions.
 
-    [dim]spectr library describe --library experts --data-root data --writer http://localhost:8000/v1#my-model[/]
-    [dim]spectr library describe sql --library experts --text "Turn a question into an SQL query."[/]
+    [dim]spectr library describe --library my-experts --data-root data --writer http://localhost:8000/v1#my-model[/]
+    [dim]spectr library describe sql --library my-experts --text "Turn a question into an SQL query."[/]
     """
     from spectr.description import read_description_plan, run_description_plan
 

@@ -91,7 +91,7 @@ def evaluate(
     folder: Folder = Path("out/evaluation"),
     as_json: JsonOption = False,
 ) -> None:
-    """Run one of the paper's experiments, or all. Writes a table, a figure, and results with their origin as JSON.
+    """Run an experiment, or all, and write its table, its figure, and its results with their origin as JSON.
 
     Scored examples are kept, so that an interrupted run resumes.
 

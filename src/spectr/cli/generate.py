@@ -25,7 +25,7 @@ MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Limit
 Temperature = Annotated[
     float,
     typer.Option(
-        "--temperature", "-t", help="Sample at this temperature; 0 always takes the most likely token.", min=0
+        "--temperature", "-t", help="Sample at this temperature; 0 always chooses the most likely token.", min=0
     ),
 ]
 Chat = Annotated[bool, typer.Option("--chat/--no-chat", help="Use the model's chat template.")]

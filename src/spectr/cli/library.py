@@ -60,7 +60,7 @@ def add(
 ) -> None:
     """Check a LoRA adapter and copy it into a library.
 
-    [dim]spectr library add sql ./adapters/sql --library experts[/]
+    [dim]spectr library add sql ./adapters/sql --library my-experts[/]
     """
     store = LibraryStore(library)
     entry = store.add(name, adapter, replace=replace)
@@ -212,7 +212,8 @@ def calibrate(
     samples: Annotated[int, typer.Option(help="Let the model write this many texts.", min=1)] = 24,
     tokens: Annotated[int, typer.Option(help="Limit the tokens of each text.", min=1)] = 64,
     null: Annotated[
-        int, typer.Option(help="Let it write this many ordinary prompts, the baseline of the evidence.", min=0)
+        int,
+        typer.Option(help="Let the base model write this many ordinary prompts, the baseline of the evidence.", min=0),
     ] = 160,
     seed: Annotated[int, typer.Option(help="Set the seed of the writing.")] = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure all experts again.")] = False,
@@ -223,7 +224,7 @@ def calibrate(
     Needs no data and no training: the model writes a few texts as a user would. An expert that was added later is
     measured alone, on the same texts.
 
-    [dim]spectr library calibrate --library experts[/]
+    [dim]spectr library calibrate --library my-experts[/]
     """
     experts = open_library(library)
     lines = read_lines(texts) if texts else None
@@ -264,9 +265,9 @@ def index(
 ) -> None:
     """Store each expert's alignment and prototypes, for the router "shortlist" and very large libraries.
 
-    The index takes about 0.9 MB per expert. An interrupted run resumes.
+    The index of SmolLM2-135M takes about 0.9 MB per expert. An interrupted run resumes.
 
-    [dim]spectr library index --library experts[/]
+    [dim]spectr library index --library my-experts[/]
     """
     from spectr.indexing import build_index, check_index
 

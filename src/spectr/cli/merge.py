@@ -37,7 +37,7 @@ def merge(
         ),
     ] = None,
     strength: Annotated[
-        float | None, typer.Option(help="Multiply what --subtract subtracts by this number; 1.0 by default.")
+        float | None, typer.Option(help="Multiply the update of --subtract by this number; 1.0 by default.")
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Limit the adapter's ranks.")] = None,
     energy: Annotated[

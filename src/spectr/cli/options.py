@@ -125,9 +125,7 @@ class Routing:
     ] = None
     expert: Annotated[
         str | None,
-        typer.Option(
-            "--expert", "-e", help="Set the expert that the router oracle always takes.", rich_help_panel=_PANEL
-        ),
+        typer.Option("--expert", "-e", help="Set the expert that the router oracle uses.", rich_help_panel=_PANEL),
     ] = None
     settings: Annotated[
         list[str] | None,

@@ -134,7 +134,7 @@ def gates(
     Trains one vector per layer; the base model and the expert stay frozen. This takes a few minutes per expert on two
     cores. An interrupted run resumes.
 
-    [dim]spectr train gates --library experts --data-root data[/]
+    [dim]spectr train gates --library my-experts --data-root data[/]
     [dim]spectr train gates mood -l experts --data rows.jsonl --prompt "Is this positive? {text}" --choices no,yes[/]
     """
     from spectr.training import GateSettings

@@ -49,7 +49,7 @@ class Calibrated(LengthRouter):
         prior_strength: 0 equals ``level="token"``; with larger values the prompt has more influence.
         probe_tokens: Maximum number of a prompt's tokens that are read for the decision.
         abstain: The share of ordinary prompts that an expert may answer; if no expert stands out, the base model
-            answers alone. ``"auto"`` is 0.05 if the calibration has enough ordinary prompts; ``None`` always chooses an
+            answers. ``"auto"`` is 0.05 if the calibration has enough ordinary prompts; ``None`` always chooses an
             expert.
         combine: ``"outputs"``, or another name in :data:`spectr.combine.COMBINATIONS`.
 

@@ -27,15 +27,18 @@ class Glider(PromptRouter):
     """``s_t(x) + alpha cos(e_t, q)``, softmax of the top k.
 
     ``e_t`` embeds an instruction that describes expert ``t``'s task, and ``q`` the instruction that a language model
-    writes for the prompt (:class:`spectr.composition.Guide`). It is one vector for all layers and tokens.
+    writes for the prompt (:class:`spectr.composition.Guide`). The similarity is one number per expert, the
+    same for all layers and tokens.
 
     Attributes:
         token_router: Computes ``s_t(x)``: any router that scores every expert for each token. ``None`` decides once for
-            the prompt, by the descriptions alone.
-        alpha: See :class:`spectr.routers.use.AddToScores`, as for the following three.
-        alpha_near: Used if some description is similar to the prompt.
-        alpha_far: Used otherwise.
-        threshold: Separates the two. The authors' is 0.8, for their embedder (``"glider-paper"``).
+            the prompt, only by the descriptions.
+        alpha: The factor of the similarity. ``"gated"``: ``alpha_near`` or ``alpha_far``, by ``threshold``. Or one
+            number for all prompts.
+        alpha_near: The factor if the prompt's largest similarity is above ``threshold``.
+        alpha_far: The factor otherwise.
+        threshold: A similarity, or ``"descriptions"``: the mean, over experts, of the largest similarity between an
+            expert's description and another one. The authors' is 0.8, for their embedder (``"glider-paper"``).
         top_k: Experts per token and module.
         weights: ``"softmax"`` of the chosen scores, or ``"uniform"``.
         temperature: Temperature of the softmax.

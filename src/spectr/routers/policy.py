@@ -96,9 +96,10 @@ class PromptPolicy(PromptRouter):
         evidence: Computes a number for each expert; see :mod:`spectr.routers.evidence`.
         use: Holds weights, keeps a shortlist, or informs each token's scores; see :mod:`spectr.routers.use`.
         router: Decides for each token, as far as the use allows.
-        abstain: The base model answers alone unless a prompt's evidence is such as at most this share of ordinary
-            prompts has. The evidence must know that share (:class:`spectr.routers.evidence.Found`). ``None``: an expert
-            always answers; a single allowed expert always does.
+        abstain: The false-alarm rate, above 0 and below 1. If a larger share of ordinary prompts has as much evidence
+            as the prompt, the base model answers. The evidence must know that share
+            (:class:`spectr.routers.evidence.Found`). ``None``: an expert always answers. A single allowed expert
+            always answers.
     """
 
     evidence: Evidence

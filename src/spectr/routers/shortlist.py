@@ -37,14 +37,14 @@ class Shortlist(PromptRouter):
         size: Experts on a prompt's shortlist. With one, it is held for the whole answer, without ``token_router``.
         token_router: Decides for each token and module among them. Any router that does so, and :class:`Calibrated`
             with the level ``"prior"``, which the prompt's evidence informs.
-        probe_tokens: See :class:`PrototypeMeans`, as for the next three.
+        probe_tokens: Maximum number of a prompt's tokens that are read for the decision.
         modules: Last parts of the names of the modules that are used for the decision, such as
             ``("q_proj", "k_proj")``. Empty for all.
         module_stride: Use every N-th of these modules; larger is faster and less accurate.
         bits: Bits per number of a prototype in memory: 8, 16 or 32. From 16 on the list is exact: it equals the list of
             full prototypes, in real numbers.
-        abstain: The share of ordinary prompts that may get a list; if no expert stands out, the base model answers
-            alone. ``"auto"`` is 0.05 if the calibration has enough ordinary prompts; ``None`` always lists experts.
+        abstain: The share of ordinary prompts that may get a list; if no expert stands out, the base model answers.
+            ``"auto"`` is 0.05 if the calibration has enough ordinary prompts; ``None`` always lists experts.
 
     Source: ours, with the prototypes of Arrow (Ostapenko et al., 2024) and the two steps of LAG (Fleshman and Van
     Durme, 2025); see docs/howto/scale.md.

@@ -37,7 +37,7 @@ class Use(ABC):
         fixes: Whether the verdict gives the weights of all tokens of the prompt, so that no token chooses.
         gathers: Whether an expert with the number zero is not used, so that its factors need not be in memory.
         neutral: The number of an expert about which nothing is known.
-        excluded: The number of an expert that is not used. If all experts have it, the base model answers alone. Zero
+        excluded: The number of an expert that is not used. If all experts have it, the base model answers. Zero
             for a use that fixes or gathers.
         in_kernels: Whether scores are informed by a product only, as in kernels.
     """

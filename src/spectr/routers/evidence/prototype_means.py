@@ -22,8 +22,8 @@ class PrototypeMeans(ScoreMeans):
     ``v_t`` is the first row of ``V^T`` (Arrow's prototype). Only the prototypes are in memory.
 
     Attributes:
-        power: See :class:`ScoreMeans`.
-        relative_power: See :class:`ScoreMeans`.
+        power: The exponent of an expert's scores, as in :class:`ScoreMeans`.
+        relative_power: The exponent of its relative scores, as in :class:`ScoreMeans`.
         probe_tokens: Maximum number of a prompt's tokens that are read.
         modules: Last parts of the names of the modules to use, such as ``("q_proj", "k_proj")``; other modules'
             prototypes are not in memory. Empty for all.

@@ -30,18 +30,19 @@ class ScoreMeans(ModuleEvidence):
     Let ``s_t`` be the scores of expert ``t`` at a module. Each prompt has two numbers:
     ``log (mean_tokens s_t^p)^(1/p)``, and the same of the relative score ``s_t / geomean_u s_u`` with ``q`` for ``p``.
     Both are averaged over the modules that the expert adapts, and standardised by the mean and standard deviation that
-    the expert has over ordinary prompts (the null). The evidence is the mean of the two. Whether any expert stands out
-    is judged by the largest second number, compared with the null's: ``p_B = (1 + #{null >= it}) / (1 + #null)``.
+    the expert has over ordinary prompts, the baseline. The evidence is the mean of the two. Whether any expert stands
+    out is judged by the largest second number, compared with that of each ordinary prompt. The p-value is
+    ``p_B = (1 + #{ordinary prompts with as much}) / (1 + #{ordinary prompts})``.
 
-    The first number judges each expert alone, so that experts of other ranks, modules or training are compared by their
+    The first number judges each expert separately, so experts of other ranks, modules or training are compared by their
     effect on ordinary prompts. The second removes what affects all experts, as any instruction does. A module with a
     single expert counts for the first number only; an expert that shares no module is judged by its first number.
     Scores are limited to 0.05 and 1e6, where calibrated ones have the root mean square 1. An expert with zero scores is
     not used.
 
     Attributes:
-        power: ``p``, above zero.
-        relative_power: ``q``, above zero.
+        power: The exponent ``p`` of an expert's scores, above 0 and at most 5.
+        relative_power: The exponent ``q`` of its relative scores, above 0 and at most 5.
         probe_tokens: Maximum number of a prompt's tokens that are read.
 
     Source: ours; see docs/concepts/evidence.md.
