@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import doctest
 import re
+import shlex
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -93,3 +94,26 @@ def test_the_examples_in_docstrings_show_what_comes_out(module):
     found = doctest.testmod(import_module(module), extraglobs={"spectr": spectr, "torch": torch})
     assert found.attempted
     assert not found.failed
+
+
+def _spectr_commands(page: Path) -> list[str]:
+    """The lines of a page's console blocks that call ``spectr``, without prompts and comments."""
+    blocks = re.findall(r"```console\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    lines = [line.removeprefix("$ ") for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if line.startswith("spectr ")]
+
+
+HOWTOS = [page for page in sorted((ROOT / "docs" / "howto").glob("*.md")) if _spectr_commands(page)]
+
+
+@pytest.mark.parametrize("page", HOWTOS, ids=lambda page: page.stem)
+def test_the_commands_of_a_page_parse(page, monkeypatch):
+    """Their options exist, the required ones are given, and values have the right type."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "_extensions"))
+    from command_pages import commands
+
+    known = dict(commands())
+    for line in _spectr_commands(page):
+        words = shlex.split(line, comments=True)
+        name = max((name for name in known if words[: len(name.split())] == name.split()), key=len)
+        known[name].make_context(name, words[len(name.split()) :])  # raises if it cannot be parsed
