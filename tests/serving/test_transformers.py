@@ -38,22 +38,30 @@ def client(server):
         yield client
 
 
-@pytest.mark.parametrize(
-    "router", ROUTERS, ids=lambda router: f"{type(router).__name__}-{getattr(router, 'level', '')}"
+REQUESTS = list(zip([*PROMPTS, *PROMPTS], [*SETS, *SETS, *SETS], strict=False))
+
+
+@pytest.fixture(
+    scope="module", params=ROUTERS, ids=lambda router: f"{type(router).__name__}-{getattr(router, 'level', '')}"
 )
-def test_a_set_is_answered_as_by_a_server_that_has_no_other_expert(library, router, mode):
-    requests = [(prompt, names) for prompt, names in zip([*PROMPTS, *PROMPTS], [*SETS, *SETS, *SETS], strict=False)]
-    expected = {}
+def router_and_answers(request, library):
+    """A router, and what servers answer that have the experts of a set and no other."""
+    found = {}
     for names in SETS:
-        with served(library, router, names=names) as (address, _):
-            asked = [prompt for prompt, other in requests if other == names]
+        with served(library, request.param, names=names) as (address, _):
+            asked = [prompt for prompt, other in REQUESTS if other == names]
             for prompt, answer in zip(asked, answers(address, [(p, {}) for p in asked], False), strict=True):
-                expected[prompt, names] = answer
+                found[prompt, names] = answer
+    return request.param, found
+
+
+def test_a_set_is_answered_as_by_a_server_that_has_no_other_expert(library, router_and_answers, mode):
+    router, expected = router_and_answers
     with served(library, router, batching=mode()) as (address, engine):
         mixed = watch_for_mixed_calls(engine)
         for at_once in (True, False):
-            given = [(prompt, {"experts": list(names)}) for prompt, names in requests]
-            for answer, request in zip(answers(address, given, at_once), requests, strict=True):
+            given = [(prompt, {"experts": list(names)}) for prompt, names in REQUESTS]
+            for answer, request in zip(answers(address, given, at_once), REQUESTS, strict=True):
                 alike(answer, expected[request])
         assert bool(mixed) is (engine.batching is not None)
     assert len({text for text, _ in expected.values()}) > 1
