@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from spectr.composition.routed import Routed
 from spectr.errors import CompositionError, some_of
 from spectr.layers.multi_routed import MultiRoutedLinear
-from spectr.layers.routed import RoutedLinear
 from spectr.layers.saved import SavedModule
 from spectr.layers.swap import swap_module
 from spectr.lazy import lazy
@@ -72,7 +71,7 @@ class MultiRouter:
         seen: set[int] = set()
         taken = {}
         for name, routed in self.compositions.items():
-            tensors = {t.data_ptr(): t.nbytes for layer in routed.layers.values() for t in _held(layer).values()}
+            tensors = {t.data_ptr(): t.nbytes for layer in routed.layers.values() for t in layer.buffers(False)}
             taken[name] = sum(size for place, size in tensors.items() if place not in seen)
             seen |= set(tensors)
         return taken
@@ -140,10 +139,6 @@ def weight_sharing_copy(model: nn.Module) -> nn.Module:
         plain = type(weight) is nn.Parameter
         shared[id(weight)] = nn.Parameter(weight.detach(), weight.requires_grad) if plain else weight
     return copy.deepcopy(model, shared)
-
-
-def _held(layer: RoutedLinear) -> dict[str, Tensor]:
-    return dict(layer.named_buffers(recurse=False))
 
 
 __getattr__ = lazy(__name__, {}, renamed={"Several": "MultiRouter", "twin": "weight_sharing_copy"})

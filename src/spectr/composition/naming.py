@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from spectr.adapters.naming import Naming
-from spectr.composition.parameter_names import ModelParameters
+from spectr.composition.parameter_names import ModelParameters, renamings, transforms_of
 from spectr.layers.carried import check_bare
 
 Rule = Callable[[str], str]
@@ -58,20 +58,8 @@ class _Renamed:
 
 
 def _rules(model: Any) -> list[Rule]:
-    if not hasattr(getattr(model, "config", None), "model_type"):
-        return []
     older = getattr(model, "_checkpoint_conversion_mapping", None) or {}
-    return [_first_of(older)] if older else _conversions(model)
-
-
-def _conversions(model: Any) -> list[Rule]:
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming
-    except ImportError:  # transformers 4
-        return []
-    found = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
-    return [lambda key, rule=rule: rule.rename_source_key(key)[0] for rule in found]
+    return [_first_of(older)] if older else renamings(transforms_of(model))
 
 
 def _first_of(mapping: dict[str, str]) -> Rule:

@@ -46,8 +46,8 @@ class ModelParameters:
         if module in self._modules:
             return None
         key = f"{module}.weight"
-        for rename in self._renamings:
-            key = rename(key)[0]
+        for rename in renamings(self._transforms):
+            key = rename(key)
         for converter in self._converters:
             name, source = converter.rename(key)
             if source is not None:
@@ -65,17 +65,7 @@ class ModelParameters:
 
     @cached_property
     def _transforms(self) -> list[Any]:
-        if not hasattr(getattr(self._model, "config", None), "model_type"):
-            return []
-        try:
-            from transformers.conversion_mapping import get_model_conversion_mapping
-        except ImportError:  # transformers 4
-            return []
-        return list(get_model_conversion_mapping(self._model))  # pyright: ignore[reportArgumentType]
-
-    @cached_property
-    def _renamings(self) -> list[Callable[[str], tuple[str, str | None]]]:
-        return [each.rename_source_key for each in self._transforms if not hasattr(each, "operations")]
+        return transforms_of(self._model)
 
     @cached_property
     def _converters(self) -> list[_Converter]:
@@ -86,6 +76,23 @@ class ModelParameters:
             for each in self._transforms
             if [type(step).__name__ for step in getattr(each, "operations", ())] in kinds
         ]
+
+
+def transforms_of(model: Any) -> list[Any]:
+    """What transformers does with the weights of a checkpoint of this model; nothing for other models."""
+    if not hasattr(getattr(model, "config", None), "model_type"):
+        return []
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+    except ImportError:  # transformers 4
+        return []
+    return list(get_model_conversion_mapping(model))
+
+
+def renamings(transforms: Sequence[Any]) -> list[Callable[[str], str]]:
+    """Those that only rename a weight, as functions of its name."""
+    found = [each.rename_source_key for each in transforms if not hasattr(each, "operations")]
+    return [lambda key, rename=rename: rename(key)[0] for rename in found]
 
 
 def _parameter(name: str, shape: Sequence[int], transposed: bool) -> Parameter:

@@ -114,10 +114,8 @@ class RequestBatch:
         verdict_1TE = torch.stack(found).repeat_interleave(counts, 0)[None]
         kept = decisions if self._use.fixes else self._decisions  # all decisions in force, so that none is read twice
         verdicts = [decision.verdict_E for decision in kept if decision.verdict_E is not None]
-        taken = (torch.stack(verdicts) != self._use.excluded).any(0).tolist()
-        names = tuple(name for name, takes in zip(experts, taken, strict=True) if takes)
         assert self._sets is not None
-        return routing_of(self._use, experts, verdict_1TE, self._sets, names, among_1TE)
+        return routing_of(self._use, experts, verdict_1TE, self._sets, torch.stack(verdicts), among_1TE)
 
     def watch(self, rows: Sequence[int], layers: bool) -> None:
         """Record the next call's decisions for the tokens at these positions.

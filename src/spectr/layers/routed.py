@@ -333,20 +333,14 @@ class RoutedLinear(nn.Module):
         plain = type(self.base) is nn.Linear and not self.base._forward_hooks
         return plain and out.is_contiguous() and not torch.is_grad_enabled()
 
-    def bytes_read(self, tokens: int, call: LayerCall | None = None) -> int:
-        """The minimum of bytes of the experts' factors that a call with this number of tokens reads.
-
-        Args:
-            tokens: Number of tokens.
-            call: The routing; by default every token chooses.
-        """
-        call = self.call if call is None else call
-        factors = call.factors
+    def bytes_read(self, tokens: int) -> int:
+        """The minimum of bytes of the experts' factors that are read for this number of tokens, which choose."""
+        factors = self.call.factors
         if factors is None:
             return 0
         plan = factors.plan
         by_kernels = plan is not None and plan.backend is not None and plan.choice is not None
-        chosen = call.fixed is None and (factors.rows_ER is not None or by_kernels)
+        chosen = factors.rows_ER is not None or by_kernels
         return factors.bytes_read(min(1.0, tokens * (self.select.k or 1) / len(factors.experts)) if chosen else 1.0)
 
     def stack(self) -> Stack:

@@ -37,10 +37,6 @@ class Marks(NamedTuple):
     at: Int[Tensor, "*A"]
     by_data: bool = False
 
-    def equals(self, other: Marks | None) -> bool:
-        """Whether others are the same."""
-        return other is not None and self.at.shape == other.at.shape and torch.equal(self.at, other.at)
-
 
 class TokenTracker(TorchDispatchMode):
     """Follows the tokens of one call while it is entered.
@@ -85,7 +81,7 @@ class TokenTracker(TorchDispatchMode):
         Where an operation lost them, those of all other inputs that had these axes.
         """
         found, leading = self._known.get(_key(x)), tuple(x.shape[:-1])
-        at = None if found is None else self._alike_along(found.at, -1)
+        at = None if found is None else self.alike_along(found.at, [-1])
         if found is None or at is None:
             return self._alike.get(leading) if self.certain else None
         marks = Marks(at.expand(*leading, 1)[..., 0], found.by_data)
@@ -140,20 +136,17 @@ class TokenTracker(TorchDispatchMode):
         """The same marks without positions."""
         return torch.where(at < 0, at, at // (self.tokens + 1) * (self.tokens + 1) + self.tokens)
 
-    def _alike_along(self, at: Tensor | None, axis: int) -> Tensor | None:
-        """What is the same along an axis, which then has size 1: marks, or their rows; ``None`` where nothing is."""
-        if at is None or at.shape[axis] == 1:
-            return at
-        first = at.narrow(axis, 0, 1)
-        if bool((at == first).all()):
-            return first
-        rows, first = self.rows_of(at), self.rows_of(first)
-        return first if bool((rows == first).all()) else None
-
-    def alike_along(self, at: Tensor | None, axes: Sequence[int]) -> Tensor | None:
-        """See :meth:`_alike_along`, for several axes."""
+    def alike_along(self, at: Tensor, axes: Sequence[int]) -> Tensor | None:
+        """What is the same along axes, which then have size 1: marks, or their rows; ``None`` where nothing is."""
         for axis in axes:
-            at = self._alike_along(at, axis)
+            if at.shape[axis] == 1:
+                continue
+            first = at.narrow(axis, 0, 1)
+            if not bool((at == first).all()):
+                at, first = self.rows_of(at), self.rows_of(first)
+                if not bool((at == first).all()):
+                    return None
+            at = first
         return at
 
     def compare(self, one: Tensor, other: Tensor) -> None:

@@ -179,9 +179,7 @@ class PromptDecision:
             by_token: Whether these are the tokens of one row instead.
         """
         verdict_BTE = verdict_NE[None] if by_token else verdict_NE[:, None]
-        taken = (verdict_NE != self.use.excluded).any(0).tolist()
-        names = tuple(name for name, takes_part in zip(self.experts, taken, strict=True) if takes_part)
-        return routing_of(self.use, self.experts, verdict_BTE, self.sets, names)
+        return routing_of(self.use, self.experts, verdict_BTE, self.sets, verdict_NE)
 
     def _check(self, verdict_BE: Tensor) -> None:
         if self.calls.closed:
@@ -202,7 +200,7 @@ def routing_of(
     experts: tuple[str, ...],
     verdict_BTE: Float[Tensor, "B T E"],
     sets: Sets,
-    taken: tuple[str, ...],
+    kept_NE: Float[Tensor, "N E"],
     among_BTE: Tensor | None = None,
 ) -> BatchRouting:
     """The routing for a verdict.
@@ -212,9 +210,11 @@ def routing_of(
         experts: Names of its columns.
         verdict_BTE: The verdict of each row or token.
         sets: Provides factors.
-        taken: The experts that are used, if others are not.
+        kept_NE: All verdicts whose experts are to be provided.
         among_BTE: The experts that a row may use; by default all.
     """
+    used_E = (kept_NE != use.excluded).any(0).tolist()
+    taken = tuple(name for name, used in zip(experts, used_E, strict=True) if used)
     if not taken:  # the base model alone; traces still see the layers
         return BatchRouting(experts, factors={})
     gathered = use.fixes or (use.gathers and sets.serve_choices)
