@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "data": ("Encoded", "batches", "encode"),
     "gates": ("train_gates",),
-    "publish": ("Report",),
+    "adapter": ("Report",),
     "run": ("check_folder", "checkpoint_step", "train_expert"),
     "settings": ("AUTHORS_GATES", "GateSettings", "TrainingSettings"),
 }
