@@ -142,8 +142,8 @@ class LibraryStore:
         """The entry of an expert of this name, if it is whole and the same but for its card."""
         with suppress(LibraryError):
             entry = read_entry(self.root, expert.name)
-            whole = entry is not None and entry.sha256 == _digests(self.root / entry.folder)
-            if whole and _without_card(entry.sha256) == _without_card(_digests(expert.weights.parent)):
+            given = _without_card(_digests(expert.weights.parent))
+            if entry and entry.sha256 == _digests(self.root / entry.folder) and _without_card(entry.sha256) == given:
                 return entry
         return None
 
