@@ -102,12 +102,24 @@ def test_an_export_chooses_for_each_input(library):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "capture",
-    [lambda model: torch.jit.trace(model, (ids,), check_trace=False), lambda model: torch.export.export(model, (ids,))],
-    ids=["trace", "export"],
-)
-def test_a_prompts_decision_is_not_captured(library, capture):
+@pytest.mark.parametrize("router", [Oracle(expert="bees"), Spectr(top_k=2)], ids=str)
+def test_a_model_is_exported_without_a_module_around_it(library, router):
+    model = routed(library, router).model
+    exported = torch.export.export(model, (ids,), {"use_cache": False}).module()
+    close(exported(others, use_cache=False).logits, model(others).logits)
+
+
+CAPTURES = {
+    "trace": lambda model: torch.jit.trace(model, (ids,), check_trace=False),
+    "export": lambda model: torch.export.export(model, (ids,), strict=False),
+    "strict export": lambda model: torch.export.export(model, (ids,), strict=True),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("around", [Logits, lambda model: model], ids=["inside", "itself"])
+@pytest.mark.parametrize("way", CAPTURES)
+def test_a_prompts_decision_is_not_captured(library, way, around):
     handle = routed(library, PROMPTS)
     with pytest.raises(CompositionError, match="always use this decision"):
-        capture(Logits(handle.model))
+        CAPTURES[way](around(handle.model))

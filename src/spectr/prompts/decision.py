@@ -222,6 +222,7 @@ def routing_of(
     return BatchRouting(experts, *use.rows(verdict_BTE, among_BTE), factors=factors)
 
 
+@torch.compiler.assume_constant_result  # a strict export runs it, rather than tracing how an error is made
 def refuse_to_capture() -> None:
     """Raise :class:`CompositionError` if a graph is being made of a call: it would fix one prompt's decision."""
     if torch.jit.is_tracing() or torch.compiler.is_exporting():  # pyright: ignore[reportPrivateImportUsage]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from inspect import signature
+from inspect import signature, unwrap
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,6 +49,10 @@ class Entry:
     @property
     def __signature__(self) -> Any:
         return signature(self.own or type(self.module).forward.__get__(self.module))
+
+    @property
+    def __code__(self) -> CodeType:
+        return unwrap(type(self.module).forward).__code__  # torch.export names the module's source by it
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Like the module's own."""
