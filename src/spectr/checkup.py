@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,18 @@ from spectr.composition.find_weight_reads import find_weight_reads
 from spectr.composition.naming import naming_of
 from spectr.errors import SpectrError, some_of
 from spectr.layers.linear import features
-from spectr.layers.plan import make_plan
+from spectr.layers.plan import can_change, make_plan, uncalled_fault, united
 from spectr.models.fetch import DEFAULT_MODEL, HUB_ID
 from spectr.routers import Oracle
 
 _SHOWN = 3
 ROUTES, IDLE, REFUSED, BASE_UNKNOWN = range(4)  # exit codes
+_HEADS = {  # by PEFT's task type, the class of a model with another head than its checkpoint's
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +45,7 @@ class Checkup:
         base: The base model of the check; ``None`` if there is none on this machine.
         routed: Modules where experts will be routed.
         idle: Modules without effect, each with the reason.
-        missing: Modules that the configuration targets but the file lacks.
+        missing: Modules and parameters that the configuration targets or saves but the file lacks.
         remarks: Further remarks.
         refused: Why it cannot be routed; ``None`` if it can.
     """
@@ -73,9 +80,6 @@ def check_adapter(source: str | Path, model: str | None = None) -> Checkup:
 
     Returns:
         The findings. An adapter that cannot be routed is a result, not an error.
-
-    Raises:
-        SpectrError: The given ``model`` is not on this machine.
     """
     result = Checkup(source=str(source))
     try:
@@ -95,7 +99,11 @@ def check_adapter(source: str | Path, model: str | None = None) -> Checkup:
     )
     base = _configuration(model or expert.base_model)
     if base is None and model is not None:
-        raise SpectrError(f"the base model {model} is not on this machine", do="pass its folder, or download it first")
+        error = SpectrError(
+            f"the base model {model} is not on this machine, or its configuration cannot be read",
+            do="pass its folder, or download it first",
+        )
+        return replace(result, refused=_words(error))
     if base is None:
         return replace(result, idle={**idle, **_left_out(expert)})
     return _in_model(result, expert, base, model)
@@ -105,16 +113,19 @@ def _in_model(result: Checkup, expert: Expert, base: Any, model: str | None) -> 
     """The part of the check that needs the base model, on the meta device."""
     try:
         check_text(replace(expert, base_model=model or expert.base_model))
-        shell = _shell(base)
+        shell = _shell(base, expert)
         naming = naming_of(shell)
         named = named_for(expert, naming)
         uncalled = find_weight_reads(shell).outside
-        make_plan(shell, [named], Oracle(expert=expert.name), uncalled=uncalled, changes_weights=True)
+        called = replace(named, shapes={name: shape for name, shape in named.shapes.items() if name not in uncalled})
+        make_plan(shell, [called], Oracle(expert=expert.name))
+        untrained = _untrained(named, shell, uncalled)
     except SpectrError as error:
         return replace(result, base=model or expert.base_model, refused=_words(error))
     new = {named.file_names.get(module, module): module for module in named.modules}
     idle = {new[module]: why for module, why in result.idle.items() if module in new} | _left_out(named)
-    remarks = list(result.remarks)
+    idle |= dict.fromkeys(untrained, "the model uses its weight without calling the layer, and its factors are zero")
+    remarks = [*result.remarks, *_class_remark(shell, base, expert)]
     if model and expert.base_model and not same_base(model, expert.base_model):
         remarks.append(
             f"its sizes fit {model}, but {named_base(expert.base_model)}: check that they are the same model"
@@ -127,7 +138,7 @@ def _in_model(result: Checkup, expert: Expert, base: Any, model: str | None) -> 
         base=model or expert.base_model,
         idle=idle,
         routed=[module for module in named.modules if module not in idle],
-        missing=_missing(named, shell, naming.heads),
+        missing=sorted(_missing(named, shell, frozenset(naming.heads))),
         remarks=remarks,
     )
 
@@ -135,20 +146,46 @@ def _in_model(result: Checkup, expert: Expert, base: Any, model: str | None) -> 
 def _zero(expert: Expert) -> list[str]:
     """Modules whose update is zero; holds one tensor at a time in memory."""
     with open_safetensors(expert.weights, expert.name) as file:
-        return [module for module in expert.shapes if not expert.is_alive(module, file.get_tensor)]
+        return [module for module in expert.modules if not expert.is_alive(module, file.get_tensor)]
+
+
+def _untrained(expert: Expert, model: nn.Module, uncalled: Set[str]) -> list[str]:
+    """Layers that are not called, with factors of zero and more than these; without weights there is no other sign.
+
+    Raises:
+        CompositionError: Factors there are not zero, and only plain LoRA can change such layers.
+    """
+    shapes = {module: expert.shapes[module] for module in sorted(uncalled & expert.shapes.keys())}
+    shapes = {module: shape for module, shape in shapes.items() if not can_change(model.get_submodule(module), shape)}
+    with expert.open_saved() as read:
+        zero = [module for module, s in shapes.items() if not (read(s.key_A).any() and read(s.key_B).any())]
+    if changed := [module for module in shapes if module not in zero]:
+        raise united({expert.name: [uncalled_fault(changed)]})[0]
+    return zero
 
 
 def _left_out(expert: Expert) -> dict[str, str]:
     return dict.fromkeys(expert.left_out, "the configuration does not target it, so PEFT ignores it")
 
 
-def _missing(expert: Expert, model: nn.Module, heads: Any) -> list[str]:
-    """Linear layers that the configuration targets but the file has no factors for."""
-    if expert.config is None or expert.config.targets.modules is None:
-        return []
-    targets, there = expert.config.targets, {*expert.modules, *expert.left_out}
-    linear = [name for name, module in model.named_modules() if features(module) and name not in there]
-    return [name for name in linear if targets.has(name) and not (targets.all_linear and name in heads)]
+def _missing(expert: Expert, model: Any, heads: Set[str]) -> Iterator[str]:
+    """What the configuration targets or saves but the file has no tensors for."""
+    config, layers = expert.config, dict(model.named_modules())
+    if config is None:
+        return
+    there = {*expert.modules, *expert.left_out}
+    embeddings = {name for name, layer in layers.items() if isinstance(layer, nn.Embedding)}
+    linear = {name for name, layer in layers.items() if features(layer)}
+    targeted = linear - heads if config.targets.all_linear else linear | embeddings
+    if config.targets.modules is not None:
+        yield from (name for name in targeted - there if config.targets.has(name))
+    parameters = (name for name, _ in model.named_parameters() if config.targets_parameter(name))
+    yield from (name for name in parameters if not there & {name, name.removesuffix(".weight")})
+    trained = (name for name in layers if config.saved.modules and name.endswith(config.saved.modules))
+    yield from (name for name in trained if not any(f"{one}.".startswith(f"{name}.") for one in there))
+    for end in config.saved.tokens:
+        ours = {n for n in embeddings if (n.endswith(end) if end else layers[n] is model.get_input_embeddings())}
+        yield from () if any(expert.saved[name].rows for name in ours & expert.saved.keys()) else ours
 
 
 def _kind(expert: Expert) -> str:
@@ -171,29 +208,49 @@ def _configuration(name: str | None) -> Any:
         name = str(kept) if kept.is_dir() else HUB_ID
     try:
         return AutoConfig.from_pretrained(name, local_files_only=True)
-    except (OSError, ValueError, KeyError):
+    except Exception:  # a damaged file may raise anything
         return None
 
 
-def _shell(config: Any) -> nn.Module:
-    """A model on the meta device: all modules, no weights.
+def _shell(config: Any, expert: Expert) -> Any:
+    """A model on the meta device, in the class of the expert's task: all modules, no weights.
 
     Raises:
         SpectrError: The class cannot build a model from this configuration.
     """
     import transformers
 
-    kinds = [getattr(transformers, name, None) for name in config.architectures or ()]
-    kind = next((kind for kind in kinds if kind is not None), None)
-    try:
-        with torch.device("meta"):
-            return kind(config) if kind else transformers.AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # a model's class may raise anything
-        raise SpectrError(
-            f"the base model cannot be built from its configuration: {type(error).__name__}: {error}",
-            expected="a configuration that this version of transformers supports",
-            do="check config.json of the base model, and the version of transformers",
-        ) from error
+    config, task = copy.deepcopy(config), _HEADS.get(expert.config.task if expert.config else "")
+    kinds: list[Any] = [getattr(transformers, name, None) for name in config.architectures or ()]
+    ways: list[Callable[[Any], Any]] = [kind for kind in kinds if kind is not None][:1]
+    ways = ways or [transformers.AutoModelForCausalLM.from_config]
+    if task:
+        config.num_labels = _labels(expert) or config.num_labels
+        ways.insert(0, getattr(transformers, task).from_config)
+    error: Exception | None = None
+    for make in ways:
+        try:
+            with torch.device("meta"):
+                return make(config)
+        except Exception as caught:  # a model's class may raise anything
+            error = caught
+    raise SpectrError(
+        f"the base model cannot be built from its configuration: {type(error).__name__}: {error}",
+        expected="a configuration that this version of transformers supports",
+        do="check config.json of the base model, and the version of transformers",
+    ) from error
+
+
+def _labels(expert: Expert) -> int | None:
+    """The number of labels of a trained head: the outputs of its last matrix, the fewest."""
+    shapes = [whole.shape for parts in expert.saved.values() for whole in parts.whole.values()]
+    return min((shape[0] for shape in shapes if len(shape) == 2), default=None)
+
+
+def _class_remark(model: Any, config: Any, expert: Expert) -> Iterator[str]:
+    name, labels = type(model).__name__, _labels(expert)
+    if name not in (config.architectures or ()) and expert.config and expert.config.task in _HEADS:
+        yield f"needs its base model as {name}" + (f" with num_labels={labels}" if labels else "")
 
 
 def _words(error: SpectrError) -> str:

@@ -97,6 +97,11 @@ WRONG = {
         "a trained token is listed twice",
     ),
     "numbers for modules": (factors(), {"modules_to_save": [1]}, "modules_to_save is [1]"),
+    "a number of modules": (factors(), {"modules_to_save": 5}, "modules_to_save is 5"),
+    "one name as modules": (factors(), {"modules_to_save": "lm_head"}, "modules_to_save is 'lm_head'"),
+    "one name as parameters": (factors(), {"target_parameters": "weight"}, "target_parameters is 'weight'"),
+    "one token": (factors(), {"trainable_token_indices": 3}, "trainable_token_indices is 3"),
+    "a number of a base": (factors(), {"base_model_name_or_path": 7}, "base_model_name_or_path is 7"),
 }
 
 

@@ -75,10 +75,16 @@ def test_a_base_model_that_is_not_here(spectr, tmp_path):
     assert "most likely Qwen/Qwen3-8B" in shown
 
 
-def test_a_base_model_that_was_given_and_is_not_here_is_an_error(spectr, tmp_path):
-    code, _, notes = spectr("library", "check", write_adapter(tmp_path / "a", FACTORS), "-m", "./nowhere")
+@pytest.mark.parametrize("config", [None, "{", "[1]", '{"model_type": "llama", "hidden_size": "x"}'])
+def test_a_base_model_that_was_given_and_cannot_be_read_is_refused(spectr, tmp_path, config):
+    if config is not None:
+        (tmp_path / "base").mkdir()
+        (tmp_path / "base/config.json").write_text(config)
+    adapter = write_adapter(tmp_path / "a", FACTORS, base_model_name_or_path=str(tmp_path / "base"))
+    code, found, _ = checked(spectr, adapter, "-m", tmp_path / "base")
     assert code == 2
-    assert "./nowhere is not on this machine" in notes
+    assert "base is not on this machine, or its configuration cannot be read" in found["refused"]
+    assert checked(spectr, adapter)[0] == 3
 
 
 def test_names_that_differ_although_the_sizes_fit_are_reported(spectr, tmp_path, base, caplog):
@@ -119,6 +125,78 @@ def test_adapters_that_are_more_than_two_factors(spectr, tmp_path, base, kind):
     assert (code, found["idle"], found["missing"]) == (0, {}, [])
     assert said in " ".join([found["kind"], *found["remarks"]])
     assert ("one expert a prompt" in " ".join(found["remarks"])) == said.startswith("changes")
+
+
+LACKING = {  # what the configuration names, a part of the names of tensors that the file lacks, and what is missing
+    "a head": ({"modules_to_save": ["lm_head"]}, "lm_head", ["lm_head"]),
+    "tokens": ({"trainable_token_indices": [3, 5]}, "token_adapter", ["model.embed_tokens"]),
+    "an embedding": ({"target_modules": ["q_proj", "embed_tokens"]}, "embed", ["model.embed_tokens"]),
+    "a layer": ({}, "layers.1.self_attn.v", ["model.layers.1.self_attn.v_proj"]),
+}
+
+
+@pytest.mark.parametrize("kind", LACKING)
+def test_what_the_configuration_names_and_the_file_lacks(spectr, tmp_path, base, kind):
+    settings, lacking, missing = LACKING[kind]
+    folder = moved_adapter(tiny_llama(), tmp_path / "a", 1, **settings)
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file({k: v for k, v in weights.items() if lacking not in k}, folder / "adapter_model.safetensors")
+    code, found, _ = checked(spectr, folder, "-m", base)
+    assert (code, found["missing"]) == (1, missing)
+
+
+def test_parameters_that_the_file_lacks(spectr, tmp_path):
+    model = FAMILIES["mixtral"].build()
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(tmp_path / "base")
+    both = {"targets": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    folder = peft_adapter(model, tmp_path / "a", 1, **both)
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file({k: v for k, v in weights.items() if "experts" not in k}, folder / "adapter_model.safetensors")
+    code, found, _ = checked(spectr, folder, "-m", tmp_path / "base")
+    names = [f"model.layers.{i}.mlp.experts.{name}" for i in range(2) for name in ("down_proj", "gate_up_proj")]
+    assert (code, found["missing"]) == (1, names)
+
+
+def test_an_embeddings_update_of_zero_and_values_that_are_not_finite(spectr, tmp_path, base):
+    folder = moved_adapter(tiny_llama(), tmp_path / "a", 1, target_modules=["q_proj", "embed_tokens"])
+    weights, file = load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.safetensors"
+    save_file({k: v * (0 if "embedding_B" in k else 1) for k, v in weights.items()}, file)
+    code, found, _ = checked(spectr, folder, "-m", base)
+    assert (code, found["idle"]) == (1, {"model.embed_tokens": "its update is zero"})
+    save_file({k: v * (float("nan") if "embedding_B" in k else 1) for k, v in weights.items()}, file)
+    code, found, _ = checked(spectr, folder, "-m", base)
+    assert code == 2
+    assert "holds NaN or infinite values" in found["refused"]
+
+
+@pytest.mark.parametrize("task", [("SEQ_CLS", "SequenceClassification"), ("TOKEN_CLS", "TokenClassification")])
+def test_heads_of_tasks_are_checked_in_the_class_of_the_task(spectr, tmp_path, base, task):
+    import transformers
+
+    causal = tiny_llama()
+    causal.config.num_labels = 3
+    model = getattr(transformers, f"LlamaFor{task[1]}")(causal.config)
+    code, found, _ = checked(spectr, moved_adapter(model, tmp_path / "a", 1, task_type=task[0]), "-m", base)
+    assert (code, "score" in found["routed"]) == (0, True)
+    assert f"needs its base model as LlamaFor{task[1]} with num_labels=3" in found["remarks"]
+
+
+def test_more_than_plain_lora_where_a_weight_is_read_without_a_call(spectr, tmp_path):
+    model = FAMILIES["mamba"].build()
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(tmp_path / "base")
+    settings = {"target_modules": ["in_proj", "dt_proj"], "use_dora": True}
+    folder = moved_adapter(model, tmp_path / "a", 1, **settings)
+    code, found, _ = checked(spectr, folder, "-m", tmp_path / "base")
+    assert code == 2
+    assert "whose weights this model uses without calling the layer" in found["refused"]
+    weights = load_file(folder / "adapter_model.safetensors")
+    zero = {k: v * (0 if "dt_proj.lora_B" in k else 1) for k, v in weights.items()}
+    save_file(zero, folder / "adapter_model.safetensors")
+    code, found, _ = checked(spectr, folder, "-m", tmp_path / "base")
+    assert code == 1
+    assert list(found["idle"]) == [f"backbone.layers.{i}.mixer.dt_proj" for i in range(2)]
 
 
 def test_parameters_of_mixtures_and_weights_that_are_read(spectr, tmp_path):

@@ -119,6 +119,7 @@ class AdapterConfig:
         lora_bias: Whether ``B`` has a bias.
         trained_bias: Whether the file holds biases that replace the base model's.
         initial: How it was initialised.
+        task: PEFT's task type, such as ``"SEQ_CLS"``; empty if there is none.
     """
 
     rank: int
@@ -134,6 +135,7 @@ class AdapterConfig:
     saved: SavedSettings = NOTHING_SAVED
     targets: Targets = field(default_factory=Targets)
     target_parameters: tuple[str, ...] = ()
+    task: str = ""
 
     def rank_of(self, module: str) -> int:
         """Rank of a module: the first matching entry of ``rank_pattern``, else ``r``."""
@@ -203,6 +205,7 @@ def read_config(folder: Path, name: str) -> AdapterConfig:
         trained_bias=raw.get("bias", "none") != "none",
         target_parameters=tuple(raw.get("target_parameters") or ()),
         initial=InitialSettings.of(raw),
+        task=str(raw.get("task_type") or ""),
     )
 
 
@@ -217,6 +220,8 @@ def base_named(folder: Path) -> str | None:
 
 
 def _faults(raw: dict[str, Any], folder: Path) -> list[str]:
+    if wrong := list(_type_faults(raw)):
+        return wrong
     if raw.get("peft_type") == _TOKENS_ALONE:
         return list(SavedSettings.of(raw).faults())
     if raw.get("peft_type") != "LORA":
@@ -234,6 +239,20 @@ def _faults(raw: dict[str, Any], folder: Path) -> list[str]:
     for key, right in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):
         faults += [f"{key} is {raw[key]!r}"] if not _is_pattern(raw.get(key) or {}, right) else []
     return [*faults, *SavedSettings.of(raw).faults(), *target_faults(raw)]
+
+
+def _type_faults(raw: dict[str, Any]) -> Iterator[str]:
+    """Settings whose types are not those of PEFT's configurations; all others are checked by their values."""
+    if not isinstance(raw.get("base_model_name_or_path") or "", str):
+        yield f"base_model_name_or_path is {raw['base_model_name_or_path']!r}"
+    for key in ("modules_to_save", "target_parameters"):
+        value = raw.get(key) or []
+        if not (isinstance(value, list) and all(isinstance(text, str) for text in value)):
+            yield f"{key} is {value!r}"
+    for key in ("trainable_token_indices", "token_indices"):
+        value = raw.get(key) or []
+        if not all(isinstance(tokens, list) for tokens in (value.values() if isinstance(value, dict) else [value])):
+            yield f"{key} is {value!r}"
 
 
 def _cure(raw: dict[str, Any]) -> str:

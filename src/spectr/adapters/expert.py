@@ -218,11 +218,8 @@ class Expert:
             AdapterError: All updates are zero, or a tensor holds NaN or infinity.
         """
         with open_safetensors(self.weights, self.name) as file:
-            alive = [self.is_alive(module, file.get_tensor) for module in self.shapes]
-            saved = [key for parts in self.saved.values() for key in parts.keys]
-            for key in saved:
-                self._checked(file.get_tensor)(key)
-        if not any(alive) and not saved:
+            alive = [self.is_alive(module, file.get_tensor) for module in self.modules]
+        if not any(alive):
             raise AdapterError(
                 f"expert '{self.name}' changes nothing: the updates of all {len(alive)} modules are zero",
                 expected="a trained adapter",
@@ -235,9 +232,12 @@ class Expert:
         Raises:
             AdapterError: A tensor holds NaN or infinity.
         """
-        factors = self._factors(module, read)
-        more = [self._checked(read)(key) for key in self.shapes[module].parts.tensors]
-        return not factors.is_zero or any(tensor.any() for tensor in more)
+        checked, alive = self._checked(read), False
+        if module in self.shapes:
+            alive = not self._factors(module, read).is_zero
+            more = [checked(key) for key in self.shapes[module].parts.tensors]
+            alive = alive or any(bool(tensor.any()) for tensor in more)
+        return (module in self.saved and self.saved[module].is_alive(checked)) or alive
 
     def _factors(self, module: str, read: Read) -> Factors:
         shape, checked = self.shapes[module], self._checked(read)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 _ROWS = re.compile(r"^(?P<module>.+?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.[^.]+)?$")
@@ -77,6 +79,12 @@ class SavedParts:
         factors = [] if self.factors is None else [self.factors.key_A, self.factors.key_B]
         return [*(one.key for one in self.whole.values()), *rows, *factors]
 
+    def is_alive(self, read: Callable[[str], Tensor]) -> bool:
+        """Whether it is more than factors whose product is zero; ``read`` returns the file's tensors by name."""
+        there = {key: bool(read(key).any()) for key in self.keys}
+        factors = self.factors is not None and there[self.factors.key_A] and there[self.factors.key_B]
+        return bool(self.whole) or self.rows is not None or factors
+
     @property
     def numbers(self) -> int:
         """Number of parameters in the file."""
@@ -113,8 +121,6 @@ class SavedSettings(NamedTuple):
 
     def faults(self) -> Iterator[str]:
         """What is wrong with the settings."""
-        if not all(isinstance(name, str) for name in self.modules):
-            yield f"modules_to_save is {list(self.modules)!r}"
         for numbers in self.tokens.values():
             if not all(isinstance(number, int) and number >= 0 for number in numbers):
                 yield f"trained tokens are {list(numbers)[:5]!r}, not token ids"
