@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapters_on_disk import of_others
-from models import close, logits, peft_model, random_factors, tokens, write_adapter
+from models import close, logits, peft_model, random_factors, tiny_llama, tokens, write_adapter
 from moe import EXPERTS, moe_adapter, tiny_moe
 from spectr import ExpertLibrary, Oracle, Spectr, compose
 from spectr.composition.multi_router import MultiRouter
@@ -140,3 +140,19 @@ def test_a_merge_into_the_base_is_peft_merged(tmp_path):
     close(logits(base, ids), logits(right, ids))
     merged.undo()
     assert torch.equal(logits(base, ids), before)
+
+
+def test_weights_of_linear_layers_may_be_named_as_parameters(tmp_path):
+    base, ids = tiny_llama(), tokens()
+    patterns = {"rank_pattern": {"q_proj.weight": 2}, "alpha_pattern": {"q_proj.weight": 3}}
+    folder = moe_adapter(base, tmp_path / "a", 1, ["q_proj.weight", "up_proj.weight"], ["v_proj"], **patterns)
+    want = logits(peft_model(base, folder), ids)
+    routed = compose(base, ExpertLibrary.from_adapters({"a": folder}), Oracle(expert="a"))
+    close(logits(base, ids), want)
+    assert "model.layers.0.self_attn.q_proj" in routed.layers
+
+
+def test_parameters_that_cannot_be_routed_are_named(tmp_path):
+    folder = moe_adapter(tiny_llama(), tmp_path / "a", 1, ["embed_tokens.weight"], ["v_proj"])
+    with pytest.raises(CompositionError, match=r"embed_tokens \(Embedding\), which are not linear"):
+        compose(tiny_llama(), ExpertLibrary.from_adapters({"a": folder}), Oracle(expert="a"))

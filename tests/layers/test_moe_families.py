@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import transformers
 from torch import nn
 
-from models import TEXT, TOKENS, build, close, peft_adapter, peft_model, tokens
+from models import TEXT, TOKENS, build, close, peft_adapter, peft_model, random_factors, tokens, write_adapter
 from spectr import ExpertLibrary, compose
 from trained_modules import ROWS
 
@@ -106,3 +107,31 @@ def test_each_row_has_its_adapter_of_moe_experts(family, tmp_path):
     routed = compose(model, ExpertLibrary.from_adapters(folders), ROWS)
     with routed.prompt.using(torch.eye(2)):
         close(model(ids, use_cache=False).logits, want)
+
+
+def routers_that_return_more() -> dict[str, nn.Module]:
+    """Models whose MoE routers are subclasses of ``nn.Linear`` and return what they choose too."""
+    settings = {**TEXT, **TOKENS, "head_dim": 8, "num_key_value_heads": 2, "intermediate_size_mlp": 48}
+    settings |= {"num_local_experts": 4, "interleave_moe_layer_step": 1}
+    llama4 = build(transformers.Llama4ForCausalLM, transformers.Llama4TextConfig(**settings))
+    return {"feed_forward.router": llama4, "mlp.router": tiny("Phimoe")}
+
+
+@pytest.mark.parametrize("router", ["feed_forward.router", "mlp.router"])
+@torch.no_grad()
+def test_routers_that_return_more_than_their_product(router, tmp_path):
+    model, ids = routers_that_return_more()[router], tokens()
+    names = [f"model.layers.{layer}.{router}" for layer in range(2)]
+    folders, want = {}, []
+    for row, name in enumerate("ab"):
+        factors = {each: random_factors(2, 32, 4, seed=10 * row + i) for i, each in enumerate(names)}
+        folders[name] = write_adapter(tmp_path / name, factors, alpha=8, target_modules="all-linear")
+        merged = copy.deepcopy(model)
+        for each, (A, B) in factors.items():
+            merged.get_submodule(each).weight += 4 * B @ A
+        want.append(merged(ids[[row]]).logits)
+    before = model(ids).logits
+    assert (torch.cat(want) - before).norm() > 0.01 * before.norm()
+    routed = compose(model, ExpertLibrary.from_adapters(folders), ROWS)
+    with routed.prompt.using(torch.eye(2)):
+        close(model(ids).logits, torch.cat(want))

@@ -20,19 +20,21 @@ from spectr.grouping import grouped
 
 
 class Parameter(NamedTuple):
-    """A parameter that is not the weight of a linear layer.
+    """A parameter that an adapter may target by its name.
 
     Attributes:
         name: Name in the model.
         matrices: Number of matrices; 0 for a single matrix.
         inputs: Inputs of a matrix.
         outputs: Outputs of a matrix.
+        layer: For the weight of a layer, the name that factors for it have here.
     """
 
     name: str
     matrices: int
     inputs: int
     outputs: int
+    layer: str = ""
 
 
 class Part(NamedTuple):
@@ -55,7 +57,7 @@ class ParameterNames(Protocol):
     """What a model knows about its parameters."""
 
     def of(self, module: str) -> Sequence[Parameter]:
-        """The parameters of a module that is not a linear layer, in order; empty if there is no such module."""
+        """The parameters of a module that an adapter may target, in order; empty if there is no such module."""
         ...
 
     def part(self, module: str) -> Part | None:
@@ -79,8 +81,9 @@ def fused_for(expert: Expert, names: ParameterNames) -> Expert:
     for module, wrapped in grouped((name.replace(WRAPPED, ""), name) for name in found).items():
         targeted = _parameters_for(expert, config, module, wrapped, names.of(module))
         for parameter, name in _levels(expert, module, wrapped, targeted).items() if targeted else ():
-            shapes[parameter.name] = _wrapped_shape(expert, config, parameter, found[name])
-            file_names[parameter.name] = expert.file_names.get(name, name)
+            place = parameter.layer or parameter.name
+            shapes[place] = _wrapped_shape(expert, config, parameter, found[name])
+            file_names[place] = expert.file_names.get(name, name)
             taken.add(name)
     parts = {name: part for name in expert.shapes if name not in taken and (part := names.part(name)) is not None}
     for parameter, modules in grouped((part.parameter, name) for name, part in parts.items()).items():
@@ -102,7 +105,7 @@ def _parameters_for(
 ) -> list[Parameter]:
     """The module's parameters that the factors under its name are for."""
     targeted = [each for each in parameters if config.targets_parameter(each.name)]
-    was_linear = len(parameters) == 1 and not parameters[0].matrices and wrapped == [module]
+    was_linear = len(parameters) == 1 and not (parameters[0].matrices or parameters[0].layer) and wrapped == [module]
     return list(parameters) if not targeted and was_linear and module in expert.shapes else targeted
 
 
@@ -178,7 +181,7 @@ class Naming:
         modules: The names of all modules.
         renamed: Current names by the names of older versions.
         heads: Modules that PEFT's ``all-linear`` skips: the output head.
-        parameters: Its parameters that are not weights of linear layers; ``None`` if these do not matter.
+        parameters: Its parameters; ``None`` if these do not matter.
     """
 
     modules: Collection[str]

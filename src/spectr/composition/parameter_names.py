@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from spectr.adapters.naming import Parameter, Part
-from spectr.layers.linear import features
+from spectr.layers.linear import features, returns_more
 
 
 class _Converter(NamedTuple):
@@ -34,8 +34,10 @@ class ModelParameters:
     def of(self, module: str) -> Sequence[Parameter]:
         """See :class:`spectr.adapters.naming.ParameterNames`."""
         holder = self._modules.get(module)
-        if holder is None or features(holder) is not None or isinstance(holder, (nn.Embedding, nn.Linear)):
+        if holder is None:
             return ()
+        if isinstance(holder, nn.Embedding) or (features(holder) and not returns_more(holder)):
+            return _weight_of(module, holder)
         holder = getattr(holder, "base", holder)
         named = ((f"{module}.{name}", weight) for name, weight in holder.named_parameters(recurse=False))
         transposed = bool(getattr(holder, "is_transposed", False))
@@ -93,6 +95,14 @@ def renamings(transforms: Sequence[Any]) -> list[Callable[[str], str]]:
     """Those that only rename a weight, as functions of its name."""
     found = [each.rename_source_key for each in transforms if not hasattr(each, "operations")]
     return [lambda key, rename=rename: rename(key)[0] for rename in found]
+
+
+def _weight_of(module: str, layer: Any) -> list[Parameter]:
+    """The weight of a layer, whose update is the layer's own; but not that of a Conv1D, which is transposed."""
+    name, weight = f"{module}.weight", getattr(layer, "weight", None)
+    if not isinstance(weight, nn.Parameter) or weight.ndim != 2:
+        return []
+    return [_parameter(name, weight.shape, False)._replace(layer=name if hasattr(layer, "nf") else module)]
 
 
 def _parameter(name: str, shape: Sequence[int], transposed: bool) -> Parameter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,22 @@ def features(module: nn.Module) -> Features | None:
         if all(isinstance(size, int) for size in sizes):
             return Features(*sizes)  # pyright: ignore[reportArgumentType]
     return None
+
+
+def returns_more(module: nn.Module) -> bool:
+    """Whether a subclass of ``nn.Linear`` returns more than its product, as the routers of Llama 4 and Phi MoE do.
+
+    It is tried with zeros, as its code alone shows what it does.
+    """
+    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+        return False
+    weight = module.weight
+    if not weight.is_floating_point() or weight.element_size() < 2:  # quantised
+        return False
+    out = None
+    with torch.no_grad(), suppress(Exception):  # a layer that needs another input is a layer
+        out = module.forward(weight.new_zeros(1, module.in_features))
+    return isinstance(out, tuple)
 
 
 def placement(module: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from spectr.layers.gate import RoutedGate, gate_parameter
-from spectr.layers.linear import features
+from spectr.layers.linear import features, returns_more
 from spectr.layers.moe import RoutedExperts, fused_parameters
 from spectr.layers.stand_in import StandIn
 
@@ -19,7 +19,8 @@ def stand_in_for(module: nn.Module, parameter: str) -> StandIn | None:
         return module
     if parameter in fused_parameters(module):
         return RoutedExperts(module)
-    if features(module) is None and not isinstance(module, nn.Embedding) and gate_parameter(module) == parameter:
+    computes = returns_more(module) if features(module) else not isinstance(module, nn.Embedding)
+    if computes and gate_parameter(module) == parameter:
         return RoutedGate(module, parameter)
     return None
 

@@ -104,7 +104,8 @@ def _faults(
             continue
         layer = layers.get(module) or parameter_layer(layers, module)
         if layer is None:
-            missing.append(module)
+            holder = _holder(layers, module)
+            (strange if holder else missing).append(module + holder)
             continue
         sizes = features(layer)
         if sizes is None:
@@ -154,6 +155,13 @@ def _faults(
     changed = _changed(expert, base_layers, sorted(uncalled & expert.shapes.keys()))
     changed = [m for m in changed if not (changes_weights and can_change(layers[m], expert.shapes[m]))]
     return [*found, uncalled_fault(changed)] if changed else found
+
+
+def _holder(layers: Mapping[str, nn.Module], name: str) -> str:
+    """Whose parameter has this name, as text; empty if it is no parameter's."""
+    module, _, parameter = name.rpartition(".")
+    holder = layers.get(module)
+    return f" (a parameter of {type(holder).__name__})" if holder and parameter in holder._parameters else ""
 
 
 def _changed(expert: Expert, base: ModelLayers, modules: Sequence[str]) -> list[str]:
