@@ -1,5 +1,7 @@
 """Folders that are no adapters of PEFT: the real cause and what to do."""
 
+import json
+
 import pytest
 
 from adapters_on_disk import assert_says, write_adapter
@@ -16,6 +18,8 @@ FOLDERS = {
         "/checkpoint-200",
     ),
     "mlx-lm": (["adapter_config.json", "adapters.safetensors"], "is an mlx-lm adapter", "mlx_lm.fuse"),
+    "mlx-lm, checkpoints": (["0000100_adapters.safetensors"], "is an mlx-lm adapter", "mlx_lm.fuse"),
+    "shards": (["adapter_model.safetensors.index.json"], "holds its weights in several files", "with PEFT"),
     "diffusers": (["pytorch_lora_weights.safetensors"], "is a diffusers LoRA", "for a transformers model"),
     "llama.cpp": (["lora.gguf"], "holds a llama.cpp GGUF file", "the PEFT adapter"),
     "DeepSpeed": (["adapter_config.json", "zero_to_fp32.py"], "is a DeepSpeed checkpoint", "zero_to_fp32.py"),
@@ -36,6 +40,24 @@ def test_the_cause_is_told_by_the_files(tmp_path, monkeypatch, files, given, do,
     with pytest.raises(AdapterError) as caught:
         read_adapter(tmp_path if place == "here" else "org/repo", "sql")
     assert_says(caught.value, given=("expert 'sql'", given), expected="adapter_model.safetensors", do=do)
+
+
+def test_the_cause_is_told_by_the_configuration(tmp_path):
+    folder = write_adapter(tmp_path)
+    (folder / "adapter_config.json").write_text(json.dumps({"fine_tune_type": "lora", "lora_parameters": {"rank": 2}}))
+    with pytest.raises(AdapterError) as caught:
+        read_adapter(folder, "sql")
+    assert_says(caught.value, given=("is an mlx-lm adapter",), expected="plain LoRA", do="mlx_lm.fuse")
+
+
+def test_settings_that_a_configuration_omits_have_pefts_defaults(tmp_path):
+    folder = write_adapter(tmp_path, rank=8)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "merge_weights": True}))
+    assert {shape.scale for shape in read_adapter(folder, "sql").shapes.values()} == {1.0}
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "enable_lora": [True, False, True]}))
+    with pytest.raises(AdapterError, match="enable_lora is set"):
+        read_adapter(folder, "sql")
 
 
 def test_an_adapter_with_others_in_folders_is_read(tmp_path):

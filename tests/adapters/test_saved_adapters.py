@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoHaConfig, LoraConfig, PromptTuningConfig, TrainableTokensConfig
+from safetensors.torch import load_file, save_file
 
 from adapters_on_disk import assert_says, factors, save_with_peft, tiny_llama, write_adapter
 from spectr.adapters import read_adapter
@@ -33,6 +34,19 @@ def test_trained_modules_are_listed_with_their_parameters(tmp_path):
     assert expert.parameters == sum(s.rank * (s.inputs + s.outputs) for s in expert.shapes.values()) + 2 * 17 * 8
     with expert.open_saved() as read:
         assert read(expert.saved[HEAD].whole["weight"].key).shape == (17, 8)
+
+
+@pytest.mark.parametrize("prefix", ["base_model.model._orig_mod.", "_orig_mod.base_model.model."])
+def test_names_that_compile_leaves_are_read_of_trained_modules_too(tmp_path, prefix):
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=[HEAD], trainable_token_indices=[3])
+    folder = save_with_peft(tmp_path, tiny_llama(), config)
+    want = read_adapter(folder, "sql")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    renamed = {key.replace("base_model.model.", prefix): tensor for key, tensor in tensors.items()}
+    save_file(renamed, folder / "adapter_model.safetensors")
+    expert = read_adapter(folder, "sql")
+    assert expert.modules == want.modules
+    assert expert.parameters == want.parameters
 
 
 def test_trained_rows_and_factors_of_an_embedding_are_listed(tmp_path):

@@ -104,6 +104,8 @@ WRAPPED = {
     "torch.compile around PEFT": ("base_model.model.", "_orig_mod.base_model.model."),
     "torch.compile of each layer": (".self_attn.", "._orig_mod.self_attn."),
     "FSDP": (".self_attn.", "._fsdp_wrapped_module.self_attn."),
+    "PEFT around PEFT": ("base_model.model.", "base_model.model.base_model.model."),
+    "DistributedDataParallel": ("base_model.model.", "module.base_model.model."),
     "activation checkpointing": (".self_attn.", "._checkpoint_wrapped_module.self_attn."),
 }
 

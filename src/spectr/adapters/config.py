@@ -84,6 +84,13 @@ _REFUSED: dict[str, str] = {
     "velora_config": "VeLoRA settings may change the forward pass",
     "megatron_config": "it is for Megatron's parallel layers",
 }
+# What an mlx-lm adapter is, and what to do with it.
+MLX = (
+    "is an mlx-lm adapter, which stores transposed factors under other names",
+    "fuse it: mlx_lm.fuse --model BASE --adapter-path FOLDER --save-path MERGED; then extract an expert: "
+    "spectr extract MERGED --base BASE",
+)
+_DEFAULTS = {"r": 8, "lora_alpha": 8}  # PEFT's
 _TOKENS_ALONE = "TRAINABLE_TOKENS"  # no factors, only trained rows of the embedding
 # Adapter types that PEFT's save_as_lora converts to LoRA.
 _CONVERTIBLE = {
@@ -94,7 +101,7 @@ _CONVERTIBLE = {
 _HARMLESS = {
     *("peft_type", "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode"),
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "fan_in_fan_out", "bias"),
-    *("modules_to_save", "trainable_token_indices", "token_indices", "init_weights"),
+    *("modules_to_save", "trainable_token_indices", "token_indices", "init_weights", "merge_weights"),
     "target_parameters",
     *("use_rslora", "use_dora", "lora_bias", "init_lora_weights", "layers_to_transform", "layers_pattern"),
     "rank_pattern",
@@ -184,6 +191,7 @@ def read_config(folder: Path, name: str) -> AdapterConfig:
         raw = None
     if not isinstance(raw, dict):
         raise AdapterError(f"expert '{name}': {path} is not a JSON object", do="save or download it again")
+    raw = {**_DEFAULTS, **raw}
     faults = _faults(raw, folder)
     if faults:
         raise AdapterError(
@@ -224,6 +232,8 @@ def _faults(raw: dict[str, Any], folder: Path) -> list[str]:
         return wrong
     if raw.get("peft_type") == _TOKENS_ALONE:
         return list(SavedSettings.of(raw).faults())
+    if _is_mlx(raw):
+        return [f"it {MLX[0]}"]
     if raw.get("peft_type") != "LORA":
         return [f"peft_type is {raw.get('peft_type')!r}, not 'LORA'"]
     faults = [f"{key} is set ({why})" for key, why in _REFUSED.items() if raw.get(key)]
@@ -255,7 +265,13 @@ def _type_faults(raw: dict[str, Any]) -> Iterator[str]:
             yield f"{key} is {value!r}"
 
 
+def _is_mlx(raw: dict[str, Any]) -> bool:
+    return "peft_type" not in raw and "lora_parameters" in raw
+
+
 def _cure(raw: dict[str, Any]) -> str:
+    if _is_mlx(raw):
+        return MLX[1]
     initial = InitialSettings.of(raw)
     if initial.kind:
         return (

@@ -8,10 +8,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from spectr.adapters.config import CONFIG_FILE, INITIAL_FILES, AdapterConfig, InitialSettings, read_config
+from spectr.adapters.config import CONFIG_FILE, INITIAL_FILES, MLX, AdapterConfig, InitialSettings, read_config
 from spectr.adapters.expert import Expert, FactorShape, open_safetensors
 from spectr.adapters.gates import GATES_FILE
-from spectr.adapters.saved import read_saved
+from spectr.adapters.saved import plain_name, read_saved
 from spectr.adapters.texts import TEXT_FACTS_FILE, TEXT_FILES
 from spectr.adapters.updates import Parts
 from spectr.errors import AdapterError, some_of
@@ -51,12 +51,10 @@ def cause(files: Collection[str], name: str, place: str) -> AdapterError | None:
     if inner and CONFIG_FILE not in top:
         kind = "the checkpoints of a training run" if stages(inner) else "several adapters in subfolders"
         what = (f"holds {kind}: {some_of(inner, 5)}", f"use one of them: {place}/{inner[0]}")
-    elif top & set(_MLX):
-        what = (
-            "is an mlx-lm adapter, which stores transposed factors under other names",
-            "fuse it: mlx_lm.fuse --model BASE --adapter-path FOLDER --save-path MERGED; then extract an expert: "
-            "spectr extract MERGED --base BASE",
-        )
+    elif any(file.endswith(_MLX) for file in top):
+        what = MLX
+    elif WEIGHTS_FILE + ".index.json" in top:
+        what = ("holds its weights in several files", f"save it again with PEFT, which writes one {WEIGHTS_FILE}")
     elif "pytorch_lora_weights.safetensors" in top:
         what = ("is a diffusers LoRA, for an image model", "use an adapter for a transformers model")
     elif pickles := sorted(top & set(_PICKLES)):
@@ -87,10 +85,8 @@ def _step(folder: str) -> int:
 WEIGHTS_FILE = "adapter_model.safetensors"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
-# Parts of names that torch.compile, FSDP and activation checkpointing add.
-_WRAPPERS = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-# "base_model.model.<module>.lora_A.weight"; files written by hand may name the adapter: "...lora_A.default.weight".
-_MODULE = r"^(?:base_model\.model\.)?(?P<module>.+?)\."
+# "<module>.lora_A.weight"; files written by hand may name the adapter: "...lora_A.default.weight".
+_MODULE = r"^(?P<module>.+?)\."
 _TENSORS = {
     "A": re.compile(_MODULE + r"lora_A(?:\.[^.]+)?\.weight$"),
     "B": re.compile(_MODULE + r"lora_B(?:\.[^.]+)?\.weight$"),
@@ -240,7 +236,7 @@ def _sort_keys(keys: Iterable[str], config: AdapterConfig) -> tuple[dict[str, di
     others: list[str] = []
     faults: list[str] = []
     for key in sorted(keys):
-        plain = _WRAPPERS.sub("", key)
+        plain = plain_name(key)
         part, match = next(((part, m) for part, form in _TENSORS.items() if (m := form.match(plain))), ("", None))
         if "modules_to_save" in key:
             faults.append(f"{key} is a whole trained module")
@@ -254,7 +250,7 @@ def _sort_keys(keys: Iterable[str], config: AdapterConfig) -> tuple[dict[str, di
     if not config.trained_bias:
         return found, others, faults
     for key in list(others):
-        match = _BIAS.match(_WRAPPERS.sub("", key))
+        match = _BIAS.match(plain_name(key))
         if match and match["module"] in found:
             others.remove(key)
             faults += _put(found[match["module"]], "bias", key, match["module"])

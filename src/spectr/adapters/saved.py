@@ -15,7 +15,14 @@ Shapes = Mapping[str, tuple[int, ...]]
 _ROWS = re.compile(r"^(?P<module>.+?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.[^.]+)?$")
 _EMBEDDING = re.compile(r"^(?P<module>.+)\.lora_embedding_(?P<side>[AB])(?:\.[^.]+)?$")
 _WHOLE = re.compile(r"^(?P<module>.+?)(?:\.base_layer)?\.(?P<parameter>[^.]+)$")
-_PREFIX = "base_model.model."
+# Parts of names that torch.compile, FSDP and activation checkpointing add.
+_WRAPPERS = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_PREFIX = re.compile(r"^(?:(?:module\.)?base_model\.model\.)+")  # several of models that were wrapped twice
+
+
+def plain_name(key: str) -> str:
+    """A tensor's name in a file, as it is without what PEFT and others put around the model."""
+    return _PREFIX.sub("", _WRAPPERS.sub("", key))
 
 
 class SavedWhole(NamedTuple):
@@ -146,7 +153,7 @@ def read_saved(
     found: dict[str, SavedParts] = {}
     sides: dict[str, dict[str, str]] = {}
     for key in sorted(keys):
-        name = key.removeprefix(_PREFIX)
+        name = plain_name(key)
         if match := _EMBEDDING.match(name):
             sides.setdefault(match["module"], {})[match["side"]] = key
         elif match := _ROWS.match(name):
