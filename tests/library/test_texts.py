@@ -19,16 +19,19 @@ VOCABULARY = {"<s>": 0, "a": 1, "b": 2}
 ADDED = [{"id": 0, "content": "<s>"}]
 
 
-def texts(folder, vocabulary=VOCABULARY, added=ADDED, template="{{ messages }}"):
+def texts(folder, vocabulary=VOCABULARY, added=ADDED, template="{{ messages }}", end="</s>", merges=("a b",), **rules):
     folder.mkdir(exist_ok=True, parents=True)
-    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}, "added_tokens": added}))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    whole = {"model": {"vocab": vocabulary, "merges": merges}, "added_tokens": added, **rules}
+    (folder / "tokenizer.json").write_text(json.dumps(whole))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template, "eos_token": end}))
     return folder
 
 
 @pytest.fixture
 def base(tmp_path):
-    return texts(tmp_path / "base")
+    folder = texts(tmp_path / "base")
+    (folder / "config.json").write_text(json.dumps({"vocab_size": 17}))
+    return folder
 
 
 def expert(tmp_path, base, **changes):
@@ -75,6 +78,9 @@ def test_prompts_that_would_be_read_otherwise_are_refused(tmp_path, base, change
 REPORTED = {
     "a chat template": ({"template": "{{ x }}"}, "has another chat template than the base model"),
     "an added token": ({"added": [*ADDED, {"id": 3, "content": "<t>"}]}, "tokenizer does not have: <t>"),
+    "rules": ({"normalizer": {"type": "Lowercase"}}, "by other rules than the base model's: normalizer"),
+    "merges": ({"merges": ["b a"]}, "by other rules than the base model's: merges"),
+    "an end": ({"end": "<t>"}, "ends answers with <t>, the base model with </s>"),
     "a resized embedding": (
         {"added": [*ADDED, {"id": 17, "content": "<t>"}]},
         "has 18 tokens, the base model 17",
@@ -89,13 +95,13 @@ def test_what_else_differs_is_reported(tmp_path, base, caplog, changes, remark):
     assert remark in caplog.text
     caplog.clear()
     LibraryStore(tmp_path / "library").add("a", folder)
-    assert "18 tokens" in remark or any(remark in one for one in text_remarks(folder, str(base)))
+    assert any(remark in one for one in text_remarks(folder, str(base)))
     routed(base, ExpertLibrary.open(tmp_path / "library"))  # which keeps the facts without the files
     assert remark in caplog.text
     assert ExpertLibrary.open(tmp_path / "library")["a"].weights.parent.joinpath("text.json").is_file()
 
 
-@pytest.mark.parametrize("changes", [{}, {"template": "{{ messages }}\n"}], ids=["no tokenizer", "the base's own"])
+@pytest.mark.parametrize("changes", [{}, {"template": "{{ messages }}\n", "merges": [["a", "b"]]}])
 def test_nothing_is_reported_of_what_is_alike(tmp_path, base, caplog, changes):
     folder = expert(tmp_path, base, **changes)
     routed(base, ExpertLibrary.from_adapters({"a": folder}))

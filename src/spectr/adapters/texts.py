@@ -26,12 +26,18 @@ class TextFacts:
         vocabulary: Digest of the tokenizer's vocabulary without added tokens; ``None`` if unknown.
         tokens: Added tokens and their ids.
         size: The largest id plus one; 0 if no id is known.
+        rules: By name, digests of the rules by which the tokenizer splits texts.
+        end: The token that ends an answer.
+        rows: In a base model's folder, the rows of its embedding; 0 if unknown.
     """
 
     template: str | None = None
     vocabulary: str | None = None
     tokens: Mapping[str, int] = field(default_factory=dict)
     size: int = 0
+    rules: Mapping[str, str] = field(default_factory=dict)
+    end: str | None = None
+    rows: int = 0
 
     @staticmethod
     def read(folder: Path) -> TextFacts | None:
@@ -59,6 +65,9 @@ class TextFacts:
             vocabulary=_digest(sorted(vocabulary.items())) if vocabulary else None,
             tokens=tokens,
             size=1 + max((*vocabulary.values(), *tokens.values()), default=-1),
+            rules=_rules(whole) if whole else {},
+            end=end["content"] if isinstance(end := settings.get("eos_token"), dict) else end,
+            rows=_rows(_json(folder / "config.json")),
         )
 
     def write(self, folder: Path) -> None:
@@ -81,14 +90,20 @@ class TextFacts:
 
         Args:
             base: Facts of the base model.
-            rows: Rows of the base model's embedding, if known.
+            rows: Rows of the base model's embedding; by default those of its configuration.
         """
         if self.template and self.template != base.template:
             has = "another chat template than" if base.template else "a chat template, unlike"
             yield f"has {has} the base model; SpectR writes prompts with the base model's tokenizer"
+        other = sorted(name for name, rule in self.rules.items() if base.rules.get(name, rule) != rule)
+        if other:
+            yield f"has a tokenizer that reads texts by other rules than the base model's: {', '.join(other)}"
+        if self.end and base.end and self.end != base.end:
+            yield f"ends answers with {self.end}, the base model with {base.end}"
         new = sorted(set(self.tokens) - set(base.tokens)) if base.vocabulary or base.tokens else []
         if new:
             yield f"has tokens that the base model's tokenizer does not have: {some_of(new, _SHOWN)}"
+        rows = rows or base.rows
         if rows and self.size > rows:
             yield f"was trained with a resized embedding: it has {self.size} tokens, the base model {rows}"
 
@@ -107,6 +122,18 @@ def base_texts(base_model: str | None) -> TextFacts | None:
     except HFValidationError:
         return None
     return TextFacts.read(Path(cached).parent) if isinstance(cached, str) else None
+
+
+def _rules(whole: Mapping[str, Any]) -> dict[str, str]:
+    """Digests of the parts of ``tokenizer.json`` that decide how a text becomes tokens of the vocabulary."""
+    merges = (whole.get("model") or {}).get("merges") or []
+    pairs = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]  # older files have texts
+    parts = ("normalizer", "pre_tokenizer", "post_processor")
+    return {part: _digest(whole.get(part)) for part in parts} | {"merges": _digest(pairs)}
+
+
+def _rows(config: Mapping[str, Any]) -> int:
+    return config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size") or 0
 
 
 def _template(folder: Path, settings: Mapping[str, Any]) -> str | None:
