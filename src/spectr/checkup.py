@@ -110,18 +110,32 @@ def check_adapter(source: str | Path, model: str | None = None) -> Checkup:
 
 
 def _in_model(result: Checkup, expert: Expert, base: Any, model: str | None) -> Checkup:
-    """The part of the check that needs the base model, on the meta device."""
+    """The part of the check that needs the base model, on the meta device, in the first class that the expert fits."""
+    result, faults = replace(result, base=model or expert.base_model), list[SpectrError]()
     try:
-        check_text(replace(expert, base_model=model or expert.base_model))
-        shell = _shell(base, expert)
-        naming = naming_of(shell)
-        named = named_for(expert, naming)
-        uncalled = find_weight_reads(shell).outside
-        called = replace(named, shapes={name: shape for name, shape in named.shapes.items() if name not in uncalled})
-        make_plan(shell, [called], Oracle(expert=expert.name))
-        untrained = _untrained(named, shell, uncalled)
+        check_text(replace(expert, base_model=result.base))
+        for shell in _shells(base, expert):
+            try:
+                return _in_shell(result, expert, base, model, shell)
+            except SpectrError as error:
+                faults.append(error)
     except SpectrError as error:
-        return replace(result, base=model or expert.base_model, refused=_words(error))
+        faults.append(error)
+    return replace(result, refused=_words(faults[0]))
+
+
+def _in_shell(result: Checkup, expert: Expert, base: Any, model: str | None, shell: Any) -> Checkup:
+    """The check in one class of the base model.
+
+    Raises:
+        SpectrError: The expert does not fit it.
+    """
+    naming = naming_of(shell)
+    named = named_for(expert, naming)
+    uncalled = find_weight_reads(shell).outside
+    called = replace(named, shapes={name: shape for name, shape in named.shapes.items() if name not in uncalled})
+    make_plan(shell, [called], Oracle(expert=expert.name))
+    untrained = _untrained(named, shell, uncalled)
     new = {named.file_names.get(module, module): module for module in named.modules}
     idle = {new[module]: why for module, why in result.idle.items() if module in new} | _left_out(named)
     idle |= dict.fromkeys(untrained, "the model uses its weight without calling the layer, and its factors are zero")
@@ -135,7 +149,6 @@ def _in_model(result: Checkup, expert: Expert, base: Any, model: str | None) -> 
         remarks.append(f"changes {some_of(whole, _SHOWN)} as a whole: it needs a router that takes one expert a prompt")
     return replace(
         result,
-        base=model or expert.base_model,
         idle=idle,
         routed=[module for module in named.modules if module not in idle],
         missing=sorted(_missing(named, shell, frozenset(naming.heads))),
@@ -212,33 +225,38 @@ def _configuration(name: str | None) -> Any:
         return None
 
 
-def _shell(config: Any, expert: Expert) -> Any:
-    """A model on the meta device, in the class of the expert's task: all modules, no weights.
+def _shells(config: Any, expert: Expert) -> Iterator[Any]:
+    """The model on the meta device, in the classes that users load it in: all modules, no weights.
 
     Raises:
-        SpectrError: The class cannot build a model from this configuration.
+        SpectrError: No class can build a model from this configuration.
     """
     import transformers
 
     config, task = copy.deepcopy(config), _HEADS.get(expert.config.task if expert.config else "")
     kinds: list[Any] = [getattr(transformers, name, None) for name in config.architectures or ()]
     ways: list[Callable[[Any], Any]] = [kind for kind in kinds if kind is not None][:1]
-    ways = ways or [transformers.AutoModelForCausalLM.from_config]
+    ways.append(transformers.AutoModelForCausalLM.from_config)
     if task:
         config.num_labels = _labels(expert) or config.num_labels
         ways.insert(0, getattr(transformers, task).from_config)
-    error: Exception | None = None
+    made, errors = set[type](), list[Exception]()
     for make in ways:
         try:
             with torch.device("meta"):
-                return make(config)
+                shell = make(copy.deepcopy(config))
         except Exception as caught:  # a model's class may raise anything
-            error = caught
-    raise SpectrError(
-        f"the base model cannot be built from its configuration: {type(error).__name__}: {error}",
-        expected="a configuration that this version of transformers supports",
-        do="check config.json of the base model, and the version of transformers",
-    ) from error
+            errors.append(caught)
+            continue
+        if type(shell) not in made:
+            made.add(type(shell))
+            yield shell
+    if not made:
+        raise SpectrError(
+            f"the base model cannot be built from its configuration: {type(errors[0]).__name__}: {errors[0]}",
+            expected="a configuration that this version of transformers supports",
+            do="check config.json of the base model, and the version of transformers",
+        ) from errors[0]
 
 
 def _labels(expert: Expert) -> int | None:
@@ -248,8 +266,8 @@ def _labels(expert: Expert) -> int | None:
 
 
 def _class_remark(model: Any, config: Any, expert: Expert) -> Iterator[str]:
-    name, labels = type(model).__name__, _labels(expert)
-    if name not in (config.architectures or ()) and expert.config and expert.config.task in _HEADS:
+    name, labels, named = type(model).__name__, _labels(expert), config.architectures or ()
+    if name not in named and (named or (expert.config and expert.config.task in _HEADS)):
         yield f"needs its base model as {name}" + (f" with num_labels={labels}" if labels else "")
 
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from beyond_lora import KINDS, moved_adapter
 from families import FAMILIES
-from models import peft_adapter, random_factors, tiny_llama, write_adapter
+from models import TEXT, TOKENS, peft_adapter, random_factors, tiny_llama, write_adapter
 from spectr import ExpertLibrary, Oracle, compose
 from spectr.ops.dispatch import report_once
 
@@ -180,6 +180,18 @@ def test_heads_of_tasks_are_checked_in_the_class_of_the_task(spectr, tmp_path, b
     code, found, _ = checked(spectr, moved_adapter(model, tmp_path / "a", 1, task_type=task[0]), "-m", base)
     assert (code, "score" in found["routed"]) == (0, True)
     assert f"needs its base model as LlamaFor{task[1]} with num_labels=3" in found["remarks"]
+
+
+def test_an_adapter_of_the_language_model_in_a_configuration_of_several(spectr, tmp_path):
+    from transformers import Llama4Config, Llama4ForCausalLM
+
+    sizes = {**TEXT, **TOKENS, "head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 48}
+    config = Llama4Config(text_config=sizes, architectures=["Llama4ForConditionalGeneration"])
+    config.save_pretrained(tmp_path / "base")
+    folder = moved_adapter(Llama4ForCausalLM(config.text_config), tmp_path / "a", 1)
+    code, found, _ = checked(spectr, folder, "-m", tmp_path / "base")
+    assert (code, len(found["routed"])) == (0, 4)
+    assert found["remarks"] == ["needs its base model as Llama4ForCausalLM"]
 
 
 def test_more_than_plain_lora_where_a_weight_is_read_without_a_call(spectr, tmp_path):

@@ -38,6 +38,7 @@ GEMMA3 = {
     **{"text_config": {**GQA, "head_dim": 8}, "vision_config": {**SIZES, "image_size": 16, "patch_size": 4}},
     **{"mm_tokens_per_image": 4, "image_token_id": 55, "boi_token_index": 53, "eoi_token_index": 54},
 }
+STEADY = {"router_jitter_noise": 0.0, "input_jitter_noise": 0.0}
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 61, **TOKENS}
 FAMILIES = {
     "jamba": ("JambaForCausalLM", "JambaConfig", {**GQA, **JAMBA}),
@@ -53,6 +54,7 @@ FAMILIES = {
     "granite-moe": ("GraniteMoeForCausalLM", "GraniteMoeConfig", {**GQA, "num_local_experts": 4}),
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**GQA, "num_local_experts": 4}),
     "qwen3-moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**GQA, **MOE}),
+    "phimoe": ("PhimoeForCausalLM", "PhimoeConfig", {**GQA, "num_local_experts": 4, **STEADY}),
     "opt": ("OPTForCausalLM", "OPTConfig", {**TEXT, **TOKENS, "ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0}),
     "t5": ("T5ForConditionalGeneration", "T5Config", {**T5, "dropout_rate": 0.0, "decoder_start_token_id": 0}),
 }
@@ -102,7 +104,7 @@ def test_one_name_of_modules_is_no_regular_expression(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")  # PEFT's own, of fused parameters
-@pytest.mark.parametrize("family", ["jamba", "gemma3", "t5", "mixtral", "qwen3-moe"])
+@pytest.mark.parametrize("family", ["jamba", "gemma3", "t5", "mixtral", "qwen3-moe", "phimoe"])
 def test_peft_and_spectr_read_what_was_trained_alike(tmp_path, family):
     """Layers that no gradient reaches are left out: PEFT misses no weights, and finds none that it did not look for."""
     model = make(family)
@@ -174,6 +176,11 @@ def test_a_model_that_is_no_plain_base_is_refused(tmp_path):
     compose(model, ExpertLibrary.from_adapters({"e": str(tmp_path / "e")}), Oracle(expert="e"))
     with pytest.raises(DataError, match="is composed"):
         train(tmp_path / "f", model)
+
+
+def test_a_router_that_peft_takes_for_a_linear_layer_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"includes model.layers.0.mlp.router, .* which PEFT cannot adapt"):
+        train(tmp_path / "e", make("phimoe"), replace(SETTINGS, target_modules="q_proj,router"))
 
 
 def test_what_spectr_could_not_read_again_is_refused_before_the_run(tmp_path):

@@ -1,6 +1,7 @@
 """Training: what the loss is, that a killed run ends the same, and what is left on disk."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -231,9 +232,10 @@ def test_files_of_others_are_left_alone(tmp_path):
     assert (tmp_path / "README.md").read_text() == "mine"
 
 
-def test_modules_that_are_not_there_are_named_and_nothing_is_made(tmp_path):
-    with pytest.raises(DataError, match=r"target_modules='nope'(.|\n)*down_proj"):
-        train(tmp_path / "e", replace(SETTINGS, target_modules="nope"))
+@pytest.mark.parametrize("targets", ["nope", "(q_proj"])
+def test_modules_that_are_not_there_are_named_and_nothing_is_made(tmp_path, targets):
+    with pytest.raises(DataError, match=rf"target_modules='{re.escape(targets)}'(.|\n)*down_proj"):
+        train(tmp_path / "e", replace(SETTINGS, target_modules=targets))
     assert not (tmp_path / "e").exists()
 
 

@@ -21,6 +21,7 @@ from spectr.atomic_write import save_readable
 from spectr.errors import AdapterError, DataError, MissingExtraError, some_of
 from spectr.hashing import package_versions
 from spectr.layers import RoutedLinear, features
+from spectr.layers.linear import returns_more
 from spectr.training.settings import DROPOUT, TrainingSettings
 
 if TYPE_CHECKING:
@@ -87,19 +88,26 @@ def with_adapter(model: Any, settings: TrainingSettings) -> PeftModel:
         task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
     )
     linear = sorted({name.rpartition(".")[2] for name, part in model.named_modules() if features(part)})
+    odd = [name for name, part in model.named_modules() if returns_more(part)]
     if chosen == "all-linear":
-        config.exclude_modules = [name for name in linear if _is_refused(name, model, config)] or None
+        config.exclude_modules = [*(name for name in linear if _is_refused(name, model, config)), *odd] or None
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # PEFT's matter
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)  # and its own keys
         torch.manual_seed(settings.seed)
         try:
-            return get_peft_model(model, config)  # pyright: ignore[reportReturnType]
-        except ValueError as error:  # its NoMatchingPeftModuleError among them
+            made: Any = get_peft_model(model, config)
+        except (ValueError, re.error) as error:  # its NoMatchingPeftModuleError among them
             raise DataError(
                 f"target_modules={settings.target_modules!r}: {error}",
                 expected=f"all-linear, or some of: {', '.join(linear)}",
             ) from error
+    if wrong := [name for name in odd if isinstance(model.get_submodule(name), LoraLayer)]:
+        raise DataError(
+            f"target_modules={settings.target_modules!r} includes {some_of(wrong, 3)}, which PEFT cannot adapt",
+            expected=f"all-linear, or some of: {', '.join(linear)}",
+        )
+    return made
 
 
 def _is_refused(name: str, model: Any, config: LoraConfig) -> bool:
