@@ -12,10 +12,11 @@ os.environ.setdefault(
 )  # timing would decide otherwise each time
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
-from jaxtyping import install_import_hook
+from jaxtyping import config, install_import_hook
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported by whatever test is first
@@ -37,12 +38,26 @@ CHECKED = (
 )
 install_import_hook(list(CHECKED), "beartype.beartype")
 
+# Tests that answer hundreds of prompts with what the others check: with shapes checked in every call they take twice as
+# long.
+UNCHECKED = ("cli", "evaluation/test_experiments.py", "evaluation/test_harness.py", "prompts", "serving")
+
+from peft import PeftModel  # noqa: E402
+
 from adapters_on_disk import tree, write_adapter  # noqa: E402
 from spectr.library import LibraryStore  # noqa: E402
 from text_model import save_experts, save_model  # noqa: E402
 
 torch.set_num_threads(1)
+PeftModel.create_or_update_model_card = Mock()  # slower than the rest of saving, and read by no test
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it starts in the background ignore Ctrl-C
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item) -> None:
+    """Shapes are checked, or not, from a test's first fixture on."""
+    place = item.path.relative_to(Path(__file__).parent).as_posix()
+    config.update("jaxtyping_disable", place.startswith(UNCHECKED))
 
 
 @pytest.fixture
