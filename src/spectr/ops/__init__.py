@@ -1,9 +1,10 @@
-"""What a routed layer adds to its base layer's output, as operations on tensors and numbers.
+"""The update that experts add to a linear layer's output, as operations on tensors.
 
-``choose`` makes ``w_t h_t`` of ``h = A x``; ``add_update`` adds the chosen experts' outputs to the base layer's. Each
-has a plain reference (:mod:`spectr.ops.reference`), torch's computation, and kernels: C for CPUs, compiled by the
-compiler that is there and kept in the cache folder, and Triton for GPUs. :mod:`spectr.ops.dispatch` says which of them
-serves a layer, and why. Graphs see the operations of :mod:`spectr.ops.registered`.
+``choose`` turns ``h = A x`` into ``w_t h_t``: weighted for the chosen experts, zero for the others. ``add_update`` adds
+``sum_t w_t B_t h_t`` to the base layer's output. Each operation has a plain reference (:mod:`spectr.ops.reference`), an
+implementation in torch, and kernels: C for CPUs, compiled on this machine and kept in the cache folder, and Triton for
+GPUs. :mod:`spectr.ops.dispatch` selects one for each layer and gives the reason. Compiled graphs call the operations of
+:mod:`spectr.ops.registered`.
 """
 
 from spectr.ops.base import Backend, Choice, FusedLinear

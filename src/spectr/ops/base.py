@@ -1,6 +1,7 @@
-"""What the operations need of a backend, whatever machine it is for.
+"""The interface of a backend: kernels for one kind of device.
 
-Legend: T tokens, I inputs, O outputs, E experts, R the rank of each, P = E R, B rows that share the tokens equally.
+Legend: T tokens, I inputs, O outputs, E experts, R the rank of each expert, P = E R, B rows; each row of a prior or of
+weights belongs to an equal share of the tokens.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ class Choice(NamedTuple):
     """How a token chooses among experts.
 
     Attributes:
-        experts: How many there are; all of one rank.
-        k: How many are taken.
-        temperature: Of the softmax over their scores; 0 weighs them alike.
-        rule: Name of the rule that scores them, of :data:`spectr.ops.rules.RULES`.
+        experts: Number of experts; all have the same rank.
+        k: Number of experts that a token takes.
+        temperature: Of the softmax over the chosen experts' scores; 0 gives each the weight ``1 / k``.
+        rule: Name of the scoring rule, a key of :data:`spectr.ops.rules.RULES`.
     """
 
     experts: int
@@ -31,27 +32,30 @@ class Choice(NamedTuple):
 
 @runtime_checkable
 class FusedLinear(Protocol):
-    """A plain linear layer and its experts in one call."""
+    """Computes a plain linear layer and its experts in one call."""
 
     def __call__(self, x: Tensor, rows: Tensor | None) -> Tensor | None:
-        """The routed layer's output; ``None`` where this call has to be made in parts.
+        """The routed layer's output, (..., O).
 
         Args:
-            x: Tokens, of any kind.
-            rows: Of a layer that routes the prior, (B, 1, E), if there is one; else the fixed weights, (B, 1, P). A
-                row for each equal share of the tokens.
+            x: Tokens, (..., I), of any dtype and device.
+            rows: For a layer that chooses, the prior of shape (B, 1, E), or ``None``; for fixed weights, those weights,
+                (B, 1, P).
+
+        Returns:
+            The output, or ``None`` if base layer and update have to be computed separately for this call.
         """
         ...
 
 
 class Backend(ABC):
-    """Kernels that do the work of many of torch's calls.
+    """The kernels for one kind of device.
 
     Attributes:
-        name: As reports show it.
-        device: The kind of device whose tensors they take.
-        dtypes: The dtypes that they take.
-        rules: Names of the rules that they score by.
+        name: Shown in reports.
+        device: The type of device, such as ``cpu``.
+        dtypes: Supported dtypes.
+        rules: Names of the supported scoring rules.
     """
 
     name: str
@@ -60,11 +64,11 @@ class Backend(ABC):
     rules: tuple[str, ...] = ("lengths",)
 
     def take(self, *tensors: Tensor) -> bool:
-        """Whether they can work on these, and nobody has to see single operations (autograd, a counter)."""
+        """Whether the kernels support these tensors, and neither autograd nor a mode of torch records operations."""
         return not watched() and self.know(*tensors)
 
     def know(self, *tensors: Tensor) -> bool:
-        """Whether these are of one dtype that they take, contiguous, on their device, and not empty."""
+        """Whether these are plain tensors of one supported dtype, contiguous, on the device, and not empty."""
         dtype, device = tensors[0].dtype, self.device
         if dtype not in self.dtypes:
             return False
@@ -78,32 +82,32 @@ class Backend(ABC):
     def prepare(
         self, A_PI: Tensor, Bt_PO: Tensor, centers_P: Tensor | None, choice: Choice | None, linear: FusedLinear | None
     ) -> str:
-        """Compile and time what calls of this form need, so that none has to.
+        """Compile and time the kernels for calls of this form, so that no call has to.
 
         Args:
             A_PI: See :meth:`fused_linear`.
             Bt_PO: See :meth:`fused_linear`.
             centers_P: See :meth:`fused_linear`.
             choice: See :meth:`fused_linear`.
-            linear: What :meth:`fused_linear` gave.
+            linear: The result of :meth:`fused_linear`.
 
         Returns:
-            How calls are computed, for reports; may be empty.
+            A description of how calls are computed, for reports; may be empty.
         """
         return ""
 
     @abstractmethod
     def choose(self, h_TP: Tensor, centers_P: Tensor | None, prior_BE: Tensor | None, choice: Choice) -> bool:
-        """In the memory of ``h``: ``w_t h_t`` of the chosen experts, zero for the others.
+        """Overwrite ``h`` with ``w_t h_t`` for the chosen experts and with zero for the others.
 
         Args:
-            h_TP: ``A x`` of every expert, (..., P), contiguous.
-            centers_P: Subtracted before scoring.
-            prior_BE: Multiplied with the scores, float32; a row for each equal share of the tokens.
-            choice: Among how many, how many, and their weights.
+            h_TP: ``A x`` for all experts, (..., P), contiguous.
+            centers_P: Subtracted from ``h`` before scoring, or ``None``.
+            prior_BE: Multiplied with the scores, float32, or ``None``.
+            choice: How each token chooses.
 
         Returns:
-            Whether it was done; if not, ``h`` is as it was.
+            Whether it was done; if not, ``h`` is unchanged.
         """
 
     @abstractmethod
@@ -117,49 +121,54 @@ class Backend(ABC):
         out: Tensor,
         choice: Choice,
     ) -> bool:
-        """Add the chosen experts' outputs to ``out``: those with the largest ``||A_t x - center_t||``.
+        """Add ``sum_t w_t B_t A_t x`` to ``out``, for the experts with the largest ``||A_t x - center_t||``.
 
         Args:
-            x: Tokens, (..., I), contiguous, in the dtype and on the device of all the others.
+            x: Tokens, (..., I), contiguous. All tensors but the prior have one dtype, and all one device.
             A_PI: Input factors of all experts, contiguous.
-            Bt_PO: Output factors, transposed, contiguous.
+            Bt_PO: Output factors of all experts, transposed, contiguous.
             centers_P: See :meth:`choose`.
             prior_BE: See :meth:`choose`.
-            out: (..., O), contiguous.
+            out: The base layer's output, (..., O), contiguous; changed in place.
             choice: See :meth:`choose`.
 
         Returns:
-            Whether it was done; if not, ``out`` is as it was.
+            Whether it was done; if not, ``out`` is unchanged.
         """
 
     def add_weighted(self, x: Tensor, A_PI: Tensor, Bt_PO: Tensor, weights_BP: Tensor, out: Tensor) -> bool:
-        """Add ``B (w A x)`` to ``out``, as :meth:`add_chosen`; a row of weights for each equal share of the tokens."""
+        """Add ``B (w A x)`` with the given weights to ``out``; otherwise as :meth:`add_chosen`."""
         return False
 
     def fused_linear(
         self, base: nn.Module, A_PI: Tensor, Bt_PO: Tensor, centers_P: Tensor | None, choice: Choice | None
     ) -> FusedLinear | None:
-        """One call for a base layer and its experts, where there is one for such a layer.
+        """Combine a base layer and its experts into one call.
 
         Args:
             base: The base layer.
-            A_PI: Input factors, which the backend knows, as the next two.
+            A_PI: Input factors; :meth:`know` is true of this tensor and the next.
             Bt_PO: Output factors, transposed.
-            centers_P: Subtracted before scoring.
-            choice: Of a layer that routes; ``None`` of one whose weights are fixed.
+            centers_P: Subtracted from ``A x`` before scoring, or ``None``.
+            choice: How tokens choose; ``None`` for fixed weights.
+
+        Returns:
+            The call, or ``None`` if the backend has none for such a layer.
         """
         return None
 
 
 def watched() -> bool:
-    """Whether somebody has to see single operations: autograd, a counter."""
+    """Whether autograd or a mode of torch (a counter of operations, say) records single operations."""
     return is_grad_enabled() or _len_torch_dispatch_stack() > 0
 
 
 def own_numbers(base: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
-    """The weight and the bias of a base layer that does nothing but a product with them, as plain as these tokens are.
+    """Weight and bias of a base layer whose forward is ``x @ weight.T + bias`` and nothing else.
 
-    ``None`` where the layer has hooks, or its numbers are quantised, sharded, or elsewhere.
+    Returns:
+        ``None`` if the layer has hooks, or if a parameter is quantised, sharded, or differs from ``x`` in dtype or
+        device.
     """
     own = base.__dict__  # a module's own look-up of an attribute costs more
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:

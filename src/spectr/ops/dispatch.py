@@ -1,6 +1,6 @@
-"""Which backend does an operation, why, and the plan that a layer's calls go by.
+"""Selects a backend for each layer, with the reason, and keeps the result as the layer's plan.
 
-A plan is made when a model is composed, moved or cast. Calls compile and prepare nothing.
+Plans are made when a model is composed, moved or cast. A forward pass compiles and prepares nothing.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ NOT_PREPARED = "kernels were not prepared for these experts"
 
 
 class Offer(NamedTuple):
-    """A backend, or ``None``, and why."""
+    """A backend, or ``None`` if torch has to do the work, and the reason."""
 
     backend: Backend | None
     reason: str
 
 
 class Plan(NamedTuple):
-    """How calls of a layer with some experts are computed.
+    """How the calls of one routed layer are computed.
 
     Attributes:
-        backend: Whose kernels do it; ``None``: torch.
-        reason: Why that one.
-        Bt_PO: Output factors as kernels read them.
-        centers_P: Subtracted before scoring.
-        choice: How tokens choose; ``None`` where their weights are fixed.
-        linear: The base layer and its experts in one call, where there is one.
+        backend: The kernels that compute them; ``None`` for torch.
+        reason: Why this backend was selected.
+        Bt_PO: Output factors, transposed, as kernels read them.
+        centers_P: Subtracted from ``A x`` before scoring, or ``None``.
+        choice: How tokens choose; ``None`` for fixed weights.
+        linear: One call for base layer and experts, or ``None``.
     """
 
     backend: Backend | None
@@ -61,7 +61,7 @@ _without = ContextVar("without kernels", default=False)
 
 @contextmanager
 def without_kernels() -> Iterator[None]:
-    """Plans that are made inside use no kernels, for comparisons."""
+    """Within this context, new plans use no kernels. For comparisons."""
     before = _without.set(True)
     try:
         yield
@@ -71,7 +71,7 @@ def without_kernels() -> Iterator[None]:
 
 @lru_cache
 def backend_for(device: str) -> Offer:
-    """The backend for a kind of device. One that cannot run is reported once."""
+    """The backend for a type of device. If it cannot run here, the cause is logged once."""
     if switched_off():
         return Offer(None, "SPECTR_KERNELS=0")
     if device not in _BACKENDS:
@@ -93,15 +93,15 @@ def make_plan(
     choice: Choice | None = None,
     refusal: str = "",
 ) -> Plan:
-    """Choose a backend for a layer and its experts, and have it prepare what it needs.
+    """Select a backend for a layer and its experts, and let it compile and time its kernels.
 
     Args:
         base: The base layer.
-        A_PI: Input factors.
-        B_OP: Output factors; ``B_OP.mT`` is contiguous.
-        centers_P: Subtracted before scoring.
-        choice: How tokens choose; ``None`` where their weights are fixed.
-        refusal: Why no kernel computes what the router wants, if none does.
+        A_PI: Input factors of all experts.
+        B_OP: Output factors of all experts; ``B_OP.mT`` is contiguous.
+        centers_P: Subtracted from ``A x`` before scoring, or ``None``.
+        choice: How tokens choose; ``None`` for fixed weights.
+        refusal: The reason if no kernel supports this router; empty otherwise.
     """
     Bt_PO = B_OP.mT
     backend, reason = Offer(None, "without kernels") if _without.get() else backend_for(A_PI.device.type)
@@ -122,19 +122,22 @@ def make_plan(
 def update_by_kernels(
     plan: Plan, out: Tensor, x: Tensor, A_PI: Tensor, rows: Tensor | None, *, in_place: bool
 ) -> Tensor | None:
-    """The base layer's output with its experts' update, by kernels; ``None`` where this call is torch's.
+    """Add the experts' update to the base layer's output by kernels.
 
-    Eager code calls the backend itself. A graph that needs no gradients gets the registered operation, except of
-    ``torch.jit.trace``, which gets torch's.
+    Eager calls go to the backend directly. Graphs without gradients get the registered operation; ``torch.jit.trace``
+    gets torch's operations.
 
     Args:
-        plan: Of the layer.
+        plan: The layer's plan.
         out: The base layer's output, (..., O).
-        x: Its input, (..., I).
-        A_PI: Input factors.
-        rows: Of a layer that routes the prior, (B, 1, E), if there is one; else the fixed weights, (B, 1, P). A row for
-            each equal share of the tokens.
-        in_place: Whether the result may be in the memory of ``out``.
+        x: The layer's input, (..., I).
+        A_PI: Input factors of all experts.
+        rows: For a layer that chooses, the prior of shape (B, 1, E), or ``None``; for fixed weights, those weights,
+            (B, 1, P). Each row belongs to an equal share of the tokens.
+        in_place: Whether ``out`` may be overwritten.
+
+    Returns:
+        The sum, or ``None`` if torch has to compute it.
     """
     backend, choice = plan.backend, plan.choice
     if backend is None or x.dtype != A_PI.dtype or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
@@ -162,5 +165,5 @@ def _in_graph(plan: Plan, out: Tensor, x: Tensor, A_PI: Tensor, rows: Tensor | N
 
 @lru_cache(maxsize=256)
 def report_once(text: str) -> None:
-    """Write a line to the log, the first time."""
+    """Log a warning once per process."""
     logging.getLogger(__name__).warning(text)

@@ -1,9 +1,10 @@
-"""The operations as torch's graphs see them: ``spectr::choose``, ``spectr::add_update`` and ``spectr::add_update_``.
+"""The operations for compiled graphs: ``spectr::choose``, ``spectr::add_update`` and ``spectr::add_update_``.
 
-Each is done by the backend of its tensors' device where that can, else by torch. Gradients are those of torch's
-computation. Eager code does without them: a call through torch's dispatcher takes 5 to 14 microseconds, for each layer.
+Each calls the backend of its tensors' device if that supports them, and torch otherwise. Torch computes the gradients.
+Eager code does not use these operations: a call through torch's dispatcher takes 5 to 14 microseconds for each layer.
 
-Legend: T tokens, I inputs, O outputs, E experts, R the rank of each, P = E R, B rows that share the tokens equally.
+Legend: T tokens, I inputs, O outputs, E experts, R the rank of each expert, P = E R, B rows; each row of a prior or of
+weights belongs to an equal share of the tokens.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ _FACTORS = "Tensor x, Tensor A, Tensor Bt, Tensor? centers, Tensor? rows"
 def choose(
     h: Tensor, centers: Tensor | None, prior: Tensor | None, experts: int, k: int, temperature: float, rule: str
 ) -> Tensor:
-    """``w_t h_t`` of each token's ``k`` best experts, zero for the others; of equal ones the first is better.
+    """``w_t h_t`` for each token's ``k`` best experts, and zero for the others. Of equal experts, the first is taken.
 
     Args:
-        h: ``A x`` of every expert, (..., P).
-        centers: Subtracted before scoring, (P,).
-        prior: Multiplied with the scores, float32, (B, ..., E); a row for each equal share of the tokens.
-        experts: How many there are; all of one rank.
-        k: How many are taken.
-        temperature: Of the softmax over their scores; 0 weighs them alike.
-        rule: Name of the rule that scores them, of :data:`spectr.ops.rules.RULES`.
+        h: ``A x`` for all experts, (..., P).
+        centers: Subtracted from ``h`` before scoring, (P,), or ``None``.
+        prior: Multiplied with the scores, float32, (B, ..., E), or ``None``.
+        experts: Number of experts; all have the same rank.
+        k: Number of experts that a token takes.
+        temperature: Of the softmax over the chosen experts' scores; 0 gives each the weight ``1 / k``.
+        rule: Name of the scoring rule, a key of :data:`spectr.ops.rules.RULES`.
     """
     choice, backend = Choice(experts, k, temperature, rule), backend_for(h.device.type).backend
     if backend is not None and rule in backend.rules and backend.know(h):
@@ -58,19 +59,19 @@ def add_update_(
     temperature: float,
     rule: str,
 ) -> None:
-    """Add the experts' update to the base layer's output, in its memory.
+    """Add the experts' update to the base layer's output in place.
 
     Args:
-        out: The base layer's output, (..., O), in the dtype and on the device of all others.
-        x: Its input, (..., I).
+        out: The base layer's output, (..., O). All tensors but the prior have one dtype, and all one device.
+        x: The layer's input, (..., I).
         A: Input factors of all experts, (P, I).
-        Bt: Output factors, transposed, (P, O).
+        Bt: Output factors of all experts, transposed, (P, O).
         centers: See :func:`choose`.
-        rows: Of tokens that choose the prior, as of :func:`choose`; else the fixed weights, (B, ..., P).
-        experts: See :func:`choose`; 0 where weights are fixed.
+        rows: If tokens choose, the prior as in :func:`choose`; otherwise the fixed weights, (B, ..., P).
+        experts: See :func:`choose`; 0 for fixed weights.
         k: See :func:`choose`.
         temperature: See :func:`choose`.
-        rule: See :func:`choose`; empty where weights are fixed.
+        rule: See :func:`choose`; empty for fixed weights.
     """
     choice, backend = _choice(experts, k, temperature, rule), backend_for(x.device.type).backend
     x, rows, centers = x.contiguous(), _plain(rows), _plain(centers)
@@ -94,7 +95,7 @@ def add_update(
     temperature: float,
     rule: str,
 ) -> Tensor:
-    """As :func:`add_update_`, in new memory."""
+    """:func:`add_update_`, out of place."""
     target = out.clone(memory_format=torch.contiguous_format)
     add_update_(target, x, A, Bt, centers, rows, experts, k, temperature, rule)
     return target
@@ -142,7 +143,7 @@ def _plain(tensor: Tensor | None) -> Tensor | None:
 
 
 def _by_token(rows: Tensor, h: Tensor) -> Tensor:
-    """A row of numbers for each token, where there is one for each equal share of them."""
+    """Expand (B, ..., N) to (..., N): each token gets the row of its share."""
     tokens = h.numel() // h.shape[-1]
     rows_BN = rows.reshape(len(rows), rows.shape[-1])
     return rows_BN.repeat_interleave(tokens // len(rows), 0).view(*h.shape[:-1], -1)
@@ -177,7 +178,7 @@ def _add_again(
 
 
 def _gradients(again: Any) -> tuple[Any, Any]:
-    """The backward pass of an operation, and what keeps its arguments: it is computed again, by torch."""
+    """Backward pass and context setup of an operation; the backward pass recomputes it by torch."""
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*(given for given in inputs if isinstance(given, Tensor)))

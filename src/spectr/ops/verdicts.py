@@ -1,4 +1,4 @@
-"""How long each way takes for each shape of a layer: timed when it is needed first, and kept in the cache folder."""
+"""How long each way of computing takes for each shape of a layer: timed on first use, and kept in the cache folder."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _SECONDS = 1.2  # that one process times layers for; other shapes then go by the
 
 
 class Verdict(NamedTuple):
-    """What was timed of one shape.
+    """The timings of one shape.
 
     Attributes:
-        seconds: Of each way by its name, for each of :data:`spectr.ops.ways.TOKENS`.
-        origin: Where that is from, for reports.
+        seconds: For each of :data:`spectr.ops.ways.TOKENS`, the seconds of each way by name.
+        origin: How they were obtained, for reports.
     """
 
     seconds: list[Mapping[str, float]]
@@ -28,13 +28,13 @@ class Verdict(NamedTuple):
 
 
 class Verdicts:
-    """The verdicts of this process, and those of a file that processes share.
+    """The verdicts of this process, and those in a file that processes share.
 
     Args:
-        file: Where they are kept. It belongs to one machine, version and number of threads.
-        measure: Gives the seconds of a shape's ways in about as much time as it is given, as all threads see them, or
-            of one thread alone, for which it had a core.
-        clock: To time by.
+        file: JSON, valid for one machine, version and number of threads.
+        measure: Times all ways for a shape, given a budget in seconds. The last argument says whether to time one
+            thread by its processor time; otherwise all threads are timed together.
+        clock: Measures time.
     """
 
     def __init__(
