@@ -335,6 +335,8 @@ def test_an_option_by_both_names_is_refused():
         Glider(local=None, token_router=Spectr())
 
 
-def test_the_old_name_of_a_selection_works_with_a_warning():
+def test_old_names_of_classes_work_with_a_warning():
     with pytest.warns(DeprecationWarning, match=r"Everyone is now spectr\.selection\.All"):
         assert spectr.selection.Everyone is spectr.selection.All
+    with pytest.warns(DeprecationWarning, match=r"GuidedRouter is now spectr\.routers\.PromptRouter"):
+        assert spectr.routers.GuidedRouter is spectr.routers.PromptRouter

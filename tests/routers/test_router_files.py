@@ -21,6 +21,7 @@ from spectr.errors import CompositionError
 from spectr.library import needs
 from spectr.routers import PromptRouter, Router, base, first_lack
 from spectr.routers.registry import ROUTERS
+from spectr.routers.version1 import adapted_maker
 from spectr.spectral import Share, segment_norms
 from spectr.vllm import worker_state
 
@@ -158,6 +159,20 @@ class OldForPrompts(Old):
 
 
 @dataclass(frozen=True, kw_only=True)
+class OldSubclass(Router):
+    """The first protocol's interface, whose methods had other arguments, could be inherited from."""
+
+    top_k: int = 2
+    prepare = Old.prepare
+    scores = Old.scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class OldShortlist(OldSubclass, spectr.routers.ShortlistRouter):
+    candidates = prepare = Old.prepare
+
+
+@dataclass(frozen=True, kw_only=True)
 class New(Router):
     top_k: int = 2
 
@@ -175,10 +190,12 @@ class New(Router):
 def test_a_router_of_the_first_protocol_is_adapted_or_refused_by_name(tmp_path):
     library = peft_library(tiny_llama(), tmp_path / "experts", {"ants": 2, "bees": 2, "cats": 2})
     ids, outs = torch.arange(6)[None], []
-    for router in (Old(), New()):
+    for router in (New(), Old(), OldSubclass(), adapted_maker(OldSubclass)()):
         model = tiny_llama()
         compose(model, library, router)
         outs.append(model(ids).logits)
-    assert torch.equal(*outs)
+    assert all(torch.equal(outs[0], out) for out in outs[1:])
+    with pytest.raises(CompositionError, match=r"OldShortlist\(.*first protocol of routers, with candidates"):
+        compose(tiny_llama(), library, OldShortlist())
     with pytest.raises(CompositionError, match=r"OldForPrompts\(.*first protocol of routers, with level"):
         compose(tiny_llama(), library, OldForPrompts())

@@ -1,5 +1,6 @@
 """Routers: how a token's experts are scored and chosen. Each is a small frozen dataclass that is its configuration."""
 
+from spectr.lazy import lazy
 from spectr.routers.arrow import Arrow
 from spectr.routers.base import LengthRouter, Router, ShortlistRouter, check_needs, first_lack, residents
 from spectr.routers.calibrated import Calibrated
@@ -57,3 +58,5 @@ __all__ = [
     "router_names",
     "token_router",
 ]
+
+__getattr__ = lazy(__name__, {}, renamed={"GuidedRouter": "PromptRouter", "ProbingRouter": "PromptRouter"})

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -47,6 +47,14 @@ class Router(ABC):
     reads: Literal["x", "h", "xh", ""] = "h"
     rule: str = ""
     abstain: Abstain = None
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Let classes of the first protocol be made, so that they are adapted, or refused by name."""
+        super().__init_subclass__(**options)
+        if hasattr(cls, "prepare"):
+            for name in {name for base in cls.__bases__ for name in getattr(base, "__abstractmethods__", ())}:
+                if getattr(getattr(cls, name), "__isabstractmethod__", False):
+                    setattr(cls, name, None)
 
     def __post_init__(self) -> None:
         """Check the settings; dataclasses call this at the end of their construction."""

@@ -90,7 +90,7 @@ def adapted(router: Any) -> Any:
     Raises:
         CompositionError: It implements the first protocol, and does more than score every expert for each token.
     """
-    if isinstance(router, (Router, type)) or not all(callable(getattr(router, name, None)) for name in _FIRST):
+    if isinstance(router, type) or not all(callable(getattr(router, name, None)) for name in _FIRST):
         return router
     more = [name for name in _MORE if getattr(router, name, None) is not None]
     if more:
@@ -104,7 +104,7 @@ def adapted(router: Any) -> Any:
 
 def adapted_maker(make: Callable[..., Any]) -> Callable[..., Any]:
     """A maker of routers for a package that declares no version; adapts routers of the first protocol."""
-    if isinstance(make, type) and issubclass(make, Router):
+    if isinstance(make, type) and issubclass(make, Router) and not hasattr(make, "prepare"):
         return make
 
     @wraps(make, updated=())
