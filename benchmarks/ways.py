@@ -4,6 +4,9 @@
 
 One thread, by the time for which it had a core, so that other processes disturb little. Attention and the rest of the
 model are not in it: a model's ratios are nearer to one. SPECTR_KERNELS has no effect here.
+
+The last lines compare the products ``A x`` of layers that read the same input (q, k and v; gate and up): a product for
+each layer, and a product for all of them together.
 """
 
 from __future__ import annotations
@@ -18,10 +21,11 @@ from torch.nn.functional import linear
 
 from spectr.ops import backend_for
 from spectr.ops.fused_linear import Experts, Way
-from spectr.ops.timing import Clock
+from spectr.ops.timing import Clock, time_in_turn
 from spectr.ops.trials import measure
 from spectr.ops.ways import TOKENS, Shape
 
+BLOCKS, INPUTS, SHARING = 30, 576, (3, 2)  # how many layers of a block read the same input
 LAYERS = {(576, 576): 60, (576, 192): 60, (576, 1536): 60, (1536, 576): 30}
 RANK, TOP_K = 8, 4
 BASE, ADAPTER = "base layer", "one adapter"
@@ -31,6 +35,27 @@ def one_adapter(experts: Experts, x: Tensor, _: Tensor | None, out: Tensor) -> b
     """Add the first expert's output as PEFT does."""
     out += linear(linear(x, experts.A_PI[:RANK]), experts.Bt_PO[:RANK].mT) * 2.0
     return True
+
+
+def print_shared(experts: int, dtype: torch.dtype, seconds: float) -> None:
+    """Time the products of scores, layer by layer and together."""
+    A_LPI = torch.randn(max(SHARING), experts * RANK, INPUTS).to(dtype)
+    for tokens in TOKENS:
+        x = torch.randn(tokens, INPUTS).to(dtype)
+        total = dict.fromkeys(("each layer", "together"), 0.0)
+        for layers in SHARING:
+            some = A_LPI[:layers]
+            found = time_in_turn(
+                {
+                    "each layer": lambda x=x, some=some: [linear(x, A_PI) for A_PI in some],
+                    "together": lambda x=x, some=some: linear(x, some.flatten(0, 1)).split(some.shape[1], -1),
+                },
+                seconds,
+                Clock(now=time.thread_time),
+            )
+            for way, one in found.items():
+                total[way] += 1000 * BLOCKS * one
+        print(f"{tokens} tokens, scores of shared inputs, ms: {', '.join(f'{k} {v:.1f}' for k, v in total.items())}")
 
 
 @torch.no_grad()
@@ -59,6 +84,7 @@ def main() -> None:
     for tokens, times in times_of.items():  # of ways that there was time for at each shape
         total = {way: sum(some) for way, some in times.items() if len(some) == len(LAYERS)}
         print(f"{tokens} tokens, ms: " + ", ".join(f"{way} {total[way]:.1f}" for way in sorted(total, key=total.get)))  # pyright: ignore
+    print_shared(given.experts, dtype, given.seconds / len(TOKENS))
 
 
 if __name__ == "__main__":
