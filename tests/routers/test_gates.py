@@ -9,11 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import MambaConfig, MambaForCausalLM, T5Config, T5ForConditionalGeneration
 from typer.testing import CliRunner
 
 from guided import library_with_gates
 from library_on_disk import folders
+from models import build, peft_adapter
 from spectr import ExpertLibrary, Phatgoose, compose
 from spectr.adapters import GATES_FILE, Factors, Update, read_adapter, read_gates
 from spectr.cli.app import app
@@ -160,6 +161,25 @@ def test_gates_of_a_model_with_encoder_and_decoder(tmp_path):
     keep_gates(tmp_path / "plain", library["sky"], gates, facts)
     compose(model, library, Phatgoose(top_k=1))
     model(input_ids=torch.tensor([[5, 6, 7]]), decoder_input_ids=torch.tensor([[2, 3]]))
+
+
+def test_weights_that_a_model_reads_without_a_call_have_no_gates(tmp_path):
+    """An update of zero at ``dt_proj``, as training leaves it, has a gate of zero; another one is refused by name."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "state_size": 4, "time_step_rank": 4}
+    model = build(MambaForCausalLM, MambaConfig(vocab_size=64, **sizes, pad_token_id=2))
+    targets, dt = ["in_proj", "dt_proj"], "backbone.layers.0.mixer.dt_proj"
+    folder = peft_adapter(model, tmp_path / "sky", 1, rank=2, targets=targets)
+    given = {"train": EXAMPLES, "settings": SETTINGS}
+    with pytest.raises(CompositionError, match=f"changes {dt}, whose weights this model uses without calling"):
+        train_gates(model, make_tokenizer(), read_adapter(folder, "sky"), work=tmp_path / "w", **given)
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file({k: v * (0 if "dt_proj" in k else 1) for k, v in weights.items()}, folder / "adapter_model.safetensors")
+    expert = read_adapter(folder, "sky")
+    gates, facts = train_gates(model, make_tokenizer(), expert, work=tmp_path / "w", **given)
+    assert not gates[dt].any()
+    keep_gates(tmp_path, expert, gates, facts)
+    compose(model, ExpertLibrary.from_adapters({"sky": folder}), Phatgoose(top_k=1))
+    model(input_ids=torch.tensor([[5, 6, 7]]))
 
 
 def test_gates_survive_a_library_and_another_copy(tmp_path):

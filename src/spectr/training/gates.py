@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectr.adapters import GATES_FILE, Expert, Update, named_for, write_gates
 from spectr.atomic_write import replacing
+from spectr.composition.find_weight_reads import find_weight_reads
 from spectr.composition.naming import naming_of
 from spectr.errors import CompositionError, DataError
 from spectr.hashing import json_sha256, known_sha256
@@ -131,7 +132,8 @@ def train_gates(
             accumulation=settings.accumulation,
         )
         trained = {name.removesuffix(".gate"): gate.detach().clone() for name, gate in trainable(model).items()}
-    gates = {named.file_names.get(name, name): gate for name, gate in trained.items()}
+    unused = {name: torch.zeros(shape.inputs) for name, shape in named.shapes.items() if name not in trained}
+    gates = {named.file_names.get(name, name): gate for name, gate in {**unused, **trained}.items()}
     made = {
         "settings": asdict(settings),
         "data": data or {},
@@ -172,7 +174,7 @@ def keep_gates(library: Path, expert: Expert, gates: dict[str, Any], facts: dict
 @contextmanager
 def _gated(model: nn.Module, expert: Expert) -> Iterator[None]:
     """The model with the expert behind gates, the only trained parameters; restored afterwards."""
-    plan = make_plan(model, [expert], Oracle(expert=expert.name))
+    plan = make_plan(model, [expert], Oracle(expert=expert.name), uncalled=find_weight_reads(model).outside)
     originals = {name: model.get_submodule(name) for name in plan.modules}
     if any(isinstance(module, RoutedLinear) for module in originals.values()):
         raise DataError("this model is composed", do="train gates on the base model: call remove() first")
