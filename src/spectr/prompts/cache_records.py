@@ -233,6 +233,8 @@ def is_filled(state: Any) -> bool:
     """Whether a state holds tokens."""
     if state is None:
         return False
+    if _folds_apart(state):
+        return bool(state.linear_cache)
     if hasattr(state, "get_seq_length"):
         length = length_of(state)
         if length is not None:
@@ -244,6 +246,8 @@ def is_filled(state: Any) -> bool:
 def length_of(state: Any) -> int | None:
     """Number of tokens in a cache; ``None`` if it does not tell."""
     try:
+        if _folds_apart(state):  # the first layer may be one of those that it folds
+            return max((int(layer.get_seq_length()) for layer in state.layers), default=0) or None
         return int(state.get_seq_length())
     except (AttributeError, ValueError, TypeError):
         return None
@@ -260,12 +264,19 @@ def is_recurrent(state: Any) -> bool:
     if state is not None and not hasattr(state, "get_seq_length"):
         return True
     layers = getattr(state, "layers", None) or ()
-    return any(hasattr(layer, "recurrent_states") or hasattr(layer, "conv_states") for layer in layers)
+    return _folds_apart(state) or any(
+        hasattr(layer, "recurrent_states") or hasattr(layer, "conv_states") for layer in layers
+    )
 
 
 def can_reset(state: Any) -> bool:
     """Whether a cache can be emptied in place."""
-    return hasattr(state, "reset")
+    return hasattr(state, "reset") and not _folds_apart(state)  # whose reset leaves them filled
+
+
+def _folds_apart(state: Any) -> bool:
+    """Whether a cache keeps the states of linear layers apart from its layers, as MiniMax's does."""
+    return hasattr(state, "linear_cache")
 
 
 def states_in(values: Any) -> Iterator[tuple[str, Any]]:

@@ -14,24 +14,30 @@ from inspect import signature
 import pytest
 import torch
 import transformers
-from sequences import (
-    CACHE_WAYS,
-    CACHES,
+from recurrent import (
+    ALONE,
     FAMILIES,
-    FP8_DEPENDS,
-    FREE,
-    NEW,
     NO_BEAMS,
+    NOT_BUILT,
     OWN_STATE,
     READS_WHOLE,
     REHASHES,
     REMEMBERS_INSIDE,
     REMEMBERS_NOTHING,
+    cache_of,
+    families_of_transformers,
+    family,
+)
+from sequences import (
+    CACHE_WAYS,
+    CACHES,
+    FP8_DEPENDS,
+    FREE,
+    NEW,
     ROUTERS,
     WAYS,
     decided,
     differences,
-    family,
     make_tokenizer,
     pair,
     prompts_of,
@@ -44,6 +50,8 @@ import spectr
 from models import close
 from spectr.errors import CompositionError
 
+# All of it for the default router; of each other router each way with one class, and each class with two ways or more.
+MATRIX = [(kind, what) for kind in CACHES for what in CACHE_WAYS]
 ONE_EXPERT = {"calibrated", "shortlist of one", "global"}
 
 
@@ -65,19 +73,23 @@ def test_ways_of_calling(world, name):
     for what, way in WAYS.items():
         if not (by_words and what == "embeddings"):
             wrong += differences(what, through(way, model, ids, other), way(oracle, ids, other, lambda: None))
-    kinds = CACHES if name == "calibrated" else {"DynamicCache(config)": CACHES["DynamicCache(config)"]}
-    for kind, make in kinds.items():
-        for what, way in CACHE_WAYS.items():
+    first = list(ROUTERS).index(name) % len(CACHES)
+    for kind, what in MATRIX if name == "calibrated" else MATRIX[first :: len(CACHES)]:
+        way, make = CACHE_WAYS[what], CACHES[kind]
 
-            def called(m, x, o, b, way=way, make=make):
-                return way(m, x, o, b, make)
+        def called(m, x, o, b, way=way, make=make):
+            return way(m, x, o, b, make)
 
-            if kind == "fp8" and what in FP8_DEPENDS:  # it runs, and the numbers depend on the first tokens
-                assert through(called, model, ids, other).shape[1] == NEW
-                continue
-            want = called(oracle, ids, other, lambda: None)
-            wrong += differences(f"{what}, {kind}", through(called, model, ids, other), want)
+        if kind == "fp8" and what in FP8_DEPENDS:  # it runs, and the numbers depend on the first tokens
+            assert through(called, model, ids, other).shape[1] == NEW
+            continue
+        want = called(oracle, ids, other, lambda: None)
+        wrong += differences(f"{what}, {kind}", through(called, model, ids, other), want)
     assert not wrong, "\n".join(wrong)
+
+
+def test_all_families_of_transformers_are_here():
+    assert families_of_transformers() - ALONE <= {name.split(",")[0] for name in (*FAMILIES, *NOT_BUILT)}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -118,7 +130,7 @@ def test_families(tmp_path, name):
         for kind, fill in fills.items():
             if name in READS_WHOLE and kind == "begun":
                 continue
-            cache = DynamicCache(config=model.config)
+            cache = cache_of(name, model)
             if fill is not None:
                 model(fill, use_cache=True, **{argument: cache})
                 cache = copy.deepcopy(cache)
