@@ -138,3 +138,26 @@ def test_a_trace_of_tokens_decisions_needs_no_rows_of_images(made):
     ours = base(inputs_embeds=embeds, pixel_values=batch["pixel_values"]).logits
     with trace(base):
         close(base(inputs_embeds=embeds, pixel_values=batch["pixel_values"]).logits, ours)
+
+
+def test_rows_of_sounds_have_experts_of_their_own(tmp_path):
+    """Whisper's encoder reads no text: its layers' rows cannot be learned from a text alone."""
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    sizes = {"d_model": 32, "vocab_size": 61, "num_mel_bins": 8, "max_source_positions": 10, "init_std": 0.25, **TOKENS}
+    for part in ("encoder", "decoder"):
+        sizes |= {f"{part}_layers": 1, f"{part}_attention_heads": 4, f"{part}_ffn_dim": 48}
+    model = build(WhisperForConditionalGeneration, WhisperConfig(**sizes, decoder_start_token_id=1))
+    folders = {name: moved_adapter(model, tmp_path / name, seed) for seed, name in enumerate("ab")}
+    sounds = torch.randn(2, 8, 20, generator=torch.Generator().manual_seed(0))
+    inputs = {"input_features": sounds, "decoder_input_ids": torch.tensor([[1, 5, 6], [1, 7, 8]])}
+    alone = [
+        peft_model(model, folder)(**{k: v[[row]] for k, v in inputs.items()})
+        for row, folder in enumerate(folders.values())
+    ]
+    routed = compose(model, ExpertLibrary.from_adapters(folders), ROWS)
+    with torch.no_grad(), routed.prompt.using(torch.eye(2)):
+        close(model(**inputs).logits, torch.cat([out.logits for out in alone]))
+        with trace(model) as record:
+            model(**inputs)
+    assert record["model.decoder.layers.0.self_attn.q_proj"].experts == ("a", "b")

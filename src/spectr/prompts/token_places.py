@@ -96,12 +96,14 @@ def followed(layouts: Layouts, places: TokenPlaces | None) -> AbstractContextMan
 
 
 def _few(given: Mapping[str, Any], names: tuple[str, ...], both: bool) -> dict[str, Any] | None:
-    """Arguments with only a few tokens; ``None`` if the call has no tokens."""
+    """Arguments with only a few tokens; ``None`` if the call has no tokens, or the module reads no text (sounds)."""
     found = (given.get(name) for name in (*TOKENS, *_DECODER))
     tokens = next((value for value in found if isinstance(value, Tensor) and value.ndim > 1), None)
     if tokens is None:
         return None
     name, few = TOKENS[int(tokens.is_floating_point())], few_tokens(tokens)
+    if name not in names:
+        return None
     read: dict[str, Any] = {name: few}
     if both:
         read[f"decoder_{name}"] = few.clone()
