@@ -110,7 +110,7 @@ def test_help_shows_the_options_of_the_engine_once_and_the_default_router(spectr
     assert code == 0
     words = " ".join(out.replace("\u2502", " ").split())
     assert "serve [OPTIONS] [-- OPTIONS]..." in words
-    assert "vllm offers all but glider, lag and shortlist. [default: (auto)]" in words
+    assert "vllm offers all but glider, lag, oracle and shortlist. [default: (auto)]" in words
 
 
 def test_vllm_is_given_routers_that_it_can_run(spectr, given, monkeypatch):

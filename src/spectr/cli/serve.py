@@ -57,7 +57,7 @@ def serve(
             "--router",
             "-r",
             help="Offer this router to requests, repeatable; the first is the default. spectr generate --help lists "
-            "them. vllm offers all but glider, lag and shortlist.",
+            "them. vllm offers all but glider, lag, oracle and shortlist.",
             show_default="auto",
             rich_help_panel="Routing",
         ),
