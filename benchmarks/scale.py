@@ -147,7 +147,7 @@ def answer_once(root: Path) -> None:
     composed = time.perf_counter()
     write(model, torch.randint(100, 40000, (1, PROMPT)))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
-    loaded = routed.shelf.figures
+    loaded = routed.expert_cache.figures
     told = {
         f"open {len(library)} experts, index and calibration": f"{opened - begin:.2f} s",
         "compose, with the baseline on the calibration's texts": f"{composed - opened:.2f} s",

@@ -38,11 +38,11 @@ def simulate(workload: Workload, policy: Policy, *, room: int, prompts: int, loa
         prompts: Number of prompts; the first half warms the cache.
         load_ms: Time in milliseconds to read one expert.
     """
-    shelf = ExpertCache(lambda _: _ONE, room * _SIZE, policy)
+    cache = ExpertCache(lambda _: _ONE, room * _SIZE, policy)
     warm_hits = warm_misses = 0
     for number, (expert, context_D) in enumerate(workload.prompts(prompts)):
         if number == prompts // 2:
-            warm_hits, warm_misses = shelf.figures.hits, shelf.figures.misses
-        shelf.fetch([expert], context_D)
-    hits, misses = shelf.figures.hits - warm_hits, shelf.figures.misses - warm_misses
+            warm_hits, warm_misses = cache.figures.hits, cache.figures.misses
+        cache.fetch([expert], context_D)
+    hits, misses = cache.figures.hits - warm_hits, cache.figures.misses - warm_misses
     return Simulated(hit_rate=hits / (hits + misses), added=load_ms * misses / (hits + misses))

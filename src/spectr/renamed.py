@@ -177,12 +177,16 @@ def options_renamed(**names: str | None) -> Callable[[type[T]], type[T]]:
         kind.__signature__ = shown  # pyright: ignore[reportAttributeAccessIssue]
         _OPTIONS[kind] = names
         for old, new in names.items():
-            if new is None:
-                continue
-            setattr(kind, old, property(partial(_read, old=old, new=new), doc=f"The old name of ``{new}``."))
+            if new is not None:
+                setattr(kind, old, old_attribute(old, new))
         return kind
 
     return decorated
+
+
+def old_attribute(old: str, new: str) -> property:
+    """An attribute by its old name, with a warning."""
+    return property(partial(_read, old=old, new=new), doc=f"The old name of ``{new}``.")
 
 
 def current_options(make: Any, options: Mapping[str, Any], *, warn: bool = True) -> dict[str, Any]:

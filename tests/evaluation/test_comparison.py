@@ -124,7 +124,7 @@ def world(tmp_path):
 
 def ask(world, experiment, tasks=("amber", "blue"), **more):
     root, library = world
-    given = {"data_root": None, "letters": False, "limit": None, "ranks": None, "companions": ()}
+    given = {"data_root": None, "letters": False, "limit": None, "ranks": None, "substitutes": ()}
     return read_plan(experiment, library, tasks=[str(root / f"{task}.yaml") for task in tasks], **{**given, **more})
 
 
@@ -163,13 +163,13 @@ def test_experts_of_other_ranks_are_read_by_name(world):
             ask(world, "ranks", ranks=root / folder)
 
 
-def test_companions_are_checked_together(world):
+def test_substitutes_are_checked_together(world):
     root, _ = world
     good = root / "adapters" / "blue"
-    asked = ask(world, "robustness", companions=[f"amber={good}"])
-    assert asked.companions == [("blue in place of amber", "amber", good)]
+    asked = ask(world, "robustness", substitutes=[f"amber={good}"])
+    assert asked.substitutes == [("blue in place of amber", "amber", good)]
     with pytest.raises(SpectrError) as caught:
-        ask(world, "robustness", companions=["amber", f"green={good}", f"amber={root / 'none'}"])
+        ask(world, "robustness", substitutes=["amber", f"green={good}", f"amber={root / 'none'}"])
     text = " ".join(str(caught.value).split())
     for message in ("EXPERT=FOLDER", "'green'", "none"):
         assert message in text

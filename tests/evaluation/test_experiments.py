@@ -197,7 +197,7 @@ def test_every_experiment_gives_a_table_a_picture_and_the_model_back(library, ta
         folder=tmp_path,
         seeds=(0, 1),
         ranks={4: library.without("bees"), 8: library.without("bees")},
-        companions=[("bees in place of ants", "ants", library["bees"].weights.parent)],
+        substitutes=[("bees in place of ants", "ants", library["bees"].weights.parent)],
         held_out={"unknown": tasks["unknown"]},
     )
     result = EXPERIMENTS.load(name)(bench)

@@ -17,11 +17,13 @@ from composed_parts import session_of
 from models import peft_library, tiny_llama
 from routers_alone import LIBRARIES, METHODS
 from spectr import compose
+from spectr.combine import Combination
 from spectr.errors import CompositionError
 from spectr.library import needs
 from spectr.routers import PromptRouter, Router, base, first_lack
-from spectr.routers.registry import ROUTERS
+from spectr.routers.registry import EVIDENCE, ROUTERS, USES
 from spectr.routers.version1 import adapted_maker
+from spectr.selection import TopK
 from spectr.spectral import Share, segment_norms
 from spectr.vllm import worker_state
 
@@ -29,7 +31,10 @@ SRC = Path(spectr.__file__).parent
 TREES = {path.relative_to(SRC).as_posix(): ast.parse(path.read_text()) for path in sorted(SRC.rglob("*.py"))}
 KINDS = {make for name in ROUTERS.entries if isinstance(make := ROUTERS.load(name), type)}
 FACES = [kind for kind in vars(base).values() if isinstance(kind, type) and issubclass(kind, Router)] + [PromptRouter]
-FACTS = {name for kind in (*KINDS, *FACES) for name in (*vars(kind), *kind.__annotations__) if not name.startswith("_")}
+PARTS = [make for names in (EVIDENCE, USES) for name in names.entries if isinstance(make := names.load(name), type)]
+WITH_FACTS = (*KINDS, *FACES, *PARTS, TopK, Combination)
+FACTS = {name for kind in WITH_FACTS for name in (*vars(kind), *kind.__annotations__) if not name.startswith("_")}
+FACTS -= {"bias", "prepare"}  # of linear layers, and of the first protocol
 FACTS |= {"calibrated", "gated", "guided", "shares_A", "by_norms", "informs", "resident", "lacking", "k", "density"}
 
 

@@ -111,7 +111,7 @@ def test_what_heldout_is_asked(tmp_path):
         (tmp_path / f"{name}.yaml").write_text(
             f"name: {name}\nversion: 1\nprompt: the {{thing}}\nchoices: [green, blue]\ntest: {rows}\n"
         )
-    given = {"data_root": str(tmp_path), "letters": False, "limit": 3, "ranks": None, "companions": ()}
+    given = {"data_root": str(tmp_path), "letters": False, "limit": 3, "ranks": None, "substitutes": ()}
     asked = read_plan("heldout", library, tasks=[str(tmp_path / "other.yaml")], **given)
     assert list(asked.held_out) == ["other"]
     assert len(asked.held_out["other"][1]) == 3

@@ -110,7 +110,7 @@ def evaluate(
         letters=request.letters,
         limit=request.limit,
         ranks=request.ranks,
-        companions=[*(request.substitute or ()), *(request.companion or ())],
+        substitutes=[*(request.substitute or ()), *(request.companion or ())],
         routers=request.router or (),
         settings=request.set or (),
     )

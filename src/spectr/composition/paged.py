@@ -27,6 +27,7 @@ from spectr.paging import ExpertCache, Policy
 from spectr.prompts.bounds import CertainProbe, Certainty
 from spectr.prompts.decision import PromptDecision
 from spectr.prompts.probe import Probe, Scorer
+from spectr.renamed import old_attribute
 from spectr.routers import PrototypeMeans, Router, check_needs
 from spectr.routers.evidence import Found
 from spectr.spectral import Prototypes, Share
@@ -36,14 +37,15 @@ class Paged(Routed):
     """A handle on a model that decides on prompts with prototypes: like :class:`Routed`, with most experts on disk.
 
     Attributes:
-        shelf: The experts in memory.
+        expert_cache: The experts in memory.
         prototypes: By module, the data for prompts' shortlists.
         certainty: Counts how exact lists were made, if the router makes exact lists; else nothing is counted.
     """
 
-    shelf: ExpertCache
+    expert_cache: ExpertCache
     certainty: Certainty
     prototypes: dict[str, Prototypes]
+    shelf = old_attribute("shelf", "expert_cache")
 
     def __init__(
         self,
@@ -102,7 +104,7 @@ class Paged(Routed):
         modules = evidence_modules(library, names, evidence)
         means = {module: known.means[module].to(self._places[module][0]) for module in modules}
         self.prototypes = library.index.prototypes(names, means, evidence.bits)
-        self.shelf = ExpertCache(lambda name: self._load(self.library[name]), self._memory, self._eviction)
+        self.expert_cache = ExpertCache(lambda name: self._load(self.library[name]), self._memory, self._eviction)
         fresh = {}
         for done, (module, base) in enumerate(bases.items(), start=1):
             fresh[module] = RoutedLinear(base, None, router, use=self._use)
@@ -142,7 +144,7 @@ class Paged(Routed):
 
     def _factors(self, layers: Sequence[RoutedLinear], names: tuple[str, ...]) -> Table:
         """Every layer's factors of some experts, from memory or disk."""
-        shares, router = self.shelf.fetch(names), self._token_router
+        shares, router = self.expert_cache.fetch(names), self._token_router
         table: dict[RoutedLinear, Factors | None] = {}
         for layer in layers:
             module = self._modules[layer]

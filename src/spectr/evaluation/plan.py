@@ -21,6 +21,7 @@ from spectr.errors import (
 from spectr.evaluation.experiments import EXPERIMENTS
 from spectr.library import ExpertLibrary
 from spectr.library.needs import AtMost
+from spectr.renamed import old_attribute
 from spectr.routers import get_router
 from spectr.routers.options import read_settings
 from spectr.routers.registry import ROUTERS
@@ -42,7 +43,7 @@ class Material:
         reworded: By task, the same examples in each of its paraphrases.
         held_out: Like ``tasks``, but the library has no expert for them; for "heldout".
         ranks: By rank, a library of the same tasks' experts.
-        companions: Adapters that replace experts in "robustness": (case, expert, folder).
+        substitutes: Adapters that replace experts in "robustness": (case, expert, folder).
         settings: Settings of the compared routers, ``NAME=VALUE``; see :func:`spectr.routers.options.read_settings`.
     """
 
@@ -51,8 +52,10 @@ class Material:
     reworded: Mapping[str, Sequence[Sequence[Example]]] = field(default_factory=dict)
     held_out: Tasks = field(default_factory=dict)
     ranks: Mapping[int, ExpertLibrary] = field(default_factory=dict)
-    companions: Sequence[tuple[str, str, Path]] = ()
+    substitutes: Sequence[tuple[str, str, Path]] = ()
     settings: Sequence[str] = ()
+
+    companions = old_attribute("companions", "substitutes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +82,7 @@ def read_plan(
     letters: bool = False,
     limit: int | None = None,
     ranks: Path | None = None,
-    companions: Sequence[str] = (),
+    substitutes: Sequence[str] = (),
     routers: Sequence[str] = (),
     settings: Sequence[str] = (),
 ) -> Plan:
@@ -93,7 +96,7 @@ def read_plan(
         letters: List the options with letters.
         limit: Maximum number of examples per task.
         ranks: For "ranks": a folder of adapters ``EXPERT-rRANK``.
-        companions: For "robustness": each ``EXPERT=FOLDER``.
+        substitutes: For "robustness": each ``EXPERT=FOLDER``.
         routers: Names of the routers to compare; if empty, all routers of an experiment.
         settings: Settings of the routers, ``NAME=VALUE``.
 
@@ -109,14 +112,14 @@ def read_plan(
         raise DataError(f"unknown experiment '{experiment}'", do=did_you_mean(experiment, known))
     _ = library.calibration  # a damaged one is found now
     _check_routers(experiment, routers, settings, library)
-    _check_options(experiment, ranks, companions)
+    _check_options(experiment, ranks, substitutes)
     plan = Plan(
         experiments=[experiment],
         library=library,
         routers=routers,
         settings=settings,
         ranks=_ranks(ranks) if ranks else {},
-        companions=_companions(companions, library),
+        substitutes=_substitutes(substitutes, library),
     )
     if experiment == "heldout":
         return replace(plan, held_out=_held_out(tasks, library, data_root, limit))
@@ -152,9 +155,9 @@ def _read(chosen: Sequence[Task], root: str | None, limit: int | None) -> tuple[
     return read, reworded
 
 
-def _check_options(experiment: str, ranks: Path | None, companions: Sequence[str]) -> None:
+def _check_options(experiment: str, ranks: Path | None, substitutes: Sequence[str]) -> None:
     """Raise for options that the experiment does not read, and for one that it needs."""
-    for option, value, reader in (("--ranks", ranks, "ranks"), ("--substitute", companions, "robustness")):
+    for option, value, reader in (("--ranks", ranks, "ranks"), ("--substitute", substitutes, "robustness")):
         if value and experiment not in (reader, "all"):
             raise DataError(f"{option} is for the experiment {reader}", do="remove it")
     if experiment == "ranks" and not ranks:
@@ -306,10 +309,10 @@ def _ranks(folder: Path) -> dict[int, ExpertLibrary]:
     return {rank: ExpertLibrary.from_adapters(paths) for rank, paths in sorted(found.items())}
 
 
-def _companions(given: Sequence[str], library: ExpertLibrary) -> list[tuple[str, str, Path]]:
+def _substitutes(given: Sequence[str], library: ExpertLibrary) -> list[tuple[str, str, Path]]:
     """Each ``EXPERT=FOLDER``; the adapters are read once, so that a bad one is found now."""
 
-    def companion(text: str) -> tuple[str, str, Path]:
+    def substitute(text: str) -> tuple[str, str, Path]:
         name, _, folder = text.partition("=")
         if not (name and folder):
             raise DataError(f"--substitute {text}", expected="EXPERT=FOLDER")
@@ -317,4 +320,4 @@ def _companions(given: Sequence[str], library: ExpertLibrary) -> list[tuple[str,
         library.without(name).with_expert(name, folder)
         return f"{Path(folder).name} in place of {name}", name, Path(folder)
 
-    return map_together("these substitutes cannot be used", companion, given, DataError)
+    return map_together("these substitutes cannot be used", substitute, given, DataError)

@@ -145,7 +145,7 @@ _HEADINGS = (
     "among the first two",
     "accuracy, share of the right expert's",
     "the same in other words",
-    "most that an odd companion took",
+    "most that an unusual expert took",
 )
 
 

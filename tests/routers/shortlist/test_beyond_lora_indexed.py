@@ -37,7 +37,7 @@ def test_each_is_loaded_from_disk_as_it_is_prepared_in_memory(library):
     _, routed = routed_model(library, Shortlist(size=2, token_router=Spectr(top_k=1)))
     whole, _ = routed_model(library, Spectr(top_k=1))
     for name in library.names:
-        shares = routed.shelf.fetch((name,))[name]
+        shares = routed.expert_cache.fetch((name,))[name]
         for module, share in shares.items():
             held = whole.get_submodule(module).stack().parts()[name]
             close((share.B @ share.A), (held.B @ held.A), 1e-4)

@@ -101,7 +101,7 @@ def test_an_answer_keeps_its_shortlist(library):
     answer = greedy(model, ids_of(PROMPTS[0]), 5)
     [names] = listed(routed)
     assert torch.equal(answer, greedy(alone(library, names, Spectr(top_k=1)), ids_of(PROMPTS[0]), 5))
-    assert routed.shelf.figures.misses == 2
+    assert routed.expert_cache.figures.misses == 2
 
 
 def test_the_whole_library_on_the_shortlist_is_the_local_router(library):
@@ -142,8 +142,8 @@ def test_experts_that_leave_come_back_the_same(library):
     room = 4 * 8 * sum(m.inputs + m.outputs for m in library.index["cats"].modules)  # the largest expert, rank 8
     model, routed = routed_model(library, Shortlist(size=1), expert_memory=room, policy=Lfu())
     first = [logits(model, ids_of(prompt)) for prompt in PROMPTS]
-    assert routed.shelf.figures.evictions > 0
-    assert routed.shelf.bytes <= room
+    assert routed.expert_cache.figures.evictions > 0
+    assert routed.expert_cache.bytes <= room
     for prompt, before in zip(PROMPTS, first, strict=True):
         assert torch.equal(logits(model, ids_of(prompt)), before)
 

@@ -71,7 +71,7 @@ def test_no_expert_is_read_from_disk_for_an_ordinary_prompt(library, tmp_path):
     model, routed = abstaining(library, Shortlist(size=2))
     with trace(model) as record:
         model(ids_of(COMMON[0]))
-    assert routed.shelf.experts == ()
+    assert routed.expert_cache.experts == ()
     assert record.shares() == {}
     found = token_routing(record, make_tokenizer())
     assert found.leaders == ()

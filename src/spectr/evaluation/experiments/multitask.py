@@ -8,6 +8,7 @@ from typing import Any
 from spectr.evaluation.experiments.setup import ExperimentSetup, Result
 from spectr.evaluation.paired_statistics import in_words, mean_share
 from spectr.evaluation.score import Measurement
+from spectr.selection import TopK
 
 _KS = (2, 4, 8)
 _MERGES: list[dict[str, Any]] = [{"combine": "raw-factors"}, {"combine": "factors"}, {}]  # the last: outputs
@@ -49,7 +50,8 @@ def multitask(setup: ExperimentSetup) -> Result:
     for label, router in setup.routers(METHODS):
         found[label] = setup.scores_over_seeds(router, label)
         about = {"k": router.selection.k, "family": label.partition(", k ")[0], "merge": router.combine}
-        methods[label] = about | {"weights": getattr(router.selection, "weighting", "uniform")}
+        select = router.selection
+        methods[label] = about | {"weights": select.weighting if isinstance(select, TopK) else "uniform"}
     found["its own expert"] = own
     seeds, rows = "", []
     if setup.seeds and setup.library.calibration is not None:

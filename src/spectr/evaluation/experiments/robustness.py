@@ -29,7 +29,7 @@ def robustness(setup: ExperimentSetup) -> Result:
     """
     rows, data, odd = [], {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        for case, name, source in [*setup.companions, *_made_cases(setup.library, Path(folder))]:
+        for case, name, source in [*setup.substitutes, *_made_cases(setup.library, Path(folder))]:
             library = setup.library.without(name) if name in setup.library else setup.library
             library = library.with_expert(name, source)
             if setup.library.calibration is not None:
