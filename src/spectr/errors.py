@@ -146,6 +146,11 @@ def range_faults(
             yield error(f"{name}={value!r}", expected=expected)
 
 
+def first_line(error: Exception) -> str:
+    """The first line of another library's error; its type if it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def some_of(names: Sequence[str], shown: int, what: str = "") -> str:
     """The first few names, and the number of the others."""
     return ", ".join(names[:shown]) + (f" and {len(names) - shown} more{what}" if len(names) > shown else "")

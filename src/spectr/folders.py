@@ -1,12 +1,14 @@
-"""Write folders: check them before any work, then write all or nothing."""
+"""Write folders: check them before any work, then write all or nothing; and read their JSON files."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from spectr.errors import SpectrError
 
@@ -83,3 +85,12 @@ def with_parents(path: str | Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is no such file, or it holds something else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # ValueError: JSON's own error, and text that is not UTF-8
+        return {}
+    return found if isinstance(found, dict) else {}

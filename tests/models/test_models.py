@@ -9,8 +9,8 @@ import transformers
 
 from families import FAMILIES
 from models import build, tiny_llama
-from spectr.errors import ModelError
-from spectr.models import fetch, load_model, pick_dtype
+from spectr.errors import DataError, ModelError
+from spectr.models import encode_prompt, fetch, load_model, pick_dtype
 from text_model import make_tokenizer, save_model
 
 
@@ -104,6 +104,33 @@ def test_models_that_commands_do_not_run_are_refused_before_their_weights_are_re
         (folder / "model.safetensors").unlink()
         with pytest.raises(ModelError, match=f"{type(model).__name__}, (.*){why}(.|\n)*spectr.compose"):
             load_model(str(folder))
+
+
+DAMAGED = {
+    "a setting's type": ("config.json", '{"model_type": "llama", "hidden_size": "x"}'),
+    "a list": ("config.json", "[1]"),
+    "impossible sizes": ("config.json", '{"model_type": "llama", "num_attention_heads": 0}'),
+    "weights": ("model.safetensors", "junk"),
+    "a tokenizer": ("tokenizer_config.json", "[]"),
+    "generation": ("generation_config.json", "[]"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_folder_is_no_traceback(tmp_path, kind):
+    tiny_llama().save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    name, text = DAMAGED[kind]
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ModelError, match="could not be loaded"):
+        load_model(str(tmp_path))
+
+
+def test_a_damaged_chat_template_is_named():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% if %}"
+    with pytest.raises(DataError, match="chat template fails: Expected an expression"):
+        encode_prompt(tokenizer, "hello")
 
 
 def test_an_output_layer_that_a_checkpoint_lacks_is_not_made_up(tmp_path):

@@ -165,6 +165,11 @@ class TestExample:
         do = f"use one of the row's fields: {', '.join(sorted(row))}"
         assert_says(caught.value, given=given, expected=None, do=do)
 
+    @pytest.mark.parametrize("prompt", ["{text:d}", "{text:>{width}}"])
+    def test_a_format_that_a_field_does_not_fit(self, prompt):
+        with pytest.raises(DataError, match="cannot be filled with the fields"):
+            Task.of(name="t", version=1, prompt=prompt, choices=["a", "b"]).example({"text": "x", "label": 0})
+
     @pytest.mark.parametrize("label", [2, -1, "1", 1.0, None])
     def test_a_label_that_is_no_choice(self, label):
         with pytest.raises(DataError) as caught:

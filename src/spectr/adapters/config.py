@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from spectr.adapters.saved import NOTHING_SAVED, SavedSettings
 from spectr.adapters.targets import Targets, target_faults
 from spectr.errors import AdapterError
+from spectr.folders import json_object
 
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
 _KINDS = re.compile(r"(pissa_niter_\d+|pissa|olora|corda|lora_ga)", re.IGNORECASE)
@@ -219,11 +220,7 @@ def read_config(folder: Path, name: str) -> AdapterConfig:
 
 def base_named(folder: Path) -> str | None:
     """The base model in an adapter's configuration, if it can be read."""
-    try:
-        raw = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    named = raw.get("base_model_name_or_path") if isinstance(raw, dict) else None
+    named = json_object(folder / CONFIG_FILE).get("base_model_name_or_path")
     return named if isinstance(named, str) and named else None
 
 

@@ -157,9 +157,10 @@ def _answer(
 
     from spectr.layers import trace
     from spectr.models import growing_cache
+    from spectr.models.text import templated
 
     model: Any = routed.model
-    batch = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    batch = templated(tokenizer, turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     batch = batch.to(model.device)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

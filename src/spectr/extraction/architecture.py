@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from spectr.composition.find_weight_reads import find_weight_reads
-from spectr.errors import MissingExtraError, ModelError
+from spectr.errors import MissingExtraError, ModelError, first_line
 from spectr.layers.linear import features
 
 
@@ -108,10 +108,10 @@ def _on_meta(folder: Path) -> Any:
             config = AutoConfig.from_pretrained(folder)
             with torch.device("meta"):
                 return kind.from_config(config)
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        except Exception as error:  # damaged configurations raise anything
             problems.append(error)
     raise ModelError(
-        f"transformers cannot build a language model from {folder / 'config.json'}: {str(problems[0]).splitlines()[0]}",
+        f"transformers cannot build a language model from {folder / 'config.json'}: {first_line(problems[0])}",
         expected="a model that AutoModelForCausalLM, -Seq2SeqLM or -ImageTextToText can build, without custom code",
         do="check the folder, or update transformers",
     ) from problems[0]

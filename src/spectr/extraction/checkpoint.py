@@ -19,6 +19,7 @@ from torch import Tensor
 
 from spectr.adapters.expert import open_safetensors
 from spectr.errors import ModelError, SpectrError, collecting, raise_together
+from spectr.folders import json_object
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -61,7 +62,7 @@ class Checkpoint:
     @property
     def model_class(self) -> str | None:
         """The transformers class that saved it, if its configuration names one."""
-        known = json.loads((self.folder / "config.json").read_text(encoding="utf-8")).get("architectures")
+        known = json_object(self.folder / "config.json").get("architectures")
         return str(known[0]) if known else None
 
     @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +13,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from spectr.adapters import CONFIG_FILE
 from spectr.adapters.config import base_named
-from spectr.errors import ModelError, SpectrError, some_of
+from spectr.errors import ModelError, SpectrError, first_line, some_of
+from spectr.folders import json_object
 from spectr.models.fetch import DEFAULT_MODEL, HUB_ID, fetch_default_model
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -70,10 +70,10 @@ def load_model(
         model, found = loaded
     except SpectrError:
         raise
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # damaged files and missing packages raise anything
         there = "the folder holds no model that transformers can load" if Path(path).exists() else "no such folder"
         raise ModelError(
-            f"the model '{path}' could not be loaded: {str(error).splitlines()[0]}",
+            f"the model '{path}' could not be loaded: {first_line(error)}",
             expected=f"a folder with a transformers model, or a Hub id that can be reached ({there})",
             do="check --model; omit it for the default model",
         ) from error
@@ -162,9 +162,9 @@ def _check_reachable(path: str, base_alone: bool) -> bool:
     except SpectrError:
         raise
     except Exception as error:  # the client raises its own, httpx's and OS errors
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(
-            f"the model '{path}' could not be loaded: it is not a folder, and the Hub did not return it ({why})",
+            f"the model '{path}' could not be loaded: it is not a folder, and the Hub did not return it "
+            f"({first_line(error)})",
             expected="a folder with a transformers model, or a Hub id that can be reached",
             do="check --model and the network; omit --model for the default model",
         ) from error
@@ -185,6 +185,5 @@ def _refuse_adapter(path: str, config: Path) -> None:
 
 def composed_config(folder: str | Path) -> dict[str, Any] | None:
     """The ``quantization_config`` of a composed folder; ``None`` for anything else."""
-    path = Path(folder) / "config.json"
-    known = json.loads(path.read_text(encoding="utf-8")).get("quantization_config") if path.is_file() else None
+    known = json_object(Path(folder) / "config.json").get("quantization_config")
     return known if isinstance(known, dict) and known.get("quant_method") == "spectr" else None

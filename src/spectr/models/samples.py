@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from spectr.models.generate import pad_rows
-from spectr.models.text import context_length, encode_prompt, shared_prefix
+from spectr.models.text import context_length, encode_prompt, shared_prefix, templated
 
 _ROWS = 32  # texts that are written at once
 _MOST = 512  # maximum number of tokens of a text
@@ -157,7 +157,7 @@ def template_parts(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[
     prompts = [encode_prompt(tokenizer, prompt) for prompt in ("a", "1", "\u4e2d")]
     turns = [("user", "first"), ("assistant", "second"), ("user", "third")]
     messages = [{"role": role, "content": content} for role, content in turns]
-    text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    text = str(templated(tokenizer, messages, tokenize=False))
     between = text.partition("second")[2].partition("third")[0]
     turn: Any = tokenizer(between, add_special_tokens=False)["input_ids"]
     return shared_prefix(prompts), turn, shared_prefix([ids[::-1] for ids in prompts])[::-1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -57,8 +57,26 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> list
     if not (chat and tokenizer.chat_template):
         return tokenizer(prompt)["input_ids"]  # pyright: ignore[reportReturnType]
     turn = [{"role": "user", "content": prompt}]
-    text: Any = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    text = templated(tokenizer, turn, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
+
+
+def templated(tokenizer: Any, turns: Sequence[Mapping[str, str]], **options: Any) -> Any:
+    """``tokenizer.apply_chat_template(turns, **options)``.
+
+    Raises:
+        DataError: The template is damaged, or refuses these turns.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(turns, **options)
+    except TemplateError as error:
+        raise DataError(
+            f"the model's chat template fails: {error}",
+            expected="a template for turns of a user and an assistant",
+            do="repair chat_template.jinja (or chat_template in tokenizer_config.json) in the model's folder",
+        ) from error
 
 
 def encode_answer(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:

@@ -34,9 +34,16 @@ def fill(template: str, row: Mapping[str, Any], task: str) -> str:
     """Fill a template with a row's fields.
 
     Raises:
-        DataError: A field is missing.
+        DataError: A field is missing, or its value does not fit its format.
     """
-    return template.format(**{name: field(name, row, task) for name in names(template)})
+    values = {name: field(name, row, task) for name in names(template)}
+    try:
+        return template.format(**values)
+    except (ValueError, TypeError, LookupError) as error:
+        raise DataError(
+            f"task '{task}': the template {template!r} cannot be filled with the fields{of(row)}: {error}",
+            expected="fields by name, such as {text}",
+        ) from error
 
 
 def field(name: str, row: Mapping[str, Any], task: str) -> Any:

@@ -19,6 +19,7 @@ from typing import Any
 from spectr.choosing import fit_to, open_composed
 from spectr.composed_model.settings import METHOD, Settings
 from spectr.errors import CompositionError, MissingExtraError, SpectrError
+from spectr.folders import json_object
 from spectr.models import fetch_default_model
 from spectr.routers.config import router_config
 from spectr.serving.engines.base import Step, Ticket
@@ -277,9 +278,7 @@ def _routed(settings: ServerSettings) -> Settings:
 
 def _inner(model: str | None) -> dict[str, Any] | None:
     """A base model's own quantisation."""
-    config = Path(model) / "config.json" if model else None
-    known = json.loads(config.read_text(encoding="utf-8")) if config and config.is_file() else {}
-    found = known.get("quantization_config")
+    found = json_object(Path(model) / "config.json").get("quantization_config") if model else None
     return found.get("inner") if found and found.get("quant_method") == METHOD else found
 
 
