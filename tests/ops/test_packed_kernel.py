@@ -8,7 +8,7 @@ import torch
 from compiled import needs_a_compiler
 from spectr.ops import reference
 from spectr.ops.cpu import has_unit
-from spectr.ops.packed import Choice, Choosing, Module, Packed, packed_works
+from spectr.ops.packed import Choosing, Module, Packed, TopKNumbers, packed_works
 from spectr.selection import TopK
 
 pytestmark = needs_a_compiler
@@ -67,7 +67,7 @@ class World:
         centers = [None, None] if self.centers is None else self.centers
         scales = [None, None] if self.scales is None else self.scales
         self.modules = [Module(*one) for one in zip(self.B, centers, (2, 102), scales, strict=True)]
-        ways = [Choice(one.k, one.temperature if one.weighting == "softmax" else 0.0) for one in self.ways]
+        ways = [TopKNumbers(one.k, one.temperature if one.weighting == "softmax" else 0.0) for one in self.ways]
         kept = (self.sampled, self.scores, self.weights) if requests else None
         turns, most = self.turns if others else None, max(held, *(one.k for one in (*self.ways, TWO)))
         self.choosing = Choosing(COLUMNS, self.granted, ways, turns, most, kept)

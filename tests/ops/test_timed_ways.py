@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from compiled import needs_a_compiler
 from spectr.errors import SpectrError
 from spectr.ops import Choice, backend_for, make_plan, reference, timing
-from spectr.ops.timing import Clock, Watch, time_in_turn
+from spectr.ops.timing import Clock, LoadWatch, time_in_turn
 from spectr.ops.trials import Trials, measure
-from spectr.ops.verdicts import Verdicts
+from spectr.ops.way_times import TimedShapes
 from spectr.ops.ways import TOKENS, TORCH, WAYS, Shape, by_rules, described, fastest, place_of, wanted
 
 SHAPE = Shape(torch.float32, 24, 20, 3, 9, 2)
@@ -108,7 +108,7 @@ def test_timing_ends_when_its_time_is_over():
 @pytest.mark.parametrize(("share", "loaded"), [(1.0, False), (0.95, False), (0.8, True), (0.4, True)])
 def test_who_waits_for_a_core_is_beside_others(share, loaded):
     hands = Hands(share)
-    with Watch(hands.clock) as watch:
+    with LoadWatch(hands.clock) as watch:
         hands.pass_(2)
     assert watch.loaded is loaded
 
@@ -128,53 +128,53 @@ class Measure:
         return [{"rows": 1.0, TORCH: 2.0}] * len(TOKENS)
 
 
-def verdicts(path, share=1.0, seconds=0.2):
+def timed_shapes(path, share=1.0, seconds=0.2):
     hands = Hands(share)
     counts = Measure(hands, seconds)
-    return Verdicts(path / "times.json", counts, hands.clock), counts
+    return TimedShapes(path / "times.json", counts, hands.clock), counts
 
 
-def test_a_verdict_is_timed_once_and_kept_for_other_processes(tmp_path):
-    first, counts = verdicts(tmp_path)
+def test_a_shape_is_timed_once_and_kept_for_other_processes(tmp_path):
+    first, counts = timed_shapes(tmp_path)
     assert first.of(SHAPE).origin == "timed now"
     assert first.of(SHAPE).seconds[0] == {"rows": 1.0, TORCH: 2.0}
-    second, none = verdicts(tmp_path)
+    second, none = timed_shapes(tmp_path)
     assert second.of(SHAPE) == first.of(SHAPE)._replace(origin="timed before")
     assert (len(counts.shapes), none.shapes) == (1, [])
 
 
-def test_two_processes_keep_the_verdicts_of_both(tmp_path):
-    one, other = verdicts(tmp_path)[0], verdicts(tmp_path)[0]
+def test_two_processes_keep_the_shapes_of_both(tmp_path):
+    one, other = timed_shapes(tmp_path)[0], timed_shapes(tmp_path)[0]
     shapes = SHAPE, SHAPE._replace(outputs=99)
     one.of(shapes[0])
     other.of(shapes[1])
-    third, counts = verdicts(tmp_path)
+    third, counts = timed_shapes(tmp_path)
     assert {third.of(shape).origin for shape in shapes} == {"timed before"}
     assert not counts.shapes
 
 
-def test_a_verdict_beside_other_work_is_used_and_not_kept(tmp_path):
-    busy, counts = verdicts(tmp_path, share=0.5)
+def test_times_beside_other_work_are_used_and_not_kept(tmp_path):
+    busy, counts = timed_shapes(tmp_path, share=0.5)
     assert busy.of(SHAPE).origin == "by one thread, while other work ran, not kept"
     assert busy.of(SHAPE).seconds[0]["rows"] == 1.0
     assert counts.shapes == [SHAPE, (SHAPE, True)]
-    assert verdicts(tmp_path)[0].of(SHAPE).origin == "timed now"
+    assert timed_shapes(tmp_path)[0].of(SHAPE).origin == "timed now"
 
 
 @pytest.mark.parametrize("content", ["", "{", '["rows"]', '{"a": [1]}'])
 def test_a_file_that_cannot_be_read_is_made_anew(tmp_path, content):
     (tmp_path / "times.json").write_text(content)
-    assert verdicts(tmp_path)[0].of(SHAPE).origin == "timed now"
+    assert timed_shapes(tmp_path)[0].of(SHAPE).origin == "timed now"
     assert list(json.loads((tmp_path / "times.json").read_text())) == [SHAPE.key]
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(tmp_path):
     (tmp_path / "file").touch()
-    assert verdicts(tmp_path / "file")[0].of(SHAPE).origin == "timed now"
+    assert timed_shapes(tmp_path / "file")[0].of(SHAPE).origin == "timed now"
 
 
 def test_when_the_time_is_over_the_most_similar_shape_counts(tmp_path):
-    known, counts = verdicts(tmp_path, seconds=0.6)
+    known, counts = timed_shapes(tmp_path, seconds=0.6)
     larger, fixed = SHAPE._replace(outputs=1000), SHAPE._replace(k=0)
     known.of(SHAPE)
     known.of(larger)
@@ -183,7 +183,7 @@ def test_when_the_time_is_over_the_most_similar_shape_counts(tmp_path):
     assert counts.shapes == [SHAPE, larger, fixed]
 
 
-def test_similar_numbers_of_experts_share_a_verdict():
+def test_similar_numbers_of_experts_share_their_times():
     assert SHAPE.key == SHAPE._replace(experts=11).key
     assert SHAPE.key != SHAPE._replace(experts=16).key
     assert len({SHAPE._replace(experts=experts).key for experts in range(1, 5)}) == 4

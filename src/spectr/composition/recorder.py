@@ -26,7 +26,7 @@ class TokenRouting(NamedTuple):
     layers: tuple[Mapping[str, tuple[float, float]], ...] = ()
 
 
-class Watch:
+class Recorder:
     """One call's decisions for some of its tokens.
 
     Args:

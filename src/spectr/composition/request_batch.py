@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spectr.composition.recorder import TokenRouting, Watch
+from spectr.composition.recorder import Recorder, TokenRouting
 from spectr.composition.routed import Routed
 from spectr.composition.subset_probes import Readers
 from spectr.layers.batch_routing import BASE, BatchRouting, routed_by
@@ -61,7 +61,7 @@ class RequestBatch:
     def __init__(self, routed: Routed, name: str = ""):
         self.routed, self.name = routed, name
         self._decisions: WeakSet[RequestDecision] = WeakSet()
-        self._watching: Watch | None = None
+        self._recorder: Recorder | None = None
         self._take_over()
 
     def decide(self, experts: Sequence[str], input_ids: Tensor | None) -> RequestDecision:
@@ -95,7 +95,7 @@ class RequestBatch:
     def routing(self) -> BatchRouting:
         """The routing of these tokens."""
         routing = BASE if self._layout is None else self._layout[1]
-        return routing if self._watching is None else replace(routing, observe=self._watching.observe)
+        return routing if self._recorder is None else replace(routing, observe=self._recorder.observe)
 
     def in_force(self) -> AbstractContextManager[None]:
         """Route this thread's calls inside the block accordingly."""
@@ -124,11 +124,11 @@ class RequestBatch:
             rows: Positions along the token axis.
             layers: Whether to record each layer's decision instead of shares only.
         """
-        self._watching = Watch(self._ordered, tuple(rows), layers) if rows else None
+        self._recorder = Recorder(self._ordered, tuple(rows), layers) if rows else None
 
     def seen(self) -> list[TokenRouting]:
         """The last call's decisions for each watched token."""
-        return [] if self._watching is None else self._watching.routings()
+        return [] if self._recorder is None else self._recorder.routings()
 
     def share(self, decision: RequestDecision) -> TokenRouting | None:
         """The shares of every token of a request with fixed weights; ``None`` if tokens differ."""

@@ -17,12 +17,15 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
+from spectr.adapters import ADAPTER_FILES, CARD, CARD_DATA
 from spectr.atomic_write import INCOMING, replacing
 from spectr.errors import LibraryError, map_together
+from spectr.hashing import file_sha256, json_sha256
 
 MANIFEST_FILE = "manifest.json"
 ENTRIES_FOLDER = "entries"
 FORMAT = 2
+DIGITS = 12  # of the hash, in the names of experts' folders
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 Read = TypeVar("Read", bound=BaseModel)
 
@@ -223,3 +226,18 @@ def _read(path: Path, model: type[Read], what: str, repair: str) -> Read:
             expected=f"format {FORMAT}, as 'spectr library add' writes it",
             do=repair,
         ) from error
+
+
+def digests_of(folder: Path) -> dict[str, str]:
+    """SHA-256 of each of an expert's files in a folder, by name."""
+    return {file: file_sha256(folder / file) for file in ADAPTER_FILES if (folder / file).is_file()}
+
+
+def without_card(digests: Mapping[str, str]) -> dict[str, str]:
+    """The digests of all files but the card."""
+    return {file: digest for file, digest in digests.items() if file not in (CARD, CARD_DATA)}
+
+
+def content_digits(digests: dict[str, str]) -> str:
+    """The part of a folder's name that its content determines."""
+    return json_sha256(digests)[:DIGITS]

@@ -27,8 +27,6 @@ from torch import Tensor
 
 from spectr.adapters import (
     ADAPTER_FILES,
-    CARD,
-    CARD_DATA,
     CONFIG_FILE,
     GATES_FILE,
     WEIGHTS_FILE,
@@ -40,25 +38,28 @@ from spectr.adapters import (
 from spectr.adapters.texts import TextFacts, check_text
 from spectr.atomic_write import INCOMING, SCRATCH, sync_file, sync_folder
 from spectr.errors import AdapterError, LibraryError, SpectrError, did_you_mean
-from spectr.hashing import file_sha256, json_sha256
+from spectr.hashing import file_sha256
 from spectr.library.index import INDEX_FOLDER
 from spectr.library.manifest import (
+    DIGITS,
     MANIFEST_FILE,
     NAME,
     Entry,
     any_entry,
     begin,
+    content_digits,
+    digests_of,
     drop_entry,
     entry_names,
     has_entry,
     read_entries,
     read_entry,
+    without_card,
     write_entry,
 )
 
-_DIGITS = 12
 _PENDING = ".pending-"
-_FOLDER = re.compile(rf"(?P<name>{NAME.pattern})-(?P<digits>[0-9a-f]{{{_DIGITS}}})")
+_FOLDER = re.compile(rf"(?P<name>{NAME.pattern})-(?P<digits>[0-9a-f]{{{DIGITS}}})")
 _PATIENCE = 60  # seconds that a writer waits for another one
 
 
@@ -142,8 +143,8 @@ class LibraryStore:
         """The entry of an expert of this name, if it is whole and the same but for its card."""
         with suppress(LibraryError):
             entry = read_entry(self.root, expert.name)
-            given = _without_card(_digests(expert.weights.parent))
-            if entry and entry.sha256 == _digests(self.root / entry.folder) and _without_card(entry.sha256) == given:
+            given = without_card(digests_of(expert.weights.parent))
+            if entry and entry.sha256 == digests_of(self.root / entry.folder) and without_card(entry.sha256) == given:
                 return entry
         return None
 
@@ -315,12 +316,12 @@ class LibraryStore:
             if facts := TextFacts.read(source):
                 facts.write(scratch)
             alter(scratch)
-            digests = _digests(scratch)
+            digests = digests_of(scratch)
             # Check the copy, in case the source changes meanwhile.
             read_gates(read_adapter(scratch, expert.name))
             entry = Entry(
                 name=expert.name,
-                folder=f"{expert.name}-{_content_digits(digests)}",
+                folder=f"{expert.name}-{content_digits(digests)}",
                 sha256=digests,
                 ranks=expert.ranks,
                 modules=len(expert.modules),
@@ -346,7 +347,7 @@ class LibraryStore:
 
     def _put_in_place(self, scratch: Path, folder: Path, digests: dict[str, str]) -> None:
         if folder.exists():
-            if _digests(folder) == digests:
+            if digests_of(folder) == digests:
                 return
             # It is damaged, so that nothing is lost while it is missing.
             folder.rename(self.root / f"{INCOMING}damaged-{scratch.name.removeprefix(INCOMING)}")
@@ -389,18 +390,6 @@ class LibraryStore:
         mark.unlink()
 
 
-def _digests(folder: Path) -> dict[str, str]:
-    return {file: file_sha256(folder / file) for file in ADAPTER_FILES if (folder / file).is_file()}
-
-
-def _without_card(digests: Mapping[str, str]) -> dict[str, str]:
-    return {file: digest for file, digest in digests.items() if file not in (CARD, CARD_DATA)}
-
-
-def _content_digits(digests: dict[str, str]) -> str:
-    return json_sha256(digests)[:_DIGITS]
-
-
 def _is_ours(folder: Path) -> bool:
     """Whether a folder is named after the hash of its content; only this module uses such names."""
-    return (folder / WEIGHTS_FILE).is_file() and folder.name.endswith(f"-{_content_digits(_digests(folder))}")
+    return (folder / WEIGHTS_FILE).is_file() and folder.name.endswith(f"-{content_digits(digests_of(folder))}")

@@ -38,7 +38,7 @@ class Module(NamedTuple):
     scales_WP: Tensor | None = None
 
 
-class Choice(NamedTuple):
+class TopKNumbers(NamedTuple):
     """A way to choose.
 
     Attributes:
@@ -65,7 +65,7 @@ class Choosing(NamedTuple):
 
     columns_E: Tensor
     granted_TF: Tensor
-    ways: Sequence[Choice]
+    ways: Sequence[TopKNumbers]
     turns_T: Tensor | None
     most: int
     kept: tuple[Tensor, Tensor, Tensor] | None

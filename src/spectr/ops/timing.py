@@ -26,7 +26,7 @@ class Clock(NamedTuple):
 REAL = Clock()
 
 
-class Watch:
+class LoadWatch:
     """Notes, while it is entered, whether this thread had to wait for others.
 
     Attributes:
@@ -36,7 +36,7 @@ class Watch:
     def __init__(self, clock: Clock = REAL):
         self._clock, self.loaded = clock, False
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> LoadWatch:
         self._began, self._used = self._clock.now(), self._clock.used()
         return self
 

@@ -21,7 +21,7 @@ from spectr.ops.fused_linear import Experts, FusedCpuLinear, Layer, Way
 from spectr.ops.outputs import add_masked, gathered_sum, gathering_pays, weighted
 from spectr.ops.rules import RULES
 from spectr.ops.timing import REAL, Clock, time_in_turn
-from spectr.ops.verdicts import Verdict, Verdicts
+from spectr.ops.way_times import TimedShapes, WayTimes
 from spectr.ops.ways import TOKENS, TORCH, Shape, Table, after_base, by_rules, described, fastest, wanted
 from spectr.selection import TopK
 
@@ -50,7 +50,7 @@ class Trials:
 
     def __init__(self, backend: HasWays, source: str):
         self._backend, self._source, self._rules = backend, source, wanted()
-        self._by_threads: dict[int, Verdicts] = {}
+        self._by_threads: dict[int, TimedShapes] = {}
         self._after: dict[Shape, tuple[Way | None, ...]] = {}
 
     def best(self, shape: Shape) -> tuple[Way | None, ...]:
@@ -61,43 +61,43 @@ class Trials:
         """The ways of a layer whose base layer has answered already. Nothing is timed for that."""
         found = self._after.get(shape)
         if found is None:
-            verdict = self._verdicts().nearest(shape)
-            found = self._ways(shape, self._table(shape, verdict, after_base))
-            if self._rules or verdict is not None:
+            times = self._shapes().nearest(shape)
+            found = self._ways(shape, self._table(shape, times, after_base))
+            if self._rules or times is not None:
                 self._after[shape] = found
         return found
 
     def reason(self, shape: Shape, *, whole: bool) -> str:
         """What :meth:`best` or :meth:`after_base` go by, for reports; timed where that is not known."""
-        verdict = self._timed(shape)
+        times = self._timed(shape)
         self._after.pop(shape, None)
-        table = self._table(shape, verdict, (lambda way: True) if whole else after_base)
-        origin = "as SPECTR_KERNELS says" if verdict is None else verdict.origin
+        table = self._table(shape, times, (lambda way: True) if whole else after_base)
+        origin = "as SPECTR_KERNELS says" if times is None else times.origin
         return f"{shape.inputs} to {shape.outputs}, {described(table)} ({origin})"
 
-    def _table(self, shape: Shape, verdict: Verdict | None, among: Callable[[str], bool] = bool) -> Table:
+    def _table(self, shape: Shape, times: WayTimes | None, among: Callable[[str], bool] = bool) -> Table:
         if self._rules:
             return by_rules(self._rules, [*filter(among, self._backend.ways(shape.dtype, shape.k > 0))])
-        return fastest([{}] * len(TOKENS) if verdict is None else verdict.seconds, among)
+        return fastest([{}] * len(TOKENS) if times is None else times.seconds, among)
 
     def _ways(self, shape: Shape, table: Table) -> tuple[Way | None, ...]:
         ways = self._backend.ways(shape.dtype, shape.k > 0)
         return tuple(map(ways.get, table))
 
-    def _timed(self, shape: Shape) -> Verdict | None:
+    def _timed(self, shape: Shape) -> WayTimes | None:
         if self._rules:
             return None
-        verdicts = self._verdicts()
+        shapes = self._shapes()
         if _len_torch_dispatch_stack():  # somebody sees single operations, as kernels do not make them
-            return verdicts.nearest(shape) or Verdict([{}] * len(TOKENS), "not timed under a mode of torch")
-        return verdicts.of(shape)
+            return shapes.nearest(shape) or WayTimes([{}] * len(TOKENS), "not timed under a mode of torch")
+        return shapes.of(shape)
 
-    def _verdicts(self) -> Verdicts:
+    def _shapes(self) -> TimedShapes:
         threads = torch.get_num_threads()
         if threads not in self._by_threads:
             parts = (self._source, package_versions("spectr-lora"), torch.__version__, threads, *_settings())
             name = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-            self._by_threads[threads] = Verdicts(cache_folder() / "kernels" / f"times-{name}.json", self._measure)
+            self._by_threads[threads] = TimedShapes(cache_folder() / "kernels" / f"times-{name}.json", self._measure)
         return self._by_threads[threads]
 
     def _measure(self, shape: Shape, seconds: float, alone: bool) -> list[dict[str, float]]:

@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 
 from spectr.combine import merge_outputs
 from spectr.errors import CompositionError
-from spectr.ops.packed import Choice, Choosing, Module, Packed, packed_works
+from spectr.ops.packed import Choosing, Module, Packed, TopKNumbers, packed_works
 from spectr.routers import LengthRouter, Router
 from spectr.selection import Selection, TopK
 from spectr.spectral import Share, Stack
@@ -106,10 +106,10 @@ def _simple(experts: Any) -> bool:
     return bool(outputs and isinstance(group.router, LengthRouter) and group.common_rank is not None)
 
 
-def _choice(select: Selection, experts: int) -> Choice:
+def _choice(select: Selection, experts: int) -> TopKNumbers:
     if not isinstance(select, TopK):
-        return Choice(experts, 0.0)
-    return Choice(select.k, select.temperature if select.weighting == "softmax" else 0.0)
+        return TopKNumbers(experts, 0.0)
+    return TopKNumbers(select.k, select.temperature if select.weighting == "softmax" else 0.0)
 
 
 Reduce = Callable[[Tensor], Tensor]

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from spectr.atomic_write import replacing
-from spectr.ops.timing import REAL, Clock, Watch
+from spectr.ops.timing import REAL, Clock, LoadWatch
 from spectr.ops.ways import TOKENS, Shape
 
 _EACH = 0.3  # seconds that a shape is timed for, roughly
 _SECONDS = 1.2  # that one process times layers for; other shapes then go by the most similar one
 
 
-class Verdict(NamedTuple):
+class WayTimes(NamedTuple):
     """The timings of one shape.
 
     Attributes:
@@ -27,8 +27,8 @@ class Verdict(NamedTuple):
     origin: str
 
 
-class Verdicts:
-    """The verdicts of this process, and those in a file that processes share.
+class TimedShapes:
+    """The shapes that this process timed, and those in a file that processes share.
 
     Args:
         file: JSON, valid for one machine, version and number of threads.
@@ -45,19 +45,19 @@ class Verdicts:
     ):
         self._file, self._measure, self._clock = file, measure, clock
         self._shapes: dict[str, Shape] = {}
-        self._known: dict[str, Verdict] = {}
+        self._known: dict[str, WayTimes] = {}
         self._spent = 0.0
 
-    def of(self, shape: Shape) -> Verdict:
-        """The verdict of a shape, measured if there is time for that."""
+    def of(self, shape: Shape) -> WayTimes:
+        """The times of a shape, measured if there is time for that."""
         if shape.key not in self._known:
             kept = self._read().get(shape.key)
-            self._known[shape.key] = self._new(shape) if kept is None else Verdict(kept, "timed before")
+            self._known[shape.key] = self._new(shape) if kept is None else WayTimes(kept, "timed before")
             self._shapes[shape.key] = shape
         return self._known[shape.key]
 
-    def nearest(self, shape: Shape) -> Verdict | None:
-        """The verdict of the most similar shape of those that this process knows; nothing is measured."""
+    def nearest(self, shape: Shape) -> WayTimes | None:
+        """The times of the most similar shape of those that this process knows; nothing is measured."""
         if shape.key in self._known:
             return self._known[shape.key]
         alike = [key for key, known in self._shapes.items() if (known.dtype, not known.k) == (shape.dtype, not shape.k)]
@@ -66,12 +66,12 @@ class Verdicts:
         best = min(alike, key=lambda key: _distance(self._shapes[key], shape))
         return self._known[best]._replace(origin=f"as for {self._shapes[best].key}")
 
-    def _new(self, shape: Shape) -> Verdict:
+    def _new(self, shape: Shape) -> WayTimes:
         left = _SECONDS - self._spent
         near = self.nearest(shape) if left <= 0 else None
         if near is not None:
             return near
-        with Watch(self._clock) as watch:
+        with LoadWatch(self._clock) as watch:
             began = self._clock.used()
             seconds = self._measure(shape, _EACH, False)
         if watch.loaded:  # threads that wait for each other take as long as others let them wait
@@ -79,7 +79,7 @@ class Verdicts:
         else:
             self._keep(shape.key, seconds)
         self._spent += self._clock.used() - began
-        return Verdict(list(seconds), "by one thread, while other work ran, not kept" if watch.loaded else "timed now")
+        return WayTimes(list(seconds), "by one thread, while other work ran, not kept" if watch.loaded else "timed now")
 
     def _read(self) -> dict[str, list[Mapping[str, float]]]:
         try:
@@ -98,7 +98,7 @@ class Verdicts:
 
 
 def _is_whole(times: Any) -> bool:
-    """Whether this is what :meth:`Verdicts.of` keeps."""
+    """Whether this is what :meth:`TimedShapes.of` keeps."""
     return isinstance(times, list) and len(times) == len(TOKENS) and all(isinstance(one, dict) for one in times)
 
 
