@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from models import close, logits, peft_model, tokens
+from models import close, logits, peft_model, tokens, types_unchecked
 from moe import EXPERTS, FAMILIES, moe_adapter, tiny_moe
 from spectr import ExpertLibrary, Oracle, Spectr, compose, trace
+from spectr.errors import CompositionError
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -102,3 +103,32 @@ def test_a_trace_shows_the_mean_of_what_a_tokens_moe_experts_decide(tmp_path):
         close(weights_NE[:, 1], first[..., place].float().mean(1))
     close(torch.tensor(sum(record.shares().values())), torch.tensor(1.0))
     assert set(record) == set(routed.layers)
+
+
+class Logits(nn.Module):
+    """A model that takes and returns one tensor, as ``torch.jit.trace`` needs it."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model.requires_grad_(False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.model(ids, use_cache=False).logits
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("parameters", [EXPERTS, ["gate.weight"]], ids=["experts", "gate"])
+def test_graphs_of_a_model_choose_for_other_tokens_or_are_refused(parameters, tmp_path):
+    base, ids, other = tiny_moe("Mixtral"), tokens(), tokens(seed=7)
+    folders = {name: moe_adapter(base, tmp_path / name, seed, parameters) for seed, name in enumerate("ab")}
+    compose(base, ExpertLibrary.from_adapters(folders), Spectr(top_k=1))
+    model = Logits(base)
+    with pytest.raises(CompositionError, match="cannot be exported or traced"):
+        torch.export.export(base, (ids,), {"use_cache": False}, strict=False)
+    if parameters == EXPERTS:
+        with pytest.raises(CompositionError, match="cannot be exported or traced"):
+            torch.jit.trace(model, (ids,), check_trace=False)
+    else:
+        with types_unchecked():
+            close(torch.compile(model, backend="eager")(ids), model(ids))
+        close(torch.jit.trace(model, (ids,), check_trace=False)(other), model(other))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from inspect import Parameter, signature
 from typing import Any
 
@@ -48,11 +49,15 @@ class RoutedGate(StandIn):
     def __init__(self, base: nn.Module, parameter: str):
         super().__init__(base, {parameter: GateLinear(base, parameter)})
         self.parameter = parameter
+        _keep_out_of_graphs()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base, with the chosen experts' update added to the product."""
         if not self.takes_part:
             return self.base(*args, **kwargs)
+        return self._routed(args, kwargs)
+
+    def _routed(self, args: Any, kwargs: Any) -> Any:
         layer = self.layer(self.parameter)
         with _Products(getattr(self.base, self.parameter), layer) as products:
             out = self.base(*args, **kwargs)
@@ -63,6 +68,12 @@ class RoutedGate(StandIn):
                 do="omit experts that adapt this parameter",
             )
         return out
+
+
+@cache
+def _keep_out_of_graphs() -> None:
+    """Have gates run as they are written in compiled models: Dynamo does not follow the mode. Its import takes long."""
+    RoutedGate._routed = torch.compiler.disable(RoutedGate._routed)
 
 
 class _Products(TorchFunctionMode):

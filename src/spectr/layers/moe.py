@@ -70,6 +70,8 @@ class RoutedExperts(StandIn):
         """The sum of each token's MoE experts, weighted; see transformers' ``integrations/moe.py``."""
         if not self.takes_part:
             return self.base(hidden_states, top_k_index, top_k_weights)
+        if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+            self.refuse_to_capture()
         base: Any = self.base
         pairs = Pairs.of(hidden_states, top_k_index, base.num_experts)
         up_SF = self.layer(_up(base))(pairs)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
+from spectr.errors import CompositionError
 from spectr.layers.names import take_names_of_base
 from spectr.layers.routed import RoutedLinear
 
@@ -33,7 +35,20 @@ class StandIn(nn.Module):
         base = self.__dict__.get("_modules", {}).get("base")
         if base is None:
             raise AttributeError(name)
-        return base if name == "base" else getattr(base, name)
+        if name == "base":
+            return base
+        found = getattr(base, name)
+        if name in self._modules and isinstance(found, FakeTensor):  # torch.export puts them there
+            self.refuse_to_capture()
+        return found
+
+    def refuse_to_capture(self) -> NoReturn:
+        """Raise :class:`CompositionError`: a graph would freeze which tokens go to which MoE expert."""
+        raise CompositionError(
+            f"experts adapt parameters of {type(self.base).__name__}, and such a model cannot be exported or traced",
+            expected="torch.compile, or a model whose experts adapt linear layers",
+            do="merge the experts into the base first: spectr merge --into-base",
+        )
 
     def layer(self, parameter: str) -> nn.Module:
         """The layer of a parameter, routed or not."""
