@@ -73,7 +73,8 @@ class RoutedGate(StandIn):
 @cache
 def _keep_out_of_graphs() -> None:
     """Have gates run as they are written in compiled models: Dynamo does not follow the mode. Its import takes long."""
-    RoutedGate._routed = torch.compiler.disable(RoutedGate._routed)
+    kind: Any = RoutedGate
+    kind._routed = torch.compiler.disable(kind._routed)
 
 
 class _Products(TorchFunctionMode):
