@@ -31,6 +31,7 @@ _HEADS = {  # by PEFT's task type, the class of a model with another head than i
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
+_LABELLED = {"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +134,8 @@ def _in_shell(result: Checkup, expert: Expert, base: Any, model: str | None, she
     naming = naming_of(shell)
     named = named_for(expert, naming)
     uncalled = find_weight_reads(shell).outside
-    called = replace(named, shapes={name: shape for name, shape in named.shapes.items() if name not in uncalled})
+    shapes = {name: shape for name, shape in named.shapes.items() if name not in uncalled}
+    called = replace(named, shapes=shapes, left_out={} if named.modules else named.left_out)
     make_plan(shell, [called], Oracle(expert=expert.name))
     untrained = _untrained(named, shell, uncalled)
     new = {named.file_names.get(module, module): module for module in named.modules}
@@ -171,7 +173,12 @@ def _untrained(expert: Expert, model: nn.Module, uncalled: Set[str]) -> list[str
     shapes = {module: expert.shapes[module] for module in sorted(uncalled & expert.shapes.keys())}
     shapes = {module: shape for module, shape in shapes.items() if not can_change(model.get_submodule(module), shape)}
     with expert.open_saved() as read:
-        zero = [module for module, s in shapes.items() if not (read(s.key_A).any() and read(s.key_B).any())]
+        zero = [
+            module
+            for module, shape in shapes.items()
+            if not (read(shape.key_A).any() and read(shape.key_B).any())
+            and not (shape.parts.bias_B and read(shape.parts.bias_B).any())
+        ]
     if changed := [module for module in shapes if module not in zero]:
         raise united({expert.name: [uncalled_fault(changed)]})[0]
     return zero
@@ -260,7 +267,9 @@ def _shells(config: Any, expert: Expert) -> Iterator[Any]:
 
 
 def _labels(expert: Expert) -> int | None:
-    """The number of labels of a trained head: the outputs of its last matrix, the fewest."""
+    """The number of labels of a trained head: the outputs of its last matrix, the fewest; ``None`` of other tasks."""
+    if expert.config is None or expert.config.task not in _LABELLED:
+        return None
     shapes = [whole.shape for parts in expert.saved.values() for whole in parts.whole.values()]
     return min((shape[0] for shape in shapes if len(shape) == 2), default=None)
 

@@ -147,8 +147,8 @@ def range_faults(
 
 
 def first_line(error: Exception) -> str:
-    """The first line of another library's error; its type if it says nothing."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    """The first line with a word of another library's error; its type if there is none."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def some_of(names: Sequence[str], shown: int, what: str = "") -> str:

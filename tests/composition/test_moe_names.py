@@ -119,7 +119,7 @@ def test_what_takes_linear_layers_alone_refuses_parameters(tmp_path):
     for combine in ("knots", "raw-factors"):
         with pytest.raises(CompositionError, match="fused parameters are adapted by"):
             compose(base, library, Spectr(top_k=2, combine=combine))
-    with pytest.raises(MergeError, match="adapts parameters of a mixture of experts"):
+    with pytest.raises(MergeError, match="adapts parameters by name"):
         merge_adapter(library, make_recipe(library, ["a", "b"], "average"))
     makers = {name: lambda model: compose(model, library, Spectr(top_k=1)) for name in ("one", "two")}
     with pytest.raises(CompositionError, match="several routers cannot share the model"):

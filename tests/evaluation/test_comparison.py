@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
 
+from adapters_on_disk import write_adapter
 from spectr.errors import SpectrError
-from spectr.evaluation.experiments import Result
+from spectr.evaluation.experiments import Result, robustness
 from spectr.evaluation.expert_recall import Finding, over_runs
 from spectr.evaluation.paired_statistics import in_words, mean_share
 from spectr.evaluation.plan import ORDER, read_plan
@@ -161,6 +163,16 @@ def test_experts_of_other_ranks_are_read_by_name(world):
     for folder, message in (("gaps", "lacks amber-r8"), ("adapters", "no adapters named EXPERT-rRANK")):
         with pytest.raises(SpectrError, match=message):
             ask(world, "ranks", ranks=root / folder)
+
+
+def test_an_expert_is_changed_that_relies_on_peft_s_default_scale(tmp_path):
+    folder = write_adapter(tmp_path / "amber")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    del config["lora_alpha"]
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    library = ExpertLibrary.from_adapters({"amber": folder})
+    made = robustness.changed_expert(library, "amber", tmp_path / "changed", robustness._larger)
+    assert json.loads((made / "adapter_config.json").read_text())["lora_alpha"] == 800
 
 
 def test_substitutes_are_checked_together(world):

@@ -14,6 +14,7 @@ from models import close, logits, peft_model, tokens, types_unchecked
 from moe import EXPERTS, FAMILIES, moe_adapter, tiny_moe
 from spectr import ExpertLibrary, Oracle, Spectr, compose, trace
 from spectr.errors import CompositionError
+from spectr.layers.linear import returns_more
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -103,6 +104,21 @@ def test_a_trace_shows_the_mean_of_what_a_tokens_moe_experts_decide(tmp_path):
         close(weights_NE[:, 1], first[..., place].float().mean(1))
     close(torch.tensor(sum(record.shares().values())), torch.tensor(1.0))
     assert set(record) == set(routed.layers)
+
+
+class Packed(nn.Linear):
+    """A layer as quantisers make it: without a weight."""
+
+    def __init__(self, *sizes: int):
+        super().__init__(*sizes)
+        del self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise AssertionError("it is not tried")
+
+
+def test_a_layer_without_a_weight_returns_one_tensor():
+    assert not returns_more(Packed(3, 4))
 
 
 class Logits(nn.Module):

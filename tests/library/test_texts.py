@@ -101,8 +101,21 @@ def test_what_else_differs_is_reported(tmp_path, base, caplog, changes, remark):
     assert ExpertLibrary.open(tmp_path / "library")["a"].weights.parent.joinpath("text.json").is_file()
 
 
-@pytest.mark.parametrize("changes", [{}, {"template": "{{ messages }}\n", "merges": [["a", "b"]]}])
-def test_nothing_is_reported_of_what_is_alike(tmp_path, base, caplog, changes):
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+LARGER = [*ADDED, {"id": 17, "content": "<t>"}]
+
+
+@pytest.mark.parametrize(
+    ("of_base", "changes"),
+    [
+        ({}, {}),
+        ({}, {"template": "{{ messages }}\n", "merges": [["a", "b"]]}),
+        ({"pre_tokenizer": BYTES}, {"pre_tokenizer": BYTES | {"use_regex": True}}),  # a default of newer files
+        ({"added": LARGER}, {"added": LARGER}),  # the base model has no row for it either
+    ],
+)
+def test_nothing_is_reported_of_what_is_alike(tmp_path, base, caplog, of_base, changes):
+    texts(base, **of_base)
     folder = expert(tmp_path, base, **changes)
     routed(base, ExpertLibrary.from_adapters({"a": folder}))
     assert not caplog.text

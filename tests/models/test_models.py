@@ -2,10 +2,12 @@
 
 import subprocess
 import zipfile
+from unittest.mock import Mock
 
 import pytest
 import torch
 import transformers
+from transformers import AutoTokenizer
 
 from families import FAMILIES
 from models import build, tiny_llama
@@ -126,10 +128,22 @@ def test_a_damaged_folder_is_no_traceback(tmp_path, kind):
         load_model(str(tmp_path))
 
 
-def test_a_damaged_chat_template_is_named():
+def test_a_package_that_a_tokenizer_needs_is_named(tmp_path, monkeypatch):
+    tiny_llama().save_pretrained(tmp_path)
+    error = ImportError("\nIt needs the package sentencepiece.\nInstall it.")  # transformers' begin with an empty line
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", Mock(side_effect=error))
+    with pytest.raises(ModelError, match="could not be loaded: It needs the package sentencepiece"):
+        load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("template", "fault"),
+    [("{% if %}", "Expected an expression"), ("{{ messages + 1 }}", "can only concatenate list")],
+)
+def test_a_damaged_chat_template_is_named(template, fault):
     tokenizer = make_tokenizer()
-    tokenizer.chat_template = "{% if %}"
-    with pytest.raises(DataError, match="chat template fails: Expected an expression"):
+    tokenizer.chat_template = template
+    with pytest.raises(DataError, match=f"chat template fails: {fault}"):
         encode_prompt(tokenizer, "hello")
 
 

@@ -192,10 +192,15 @@ class New(Router):
         return -segment_norms(h_TP, state)
 
 
+class Prepares(New):
+    def prepare(self, aligned):
+        raise AssertionError("it is the router's own business")
+
+
 def test_a_router_of_the_first_protocol_is_adapted_or_refused_by_name(tmp_path):
     library = peft_library(tiny_llama(), tmp_path / "experts", {"ants": 2, "bees": 2, "cats": 2})
     ids, outs = torch.arange(6)[None], []
-    for router in (New(), Old(), OldSubclass(), adapted_maker(OldSubclass)()):
+    for router in (New(), Old(), OldSubclass(), adapted_maker(OldSubclass)(), Prepares(), adapted_maker(Prepares)()):
         model = tiny_llama()
         compose(model, library, router)
         outs.append(model(ids).logits)

@@ -91,7 +91,7 @@ MLX = (
     "fuse it: mlx_lm.fuse --model BASE --adapter-path FOLDER --save-path MERGED; then extract an expert: "
     "spectr extract MERGED --base BASE",
 )
-_DEFAULTS = {"r": 8, "lora_alpha": 8}  # PEFT's
+DEFAULTS = {"r": 8, "lora_alpha": 8}  # PEFT's, of settings that a file may lack
 _TOKENS_ALONE = "TRAINABLE_TOKENS"  # no factors, only trained rows of the embedding
 # Adapter types that PEFT's save_as_lora converts to LoRA.
 _CONVERTIBLE = {
@@ -192,7 +192,7 @@ def read_config(folder: Path, name: str) -> AdapterConfig:
         raw = None
     if not isinstance(raw, dict):
         raise AdapterError(f"expert '{name}': {path} is not a JSON object", do="save or download it again")
-    raw = {**_DEFAULTS, **raw}
+    raw = {**DEFAULTS, **raw}
     faults = _faults(raw, folder)
     if faults:
         raise AdapterError(

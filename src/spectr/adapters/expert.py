@@ -156,7 +156,7 @@ class Expert:
         """
         if self.fused and not parameters:
             raise kind(
-                f"expert '{self.name}' adapts parameters of a mixture of experts ({some_of(self.fused, 3)}), and "
+                f"expert '{self.name}' adapts parameters by name ({some_of(self.fused, 3)}), and "
                 f"{what} reads factors of linear layers only",
                 expected="an adapter of linear layers",
                 do="omit this expert; spectr.compose and spectr merge --into-base support it",

@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from spectr.adapters.expert import Expert
 from spectr.errors import AdapterError, some_of
+from spectr.folders import json_object
 
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "added_tokens.json")
 TEXT_FACTS_FILE = "text.json"  # replaces these files for a library's experts
 _SHOWN = 4
+_EMPTY = {"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": {}, "unk_token": ""}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,15 +46,15 @@ class TextFacts:
     def read(folder: Path) -> TextFacts | None:
         """The facts of a folder; ``None`` if it has no readable tokenizer files."""
         try:
-            kept = _json(folder / TEXT_FACTS_FILE)
+            kept = json_object(folder / TEXT_FACTS_FILE)
             return TextFacts(**kept) if kept else TextFacts._of_files(folder)
         except (KeyError, TypeError, ValueError, AttributeError):  # files in another format
             return None
 
     @staticmethod
     def _of_files(folder: Path) -> TextFacts | None:
-        whole, settings = _json(folder / "tokenizer.json"), _json(folder / "tokenizer_config.json")
-        tokens: dict[str, int] = {**_json(folder / "added_tokens.json")}
+        whole, settings = json_object(folder / "tokenizer.json"), json_object(folder / "tokenizer_config.json")
+        tokens: dict[str, int] = {**json_object(folder / "added_tokens.json")}
         tokens |= {row["content"]: int(id) for id, row in (settings.get("added_tokens_decoder") or {}).items()}
         tokens |= {row["content"]: row["id"] for row in whole.get("added_tokens", ())}
         vocabulary = (whole.get("model") or {}).get("vocab") or {}
@@ -67,7 +70,7 @@ class TextFacts:
             size=1 + max((*vocabulary.values(), *tokens.values()), default=-1),
             rules=_rules(whole) if whole else {},
             end=end["content"] if isinstance(end := settings.get("eos_token"), dict) else end,
-            rows=_rows(_json(folder / "config.json")),
+            rows=_rows(json_object(folder / "config.json")),
         )
 
     def write(self, folder: Path) -> None:
@@ -104,7 +107,7 @@ class TextFacts:
         if new:
             yield f"has tokens that the base model's tokenizer does not have: {some_of(new, _SHOWN)}"
         rows = rows or base.rows
-        if rows and self.size > rows:
+        if rows and self.size > max(rows, base.size):
             yield f"was trained with a resized embedding: it has {self.size} tokens, the base model {rows}"
 
 
@@ -128,8 +131,12 @@ def _rules(whole: Mapping[str, Any]) -> dict[str, str]:
     """Digests of the parts of ``tokenizer.json`` that decide how a text becomes tokens of the vocabulary."""
     merges = (whole.get("model") or {}).get("merges") or []
     pairs = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]  # older files have texts
-    parts = ("normalizer", "pre_tokenizer", "post_processor")
-    return {part: _digest(whole.get(part)) for part in parts} | {"merges": _digest(pairs)}
+    parts = {part: whole.get(part) for part in ("normalizer", "pre_tokenizer", "post_processor")}
+    with suppress(Exception):  # as tokenizers writes them, since older files leave defaults out; else as they are
+        from tokenizers import Tokenizer
+
+        parts = {part: json.loads(Tokenizer.from_str(json.dumps({**_EMPTY, **parts})).to_str())[part] for part in parts}
+    return {part: _digest(rule) for part, rule in parts.items()} | {"merges": _digest(pairs)}
 
 
 def _rows(config: Mapping[str, Any]) -> int:
@@ -144,15 +151,6 @@ def _template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     if isinstance(template, list):  # several by name
         template = next((row["template"] for row in template if row.get("name") == "default"), None)
     return template
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """A file's JSON object; empty if it cannot be read."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _digest(value: Any) -> str:

@@ -55,7 +55,7 @@ class ModelParameters:
             if source is not None:
                 return self._part(key, name, converter.sources.index(source), converter.sources)
         holder, _, _ = key.rpartition(".")
-        found = [each for each in self.of(holder) if each.name == key and not each.matrices]
+        found = [each for each in self.of(holder) if each.name == key and not (each.matrices or each.layer)]
         return Part(found[0], 0, 0, (module.rpartition(".")[2],)) if found else None
 
     def _part(self, key: str, name: str, branch: int, sources: tuple[str, ...]) -> Part | None:

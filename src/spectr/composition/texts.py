@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -38,7 +39,7 @@ def compare_texts(model: str | None, experts: Iterable[Expert], rows: int | None
     base = base_texts(model) if found else None
     problems = []
     for expert, facts in found:
-        for remark in facts.remarks(base or facts, rows):
+        for remark in facts.remarks(base or replace(facts, size=0), rows):
             report_once(f"expert '{expert.name}' {remark}")
         problems += [
             CompositionError(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from spectr.adapters.write import targets
-from spectr.errors import ExtractionError, some_of
+from spectr.errors import ExtractionError, first_line, some_of
 from spectr.extraction.architecture import Architecture, read_architecture
 from spectr.extraction.checkpoint import Checkpoint, Rows, locate_model, read_checkpoint
 from spectr.extraction.compare import Difference, Pair, difference, measure, pair_up, unmatched
@@ -271,7 +271,7 @@ def peft_remarks(model: Any, targets: Any, modules: Iterable[str]) -> list[str]:
         try:
             get_peft_model(model, LoraConfig(r=1, target_modules=targets))
         except ValueError as error:
-            return [f"PEFT does not load this expert ({str(error).splitlines()[0]}); spectr does."]
+            return [f"PEFT does not load this expert ({first_line(error)}); spectr does."]
     adapted = {name for name, part in model.named_modules() if isinstance(part, LoraLayer)}
     other = sorted(adapted ^ set(modules))
     if not other:

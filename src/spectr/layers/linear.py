@@ -43,8 +43,8 @@ def returns_more(module: nn.Module) -> bool:
     """
     if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
         return False
-    weight = module.weight
-    if not weight.is_floating_point() or weight.element_size() < 2:  # quantised
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.element_size() < 2:  # quantised
         return False
     out = None
     with torch.no_grad(), suppress(Exception):  # a layer that needs another input is a layer

@@ -43,7 +43,7 @@ class StandIn(nn.Module):
         return found
 
     def refuse_to_capture(self) -> NoReturn:
-        """Raise :class:`CompositionError`: a graph would freeze which tokens go to which MoE expert."""
+        """Raise :class:`CompositionError`: a graph would lack the experts' choice, or freeze it."""
         raise CompositionError(
             f"experts adapt parameters of {type(self.base).__name__}, and such a model cannot be exported or traced",
             expected="torch.compile, or a model whose experts adapt linear layers",

@@ -68,7 +68,7 @@ def load_model(
         kind = pick_dtype(dtype, device)
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=kind, output_loading_info=True)
         model, found = loaded
-    except SpectrError:
+    except (SpectrError, MemoryError):
         raise
     except Exception as error:  # damaged files and missing packages raise anything
         there = "the folder holds no model that transformers can load" if Path(path).exists() else "no such folder"

@@ -71,7 +71,7 @@ def templated(tokenizer: Any, turns: Sequence[Mapping[str, str]], **options: Any
 
     try:
         return tokenizer.apply_chat_template(turns, **options)
-    except TemplateError as error:
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
         raise DataError(
             f"the model's chat template fails: {error}",
             expected="a template for turns of a user and an assistant",

@@ -90,7 +90,8 @@ def adapted(router: Any) -> Any:
     Raises:
         CompositionError: It implements the first protocol, and does more than score every expert for each token.
     """
-    if isinstance(router, type) or not all(callable(getattr(router, name, None)) for name in _FIRST):
+    ours = isinstance(router, Router) and router.selection is not None  # which the first protocol did not have
+    if isinstance(router, type) or ours or not all(callable(getattr(router, name, None)) for name in _FIRST):
         return router
     more = [name for name in _MORE if getattr(router, name, None) is not None]
     if more:

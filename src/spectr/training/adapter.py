@@ -103,6 +103,7 @@ def with_adapter(model: Any, settings: TrainingSettings) -> PeftModel:
                 expected=f"all-linear, or some of: {', '.join(linear)}",
             ) from error
     if wrong := [name for name in odd if isinstance(model.get_submodule(name), LoraLayer)]:
+        made.unload()
         raise DataError(
             f"target_modules={settings.target_modules!r} includes {some_of(wrong, 3)}, which PEFT cannot adapt",
             expected=f"all-linear, or some of: {', '.join(linear)}",

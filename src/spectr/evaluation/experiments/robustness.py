@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from spectr.adapters.config import CONFIG_FILE, DEFAULTS
 from spectr.calibration import calibrate
 from spectr.evaluation.experiments.setup import ExperimentSetup, Result, percent
 from spectr.evaluation.expert_recall import over_runs
@@ -106,10 +107,10 @@ def changed_expert(
 ) -> Path:
     """A copy of an expert in ``folder/NAME`` whose tensors and configuration ``change`` has altered."""
     weights = library[name].weights
-    tensors, config = load_file(weights), json.loads((weights.parent / "adapter_config.json").read_text())
+    tensors, config = load_file(weights), {**DEFAULTS, **json.loads((weights.parent / CONFIG_FILE).read_text())}
     change(tensors, config)
     target = folder / name
     target.mkdir(parents=True)
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, target / weights.name)
-    (target / "adapter_config.json").write_text(json.dumps(config))
+    (target / CONFIG_FILE).write_text(json.dumps(config))
     return target
