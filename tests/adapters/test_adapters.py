@@ -112,9 +112,11 @@ def test_facts_are_those_of_the_tensors(tmp_path):
     assert (expert.ranks, expert.parameters) == ((3, 4), numbers)
 
 
-NAMES = st.lists(st.sampled_from(["model", "layers", "0", "1", "attn", "q_proj", "v_proj"]), min_size=1, max_size=5)
+NAMES = st.lists(
+    st.sampled_from(["model", "layers", "0", "1", "attn", "q_proj", "v_proj", "a+b"]), min_size=1, max_size=5
+)
 PATTERNS = st.sampled_from(
-    [r"q_proj", r"attn.q_proj", r"layers\.0\..*", r".*_proj", r"model.layers.1.attn.v_proj", "0"]
+    [r"q_proj", r"attn.q_proj", r"layers\.0\..*", r".*_proj", r"model.layers.1.attn.v_proj", "0", "a+b"]
 )
 
 

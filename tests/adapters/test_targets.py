@@ -49,6 +49,19 @@ def test_targets_are_pefts(module, settings):
     assert Targets.of(settings).has(module) == bool(check_target_module_exists(config, module))
 
 
+def test_parameters_alone_target_no_modules():
+    assert not check_target_module_exists(LoraConfig(target_parameters=["experts.w"]), "q_proj")
+    assert not Targets.of({"target_modules": None, "target_parameters": ["experts.w"]}).has("q_proj")
+
+
+@pytest.mark.parametrize("more", [{"use_dora": True}, {"init_lora_weights": "olora"}])
+def test_a_bias_of_b_is_for_plain_lora(tmp_path, more):
+    with pytest.raises(ValueError, match="lora_bias"):
+        LoraConfig(lora_bias=True, **more)
+    with pytest.raises(AdapterError, match="lora_bias is set with use_dora or with other initial factors"):
+        read_adapter(write_adapter(tmp_path / "a", lora_bias=True, **more), "a")
+
+
 NARROWER = {
     "fewer ends of names": {"target_modules": ["v_proj"]},
     "a regular expression": {"target_modules": r".*\.layers\.1\..*_proj"},

@@ -18,6 +18,8 @@ from spectr.layers import RoutedLinear
 from spectr.layers.batch_routing import LayerCall
 from spectr.layers.factors import Factors
 from spectr.ops import dispatch, reference, registered
+from spectr.ops.grouped import grouped_inputs, grouped_outputs
+from spectr.ops.outputs import gathered_sum
 from spectr.routers.arrow import Prototypes
 from spectr.routers.calibrated import Centers
 from spectr.spectral import Share, Stack
@@ -310,3 +312,13 @@ def test_factors_have_no_plan_until_they_are_given_one():
     layer = layer_of(Spectr(top_k=2))
     assert Factors.of(layer.stack(), layer.router).plan is None
     assert layer.factors_of(layer.stack()).plan is not None
+
+
+def test_no_tokens_are_no_error():
+    """As modules of MoE experts get them that no token chose."""
+    none, A, B = torch.zeros(0, 4), torch.randn(6, 4), torch.randn(5, 6)
+    h = grouped_inputs(none, A, (3, 3), torch.zeros(0, 2, dtype=torch.bool))
+    assert h.shape == (0, 6)
+    assert grouped_outputs(h, torch.zeros(0, 2), B, (3, 3)).shape == (0, 5)
+    rows, index = torch.arange(6).view(2, 3), torch.zeros(0, 1, dtype=torch.long)
+    assert gathered_sum(h, index, torch.zeros(0, 1), B, rows).shape == (0, 5)

@@ -238,6 +238,8 @@ def _faults(raw: dict[str, Any], folder: Path) -> list[str]:
         faults.append(f"bias is {raw['bias']!r}")
     if raw.get("init_lora_weights") == "loftq":
         faults.append("init_lora_weights is 'loftq' (it also changes the base model's weights)")
+    if raw.get("lora_bias") and (raw.get("use_dora") or raw.get("init_lora_weights", True) not in (True, False)):
+        faults.append("lora_bias is set with use_dora or with other initial factors, which PEFT refuses")
     faults += InitialSettings.of(raw).faults(folder)
     unknown = sorted(key for key, value in raw.items() if value and key not in _HARMLESS and key not in _REFUSED)
     faults += [f"{key} is set, and this version does not know its effect" for key in unknown]
@@ -299,8 +301,8 @@ def _is_pattern(patterns: Any, right: Callable[[Any], bool]) -> bool:
 
 
 def _by_pattern(patterns: dict[str, Any], module: str, default: Any) -> Any:
-    """PEFT's rule: a key is a regular expression for the end of a module's name."""
+    """PEFT's rule: a key is a regular expression for the end of a module's name, or the name as it is."""
     for key, value in patterns.items():
         if re.match(rf"(.*\.)?({key})$", module):
             return value
-    return default
+    return patterns.get(module, default)

@@ -271,7 +271,7 @@ class Expert:
         with self.open_on(base) as read:
             for modules in groups:
                 A, B, scale = zip(*(read(module).factors for module in modules), strict=True)
-                yield Stacked(torch.stack(A), torch.stack(B), torch.tensor(scale))
+                yield Stacked(torch.stack(A), torch.stack(B), torch.tensor(scale, dtype=torch.float32))
 
     def _stacked_plain(self, groups: Iterable[Sequence[str]]) -> Iterator[Stacked]:
         with unreadable_as_error(self.weights, self.name):

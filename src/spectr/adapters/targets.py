@@ -37,6 +37,8 @@ class Targets:
     def of(raw: Mapping[str, Any]) -> Targets:
         """Read a configuration without :func:`target_faults`."""
         modules, layers, patterns = raw.get("target_modules"), raw.get("layers_to_transform"), raw.get("layers_pattern")
+        if modules is None and raw.get("target_parameters"):
+            modules = ()  # only these
         return Targets(
             modules=modules if modules is None else _names(modules),
             excluded=_names(raw.get("exclude_modules") or ()),

@@ -261,8 +261,8 @@ class ManyPairs(NamedTuple):
 
     def read(self, get: Get) -> tuple[Float[Tensor, "J R I"], Float[Tensor, "J O R"]]:
         """See :class:`Layout`. ``B`` includes the scales; both are float32."""
-        A_JRI = torch.zeros(len(self.rows), self.rank, self.inputs)
-        B_JOR = torch.zeros(len(self.rows), self.outputs, self.rank)
+        A_JRI = torch.zeros(len(self.rows), self.rank, self.inputs, dtype=torch.float32)
+        B_JOR = torch.zeros(len(self.rows), self.outputs, self.rank, dtype=torch.float32)
         for A_RI, B_OR, row in zip(A_JRI, B_JOR, self.rows, strict=True):
             r = o = 0
             for pair in row:

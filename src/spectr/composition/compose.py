@@ -10,9 +10,7 @@ from spectr.composition.naming import naming_of
 from spectr.composition.paged import Paged
 from spectr.composition.routed import Guide, Progress, Routed
 from spectr.errors import CompositionError
-from spectr.layers.multi_routed import MultiRoutedLinear
-from spectr.layers.routed import RoutedLinear
-from spectr.layers.saved import SavedModule
+from spectr.layers.multi_routed import COMPOSED
 from spectr.library import ExpertLibrary
 from spectr.library.needs import DESCRIBED
 from spectr.paging import DEFAULT_POLICY, Policy, get_policy
@@ -69,7 +67,7 @@ def compose(
             expected="a router object, such as spectr.Spectr(top_k=4)",
             do="for a router by name: spectr.get_router('arrow')",
         )
-    if any(isinstance(module, (RoutedLinear, SavedModule, MultiRoutedLinear)) for module in model.modules()):
+    if any(isinstance(module, COMPOSED) for module in model.modules()):
         raise CompositionError("the model is composed already", do="call remove() on its handle first")
     library = library.named_for(naming_of(model))
     if router.policy is not None and router.policy.pages:

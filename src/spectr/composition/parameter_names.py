@@ -36,7 +36,8 @@ class ModelParameters:
         holder = self._modules.get(module)
         if holder is None:
             return ()
-        if isinstance(holder, nn.Embedding) or (features(holder) and not returns_more(holder)):
+        linear = isinstance(holder, nn.Linear) or features(holder) is not None
+        if isinstance(holder, nn.Embedding) or (linear and not returns_more(holder)):
             return _weight_of(module, holder)
         holder = getattr(holder, "base", holder)
         named = ((f"{module}.{name}", weight) for name, weight in holder.named_parameters(recurse=False))

@@ -263,14 +263,14 @@ def peft_remarks(model: Any, targets: Any, modules: Iterable[str]) -> list[str]:
     """
     if find_spec("peft") is None:
         return []
-    from peft import LoraConfig, get_peft_model
-    from peft.tuners.lora.layer import LoraLayer
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what does not match, which this function reports
         try:
+            from peft import LoraConfig, get_peft_model
+            from peft.tuners.lora.layer import LoraLayer
+
             get_peft_model(model, LoraConfig(r=1, target_modules=targets))
-        except ValueError as error:
+        except Exception as error:  # whatever it is, the expert is made
             return [f"PEFT does not load this expert ({first_line(error)}); spectr does."]
     adapted = {name for name, part in model.named_modules() if isinstance(part, LoraLayer)}
     other = sorted(adapted ^ set(modules))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from spectr.layers.batch_routing import routed_by, thread
 from spectr.layers.names import take_names_of_base
 from spectr.layers.routed import RoutedLinear
+from spectr.layers.saved import SavedModule
 from spectr.lazy import lazy
 
 
@@ -57,3 +58,6 @@ class MultiRoutedLinear(nn.Module):
 
 
 __getattr__ = lazy(__name__, {}, renamed={"Fork": "MultiRoutedLinear"})
+
+
+COMPOSED = (RoutedLinear, SavedModule, MultiRoutedLinear)  # what is in a model that is composed

@@ -24,7 +24,7 @@ def grouped_inputs(
         rows = taken_NE[:, expert].nonzero().squeeze(1)
         h_NP[rows, start : start + rank] = linear(x_NI[rows], A_PI[start : start + rank])
         start += rank
-    return h_NP.reshape(*x_TI.shape[:-1], -1)
+    return h_NP.reshape(*x_TI.shape[:-1], len(A_PI))
 
 
 def grouped_outputs(
@@ -41,7 +41,7 @@ def grouped_outputs(
         weighted_NR = h_NP[rows, start : start + rank] * weights_NE[rows, expert, None]
         delta_NO.index_add_(0, rows, linear(weighted_NR, B_OP[:, start : start + rank]))
         start += rank
-    return delta_NO.reshape(*h_TP.shape[:-1], -1)
+    return delta_NO.reshape(*h_TP.shape[:-1], len(B_OP))
 
 
 def _spread(values_TE: Shaped[Tensor, "*T E"], ranks: Sequence[int]) -> Shaped[Tensor, "*T P"]:

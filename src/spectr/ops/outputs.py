@@ -71,9 +71,10 @@ def gathered_sum(
         rows_ER: Each expert's places along P.
     """
     h_NP, weights_NK = _flat(h_TP), _flat(weights_TK.to(h_TP.dtype))
-    rows_NP = rows_ER.index_select(0, index_TK.flatten()).view(len(h_NP), -1)
-    taken_NKR = h_NP.gather(-1, rows_NP).view(*weights_NK.shape, -1)
-    shares_NP = (taken_NKR * weights_NK[..., None]).view(len(h_NP), -1)
+    k, rank = index_TK.shape[-1], rows_ER.shape[1]
+    rows_NP = rows_ER.index_select(0, index_TK.flatten()).view(len(h_NP), k * rank)
+    taken_NKR = h_NP.gather(-1, rows_NP).view(*weights_NK.shape, rank)
+    shares_NP = (taken_NKR * weights_NK[..., None]).view(len(h_NP), k * rank)
     sums_NO = picked_sum(rows_NP, shares_NP, B_OP)
     return sums_NO.view(*h_TP.shape[:-1], sums_NO.shape[-1])
 

@@ -90,6 +90,8 @@ def prompt_of(model: Any, given: Mapping[str, Any], settings: GenerationSettings
         if pad not in eos and bool((ids == pad).any()):  # as in transformers
             prompt["attention_mask"] = (ids != pad).long()
     device = next(model.parameters()).device
+    if device.type == "meta":  # accelerate keeps the weights elsewhere, and moves what its layers get
+        return prompt
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in prompt.items()}
 
 

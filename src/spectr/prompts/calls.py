@@ -332,7 +332,9 @@ class Calls:
         """Empty a cache and read its tokens with the current decision; refused if they are unknown."""
         before = records.record_of(state)
         ids_BT = None if before is None or not records.agrees(state, before) else before.ids_BT
-        if before is None or ids_BT is None or not records.can_reset(state) or len(ids_BT) != tokens.rows:
+        # with an encoder, a cache has the decoder's tokens, and the model reads others
+        readable = records.can_reset(state) and not has_encoder(self.model)
+        if before is None or ids_BT is None or not readable or len(ids_BT) != tokens.rows:
             raise CompositionError(
                 "the cache was filled with other experts or under another decision, and its tokens are unknown",
                 expected="an empty cache, or one that this composition filled from token ids",
@@ -346,10 +348,12 @@ class Calls:
                 )
             new_BT = records.masked_ids(tokens.ids, tokens.mask)
             wanted = self.decide(as_prompt(torch.cat([ids_BT.to(new_BT.device), new_BT], dim=1)))
+        wanted = None if wanted is None else expanded(wanted, tokens.rows, None)
         fresh = self.fresh(wanted, frame)
         record = replace(before, composition=fresh.composition, allowed=fresh.allowed, history=fresh.history)
         record.frame = fresh.frame
-        read = {**as_prompt(ids_BT, before.positions_BT), "past_key_values": state, "use_cache": True}
+        name = next((name for name, given_state in records.states_in(given) if given_state is state), "past_key_values")
+        read = {**as_prompt(ids_BT, before.positions_BT), name: state, "use_cache": True}
         state.reset()  # also empties the record
         routing = None if wanted is None else self.routing(wanted)
         places = self._places(entry, read, tokens_of(read, decoder=False), routing)

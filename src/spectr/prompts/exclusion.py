@@ -61,8 +61,10 @@ class Exclusion:
                     do="change them after the call returns",
                 )
             self._waiting += 1
-            self._state.wait_for(lambda: not self._running and self._changer in (None, me))
-            self._waiting -= 1
+            try:
+                self._state.wait_for(lambda: not self._running and self._changer in (None, me))
+            finally:  # also of a wait that Ctrl-C ends
+                self._waiting -= 1
             before, self._changer = self._changer, me
         try:
             yield

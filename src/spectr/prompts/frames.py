@@ -30,6 +30,7 @@ class Frame:
         generates: Whether it is a generation.
         expand: Number of sequences per row (beams, returned sequences); ``None`` if unknown.
         assistants: The first verdict of each assisting composition.
+        ended: Whether its calls are over.
     """
 
     calls: Calls
@@ -39,6 +40,7 @@ class Frame:
     assistants: dict[str, Tensor | None] = field(default_factory=dict)
     token: _Token = field(default_factory=_Token)
     requests: int = 0
+    ended: bool = False
 
     def next_row(self) -> Tensor | None:
         """The verdict's row for the next request that is added."""
@@ -61,12 +63,17 @@ _frames: ContextVar[tuple[Frame, ...]] = ContextVar(
 
 def frame_of(calls: Calls) -> Frame | None:
     """The innermost frame of a composition."""
-    return next((frame for frame in reversed(_frames.get()) if frame.calls is calls), None)
+    return next((frame for frame in reversed(_open()) if frame.calls is calls), None)
 
 
 def innermost() -> Frame | None:
     """The innermost frame of any composition."""
-    return next(iter(_frames.get()[-1:]), None)
+    return next(iter(_open()[-1:]), None)
+
+
+def _open() -> tuple[Frame, ...]:
+    """The frames here, without generations that ended: tasks that they started keep a copy of their context."""
+    return tuple(frame for frame in _frames.get() if not (frame.generates and frame.ended))
 
 
 @contextmanager
@@ -76,4 +83,5 @@ def framed(frame: Frame) -> Iterator[None]:
     try:
         yield
     finally:
+        frame.ended = True
         _frames.set(tuple(other for other in _frames.get() if other is not frame))

@@ -76,7 +76,7 @@ class Generation:
                     # with an assistant, transformers reads the whole text again after a cache's tokens
                     again = settings.assisted or records.is_recurrent(state)
                     known = None if again else known
-                    kwargs = {**kwargs, name: self._fitting(state, known, whole, prompt, frame, only_new)}
+                    kwargs = {**kwargs, name: self._fitting(name, state, known, whole, prompt, frame, only_new)}
                     kwargs = {key: value for key, value in kwargs.items() if value is not None or key != name}
                 return self.plain(*args, **kwargs)
 
@@ -110,7 +110,8 @@ class Generation:
             return None
         verdict_BE = calls.wanted(outer)
         around = innermost()
-        around = None if around is None or around.calls is calls else around
+        if around is not None and not (settings.assists and around.generates and around.calls is not calls):
+            around = None  # a generation of its own, whatever runs around it
         if verdict_BE is None and around is not None and calls.key in around.assistants:
             verdict_BE = around.assistants[calls.key]
         if verdict_BE is None and settings.assists and known is not None:
@@ -127,7 +128,14 @@ class Generation:
         return verdict_BE
 
     def _fitting(
-        self, state: Any, known: CacheRecord | None, whole: dict[str, Any], prompt: Any, frame: Frame, only_new: bool
+        self,
+        name: str,
+        state: Any,
+        known: CacheRecord | None,
+        whole: dict[str, Any],
+        prompt: Any,
+        frame: Frame,
+        only_new: bool,
     ) -> Any:
         """A given cache that does not change the answer: unchanged, read again, or emptied."""
         if known is not None and begins_with(whole, known, only_new):
@@ -142,7 +150,7 @@ class Generation:
         if only_new:
             ids = prompt["input_ids"]
             tokens = CallTokens(ids, None, None, len(ids), ids.shape[1])
-            self.calls.read_again(self.calls.entry, {}, state, tokens, frame, frame.verdict_BE)
+            self.calls.read_again(self.calls.entry, {name: state}, state, tokens, frame, frame.verdict_BE)
             return state
         if not records.can_reset(state):
             return None  # then generate begins without

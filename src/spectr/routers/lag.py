@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 
 from spectr.errors import CompositionError
 from spectr.routers.base import ShortlistRouter
-from spectr.selection import TopK, Weighting
+from spectr.selection import TopK, Weighting, largest
 from spectr.spectral import AlignedExpert, Share, SideData, State, segment_norms
 
 
@@ -69,7 +69,7 @@ class Lag(ShortlistRouter):
         likeness_TE = linear(x_TI, state.own.prototypes_EI).float().abs()
         if allowed_TE is not None:
             likeness_TE = likeness_TE.masked_fill(~allowed_TE, -torch.inf)
-        index_TK = likeness_TE.topk(min(self.shortlist, likeness_TE.shape[-1]), dim=-1).indices
+        _, index_TK = largest(likeness_TE, min(self.shortlist, likeness_TE.shape[-1]))
         listed_TE = torch.zeros_like(likeness_TE, dtype=torch.bool).scatter(-1, index_TK, 1)
         return listed_TE if allowed_TE is None else listed_TE & allowed_TE
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from spectr.errors import CompositionError
 from spectr.routers.settings import check_counts
-from spectr.selection import TopK, Weighting
+from spectr.selection import TopK, Weighting, largest
 
 
 class Rows(NamedTuple):
@@ -245,7 +245,7 @@ class KeepShortlist(Use):
 
     def verdict(self, evidence_BE: Float[Tensor, "B E"]) -> Float[Tensor, "B E"]:
         """See :class:`Use`: zero for experts off the shortlist; for the others the prior, or equal numbers."""
-        index_BK = evidence_BE.topk(min(self.size, evidence_BE.shape[-1]), dim=-1).indices
+        _, index_BK = largest(evidence_BE, min(self.size, evidence_BE.shape[-1]))
         listed_BE = torch.zeros_like(evidence_BE).scatter(-1, index_BK, 1.0)
         if self.prior is not None:
             return (self.prior.verdict(evidence_BE) * listed_BE).float()

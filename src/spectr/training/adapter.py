@@ -20,8 +20,9 @@ from spectr.adapters.write import targets, write_card
 from spectr.atomic_write import save_readable
 from spectr.errors import AdapterError, DataError, MissingExtraError, some_of
 from spectr.hashing import package_versions
-from spectr.layers import RoutedLinear, features
+from spectr.layers import features
 from spectr.layers.linear import returns_more
+from spectr.layers.multi_routed import COMPOSED
 from spectr.training.settings import DROPOUT, TrainingSettings
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def settle(make: Callable[[], nn.Module], settings: TrainingSettings) -> Trainin
 
 def check_plain(model: nn.Module) -> None:
     """Raise :class:`DataError` if a model is composed or carries an adapter, which would affect the training."""
-    for what, kind in {"is composed": RoutedLinear, "carries an adapter": BaseTunerLayer}.items():
+    for what, kind in {"is composed": COMPOSED, "carries an adapter": BaseTunerLayer}.items():
         if any(isinstance(module, kind) for module in model.modules()):
             raise DataError(f"this model {what}", expected="a base model", do="remove it, or load the model again")
 

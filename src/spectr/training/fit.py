@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import get_scheduler
 
-from spectr.errors import DataError
+from spectr.errors import DataError, first_line
 from spectr.training.data import Batch, Encoded, batches, count_steps
 from spectr.training.settings import OptimizerSettings
 
@@ -172,7 +172,7 @@ def answer_loss(model: Any, batch: Batch, prefix_1S: Tensor, device: torch.devic
         logits_to_keep=torch.arange(width - kept, width, device=device),
         use_cache=bool(more),
         **more,
-    ).logits
+    ).logits[:, -kept:]  # some models answer for all tokens
     return nn.functional.cross_entropy(logits_BAV.flatten(0, 1).float(), batch.labels.to(device).flatten())
 
 
@@ -227,12 +227,17 @@ def read_facts(path: Path, fingerprint: str | None = None) -> dict[str, Any] | N
     """The facts of a checkpoint; ``None`` if there is none. Without ``fingerprint``, of any run.
 
     Raises:
-        DataError: The checkpoint belongs to a run with other settings, data or base model.
+        DataError: The checkpoint belongs to a run with other settings, data or base model, or is damaged.
     """
     if not path.is_file():
         return None
-    with safe_open(path, framework="pt") as file:
-        facts = json.loads(file.metadata()["facts"])
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads(file.metadata()["facts"])
+    except Exception as error:  # a damaged file may raise anything
+        raise DataError(
+            f"the checkpoint {path} cannot be read: {first_line(error)}", do="delete it, to begin again"
+        ) from error
     if fingerprint is not None and facts["fingerprint"] != fingerprint:
         raise DataError(
             f"{path} is the checkpoint of a run with other settings, data or base model",

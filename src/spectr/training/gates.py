@@ -20,9 +20,10 @@ from spectr.composition.find_weight_reads import find_weight_reads
 from spectr.composition.naming import naming_of
 from spectr.errors import CompositionError, DataError
 from spectr.hashing import json_sha256, known_sha256
-from spectr.layers import RoutedLinear, make_plan, swap_module
+from spectr.layers import make_plan, swap_module
 from spectr.layers.base_layers import ModelLayers
 from spectr.layers.linear import placement
+from spectr.layers.multi_routed import COMPOSED
 from spectr.models import reads_in_parts
 from spectr.routers import Oracle
 from spectr.tasks import Example
@@ -132,7 +133,11 @@ def train_gates(
             accumulation=settings.accumulation,
         )
         trained = {name.removesuffix(".gate"): gate.detach().clone() for name, gate in trainable(model).items()}
-    unused = {name: torch.zeros(shape.inputs) for name, shape in named.shapes.items() if name not in trained}
+    unused = {
+        name: torch.zeros(shape.inputs, dtype=torch.float32)
+        for name, shape in named.shapes.items()
+        if name not in trained
+    }
     gates = {named.file_names.get(name, name): gate for name, gate in {**unused, **trained}.items()}
     made = {
         "settings": asdict(settings),
@@ -176,7 +181,7 @@ def _gated(model: nn.Module, expert: Expert) -> Iterator[None]:
     """The model with the expert behind gates, the only trained parameters; restored afterwards."""
     plan = make_plan(model, [expert], Oracle(expert=expert.name), uncalled=find_weight_reads(model).outside)
     originals = {name: model.get_submodule(name) for name in plan.modules}
-    if any(isinstance(module, RoutedLinear) for module in originals.values()):
+    if any(isinstance(module, COMPOSED) for module in model.modules()):
         raise DataError("this model is composed", do="train gates on the base model: call remove() first")
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
     training = model.training

@@ -11,9 +11,7 @@ from typing import Any
 import torch
 
 from spectr.errors import CompositionError
-from spectr.layers.multi_routed import MultiRoutedLinear
-from spectr.layers.routed import RoutedLinear
-from spectr.layers.saved import SavedModule
+from spectr.layers.multi_routed import COMPOSED
 from spectr.models import growing_cache
 from spectr.serving.engines.batch_scheduling import BatchScheduler, Part, Running
 from spectr.serving.errors import RefusalError
@@ -209,7 +207,7 @@ class Batching:
         from transformers import ContinuousBatchingConfig
         from transformers.cli.serving.utils import CBGenerateManager
 
-        if isinstance(model.get_output_embeddings(), (RoutedLinear, SavedModule, MultiRoutedLinear)):
+        if isinstance(model.get_output_embeddings(), COMPOSED):
             raise CompositionError(
                 "an expert adapts the output head, which continuous batching calls for some tokens only",
                 do="serve without continuous batching",

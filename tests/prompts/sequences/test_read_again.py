@@ -1,0 +1,79 @@
+"""What is read again when a decision changes, and who inherits the decision of another."""
+
+from __future__ import annotations
+
+from contextvars import copy_context
+
+import pytest
+import torch
+import transformers
+from recurrent import FAMILIES
+from sequences import FREE, SEVEN, World, pair, prompts_of, say
+from transformers import DynamicCache
+from transformers.generation import BaseStreamer
+
+from models import build, close
+from spectr.errors import CompositionError
+
+
+@pytest.mark.parametrize("how", ["hold", "allow"])
+def test_a_recurrent_state_is_read_again_whatever_its_name(tmp_path, how):
+    cls, config, settings, targets = FAMILIES["Mamba"]
+    world = World(build(getattr(transformers, cls), getattr(transformers, config)(**settings)), tmp_path, targets)
+    model, routed = world.routed()
+    (a, _), (b, two) = prompts_of(routed)
+    out = model(a, use_cache=True)
+    if how == "hold":
+        routed.prompt.hold(routed.prompt.decide(input_ids=b))
+    else:
+        routed.allow([two])
+    got = model(SEVEN, cache_params=out.cache_params, use_cache=True).logits[0, -1]
+    close(got, world.oracle(two)(torch.cat([a, SEVEN], 1)).logits[0, -1], 1e-4)
+
+
+def test_a_decoders_tokens_are_not_read_as_the_models(tmp_path):
+    model, routed = pair("Bart", tmp_path).routed()
+    (a, _), (b, _) = prompts_of(routed)
+    out = model(input_ids=a, decoder_input_ids=torch.tensor([[0, 5, 6]]), use_cache=True)
+    encoded, length = (out.encoder_last_hidden_state,), out.past_key_values.get_seq_length()
+    routed.prompt.hold(routed.prompt.decide(input_ids=b))
+    with pytest.raises(CompositionError, match="pass the whole prompt again"):
+        model(encoder_outputs=encoded, decoder_input_ids=SEVEN, past_key_values=out.past_key_values, use_cache=True)
+    assert out.past_key_values.get_seq_length() == length
+
+
+def test_a_held_decision_of_one_row_serves_a_batch_that_continues(world, shared):
+    model, routed, ((a, _), (b, two)) = shared
+    ids, new = torch.cat([a, a]), torch.tensor([[7, 8], [9, 10]])
+    cache, whole = DynamicCache(config=model.config), torch.cat([ids, new], 1)
+    model(ids, past_key_values=cache)
+    routed.prompt.hold(routed.prompt.decide(input_ids=b))
+    try:
+        got = say(model, new, attention_mask=torch.ones_like(whole), past_key_values=cache)
+    finally:
+        routed.prompt.hold(None)
+    assert torch.equal(got, say(world.oracle(two), whole))
+
+
+def test_a_generation_inside_a_block_of_another_composition_decides_itself(world, shared):
+    _, other, _ = shared
+    model, routed = world.routed()
+    (a, one), (b, two) = prompts_of(routed)
+    with other.prompt.using(other.prompt.decide(input_ids=a)):
+        for ids, expert in ((a, one), (b, two)):
+            assert torch.equal(say(model, ids), say(world.oracle(expert), ids))
+
+
+def test_a_context_that_outlives_a_generation_does_not_keep_its_decision(world, shared):
+    model, _, ((a, _), (b, two)) = shared
+    kept = []
+
+    class Keep(BaseStreamer):
+        def put(self, value):
+            kept.append(copy_context())
+
+        def end(self):
+            pass
+
+    model.generate(a, streamer=Keep(), **FREE)
+    assert torch.equal(kept[-1].run(say, model, b), say(world.oracle(two), b))
