@@ -42,15 +42,19 @@ install_import_hook(list(CHECKED), "beartype.beartype")
 # long.
 UNCHECKED = ("cli", "evaluation/test_experiments.py", "evaluation/test_harness.py", "prompts", "serving")
 
-from peft import PeftModel  # noqa: E402
-
 from adapters_on_disk import tree, write_adapter  # noqa: E402
 from spectr.library import LibraryStore  # noqa: E402
 from text_model import save_experts, save_model  # noqa: E402
 
 torch.set_num_threads(1)
-PeftModel.create_or_update_model_card = Mock()  # slower than the rest of saving, and read by no test
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it starts in the background ignore Ctrl-C
+
+
+def pytest_sessionstart() -> None:
+    """PEFT writes no model cards: that takes longer than the rest of saving, and no test reads them."""
+    from peft import PeftModel
+
+    PeftModel.create_or_update_model_card = Mock()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 
 import pytest
@@ -93,6 +94,19 @@ def test_rows_of_a_batch_hold_an_expert_each_or_none(case):
     close(out(model, ids), torch.stack([peers[row[0] % 2][n] for n, row in enumerate(ids.tolist())]))
     with routed.prompt.using(torch.tensor([[0.0, 1.0], [0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])):
         close(out(model, ids), torch.stack([peers[1][0], plain[1], peers[0][2], peers[1][3]]))
+
+
+@pytest.mark.parametrize("changes", [{"target_modules": Q}, {"exclude_modules": ["embed_tokens"]}])
+def test_factors_of_an_embedding_that_is_not_targeted_are_left_out(tmp_path, changes):
+    model, (_, config) = tiny_llama(), CASES["LoRA of an embedding"]
+    _, folders = library_of(model, tmp_path, config)
+    file = folders["ants"] / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    theirs = out(as_peft(model, folders["ants"]), ids)
+    library = spectr.ExpertLibrary.from_adapters({"ants": folders["ants"]})
+    routed = spectr.compose(model, library, spectr.Oracle(expert="ants"))
+    close(out(model, ids), theirs)
+    assert "model.embed_tokens" in routed.library["ants"].left_out
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

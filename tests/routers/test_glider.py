@@ -391,13 +391,10 @@ def test_a_model_with_an_encoder_is_guided_by_what_its_encoder_reads(tmp_path):
         model = T5ForConditionalGeneration(T5Config(**sizes, pad_token_id=2, decoder_start_token_id=2)).eval()
     factors = {"encoder.block.0.layer.0.SelfAttention.q": 1, "decoder.block.0.layer.0.SelfAttention.q": 2}
     for seed, name in enumerate(NAMES):
-        made = {module: random_factors(2, 16, 16, 10 * seed + more) for module, more in factors.items()}
-        write_adapter(tmp_path / name, made)
+        write_adapter(tmp_path / name, {at: random_factors(2, 16, 16, 10 * seed + n) for at, n in factors.items()})
     library = ExpertLibrary.open(tmp_path).with_descriptions(DESCRIPTIONS)
     routed, guide = guided(model, library, Glider(token_router=Spectr(), alpha=1e4, top_k=1))
-    ids = torch.tensor([make_tokenizer()("green grass")["input_ids"]])
     with trace(model) as record:
-        model.generate(input_ids=ids, max_new_tokens=3)
-    assert guide.spent.prompts == 1
-    assert record.shares()["grass"] == 1
+        model.generate(input_ids=torch.tensor([make_tokenizer()("green grass")["input_ids"]]), max_new_tokens=3)
+    assert (guide.spent.prompts, record.shares()["grass"]) == (1, 1)
     assert routed.prompt.weights_BE.shape == (1, 3)

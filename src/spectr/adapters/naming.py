@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 
 from spectr.adapters.config import WRAPPED, AdapterConfig
 from spectr.adapters.expert import Expert, FactorShape
+from spectr.adapters.saved import SavedParts
 from spectr.adapters.targets import Targets
 from spectr.adapters.updates import ManyPairs, OnePair
 from spectr.errors import AdapterError
@@ -222,7 +223,15 @@ def named_for(expert: Expert, naming: Naming) -> Expert:
         place = shapes if _targeted(config.targets, old, new, naming) else left_out
         place[new] = found[old] if new == old else _rescaled(config, new, found[old])
     kept = {new: old for old, new in names.items() if new != old}
-    saved = {naming.of(module): parts for module, parts in expert.saved.items()}
+    saved: dict[str, SavedParts] = {}
+    for old, parts in expert.saved.items():
+        new, own = naming.of(old), parts.factors
+        if own is not None and not config.targets.tied and not _targeted(config.targets, old, new, naming):
+            left_out[new] = FactorShape(own.rank, own.tokens, own.features, own.scale, own.key_A, own.key_B)
+            own = None
+        rest = replace(parts, factors=own)
+        if rest.keys:
+            saved[new] = rest
     named = replace(expert, shapes=shapes, saved=saved, left_out=left_out, file_names=kept)
     return named if naming.parameters is None else fused_for(named, naming.parameters)
 

@@ -56,6 +56,7 @@ from spectr.prompts.stand_ins import Checkpointing, Entry, entries_of
 from spectr.prompts.token_places import followed, places_in_row, places_of
 
 _ROUTINGS = 16  # number of verdicts whose routing is cached
+_WHOLE_PROMPT = "pass the whole prompt again, without the cache"
 
 
 class _Stack(threading.local):
@@ -120,8 +121,6 @@ class Calls:
         self._stand_ins: list[tuple[nn.Module, str, Any, Any]] = []
         self.closed = False
         self._install()
-
-    # Replacing the model's methods
 
     def _install(self) -> None:
         for module, part in entries_of(self.model):
@@ -283,9 +282,12 @@ class Calls:
         if wanted is None and self.prompt is not None:
             wanted = self.encoded(entry.part, given, tokens)
             wanted = self.decide(given) if wanted is None else wanted
-        if wanted is not None and self.prompt is not None:
-            self.prompt.show(wanted)
+        self._show(wanted)
         return self.fresh(wanted, frame)
+
+    def _show(self, verdict_BE: Tensor | None) -> None:
+        if verdict_BE is not None and self.prompt is not None:
+            self.prompt.show(verdict_BE)
 
     def decide(self, given: Mapping[str, Any]) -> Tensor:
         """The verdict on the prompts of a call, by argument name."""
@@ -307,8 +309,7 @@ class Calls:
             mine = frame is not None and record.frame is frame.token
             if mine or wanted is None or same_verdict(verdict_BE, wanted):
                 record.frame = None if frame is None else frame.token
-                if verdict_BE is not None and self.prompt is not None:
-                    self.prompt.show(verdict_BE)
+                self._show(verdict_BE)
                 return record
         elif frame is not None and frame.generates and not hasattr(state, "get_seq_length"):
             return self.fresh(wanted, frame)  # a part of this generation's state, as XLNet cuts it
@@ -329,23 +330,19 @@ class Calls:
     def read_again(
         self, entry: Entry, given: Mapping[str, Any], state: Any, tokens: CallTokens, frame: Frame | None, wanted: Any
     ) -> CacheRecord:
-        """Empty a cache and read its tokens with the current decision; refused if they are unknown."""
+        """Empty a cache and read its tokens with the current decision; refused if they are unknown, or a decoder's."""
         before = records.record_of(state)
         ids_BT = None if before is None or not records.agrees(state, before) else before.ids_BT
-        # with an encoder, a cache has the decoder's tokens, and the model reads others
         readable = records.can_reset(state) and not has_encoder(self.model)
         if before is None or ids_BT is None or not readable or len(ids_BT) != tokens.rows:
             raise CompositionError(
                 "the cache was filled with other experts or under another decision, and its tokens are unknown",
                 expected="an empty cache, or one that this composition filled from token ids",
-                do="pass the whole prompt again, without the cache",
+                do=_WHOLE_PROMPT,
             )
         if wanted is None and self.prompt is not None:
             if tokens.ids is None:
-                raise CompositionError(
-                    "a filled cache cannot continue with embeddings",
-                    do="pass the whole prompt again, without the cache",
-                )
+                raise CompositionError("a filled cache cannot continue with embeddings", do=_WHOLE_PROMPT)
             new_BT = records.masked_ids(tokens.ids, tokens.mask)
             wanted = self.decide(as_prompt(torch.cat([ids_BT.to(new_BT.device), new_BT], dim=1)))
         wanted = None if wanted is None else expanded(wanted, tokens.rows, None)
@@ -360,8 +357,7 @@ class Calls:
         with torch.no_grad(), self._inside(routing, places), followed(self.layouts, places):
             entry.plain(**read)
         records.attach(state, record)
-        if wanted is not None and self.prompt is not None:
-            self.prompt.show(wanted)
+        self._show(wanted)
         return record
 
     def encoded(self, part: str, given: Mapping[str, Any], tokens: CallTokens) -> Tensor | None:
