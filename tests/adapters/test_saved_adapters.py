@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from peft import LoHaConfig, LoraConfig, PromptTuningConfig, TrainableTokensConfig
 from safetensors.torch import load_file, save_file
 
-from adapters_on_disk import assert_says, factors, save_with_peft, tiny_llama, write_adapter
+from adapters_on_disk import assert_says, factors, load_with_peft, save_with_peft, tiny_llama, write_adapter
 from spectr.adapters import read_adapter
 from spectr.adapters.config import _CONVERTIBLE
 from spectr.errors import AdapterError, ExtractionError, MergeError
@@ -61,6 +63,25 @@ def test_trained_rows_and_factors_of_an_embedding_are_listed(tmp_path):
     assert found.whole["weight"].shared
 
 
+@pytest.mark.parametrize("rank", [4, 3])
+def test_ranks_of_embeddings_are_compared_where_peft_loads_them(tmp_path, rank):
+    config = LoraConfig(target_modules=["q_proj", "embed_tokens"], rank_pattern={"embed_tokens": 4})
+    folder = save_with_peft(tmp_path, tiny_llama(), config)
+    path = folder / "adapter_config.json"
+    settings = json.loads(path.read_text()) | {"rank_pattern": {"embed_tokens": rank}}
+    path.write_text(json.dumps(settings))
+    if rank == 4:
+        load_with_peft(folder, tiny_llama())
+        assert read_adapter(folder, "sql").saved[EMBEDDING].factors.rank == 4
+        path.write_text(json.dumps(settings | {"target_modules": ["q_proj"], "rank_pattern": {}}))
+        load_with_peft(folder, tiny_llama())
+        assert EMBEDDING in read_adapter(folder, "sql").saved  # not targeted: left out when a model is known
+        return
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        load_with_peft(folder, tiny_llama())
+    assert_says(refusal(folder), given=("has factors of rank 4", "says rank 3"), expected="", do="retrain it")
+
+
 def test_an_adapter_of_trained_tokens_alone_is_one_of_a_library(tmp_path):
     from spectr.library import LibraryStore
 
@@ -94,6 +115,15 @@ WRONG = {
         },
         {},
         f"{EMBEDDING} has factors of shapes (2, 17) and (8, 3), which do not match",
+    ),
+    "another rank": (
+        {
+            **factors(),
+            f"{EMBEDDING}.lora_embedding_A": torch.ones(3, 17),
+            f"{EMBEDDING}.lora_embedding_B": torch.ones(8, 3),
+        },
+        {"rank_pattern": {"v_proj": 2, "embed_tokens": 5}},
+        f"{EMBEDDING} has factors of rank 3 but the configuration says rank 5",
     ),
     "a vector of nobody": (
         {**factors(), "model.norm.weight": torch.ones(8)},

@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
+from adapters_on_disk import save_with_peft
 from models import (
     TEXT,
     TOKENS,
@@ -119,8 +121,36 @@ def test_two_names_of_one_module_are_refused(tmp_path):
     factors = {name: random_factors(2, 4, 4, 1) for name in ("old.q", "new.q")}
     expert = read_adapter(write_adapter(tmp_path / "a", factors), "a")
     naming = Naming(modules={"new.q"}, renamed=lambda name: name.replace("old", "new"))
-    with pytest.raises(AdapterError, match=r"factors of new\.q twice"):
+    with pytest.raises(AdapterError, match=r"tensors of new\.q twice"):
         named_for(expert, naming)
+
+
+EMBEDDED = {"alpha": {r".*language_model\.embed_tokens": 3}, "rslora": {}}
+
+
+@pytest.mark.parametrize("kind", EMBEDDED)
+def test_a_renamed_embedding_has_the_scale_of_its_new_name(tmp_path, kind):
+    config = LoraConfig(r=4, target_modules=r".*language_model.*(q_proj|embed_tokens)")
+    folder = save_with_peft(tmp_path / "a", llava(), config, save_embedding_layers=False)
+    renamed(folder, *OLD, alpha_pattern=EMBEDDED[kind], use_rslora=kind == "rslora")
+    model, ids = llava(), tokens() % 50
+    plain = logits(model, ids)
+    want = logits(peft_model(llava(), folder), ids)
+    composed(model, folder)
+    assert (want - plain).norm() > 0.01 * plain.norm()
+    close(logits(model, ids), want)
+
+
+@pytest.mark.parametrize("embedding", [False, True])
+def test_a_rank_that_neither_name_has_is_refused(tmp_path, embedding):
+    A, B = random_factors(3, 4, 4, 1)
+    end = "lora_embedding_{}" if embedding else "lora_{}.weight"
+    tensors = {f"base_model.model.old.q.{end.format(side)}": factor for side, factor in (("A", A), ("B", B))}
+    folder = write_adapter(tmp_path / "a", {"old.v": random_factors(2, 4, 4, 1)}, target_modules=["old.v", "new.q"])
+    save_file({**load_file(folder / "adapter_model.safetensors"), **tensors}, folder / "adapter_model.safetensors")
+    naming = Naming(modules={"new.q", "old.v"}, renamed=lambda name: name.replace("old", "new"))
+    with pytest.raises(AdapterError, match=r"old\.q has factors of rank 3 but the configuration says rank 2 for new"):
+        named_for(read_adapter(folder, "a"), naming)
 
 
 def test_a_plain_module_has_no_older_names():

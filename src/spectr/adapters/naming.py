@@ -210,25 +210,33 @@ def named_for(expert: Expert, naming: Naming) -> Expert:
     names = {old: naming.of(old) for old in found}
     if config is None:
         return expert
-    twice = [new for new, count in Counter(names.values()).items() if count > 1]
+    counts = [Counter(names.values()), Counter(map(naming.of, expert.saved))]
+    twice = [new for held in counts for new, count in held.items() if count > 1]
     if twice:
         raise AdapterError(
-            f"expert '{expert.name}' has factors of {twice[0]} twice: under this name and under an older one",
-            expected="one pair of factors for a module",
+            f"expert '{expert.name}' has tensors of {twice[0]} twice: under this name and under an older one",
+            expected="one set of tensors for a module",
             do="save the adapter again with PEFT",
         )
     shapes: dict[str, FactorShape] = {}
     left_out: dict[str, FactorShape] = {}
     for old, new in sorted(names.items(), key=lambda pair: pair[1]):
-        place = shapes if _targeted(config.targets, old, new, naming) else left_out
-        place[new] = found[old] if new == old else _rescaled(config, new, found[old])
+        shape, targeted = found[old], _targeted(config.targets, old, new, naming)
+        if targeted:
+            _check_rank(expert, old, new, shape.file_rank)
+        place = shapes if targeted else left_out
+        place[new] = shape._replace(scale=_scale(config, old, new, shape.file_rank, shape.scale))
     kept = {new: old for old, new in names.items() if new != old}
     saved: dict[str, SavedParts] = {}
     for old, parts in expert.saved.items():
         new, own = naming.of(old), parts.factors
-        if own is not None and not config.targets.tied and not _targeted(config.targets, old, new, naming):
-            left_out[new] = FactorShape(own.rank, own.tokens, own.features, own.scale, own.key_A, own.key_B)
-            own = None
+        if own is not None:
+            own = own._replace(scale=_scale(config, old, new, own.rank, own.scale))
+            if not config.targets.tied and not _targeted(config.targets, old, new, naming):
+                left_out[new] = FactorShape(own.rank, own.tokens, own.features, own.scale, own.key_A, own.key_B)
+                own = None
+            else:
+                _check_rank(expert, old, new, own.rank)
         rest = replace(parts, factors=own)
         if rest.keys:
             saved[new] = rest
@@ -244,6 +252,19 @@ def _targeted(targets: Targets, old: str, new: str, naming: Naming) -> bool:
     return targets.has(new) or (new != old and targets.lists(old) and targets.has(old))
 
 
-def _rescaled(config: AdapterConfig, new: str, shape: FactorShape) -> FactorShape:
+def _scale(config: AdapterConfig, old: str, new: str, rank: int, scale: float) -> float:
     """The scale of a renamed module: by its new name, unless only the old name gives the rank in the file."""
-    return shape._replace(scale=config.scale_of(new)) if config.rank_of(new) == shape.file_rank else shape
+    return config.scale_of(new) if new != old and config.rank_of(new) == rank else scale
+
+
+def _check_rank(expert: Expert, old: str, new: str, rank: int) -> None:
+    """Raise :class:`AdapterError` for a renamed module whose rank in the file no name gives; PEFT refuses it too."""
+    config = expert.config
+    if new == old or config is None or config.target_parameters or rank in (config.rank_of(old), config.rank_of(new)):
+        return
+    raise AdapterError(
+        f"expert '{expert.name}': {old} has factors of rank {rank} but the configuration says rank "
+        f"{config.rank_of(new)} for {new}",
+        expected="factors of the rank in the configuration",
+        do="save the adapter again with PEFT",
+    )

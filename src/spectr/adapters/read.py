@@ -136,6 +136,12 @@ def read_adapter(source: str | Path, name: str, *, check_values: bool = True) ->
     targets = config.targets
     targeted = {module for module in found if targets.tied or targets.has(module) or config.may_wrap(module)}
     targeted = targeted or set(found)  # the names are those of older versions
+    embeddings = {module: parts.factors for module, parts in saved.items() if parts.factors}
+    faults += [
+        f"{module} has factors of rank {own.rank} but the configuration says rank {config.rank_of(module)}"
+        for module, own in embeddings.items()
+        if own.rank != config.rank_of(module) and (targets.tied or targets.has(module))
+    ]
     ignored: list[str] = []  # of modules that PEFT ignores too
     read = {
         module: _factor_shape(module, parts, shapes, config, faults if module in targeted else ignored)

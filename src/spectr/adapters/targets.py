@@ -86,10 +86,10 @@ def target_faults(raw: Mapping[str, Any]) -> Iterator[str]:
         yield "target_modules is a regular expression, and layers_to_transform or layers_pattern is set"
     if layers is not None and not (_is_layer(layers) or (isinstance(layers, list) and all(map(_is_layer, layers)))):
         yield f"layers_to_transform is {layers!r}"
-    for key, value in (("layers_pattern", patterns), ("modules_to_save", raw.get("modules_to_save"))):
-        texts: Any = [value] if isinstance(value, str) else value
-        if value and not (_are_texts(texts) and all(map(_is_regex, texts))):
-            yield f"{key} is {value!r}"
+    listed = [patterns] if isinstance(patterns, str) else patterns
+    for key, texts in (("layers_pattern", listed), ("modules_to_save", raw.get("modules_to_save"))):
+        if texts and not (_are_texts(texts) and all(map(_is_regex, texts))):
+            yield f"{key} is {raw[key]!r}"
 
 
 def _names(value: str | Collection[str]) -> str | frozenset[str]:

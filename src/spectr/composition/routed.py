@@ -167,19 +167,47 @@ class Routed:
     def take(self) -> None:
         """Decide for the model's calls again, after :meth:`release`."""
         if self._calls is None and not self._removed:
-            self._calls = self._new_calls()
+            self._take_calls()
 
-    def _new_calls(self, key: str | None = None) -> Calls:
+    def _take_calls(self, key: str | None = None) -> None:
+        """Decide for the model's calls, which nobody else does."""
         modules = [name for name, layer in self.layers.items() if not isinstance(layer.base, ParameterLayer)]
-        unknown = self._reads.unknown(modules)
-        return Calls(self.model, self._resident, self.prompt, key=key, exclusion=self._exclusion, unknown=unknown)
+        unknown, own = self._reads.unknown(modules), {module: dict(vars(module)) for module in self.model.modules()}
+        try:
+            self._calls = Calls(
+                self.model, self._resident, self.prompt, key=key, exclusion=self._exclusion, unknown=unknown
+            )
+        except BaseException:
+            for module, attributes in own.items():
+                vars(module).clear()
+                vars(module).update(attributes)
+            raise
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
+        """A change of the model and of this handle, which is undone if it raises."""
         with self._exclusion.changing():
             if self._calls is not None:
                 self._calls.batches.check_idle()
-            yield
+            before, originals = dict(vars(self)), dict(self._originals)
+            modules = {module: dict(module._modules) for module in self.model.modules()}
+            try:
+                yield
+            except BaseException:
+                self._undo(before | {"_originals": originals}, modules)
+                raise
+
+    def _undo(self, before: dict[str, Any], modules: Mapping[nn.Module, dict[str, nn.Module | None]]) -> None:
+        calls: Calls | None = before["_calls"]
+        if self._calls is not calls:
+            self.release()
+        for module, children in modules.items():
+            module._modules.clear()
+            module._modules.update(children)
+        vars(self).update(before)
+        if calls is not None and calls.closed:
+            self._calls = None
+            self._take_calls(calls.key)
 
     def _choose(self, library: ExpertLibrary, allowed: tuple[str, ...] | None) -> tuple[str, ...]:
         """The experts to hold; the router's demands on a library are checked on the whole one, not on a restriction."""
@@ -204,6 +232,8 @@ class Routed:
     ) -> None:
         """Make ``names`` the experts that can be chosen: plan, check and prepare first, swap at the end.
 
+        Whatever raises leaves the model and this handle as they were.
+
         Args:
             names: Of the library.
             library: It replaces the handle's.
@@ -223,7 +253,7 @@ class Routed:
             self.prompt = self._decision(names)
             key = None if self._calls is None or others else self._calls.key
             self.release()
-            self._calls = self._new_calls(key)
+            self._take_calls(key)
 
     def _saved_modules(self, names: tuple[str, ...], library: ExpertLibrary) -> dict[str, SavedModule]:
         """Modules that these experts have trained as a whole, or that are not called; nothing is changed yet."""
