@@ -30,7 +30,7 @@ CASES = {
 }
 
 
-class Broken(Exception):
+class BrokenStepError(Exception):
     pass
 
 
@@ -42,7 +42,7 @@ def breaks(monkeypatch, module: str, name: str, at: int) -> None:
         nonlocal count
         count += 1
         if count == at:
-            raise Broken
+            raise BrokenStepError
         return own(*args, **kwargs)
 
     monkeypatch.setattr(f"{module}.{name}", step)
@@ -77,7 +77,7 @@ def test_a_model_that_cannot_be_composed_is_as_before(library, monkeypatch, rout
     model = llama()
     before, out = state(model), logits(model, ids)
     breaks(monkeypatch, *step)
-    with pytest.raises(Broken):
+    with pytest.raises(BrokenStepError):
         compose(model, library, router)
     assert state(model) == before
     assert torch.equal(logits(model, ids), out)
@@ -97,14 +97,14 @@ def test_a_change_that_raises_leaves_the_composition_as_before(library, root, mo
     for change in changes:
         with monkeypatch.context() as patch:
             breaks(patch, *step)
-            with pytest.raises(Broken):
+            with pytest.raises(BrokenStepError):
                 change()
         assert identities(model) == layers
         assert {name: value for name, value in vars(routed).items() if name != "_calls"} == held
         assert torch.equal(logits(model, ids), out)
     with monkeypatch.context() as patch:
         breaks(patch, ROUTED, "swap_module", 3)
-        with pytest.raises(Broken):
+        with pytest.raises(BrokenStepError):
             routed.remove()
     assert identities(model) == layers
     assert torch.equal(logits(model, ids), out)
@@ -116,11 +116,11 @@ def test_a_change_that_raises_leaves_the_composition_as_before(library, root, mo
 def test_a_guide_that_raises_leaves_the_model_as_before(library):
     class Without(Guide):
         def reader(self, descriptions, experts):
-            raise Broken
+            raise BrokenStepError
 
     model = llama()
     before = state(model)
-    with pytest.raises(Broken):
+    with pytest.raises(BrokenStepError):
         compose(model, library, get_router("glider-spectr"), guide=Without())
     assert state(model) == before
 
@@ -131,6 +131,6 @@ def test_a_cache_goes_on_after_a_change_that_raised(library, monkeypatch):
         caches = [routed.model(ids[:, :5], use_cache=True).past_key_values for _ in range(2)]
         want = routed.model(ids[:, 5:], past_key_values=caches[0]).logits
         breaks(monkeypatch, ROUTED, "Calls", 1)
-        with pytest.raises(Broken):
+        with pytest.raises(BrokenStepError):
             routed.allow(["ants"])
         assert torch.equal(routed.model(ids[:, 5:], past_key_values=caches[1]).logits, want)
