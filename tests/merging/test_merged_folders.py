@@ -281,6 +281,27 @@ def test_without_the_weights_from_before_nothing_is_undone(experts):
     assert "were not kept" in refuses(merged.undo)
 
 
+def test_an_interrupted_merge_leaves_the_weights_as_they_were(experts):
+    model, before = tiny_llama(), tiny_llama().state_dict()
+
+    def stop(done, total):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge_into(model, experts, Recipe(experts=NAMES), progress=stop)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def test_a_weight_of_zero_becomes_the_update(experts):
+    model, recipe = tiny_llama(), Recipe(experts=NAMES, method=Average())
+    torch.nn.init.zeros_(model.get_submodule(K).weight)
+    merged = merge_into(model, experts, recipe)
+    [delta] = [one.delta.dense() for one in merged_modules(experts, recipe) if one.module == K]
+    close(model.get_submodule(K).weight, delta, 1e-6)
+    assert merged.change[K] == float("inf")
+
+
 def test_importing_it_loads_no_transformers():
     import subprocess
     import sys

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from spectr.layers.moe import FusedLinear
 from spectr.layers.swap import layer_at
 from spectr.library import ExpertLibrary
 from spectr.merging.lowrank import LowRank
-from spectr.merging.merge import Progress, merged_modules
+from spectr.merging.merge import MergedModule, Progress, merged_modules
 from spectr.merging.recipe import Recipe, expert_faults
 from spectr.routers import Uniform
 
@@ -28,7 +29,7 @@ class MergedBase:
 
     Attributes:
         recipe: How it was made.
-        change: By module name ``||delta|| / ||W||`` (Frobenius).
+        change: By module name ``||delta|| / ||W||`` (Frobenius); infinite where the weight was zero.
         before: The original weights, while :meth:`undo` is possible.
     """
 
@@ -44,8 +45,7 @@ class MergedBase:
         """
         if not self.before:
             raise MergeError("the original weights were not kept", do="merge with undoable=True, or load the model")
-        for layer, weight in self.before.items():
-            _weight(layer).data = weight
+        _put_back(self.before)
 
 
 @torch.no_grad()
@@ -63,7 +63,8 @@ def merge_into(
     inputs), and that of transformers' ``Conv1D``.
 
     Args:
-        model: A module with the experts' linear layers; unchanged if an error is raised.
+        model: A module with the experts' linear layers; unchanged if an error is raised (an error of a file that is
+            read only then leaves it changed with ``undoable=False``).
         library: The library of the experts.
         recipe: The experts, and how to merge them.
         undoable: Keep the original weights as long as the result exists.
@@ -75,9 +76,21 @@ def merge_into(
     """
     library = library.named_for(naming_of(model))
     raise_together("the experts cannot be merged into this model", into_faults(model, library, recipe), MergeError)
-    change: dict[str, float] = {}
     before: dict[nn.Module, Tensor] = {}
-    for module, delta, _, matrix in merged_modules(library, recipe, progress):
+    try:
+        change = _added(model, merged_modules(library, recipe, progress), before, undoable)
+    except BaseException:
+        _put_back(before)
+        raise
+    return MergedBase(recipe=recipe, change=change, before=before)
+
+
+def _added(
+    model: nn.Module, merged: Iterator[MergedModule], before: dict[nn.Module, Tensor], undoable: bool
+) -> dict[str, float]:
+    """Add the updates to the weights, whose originals go into ``before``; returns :attr:`MergedBase.change`."""
+    change: dict[str, float] = {}
+    for module, delta, _, matrix in merged:
         if module not in change:
             layer = layer_at(model, module)
             weight, norm, square = _weight(layer), float(_weight(layer).float().norm()), 0.0
@@ -87,9 +100,14 @@ def merge_into(
         place = weight.data if matrix is None else weight.data[matrix]
         update = _in_layout(layer, delta.dense() if isinstance(delta, LowRank) else delta).to(weight.device)
         square += float(update.norm()) ** 2
-        change[module] = square**0.5 / norm
+        change[module] = square**0.5 / norm if norm else math.inf
         place.copy_(place.to(torch.promote_types(weight.dtype, torch.float32)) + update)
-    return MergedBase(recipe=recipe, change=change, before=before)
+    return change
+
+
+def _put_back(before: Mapping[nn.Module, Tensor]) -> None:
+    for layer, weight in before.items():
+        _weight(layer).data = weight
 
 
 def into_faults(model: nn.Module, library: ExpertLibrary, recipe: Recipe) -> list[SpectrError]:
