@@ -171,6 +171,33 @@ def test_a_long_prompt_loses_its_middle_and_is_counted():
     assert len(data.prefix) + len(data.prompts[0]) + len(data.answers[0]) == 16
 
 
+def test_a_long_answer_loses_its_end_and_is_counted(tmp_path):
+    long = Example(prompt="what is the colour of the sky", answer=" ".join(["green"] * 50))
+    tokenizer = make_tokenizer()
+    data = encode(tokenizer, [long, EXAMPLES[0]], 16)
+    assert (data.cut, len(data.prefix) + len(data.prompts[0]) + len(data.answers[0])) == (1, 16)
+    assert data.answers[0] == [tokenizer("green", add_special_tokens=False)["input_ids"][0]] * 14
+    report = train(tmp_path / "e", replace(SETTINGS, max_length=16, epochs=1), train=[long, *EXAMPLES[:3]], test=())
+    assert report.shortened.startswith("1 prompts lose their middle, 1 answers lose their end: they are longer than")
+    assert "| shortened answers | 1 |" in (tmp_path / "e" / "README.md").read_text()
+
+
+def test_examples_end_where_the_models_context_ends(tmp_path):
+    """GPT-2 has no embedding for a position beyond its context."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"n_positions": 24, "n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": len(make_tokenizer())}
+    long = [Example(prompt=" ".join(["red"] * 50), answer="no"), Example(prompt="what", answer=" ".join(["no"] * 50))]
+    report = train(tmp_path / "e", model=GPT2LMHeadModel(GPT2Config(**sizes)), train=long, test=())
+    assert (report.shortened_prompts, report.shortened_answers, report.steps) == (2, 1, 2)
+
+
+def test_a_run_that_diverges_is_told_and_writes_no_expert(tmp_path):
+    with pytest.raises(DataError, match=r"the training diverged: in step \d+ the loss is"):
+        train(tmp_path / "e", replace(SETTINGS, learning_rate=1e30))
+    assert not (tmp_path / "e" / "adapter_config.json").exists()
+
+
 def test_a_finished_expert_is_not_overwritten(tmp_path):
     train(tmp_path / "e", replace(SETTINGS, epochs=1, examples=4))
     before = (tmp_path / "e" / "adapter_model.safetensors").read_bytes()
@@ -186,8 +213,10 @@ def test_the_checkpoint_of_another_run_is_refused(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "e", progress=lambda *a: dies(*a) if a[1] == 2 else None, checkpoint_seconds=0)
-    with pytest.raises(DataError, match="other settings, data or base model"):
-        train(tmp_path / "e", replace(SETTINGS, seed=9))
+    others = [{"settings": replace(SETTINGS, seed=9)}, {"model": make_model().to(torch.bfloat16)}]
+    for other in [*others, {"validation": EXAMPLES[:4]}]:
+        with pytest.raises(DataError, match="other settings, data or base model"):
+            train(tmp_path / "e", **other)
 
 
 @pytest.mark.parametrize(

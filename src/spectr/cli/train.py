@@ -91,6 +91,8 @@ def train(
     say(f"training '{plan.name}' on {len(plan.train)} examples")
     with bar() as advance, interruptible(lambda: last_step(plan.out)):
         report = run_plan(plan, base, tokenizer, base_model=model or HUB_ID, progress=advance)
+    if report.shortened:
+        say(report.shortened)
     if report.without_gradient:
         say(f"no gradient reached {some_of(report.without_gradient, 5)}; the expert leaves them out")
     if report.accuracy_after is not None:

@@ -95,6 +95,7 @@ def with_adapter(model: Any, settings: TrainingSettings) -> PeftModel:
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # PEFT's matter
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)  # and its own keys
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)  # it sets that itself
         torch.manual_seed(settings.seed)
         try:
             made: Any = get_peft_model(model, config)
@@ -192,6 +193,8 @@ class Report:
         majority: Share of the most frequent label, if labels mean the same in every row.
         test_rows: Numbers of the measured test rows, starting at 1; ``None`` for all.
         without_gradient: Targeted layers that no gradient reached; the expert leaves them out.
+        shortened_prompts: Number of prompts that lost their middle.
+        shortened_answers: Number of answers that lost their end.
     """
 
     name: str
@@ -212,6 +215,15 @@ class Report:
     seconds: float
     test_rows: list[int] | None = None
     without_gradient: list[str] = field(default_factory=list)
+    shortened_answers: int = 0
+
+    @property
+    def shortened(self) -> str:
+        """How many examples were too long and lost a part, in words; empty if none."""
+        parts = {"prompts lose their middle": self.shortened_prompts, "answers lose their end": self.shortened_answers}
+        lost = [f"{count} {what}" for what, count in parts.items() if count]
+        limit = f"the limit of {self.settings.max_length} tokens, or the model's context"
+        return f"{', '.join(lost)}: they are longer than {limit}" if lost else ""
 
 
 def publish(model: PeftModel, out: Path, report: Report, note: str) -> None:
@@ -235,6 +247,7 @@ def card(facts: dict[str, Any]) -> str:
     """The expert's card in Markdown, with the front matter that the Hub reads."""
     settings = facts["settings"]
     rows = [("training examples", facts["train_examples"]), ("steps", facts["steps"])]
+    rows += [(f"shortened {what}", facts[f"shortened_{what}"]) for what in ("prompts", "answers")]
     rows += [(name.replace("_", " "), value) for name, value in settings.items()]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     data = "\n".join(f"- {key}: `{value}`" for key, value in facts["data"].items()) or "- not stated"

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from spectr.grouping import chunks
-from spectr.models import encode_answer, encode_prompt, pad_rows, shared_prefix
+from spectr.models import context_length, encode_answer, encode_prompt, pad_rows, shared_prefix
 from spectr.tasks import Example
+from spectr.training.settings import OptimizerSettings
 
 _BUCKET = 32  # batches that are sorted by length together
+_LEAST = 2  # tokens of a prompt that remain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,12 +28,14 @@ class Encoded:
         prompts: The rest of each prompt.
         answers: Each answer with its end-of-sequence token.
         shortened: Number of prompts that were longer than allowed.
+        cut: Number of answers that were longer than allowed.
     """
 
     prefix: list[int]
     prompts: list[list[int]]
     answers: list[list[int]]
     shortened: int
+    cut: int = 0
 
     def length(self, index: int) -> int:
         """Tokens of an example without the shared ones."""
@@ -57,10 +62,15 @@ class Batch:
     labels: Tensor
 
 
+def longest(model: Any, settings: OptimizerSettings) -> int:
+    """Maximum number of tokens of an example: the setting, or the model's context if that is shorter."""
+    return min(settings.max_length, context_length(model) or settings.max_length)
+
+
 def encode(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int, *, share: bool = True
 ) -> Encoded:
-    """Token ids of all examples; a prompt that is too long loses its middle.
+    """Token ids of all examples; a prompt that is too long loses its middle, and an answer its end.
 
     Args:
         tokenizer: The model's.
@@ -69,13 +79,16 @@ def encode(
         share: Separate the tokens that all prompts begin with, to run them once per batch.
     """
     prompts = [encode_prompt(tokenizer, example.prompt) for example in examples]
-    answers = [encode_answer(tokenizer, example.answer)[:max_length] for example in examples]
-    room = [max(max_length - len(answer), 2) for answer in answers]
+    whole = [encode_answer(tokenizer, example.answer) for example in examples]
+    most = max(max_length - _LEAST, 1)
+    answers = [answer[:most] for answer in whole]
+    room = [max(max_length - len(answer), _LEAST) for answer in answers]
     shortened = sum(len(prompt) > size for prompt, size in zip(prompts, room, strict=True))
     prompts = [_without_middle(prompt, size) for prompt, size in zip(prompts, room, strict=True)]
     prefix = shared_prefix(prompts) if share else []
     own = [prompt[len(prefix) :] for prompt in prompts]
-    return Encoded(prefix=prefix, prompts=own, answers=answers, shortened=shortened)
+    cut = sum(len(answer) > most for answer in whole)
+    return Encoded(prefix=prefix, prompts=own, answers=answers, shortened=shortened, cut=cut)
 
 
 def batches(

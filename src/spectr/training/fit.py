@@ -8,6 +8,7 @@ batch, not once per example. Logits are computed for the answer only. Every step
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import threading
@@ -147,7 +148,13 @@ def _step(
             )
         (loss / len(some)).backward()
         mean += loss.item() / len(some)
-    torch.nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
+    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm).item()
+    if not (math.isfinite(mean) and math.isfinite(norm)):
+        raise DataError(
+            f"the training diverged: in step {step + 1} the loss is {mean:.3g} and its gradient has the norm {norm:.3g}",
+            expected="finite numbers",
+            do="use a lower --learning-rate and another --out; or --dtype float32, if the model was in half precision",
+        )
     optimizer.step()
     return mean
 

@@ -27,7 +27,7 @@ from spectr.layers.multi_routed import COMPOSED
 from spectr.models import reads_in_parts
 from spectr.routers import Oracle
 from spectr.tasks import Example
-from spectr.training.data import encode
+from spectr.training.data import encode, longest
 from spectr.training.fit import Progress, fit, fresh_facts, read_facts, trainable
 from spectr.training.settings import GateSettings
 
@@ -113,8 +113,9 @@ def train_gates(
     expert.check_factors_alone("a gate", CompositionError)
     if not train:
         raise DataError("there are no training examples", do="check the data file")
-    encoded = encode(tokenizer, train, settings.max_length, share=reads_in_parts(model))
+    encoded = encode(tokenizer, train, longest(model, settings), share=reads_in_parts(model))
     content = [encoded.prefix, encoded.prompts, encoded.answers, known_sha256(expert.weights), asdict(settings), data]
+    content.append(str(model.dtype))
     fingerprint = json_sha256(content)
     checkpoint = checkpoint_of(work)
     facts = read_facts(checkpoint, fingerprint) or fresh_facts(fingerprint)

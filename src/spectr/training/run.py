@@ -22,7 +22,7 @@ from spectr.hashing import json_sha256
 from spectr.models import reads_in_parts
 from spectr.tasks import Example
 from spectr.training.adapter import Report, check_plain, publish, settle, untrained, with_adapter
-from spectr.training.data import Encoded, count_steps, encode
+from spectr.training.data import Encoded, count_steps, encode, longest
 from spectr.training.fit import Progress, fit, fresh_facts, read_facts, trainable
 from spectr.training.settings import TrainingSettings
 
@@ -86,12 +86,15 @@ def train_expert(
     check_plain(model)
     settings = settle(lambda: type(model)(deepcopy(model.config)), settings)
     train = train[: settings.examples]
-    encoded = encode(tokenizer, train, settings.max_length, share=reads_in_parts(model))
-    fingerprint = _fingerprint(asdict(settings), data, base_model, encoded, len(validation))
+    encoded = encode(tokenizer, train, longest(model, settings), share=reads_in_parts(model))
+    content = [asdict(settings), data, base_model, str(model.dtype), _tokens(encoded)]
+    content += [_asked(validation), bool(validation) and length_normalised]
+    fingerprint = json_sha256(content)
     meter = partial(_meter, model, tokenizer, progress, length_normalised, metric, max_new_tokens)
     measure, validate = meter(test) if test else None, meter(validation) if validation else None
     facts = read_facts(out / CHECKPOINT, fingerprint) or fresh_facts(fingerprint)
-    tested = json_sha256([[example.prompt, example.label] for example in test])
+    how = [length_normalised] if not test or test[0].choices else [metric, max_new_tokens]
+    tested = json_sha256([_asked(test), how])
     if facts.get("tested") != tested:
         facts |= {"tested": tested, "before": measure("base model on the test data") if measure else None}
     peft_model = with_adapter(model, settings)
@@ -113,6 +116,7 @@ def train_expert(
             validation_examples=len(validation),
             steps=facts["step"],
             shortened_prompts=encoded.shortened,
+            shortened_answers=encoded.cut,
             last_loss=facts["loss"],
             validation_accuracy=facts["validation"],
             accuracy_before=facts["before"],
@@ -195,6 +199,9 @@ def _majority(test: Sequence[Example]) -> float | None:
     return max(Counter(example.label for example in test).values()) / len(test)
 
 
-def _fingerprint(settings: dict[str, Any], data: Any, base_model: str, encoded: Encoded, validation: int) -> str:
-    tokens = json_sha256([encoded.prefix, encoded.prompts, encoded.answers])  # lists alone: no keys to sort
-    return json_sha256([settings, data, base_model, tokens, validation])
+def _asked(examples: Sequence[Example]) -> list[Any]:
+    return [[example.prompt, example.answer, example.choices] for example in examples]
+
+
+def _tokens(encoded: Encoded) -> list[Any]:
+    return [encoded.prefix, encoded.prompts, encoded.answers]

@@ -19,7 +19,8 @@ class OptimizerSettings:
         warmup: Share of steps with linear warm-up, from 0 to below 1.
         weight_decay: AdamW's weight decay.
         max_grad_norm: Gradients are clipped to this norm.
-        max_length: Longer examples lose the middle of their prompt (counted and reported).
+        max_length: Longer examples lose the middle of their prompt, then the end of their answer (both are counted and
+            reported). The model's context limits them too.
         seed: Seed of all random numbers.
     """
 
