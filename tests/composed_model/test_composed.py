@@ -204,9 +204,9 @@ def test_settings_of_a_router_are_written_where_they_differ():
         ({"library": "x", "access": "all"}, "access='all'", "'open' or 'closed'"),
         ({"library": "x", "record": "yes"}, "record='yes'", "true or false"),
         ({"library": "x", "router": "spectr"}, "router='spectr'", '"name"'),
-        ({"library": "x", "beside": [{"top_k": 1}]}, "beside={'top_k': 1}", '"name"'),
-        ({"library": "x", "beside": "arrow"}, "beside='arrow'", '[{"name"'),
-        ({"library": "x", "beside": [{"name": "spectr"}]}, "routers spectr, spectr", "different names"),
+        ({"library": "x", "other_routers": [{"top_k": 1}]}, "other_routers={'top_k': 1}", '"name"'),
+        ({"library": "x", "other_routers": "arrow"}, "other_routers='arrow'", '[{"name"'),
+        ({"library": "x", "other_routers": [{"name": "spectr"}]}, "routers spectr, spectr", "different names"),
         ({"library": "x", "router": {"name": "spektr"}}, "unknown router 'spektr'", None),
     ],
 )
@@ -221,6 +221,9 @@ def test_settings_and_config_are_one():
     settings = Settings(library="experts", router={"name": "arrow", "top_k": 2}, access="closed", record=True)
     assert Settings.of(settings.as_config()) == settings
     assert settings.make_router() == spectr.Arrow(top_k=2)
+    others = [{"name": "calibrated"}]
+    new = Settings(library="experts", other_routers=others)
+    assert Settings.of({"quant_method": "spectr", "library": "experts", "beside": others}) == new
 
 
 def test_a_relative_library_lies_in_the_models_folder(saved):

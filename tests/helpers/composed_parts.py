@@ -20,5 +20,5 @@ def session_of(root, names, tokens=16):
 
 def several(*routers):
     """The config of an engine with these routers, by name or with settings."""
-    first, *beside = [{"name": router} if isinstance(router, str) else router for router in routers]
-    return Settings(library="experts", router=first, beside=beside)
+    first, *others = [{"name": router} if isinstance(router, str) else router for router in routers]
+    return Settings(library="experts", router=first, other_routers=others)

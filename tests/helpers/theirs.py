@@ -80,7 +80,7 @@ def count(bench) -> Result:
 class Plain:
     """An engine that answers one request after the other. See ``spectr.serving.engines.Engine``."""
 
-    name, fields, suspicion = "plain", frozenset({"max_tokens"}), {}
+    name, fields, outlier_scores = "plain", frozenset({"max_tokens"}), {}
 
     def __init__(self, routed, model, tokenizer, settings):
         self.routed, self.model, self.tokenizer = routed, model, tokenizer

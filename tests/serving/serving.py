@@ -110,7 +110,7 @@ class StandIn:
     name, base_model, routers, layers = "stand-in", "tiny", ("calibrated", "spectr"), ("one", "two")
 
     def __init__(self):
-        self.experts, self.suspicion = ("ants", "bees", "cats"), {"bees": 9.31}
+        self.experts, self.outlier_scores = ("ants", "bees", "cats"), {"bees": 9.31}
         self.fields = frozenset({"metadata", "padding", "top_k"})
         self.tickets, self.bodies, self.finished = [], [], []
 

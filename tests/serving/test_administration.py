@@ -17,13 +17,14 @@ def test_metrics_count_tokens_by_expert_and_are_for_administrators(ask, engine):
     gateway_text = ask.gateway.metrics.text().decode()
     assert 'spectr_tokens_total{expert="cats"} 0.6666' in gateway_text
     assert "spectr_generated_tokens_total 1.0" in gateway_text
-    assert 'spectr_expert_suspicion{expert="bees"} 9.31' in gateway_text
+    for name in ("outlier_score", "suspicion"):  # the second is the old name
+        assert f'spectr_expert_{name}{{expert="bees"}} 9.31' in gateway_text
     assert "stand_in_up 1" in ask("GET", "/metrics", ADMIN, POLICY).text
     error_of(ask("GET", "/metrics", ALL, POLICY), 403, "admin_required")
 
 
 def test_a_suspect_is_told_as_one_in_the_list(ask):
-    told = {model["id"]: model.get("suspicion") for model in ask("GET", "/v1/models").json()["data"]}
+    told = {model["id"]: model.get("outlier_score") for model in ask("GET", "/v1/models").json()["data"]}
     assert told == {"spectr": None, "spectr/ants": None, "spectr/bees": 9.3, "spectr/cats": None, "tiny": None}
 
 
@@ -50,7 +51,7 @@ def test_an_administrator_sees_what_can_be_removed_without_any_expert_of_its_own
     assert ask("GET", "/v1/models", ADMIN, policy).json()["data"] == []
     ants, bees, cats = ask("GET", "/v1/experts", ADMIN, policy).json()["data"]
     assert ants == ask("GET", "/v1/experts/ants", ADMIN, policy).json() == {"id": "ants", "object": "expert"}
-    assert (bees, cats["id"]) == ({"id": "bees", "object": "expert", "suspicion": 9.3}, "cats")
+    assert (bees, cats["id"]) == ({"id": "bees", "object": "expert", "outlier_score": 9.3, "suspicion": 9.3}, "cats")
     error_of(ask("GET", "/v1/experts/dogs", ADMIN, policy), 404, "expert_not_found")
     for path in ("/v1/experts", "/v1/experts/ants"):
         error_of(ask("GET", path, ALL, POLICY), 403, "admin_required")

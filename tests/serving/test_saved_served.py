@@ -88,10 +88,10 @@ def test_vllm_is_refused(trained):
         WorkerState(settings, library, 16, 4, torch.device("cpu"))
 
 
-def test_suspicion_leaves_out_experts_without_factors(tmp_path):
+def test_outliers_leave_out_experts_without_factors(tmp_path):
     from peft import TrainableTokensConfig
 
-    from spectr.serving.outliers import suspicious
+    from spectr.serving.outliers import outliers_among
 
     library, _ = library_of(tiny_llama(), tmp_path, TrainableTokensConfig(token_indices=[4]))
-    assert suspicious([library["ants"]]) == {}
+    assert outliers_among([library["ants"]]) == {}

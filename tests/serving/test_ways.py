@@ -114,9 +114,9 @@ def test_who_is_no_administrator_is_told_what_one_is():
 
 
 def test_a_broken_suspect_keeps_the_list_json(gateway):
-    gateway.engine.suspicion = {"bees": float("inf")}
+    gateway.engine.outlier_scores = {"bees": float("inf")}
     text = ask(gateway, "GET", "/v1/models/spectr/bees").text
-    assert json.loads(text, parse_constant=pytest.fail)["suspicion"] == "not finite"
+    assert json.loads(text, parse_constant=pytest.fail)["outlier_score"] == "not finite"
 
 
 def test_the_work_of_an_expert_that_is_removed_stays_counted(gateway):
@@ -124,4 +124,4 @@ def test_the_work_of_an_expert_that_is_removed_stays_counted(gateway):
     gateway.metrics.forget("bees")
     text = gateway.metrics.text().decode()
     assert 'spectr_tokens_total{expert="bees"} 0.75' in text
-    assert 'spectr_expert_suspicion{expert="bees"}' not in text
+    assert 'spectr_expert_outlier_score{expert="bees"}' not in text

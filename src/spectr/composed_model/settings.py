@@ -10,6 +10,7 @@ from typing import Any
 from spectr.composition.texts import compare_texts
 from spectr.errors import CompositionError, did_you_mean, raise_together, range_faults
 from spectr.library import ExpertLibrary
+from spectr.renamed import current_options, options_renamed
 from spectr.routers import Router, get_router, residents
 
 METHOD = "spectr"
@@ -18,6 +19,7 @@ ACCESS = ("open", "closed")
 _DERIVED = ("fingerprint",)
 
 
+@options_renamed(beside="other_routers")
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """How a composed folder, or a model in vLLM, is routed.
@@ -31,7 +33,7 @@ class Settings:
         record: Whether layers record their choices, for requests that ask for them.
         inner: The base model's own ``quantization_config`` if its weights are quantised.
         experts: The experts of the library that are used; ``None`` for all.
-        beside: Further routers, which requests choose by name; in vLLM only.
+        other_routers: Further routers, which requests choose by name; in vLLM only.
     """
 
     library: str
@@ -40,7 +42,7 @@ class Settings:
     record: bool = False
     inner: Mapping[str, Any] | None = None
     experts: Sequence[str] | None = None
-    beside: Sequence[Mapping[str, Any]] = ()
+    other_routers: Sequence[Mapping[str, Any]] = ()
 
     @staticmethod
     def of(config: Mapping[str, Any]) -> Settings:
@@ -49,6 +51,7 @@ class Settings:
         Raises:
             CompositionError: A key is unknown or missing, a value is out of range, or a later version wrote it.
         """
+        config = current_options(Settings, config, warn=False)
         known = {f.name for f in fields(Settings)} | {"quant_method", "version", *_DERIVED}
         for key in config:
             if key not in known:
@@ -75,15 +78,15 @@ class Settings:
             ("access", "'open' or 'closed'", ACCESS.__contains__),
             ("record", "true or false", lambda value: isinstance(value, bool)),
             ("experts", "a list of names, or nothing for all", _are_names),
-            ("beside", 'a list such as [{"name": "calibrated"}]', lambda value: not isinstance(value, (str, Mapping))),
+            ("other_routers", 'a list such as [{"name": "calibrated"}]', lambda value: not isinstance(value, (str, Mapping))),
         )
         for name, expected, right in checks:
             raise_together("", range_faults(CompositionError, expected, right, **{name: getattr(self, name)}))
-        for key, given in (("router", self.router), *(("beside", given) for given in self.beside)):
+        for key, given in (("router", self.router), *(("other_routers", given) for given in self.other_routers)):
             if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
                 raise CompositionError(f"{key}={given!r}", expected='an object such as {"name": "spectr", "top_k": 4}')
             _made(given)
-        names = [given["name"] for given in (self.router, *self.beside)]
+        names = [given["name"] for given in (self.router, *self.other_routers)]
         if len(set(names)) < len(names):
             raise CompositionError(
                 f"routers {', '.join(names)}", expected="different names, since requests choose by name"
@@ -95,7 +98,7 @@ class Settings:
 
     def make_routers(self) -> dict[str, Router]:
         """All routers by name, the default first."""
-        return {given["name"]: _made(given) for given in (self.router, *self.beside)}
+        return {given["name"]: _made(given) for given in (self.router, *self.other_routers)}
 
     def open_library(self, model: str | Path) -> ExpertLibrary:
         """Open the library, resolve its path in the model's folder, and check it against the router.
@@ -122,7 +125,7 @@ class Settings:
         """The ``quantization_config``."""
         kept = {f.name: getattr(self, f.name) for f in fields(Settings)}
         kept["experts"] = None if self.experts is None else list(self.experts)
-        kept["beside"] = list(self.beside) or None
+        kept["other_routers"] = list(self.other_routers) or None
         return {"quant_method": METHOD, "version": VERSION, **{k: v for k, v in kept.items() if v is not None}}
 
 

@@ -63,13 +63,13 @@ class Layout(NamedTuple):
 
 @lru_cache(maxsize=64)
 def _marks(layout: Layout, leading: tuple[int, ...], rows: int, tokens: int) -> Int[Tensor, "*L"] | None:
-    count, beside = prod(leading), len(leading) > 1 and leading[1] == rows
+    count, second_is_rows = prod(leading), len(leading) > 1 and leading[1] == rows
     first = next(iter(leading))
-    if count % rows or not (first % rows == 0 or (layout.tokens_first and beside)):
+    if count % rows or not (first % rows == 0 or (layout.tokens_first and second_is_rows)):
         return None
     index_N, each = torch.arange(count), count // rows
     if layout.tokens_first:
-        inner = prod(leading[2:]) if beside else 1
+        inner = prod(leading[2:]) if second_is_rows else 1
         row_N, place_N = index_N // inner % rows, index_N // (inner * rows) * inner + index_N % inner
     else:
         row_N, place_N = index_N // each, index_N % each

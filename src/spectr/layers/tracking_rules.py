@@ -224,8 +224,8 @@ def _joined(tracker: TokenTracker, func: Any, args: Any, kwargs: Any, outs: Any)
         )
     ):
         return [first]
-    beside = [tracker.alike_along(tracker.rows_of(marks.at), [axis]) for _, marks in pieces if marks is not None]
-    fill = beside[0] if beside[0] is not None else torch.full((1,) * outs[0].ndim, -1)
+    rows = [tracker.alike_along(tracker.rows_of(marks.at), [axis]) for _, marks in pieces if marks is not None]
+    fill = rows[0] if rows[0] is not None else torch.full((1,) * outs[0].ndim, -1)
     parts = [(fill if marks is None else marks.at).expand(part.shape) for part, marks in pieces]
     by_data = any(marks is not None and marks.by_data for _, marks in pieces)
     joined = Marks(_compact(torch.cat(parts, axis)), by_data)

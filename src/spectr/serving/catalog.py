@@ -246,7 +246,7 @@ class Catalog:
         experts = self.engine.experts
         if name is not None and name not in experts:
             raise self._no_expert([name], experts, param=None, where="/v1/experts lists the loaded experts")
-        found = [{"id": expert, "object": "expert", **self._suspicion(expert)} for expert in experts]
+        found = [{"id": expert, "object": "expert", **self._outlier_score(expert)} for expert in experts]
         return {"object": "list", "data": found} if name is None else found[experts.index(name)]
 
     def ticket(self, grant: Grant, request: Request, *, count: bool) -> Ticket:
@@ -327,13 +327,14 @@ class Catalog:
             facts |= {"experts": []}
         else:
             facts |= {"experts": [expert], "parent": self.engine.base_model}
-        return facts if expert is None else facts | self._suspicion(expert)
+        return facts if expert is None else facts | self._outlier_score(expert)
 
-    def _suspicion(self, expert: str) -> dict[str, Any]:
-        score = self.engine.suspicion.get(expert)
+    def _outlier_score(self, expert: str) -> dict[str, Any]:
+        score = self.engine.outlier_scores.get(expert)
         if score is None:
             return {}
-        return {"suspicion": round(score, 1) if math.isfinite(score) else "not finite"}
+        shown = round(score, 1) if math.isfinite(score) else "not finite"
+        return {"outlier_score": shown, "suspicion": shown}  # the second is its old name
 
 
 def _meant(name: str, known: Sequence[str]) -> str | None:

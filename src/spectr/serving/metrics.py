@@ -28,18 +28,21 @@ class Metrics:
         self.tokens = Counter("spectr_tokens", tokens, ["expert"], registry=own)
         self.layers = Gauge("spectr_routed_layers", "Routed layers", registry=own)
         score = "Robust z-score of an expert's norm among all experts"
-        self.suspicion = Gauge("spectr_expert_suspicion", score, ["expert"], registry=own)
+        names = ("spectr_expert_outlier_score", "spectr_expert_suspicion")  # and its old name
+        self.outlier_scores = [Gauge(name, score, ["expert"], registry=own) for name in names]
 
     def describe(self, engine: Engine) -> None:
         """Set values that are known without any request."""
         self.layers.set(len(engine.layers))
-        for name, score in engine.suspicion.items():
-            self.suspicion.labels(name).set(score)
+        for name, score in engine.outlier_scores.items():
+            for gauge in self.outlier_scores:
+                gauge.labels(name).set(score)
 
     def forget(self, expert: str) -> None:
         """Drop values of a removed expert; its tokens stay."""
         with suppress(KeyError):
-            self.suspicion.remove(expert)
+            for gauge in self.outlier_scores:
+                gauge.remove(expert)
 
     def count_steps(self, experts: Sequence[str], steps: Sequence[Step]) -> None:
         """Split generated tokens among the experts that were used."""

@@ -26,7 +26,7 @@ def spectral_norm(expert: Expert, base: BaseLayers | None = None) -> float:
     return float(norms.square().mean().sqrt())
 
 
-def suspicion(norms: Mapping[str, float]) -> dict[str, float]:
+def outlier_scores(norms: Mapping[str, float]) -> dict[str, float]:
     """Experts that stand out above the others, with the robust z-score of the norm's logarithm.
 
     ``z = 0.6745 (log n - median) / max(MAD, 0.35)``. Listed if ``z`` is at least 3.5, which is sixfold or more, or if
@@ -48,9 +48,9 @@ def suspicion(norms: Mapping[str, float]) -> dict[str, float]:
     return found | {name: score for name, score in scores.items() if score >= THRESHOLD}
 
 
-def suspicious(experts: Iterable[Expert], base: BaseLayers | None = None) -> dict[str, float]:
-    """:func:`suspicion` of the experts among these that have factors, by :func:`spectral_norm`."""
-    return suspicion({expert.name: spectral_norm(expert, base) for expert in experts if expert.shapes})
+def outliers_among(experts: Iterable[Expert], base: BaseLayers | None = None) -> dict[str, float]:
+    """:func:`outlier_scores` of the experts among these that have factors, by :func:`spectral_norm`."""
+    return outlier_scores({expert.name: spectral_norm(expert, base) for expert in experts if expert.shapes})
 
 
 @contextmanager

@@ -137,7 +137,7 @@ def summary(settings: ServerSettings, engine: Engine, port: int, *, page: bool) 
     lines = [
         f"warning: the updates of '{name}' are far larger than those of the other experts (robust z-score "
         f"{score:.1f}); if you did not expect that, use --except {name}"
-        for name, score in engine.suspicion.items()
+        for name, score in engine.outlier_scores.items()
     ]
     default, *others = engine.routers
     by = default + (f" (by request: {', '.join(others)})" if others else "")

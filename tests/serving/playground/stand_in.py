@@ -57,7 +57,7 @@ class StandIn:
         replies: By model: chunks, strings sent as they are, and events to wait for. The rest get PLAIN.
         refusals: By model, or field of a request: (status, body) instead.
         keys: API keys that are let in; None: anybody.
-        suspicion: By model, how far an expert stands out.
+        outlier_scores: By model, how far an expert stands out.
         cut: End streams without the last word.
         raw: Bytes sent one by one before each reply, which then is empty.
     """
@@ -68,7 +68,7 @@ class StandIn:
     refusals: dict[str, tuple[int, object]] = field(default_factory=dict)
     keys: set[str] | None = None
     cut: bool = False
-    suspicion: dict[str, float | str] = field(default_factory=dict)
+    outlier_scores: dict[str, float | str] = field(default_factory=dict)
     raw: bytes = b""
     asked: list[dict] = field(default_factory=list)
     hung_up: threading.Event = field(default_factory=threading.Event)
@@ -116,8 +116,8 @@ class Handler(SimpleHTTPRequestHandler):
         data = [{"id": name, "object": "model"} for name in self.stand_in.models]
         data[0]["routers"] = self.stand_in.routers
         for entry in data:
-            if entry["id"] in self.stand_in.suspicion:
-                entry["suspicion"] = self.stand_in.suspicion[entry["id"]]
+            if entry["id"] in self.stand_in.outlier_scores:
+                entry["outlier_score"] = self.stand_in.outlier_scores[entry["id"]]
         self._json(*(refusal or (200, {"object": "list", "data": data})))
 
     def _unknown_key(self):

@@ -224,7 +224,7 @@ def test_a_new_chat_ends_the_stream(server, page, ask):
 
 @pytest.mark.parametrize("score", [9.3, "not finite"])
 def test_a_suspect_is_flagged_in_the_list_with_why(server, visit, score):
-    server.suspicion["spectr/cola"] = score
+    server.outlier_scores["spectr/cola"] = score
     page = visit()
     [flag] = page.locator("#boxes .warning").all()
     why = f"Far larger updates than the other experts' (robust z-score {score}). It is served anyway."

@@ -92,7 +92,7 @@ class Engine(Protocol):
         ...
 
     @property
-    def suspicion(self) -> Mapping[str, float]:
+    def outlier_scores(self) -> Mapping[str, float]:
         """Experts whose norm is an outlier, with a robust z-score; empty if there are none."""
         ...
 

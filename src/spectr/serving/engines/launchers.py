@@ -72,7 +72,7 @@ class Transformers:
         except ImportError as error:
             raise MissingExtraError("spectr serve", "serve") from error
         from spectr.layers.base_layers import ModelLayers
-        from spectr.serving.outliers import suspicious
+        from spectr.serving.outliers import outliers_among
 
         check_version()
         with settings.listen() as bound:
@@ -82,7 +82,7 @@ class Transformers:
                 composed,
                 tokenizer,
                 base_model=settings.base_name,
-                suspicion=suspicious(experts, ModelLayers(composed.model, settings.library.folder)),
+                outlier_scores=outliers_among(experts, ModelLayers(composed.model, settings.library.folder)),
                 batching=None if parts.cache_tokens is None else Batching(cache_tokens=parts.cache_tokens),
             )
 

@@ -40,7 +40,7 @@ class TransformersEngine:
         composed: The model and its routers; must not be used elsewhere while this engine runs.
         tokenizer: The model's.
         base_model: The base model's name for clients.
-        suspicion: Experts whose norm is an outlier, with a score.
+        outlier_scores: Experts whose norm is an outlier, with a score.
         batching: Continuous batching; ``None`` for one request at a time.
 
     Attributes:
@@ -57,12 +57,12 @@ class TransformersEngine:
         tokenizer: Any,
         *,
         base_model: str,
-        suspicion: Mapping[str, float] | None = None,
+        outlier_scores: Mapping[str, float] | None = None,
         batching: Batching | None = None,
     ):
         check_version()
         self.composed, self.tokenizer, self.base_model, self.batching = composed, tokenizer, base_model, batching
-        self.routers, self.suspicion = tuple(composed.compositions), dict(suspicion or {})
+        self.routers, self.outlier_scores = tuple(composed.compositions), dict(outlier_scores or {})
         self.experts, self.layers = composed.experts, composed.layers
         self._running: dict[str, Running] = {}
         self._left = asyncio.Event()
@@ -116,7 +116,7 @@ class TransformersEngine:
             self._left.clear()
             await self._left.wait()
         await self._between_calls(lambda: self.scheduler.router_batch.discard(name))
-        self.suspicion.pop(name, None)
+        self.outlier_scores.pop(name, None)
 
     def metrics(self) -> bytes:
         """See :class:`Engine`."""

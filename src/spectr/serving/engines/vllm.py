@@ -24,7 +24,7 @@ from spectr.models import fetch_default_model
 from spectr.routers.config import router_config
 from spectr.serving.engines.base import Step, Ticket
 from spectr.serving.errors import RefusalError
-from spectr.serving.outliers import suspicious
+from spectr.serving.outliers import outliers_among
 from spectr.serving.run import listen
 from spectr.serving.settings import ServerSettings
 from spectr.vllm.prompt_decisions import DECIDES, Decider
@@ -51,7 +51,7 @@ class VllmEngine:
         listener: Receives the reports.
         base_model: The base model's name for clients.
         routers: Clients' names of the routers, the default first, each with its name in the model's config.
-        suspicion: Experts whose norm is an outlier, with a score.
+        outlier_scores: Experts whose norm is an outlier, with a score.
         records: Whether the layers record their choices.
         p: The result for a request's prompt by vLLM's name of the request; see :class:`Decider`.
     """
@@ -64,12 +64,12 @@ class VllmEngine:
         *,
         base_model: str,
         routers: Mapping[str, str],
-        suspicion: Mapping[str, float] | None = None,
+        outlier_scores: Mapping[str, float] | None = None,
         records: bool = True,
         p: Mapping[str, float] | None = None,
     ):
         self.client, self.listener, self.base_model, self.records = client, listener, base_model, records
-        self.routers, self._inner, self.suspicion = tuple(routers), dict(routers), dict(suspicion or {})
+        self.routers, self._inner, self.outlier_scores = tuple(routers), dict(routers), dict(outlier_scores or {})
         self._p = {} if p is None else p
         self.layers, self._known = tuple(status["names"]), tuple(status["experts"])
         self.experts = self._known
@@ -140,7 +140,7 @@ class VllmEngine:
             raise CompositionError(f"'{name}' cannot be removed", expected=f"one of several: {', '.join(self.experts)}")
         self.experts = tuple(expert for expert in self.experts if expert != name)
         await self.client.collective_rpc("spectr_remove", args=(name,))
-        self.suspicion.pop(name, None)
+        self.outlier_scores.pop(name, None)
 
     def metrics(self) -> bytes:
         """See :class:`Engine`."""
@@ -224,7 +224,7 @@ async def launched(
                     listener,
                     base_model=base_model,
                     routers=routers or {name: name for name in settings.make_routers()},
-                    suspicion=suspicious(library[name] for name in library),
+                    outlier_scores=outliers_among(library[name] for name in library),
                     records=record,
                     p=None if decider is None else decider.p,
                 ),
@@ -268,7 +268,7 @@ def _routed(settings: ServerSettings) -> Settings:
     routed = Settings(
         library=str(Path(settings.library.origin).expanduser().absolute()),
         router=first,
-        beside=tuple(others),
+        other_routers=tuple(others),
         experts=None if everyone else settings.experts,
         inner=_inner(settings.model),
     )

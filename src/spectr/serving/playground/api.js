@@ -17,10 +17,10 @@ export async function listModels(key) {
   const response = await send("models", { key });
   const { data } = await response.json().catch(() => ({}));
   if (!Array.isArray(data)) throw new ServerError("The server did not send a list of models. Is this a SpectR server?");
-  return data.map(({ id, routers, suspicion }) => ({
+  return data.map(({ id, routers, outlier_score: outlierScore }) => ({
     id: String(id),
     routers: Array.isArray(routers) ? routers.map(String) : [],
-    ...(suspicion != null && { suspicion: String(suspicion) }),
+    ...(outlierScore != null && { outlierScore: String(outlierScore) }),
   }));
 }
 

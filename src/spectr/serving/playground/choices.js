@@ -119,9 +119,9 @@ export class Choices {
   #fillBoxes(experts) {
     const off = new Set(this.#boxes.filter(box => !box.checked).map(box => box.value));
     find("boxes").replaceChildren(
-      ...experts.map(({ name, suspicion }) => {
+      ...experts.map(({ name, outlierScore }) => {
         const box = make("input", { type: "checkbox", value: name, checked: !off.has(name) });
-        return make("label", { className: "check" }, box, labelled(name), ...(suspicion ? [warning(suspicion)] : []));
+        return make("label", { className: "check" }, box, labelled(name), ...(outlierScore ? [warning(outlierScore)] : []));
       }),
     );
     find("experts").hidden = !experts.length;
@@ -156,8 +156,8 @@ export class Choices {
 }
 
 /** Why an expert stands out: visible, as a tooltip, and for screen readers. */
-function warning(suspicion) {
-  const why = `Far larger updates than the other experts' (robust z-score ${suspicion}). It is served anyway.`;
+function warning(outlierScore) {
+  const why = `Far larger updates than the other experts' (robust z-score ${outlierScore}). It is served anyway.`;
   return make("span", { className: "warning", title: why }, make("span", { className: "unseen" }, why));
 }
 

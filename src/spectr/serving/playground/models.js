@@ -1,9 +1,9 @@
 // Which of the server's models is the routed one, which are experts alone, which is the base model.
 
 /**
- * @param models {id, routers, suspicion} as /v1/models lists them: "served", "served/expert" ..., and the base model by its
+ * @param models {id, routers, outlierScore} as /v1/models lists them: "served", "served/expert" ..., and the base model by its
  *   own name.
- * @returns {{routed: string?, routers: string[], experts: {id, name, suspicion}[], others: string[]}} others begins with the
+ * @returns {{routed: string?, routers: string[], experts: {id, name, outlierScore}[], others: string[]}} others begins with the
  *   base model.
  */
 export function sorted(models) {
@@ -17,7 +17,7 @@ export function sorted(models) {
     routers: models[ids.indexOf(routed)].routers,
     experts: models
       .filter(({ id }) => alone(id))
-      .map(({ id, suspicion }) => ({ id, name: id.slice(routed.length + 1), suspicion })),
+      .map(({ id, outlierScore }) => ({ id, name: id.slice(routed.length + 1), outlierScore })),
     others: ids.filter(id => id !== routed && !alone(id)),
   };
 }

@@ -10,7 +10,7 @@ from spectr import ExpertLibrary
 from spectr.adapters import read_adapter
 from spectr.errors import AdapterError
 from spectr.layers.base_layers import ModelLayers
-from spectr.serving.outliers import spectral_norm, suspicion, suspicious
+from spectr.serving.outliers import outlier_scores, outliers_among, spectral_norm
 from spectr.shipped import shipped_experts
 from text_model import make_model
 
@@ -49,27 +49,27 @@ def test_factors_that_depend_on_the_base_are_measured_on_it(tmp_path):
 @pytest.mark.parametrize("factor", [0.2, 1.0, 4.0])
 def test_experts_that_are_alike_or_small_are_not_suspected(root, factor):
     scale(root / "cats", factor)
-    assert suspicious(ExpertLibrary.open(root)[name] for name in ("ants", "bees", "cats", "dogs", "eels")) == {}
+    assert outliers_among(ExpertLibrary.open(root)[name] for name in ("ants", "bees", "cats", "dogs", "eels")) == {}
 
 
 @pytest.mark.parametrize("factor", [10.0, 1000.0])
 def test_a_huge_one_is(root, factor):
     scale(root / "cats", factor)
-    found = suspicious(ExpertLibrary.open(root)[name] for name in ("ants", "bees", "cats", "dogs", "eels"))
+    found = outliers_among(ExpertLibrary.open(root)[name] for name in ("ants", "bees", "cats", "dogs", "eels"))
     assert set(found) == {"cats"}
     assert found["cats"] >= 3.5
 
 
 def test_a_broken_one_is_however_few_there_are():
-    assert suspicion({"a": float("nan"), "b": 1.0}) == {"a": float("inf")}
-    assert suspicion({"a": float("inf"), "b": 1.0, "c": 1.0, "d": 1.1}) == {"a": float("inf")}
+    assert outlier_scores({"a": float("nan"), "b": 1.0}) == {"a": float("inf")}
+    assert outlier_scores({"a": float("inf"), "b": 1.0, "c": 1.0, "d": 1.1}) == {"a": float("inf")}
 
 
 def test_the_score_is_the_modified_z_score():
-    found = suspicion({"a": 1.0, "b": 2.0, "c": 4.0, "d": 8.0, "e": 2.0**30})
+    found = outlier_scores({"a": 1.0, "b": 2.0, "c": 4.0, "d": 8.0, "e": 2.0**30})
     assert found == {"e": pytest.approx(0.6745 * 28 / 1)}
 
 
 def test_of_the_shipped_experts_none_is_suspected():
     library = ExpertLibrary.open(shipped_experts())
-    assert suspicious(library[name] for name in library) == {}
+    assert outliers_among(library[name] for name in library) == {}
