@@ -31,12 +31,14 @@ from spectr.models.samples import encode_texts, null_samples, self_samples
 from spectr.prompts.probe import Probe
 from spectr.prompts.token_places import read_tokens
 from spectr.routers import Calibrated, Spectr
+from spectr.spectral.precision import without_autocast
 
 Progress = Callable[[int, int], None]
 _AT_ONCE = 128  # experts measured in one pass
 _NULL_TOKENS = 96  # at most, of a text; a third of what a probe reads, and most texts are shorter
 
 
+@without_autocast()
 @torch.no_grad()
 def calibrate(
     model: Any,

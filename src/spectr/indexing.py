@@ -28,6 +28,7 @@ from spectr.library.index import INDEX_FOLDER, IndexedModule, IndexEntry
 from spectr.library.needs import CALIBRATED
 from spectr.routers import Spectr
 from spectr.spectral import Rotation, align, rotate
+from spectr.spectral.precision import without_autocast
 
 Progress = Callable[[int, int, str], None]
 _TOGETHER = 32  # experts per pass over the inputs, which are larger than the experts
@@ -36,6 +37,7 @@ _PROCESSES = 8
 Layout = tuple[IndexedModule, ...]
 
 
+@without_autocast()
 @torch.no_grad()
 def build_index(
     model: Any,

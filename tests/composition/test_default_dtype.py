@@ -1,8 +1,10 @@
-"""torch's default dtype changes no digit of what is prepared, measured, decided or extracted."""
+"""torch's default dtype and a caller's autocast change no digit of what is prepared, measured, decided or extracted."""
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -36,16 +38,21 @@ def library(tmp_path_factory):
     )
 
 
-def everything(model: torch.nn.Module, library: ExpertLibrary) -> dict[str, Tensor]:
-    known = calibrate(model, library, make_tokenizer(), texts=TEXTS, null=2)
-    library = build_index(model, library.with_calibration(known))
+def everything(
+    model: torch.nn.Module, library: ExpertLibrary, preparing: Callable[[], AbstractContextManager[Any]] = nullcontext
+) -> dict[str, Tensor]:
+    with preparing():
+        known = calibrate(model, library, make_tokenizer(), texts=TEXTS, null=2)
+        library = build_index(model, library.with_calibration(known))
     found = {f"mean of {module}": mean for module, mean in known.means.items()}
     found |= {
         f"size of {name}": torch.tensor(list(rms.values()), dtype=torch.float64) for name, rms in known.rms.items()
     }
-    found["extracted"] = randomised_svd(DELTA, 3, oversampling=2, power_iterations=1, seed=0).U
+    with preparing():
+        found["extracted"] = randomised_svd(DELTA, 3, oversampling=2, power_iterations=1, seed=0).U
     for router in ROUTERS:
-        routed = compose(model, library, router)
+        with preparing():
+            routed = compose(model, library, router)
         with trace(model) as record:
             found[f"logits of {router}"] = logits(model, ids)
         found[f"weights of {router}"] = record.weights()
@@ -63,3 +70,23 @@ def test_no_digit_depends_on_the_default_dtype(library, dtype):
     for name, tensor in want.items():
         assert found[name].dtype == tensor.dtype, name
         assert torch.equal(found[name], tensor), name
+
+
+def test_no_digit_depends_on_an_autocast_around_the_preparation(library):
+    model = tiny_llama(num_hidden_layers=1)
+    want = everything(model, library)
+    found = everything(model, library, lambda: torch.autocast("cpu", torch.bfloat16))
+    for name, tensor in want.items():
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("router", [Oracle(expert="ants"), Spectr(top_k=2), Calibrated(abstain=None)], ids=str)
+def test_a_call_under_autocast_rounds_products_alone(library, router):
+    """Kernels read numbers of one dtype, so torch has to compute where autocast changes some."""
+    model = tiny_llama(num_hidden_layers=1)
+    known = calibrate(model, library, make_tokenizer(), texts=TEXTS, null=2)
+    compose(model, library.with_calibration(known), router)
+    want = logits(model, ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = logits(model, ids)
+    assert 0 < (found - want).norm() < 0.05 * want.norm()

@@ -19,6 +19,7 @@ from spectr.routers import PromptPolicy
 from spectr.routers.base import Router
 from spectr.routers.evidence import ModuleEvidence
 from spectr.spectral import Aligned, AlignedExpert, Rotation, Share, SideData, Stack, align, remade
+from spectr.spectral.precision import without_autocast
 from spectr.spectral.sparsify import drop
 
 _SHOWN = 3
@@ -86,6 +87,7 @@ def prepare_module(
     return prepared
 
 
+@without_autocast()
 @torch.no_grad()
 def prepare_expert(
     expert: Expert,

@@ -34,6 +34,7 @@ from spectr.routers import Router, check_needs, residents, token_router
 from spectr.routers.abstention import policy_for, why_off
 from spectr.routers.base import takes_one
 from spectr.routers.evidence import Guide, Reader
+from spectr.spectral.precision import without_autocast
 
 Progress = Callable[[int, int], None]
 
@@ -222,6 +223,7 @@ class Routed:
             )
         return kept
 
+    @without_autocast()
     def _hold(
         self,
         names: tuple[str, ...],

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spectr.spectral import Aligned
+from spectr.spectral.precision import without_autocast
 
 _FLOAT = 4  # bytes of a float32
 
@@ -19,6 +20,7 @@ def exact_svd(delta_OI: Float[Tensor, "O I"]) -> Aligned:
     return Aligned(*torch.linalg.svd(delta_OI, full_matrices=False))
 
 
+@without_autocast()
 def randomised_svd(
     delta_OI: Float[Tensor, "O I"], rank: int, *, oversampling: int, power_iterations: int, seed: int
 ) -> Aligned:

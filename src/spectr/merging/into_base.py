@@ -19,6 +19,7 @@ from spectr.merging.lowrank import LowRank
 from spectr.merging.merge import MergedModule, Progress, merged_modules
 from spectr.merging.recipe import Recipe, expert_faults
 from spectr.routers import Uniform
+from spectr.spectral.precision import without_autocast
 
 _SHOWN = 3
 
@@ -48,6 +49,7 @@ class MergedBase:
         _put_back(self.before)
 
 
+@without_autocast()
 @torch.no_grad()
 def merge_into(
     model: nn.Module,

@@ -18,6 +18,7 @@ from spectr.merging.lowrank import LowRank, cut_dense, cut_factors
 from spectr.merging.method import Site
 from spectr.merging.recipe import Recipe, expert_faults, size_faults
 from spectr.merging.subtract import SUBTRACTIONS, of_products
+from spectr.spectral.precision import without_autocast
 
 Progress = Callable[[int, int], None]
 
@@ -49,6 +50,7 @@ class MergedAdapter:
     energy: Mapping[str, float]
 
 
+@without_autocast()
 def merge_adapter(
     library: ExpertLibrary,
     recipe: Recipe,

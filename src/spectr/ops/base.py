@@ -11,7 +11,10 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, is_grad_enabled, nn
-from torch._C import _len_torch_dispatch_stack  # pyright: ignore[reportAttributeAccessIssue]
+from torch._C import (
+    _is_any_autocast_enabled,
+    _len_torch_dispatch_stack,  # pyright: ignore[reportAttributeAccessIssue]
+)
 
 
 class Choice(NamedTuple):
@@ -64,7 +67,7 @@ class Backend(ABC):
     rules: tuple[str, ...] = ("lengths",)
 
     def take(self, *tensors: Tensor) -> bool:
-        """Whether the kernels support these tensors, and neither autograd nor a mode of torch records operations."""
+        """Whether the kernels support these tensors, and operations are not :func:`watched`."""
         return not watched() and self.know(*tensors)
 
     def know(self, *tensors: Tensor) -> bool:
@@ -159,8 +162,8 @@ class Backend(ABC):
 
 
 def watched() -> bool:
-    """Whether autograd or a mode of torch (a counter of operations, say) records single operations."""
-    return is_grad_enabled() or _len_torch_dispatch_stack() > 0
+    """Whether autograd or a mode of torch (a counter, say) records single operations, or autocast changes dtypes."""
+    return is_grad_enabled() or _len_torch_dispatch_stack() > 0 or _is_any_autocast_enabled()
 
 
 def own_numbers(base: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor | None] | None:

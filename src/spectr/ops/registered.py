@@ -75,7 +75,9 @@ def add_update_(
     """
     choice, backend = _choice(experts, k, temperature, rule), backend_for(x.device.type).backend
     x, rows, centers = x.contiguous(), _plain(rows), _plain(centers)
-    if backend is not None and backend.know(x, out, A, Bt) and (choice is None or rule in backend.rules):
+    casts = torch.is_autocast_enabled(x.device.type)  # also of products inside a backend
+    scores = backend is not None and not casts and (choice is None or rule in backend.rules)
+    if backend is not None and scores and backend.know(x, out, A, Bt):
         if choice is not None and backend.add_chosen(x, A, Bt, centers, rows, out, choice):
             return
         if choice is None and rows is not None and backend.add_weighted(x, A, Bt, rows, out):

@@ -102,7 +102,7 @@ class Trials:
 
     def _measure(self, shape: Shape, seconds: float, alone: bool) -> list[dict[str, float]]:
         ways, threads = self._backend.ways(shape.dtype, shape.k > 0), torch.get_num_threads()
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
             if not alone:
                 return measure(ways, shape, seconds)
             torch.set_num_threads(1)
