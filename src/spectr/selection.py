@@ -33,7 +33,7 @@ class Selection(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class All:
-    """All experts that adapt the module, each with weight ``1 / E`` (mu-routing)."""
+    """All experts that adapt the layer, each with weight ``1 / E`` (mu-routing)."""
 
     @property
     def k(self) -> None:
@@ -47,7 +47,7 @@ class All:
 
 @dataclass(frozen=True, kw_only=True)
 class TopK:
-    """The ``k`` largest scores; the first of equal ones. If a module has fewer experts, all of them.
+    """The ``k`` largest scores; the first of equal ones. If a layer has fewer experts, all of them.
 
     Example:
         >>> chosen, weights = TopK(k=2, weighting="uniform").choose(torch.tensor([[0.1, 0.9, 0.5]]))

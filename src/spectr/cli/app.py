@@ -30,7 +30,7 @@ app = typer.Typer(
     name="spectr",
     help="Turn a language model and a folder of LoRA experts into one model that chooses the right experts for each "
     "prompt, or for every token at every layer.\n\nWithout options, every command uses the default model "
-    "(SmolLM2-135M-Instruct), the shipped experts, and the best router that they are calibrated for. "
+    "(SmolLM2-135M-Instruct), the shipped experts, and the router calibrated (one expert for each prompt). "
     "Start with: spectr demo",
     no_args_is_help=True,
     rich_markup_mode="rich",

@@ -27,7 +27,7 @@ Energy = Annotated[
 MaxRank = Annotated[int, typer.Option(help="Limit the rank of a module, with --energy.")]
 Name = Annotated[str | None, typer.Option(help="Name the expert; by default like the folder.")]
 Written = Annotated[str, typer.Option("--dtype", help="Write the expert's weights as bfloat16 or float32.")]
-Png = Annotated[Path | None, typer.Option(help="Draw the share that is kept, layers by module types, as PNG.")]
+Png = Annotated[Path | None, typer.Option(help="Draw the share that is kept, by block and kind of layer, as PNG.")]
 Svg = Annotated[Path | None, typer.Option(help="Draw the same picture as SVG.")]
 
 _LEFT_SHOWN = 5

@@ -40,7 +40,7 @@ def compose(
         model: A module with linear layers, usually a transformers model.
         library: The experts, or the path of their folder.
         router: Scores, selects and combines. By default :class:`Spectr`, with a ``top_k`` of at most the number of
-            experts.
+            experts. For a calibrated library the commands use :class:`Calibrated` instead; pass it for the same choice.
         progress: Called with (done, total) layers.
         guide: Compares prompts with the library's descriptions, for :class:`Glider`; see
             :class:`spectr.guidance.QueryGuide`.

@@ -1,4 +1,4 @@
-"""What a low-rank expert keeps of an update, by layer and kind of module."""
+"""What a low-rank expert keeps of an update, by transformer block and kind of layer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _NUMBERED = 40  # layers up to which the cells are wide enough for numbers
 
 
 def energy_figure(report: Report) -> Figure:
-    """Two heat maps by layer and kind of module: the percentage of the squared norm kept, and the rank used.
+    """Two heat maps by transformer block and kind of layer: the percentage of the squared norm kept, and the rank used.
 
     A cell may stand for several modules (a mixture's experts). It shows their common share and mean rank. The second
     map is left out where all ranks are the same.

@@ -78,7 +78,7 @@ def _similarity(data: dict[str, Any]) -> Figure:
     palette = colours(list(data["by_kind"]))
     for kind, blocks in data["by_kind"].items():
         right.plot([*map(int, blocks)], list(blocks.values()), marker=".", lw=1, label=kind, color=palette[kind])
-    right.set(xlabel="layer", ylabel="mean cosine of all pairs", title="by layer and kind of module")
+    right.set(xlabel="transformer block", ylabel="mean cosine of all pairs", title="by kind of layer")
     right.legend(fontsize=7, ncols=2)
     right.grid(alpha=0.3)
     return drawn

@@ -27,7 +27,7 @@ class Arrow(LengthRouter):
     """Arrow routing: ``|v_t . x|`` with the first right singular vector ``v_t`` of ``delta_t``; softmax of the top k.
 
     Attributes:
-        top_k: Experts per token and module.
+        top_k: Experts per token and layer.
         weights: ``"softmax"`` of the chosen scores, or ``"uniform"``.
         temperature: Temperature of the softmax.
         combine: ``"outputs"``, or another name in :data:`spectr.combine.COMBINATIONS`.

@@ -41,9 +41,9 @@ class Calibrated(LengthRouter):
 
     Attributes:
         level: ``"prompt"`` decides once for each prompt and keeps the decision for the answer. ``"token"`` decides for
-            each token and module, as in the paper. ``"prior"`` also decides for each token, with scores multiplied by
+            each token and layer, as in the paper. ``"prior"`` also decides for each token, with scores multiplied by
             ``exp(prior_strength * evidence)``.
-        top_k: Experts per prompt, or per token and module.
+        top_k: Experts per prompt, or per token and layer.
         weights: ``"uniform"`` (``1 / k``) or ``"softmax"`` of the chosen evidence (prompt) or scores (token).
         temperature: Temperature of the softmax.
         prior_strength: 0 equals ``level="token"``; with larger values the prompt has more influence.

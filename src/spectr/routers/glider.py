@@ -39,7 +39,7 @@ class Glider(PromptRouter):
         alpha_far: The factor otherwise.
         threshold: A similarity, or ``"descriptions"``: the mean, over experts, of the largest similarity between an
             expert's description and another one. The authors' is 0.8, for their embedder (``"glider-paper"``).
-        top_k: Experts per token and module.
+        top_k: Experts per token and layer.
         weights: ``"softmax"`` of the chosen scores, or ``"uniform"``.
         temperature: Temperature of the softmax.
         combine: ``"outputs"``, or another name in :data:`spectr.combine.COMBINATIONS`.

@@ -29,8 +29,8 @@ class Lag(ShortlistRouter):
     Experts that are not on a token's shortlist score minus infinity, and are not computed.
 
     Attributes:
-        shortlist: Number of experts with a spectral score per token; all if a module has fewer.
-        top_k: Experts per token and module.
+        shortlist: Number of experts with a spectral score per token; all if a layer has fewer.
+        top_k: Experts per token and layer.
         weights: ``"uniform"`` (``1 / k``) or ``"softmax"`` of the chosen scores.
         temperature: Temperature of the softmax.
         combine: ``"outputs"``, or another name in :data:`spectr.combine.COMBINATIONS`.

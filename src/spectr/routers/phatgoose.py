@@ -28,7 +28,7 @@ class Phatgoose(Router):
     LayerNorm has no affine part. The softmax over the chosen experts is the renormalised softmax over all.
 
     Attributes:
-        top_k: Experts per token and module.
+        top_k: Experts per token and layer.
         weights: ``"softmax"`` of the chosen scores, or ``"uniform"``.
         temperature: Temperature of the softmax.
         combine: ``"outputs"``, or another name in :data:`spectr.combine.COMBINATIONS`.

@@ -24,11 +24,11 @@ class Seqr(LengthRouter):
 
     With ``U_t`` of the SVD of ``delta_t = c B_t A``, ``M_t = U_t^T c B_t`` is (R, R) and ``A*_t = M_t A``. ``A x`` is
     computed once, then ``R^2`` multiply-adds per expert. ``||M_t A x|| = ||R_t A x||`` with the ``R_t`` of a QR
-    decomposition of ``c B_t``, as the authors write it: both are ``c B_t A x`` in an orthonormal basis. Modules whose
+    decomposition of ``c B_t``, as the authors write it: both are ``c B_t A x`` in an orthonormal basis. Layers whose
     experts do not all share ``A`` are scored as by :class:`Spectr`.
 
     Attributes:
-        top_k: Experts per token and module.
+        top_k: Experts per token and layer.
         weights: ``"uniform"`` (``1 / k``) or ``"softmax"`` of the chosen scores.
         temperature: Temperature of the softmax.
         combine: ``"outputs"``, or another name in :data:`spectr.combine.COMBINATIONS`.

@@ -35,7 +35,7 @@ class Shortlist(PromptRouter):
 
     Attributes:
         size: Experts on a prompt's shortlist. With one, it is held for the whole answer, without ``token_router``.
-        token_router: Decides for each token and module among them. Any router that does so, and :class:`Calibrated`
+        token_router: Decides for each token and layer among them. Any router that does so, and :class:`Calibrated`
             with the level ``"prior"``, which the prompt's evidence informs.
         probe_tokens: Maximum number of a prompt's tokens that are read for the decision.
         modules: Last parts of the names of the modules that are used for the decision, such as

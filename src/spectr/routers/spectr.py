@@ -22,7 +22,7 @@ class Spectr(LengthRouter):
         score: ``"spectral"``, as in the paper: ``A* = S V^T``, so that the score is ``||delta_t x||``.
             ``"projection"``, as in the authors' released code: ``A* = V^T`` and ``B* = U S``, so that the score is the
             length of the projection on the expert's input subspace.
-        top_k: Experts per token and module.
+        top_k: Experts per token and layer.
         weights: ``"uniform"`` (``1 / k``) or ``"softmax"`` of the chosen scores.
         temperature: Temperature of the softmax.
         combine: ``"outputs"`` (eq. 13), ``"factors"`` (eq. 10 to 12, the paper's experiments), or another name in

@@ -16,7 +16,7 @@ from spectr.spectral import InputState, State
 
 @dataclass(frozen=True, kw_only=True)
 class Uniform(LengthRouter):
-    """All experts that adapt a module, each with weight ``1 / E``.
+    """All experts that adapt a layer, each with weight ``1 / E``.
 
     Attributes:
         combine: ``"outputs"``, or another name in :data:`spectr.combine.COMBINATIONS`.

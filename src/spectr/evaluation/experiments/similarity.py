@@ -19,7 +19,7 @@ _BLOCK = re.compile(r"\.(\d+)\.")
 
 
 def similarity(setup: ExperimentSetup) -> Result:
-    """Cosine between the experts' updates, averaged over modules, by expert, and by layer and kind of module.
+    """Cosine between the experts' updates, averaged over layers, by expert, and by transformer block and kind of layer.
 
     And the cosine of the adapters' own factors, the other way to read the paper. Only that one sees that experts began
     from the same initial ``A``.
