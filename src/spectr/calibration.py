@@ -21,6 +21,7 @@ from spectr.errors import CompositionError, DataError
 from spectr.grouping import chunks
 from spectr.hashing import known_sha256
 from spectr.layers.base_layers import ModelLayers
+from spectr.layers.model_state import in_eval_mode
 from spectr.layers.pairs import LayerInput, Pairs
 from spectr.layers.parameters import layers_at
 from spectr.layers.plan import Plan, make_plan
@@ -81,6 +82,23 @@ def calibrate(
     """
     _check(model, texts)
     library = library.named_for(naming_of(model))
+    with in_eval_mode(model):
+        return _calibrated(model, library, tokenizer, texts, samples, tokens, null, seed, fresh, progress)
+
+
+def _calibrated(
+    model: Any,
+    library: ExpertLibrary,
+    tokenizer: Any,
+    texts: Sequence[str] | None,
+    samples: int,
+    tokens: int,
+    null: int,
+    seed: int,
+    fresh: bool,
+    progress: Progress,
+) -> Calibration:
+    """See :func:`calibrate`; in eval mode."""
     before = known = None if fresh or texts is not None else library.calibration
     new = [name for name in library if known is None or not library.calibrated(name)]
     experts = {name: library[name] for name in new}

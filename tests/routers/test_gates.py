@@ -101,6 +101,9 @@ def test_a_gate_opens_for_the_whole_update():
 
 def test_training_lowers_the_loss_and_leaves_model_and_expert_alone(expert, tmp_path):
     model = make_model()
+    model.lm_head.requires_grad_(False)
+    model.model.layers[1].train()
+    modes = [module.training for module in model.modules()]
     before, modules = copy.deepcopy(model.state_dict()), dict(model.named_modules())
     bytes_before = expert.weights.read_bytes()
     losses = []
@@ -111,8 +114,9 @@ def test_training_lowers_the_loss_and_leaves_model_and_expert_alone(expert, tmp_
     assert facts["settings"]["steps"] == 60
     assert {name: id(module) for name, module in model.named_modules()} == {n: id(m) for n, m in modules.items()}
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-    assert all(parameter.requires_grad for parameter in model.parameters())
-    assert not model.training
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert frozen == ["lm_head.weight"]
+    assert [module.training for module in model.modules()] == modes
     assert expert.weights.read_bytes() == bytes_before
 
 

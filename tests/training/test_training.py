@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -61,12 +62,42 @@ def test_the_accuracy_on_the_card_is_that_of_the_saved_weights(tmp_path):
     assert read_adapter(tmp_path / "e", "e").base_model == "tiny"
 
 
-def test_the_model_is_given_back_as_it_was(tmp_path):
+@pytest.mark.parametrize("raises", [False, True])
+def test_the_model_is_given_back_as_it_was(tmp_path, raises):
+    def interrupted(phase, *_):
+        if raises and phase == "training":
+            raise RuntimeError("no room")
+
     model, ids = make_model(), torch.tensor([[1, 5, 9]])
-    before, names = model(ids).logits, list(model.state_dict())
-    train(tmp_path / "e", model=model)
+    model.model.layers[1].train()
+    model.lm_head.requires_grad_(False)
+    model.activation_checkpointing_enable()
+    before, names, attributes = model(ids).logits, list(model.state_dict()), state(model)
+    with pytest.raises(RuntimeError) if raises else nullcontext():
+        train(tmp_path / "e", model=model, progress=interrupted)
     assert list(model.state_dict()) == names
+    assert state(model) == attributes
     assert torch.equal(model(ids).logits, before)
+
+
+def test_checkpointed_activations_change_no_weights(tmp_path):
+    model = make_model()
+    model.activation_checkpointing_enable()
+    settings = replace(SETTINGS, dropout=0.0, examples=8, epochs=1)  # dropout would draw other numbers
+    for name, each in (("one", make_model()), ("other", model)):
+        train(tmp_path / name, settings, each)
+    one, other = (weights(tmp_path / name) for name in ("one", "other"))
+    for key, tensor in one.items():
+        assert (tensor - other[key]).float().norm() < 0.02 * tensor.float().norm(), key
+
+
+def state(model):
+    """Attributes, modes, hooks and modules of each module, and which tensors have gradients."""
+    own = {
+        name: {key: dict(value) if isinstance(value, dict) else value for key, value in vars(module).items()}
+        for name, module in model.named_modules()
+    }
+    return own, {name: parameter.requires_grad for name, parameter in model.named_parameters()}
 
 
 def test_with_validation_the_best_epochs_weights_are_kept(tmp_path, monkeypatch):

@@ -78,7 +78,11 @@ class Settings:
             ("access", "'open' or 'closed'", ACCESS.__contains__),
             ("record", "true or false", lambda value: isinstance(value, bool)),
             ("experts", "a list of names, or nothing for all", _are_names),
-            ("other_routers", 'a list such as [{"name": "calibrated"}]', lambda value: not isinstance(value, (str, Mapping))),
+            (
+                "other_routers",
+                'a list such as [{"name": "calibrated"}]',
+                lambda value: not isinstance(value, (str, Mapping)),
+            ),
         )
         for name, expected, right in checks:
             raise_together("", range_faults(CompositionError, expected, right, **{name: getattr(self, name)}))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from inspect import signature
 from itertools import islice
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from spectr.layers.linear import features
+from spectr.layers.model_state import in_eval_mode
 from spectr.layers.weight_reads import WeightReads, uncompiled
 
 _SAMPLES = 2000  # audio samples: a few frames for every model that reads waveforms
@@ -47,22 +47,11 @@ def _runs(part: nn.Module, inputs: Mapping[str, Tensor], reads: WeightReads) -> 
     """Whether a module could be called with these inputs."""
     devices = {tensor.device for tensor in part.parameters() if tensor.is_cuda}
     try:
-        with _in_eval_mode(part), torch.random.fork_rng(devices), torch.no_grad(), uncompiled(), reads:
+        with in_eval_mode(part), torch.random.fork_rng(devices), torch.no_grad(), uncompiled(), reads:
             part(**inputs)
     except Exception:  # a model that needs other inputs may raise anything
         return False
     return True
-
-
-@contextmanager
-def _in_eval_mode(part: nn.Module) -> Iterator[None]:
-    training = [module for module in part.modules() if module.training]
-    try:
-        part.eval()
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _inputs(part: Any) -> Iterator[dict[str, Tensor]]:

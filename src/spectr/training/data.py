@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectr.grouping import chunks
-from spectr.models import context_length, encode_answer, encode_prompt, pad_rows, shared_prefix
+from spectr.models import context_length, encode_answer, encode_prompt, pad_rows, reads_in_parts, shared_prefix
 from spectr.tasks import Example
 from spectr.training.settings import OptimizerSettings
 
@@ -65,6 +65,15 @@ class Batch:
 def longest(model: Any, settings: OptimizerSettings) -> int:
     """Maximum number of tokens of an example: the setting, or the model's context if that is shorter."""
     return min(settings.max_length, context_length(model) or settings.max_length)
+
+
+def shares_prefix(model: PreTrainedModel) -> bool:
+    """Whether the tokens that all prompts begin with can run once per batch.
+
+    Transformers fills no cache where activations are checkpointed.
+    """
+    checkpointed = any(vars(module).get("gradient_checkpointing") for module in model.modules())
+    return reads_in_parts(model) and not checkpointed
 
 
 def encode(

@@ -23,11 +23,11 @@ from spectr.hashing import json_sha256, known_sha256
 from spectr.layers import make_plan, swap_module
 from spectr.layers.base_layers import ModelLayers
 from spectr.layers.linear import placement
+from spectr.layers.model_state import restored
 from spectr.layers.multi_routed import COMPOSED
-from spectr.models import reads_in_parts
 from spectr.routers import Oracle
 from spectr.tasks import Example
-from spectr.training.data import encode, longest
+from spectr.training.data import encode, longest, shares_prefix
 from spectr.training.fit import Progress, fit, fresh_facts, read_facts, trainable
 from spectr.training.settings import GateSettings
 
@@ -113,7 +113,7 @@ def train_gates(
     expert.check_factors_alone("a gate", CompositionError)
     if not train:
         raise DataError("there are no training examples", do="check the data file")
-    encoded = encode(tokenizer, train, longest(model, settings), share=reads_in_parts(model))
+    encoded = encode(tokenizer, train, longest(model, settings), share=shares_prefix(model))
     content = [encoded.prefix, encoded.prompts, encoded.answers, known_sha256(expert.weights), asdict(settings), data]
     content.append(str(model.dtype))
     fingerprint = json_sha256(content)
@@ -180,22 +180,15 @@ def keep_gates(library: Path, expert: Expert, gates: dict[str, Any], facts: dict
 @contextmanager
 def _gated(model: nn.Module, expert: Expert) -> Iterator[None]:
     """The model with the expert behind gates, the only trained parameters; restored afterwards."""
-    plan = make_plan(model, [expert], Oracle(expert=expert.name), uncalled=find_weight_reads(model).outside)
-    originals = {name: model.get_submodule(name) for name in plan.modules}
     if any(isinstance(module, COMPOSED) for module in model.modules()):
         raise DataError("this model is composed", do="train gates on the base model: call remove() first")
-    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    training = model.training
-    try:
+    plan = make_plan(model, [expert], Oracle(expert=expert.name), uncalled=find_weight_reads(model).outside)
+    originals = {name: model.get_submodule(name) for name in plan.modules}
+    with restored(model):
         with expert.open_on(ModelLayers(model)) as read:
             for name, base in originals.items():
                 swap_module(model, name, GatedLinear(base, read(name), *placement(base, model)))
-        for parameter in frozen:
+        gates = {module.gate for module in model.modules() if isinstance(module, GatedLinear)}
+        for parameter in set(model.parameters()) - gates:
             parameter.requires_grad_(False)
         yield
-    finally:
-        for name, base in originals.items():
-            swap_module(model, name, base)
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        model.train(training)

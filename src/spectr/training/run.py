@@ -19,10 +19,10 @@ from spectr.evaluation import accuracy, choice_logprobs, predict, text_metric
 from spectr.evaluation.score import Measurement, counting, score_examples, score_of
 from spectr.folders import check_new_folder
 from spectr.hashing import json_sha256
-from spectr.models import reads_in_parts
+from spectr.layers.model_state import restored
 from spectr.tasks import Example
 from spectr.training.adapter import Report, check_plain, publish, settle, untrained, with_adapter
-from spectr.training.data import Encoded, count_steps, encode, longest
+from spectr.training.data import Encoded, count_steps, encode, longest, shares_prefix
 from spectr.training.fit import Progress, fit, fresh_facts, read_facts, trainable
 from spectr.training.settings import TrainingSettings
 
@@ -53,7 +53,7 @@ def train_expert(
     """Train a LoRA expert and write it to ``out`` as PEFT does, with a card. An interrupted run resumes.
 
     Args:
-        model: The base model; its weights do not change, and the adapter is removed afterwards.
+        model: The base model; unchanged afterwards.
         tokenizer: Its tokenizer.
         name: The expert's name.
         base_model: Name of the base model in the adapter's configuration.
@@ -86,7 +86,7 @@ def train_expert(
     check_plain(model)
     settings = settle(lambda: type(model)(deepcopy(model.config)), settings)
     train = train[: settings.examples]
-    encoded = encode(tokenizer, train, longest(model, settings), share=reads_in_parts(model))
+    encoded = encode(tokenizer, train, longest(model, settings), share=shares_prefix(model))
     content = [asdict(settings), data, base_model, str(model.dtype), _tokens(encoded)]
     content += [_asked(validation), bool(validation) and length_normalised]
     fingerprint = json_sha256(content)
@@ -95,10 +95,11 @@ def train_expert(
     facts = read_facts(out / CHECKPOINT, fingerprint) or fresh_facts(fingerprint)
     how = [length_normalised] if not test or test[0].choices else [metric, max_new_tokens]
     tested = json_sha256([_asked(test), how])
-    if facts.get("tested") != tested:
-        facts |= {"tested": tested, "before": measure("base model on the test data") if measure else None}
-    peft_model = with_adapter(model, settings)
-    try:
+    with restored(model):
+        model.eval()
+        if facts.get("tested") != tested:
+            facts |= {"tested": tested, "before": measure("base model on the test data") if measure else None}
+        peft_model = with_adapter(model, settings)
         total = count_steps(encoded, batch_size=settings.batch_size, epochs=settings.epochs)
         facts = fit(
             peft_model, encoded, settings, total, facts, out / CHECKPOINT, checkpoint_seconds, progress, validate
@@ -127,8 +128,6 @@ def train_expert(
             without_gradient=untrained(peft_model),
         )
         publish(peft_model, out, report, note)
-    finally:
-        peft_model.unload()
     (out / CHECKPOINT).unlink(missing_ok=True)
     return report
 

@@ -73,6 +73,21 @@ def test_calibrating_leaves_the_model_and_the_random_state_alone(root):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_a_calibration_is_made_without_dropout(root):
+    model, other = make_model(), make_model()
+    other.config.attention_dropout = 0.5
+    for layer in other.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    other.train()
+    other.model.layers[0].eval()
+    modes = [module.training for module in other.modules()]
+    library = ExpertLibrary.open(root)
+    want, found = (calibrate(each, library, make_tokenizer(), texts=["what is it"], null=2) for each in (model, other))
+    assert all(torch.equal(found.means[name], mean) for name, mean in want.means.items())
+    assert found.null == want.null
+    assert [module.training for module in other.modules()] == modes
+
+
 def test_an_expert_that_is_added_is_measured_alone_on_the_same_texts(root, library, tmp_path):
     peft_adapter(make_model(), tmp_path / "dogs", seed=9, rank=4)
     larger = library.with_expert("dogs", tmp_path / "dogs")
