@@ -151,7 +151,7 @@ def _step(
     norm = torch.nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm).item()
     if not (math.isfinite(mean) and math.isfinite(norm)):
         raise DataError(
-            f"the training diverged: in step {step + 1} the loss is {mean:.3g} and its gradient has the norm {norm:.3g}",
+            f"the training diverged: in step {step + 1} the loss is {mean:.3g}, and its gradient's norm {norm:.3g}",
             expected="finite numbers",
             do="use a lower --learning-rate and another --out; or --dtype float32, if the model was in half precision",
         )
