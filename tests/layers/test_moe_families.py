@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 
 from models import TEXT, TOKENS, build, close, peft_adapter, peft_model, random_factors, tokens, write_adapter
-from spectr import ExpertLibrary, compose
+from spectr import ExpertLibrary, Oracle, compose
 from trained_modules import ROWS
 
 LATENT = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
@@ -135,3 +135,47 @@ def test_routers_that_return_more_than_their_product(router, tmp_path):
     routed = compose(model, ExpertLibrary.from_adapters(folders), ROWS)
     with routed.prompt.using(torch.eye(2)):
         close(model(ids).logits, torch.cat(want))
+
+
+GATED, NUMBERED = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")
+OLD = {  # where older versions of transformers had a module for each MoE expert, and its projections
+    "AXK1": ("mlp", GATED),
+    "Jamba": ("feed_forward", GATED),
+    "Lfm2Moe": ("feed_forward", NUMBERED),
+    "MiniMax": ("block_sparse_moe", NUMBERED),
+    "Mixtral": ("block_sparse_moe", NUMBERED),
+    "NemotronH": ("mixer", ("up_proj", "down_proj")),
+    "Olmoe": ("mlp", GATED),
+    "Phimoe": ("block_sparse_moe", NUMBERED),
+    "Qwen2Moe": ("mlp", GATED),
+    "Qwen3Moe": ("mlp", GATED),
+}
+
+
+@pytest.mark.parametrize("family", OLD)
+@torch.no_grad()
+def test_factors_of_each_moe_expert_are_those_of_merged_weights(family, tmp_path):
+    """PEFT drops such factors of some families, so that weights merged by hand are compared with."""
+    model, ids = tiny(family), tokens()
+    merged, (part, projections) = copy.deepcopy(model), OLD[family]
+    factors = {}
+    for name, experts in model.named_modules():
+        if not hasattr(experts, "is_transposed"):
+            continue
+        old = f"{name.rpartition('.')[0].rpartition('.')[0]}.{part}.experts"
+        old = old.replace("model.", "backbone.", 1) if family == "NemotronH" else old
+        fused = merged.get_submodule(name)
+        hidden, inner = experts.down_proj.shape[1:]
+        for j in range(len(experts.down_proj)):
+            for place, side in enumerate(projections):
+                sizes = (inner, hidden) if side == projections[-1] else (hidden, inner)
+                A, B = factors[f"{old}.{j}.{side}"] = random_factors(2, *sizes, seed=len(factors))
+                into = fused.down_proj if side == projections[-1] else getattr(fused, "gate_up_proj", None)
+                into = fused.up_proj if into is None else into
+                start = 0 if side == projections[-1] else place * inner
+                into[j, start : start + len(B)] += 4 * B @ A
+    folder = write_adapter(tmp_path / "a", factors, alpha=8, target_modules=list(projections))
+    want, before = merged(ids, use_cache=False).logits, model(ids, use_cache=False).logits
+    assert (want - before).norm() > 0.01 * before.norm()
+    compose(model, ExpertLibrary.from_adapters({"a": folder}), Oracle(expert="a"))
+    close(model(ids, use_cache=False).logits, want)
