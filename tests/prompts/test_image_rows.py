@@ -140,6 +140,27 @@ def test_a_trace_of_tokens_decisions_needs_no_rows_of_images(made):
         close(base(inputs_embeds=embeds, pixel_values=batch["pixel_values"]).logits, ours)
 
 
+def test_rows_of_a_model_that_reads_no_text_without_images(tmp_path):
+    """Where tokens are cannot be learned from a few tokens: BLIP's forward needs images."""
+    from transformers import BlipConfig, BlipForConditionalGeneration
+
+    text = {**TEXT, **TOKENS, "encoder_hidden_size": 32, "initializer_range": 0.25}
+    vision = {**VISION, "initializer_range": 0.25}
+    model = build(BlipForConditionalGeneration, BlipConfig(text_config=text, vision_config=vision))
+    targets = {"target_modules": ["query", "value", "qkv"]}
+    folders = {name: moved_adapter(model, tmp_path / name, seed, **targets) for seed, name in enumerate("ab")}
+    pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": text_of((1, 1)), "pixel_values": pixels}
+    with torch.no_grad():
+        alone = [
+            peft_model(model, folder)(**{k: v[[row]] for k, v in inputs.items()}).logits
+            for row, folder in enumerate(folders.values())
+        ]
+        routed = compose(model, ExpertLibrary.from_adapters(folders), ROWS)
+        with routed.prompt.using(torch.eye(2)):
+            close(model(**inputs).logits, torch.cat(alone))
+
+
 def test_rows_of_sounds_have_experts_of_their_own(tmp_path):
     """Whisper's encoder reads no text: its layers' rows cannot be learned from a text alone."""
     from transformers import WhisperConfig, WhisperForConditionalGeneration

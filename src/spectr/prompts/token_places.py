@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ def places_of(
     names: tuple[str, ...],
     given: Mapping[str, Any],
     tokens: CallTokens,
-    module: Any = None,
+    module: Any,
     *,
     both: bool = False,
     inner: bool = False,
@@ -44,12 +45,12 @@ def places_of(
         names: Its parameters.
         given: The call's arguments by name.
         tokens: The call's tokens.
-        module: The module; its configuration names the tokens that stand for images.
+        module: The module that is called; its configuration names the tokens that stand for images.
         both: Whether it runs an encoder and a decoder; then ``tokens`` are the decoder's.
         inner: Whether it is such a decoder, which needs an encoder's outputs.
         positions: Whether the tokens' positions matter too, not only their rows.
     """
-    few = None if inner else _few(given, names, both)
+    few = None if inner else _few(given, names, module, both)
     if few is not None:
         with routed_by(BASE):
             layouts.learn(run, few)
@@ -95,8 +96,8 @@ def followed(layouts: Layouts, places: TokenPlaces | None) -> AbstractContextMan
     return nullcontext() if tracker is None else layouts.following(tracker)
 
 
-def _few(given: Mapping[str, Any], names: tuple[str, ...], both: bool) -> dict[str, Any] | None:
-    """Arguments with only a few tokens; ``None`` if the call has no tokens, or the module reads no text (sounds)."""
+def _few(given: Mapping[str, Any], names: tuple[str, ...], module: Any, both: bool) -> dict[str, Any] | None:
+    """Arguments with only a few tokens; ``None`` if the call has no tokens, or the module reads no text alone."""
     found = (given.get(name) for name in (*TOKENS, *_DECODER))
     tokens = next((value for value in found if isinstance(value, Tensor) and value.ndim > 1), None)
     if tokens is None:
@@ -107,7 +108,16 @@ def _few(given: Mapping[str, Any], names: tuple[str, ...], both: bool) -> dict[s
     read: dict[str, Any] = {name: few}
     if both:
         read[f"decoder_{name}"] = few.clone()
+    if not read.keys() >= _needed(module):
+        return None
     return {**read, "use_cache": False} if "use_cache" in names else read
+
+
+def _needed(module: Any) -> set[str]:
+    """Arguments that a module cannot be called without, such as images."""
+    _, *parameters = signature(type(module).forward).parameters.values()
+    free = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+    return {each.name for each in parameters if each.default is Parameter.empty and each.kind not in free}
 
 
 def _others(given: Mapping[str, Any], tokens: CallTokens, decoder: bool, config: Any) -> dict[str, InputRows]:
