@@ -212,17 +212,17 @@ def rows(told: dict[str, Any], name: str, aims: Aims | None) -> Iterator[tuple[s
         yield (
             name,
             work,
-            _told(ours.over(single), most),
-            _told(arrow.over(ours), aims and (aims.arrow_prompt if prompt else aims.arrow_decoding), least=True),
-            _told(ours.over(plain), 1.0),
-            _told(ours.peak / single.peak, aims and aims.memory),
+            _marked(ours.over(single), most),
+            _marked(arrow.over(ours), aims and (aims.arrow_prompt if prompt else aims.arrow_decoding), least=True),
+            _marked(ours.over(plain), 1.0),
+            _marked(ours.peak / single.peak, aims and aims.memory),
             f"{ours.over(base):.2f}",
             f"{limit:.2f}",
         )
         name = ""
 
 
-def _told(ratio: float, aim: float | None, *, least: bool = False) -> str:
+def _marked(ratio: float, aim: float | None, *, least: bool = False) -> str:
     """A ratio and its aim, marked if it is missed."""
     if aim is None:
         return f"{ratio:.2f}"
