@@ -60,6 +60,9 @@ def test_a_turn_that_cannot_be_served_is_told_with_its_place_and_what_stands_the
         ({"prompt": "x", "logit_bias": {"3": 1}}, "logit_bias"),
         ({"prompt": ["x", "y"]}, "prompt"),
         ({"prompt": "x", "suffix": "y"}, "suffix"),
+        ({"messages": [TURN], "reasoning_effort": "high"}, "reasoning_effort"),
+        ({"messages": [TURN], "modalities": ["text", "audio"]}, "modalities"),
+        ({"messages": [TURN], "logit_bias": {"\u00b2": 1}}, "logit_bias"),
     ],
 )
 def test_a_field_that_would_be_ignored_is_refused(engine, body, param):

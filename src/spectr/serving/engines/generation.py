@@ -14,6 +14,7 @@ from spectr.errors import CompositionError
 from spectr.layers.multi_routed import COMPOSED
 from spectr.models import growing_cache
 from spectr.serving.engines.batch_scheduling import BatchScheduler, Part, Running
+from spectr.serving.engines.stop_texts import StopCriterion, StopFilter, before, stops_of
 from spectr.serving.errors import RefusalError
 
 Find = Callable[[str], Running]
@@ -96,7 +97,8 @@ class Bound:
             return await work
         task = asyncio.ensure_future(work)
         task.add_done_callback(lambda done: done.cancelled() or done.exception())  # nothing else reads it
-        return await asyncio.shield(task)
+        text, *counts = await asyncio.shield(task)
+        return before(text, stops_of(running.body)), *counts
 
 
 class OneAtATime:
@@ -121,14 +123,20 @@ class OneAtATime:
             if streamer is not None:
                 streamer.end()
             return input_ids
+        stops, ends = stops_of(running.body), [_left(running)]
         if streamer is not None:
             mark_pieces(streamer, "_enqueue", running, streamer)
+        if stops:
+            generation_config.stop_strings = None
+            ends.append(StopCriterion(stops, given["tokenizer"]._tokenizer))
+            if streamer is not None:
+                streamer._enqueue = StopFilter(stops, streamer._enqueue)
         sampling(running.body, generation_config)
         with self._scheduler.only(running, input_ids[0]):
             return self._model.generate(
                 input_ids=input_ids,
                 generation_config=generation_config,
-                stopping_criteria=[_left(running)],
+                stopping_criteria=ends,
                 **{"past_key_values": growing_cache(self._model)} | given,
             )
 

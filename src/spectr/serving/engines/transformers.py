@@ -27,6 +27,7 @@ TESTED = ((5, 23), (5, 24))  # at least, and below
 _NAME = "spectr"  # name of the composed model in transformers' code
 _UNSERVED = ("logprobs", "top_logprobs", "generation_config", "best_of", "echo", "audio", "suffix")
 _UNSERVED += ("functions", "function_call", "tools", "tool_choice", "presence_penalty")
+_UNSERVED += ("reasoning_effort", "verbosity", "web_search_options")
 _ROLES = ("system", "user", "assistant", "tool", "developer")
 _TEMPLATE_OPTIONS = frozenset({"enable_thinking"})
 
@@ -80,7 +81,8 @@ class TransformersEngine:
 
     def admit(self, ticket: Ticket, body: Mapping[str, Any]) -> dict[str, Any]:
         """See :class:`Engine`."""
-        admitted = {key: value for key, value in body.items() if value not in (None, [])} | {"model": _NAME}
+        admitted: dict[str, Any] = {key: value for key, value in body.items() if value not in (None, [], {})}
+        admitted["model"] = _NAME
         _check(admitted, len(self.tokenizer))
         if "messages" in admitted and not self.tokenizer.chat_template:
             raise RefusalError(
@@ -91,8 +93,20 @@ class TransformersEngine:
             )
         if self.batching is not None:
             self.batching.check(admitted)
+        if admitted.get("stop") and not admitted.get("stream") and self._parses:
+            raise _unserved("stop", "no 'stop' in an answer that this model's response template parses; or a stream")
+        if "logit_bias" in admitted:  # transformers fails on whole numbers
+            admitted["logit_bias"] = {token: float(bias) for token, bias in admitted["logit_bias"].items()}
         self._running[ticket.id] = Running(ticket, admitted)
         return admitted
+
+    @property
+    def _parses(self) -> bool:
+        """Whether transformers parses complete answers from their tokens, which it does not let us shorten."""
+        from transformers.cli.serving.utils import get_response_template
+
+        model: Any = self.composed.model
+        return get_response_template(self.tokenizer, model) is not None
 
     def steps(self, ticket: Ticket, answer: dict[str, Any]) -> Mapping[int, Sequence[Step]]:
         """See :class:`Engine`."""
@@ -224,13 +238,14 @@ def _check(body: Mapping[str, Any], vocabulary: int) -> None:
         if body.get(key):
             raise _unserved(key)
     bias, options = body.get("logit_bias", {}), body.get("chat_template_kwargs", {})
-    tokens = all(key.isdigit() and int(key) < vocabulary for key in bias)
+    tokens = all(key.isascii() and key.isdigit() and int(key) < vocabulary for key in bias)
     known = isinstance(options, dict) and set(options) <= _TEMPLATE_OPTIONS
     for key, possible, expected in (
         ("n", body.get("n", 1) == 1, "1, one answer per request"),
         ("prompt", isinstance(body.get("prompt", ""), str), "one text"),
         ("logit_bias", not bias or "prompt" not in body, None),  # transformers applies it in chats only
         ("frequency_penalty", body.get("frequency_penalty", 0) > -1, "more than -1"),
+        ("modalities", body.get("modalities", ["text"]) == ["text"], '["text"]'),
         ("logit_bias", tokens, "the model's token ids as keys"),
         ("chat_template_kwargs", known, f"only {', '.join(sorted(_TEMPLATE_OPTIONS))}"),
         ("response_format", (body.get("response_format") or {}).get("type", "text") == "text", '{"type": "text"}'),
