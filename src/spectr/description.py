@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spectr.errors import DataError
-from spectr.library.descriptions import write_descriptions
+from spectr.library.descriptions import read_descriptions, write_descriptions
 from spectr.shipped import open_library
 from spectr.tasks.rows import Source, read_expert_rows
 
@@ -23,13 +23,11 @@ class DescriptionPlan:
 
     Attributes:
         library: Folder of the experts; the descriptions are written there.
-        known: Descriptions that exist already.
         rows: For each expert, the rows that the writer reads.
         text: The description of one expert, which then needs no writer.
     """
 
     library: Path
-    known: Mapping[str, str]
     rows: Mapping[str, Sequence[Example]]
     text: Mapping[str, str]
 
@@ -59,12 +57,12 @@ def read_description_plan(
             "--text describes exactly one expert",
             do="name one expert and omit the data: spectr library describe NAME --text ...",
         )
-    known = experts.descriptions
+    known = experts.descriptions  # reports a damaged file before the model is loaded
     if text is not None:
-        return DescriptionPlan(library=library, known=known, rows={}, text={names[0]: " ".join(text.split())})
+        return DescriptionPlan(library=library, rows={}, text={names[0]: " ".join(text.split())})
     chosen = names or [name for name in experts if name not in known]
     rows = {name: examples for name, (examples, _) in read_expert_rows(chosen, source, limit=limit).items()}
-    return DescriptionPlan(library=library, known=known, rows=rows, text={})
+    return DescriptionPlan(library=library, rows=rows, text={})
 
 
 def run_description_plan(
@@ -89,4 +87,4 @@ def run_description_plan(
         assert write is not None
         found[name] = describe(write, rows)
         progress("describing", done, len(plan.rows), name)
-    return write_descriptions(plan.library, {**plan.known, **found}), found
+    return write_descriptions(plan.library, {**read_descriptions(plan.library), **found}), found

@@ -4,7 +4,9 @@ import errno
 import os
 import shutil
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -12,6 +14,7 @@ from adapters_on_disk import assert_says, tree, write_adapter
 from library_on_disk import CONFIG, WEIGHTS, assert_sound, names
 from spectr.errors import AdapterError, LibraryError
 from spectr.library import LibraryStore
+from spectr.library.descriptions import read_descriptions, write_descriptions
 
 pytestmark = pytest.mark.usefixtures("no_sync")
 
@@ -174,3 +177,28 @@ def test_what_killed_writers_left_is_swept_up(library, adapter):
     library.add("med", adapter)
     assert_sound(library, "law", "med", "sql")
     assert not list(library.root.glob(".pending-*"))
+
+
+def test_a_file_beside_the_experts_is_written_while_another_process_adds_one(library, adapter, monkeypatch):
+    """Writers delete scratch files that they find, which a killed process left; this one's process lives."""
+    import spectr.library.descriptions as written
+
+    real, other = written.replacing, Thread(target=lambda: library_of(library).add("med", adapter))
+
+    @contextmanager
+    def meanwhile(target):
+        with real(target) as scratch:
+            other.start()
+            other.join(timeout=0.5)
+            yield scratch
+
+    monkeypatch.setattr(written, "replacing", meanwhile)
+    write_descriptions(library.root, {"law": "about laws"})
+    other.join()
+    assert read_descriptions(library.root) == {"law": "about laws"}
+    assert_sound(library_of(library), "law", "med", "sql")
+
+
+def library_of(library):
+    """The same folder, as another process opens it."""
+    return LibraryStore(library.root)

@@ -23,6 +23,7 @@ from spectr.atomic_write import replacing, save_readable
 from spectr.errors import LibraryError
 from spectr.grouping import grouped
 from spectr.library.calibration import opened
+from spectr.library.lock import beside_experts
 from spectr.spectral import Codes, Prototypes, Rotation
 
 INDEX_FOLDER = "index"
@@ -90,7 +91,8 @@ class IndexEntry:
             tensors[part] = torch.cat(values) if values else torch.zeros(0, dtype=torch.float32)
         facts = {"sha256": self.sha256, "calibration": self.calibration, "modules": self.modules, "aligned": aligned}
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path, scratch_in=path.parent.parent) as scratch:  # where the library deletes leftovers
+        root = path.parent.parent  # where the library deletes leftovers
+        with beside_experts(root), replacing(path, scratch_in=root) as scratch:
             save_readable(tensors, scratch, {"format": _FORMAT, "facts": json.dumps(facts)})
 
     @staticmethod

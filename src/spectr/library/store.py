@@ -21,7 +21,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from jaxtyping import Float
 from torch import Tensor
 
@@ -40,6 +39,7 @@ from spectr.atomic_write import INCOMING, SCRATCH, sync_file, sync_folder
 from spectr.errors import AdapterError, LibraryError, SpectrError, did_you_mean
 from spectr.hashing import file_sha256
 from spectr.library.index import INDEX_FOLDER
+from spectr.library.lock import locked
 from spectr.library.manifest import (
     DIGITS,
     MANIFEST_FILE,
@@ -60,7 +60,6 @@ from spectr.library.manifest import (
 
 _PENDING = ".pending-"
 _FOLDER = re.compile(rf"(?P<name>{NAME.pattern})-(?P<digits>[0-9a-f]{{{DIGITS}}})")
-_PATIENCE = 60  # seconds that a writer waits for another one
 
 
 class LibraryStore:
@@ -267,17 +266,12 @@ class LibraryStore:
         """Hold the library's lock; report errors of the file system as ours."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.root / ".lock", timeout=_PATIENCE):
+            with locked(self.root):
                 self.__dict__.pop("entries", None)
                 if not (self.root / MANIFEST_FILE).is_file():
                     self._begin()
                 self._sweep()
                 yield
-        except Timeout as error:
-            raise LibraryError(
-                f"{self.root} is locked by another writer for {_PATIENCE} s; nothing was changed",
-                do="try again after the other command ends",
-            ) from error
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             raise LibraryError(
