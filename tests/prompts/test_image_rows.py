@@ -140,17 +140,37 @@ def test_a_trace_of_tokens_decisions_needs_no_rows_of_images(made):
         close(base(inputs_embeds=embeds, pixel_values=batch["pixel_values"]).logits, ours)
 
 
-def test_rows_of_a_model_that_reads_no_text_without_images(tmp_path):
-    """Where tokens are cannot be learned from a few tokens: BLIP's forward needs images."""
+def blip():
+    """Its forward needs images, so that where tokens are cannot be learned from a text alone."""
     from transformers import BlipConfig, BlipForConditionalGeneration
 
     text = {**TEXT, **TOKENS, "encoder_hidden_size": 32, "initializer_range": 0.25}
     vision = {**VISION, "initializer_range": 0.25}
-    model = build(BlipForConditionalGeneration, BlipConfig(text_config=text, vision_config=vision))
-    targets = {"target_modules": ["query", "value", "qkv"]}
-    folders = {name: moved_adapter(model, tmp_path / name, seed, **targets) for seed, name in enumerate("ab")}
-    pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    inputs = {"input_ids": text_of((1, 1)), "pixel_values": pixels}
+    return build(BlipForConditionalGeneration, BlipConfig(text_config=text, vision_config=vision)), {}
+
+
+def mistral3():
+    """It merges the patches of each image by itself, with ``unfold``."""
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+    vision = {**VISION, "image_size": 16, "model_type": "pixtral", "head_dim": 8}
+    text = {**LLAMA, "model_type": "mistral", "head_dim": 8}
+    config = Mistral3Config(text_config=text, vision_config=vision, image_token_index=IMAGE, spatial_merge_size=2)
+    return build(Mistral3ForConditionalGeneration, config), {"image_sizes": torch.tensor([[16, 16], [16, 16]])}
+
+
+@pytest.mark.parametrize(("made", "targets"), [(blip, ["query", "value", "qkv"]), (mistral3, "all-linear")])
+def test_each_row_has_one_image_and_an_expert(made, targets, tmp_path):
+    model, more = made()
+    side = model.config.vision_config.image_size
+    pixels = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": text_of((1, 1)), "pixel_values": pixels, **more}
+    folders = {name: moved_adapter(model, tmp_path / name, i, target_modules=targets) for i, name in enumerate("ab")}
+    rows_agree(model, folders, inputs)
+
+
+def rows_agree(model, folders, inputs):
+    """Of a batch of two rows, one with each expert, what PEFT's model with that expert computes for the row alone."""
     with torch.no_grad():
         alone = [
             peft_model(model, folder)(**{k: v[[row]] for k, v in inputs.items()}).logits
@@ -158,7 +178,20 @@ def test_rows_of_a_model_that_reads_no_text_without_images(tmp_path):
         ]
         routed = compose(model, ExpertLibrary.from_adapters(folders), ROWS)
         with routed.prompt.using(torch.eye(2)):
-            close(model(**inputs).logits, torch.cat(alone))
+            close(model(**inputs).logits, torch.cat(alone), 1e-4)
+
+
+def test_convolutions_of_sounds_that_halve_their_channels(tmp_path):
+    from transformers import Speech2TextConfig, Speech2TextForConditionalGeneration
+
+    sizes = {"d_model": 32, "vocab_size": 61, "max_source_positions": 20, "init_std": 0.25, **TOKENS}
+    for part in ("encoder", "decoder"):
+        sizes |= {f"{part}_layers": 1, f"{part}_attention_heads": 4, f"{part}_ffn_dim": 48}
+    config = Speech2TextConfig(**sizes, decoder_start_token_id=1, input_feat_per_channel=8, conv_channels=16)
+    model = build(Speech2TextForConditionalGeneration, config)
+    folders = {name: moved_adapter(model, tmp_path / name, seed) for seed, name in enumerate("ab")}
+    sounds = torch.randn(2, 40, 8, generator=torch.Generator().manual_seed(0))
+    rows_agree(model, folders, {"input_features": sounds, "decoder_input_ids": torch.tensor([[1, 5, 6], [1, 7, 8]])})
 
 
 def test_rows_of_sounds_have_experts_of_their_own(tmp_path):

@@ -91,12 +91,19 @@ def _embedding(tracker: TokenTracker, func: Any, args: Any, kwargs: Any, outs: A
 
 
 def _first_axis(tracker: TokenTracker, func: Any, args: Any, kwargs: Any, outs: Any) -> Any:
-    """Of convolutions and pooling: rows alone."""
+    """Of convolutions, pooling and patches: rows alone."""
     marks = tracker.known(args[0])
-    if marks is None or args[0].ndim != outs[0].ndim:
+    if marks is None or len(args[0]) != len(outs[0]):
         return None
     at = tracker.alike_along(tracker.rows_of(marks.at), range(1, marks.at.ndim))
-    return None if at is None else [Marks(at, marks.by_data)]
+    return None if at is None else [Marks(at.view(-1, *(1 for _ in outs[0].shape[1:])), marks.by_data)]
+
+
+def _halved(tracker: TokenTracker, func: Any, args: Any, kwargs: Any, outs: Any) -> Any:
+    """Of ``glu``, which multiplies the halves of an axis."""
+    marks, axis = tracker.known(args[0]), args[1] if len(args) > 1 else kwargs.get("dim", -1)
+    at = None if marks is None else tracker.alike_along(marks.at, [axis % outs[0].ndim])
+    return None if marks is None or at is None else [Marks(at, marks.by_data)]
 
 
 def _reduced(tracker: TokenTracker, func: Any, args: Any, kwargs: Any, outs: Any) -> Any:
@@ -274,7 +281,8 @@ RULES = _by_name(
         "_scaled_dot_product_cudnn_attention _scaled_dot_product_attention_math": _attention,
         "convolution conv1d conv2d conv3d max_pool2d_with_indices avg_pool1d avg_pool2d max_pool1d": _first_axis,
         "max_pool2d _adaptive_avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d native_batch_norm": _first_axis,
-        "batch_norm upsample_bilinear2d upsample_bicubic2d upsample_nearest2d": _first_axis,
+        "batch_norm upsample_bilinear2d upsample_bicubic2d upsample_nearest2d im2col": _first_axis,
+        "glu": _halved,
         "sum mean amax amin var std logsumexp linalg_vector_norm norm max min prod": _reduced,
         "masked_scatter": _scattered,
         "copy": _copied,
