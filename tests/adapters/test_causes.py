@@ -30,7 +30,7 @@ FOLDERS = {
 
 @pytest.mark.parametrize(("files", "given", "do"), FOLDERS.values(), ids=FOLDERS.keys())
 @pytest.mark.parametrize("place", ["here", "on the Hub"])
-def test_the_cause_is_told_by_the_files(tmp_path, monkeypatch, files, given, do, place):
+def test_the_cause_is_reported_by_the_files(tmp_path, monkeypatch, files, given, do, place):
     for file in files if place == "here" else ():
         path = tmp_path / file
         path.parent.mkdir(exist_ok=True)
@@ -42,7 +42,7 @@ def test_the_cause_is_told_by_the_files(tmp_path, monkeypatch, files, given, do,
     assert_says(caught.value, given=("expert 'sql'", given), expected="adapter_model.safetensors", do=do)
 
 
-def test_the_cause_is_told_by_the_configuration(tmp_path):
+def test_the_cause_is_reported_by_the_configuration(tmp_path):
     folder = write_adapter(tmp_path)
     (folder / "adapter_config.json").write_text(json.dumps({"fine_tune_type": "lora", "lora_parameters": {"rank": 2}}))
     with pytest.raises(AdapterError) as caught:

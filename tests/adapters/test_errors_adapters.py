@@ -122,7 +122,7 @@ def test_pickled_weights_are_never_loaded(tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
-def test_a_pickle_beside_safetensors_is_ignored(adapter):
+def test_a_pickle_next_to_safetensors_is_ignored(adapter):
     (adapter / "adapter_model.bin").write_bytes(b"not even a pickle")
     assert len(read_adapter(adapter, "sql").shapes) == 2
 

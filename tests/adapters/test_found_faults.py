@@ -95,7 +95,7 @@ def test_a_name_with_a_line_break(library, adapter):
 
 
 # a manifest of a newer format with a new field says 'Extra inputs are not permitted', not its version
-def test_a_newer_manifest_says_so(tmp_path):
+def test_a_newer_manifest_reports_it(tmp_path):
     (tmp_path / "manifest.json").write_text('{"format": 3, "experts": [], "colour": 1}')
     with pytest.raises(LibraryError, match="format 3 is not 2"):
         ExpertLibrary.open(tmp_path)

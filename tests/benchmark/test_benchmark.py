@@ -75,7 +75,7 @@ def test_fewer_experts_than_are_real_are_refused(library, tmp_path):
         write_lookalikes(library, tmp_path, 1)
 
 
-def test_a_twin_shares_weights_and_nothing_else():
+def test_a_weight_sharing_copy_shares_only_weights():
     model = tiny_llama()
     other = weight_sharing_copy(model)
     pairs = list(zip(model.parameters(), other.parameters(), strict=True))

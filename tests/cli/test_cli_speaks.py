@@ -68,7 +68,7 @@ def test_one_decision_for_a_whole_prompt_is_said(spectr, given, world, tmp_path)
 # Libraries
 
 
-def test_weights_that_changed_after_they_were_added_are_told_wherever_they_count(spectr, world, tmp_path):
+def test_weights_that_changed_after_they_were_added_are_reported_wherever_they_count(spectr, world, tmp_path):
     library = tmp_path / "library"
     shown = ("-l", library, "--model", world / "model", "--dtype", "float32")
     for name in ("amber", "blue"):
@@ -213,7 +213,7 @@ def test_training_says_when_it_is_measured_on_its_own_rows_and_refuses_a_wrong_t
     assert "base model on the test data" not in notes
 
 
-def test_adding_an_expert_tells_of_twins_and_of_another_base_model(spectr, tmp_path):
+def test_adding_an_expert_reports_copies_and_another_base_model(spectr, tmp_path):
     library, one = tmp_path / "library", write_adapter(tmp_path / "one", base_model_name_or_path="org/base")
     other = write_adapter(tmp_path / "two", seed=1, base_model_name_or_path="org/other")
     assert "the same files" not in spectr("library", "add", "law", one, "-l", library)[2]
@@ -245,7 +245,7 @@ def test_a_card_of_blanks_is_not_shown(spectr, tmp_path):
     assert "its card is PEFT's template" in notes
 
 
-def test_a_path_in_a_note_is_told_as_it_is(spectr, tmp_path):
+def test_a_path_in_a_note_is_printed_unchanged(spectr, tmp_path):
     library = tmp_path / "my [exp] library, with a name that is longer than any line of a terminal has columns left"
     notes = spectr("library", "add", "law", write_adapter(tmp_path / "one"), "-l", library)[2]
     assert f"spectr library calibrate --library '{library}'" in notes

@@ -93,7 +93,7 @@ def test_the_command_writes_what_it_says(spectr, given, tmp_path):
         ("made", ("--access", "ajar"), "expected: 'open' or 'closed'"),
     ],
 )
-def test_what_cannot_be_saved_is_told_before_a_model_is_loaded(
+def test_what_cannot_be_saved_is_reported_before_a_model_is_loaded(
     spectr, given, tmp_path, monkeypatch, place, words, told
 ):
     def load(*_):
@@ -210,7 +210,7 @@ def test_settings_of_a_router_are_written_where_they_differ():
         ({"library": "x", "router": {"name": "spektr"}}, "unknown router 'spektr'", None),
     ],
 )
-def test_a_wrong_config_is_told(config, given, expected):
+def test_a_wrong_config_is_reported(config, given, expected):
     with pytest.raises(CompositionError) as error:
         Settings.of({"quant_method": "spectr", **config})
     assert given in error.value.given

@@ -15,7 +15,7 @@ from spectr import ExpertLibrary
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Adapters of one rank, one folder each, and an unrelated one beside them."""
+    """Adapters of one rank, one folder each, and an unrelated one next to them."""
     root = tmp_path_factory.mktemp("adapters")
     peft_library(tiny_llama(), root / "equal", RANKS)
     peft_library(tiny_llama(), root / "unequal", UNEQUAL)

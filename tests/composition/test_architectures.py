@@ -58,7 +58,7 @@ def routed(name, libraries, router=None, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_in_half_precision_the_oracle_is_as_exact_as_pefts_model(name, libraries, dtype):
-    """Both err, against the model in float32; ours by no more than twice what PEFT's does."""
+    """Both err, against the model in float32; ours by at most twice as much as PEFT's."""
     family, folder = FAMILIES[name], libraries(name)["bees"].origin
     truth = forward(peft_model(family.build(), folder), family.kind)
     theirs = forward(peft_model(family.build().to(DTYPES[dtype]), folder), family.kind)

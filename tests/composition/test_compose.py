@@ -287,7 +287,7 @@ def test_the_default_router_is_the_papers_score_of_four(library, model):
     assert compose(model, library).router == Spectr(score="spectral", top_k=4, weights="uniform", combine="outputs")
 
 
-def test_progress_is_told_layer_by_layer(library, model):
+def test_progress_is_reported_layer_by_layer(library, model):
     told = []
     routed = compose(model, library, progress=lambda done, total: told.append((done, total)))
     count = len(routed.layers)

@@ -72,7 +72,7 @@ def test_a_compiled_model_is_composed_and_traced_as_the_model_itself(library):
     assert record.shares().keys() == {"ants", "bees"}
 
 
-def test_a_trace_of_nothing_says_so(library):
+def test_a_trace_of_nothing_reports_it(library):
     model = tiny_llama()
     compose(model, library, Spectr(top_k=1))
     with trace(model) as record:

@@ -130,7 +130,7 @@ def ask(world, experiment, tasks=("amber", "blue"), **more):
     return read_plan(experiment, library, tasks=[str(root / f"{task}.yaml") for task in tasks], **{**given, **more})
 
 
-def test_all_leaves_out_what_lacks_its_needs_and_says_so(world):
+def test_all_leaves_out_what_lacks_its_needs_and_reports_it(world):
     asked = ask(world, "all", tasks=["amber"])
     assert set(ORDER) - set(asked.experiments) == {"wording", "mixed", "ranks", "heldout"}
     told = {remark.split(":")[0] for remark in asked.remarks}

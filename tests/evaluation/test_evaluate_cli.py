@@ -74,7 +74,7 @@ def test_letters_from_the_command_line(spectr, world, tmp_path):
     assert "lettered options have no paraphrases" in notes
 
 
-def test_training_with_letters_says_so_on_the_card(spectr, world, tmp_path):
+def test_training_with_letters_is_noted_on_the_card(spectr, world, tmp_path):
     pytest.importorskip("peft")
     words = ("train", "--task", world / "both.yaml", "--letters", "-o", tmp_path / "e", "--model", world / "model")
     assert spectr(*words)[0] == 0

@@ -91,7 +91,7 @@ def test_a_guided_router_brings_its_guide(world, monkeypatch):
     assert model.routed.guide.spent.prompts == len(EXAMPLES)
 
 
-def test_a_mistake_is_told_before_a_model_is_loaded(world):
+def test_a_mistake_is_reported_before_a_model_is_loaded(world):
     with pytest.raises(CompositionError, match="did you mean 'arrow'"):
         SpectrLM(base="/no/model", library=str(world / "experts"), router="arow")
 

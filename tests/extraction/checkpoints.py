@@ -60,7 +60,7 @@ def save_pair(root: Path, model: nn.Module, change: Change, **saving) -> tuple[P
 
 
 def take(base: Path, tuned: Path, out: Path, **settings) -> Report:
-    """Extract with float32 factors unless told otherwise."""
+    """Extract with float32 factors by default."""
     return extract(tuned, base, out, Extraction(**{"dtype": "float32", **settings}))
 
 

@@ -81,7 +81,7 @@ def test_what_is_left_out_is_said(spectr, tmp_path):
         (("--rank", 2, "--max-memory", 1e-6), "--max-memory"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_written(spectr, world, tmp_path, words, says):
+def test_mistakes_are_reported_before_anything_is_written(spectr, world, tmp_path, words, says):
     given = ("extract", world / "tuned", "--base", world / "base", "--out", tmp_path / "expert")
     code, _, message = spectr(*given, *words)
     assert code == 2

@@ -99,7 +99,7 @@ def test_energy_takes_the_fewest_ranks_that_hold_the_share(full, tmp_path, metho
     assert report.remarks == ()
 
 
-def test_a_cap_on_ranks_is_told(full, tmp_path):
+def test_a_cap_on_ranks_is_reported(full, tmp_path):
     base, tuned, _, _ = full
     report = take(base, tuned, tmp_path / "expert", energy=0.99, max_rank=2)
     assert {kept.rank for kept in report.modules} == {2}
@@ -171,7 +171,7 @@ def test_a_tied_head_is_left_out_once_and_by_its_embedding(tmp_path):
     assert report.left_share == pytest.approx(float(change.square().sum()) / rest, rel=1e-5)
 
 
-def test_what_lora_cannot_carry_is_told_by_name_and_kind(tmp_path):
+def test_what_lora_cannot_carry_is_reported_by_name_and_kind(tmp_path):
     model = tiny_llama(attention_bias=True)
     odd = ("model.embed_tokens.weight", "model.norm.weight", "model.layers.1.self_attn.q_proj.bias")
 
@@ -205,7 +205,7 @@ def test_an_unchanged_module_is_no_target(tmp_path):
     same_logits(base, model, tmp_path / "expert")
 
 
-def test_other_precisions_are_compared_in_float32_and_coarser_ones_are_told(known, tmp_path):
+def test_other_precisions_are_compared_in_float32_and_coarser_ones_are_reported(known, tmp_path):
     base, tuned, changes, _ = known
     half = tmp_path / "half"
     load(tuned).bfloat16().save_pretrained(half)

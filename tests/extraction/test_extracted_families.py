@@ -91,7 +91,7 @@ def test_the_fine_tuned_model_comes_back(tmp_path, family):
     assert (answer(make(family)) - wanted).abs().max() > 0.01 * wanted.abs().max()
 
 
-def test_changed_experts_of_a_mixture_are_told_by_parameter(tmp_path):
+def test_changed_experts_of_a_mixture_are_reported_by_parameter(tmp_path):
     """Norms do not depend on how the parameter's tensors are joined, so both forms give the same ones."""
     make("mixtral").save_pretrained(tmp_path / "base")
     tuned = tune(make("mixtral"))
@@ -108,7 +108,7 @@ def test_changed_experts_of_a_mixture_are_told_by_parameter(tmp_path):
         extract(tmp_path / "new", tmp_path / "base", tmp_path / "no", Extraction(rank=2, max_memory=50_000))
 
 
-def test_an_incomplete_mixture_is_told(tmp_path):
+def test_an_incomplete_mixture_is_reported(tmp_path):
     for name in ("base", "tuned"):
         make("mixtral").save_pretrained(tmp_path / name)
     lost = "model.layers.0.block_sparse_moe.experts.1.w1.weight"
@@ -153,7 +153,7 @@ def test_weights_that_no_layer_call_uses_need_one_expert_a_prompt(tmp_path):
         close(answer(composed(fresh, tmp_path / f"of {name}")), answer(tuned), 1e-4)
 
 
-def test_what_peft_does_not_load_is_told(tmp_path):
+def test_what_peft_does_not_load_is_reported(tmp_path):
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 61, "state_size": 4, **TOKENS}
     for name, change in (("base", ()), ("tuned", ("out_proj",))):
         model = build(transformers.MambaForCausalLM, transformers.MambaConfig(**sizes))

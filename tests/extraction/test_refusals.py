@@ -46,7 +46,7 @@ def test_a_model_that_was_only_rounded_is_the_same(refused, pair):
     assert "the same" in refused().given
 
 
-def test_other_sizes_and_missing_tensors_are_told_together(refused, pair):
+def test_other_sizes_and_missing_tensors_are_reported_together(refused, pair):
     def edit(tensors):
         tensors.pop("model.norm.weight")
         tensors["model.layers.0.mlp.up_proj.weight"] = torch.ones(40, 32)
@@ -191,7 +191,7 @@ def test_weights_that_are_missing_or_pickled(refused, pair):
     assert_says(error, given=("pickle file (pytorch_model.bin)",), expected="safetensors", do="if you trust it")
 
 
-def test_missing_and_damaged_shards_are_told_together(refused, pair):
+def test_missing_and_damaged_shards_are_reported_together(refused, pair):
     (pair[1] / "b.safetensors").write_bytes(b"no")
     index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
     (pair[1] / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -59,7 +59,7 @@ GPT2 = {
 }
 
 
-def test_kinds_are_told_apart_by_their_parents_where_they_have_to_be():
+def test_kinds_are_distinguished_by_their_parents_where_they_have_to_be():
     found = places([*GPT2, "lm_head", "h.0.moe.experts.3.w1"])
     assert found["h.2.attn.c_attn"] == ("c_attn", 2)
     assert found["h.2.attn.c_proj"] == ("attn.c_proj", 2)

@@ -35,7 +35,7 @@ def tiny_qwen(**changes: Any) -> nn.Module:
 
 
 def moved_adapter(model: nn.Module, folder: Path, seed: int, **config: Any) -> Path:
-    """An adapter each trained parameter of which is away from where it began; the model stays as it is."""
+    """An adapter whose trained parameters all differ from their initial values; the model stays as it is."""
     from peft import LoraConfig, get_peft_model
 
     settings = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, **config}

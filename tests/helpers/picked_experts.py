@@ -1,4 +1,4 @@
-"""MoE experts that are modules of their own, each of which is given the tokens that a gate picks for it."""
+"""MoE experts that are modules of their own. Each gets the tokens that a gate picks for it."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def alone(library, router, names, ids):
 
 @torch.no_grad()
 def together(model, request_batch, requests):
-    """Logits of all requests as tokens of one row, which a mask keeps apart; a junction steers, too."""
+    """Logits of all requests as tokens of one row, which a mask keeps apart; a router batch decides for them too."""
     spans = [(decision, len(ids)) for decision, ids in requests]
     owner = torch.cat([torch.full((len(ids),), n) for n, (_, ids) in enumerate(requests)])
     place = torch.cat([torch.arange(len(ids)) for _, ids in requests])

@@ -179,7 +179,7 @@ class TestOpening:
             assert_sound(library, "law", "sql")
             assert len(folders(library.root)) == 2  # the old one went, though its entry could not say which it was
 
-    def test_a_lost_entry_is_told_and_can_be_given_back(self, library):
+    def test_a_lost_entry_is_reported_and_can_be_restored(self, library):
         folder = library.root / library.entry("sql").folder
         (library.root / "entries" / "sql.json").unlink()
         fault = LibraryStore(library.root).verify()["sql"]

@@ -106,7 +106,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_told_before_anything_is_written(spectr, world, tmp_path, monkeypatch, mistake):
+def test_a_mistake_is_reported_before_anything_is_written(spectr, world, tmp_path, monkeypatch, mistake):
     words, given, hint = MISTAKES[mistake]
     monkeypatch.chdir(tmp_path)
     full = tmp_path / "full"
@@ -122,7 +122,7 @@ def test_a_mistake_is_told_before_anything_is_written(spectr, world, tmp_path, m
     assert [path.name for path in full.iterdir()] == ["mine.txt"]
 
 
-def test_all_mistakes_are_told_at_once(spectr, world, tmp_path):
+def test_all_mistakes_are_reported_at_once(spectr, world, tmp_path):
     words = ("merge", "ambr", "dog", "-l", world / "adapters", "--method", "tie", "--weights", "1", "--rank", 0)
     code, _, notes = spectr(*words, "-o", world / "adapters")
     assert code == 2
@@ -131,7 +131,7 @@ def test_all_mistakes_are_told_at_once(spectr, world, tmp_path):
         assert phrase in notes
 
 
-def test_options_that_make_no_difference_are_told(spectr, world, tmp_path):
+def test_options_that_make_no_difference_are_reported(spectr, world, tmp_path):
     words = ("merge", "amber", "blue", "-l", world / "adapters", "--out", tmp_path / "out")
     code, _, notes = spectr(*words, "--model", "m", "--dtype", "bfloat16", "--strength", 0.5)
     assert code == 2

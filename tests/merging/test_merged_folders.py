@@ -272,7 +272,7 @@ def test_a_composed_model_is_refused(experts):
     merge_into(model, experts, Recipe(experts=NAMES))
 
 
-def test_unknown_experts_are_told_before_the_model_is_looked_at(experts):
+def test_unknown_experts_are_reported_before_the_model_is_looked_at(experts):
     assert "unknown expert 'dog'" in refuses(lambda: merge_into(tiny_llama(), experts, Recipe(experts=("dog",))))
 
 

@@ -163,9 +163,9 @@ def test_experts_alike_merge_to_what_they_are(method):
 
 def test_the_companions_do_not_change_what_dare_leaves_of_an_expert(experts):
     alone = merged(experts, experts=("blue",), method=Dare(), weights=(1.0,))
-    beside = merged(experts, method=Dare(), weights=(0.0, 1.0, 0.0))
+    with_others = merged(experts, method=Dare(), weights=(0.0, 1.0, 0.0))
     for module, delta in alone.items():
-        assert torch.equal(beside[module], delta)
+        assert torch.equal(with_others[module], delta)
 
 
 SUBTRACTED = {
@@ -340,7 +340,7 @@ def test_what_cannot_be_merged_is_refused_by_name(case):
     assert hint in str(caught.value)
 
 
-def test_all_faults_of_a_recipe_are_told_at_once():
+def test_all_faults_of_a_recipe_are_reported_at_once():
     with pytest.raises(MergeError, match="the experts cannot be merged: 4 problems") as caught:
         Recipe(experts=("a", "a"), method=Average(), weights=(1.0,), strength=math.nan)
     for phrase in ("more than once", "1 weight for 2", "strength=nan", "takes no weights"):

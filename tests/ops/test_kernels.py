@@ -189,7 +189,7 @@ def test_many_tokens_are_as_exact_as_float32(monkeypatch, held):
 
 
 @needs_a_compiler
-def test_torch_may_be_told_that_less_exact_products_will_do(monkeypatch):
+def test_torch_may_be_set_to_less_exact_products(monkeypatch):
     """torch.set_float32_matmul_precision: of "high" it says about 16 bits, where there is a fast way to it."""
     layer = layer_of(Spectr(top_k=5), 5, 8, torch.float32, 0, inputs=700)
     x = torch.randn(40, 700, generator=torch.Generator().manual_seed(3))

@@ -80,7 +80,7 @@ def test_with_centers_and_a_prior(rows):
 
 
 @needs_a_compiler
-def test_what_bfloat16_cannot_tell_apart_is_told_apart():
+def test_what_bfloat16_cannot_distinguish_is_distinguished():
     """The best expert, wherever it is, is larger than the others by less than its rounded factors show."""
     one = numbers(1, 4, INPUTS, seed=0)
     x = numbers(1, INPUTS, seed=1)

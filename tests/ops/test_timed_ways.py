@@ -106,7 +106,7 @@ def test_timing_ends_when_its_time_is_over():
 
 
 @pytest.mark.parametrize(("share", "loaded"), [(1.0, False), (0.95, False), (0.8, True), (0.4, True)])
-def test_who_waits_for_a_core_is_beside_others(share, loaded):
+def test_a_thread_that_waits_for_a_core_has_competition(share, loaded):
     hands = Hands(share)
     with LoadWatch(hands.clock) as watch:
         hands.pass_(2)
@@ -153,7 +153,7 @@ def test_two_processes_keep_the_shapes_of_both(tmp_path):
     assert not counts.shapes
 
 
-def test_times_beside_other_work_are_used_and_not_kept(tmp_path):
+def test_times_during_other_work_are_used_and_not_kept(tmp_path):
     busy, counts = timed_shapes(tmp_path, share=0.5)
     assert busy.of(SHAPE).origin == "by one thread, while other work ran, not kept"
     assert busy.of(SHAPE).seconds[0]["rows"] == 1.0

@@ -1,4 +1,4 @@
-"""PHATGOOSE: gates that are trained after the expert, kept beside it, and routed by."""
+"""PHATGOOSE: gates that are trained after the expert, stored next to it, and used for routing."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ def test_experts_without_gates_are_named_with_the_command(tmp_path):
         compose(model, ExpertLibrary.open(tmp_path / "plain"), Phatgoose(top_k=1))
 
 
-def test_damaged_gates_are_told(tmp_path):
+def test_damaged_gates_are_reported(tmp_path):
     library = library_with_gates(tmp_path, ("one", "two"))
     path = library["one"].weights.parent / GATES_FILE
     tensors = load_file(path)

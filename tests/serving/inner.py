@@ -21,7 +21,7 @@ async def _send(send, status, body, kind=b"application/json", more=()):
 
 
 class Inner:
-    """An application that says what it is told to say, and remembers what it was asked."""
+    """An application with fixed answers, which records its requests."""
 
     def __init__(self):
         self.status, self.body, self.kind, self.more = 200, json.dumps(WHOLE).encode(), b"application/json", ()

@@ -105,7 +105,7 @@ def served(library, router=None, policy=None, names=None, **options) -> Iterator
 
 
 class StandIn:
-    """An engine that answers with what it was told, and takes whatever ASGI application is given to it."""
+    """An engine with given answers and any ASGI application."""
 
     name, base_model, routers, layers = "stand-in", "tiny", ("calibrated", "spectr"), ("one", "two")
 

@@ -29,7 +29,7 @@ def base_answer(prompt):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("use", USES)
-def test_the_base_model_answers_and_the_answer_says_so(library, use, mode):
+def test_the_base_model_answers_and_the_answer_reports_it(library, use, mode):
     router = PromptPolicy(evidence=Foretold(), use=USES[use], router=Spectr(top_k=2), abstain=0.1)
     with (
         served(library, router, policy=POLICY, batching=MODES[mode]()) as (address, _),

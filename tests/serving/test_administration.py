@@ -23,7 +23,7 @@ def test_metrics_count_tokens_by_expert_and_are_for_administrators(ask, engine):
     error_of(ask("GET", "/metrics", ALL, POLICY), 403, "admin_required")
 
 
-def test_a_suspect_is_told_as_one_in_the_list(ask):
+def test_an_outlier_is_reported_in_the_list(ask):
     told = {model["id"]: model.get("outlier_score") for model in ask("GET", "/v1/models").json()["data"]}
     assert told == {"spectr": None, "spectr/ants": None, "spectr/bees": 9.3, "spectr/cats": None, "tiny": None}
 
@@ -59,7 +59,7 @@ def test_an_administrator_sees_what_can_be_removed_without_any_expert_of_its_own
 
 
 @pytest.mark.parametrize(("policy", "told"), [(POLICY, " with the key 'admin'"), (None, "")])
-def test_a_removal_is_told_to_who_runs_the_server(inner, engine, policy, told):
+def test_a_removal_is_printed_by_the_server(inner, engine, policy, told):
     said = []
     gateway = Gateway(inner, engine, policy=policy, say=said.append)
 

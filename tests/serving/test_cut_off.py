@@ -30,7 +30,7 @@ def test_who_does_not_read_is_left_without_a_traceback(library, capfd):
         async def end(server):
             unread.connect(bound.getsockname())
             unread.sendall(HEAD + REQUEST)
-            await asyncio.sleep(0.5)  # until nothing goes out any more
+            await asyncio.sleep(0.5)  # until nothing more is sent
             server.should_exit = True
             try:
                 await asyncio.sleep(60)

@@ -105,13 +105,15 @@ def test_an_expert_that_is_not_there_and_one_that_is_not_yours_are_the_same(ask,
         (BASE, {}, 404, "model_not_found", "model"),
     ],
 )
-def test_wrong_requests_are_told_what_is_wrong_and_go_nowhere(ask, inner, engine, key, asked, status, code, param):
+def test_wrong_requests_are_refused_with_the_reason_and_reach_no_engine(
+    ask, inner, engine, key, asked, status, code, param
+):
     error_of(chat(ask, key, POLICY, **asked), status, code, param)
     assert not inner.asked
     assert not engine.tickets
 
 
-def test_a_router_that_is_not_served_is_told_with_those_that_are(ask):
+def test_a_router_that_is_not_served_is_refused_with_those_that_are(ask):
     told = error_of(chat(ask, router="spektr"), 400, "router_not_served", "router")
     expected = "calibrated or spectr\n  to do: use 'spectr' if you mean that"
     assert told == f"router 'spektr' is not served\n  expected: {expected}"
@@ -170,7 +172,7 @@ def test_nothing_else_reaches_the_application(ask, inner, method, path, status, 
         ("/v1/responses", "/v1/models lists the models; /v1/chat/completions and /v1/completions answer"),
     ],
 )
-def test_who_asks_where_nothing_is_is_told_where_to_ask(ask, path, do):
+def test_an_unknown_path_is_refused_with_the_known_ones(ask, path, do):
     assert error_of(ask("POST", path, json={}), 404, "not_found") == f"{path} does not exist\n  to do: {do}"
 
 
@@ -184,7 +186,7 @@ def test_who_asks_where_nothing_is_is_told_where_to_ask(ask, path, do):
         ("PATCH", "/v1/experts/cats", "GET, DELETE, HEAD"),
     ],
 )
-def test_who_asks_in_the_wrong_way_is_told_the_right_ones(ask, method, path, allowed):
+def test_a_wrong_method_is_refused_with_the_right_ones(ask, method, path, allowed):
     answer = ask(method, path)
     assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
     if method != "HEAD":
@@ -228,7 +230,7 @@ def test_the_composed_model_cannot_have_the_base_models_name(inner, engine):
         Gateway(inner, engine, served_name="tiny")
 
 
-def test_the_page_is_served_without_a_key_and_nothing_beside_it(ask, tmp_path, monkeypatch):
+def test_only_the_page_is_served_without_a_key(ask, tmp_path, monkeypatch):
     (tmp_path / "page").mkdir()
     (tmp_path / "page" / "index.html").write_text("<title>page</title>")
     (tmp_path / "page" / "app.js").write_text("export {}")

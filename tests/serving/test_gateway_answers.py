@@ -42,7 +42,7 @@ def test_streams_are_edited_event_by_event_however_they_are_cut(ask, inner):
 
 
 @pytest.mark.parametrize("own", [False, True])  # whether the engine's usage comes in a chunk of its own
-def test_a_streams_usage_is_counted_always_and_told_to_who_asks(ask, inner, own):
+def test_a_streams_usage_is_always_counted_and_sent_on_request(ask, inner, own):
     part, usage = {"model": "inside", "choices": [{"index": 0, "delta": {"content": "yes"}}]}, WHOLE["usage"]
     chunks = [part, part, {**part, "choices": [], "usage": usage}] if own else [part, {**part, "usage": usage}]
     inner.kind = b"text/event-stream"

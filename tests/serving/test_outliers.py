@@ -47,7 +47,7 @@ def test_factors_that_depend_on_the_base_are_measured_on_it(tmp_path):
 
 
 @pytest.mark.parametrize("factor", [0.2, 1.0, 4.0])
-def test_experts_that_are_alike_or_small_are_not_suspected(root, factor):
+def test_similar_or_small_experts_are_no_outliers(root, factor):
     scale(root / "cats", factor)
     assert outliers_among(ExpertLibrary.open(root)[name] for name in ("ants", "bees", "cats", "dogs", "eels")) == {}
 
@@ -70,6 +70,6 @@ def test_the_score_is_the_modified_z_score():
     assert found == {"e": pytest.approx(0.6745 * 28 / 1)}
 
 
-def test_of_the_shipped_experts_none_is_suspected():
+def test_no_shipped_expert_is_an_outlier():
     library = ExpertLibrary.open(shipped_experts())
     assert outliers_among(library[name] for name in library) == {}

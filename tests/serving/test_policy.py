@@ -111,7 +111,7 @@ FIELDS = "known: admin, base, experts, key, key_sha256, name"
         ),
     ],
 )
-def test_what_is_no_policy_is_told_without_showing_a_key(tmp_path, text, found, expected):
+def test_what_is_no_policy_is_reported_without_showing_a_key(tmp_path, text, found, expected):
     path = tmp_path / "policy.yaml"
     path.write_text(text)
     with pytest.raises(DataError) as caught:
@@ -125,7 +125,7 @@ def test_what_is_no_policy_is_told_without_showing_a_key(tmp_path, text, found, 
     assert "sk-secret" not in str(caught.value)
 
 
-def test_all_that_is_wrong_is_told_in_the_files_order(tmp_path):
+def test_all_that_is_wrong_is_reported_in_the_files_order(tmp_path):
     path = tmp_path / "policy.json"
     path.write_text('{"keys": [{"experts": "all"}, {"name": "b", "key": "sk-secret-1", "base": "x"}], "more": 1}')
     with pytest.raises(DataError) as caught:
@@ -148,7 +148,7 @@ def test_all_that_is_wrong_is_told_in_the_files_order(tmp_path):
         ("policy.yaml", b"\xff\xfe", "policy.yaml is not UTF-8 text"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_told_with_its_line(tmp_path, name, text, told):
+def test_a_file_that_cannot_be_read_is_reported_with_its_line(tmp_path, name, text, told):
     (tmp_path / name).write_bytes(text)
     with pytest.raises(DataError, match=told):
         read_policy(tmp_path / name)
@@ -159,7 +159,7 @@ def test_a_file_that_is_not_there(tmp_path):
         read_policy(tmp_path / "none.yaml")
 
 
-def test_experts_that_are_not_there_are_all_told(policy):
+def test_experts_that_are_not_there_are_all_reported(policy):
     policy.check(EXPERTS)
     with pytest.raises(DataError, match="2 problems") as caught:
         policy.check(("sst2", "agnew"))

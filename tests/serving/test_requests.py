@@ -1,4 +1,4 @@
-"""What a client is told of a request that is wrong."""
+"""The errors that a client gets for wrong requests."""
 
 import json
 
@@ -64,7 +64,7 @@ def refused(kind, body):
         ({"stream": "x" * 100}, "'stream' is \"" + "x" * 59 + " ...", "true or false"),
     ],
 )
-def test_one_fault_is_told_with_its_place_what_was_found_and_what_to_write(asked, found, expected):
+def test_one_fault_is_reported_with_its_place_what_was_found_and_what_to_write(asked, found, expected):
     error = refused(ChatRequest, {"model": "spectr", "messages": [TURN], **asked})
     assert str(error) == f"{found}; expected: {expected}"
     assert error.param == next(iter(asked))
@@ -78,7 +78,7 @@ def test_prompts_of_completions(asked, found):
     assert str(refused(CompletionRequest, {"model": "spectr", **asked})) == f"{found}; expected: {PROMPT}"
 
 
-def test_several_faults_are_all_told():
+def test_several_faults_are_all_reported():
     error = refused(ChatRequest, {"messages": [TURN], "temperature": "hot", "top_p": 2})
     assert str(error).splitlines() == [
         "'model' is missing; expected: a name that GET /v1/models lists",
@@ -99,14 +99,14 @@ def test_several_faults_are_all_told():
         ("mesages", "messages"),
     ],
 )
-def test_a_slip_in_a_field_is_told_and_does_not_widen_the_set_in_silence(name, meant):
+def test_a_misspelt_field_is_reported_and_never_widens_the_set(name, meant):
     error = refused(ChatRequest, {"model": "spectr", "messages": [TURN], name: "x"})
     assert f"'{name}' is not a field" in str(error)
     assert f"use '{meant}' if you mean that, or remove the field" in str(error)
     assert error.param == name
 
 
-def test_several_slips_are_all_told_and_a_field_that_the_engine_knows_is_none():
+def test_all_misspelt_fields_are_reported_and_known_ones_are_not():
     body = json.dumps({"model": "spectr", "messages": [TURN], "topp": 3, "tmperature": 1, "extra_body": {}})
     with pytest.raises(RefusalError) as caught:
         parse(ChatRequest, body.encode(), frozenset({"topp"}))
@@ -142,7 +142,7 @@ def test_a_turn_of_the_assistant_may_be_a_call_alone_and_no_stop_is_none():
 
 
 @pytest.mark.parametrize("text", [rb"\ud800", rb"a \uDFFF", b"\xed\xa0\x80"])
-def test_half_a_character_is_told(text):
+def test_half_a_character_is_reported(text):
     with pytest.raises(RefusalError) as caught:
         parse(CompletionRequest, b'{"model": "spectr", "prompt": "' + text + b'"}')
     half = "\\udfff" if b"F" in text else "\\ud800"
@@ -166,7 +166,7 @@ def test_other_fields_are_the_engines_matter(name):
         (b"[1]", "[1], not an object"),
     ],
 )
-def test_what_is_no_json_object_is_told_where(body, found):
+def test_what_is_no_json_object_is_reported_where(body, found):
     with pytest.raises(RefusalError) as caught:
         parse(ChatRequest, body)
     expected = 'a JSON object, such as {"model": "spectr", ...}'

@@ -44,7 +44,7 @@ def unloaded(monkeypatch):
     monkeypatch.setattr("spectr.cli.options.open_model", load)
 
 
-def test_several_routers_are_told_listed_and_answer(start):
+def test_several_routers_are_printed_listed_and_answer(start):
     address, said, _ = start(
         "--router", "spectr", "--router", "arrow", "-r", "uniform", "--batch", "--cache-tokens", 512
     )
@@ -83,7 +83,7 @@ def test_several_routers_are_told_listed_and_answer(start):
         (("-r", "uniform", "-r", "arrow", "--set", "spectr.top_k=2"), "the router spectr is not used here"),
     ],
 )
-def test_what_cannot_be_served_is_told_before_a_model_is_loaded(spectr, given, words, told, monkeypatch, unloaded):
+def test_what_cannot_be_served_is_reported_before_a_model_is_loaded(spectr, given, words, told, monkeypatch, unloaded):
     monkeypatch.setitem(sys.modules, "vllm", None)
     code, _, err = spectr("serve", *given, *words, "--port", "0")
     assert code == 2
@@ -98,7 +98,7 @@ def test_a_router_that_holds_one_expert_alone_is_refused_next_to_others(spectr, 
     assert "a request chooses a single expert with the model ours/EXPERT" in err
 
 
-def test_a_router_that_holds_one_expert_alone_is_told_which_there_are(spectr, given, unloaded):
+def test_a_router_of_one_expert_reports_which_there_are(spectr, given, unloaded):
     code, _, err = spectr("serve", *given, "-r", "oracle", "--port", "0")
     assert code == 2
     assert "router 'oracle' needs the setting expert" in err
@@ -122,7 +122,7 @@ def test_vllm_is_given_routers_that_it_can_run(spectr, given, monkeypatch):
     assert "expected: one that decides for each token" in err
 
 
-def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(spectr, given, unloaded):
+def test_a_port_that_is_taken_is_reported_before_a_model_is_loaded(spectr, given, unloaded):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -141,7 +141,7 @@ def test_a_port_of_a_server_that_still_loads_is_taken(spectr, given, world, unlo
 
 
 @pytest.mark.parametrize("lacks", ["fastapi", "uvicorn", "prometheus_client"])
-def test_a_missing_extra_is_told_before_a_model_is_loaded(spectr, given, lacks, monkeypatch, unloaded):
+def test_a_missing_extra_is_reported_before_a_model_is_loaded(spectr, given, lacks, monkeypatch, unloaded):
     monkeypatch.setattr("spectr.serving.engines.transformers.find_spec", lambda name: name != lacks)
     if lacks == "prometheus_client":
         monkeypatch.setitem(sys.modules, "spectr.serving.run", None)  # as if it could not be imported

@@ -65,7 +65,7 @@ def rest(process):
 
 
 def told_why(streamed, wholes):
-    """Everybody who waited was told why there is no answer."""
+    """All waiting clients got the reason why there is no answer."""
     *_, last, done, end = streamed.result().split("\n\n")
     assert (done, end) == ("data: [DONE]", "")
     errors = [json.loads(last.removeprefix("data: "))["error"]]
@@ -78,7 +78,7 @@ def told_why(streamed, wholes):
         assert (error["code"], error["type"], error["param"]) == ("server_stopping", "server_error", None)
 
 
-def test_what_is_not_done_when_the_grace_is_over_is_told_so_and_who_comes_meanwhile_is_turned_away(running):
+def test_requests_get_an_error_after_the_grace_period_and_new_ones_at_once(running):
     address, process, streamed, wholes = running
     # Clients take longer to make than the grace lasts on a busy machine.
     with OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client, httpx.Client() as plain:

@@ -284,7 +284,7 @@ def test_removal_waits_for_the_requests_that_were_granted_the_expert(library, mo
         assert engine.experts == engine.composed.experts == ("ants", "bees")
 
 
-def test_a_request_that_does_not_fit_in_the_cache_beside_the_others_starts_again(library):
+def test_a_request_that_does_not_fit_in_the_cache_next_to_the_others_starts_again(library):
     tight = Batching(cache_tokens=80, batch_tokens=16, requests=8, page=8)
     requests = [
         (prompt, {"experts": list(names), "max_tokens": 30}) for prompt, names in zip(PROMPTS, SETS, strict=False)
@@ -331,7 +331,7 @@ def test_a_call_that_fails_is_one_requests_own_matter_and_tells_no_secret(librar
         assert ask(client, PROMPTS[1]).choices[0].message.content == expected
 
 
-def test_a_worker_that_dies_is_told_by_health_and_by_every_answer(library, monkeypatch):
+def test_a_dead_worker_is_reported_by_health_and_by_every_answer(library, monkeypatch):
     with served(library, batching=MODES["batched"]()) as (address, engine), open_to(address) as client:
         fail_once(engine, monkeypatch)
         with pytest.raises(openai.InternalServerError):

@@ -44,7 +44,7 @@ def refused(engine, body):
         ),
     ],
 )
-def test_a_turn_that_cannot_be_served_is_told_with_its_place_and_what_stands_there(engine, turn, told):
+def test_a_turn_that_cannot_be_served_is_reported_with_its_place_and_content(engine, turn, told):
     error = refused(engine, {"messages": [TURN, turn]})
     lines = str(error).splitlines()
     assert [line.strip().startswith(words) for line, words in zip(lines, told, strict=True)] == [True] * len(told)

@@ -76,7 +76,7 @@ def test_each_endpoint_is_counted_under_its_own_name(gateway, method, path, endp
     assert f'spectr_requests_total{{endpoint="{endpoint}",status="{status}"}} 1.0' in gateway.metrics.text().decode()
 
 
-def test_a_body_that_is_too_long_is_told_what_to_do(gateway):
+def test_a_body_that_is_too_long_is_refused_with_the_remedy(gateway):
     error = ask(gateway, "POST", "/v1/completions", content=b" " * 101).json()["error"]
     assert error["message"].splitlines() == [
         "the body has 101 bytes",
@@ -97,7 +97,7 @@ def test_a_body_that_is_too_long_is_told_what_to_do(gateway):
         (CATS, "gpt", "/v1/models lists what this key may use"),
     ],
 )
-def test_who_may_not_use_a_model_is_told_why_and_what_to_do(key, model, told):
+def test_a_forbidden_model_is_refused_with_reason_and_remedy(key, model, told):
     answer = ask(
         Gateway(healthy, StandIn(), policy=POLICY), "POST", "/v1/chat/completions", key, json={**CHAT, "model": model}
     )
@@ -105,7 +105,7 @@ def test_who_may_not_use_a_model_is_told_why_and_what_to_do(key, model, told):
     assert f"to do: {told}" in answer.json()["error"]["message"]
 
 
-def test_who_is_no_administrator_is_told_what_one_is():
+def test_a_key_that_is_no_administrators_is_refused_with_the_reason():
     gateway = Gateway(healthy, StandIn(), policy=POLICY)
     error = ask(gateway, "DELETE", "/v1/experts/cats", ALL).json()["error"]
     assert "'admin: true' in the policy" in error["message"]
@@ -113,7 +113,7 @@ def test_who_is_no_administrator_is_told_what_one_is():
     assert "use 'cats' if you mean that" in error["message"]
 
 
-def test_a_broken_suspect_keeps_the_list_json(gateway):
+def test_an_expert_with_nan_keeps_the_list_json(gateway):
     gateway.engine.outlier_scores = {"bees": float("inf")}
     text = ask(gateway, "GET", "/v1/models/spectr/bees").text
     assert json.loads(text, parse_constant=pytest.fail)["outlier_score"] == "not finite"

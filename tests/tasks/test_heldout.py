@@ -63,7 +63,7 @@ def test_differences_are_paired():
 
 
 @pytest.mark.parametrize("name", ["routing", "multitask", "wording", "costs"])
-def test_the_family_takes_part_and_the_rest_is_told(library, tmp_path, name):
+def test_the_family_takes_part_and_the_rest_is_reported(library, tmp_path, name):
     reworded = {task: [EXAMPLES] for task in ("grass", "sky")}
     result = EXPERIMENTS.load(name)(bench_of(library, tmp_path, reworded=reworded))
     labels = [row[0] for row in result.rows]

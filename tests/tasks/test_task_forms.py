@@ -60,7 +60,7 @@ class TestMetric:
             Task.of(**fields, metric=metric)
         assert_says(caught.value, given=("this task: ", message), expected=None, do="see the shipped tasks")
 
-    def test_all_that_is_wrong_is_told_at_once(self):
+    def test_all_that_is_wrong_is_reported_at_once(self):
         with pytest.raises(DataError) as caught:
             Task.of(version=1, prompt="{", choices=["a", "a"], metric="bleu", letters="none", max_new_tokens=0, hub={})
         for message in (
@@ -238,7 +238,7 @@ class TestAllProblemsOfAFile:
         path.write_text('{"text": "a", "label": 1}\nnonsense\n')
         assert len(read_examples(Task.of(**CHOICE), str(path), limit=1)) == 1
 
-    def test_one_problem_is_told_by_itself(self, tmp_path):
+    def test_one_problem_is_reported_by_itself(self, tmp_path):
         path = tmp_path / "rows.jsonl"
         path.write_text('{"text": "a", "label": 5}\n')
         with pytest.raises(DataError) as caught:

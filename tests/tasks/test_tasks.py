@@ -141,7 +141,7 @@ class TestLoad:
             ({"choices": ["yes", " "]}, "'choices' holds an empty answer"),
         ],
     )
-    def test_answers_that_cannot_be_told_apart(self, tmp_path, change, reason):
+    def test_answers_that_cannot_be_distinguished(self, tmp_path, change, reason):
         with pytest.raises(DataError) as caught:
             Task.load(write(tmp_path / "t.yaml", {**CHOICE, **change}))
         assert_says(caught.value, given=("task file", reason), expected=None, do="see the shipped tasks for examples")

@@ -223,7 +223,7 @@ def test_examples_end_where_the_models_context_ends(tmp_path):
     assert (report.shortened_prompts, report.shortened_answers, report.steps) == (2, 1, 2)
 
 
-def test_a_run_that_diverges_is_told_and_writes_no_expert(tmp_path):
+def test_a_run_that_diverges_is_reported_and_writes_no_expert(tmp_path):
     with pytest.raises(DataError, match=r"the training diverged: in step \d+ the loss is"):
         train(tmp_path / "e", replace(SETTINGS, learning_rate=1e30))
     assert not (tmp_path / "e" / "adapter_config.json").exists()
@@ -312,7 +312,7 @@ def test_free_text_is_measured_by_its_metric(tmp_path):
     assert "exact_match 100.0% on 4 test examples; the base model has 0.0%." in text
 
 
-def test_an_unknown_metric_is_told_before_anything_is_trained(tmp_path):
+def test_an_unknown_metric_is_reported_before_anything_is_trained(tmp_path):
     task = Task.of(name="colours", version=1, prompt="{thing}", answer="{thing}")
     examples = [task.example(row) for row in ROWS]
     with pytest.raises(DataError, match="metric 'blue' does not measure free text"):

@@ -59,7 +59,7 @@ def tokens(length: int, seed: int = 0) -> list[int]:
 def engine(world: Path, *, router: dict[str, Any] = ROUTER, eager: bool = True, **options: Any) -> Iterator[Engine]:
     from vllm import LLM
 
-    ours = {key: options.pop(key) for key in ("access", "record", "inner", "beside") if key in options}
+    ours = {key: options.pop(key) for key in ("access", "record", "inner", "other_routers") if key in options}
     config = {"quant_method": "spectr", "library": str(world / "library"), "router": router, **ours}
     small = {"max_model_len": 256, "max_num_batched_tokens": 256, "max_num_seqs": 8, "dtype": "float32"}
     llm = LLM(

@@ -1,4 +1,4 @@
-"""A server on vLLM that is to end while it streams: who is answered still, who is told so, and what is left."""
+"""A server on vLLM that is stopped while it streams: what is answered, what gets an error, and what is left."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def roomy(served, tmp_path_factory):
 
 @contextmanager
 def streaming(world, grace, tokens, begun):
-    """A server that works on a stream, of which a client has read something where ``begun``; and its lines to come."""
+    """A server that answers a stream, and the stream's further lines. If ``begun``, a client has read some of it."""
     words = ("-k", 2, "--dtype", "float32", "--grace", grace)
     with (
         server(world, *words, options=(*OPTIONS, "--max-model-len", str(ROOM))) as (address, said, process),
@@ -84,7 +84,7 @@ def test_within_the_grace_an_answer_ends_and_who_comes_meanwhile_is_turned_away(
 
 
 @pytest.mark.parametrize("end", ENDS, ids=lambda end: end.name)
-def test_when_the_grace_is_over_a_stream_says_so(roomy, end):
+def test_a_stream_reports_the_end_of_the_grace_period(roomy, end):
     with streaming(roomy, 0, ROOM - 100, begun=True) as (_, process, lines):
         engine = engine_of(process)
         process.send_signal(end)

@@ -13,7 +13,7 @@ PROMPT = tokens(20, seed=1)
 
 @pytest.fixture(scope="module")
 def unequal(served, tmp_path_factory):
-    """The same model, and experts of which each has another rank."""
+    """The same model, and experts of different ranks."""
     from transformers import AutoModelForCausalLM
 
     root = tmp_path_factory.mktemp("unequal")

@@ -36,7 +36,7 @@ ALL = [{"name": name, "top_k": 2} for name in ("spectr", "arrow", "calibrated-to
 KINDS = {
     "held": ([HELD], ()),
     "prior": ([PRIOR], ()),
-    "prior, beside another": ([{"name": "calibrated-token", "top_k": 2}, PRIOR], EAGER),
+    "prior, with another": ([{"name": "calibrated-token", "top_k": 2}, PRIOR], EAGER),
     "held and prior, two ranks": ([HELD, PRIOR], EAGER + TWO_RANKS),
     "all": (ALL, ()),
     "all, two ranks": ([ALL[2], ALL[1], PRIOR, HELD, ALL[0]], EAGER + TWO_RANKS),
@@ -93,7 +93,7 @@ async def check(client, expected):
         for token, other in zip(shares, those, strict=True):
             assert token == pytest.approx(
                 {name: share for name, share in other.items() if share > 0}, abs=1.1e-3
-            )  # as they are told
+            )  # as they are sent
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -115,7 +115,7 @@ def test_answers_and_decisions_are_those_of_transformers_with_each_router_and_se
     without = judge([(router, PROMPTS[0], NAMES[1:]) for router in routers])
 
     async def story():
-        told = {"router": routers[0], "beside": routers[1:]}
+        told = {"router": routers[0], "other_routers": routers[1:]}
         async with serving(uneven, *EXACT, *CACHE, *options, **told) as (client, engine):
             for _ in range(2):  # the second time there are cached prefixes, of all sets, verdicts and routers
                 await check(client, expected)
@@ -139,7 +139,7 @@ def test_a_cached_prefix_is_of_one_verdict_alone_and_a_removed_expert_leaves_the
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     prompt = tokens(70, seed=1)
     judge, near = (judged, TOLERANCE) if dtype == "float32" else (distance, 0.2)
-    routers = {"router": {"name": "spectr", "top_k": 1}, "beside": [HELD, PRIOR]}
+    routers = {"router": {"name": "spectr", "top_k": 1}, "other_routers": [HELD, PRIOR]}
     with engine(uneven, **routers, dtype=dtype, eager=False, block_size=32) as running:
 
         def answer(verdict, prompt_logs=False, **extra):

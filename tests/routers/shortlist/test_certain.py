@@ -299,7 +299,7 @@ def test_a_set_is_read_for_as_a_library_of_it_alone(library, bits):
     assert routed.certainty.at_once + routed.certainty.in_full == len(PROMPTS)
 
 
-def test_an_index_without_prototypes_in_full_is_told(library, tmp_path):
+def test_an_index_without_prototypes_in_full_is_reported(library, tmp_path):
     old = {}
     for name, entry in library.index.items():
         replace(entry, full_C=None).save(tmp_path / "index" / f"{name}.safetensors")

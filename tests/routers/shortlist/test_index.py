@@ -114,7 +114,7 @@ def in_a_process(parent, make):
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_damaged_expert_is_told_from_a_process_as_from_here(root, tmp_path, monkeypatch):
+def test_a_damaged_expert_is_reported_from_a_process_as_from_here(root, tmp_path, monkeypatch):
     monkeypatch.setattr("spectr.indexing._TOGETHER", 2)
     shutil.copytree(root, tmp_path / "lib")
     library = calibrated(tmp_path / "lib")
@@ -177,7 +177,7 @@ def test_an_expert_that_cannot_be_rotated_is_aligned_when_it_is_read(tmp_path):
     close(entry.rms_M, entry.rms_M.clamp(min=1e-6))
 
 
-def test_a_damaged_entry_is_told(root, library, tmp_path):
+def test_a_damaged_entry_is_reported(root, library, tmp_path):
     shutil.copytree(root, tmp_path / "lib")
     build_index(make_model(), calibrated(tmp_path / "lib"), tmp_path / "lib")
     path = tmp_path / "lib" / "index" / "bees.safetensors"

@@ -64,7 +64,7 @@ def test_from_nothing_to_an_answer(spectr, given, world):
         (("-r", "shortlist", "--set", "size=2", "--set", "token_router=spectr", "-k", 3), "at least top_k"),
     ],
 )
-def test_a_mistake_is_told_before_the_model_is_loaded(spectr, given, options, message):
+def test_a_mistake_is_reported_before_the_model_is_loaded(spectr, given, options, message):
     code, _, notes = spectr("generate", "what", *options, *given)
     assert code == 2
     assert message in said(notes)

@@ -117,7 +117,7 @@ def test_every_other_module_can_be_asked(library):
     assert not torch.equal(every.prompt.evidence(ids_of(PROMPTS[1])), other.prompt.evidence(ids_of(PROMPTS[1])))
 
 
-def test_an_expert_that_would_have_no_say_is_told(library):
+def test_an_expert_that_would_never_be_chosen_is_reported(library):
     with pytest.raises(
         CompositionError, match=r"wasp adapt no module(.|\n)*among down_proj, (.|\n)*each expert adapts"
     ):
@@ -225,6 +225,6 @@ def test_settings_for_a_shelf_are_refused_elsewhere(library):
         ({"size": 2, "token_router": Spectr(top_k=4)}, "at least top_k"),
     ],
 )
-def test_settings_out_of_range_are_told(options, message):
+def test_settings_out_of_range_are_reported(options, message):
     with types_unchecked(), pytest.raises(CompositionError, match=message):
         Shortlist(**options)

@@ -70,7 +70,7 @@ def held(batch, decision):
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_the_layers_hold_what_requests_under_way_have_chosen_and_no_more(library, size):
+def test_the_layers_hold_only_what_running_requests_have_chosen(library, size):
     _, routed = routed_model(library, Shortlist(size=size))
     batch = RequestBatch(routed)
     kept = batch.decide(("bees", "cats"), ids_of(PROMPTS[1])[0])
@@ -125,7 +125,7 @@ def test_of_a_shortlist_of_one_the_shares_need_no_watching(library):
         assert len(batch.share(decision).shares) == min(1, len(names))
 
 
-def test_shortlists_beside_other_routers(library):
+def test_shortlists_next_to_other_routers(library):
     routers = {"shortlist": Shortlist(size=2), "arrow": Arrow(top_k=2), "one": Shortlist(size=1)}
     makers = {name: lambda model, router=router: compose(model, library, router) for name, router in routers.items()}
     batch = RouterBatch(MultiRouter(make_model(), makers))

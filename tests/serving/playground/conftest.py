@@ -15,7 +15,7 @@ left_out = []
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out what cannot run here; the last lines of the run say so."""
+    """Leave out what cannot run here; the last lines of the run report it."""
     if LACKS:
         left_out[:] = [item for item in items if item.get_closest_marker("browser")]
         items[:] = [item for item in items if not item.get_closest_marker("browser")]

@@ -103,7 +103,7 @@ def test_a_token_without_text_at_the_end_can_be_looked_at(server, page, ask):
     assert bar(last) == [(MNLI, 70)]
 
 
-def test_a_token_of_the_base_model_alone_says_so(server, page, ask):
+def test_a_token_of_the_base_model_alone_reports_it(server, page, ask):
     server.replies["spectr"] = [chunk("Yes", {})]
     ask(page).locator(".token").hover()
     expect(page.locator("#tip")).to_contain_text("No expert: only the base model.")
@@ -174,7 +174,7 @@ def test_shift_enter_is_a_new_line(server, page):
     assert server.asked == []
 
 
-def test_an_answer_cut_at_the_limit_says_so(server, page, ask):
+def test_an_answer_cut_at_the_limit_reports_it(server, page, ask):
     server.replies["spectr"] = [chunk("Once", {"cola": 1.0}, finish="length")]
     expect(ask(page).locator(".end")).to_contain_text("stopped at the maximum number of tokens")
 

@@ -45,7 +45,7 @@ def test_an_expert_alone_is_a_model(server, page, ask):
     assert "experts" not in server.asked[-1]
 
 
-def test_models_are_told_apart(page):
+def test_models_are_distinguished(page):
     groups = page.locator("#model optgroup").evaluate_all(
         "groups => groups.map(group => [group.label, [...group.children].map(option => option.textContent)])"
     )
@@ -223,7 +223,7 @@ def test_a_new_chat_ends_the_stream(server, page, ask):
 
 
 @pytest.mark.parametrize("score", [9.3, "not finite"])
-def test_a_suspect_is_flagged_in_the_list_with_why(server, visit, score):
+def test_an_outlier_is_flagged_in_the_list_with_the_reason(server, visit, score):
     server.outlier_scores["spectr/cola"] = score
     page = visit()
     [flag] = page.locator("#boxes .warning").all()

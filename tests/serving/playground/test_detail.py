@@ -128,7 +128,7 @@ def test_models_of_other_shapes_find_their_rows(server, page, ask):
     expect(page.locator(".layers thead tr").last.locator("th")).to_have_text(["lm_head", "q", "q", "c_attn"])
 
 
-def test_what_assistive_technology_is_told(page, ask):
+def test_what_assistive_technology_reads(page, ask):
     answer = ask(page)
     answer.locator(".token").first.click()
     expect(answer).to_match_aria_snapshot("""

@@ -91,7 +91,7 @@ def test_all_is_done_by_keyboard_alone(server, page):
     from_the_top(page)
     for _ in range(3):
         page.keyboard.press("Tab")
-    page.keyboard.type(BASE)  # the model beside
+    page.keyboard.type(BASE)  # the model to compare with
     expect(page.locator("#beside")).to_have_value(BASE)
     while focused(page) != "box cola":
         page.keyboard.press("Tab")

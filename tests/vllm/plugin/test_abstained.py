@@ -27,7 +27,7 @@ SCORES = {"m": ModuleScores(torch.tensor([[1.0, 3.0, 2.0]]), torch.zeros(1, dtyp
 
 
 class Telling(PromptPolicy):
-    """A policy whose evidence would have told this p."""
+    """A policy whose evidence gives this p."""
 
     p = 0.4
 

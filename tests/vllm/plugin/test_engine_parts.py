@@ -251,7 +251,7 @@ def test_the_supported_range(version, fits):
     assert _supported(version) is fits
 
 
-def test_another_version_registers_nothing_and_says_so(monkeypatch):
+def test_another_version_registers_nothing_and_reports_it(monkeypatch):
     monkeypatch.setattr(import_module("spectr.vllm.register"), "engine_version", lambda: "0.33.1")
     with pytest.raises(CompositionError) as error:
         check_version()

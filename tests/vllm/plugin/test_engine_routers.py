@@ -1,4 +1,4 @@
-"""Which routers an engine of vLLM can run, alone and beside each other, and what their requests may use."""
+"""Which routers an engine of vLLM can run, alone and with each other, and what their requests may use."""
 
 import pytest
 
@@ -26,16 +26,16 @@ def test_calibrated_decides_on_prompts_inside_vllm():
     ("name", "top_k", "held", "prior"),
     [("calibrated", 1, 0, False), ("calibrated", 3, 3, False), ("calibrated-prior", 3, 0, True)],
 )
-@pytest.mark.parametrize("beside", [(), ("spectr",)], ids=["alone", "beside another"])
-def test_who_may_have_how_many_experts(name, top_k, held, prior, beside):
-    routers = routers_of(several(*beside, {"name": name, "top_k": top_k}))
+@pytest.mark.parametrize("others", [(), ("spectr",)], ids=["alone", "with another"])
+def test_who_may_have_how_many_experts(name, top_k, held, prior, others):
+    routers = routers_of(several(*others, {"name": name, "top_k": top_k}))
     assert routers.most_fixed == held
     numbers = {"amber": 0.5, "blue": 0.25, "cyan": 0.25, "dun": 0.0}
     two, three = (dict(list(numbers.items())[:count]) for count in (2, 3))
     assert routers.permitted(name, {"amber": 1.0}, False) == {"amber": 1.0}
     assert routers.permitted("arrow", {"amber": 1.0}, False) == {"amber": 1.0}
     assert routers.permitted(name, dict.fromkeys(two, 1.0), False) == {}  # nobody has decided
-    assert routers.permitted("", dict.fromkeys(two, 1.0), False) == (dict.fromkeys(two, 1.0) if beside else {})
+    assert routers.permitted("", dict.fromkeys(two, 1.0), False) == (dict.fromkeys(two, 1.0) if others else {})
     assert routers.permitted("arrow", two, True) == routers.permitted("arrow", two, False) == {}  # which is not there
     if prior:
         assert routers.permitted(name, numbers, True) == numbers
@@ -45,7 +45,7 @@ def test_who_may_have_how_many_experts(name, top_k, held, prior, beside):
         assert routers.permitted(name, dict.fromkeys(numbers, 0.25), True) == {}
 
 
-def test_routers_beside_each_other_share_a_way_where_they_choose_alike():
+def test_routers_next_to_each_other_share_a_way_where_they_choose_alike():
     routers = routers_of(several("calibrated-token", "calibrated"))
     assert routers.token_routers == (spectr.get_router("calibrated-token"),)
     assert routers.prompts == {"calibrated": spectr.Calibrated().policy}
@@ -65,7 +65,7 @@ def test_routers_beside_each_other_share_a_way_where_they_choose_alike():
     assert not routers_of(Settings(library="experts")).prompts
 
 
-def test_routers_that_score_by_other_factors_are_refused_beside_others():
+def test_routers_that_score_by_other_factors_are_refused_next_to_others():
     with pytest.raises(CompositionError) as error:
         routers_of(several("spectr", "phatgoose"))
     assert_says(

@@ -66,7 +66,7 @@ def test_each_request_is_answered_as_by_a_server_of_its_router_and_set_alone(cal
     without = {(first, None): judge(calibrated, name, first, NAMES[1:])}
 
     async def story():
-        routers = {"router": {"name": name, "top_k": 2}, "beside": [{"name": "calibrated"}]}
+        routers = {"router": {"name": name, "top_k": 2}, "other_routers": [{"name": "calibrated"}]}
         async with serving(calibrated, *EXACT, *CACHE, *options, **routers) as (client, engine):
             assert engine.routers == (name, "calibrated")
             for _ in range(2):  # the second time there are cached prefixes, of all sets and both routers
@@ -87,9 +87,9 @@ def test_in_bfloat16_a_decision_is_that_of_a_server_with_it_alone(calibrated, mo
             given = {"router": "calibrated"}
             return [(await asked(client, prompt=prompt, **given))[1] for prompt in PROMPTS]
 
-    beside = asyncio.run(found(router={"name": "spectr", "top_k": 2}, beside=[{"name": "calibrated"}]))
-    assert beside == asyncio.run(found(router={"name": "calibrated"}))
-    assert len(set(beside)) > 1
+    shared = asyncio.run(found(router={"name": "spectr", "top_k": 2}, other_routers=[{"name": "calibrated"}]))
+    assert shared == asyncio.run(found(router={"name": "calibrated"}))
+    assert len(set(shared)) > 1
 
 
 def test_where_nobody_decides_the_token_router_serves_and_what_is_undecided_gets_the_base_model(calibrated):
@@ -98,7 +98,7 @@ def test_where_nobody_decides_the_token_router_serves_and_what_is_undecided_gets
     from spectr.vllm.requests import ROUTER
 
     prompt, token = tokens(70, seed=1), {"name": "calibrated-token", "top_k": 2}
-    with engine(calibrated, router=token, beside=[{"name": "calibrated"}], block_size=32) as running:
+    with engine(calibrated, router=token, other_routers=[{"name": "calibrated"}], block_size=32) as running:
         [plain] = running.answers([(prompt, ["amber", "cyan"])], prompt=False)
         undecided = running.answers(
             [(prompt, ["amber", "cyan"]), (prompt, None)], prompt=False, **{ROUTER: "calibrated"}
@@ -129,6 +129,6 @@ def test_the_command_takes_both_and_the_first_is_the_default(calibrated):
 def test_its_config_is_taken_by_vllm_alone(calibrated):
     from spectr.vllm.config import SpectrConfig
 
-    routers = {"router": {"name": "spectr"}, "beside": [{"name": "calibrated"}]}
+    routers = {"router": {"name": "spectr"}, "other_routers": [{"name": "calibrated"}]}
     config = Settings(library=str(calibrated / "library"), **routers).as_config()
-    assert SpectrConfig.from_config(config).settings.beside == [{"name": "calibrated"}]
+    assert SpectrConfig.from_config(config).settings.other_routers == [{"name": "calibrated"}]
