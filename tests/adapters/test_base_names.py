@@ -7,6 +7,7 @@ from spectr.adapters.base_names import likely_base, named_base, same_base
 LIKELY = {
     "unsloth/Qwen3-8B-unsloth-bnb-4bit": "Qwen/Qwen3-8B",
     "unsloth/llama-3-8b-bnb-4bit": "meta-llama/Meta-Llama-3-8B",
+    "unsloth/tinyllama-bnb-4bit": "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",
     "unsloth/Meta-Llama-3.1-8B-Instruct-bnb-4bit": "meta-llama/Llama-3.1-8B-Instruct",
     "unsloth/mistral-7b-instruct-v0.3-bnb-4bit": "mistralai/Mistral-7B-Instruct-v0.3",
     "unsloth/gemma-2-9b-it-bnb-4bit": "google/gemma-2-9b-it",

@@ -34,6 +34,14 @@ def test_logprobs_equal_one_forward_pass_per_choice(batch_size, examples):
         torch.testing.assert_close(scores, slow_logprobs(model, tokenizer, example), atol=1e-5, rtol=1e-5)
 
 
+def test_a_prompt_without_tokens_is_refused_by_its_number():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    some = [Example(prompt=prompt, answer="no", choices=("no", "yes"), label=0) for prompt in ("it", "")]
+    with pytest.raises(ValueError, match="example 2: the prompt '' has no tokens"):
+        choice_logprobs(make_model(), tokenizer, some)
+
+
 def test_length_normalised_is_the_mean_over_the_tokens_of_the_choice():
     model, tokenizer = make_model(), make_tokenizer()
     [_, plain, _] = choice_logprobs(model, tokenizer, EXAMPLES)

@@ -213,6 +213,13 @@ def test_a_long_answer_loses_its_end_and_is_counted(tmp_path):
     assert "| shortened answers | 1 |" in (tmp_path / "e" / "README.md").read_text()
 
 
+def test_prompts_without_tokens_are_told_by_number():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(DataError, match="example 2: the prompt '' has no tokens"):
+        encode(tokenizer, [EXAMPLES[0], Example(prompt="", answer="no")], 16)
+
+
 def test_examples_end_where_the_models_context_ends(tmp_path):
     """GPT-2 has no embedding for a position beyond its context."""
     from transformers import GPT2Config, GPT2LMHeadModel

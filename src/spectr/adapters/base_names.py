@@ -58,7 +58,7 @@ _MODELS = {
     "lmsys": "vicuna-7b-v1.5 vicuna-13b-v1.5",
     "HuggingFaceH4": "zephyr-7b-alpha zephyr-7b-beta",
     "01-ai": "Yi-6B Yi-34B Yi-1.5-6B Yi-1.5-9B Yi-6B-Chat Yi-1.5-6B-Chat Yi-1.5-9B-Chat",
-    "TinyLlama": "TinyLlama-1.1B-Chat-v1.0",
+    "TinyLlama": "TinyLlama-1.1B-Chat-v1.0 TinyLlama-1.1B-intermediate-step-1431k-3T",
     "deepseek-ai": "DeepSeek-R1-Distill-Llama-8B DeepSeek-R1-Distill-Qwen-1.5B DeepSeek-R1-Distill-Qwen-7B "
     "DeepSeek-R1-Distill-Qwen-14B",
     "llava-hf": "llava-1.5-7b-hf llava-1.5-13b-hf llava-v1.6-mistral-7b-hf",
@@ -80,7 +80,7 @@ _OTHERS = {
     "codellama-13b": "codellama/CodeLlama-13b-hf",
     "mistral-7b": "mistralai/Mistral-7B-v0.1",
     "zephyr-sft": "HuggingFaceH4/mistral-7b-sft-beta",
-    "tinyllama": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+    "tinyllama": "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",
     "tinyllama-chat": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
     "gemma-3-1b": "google/gemma-3-1b-pt",
     "gemma-3-4b": "google/gemma-3-4b-pt",

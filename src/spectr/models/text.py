@@ -34,9 +34,15 @@ def encode_prompt(
             the first of the user's own tokens are dropped.
 
     Raises:
-        DataError: The limit leaves no room for the user's own tokens.
+        DataError: The prompt has no tokens, or the limit leaves no room for the user's own tokens.
     """
     ids = _encode(tokenizer, prompt, chat)
+    if not ids:
+        raise DataError(
+            f"the prompt {prompt!r} has no tokens",
+            expected="at least one token, as this tokenizer has no chat template and begins texts with no token",
+            do="add text to the prompt, or omit it",
+        )
     if limit is None or len(ids) <= limit:
         return ids
     opening = opening_length(tokenizer, chat=chat)

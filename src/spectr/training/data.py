@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from spectr.errors import DataError, SpectrError, collecting, raise_together
 from spectr.grouping import chunks
 from spectr.models import context_length, encode_answer, encode_prompt, pad_rows, reads_in_parts, shared_prefix
 from spectr.tasks import Example
@@ -17,6 +18,7 @@ from spectr.training.settings import OptimizerSettings
 
 _BUCKET = 32  # batches that are sorted by length together
 _LEAST = 2  # tokens of a prompt that remain
+_SHOWN = 5  # problems that an error lists in full
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +88,11 @@ def encode(
         examples: Prompts and answers.
         max_length: Maximum number of tokens of both.
         share: Separate the tokens that all prompts begin with, to run them once per batch.
+
+    Raises:
+        DataError: Prompts have no tokens; lists all of them.
     """
-    prompts = [encode_prompt(tokenizer, example.prompt) for example in examples]
+    prompts = _prompts(tokenizer, examples)
     whole = [encode_answer(tokenizer, example.answer) for example in examples]
     most = max(max_length - _LEAST, 1)
     answers = [answer[:most] for answer in whole]
@@ -98,6 +103,16 @@ def encode(
     own = [prompt[len(prefix) :] for prompt in prompts]
     cut = sum(len(answer) > most for answer in whole)
     return Encoded(prefix=prefix, prompts=own, answers=answers, shortened=shortened, cut=cut)
+
+
+def _prompts(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[list[int]]:
+    encoded: list[list[int]] = []
+    problems: list[SpectrError] = []
+    for number, example in enumerate(examples, start=1):
+        with collecting(problems, f"example {number}"):
+            encoded.append(encode_prompt(tokenizer, example.prompt))
+    raise_together("the examples", problems, DataError, most=_SHOWN)
+    return encoded
 
 
 def batches(
