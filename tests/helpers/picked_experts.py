@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from models import tiny_llama
+
 
 class PickedExperts(nn.Module):
     """Three of them, two for each token.
@@ -28,3 +30,13 @@ class PickedExperts(nn.Module):
             tokens, _ = torch.where(chosen == number)
             out.index_add_(0, tokens, expert(flat[tokens]))
         return x + out.view(x.shape)
+
+
+def with_picked_experts() -> nn.Module:
+    """A tiny Llama whose MLPs are such experts."""
+    model = tiny_llama()
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        for layer in model.model.layers:
+            layer.mlp = PickedExperts(32).eval()
+    return model

@@ -176,7 +176,7 @@ class Layouts:
         unknown = [module for module in self.modules if self.known.get(module) is None]
         handles = [module.register_forward_pre_hook(see, with_kwargs=True) for module in unknown]
         try:
-            with uncompiled(), tracker:
+            with tracking(tracker):
                 yield
         finally:
             for handle in handles:
@@ -188,6 +188,16 @@ class Layouts:
                 self.repeated.add(module)
         if tracker.assumed and not tracker.met:
             check_rows_known()
+
+
+@contextmanager
+def tracking(tracker: TokenTracker | None) -> Iterator[None]:
+    """Follow the tokens of what this thread computes in the block, if there is a tracker."""
+    if tracker is None:
+        yield
+        return
+    with uncompiled(), tracker:
+        yield
 
 
 def few_tokens(tokens: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from inspect import signature, unwrap
+from itertools import count
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from torch.compiler import is_compiling
 from spectr.layers.batch_routing import routed_by, thread
 from spectr.layers.routed import RoutedLinear
 from spectr.layers.saved import SavedModule
+from spectr.layers.token_layout import tracking
 from spectr.prompts.arguments import TOKENS, has_encoder, names_of
 from spectr.prompts.decision import refuse_to_capture
 
@@ -117,8 +119,12 @@ class _Again:
         if not torch.is_grad_enabled():  # for example while a prompt is read for a decision
             return function(*args, **kwargs)
 
+        tracker = None if places is None else places.tracker
+        runs = count()
+
         def again(*given: Any, **more: Any) -> Any:
-            with routed_by(routing, places, kept):
+            recomputes = next(runs) > 0  # the call's tracker has ended by then
+            with routed_by(routing, places, kept), tracking(tracker if recomputes else None):
                 return function(*given, **more)
 
         return self.checkpoint(again if routing is not None else function, *args, **kwargs)

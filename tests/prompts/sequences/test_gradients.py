@@ -9,7 +9,9 @@ import torch
 import transformers
 
 import spectr
-from models import close
+from models import close, peft_library, tokens
+from picked_experts import with_picked_experts
+from trained_modules import ROWS
 
 
 def gradients_of(model, ids):
@@ -61,6 +63,26 @@ def test_gradients_after_inference_mode(gradients, world, shared, router):
     assert got.keys() == want.keys()
     for name in got:
         close(got[name], want[name], 1e-5)
+
+
+def test_checkpoints_of_moe_experts_that_pick_tokens_of_several_rows(gradients, tmp_path):
+    """What is computed again knows the rows of tokens that a gate picked."""
+    model, oracles = with_picked_experts(), []
+    library = peft_library(model, tmp_path, {"ants": 4, "bees": 4}, targets=r".*experts\.\d\.[02]|.*q_proj")
+    for name in library.names:
+        oracles.append(with_picked_experts())
+        spectr.compose(oracles[-1], library, spectr.Oracle(expert=name))
+    ids = tokens(2, 6, 3)
+    ids[:, 0] = torch.tensor([4, 5])  # ROWS gives each its expert by the first token
+    want = [gradients_of(oracle, ids[[row]]) for row, oracle in enumerate(oracles)]
+    spectr.compose(model, library, ROWS)
+    for reentrant in (True, False):
+        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        got = gradients_of(model, ids)
+        assert got.keys() == want[0].keys()
+        for name in got:
+            close(got[name], (want[0][name] + want[1][name]) / 2, 1e-4)
 
 
 def test_trainer(gradients, world, shared, tmp_path):

@@ -10,8 +10,8 @@ from sequences import FREE, NEW, decided, prompts_of, say
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig
 
 import spectr
-from models import close, peft_library, tiny_llama, tokens
-from picked_experts import PickedExperts
+from models import close, peft_library, tokens
+from picked_experts import with_picked_experts
 from spectr.errors import CompositionError
 from trained_modules import ROWS
 
@@ -109,20 +109,11 @@ def test_continuous_batching(world, monkeypatch):
 def test_tokens_that_moe_experts_pick_keep_the_expert_of_their_request(monkeypatch, tmp_path):
     """As many tokens are picked as there are requests, now and then: the sizes alone tell nothing."""
     monkeypatch.setattr(gc, "collect", lambda: 0)
-
-    def base():
-        model = tiny_llama()
-        with torch.random.fork_rng():
-            torch.manual_seed(1)
-            for layer in model.model.layers:
-                layer.mlp = PickedExperts(32).eval()
-        return model
-
-    model, prompts = base(), [tokens(1, length, seed) for seed, length in enumerate((5, 6, 7, 4))]
+    model, prompts = with_picked_experts(), [tokens(1, length, seed) for seed, length in enumerate((5, 6, 7, 4))]
     library = peft_library(model, tmp_path, {"ants": 4, "bees": 4}, targets=r".*experts\.\d\.[02]|.*q_proj")
     oracles = []
     for name in library.names:
-        oracles.append(base())
+        oracles.append(with_picked_experts())
         spectr.compose(oracles[-1], library, spectr.Oracle(expert=name))
     routed = spectr.compose(model, library, ROWS)
     want = [say(oracles[int(ids[0, 0]) % 2], ids)[0].tolist() for ids in prompts]
