@@ -21,7 +21,8 @@ from spectr.errors import CompositionError, DataError
 from spectr.grouping import chunks
 from spectr.hashing import known_sha256
 from spectr.layers.base_layers import ModelLayers
-from spectr.layers.model_state import in_eval_mode
+from spectr.layers.eval_mode import eval_mode
+from spectr.layers.linear import input_device
 from spectr.layers.pairs import LayerInput, Pairs
 from spectr.layers.parameters import layers_at
 from spectr.layers.plan import Plan, make_plan
@@ -82,7 +83,7 @@ def calibrate(
     """
     _check(model, texts)
     library = library.named_for(naming_of(model))
-    with in_eval_mode(model):
+    with eval_mode(model):
         return _calibrated(model, library, tokenizer, texts, samples, tokens, null, seed, fresh, progress)
 
 
@@ -233,7 +234,7 @@ def read_inputs(model: Any, modules: Sequence[str], known: Calibration, see: Cal
     """Run a calibration's texts through the model; ``see`` receives each module and its counted inputs."""
     if not modules:
         return
-    device = next(model.parameters()).device
+    device = input_device(model)
     given = {"input_ids": known.input_ids.to(device), "attention_mask": known.real.long().to(device)}
     given |= {"use_cache": False, **_without_logits(model, modules)}
     with layers_at(model, modules) as layers:

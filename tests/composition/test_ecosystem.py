@@ -21,7 +21,8 @@ from models import (
     tokens,
     types_unchecked as unchecked,
 )
-from spectr import Arrow, Oracle, Spectr, Uniform, compose, trace
+from spectr import Arrow, Calibrated, Oracle, Shortlist, Spectr, Uniform, build_index, calibrate, compose, trace
+from text_model import make_tokenizer
 
 RANKS = {"ants": 4, "bees": 2, "cats": 8}
 ROUTERS = [Spectr(top_k=2), Spectr(top_k=2, weights="softmax"), Arrow(top_k=2), Uniform()]
@@ -176,6 +177,25 @@ def test_an_offloaded_model_can_be_restricted_and_traced(library, tmp_path, offl
     assert record.shares() == pytest.approx({"ants": 0.5, "bees": 0.5})
     routed.allow(None)
     assert torch.equal(logits(model, ids), logits(routed_llama(library)[0], ids))
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
+@pytest.mark.parametrize("router", [Calibrated(), Shortlist(size=2)], ids=named)
+def test_an_offloaded_model_decides_for_prompts_as_the_plain_one(library, tmp_path, offload, router):
+    def indexed(model):
+        made = calibrate(model, library, make_tokenizer(), samples=2, tokens=6, null=3)
+        return build_index(model, library.with_calibration(made))
+
+    theirs, plain = indexed(tiny_llama()), tiny_llama()
+    wanted = compose(plain, theirs, router)
+    model = offload(tiny_llama(), str(tmp_path))
+    ours = indexed(model)
+    assert ours.calibration.null == theirs.calibration.null
+    routed = compose(model, ours, router)
+    routed.allow(["ants", "bees"])
+    wanted.allow(["ants", "bees"])
+    close(routed.prompt.evidence(input_ids=ids), wanted.prompt.evidence(input_ids=ids), 1e-4)
+    assert torch.equal(greedy(model, ids), greedy(plain, ids))
 
 
 # bitsandbytes

@@ -30,6 +30,7 @@ from spectr.benchmark.subjects import (
 )
 from spectr.errors import SpectrError
 from spectr.flops import forward_flops
+from spectr.layers.linear import input_device
 from spectr.layers.routed import RoutedLinear
 from spectr.library import ExpertLibrary
 from spectr.library.needs import DESCRIBED, SIDE_DATA, Indexed
@@ -148,7 +149,7 @@ def limit(base: nn.Module, routed: nn.Module, work: Work) -> float:
     """
     layers = [layer for layer in routed.modules() if isinstance(layer, RoutedLinear)]
     if not work.steps:
-        ids = torch.zeros(1, work.prompt, dtype=torch.long, device=next(base.parameters()).device)
+        ids = torch.zeros(1, work.prompt, dtype=torch.long, device=input_device(base))
         return forward_flops(routed, ids) / forward_flops(base, ids)
     plain = sum(p.numel() * p.element_size() for p in base.parameters())
     return 1 + sum(layer.bytes_read(work.batch) for layer in layers) / plain

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from spectr.benchmark.subjects import Subject
+from spectr.layers.linear import input_device
 from spectr.models.cache import growing_cache
 from spectr.prompts.cache_records import is_recurrent, states_in
 
@@ -160,7 +161,7 @@ def _ids(model: nn.Module, work: Work) -> Tensor:
     words = model.config.get_text_config().vocab_size  # pyright: ignore
     chance = torch.Generator().manual_seed(work.prompt * 1000 + work.batch)
     ids = torch.randint(words, (work.batch, work.prompt), generator=chance)
-    return ids.to(next(model.parameters()).device)
+    return ids.to(input_device(model))
 
 
 def _taken(cache: State, subject: Subject, work: Work) -> State:

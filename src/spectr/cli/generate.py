@@ -156,12 +156,13 @@ def _answer(
     from transformers import TextStreamer
 
     from spectr.layers import trace
+    from spectr.layers.linear import input_device
     from spectr.models import growing_cache
     from spectr.models.text import templated
 
     model: Any = routed.model
     batch = templated(tokenizer, turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    batch = batch.to(model.device)
+    batch = batch.to(input_device(model))
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     with torch.inference_mode(), trace(model) as record:

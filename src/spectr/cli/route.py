@@ -49,6 +49,7 @@ def route(
     base, tokenizer = routing.base()
 
     from spectr.layers import trace
+    from spectr.layers.linear import input_device
     from spectr.models import encode_batch, generate_answers
     from spectr.plots.tokens import token_routing
 
@@ -57,7 +58,7 @@ def route(
         if answer_tokens:
             generate_answers(base, tokenizer, [text], max_new_tokens=answer_tokens, chat=chat)
         else:
-            base(**{key: value.to(base.device) for key, value in encode_batch(tokenizer, [text], chat=chat).items()})
+            base(**encode_batch(tokenizer, [text], chat=chat, device=input_device(base)))
     remark, p = (routed.prompt.remark, routed.prompt.p_B) if routed.prompt else (None, None)
     title = " ".join(text.split())[:80] + (f" ({remark})" if remark else "")
     found = token_routing(record, tokenizer, title=title)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spectr.layers.eval_mode import eval_mode
 from spectr.layers.linear import features
-from spectr.layers.model_state import in_eval_mode
 from spectr.layers.weight_reads import WeightReads, uncompiled
 
 _SAMPLES = 2000  # audio samples: a few frames for every model that reads waveforms
@@ -47,7 +47,7 @@ def _runs(part: nn.Module, inputs: Mapping[str, Tensor], reads: WeightReads) -> 
     """Whether a module could be called with these inputs."""
     devices = {tensor.device for tensor in part.parameters() if tensor.is_cuda}
     try:
-        with in_eval_mode(part), torch.random.fork_rng(devices), torch.no_grad(), uncompiled(), reads:
+        with eval_mode(part), torch.random.fork_rng(devices), torch.no_grad(), uncompiled(), reads:
             part(**inputs)
     except Exception:  # a model that needs other inputs may raise anything
         return False

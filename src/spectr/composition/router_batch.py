@@ -13,6 +13,7 @@ from spectr.composition.multi_router import MultiRouter
 from spectr.composition.request_batch import RequestBatch, RequestDecision, TokenRouting
 from spectr.grouping import grouped
 from spectr.layers.batch_routing import BASE, Span, routed_by
+from spectr.layers.linear import input_device
 from spectr.lazy import lazy
 
 
@@ -33,7 +34,7 @@ class RouterBatch:
         self.multi_router = multi_router
         self._batches = {name: RequestBatch(routed, name) for name, routed in multi_router.compositions.items()}
         self._branches = {name: place for place, name in enumerate(multi_router.compositions)}
-        self._device = next(multi_router.model.parameters()).device
+        self._device = input_device(multi_router.model)
         self._counts: list[int] = []
         self._own: dict[str, list[int]] = {}
         self._watched: list[int] = []

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from spectr.layers.linear import input_device
 from spectr.library import Calibration, ExpertLibrary
 from spectr.prompts.bounds import BoundedScorer
 from spectr.prompts.chat_template import Opening
@@ -96,7 +97,7 @@ class Readers:
         if evidence.reads != "scores" or names == routed.experts or self._size(null) > _BUDGET:
             return None
         if self._null is None:
-            device = next(routed.model.parameters()).device
+            device = input_device(routed.model)
             unmeasured = () if routed.library.calibration is None else routed.library.calibration.unmeasured
             layers = {name: layer for name, layer in routed.layers.items() if name not in unmeasured}
             probe = Probe(entry_of(routed.model), layers, routed.scorers, evidence, routed.experts, opening)

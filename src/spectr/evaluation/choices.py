@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from spectr.errors import DataError, SpectrError, collecting, raise_together
 from spectr.grouping import chunks, grouped
+from spectr.layers.linear import input_device
 from spectr.models import (
     context_length,
     encode_answer,
@@ -160,7 +161,7 @@ def routed_logprobs(
     All decisions come first. Then prompts with equal decisions are scored together, with one shared prefix.
     """
     encoded = encode_examples(tokenizer, examples, context_length(model))
-    device = next(model.parameters()).device
+    device = input_device(model)
     batches = [pad_batch(tokenizer, [one.prompt for one in some], device=device) for some in chunks(encoded, 16)]
     weights_NE = torch.cat([decision.decide(**batch) for batch in batches])
     scores = decided_alike(
@@ -210,7 +211,7 @@ def _logprobs(
     longest = max((len(one.prompt) + max(map(len, one.choices)) for one in encoded), default=0)
     in_parts = reads_in_parts(model, longest)
     prefix = shared_prefix(prompts) if in_parts and len(prompts) > 1 else []
-    device = next(model.parameters()).device
+    device = input_device(model)
     cache = _run(model, torch.tensor([prefix], device=device)).past_key_values if prefix else None
     pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     order = sorted(range(len(encoded)), key=lambda i: -len(prompts[i]))
@@ -239,18 +240,18 @@ def _whole_logprobs(
     first = 0 if two_sided else min(map(len, prompts)) - 1  # position of the first target of all
     before = [0 if two_sided else len(prompt) - 1 - first for prompt, _ in rows]
     labels = [[-100] * count + option for count, (_, option) in zip(before, rows, strict=True)]
-    label_NT = pad_rows(labels, -100, left=False, device=known.device)
+    label_NT = pad_rows(labels, -100, left=False, device=input_device(model))
     read = [prompt if two_sided else prompt + option[:-1] for prompt, option in rows]
     given: dict[str, Any] = {
-        "input_ids": pad_rows(read, pad, left=False, device=known.device),
-        "attention_mask": pad_rows([[1] * len(ids) for ids in read], 0, left=False, device=known.device),
+        "input_ids": pad_rows(read, pad, left=False, device=input_device(model)),
+        "attention_mask": pad_rows([[1] * len(ids) for ids in read], 0, left=False, device=input_device(model)),
         "use_cache": False,
     }
     count = label_NT.shape[1]
     given |= (
         {"labels": label_NT}
         if two_sided
-        else {"logits_to_keep": torch.arange(first, first + count, device=known.device)}
+        else {"logits_to_keep": torch.arange(first, first + count, device=input_device(model))}
     )
     logits_NTV = model(**given).logits[:, -count:]  # a model that does not know logits_to_keep gives all
     score_NT = logits_NTV.float().log_softmax(-1).gather(2, label_NT.clamp(min=0)[..., None]).squeeze(2)
@@ -270,7 +271,7 @@ def _batch_logprobs(
     pad: int,
 ) -> list[Tensor]:
     """Log-likelihoods of each prompt's choices, ``cache`` holding the ``shared`` tokens before every prompt."""
-    device = next(model.parameters()).device
+    device = input_device(model)
     ids_BT = pad_rows(prompts, pad, device=device)
     own_BT = pad_rows([[1] * len(prompt) for prompt in prompts], 0, device=device)
     mask_BT = nn.functional.pad(own_BT, (shared, 0), value=1)

@@ -23,6 +23,7 @@ from spectr.folders import with_parents
 from spectr.grouping import chunks
 from spectr.hashing import json_sha256
 from spectr.layers import trace
+from spectr.layers.linear import input_device
 from spectr.models import context_length, encode_batch
 from spectr.routers.abstention import AUTO
 
@@ -79,7 +80,7 @@ def find_experts(
 
     Source: SpectR, section 4.3 (Tables 1 and 4).
     """
-    found, limit, device = [], context_length(model), next(model.parameters()).device
+    found, limit, device = [], context_length(model), input_device(model)
     for some in chunks(prompts, _BATCH):
         batch = encode_batch(tokenizer, some, limit=limit, device=device)
         read = routed.prompt.find(**batch) if routed.prompt else None

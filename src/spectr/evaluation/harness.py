@@ -23,6 +23,7 @@ from spectr.errors import CompositionError, MissingExtraError, SpectrError, did_
 from spectr.evaluation.choices import decided_alike
 from spectr.grouping import chunks
 from spectr.guidance import QueryGuide
+from spectr.layers.linear import input_device
 from spectr.library.needs import DESCRIBED
 from spectr.models import load_model, pad_rows
 from spectr.routers import check_needs, get_router, residents
@@ -109,8 +110,8 @@ class SpectrLM(HFLM):
         contexts = sorted({tuple(context) for _, context, _ in requests}, key=lambda ids: (-len(ids), ids))
         chosen: dict[tuple[int, ...], tuple[float, ...]] = {}
         for some in chunks(contexts, _AT_ONCE):
-            ids = pad_rows(list(map(list, some)), 0, left=False, device=self.device)
-            mask = pad_rows([[1] * len(row) for row in some], 0, left=False, device=self.device)
+            ids = pad_rows(list(map(list, some)), 0, left=False, device=input_device(self.model))
+            mask = pad_rows([[1] * len(row) for row in some], 0, left=False, device=input_device(self.model))
             weights_BE = decision.decide(input_ids=ids, attention_mask=mask)
             chosen.update(zip(some, map(tuple, weights_BE.tolist()), strict=True))
         likelihoods = super()._loglikelihood_tokens

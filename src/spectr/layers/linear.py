@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -60,13 +60,30 @@ def placement(module: nn.Module, model: nn.Module) -> tuple[torch.device, torch.
     """
     weight = getattr(module, "weight", None)
     device = weight.device if isinstance(weight, Tensor) else next(model.parameters()).device
-    execution = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-    if execution is not None:
-        device = torch.device(f"cuda:{execution}") if isinstance(execution, int) else torch.device(execution)
+    device = _execution_device(getattr(module, "_hf_hook", None)) or device
     if isinstance(weight, Tensor) and weight.is_floating_point() and weight.element_size() > 1:
         return device, weight.dtype
     stated = getattr(module, "compute_dtype", None)
     return device, stated if isinstance(stated, torch.dtype) else _model_dtype(model)
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """The device where a model's inputs belong: that of its first weight, or where accelerate computes with it.
+
+    Weights that accelerate offloads are on the meta device between calls.
+    """
+    first = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    if first.type != "meta":
+        return first
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    found = (_execution_device(hook) for hook in hooks if hook is not None)
+    return next((device for device in found if device is not None), torch.device("cpu"))
+
+
+def _execution_device(hook: Any) -> torch.device | None:
+    """The device on which a hook of accelerate has its module compute."""
+    device = getattr(hook, "execution_device", None)
+    return torch.device(f"cuda:{device}") if isinstance(device, int) else device and torch.device(device)
 
 
 def _model_dtype(model: nn.Module) -> torch.dtype:

@@ -32,15 +32,3 @@ def restored(model: nn.Module) -> Iterator[None]:
         for parameter, needs in with_gradient.items():
             if parameter.requires_grad != needs:
                 parameter.requires_grad_(needs)
-
-
-@contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Without dropout and the like. Afterwards each module has its own mode again."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from spectr.layers.linear import input_device
 from spectr.models.cache import growing_cache
 from spectr.models.text import encode_prompt
 
@@ -69,7 +70,7 @@ def generate_answers(
         limit: Maximum number of tokens of a prompt; see :func:`encode_prompt`.
         more: Further arguments of ``model.generate``.
     """
-    batch = encode_batch(tokenizer, prompts, chat=chat, limit=limit, device=model.device)
+    batch = encode_batch(tokenizer, prompts, chat=chat, limit=limit, device=input_device(model))
     sampling: dict[str, Any] = {"do_sample": temperature > 0, "pad_token_id": tokenizer.pad_token_id}
     if temperature > 0:
         sampling["temperature"] = temperature

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
+from spectr.layers.linear import input_device
 from spectr.models.generate import pad_rows
 from spectr.models.text import context_length, encode_prompt, shared_prefix, templated
 
@@ -108,7 +109,7 @@ def _written(
     seen: LogitsProcessor | None = None,
 ) -> list[Int[Tensor, " T"]]:
     """Rows of sampled tokens, from the start of a user's words up to the model's end."""
-    ids = torch.tensor([_start(tokenizer)] * samples, device=model.device)
+    ids = torch.tensor([_start(tokenizer)] * samples, device=input_device(model))
     room = (context_length(model) or ids.shape[1] + tokens) - ids.shape[1]
     pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     written: Any = model.generate(  # pyright: ignore[reportCallIssue]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from spectr.errors import DataError, MissingExtraError
+from spectr.layers.eval_mode import eval_mode
 from spectr.models.generate import generate_answers
 
 
@@ -42,7 +43,8 @@ class LocalWriter:
         texts: list[str] = []
         for start in range(0, len(prompts), self.batch_size):
             some = list(prompts[start : start + self.batch_size])
-            texts += generate_answers(self.model, self.tokenizer, some, max_new_tokens=self.max_new_tokens)
+            with eval_mode(self.model):
+                texts += generate_answers(self.model, self.tokenizer, some, max_new_tokens=self.max_new_tokens)
         self.written += sum(len(self.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
         return texts
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from spectr.errors import CompositionError
+from spectr.layers.linear import input_device
 from spectr.prompts import cache_records as records
 from spectr.prompts.cache_records import CacheRecord
 
@@ -89,9 +90,7 @@ def prompt_of(model: Any, given: Mapping[str, Any], settings: GenerationSettings
         pad = int(settings.pad)
         if pad not in eos and bool((ids == pad).any()):  # as in transformers
             prompt["attention_mask"] = (ids != pad).long()
-    device = next(model.parameters()).device
-    if device.type == "meta":  # accelerate keeps the weights elsewhere, and moves what its layers get
-        return prompt
+    device = input_device(model)
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in prompt.items()}
 
 
@@ -126,9 +125,9 @@ def expanded(verdict_BE: Tensor, rows: int, expand: int | None) -> Tensor:
     given = len(verdict_BE)
     if given == rows:
         return verdict_BE
-    if given == 1:
-        return verdict_BE.expand(rows, -1)
     times, rest = divmod(rows, given)
+    if given == 1 or ((rest or not times) and bool((verdict_BE == verdict_BE[:1]).all())):
+        return verdict_BE[:1].expand(rows, -1)
     if rest or not times:
         raise CompositionError(
             f"the call has {rows} rows, but the decision has {given}",

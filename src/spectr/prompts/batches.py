@@ -14,6 +14,7 @@ from torch import Tensor
 
 from spectr.errors import CompositionError
 from spectr.layers.batch_routing import BASE, BatchRouting
+from spectr.layers.linear import input_device
 from spectr.prompts.token_places import learn_rows
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Batches:
             config.use_cuda_graph = False
             config.use_async_batching = False
             if not self.calls.closed:  # while the model reads rows: a manager has it read blocks of a cache
-                device = next(self.model.parameters()).device
+                device = input_device(self.model)
                 learn_rows(self.calls.layouts, self.calls.entry, torch.zeros(1, 1, dtype=torch.long, device=device))
         manager = self.plain(**{**given, "continuous_batching_config": config})
         if self.calls.closed:
@@ -126,7 +127,7 @@ class Batches:
         found = self._verdicts.get(manager, {}).get(name)
         if found is None:
             held = self.calls.prompt.held_BE if self.calls.prompt is not None else None
-            ids = torch.tensor([state.initial_tokens], device=next(self.model.parameters()).device)
+            ids = torch.tensor([state.initial_tokens], device=input_device(self.model))
             found = held[:1] if held is not None else self.calls.decide({"input_ids": ids})
             self._remember(manager, name, found)
         return found

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from spectr.layers.linear import input_device
 from spectr.prompts.probe import Probe, Scorer
 from spectr.routers.evidence import Found, PrototypeMeans
 from spectr.routers.evidence.score_means import LEAST_SPREAD, NO_EVIDENCE, largest, left_out, p_value
@@ -128,7 +129,7 @@ class CertainProbe:
     def read_null(self) -> None:
         """See :class:`Probe`; uses the full prototypes."""
         if self._null is None:
-            device, exact = next(self.probe.entry.parameters()).device, self.evidence.bits < 32
+            device, exact = input_device(self.probe.entry), self.evidence.bits < 32
             read = [self._read((), batch, exact=exact) for batch in self.probe.null.on(device)]
             self._null = Interval(*(torch.cat(parts, dim=1) for parts in zip(*read, strict=True)))
 

@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from spectr.errors import CompositionError
+
 # Names of arguments and outputs with a model's state in transformers.
 STATES = ("past_key_values", "cache_params", "mems", "past_buckets_states", "state", "rwkv_state", "past_key_value")
 _MASKED = -1
@@ -105,6 +107,24 @@ class CacheRecord:
         self.ids = None if self.ids is None else tuple(map(pick, self.ids))
         self.positions = tuple(p if p is None or len(p) == 1 else pick(p) for p in self.positions)
         self.history = tuple((start, None if held is None else pick(held)) for start, held in self.history)
+
+    def have_rows(self, rows: int) -> None:
+        """Compare with a cache's number of rows. Others may have dropped some, it is unknown which.
+
+        Raises:
+            CompositionError: There are more rows than before, or those before have different decisions.
+        """
+        verdict_BE, ids_BT = self.verdict_BE, self.ids_BT
+        known = next((len(some) for some in (verdict_BE, ids_BT) if some is not None), rows)
+        if known == rows:
+            return
+        if verdict_BE is not None and (rows > known or bool((verdict_BE != verdict_BE[:1]).any())):
+            raise CompositionError(
+                f"the cache continues with {rows} rows, but the decision has {known}",
+                do="reorder, repeat or select its rows with the cache's own methods",
+            )
+        self.rows(torch.zeros(rows, dtype=torch.long))
+        self.ids = None
 
     def repeat(self, times: int) -> None:
         """Repeat each row ``times`` times, adjacently."""

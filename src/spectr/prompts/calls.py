@@ -274,12 +274,12 @@ class Calls:
         """What is known about the sequences of a call, whose tokens were read or are read now."""
         frame = frame_of(self)
         wanted = self.wanted(frame)
-        if wanted is not None:
-            wanted = expanded(wanted, tokens.rows, None if frame is None else frame.expand)
         state = next((state for _, state in records.states_in(given)), None)
         if records.is_filled(state):
             return self._continued(entry, given, state, tokens, frame, wanted)
-        if wanted is None and self.prompt is not None:
+        if wanted is not None:
+            wanted = expanded(wanted, tokens.rows, None if frame is None else frame.expand)
+        elif self.prompt is not None:
             wanted = self.encoded(entry.part, given, tokens)
             wanted = self.decide(given) if wanted is None else wanted
         self._show(wanted)
@@ -300,16 +300,12 @@ class Calls:
         """The decision for a continued cache, which is read again if it was filled under another one."""
         record = self.known(state)
         if record is not None:
-            verdict_BE = record.verdict_BE
-            if verdict_BE is not None and len(verdict_BE) != tokens.rows:
-                raise CompositionError(
-                    f"the cache continues with {tokens.rows} rows, but the decision has {len(verdict_BE)}",
-                    do="reorder, repeat or select its rows with the cache's own methods",
-                )
+            record.have_rows(tokens.rows)
             mine = frame is not None and record.frame is frame.token
-            if mine or wanted is None or same_verdict(verdict_BE, wanted):
+            expand = None if frame is None else frame.expand
+            if mine or wanted is None or same_verdict(record.verdict_BE, expanded(wanted, tokens.rows, expand)):
                 record.frame = None if frame is None else frame.token
-                self._show(verdict_BE)
+                self._show(record.verdict_BE)
                 return record
         elif frame is not None and frame.generates and not hasattr(state, "get_seq_length"):
             return self.fresh(wanted, frame)  # a part of this generation's state, as XLNet cuts it
@@ -345,7 +341,7 @@ class Calls:
                 raise CompositionError("a filled cache cannot continue with embeddings", do=_WHOLE_PROMPT)
             new_BT = records.masked_ids(tokens.ids, tokens.mask)
             wanted = self.decide(as_prompt(torch.cat([ids_BT.to(new_BT.device), new_BT], dim=1)))
-        wanted = None if wanted is None else expanded(wanted, tokens.rows, None)
+        wanted = None if wanted is None else expanded(wanted, tokens.rows, None if frame is None else frame.expand)
         fresh = self.fresh(wanted, frame)
         record = replace(before, composition=fresh.composition, allowed=fresh.allowed, history=fresh.history)
         record.frame = fresh.frame

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from spectr.errors import CompositionError
 from spectr.layers.batch_routing import BASE, BatchRouting, routed_by
+from spectr.layers.eval_mode import eval_mode
 from spectr.layers.factors import Factors
 from spectr.layers.routed import RoutedLinear
 from spectr.layers.saved import SavedModule
@@ -113,7 +114,7 @@ class PromptDecision:
             CompositionError: The call is being exported or traced.
         """
         refuse_to_capture()
-        with routed_by(BASE):
+        with routed_by(BASE), eval_mode(self.calls.model):
             return self.read(*args, **kwargs)
 
     def hold(self, verdict_BE: Float[Tensor, "B E"] | None) -> None:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from spectr.layers.linear import input_device
 from spectr.layers.pairs import LayerInput
 from spectr.layers.routed import RoutedLinear
 from spectr.layers.token_layout import Layouts
@@ -106,7 +107,7 @@ class Probe:
         """Read the texts that prompts are compared with, if not done yet; otherwise the first prompt does it."""
         with _READS_NULL:
             if self._null_QKE is None and self.null.batches:
-                device = next(self.entry.parameters()).device
+                device = input_device(self.entry)
                 batches = list(self.null.on(device))
                 self._null_QKE = self._kept_null(batches[0])
                 if self._null_QKE is None:

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from spectr.layers.batch_routing import BASE, BatchRouting, routed_by
+from spectr.layers.eval_mode import eval_mode
 from spectr.layers.pairs import LayerInput
 from spectr.layers.routed import RoutedLinear
 from spectr.layers.token_layout import Layouts, TokenPlaces, few_tokens
@@ -172,7 +173,7 @@ def read_tokens(
     given: Mapping[str, Any],
     counted_BT: Bool[Tensor, "B T"] | None,
 ) -> None:
-    """Run the base model on this input.
+    """Run the base model on this input, without dropout.
 
     Args:
         entry: The module that is called.
@@ -184,7 +185,10 @@ def read_tokens(
         counted_BT: The counted tokens; by default all.
     """
     tokens, names_of_entry = tokens_of(given, decoder=False), names_of(entry.forward, getattr(entry, "config", None))
-    places = places_of(layouts, entry.forward, names_of_entry, given, tokens, entry, positions=counted_BT is not None)
+    with eval_mode(entry):
+        places = places_of(
+            layouts, entry.forward, names_of_entry, given, tokens, entry, positions=counted_BT is not None
+        )
     counted_BT = None if counted_BT is None else counted_BT.cpu()
     held: dict[str, list[tuple[Any, Tensor]]] = {}
 
@@ -197,7 +201,7 @@ def read_tokens(
         else:
             see(names[module], *found, tokens.rows)
 
-    with _observed(names, observe), followed(layouts, places):
+    with eval_mode(entry), _observed(names, observe), followed(layouts, places):
         entry.forward(**given)  # not __call__: hooks on the model must not see this call
     for name, parts in held.items():
         x_NI, row_N = (torch.cat(some) for some in zip(*parts, strict=True))

@@ -6,7 +6,7 @@ import gc
 
 import pytest
 import torch
-from sequences import FREE, NEW, decided, prompts_of, say
+from sequences import FREE, NEW, decided, next_of, prompts_of, say
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig
 
 import spectr
@@ -45,6 +45,40 @@ def test_batches_whose_rows_have_different_experts(world, shared):
     logits = model(torch.cat([a, right]), attention_mask=mask.flip(1)).logits
     close(logits[1:, :4], world.oracle(third)(short).logits)
     close(logits[:1], world.oracle(one)(a).logits)
+
+
+@pytest.mark.parametrize("cache", ["selects", "is cut", "none"])
+@pytest.mark.parametrize("alike", [True, False])
+def test_a_loop_drops_rows_that_are_done(world, shared, cache, alike):
+    model, _, ((a, one), (b, two)) = shared
+    batch = torch.cat([a, a, a, a] if alike else [a, b, a, b])
+    kept = torch.tensor([1, 2, 3])
+
+    def drops_the_first(model, input_ids, **given):
+        options = {
+            "past_key_values": given["past_key_values"] if cache != "none" else None,
+            "use_cache": cache != "none",
+        }
+        out = model(input_ids, **options)
+        ids, state = torch.cat([input_ids, next_of(out)], 1)[kept], out.past_key_values
+        if cache == "selects":
+            state.batch_select_indices(kept)
+        elif cache == "is cut":
+            for layer in state.layers:
+                layer.keys, layer.values = layer.keys[kept], layer.values[kept]
+        read = ids if cache == "none" else ids[:, -1:]
+        return model(read, **options).logits[:, -1]
+
+    if not alike and cache != "selects":
+        with pytest.raises(CompositionError, match="3 rows, but the decision has 4"):
+            model.generate(batch, custom_generate=drops_the_first, **FREE)
+        return
+    got = model.generate(batch, custom_generate=drops_the_first, **FREE)
+    for row, number in enumerate(kept.tolist()):
+        ids, name = ((a, one), (b, two))[0 if alike else number % 2]
+        oracle = world.oracle(name)
+        text = torch.cat([ids, next_of(oracle(ids))], 1)
+        close(got[row], oracle(text).logits[0, -1], 1e-4)
 
 
 def test_packed_rows(world, shared):

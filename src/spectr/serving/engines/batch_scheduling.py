@@ -16,6 +16,7 @@ from torch import Tensor
 from spectr.composition.multi_router import MultiRouter
 from spectr.composition.request_batch import RequestDecision
 from spectr.composition.router_batch import RouterBatch
+from spectr.layers.linear import input_device
 from spectr.serving.engines.base import Step, Ticket
 
 
@@ -106,7 +107,7 @@ class BatchScheduler:
         self._generating: dict[int, Running] = {}
         self._call = ExitStack()
         model = multi_router.model
-        self._device = next(model.parameters()).device
+        self._device = input_device(model)
         self._hooks = [
             model.register_forward_pre_hook(self._before),
             model.register_forward_hook(self._after, always_call=True),
