@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -34,7 +36,7 @@ class PickedExperts(nn.Module):
 
 def with_picked_experts() -> nn.Module:
     """A tiny Llama whose MLPs are such experts."""
-    model = tiny_llama()
+    model: Any = tiny_llama()
     with torch.random.fork_rng():
         torch.manual_seed(1)
         for layer in model.model.layers:
