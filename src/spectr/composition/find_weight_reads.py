@@ -60,12 +60,13 @@ def _inputs(part: Any) -> Iterator[dict[str, Tensor]]:
     vision = getattr(part.config, "vision_config", part.config)
     size = getattr(vision, "image_size", None)
     ids_BT = _token_ids(part.config, weight.device)
-    made = {"input_values": weight.new_zeros(1, _SAMPLES)}
+    plain = {"dtype": weight.dtype, "device": weight.device}  # not as the weight itself, which may be quantised
+    made = {"input_values": torch.zeros(1, _SAMPLES, **plain)}
     if ids_BT is not None:
         made |= {"input_ids": ids_BT, "decoder_input_ids": ids_BT}
     if isinstance(size, (int, list, tuple)):
         sides = (size, size) if isinstance(size, int) else size
-        made["pixel_values"] = weight.new_zeros(1, getattr(vision, "num_channels", 3), *sides)
+        made["pixel_values"] = torch.zeros(1, getattr(vision, "num_channels", 3), *sides, **plain)
     accepted = signature(type(part).forward).parameters
     made = {name: tensor for name, tensor in made.items() if name in accepted}
     main = {name: tensor for name, tensor in made.items() if name in (part.main_input_name, "decoder_input_ids")}

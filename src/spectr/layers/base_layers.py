@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from spectr.adapters import Factors
 from spectr.errors import AdapterError
 from spectr.layers.initial_factors import initial_factors
-from spectr.layers.linear import features, placement
+from spectr.layers.linear import features, is_plain, placement
 from spectr.layers.multi_routed import MultiRoutedLinear
 from spectr.layers.swap import plain_module
 from spectr.spectral.initial import InitialFactors
@@ -40,7 +40,7 @@ class ModelLayers:
         """
         layer = self.layer(module)
         weight: Any = getattr(layer, "weight", None)
-        if is_plain(weight):
+        if _is_here(weight):
             return (weight if isinstance(getattr(layer, "in_features", None), int) else weight.mT).float()
         sizes = features(layer)
         assert sizes is not None, "only linear layers are adapted"
@@ -63,7 +63,8 @@ class ModelLayers:
             AdapterError: The layer is quantised; PEFT then quantises the remaining weight again.
         """
         layer = self.layer(module)
-        if not is_plain(getattr(layer, "weight", None)):
+        own = type(layer).forward is not nn.Linear.forward and not hasattr(layer, "nf")  # quanto before it is frozen
+        if own or not _is_here(getattr(layer, "weight", None)):
             raise AdapterError(
                 f"{module} is quantised or not in memory, but the adapter's initial factors are a part of its weight",
                 expected="weights in float32, bfloat16 or float16",
@@ -83,8 +84,6 @@ class ModelLayers:
         return plain_module(layer.base if isinstance(layer, MultiRoutedLinear) else layer)
 
 
-def is_plain(weight: Any) -> bool:
-    """Whether this is a matrix of floating-point numbers in memory, not packed or elsewhere."""
-    if not isinstance(weight, Tensor) or weight.is_meta or weight.ndim != 2:
-        return False
-    return weight.is_floating_point() and weight.element_size() > 1
+def _is_here(weight: Any) -> bool:
+    """Whether this is a matrix of numbers in memory."""
+    return is_plain(weight) and not weight.is_meta and weight.ndim == 2

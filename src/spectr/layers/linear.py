@@ -52,6 +52,15 @@ def returns_more(module: nn.Module) -> bool:
     return isinstance(out, tuple)
 
 
+def is_plain(weight: Any) -> bool:
+    """Whether a tensor holds floating-point numbers itself, rather than packed, quantised or sharded ones.
+
+    Quantisers (torchao, quanto) have subclasses of tensors, which report a floating dtype.
+    """
+    plain = type(weight) in (Tensor, nn.Parameter)
+    return plain and weight.is_floating_point() and weight.element_size() > 1
+
+
 def placement(module: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Device and dtype for the experts of a layer: those it computes in, wherever its weights are kept.
 

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from spectr.layers.linear import is_plain
 from spectr.layers.pairs import Pairs
 from spectr.layers.parameter_layer import ParameterLayer
 from spectr.layers.stand_in import StandIn
@@ -93,10 +94,5 @@ def fused_parameters(experts: Any) -> tuple[str, ...]:
     if moved or not all(hasattr(experts, flag) for flag in _FLAGS) or getattr(experts, "_is_expert_parallel", False):
         return ()
     names = (_up(experts), "down_proj")
-    return names if all(_is_plain(getattr(experts, name, None)) for name in names) else ()
-
-
-def _is_plain(weight: Any) -> bool:
-    """Whether these are matrices of floating numbers, rather than packed or sharded."""
-    plain = type(weight) in (Tensor, nn.Parameter) and weight.ndim == 3
-    return plain and weight.is_floating_point() and weight.element_size() > 1
+    weights: list[Any] = [getattr(experts, name, None) for name in names]
+    return names if all(is_plain(weight) and weight.ndim == 3 for weight in weights) else ()

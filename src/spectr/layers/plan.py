@@ -13,7 +13,7 @@ from spectr.adapters.base_names import named_base
 from spectr.errors import CompositionError, did_you_mean, raise_together
 from spectr.grouping import grouped
 from spectr.layers.base_layers import ModelLayers
-from spectr.layers.linear import features
+from spectr.layers.linear import features, is_plain
 from spectr.layers.parameters import parameter_layer
 from spectr.layers.saved import saved_faults
 from spectr.layers.swap import plain_modules
@@ -181,10 +181,10 @@ def _changed(expert: Expert, base: ModelLayers, modules: Sequence[str]) -> list[
 def can_change(layer: nn.Module, shape: FactorShape) -> bool:
     """Whether the weight that a model reads of a layer can be one with an expert's update: plain LoRA of a matrix."""
     weight = getattr(layer, "weight", None)
-    if not isinstance(weight, nn.Parameter) or weight.ndim != 2 or not weight.is_floating_point():
+    if not isinstance(weight, nn.Parameter) or weight.ndim != 2 or not is_plain(weight):
         return False
     sizes = (shape.outputs, shape.inputs) if isinstance(layer, nn.Linear) else (shape.inputs, shape.outputs)
-    return weight.element_size() > 1 and tuple(weight.shape) == sizes and not shape.parts.tensors
+    return tuple(weight.shape) == sizes and not shape.parts.tensors
 
 
 def uncalled_fault(modules: Sequence[str]) -> Fault:

@@ -17,6 +17,7 @@ from torch.nn.functional import linear
 from spectr.adapters import SavedParts
 from spectr.errors import CompositionError
 from spectr.layers.batch_routing import spread, thread
+from spectr.layers.linear import is_plain
 from spectr.layers.names import take_names_of_base
 
 _NO_PADDING = {"padding_idx": None, "max_norm": None}
@@ -231,6 +232,8 @@ def saved_faults(base: nn.Module, parts: SavedParts) -> Iterator[str]:
         there = own.get(name)
         if there is None or tuple(there.shape) != whole.shape:
             yield f"{name} of shape {whole.shape}, here {'none' if there is None else tuple(there.shape)}"
+        elif there.is_floating_point() and not is_plain(there):
+            yield f"{name}, which is quantised here"
     sizes = None if weight is None else tuple(weight.shape)
     factors, rows = parts.factors, parts.rows
     if factors is not None and (not isinstance(base, nn.Embedding) or sizes != (factors.tokens, factors.features)):
@@ -238,6 +241,8 @@ def saved_faults(base: nn.Module, parts: SavedParts) -> Iterator[str]:
     count, features = sizes if sizes is not None and len(sizes) == 2 else (0, 0)
     if rows is not None and not (features == rows.features and max(rows.tokens, default=0) < count):
         yield f"trained rows up to {max(rows.tokens, default=0)} of {rows.features} features, here {sizes}"
+    if (factors is not None or rows is not None) and weight is not None and not is_plain(weight):
+        yield "its weight is quantised here"
 
 
 def _prepared(module: nn.Module, _: Any) -> None:

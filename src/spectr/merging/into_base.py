@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from spectr.composition.naming import naming_of
 from spectr.errors import MergeError, SpectrError, collecting, raise_together, some_of
 from spectr.layers import RoutedLinear, make_plan
+from spectr.layers.linear import is_plain
 from spectr.layers.moe import FusedLinear
 from spectr.layers.swap import layer_at
 from spectr.library import ExpertLibrary
@@ -151,9 +152,7 @@ def _weight_faults(model: nn.Module, modules: list[str]) -> Iterator[MergeError]
 
 def _takes_sum(layer: nn.Module) -> bool:
     weight = getattr(layer, "weight", None)
-    if not isinstance(weight, nn.Parameter) or weight.is_meta or weight.ndim not in (2, 3):
-        return False
-    return weight.is_floating_point() and weight.element_size() > 1
+    return isinstance(weight, nn.Parameter) and is_plain(weight) and not weight.is_meta and weight.ndim in (2, 3)
 
 
 def _weight(layer: nn.Module) -> nn.Parameter:
