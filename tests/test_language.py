@@ -10,7 +10,8 @@ from language import AVOIDED, LONG, avoided, python_texts, sentences, texts_of, 
 
 ROOT = Path(__file__).parents[1]
 KINDS = (".py", ".html", ".js", ".css", ".md", ".c", ".h")
-CHECKED = ("src", "benchmarks", "experts", "docs", "README.md", "CHANGELOG.md", "CONTRIBUTING.md")
+CHECKED = ("src", "tests", "benchmarks", "experts", "docs", "README.md", "CHANGELOG.md", "CONTRIBUTING.md")
+LISTS = {"language.py", "test_language.py"}  # have the words themselves
 PAGES = ("docs", "README.md", "CHANGELOG.md", "CONTRIBUTING.md")
 
 
@@ -25,7 +26,7 @@ def _files(place: str) -> list[Path]:
 
 @pytest.mark.parametrize("place", CHECKED)
 def test_words_to_avoid_stay_out(place):
-    files = _files(place)
+    files = [file for file in _files(place) if file.name not in LISTS]
     assert files, f"{place} has no files"
     found = [
         f"{file.relative_to(ROOT)}:{line}: '{word}': write {AVOIDED[word.lower()]}"

@@ -122,7 +122,7 @@ def timed(model: nn.Module, work: Work, cache: State = _EMPTY) -> float:
         return _seconds(lambda: _read(model, ids), ids)
     cache, last = copy.deepcopy(cache), ids[:, -1:]
     mask = torch.ones(work.batch, work.prompt + work.steps, dtype=torch.long, device=ids.device)
-    masked = not any(map(is_recurrent, cache.values()))  # a state has folded in what came before
+    masked = not any(map(is_recurrent, cache.values()))  # a recurrent state contains all earlier tokens
 
     def decode() -> None:
         for step in range(work.steps):

@@ -141,7 +141,7 @@ def _share(aligned: Aligned, update: Update, name: str, module: str, router: Rou
 
 
 def report_unmeasured(policy: PromptPolicy | None, library: ExpertLibrary, users: Mapping[str, Sequence[str]]) -> None:
-    """Report experts that evidence can never speak for, as no text of the calibration reaches what they adapt.
+    """Report experts without evidence, as no text of the calibration reaches what they adapt.
 
     Args:
         policy: Decides on prompts, if anything does.
@@ -156,7 +156,7 @@ def report_unmeasured(policy: PromptPolicy | None, library: ExpertLibrary, users
         modules = [module for module, names in users.items() if name in names]
         report_once(
             f"expert '{name}' adapts only modules that no text of the calibration reaches "
-            f"({some_of(modules, _SHOWN)}), so that no prompt speaks for it: choose it yourself, by prompt.using or by "
+            f"({some_of(modules, _SHOWN)}), so that prompts never choose it: choose it yourself, by prompt.using or by "
             "the router Oracle"
         )
 

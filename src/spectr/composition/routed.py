@@ -160,7 +160,7 @@ class Routed:
         self._calls.adopt(cache, input_ids)
 
     def release(self) -> None:
-        """Leave the model's calls to somebody else, who sets what holds for each of them."""
+        """Stop deciding for the model's calls; the caller sets the routing of each."""
         if self._calls is not None:
             self._calls.close()
             self._calls = None
@@ -171,7 +171,7 @@ class Routed:
             self._take_calls()
 
     def _take_calls(self, key: str | None = None) -> None:
-        """Decide for the model's calls, which nobody else does."""
+        """Decide for the model's calls again."""
         modules = [name for name, layer in self.layers.items() if not isinstance(layer.base, ParameterLayer)]
         unknown, own = self._reads.unknown(modules), {module: dict(vars(module)) for module in self.model.modules()}
         try:
@@ -240,7 +240,7 @@ class Routed:
             names: Of the library.
             library: It replaces the handle's.
             progress: Receives (done, total) layers.
-            others: Whether a name may mean another expert than before, so that no cache goes on.
+            others: Whether a name may mean another expert than before, so that no cache can be continued.
         """
         if self._removed:
             raise CompositionError("this handle was removed from its model", do="compose the model again")

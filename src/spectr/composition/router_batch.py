@@ -21,7 +21,7 @@ class RouterBatch:
     """Gives every token of a batch the router and the set of its request.
 
     Outputs are those of a model that this router alone has composed with that set, up to rounding. Each router has a
-    :class:`spectr.composition.request_batch.RequestBatch`, which says how the model is to be called.
+    :class:`spectr.composition.request_batch.RequestBatch`, which describes how to call the model.
 
     Args:
         multi_router: The composed model. All calls are made by the thread that runs it, or while it does not run.
@@ -59,7 +59,7 @@ class RouterBatch:
         return routed_by(spans[0].routing if len(spans) == 1 else BASE, spans=spans)
 
     def watch(self, spans: Iterable[int], layers: bool) -> None:
-        """Have the next call remember what is decided for the last token of these spans.
+        """Have the next call record what is decided for the last token of these spans.
 
         Args:
             spans: Their numbers.

@@ -92,7 +92,7 @@ def _changes(
 
 
 def _check_scored(experts: Mapping[str, Expert], router: Router, uncalled: Set[str]) -> None:
-    """Raise :class:`CompositionError` for experts without factors, where these are what experts are chosen by."""
+    """Raise :class:`CompositionError` for experts without factors if the router chooses by factors."""
     alone = [name for name, expert in experts.items() if not expert.shapes.keys() - uncalled]
     if alone and (router.policy is None or router.policy.evidence.reads != "words"):
         raise CompositionError(
@@ -135,7 +135,7 @@ def _tensors_of(
 def _embedding(
     expert: Expert, module: str, parts: SavedParts, bases: Mapping[str, nn.Module], model: nn.Module, read: Read
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Trained rows, for what is tied to the embedding too unless that has its own; and factors."""
+    """Trained rows, also for a tied head unless it has its own; and factors."""
     if parts.rows is not None:
         weight = tensor_of(bases[module], "weight")
         tokens_N, order_N = torch.tensor(parts.rows.tokens).sort()

@@ -233,7 +233,7 @@ def _logprobs(
 def _whole_logprobs(
     model: nn.Module, prompts: list[list[int]], choices: list[list[list[int]]], pad: int
 ) -> list[Tensor]:
-    """Log-likelihoods of each prompt's choices, every prompt read anew with each choice, and padding last."""
+    """Log-likelihoods of each prompt's choices, with each prompt read again for each choice, and padding last."""
     known: Any = model
     rows = [(prompt, option) for prompt, options in zip(prompts, choices, strict=True) for option in options]
     two_sided = known.config.is_encoder_decoder

@@ -115,7 +115,7 @@ def _in_order(folder: Path) -> list[str]:
 
 
 def _command(experiment: str, given: Mapping[str, Any]) -> str:
-    """What gives this result again; of folders and files that exist only the last part of their path."""
+    """The command that repeats this result; paths that exist are shortened to their last part."""
     words = ["spectr", "evaluate", experiment]
     for option, value in given.items():
         if not value or _READERS.get(option, experiment) != experiment:
@@ -150,7 +150,7 @@ _HEADINGS = (
 
 
 def summary(results: Sequence[Result]) -> Result | None:
-    """Routers that "routing" measured, with what the other experiments say of them; ``None`` without "routing"."""
+    """Routers that "routing" measured, with the other experiments' results; ``None`` without "routing"."""
     found = {result.name: result for result in results}
     if "routing" not in found:
         return None

@@ -55,7 +55,7 @@ def _exact_match(answer: str, reference: str) -> float:
 def _normalised(text: str) -> str:
     lowered = text.lower()
     bare = re.sub(r"\b(a|an|the)\b", " ", lowered.translate(_PUNCTUATION))
-    return " ".join((bare if bare.strip() else lowered).split())  # "a" and "%" are not both nothing
+    return " ".join((bare if bare.strip() else lowered).split())  # else "a" and "%" would both become empty
 
 
 def _rouge(name: str) -> Metric:
@@ -261,13 +261,13 @@ def _kept(path: Path, keys: Sequence[str]) -> dict[int, dict[str, Any]]:
 def _appending(
     path: Path | None, key: str, origin: dict[str, Any] | None, *, fresh: bool
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Append records to a file, a line each; it is begun anew where there is nothing to go on with."""
+    """Append records to a file, a line each; without records to continue, the file starts empty."""
     if path is None:
         yield lambda _: None
         return
     if fresh:
         with_parents(path).write_text(json.dumps({"key": key, "origin": origin}) + "\n", encoding="utf-8")
-    else:  # a last line that was cut short goes
+    else:  # a last line that was cut short is removed
         text = path.read_text(encoding="utf-8")
         path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
     with path.open("a", encoding="utf-8") as file:

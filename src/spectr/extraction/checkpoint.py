@@ -258,11 +258,11 @@ def _targets(source: Source, tensors: Mapping[str, Header]) -> Collection[str]:
 
 
 class _Renaming:
-    """The conversions of a model's checkpoints; those of one object serve one checkpoint, as some have a memory."""
+    """The conversions of a model's checkpoints; one object serves one checkpoint, since some conversions have state."""
 
     def __init__(self, model: Any):
         self._model = model
-        self._rename: Any  # its types are narrower than what transformers itself gives it
+        self._rename: Any  # its annotations are narrower than what transformers passes
         try:
             from transformers.conversion_mapping import get_model_conversion_mapping
             from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key

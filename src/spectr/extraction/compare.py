@@ -101,7 +101,7 @@ def pair_up(base: Checkpoint, tuned: Checkpoint, architecture: Architecture) -> 
 
 
 def _dtype(source: Source, checkpoint: Checkpoint) -> str:
-    """The dtype of a parameter's tensors, the first that is no plain floating number where there is one."""
+    """The dtype of a parameter's tensors: the first one that is not a plain floating dtype, if any."""
     kinds = [checkpoint.tensors[key].dtype for key in source.keys]
     return next((kind for kind in kinds if kind not in _FLOATS), kinds[0])
 

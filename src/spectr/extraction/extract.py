@@ -270,7 +270,7 @@ def peft_remarks(model: Any, targets: Any, modules: Iterable[str]) -> list[str]:
             from peft.tuners.lora.layer import LoraLayer
 
             get_peft_model(model, LoraConfig(r=1, target_modules=targets))
-        except Exception as error:  # whatever it is, the expert is made
+        except Exception as error:  # any error: the expert is written anyway
             return [f"PEFT does not load this expert ({first_line(error)}); spectr does."]
     adapted = {name for name, part in model.named_modules() if isinstance(part, LoraLayer)}
     other = sorted(adapted ^ set(modules))

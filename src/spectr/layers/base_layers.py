@@ -47,7 +47,7 @@ class ModelLayers:
         device, dtype = placement(layer, self._model)
         zero_1O = layer.forward(torch.zeros(1, sizes.inputs, device=device, dtype=dtype)).float()
         eye_II = torch.eye(sizes.inputs, device=device, dtype=dtype)
-        # forward itself: hooks of torch's are for the model's own calls
+        # forward itself: torch's hooks are for the model's own calls
         return torch.cat([layer.forward(rows).float() - zero_1O for rows in eye_II.split(_ROWS)]).mT
 
     def bias(self, module: str) -> Float[Tensor, " O"] | None:

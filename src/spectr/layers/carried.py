@@ -18,7 +18,7 @@ def check_bare(model: nn.Module) -> None:
         CompositionError: It carries adapters, enabled or not.
     """
     tuners = sys.modules.get("peft.tuners.tuners_utils")
-    if tuners is None:  # nothing is of PEFT where it was never imported
+    if tuners is None:  # without an import of PEFT no layer is PEFT's
         return
     wrapped = getattr(sys.modules.get("peft"), "PeftModel", ())
     whole = isinstance(model, wrapped)

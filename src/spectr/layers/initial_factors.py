@@ -40,9 +40,9 @@ def initial_factors(
     found = _read(path, digest)
     if found is None:
         found = _made(W_OI, kind, rank, transposed)
-        with suppress(OSError):  # a library that cannot be written is used all the same
+        with suppress(OSError):  # a library that cannot be written can still be used
             path.parent.mkdir(exist_ok=True)
-            with replacing(path, scratch_in=folder) as scratch:  # where the library sweeps
+            with replacing(path, scratch_in=folder) as scratch:  # where the library deletes leftovers
                 save_readable({"A": found.A_RI, "B": found.B_OR}, scratch, {"format": _FORMAT, "weight": digest})
     return found
 
@@ -62,5 +62,5 @@ def _read(path: Path, digest: str) -> InitialFactors | None:
             if (facts.get("format"), facts.get("weight")) != (_FORMAT, digest):
                 return None
             return InitialFactors(file.get_tensor("A"), file.get_tensor("B"))
-    except Exception:  # safetensors raises its own kinds, OSError among them; the file is made anew
+    except Exception:  # safetensors raises its own types, OSError among them; the file is written again
         return None

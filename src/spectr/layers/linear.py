@@ -47,7 +47,7 @@ def returns_more(module: nn.Module) -> bool:
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.element_size() < 2:  # quantised
         return False
     out = None
-    with torch.no_grad(), suppress(Exception):  # a layer that needs another input is a layer
+    with torch.no_grad(), suppress(Exception):  # a layer that needs another input still counts as one
         out = module.forward(weight.new_zeros(1, module.in_features))
     return isinstance(out, tuple)
 

@@ -1,4 +1,4 @@
-"""What a model's modules are like, before and after somebody works with them."""
+"""The state of a model's modules, before and after other code uses them."""
 
 from __future__ import annotations
 

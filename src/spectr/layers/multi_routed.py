@@ -22,8 +22,8 @@ class MultiRoutedLinear(nn.Module):
 
     Args:
         base: The layer as it was; never changed.
-        branches: What the routers have made of it, in the order of their numbers. Which of them computes a token is
-            said by the thread's spans (:class:`spectr.layers.batch_routing.Span`); where there are none, the first.
+        branches: What the routers have made of it, in the order of their numbers. The thread's spans
+            (:class:`spectr.layers.batch_routing.Span`) decide which of them computes a token; without spans, the first.
     """
 
     def __init__(self, base: nn.Module, branches: Sequence[RoutedLinear]):
@@ -60,4 +60,4 @@ class MultiRoutedLinear(nn.Module):
 __getattr__ = lazy(__name__, {}, renamed={"Fork": "MultiRoutedLinear"})
 
 
-COMPOSED = (RoutedLinear, SavedModule, MultiRoutedLinear)  # what is in a model that is composed
+COMPOSED = (RoutedLinear, SavedModule, MultiRoutedLinear)  # what a composed model contains

@@ -62,7 +62,7 @@ class Pairs(NamedTuple):
             start += count
 
     def some(self, kept_N: Bool[Tensor, " N"]) -> Pairs:
-        """The pairs of some tokens, which are numbered anew."""
+        """The pairs of some tokens, with new token numbers."""
         kept_S = kept_N[self.token_S]
         number_N = kept_N.cumsum(0) - 1
         place_S = self.place_S[kept_S]

@@ -74,7 +74,7 @@ def _ordered(layers: Mapping[str, nn.Module], users: Mapping[str, object]) -> li
 
 
 def _combination_faults(experts: Sequence[Expert], router: Router) -> list[CompositionError]:
-    """What stands against a combination that needs more of each module's experts than their shares' ``A`` and ``B``."""
+    """Faults of a combination that needs more of each module's experts than their shares' ``A`` and ``B``."""
     fused = [expert.name for expert in experts if any(shape.matrices for shape in expert.shapes.values())]
     if not fused or not (router.combination.prepare or router.combination.raw):
         return []
@@ -158,7 +158,7 @@ def _faults(
 
 
 def _holder(layers: Mapping[str, nn.Module], name: str) -> str:
-    """Whose parameter has this name, as text; empty if it is no parameter's."""
+    """The module whose parameter has this name, as text; empty if there is none."""
     module, _, parameter = name.rpartition(".")
     holder = layers.get(module)
     return f" (a parameter of {type(holder).__name__})" if holder and parameter in holder._parameters else ""

@@ -292,7 +292,7 @@ class RoutedLinear(nn.Module):
         return self._add_masked(out, weighted(h_TP, weights_TE, factors.common_rank, factors.member_EP), B_OP)
 
     def _whole(self, x: Any, call: LayerCall) -> Tensor | None:
-        """As :meth:`_by_kernels`, the base layer too, where nobody observes it. Few lines: they run for every token."""
+        """As :meth:`_by_kernels`, the base layer too, if nothing observes it. Few lines: they run for every token."""
         factors, fixed = call.factors, call.fixed
         if factors is None or call.observe is not None or call.among_BTE is not None or call.some_base:
             return None  # rows of the base model get what its own layer computes, to the last digit

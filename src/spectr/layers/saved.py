@@ -86,7 +86,7 @@ class SavedModule(nn.Module):
         self.train(base.training)
 
     def prepare(self) -> None:
-        """Make the experts' modules anew: tensors moved or were cast, or the base module changed."""
+        """Make the experts' modules again: tensors moved or were cast, or the base module changed."""
         for number, (name, own) in enumerate(self._tensors.items()):
             mine = {key: self._buffers[f"expert{number}_{key}"] for key in own.named()}
             self._tensors[name] = own.remade(mine)  # pyright: ignore[reportArgumentType]
@@ -288,7 +288,7 @@ def with_tensors(base: nn.Module, tensors: Mapping[str, Tensor], **attributes: A
     """A module like this one with some other parameters and buffers, which shares the rest and its submodules.
 
     Raises:
-        CompositionError: It has more parameters than these, and somebody (accelerate) moves them for each call.
+        CompositionError: It has more parameters than these, and other code (accelerate) moves them for each call.
     """
     other = copy.copy(base)
     if vars(other).pop("forward", None) is not None and not base._parameters.keys() <= tensors.keys():

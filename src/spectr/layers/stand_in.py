@@ -63,7 +63,7 @@ class StandIn(nn.Module):
 
     @property
     def takes_part(self) -> bool:
-        """Whether a parameter's layer does more than the base in this thread's call, or somebody watches it."""
+        """Whether a parameter's layer does more than the base in this thread's call, or a hook observes it."""
         return any(_takes_part(layer) for name, layer in self._modules.items() if name != "base")
 
 

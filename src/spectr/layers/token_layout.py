@@ -2,7 +2,7 @@
 
 Most layers are given (rows, tokens, features). Some are given tokens first, or all tokens in one axis, or windows of
 images; MoE experts the tokens that a router picks. No list of models: a few tokens are followed through the model
-(:mod:`spectr.layers.token_tracking`), and what a layer was given says how its axes are made of rows and tokens.
+(:mod:`spectr.layers.token_tracking`), and a layer's input shows how its axes consist of rows and tokens.
 
 Legend: B rows, T tokens of a row. Marks are those of :class:`TokenTracker`.
 """
@@ -102,7 +102,7 @@ def _learned(found: Marks | None, leading: tuple[int, ...], rows: int, tokens: i
 
 
 def _by_shape(leading: tuple[int, ...], rows: int, tokens: int) -> Layout | None:
-    """The layout that axes show by their sizes alone, where an operation lost the marks."""
+    """The layout, from the sizes of axes only, where an operation lost the marks."""
     if leading == (rows,):
         return Layout(positions=None)
     if rows == tokens or leading[:2] not in ((rows, tokens), (tokens, rows)):
@@ -213,7 +213,7 @@ class TokenPlaces(NamedTuple):
         layouts: Of the model's layers.
         rows: B.
         tokens: T.
-        tracker: Follows the call, where layouts do not say all.
+        tracker: Follows the call, where layouts are not enough.
         paired: See :class:`Layouts`.
     """
 

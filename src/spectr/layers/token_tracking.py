@@ -89,7 +89,7 @@ class TokenTracker(TorchDispatchMode):
         return marks
 
     def note(self, marks: Marks, leading: tuple[int, ...]) -> None:
-        """Remember what inputs with these axes are, as long as all of them are the same."""
+        """Record what inputs with these axes are, as long as all of them are the same."""
         known = self._alike.setdefault(leading, None if marks.by_data else marks)
         if known is not None and (marks.by_data or not torch.equal(known.at, marks.at)):
             self._alike[leading] = None
@@ -103,7 +103,7 @@ class TokenTracker(TorchDispatchMode):
         rule = self._rules.get(name) or self._rules.get(name.removesuffix("_"))
         if rule is None and torch.Tag.pointwise in func.tags:
             rule = self._rules["pointwise"]
-        if rule is None:  # in inference mode operations come that are made of others
+        if rule is None:  # inference mode also dispatches operations that consist of others
             with self:
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
@@ -153,7 +153,7 @@ class TokenTracker(TorchDispatchMode):
         """Compare the rows of marks, element by element, where tokens of the text meet something else.
 
         Raises:
-            CompositionError: An input is not of the row that it was said to belong to.
+            CompositionError: An input does not belong to the stated row.
         """
         if not self.assumed:
             return
@@ -165,7 +165,7 @@ class TokenTracker(TorchDispatchMode):
         self.met = self.met or bool(meeting.any())
 
     def merged(self, one: Marks | None, other: Marks | None) -> Marks | None:
-        """What two tensors say that are computed with element by element."""
+        """The marks of two tensors in an elementwise operation."""
         if one is None or other is None:
             return other if one is None else one
         by_data = one.by_data and other.by_data
@@ -201,7 +201,7 @@ Rule = Callable[[TokenTracker, Any, Sequence[Any], Mapping[str, Any], Sequence[A
 
 
 def _is_tensor(value: Any) -> bool:
-    return type(value) in (Tensor, torch.nn.Parameter)  # others have no memory of their own that could be named
+    return type(value) in (Tensor, torch.nn.Parameter)  # others have no memory of their own to identify them by
 
 
 def _key(tensor: Tensor) -> tuple[Any, ...]:

@@ -182,7 +182,7 @@ def _watch_layer(record: LayerTrace) -> Callable[[nn.Module, Any, Any], None]:
     @torch.no_grad()
     def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert isinstance(layer, RoutedLinear)
-        if base_alone():  # it reads a prompt, before that is answered
+        if base_alone():  # it reads a prompt before the answer
             return
         given = args[0] if args else kwargs["input"]
         x = given.tokens_NH if isinstance(given, Pairs) else given
@@ -200,7 +200,7 @@ def _watch_layer(record: LayerTrace) -> Callable[[nn.Module, Any, Any], None]:
 
 def _watch_input(record: Trace) -> Callable[[nn.Module, Any, Any], None]:
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if base_alone():  # the base model writes something of its own
+        if base_alone():  # the base model writes an instruction
             return
         ids = kwargs.get("input_ids", args[0] if args else None)
         given = kwargs.get("inputs_embeds") if ids is None else ids

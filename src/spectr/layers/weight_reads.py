@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from spectr.layers.linear import features
 
-# Of these, only the first argument's numbers are in the result, or nobody's.
+# Of these, only the first argument's numbers are in the result, or none.
 _LIKE_ANOTHER = frozenset(("to", "type_as", "view_as", "expand_as", "reshape_as"))
 _SIZES_ALONE = frozenset(f"{kind}_like" for kind in ("zeros", "ones", "empty", "full", "rand", "randn", "randint"))
 _SIZES_ALONE |= {f"new_{kind}" for kind in ("zeros", "ones", "empty", "full")}
@@ -49,7 +49,7 @@ class WeightReads(TorchFunctionMode):
             linear = features(module) is not None
             for weight in module.parameters(recurse=linear):
                 self._owners.setdefault(id(weight), []).append(module)
-                kept_elsewhere = weight.is_meta and moved  # accelerate makes others for a call
+                kept_elsewhere = weight.is_meta and moved  # accelerate replaces them for a call
                 if (linear or isinstance(module, nn.Embedding)) and weight.ndim > 1 and not kept_elsewhere:
                     self._layers.setdefault(id(weight), set()).add(name)
             if isinstance(module, NonDynamicallyQuantizableLinear):  # nn.MultiheadAttention never calls its own

@@ -132,7 +132,7 @@ def _matrices(factors: Factors) -> list[Factors]:
 
 
 def _weighted(factors: Mapping[str, Factors], recipe: Recipe, zero: LowRank) -> list[LowRank]:
-    """Each expert's weighted update without the mean of the general ones; ``factors`` lacks who does not adapt this."""
+    """Each expert's weighted update minus the general ones' mean; ``factors`` lacks experts that do not adapt this."""
     nothing = Factors(zero.A, zero.B, 1.0)
     general = [factors[name] for name in recipe.subtract if name in factors]
     subtract = SUBTRACTIONS.get(recipe.method.name, of_products)

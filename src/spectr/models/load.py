@@ -85,7 +85,7 @@ def load_model(
 
 
 def _check_kind(path: str, config: Any) -> None:
-    """Check that a configuration is that of a language model with a decoder alone, as commands run no others.
+    """Check that a configuration is that of a decoder-only language model; commands run no others.
 
     Raises:
         ModelError: It is another kind of model.

@@ -97,7 +97,7 @@ def shared_prefix(sequences: Sequence[list[int]]) -> list[int]:
     """The longest common prefix that leaves at least one token of each sequence."""
     if not sequences:
         return []
-    first, last = min(sequences), max(sequences)  # what these two share, all that lie between them share
+    first, last = min(sequences), max(sequences)  # a prefix of these two is one of all between them
     room = min(map(len, sequences)) - 1
     same = (i for i in range(room) if first[i] != last[i])
     return list(first[: next(same, room)])

@@ -162,7 +162,7 @@ class Backend(ABC):
 
 
 def watched() -> bool:
-    """Whether autograd or a mode of torch (a counter, say) records single operations, or autocast changes dtypes."""
+    """Whether autograd or a mode of torch (such as a counter) records single operations, or autocast changes dtypes."""
     return is_grad_enabled() or _len_torch_dispatch_stack() > 0 or _is_any_autocast_enabled()
 
 

@@ -20,7 +20,7 @@ from spectr.atomic_write import cache_folder
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math")
 
 
-_PATIENCE = 600  # seconds for the compiler, which takes ten where nobody else is at work
+_PATIENCE = 600  # seconds for the compiler, which takes ten on an idle machine
 
 
 def load(source: str) -> ctypes.CDLL:
@@ -60,7 +60,7 @@ def compiled_library(source: Path) -> Path:
                 if threads is None:
                     raise
                 _make(compiler, source, made, None)  # a compiler whose threads are not torch's
-            made.replace(target)  # whole or not at all, whoever else compiles at this moment
+            made.replace(target)  # atomic, since other processes may compile at the same time
     return target
 
 
@@ -76,7 +76,7 @@ def _make(compiler: str, source: Path, target: Path, threads: Path | None) -> No
 
 
 def _threads() -> Path | None:
-    """The OpenMP library whose threads torch works with. Ours have to be the same, or they get in each other's way."""
+    """The OpenMP library whose threads torch works with. Ours must be the same, or the two compete for cores."""
     try:
         lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -19,7 +19,7 @@ from spectr.ops.trials import Trials
 from spectr.ops.ways import Shape, place_of
 
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
-_SMALL = 1 << 18  # terms of scores that one thread sums before a second one has begun
+_SMALL = 1 << 18  # terms of scores that one thread sums before a second one starts
 
 
 class CpuBackend(Backend):
@@ -170,7 +170,7 @@ def available() -> Backend:
 
 
 def parts_of_float32() -> int:
-    """Of how many bfloat16 a float32 is to be the sum where it is multiplied by tiles, as torch's setting has it."""
+    """How many bfloat16 parts replace a float32 in products by tiles, by torch's setting."""
     return 3 if torch.get_float32_matmul_precision() == "highest" else 2
 
 

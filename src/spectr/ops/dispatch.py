@@ -76,10 +76,10 @@ def backend_for(device: str) -> Offer:
         return Offer(None, "SPECTR_KERNELS=0")
     if device not in _BACKENDS:
         return Offer(None, f"no kernels for {device}")
-    wanted()  # a wrong wish is an error, not a missing backend
+    wanted()  # a wrong setting is an error, not a missing backend
     try:
         backend = import_module(_BACKENDS[device]).available()
-    except Exception as error:  # compilers and drivers raise whatever they like
+    except Exception as error:  # compilers and drivers may raise anything
         report_once(f"routed layers run without kernels for {device}: {error}")
         return Offer(None, str(error))
     return Offer(backend, f"{backend.name} for {device}")

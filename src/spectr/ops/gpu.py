@@ -13,7 +13,7 @@ from triton.language import constexpr
 
 from spectr.ops.base import Backend, Choice, FusedLinear, own_numbers
 
-tl: Any = triton.language  # what it means inside a kernel is not what its signatures say
+tl: Any = triton.language  # its meaning inside a kernel differs from its signature
 _BLOCK = 64  # outputs that a program adds to, at most
 _BLOCK_ROWS = 8192  # numbers of the output factors that it holds, within any GPU's shared memory
 _FEW = 8192  # numbers of all tokens up to which one kernel weighs and adds; of more, a product with all experts adds
@@ -21,7 +21,7 @@ _AT_ONCE = 16  # tokens that such a program takes, as few as the matrix unit doe
 _MOST_AT_ONCE = 256  # numbers of each of these tokens
 _WEIGHED = 512  # numbers that a program weighs, if one token has at most that many
 _MOST_ROWS = 16384  # numbers of one token that a program holds
-_VARIES = ("tokens", "rows_of_prior")  # from call to call: no code of its own for numbers that 16 divides
+_VARIES = ("tokens", "rows_of_prior")  # differs from call to call: no separate code for multiples of 16
 
 
 @triton.jit
@@ -64,7 +64,7 @@ def _weighted(
         known_TE = (e_1E < EXPERTS) & (t_T1 < tokens)
         scores_TE *= tl.load(prior + row_T1 * EXPERTS + e_1E, mask=known_TE, other=0.0)
     left_TE = tl.where(e_1E < EXPERTS, scores_TE, float("-inf"))
-    left_TE = tl.where(scores_TE < float("inf"), left_TE, float("inf"))  # of what is no number any choice gives none
+    left_TE = tl.where(scores_TE < float("inf"), left_TE, float("inf"))  # with NaN, every choice gives NaN
     best_T = tl.max(left_TE, 1)
     total_T = best_T * 0.0
     weights_TE = scores_TE * 0.0
@@ -297,7 +297,7 @@ class _FusedGpuLinear:
 def _form(rows: int, choice: Choice, centered: bool, informed: bool) -> _Form:
     rank = rows // choice.experts
     held = triton.next_power_of_2(rank)
-    experts_held = max(triton.next_power_of_2(choice.experts), 16 // held)  # no product is of less
+    experts_held = max(triton.next_power_of_2(choice.experts), 16 // held)  # the smallest size of a product
     return _Form(choice.experts, rank, choice.k, experts_held, held, centered, informed, choice.temperature > 0)
 
 
@@ -319,7 +319,7 @@ def available() -> Backend:
     kernels = GpuBackend()
     with torch.inference_mode():
         A, Bt = (torch.ones(1, 16, device="cuda", dtype=torch.float32) for _ in range(2))
-        for tokens in (1, 1, _FEW, _FEW):  # each twice: there is a short way for the second time
+        for tokens in (1, 1, _FEW, _FEW):  # each twice: the second launch takes a shorter path
             x, out = (torch.ones(tokens, 16, device="cuda", dtype=torch.float32) for _ in range(2))
             kernels.add_chosen(x, A, Bt, None, None, out, Choice(experts=1, k=1, temperature=0.0))
             if not bool((out == 17).all()):

@@ -1,8 +1,8 @@
 """Adding the chosen experts' outputs to a base layer's: the same sum as :func:`spectr.combine.merge_outputs`, faster.
 
 Two ways, and a rule that chooses. *Masked*: all experts' ``h`` times their weights, zero for most, in one product:
-``2 P O`` operations a token. *Gathered*: the chosen experts' rows of the output factor alone: ``2 k R O``, each some
-three times as dear on a CPU without matrix units.
+``2 P O`` operations a token. *Gathered*: the chosen experts' rows of the output factor alone: ``2 k R O``, each about
+three times as expensive on a CPU without matrix units.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.nn.functional import embedding_bag
 
 from spectr.selection import Selection, TopK
 
-_GATHERED_OVER_MASKED = 4  # price of an operation, with a margin for what the gathering itself costs
+_GATHERED_OVER_MASKED = 4  # cost of an operation, with a margin for gathering
 
 
 def gathering_pays(select: Selection, experts: int, common_rank: int | None) -> bool:

@@ -55,10 +55,10 @@ class Choosing(NamedTuple):
 
     Attributes:
         columns_E: Of these experts in a token's mask.
-        granted_TF: Masks of a step's tokens, float32, which may be written anew: of an expert that may not be used NaN,
+        granted_TF: Masks of a step's tokens, float32, which may be overwritten: of an expert that may not be used NaN,
             of one that may be chosen what its score is multiplied by, from zero on, else minus the weight that it has.
         ways: How.
-        turns_T: Which of several ways is a token's, int32, which may be written anew as well.
+        turns_T: Which of several ways is a token's, int32, which may be overwritten as well.
         most: How many have a weight, chosen or not.
         kept: Which tokens' scores and weights to keep, (N,), and where, (N, S, E); or nothing.
     """
@@ -91,7 +91,7 @@ class _Layer(ctypes.Structure):
 
 
 class _Way(NamedTuple):
-    """A compiled function, and how it has its numbers.
+    """A compiled function, and the layout of its factors.
 
     Attributes:
         add: Where it is.

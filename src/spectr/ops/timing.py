@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 _ROUNDS = 7  # at most
 _HOPELESS = 2  # times the fastest first call; a slower way is no longer timed
-_IDLE = 0.9  # of the time that a thread has a core for, where nobody else wants it, at least
+_IDLE = 0.9  # the least share of time for which a thread has a core on an idle machine
 
 
 class Clock(NamedTuple):

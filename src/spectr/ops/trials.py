@@ -88,7 +88,7 @@ class Trials:
         if self._rules:
             return None
         shapes = self._shapes()
-        if _len_torch_dispatch_stack():  # somebody sees single operations, as kernels do not make them
+        if _len_torch_dispatch_stack():  # a mode records single operations, which kernels do not make
             return shapes.nearest(shape) or WayTimes([{}] * len(TOKENS), "not timed under a mode of torch")
         return shapes.of(shape)
 

@@ -11,8 +11,8 @@ from spectr.atomic_write import replacing
 from spectr.ops.timing import REAL, Clock, LoadWatch
 from spectr.ops.ways import TOKENS, Shape
 
-_EACH = 0.3  # seconds that a shape is timed for, roughly
-_SECONDS = 1.2  # that one process times layers for; other shapes then go by the most similar one
+_EACH = 0.3  # seconds for timing a shape, roughly
+_SECONDS = 1.2  # seconds for which one process times layers; later shapes use the most similar one's times
 
 
 class WayTimes(NamedTuple):
@@ -74,7 +74,7 @@ class TimedShapes:
         with LoadWatch(self._clock) as watch:
             began = self._clock.used()
             seconds = self._measure(shape, _EACH, False)
-        if watch.loaded:  # threads that wait for each other take as long as others let them wait
+        if watch.loaded:  # waiting threads measure the other processes, too
             seconds = self._measure(shape, 2 * _EACH, True)
         else:
             self._keep(shape.key, seconds)

@@ -25,7 +25,7 @@ import torch
 
 from spectr.errors import SpectrError
 
-TOKENS = (1, 4, 16, 64, 256)  # that are timed; each count goes by the nearest
+TOKENS = (1, 4, 16, 64, 256)  # that are timed; other counts use the nearest
 TORCH = "torch"
 _AT_ONCE = ("rows", "lanes", "tiles")
 WAYS = (*_AT_ONCE, *(f"torch+{how}" for how in (*_AT_ONCE, "sums", "dense")), "float+sums", "float+dense")

@@ -343,7 +343,7 @@ def write_token_map(routing: TokenRouting, path: str | Path) -> Path:
     """Write a map of layers by tokens (the paper's Figure 4), in the colour of each cell's leading expert."""
     palette = colours(routing.experts)
     rgb_E3 = np.array([[int(palette[name][i : i + 2], 16) / 255 for i in (1, 3, 5)] for name in routing.experts])
-    first = min(1, len(routing.layers) - 1)  # "all layers" only where there is nothing else
+    first = min(1, len(routing.layers) - 1)  # "all layers" only if there is nothing else
     weights, layers = routing.weights[first:], routing.layers[first:]
     if not routing.experts:  # the base model alone
         rgb_E3, weights = np.ones((1, 3)), weights.new_zeros(*weights.shape[:-1], 1)

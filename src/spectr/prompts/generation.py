@@ -153,7 +153,7 @@ class Generation:
             self.calls.read_again(self.calls.entry, {name: state}, state, tokens, frame, frame.verdict_BE)
             return state
         if not records.can_reset(state):
-            return None  # then generate begins without
+            return None  # then generate starts without one
         state.reset()
         records.attach(state, self.calls.fresh(frame.verdict_BE, frame))
         return state

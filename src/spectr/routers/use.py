@@ -58,12 +58,12 @@ class Use(ABC):
         """From evidence to the verdict, float32."""
 
     def verdict_above(self, evidence_BE: Float[Tensor, "B E"], threshold: float | None) -> Float[Tensor, "B E"]:
-        """The same, with the evidence above which some expert knows a prompt's task; most uses do not ask for it."""
+        """The same, with the evidence above which some expert knows a prompt's task; most uses ignore it."""
         return self.verdict(evidence_BE)
 
     @property
     def wants_threshold(self) -> bool:
-        """Whether the evidence has to say that."""
+        """Whether :meth:`verdict_above` reads the threshold."""
         return False
 
     def informed(self, scores_TE: Float[Tensor, "*T E"], verdict_TE: Float[Tensor, "*B E"]) -> Float[Tensor, "*T E"]:

@@ -93,7 +93,7 @@ def with_adapter(model: Any, settings: TrainingSettings) -> PeftModel:
     if chosen == "all-linear":
         config.exclude_modules = [*(name for name in linear if _is_refused(name, model, config)), *odd] or None
     with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # PEFT's matter
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # PEFT uses it
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)  # and its own keys
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)  # it sets that itself
         torch.manual_seed(settings.seed)

@@ -55,7 +55,7 @@ class Batch:
         input_ids: (B, T) int64.
         attention_mask: (B, S + T) int64, 0 at padding.
         position_ids: (B, T) int64.
-        labels: (B, A) int64, the targets of the last A positions; -100 where there is nothing to learn.
+        labels: (B, A) int64, the targets of the last A positions; -100 where there is no target.
     """
 
     input_ids: Tensor

@@ -120,7 +120,7 @@ def _stream(config: Any, data: Encoded, settings: OptimizerSettings, epochs: int
 
 
 def _pad(config: Any) -> int:
-    """Any id will do, as nothing reads padding; of a model with several parts the text's configuration names one."""
+    """Any id, since nothing reads padding; of a model with several parts the text's configuration names one."""
     pad = getattr(config.get_text_config(), "pad_token_id", None)
     return pad if isinstance(pad, int) and pad >= 0 else 0
 

@@ -18,7 +18,7 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     *(("mu", merge) for merge in _MERGES),
     *(("arrow", {"weights": "uniform", **merge, "top_k": 4}) for merge in _MERGES),
     ("spectr", {"combine": "raw-factors", "top_k": 4}),  # the other merges are below
-    # Arrow's own: a softmax of the scores.
+    # Arrow's own weights: a softmax of the scores.
     ("arrow", {"top_k": 4}),
     # With one expert, weights and combination make no difference.
     ("spectr", {"top_k": 1}),

@@ -362,7 +362,7 @@ def _in_words(value: Any) -> str:
 
 
 def seeds_note(label: str, runs: Sequence[Mapping[str, Sequence[Finding]]], setup: ExperimentSetup) -> list[str]:
-    """What is to be said of a router that was measured once for each seed."""
+    """The note on a router that was measured once for each seed."""
     if len(runs) < 2:
         return []
     each = [over_runs([run], lambda finding: finding.place == 1).value for run in runs]
