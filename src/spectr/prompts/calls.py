@@ -40,7 +40,6 @@ from spectr.prompts.arguments import (
     has_encoder,
     kept_tokens,
     packed_lengths,
-    part_of,
     same_verdict,
     tokens_of,
     unpacked,
@@ -48,6 +47,7 @@ from spectr.prompts.arguments import (
 from spectr.prompts.batches import Batches
 from spectr.prompts.cache_records import CacheRecord
 from spectr.prompts.decision import PromptDecision, plain_verdict
+from spectr.prompts.encodings import encoded_verdict, note_encoded
 from spectr.prompts.exclusion import Exclusion
 from spectr.prompts.first_calls import FirstCalls
 from spectr.prompts.frames import Frame, frame_of, framed
@@ -279,9 +279,9 @@ class Calls:
             return self._continued(entry, given, state, tokens, frame, wanted)
         if wanted is not None:
             wanted = expanded(wanted, tokens.rows, None if frame is None else frame.expand)
-        elif self.prompt is not None:
-            wanted = self.encoded(entry.part, given, tokens)
-            wanted = self.decide(given) if wanted is None else wanted
+        wanted = encoded_verdict(self, entry.part, given, tokens.rows, wanted)
+        if wanted is None and self.prompt is not None:
+            wanted = self.decide(given)
         self._show(wanted)
         return self.fresh(wanted, frame)
 
@@ -356,32 +356,12 @@ class Calls:
         self._show(wanted)
         return record
 
-    def encoded(self, part: str, given: Mapping[str, Any], tokens: CallTokens) -> Tensor | None:
-        """The decision for an encoder's outputs in a call; ``None`` if the call has none."""
-        outputs = given.get("encoder_outputs") if part == "model" else given.get("encoder_hidden_states")
-        if part == "encoder" or outputs is None or (part == "model" and not has_encoder(self.model)):
-            return None
-        hidden = outputs if isinstance(outputs, Tensor) else outputs[0]
-        record = records.record_of(hidden)
-        if record is None or record.composition != self.key or record.allowed != self.experts:
-            raise CompositionError(
-                "there is no decision for these encoder outputs",
-                expected="the tensor that this model's encoder returned with the experts that are allowed now",
-                do="pass the encoder's input, or encode it again; to change rows, decide yourself: "
-                "with routed.prompt.using(routed.prompt.decide(...)): ...",
-            )
-        assert record.verdict_BE is not None
-        return expanded(record.verdict_BE, tokens.rows, None)
-
     def _end(self, step: _Step, entry: Entry, out: Any) -> None:
         """Store the decision with a cache and with an encoder's outputs."""
         given, tokens, record = step.given, step.tokens, step.record
         if tokens is None or record is None:
             return
-        if has_encoder(self.model) and self.prompt is not None:
-            hidden = part_of(out, "last_hidden_state" if entry.part == "encoder" else "encoder_last_hidden_state")
-            if isinstance(hidden, Tensor):
-                records.attach(hidden, self.fresh(record.verdict_BE, None))
+        note_encoded(self, entry.part, given, out, record)
         states = [state for _, state in records.states_in(out)] or [state for _, state in records.states_in(given)]
         for state in states[:1]:
             if entry.part != "encoder" and records.is_filled(state):

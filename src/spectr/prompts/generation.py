@@ -22,6 +22,7 @@ from spectr.prompts.arguments import (
     same_verdict,
 )
 from spectr.prompts.cache_records import CacheRecord
+from spectr.prompts.encodings import encoded_verdict
 from spectr.prompts.frames import Frame, frame_of, framed, innermost
 
 if TYPE_CHECKING:
@@ -116,10 +117,11 @@ class Generation:
             verdict_BE = around.assistants[calls.key]
         if verdict_BE is None and settings.assists and known is not None:
             verdict_BE = known.verdict_BE
-        if verdict_BE is None and has_encoder(self.model) and given.get("encoder_outputs") is not None:
-            outputs = given["encoder_outputs"]
-            hidden = outputs if isinstance(outputs, Tensor) else outputs[0]
-            verdict_BE = calls.encoded("model", given, CallTokens(None, None, None, len(hidden), 1))
+        outputs = given.get("encoder_outputs")
+        if has_encoder(self.model) and outputs is not None:
+            rows = len(outputs if isinstance(outputs, Tensor) else outputs[0])
+            wanted_BE = None if verdict_BE is None else expanded(verdict_BE, rows, None)
+            verdict_BE = encoded_verdict(calls, "model", given, rows, wanted_BE)
         if verdict_BE is None:
             verdict_BE = calls.decide(whole)
         if around is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextvars import copy_context
 
 import pytest
@@ -12,6 +13,7 @@ from sequences import FREE, SEVEN, World, pair, prompts_of, say
 from transformers import DynamicCache
 from transformers.generation import BaseStreamer
 
+import spectr
 from models import build, close
 from spectr.errors import CompositionError
 
@@ -77,3 +79,41 @@ def test_a_context_that_outlives_a_generation_does_not_keep_its_decision(world, 
 
     model.generate(a, streamer=Keep(), **FREE)
     assert torch.equal(kept[-1].run(say, model, b), say(world.oracle(two), b))
+
+
+@pytest.mark.parametrize("name", ["T5", "Bart"])
+def test_what_was_encoded_keeps_its_decision(tmp_path, name):
+    world = pair(name, tmp_path)
+    model, routed = world.routed()
+    (a, one), (b, _) = prompts_of(routed)
+    begin, other = torch.tensor([[0, 7, 9]]), routed.prompt.decide(input_ids=b)
+    encoded = model.get_encoder()(input_ids=a)
+    want = world.oracle(one)(input_ids=a, decoder_input_ids=begin).logits
+    calls = {
+        "model": lambda: model(encoder_outputs=encoded, decoder_input_ids=begin),
+        "decoder": lambda: model.get_decoder()(input_ids=begin, encoder_hidden_states=encoded[0]),
+        "generate": lambda: model.generate(encoder_outputs=copy.copy(encoded), **FREE),
+        "beams": lambda: model.generate(encoder_outputs=copy.copy(encoded), num_beams=2, **FREE),
+    }
+    routed.prompt.hold(other)
+    for call in calls.values():
+        with pytest.raises(CompositionError, match="another decision"):
+            call()
+    with routed.prompt.using(other), pytest.raises(CompositionError, match="another decision"):
+        calls["model"]()
+    routed.prompt.hold(routed.prompt.decide(input_ids=a))
+    close(calls["model"]().logits, want, 1e-4)
+    calls["generate"]()
+    routed.prompt.hold(None)
+    close(calls["model"]().logits, want, 1e-4)  # what used it left its record as it was
+
+
+def test_a_token_router_does_not_decode_what_forbidden_experts_encoded(tmp_path):
+    model, routed = pair("T5", tmp_path).routed(spectr.Spectr(top_k=1))
+    ids, begin = torch.arange(5, 11)[None], torch.tensor([[0, 7, 9]])
+    encoded = model.get_encoder()(input_ids=ids)
+    model(encoder_outputs=encoded, decoder_input_ids=begin)
+    routed.allow(["ants"])
+    with pytest.raises(CompositionError, match="no decision for these encoder outputs"):
+        model(encoder_outputs=encoded, decoder_input_ids=begin)
+    model(encoder_outputs=(encoded[0].clone(),), decoder_input_ids=begin)  # of unknown origin
