@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 
-from models import close, dense_deltas, peft_adapter, peft_library
+from models import close, dense_deltas, peft_adapter, peft_library, random_factors, write_adapter
 from questions import CHOICES, EXAMPLES, PROMPTS
 from spectr import Calibrated, ExpertLibrary, Oracle, Spectr, build_index, calibrate, compose, trace
 from spectr.errors import DataError
@@ -252,11 +252,19 @@ def test_examples_are_dealt_out_among_the_paraphrases(library, tasks, tmp_path):
     assert dealt["ants"][1] == [EXAMPLES[0], EXAMPLES[3], EXAMPLES[2], EXAMPLES[5]]
 
 
-def test_a_changed_expert_is_the_same_update(library, tmp_path):
+Q, K = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.k_proj"
+SCALED = [({}, 8, 8), ({"use_rslora": True}, 16 / 2**0.5, 16 / 2**0.5)]
+SCALED += [({"rank_pattern": {K: 3}, "alpha_pattern": {K: 5}}, 8, 5 / 3)]
+
+
+@pytest.mark.parametrize(("more", "of_q", "of_k"), SCALED)
+def test_a_changed_expert_is_the_same_update(tmp_path, more, of_q, of_k):
     """Rank 64 changes nothing, a hundred times the size changes that alone."""
     from spectr.evaluation.experiments.robustness import _CASES, changed_expert
 
-    plain = dense_deltas(library["ants"].weights.parent)
+    factors = {Q: random_factors(2, 32, 32, 1), K: random_factors(3 if "rank_pattern" in more else 2, 32, 16, 2)}
+    library = ExpertLibrary.from_adapters({"ants": write_adapter(tmp_path / "ants", factors, **more)})
+    plain = {name: scale * (factors[name][1] @ factors[name][0]).double() for name, scale in ((Q, of_q), (K, of_k))}
     for number, (case, factor) in enumerate(zip(list(_CASES)[:2], (100, 1), strict=True)):
         folder = tmp_path / str(number)
         changed = dense_deltas(changed_expert(library, "ants", folder, _CASES[case]))

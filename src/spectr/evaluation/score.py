@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import string
 from collections.abc import Callable, Iterator, Sequence
@@ -267,9 +268,8 @@ def _appending(
         return
     if fresh:
         with_parents(path).write_text(json.dumps({"key": key, "origin": origin}) + "\n", encoding="utf-8")
-    else:  # a last line that was cut short is removed
-        text = path.read_text(encoding="utf-8")
-        path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
+    else:  # a last line that was cut short is removed in place, so that a kill here loses nothing
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
     with path.open("a", encoding="utf-8") as file:
 
         def write(record: dict[str, Any]) -> None:

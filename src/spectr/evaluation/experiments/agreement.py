@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import linear
 
+from spectr.adapters.write import Pair
 from spectr.evaluation.experiments.costs import SAMPLE_TOKENS, sample_ids
 from spectr.evaluation.experiments.robustness import changed_expert
 from spectr.evaluation.experiments.setup import ExperimentSetup, Result
@@ -116,11 +116,12 @@ def _added(setup: ExperimentSetup, router: Router) -> float:
 
 
 def _with_one_A(library: ExpertLibrary, folder: Path) -> ExpertLibrary:
-    first = load_file(library[library.names[0]].weights)
+    first: dict[str, Tensor] = {}
 
-    def share(tensors: dict[str, Tensor], _config: dict[str, Any]) -> None:
-        inputs = [key for key in tensors if "lora_A" in key and key in first]
-        tensors.update({key: first[key] for key in inputs if tensors[key].shape == first[key].shape})
+    def share(module: str, pair: Pair, _generator: torch.Generator) -> Pair:
+        B, A = pair
+        shared = first.setdefault(module, A)
+        return B, shared if shared.shape == A.shape else A
 
     for name in library:
         changed_expert(library, name, folder, share)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from spectr.adapters.config import CONFIG_FILE, DEFAULTS
+from spectr.adapters.write import Pair, common_settings, write_adapter
 from spectr.calibration import calibrate
+from spectr.errors import DataError
 from spectr.evaluation.experiments.setup import ExperimentSetup, Result, percent
 from spectr.evaluation.expert_recall import over_runs
 from spectr.library import ExpertLibrary
@@ -66,28 +65,30 @@ def robustness(setup: ExperimentSetup) -> Result:
     )
 
 
-def _larger(tensors: dict[str, Tensor], config: dict) -> None:
-    config["lora_alpha"] *= _LARGE
+Change = Callable[[str, Pair, torch.Generator], Pair]
 
 
-def _higher_rank(tensors: dict[str, Tensor], config: dict) -> None:
-    """The same update in factors of rank 64, rotated into all their directions, at the same scale."""
-    generator, rank = torch.Generator().manual_seed(0), config["r"]
-    for key in [key for key in tensors if "lora_A" in key]:
-        other = key.replace("lora_A", "lora_B")
-        Q, _ = torch.linalg.qr(torch.randn(_RANK, rank, generator=generator, dtype=torch.float32))
-        tensors[key], tensors[other] = Q @ tensors[key].float(), tensors[other].float() @ Q.T
-    config["lora_alpha"] *= _RANK / rank
-    config["r"] = _RANK
+def _larger(_module: str, pair: Pair, _generator: torch.Generator) -> Pair:
+    B, A = pair
+    return B * _LARGE, A
 
 
-def _random(tensors: dict[str, Tensor], config: dict) -> None:
-    generator = torch.Generator().manual_seed(0)
-    for key, tensor in tensors.items():
-        tensors[key] = torch.randn(tensor.shape, generator=generator, dtype=torch.float32) * tensor.float().std()
+def _higher_rank(_module: str, pair: Pair, generator: torch.Generator) -> Pair:
+    """The same update in factors of rank 64 at least, rotated into all their directions."""
+    B, A = pair
+    rank = len(A)
+    Q, _ = torch.linalg.qr(torch.randn(max(_RANK, rank), rank, generator=generator, dtype=torch.float32))
+    return B @ Q.T, Q @ A
 
 
-_CASES: dict[str, Callable[[dict[str, Tensor], dict], None]] = {
+def _random(_module: str, pair: Pair, generator: torch.Generator) -> Pair:
+    """Random factors of the same sizes and spread."""
+    B, A = pair
+    other_A = torch.randn(A.shape, generator=generator, dtype=torch.float32) * A.std()
+    return torch.randn(B.shape, generator=generator, dtype=torch.float32) * B.std(), other_A
+
+
+_CASES: dict[str, Change] = {
     "NAME a hundred times as large": _larger,
     "NAME, the same update in factors of rank 64": _higher_rank,
     "a random expert": _random,
@@ -96,21 +97,27 @@ _CASES: dict[str, Callable[[dict[str, Tensor], dict], None]] = {
 
 def _made_cases(library: ExpertLibrary, folder: Path) -> Iterator[tuple[str, str, Path]]:
     """Each of :data:`_CASES` with the name of the expert that it gives, and its folder."""
-    first = library.names[0]
+    first = next((name for name in library.names if not library[name].kinds), library.names[0])
     for number, (case, change) in enumerate(_CASES.items()):
         name = "random" if change is _random else first
         yield case.replace("NAME", first), name, changed_expert(library, first, folder / str(number), change)
 
 
-def changed_expert(
-    library: ExpertLibrary, name: str, folder: Path, change: Callable[[dict[str, Tensor], dict], None]
-) -> Path:
-    """A copy of an expert in ``folder/NAME`` whose tensors and configuration ``change`` has altered."""
-    weights = library[name].weights
-    tensors, config = load_file(weights), {**DEFAULTS, **json.loads((weights.parent / CONFIG_FILE).read_text())}
-    change(tensors, config)
+def _pair(A: Tensor, B: Tensor, scale: float) -> Pair:
+    return B.float() * scale, A.float()
+
+
+def changed_expert(library: ExpertLibrary, name: str, folder: Path, change: Change) -> Path:
+    """A copy of an expert in ``folder/NAME`` whose factors ``change`` has altered, float32, with the scale in ``B``.
+
+    Raises:
+        DataError: The expert is more than plain factors of linear layers.
+    """
+    expert, generator = library[name], torch.Generator().manual_seed(0)
+    expert.check_plain("a changed copy", DataError)
+    with expert.open() as read:
+        pairs = {module: change(module, _pair(*read(module)), generator) for module in expert.shapes}
     target = folder / name
     target.mkdir(parents=True)
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, target / weights.name)
-    (target / CONFIG_FILE).write_text(json.dumps(config))
+    write_adapter(target, pairs, common_settings([expert]))
     return target
