@@ -96,24 +96,76 @@ def test_the_examples_in_docstrings_show_what_comes_out(module):
     assert not found.failed
 
 
-def _spectr_commands(page: Path) -> list[str]:
-    """The lines of a page's console blocks that call ``spectr``, without prompts and comments."""
-    blocks = re.findall(r"```console\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    lines = [line.removeprefix("$ ") for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    return [line for line in lines if line.startswith("spectr ")]
+def _commands(text: str) -> list[str]:
+    """The commands of a page's console blocks and of examples in help texts, without prompts and output."""
+    blocks = re.findall(r"```console\n(.*?)```", text, re.DOTALL)
+    blocks += [f"$ {shown}" for shown in re.findall(r"\[dim\](.*?)\[/\]", text)]
+    found: list[str] = []
+    for block in blocks:
+        for line in block.replace("\\\n", " ").splitlines():
+            if line.startswith("$ "):
+                found.append(line.removeprefix("$ "))
+            elif found and (
+                line.startswith("> ") or found[-1].count('"') % 2
+            ):  # a loop, or an argument of several lines
+                found[-1] += "\n" + line.removeprefix("> ")
+    return [part.strip() for line in found for part in re.split(r"\n(?=  |done)| && |; do ", line)]
 
 
-HOWTOS = [page for page in sorted((ROOT / "docs" / "howto").glob("*.md")) if _spectr_commands(page)]
+def _texts(*patterns: str) -> dict[str, str]:
+    files = [file for pattern in patterns for file in sorted(ROOT.glob(pattern)) if "generated" not in file.parts]
+    return {file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8") for file in files}
 
 
-@pytest.mark.parametrize("page", HOWTOS, ids=lambda page: page.stem)
-def test_the_commands_of_a_page_parse(page, monkeypatch):
-    """Their options exist, the required ones are given, and values have the right type."""
+SHOWN = _texts("*.md", "docs/**/*.md", "experts/*.md", "src/spectr/cli/*.py")
+WITH_COMMANDS = [name for name, text in SHOWN.items() if any(line.startswith("spectr ") for line in _commands(text))]
+
+
+@pytest.fixture
+def known(monkeypatch):
+    """The commands by name."""
     monkeypatch.syspath_prepend(str(ROOT / "docs" / "_extensions"))
     from command_pages import commands
 
-    known = dict(commands())
-    for line in _spectr_commands(page):
-        words = shlex.split(line, comments=True)
-        name = max((name for name in known if words[: len(name.split())] == name.split()), key=len)
-        known[name].make_context(name, words[len(name.split()) :])  # raises if it cannot be parsed
+    return dict(commands())
+
+
+def _split(line: str, known: dict[str, Any]) -> tuple[str, list[str]]:
+    """The name of a command, and its arguments."""
+    words = shlex.split(re.sub(r"\s#.*", "", line))
+    name = max((name for name in known if words[: len(name.split())] == name.split()), key=len, default="")
+    return name, words[len(name.split()) :]
+
+
+@pytest.mark.parametrize("page", WITH_COMMANDS)
+def test_the_commands_of_a_page_parse(page, known):
+    """Their options exist, the required ones are given, and values have the right type."""
+    for line in _commands(SHOWN[page]):
+        if line.startswith("spectr "):
+            name, arguments = _split(line, known)
+            known[name].make_context(name, arguments)  # raises if it cannot be parsed
+
+
+def test_options_in_the_text_exist(known):
+    """Of commands between backticks, which may lack arguments."""
+    unknown = []
+    for page, text in SHOWN.items():
+        for line in re.findall(r"`(spectr [^`\n]+)`", text) if page.endswith(".md") else ():
+            name, arguments = _split(line, known)
+            parameters = known[name].params if name else ()
+            options = {option for parameter in parameters for option in (*parameter.opts, *parameter.secondary_opts)}
+            given = arguments[: arguments.index("--")] if "--" in arguments else arguments
+            unknown += [f"{page}: {line}" for word in given if name and word[:1] == "-" and word not in options]
+    assert not unknown
+
+
+def test_benchmarks_that_are_shown_exist_with_their_options():
+    missing = []
+    for page, text in SHOWN.items():
+        for name, given in re.findall(r"python benchmarks/(\w+)\.py([^`\n#]*)", text):
+            file = ROOT / "benchmarks" / f"{name}.py"
+            source = file.read_text(encoding="utf-8") if file.is_file() else ""
+            own = re.split(r" -- ", given)[0]
+            missing += [f"{page}: {name} {word}" for word in re.findall(r"--[\w-]+", own) if f'"{word}"' not in source]
+            missing += [f"{page}: {name}"] if not source else []
+    assert not missing
