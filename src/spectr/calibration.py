@@ -17,6 +17,7 @@ from spectr.composition import compose, prepare_module
 from spectr.composition.multi_router import weight_sharing_copy
 from spectr.composition.naming import naming_of
 from spectr.composition.subset_probes import Readers
+from spectr.composition.texts import report_calibration
 from spectr.errors import CompositionError, DataError
 from spectr.grouping import chunks
 from spectr.hashing import known_sha256
@@ -83,6 +84,7 @@ def calibrate(
     """
     _check(model, texts)
     library = library.named_for(naming_of(model))
+    report_calibration(model, None if fresh or texts is not None else library.calibration)
     with eval_mode(model):
         return _calibrated(model, library, tokenizer, texts, samples, tokens, null, seed, fresh, progress)
 

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from adapters_on_disk import tiny_llama, write_adapter
-from spectr import ExpertLibrary, Oracle, build_index, compose
+from spectr import Calibrated, ExpertLibrary, Oracle, Spectr, build_index, calibrate, compose
 from spectr.adapters.texts import TextFacts, text_remarks
 from spectr.composed_model.settings import Settings
 from spectr.errors import AdapterError, CompositionError
 from spectr.hashing import known_sha256
 from spectr.library import Calibration, LibraryStore
 from spectr.ops.dispatch import report_once
+from text_model import make_model, make_tokenizer, save_experts
 
 VOCABULARY = {"<s>": 0, "a": 1, "b": 2}
 ADDED = [{"id": 0, "content": "<s>"}]
@@ -141,3 +142,19 @@ def test_templates_and_tokens_are_found_wherever_versions_keep_them(tmp_path):
     (old / "tokenizer.json").write_text(json.dumps({"model": {"vocab": [["<s>", 0.0], ["a", -1.0]]}}))
     assert TextFacts.read(old).vocabulary == TextFacts.read(texts(tmp_path / "b", {"<s>": 0, "a": 1})).vocabulary
     assert TextFacts.read(tmp_path) is None
+
+
+def test_a_calibration_of_another_base_model_is_reported(tmp_path, caplog):
+    """Sizes fit and experts are the same, so that nothing else tells that means and scales are another model's."""
+    report_once.cache_clear()
+    library = ExpertLibrary.open(save_experts(tmp_path, ("ants", "bees")))
+    one, other = make_model(), make_model()
+    one.config._name_or_path, other.config._name_or_path = "/models/one", "org/other"
+    known = calibrate(one, library, make_tokenizer(), texts=["what is it"], null=0)
+    library = library.with_calibration(known)
+    compose(one, library, Calibrated()).remove()
+    assert "was calibrated with" not in caplog.text
+    compose(other, library, Spectr(top_k=1)).remove()
+    assert "was calibrated with" not in caplog.text
+    compose(other, library, Calibrated())
+    assert "calibrated with the base model one, but this model is org/other" in caplog.text

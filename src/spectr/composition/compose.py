@@ -9,10 +9,11 @@ from torch import nn
 from spectr.composition.naming import naming_of
 from spectr.composition.paged import Paged
 from spectr.composition.routed import Guide, Progress, Routed
+from spectr.composition.texts import report_calibration
 from spectr.errors import CompositionError
 from spectr.layers.multi_routed import COMPOSED
 from spectr.library import ExpertLibrary
-from spectr.library.needs import DESCRIBED
+from spectr.library.needs import CALIBRATED, DESCRIBED
 from spectr.paging import DEFAULT_POLICY, Policy, get_policy
 from spectr.routers import Router, Spectr, check_needs, residents
 from spectr.routers.version1 import adapted
@@ -70,6 +71,8 @@ def compose(
     if any(isinstance(module, COMPOSED) for module in model.modules()):
         raise CompositionError("the model is composed already", do="call remove() on its handle first")
     library = library.named_for(naming_of(model))
+    if CALIBRATED in router.needs:
+        report_calibration(model, library.calibration)
     if router.policy is not None and router.policy.pages:
         memory = _EXPERT_MEMORY if expert_memory is None else expert_memory
         return Paged(

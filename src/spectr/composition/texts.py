@@ -12,6 +12,7 @@ from spectr.adapters import Expert
 from spectr.adapters.base_names import named_base, same_base
 from spectr.adapters.texts import TextFacts, base_texts
 from spectr.errors import CompositionError, raise_together
+from spectr.library import Calibration
 from spectr.ops import report_once
 
 _COMPOSED = "spectr"  # what a composed folder's configuration has as its quant_method
@@ -64,6 +65,19 @@ def report_names(model: nn.Module, experts: Iterable[Expert]) -> None:
                 f"the sizes of expert '{expert.name}' fit this model ({name}), but {named_base(expert.base_model)}: "
                 "make sure that they are one model"
             )
+
+
+def report_calibration(model: nn.Module, calibration: Calibration | None) -> None:
+    """Report a calibration that a base model of another name made: its means and scales are that model's."""
+    config = getattr(model, "config", None)
+    name = str(getattr(config, "_name_or_path", None) or "")
+    made_by = str(calibration.settings.get("base_model") or "") if calibration else ""
+    composed = getattr(getattr(config, "quantization_config", None), "quant_method", None) == _COMPOSED
+    if name and made_by and not composed and made_by != name.rpartition("/")[2] and not same_base(name, made_by):
+        report_once(
+            f"the library was calibrated with the base model {made_by}, but this model is {name}: if they differ, "
+            "calibrate again with spectr library calibrate --fresh, or spectr.calibrate(..., fresh=True)"
+        )
 
 
 def _rows(model: Any) -> int | None:
