@@ -136,7 +136,7 @@ def test_other_updates_are_refused_by_name_where_tokens_choose(mamba, tmp_path):
         peft_adapter(mamba, tmp_path / name, seed=number, targets=TARGETS)
     error = refused(mamba, tmp_path, Spectr(top_k=1))
     assert "ants, bees: each changes backbone.layers.0.mixer.dt_proj, backbone.layers.1.mixer.dt_proj" in error.given
-    assert "spectr merge --into-base" in str(error.do)
+    assert "--method average --into-base" in str(error.do)
 
 
 def refused(model, folder, router):

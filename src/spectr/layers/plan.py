@@ -193,7 +193,7 @@ def uncalled_fault(modules: Sequence[str]) -> Fault:
         f"changes {some_of(modules, _SHOWN, ' layers')}, whose weights this model uses without calling the layer",
         "plain LoRA of linear layers, and one expert for a whole prompt; without merging PEFT has no effect there",
         "use Calibrated() or Oracle(expert=...); or leave these layers out (train without them, spectr extract "
-        "--called-only), or merge it into the weights: spectr merge --into-base",
+        "--called-only), or merge it into the weights: spectr merge NAME --method average --into-base",
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from spectr.errors import CompositionError
 from spectr.layers.linear import input_device
 from spectr.layers.pairs import LayerInput
 from spectr.layers.routed import RoutedLinear
@@ -201,6 +202,9 @@ def _probe(
 
     For token ids: the first ``limit`` tokens of the user's last turn, padded on the right. For embeddings: the first
     ``limit``. Any other input is read completely.
+
+    Raises:
+        CompositionError: There is no token.
     """
     parameters = names_of(entry.forward, getattr(entry, "config", None))
     given = {**dict(zip(parameters, args, strict=False)), **kwargs}
@@ -211,6 +215,12 @@ def _probe(
     real_BT = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
     if isinstance(mask, Tensor) and mask.ndim == 2:
         real_BT = mask.to(tokens.device).bool()
+    if not bool(real_BT.any()):
+        raise CompositionError(
+            f"the prompts ({key} of shape {tuple(real_BT.shape)}) have no token that the attention mask leaves",
+            expected="at least one token to decide by",
+            do="leave empty prompts out, or decide yourself: with routed.prompt.using(decision): ...",
+        )
     rows = [row[real_T] for row, real_T in zip(tokens, real_BT, strict=True)]
     skipped: Sequence[int] = [0] * len(rows)
     if key == "input_ids":

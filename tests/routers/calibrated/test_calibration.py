@@ -202,3 +202,17 @@ def test_what_cannot_be_calibrated_is_refused(root, library):
         calibrate(routed_model(library)[0], library, make_tokenizer())
     with pytest.raises(DataError, match="texts is empty"):
         calibrate(make_model(), library, make_tokenizer(), texts=[" "])
+
+
+@pytest.mark.parametrize("empty", ["no tokens", "all masked", "no prompts"])
+def test_prompts_without_a_token_are_refused(library, empty):
+    model, ids = make_model(), torch.tensor([[4, 5, 6]])
+    given = {
+        "no tokens": {"input_ids": ids[:, :0]},
+        "all masked": {"input_ids": ids, "attention_mask": torch.zeros_like(ids)},
+        "no prompts": {"input_ids": ids[:0]},
+    }[empty]
+    compose(model, library, Calibrated(abstain=None))
+    for call in (model, model.generate):
+        with pytest.raises(CompositionError, match="no token that the attention mask leaves"):
+            call(**given)
