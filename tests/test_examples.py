@@ -9,6 +9,7 @@ from __future__ import annotations
 import doctest
 import re
 import shlex
+import textwrap
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -169,3 +170,21 @@ def test_benchmarks_that_are_shown_exist_with_their_options():
             missing += [f"{page}: {name} {word}" for word in re.findall(r"--[\w-]+", own) if f'"{word}"' not in source]
             missing += [f"{page}: {name}"] if not source else []
     assert not missing
+
+
+def test_the_classes_that_contributors_are_shown_work(space):
+    """The router and the evidence of CONTRIBUTING, which leaves out the imports; the launcher is in ``theirs.py``."""
+    space["torch"] = torch
+    imports = """
+    from dataclasses import dataclass
+    from spectr.routers import Evidence, Found, HoldWeights, Router
+    from spectr.selection import TopK
+    from spectr.spectral import Share, segment_norms
+    """
+    router, evidence, _ = (block["code"] for block in BLOCK.finditer(SHOWN["CONTRIBUTING.md"]))
+    exec(textwrap.dedent(imports) + router + evidence, space)  # our own page
+    policy = spectr.PromptPolicy(evidence=space["Mentions"](), use=space["HoldWeights"](), router=spectr.Spectr(top_k=2))
+    for made in (space["Modest"](top_k=2), policy):
+        routed = spectr.compose(space["model"], space["library"], made)
+        assert space["model"](**space["inputs"]).logits.isfinite().all()
+        routed.remove()
