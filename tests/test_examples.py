@@ -183,8 +183,8 @@ def test_the_classes_that_contributors_are_shown_work(space):
     """
     router, evidence, _ = (block["code"] for block in BLOCK.finditer(SHOWN["CONTRIBUTING.md"]))
     exec(textwrap.dedent(imports) + router + evidence, space)  # our own page
-    policy = spectr.PromptPolicy(evidence=space["Mentions"](), use=space["HoldWeights"](), router=spectr.Spectr(top_k=2))
-    for made in (space["Modest"](top_k=2), policy):
+    parts = {"evidence": space["Mentions"](), "use": space["HoldWeights"](), "router": spectr.Spectr(top_k=2)}
+    for made in (space["Modest"](top_k=2), spectr.PromptPolicy(**parts)):
         routed = spectr.compose(space["model"], space["library"], made)
         assert space["model"](**space["inputs"]).logits.isfinite().all()
         routed.remove()
