@@ -215,3 +215,48 @@ def test_rows_of_sounds_have_experts_of_their_own(tmp_path):
         with trace(model) as record:
             model(**inputs)
     assert record["model.decoder.layers.0.self_attn.q_proj"].experts == ("a", "b")
+
+
+@torch.no_grad()
+def test_a_cache_with_an_image_is_not_read_again_nor_taken_for_another_image(tmp_path):
+    model = llava()
+    folders = {
+        name: moved_adapter(model, tmp_path / name, seed, target_modules=r".*language_model.*[qv]_proj")
+        for seed, name in enumerate("ab")
+    }
+    theirs = [peft_model(model, folder) for folder in folders.values()]
+    routed = compose(model, ExpertLibrary.from_adapters(folders), ROWS)
+    batch, _ = given("llava", (1,))
+    other = {**batch, "pixel_values": -batch["pixel_values"]}
+    free = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    first, second = torch.eye(2)[:1], torch.eye(2)[1:]
+    with routed.prompt.using(first):
+        cache = model(**batch, use_cache=True).past_key_values
+    length = cache.get_seq_length()
+    with routed.prompt.using(second), pytest.raises(CompositionError, match="more than token ids"):
+        model(torch.tensor([[7]]), past_key_values=cache)
+    assert cache.get_seq_length() == length
+    with routed.prompt.using(first):
+        more = torch.cat([batch["input_ids"], torch.tensor([[7, 9]])], 1)
+        for asked in (other, batch):
+            got = model.generate(**{**asked, "input_ids": more}, past_key_values=cache, **free)
+            assert torch.equal(got, theirs[0].generate(**{**asked, "input_ids": more}, **free))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("alike", [True, False])
+def test_positions_of_several_axes_are_read_again_where_these_are_alike(made, alike):
+    model, routed, theirs = made("qwen2_vl")
+    ids = text_of((0,)).repeat(1, 3)
+    places = torch.arange(3, 9).expand(3, 1, 6).clone()
+    if not alike:
+        places[1, :, 4:] += 1
+    with routed.prompt.using(torch.eye(2)[:1]):
+        cache = model(ids[:, :5], position_ids=places[..., :5], use_cache=True).past_key_values
+    with routed.prompt.using(torch.eye(2)[1:]):
+        step = {"input_ids": ids[:, 5:], "position_ids": places[..., 5:], "past_key_values": cache}
+        if alike:
+            close(model(**step).logits[:, -1], theirs[1](ids, position_ids=places).logits[:, -1], 1e-4)
+            return
+        with pytest.raises(CompositionError, match="more than token ids"):
+            model(**step)

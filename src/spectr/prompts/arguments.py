@@ -23,14 +23,26 @@ _ASSISTED = (
 )  # with these, proposed tokens are verified
 
 
+# What records keep of a call, what a generation does not read itself, and what changes no token's keys.
+_BY_TOKENS = {"input_ids", "inputs", "attention_mask", "position_ids", "labels", *records.STATES}
+_BY_TOKENS |= {"negative_prompt_ids", "negative_prompt_attention_mask"}
+
+
 class CallTokens(NamedTuple):
-    """The tokens of a call that a cache will hold."""
+    """The tokens of a call that a cache will hold.
+
+    Attributes:
+        whole: Whether nothing else is read with them, such as images or other positions.
+        masked: Whether the mask is known by tokens, and has no other form.
+    """
 
     ids: Tensor | None
     mask: Tensor | None
     positions: Tensor | None
     rows: int
     count: int
+    whole: bool = True
+    masked: bool = True
 
 
 class GenerationSettings(NamedTuple):
@@ -94,11 +106,24 @@ def prompt_of(model: Any, given: Mapping[str, Any], settings: GenerationSettings
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in prompt.items()}
 
 
+def by_tokens_alone(given: Mapping[str, Any]) -> bool:
+    """Whether a call or a generation reads token ids and nothing else of their form: no images, no token types."""
+    return not any(_is_read(value) for name, value in given.items() if name not in _BY_TOKENS)
+
+
+def _is_read(value: Any) -> bool:
+    if isinstance(value, (list, tuple, Mapping)):
+        return any(map(_is_read, value.values() if isinstance(value, Mapping) else value))
+    return isinstance(value, Tensor) and value.ndim > 1
+
+
 def begins_with(whole: Mapping[str, Any], record: CacheRecord, only_new: bool) -> bool:
     """Whether a generation's input starts with the tokens of a cache and continues after them."""
     ids, before = whole.get("input_ids"), record.ids_BT
     if only_new:
         return True
+    if not record.whole:  # other images may have the same tokens
+        return False
     if not isinstance(ids, Tensor) or before is None or ids.ndim != 2 or before.shape[1] >= ids.shape[1]:
         return False
     mine = records.masked_ids(ids, whole.get("attention_mask"))[:, : before.shape[1]]
@@ -110,6 +135,17 @@ def as_prompt(ids_BT: Tensor, positions_BT: Tensor | None = None) -> dict[str, T
     real_BT = ids_BT >= 0
     given = {"input_ids": ids_BT.clamp(min=0)} | ({} if positions_BT is None else {"position_ids": positions_BT})
     return given if bool(real_BT.all()) else {**given, "attention_mask": real_BT.long()}
+
+
+def as_read(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's arguments for a decision: the mask is that of its tokens; one of another form says nothing of them."""
+    read = {name: value for name, value in given.items() if value is not None}
+    tokens, mask = next((read[name] for name in TOKENS if name in read), None), read.get("attention_mask")
+    if isinstance(tokens, Tensor) and mask is not None:
+        del read["attention_mask"]
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            read["attention_mask"] = mask[:, : tokens.shape[1]]
+    return read
 
 
 def same_verdict(one_BE: Tensor | None, other_BE: Tensor) -> bool:
@@ -149,19 +185,30 @@ def tokens_of(given: Mapping[str, Any], *, decoder: bool) -> CallTokens:
     ids_name, embeds_name = ("decoder_input_ids", "decoder_inputs_embeds") if decoder else TOKENS
     ids, embeds = given.get(ids_name), given.get(embeds_name)
     mask = given.get("decoder_attention_mask" if decoder else "attention_mask")
-    positions = given.get("position_ids")
-    if not isinstance(positions, Tensor) or positions.ndim != 2:
-        positions = None
-    if not isinstance(mask, Tensor):
+    positions = _positions(given)
+    whole = by_tokens_alone(given) and (positions is None) == (given.get("position_ids") is None)
+    masked = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
+    if not masked:
         mask = None
     for tokens in (ids, embeds):
         if isinstance(tokens, Tensor) and tokens.ndim > 1:
-            return CallTokens(ids if tokens is ids else None, mask, positions, tokens.shape[0], tokens.shape[1])
+            rows, count = tokens.shape[:2]
+            return CallTokens(ids if tokens is ids else None, mask, positions, rows, count, whole, masked)
     first = next((value for value in given.values() if isinstance(value, Tensor) and value.ndim > 1), None)
     outputs = given.get("encoder_outputs")
     if first is None and outputs is not None:
         first = outputs if isinstance(outputs, Tensor) else outputs[0]
     return CallTokens(None, None, None, 1 if first is None else len(first), 1 if first is None else first.shape[1])
+
+
+def _positions(given: Mapping[str, Any]) -> Tensor | None:
+    """A call's positions, (rows, tokens); ``None`` if none are given, or those of one token differ by axis."""
+    positions = given.get("position_ids")
+    if not isinstance(positions, Tensor):
+        return None
+    if positions.ndim == 3 and bool((positions == positions[:1]).all()):  # as those of text among images
+        return positions[0]
+    return positions if positions.ndim == 2 else None
 
 
 def packed_lengths(given: Mapping[str, Any]) -> list[int] | None:

@@ -38,6 +38,7 @@ class CacheRecord:
         length: Number of tokens that were read.
         before: Number of other positions in the cache, which the model adds in front.
         frame: The generation or block that wrote it and defines its verdict.
+        whole: Whether these tokens are all that was read; not with images, or masks or positions of other forms.
     """
 
     composition: str
@@ -48,6 +49,7 @@ class CacheRecord:
     length: int = 0
     before: int = 0
     frame: object | None = field(default=None, compare=False)
+    whole: bool = True
 
     @property
     def verdict_BE(self) -> Float[Tensor, "B E"] | None:
@@ -78,6 +80,8 @@ class CacheRecord:
         tokens: int,
         positions: Tensor | None = None,
         held: int | None = None,
+        *,
+        whole: bool = True,
     ) -> None:
         """Record the tokens that follow.
 
@@ -87,7 +91,11 @@ class CacheRecord:
             tokens: Their number.
             positions: Their positions, if given.
             held: The cache's length now. A model may receive the whole text and add only what is new.
+            whole: Whether nothing else was read with them.
         """
+        self.whole = self.whole and whole
+        if held is not None and mask_BT is not None and mask_BT.ndim == 2 and mask_BT.shape[1] > max(held, tokens):
+            mask_BT = mask_BT[:, :held]  # it has room for tokens to come, as static caches do
         if held is not None and not self.length:
             self.before = max(0, held - tokens)
         elif held is not None and 0 < held - self.before - self.length < tokens:
@@ -143,7 +151,7 @@ class CacheRecord:
         self.history = tuple((start, held) for start, held in self.history if start == 0 or start < tokens)
         self.length = tokens
         if tokens == 0:
-            self.ids, self.positions = (), ()
+            self.ids, self.positions, self.whole = (), (), True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CacheRecord:
         """A separate copy with the same frame."""

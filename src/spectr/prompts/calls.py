@@ -36,6 +36,7 @@ from spectr.prompts import cache_records as records
 from spectr.prompts.arguments import (
     CallTokens,
     as_prompt,
+    as_read,
     expanded,
     has_encoder,
     kept_tokens,
@@ -292,7 +293,7 @@ class Calls:
     def decide(self, given: Mapping[str, Any]) -> Tensor:
         """The verdict on the prompts of a call, by argument name."""
         assert self.prompt is not None
-        return plain_verdict(self.prompt.decide(**{name: value for name, value in given.items() if value is not None}))
+        return plain_verdict(self.prompt.decide(**as_read(given)))
 
     def _continued(
         self, entry: Entry, given: Mapping[str, Any], state: Any, tokens: CallTokens, frame: Frame | None, wanted: Any
@@ -336,6 +337,12 @@ class Calls:
                 expected="an empty cache, or one that this composition filled from token ids",
                 do=_WHOLE_PROMPT,
             )
+        if not before.whole:
+            raise CompositionError(
+                "the cache was filled with other experts or under another decision, and with more than token ids: "
+                "images, sounds, token types, or a mask or positions for more than one axis",
+                do=_WHOLE_PROMPT,
+            )
         if wanted is None and self.prompt is not None:
             if tokens.ids is None:
                 raise CompositionError("a filled cache cannot continue with embeddings", do=_WHOLE_PROMPT)
@@ -365,7 +372,12 @@ class Calls:
         states = [state for _, state in records.states_in(out)] or [state for _, state in records.states_in(given)]
         for state in states[:1]:
             if entry.part != "encoder" and records.is_filled(state):
-                record.read(tokens.ids, tokens.mask, tokens.count, tokens.positions, records.length_of(state))
+                mask, frame = tokens.mask, frame_of(self)
+                if not tokens.masked and frame is not None:
+                    mask = frame.real(tokens.rows, record.length + tokens.count)
+                whole = tokens.whole and (tokens.masked or mask is not None)
+                held = records.length_of(state)
+                record.read(tokens.ids, mask, tokens.count, tokens.positions, held, whole=whole)
                 records.attach(state, record)
 
     def _packed(self, entry: Entry, given: Mapping[str, Any], lengths: list[int]) -> tuple[BatchRouting, TokenPlaces]:

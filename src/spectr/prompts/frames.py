@@ -8,10 +8,11 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from spectr.errors import CompositionError
+from spectr.prompts.arguments import expanded
 
 if TYPE_CHECKING:
     from spectr.prompts.calls import Calls
@@ -31,6 +32,7 @@ class Frame:
         expand: Number of sequences per row (beams, returned sequences); ``None`` if unknown.
         assistants: The first verdict of each assisting composition.
         ended: Whether its calls are over.
+        mask_BT: Of a generation's whole input, which of its tokens are real; ``None`` if unknown.
     """
 
     calls: Calls
@@ -41,6 +43,19 @@ class Frame:
     token: _Token = field(default_factory=_Token)
     requests: int = 0
     ended: bool = False
+    mask_BT: Int[Tensor, "B T"] | None = None
+
+    def real(self, rows: int, tokens: int) -> Int[Tensor, "N T"] | None:
+        """Which of the first tokens in a cache are real, where calls have masks of another form; ``None`` if unknown.
+
+        Args:
+            rows: Of the cache.
+            tokens: In the cache. Those after the input were written by the model.
+        """
+        if self.mask_BT is None or self.expand is None:
+            return None
+        mask_BT = expanded(self.mask_BT[:, :tokens], rows, self.expand)
+        return nn.functional.pad(mask_BT, (0, tokens - mask_BT.shape[1]), value=1)
 
     def next_row(self) -> Tensor | None:
         """The verdict's row for the next request that is added."""

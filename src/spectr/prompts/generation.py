@@ -16,6 +16,7 @@ from spectr.prompts.arguments import (
     CallTokens,
     GenerationSettings,
     begins_with,
+    by_tokens_alone,
     expanded,
     has_encoder,
     prompt_of,
@@ -71,12 +72,14 @@ class Generation:
             frame = Frame(calls, None, generates=True, expand=settings.expand)
             known = None if state is None else calls.known(state)
             whole, only_new = self._whole(prompt, given, state)
+            frame.mask_BT = _mask_of(whole)
             frame.verdict_BE = self._verdict_for(whole, outer, settings, known, given)
             with framed(frame):
                 if state is not None:
                     # with an assistant, transformers reads the whole text again after a cache's tokens
                     again = settings.assisted or records.is_recurrent(state)
-                    known = None if again else known
+                    if again or not (only_new or by_tokens_alone(given)):  # other images may have the same tokens
+                        known = None
                     kwargs = {**kwargs, name: self._fitting(name, state, known, whole, prompt, frame, only_new)}
                     kwargs = {key: value for key, value in kwargs.items() if value is not None or key != name}
                 return self.plain(*args, **kwargs)
@@ -159,3 +162,11 @@ class Generation:
         state.reset()
         records.attach(state, self.calls.fresh(frame.verdict_BE, frame))
         return state
+
+
+def _mask_of(whole: Mapping[str, Any]) -> Tensor | None:
+    """The mask of a generation's input, (rows, tokens); ``None`` if it is unknown which tokens are real."""
+    ids, mask = whole.get("input_ids"), whole.get("attention_mask")
+    if mask is None and isinstance(ids, Tensor):
+        return torch.ones_like(ids)
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None

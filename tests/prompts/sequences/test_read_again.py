@@ -10,7 +10,7 @@ import torch
 import transformers
 from recurrent import FAMILIES
 from sequences import FREE, SEVEN, World, pair, prompts_of, say
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 from transformers.generation import BaseStreamer
 
 import spectr
@@ -117,3 +117,48 @@ def test_a_token_router_does_not_decode_what_forbidden_experts_encoded(tmp_path)
     with pytest.raises(CompositionError, match="no decision for these encoder outputs"):
         model(encoder_outputs=encoded, decoder_input_ids=begin)
     model(encoder_outputs=(encoded[0].clone(),), decoder_input_ids=begin)  # of unknown origin
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_static_cache_that_a_generation_filled_is_read_again_without_its_padding(world, implementation):
+    """Transformers gives such a generation's calls masks of four axes, which show no padding."""
+    model, routed = world.routed()
+    model.set_attn_implementation(implementation)
+    (a, _), (b, two) = prompts_of(routed)
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), a], 1)
+    mask = (padded > 0).long()
+    cache = StaticCache(config=model.config, max_cache_len=40)
+    said = model.generate(padded, attention_mask=mask, past_key_values=cache, **FREE)
+    mask = torch.cat([mask, torch.ones_like(said[:, padded.shape[1] :])], 1)
+    routed.prompt.hold(routed.prompt.decide(input_ids=b))
+    place = (mask.sum() - 1).view(1, 1)
+    got = model(said[:, -1:], attention_mask=mask, position_ids=place, past_key_values=cache).logits[0, -1]
+    close(got, world.oracle(two)(said[:, 3:]).logits[0, -1], 1e-4)
+
+
+def test_a_mask_that_has_room_for_more_shows_padding_where_it_is(world):
+    model, routed = world.routed()
+    (a, _), (b, two) = prompts_of(routed)
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), a, SEVEN], 1)
+    cache = StaticCache(config=model.config, max_cache_len=40)
+    mask = torch.zeros(1, 40, dtype=torch.long)
+    mask[:, 3:9] = 1
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    model(padded[:, :9], attention_mask=mask, position_ids=places[:, :9], past_key_values=cache)
+    routed.prompt.hold(routed.prompt.decide(input_ids=b))
+    mask[:, 9] = 1
+    got = model(SEVEN, attention_mask=mask, position_ids=torch.tensor([[6]]), past_key_values=cache).logits[0, -1]
+    close(got, world.oracle(two)(padded[:, 3:]).logits[0, -1], 1e-4)
+
+
+def test_what_a_mask_of_four_axes_hid_is_not_read_again(world):
+    model, routed = world.routed()
+    (a, _), (b, _) = prompts_of(routed)
+    cache = DynamicCache(config=model.config)
+    mask = torch.ones(6, 6, dtype=torch.bool).tril()[None, None].clone()
+    mask[..., 3:, 1] = False
+    model(a, attention_mask=mask, past_key_values=cache)
+    routed.prompt.hold(routed.prompt.decide(input_ids=b))
+    with pytest.raises(CompositionError, match="more than token ids"):
+        model(SEVEN, past_key_values=cache)
+    assert cache.get_seq_length() == 6
