@@ -261,8 +261,8 @@ def spread(rows_BTN: Tensor, layer: nn.Module, x: Tensor) -> Tensor:
     leading, places = x.shape[:-1], thread.places
     if rows == tokens == 1 or not leading.numel():  # or no token at all
         return rows_BTN[:1, :1].reshape(*(1 for _ in leading), -1)
-    if tokens == 1 and places is not None:
-        wide = places.spread(rows_BTN[:, 0], layer, x)
+    if places is not None and (tokens == 1 or rows > 1):
+        wide = _spread_rows(rows_BTN, places, layer, x)
         if wide is not None:
             return wide
     elif tokens == 1 and leading[0] == rows:
@@ -273,7 +273,7 @@ def spread(rows_BTN: Tensor, layer: nn.Module, x: Tensor) -> Tensor:
             return rows_BTN[0][position_L.to(rows_BTN.device)]
         if tuple(leading) != (1, tokens):
             raise _not_tracked(leading, rows)
-    elif leading[-1] != tokens and thread.kept is not None:
+    if leading[-1] != tokens and thread.kept is not None:
         rows_BTN = rows_BTN[:, thread.kept]
         tokens = rows_BTN.shape[1]
     if tokens > 1 or thread.kept is not None:
@@ -282,6 +282,16 @@ def spread(rows_BTN: Tensor, layer: nn.Module, x: Tensor) -> Tensor:
         if rows == 1 and leading.numel() == tokens:
             return rows_BTN[0].view(*leading, -1)
     raise _not_tracked(leading, rows)
+
+
+def _spread_rows(rows_BTN: Tensor, places: TokenPlaces, layer: nn.Module, x: Tensor) -> Tensor | None:
+    """Numbers of rows, or of tokens in several rows; ``None`` where the input's shape has to say where they belong."""
+    if rows_BTN.shape[1] == 1:
+        return places.spread(rows_BTN[:, 0], layer, x)
+    found = places.places(layer, x)
+    if found is None and thread.kept is None:  # the output head may receive some of the tokens
+        raise _not_tracked(x.shape[:-1], len(rows_BTN))
+    return None if found is None else rows_BTN[tuple(index_L.to(rows_BTN.device) for index_L in found)]
 
 
 def _not_tracked(leading: Sequence[int], rows: int) -> CompositionError:

@@ -251,11 +251,16 @@ class TokenPlaces(NamedTuple):
 
     def positions(self, layer: nn.Module, x: Tensor) -> Int[Tensor, "*L"] | None:
         """The positions of a layer's inputs; ``None`` where some are not known."""
+        found = self.places(layer, x)
+        return None if found is None else found[1]
+
+    def places(self, layer: nn.Module, x: Tensor) -> tuple[Int[Tensor, "*L"], Int[Tensor, "*L"]] | None:
+        """Rows and positions of a layer's inputs; ``None`` where some are not known."""
         marks = self.marks(layer, x)
         if marks is None or bool((marks < 0).any()):
             return None
-        position_L = marks % (self.tokens + 1)
-        return None if bool((position_L == self.tokens).any()) else position_L
+        row_L, position_L = marks // (self.tokens + 1), marks % (self.tokens + 1)
+        return None if bool((position_L == self.tokens).any()) else (row_L, position_L)
 
     def counted(
         self, layer: nn.Module, x: LayerInput, counted_BT: Bool[Tensor, "B T"] | None

@@ -211,26 +211,34 @@ def _positions(given: Mapping[str, Any]) -> Tensor | None:
     return positions if positions.ndim == 2 else None
 
 
-def packed_lengths(given: Mapping[str, Any]) -> list[int] | None:
-    """Lengths of the prompts that are packed in the only row of a call, judged by their positions."""
+def packed_lengths(given: Mapping[str, Any]) -> list[list[int]] | None:
+    """For each row of a call, the lengths of the prompts that are packed in it, judged by their positions."""
     ids, positions = given.get("input_ids"), given.get("position_ids")
     tokens = ids if ids is not None else given.get("inputs_embeds")
     filled = any(records.is_filled(state) for _, state in records.states_in(given))
-    if not isinstance(tokens, Tensor) or len(tokens) != 1 or filled:
+    if not isinstance(tokens, Tensor) or tokens.ndim < 2 or filled:
         return None
-    ends = given.get("cu_seq_lens_q")
-    if isinstance(ends, Tensor) and ends.ndim == 1 and int(ends[-1]) == tokens.shape[1]:
-        lengths = ends.diff().tolist()
-    elif given.get("attention_mask") is None and isinstance(positions, Tensor) and positions.shape == tokens.shape[:2]:
-        starts = [0, *((positions[0].diff() != 1).nonzero()[:, 0] + 1).tolist(), tokens.shape[1]]
-        lengths = [end - start for start, end in pairwise(starts)]
+    ends, (rows, count) = given.get("cu_seq_lens_q"), tokens.shape[:2]
+    if rows == 1 and isinstance(ends, Tensor) and ends.ndim == 1 and int(ends[-1]) == count:
+        lengths = [ends.diff().tolist()]
+    elif (
+        given.get("attention_mask") is None
+        and isinstance(positions, Tensor)
+        and positions.shape in ((rows, count), (1, count))
+    ):
+        lengths = [_between_restarts(position_T) for position_T in positions.expand(rows, -1)]
     else:
         return None
-    return lengths if len(lengths) > 1 else None
+    return lengths if any(len(some) > 1 for some in lengths) else None
 
 
-def unpacked(given: Mapping[str, Any], lengths: list[int]) -> dict[str, Tensor]:
-    """The prompts of a packed row as a padded batch.
+def _between_restarts(position_T: Tensor) -> list[int]:
+    starts = [0, *((position_T.diff() != 1).nonzero()[:, 0] + 1).tolist(), len(position_T)]
+    return [end - start for start, end in pairwise(starts)]
+
+
+def unpacked(given: Mapping[str, Any], lengths: list[list[int]]) -> dict[str, Tensor]:
+    """The prompts of packed rows as a padded batch.
 
     Raises:
         CompositionError: The call has embeddings instead of token ids.
@@ -238,7 +246,7 @@ def unpacked(given: Mapping[str, Any], lengths: list[int]) -> dict[str, Tensor]:
     ids = given.get("input_ids")
     if ids is None:
         raise CompositionError("prompts cannot be packed as embeddings", do="pass input_ids")
-    pieces = ids[0].split(lengths)
+    pieces = [piece for row_T, some in zip(ids, lengths, strict=True) for piece in row_T.split(some)]
     mask = [torch.ones_like(piece) for piece in pieces]
     padded, real = (nn.utils.rnn.pad_sequence(list(some), batch_first=True) for some in (pieces, mask))
     return {"input_ids": padded, "attention_mask": real}

@@ -120,7 +120,7 @@ class Batches:
         counts[-1] += tokens - sum(counts)  # padding
         verdict_TE = rows.repeat_interleave(torch.tensor(counts), 0)
         kept = given.get("logits_to_keep", given.get("logits_indices"))
-        return Batch(self.calls.routing(verdict_TE, by_token=True), tokens, kept if isinstance(kept, Tensor) else None)
+        return Batch(self.calls.routing(verdict_TE, token_rows=1), tokens, kept if isinstance(kept, Tensor) else None)
 
     def _verdict(self, manager: Any, state: Any) -> Tensor:
         name = str(state.request_id).partition("__child#")[0]

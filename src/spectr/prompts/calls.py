@@ -236,11 +236,11 @@ class Calls:
         finally:
             _stack.inside = before
 
-    def routing(self, verdict_NE: Tensor, *, by_token: bool = False) -> BatchRouting:
+    def routing(self, verdict_NE: Tensor, *, token_rows: int = 0) -> BatchRouting:
         """The routing for a verdict. Cached by value: sequences with equal decisions share it."""
         assert self.prompt is not None
-        if by_token:
-            return self.prompt.routing(verdict_NE, by_token=True)
+        if token_rows:
+            return self.prompt.routing(verdict_NE, token_rows=token_rows)
         if len(verdict_NE) > 1 and bool((verdict_NE == verdict_NE[:1]).all()):
             verdict_NE = verdict_NE[:1]
         key = (tuple(verdict_NE.shape), verdict_NE.detach().cpu().numpy().tobytes())
@@ -380,9 +380,14 @@ class Calls:
                 record.read(tokens.ids, mask, tokens.count, tokens.positions, held, whole=whole)
                 records.attach(state, record)
 
-    def _packed(self, entry: Entry, given: Mapping[str, Any], lengths: list[int]) -> tuple[BatchRouting, TokenPlaces]:
+    def _packed(
+        self, entry: Entry, given: Mapping[str, Any], lengths: list[list[int]]
+    ) -> tuple[BatchRouting, TokenPlaces | None]:
+        """The routing of rows that hold several prompts, each with its own decision."""
         verdict_BE = self.decide(unpacked(given, lengths))
-        assert self.prompt is not None
-        self.prompt.show(verdict_BE)
-        routing = self.routing(verdict_BE.repeat_interleave(torch.tensor(lengths), 0), by_token=True)
-        return routing, places_in_row(self.layouts, given, routing, entry)
+        self._show(verdict_BE)
+        counts = torch.tensor([count for some in lengths for count in some])
+        routing = self.routing(verdict_BE.repeat_interleave(counts, 0), token_rows=len(lengths))
+        if len(lengths) == 1:
+            return routing, places_in_row(self.layouts, given, routing, entry)
+        return routing, self._places(entry, given, tokens_of(given, decoder=False), routing)

@@ -172,14 +172,14 @@ class PromptDecision:
         if decided is not None and not _same_rows(decided[0], verdict_BE):
             del _last.decided[key]
 
-    def routing(self, verdict_NE: Float[Tensor, "N E"], *, by_token: bool = False) -> BatchRouting:
+    def routing(self, verdict_NE: Float[Tensor, "N E"], *, token_rows: int = 0) -> BatchRouting:
         """The routing for a verdict.
 
         Args:
             verdict_NE: The verdict of each row; one row serves all.
-            by_token: Whether these are the tokens of one row instead.
+            token_rows: If these are tokens instead, row by row, the number of their rows.
         """
-        verdict_BTE = verdict_NE[None] if by_token else verdict_NE[:, None]
+        verdict_BTE = verdict_NE.view(token_rows, -1, verdict_NE.shape[-1]) if token_rows else verdict_NE[:, None]
         return routing_of(self.use, self.experts, verdict_BTE, self.sets, verdict_NE)
 
     def _check(self, verdict_BE: Tensor) -> None:

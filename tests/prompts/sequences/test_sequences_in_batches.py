@@ -10,7 +10,7 @@ from sequences import FREE, NEW, decided, next_of, prompts_of, say
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig
 
 import spectr
-from models import close, peft_library, tokens
+from models import close, peft_library, tiny_llama, tokens
 from picked_experts import with_picked_experts
 from spectr.errors import CompositionError
 from trained_modules import ROWS
@@ -93,6 +93,29 @@ def test_packed_rows(world, shared):
     close(model.lm_head(model.model(row, position_ids=places, use_cache=False).last_hidden_state), want)
     with routed.prompt.using(routed.prompt.decide(input_ids=b)):
         close(model(row, position_ids=places, use_cache=False).logits[:, 6:], want[:, 6:])
+
+
+@pytest.mark.parametrize("picks", [False, True])
+def test_packed_rows_of_a_batch(tmp_path, picks):
+    """Each prompt in each row has its own expert, also where MoE experts pick tokens of all rows."""
+    made, oracles = with_picked_experts if picks else tiny_llama, []
+    model, targets = made(), r".*experts\.\d\.[02]|.*q_proj" if picks else "all-linear"
+    library = peft_library(model, tmp_path, {"ants": 4, "bees": 4}, targets=targets)
+    for expert in library.names:
+        oracles.append(made())
+        spectr.compose(oracles[-1], library, spectr.Oracle(expert=expert))
+    spectr.compose(model, library, ROWS)
+    rows = [[tokens(1, 3, 0), tokens(1, 5, 1), tokens(1, 1, 2)], [tokens(1, 7, 3), tokens(1, 2, 4)]]
+    for number, prompt in enumerate(prompt for row in rows for prompt in row):
+        prompt[0, 0] = 4 + number % 2
+    for batch in (rows, [[tokens(1, 9, 7)], rows[1]]):
+        ids = torch.cat([torch.cat(row, 1) for row in batch])
+        places = torch.stack([torch.cat([torch.arange(p.shape[1]) for p in row]) for row in batch])
+        want = [torch.cat([oracles[int(p[0, 0]) % 2](p).logits for p in row], 1) for row in batch]
+        got = model(ids, position_ids=places, use_cache=False)
+        close(got.logits, torch.cat(want), 1e-4)
+        got = model(ids, position_ids=places, use_cache=False, logits_to_keep=2)
+        close(got.logits, torch.cat(want)[:, -2:], 1e-4)
 
 
 def test_continuous_batching(world, monkeypatch):
