@@ -115,6 +115,26 @@ def test_images_have_the_expert_of_their_row(name, made):
             close(ours[row], theirs[row % 2](**one).logits[0], 1e-4)
 
 
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+@torch.no_grad()
+def test_images_of_a_generation_have_the_expert_of_their_row(name, made):
+    """Transformers encodes them ahead of the model's calls."""
+    model, routed, theirs = made(name)
+    free = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    batch, alone = given(name, (1, 1))
+    if name == "qwen2_vl":  # its patches lie in one axis, and do not meet the text there
+        with routed.prompt.using(torch.eye(2)), pytest.raises(CompositionError, match="not known which row each image"):
+            model.generate(**batch, **free)
+    for beams in (1, 2) if name == "llava" else ():
+        with routed.prompt.using(torch.eye(2)):
+            said = model.generate(**batch, num_beams=beams, **free)
+        for row, one in enumerate(alone):
+            assert torch.equal(said[row], theirs[row].generate(**one, num_beams=beams, **free)[0])
+    one = alone[1]
+    expert = int(one["input_ids"][0, 0]) % 2  # as ROWS decides
+    assert torch.equal(model.generate(**one, **free), theirs[expert].generate(**one, **free))
+
+
 @torch.no_grad()
 def test_without_token_ids_only_what_is_seen_to_fit_is_computed(made):
     model, routed, theirs = made("llava")

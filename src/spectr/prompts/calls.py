@@ -53,7 +53,7 @@ from spectr.prompts.exclusion import Exclusion
 from spectr.prompts.first_calls import FirstCalls
 from spectr.prompts.frames import Frame, frame_of, framed
 from spectr.prompts.generation import Generation
-from spectr.prompts.stand_ins import Checkpointing, Entry, entries_of
+from spectr.prompts.stand_ins import Checkpointing, Entry, Images, entries_of
 from spectr.prompts.token_places import followed, places_in_row, places_of
 
 _ROUTINGS = 16  # number of verdicts whose routing is cached
@@ -131,6 +131,8 @@ class Calls:
                 self.entry = entry
         if hasattr(self.model, "generate"):
             self._replace(self.model, "generate", Generation(self, self.model))
+        if hasattr(self.model, Images.name) and self.prompt is not None:
+            self._replace(self.model, Images.name, Images(self, self.model))
         if hasattr(self.model, "init_continuous_batching"):
             self._replace(self.model, "init_continuous_batching", self.batches)
         if hasattr(self.model, "_set_gradient_checkpointing"):
@@ -194,7 +196,7 @@ class Calls:
                 return entry.module.forward(*args, **kwargs)
             step = self._begin(entry, args, kwargs)
             first = self._first_calls.followed(entry.module, step.given)
-            with self._inside(step.routing, step.places, step.kept), first, followed(self.layouts, step.places):
+            with self.inside(step.routing, step.places, step.kept), first, followed(self.layouts, step.places):
                 out = entry.plain(*args, **kwargs)
             self._end(step, entry, out)
             return out
@@ -211,9 +213,9 @@ class Calls:
         tokens = tokens_of(given, decoder=has_encoder(self.model) and entry.part == "model")
         record = self._record_for(entry, given, tokens)
         routing = None if record.verdict_BE is None else self.routing(record.verdict_BE)
-        return _Step(given, routing, self._places(entry, given, tokens, routing), None, tokens, record)
+        return _Step(given, routing, self.places(entry, given, tokens, routing), None, tokens, record)
 
-    def _places(
+    def places(
         self, entry: Entry, given: Mapping[str, Any], tokens: CallTokens, routing: BatchRouting | None
     ) -> TokenPlaces | None:
         """Where a call's tokens are among its layers' inputs, if anything needs that."""
@@ -222,13 +224,14 @@ class Calls:
         of_both, part = has_encoder(self.model), entry.part
         roles = {"both": of_both and part == "model", "inner": of_both and part == "decoder"}
         roles["positions"] = bool(thread.watched) or (routing is not None and routing.by_token)
-        with self._inside(BASE):
+        with self.inside(BASE):
             return places_of(self.layouts, entry.plain, entry.names, given, tokens, entry.module, **roles)
 
     @contextmanager
-    def _inside(
+    def inside(
         self, routing: BatchRouting | None, places: TokenPlaces | None = None, kept: slice | Tensor | None = None
     ) -> Iterator[None]:
+        """Run a block as a call of this composition."""
         before, _stack.inside = _stack.inside, (*_stack.inside, self)
         try:
             with routed_by(routing, places, kept):
@@ -356,8 +359,8 @@ class Calls:
         read = {**as_prompt(ids_BT, before.positions_BT), name: state, "use_cache": True}
         state.reset()  # also empties the record
         routing = None if wanted is None else self.routing(wanted)
-        places = self._places(entry, read, tokens_of(read, decoder=False), routing)
-        with torch.no_grad(), self._inside(routing, places), followed(self.layouts, places):
+        places = self.places(entry, read, tokens_of(read, decoder=False), routing)
+        with torch.no_grad(), self.inside(routing, places), followed(self.layouts, places):
             entry.plain(**read)
         records.attach(state, record)
         self._show(wanted)
@@ -390,4 +393,4 @@ class Calls:
         routing = self.routing(verdict_BE.repeat_interleave(counts, 0), token_rows=len(lengths))
         if len(lengths) == 1:
             return routing, places_in_row(self.layouts, given, routing, entry)
-        return routing, self._places(entry, given, tokens_of(given, decoder=False), routing)
+        return routing, self.places(entry, given, tokens_of(given, decoder=False), routing)

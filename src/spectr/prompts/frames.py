@@ -32,6 +32,7 @@ class Frame:
         expand: Number of sequences per row (beams, returned sequences); ``None`` if unknown.
         assistants: The first verdict of each assisting composition.
         ended: Whether its calls are over.
+        ids_BT: Token ids of a generation's whole input, if known.
         mask_BT: Of a generation's whole input, which of its tokens are real; ``None`` if unknown.
     """
 
@@ -43,6 +44,7 @@ class Frame:
     token: _Token = field(default_factory=_Token)
     requests: int = 0
     ended: bool = False
+    ids_BT: Int[Tensor, "B T"] | None = None
     mask_BT: Int[Tensor, "B T"] | None = None
 
     def real(self, rows: int, tokens: int) -> Int[Tensor, "N T"] | None:

@@ -72,7 +72,7 @@ class Generation:
             frame = Frame(calls, None, generates=True, expand=settings.expand)
             known = None if state is None else calls.known(state)
             whole, only_new = self._whole(prompt, given, state)
-            frame.mask_BT = _mask_of(whole)
+            frame.ids_BT, frame.mask_BT = whole.get("input_ids"), _mask_of(whole)
             frame.verdict_BE = self._verdict_for(whole, outer, settings, known, given)
             with framed(frame):
                 if state is not None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from inspect import signature, unwrap
 from itertools import count
 from types import CodeType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -16,8 +16,10 @@ from spectr.layers.batch_routing import routed_by, thread
 from spectr.layers.routed import RoutedLinear
 from spectr.layers.saved import SavedModule
 from spectr.layers.token_layout import tracking
-from spectr.prompts.arguments import TOKENS, has_encoder, names_of
+from spectr.prompts.arguments import TOKENS, expanded, has_encoder, names_of, tokens_of
 from spectr.prompts.decision import refuse_to_capture
+from spectr.prompts.frames import frame_of
+from spectr.prompts.token_places import followed
 
 if TYPE_CHECKING:
     from spectr.prompts.calls import Calls
@@ -67,6 +69,42 @@ class Entry:
     def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments by name."""
         return {**dict(zip(self.names, args, strict=False)), **kwargs}
+
+
+class Images:
+    """Replaces the method with which transformers encodes the images of a generation, ahead of its calls.
+
+    Args:
+        calls: Decides.
+        model: The composed model.
+    """
+
+    name: ClassVar[str] = "_prepare_multimodal_encoder_kwargs_for_generation"
+
+    def __init__(self, calls: Calls, model: Any):
+        self.calls, self.model = calls, model
+
+    @property
+    def plain(self) -> Callable[..., Any]:
+        """The model's own method."""
+        return getattr(type(self.model), self.name).__get__(self.model)
+
+    @property
+    def __signature__(self) -> Any:
+        return signature(self.plain)
+
+    def __call__(self, model_kwargs: dict[str, Any]) -> Any:
+        """Like the model's own, under the generation's decision."""
+        calls, frame = self.calls, frame_of(self.calls)
+        wanted = calls.wanted(frame)
+        if calls.closed or calls.is_inside or frame is None or wanted is None:
+            return self.plain(model_kwargs)
+        given = {**model_kwargs, "input_ids": frame.ids_BT}
+        tokens = tokens_of(given, decoder=False)
+        routing = calls.routing(expanded(wanted, tokens.rows, None))
+        places = calls.places(calls.entry, given, tokens, routing)
+        with calls.inside(routing, places), followed(calls.layouts, places):
+            return self.plain(model_kwargs)
 
 
 class Checkpointing:
