@@ -188,3 +188,23 @@ def test_the_classes_that_contributors_are_shown_work(space):
         routed = spectr.compose(space["model"], space["library"], made)
         assert space["model"](**space["inputs"]).logits.isfinite().all()
         routed.remove()
+
+
+def test_the_files_that_are_shown_can_be_read(space, tmp_path):
+    """Policies, a task and descriptions, by the functions that read a user's; and the settings of a vLLM engine."""
+    from spectr.composed_model.settings import Settings
+    from spectr.library.descriptions import read_descriptions
+    from spectr.serving.catalog import read_policy
+    from spectr.tasks import Task
+
+    shown = [block for text in SHOWN.values() for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
+    for number, text in enumerate(shown):
+        readers = {"keys:": read_policy, "name:": Task.load}
+        reader = readers.get(text.split()[0], lambda path: read_descriptions(path.parent))
+        path = tmp_path / str(number) / "descriptions.yaml"
+        path.parent.mkdir()
+        path.write_text(text, encoding="utf-8")
+        assert reader(path)
+    assert len(shown) > 3
+    run("docs/howto/vllm.md", space)
+    assert Settings.of(space["hf_overrides"]["quantization_config"]).router == {"name": "spectr", "top_k": 4}
