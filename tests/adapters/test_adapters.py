@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import given, strategies as st
-from peft import LoraConfig
+from peft import LoraConfig, load_peft_weights
 from peft.utils.other import get_pattern_key
+from safetensors.torch import load_file
 
 from adapters_on_disk import (
     MODULES,
@@ -22,6 +23,7 @@ from adapters_on_disk import (
 )
 from spectr.adapters import Expert, locate_adapter, read_adapter
 from spectr.adapters.config import AdapterConfig
+from spectr.library import ExpertLibrary, LibraryStore
 
 QV = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]}
 LLAMA = {
@@ -203,6 +205,33 @@ def test_a_hub_id_fetches_only_the_adapters_files(tmp_path, monkeypatch, source,
     assert sorted(patterns) == sorted(inside + file for file in files + initial)
     assert expert.origin == source
     assert expert.weights == Path(tmp_path, subfolder or "", "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("place", ["here", "on the Hub"])
+def test_weights_in_a_pickle_file_are_read_as_peft_reads_them(tmp_path, monkeypatch, place):
+    monkeypatch.setenv("SPECTR_CACHE", str(tmp_path / "cache"))
+    folder = write_adapter(tmp_path / "a")
+    (folder / "tokenizer_config.json").write_text("{}")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    (folder / "adapter_model.safetensors").unlink()
+    fetched = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **given: fetched.append(given) or str(folder))
+    for scale in (1, 2):  # a file that changes is read again
+        torch.save(
+            {key: scale * value.mT.contiguous().mT for key, value in tensors.items()}, folder / "adapter_model.bin"
+        )
+        expert = read_adapter(folder if place == "here" else "org/repo", "sql")
+        assert load_peft_weights(str(folder)).keys() == tensors.keys()
+        for key, value in load_peft_weights(str(folder)).items():
+            assert torch.equal(load_file(expert.weights)[key], value)
+    assert expert.origin == str(folder if place == "here" else "org/repo")
+    assert (expert.weights.parent / "tokenizer_config.json").read_text() == "{}"
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        ("adapter_config.json", "adapter_model.bin", "tokenizer_config.json")
+    )
+    assert [given["allow_patterns"] for given in fetched[1::2]] == [["adapter_model.bin"]] * (len(fetched) // 2)
+    LibraryStore(tmp_path / "library").add("sql", folder)
+    assert ExpertLibrary.open(tmp_path / "library")["sql"].shapes == expert.shapes
 
 
 def test_a_folder_comes_before_a_hub_id_of_the_same_name(tmp_path, monkeypatch):

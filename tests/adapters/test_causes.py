@@ -24,7 +24,11 @@ FOLDERS = {
     "llama.cpp": (["lora.gguf"], "holds a llama.cpp GGUF file", "the PEFT adapter"),
     "DeepSpeed": (["adapter_config.json", "zero_to_fp32.py"], "is a DeepSpeed checkpoint", "zero_to_fp32.py"),
     "a whole model": (["config.json", "model.safetensors"], "holds a whole model", "spectr extract FOLDER --base"),
-    "pickled": (["adapter_config.json", "adapter_model.bin"], "(adapter_model.bin), which can run code", "with PEFT"),
+    "pickled": (
+        ["adapter_config.json", "adapter_model.pt"],
+        "only in adapter_model.pt",
+        "with PEFT",
+    ),
 }
 
 

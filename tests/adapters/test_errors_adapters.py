@@ -105,20 +105,17 @@ def test_a_wrong_number_is_shown(tmp_path, setting, value, shown):
     assert_says(error, given=("expert 'sql'", shown), expected=PLAIN_LORA, do="retrain it")
 
 
-def test_pickled_weights_are_never_loaded(tmp_path):
+def test_no_code_of_pickled_weights_runs(tmp_path):
     class Bomb:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "exploded"),)
 
     folder = write_adapter(tmp_path / "a")
     (folder / "adapter_model.safetensors").unlink()
-    (folder / "adapter_model.bin").write_bytes(pickle.dumps(Bomb()))
-    assert_says(
-        refusal(folder),
-        given=("expert 'sql'", str(folder), "only as a pickle file (adapter_model.bin), which can run code"),
-        expected="adapter_model.safetensors",
-        do="load it with PEFT and save it again with safe_serialization=True",
-    )
+    for content in (*(pickle.dumps(one, protocol=2) for one in (Bomb(), {"a": 1}, [1])), b"not even a pickle", b""):
+        (folder / "adapter_model.bin").write_bytes(content)
+        given = ("expert 'sql'", str(folder / "adapter_model.bin"))
+        assert_says(refusal(folder), given=given, expected="tensors by name", do="copy or download it again")
     assert not (tmp_path / "exploded").exists()
 
 

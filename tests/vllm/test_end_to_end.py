@@ -136,6 +136,6 @@ def test_interrupted_it_ends_with_its_engine(running):
     running.process.send_signal(signal.SIGINT)
     _, rest = running.process.communicate(timeout=60)
     assert running.process.returncode == 130  # as a shell has it: ended by Ctrl-C
-    assert "ending" in rest
+    assert "stopping: no request is running" in rest
     assert "Traceback" not in rest
     assert not left_of(engine)

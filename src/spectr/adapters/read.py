@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import zipfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from torch import Tensor
 
 from spectr.adapters.config import CONFIG_FILE, INITIAL_FILES, MLX, AdapterConfig, InitialSettings, read_config
 from spectr.adapters.expert import Expert, FactorShape, open_safetensors
@@ -14,10 +20,13 @@ from spectr.adapters.gates import GATES_FILE
 from spectr.adapters.saved import plain_name, read_saved
 from spectr.adapters.texts import TEXT_FACTS_FILE, TEXT_FILES
 from spectr.adapters.updates import Parts
+from spectr.atomic_write import cache_folder, replacing, save_readable
 from spectr.errors import AdapterError, some_of
+from spectr.hashing import json_sha256, known_sha256
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
+PICKLE_FILE = "adapter_model.bin"
+_PICKLES = ("adapter_model.pt", "adapter_model.pth")
 _WHOLE_MODELS = {f"{file}{end}" for file in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")}
 _MLX = ("adapters.safetensors", "adapters.npz")
 
@@ -59,8 +68,8 @@ def cause(files: Collection[str], name: str, place: str) -> AdapterError | None:
         what = ("is a diffusers LoRA, for an image model", "use an adapter for a transformers model")
     elif pickles := sorted(top & set(_PICKLES)):
         what = (
-            f"holds its weights only as a pickle file ({pickles[0]}), which can run code when it is loaded",
-            "if you trust it, load it with PEFT and save it again with safe_serialization=True",
+            f"holds its weights only in {pickles[0]}, which PEFT does not read either",
+            f"save it again with PEFT, or rename it to {PICKLE_FILE} if PEFT wrote it",
         )
     elif any(file.endswith(".gguf") for file in top):
         what = ("holds a llama.cpp GGUF file", "use the PEFT adapter that it was converted from")
@@ -111,10 +120,9 @@ def read_adapter(source: str | Path, name: str, *, check_values: bool = True) ->
     Raises:
         AdapterError: The adapter is missing, damaged, or cannot be routed exactly.
     """
-    folder = locate_adapter(source, name)
+    folder = _without_pickle(locate_adapter(source, name), name)
     weights = folder / WEIGHTS_FILE
-    whole = weights.is_file() and (folder / CONFIG_FILE).is_file()
-    if not whole and (error := cause(files_of(folder), name, str(folder))):
+    if not _is_whole(folder) and (error := cause(files_of(folder), name, str(folder))):
         raise error
     config = read_config(folder, name)
     if not weights.is_file():
@@ -169,6 +177,44 @@ def read_adapter(source: str | Path, name: str, *, check_values: bool = True) ->
     if check_values:
         expert.check_values()
     return expert
+
+
+def _is_whole(folder: Path) -> bool:
+    return (folder / CONFIG_FILE).is_file() and any((folder / file).is_file() for file in (WEIGHTS_FILE, PICKLE_FILE))
+
+
+def _without_pickle(folder: Path, name: str) -> Path:
+    """The folder, or a copy of it in the cache that has the tensors of ``adapter_model.bin`` as safetensors."""
+    if (folder / WEIGHTS_FILE).is_file() or not _is_whole(folder):
+        return folder
+    files = [file for file in (PICKLE_FILE, *ADAPTER_FILES, *TEXT_FILES) if (folder / file).is_file()]
+    content = json_sha256({file: known_sha256(folder / file) for file in files})
+    copy = cache_folder() / "adapters" / content[:16]
+    if not (copy / WEIGHTS_FILE).is_file():
+        tensors = _unpickled(folder / PICKLE_FILE, name)
+        for file in files[1:]:
+            (copy / file).parent.mkdir(parents=True, exist_ok=True)
+            with replacing(copy / file) as scratch:
+                shutil.copyfile(folder / file, scratch)
+        with replacing(copy / WEIGHTS_FILE) as scratch:  # the last file: with it the copy is complete
+            save_readable(tensors, scratch, {"format": "pt"})
+    return copy
+
+
+def _unpickled(file: Path, name: str) -> dict[str, Tensor]:
+    """A pickle file's tensors. As in PEFT, no code of the file runs."""
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError, OSError, ValueError, zipfile.BadZipFile) as error:
+        found = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+    if isinstance(found, dict) and all(isinstance(value, Tensor) for value in found.values()):
+        return {key: value.clone(memory_format=torch.contiguous_format) for key, value in found.items()}
+    what = found if isinstance(found, str) else "it holds other things"
+    raise AdapterError(
+        f"expert '{name}': {file} does not hold tensors alone: {what}",
+        expected="tensors by name, as PEFT's save_pretrained(safe_serialization=False) writes them",
+        do="copy or download it again; if you trust it, load and save it with the version of PEFT that wrote it",
+    )
 
 
 def _with_initial(expert: Expert, settings: InitialSettings, folder: Path) -> Expert:
@@ -313,8 +359,9 @@ def _from_hub(name: str, repo: str, subfolder: str | None, revision: str | None)
             repo, revision=revision, allow_patterns=[inside + file for file in (*ADAPTER_FILES, *TEXT_FILES)]
         )
         folder = Path(root) / (subfolder or "")
-        whole = all((folder / file).is_file() for file in (CONFIG_FILE, WEIGHTS_FILE))
-        files = [] if whole else HfApi().list_repo_files(repo, revision=revision)
+        if not (folder / WEIGHTS_FILE).is_file():
+            snapshot_download(repo, revision=revision, allow_patterns=[inside + PICKLE_FILE])
+        files = [] if _is_whole(folder) else HfApi().list_repo_files(repo, revision=revision)
     except Exception as error:  # the client raises its own errors, httpx's and the system's
         raise AdapterError(
             f"expert '{name}': '{repo}{inside and '/' + inside}' is not a folder, and the Hub did not return it: "
