@@ -87,12 +87,12 @@ class Timed:
         env = {"VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1", **os.environ}
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen(command, env=env, start_new_session=True, **pipes)
-        self._told()
+        self._reply()
 
     def rate(self, kind: str, seed: int) -> float:
         os.killpg(self.process.pid, signal.SIGCONT)
         print(json.dumps([kind, seed]), file=self.process.stdin, flush=True)
-        return float(self._told()[0])
+        return float(self._reply()[0])
 
     def __enter__(self) -> Timed:
         return self
@@ -101,7 +101,7 @@ class Timed:
         os.killpg(self.process.pid, signal.SIGKILL)  # all of them, stopped or not
         self.process.communicate()
 
-    def _told(self) -> list[str]:
+    def _reply(self) -> list[str]:
         assert self.process.stdout is not None
         for line in self.process.stdout:  # the engine writes there too
             if line.startswith(READY):
