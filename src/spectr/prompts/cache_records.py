@@ -122,8 +122,8 @@ class CacheRecord:
         Raises:
             CompositionError: There are more rows than before, or those before have different decisions.
         """
-        verdict_BE, ids_BT = self.verdict_BE, self.ids_BT
-        known = next((len(some) for some in (verdict_BE, ids_BT) if some is not None), rows)
+        verdict_BE = self.verdict_BE
+        known = next((len(some) for some in (verdict_BE, *(self.ids or ())[:1]) if some is not None), rows)
         if known == rows:
             return
         if verdict_BE is not None and (rows > known or bool((verdict_BE != verdict_BE[:1]).any())):
