@@ -56,12 +56,9 @@ def encoded_verdict(
 
 
 def note_encoded(calls: Calls, part: str, given: Mapping[str, Any], out: Any, record: CacheRecord) -> None:
-    """Store the decision with what an encoder returned. Outputs that were given keep what was stored with them."""
-    if not has_encoder(calls.model):
+    """Store the decision with what an encoder returned. Of outputs that were given, this call knows no more."""
+    if not has_encoder(calls.model) or given.get("encoder_outputs") is not None:
         return
     hidden = part_of(out, "last_hidden_state" if part == "encoder" else "encoder_last_hidden_state")
-    if not isinstance(hidden, Tensor):
-        return
-    unknown = calls.prompt is not None and records.record_of(hidden) is None
-    if given.get("encoder_outputs") is None or unknown:
+    if isinstance(hidden, Tensor):
         records.attach(hidden, calls.fresh(record.verdict_BE, None))

@@ -108,6 +108,17 @@ def test_what_was_encoded_keeps_its_decision(tmp_path, name):
     close(calls["model"]().logits, want, 1e-4)  # what used it left its record as it was
 
 
+def test_a_decoder_does_not_decide_what_an_encoder_used(tmp_path):
+    model, routed = pair("T5", tmp_path).routed()
+    (a, _), (b, _) = prompts_of(routed)
+    begin, encoded = torch.tensor([[0, 7, 9]]), (model.get_encoder()(input_ids=a)[0].clone(),)  # of unknown origin
+    for ids in (b, a):
+        with routed.prompt.using(routed.prompt.decide(input_ids=ids)):
+            model(encoder_outputs=encoded, decoder_input_ids=begin)
+    with pytest.raises(CompositionError, match="no decision for these encoder outputs"):
+        model(encoder_outputs=encoded, decoder_input_ids=begin)
+
+
 def test_a_token_router_does_not_decode_what_forbidden_experts_encoded(tmp_path):
     model, routed = pair("T5", tmp_path).routed(spectr.Spectr(top_k=1))
     ids, begin = torch.arange(5, 11)[None], torch.tensor([[0, 7, 9]])
