@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from spectr.layers.shared_context import SharedContext
 from spectr.layers.weight_reads import uncompiled
 
 
@@ -19,8 +20,6 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
-_lock = threading.Lock()
-_open: set[int] = set()  # threads that are inside of one
 
 
 class _Training:
@@ -36,6 +35,18 @@ class _Training:
 
 
 @contextmanager
+def _replaced() -> Iterator[None]:
+    type.__setattr__(nn.Module, "training", _Training())
+    try:
+        yield
+    finally:
+        type.__delattr__(nn.Module, "training")
+
+
+_while_any_reads = SharedContext(_replaced)
+
+
+@contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Have this thread compute without dropout and whatever else training adds.
 
@@ -45,21 +56,12 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     if _thread.inside or not _trains(model):
         yield
         return
-    me = threading.get_ident()
-    with _lock:
-        _open.add(me)
-        if "training" not in vars(nn.Module):
-            type.__setattr__(nn.Module, "training", _Training())
-    _thread.inside = True
-    try:
-        with uncompiled():  # graphs of training have dropout
+    with uncompiled(), _while_any_reads():  # graphs of training have dropout
+        _thread.inside = True
+        try:
             yield
-    finally:
-        _thread.inside = False
-        with _lock:
-            _open.discard(me)
-            if not _open:
-                type.__delattr__(nn.Module, "training")
+        finally:
+            _thread.inside = False
 
 
 def _trains(model: nn.Module) -> bool:

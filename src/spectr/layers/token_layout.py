@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from spectr.layers.eval_mode import eval_mode
 from spectr.layers.pairs import LayerInput, Pairs
 from spectr.layers.token_tracking import Marks, TokenTracker, check_rows_known
 from spectr.layers.tracking_rules import RULES
@@ -135,10 +136,11 @@ class Layouts:
         found = (self.known.get(module) for module in self.modules)
         return all(layout is not None and not (positions and layout.positions is None) for layout in found)
 
-    def learn(self, run: Callable[..., Any], given: Mapping[str, Any]) -> None:
-        """Have the model read a few tokens, and learn the layouts of the modules that get them.
+    def learn(self, model: nn.Module, run: Callable[..., Any], given: Mapping[str, Any]) -> None:
+        """Have the model read a few tokens in eval mode, and learn the layouts of the modules that get them.
 
         Args:
+            model: The module that is called.
             run: Calls the model; its own methods, no entry of ours.
             given: Arguments of text alone, (2, 5), by their names.
         """
@@ -151,7 +153,7 @@ class Layouts:
         devices = {
             value.device for value in given.values() if isinstance(value, Tensor) and value.device.type == "cuda"
         }
-        with torch.no_grad(), torch.random.fork_rng(list(devices)), self.following(tracker):
+        with torch.no_grad(), torch.random.fork_rng(list(devices)), eval_mode(model), self.following(tracker):
             run(**given)
         self.of_text.update((module, layout) for module, layout in self.known.items() if module not in before)
         for module in self.modules:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.overrides import TorchFunctionMode
 
 from spectr.layers.linear import features
+from spectr.layers.shared_context import SharedContext
 
 # Of these, only the first argument's numbers are in the result, or none.
 _LIKE_ANOTHER = frozenset(("to", "type_as", "view_as", "expand_as", "reshape_as"))
@@ -99,14 +100,13 @@ class WeightReads(TorchFunctionMode):
         return False
 
 
-@contextmanager
-def uncompiled() -> Iterator[None]:
-    """Have compiled models run as they are written, so that their calls can be followed."""
-    if "torch._dynamo" in sys.modules:  # its import takes seconds, and without it nothing is compiled
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    else:
-        yield
+_eager = SharedContext(lambda: torch.compiler.set_stance("force_eager"))
+
+
+def uncompiled() -> AbstractContextManager[None]:
+    """Have compiled models run as they are written, so that their calls can be followed. Holds for all threads."""
+    # the compiler's import takes seconds, and without it nothing is compiled
+    return _eager() if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def _place(name: str) -> str:

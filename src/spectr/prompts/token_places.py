@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import lru_cache
 from inspect import Parameter, signature
 from typing import Any
 
@@ -54,7 +55,7 @@ def places_of(
     few = None if inner else _few(given, names, module, both)
     if few is not None:
         with routed_by(BASE):
-            layouts.learn(run, few)
+            layouts.learn(module, run, few)
     others = _others(given, tokens, both or inner, getattr(module, "config", None))
     certain = all(found.certain and found.row_N is not None for found in others.values())
     fixed = certain and layouts.are_fixed(positions=positions and few is not None)
@@ -67,7 +68,7 @@ def learn_rows(layouts: Layouts, entry: Any, ids_BT: Tensor) -> None:
     """Learn where tokens are among the layers' inputs, by two rows of a few tokens that an entry of a model reads."""
     few = {"input_ids": few_tokens(ids_BT), "use_cache": False}
     with routed_by(BASE):
-        layouts.learn(entry.plain, {name: value for name, value in few.items() if name in entry.names})
+        layouts.learn(entry.module, entry.plain, {name: value for name, value in few.items() if name in entry.names})
 
 
 def places_in_row(
@@ -109,16 +110,17 @@ def _few(given: Mapping[str, Any], names: tuple[str, ...], module: Any, both: bo
     read: dict[str, Any] = {name: few}
     if both:
         read[f"decoder_{name}"] = few.clone()
-    if not read.keys() >= _needed(module):
+    if not read.keys() >= _needed(type(module)):
         return None
     return {**read, "use_cache": False} if "use_cache" in names else read
 
 
-def _needed(module: Any) -> set[str]:
-    """Arguments that a module cannot be called without, such as images."""
-    _, *parameters = signature(type(module).forward).parameters.values()
+@lru_cache(maxsize=64)
+def _needed(kind: type[nn.Module]) -> frozenset[str]:
+    """Arguments that modules of a class cannot be called without, such as images. Cached, as each step asks for it."""
+    _, *parameters = signature(kind.forward).parameters.values()
     free = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
-    return {each.name for each in parameters if each.default is Parameter.empty and each.kind not in free}
+    return frozenset(each.name for each in parameters if each.default is Parameter.empty and each.kind not in free)
 
 
 def _others(given: Mapping[str, Any], tokens: CallTokens, decoder: bool, config: Any) -> dict[str, InputRows]:
@@ -185,10 +187,7 @@ def read_tokens(
         counted_BT: The counted tokens; by default all.
     """
     tokens, names_of_entry = tokens_of(given, decoder=False), names_of(entry.forward, getattr(entry, "config", None))
-    with eval_mode(entry):
-        places = places_of(
-            layouts, entry.forward, names_of_entry, given, tokens, entry, positions=counted_BT is not None
-        )
+    places = places_of(layouts, entry.forward, names_of_entry, given, tokens, entry, positions=counted_BT is not None)
     counted_BT = None if counted_BT is None else counted_BT.cpu()
     held: dict[str, list[tuple[Any, Tensor]]] = {}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -86,3 +87,35 @@ def test_another_thread_trains_meanwhile(dropping):
     assert not model.lm_head.training
     assert model.model.training
     assert "training" not in vars(torch.nn.Module)
+
+
+def test_threads_that_read_at_once_end_in_any_order(dropping):
+    compiled, (first_in, second_in, first_out) = [], (threading.Event() for _ in range(3))
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
+    torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2))
+    model = copy.deepcopy(dropping.base).train()
+
+    def first():
+        with eval_mode(model):
+            first_in.set()
+            assert second_in.wait(10)
+        first_out.set()
+
+    def second():
+        assert first_in.wait(10)
+        with eval_mode(model):
+            second_in.set()
+            assert first_out.wait(10)
+            assert not any(modes(model))
+
+    with ThreadPoolExecutor() as pool:
+        for work in [pool.submit(first), pool.submit(second)]:
+            work.result()
+    assert all(modes(model))
+    assert "training" not in vars(torch.nn.Module)
+    torch.compile(lambda x: x + 2, backend=backend)(torch.ones(2))
+    assert len(compiled) == 2  # torch compiles as before
