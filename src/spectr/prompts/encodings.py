@@ -56,7 +56,7 @@ def encoded_verdict(
 
 
 def note_encoded(calls: Calls, part: str, given: Mapping[str, Any], out: Any, record: CacheRecord) -> None:
-    """Store the decision with what an encoder returned. Of outputs that were given, this call knows no more."""
+    """Store the decision with what an encoder returned. A call does not know who computed outputs that it was given."""
     if not has_encoder(calls.model) or given.get("encoder_outputs") is not None:
         return
     hidden = part_of(out, "last_hidden_state" if part == "encoder" else "encoder_last_hidden_state")
