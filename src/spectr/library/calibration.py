@@ -21,7 +21,7 @@ from spectr.adapters import Expert
 from spectr.atomic_write import replacing, save_readable
 from spectr.errors import LibraryError
 from spectr.hashing import known_sha256
-from spectr.library.lock import beside_experts
+from spectr.library.lock import locked_if_library
 
 CALIBRATION_FILE = "calibration.safetensors"
 _FORMAT = "3"
@@ -158,7 +158,7 @@ class Calibration:
             tensors["null_numbers"], facts["null_experts"] = self.null_numbers, list(self.null_experts)
         target = Path(folder) / CALIBRATION_FILE
         metadata = {"format": _FORMAT, "facts": json.dumps(facts, sort_keys=True)}
-        with beside_experts(target.parent), replacing(target) as scratch:
+        with locked_if_library(target.parent), replacing(target) as scratch:
             save_readable({key: tensor.contiguous() for key, tensor in tensors.items()}, scratch, metadata)
         return target
 

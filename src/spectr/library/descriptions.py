@@ -9,7 +9,7 @@ import yaml
 
 from spectr.atomic_write import replacing
 from spectr.errors import LibraryError
-from spectr.library.lock import beside_experts
+from spectr.library.lock import locked_if_library
 
 DESCRIPTIONS_FILE = "descriptions.yaml"
 _HEAD = (
@@ -51,6 +51,6 @@ def write_descriptions(folder: str | Path, descriptions: Mapping[str, str]) -> P
     """Write a library's descriptions, atomically."""
     target = Path(folder) / DESCRIPTIONS_FILE
     text = _HEAD + yaml.safe_dump(dict(sorted(descriptions.items())), allow_unicode=True, width=10_000)
-    with beside_experts(target.parent), replacing(target) as scratch:
+    with locked_if_library(target.parent), replacing(target) as scratch:
         scratch.write_text(text, encoding="utf-8")
     return target

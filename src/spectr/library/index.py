@@ -23,7 +23,7 @@ from spectr.atomic_write import replacing, save_readable
 from spectr.errors import LibraryError
 from spectr.grouping import grouped
 from spectr.library.calibration import opened
-from spectr.library.lock import beside_experts
+from spectr.library.lock import locked_if_library
 from spectr.spectral import Codes, Prototypes, Rotation
 
 INDEX_FOLDER = "index"
@@ -92,7 +92,7 @@ class IndexEntry:
         facts = {"sha256": self.sha256, "calibration": self.calibration, "modules": self.modules, "aligned": aligned}
         path.parent.mkdir(parents=True, exist_ok=True)
         root = path.parent.parent  # where the library deletes leftovers
-        with beside_experts(root), replacing(path, scratch_in=root) as scratch:
+        with locked_if_library(root), replacing(path, scratch_in=root) as scratch:
             save_readable(tensors, scratch, {"format": _FORMAT, "facts": json.dumps(facts)})
 
     @staticmethod

@@ -32,11 +32,10 @@ def locked(root: Path) -> Iterator[None]:
 
 
 @contextmanager
-def beside_experts(root: Path) -> Iterator[None]:
-    """Hold the lock while a further file is written into a library's folder.
+def locked_if_library(root: Path) -> Iterator[None]:
+    """Hold the lock of a folder that is a library, while a file is written next to its experts.
 
-    Its writers delete all scratch files that they find, so that this one's must not be seen. A folder that is no
-    library has no such writers.
+    A library's writers delete all scratch files that they find, also that of the new file.
     """
     if not (root / MANIFEST_FILE).is_file():
         yield
