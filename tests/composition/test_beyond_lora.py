@@ -8,6 +8,7 @@ import torch
 
 from adapters_on_disk import assert_says, tiny_gpt2
 from beyond_lora import KINDS, TARGETS, moved_adapter, tiny_qwen
+from families import FAMILIES
 from models import close, logits, peft_adapter, peft_model, tokens
 from spectr import Arrow, ExpertLibrary, Lag, Oracle, Seqr, Spectr, Uniform, compose
 from spectr.errors import AdapterError, CompositionError
@@ -187,6 +188,15 @@ def test_initial_factors_of_transposed_layers(tmp_path):
         model = tiny_gpt2()
         compose(model, ExpertLibrary.from_adapters({"ants": folder}), Oracle(expert="ants"))
         close(logits(model, ids), logits(peft_model(tiny_gpt2(), folder), ids))
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora"])
+def test_initial_factors_of_a_linear_layer_with_its_own_forward(tmp_path, kind):
+    falcon = FAMILIES["falcon"]
+    folder = moved_adapter(falcon.build(), tmp_path / "ants", 1, init_lora_weights=kind, target_modules=falcon.plain)
+    model = falcon.build()
+    compose(model, ExpertLibrary.from_adapters({"ants": folder}), Oracle(expert="ants"))
+    close(logits(model, ids), logits(peft_model(falcon.build(), folder), ids))
 
 
 def test_products_without_initial_factors_are_combined_in_all_ways(tmp_path):

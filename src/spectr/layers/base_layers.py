@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from spectr.adapters import Factors
 from spectr.errors import AdapterError
@@ -18,6 +21,7 @@ from spectr.layers.swap import plain_module
 from spectr.spectral.initial import InitialFactors
 
 _ROWS = 1024  # unit vectors that a layer is given at once
+_PROBED = 16  # unit vectors that show whether a layer uses its weight as it is
 
 
 class ModelLayers:
@@ -63,8 +67,7 @@ class ModelLayers:
             AdapterError: The layer is quantised; PEFT then quantises the remaining weight again.
         """
         layer = self.layer(module)
-        own = type(layer).forward is not nn.Linear.forward and not hasattr(layer, "nf")  # quanto before it is frozen
-        if own or not _is_here(getattr(layer, "weight", None)):
+        if not _is_here(getattr(layer, "weight", None)) or not _multiplies(layer, self.weight(module)):
             raise AdapterError(
                 f"{module} is quantised or not in memory, but the adapter's initial factors are a part of its weight",
                 expected="weights in float32, bfloat16 or float16",
@@ -87,3 +90,16 @@ class ModelLayers:
 def _is_here(weight: Any) -> bool:
     """Whether this is a matrix of numbers in memory."""
     return is_plain(weight) and not weight.is_meta and weight.ndim == 2
+
+
+@torch.no_grad()
+def _multiplies(layer: Any, weight_OI: Float[Tensor, "O I"]) -> bool:
+    """Whether a layer multiplies by its weight as it is. Quanto's do not, also before they are frozen."""
+    if type(layer).forward is nn.Linear.forward:
+        return True
+    x_PI = torch.eye(weight_OI.shape[1], device=weight_OI.device, dtype=torch.float32)[:_PROBED]
+    exact, out = copy.deepcopy(layer).float(), None
+    with suppress(Exception):  # a layer that needs another input
+        out = type(layer).forward(exact, x_PI)  # not what accelerate put in its place
+    want = linear(x_PI, weight_OI, exact.bias)
+    return isinstance(out, Tensor) and out.shape == want.shape and torch.allclose(out, want, rtol=1e-5, atol=1e-7)
