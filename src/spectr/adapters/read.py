@@ -17,7 +17,7 @@ from torch import Tensor
 from spectr.adapters.config import CONFIG_FILE, INITIAL_FILES, MLX, AdapterConfig, InitialSettings, read_config
 from spectr.adapters.expert import Expert, FactorShape, open_safetensors
 from spectr.adapters.gates import GATES_FILE
-from spectr.adapters.saved import plain_name, read_saved
+from spectr.adapters.saved import SavedParts, plain_name, read_saved
 from spectr.adapters.texts import TEXT_FACTS_FILE, TEXT_FILES
 from spectr.adapters.updates import Parts
 from spectr.atomic_write import cache_folder, replacing, save_readable
@@ -144,12 +144,7 @@ def read_adapter(source: str | Path, name: str, *, check_values: bool = True) ->
     targets = config.targets
     targeted = {module for module in found if targets.tied or targets.has(module) or config.may_wrap(module)}
     targeted = targeted or set(found)  # the names are those of older versions
-    embeddings = {module: parts.factors for module, parts in saved.items() if parts.factors}
-    faults += [
-        f"{module} has factors of rank {own.rank} but the configuration says rank {config.rank_of(module)}"
-        for module, own in embeddings.items()
-        if own.rank != config.rank_of(module) and (targets.tied or targets.has(module))
-    ]
+    faults += _ranks_of_embeddings(saved, config)
     ignored: list[str] = []  # of modules that PEFT ignores too
     read = {
         module: _factor_shape(module, parts, shapes, config, faults if module in targeted else ignored)
@@ -177,6 +172,14 @@ def read_adapter(source: str | Path, name: str, *, check_values: bool = True) ->
     if check_values:
         expert.check_values()
     return expert
+
+
+def _ranks_of_embeddings(saved: Mapping[str, SavedParts], config: AdapterConfig) -> Iterator[str]:
+    """Ranks that differ from the configuration, of modules that it targets; PEFT loads no others."""
+    for module, parts in saved.items():
+        own, rank = parts.factors, config.rank_of(module)
+        if own and own.rank != rank and (config.targets.tied or config.targets.has(module)):
+            yield f"{module} has factors of rank {own.rank} but the configuration says rank {rank}"
 
 
 def _is_whole(folder: Path) -> bool:
