@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
 
-# What torch keeps in containers, which hooks' handles refer to: submodules, tensors and hooks.
-_CONTAINERS = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set)))
+_CONTAINERS = (dict, OrderedDict, set)  # in which torch keeps submodules, tensors and hooks
 
 
 @contextmanager
@@ -18,7 +18,8 @@ def restored(model: nn.Module) -> Iterator[None]:
     Parameters need gradients as before. The values of tensors are not restored.
     """
     attributes = {module: dict(vars(module)) for module in model.modules()}
-    held = {module: [vars(module)[name].copy() for name in _CONTAINERS] for module in attributes}
+    values = (value for own in attributes.values() for value in own.values())
+    held = [(value, value.copy()) for value in values if type(value) in _CONTAINERS]
     with_gradient = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
         yield
@@ -26,9 +27,9 @@ def restored(model: nn.Module) -> Iterator[None]:
         for module, own in attributes.items():
             vars(module).clear()
             vars(module).update(own)
-            for name, content in zip(_CONTAINERS, held[module], strict=True):
-                own[name].clear()
-                own[name].update(content)
+        for container, content in held:  # the same ones, as handles of hooks refer to them
+            container.clear()
+            container.update(content)
         for parameter, needs in with_gradient.items():
             if parameter.requires_grad != needs:
                 parameter.requires_grad_(needs)
