@@ -73,3 +73,9 @@ def test_the_score_is_the_modified_z_score():
 def test_no_shipped_expert_is_an_outlier():
     library = ExpertLibrary.open(shipped_experts())
     assert outliers_among(library[name] for name in library) == {}
+
+
+def test_old_names_warn_and_work():
+    with pytest.warns(DeprecationWarning, match="is now spectr.serving.outliers"):
+        from spectr.serving.suspicion import suspicion, suspicious
+    assert (suspicion, suspicious) == (outlier_scores, outliers_among)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from spectr.adapters import BaseLayers, Expert, Factors
+from spectr.lazy import lazy
 
 THRESHOLD = 3.5
 _LEAST_SPREAD = 0.35  # least spread of the logarithms: ordinary experts differ up to threefold, by length of training
@@ -68,3 +69,6 @@ def _norm(A_RI: Tensor, B_OR: Tensor, scale: float) -> Tensor:
     if not (A.isfinite().all() and B.isfinite().all()):
         return torch.tensor(float("inf"))
     return torch.linalg.matrix_norm(torch.linalg.qr(B).R @ torch.linalg.qr(A.mT).R.mT, ord=2).max()
+
+
+__getattr__ = lazy(__name__, {}, renamed={"suspicion": "outlier_scores", "suspicious": "outliers_among"})
