@@ -10,6 +10,7 @@ from spectr import ExpertLibrary
 from spectr.adapters import read_adapter
 from spectr.errors import AdapterError
 from spectr.layers.base_layers import ModelLayers
+from spectr.serving import outliers
 from spectr.serving.outliers import outlier_scores, outliers_among, spectral_norm
 from spectr.shipped import shipped_experts
 from text_model import make_model
@@ -75,7 +76,7 @@ def test_no_shipped_expert_is_an_outlier():
     assert outliers_among(library[name] for name in library) == {}
 
 
-def test_old_names_warn_and_work():
-    with pytest.warns(DeprecationWarning, match="is now spectr.serving.outliers"):
-        from spectr.serving.suspicion import suspicion, suspicious
-    assert (suspicion, suspicious) == (outlier_scores, outliers_among)
+@pytest.mark.parametrize(("old", "new"), [("suspicion", outlier_scores), ("suspicious", outliers_among)])
+def test_old_names_warn_and_work(old, new):
+    with pytest.warns(DeprecationWarning, match=f"{old} is now spectr.serving.outliers"):
+        assert getattr(outliers, old) is new
