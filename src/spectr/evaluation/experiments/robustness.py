@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from spectr.adapters.write import Pair, common_settings, write_adapter
@@ -73,7 +74,9 @@ def _larger(_module: str, pair: Pair, _generator: torch.Generator) -> Pair:
     return B * _LARGE, A
 
 
-def _higher_rank(_module: str, pair: Pair, generator: torch.Generator) -> Pair:
+def _higher_rank(
+    _module: str, pair: Pair, generator: torch.Generator
+) -> tuple[Float[Tensor, "outputs larger"], Float[Tensor, "larger inputs"]]:
     """The same update in factors of rank 64 at least, rotated into all their directions."""
     B, A = pair
     rank = len(A)
