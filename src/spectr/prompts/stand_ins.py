@@ -16,6 +16,7 @@ from spectr.layers.batch_routing import routed_by, thread
 from spectr.layers.routed import RoutedLinear
 from spectr.layers.saved import SavedModule
 from spectr.layers.token_layout import tracking
+from spectr.prompts import cache_records as records
 from spectr.prompts.arguments import TOKENS, expanded, has_encoder, names_of, tokens_of
 from spectr.prompts.decision import refuse_to_capture
 from spectr.prompts.frames import frame_of
@@ -103,6 +104,12 @@ class Images:
         tokens = tokens_of(given, decoder=False)
         routing = calls.routing(expanded(wanted, tokens.rows, None))
         places = calls.places(calls.entry, given, tokens, routing)
+        if places is not None and places.tracker is not None and places.tracker.assumed and frame.ids_BT is not None:
+            states = {name for name, _ in records.states_in(given)}
+            read = {name: value for name, value in given.items() if name in calls.entry.names and name not in states}
+            with torch.no_grad(), calls.inside(routing, places), followed(calls.layouts, places):
+                calls.entry.plain(**{**read, "use_cache": False})  # images meet the text in a whole call alone
+            places.tracker.assumed = False
         with calls.inside(routing, places), followed(calls.layouts, places):
             return self.plain(model_kwargs)
 
