@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import MambaConfig, MambaForCausalLM, T5Config, T5ForConditionalGeneration
 from typer.testing import CliRunner
@@ -16,16 +17,18 @@ from guided import library_with_gates
 from library_on_disk import folders
 from models import build, peft_adapter
 from spectr import ExpertLibrary, Phatgoose, compose
-from spectr.adapters import GATES_FILE, Factors, Update, read_adapter, read_gates
+from spectr.adapters import CARD_DATA, GATES_FILE, Factors, Update, read_adapter, read_gates
 from spectr.cli.app import app
 from spectr.errors import AdapterError, CompositionError, DataError
 from spectr.library import LibraryStore
 from spectr.spectral import reference
 from spectr.tasks import Task
+from spectr.tasks.rows import Source
 from spectr.training import AUTHORS_GATES, GateSettings, encode, train_gates
 from spectr.training.data import batches
 from spectr.training.fit import answer_loss
 from spectr.training.gates import GatedLinear, checkpoint_of, forget, keep_gates
+from spectr.training.plan import read_gate_plan, read_plan, run_gate_plan, run_plan
 from text_model import make_model, make_tokenizer, save_experts, save_model, save_rows
 
 TASK = Task.of(name="colours", version=1, prompt="what is the colour of the {thing}", choices=("green", "blue"))
@@ -269,6 +272,37 @@ def test_the_command_trains_keeps_and_skips(command, tmp_path):
     assert run("train", "gates", *command).exit_code == 0  # the one that is left
     shown = run("generate", "what", "-l", tmp_path / "experts", "-m", tmp_path / "model", "-r", "phatgoose", "--json")
     assert json.loads(shown.stdout.splitlines()[-1])["router"].startswith("Phatgoose(")
+
+
+def test_gates_learn_from_the_rows_that_trained_the_expert(tmp_path):
+    """Rows 5 to 12 of 20: four are held out for validation, eight train."""
+    source, library = numbered(tmp_path / "rows.jsonl", 20), tmp_path / "all"
+    plan = read_plan(library / "sky", source, validation=4, settings={"examples": 8, "max_length": 64})
+    run_plan(plan, make_model(), make_tokenizer(), base_model="tiny")
+    plan = read_gate_plan(library, (), source, settings={"steps": 4})
+    _, examples, origin = plan.experts["sky"]
+    assert [example.prompt.split()[-1] for example in examples] == [str(i) for i in range(4, 12)]
+    assert origin["rows"] == [5, 12]
+    assert plan.remarks == ["gates of sky: 4.0 epochs of 8 rows, 5 to 12, which trained it"]
+    _, examples, origin = read_gate_plan(library, (), source, limit=3, settings={}).experts["sky"]
+    assert (len(examples), origin["rows"]) == (3, [5, 7])
+    run_gate_plan(plan, make_model(), make_tokenizer())
+    with safe_open(library / "sky" / GATES_FILE, framework="pt") as file:
+        facts = json.loads(file.metadata()["facts"])
+    assert (facts["data"]["rows"], facts["examples"], facts["passes"]) == ([5, 12], 8, 4.0)
+    other = read_gate_plan(library, (), numbered(tmp_path / "other.jsonl", 6), fresh=True, settings={})
+    (library / "sky" / CARD_DATA).write_text("[]")  # another program's
+    unknown = read_gate_plan(library, (), source, fresh=True, settings={})
+    for plan, count in ((other, 6), (unknown, 20)):
+        assert len(plan.experts["sky"][1]) == count
+        assert "rows" not in plan.experts["sky"][2]
+        assert "perhaps not only those that trained it" in plan.remarks[0]
+
+
+def numbered(path, count):
+    """Rows of a file as data of an expert; each has its number in the prompt."""
+    path.write_text("\n".join(json.dumps({"thing": str(i), "label": i % 2}) for i in range(count)))
+    return Source(prompt="what is the colour of the {thing}", choices="green,blue", train=str(path))
 
 
 def test_the_command_says_what_is_missing(command, tmp_path):

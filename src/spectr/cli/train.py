@@ -131,7 +131,7 @@ def gates(
     max_length: MaxLength = 512,
     seed: Annotated[int, setting("Set the seed of the order.")] = 0,
 ) -> None:
-    """Train PHATGOOSE gates for finished experts, each on the data that it was trained on.
+    """Train PHATGOOSE gates for finished experts, each on the rows that trained it.
 
     Trains one vector per layer; the base model and the expert stay frozen. This takes a few minutes per expert on two
     cores. An interrupted run resumes.

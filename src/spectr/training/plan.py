@@ -14,6 +14,7 @@ from spectr.errors import DataError, MissingExtraError, some_of
 from spectr.shipped import open_library
 from spectr.tasks import Example, Task, read_examples
 from spectr.tasks.rows import Source, read_expert_rows
+from spectr.training.own_rows import own_rows
 from spectr.training.settings import GateSettings, TrainingSettings
 
 if TYPE_CHECKING:
@@ -185,7 +186,8 @@ class GatePlan:
 
     Attributes:
         library: Folder of the experts.
-        experts: By name, the examples and their origin.
+        experts: By name, the examples and their origin. The origin has the numbers of the first and the last row, if
+            these are known to have trained the expert.
         settings: Settings of each run.
     """
 
@@ -195,10 +197,10 @@ class GatePlan:
 
     @property
     def remarks(self) -> list[str]:
-        """What a user should know before the runs: how often each row is seen."""
+        """What a user should know before the runs: which rows are read, and how often."""
         return [
-            f"gates of {name}: {self.settings.passes(len(rows)):.1f} passes over {len(rows)} rows"
-            for name, (_, rows, _) in self.experts.items()
+            f"gates of {name}: {self.settings.passes(len(rows)):.1f} epochs of {len(rows)} rows, {_which(origin)}"
+            for name, (_, rows, origin) in self.experts.items()
         ]
 
     @property
@@ -216,7 +218,8 @@ def read_gate_plan(
     limit: int | None = None,
     settings: Mapping[str, Any],
 ) -> GatePlan:
-    """Read and check everything that training of gates needs.
+    """Read and check everything that training of gates needs. The rows are those that trained the expert, where its
+    record says which.
 
     Args:
         library: Folder of the experts.
@@ -236,10 +239,28 @@ def read_gate_plan(
     experts.check(*names)
     chosen = [name for name in names or experts if fresh or not has_gates(experts[name])]
     made = GateSettings(**settings)
-    found = read_expert_rows(chosen, source, limit=limit)
+    found = read_expert_rows(chosen, source)
     return GatePlan(
-        library=library, experts={name: (experts[name], *rows) for name, rows in found.items()}, settings=made
+        library=library,
+        experts={name: (experts[name], *_own(experts[name], *read, limit)) for name, read in found.items()},
+        settings=made,
     )
+
+
+def _own(
+    expert: Expert, rows: list[Example], origin: dict[str, Any], limit: int | None
+) -> tuple[list[Example], dict[str, Any]]:
+    """The expert's own rows, at most ``limit``, and their origin with the numbers of the first and the last."""
+    places = own_rows(expert, origin)
+    own = rows[places or slice(None)][:limit]
+    return own, origin if places is None else {**origin, "rows": [places.start + 1, places.start + len(own)]}
+
+
+def _which(origin: Mapping[str, Any]) -> str:
+    if "rows" not in origin:
+        return "perhaps not only those that trained it: it has no record of them for this data"
+    first, last = origin["rows"]
+    return f"{first} to {last}, which trained it"
 
 
 def run_gate_plan(
