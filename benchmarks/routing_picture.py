@@ -23,7 +23,7 @@ from spectr.models.generate import encode_batch
 from spectr.models.text import opening_length
 from spectr.plots.axes import canvas, cell_texts, save
 from spectr.plots.palette import colours
-from spectr.plots.tokens import TokenRouting, token_routing
+from spectr.plots.token_weights import TokenRouting, token_routing
 from spectr.shipped import open_library
 from spectr.tasks import shipped_tasks
 

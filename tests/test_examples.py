@@ -192,8 +192,8 @@ def test_the_classes_that_contributors_are_shown_work(space):
 
 def test_the_files_that_are_shown_can_be_read(space, tmp_path):
     """Policies, a task and descriptions, by the functions that read a user's; and the settings of a vLLM engine."""
-    from spectr.composed_model.settings import Settings
-    from spectr.library.descriptions import read_descriptions
+    from spectr.composed_model.quantization_config import Settings
+    from spectr.library.description_file import read_descriptions
     from spectr.serving.catalog import read_policy
     from spectr.tasks import Task
 

@@ -28,8 +28,8 @@ from spectr.errors import CompositionError, SpectrError, SpectrWarning
 from spectr.merging.method import METHODS
 from spectr.registry import Registry, entry
 from spectr.routers import Router, get_router, router_names
-from spectr.routers.config import router_config
-from spectr.routers.registry import ROUTERS
+from spectr.routers.registries import ROUTERS
+from spectr.routers.router_config import router_config
 
 UNKNOWN_COMBINATION = (
     "unknown combination 'sum'\n  to do: known: dare, dare-ties, factors, knots, outputs, raw-factors, ties"

@@ -6,9 +6,11 @@ Imports inside functions count. Those under ``TYPE_CHECKING`` do not: nothing ru
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from pathlib import Path
 
 import spectr
+from spectr.cli.app import app
 
 ROOT = Path(spectr.__file__).parent
 ROOMS = (
@@ -30,6 +32,11 @@ ROOMS = (
     ("merging", "extraction", "training", "evaluation", "plots", "benchmark", "demo"),
     ("cli", "__main__"),
 )
+SHARED_NAMES = {  # names that several modules have, with the reason
+    "__init__": "each package has one",
+    "ties": "a method's file has the method's name: among the chosen experts, and as a merge",
+    "knots": "a method's file has the method's name: among the chosen experts, and as a merge",
+}
 PLACE = {name: number for number, room in enumerate(ROOMS) for name in room}
 
 
@@ -75,6 +82,15 @@ def test_tests_mirror_the_package():
 
 def test_every_module_has_a_room():
     assert {path.relative_to(ROOT).with_suffix("").parts[0] for path in files()} == set(PLACE)
+
+
+def test_no_two_modules_have_one_name():
+    """Except a command's file, which has the name of its command."""
+    commands = {command.callback.__name__ for command in app.registered_commands}
+    commands |= {group.name for group in app.registered_groups}
+    modules = [path for path in ROOT.rglob("*.py") if path.parent.name != "cli" or path.stem not in commands]
+    counts = Counter(path.stem for path in modules)
+    assert {name for name, count in counts.items() if count > 1} == set(SHARED_NAMES)
 
 
 def test_each_room_imports_only_from_those_before_it():

@@ -68,8 +68,8 @@ def test_every_command_and_option_is_described():
 def test_every_router_setting_is_described():
     from router_pages import documented, router_page
 
-    from spectr.routers.options import options_of
-    from spectr.routers.registry import ROUTERS
+    from spectr.routers.registries import ROUTERS
+    from spectr.routers.setting_texts import options_of
 
     page = router_page()
     assert not [name for name in ROUTERS.entries if f"### `{name}`" not in page]
@@ -96,9 +96,9 @@ def test_every_environment_variable_is_described():
 def test_names_in_docstrings_that_do_not_exist_are_found():
     from code_names import described, exists
 
-    assert exists("spectr.routers.base.Lengths")
+    assert exists("spectr.routers.router.Lengths")
     assert exists("spectr.layers.weight_reads.WeightReads.outside")
-    assert not exists("spectr.routers.base.Longest")
+    assert not exists("spectr.routers.router.Longest")
     assert not exists("spectr.nowhere.Lengths")
     assert described("spectr.compose") == "spectr.composition.compose"
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def exists(name: str) -> bool:
-    """Whether a whole name, such as ``spectr.routers.base.Lengths``, is one of the package, or of a class's objects."""
+    """Whether a whole name, such as ``spectr.routers.router.Lengths``, is one of the package or of a class."""
     try:
         pkgutil.resolve_name(name)
     except AttributeError:  # an attribute that only objects of the class have

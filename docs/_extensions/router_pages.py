@@ -12,7 +12,7 @@ from typing import Any
 def router_page() -> str:
     """The page."""
     from spectr.routers import Evidence, Router, Use
-    from spectr.routers.registry import PARTS
+    from spectr.routers.registries import PARTS
 
     titles = {Router: "Routers", Evidence: "Evidence", Use: "Uses"}
     lines = [
@@ -29,8 +29,8 @@ def router_page() -> str:
 
 
 def _section(name: str, kind: type) -> Iterator[str]:
-    from spectr.routers.options import options_of
-    from spectr.routers.registry import PARTS
+    from spectr.routers.registries import PARTS
+    from spectr.routers.setting_texts import options_of
 
     make = PARTS[kind].load(name)
     source = make.func if isinstance(make, partial) else make
@@ -91,8 +91,8 @@ def _type(hint: Any) -> str:
 
 
 def _as_text(value: Any) -> str:
-    from spectr.routers.config import part_config
-    from spectr.routers.registry import PARTS
+    from spectr.routers.registries import PARTS
+    from spectr.routers.router_config import part_config
 
     if value is None or isinstance(value, bool):
         return str(value).lower()

@@ -14,20 +14,20 @@ from torch import Tensor, nn
 
 from spectr.adapters import Expert
 from spectr.composition import compose, prepare_module
+from spectr.composition.base_checks import report_calibration
+from spectr.composition.model_naming import naming_of
 from spectr.composition.multi_router import weight_sharing_copy
-from spectr.composition.naming import naming_of
 from spectr.composition.subset_probes import Readers
-from spectr.composition.texts import report_calibration
 from spectr.errors import CompositionError, DataError
 from spectr.grouping import chunks
 from spectr.hashing import known_sha256
 from spectr.layers.base_layers import ModelLayers
 from spectr.layers.eval_mode import eval_mode
-from spectr.layers.linear import input_device
+from spectr.layers.linear_layers import input_device
 from spectr.layers.pairs import LayerInput, Pairs
 from spectr.layers.parameters import layers_at
 from spectr.layers.plan import Plan, make_plan
-from spectr.layers.routed import RoutedLinear
+from spectr.layers.routed_linear import RoutedLinear
 from spectr.layers.token_layout import Layouts
 from spectr.library import Calibration, ExpertLibrary
 from spectr.models.samples import encode_texts, null_samples, self_samples

@@ -14,11 +14,11 @@ from torch import nn
 from spectr.adapters import Expert, named_for, read_adapter
 from spectr.adapters.base_names import likely_base, named_base, same_base
 from spectr.adapters.expert import open_safetensors
-from spectr.adapters.texts import check_text, text_remarks
+from spectr.adapters.text_facts import check_text, text_remarks
 from spectr.composition.find_weight_reads import find_weight_reads
-from spectr.composition.naming import naming_of
+from spectr.composition.model_naming import naming_of
 from spectr.errors import SpectrError, some_of
-from spectr.layers.linear import features
+from spectr.layers.linear_layers import features
 from spectr.layers.plan import can_change, make_plan, uncalled_fault, united
 from spectr.models.fetch import DEFAULT_MODEL, HUB_ID
 from spectr.routers import Oracle

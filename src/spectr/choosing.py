@@ -19,8 +19,8 @@ from spectr.errors import (
 from spectr.library import ExpertLibrary
 from spectr.renamed import current_options
 from spectr.routers import Router, check_needs, get_router, residents
-from spectr.routers.options import options_of, read_settings
-from spectr.routers.registry import ROUTERS
+from spectr.routers.registries import ROUTERS
+from spectr.routers.setting_texts import options_of, read_settings
 from spectr.shipped import open_library
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class RoutingRequest:
         model: The base model, or a composed folder, which then provides library and router by default.
         library: Folder of the experts; by default the shipped ones.
         routers: Names; "auto" takes the router that suits the library.
-        settings: Texts for :func:`spectr.routers.options.read_settings`.
+        settings: Texts for :func:`spectr.routers.setting_texts.read_settings`.
         allow: Experts that may be chosen; by default all.
         token_level: Make "auto" choose a router that decides for each token, as vLLM needs.
     """
@@ -129,7 +129,7 @@ def open_composed(model: str | None) -> Settings | None:
         return None
     try:
         from spectr.composed_model import Settings
-        from spectr.models.load import composed_config
+        from spectr.models.base_model import composed_config
     except ImportError as error:
         raise MissingExtraError("running a model", "models") from error
     known = composed_config(model)
@@ -159,7 +159,7 @@ def make_routers(
 
     Args:
         names: See :func:`spectr.router_names`.
-        texts: Settings, as :func:`spectr.routers.options.read_settings` reads them.
+        texts: Settings, as :func:`spectr.routers.setting_texts.read_settings` reads them.
         library: The experts.
         defaults: Settings by name; the texts override them.
         allow: Experts that may be chosen; by default all.

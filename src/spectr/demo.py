@@ -11,7 +11,7 @@ from spectr.composition import compose
 from spectr.layers import trace
 from spectr.library import ExpertLibrary
 from spectr.models import encode_batch, generate_answers, opening_length
-from spectr.plots.tokens import TokenRouting, token_routing
+from spectr.plots.token_weights import TokenRouting, token_routing
 from spectr.routers import Router
 from spectr.tasks import Task
 

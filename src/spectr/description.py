@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spectr.errors import DataError
-from spectr.library.descriptions import read_descriptions, write_descriptions
+from spectr.library.description_file import read_descriptions, write_descriptions
 from spectr.shipped import open_library
 from spectr.tasks.rows import Source, read_expert_rows
 

@@ -16,7 +16,7 @@ from spectr.models.embed import Embedder, load_embedder
 from spectr.models.samples import template_parts
 from spectr.models.writer import LocalWriter, Writer
 from spectr.prompts.chat_template import Opening
-from spectr.routers.evidence.base import Similarity
+from spectr.routers.evidence.evidence import Similarity
 from spectr.tasks import Example
 
 _QUERY = (

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from spectr.adapters import BaseLayers, Expert
 from spectr.calibration import read_inputs
-from spectr.composition.naming import naming_of
-from spectr.composition.texts import check_texts, report_names
+from spectr.composition.base_checks import check_texts, report_names
+from spectr.composition.model_naming import naming_of
 from spectr.errors import CompositionError, SpectrError
 from spectr.grouping import chunks, grouped
 from spectr.layers.base_layers import ModelLayers

@@ -22,7 +22,7 @@ from adapters_on_disk import (
     write_adapter,
 )
 from spectr.adapters import Expert, locate_adapter, read_adapter
-from spectr.adapters.config import AdapterConfig
+from spectr.adapters.adapter_config import AdapterConfig
 from spectr.library import ExpertLibrary, LibraryStore
 
 QV = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]}

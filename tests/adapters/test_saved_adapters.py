@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from adapters_on_disk import assert_says, factors, load_with_peft, save_with_peft, tiny_llama, write_adapter
 from spectr.adapters import read_adapter
-from spectr.adapters.config import _CONVERTIBLE
+from spectr.adapters.adapter_config import _CONVERTIBLE
 from spectr.errors import AdapterError, ExtractionError, MergeError
 from spectr.extraction import Truncation, rerank
 from spectr.library import ExpertLibrary

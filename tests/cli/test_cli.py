@@ -8,7 +8,7 @@ import typer
 from spectr.combine import COMBINATIONS
 from spectr.evaluation.experiments import EXPERIMENTS
 from spectr.merging.method import METHODS
-from spectr.routers.registry import ROUTERS
+from spectr.routers.registries import ROUTERS
 from spectr.serving.engines.launchers import ENGINES
 from text_model import make_model, make_tokenizer, save_experts, save_model, save_rows
 

@@ -17,7 +17,7 @@ from spectr.errors import CompositionError, ModelError
 from spectr.folders import new_folder
 from spectr.ops.dispatch import report_once
 from spectr.routers import get_router, router_names
-from spectr.routers.config import router_config
+from spectr.routers.router_config import router_config
 
 EXPERTS = ("amber", "blue", "cyan")
 

@@ -24,7 +24,7 @@ from models import (
 from spectr import ExpertLibrary, Oracle, compose
 from spectr.adapters import named_for, read_adapter
 from spectr.adapters.naming import Naming
-from spectr.composition.naming import naming_of
+from spectr.composition.model_naming import naming_of
 from spectr.errors import AdapterError, CompositionError
 from spectr.ops.dispatch import report_once
 

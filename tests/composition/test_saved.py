@@ -14,7 +14,7 @@ import spectr
 from adapters_on_disk import of_others
 from models import TEXT, TOKENS, VOCAB, build, close as closer, greedy, identities, tiny_llama, tokens, types_unchecked
 from spectr.errors import AdapterError, CompositionError
-from spectr.layers.saved import SavedModule
+from spectr.layers.saved_module import SavedModule
 from spectr.routers import HoldWeights, KeepShortlist, PromptPolicy
 from trained_modules import ROWS, ByFirst, as_peft, gemma, gpt2, library_of, llama_classifier, moved, out, roberta, t5
 

@@ -10,11 +10,11 @@ import pytest
 from adapters_on_disk import write_adapter
 from models import close, dense_deltas
 from spectr.errors import SpectrError
+from spectr.evaluation.evaluation_plan import ORDER, read_plan
+from spectr.evaluation.experiment_runs import summary, tradeoff
 from spectr.evaluation.experiments import Result, robustness
 from spectr.evaluation.expert_recall import Finding, over_runs
 from spectr.evaluation.paired_statistics import in_words, mean_share
-from spectr.evaluation.plan import ORDER, read_plan
-from spectr.evaluation.run import summary, tradeoff
 from spectr.library import ExpertLibrary
 from text_model import save_experts, save_rows
 

@@ -169,7 +169,7 @@ def test_without_task_those_whose_expert_is_absent_are_left_out(spectr, world, t
 
 
 def test_the_command_keeps_ids_and_addresses_and_quotes(tmp_path):
-    from spectr.evaluation.run import _command
+    from spectr.evaluation.experiment_runs import _command
 
     folder = tmp_path / "my experts"
     folder.mkdir()

@@ -18,7 +18,7 @@ from spectr import ExpertLibrary, calibrate, compose, get_router
 from spectr.errors import CompositionError
 from spectr.evaluation import choice_logprobs, harness, routed_logprobs
 from spectr.evaluation.harness import SpectrLM
-from spectr.library.descriptions import write_descriptions
+from spectr.library.description_file import write_descriptions
 from spectr.tasks import Example
 from text_model import make_model, make_tokenizer, save_experts, save_model
 

@@ -12,7 +12,7 @@ from models import tiny_llama
 from spectr.errors import ExtractionError, ModelError
 from spectr.extraction import Extraction, Truncation, extract
 from spectr.extraction.checkpoint import locate_model
-from spectr.extraction.settings import shown_bytes
+from spectr.extraction.extraction_settings import shown_bytes
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from spectr.errors import ExtractionError
 from spectr.extraction import Extraction, checkpoint
 from spectr.extraction.architecture import Linear
 from spectr.extraction.checkpoint import BLOCK, block_rows, read_checkpoint
-from spectr.extraction.settings import plan
+from spectr.extraction.extraction_settings import plan
 from spectr.extraction.svd import exact_bytes, randomised_bytes
 
 

@@ -14,7 +14,7 @@ from models import close, logits, peft_model, tokens, types_unchecked
 from moe import EXPERTS, FAMILIES, moe_adapter, tiny_moe
 from spectr import ExpertLibrary, Oracle, Spectr, compose, trace
 from spectr.errors import CompositionError
-from spectr.layers.linear import returns_more
+from spectr.layers.linear_layers import returns_more
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -14,7 +14,7 @@ from adapters_on_disk import assert_says, tree, write_adapter
 from library_on_disk import CONFIG, WEIGHTS, assert_sound, names
 from spectr.errors import AdapterError, LibraryError
 from spectr.library import LibraryStore
-from spectr.library.descriptions import read_descriptions, write_descriptions
+from spectr.library.description_file import read_descriptions, write_descriptions
 
 pytestmark = pytest.mark.usefixtures("no_sync")
 
@@ -181,7 +181,7 @@ def test_what_killed_writers_left_is_swept_up(library, adapter):
 
 def test_a_file_beside_the_experts_is_written_while_another_process_adds_one(library, adapter, monkeypatch):
     """Writers delete scratch files that they find, which a killed process left; this one's process lives."""
-    import spectr.library.descriptions as written
+    import spectr.library.description_file as written
 
     real, other = written.replacing, Thread(target=lambda: library_of(library).add("med", adapter))
 

@@ -8,8 +8,8 @@ import torch
 
 from adapters_on_disk import tiny_llama, write_adapter
 from spectr import Calibrated, ExpertLibrary, Oracle, Spectr, build_index, calibrate, compose
-from spectr.adapters.texts import TextFacts, text_remarks
-from spectr.composed_model.settings import Settings
+from spectr.adapters.text_facts import TextFacts, text_remarks
+from spectr.composed_model.quantization_config import Settings
 from spectr.errors import AdapterError, CompositionError
 from spectr.hashing import known_sha256
 from spectr.library import Calibration, LibraryStore

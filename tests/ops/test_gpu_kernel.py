@@ -14,7 +14,7 @@ from test_kernels import INPUTS, TOLERANCE, clear, layer_of
 from holding import holding
 from models import close
 from spectr import Calibrated, Spectr
-from spectr.ops import Choice, Offer, backend_for, reference
+from spectr.ops import Choice, Offer, backend_for, reference_ops
 
 pytest.importorskip("triton", reason="Triton is for Linux")
 
@@ -93,7 +93,7 @@ def test_it_chooses_as_the_reference_does(kernel, rows, temperature):
         choice = Choice(7, k, temperature)
         given = [None if tensor is None else tensor.to(DEVICE) for tensor in (h.clone(), centers, prior)]
         assert kernel.choose(*given, choice)
-        torch.testing.assert_close(given[0].cpu(), reference.choose(h, centers, prior, choice))
+        torch.testing.assert_close(given[0].cpu(), reference_ops.choose(h, centers, prior, choice))
 
 
 def test_all_that_calls_launch_is_launched_when_a_plan_is_made(kernel):

@@ -16,10 +16,10 @@ from models import peft_library, tiny_llama, tokens, types_unchecked
 from spectr import Arrow, Calibrated, Lag, Seqr, Spectr, Uniform, compose, ops
 from spectr.layers import RoutedLinear
 from spectr.layers.batch_routing import LayerCall
-from spectr.layers.factors import Factors
-from spectr.ops import dispatch, reference, registered
+from spectr.layers.expert_factors import Factors
+from spectr.ops import dispatch, reference_ops, registered
+from spectr.ops.add_outputs import gathered_sum
 from spectr.ops.grouped import grouped_inputs, grouped_outputs
-from spectr.ops.outputs import gathered_sum
 from spectr.routers.arrow import Prototypes
 from spectr.routers.calibrated import Centers
 from spectr.spectral import Share, Stack
@@ -100,8 +100,8 @@ def test_each_backend_computes_the_reference(backend, given):
         added = ops.add_update(*given[:6], *given.numbers)
         in_place = given.out.clone()
         ops.add_update_(in_place, *given[1:6], *given.numbers)
-    torch.testing.assert_close(weighted, reference.choose(given.h, given.centers, given.rows, given.choice))
-    torch.testing.assert_close(added, reference.add_update(*given), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(weighted, reference_ops.choose(given.h, given.centers, given.rows, given.choice))
+    torch.testing.assert_close(added, reference_ops.add_update(*given), rtol=1e-4, atol=1e-4)
     assert torch.equal(added, in_place)
 
 
@@ -111,7 +111,7 @@ def test_fixed_weights_are_those_of_the_reference(backend, tokens):
     fixed = case(tokens=tokens, fixed=True)
     with by(backend), torch.no_grad():
         added = ops.add_update(*fixed[:6], *fixed.numbers)
-    torch.testing.assert_close(added, reference.add_update(*fixed), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(added, reference_ops.add_update(*fixed), rtol=1e-4, atol=1e-4)
 
 
 @backends

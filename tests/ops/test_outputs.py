@@ -10,8 +10,8 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from spectr.combine import merge_outputs
-from spectr.layers.routed import RoutedLinear
-from spectr.ops.outputs import gathering_pays
+from spectr.layers.routed_linear import RoutedLinear
+from spectr.ops.add_outputs import gathering_pays
 from spectr.routers import Spectr, Uniform
 from spectr.selection import All, TopK
 from spectr.spectral import Share, Stack

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from compiled import needs_a_compiler
-from spectr.ops import reference
+from spectr.ops import reference_ops
 from spectr.ops.cpu import has_unit
 from spectr.ops.packed import Choosing, Module, Packed, TopKNumbers, packed_works
 from spectr.selection import TopK
@@ -87,7 +87,7 @@ class World:
             module._replace(B_OP=B, centers_WP=row)
             for module, B, row in zip(self.modules, self.B, centers, strict=True)
         ]
-        return reference.add_packed(out, x, self.A, modules, self.choosing)
+        return reference_ops.add_packed(out, x, self.A, modules, self.choosing)
 
     def clear(self, scores_TSE):
         """Tokens whose choice rounding does not turn: in bfloat16 ``A x`` and what is scored of it are rounded."""

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from compiled import needs_a_compiler
 from spectr.errors import SpectrError
-from spectr.ops import Choice, backend_for, make_plan, reference, timing
+from spectr.ops import Choice, backend_for, make_plan, reference_ops, timing
 from spectr.ops.timing import Clock, LoadWatch, time_in_turn
 from spectr.ops.trials import Trials, measure
 from spectr.ops.way_times import TimedShapes
@@ -300,7 +300,7 @@ def test_all_ways_choose_the_same(
             return
         whole = backend.fused_linear(base, A, Bt, center, choice)(x, prior)
         out = base(x)
-        expected = reference.add_update(out, x, A, Bt, center, prior, choice)
+        expected = reference_ops.add_update(out, x, A, Bt, center, prior, choice)
         torch.testing.assert_close(whole, expected, rtol=1e-4, atol=1e-4)
         if way.startswith(TORCH):
             assert backend.add_chosen(x, A, Bt, center, prior, out, choice)

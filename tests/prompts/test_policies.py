@@ -29,9 +29,9 @@ from spectr.routers import (
     ScoreMeans,
     router_names,
 )
-from spectr.routers.config import part_config, router_config
-from spectr.routers.options import read_settings
-from spectr.routers.registry import EVIDENCE
+from spectr.routers.registries import EVIDENCE
+from spectr.routers.router_config import part_config, router_config
+from spectr.routers.setting_texts import read_settings
 from spectr.spectral import reference
 from spectr.vllm.router_set import supported
 from text_model import make_model, make_tokenizer

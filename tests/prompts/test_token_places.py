@@ -14,7 +14,7 @@ from models import VOCAB, close, peft_library
 from picked_experts import PickedExperts
 from spectr import Glider, Oracle, Spectr, compose, trace
 from spectr.errors import CompositionError
-from spectr.layers.linear import features
+from spectr.layers.linear_layers import features
 from spectr.layers.token_layout import Layout, Layouts
 from spectr.prompts.token_places import read_tokens
 

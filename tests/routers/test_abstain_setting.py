@@ -15,8 +15,8 @@ from spectr.evaluation.experiments.setup import _written
 from spectr.ops import report_once
 from spectr.routers import DescriptionSimilarity, HoldWeights, ScoreMeans, check_needs
 from spectr.routers.abstention import AUTO, always_choosing, in_words, policy_for, why_off
-from spectr.routers.config import router_config
-from spectr.routers.options import read_settings
+from spectr.routers.router_config import router_config
+from spectr.routers.setting_texts import read_settings
 from text_model import make_model, make_tokenizer
 
 ENOUGH = math.ceil(2 / AUTO)

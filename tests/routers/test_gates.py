@@ -27,8 +27,8 @@ from spectr.tasks.rows import Source
 from spectr.training import AUTHORS_GATES, GateSettings, encode, train_gates
 from spectr.training.data import batches
 from spectr.training.fit import answer_loss
-from spectr.training.gates import GatedLinear, checkpoint_of, forget, keep_gates
-from spectr.training.plan import read_gate_plan, read_plan, run_gate_plan, run_plan
+from spectr.training.gate_training import GatedLinear, checkpoint_of, forget, keep_gates
+from spectr.training.training_plan import read_gate_plan, read_plan, run_gate_plan, run_plan
 from text_model import make_model, make_tokenizer, save_experts, save_model, save_rows
 
 TASK = Task.of(name="colours", version=1, prompt="what is the colour of the {thing}", choices=("green", "blue"))

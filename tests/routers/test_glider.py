@@ -21,7 +21,7 @@ from spectr.errors import CompositionError, DataError, LibraryError, SpectrWarni
 from spectr.evaluation import routed_logprobs
 from spectr.evaluation.expert_recall import find_experts
 from spectr.guidance import QueryGuide, describe
-from spectr.library.descriptions import DESCRIPTIONS_FILE, read_descriptions, write_descriptions
+from spectr.library.description_file import DESCRIPTIONS_FILE, read_descriptions, write_descriptions
 from spectr.models.generate import encode_batch, generate_answers
 from spectr.models.writer import EndpointWriter, LocalWriter
 from spectr.routers import AddToScores, PromptPolicy, ScoreMeans

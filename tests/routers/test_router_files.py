@@ -20,8 +20,8 @@ from spectr import compose
 from spectr.combine import Combination
 from spectr.errors import CompositionError
 from spectr.library import needs
-from spectr.routers import PromptRouter, Router, base, first_lack
-from spectr.routers.registry import EVIDENCE, ROUTERS, USES
+from spectr.routers import PromptRouter, Router, first_lack, router as faces
+from spectr.routers.registries import EVIDENCE, ROUTERS, USES
 from spectr.routers.version1 import adapted_maker
 from spectr.selection import TopK
 from spectr.spectral import Share, segment_norms
@@ -30,7 +30,7 @@ from spectr.vllm import worker_state
 SRC = Path(spectr.__file__).parent
 TREES = {path.relative_to(SRC).as_posix(): ast.parse(path.read_text()) for path in sorted(SRC.rglob("*.py"))}
 KINDS = {make for name in ROUTERS.entries if isinstance(make := ROUTERS.load(name), type)}
-FACES = [kind for kind in vars(base).values() if isinstance(kind, type) and issubclass(kind, Router)] + [PromptRouter]
+FACES = [kind for kind in vars(faces).values() if isinstance(kind, type) and issubclass(kind, Router)] + [PromptRouter]
 PARTS = [make for names in (EVIDENCE, USES) for name in names.entries if isinstance(make := names.load(name), type)]
 WITH_FACTS = (*KINDS, *FACES, *PARTS, TopK, Combination)
 FACTS = {name for kind in WITH_FACTS for name in (*vars(kind), *kind.__annotations__) if not name.startswith("_")}
@@ -88,7 +88,7 @@ def test_nobody_asks_which_router_it_is():
     found = [
         f"{file}:{node.lineno} {ast.unparse(node)}"
         for file, tree in TREES.items()
-        if file != "routers/registry.py"
+        if file != "routers/registries.py"
         for node in calls(tree, "isinstance", "issubclass")
         if names & {part.id for part in ast.walk(node.args[1]) if isinstance(part, ast.Name)}
     ]
@@ -141,7 +141,7 @@ def test_each_entrance_asks_the_same_of_a_library(tmp_path, monkeypatch):
     for enter in (lambda: compose(model, library, router), in_vllm, on_the_command_line):
         with pytest.raises(CompositionError, match="never enough: ants, bees of 2"):
             enter()
-    assert worker_state.check_needs is base.check_needs
+    assert worker_state.check_needs is faces.check_needs
 
 
 @dataclass(frozen=True, kw_only=True)

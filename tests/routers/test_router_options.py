@@ -14,7 +14,7 @@ import pytest
 from spectr import Calibrated, Glider, Shortlist, Spectr, get_router
 from spectr.errors import CompositionError
 from spectr.routers import Router, router_names
-from spectr.routers.options import _parser, kinds, options_of, read_settings
+from spectr.routers.setting_texts import _parser, kinds, options_of, read_settings
 
 if TYPE_CHECKING:
     from decimal import Decimal

@@ -16,7 +16,7 @@ from spectr.serving.catalog import Policy
 from spectr.serving.engines import Step
 from spectr.serving.engines.transformers import TransformersEngine
 from spectr.serving.gateway import Gateway
-from spectr.serving.settings import ServerSettings
+from spectr.serving.server_settings import ServerSettings
 from text_model import make_model, make_tokenizer
 
 ALL, CATS, NONE, BASE, ADMIN = (

@@ -14,7 +14,7 @@ from spectr import PromptPolicy, Spectr
 from spectr.models import encode_prompt
 from spectr.routers import HoldWeights, MultiplyScores
 from spectr.serving.api_fields import routing
-from spectr.serving.engines.base import Step, Ticket
+from spectr.serving.engines.engine import Step, Ticket
 from text_model import make_model, make_tokenizer
 
 USES = {"held": HoldWeights(), "prior": MultiplyScores()}

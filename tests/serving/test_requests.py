@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from spectr.serving.api_errors import RefusalError
 from spectr.serving.api_fields import ChatRequest, CompletionRequest, parse
-from spectr.serving.errors import RefusalError
 
 TURN = {"role": "user", "content": "what is it"}
 TURNS = 'a list with at least one turn: {"role": "user", "content": "..."}'

@@ -3,8 +3,8 @@
 import pytest
 
 from serving import make_engine
+from spectr.serving.api_errors import RefusalError
 from spectr.serving.engines import Ticket
-from spectr.serving.errors import RefusalError
 
 TURN = {"role": "user", "content": "what is it"}
 ROLES = '"system" or "user" or "assistant" or "tool" or "developer"'

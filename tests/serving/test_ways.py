@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from serving import ADMIN, ALL, BASE, CATS, NONE, POLICY, StandIn
-from spectr.serving.engines.base import Step
+from spectr.serving.engines.engine import Step
 from spectr.serving.gateway import Gateway
 
 CHAT = {"model": "spectr", "messages": [{"role": "user", "content": "what is it"}]}

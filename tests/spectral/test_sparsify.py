@@ -5,7 +5,7 @@ import torch
 from peft.utils import merge_utils as peft
 
 from spectr.combine import COMBINATIONS, get_combination
-from spectr.composed_model.settings import Settings
+from spectr.composed_model.quantization_config import Settings
 from spectr.errors import CompositionError
 from spectr.spectral.sparsify import drop, elect_and_mean, trim
 

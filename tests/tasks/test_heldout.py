@@ -8,9 +8,9 @@ from guided import DESCRIPTIONS, NAMES, embed, library_with_gates
 from questions import CHOICES, EXAMPLES
 from spectr import ExpertLibrary, calibrate
 from spectr.errors import DataError
+from spectr.evaluation.evaluation_plan import read_plan
 from spectr.evaluation.experiments import EXPERIMENTS, ExperimentSetup
 from spectr.evaluation.paired_statistics import mean_difference
-from spectr.evaluation.plan import read_plan
 from spectr.guidance import QueryGuide
 from spectr.tasks import Task, heldout_tasks, shipped_tasks
 from text_model import make_model, make_tokenizer, save_experts, save_rows

@@ -102,10 +102,10 @@ def state(model):
 
 def test_with_validation_the_best_epochs_weights_are_kept(tmp_path, monkeypatch):
     """The first epoch is declared the best of three: its weights are those of a run of one epoch."""
-    import spectr.training.run
+    import spectr.training.training_run
 
     values = iter([0.5, 0.9, 0.7, 0.9, 0.5])  # base, three epochs, the expert on the test data
-    monkeypatch.setattr(spectr.training.run, "accuracy", lambda *_: next(values))
+    monkeypatch.setattr(spectr.training.training_run, "accuracy", lambda *_: next(values))
     report = train(tmp_path / "kept", replace(SETTINGS, epochs=3), validation=EXAMPLES[:4])
     monkeypatch.undo()
     assert report.validation_accuracy == [0.9, 0.7, 0.9]

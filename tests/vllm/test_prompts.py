@@ -93,7 +93,7 @@ def clearly(world, prompt, experts):
 
 
 def test_without_somebody_who_decides_such_a_router_is_refused(calibrated):
-    from spectr.vllm.config import SpectrConfig
+    from spectr.vllm.quantization import SpectrConfig
 
     config = Settings(library=str(calibrated / "library"), router={"name": "calibrated"}).as_config()
     with pytest.raises(CompositionError, match="vLLM by itself cannot decide on prompts: calibrated"):

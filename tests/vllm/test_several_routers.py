@@ -127,7 +127,7 @@ def test_the_command_takes_both_and_the_first_is_the_default(calibrated):
 
 
 def test_its_config_is_taken_by_vllm_alone(calibrated):
-    from spectr.vllm.config import SpectrConfig
+    from spectr.vllm.quantization import SpectrConfig
 
     routers = {"router": {"name": "spectr"}, "other_routers": [{"name": "calibrated"}]}
     config = Settings(library=str(calibrated / "library"), **routers).as_config()

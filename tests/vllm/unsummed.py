@@ -1,8 +1,8 @@
 """Named as a worker's extension, this takes the sum over ranks away when a worker imports it."""
 
-import spectr.vllm.config
+import spectr.vllm.quantization
 
-spectr.vllm.config.tensor_model_parallel_all_reduce = lambda tensor: tensor
+spectr.vllm.quantization.tensor_model_parallel_all_reduce = lambda tensor: tensor
 
 
 class Unsummed:

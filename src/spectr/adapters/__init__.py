@@ -1,11 +1,11 @@
 """LoRA adapters in PEFT's formats. No other folder knows these formats."""
 
-from spectr.adapters.config import CONFIG_FILE
+from spectr.adapters.adapter_config import CONFIG_FILE
 from spectr.adapters.expert import Expert, FactorShape
 from spectr.adapters.gates import GATES_FILE, has_gates, read_gates, write_gates
 from spectr.adapters.naming import Naming, fused_for, named_for
 from spectr.adapters.read import ADAPTER_FILES, WEIGHTS_FILE, locate_adapter, read_adapter
-from spectr.adapters.saved import SavedParts
+from spectr.adapters.saved_parts import SavedParts
 from spectr.adapters.updates import BaseLayers, Factors, Update
 from spectr.adapters.write import CARD, CARD_DATA, common_settings, write_adapter
 

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load
 from torch import Tensor
 
-from spectr.adapters.config import AdapterConfig
-from spectr.adapters.saved import SavedParts
+from spectr.adapters.adapter_config import AdapterConfig
+from spectr.adapters.saved_parts import SavedParts
 from spectr.adapters.updates import BaseLayers, Factors, Layout, Parts, Read, Update, update_on, without_initial
 from spectr.errors import AdapterError, SpectrError, some_of
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
-from spectr.adapters.config import WRAPPED, AdapterConfig
+from spectr.adapters.adapter_config import WRAPPED, AdapterConfig
 from spectr.adapters.expert import Expert, FactorShape
-from spectr.adapters.saved import SavedParts
+from spectr.adapters.saved_parts import SavedParts
 from spectr.adapters.targets import Targets
 from spectr.adapters.updates import ManyPairs, OnePair
 from spectr.errors import AdapterError

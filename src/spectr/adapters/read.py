@@ -14,11 +14,11 @@ from pickle import UnpicklingError
 import torch
 from torch import Tensor
 
-from spectr.adapters.config import CONFIG_FILE, INITIAL_FILES, MLX, AdapterConfig, InitialSettings, read_config
+from spectr.adapters.adapter_config import CONFIG_FILE, INITIAL_FILES, MLX, AdapterConfig, InitialSettings, read_config
 from spectr.adapters.expert import Expert, FactorShape, open_safetensors
 from spectr.adapters.gates import GATES_FILE
-from spectr.adapters.saved import SavedParts, plain_name, read_saved
-from spectr.adapters.texts import TEXT_FACTS_FILE, TEXT_FILES
+from spectr.adapters.saved_parts import SavedParts, plain_name, read_saved
+from spectr.adapters.text_facts import TEXT_FACTS_FILE, TEXT_FILES
 from spectr.adapters.updates import Parts
 from spectr.atomic_write import cache_folder, replacing, save_readable
 from spectr.errors import AdapterError, some_of

@@ -12,7 +12,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from spectr.adapters.config import CONFIG_FILE
+from spectr.adapters.adapter_config import CONFIG_FILE
 from spectr.adapters.expert import Expert
 from spectr.adapters.read import WEIGHTS_FILE
 from spectr.atomic_write import save_readable

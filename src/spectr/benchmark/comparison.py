@@ -30,8 +30,8 @@ from spectr.benchmark.subjects import (
 )
 from spectr.errors import SpectrError
 from spectr.flops import forward_flops
-from spectr.layers.linear import input_device
-from spectr.layers.routed import RoutedLinear
+from spectr.layers.linear_layers import input_device
+from spectr.layers.routed_linear import RoutedLinear
 from spectr.library import ExpertLibrary
 from spectr.library.needs import DESCRIBED, SIDE_DATA, Indexed
 from spectr.models.text import configured_context

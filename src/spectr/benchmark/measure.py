@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from spectr.benchmark.subjects import Subject
-from spectr.layers.linear import input_device
+from spectr.layers.linear_layers import input_device
 from spectr.models.cache import growing_cache
 from spectr.prompts.cache_records import is_recurrent, states_in
 

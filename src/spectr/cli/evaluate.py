@@ -98,7 +98,7 @@ def evaluate(
     [dim]spectr evaluate routing --data-root data --limit 50[/]
     [dim]spectr evaluate quality --data-root hub --task sst2[/]
     """
-    from spectr.evaluation.plan import read_plan
+    from spectr.evaluation.evaluation_plan import read_plan
 
     if request.companion:
         say("warning: --companion is deprecated and will be removed in the next version; use --substitute")
@@ -118,7 +118,7 @@ def evaluate(
         say(remark)
     base, tokenizer = open_model(request.model, request.dtype)
 
-    from spectr.evaluation.run import run_experiment
+    from spectr.evaluation.experiment_runs import run_experiment
 
     guide = guide_maker(base, tokenizer, request.writer, request.dtype)
     given = {name.replace("_", "-"): value for name, value in vars(request).items() if value != "auto"}
@@ -132,7 +132,7 @@ def evaluate(
 
 def _keep(result: Result, folder: Path, given: dict[str, Any], as_json: bool) -> None:
     """Write a result and print it."""
-    from spectr.evaluation.run import keep_result
+    from spectr.evaluation.experiment_runs import keep_result
 
     path, before = keep_result(result, folder, given)
     if before:
@@ -156,7 +156,7 @@ def report(
 
     [dim]spectr evaluate all --data-root data --limit 50 && spectr report[/]
     """
-    from spectr.evaluation.run import read_results, summary, tradeoff
+    from spectr.evaluation.experiment_runs import read_results, summary, tradeoff
     from spectr.plots.pages import write_report
 
     results = read_results(folder)

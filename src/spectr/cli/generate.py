@@ -156,7 +156,7 @@ def _answer(
     from transformers import TextStreamer
 
     from spectr.layers import trace
-    from spectr.layers.linear import input_device
+    from spectr.layers.linear_layers import input_device
     from spectr.models import growing_cache
     from spectr.models.text import templated
 

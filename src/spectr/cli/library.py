@@ -16,7 +16,7 @@ from rich.table import Table
 from spectr.adapters import GATES_FILE
 from spectr.adapters.base_names import same_base
 from spectr.adapters.read import WEIGHTS_FILE
-from spectr.adapters.texts import text_remarks
+from spectr.adapters.text_facts import text_remarks
 from spectr.cli.console import bar, out, say
 from spectr.cli.describe import describe
 from spectr.cli.model_loading import open_model
@@ -24,8 +24,8 @@ from spectr.cli.options import BaseOption, DtypeOption, JsonOption, LibraryOptio
 from spectr.errors import LibraryError, SpectrError, raise_together, some_of
 from spectr.grouping import grouped
 from spectr.library import Calibration, Entry, ExpertLibrary, LibraryStore
-from spectr.library.calibration import CALIBRATION_FILE
-from spectr.library.descriptions import DESCRIPTIONS_FILE
+from spectr.library.calibration_file import CALIBRATION_FILE
+from spectr.library.description_file import DESCRIPTIONS_FILE
 from spectr.library.index import INDEX_FOLDER
 from spectr.library.manifest import MANIFEST_FILE, any_entry
 from spectr.shipped import open_library, shipped_experts

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from spectr.composition import Routed
     from spectr.guidance import QueryGuide
-    from spectr.models.load import Check
+    from spectr.models.base_model import Check
     from spectr.models.writer import Writer
 
 

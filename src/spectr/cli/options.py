@@ -18,7 +18,7 @@ from spectr.cli.console import bar, say
 from spectr.cli.model_loading import check_writer, make_guide, open_model
 from spectr.combine import COMBINATIONS
 from spectr.errors import DataError, MissingExtraError, SpectrError, page
-from spectr.routers.registry import ROUTERS
+from spectr.routers.registries import ROUTERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from spectr.choosing import ResolvedRouting, RoutingRequest
     from spectr.composition import Routed
     from spectr.library import ExpertLibrary
-    from spectr.models.load import Check
+    from spectr.models.base_model import Check
     from spectr.routers import Router
     from spectr.tasks.rows import Source
 

@@ -49,9 +49,9 @@ def route(
     base, tokenizer = routing.base()
 
     from spectr.layers import trace
-    from spectr.layers.linear import input_device
+    from spectr.layers.linear_layers import input_device
     from spectr.models import encode_batch, generate_answers
-    from spectr.plots.tokens import token_routing
+    from spectr.plots.token_weights import token_routing
 
     routed = routing.compose(base, tokenizer, library, router)
     with trace(base) as record:
@@ -91,7 +91,7 @@ def _tell(message: str, as_json: bool) -> None:
 
 def _layer(layer: str, library: ExpertLibrary) -> str:
     """The full name of a layer, checked."""
-    from spectr.plots.tokens import layer_groups
+    from spectr.plots.token_weights import layer_groups
 
     known = layer_groups(module for expert in library for module in library[expert].shapes)
     name = f"layer {layer}" if layer.isdigit() else layer

@@ -72,7 +72,7 @@ def serve(
     [dim]spectr serve --router calibrated --router spectr[/]
     [dim]spectr serve --engine vllm -- --max-model-len 2048 --tensor-parallel-size 2[/]
     """
-    from spectr.serving.settings import make_settings
+    from spectr.serving.server_settings import make_settings
 
     launcher = ENGINES.make(engine)
     launcher.check(options or ())

@@ -76,7 +76,7 @@ def train(
     if context.invoked_subcommand:
         return
     from spectr.training import TrainingSettings
-    from spectr.training.plan import read_plan, run_plan
+    from spectr.training.training_plan import read_plan, run_plan
 
     source = rows.source(test=test, letters=letters)
     settings = _given(context, TrainingSettings)
@@ -140,7 +140,7 @@ def gates(
     [dim]spectr train gates mood -l experts --data rows.jsonl --prompt "Is this positive? {text}" --choices no,yes[/]
     """
     from spectr.training import GateSettings
-    from spectr.training.plan import read_gate_plan, run_gate_plan
+    from spectr.training.training_plan import read_gate_plan, run_gate_plan
 
     source, settings = rows.source(letters=letters), _given(context, GateSettings)
     plan = read_gate_plan(library, names or (), source, fresh=fresh, limit=examples, settings=settings)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import inspect
 
-from spectr.combine.base import Combination
+from spectr.combine.combination import Combination
 from spectr.combine.factors import merge_factors, merge_raw_factors, merged_products
 from spectr.combine.knots import merge_knots
-from spectr.combine.options import parse, warn_of_numbers
 from spectr.combine.outputs import merge_outputs
+from spectr.combine.parsing import parse, warn_of_numbers
 from spectr.combine.ties import merge_ties
 from spectr.errors import CompositionError
 from spectr.registry import Registry

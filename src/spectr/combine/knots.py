@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import linear
 
-from spectr.combine.base import Combination
+from spectr.combine.combination import Combination
 from spectr.combine.ties import merge_ties
 from spectr.spectral import Stack
 from spectr.spectral.align import left_basis, without_rounding

@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import linear
 
-from spectr.combine.base import Combination
+from spectr.combine.combination import Combination
 
 
 def outputs() -> Combination:

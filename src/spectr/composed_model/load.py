@@ -10,11 +10,11 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from spectr.composed_model.settings import METHOD, Settings
+from spectr.composed_model.quantization_config import METHOD, Settings
 from spectr.composition import Routed, compose
 from spectr.errors import ModelError
 from spectr.models import pick_dtype
-from spectr.models.load import composed_config
+from spectr.models.base_model import composed_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

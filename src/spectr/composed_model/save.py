@@ -7,15 +7,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spectr.composed_model.settings import Settings
+from spectr.composed_model.quantization_config import Settings
 from spectr.composition import Routed
 from spectr.errors import CompositionError, page
 from spectr.folders import check_new_folder, new_folder
 from spectr.library import ExpertLibrary, LibraryStore
-from spectr.library.descriptions import write_descriptions
+from spectr.library.description_file import write_descriptions
 from spectr.library.needs import DESCRIBED
 from spectr.routers import Router, residents
-from spectr.routers.config import router_config
+from spectr.routers.router_config import router_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

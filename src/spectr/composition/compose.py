@@ -6,10 +6,10 @@ from pathlib import Path
 
 from torch import nn
 
-from spectr.composition.naming import naming_of
+from spectr.composition.base_checks import report_calibration
+from spectr.composition.model_naming import naming_of
 from spectr.composition.paged import Paged
 from spectr.composition.routed import Guide, Progress, Routed
-from spectr.composition.texts import report_calibration
 from spectr.errors import CompositionError
 from spectr.layers.multi_routed import COMPOSED
 from spectr.library import ExpertLibrary

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from spectr.layers.batch_routing import outside_inference_mode
-from spectr.layers.factors import Factors
-from spectr.layers.routed import RoutedLinear
+from spectr.layers.expert_factors import Factors
+from spectr.layers.routed_linear import RoutedLinear
 
 Table = Mapping[RoutedLinear, Factors | None]
 Make = Callable[[Sequence[RoutedLinear], tuple[str, ...]], Table]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from spectr.layers.eval_mode import eval_mode
-from spectr.layers.linear import features
+from spectr.layers.linear_layers import features
 from spectr.layers.weight_reads import WeightReads, uncompiled
 
 _SAMPLES = 2000  # audio samples: a few frames for every model that reads waveforms

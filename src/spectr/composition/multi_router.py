@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from spectr.composition.routed import Routed
 from spectr.errors import CompositionError, some_of
 from spectr.layers.multi_routed import MultiRoutedLinear
-from spectr.layers.saved import SavedModule
+from spectr.layers.saved_module import SavedModule
 from spectr.layers.swap import swap_module
 from spectr.lazy import lazy
 

@@ -17,11 +17,11 @@ from spectr.composition.routed import Progress, Routed
 from spectr.composition.subset_probes import Readers
 from spectr.errors import CompositionError
 from spectr.layers.base_layers import ModelLayers
-from spectr.layers.factors import Factors
-from spectr.layers.linear import placement
+from spectr.layers.expert_factors import Factors
+from spectr.layers.linear_layers import placement
 from spectr.layers.plan import make_plan
-from spectr.layers.routed import RoutedLinear
-from spectr.layers.saved import SavedModule
+from spectr.layers.routed_linear import RoutedLinear
+from spectr.layers.saved_module import SavedModule
 from spectr.library import ExpertLibrary
 from spectr.paging import ExpertCache, Policy
 from spectr.prompts.bounds import CertainProbe, Certainty

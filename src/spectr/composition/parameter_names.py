@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from spectr.adapters.naming import Parameter, Part
-from spectr.layers.linear import features, returns_more
+from spectr.layers.linear_layers import features, returns_more
 
 
 class _Converter(NamedTuple):

@@ -16,8 +16,8 @@ from spectr.library import Calibration, ExpertLibrary
 from spectr.library.needs import CALIBRATED, GATED, some_of
 from spectr.ops import report_once
 from spectr.routers import PromptPolicy
-from spectr.routers.base import Router
 from spectr.routers.evidence import ModuleEvidence
+from spectr.routers.router import Router
 from spectr.spectral import Aligned, AlignedExpert, Rotation, Share, SideData, Stack, align, remade
 from spectr.spectral.precision import without_autocast
 from spectr.spectral.sparsify import drop
@@ -47,7 +47,7 @@ NO_SIDE_DATA = SideTable()
 
 
 def side_data(router: Router, library: ExpertLibrary, names: Sequence[str]) -> SideTable:
-    """The data that a router needs of these experts; :func:`spectr.routers.base.check_needs` checked that it exists.
+    """The data that a router needs of these experts; :func:`spectr.routers.router.check_needs` checked that it exists.
 
     Raises:
         AdapterError: A gates file is damaged.

@@ -11,7 +11,7 @@ from torch import Tensor
 from spectr.grouping import grouped
 from spectr.layers.batch_routing import LayerCall
 from spectr.layers.pairs import LayerInput, Pairs
-from spectr.layers.routed import RoutedLinear
+from spectr.layers.routed_linear import RoutedLinear
 
 
 class TokenRouting(NamedTuple):

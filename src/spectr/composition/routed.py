@@ -10,19 +10,19 @@ from typing import Any
 from torch import Tensor, nn
 
 from spectr.adapters import Expert
+from spectr.composition.base_checks import check_texts, report_names
 from spectr.composition.factor_sets import FactorSets
 from spectr.composition.find_weight_reads import find_weight_reads
+from spectr.composition.place_saved import saved_modules
 from spectr.composition.prepare import prepare_module, report_unmeasured, side_data, stacked
-from spectr.composition.saved import saved_modules
 from spectr.composition.subset_probes import Readers
-from spectr.composition.texts import check_texts, report_names
 from spectr.errors import CompositionError
 from spectr.layers.base_layers import ModelLayers
-from spectr.layers.linear import placement
+from spectr.layers.linear_layers import placement
 from spectr.layers.parameter_layer import ParameterLayer
 from spectr.layers.plan import Plan, make_plan
-from spectr.layers.routed import RoutedLinear
-from spectr.layers.saved import SavedModule
+from spectr.layers.routed_linear import RoutedLinear
+from spectr.layers.saved_module import SavedModule
 from spectr.layers.swap import layer_at, plain_module, swap_module
 from spectr.library import ExpertLibrary
 from spectr.ops import report_once
@@ -32,8 +32,8 @@ from spectr.prompts.exclusion import Exclusion
 from spectr.prompts.probe import Probe, Scorer
 from spectr.routers import Router, check_needs, residents, token_router
 from spectr.routers.abstention import policy_for, why_off
-from spectr.routers.base import takes_one
 from spectr.routers.evidence import Guide, Reader
+from spectr.routers.router import takes_one
 from spectr.spectral.precision import without_autocast
 
 Progress = Callable[[int, int], None]

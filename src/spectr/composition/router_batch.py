@@ -13,7 +13,7 @@ from spectr.composition.multi_router import MultiRouter
 from spectr.composition.request_batch import RequestBatch, RequestDecision, TokenRouting
 from spectr.grouping import grouped
 from spectr.layers.batch_routing import BASE, Span, routed_by
-from spectr.layers.linear import input_device
+from spectr.layers.linear_layers import input_device
 from spectr.lazy import lazy
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from spectr.layers.linear import input_device
+from spectr.layers.linear_layers import input_device
 from spectr.library import Calibration, ExpertLibrary
 from spectr.prompts.bounds import BoundedScorer
 from spectr.prompts.chat_template import Opening

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from spectr.errors import DataError, SpectrError, collecting, raise_together
 from spectr.grouping import chunks, grouped
-from spectr.layers.linear import input_device
+from spectr.layers.linear_layers import input_device
 from spectr.models import (
     context_length,
     encode_answer,

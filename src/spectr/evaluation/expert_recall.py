@@ -23,7 +23,7 @@ from spectr.folders import with_parents
 from spectr.grouping import chunks
 from spectr.hashing import json_sha256
 from spectr.layers import trace
-from spectr.layers.linear import input_device
+from spectr.layers.linear_layers import input_device
 from spectr.models import context_length, encode_batch
 from spectr.routers.abstention import AUTO
 

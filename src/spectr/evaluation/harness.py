@@ -23,12 +23,12 @@ from spectr.errors import CompositionError, MissingExtraError, SpectrError, did_
 from spectr.evaluation.choices import decided_alike
 from spectr.grouping import chunks
 from spectr.guidance import QueryGuide
-from spectr.layers.linear import input_device
+from spectr.layers.linear_layers import input_device
 from spectr.library.needs import DESCRIBED
 from spectr.models import load_model, pad_rows
 from spectr.routers import check_needs, get_router, residents
 from spectr.routers.abstention import always_choosing
-from spectr.routers.options import options_of, parse
+from spectr.routers.setting_texts import options_of, parse
 from spectr.shipped import open_library
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from spectr.composition.find_weight_reads import find_weight_reads
 from spectr.errors import MissingExtraError, ModelError, first_line
-from spectr.layers.linear import features
+from spectr.layers.linear_layers import features
 
 
 class Linear(NamedTuple):

@@ -18,8 +18,8 @@ from spectr.errors import ExtractionError, first_line, some_of
 from spectr.extraction.architecture import Architecture, read_architecture
 from spectr.extraction.checkpoint import Checkpoint, Rows, locate_model, read_checkpoint
 from spectr.extraction.compare import Difference, Pair, difference, measure, pair_up, unmatched
+from spectr.extraction.extraction_settings import DTYPES, Extraction, Plan, Truncation, plan, shown_bytes
 from spectr.extraction.outcome import PACKAGES, Kept, Left, Report, write_expert
-from spectr.extraction.settings import DTYPES, Extraction, Plan, Truncation, plan, shown_bytes
 from spectr.extraction.svd import exact_svd, randomised_svd
 from spectr.folders import check_new_folder
 from spectr.hashing import file_sha256, package_versions

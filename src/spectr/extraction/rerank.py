@@ -12,8 +12,8 @@ from torch import Tensor
 from spectr.adapters import CONFIG_FILE, Expert
 from spectr.errors import ExtractionError, raise_together, range_faults
 from spectr.extraction.extract import split, truncate
+from spectr.extraction.extraction_settings import DTYPES, Truncation
 from spectr.extraction.outcome import PACKAGES, Kept, Report, write_expert
-from spectr.extraction.settings import DTYPES, Truncation
 from spectr.folders import check_new_folder
 from spectr.hashing import file_sha256, package_versions
 from spectr.spectral import align

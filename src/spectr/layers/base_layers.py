@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 from spectr.adapters import Factors
 from spectr.errors import AdapterError
 from spectr.layers.initial_factors import initial_factors
-from spectr.layers.linear import features, is_plain, placement
+from spectr.layers.linear_layers import features, is_plain, placement
 from spectr.layers.multi_routed import MultiRoutedLinear
 from spectr.layers.swap import plain_module
 from spectr.spectral.initial import InitialFactors

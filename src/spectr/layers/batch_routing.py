@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from spectr.errors import CompositionError
 
 if TYPE_CHECKING:
-    from spectr.layers.factors import Factors
-    from spectr.layers.routed import RoutedLinear
+    from spectr.layers.expert_factors import Factors
+    from spectr.layers.routed_linear import RoutedLinear
     from spectr.layers.token_layout import TokenPlaces
 
 Observe = Callable[["RoutedLinear", Any], None]

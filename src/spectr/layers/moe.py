@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from spectr.layers.linear import is_plain
+from spectr.layers.linear_layers import is_plain
 from spectr.layers.pairs import Pairs
 from spectr.layers.parameter_layer import ParameterLayer
 from spectr.layers.stand_in import StandIn

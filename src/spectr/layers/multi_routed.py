@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from spectr.layers.batch_routing import routed_by, thread
 from spectr.layers.names import take_names_of_base
-from spectr.layers.routed import RoutedLinear
-from spectr.layers.saved import SavedModule
+from spectr.layers.routed_linear import RoutedLinear
+from spectr.layers.saved_module import SavedModule
 from spectr.lazy import lazy
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from spectr.layers.gate import RoutedGate, gate_parameter
-from spectr.layers.linear import features, returns_more
+from spectr.layers.linear_layers import features, returns_more
 from spectr.layers.moe import RoutedExperts, fused_parameters
 from spectr.layers.stand_in import StandIn
 

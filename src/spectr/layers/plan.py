@@ -13,13 +13,13 @@ from spectr.adapters.base_names import named_base
 from spectr.errors import CompositionError, did_you_mean, raise_together
 from spectr.grouping import grouped
 from spectr.layers.base_layers import ModelLayers
-from spectr.layers.linear import features, is_plain
+from spectr.layers.linear_layers import features, is_plain
 from spectr.layers.parameters import parameter_layer
-from spectr.layers.saved import saved_faults
+from spectr.layers.saved_module import saved_faults
 from spectr.layers.swap import plain_modules
 from spectr.library.needs import some_of
 from spectr.ops import report_once
-from spectr.routers.base import Router
+from spectr.routers.router import Router
 
 _SHOWN = 3
 

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from spectr.errors import CompositionError
 from spectr.layers.names import take_names_of_base
-from spectr.layers.routed import RoutedLinear
+from spectr.layers.routed_linear import RoutedLinear
 
 
 class StandIn(nn.Module):

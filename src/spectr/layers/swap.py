@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from torch import nn
 
 from spectr.layers.parameters import parameter_layer, put, stand_in_for
-from spectr.layers.routed import RoutedLinear
-from spectr.layers.saved import SavedModule
+from spectr.layers.routed_linear import RoutedLinear
+from spectr.layers.saved_module import SavedModule
 from spectr.layers.stand_in import StandIn
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from spectr.errors import CompositionError, did_you_mean
 from spectr.layers.batch_routing import base_alone, thread
 from spectr.layers.pairs import Pairs
-from spectr.layers.routed import RoutedLinear
+from spectr.layers.routed_linear import RoutedLinear
 
 
 @dataclass(kw_only=True, eq=False, repr=False)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.overrides import TorchFunctionMode
 
-from spectr.layers.linear import features
+from spectr.layers.linear_layers import features
 from spectr.layers.shared_context import SharedContext
 
 # Of these, only the first argument's numbers are in the result, or none.

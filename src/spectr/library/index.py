@@ -22,7 +22,7 @@ from torch import Tensor
 from spectr.atomic_write import replacing, save_readable
 from spectr.errors import LibraryError
 from spectr.grouping import grouped
-from spectr.library.calibration import opened
+from spectr.library.calibration_file import opened
 from spectr.library.lock import locked_if_library
 from spectr.spectral import Codes, Prototypes, Rotation
 

@@ -12,8 +12,8 @@ from spectr.adapters import CONFIG_FILE, WEIGHTS_FILE, Expert, Naming, named_for
 from spectr.adapters.read import stages
 from spectr.errors import AdapterError, LibraryError, did_you_mean, map_together, raise_together, some_of
 from spectr.hashing import known_sha256
-from spectr.library.calibration import Calibration
-from spectr.library.descriptions import read_descriptions
+from spectr.library.calibration_file import Calibration
+from spectr.library.description_file import read_descriptions
 from spectr.library.index import Index
 from spectr.library.manifest import MANIFEST_FILE
 from spectr.library.store import LibraryStore

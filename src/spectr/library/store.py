@@ -34,7 +34,7 @@ from spectr.adapters import (
     read_gates,
     write_gates,
 )
-from spectr.adapters.texts import TextFacts, check_text
+from spectr.adapters.text_facts import TextFacts, check_text
 from spectr.atomic_write import INCOMING, SCRATCH, sync_file, sync_folder
 from spectr.errors import AdapterError, LibraryError, SpectrError, did_you_mean
 from spectr.hashing import file_sha256

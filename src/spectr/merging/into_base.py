@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from spectr.composition.naming import naming_of
+from spectr.composition.model_naming import naming_of
 from spectr.errors import MergeError, SpectrError, collecting, raise_together, some_of
 from spectr.layers import RoutedLinear, make_plan
-from spectr.layers.linear import is_plain
+from spectr.layers.linear_layers import is_plain
 from spectr.layers.moe import FusedLinear
 from spectr.layers.swap import layer_at
 from spectr.library import ExpertLibrary

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spectr.layers.linear import input_device
+from spectr.layers.linear_layers import input_device
 from spectr.models.cache import growing_cache
 from spectr.models.text import encode_prompt
 

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
-from spectr.layers.linear import input_device
+from spectr.layers.linear_layers import input_device
 from spectr.models.generate import pad_rows
 from spectr.models.text import context_length, encode_prompt, shared_prefix, templated
 

@@ -1,13 +1,13 @@
 """The update that experts add to a linear layer's output, as operations on tensors.
 
 ``choose`` turns ``h = A x`` into ``w_t h_t``: weighted for the chosen experts, zero for the others. ``add_update`` adds
-``sum_t w_t B_t h_t`` to the base layer's output. Each operation has a plain reference (:mod:`spectr.ops.reference`), an
-implementation in torch, and kernels: C for CPUs, compiled on this machine and kept in the cache folder, and Triton for
-GPUs. :mod:`spectr.ops.dispatch` selects one for each layer and gives the reason. Compiled graphs call the operations of
-:mod:`spectr.ops.registered`.
+``sum_t w_t B_t h_t`` to the base layer's output. Each operation has a plain reference
+(:mod:`spectr.ops.reference_ops`), an implementation in torch, and kernels: C for CPUs, compiled on this machine and
+kept in the cache folder, and Triton for GPUs. :mod:`spectr.ops.dispatch` selects one for each layer and gives the
+reason. Compiled graphs call the operations of :mod:`spectr.ops.registered`.
 """
 
-from spectr.ops.base import Backend, Choice, FusedLinear
+from spectr.ops.backend import Backend, Choice, FusedLinear
 from spectr.ops.dispatch import (
     NOT_PREPARED,
     Offer,

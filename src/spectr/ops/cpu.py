@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from spectr.ops.base import Backend, Choice, FusedLinear
+from spectr.ops.backend import Backend, Choice, FusedLinear
 from spectr.ops.compiling import load, machine
 from spectr.ops.fused_linear import Experts, FusedCpuLinear, Layer, Way, place
 from spectr.ops.trials import Trials

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from spectr.ops.base import Backend, Choice, FusedLinear
+from spectr.ops.backend import Backend, Choice, FusedLinear
 from spectr.ops.ways import switched_off, wanted
 
 _BACKENDS = {"cpu": "spectr.ops.cpu", "cuda": "spectr.ops.gpu"}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, get_num_threads, nn
 
 from spectr.ops import screening
-from spectr.ops.base import Choice, own_numbers, watched
+from spectr.ops.backend import Choice, own_numbers, watched
 from spectr.ops.ways import place_of
 
 _ONE = Choice(1, 1, 0.0)
@@ -66,7 +66,7 @@ class Way(NamedTuple):
 
 
 class FusedCpuLinear:
-    """A :class:`spectr.ops.base.FusedLinear`.
+    """A :class:`spectr.ops.backend.FusedLinear`.
 
     Args:
         base: The base layer, whose weight may be replaced at any time.
@@ -86,7 +86,7 @@ class FusedCpuLinear:
                 layer.rough, layer.errors, layer.sizes = place(rough.A_PI), place(rough.errors_E), place(rough.sizes_E)
 
     def __call__(self, x: Tensor, rows: Tensor | None) -> Tensor | None:
-        """See :class:`spectr.ops.base.FusedLinear`."""
+        """See :class:`spectr.ops.backend.FusedLinear`."""
         if type(x) is not Tensor or x.dtype is not self.dtype or not x.is_cpu or not x.is_contiguous() or watched():
             return None
         if x.shape[-1] != self.inputs or not x.numel():

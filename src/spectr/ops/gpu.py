@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from triton.language import constexpr
 
-from spectr.ops.base import Backend, Choice, FusedLinear, own_numbers
+from spectr.ops.backend import Backend, Choice, FusedLinear, own_numbers
 
 tl: Any = triton.language  # its meaning inside a kernel differs from its signature
 _BLOCK = 64  # outputs that a program adds to, at most
@@ -278,7 +278,7 @@ class GpuBackend(Backend):
 
 
 class _FusedGpuLinear:
-    """A :class:`spectr.ops.base.FusedLinear`."""
+    """A :class:`spectr.ops.backend.FusedLinear`."""
 
     def __init__(
         self, kernels: GpuBackend, base: nn.Linear, factors: tuple[Tensor, Tensor, Tensor | None], choice: Choice

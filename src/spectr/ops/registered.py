@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from spectr.ops.base import Choice
+from spectr.ops.add_outputs import weighted
+from spectr.ops.backend import Choice
 from spectr.ops.dispatch import backend_for
-from spectr.ops.outputs import weighted
 from spectr.ops.rules import RULES
 from spectr.selection import TopK
 

@@ -16,9 +16,9 @@ from torch.nn.functional import linear
 
 from spectr.atomic_write import cache_folder
 from spectr.hashing import package_versions
-from spectr.ops.base import Choice
+from spectr.ops.add_outputs import add_masked, gathered_sum, gathering_pays, weighted
+from spectr.ops.backend import Choice
 from spectr.ops.fused_linear import Experts, FusedCpuLinear, Layer, Way
-from spectr.ops.outputs import add_masked, gathered_sum, gathering_pays, weighted
 from spectr.ops.rules import RULES
 from spectr.ops.timing import REAL, Clock, time_in_turn
 from spectr.ops.way_times import TimedShapes, WayTimes

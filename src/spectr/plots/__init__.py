@@ -11,7 +11,7 @@ from spectr.plots.energy import write_energy_map
 from spectr.plots.figures import write_heat_map, write_token_map
 from spectr.plots.pages import write_page
 from spectr.plots.palette import colours, tints
-from spectr.plots.tokens import TokenRouting, token_routing
+from spectr.plots.token_weights import TokenRouting, token_routing
 
 __all__ = [
     "TokenRouting",

@@ -26,7 +26,7 @@ from spectr.plots.axes import (
     save,
 )
 from spectr.plots.palette import TINT, colours
-from spectr.plots.tokens import TokenRouting
+from spectr.plots.token_weights import TokenRouting
 
 if TYPE_CHECKING:
     from spectr.evaluation.experiments import Result

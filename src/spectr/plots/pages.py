@@ -14,7 +14,7 @@ from spectr.folders import with_parents
 from spectr.plots.axes import as_svg
 from spectr.plots.figures import figure
 from spectr.plots.palette import TINT, colours
-from spectr.plots.tokens import TokenRouting
+from spectr.plots.token_weights import TokenRouting
 
 if TYPE_CHECKING:
     from spectr.evaluation.experiments.setup import Result, SideTable

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from spectr.errors import CompositionError
-from spectr.layers.linear import input_device
+from spectr.layers.linear_layers import input_device
 from spectr.prompts import cache_records as records
 from spectr.prompts.cache_records import CacheRecord
 

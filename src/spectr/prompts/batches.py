@@ -14,7 +14,7 @@ from torch import Tensor
 
 from spectr.errors import CompositionError
 from spectr.layers.batch_routing import BASE, BatchRouting
-from spectr.layers.linear import input_device
+from spectr.layers.linear_layers import input_device
 from spectr.prompts.token_places import learn_rows
 
 if TYPE_CHECKING:

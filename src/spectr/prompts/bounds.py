@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from spectr.layers.linear import input_device
+from spectr.layers.linear_layers import input_device
 from spectr.prompts.probe import Probe, Scorer
 from spectr.routers.evidence import Found, PrototypeMeans
 from spectr.routers.evidence.score_means import LEAST_SPREAD, NO_EVIDENCE, largest, left_out, p_value

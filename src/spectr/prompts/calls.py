@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 from spectr.errors import CompositionError
 from spectr.layers.batch_routing import BASE, BatchRouting, LayerCall, routed_by, thread
-from spectr.layers.routed import RoutedLinear
-from spectr.layers.saved import SavedModule
+from spectr.layers.routed_linear import RoutedLinear
+from spectr.layers.saved_module import SavedModule
 from spectr.layers.token_layout import Layouts, TokenPlaces
 from spectr.prompts import cache_records as records
 from spectr.prompts.arguments import (
@@ -52,7 +52,7 @@ from spectr.prompts.encodings import encoded_verdict, note_encoded
 from spectr.prompts.exclusion import Exclusion
 from spectr.prompts.first_calls import FirstCalls
 from spectr.prompts.frames import Frame, frame_of, framed
-from spectr.prompts.generation import Generation
+from spectr.prompts.generate_call import Generation
 from spectr.prompts.stand_ins import Checkpointing, Entry, Images, entries_of
 from spectr.prompts.token_places import followed, places_in_row, places_of
 

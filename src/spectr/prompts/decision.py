@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from spectr.errors import CompositionError
 from spectr.layers.batch_routing import BASE, BatchRouting, routed_by
 from spectr.layers.eval_mode import eval_mode
-from spectr.layers.factors import Factors
-from spectr.layers.routed import RoutedLinear
-from spectr.layers.saved import SavedModule
+from spectr.layers.expert_factors import Factors
+from spectr.layers.routed_linear import RoutedLinear
+from spectr.layers.saved_module import SavedModule
 from spectr.routers.abstention import in_words
 from spectr.routers.evidence import Found, Reader
 from spectr.routers.policy import PromptPolicy

@@ -10,9 +10,9 @@ from torch import nn
 
 from spectr.errors import CompositionError, raise_together
 from spectr.grouping import grouped
-from spectr.layers.factors import Factors
+from spectr.layers.expert_factors import Factors
 from spectr.layers.plan import uncalled_fault, united
-from spectr.layers.routed import RoutedLinear
+from spectr.layers.routed_linear import RoutedLinear
 from spectr.layers.weight_reads import WeightReads, uncompiled
 
 

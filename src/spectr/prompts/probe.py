@@ -12,9 +12,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from spectr.errors import CompositionError
-from spectr.layers.linear import input_device
+from spectr.layers.linear_layers import input_device
 from spectr.layers.pairs import LayerInput
-from spectr.layers.routed import RoutedLinear
+from spectr.layers.routed_linear import RoutedLinear
 from spectr.layers.token_layout import Layouts
 from spectr.prompts.arguments import names_of
 from spectr.prompts.chat_template import Opening

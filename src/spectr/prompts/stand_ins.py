@@ -13,8 +13,8 @@ from torch import nn
 from torch.compiler import is_compiling
 
 from spectr.layers.batch_routing import routed_by, thread
-from spectr.layers.routed import RoutedLinear
-from spectr.layers.saved import SavedModule
+from spectr.layers.routed_linear import RoutedLinear
+from spectr.layers.saved_module import SavedModule
 from spectr.layers.token_layout import tracking
 from spectr.prompts import cache_records as records
 from spectr.prompts.arguments import TOKENS, expanded, has_encoder, names_of, tokens_of

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from spectr.layers.batch_routing import BASE, BatchRouting, routed_by
 from spectr.layers.eval_mode import eval_mode
 from spectr.layers.pairs import LayerInput
-from spectr.layers.routed import RoutedLinear
+from spectr.layers.routed_linear import RoutedLinear
 from spectr.layers.token_layout import Layouts, TokenPlaces, few_tokens
 from spectr.layers.token_tracking import TokenTracker
 from spectr.layers.tracking_rules import RULES

@@ -2,7 +2,6 @@
 
 from spectr.lazy import lazy
 from spectr.routers.arrow import Arrow
-from spectr.routers.base import LengthRouter, Router, ShortlistRouter, check_needs, first_lack, residents
 from spectr.routers.calibrated import Calibrated
 from spectr.routers.evidence import (
     DescriptionSimilarity,
@@ -17,7 +16,8 @@ from spectr.routers.lag import Lag
 from spectr.routers.oracle import Oracle
 from spectr.routers.phatgoose import Phatgoose
 from spectr.routers.policy import PromptPolicy, PromptRouter, token_router
-from spectr.routers.registry import get_router, router_names
+from spectr.routers.registries import get_router, router_names
+from spectr.routers.router import LengthRouter, Router, ShortlistRouter, check_needs, first_lack, residents
 from spectr.routers.seqr import Seqr
 from spectr.routers.shortlist import Shortlist
 from spectr.routers.spectr import Spectr

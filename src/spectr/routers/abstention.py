@@ -10,8 +10,8 @@ from spectr.library.library import ExpertLibrary
 from spectr.library.needs import Need, Nulled
 
 if TYPE_CHECKING:
-    from spectr.routers.base import Router
     from spectr.routers.policy import PromptPolicy
+    from spectr.routers.router import Router
 
 Abstain = float | Literal["auto"] | None
 AUTO = 0.05  # the value of "auto", if the calibration has enough ordinary prompts

@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import linear
 
-from spectr.routers.base import LengthRouter, Lengths
-from spectr.routers.settings import first_rows
+from spectr.routers.router import LengthRouter, Lengths
+from spectr.routers.setting_checks import first_rows
 from spectr.selection import TopK, Weighting
 from spectr.spectral import AlignedExpert, InputState, Share, SideData, State
 

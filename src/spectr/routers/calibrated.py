@@ -12,10 +12,10 @@ from spectr.errors import CompositionError
 from spectr.library.needs import CALIBRATED, Need
 from spectr.renamed import options_renamed
 from spectr.routers.abstention import check_abstain, nulled
-from spectr.routers.base import LengthRouter, Lengths
 from spectr.routers.evidence.score_means import ScoreMeans
 from spectr.routers.policy import PromptPolicy
-from spectr.routers.settings import check_settings
+from spectr.routers.router import LengthRouter, Lengths
+from spectr.routers.setting_checks import check_settings
 from spectr.routers.use import HoldWeights, MultiplyScores
 from spectr.selection import TopK, Weighting
 from spectr.spectral import AlignedExpert, InputState, Share, SideData, State, segment_norms

@@ -12,10 +12,10 @@ from torch import Tensor
 from spectr.errors import CompositionError
 from spectr.library.needs import SIDE_DATA, Need
 from spectr.renamed import options_renamed
-from spectr.routers.base import Router, ShortlistRouter
 from spectr.routers.evidence.descriptions import DescriptionSimilarity
 from spectr.routers.phatgoose import Phatgoose
 from spectr.routers.policy import DelegatingRouter, PromptPolicy, PromptRouter
+from spectr.routers.router import Router, ShortlistRouter
 from spectr.routers.use import AddToScores, HoldWeights
 from spectr.selection import All, TopK, Weighting
 from spectr.spectral import State

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from spectr.errors import CompositionError
-from spectr.routers.base import ShortlistRouter
+from spectr.routers.router import ShortlistRouter
 from spectr.selection import TopK, Weighting, largest
 from spectr.spectral import AlignedExpert, Share, SideData, State, segment_norms
 

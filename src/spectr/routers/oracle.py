@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spectr.library.needs import Need, OneExpert
-from spectr.routers.base import Router
+from spectr.routers.router import Router
 from spectr.selection import All
 from spectr.spectral import Share, Stack, State
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, linear
 
 from spectr.library.needs import GATED, Need
-from spectr.routers.base import Router
+from spectr.routers.router import Router
 from spectr.selection import TopK, Weighting
 from spectr.spectral import AlignedExpert, Share, SideData, State
 

@@ -14,8 +14,8 @@ from spectr.combine import Combination
 from spectr.errors import CompositionError
 from spectr.library.needs import CALIBRATED, Need, OneExpert
 from spectr.routers.abstention import check_abstain, nulled
-from spectr.routers.base import Router
-from spectr.routers.evidence.base import Evidence, Found, ModuleEvidence
+from spectr.routers.evidence.evidence import Evidence, Found, ModuleEvidence
+from spectr.routers.router import Router
 from spectr.routers.use import Use
 from spectr.selection import Selection
 from spectr.spectral import AlignedExpert, InputState, Share, SideData, Stack, State

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import linear
 
-from spectr.routers.base import LengthRouter, Lengths
+from spectr.routers.router import LengthRouter, Lengths
 from spectr.routers.spectr import Spectr
 from spectr.selection import TopK, Weighting
 from spectr.spectral import AlignedExpert, InputState, Share, SideData, Stack, State

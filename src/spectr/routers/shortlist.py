@@ -9,11 +9,11 @@ from spectr.errors import CompositionError
 from spectr.library.needs import GATED, Need, ProductsAlone
 from spectr.renamed import options_renamed
 from spectr.routers.abstention import check_abstain, nulled
-from spectr.routers.base import Router
 from spectr.routers.calibrated import Calibrated
 from spectr.routers.evidence.prototype_means import PrototypeMeans
 from spectr.routers.policy import PromptPolicy, PromptRouter
-from spectr.routers.settings import check_counts
+from spectr.routers.router import Router
+from spectr.routers.setting_checks import check_counts
 from spectr.routers.use import HoldWeights, KeepShortlist, MultiplyScores
 from spectr.selection import All
 

@@ -8,8 +8,8 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from spectr.routers.base import LengthRouter, Lengths
-from spectr.routers.settings import check_settings
+from spectr.routers.router import LengthRouter, Lengths
+from spectr.routers.setting_checks import check_settings
 from spectr.selection import TopK, Weighting
 from spectr.spectral import AlignedExpert, InputState, Share, SideData, State, segment_norms
 

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spectr.routers.base import LengthRouter, Lengths
-from spectr.routers.settings import first_rows
+from spectr.routers.router import LengthRouter, Lengths
+from spectr.routers.setting_checks import first_rows
 from spectr.selection import All
 from spectr.spectral import InputState, State
 

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from spectr.errors import CompositionError
-from spectr.routers.settings import check_counts
+from spectr.routers.setting_checks import check_counts
 from spectr.selection import TopK, Weighting, largest
 
 

@@ -13,7 +13,7 @@ from torch.nn.functional import layer_norm
 
 from spectr.errors import CompositionError
 from spectr.library.needs import CALIBRATED, GATED, Need
-from spectr.routers.base import PROTOCOL, Router
+from spectr.routers.router import PROTOCOL, Router
 from spectr.selection import All, Selection, TopK
 from spectr.spectral import AlignedExpert, Share, SideData, State, segment_norms
 

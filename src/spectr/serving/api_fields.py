@@ -23,8 +23,8 @@ from pydantic import (
 )
 
 from spectr.errors import nearest
-from spectr.serving.engines.base import Step, Ticket
-from spectr.serving.errors import Fault, RefusalError, faults, shown
+from spectr.serving.api_errors import Fault, RefusalError, faults, shown
+from spectr.serving.engines.engine import Step, Ticket
 
 OURS = ("experts", "router", "return_routing")
 _DIGITS = 3

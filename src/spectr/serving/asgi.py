@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive, Scope, Send
 
 from spectr.serving import api_fields
-from spectr.serving.errors import RefusalError, error_body, standardised
+from spectr.serving.api_errors import RefusalError, error_body, standardised
 
 _WITH = {401: {"www_authenticate": "Bearer"}, 503: {"retry_after": "10"}}  # headers of refusals
 

@@ -17,9 +17,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, field_validator, model_validator
 
 from spectr.errors import DataError, SpectrError, did_you_mean, nearest, page, raise_together
+from spectr.serving.api_errors import RefusalError, faults
 from spectr.serving.api_fields import Request
-from spectr.serving.engines.base import Engine, Recording, Ticket
-from spectr.serving.errors import RefusalError, faults
+from spectr.serving.engines.engine import Engine, Recording, Ticket
 
 _SEE = f"see {page('howto/serving')}, Who may use which expert"
 

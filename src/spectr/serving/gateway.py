@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from spectr.errors import CompositionError, SpectrError
+from spectr.serving.api_errors import RefusalError
 from spectr.serving.api_fields import ChatRequest, CompletionRequest, Request, parse, routing
 from spectr.serving.asgi import (
     Answer,
@@ -29,8 +30,7 @@ from spectr.serving.asgi import (
     rewritten,
 )
 from spectr.serving.catalog import Catalog, Policy
-from spectr.serving.engines.base import Engine, Ticket
-from spectr.serving.errors import RefusalError
+from spectr.serving.engines.engine import Engine, Ticket
 from spectr.serving.metrics import CONTENT_TYPE, Metrics
 
 FINAL_SECONDS = 2.0  # seconds for the last answers

@@ -7,7 +7,7 @@ from contextlib import suppress
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from spectr.serving.engines.base import Engine, Step
+from spectr.serving.engines.engine import Engine, Step
 
 BASE = "(base)"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"

@@ -12,9 +12,9 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
-from spectr.serving.engines.base import Engine
+from spectr.serving.engines.engine import Engine
 from spectr.serving.gateway import Gateway, Shutdown
-from spectr.serving.settings import ServerSettings
+from spectr.serving.server_settings import ServerSettings
 
 if TYPE_CHECKING:
     import uvicorn

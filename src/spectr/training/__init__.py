@@ -7,16 +7,16 @@ from spectr.lazy import lazy
 if TYPE_CHECKING:
     from spectr.training.adapter import Report
     from spectr.training.data import Encoded, batches, encode
-    from spectr.training.gates import train_gates
-    from spectr.training.run import check_folder, checkpoint_step, train_expert
-    from spectr.training.settings import AUTHORS_GATES, GateSettings, TrainingSettings
+    from spectr.training.gate_training import train_gates
+    from spectr.training.training_run import check_folder, checkpoint_step, train_expert
+    from spectr.training.training_settings import AUTHORS_GATES, GateSettings, TrainingSettings
 
 _HOMES = {
     "data": ("Encoded", "batches", "encode"),
-    "gates": ("train_gates",),
+    "gate_training": ("train_gates",),
     "adapter": ("Report",),
-    "run": ("check_folder", "checkpoint_step", "train_expert"),
-    "settings": ("AUTHORS_GATES", "GateSettings", "TrainingSettings"),
+    "training_run": ("check_folder", "checkpoint_step", "train_expert"),
+    "training_settings": ("AUTHORS_GATES", "GateSettings", "TrainingSettings"),
 }
 
 __all__ = [

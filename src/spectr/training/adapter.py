@@ -21,9 +21,9 @@ from spectr.atomic_write import save_readable
 from spectr.errors import AdapterError, DataError, MissingExtraError, some_of
 from spectr.hashing import package_versions
 from spectr.layers import features
-from spectr.layers.linear import returns_more
+from spectr.layers.linear_layers import returns_more
 from spectr.layers.multi_routed import COMPOSED
-from spectr.training.settings import DROPOUT, TrainingSettings
+from spectr.training.training_settings import DROPOUT, TrainingSettings
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -14,7 +14,7 @@ from spectr.errors import DataError, SpectrError, collecting, raise_together
 from spectr.grouping import chunks
 from spectr.models import context_length, encode_answer, encode_prompt, pad_rows, reads_in_parts, shared_prefix
 from spectr.tasks import Example
-from spectr.training.settings import OptimizerSettings
+from spectr.training.training_settings import OptimizerSettings
 
 _BUCKET = 32  # batches that are sorted by length together
 _LEAST = 2  # tokens of a prompt that remain

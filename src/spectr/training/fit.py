@@ -28,7 +28,7 @@ from transformers import get_scheduler
 
 from spectr.errors import DataError, first_line
 from spectr.training.data import Batch, Encoded, batches, count_steps
-from spectr.training.settings import OptimizerSettings
+from spectr.training.training_settings import OptimizerSettings
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 Progress = Callable[[str, int, int, str], None]

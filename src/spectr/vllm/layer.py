@@ -19,8 +19,8 @@ from spectr.ops.packed import Choosing, Module, Packed, TopKNumbers, packed_work
 from spectr.routers import LengthRouter, Router
 from spectr.selection import Selection, TopK
 from spectr.spectral import Share, Stack
+from spectr.vllm.layer_routing import Group, ScoreTransform, needs_transforms, same_layout
 from spectr.vllm.probes import ProbeScorer, key_of
-from spectr.vllm.routing import Group, ScoreTransform, needs_transforms, same_layout
 from spectr.vllm.tensor_parallel import Split
 from spectr.vllm.worker_state import WorkerState
 

@@ -24,7 +24,7 @@ def register() -> None:
         return
     from spectr.vllm.runner import follow_removals, hook_runner, salt_requests
 
-    import_module("spectr.vllm.config")  # its class registers itself
+    import_module("spectr.vllm.quantization")  # its class registers itself
     salt_requests()
     follow_removals()
     hook_runner()

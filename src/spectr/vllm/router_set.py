@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from spectr.combine import merge_factors, merge_outputs
-from spectr.composed_model.settings import Settings
+from spectr.composed_model.quantization_config import Settings
 from spectr.errors import CompositionError
 from spectr.library import ExpertLibrary
 from spectr.library.needs import CALIBRATED, OneExpert

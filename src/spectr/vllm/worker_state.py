@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from spectr.adapters import Update
-from spectr.composed_model.settings import Settings
+from spectr.composed_model.quantization_config import Settings
 from spectr.composition import prepare_module, side_data
 from spectr.errors import CompositionError, did_you_mean, some_of
 from spectr.library import ExpertLibrary

@@ -14,7 +14,7 @@ from spectr import Calibrated, Lag, Shortlist, Spectr
 from spectr.layers import trace
 from spectr.models.generate import encode_batch
 from spectr.plots.figures import write_token_map
-from spectr.plots.tokens import token_routing
+from spectr.plots.token_weights import token_routing
 from spectr.routers.abstention import AUTO, always_choosing
 from text_model import make_model, make_tokenizer
 

@@ -14,7 +14,7 @@ from composed_parts import session_of, several
 from spectr import Calibrated
 from spectr.routers import Found, PromptPolicy
 from spectr.routers.evidence import ModuleScores
-from spectr.serving.engines.base import Ticket
+from spectr.serving.engines.engine import Ticket
 from spectr.serving.engines.vllm import VllmEngine
 from spectr.vllm import EXPERTS
 from spectr.vllm.probes import Probes, Verdict

@@ -17,11 +17,11 @@ from spectr.selection import select_among
 from spectr.spectral import AlignedExpert, SideData, Stack
 from spectr.vllm import EXPERTS, ROUTE_ID, ROUTING
 from spectr.vllm.layer import Experts, _kept
+from spectr.vllm.layer_routing import Group, ScoreTransform, needs_transforms
 from spectr.vllm.probes import Row
 from spectr.vllm.register import _supported, check_version, register
 from spectr.vllm.requests import PROBE, ROUTER, SKIPPED, VERDICT, RequestOptions
 from spectr.vllm.router_set import routers_of, supported
-from spectr.vllm.routing import Group, ScoreTransform, needs_transforms
 from spectr.vllm.tensor_parallel import Split
 
 KNOWN = ("amber", "blue", "cyan")

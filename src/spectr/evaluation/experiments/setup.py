@@ -18,8 +18,8 @@ from spectr.calibration import calibrate
 from spectr.composition import Guide, Routed, compose
 from spectr.errors import CompositionError, DataError, SpectrError, collecting, raise_together
 from spectr.evaluation.choices import encode_examples
+from spectr.evaluation.evaluation_plan import Material
 from spectr.evaluation.expert_recall import Finding, find_experts, keep_findings, kept_findings, over_runs
-from spectr.evaluation.plan import Material
 from spectr.evaluation.score import Measurement, counting, score_examples, score_of, text_metric
 from spectr.folders import with_parents
 from spectr.grouping import grouped
@@ -29,8 +29,8 @@ from spectr.library.needs import CALIBRATED, DESCRIBED, GATED
 from spectr.models import context_length, opening_length
 from spectr.routers import Oracle, Router, first_lack, get_router
 from spectr.routers.abstention import always_choosing
-from spectr.routers.config import router_config
-from spectr.routers.options import read_settings
+from spectr.routers.router_config import router_config
+from spectr.routers.setting_texts import read_settings
 from spectr.tasks import Example, Task
 
 Progress = Callable[[str, int, int, str], None]

@@ -1,6 +1,7 @@
 """Evidence: how well each expert fits a whole prompt. One file per kind."""
 
-from spectr.routers.evidence.base import (
+from spectr.routers.evidence.descriptions import DescriptionSimilarity
+from spectr.routers.evidence.evidence import (
     ComparingGuide,
     Evidence,
     Found,
@@ -10,7 +11,6 @@ from spectr.routers.evidence.base import (
     Reader,
     Source,
 )
-from spectr.routers.evidence.descriptions import DescriptionSimilarity
 from spectr.routers.evidence.prototype_means import PrototypeMeans
 from spectr.routers.evidence.score_means import ScoreMeans
 

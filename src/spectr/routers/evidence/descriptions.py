@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spectr.errors import SpectrWarning
 from spectr.library.needs import DESCRIBED, Need
-from spectr.routers.evidence.base import ComparingGuide, Evidence, Found, Guide, Reader, Source
+from spectr.routers.evidence.evidence import ComparingGuide, Evidence, Found, Guide, Reader, Source
 
 AUTHORS_THRESHOLD = 0.8
 

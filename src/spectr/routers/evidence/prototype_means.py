@@ -12,7 +12,7 @@ from torch import Tensor
 from spectr.errors import CompositionError
 from spectr.library.needs import Indexed, Need
 from spectr.routers.evidence.score_means import CEILING, FLOOR, ScoreMeans
-from spectr.routers.settings import check_counts
+from spectr.routers.setting_checks import check_counts
 
 
 @dataclass(frozen=True, kw_only=True)

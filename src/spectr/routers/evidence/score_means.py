@@ -12,8 +12,8 @@ from torch import Tensor
 
 from spectr.errors import CompositionError
 from spectr.library.needs import CALIBRATED, Need
-from spectr.routers.evidence.base import Found, ModuleEvidence, ModuleScores
-from spectr.routers.settings import check_counts
+from spectr.routers.evidence.evidence import Found, ModuleEvidence, ModuleScores
+from spectr.routers.setting_checks import check_counts
 
 FLOOR, CEILING = (
     0.05,

@@ -16,8 +16,8 @@ from torch import Tensor
 from spectr.composition.multi_router import MultiRouter
 from spectr.composition.request_batch import RequestDecision
 from spectr.composition.router_batch import RouterBatch
-from spectr.layers.linear import input_device
-from spectr.serving.engines.base import Step, Ticket
+from spectr.layers.linear_layers import input_device
+from spectr.serving.engines.engine import Step, Ticket
 
 
 @dataclass(eq=False)

@@ -13,9 +13,9 @@ import torch
 from spectr.errors import CompositionError
 from spectr.layers.multi_routed import COMPOSED
 from spectr.models import growing_cache
+from spectr.serving.api_errors import RefusalError
 from spectr.serving.engines.batch_scheduling import BatchScheduler, Part, Running
 from spectr.serving.engines.stop_texts import StopCriterion, StopFilter, before, stops_of
-from spectr.serving.errors import RefusalError
 
 Find = Callable[[str], Running]
 

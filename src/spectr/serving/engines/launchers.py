@@ -14,7 +14,7 @@ from spectr.registry import Registry
 if TYPE_CHECKING:
     from spectr.composition import Routed
     from spectr.routers import Router
-    from spectr.serving.settings import ServerSettings
+    from spectr.serving.server_settings import ServerSettings
 
 Say = Callable[[str], None]
 

@@ -18,10 +18,10 @@ from typing import Any
 from spectr.composition.multi_router import MultiRouter
 from spectr.errors import CompositionError, MissingExtraError, SpectrError, nearest
 from spectr.models import context_length
-from spectr.serving.engines.base import Step, Ticket
+from spectr.serving.api_errors import RefusalError, shown
 from spectr.serving.engines.batch_scheduling import BatchScheduler, Running
+from spectr.serving.engines.engine import Step, Ticket
 from spectr.serving.engines.generation import Batching, Bound, OneAtATime, State
-from spectr.serving.errors import RefusalError, shown
 
 TESTED = ((5, 23), (5, 24))  # at least, and below
 _NAME = "spectr"  # name of the composed model in transformers' code

@@ -17,16 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from spectr.choosing import fit_to, open_composed
-from spectr.composed_model.settings import METHOD, Settings
+from spectr.composed_model.quantization_config import METHOD, Settings
 from spectr.errors import CompositionError, MissingExtraError, SpectrError
 from spectr.folders import json_object
 from spectr.models import fetch_default_model
-from spectr.routers.config import router_config
-from spectr.serving.engines.base import Step, Ticket
-from spectr.serving.errors import RefusalError
+from spectr.routers.router_config import router_config
+from spectr.serving.api_errors import RefusalError
+from spectr.serving.engines.engine import Step, Ticket
 from spectr.serving.outliers import outliers_among
 from spectr.serving.run import listen
-from spectr.serving.settings import ServerSettings
+from spectr.serving.server_settings import ServerSettings
 from spectr.vllm.prompt_decisions import DECIDES, Decider
 from spectr.vllm.register import check_version, engine_version
 from spectr.vllm.requests import EXPERTS, ROUTE_ID, ROUTER, ROUTING

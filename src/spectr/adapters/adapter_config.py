@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spectr.adapters.saved import NOTHING_SAVED, SavedSettings
+from spectr.adapters.saved_parts import NOTHING_SAVED, SavedSettings
 from spectr.adapters.targets import Targets, target_faults
 from spectr.errors import AdapterError
 from spectr.folders import json_object

@@ -17,19 +17,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spectr.adapters import GATES_FILE, Expert, Update, named_for, write_gates
 from spectr.atomic_write import replacing
 from spectr.composition.find_weight_reads import find_weight_reads
-from spectr.composition.naming import naming_of
+from spectr.composition.model_naming import naming_of
 from spectr.errors import CompositionError, DataError
 from spectr.hashing import json_sha256, known_sha256
 from spectr.layers import make_plan, swap_module
 from spectr.layers.base_layers import ModelLayers
-from spectr.layers.linear import placement
+from spectr.layers.linear_layers import placement
 from spectr.layers.model_state import restored
 from spectr.layers.multi_routed import COMPOSED
 from spectr.routers import Oracle
 from spectr.tasks import Example
 from spectr.training.data import encode, longest, shares_prefix
 from spectr.training.fit import Progress, fit, fresh_facts, read_facts, trainable
-from spectr.training.settings import GateSettings
+from spectr.training.training_settings import GateSettings
 
 
 class GatedLinear(nn.Module):

@@ -20,10 +20,10 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 from spectr.errors import CompositionError, nearest
 from spectr.registry import Registry
 from spectr.renamed import current_options
-from spectr.routers.base import Router
-from spectr.routers.config import part_config
 from spectr.routers.hints import Unresolved, hints_of, kinds
-from spectr.routers.registry import PARTS, ROUTERS, part_of
+from spectr.routers.registries import PARTS, ROUTERS, part_of
+from spectr.routers.router import Router
+from spectr.routers.router_config import part_config
 
 _NONE = type(None)
 _DETAILED = 3  # a message lists the defaults of this many routers at most

@@ -10,7 +10,7 @@ from torch import nn
 
 from spectr.adapters import Expert
 from spectr.adapters.base_names import named_base, same_base
-from spectr.adapters.texts import TextFacts, base_texts
+from spectr.adapters.text_facts import TextFacts, base_texts
 from spectr.errors import CompositionError, raise_together
 from spectr.library import Calibration
 from spectr.ops import report_once

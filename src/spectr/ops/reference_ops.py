@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spectr.ops.base import Choice
+from spectr.ops.backend import Choice
 from spectr.ops.packed import Choosing, Module
 from spectr.selection import TopK, select_among
 

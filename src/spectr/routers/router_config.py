@@ -7,8 +7,8 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from spectr.errors import CompositionError
-from spectr.routers.base import Router
-from spectr.routers.registry import PARTS, make_part
+from spectr.routers.registries import PARTS, make_part
+from spectr.routers.router import Router
 
 
 def router_config(router: Router) -> dict[str, Any]:

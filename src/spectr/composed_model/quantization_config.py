@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from spectr.composition.texts import compare_texts
+from spectr.composition.base_checks import compare_texts
 from spectr.errors import CompositionError, did_you_mean, raise_together, range_faults
 from spectr.library import ExpertLibrary
 from spectr.renamed import current_options, options_renamed

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from spectr.adapters import CONFIG_FILE
-from spectr.adapters.config import base_named
+from spectr.adapters.adapter_config import base_named
 from spectr.errors import ModelError, SpectrError, first_line, some_of
 from spectr.folders import json_object
 from spectr.models.fetch import DEFAULT_MODEL, HUB_ID, fetch_default_model

@@ -23,8 +23,8 @@ from spectr.library import ExpertLibrary
 from spectr.library.needs import AtMost
 from spectr.renamed import old_attribute
 from spectr.routers import get_router
-from spectr.routers.options import read_settings
-from spectr.routers.registry import ROUTERS
+from spectr.routers.registries import ROUTERS
+from spectr.routers.setting_texts import read_settings
 from spectr.tasks import Example, Task
 
 Tasks = Mapping[str, tuple[Task, Sequence[Example]]]
@@ -44,7 +44,7 @@ class Material:
         held_out: Like ``tasks``, but the library has no expert for them; for "heldout".
         ranks: By rank, a library of the same tasks' experts.
         substitutes: Adapters that replace experts in "robustness": (case, expert, folder).
-        settings: Settings of the compared routers, ``NAME=VALUE``; see :func:`spectr.routers.options.read_settings`.
+        settings: Settings of the routers, ``NAME=VALUE``; see :func:`spectr.routers.setting_texts.read_settings`.
     """
 
     library: ExpertLibrary

@@ -13,15 +13,15 @@ from torch.nn.functional import linear
 from spectr.combine import merge_outputs
 from spectr.errors import CompositionError
 from spectr.layers.batch_routing import LayerCall, spread, thread
-from spectr.layers.factors import Decision, Factors
-from spectr.layers.linear import Features, features
+from spectr.layers.expert_factors import Decision, Factors
+from spectr.layers.linear_layers import Features, features
 from spectr.layers.names import take_names_of_base
 from spectr.layers.pairs import LayerInput, Pairs
 from spectr.layers.token_layout import ROWS_FIRST
 from spectr.ops import NOT_PREPARED, report_once, update_by_kernels
+from spectr.ops.add_outputs import add_masked, gathered_sum, weighted
 from spectr.ops.grouped import grouped_inputs, grouped_outputs
-from spectr.ops.outputs import add_masked, gathered_sum, weighted
-from spectr.routers.base import Router, ShortlistRouter
+from spectr.routers.router import Router, ShortlistRouter
 from spectr.routers.use import Use
 from spectr.selection import is_captured, select_among
 from spectr.spectral import Stack

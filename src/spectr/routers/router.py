@@ -18,7 +18,7 @@ from spectr.errors import CompositionError
 from spectr.library.library import ExpertLibrary
 from spectr.library.needs import AtMost, Need, ProductsAlone
 from spectr.routers.abstention import Abstain
-from spectr.routers.settings import check_settings
+from spectr.routers.setting_checks import check_settings
 from spectr.selection import Selection
 from spectr.spectral import AlignedExpert, InputState, Share, SideData, Stack, State
 

@@ -8,9 +8,9 @@ from typing import Any, TypeVar, get_origin
 from spectr.errors import CompositionError
 from spectr.registry import Registry, entry
 from spectr.renamed import current_options
-from spectr.routers.base import PROTOCOL, Router
-from spectr.routers.evidence.base import Evidence
+from spectr.routers.evidence.evidence import Evidence
 from spectr.routers.hints import hints_of, kinds
+from spectr.routers.router import PROTOCOL, Router
 from spectr.routers.use import Use
 from spectr.routers.version1 import adapted_maker
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from spectr.combine import merge_outputs
 from spectr.ops import Choice, Plan, make_plan
-from spectr.ops.outputs import gathering_pays
-from spectr.routers.base import LengthRouter, Router, ShortlistRouter
+from spectr.ops.add_outputs import gathering_pays
+from spectr.routers.router import LengthRouter, Router, ShortlistRouter
 from spectr.routers.use import Use
 from spectr.selection import TopK
 from spectr.spectral import Stack, remade

@@ -15,7 +15,7 @@ from spectr.shipped import open_library
 from spectr.tasks import Example, Task, read_examples
 from spectr.tasks.rows import Source, read_expert_rows
 from spectr.training.own_rows import own_rows
-from spectr.training.settings import GateSettings, TrainingSettings
+from spectr.training.training_settings import GateSettings, TrainingSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -109,7 +109,7 @@ def read_plan(
     if find_spec("peft") is None:
         raise MissingExtraError("training", "train")
     made = TrainingSettings(**settings)
-    from spectr.training.run import check_folder
+    from spectr.training.training_run import check_folder
 
     check_folder(out)
     return Plan(
@@ -158,7 +158,7 @@ def run_plan(
         base_model: Name of the base model in the adapter's configuration.
         progress: Called with (phase, done, total, remark).
     """
-    from spectr.training.run import train_expert
+    from spectr.training.training_run import train_expert
 
     return train_expert(
         model,
@@ -277,7 +277,7 @@ def run_gate_plan(
         tokenizer: Its tokenizer.
         progress: Called with (phase, done, total, remark).
     """
-    from spectr.training.gates import forget, keep_gates, train_gates
+    from spectr.training.gate_training import forget, keep_gates, train_gates
 
     for work, (name, (expert, rows, origin)) in zip(plan.work, plan.experts.items(), strict=True):
         vectors, facts = train_gates(

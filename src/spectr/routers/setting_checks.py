@@ -13,7 +13,7 @@ from spectr.combine import get_combination
 from spectr.errors import CompositionError
 
 if TYPE_CHECKING:
-    from spectr.routers.base import Router
+    from spectr.routers.router import Router
 
 
 def check_settings(router: Router, **choices: tuple[str, tuple[str, ...]]) -> None:

@@ -24,7 +24,7 @@ from spectr.tasks import Example
 from spectr.training.adapter import Report, check_plain, publish, settle, untrained, with_adapter
 from spectr.training.data import Encoded, count_steps, encode, longest, shares_prefix
 from spectr.training.fit import Progress, fit, fresh_facts, read_facts, trainable
-from spectr.training.settings import TrainingSettings
+from spectr.training.training_settings import TrainingSettings
 
 CHECKPOINT = "checkpoint.safetensors"
 _OWN = (CHECKPOINT, "checkpoint.partial", ".partial")

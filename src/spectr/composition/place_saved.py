@@ -13,12 +13,12 @@ from spectr.adapters import Expert, SavedParts
 from spectr.errors import CompositionError, raise_together, some_of
 from spectr.grouping import grouped
 from spectr.layers.base_layers import ModelLayers
-from spectr.layers.linear import placement
+from spectr.layers.linear_layers import placement
 from spectr.layers.plan import uncalled_fault, united
-from spectr.layers.saved import SavedModule, SavedTensors
+from spectr.layers.saved_module import SavedModule, SavedTensors
 from spectr.layers.swap import plain_modules
 from spectr.routers import Router
-from spectr.routers.base import takes_one
+from spectr.routers.router import takes_one
 
 _SHOWN = 3
 Read = Callable[[str], Tensor]

@@ -19,14 +19,14 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.quantization import get_quantization_config, register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
-from spectr.composed_model.settings import METHOD, Settings
+from spectr.composed_model.quantization_config import METHOD, Settings
 from spectr.errors import CompositionError, raise_together
 from spectr.library import ExpertLibrary
 from spectr.ops.packed import packed_works
 from spectr.vllm.layer import Experts, check_sizes
+from spectr.vllm.layer_routing import sees_input
 from spectr.vllm.prompt_decisions import DECIDES
 from spectr.vllm.router_set import decides_on_prompts, fingerprint, routers_of
-from spectr.vllm.routing import sees_input
 from spectr.vllm.tensor_parallel import Split
 from spectr.vllm.worker_state import WorkerState
 

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectr.composition import Guide
 from spectr.errors import DataError
+from spectr.evaluation.evaluation_plan import Material, Plan
 from spectr.evaluation.experiments import EXPERIMENTS, ExperimentSetup
 from spectr.evaluation.experiments.setup import Progress, Result
-from spectr.evaluation.plan import Material, Plan
 
 _READERS = {
     "ranks": "ranks",

@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 from spectr.adapters import SavedParts
 from spectr.errors import CompositionError
 from spectr.layers.batch_routing import spread, thread
-from spectr.layers.linear import is_plain
+from spectr.layers.linear_layers import is_plain
 from spectr.layers.names import take_names_of_base
 
 _NO_PADDING = {"padding_idx": None, "max_norm": None}
@@ -54,8 +54,8 @@ class SavedTensors(NamedTuple):
 class SavedModule(nn.Module):
     """``y = module of the row's expert (x)``; the base model's module for rows without one.
 
-    It replaces its base module in the model, like :class:`spectr.layers.routed.RoutedLinear`. Rows of a batch may have
-    different experts.
+    It replaces its base module in the model, like :class:`spectr.layers.routed_linear.RoutedLinear`. Rows of a batch
+    may have different experts.
 
     Args:
         base: The original module; never changed.
