@@ -1,4 +1,4 @@
-"""The rooms of the package: each imports only from those before it, and no two modules import each other.
+"""The layout of the package: each room imports only from those before it; names are unique, and files are short.
 
 Imports inside functions count. Those under ``TYPE_CHECKING`` do not: nothing runs by them.
 """
@@ -12,7 +12,8 @@ from pathlib import Path
 import spectr
 from spectr.cli.app import app
 
-ROOT = Path(spectr.__file__).parent
+ROOT, HERE = Path(spectr.__file__).parent, Path(__file__).parent
+BRANCHES = (ast.If, ast.For, ast.While, ast.Try, ast.IfExp, ast.comprehension)
 ROOMS = (
     ("errors", "renamed", "atomic_write", "folders", "grouping", "hashing", "flops", "lazy", "registry"),
     ("spectral",),
@@ -76,7 +77,7 @@ def module_of(path: Path) -> str:
 
 def test_tests_mirror_the_package():
     """``helpers`` serves all of them, and ``benchmarks`` mirrors the folder of that name."""
-    folders = {path.parent.name for path in Path(__file__).parent.glob("*/*.py")}
+    folders = {path.parent.name for path in HERE.glob("*/*.py")}
     assert folders - {"helpers", "benchmarks"} <= {path.name for path in ROOT.iterdir()}
 
 
@@ -91,6 +92,30 @@ def test_no_two_modules_have_one_name():
     modules = [path for path in ROOT.rglob("*.py") if path.parent.name != "cli" or path.stem not in commands]
     counts = Counter(path.stem for path in modules)
     assert {name for name, count in counts.items() if count > 1} == set(SHARED_NAMES)
+
+
+def test_files_are_short():
+    places = [path for folder in (ROOT, HERE, HERE.parent / "benchmarks") for path in folder.rglob("*.py")]
+    long = {str(path): lines for path in places if (lines := len(path.read_text(encoding="utf-8").splitlines())) > 400}
+    assert long == {}
+
+
+def test_commands_hold_no_logic():
+    """They read options, call the package and print results: short functions with few branches, without tensors."""
+    for path in (ROOT / "cli").glob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        found = [name for node in ast.walk(tree) for name in numerics(node)]
+        assert not found, f"{path.name} imports {found}"
+        for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+            inside = list(ast.walk(function))
+            assert sum(isinstance(node, ast.stmt) for node in inside) <= 40, f"{path.name}: {function.name} is long"
+            assert sum(isinstance(node, BRANCHES) for node in inside) <= 10, f"{path.name}: {function.name} branches"
+
+
+def numerics(node: ast.AST) -> set[str]:
+    names = [name.name for name in node.names] if isinstance(node, ast.Import) else []
+    names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+    return {"torch", "numpy", "safetensors"} & {name.split(".")[0] for name in names}
 
 
 def test_each_room_imports_only_from_those_before_it():

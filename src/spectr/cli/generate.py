@@ -100,9 +100,9 @@ def chat(
     base, tokenizer = routing.base(_check_template)
     routed = routing.compose(base, tokenizer, library, router)
     if seed is not None:
-        import torch
+        from transformers import set_seed
 
-        torch.manual_seed(seed)
+        set_seed(seed)
     errors.print(f"[dim]{HELP}[/]", highlight=False)
     turns: list[dict[str, str]] = []
     while (line := _read()) is not None:
@@ -152,30 +152,13 @@ def _answer(
     max_new_tokens: int,
     temperature: float,
 ) -> str:
-    import torch
-    from transformers import TextStreamer
-
     from spectr.layers import trace
-    from spectr.layers.linear_layers import input_device
-    from spectr.models import growing_cache
-    from spectr.models.text import templated
+    from spectr.models.generate import stream_answer
 
-    model: Any = routed.model
-    batch = templated(tokenizer, turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    batch = batch.to(input_device(model))
-    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    with torch.inference_mode(), trace(model) as record:
-        ids = model.generate(
-            **batch,
-            max_new_tokens=max_new_tokens,
-            streamer=streamer,
-            past_key_values=growing_cache(model),
-            pad_token_id=tokenizer.pad_token_id,
-            **sampling,
-        )
+    with trace(routed.model) as record:
+        answer = stream_answer(routed.model, tokenizer, turns, max_new_tokens=max_new_tokens, temperature=temperature)
     leaders = sorted(record.shares().items(), key=lambda item: -item[1])[:3]
     remark = routed.prompt.remark if routed.prompt else None
     shown = remark or ", ".join(f"{name} {share:.0%}" for name, share in leaders)
     errors.print(f"[dim]{shown}[/]", highlight=False)
-    return tokenizer.decode(ids[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return answer

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -14,20 +13,18 @@ from rich.markup import escape
 from rich.table import Table
 
 from spectr.adapters import GATES_FILE
-from spectr.adapters.base_names import same_base
-from spectr.adapters.read import WEIGHTS_FILE
-from spectr.adapters.text_facts import text_remarks
 from spectr.cli.console import bar, out, say
 from spectr.cli.describe import describe
 from spectr.cli.model_loading import open_model
 from spectr.cli.options import BaseOption, DtypeOption, JsonOption, LibraryOption
 from spectr.errors import LibraryError, SpectrError, raise_together, some_of
 from spectr.grouping import grouped
-from spectr.library import Calibration, Entry, ExpertLibrary, LibraryStore
+from spectr.library import Entry, ExpertLibrary, LibraryStore
 from spectr.library.calibration_file import CALIBRATION_FILE
 from spectr.library.description_file import DESCRIPTIONS_FILE
 from spectr.library.index import INDEX_FOLDER
-from spectr.library.manifest import MANIFEST_FILE, any_entry
+from spectr.library.manifest import MANIFEST_FILE
+from spectr.library.remarks import added_remarks
 from spectr.shipped import open_library, shipped_experts
 from spectr.tasks.rows import read_lines
 
@@ -65,19 +62,8 @@ def add(
     store = LibraryStore(library)
     entry = store.add(name, adapter, replace=replace)
     out.print(f"added {entry.name}: {_ranks(entry)}, {entry.modules} modules, {entry.parameters:,} parameters")
-    for remark in text_remarks(store.root / entry.folder, entry.base_model):
-        say(f"'{entry.name}' {remark}")
-    for other in store.duplicates(entry):
-        say(f"'{other}' has the same files: a router that decides for each token counts the expert twice")
-    other = any_entry(store.root, but=entry.name)
-    if other and not same_base(other.base_model or "", entry.base_model or ""):
-        bases = f"'{entry.base_model or 'nothing'}', that of '{other.name}' '{other.base_model or 'nothing'}'"
-        say(f"its configuration names the base model {bases}; the sizes agree, but check that it is the same model")
-    known = Calibration.load(store.root)
-    if known is None or known.sha256.get(entry.name) != entry.sha256[WEIGHTS_FILE]:
-        steps = ("calibrate", "index") if (store.root / INDEX_FOLDER).is_dir() else ("calibrate",)
-        commands = (f"spectr library {step} --library {shlex.quote(str(library))}" for step in steps)
-        say(f"not calibrated yet; after you have added all experts, run: {', then '.join(commands)}")
+    for remark in added_remarks(store, entry):
+        say(remark)
 
 
 @app.command()
@@ -228,9 +214,7 @@ def calibrate(
     """
     experts = open_library(library)
     lines = read_lines(texts) if texts else None
-    known = None if fresh else experts.calibration  # reports a damaged file before the model is loaded
-    complete = known and len(known.null) >= null and known.null_experts == experts.names
-    if complete and lines is None and all(map(experts.calibrated, experts)):
+    if not fresh and experts.fully_calibrated(null) and lines is None:
         out.print(f"all {len(experts)} experts are calibrated; to measure them again, use --fresh", highlight=False)
         return
     base, tokenizer = open_model(model, dtype)

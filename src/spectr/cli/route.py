@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 from rich.text import Text
 
 from spectr.cli.console import errors, out, say
 from spectr.cli.generate import Chat, PromptArgument, read_prompt
 from spectr.cli.options import JsonOption, Routing, check_target, with_options
-from spectr.errors import DataError, did_you_mean
 
 if TYPE_CHECKING:
-    from spectr.library import ExpertLibrary
     from spectr.plots import TokenRouting
-from rich.markup import escape
-from rich.table import Table
 
 
 @with_options
@@ -45,7 +44,10 @@ def route(
     check_target(html, ".html")
     check_target(png, ".png")
     library, router = routing.experts()
-    layer = layer and _layer(layer, library)
+    if layer:
+        from spectr.plots.token_weights import layer_named
+
+        layer = layer_named(layer, library)
     base, tokenizer = routing.base()
 
     from spectr.layers import trace
@@ -74,30 +76,17 @@ def route(
             say(
                 "this router decides once for the whole prompt; to see a choice for every token: spectr route -r spectr"
             )
+    _draw(found, html, png, str(router), errors if as_json else out)
+
+
+def _draw(routing: TokenRouting, html: Path | None, png: Path | None, router: str, console: Console) -> None:
+    from spectr.plots import write_page, write_token_map
+
     if html:
-        from spectr.plots import write_page
-
-        page = write_page([found], html, title="Experts at work, token by token", subtitle=str(router))
-        _tell(f"page: {page.resolve()}", as_json)
+        page = write_page([routing], html, title="Experts at work, token by token", subtitle=router)
+        console.print(f"page: {page.resolve()}", highlight=False)
     if png:
-        from spectr.plots import write_token_map
-
-        _tell(f"picture: {write_token_map(found, png).resolve()}", as_json)
-
-
-def _tell(message: str, as_json: bool) -> None:
-    (errors if as_json else out).print(message, highlight=False)
-
-
-def _layer(layer: str, library: ExpertLibrary) -> str:
-    """The full name of a layer, checked."""
-    from spectr.plots.token_weights import layer_groups
-
-    known = layer_groups(module for expert in library for module in library[expert].shapes)
-    name = f"layer {layer}" if layer.isdigit() else layer
-    if name not in known:
-        raise DataError(f"unknown layer '{layer}'", do=did_you_mean(name, known))
-    return name
+        console.print(f"picture: {write_token_map(routing, png).resolve()}", highlight=False)
 
 
 def _print(routing: TokenRouting, group: int) -> None:

@@ -224,6 +224,12 @@ class ExpertLibrary:
         """Whether the calibration covers exactly this expert, by its weights."""
         return self.calibration is not None and self.calibration.sha256.get(name) == self.sha256(name)
 
+    def fully_calibrated(self, null: int) -> bool:
+        """Whether the calibration covers all experts, and has their evidence of at least ``null`` ordinary prompts."""
+        known = self.calibration
+        complete = known is not None and len(known.null) >= null and known.null_experts == self.names
+        return complete and all(map(self.calibrated, self))
+
     def indexed(self, name: str) -> bool:
         """Whether the index covers exactly this expert, by its weights, with the library's calibration."""
         if name not in self.index or self.calibration is None:

@@ -1,16 +1,16 @@
-"""Generate answers to prompts, in one padded batch."""
+"""Generate answers: to prompts in one padded batch, and to a conversation as a stream."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from spectr.layers.linear_layers import input_device
 from spectr.models.cache import growing_cache
-from spectr.models.text import encode_prompt
+from spectr.models.text import encode_prompt, templated
 
 
 def encode_batch(
@@ -71,12 +71,47 @@ def generate_answers(
         more: Further arguments of ``model.generate``.
     """
     batch = encode_batch(tokenizer, prompts, chat=chat, limit=limit, device=input_device(model))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        answers = _generate(model, tokenizer, batch, temperature, max_new_tokens=max_new_tokens, **more)
+    return [answer.strip() for answer in answers]
+
+
+def stream_answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    turns: Sequence[Mapping[str, str]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+) -> str:
+    """Generate the next answer of a conversation, print each word as soon as it is complete, and return the answer.
+
+    Args:
+        model: A causal language model, plain or composed.
+        tokenizer: Its tokenizer, with a chat template.
+        turns: The messages so far, each with "role" and "content".
+        max_new_tokens: Maximum length of the answer.
+        temperature: As for :func:`generate_answers`; samples with torch's global seed.
+    """
+    batch = templated(tokenizer, turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    streamer: Any = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # pyright: ignore
+    batch = batch.to(input_device(model))
+    [answer] = _generate(model, tokenizer, batch, temperature, max_new_tokens=max_new_tokens, streamer=streamer)
+    return answer
+
+
+@torch.inference_mode()
+def _generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: Mapping[str, torch.Tensor],
+    temperature: float,
+    **more: Any,
+) -> list[str]:
     sampling: dict[str, Any] = {"do_sample": temperature > 0, "pad_token_id": tokenizer.pad_token_id}
     if temperature > 0:
         sampling["temperature"] = temperature
     more.setdefault("past_key_values", growing_cache(model))
-    with torch.random.fork_rng(), torch.inference_mode():
-        torch.manual_seed(seed)
-        ids: Any = model.generate(**batch, max_new_tokens=max_new_tokens, **sampling, **more)  # pyright: ignore
-    answers = tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [str(answer).strip() for answer in answers]
+    ids: Any = model.generate(**batch, **sampling, **more)  # pyright: ignore
+    return tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)

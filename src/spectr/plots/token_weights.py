@@ -11,8 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from spectr.errors import DataError, did_you_mean
 from spectr.grouping import grouped
 from spectr.layers import Trace
+from spectr.library import ExpertLibrary
 
 ALL_LAYERS = "all layers"
 _BLOCK = re.compile(r"\.(\d+)\.")
@@ -52,6 +54,19 @@ def layer_groups(modules: Iterable[str]) -> dict[str, list[str]]:
     names = list(modules)
     blocks = ((_BLOCK.search(f".{name}."), name) for name in names)
     return {ALL_LAYERS: names, **grouped((f"layer {block[1]}", name) for block, name in blocks if block)}
+
+
+def layer_named(layer: str, library: ExpertLibrary) -> str:
+    """The name of a layer group, which may be given as a number.
+
+    Raises:
+        DataError: The library's experts have no such layer.
+    """
+    known = layer_groups(module for expert in library for module in library[expert].shapes)
+    name = f"layer {layer}" if layer.isdigit() else layer
+    if name not in known:
+        raise DataError(f"unknown layer '{layer}'", do=did_you_mean(name, known))
+    return name
 
 
 def token_routing(
