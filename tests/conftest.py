@@ -38,9 +38,18 @@ CHECKED = (
 )
 install_import_hook(list(CHECKED), "beartype.beartype")
 
-# Where the numerics have their own tests, against an oracle. Everywhere else a composed model calls them by the thousand,
-# and the checks take longer than the tests themselves.
-CHECKED_IN = ("combine/", "extraction/", "layers/", "merging/", "ops/", "routers/", "spectral/", "vllm/")
+# Where the numerics have their own tests, and one file that composes models. Elsewhere models call them by the
+# thousand, and the checks take longer than the tests themselves.
+CHECKED_IN = (
+    "combine/",
+    "composition/test_compose.py",
+    "extraction/",
+    "layers/",
+    "merging/",
+    "ops/",
+    "routers/",
+    "spectral/",
+)
 
 from adapters_on_disk import tree, write_adapter  # noqa: E402
 from spectr.library import LibraryStore  # noqa: E402

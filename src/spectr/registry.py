@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -87,7 +87,7 @@ class Registry(Generic[T]):
             SpectrError: See :meth:`load`; or an option is unknown or missing. Of type ``error``.
         """
         make = self.load(name)
-        parameters = inspect.signature(make).parameters
+        parameters = signature(make).parameters
         open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         strange = [] if open_ended else [option for option in options if option not in parameters]
         if strange:
@@ -171,6 +171,14 @@ class Registry(Generic[T]):
             expected=f"version {readable}",
             do="update spectr-lora, or install another version of the package",
         )
+
+
+def signature(make: Callable[..., Any]) -> inspect.Signature:
+    """The signature, read once: composing asks for it at every layer."""
+    return _signature(make) if isinstance(make, Hashable) else inspect.signature(make)
+
+
+_signature = lru_cache(maxsize=256)(inspect.signature)
 
 
 def _maker(found: str | Entry) -> Callable[..., Any]:

@@ -19,7 +19,7 @@ POLICY = "keys: [{name: a, key: sk-secret-a, experts: [amber]}]"
 def test_it_serves_says_what_and_ends_with_ctrl_c(start, tmp_path, options):
     policy = tmp_path / "policy.yaml"
     policy.write_text(POLICY)
-    address, said, process = start("--policy", policy, "--except", "cyan", *options)
+    address, said, process = start("--policy", policy, "--except", "cyan", *options, anew=not options)
     assert "layers routed among amber, blue, by spectr" in said
     assert str(policy) in said
     with OpenAI(base_url=f"{address}/v1", api_key="sk-secret-a", max_retries=0) as client:

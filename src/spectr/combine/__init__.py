@@ -7,8 +7,6 @@ entry-point group ``spectr.combinations``; their options are numbers.
 
 from __future__ import annotations
 
-import inspect
-
 from spectr.combine.combination import Combination
 from spectr.combine.factors import merge_factors, merge_raw_factors, merged_products
 from spectr.combine.knots import merge_knots
@@ -16,7 +14,7 @@ from spectr.combine.outputs import merge_outputs
 from spectr.combine.parsing import parse, warn_of_numbers
 from spectr.combine.ties import merge_ties
 from spectr.errors import CompositionError
-from spectr.registry import Registry
+from spectr.registry import Registry, signature
 
 COMBINATIONS: Registry[Combination] = Registry(
     kind="combination",
@@ -46,7 +44,7 @@ def get_combination(text: str) -> Combination:
         CompositionError: The name or an option is unknown, or an option is out of range.
     """
     kind = text.partition(":")[0]
-    parameters = inspect.signature(COMBINATIONS.load(kind)).parameters.values()
+    parameters = signature(COMBINATIONS.load(kind)).parameters.values()
     known = [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     try:
         options = parse(text)[1]
