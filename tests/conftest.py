@@ -1,5 +1,6 @@
 """Before anything else: no network, one thread, and shapes and types of the numerics checked while the tests run."""
 
+import gc
 import io
 import os
 import signal
@@ -64,6 +65,12 @@ def pytest_sessionstart() -> None:
     from peft import PeftModel
 
     PeftModel.create_or_update_model_card = Mock()
+
+
+def pytest_collection_finish() -> None:
+    """The garbage collector leaves what the imports made alone: half a million objects, 0.3 s each time it reads them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

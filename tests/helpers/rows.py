@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 import spectr
@@ -32,11 +34,16 @@ def ids_of(prompt):
     return torch.tensor(spectr.models.encode_prompt(make_tokenizer(), prompt))
 
 
-@torch.no_grad()
 def alone(library, router, names, ids):
-    """Logits of a model that holds these experts and no others."""
+    """Logits of a model that holds these experts and no others; made once for what several tests compare with."""
+    return _alone(library, router, names, tuple(ids.tolist()))
+
+
+@cache
+@torch.no_grad()
+def _alone(library, router, names, ids):
     model = composed(library, router).allow(names).model if names else make_model()
-    return model(input_ids=ids[None]).logits[0]
+    return model(input_ids=torch.tensor([ids])).logits[0]
 
 
 @torch.no_grad()

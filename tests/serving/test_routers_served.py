@@ -22,6 +22,7 @@ ROUTERS = {
     "lag": spectr.Lag(shortlist=2),
     "shortlist": spectr.Shortlist(size=2),
 }
+ASKED = PROMPTS[:3]
 
 
 @pytest.fixture(scope="module", params=MODES)
@@ -43,7 +44,7 @@ def expected(library):
     for number, (name, router) in enumerate(ROUTERS.items()):
         for names in (SETS[number % len(SETS)], SETS[(number + 1) % len(SETS)]):
             with served(library, {name: router}, names=names) as (address, _):
-                for prompt, answer in zip(PROMPTS, answers(address, [(p, {}) for p in PROMPTS], False), strict=True):
+                for prompt, answer in zip(ASKED, answers(address, [(p, {}) for p in ASKED], False), strict=True):
                     found[prompt, name, names] = answer
     return found
 
