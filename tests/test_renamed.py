@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 from pathlib import Path
 
@@ -41,3 +42,22 @@ def test_the_table_in_the_docs_is_complete():
         pytest.skip("an installed package comes without docs")
     text = docs.read_text(encoding="utf-8")
     assert all(f"| `{old}` | `{new}` |" in text for old, new in MODULES.items())
+
+
+def renamed_attributes():
+    """Module, old and new name of all attributes that modules offer under an old name."""
+    for path in sorted((ROOT / "spectr").rglob("*.py")):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.keyword) and node.arg == "renamed" and isinstance(node.value, ast.Dict):
+                for old, new in ast.literal_eval(node.value).items():
+                    yield module, old, new
+
+
+@pytest.mark.parametrize(("module", "old", "new"), list(renamed_attributes()))
+def test_an_old_attribute_is_the_new_one(module, old, new):
+    home = importlib.import_module(module)
+    with pytest.warns(DeprecationWarning, match=f"{old} is now {module}.{new}"):
+        assert getattr(home, old) is getattr(home, new)
+    docs = ROOT.parent / "docs" / "reference" / "old-names.md"
+    assert not docs.is_file() or f"{old}`" in docs.read_text(encoding="utf-8")

@@ -14,7 +14,7 @@ from test_kernels import INPUTS, TOLERANCE, clear, layer_of
 from holding import holding
 from models import close
 from spectr import Calibrated, Spectr
-from spectr.ops import Choice, Offer, backend_for, reference_ops
+from spectr.ops import Offer, Selector, backend_for, reference_ops
 
 pytest.importorskip("triton", reason="Triton is for Linux")
 
@@ -90,10 +90,10 @@ def test_it_chooses_as_the_reference_does(kernel, rows, temperature):
     h[:, 4:8], centers[4:8] = h[:, :4], centers[:4]  # experts alike: the first is taken
     prior = torch.rand(rows, 7, generator=chance).index_fill(1, torch.tensor([0, 1]), 9.0) if rows else None
     for k in (1, 3):
-        choice = Choice(7, k, temperature)
+        select = Selector(7, k, temperature)
         given = [None if tensor is None else tensor.to(DEVICE) for tensor in (h.clone(), centers, prior)]
-        assert kernel.choose(*given, choice)
-        torch.testing.assert_close(given[0].cpu(), reference_ops.choose(h, centers, prior, choice))
+        assert kernel.choose(*given, select)
+        torch.testing.assert_close(given[0].cpu(), reference_ops.choose(h, centers, prior, select))
 
 
 def test_all_that_calls_launch_is_launched_when_a_plan_is_made(kernel):
@@ -104,7 +104,7 @@ def test_all_that_calls_launch_is_launched_when_a_plan_is_made(kernel):
             launched.append((kernel, form[6]))  # whether there is a prior
 
     A, Bt = torch.zeros(20, INPUTS, device=DEVICE), torch.zeros(20, 8, device=DEVICE)
-    Watched(DEVICE).warm_up(A, Bt, None, Choice(5, 2, 0.0))
+    Watched(DEVICE).warm_up(A, Bt, None, Selector(5, 2, 0.0))
     assert len(set(launched)) == 4
 
 

@@ -37,11 +37,11 @@ class Case(NamedTuple):
     Bt: torch.Tensor
     centers: torch.Tensor | None
     rows: torch.Tensor | None
-    choice: ops.Choice | None
+    select: ops.Selector | None
 
     @property
     def numbers(self):
-        return self.choice or (0, 0, 0.0, "")
+        return self.select or (0, 0, 0.0, "")
 
     @property
     def h(self):
@@ -62,7 +62,7 @@ def case(seed=0, experts=5, rank=4, k=2, temperature=0.0, tokens=6, centers=True
         numbers(experts * rank, OUTPUTS),
         numbers(experts * rank) if centers and not fixed else None,
         numbers(rows, width).abs() if rows else None,
-        None if fixed else ops.Choice(experts, min(k, experts), temperature),
+        None if fixed else ops.Selector(experts, min(k, experts), temperature),
     )
 
 
@@ -100,7 +100,7 @@ def test_each_backend_computes_the_reference(backend, given):
         added = ops.add_update(*given[:6], *given.numbers)
         in_place = given.out.clone()
         ops.add_update_(in_place, *given[1:6], *given.numbers)
-    torch.testing.assert_close(weighted, reference_ops.choose(given.h, given.centers, given.rows, given.choice))
+    torch.testing.assert_close(weighted, reference_ops.choose(given.h, given.centers, given.rows, given.select))
     torch.testing.assert_close(added, reference_ops.add_update(*given), rtol=1e-4, atol=1e-4)
     assert torch.equal(added, in_place)
 
@@ -119,7 +119,7 @@ def test_fixed_weights_are_those_of_the_reference(backend, tokens):
 @pytest.mark.parametrize("experts", [3, 9, 64])
 def test_of_equal_experts_the_first_are_taken(backend, tokens, experts):
     one = case(experts=1, tokens=tokens, centers=False, rows=0)
-    tied = one._replace(A=one.A.repeat(experts, 1), choice=ops.Choice(experts, 2, 0.0))
+    tied = one._replace(A=one.A.repeat(experts, 1), select=ops.Selector(experts, 2, 0.0))
     with by(backend), torch.no_grad():
         weighted = ops.choose(tied.h[:, :4].repeat(1, experts), None, None, *tied.numbers)
     taken = weighted.unflatten(-1, (experts, -1)).ne(0).any(-1)
@@ -145,7 +145,7 @@ def test_gradients_are_those_of_torch(backend, fixed):
     given = case(fixed=fixed, temperature=1.5)
     needs = [None if tensor is None else tensor.clone().requires_grad_() for tensor in given[:6]]
     wanted = [tensor for tensor in needs if tensor is not None]
-    slow = torch.autograd.grad(registered.add_update_by_torch(*needs, given.choice).square().sum(), wanted)
+    slow = torch.autograd.grad(registered.add_update_by_torch(*needs, given.select).square().sum(), wanted)
     with by(backend):
         fast = torch.autograd.grad(OPERATION.add_update(*needs, *given.numbers).square().sum(), wanted)
     for ours, theirs in zip(fast, slow, strict=True):
@@ -286,7 +286,7 @@ def test_a_plan_is_made_again_for_another_dtype():
 def test_a_call_without_a_plan_is_torchs_and_reported_once(caplog, monkeypatch):
     layer, x = layer_of(Spectr(top_k=2)), torch.randn(2, INPUTS)
     ops.report_once.cache_clear()
-    monkeypatch.setattr(dispatch, "make_plan", lambda *_, **__: pytest.fail("prepared in a call"))
+    monkeypatch.setattr(dispatch, "make_kernel_plan", lambda *_, **__: pytest.fail("prepared in a call"))
     held = layer.factors._replace(plan=None)
     with torch.no_grad(), caplog.at_level(logging.WARNING):
         for _ in range(2):

@@ -54,12 +54,12 @@ class World:
         assert packed_works(way.dtype)
         self.way, self.rank = way, rank
         self.A, self.B = self.factors(1)
-        self.ways = (select, *others)
-        self.centers = numbers(2, len(self.ways), E * rank, seed=3).to(way.dtype) if centred else None
-        self.scales = numbers(2, len(self.ways), E * rank, seed=11).abs() if others else None
+        self.selects = (select, *others)
+        self.centers = numbers(2, len(self.selects), E * rank, seed=3).to(way.dtype) if centred else None
+        self.scales = numbers(2, len(self.selects), E * rank, seed=11).abs() if others else None
         if self.scales is not None:
             self.scales[:, -1] = 0  # all alike
-        self.turns = torch.arange(TOKENS, dtype=torch.int32) % 5 % len(self.ways)
+        self.routers = torch.arange(TOKENS, dtype=torch.int32) % 5 % len(self.selects)
         self.granted = mask(numbers(TOKENS, 7, seed=4) > 0)
         self.granted[0], self.granted[1] = torch.nan, 1
         self.sampled = torch.tensor([8, 0, 1])[:requests]
@@ -67,10 +67,10 @@ class World:
         centers = [None, None] if self.centers is None else self.centers
         scales = [None, None] if self.scales is None else self.scales
         self.modules = [Module(*one) for one in zip(self.B, centers, (2, 102), scales, strict=True)]
-        ways = [TopKNumbers(one.k, one.temperature if one.weighting == "softmax" else 0.0) for one in self.ways]
+        selects = [TopKNumbers(one.k, one.temperature if one.weighting == "softmax" else 0.0) for one in self.selects]
         kept = (self.sampled, self.scores, self.weights) if requests else None
-        turns, most = self.turns if others else None, max(held, *(one.k for one in (*self.ways, TWO)))
-        self.choosing = Choosing(COLUMNS, self.granted, ways, turns, most, kept)
+        routers, most = self.routers if others else None, max(held, *(one.k for one in (*self.selects, TWO)))
+        self.choosing = Choosing(COLUMNS, self.granted, selects, routers, most, kept)
         self.packed = Packed(self.A, self.modules, self.choosing)
 
     def factors(self, seed):
@@ -90,10 +90,12 @@ class World:
         return reference_ops.add_packed(out, x, self.A, modules, self.choosing)
 
     def clear(self, scores_TSE):
-        """Tokens whose choice rounding does not turn: in bfloat16 ``A x`` and what is scored of it are rounded."""
+        """Tokens whose choice rounding does not change: in bfloat16 ``A x`` and what is scored of it are rounded."""
         masked = scores_TSE.masked_fill(~(self.granted[: len(scores_TSE), COLUMNS][:, None] >= 0), 0)
         order = torch.cat([masked.sort(descending=True).values, torch.zeros(*masked.shape[:2], 1)], -1)
-        k = torch.tensor([one.k for one in self.ways])[self.turns[: len(masked)].long()][:, None, None].expand(-1, 2, 1)
+        k = torch.tensor([one.k for one in self.selects])[self.routers[: len(masked)].long()][:, None, None].expand(
+            -1, 2, 1
+        )
         margin = order.gather(-1, k - 1) - order.gather(-1, k)
         few = order.gather(-1, k) == 0
         near = 1e-4 if self.way.dtype == torch.float32 else 5e-2
@@ -164,7 +166,7 @@ def test_each_token_is_scored_and_chosen_for_in_its_own_way(way, tokens):
     sure = clear[world.sampled]
     torch.testing.assert_close(world.scores, scores[world.sampled], rtol=near, atol=near)
     torch.testing.assert_close(world.weights[sure], weights[world.sampled][sure], rtol=near, atol=near)
-    world.turns.copy_(world.turns.flip(0))
+    world.routers.copy_(world.routers.flip(0))
     world.check(tokens)
 
 

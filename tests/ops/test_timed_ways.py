@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from compiled import needs_a_compiler
 from spectr.errors import SpectrError
-from spectr.ops import Choice, backend_for, make_plan, reference_ops, timing
+from spectr.ops import Selector, backend_for, make_kernel_plan, reference_ops, timing
 from spectr.ops.timing import Clock, LoadWatch, time_in_turn
 from spectr.ops.trials import Trials, measure
 from spectr.ops.way_times import TimedShapes
@@ -232,7 +232,7 @@ def test_a_plan_is_timed_once_for_all_layers_of_a_shape_and_all_processes(measur
         monkeypatch.setattr(backend, "_trials", Trials(backend, "test"))
         for _ in range(2):
             A, B = torch.randn(27, 24), torch.randn(27, 20).mT
-            reasons.append(make_plan(torch.nn.Linear(24, 20), A, B, None, Choice(9, 2, 0.0)).reason)
+            reasons.append(make_kernel_plan(torch.nn.Linear(24, 20), A, B, None, Selector(9, 2, 0.0)).reason)
         [file] = measured.glob("times-*.json")
         assert list(json.loads(file.read_text())) == [SHAPE.key]
     assert [reason.rpartition("(")[2] for reason in reasons] == ["timed now)"] * 2 + ["timed before)"] * 2
@@ -244,7 +244,9 @@ def test_nothing_is_timed_where_operations_are_counted(measured, monkeypatch):
     backend = backend_for("cpu").backend
     monkeypatch.setattr(backend, "_trials", Trials(backend, "test"))
     with FlopCounterMode(display=False):
-        plan = make_plan(torch.nn.Linear(24, 20), torch.randn(27, 24), torch.randn(27, 20).mT, None, Choice(9, 2, 0.0))
+        plan = make_kernel_plan(
+            torch.nn.Linear(24, 20), torch.randn(27, 24), torch.randn(27, 20).mT, None, Selector(9, 2, 0.0)
+        )
     assert "not timed" in plan.reason
     assert not measured.exists() or not list(measured.glob("times-*.json"))
 
@@ -291,17 +293,17 @@ def test_all_ways_choose_the_same(
     Bt, base = torch.randn(experts * rank, outputs, generator=chance), torch.nn.Linear(inputs, outputs)
     center = torch.randn(rank, generator=chance).repeat(experts) if centers else None
     prior = torch.rand(rows, experts, generator=chance) + 0.5 if rows and tokens % rows == 0 and not tied else None
-    choice = Choice(experts, min(k, experts), temperature)
+    select = Selector(experts, min(k, experts), temperature)
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setenv("SPECTR_KERNELS", way)
         backend = backend_for("cpu").backend
         patch.setattr(backend, "_trials", Trials(backend, "test"))
         if way not in backend.ways(torch.float32, True):
             return
-        whole = backend.fused_linear(base, A, Bt, center, choice)(x, prior)
+        whole = backend.fused_linear(base, A, Bt, center, select)(x, prior)
         out = base(x)
-        expected = reference_ops.add_update(out, x, A, Bt, center, prior, choice)
+        expected = reference_ops.add_update(out, x, A, Bt, center, prior, select)
         torch.testing.assert_close(whole, expected, rtol=1e-4, atol=1e-4)
         if way.startswith(TORCH):
-            assert backend.add_chosen(x, A, Bt, center, prior, out, choice)
+            assert backend.add_chosen(x, A, Bt, center, prior, out, select)
             torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)

@@ -8,7 +8,6 @@ from importlib.metadata import EntryPoint
 import pytest
 import torch
 
-import spectr
 from guided import DESCRIPTIONS, NAMES, embed, library_with_gates
 from models import types_unchecked
 from spectr import Arrow, Calibrated, Glider, Lag, Oracle, PromptPolicy, Shortlist, Spectr, compose, get_router
@@ -333,10 +332,3 @@ def test_old_names_of_options_work_with_a_warning(make, now, old):
 def test_an_option_by_both_names_is_refused():
     with pytest.raises(CompositionError, match="local is now token_router, and both were given"), pytest.warns():
         Glider(local=None, token_router=Spectr())
-
-
-def test_old_names_of_classes_work_with_a_warning():
-    with pytest.warns(DeprecationWarning, match=r"Everyone is now spectr\.selection\.All"):
-        assert spectr.selection.Everyone is spectr.selection.All
-    with pytest.warns(DeprecationWarning, match=r"GuidedRouter is now spectr\.routers\.PromptRouter"):
-        assert spectr.routers.GuidedRouter is spectr.routers.PromptRouter

@@ -12,7 +12,7 @@ import uvicorn
 
 from spectr import Calibrated, compose
 from spectr.composition.multi_router import MultiRouter
-from spectr.serving.catalog import Policy
+from spectr.serving.catalog import AccessPolicy
 from spectr.serving.engines import Step
 from spectr.serving.engines.transformers import TransformersEngine
 from spectr.serving.gateway import Gateway
@@ -26,7 +26,7 @@ ALL, CATS, NONE, BASE, ADMIN = (
     "sk-base-alone",
     "sk-administrator",
 )
-POLICY = Policy.model_validate(
+POLICY = AccessPolicy.model_validate(
     {
         "keys": [
             {"name": "all", "key": ALL, "experts": "*", "base": True},

@@ -7,7 +7,7 @@ import pytest
 
 from inner import chat, error_of
 from serving import ADMIN, ALL, CATS, POLICY
-from spectr.serving.catalog import Policy
+from spectr.serving.catalog import AccessPolicy
 from spectr.serving.gateway import Gateway
 
 
@@ -47,7 +47,7 @@ def test_administrators_remove_experts_and_nobody_else_does(ask, engine):
 
 
 def test_an_administrator_sees_what_can_be_removed_without_any_expert_of_its_own(ask):
-    policy = Policy.model_validate({"keys": [{"name": "operations", "key": ADMIN, "admin": True}]})
+    policy = AccessPolicy.model_validate({"keys": [{"name": "operations", "key": ADMIN, "admin": True}]})
     assert ask("GET", "/v1/models", ADMIN, policy).json()["data"] == []
     ants, bees, cats = ask("GET", "/v1/experts", ADMIN, policy).json()["data"]
     assert ants == ask("GET", "/v1/experts/ants", ADMIN, policy).json() == {"id": "ants", "object": "expert"}

@@ -10,7 +10,6 @@ from spectr import ExpertLibrary
 from spectr.adapters import read_adapter
 from spectr.errors import AdapterError
 from spectr.layers.base_layers import ModelLayers
-from spectr.serving import outliers
 from spectr.serving.outliers import outlier_scores, outliers_among, spectral_norm
 from spectr.shipped import shipped_experts
 from text_model import make_model
@@ -74,9 +73,3 @@ def test_the_score_is_the_modified_z_score():
 def test_no_shipped_expert_is_an_outlier():
     library = ExpertLibrary.open(shipped_experts())
     assert outliers_among(library[name] for name in library) == {}
-
-
-@pytest.mark.parametrize(("old", "new"), [("suspicion", outlier_scores), ("suspicious", outliers_among)])
-def test_old_names_warn_and_work(old, new):
-    with pytest.warns(DeprecationWarning, match=f"{old} is now spectr.serving.outliers"):
-        assert getattr(outliers, old) is new

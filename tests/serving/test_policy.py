@@ -5,7 +5,7 @@ import hashlib
 import pytest
 
 from spectr.errors import DataError
-from spectr.serving.catalog import Policy, read_policy
+from spectr.serving.catalog import AccessPolicy, read_policy
 
 GOOD = """
 keys:
@@ -169,5 +169,5 @@ def test_experts_that_are_not_there_are_all_reported(policy):
 
 
 def test_a_key_is_not_shown_by_its_repr():
-    policy = Policy.model_validate({"keys": [{"name": "a", "key": "sk-secret-1"}]})
+    policy = AccessPolicy.model_validate({"keys": [{"name": "a", "key": "sk-secret-1"}]})
     assert "sk-secret" not in repr(policy)

@@ -94,7 +94,7 @@ def fused_for(expert: Expert, names: ParameterNames) -> Expert:
     if not taken:
         return expert
     _check_products(expert, [found[name] for name in taken])
-    kept, left_out = ({n: s for n, s in held.items() if n not in taken} for held in (expert.shapes, expert.left_out))
+    kept, left_out = ({n: s for n, s in each.items() if n not in taken} for each in (expert.shapes, expert.left_out))
     file_names |= {name: old for name, old in expert.file_names.items() if name not in taken}
     marked = {name: shape._replace(of_parameter=True) for name, shape in shapes.items()}
     shapes = dict(sorted({**kept, **marked}.items()))
@@ -211,7 +211,7 @@ def named_for(expert: Expert, naming: Naming) -> Expert:
     if config is None:
         return expert
     counts = [Counter(names.values()), Counter(map(naming.of, expert.saved))]
-    twice = [new for held in counts for new, count in held.items() if count > 1]
+    twice = [new for count_of in counts for new, count in count_of.items() if count > 1]
     if twice:
         raise AdapterError(
             f"expert '{expert.name}' has tensors of {twice[0]} twice: under this name and under an older one",

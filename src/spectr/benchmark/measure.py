@@ -98,17 +98,17 @@ def measure(
         (subject.name, work.name): _taken(filled[work.name], subject, work) for subject in subjects for work in decoded
     }
     total, done = (rounds + 2) * len(subjects) * len(works), 0
-    for turn in range(-2, rounds):
+    for number in range(-2, rounds):
         for place in range(len(subjects)):
-            subject = subjects[(place + max(turn, 0)) % len(subjects)]
+            subject = subjects[(place + max(number, 0)) % len(subjects)]
             for work in works:
                 key = (subject.name, work.name)
                 cache = caches.get(key, _EMPTY)
-                if turn == -1:
+                if number == -1:
                     peaks[key] = peak_bytes(subject.model, work, cache)
                 else:
                     seconds = timed(subject.model, work, cache)
-                    if turn >= 0:
+                    if number >= 0:
                         found.setdefault(key, []).append(seconds)
                 done += 1
                 progress(done, total, f"{subject.name}, {work.name}")

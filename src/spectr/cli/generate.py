@@ -155,8 +155,9 @@ def _answer(
     from spectr.layers import trace
     from spectr.models.generate import stream_answer
 
-    with trace(routed.model) as record:
-        answer = stream_answer(routed.model, tokenizer, turns, max_new_tokens=max_new_tokens, temperature=temperature)
+    model: Any = routed.model
+    with trace(model) as record:
+        answer = stream_answer(model, tokenizer, turns, max_new_tokens=max_new_tokens, temperature=temperature)
     leaders = sorted(record.shares().items(), key=lambda item: -item[1])[:3]
     remark = routed.prompt.remark if routed.prompt else None
     shown = remark or ", ".join(f"{name} {share:.0%}" for name, share in leaders)

@@ -14,7 +14,7 @@ from spectr.errors import CompositionError
 from spectr.layers.multi_routed import COMPOSED
 from spectr.library import ExpertLibrary
 from spectr.library.needs import CALIBRATED, DESCRIBED
-from spectr.paging import DEFAULT_POLICY, Policy, get_policy
+from spectr.paging import DEFAULT_POLICY, EvictionPolicy, get_policy
 from spectr.routers import Router, Spectr, check_needs, residents
 from spectr.routers.version1 import adapted
 
@@ -29,7 +29,7 @@ def compose(
     progress: Progress = lambda *_: None,
     guide: Guide | None = None,
     expert_memory: int | None = None,
-    policy: Policy | None = None,
+    policy: EvictionPolicy | None = None,
 ) -> Routed:
     """Route a model's linear layers through a library's experts, in place.
 

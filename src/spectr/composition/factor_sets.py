@@ -50,13 +50,13 @@ class FactorSets:
 
     def table(self, names: tuple[str, ...]) -> Table:
         """Every layer's factors of these experts; computed if they are missing or the layers changed."""
-        held = tuple(layer.factors for layer in self._layers)
+        current = tuple(layer.factors for layer in self._layers)
         with self._lock:
             found = self._tables.get(names)
-            if found is None or any(a is not b for a, b in zip(found[0], held, strict=True)):
+            if found is None or any(a is not b for a, b in zip(found[0], current, strict=True)):
                 self._forget(room=1)
                 with outside_inference_mode():
-                    found = self._tables[names] = held, self._make(self._layers, names)
+                    found = self._tables[names] = current, self._make(self._layers, names)
             self._tables.move_to_end(names)
             self._forget()
         return found[1]

@@ -13,7 +13,7 @@ from spectr.adapters.naming import Naming
 from spectr.composition.parameter_names import ModelParameters, renamings, transforms_of
 from spectr.layers.carried import check_bare
 
-Rule = Callable[[str], str]
+Rename = Callable[[str], str]
 _SUFFIX = ".lora_A.weight"  # patterns may match the text after a module's name
 
 
@@ -42,7 +42,7 @@ class _Renamed:
         self._model = model
 
     @cached_property
-    def _rules(self) -> list[Rule]:
+    def _rules(self) -> list[Rename]:
         return _rules(self._model)
 
     def __call__(self, module: str) -> str:
@@ -57,12 +57,12 @@ class _Renamed:
         return {"_model": self._model}
 
 
-def _rules(model: Any) -> list[Rule]:
+def _rules(model: Any) -> list[Rename]:
     older = getattr(model, "_checkpoint_conversion_mapping", None) or {}
     return [_first_of(older)] if older else renamings(transforms_of(model))
 
 
-def _first_of(mapping: dict[str, str]) -> Rule:
+def _first_of(mapping: dict[str, str]) -> Rename:
     """Replace the first pattern that matches a key, as transformers 4 did."""
 
     def rule(key: str) -> str:

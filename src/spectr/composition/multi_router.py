@@ -104,9 +104,9 @@ class MultiRouter:
                 layer.share(theirs[module])
 
 
-def check_alike(held: Mapping[str, Sequence[str]]) -> None:
+def check_alike(experts_of: Mapping[str, Sequence[str]]) -> None:
     """Raise :class:`CompositionError` for a router that holds other experts than the first router."""
-    (first, experts), *others = held.items()
+    (first, experts), *others = experts_of.items()
     for name, found in others:
         if tuple(found) != tuple(experts):
             raise CompositionError(

@@ -23,7 +23,7 @@ from spectr.layers.plan import make_plan
 from spectr.layers.routed_linear import RoutedLinear
 from spectr.layers.saved_module import SavedModule
 from spectr.library import ExpertLibrary
-from spectr.paging import ExpertCache, Policy
+from spectr.paging import EvictionPolicy, ExpertCache
 from spectr.prompts.bounds import CertainProbe, Certainty
 from spectr.prompts.decision import PromptDecision
 from spectr.prompts.probe import Probe, Scorer
@@ -55,7 +55,7 @@ class Paged(Routed):
         progress: Progress,
         *,
         expert_memory: int,
-        policy: Policy,
+        policy: EvictionPolicy,
     ):
         assert router.policy is not None
         evidence, self._use = router.policy.evidence, router.policy.use
@@ -94,9 +94,10 @@ class Paged(Routed):
         assert known is not None
         uncalled = self._reads.outside
         plan = make_plan(self.model, _specimens(library, names, uncalled), router, uncalled=uncalled)
-        held = self.layers
+        layers = self.layers
         bases = {
-            module: held[module].base if module in held else self.model.get_submodule(module) for module in plan.modules
+            module: layers[module].base if module in layers else self.model.get_submodule(module)
+            for module in plan.modules
         }
         self._places = {module: placement(base, self.model) for module, base in bases.items()}
         self._base_layers = ModelLayers(self.model, library.folder)

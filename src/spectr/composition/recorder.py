@@ -38,7 +38,7 @@ class Recorder:
     def __init__(self, layers: Sequence[RoutedLinear], rows: tuple[int, ...], in_full: bool):
         self._rows, self._in_full = rows, in_full
         self._numbers = {layer: number for number, layer in enumerate(layers)}
-        self._held: list[tuple[str, ...]] = [()] * len(layers)
+        self._experts: list[tuple[str, ...]] = [()] * len(layers)
         self._found: dict[int, tuple[Tensor, Tensor]] = {}
 
     def observe(self, layer: RoutedLinear, x: LayerInput) -> None:
@@ -46,13 +46,13 @@ class Recorder:
         call = layer.in_force()
         if call.factors is not None and call.shown is not None:
             number = self._numbers[layer]
-            self._held[number] = call.shown.experts
+            self._experts[number] = call.shown.experts
             self._found[number] = _explain(layer, x, call, self._rows)
 
     def routings(self) -> list[TokenRouting]:
         """The decisions for each token."""
         scores, weights = ({number: pair[part] for number, pair in self._found.items()} for part in (0, 1))
-        return token_routings(self._held, len(self._rows), weights, scores if self._in_full else None)
+        return token_routings(self._experts, len(self._rows), weights, scores if self._in_full else None)
 
 
 def token_routings(

@@ -283,13 +283,13 @@ class Routed:
         check_needs(self.router, library, names)
         report_unmeasured(self.policy, library, plan.modules)
         side = side_data(self._token_router, library, names)
-        held, use = self.layers, None if self.policy is None else self.policy.use
+        before, use = self.layers, None if self.policy is None else self.policy.use
         layers, router = ModelLayers(self.model, library.folder), self._token_router
         fresh: dict[str, RoutedLinear] = {}
         with ExitStack() as files:
             readers = {name: files.enter_context(expert.open_on(layers)) for name, expert in experts.items()}
             for done, (module, users) in enumerate(plan.modules.items(), start=1):
-                layer = held.get(module)
+                layer = before.get(module)
                 known = router.shares(layer.stack()) if layer and layer.can_share else {}
                 parts = {name: known[name] for name in users if name in known}
                 missing = {name: readers[name] for name in users if name not in parts}

@@ -90,10 +90,10 @@ def find_experts(
             rows = [dict(zip(routed.experts, row, strict=True)) for row in evidence_BE.tolist()]
             found += [_finding(row, expert, p) for row, p in zip(rows, p_B, strict=True)]
             continue
-        held = nullcontext()
+        decided = nullcontext()
         if routed.prompt and read is not None:  # read once, not once more by the call below
-            held = routed.prompt.using(routed.prompt.policy.verdict(read))
-        with trace(model) as record, held:
+            decided = routed.prompt.using(routed.prompt.policy.verdict(read))
+        with trace(model) as record, decided:
             model(**batch, use_cache=False, logits_to_keep=1)
         real_BT = record.mask & (record.mask.cumsum(1) > skip)
         for row in range(len(real_BT)):

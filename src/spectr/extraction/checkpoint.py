@@ -217,7 +217,7 @@ class Piece(NamedTuple):
         for start in range(0, self.shape[0], step):
             yield whole[start : start + step]
 
-    def held(self, checkpoint: Checkpoint) -> int:
+    def memory(self, checkpoint: Checkpoint) -> int:
         """Bytes in memory at a time in addition to a block: what is converted, and the result."""
         headers = [checkpoint.tensors[key] for key in self.source.keys] if self.source.convert else []
         return 2 * sum(header.bytes for header in headers)

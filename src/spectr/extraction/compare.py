@@ -39,9 +39,9 @@ class Pair:
         """The shape in both checkpoints; if tensors are joined, that of the first."""
         return self.parts[0][0].shape
 
-    def held(self, base: Checkpoint, tuned: Checkpoint) -> int:
-        """Bytes in memory at a time in addition to blocks; see :meth:`spectr.extraction.checkpoint.Piece.held`."""
-        return max(old.held(base) + new.held(tuned) for old, new in self.parts)
+    def memory(self, base: Checkpoint, tuned: Checkpoint) -> int:
+        """Bytes in memory at a time in addition to blocks; see :meth:`spectr.extraction.checkpoint.Piece.memory`."""
+        return max(old.memory(base) + new.memory(tuned) for old, new in self.parts)
 
     def blocks(self, base: Rows, tuned: Rows) -> Iterator[tuple[Tensor, Tensor]]:
         """Both, block by block."""

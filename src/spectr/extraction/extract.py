@@ -69,12 +69,12 @@ def extract(
     old, new = read_checkpoint(locate_model(base)), read_checkpoint(locate_model(tuned))
     architecture = read_architecture(old.folder, called_only=settings.called_only)
     pairs = pair_up(old, new, architecture)
-    held = _held(pairs, old, new, settings)
+    reading = _reading(pairs, old, new, settings)
     with old.open() as old_rows, new.open() as new_rows:
         found = measure(pairs, old_rows, new_rows, lambda done, total: progress("comparing", done, total, ""))
         left = _left(found, unmatched(old, new, architecture))
         changed = _changed(found, left, settings)
-        methods = plan([linear for one in changed if (linear := one.pair.linear)], settings, held)
+        methods = plan([linear for one in changed if (linear := one.pair.linear)], settings, reading)
         factors, modules = _factorise(changed, methods, old_rows, new_rows, settings, progress)
     config = _config(modules, architecture, base_model or str(base))
     remarks = _remarks(old, new, architecture, modules, settings)
@@ -90,9 +90,9 @@ def extract(
     return report
 
 
-def _held(pairs: Sequence[Pair], old: Checkpoint, new: Checkpoint, settings: Extraction) -> dict[str, int]:
+def _reading(pairs: Sequence[Pair], old: Checkpoint, new: Checkpoint, settings: Extraction) -> dict[str, int]:
     """By module the bytes that reading it takes in addition to blocks, as its names differ in file and model."""
-    needs = {pair: pair.held(old, new) for pair in pairs}
+    needs = {pair: pair.memory(old, new) for pair in pairs}
     most = max(needs, key=needs.__getitem__)
     if needs[most] > settings.max_memory:
         raise ExtractionError(

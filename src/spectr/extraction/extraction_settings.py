@@ -140,7 +140,7 @@ class Plan:
     need: int
 
 
-def plan(layers: Sequence[Linear], settings: Extraction, held: Mapping[str, int] = MappingProxyType({})) -> Plan:
+def plan(layers: Sequence[Linear], settings: Extraction, reading: Mapping[str, int] = MappingProxyType({})) -> Plan:
     """Choose a method for each module.
 
     A module needs its difference in float32, and the larger of what reading and the SVD need. All factors are kept
@@ -149,13 +149,13 @@ def plan(layers: Sequence[Linear], settings: Extraction, held: Mapping[str, int]
     Args:
         layers: The modules.
         settings: Of the extraction.
-        held: By module, further bytes for reading it, if its tensors must be converted.
+        reading: By module, further bytes for reading it, if its tensors must be converted.
 
     Raises:
         ExtractionError: A module does not fit into ``max_memory``; names the one that needs most.
     """
     factors = _factors(layers, settings)
-    needs = {layer.module: _by_method(layer, settings, held.get(layer.module, 0)) for layer in layers}
+    needs = {layer.module: _by_method(layer, settings, reading.get(layer.module, 0)) for layer in layers}
     methods = {layer.module: _method(layer, needs[layer.module], factors, settings) for layer in layers}
     whole = {module: factors + needs[module][method] for module, method in methods.items()}
     most = max(whole, key=whole.__getitem__)
@@ -171,10 +171,10 @@ def _factors(layers: Iterable[Linear], settings: Extraction) -> int:
     return 2 * size * sum(min(most, o, i) * (o + i) for _, o, i, _ in layers)
 
 
-def _by_method(layer: Linear, settings: Extraction, held: int) -> dict[str, int]:
+def _by_method(layer: Linear, settings: Extraction, converted: int) -> dict[str, int]:
     _, outputs, inputs, _ = layer
     delta = _FLOAT * outputs * inputs
-    reading = held + _READING * min(delta, _FLOAT * max(BLOCK, outputs, inputs))
+    reading = converted + _READING * min(delta, _FLOAT * max(BLOCK, outputs, inputs))
     width = sketch_width(outputs, inputs, settings.most, settings.oversampling)
     return {
         "exact": delta + max(reading, exact_bytes(outputs, inputs)),

@@ -81,7 +81,7 @@ class BatchRouting:
     base_only: bool = False
     observe: Observe | None = None
     _calls: dict[RoutedLinear, LayerCall] = field(default_factory=dict, init=False, repr=False)
-    _held: dict[tuple[str, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
+    _only: dict[tuple[str, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
     _alike: dict[tuple[Any, ...], LayerCall] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
@@ -90,16 +90,16 @@ class BatchRouting:
         rows_BTE = self.weights_BTE if self.weights_BTE is not None else self.among_BTE
         return rows_BTE is not None and int((rows_BTE != 0).flatten(0, 1).any(0).sum()) > 1
 
-    def held(self, experts: tuple[str, ...]) -> Int[Tensor, "B T"]:
+    def only_expert(self, experts: tuple[str, ...]) -> Int[Tensor, "B T"]:
         """For each row, the index of the one expert among these that it holds; -1 if it holds none of them.
 
         Raises:
             CompositionError: A row mixes one of them with others, or holds a part of it.
         """
-        known = self._held.get(experts)
+        known = self._only.get(experts)
         if known is None:
             with outside_inference_mode():
-                known = self._held[experts] = self._numbers(experts)
+                known = self._only[experts] = self._numbers(experts)
         return known
 
     def _numbers(self, experts: tuple[str, ...]) -> Int[Tensor, "B T"]:
@@ -147,11 +147,11 @@ class BatchRouting:
         return known
 
     def _of(self, layer: RoutedLinear) -> LayerCall:
-        held = layer.factors
-        factors = held if self.factors is None else self.factors.get(layer)
+        own = layer.factors
+        factors = own if self.factors is None else self.factors.get(layer)
         if self.base_only or factors is None:
-            return LayerCall(None, held, observe=self.observe)
-        shown = held or factors
+            return LayerCall(None, own, observe=self.observe)
+        shown = own or factors
         key = (factors.experts, factors.ranks, shown.experts, factors.A_PI.device, factors.A_PI.dtype)
         alike = self._alike.get(key)  # layers of the same experts and ranks share tensors
         if alike is None:

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from spectr.combine import merge_outputs
-from spectr.ops import Choice, Plan, make_plan
+from spectr.ops import KernelPlan, Selector, make_kernel_plan
 from spectr.ops.add_outputs import gathering_pays
 from spectr.routers.router import LengthRouter, Router, ShortlistRouter
 from spectr.routers.use import Use
@@ -58,7 +58,7 @@ class Factors(NamedTuple):
     shift_EO: Float[Tensor, "E O"] | None = None
     raw_A_PI: Float[Tensor, "_ I"] | None = None
     raw_B_OP: Float[Tensor, "O _"] | None = None
-    plan: Plan | None = None
+    plan: KernelPlan | None = None
 
     @staticmethod
     def of(stack: Stack, router: Router) -> Factors:
@@ -154,13 +154,13 @@ class Factors(NamedTuple):
         """
         refusal = self._refusal(router, use, fixed)
         if fixed or refusal:
-            return self._replace(plan=make_plan(base, self.A_PI, self.B_OP, refusal=refusal))
+            return self._replace(plan=make_kernel_plan(base, self.A_PI, self.B_OP, refusal=refusal))
         select = router.selection
         assert isinstance(select, TopK)
         temperature = select.temperature if select.weighting == "softmax" else 0.0
-        choice = Choice(len(self.experts), min(select.k, len(self.experts)), temperature, router.rule)
+        numbers = Selector(len(self.experts), min(select.k, len(self.experts)), temperature, router.rule)
         assert isinstance(router, LengthRouter)
-        return self._replace(plan=make_plan(base, self.A_PI, self.B_OP, router.lengths(self).centers_P, choice))
+        return self._replace(plan=make_kernel_plan(base, self.A_PI, self.B_OP, router.lengths(self).centers_P, numbers))
 
     def _refusal(self, router: Router, use: Use | None, fixed: bool) -> str:
         """Why no kernel can compute what the router needs; empty if one may."""

@@ -19,7 +19,7 @@ def restored(model: nn.Module) -> Iterator[None]:
     """
     attributes = {module: dict(vars(module)) for module in model.modules()}
     values = (value for own in attributes.values() for value in own.values())
-    held = [(value, value.copy()) for value in values if type(value) in _CONTAINERS]
+    contents = [(value, value.copy()) for value in values if type(value) in _CONTAINERS]
     with_gradient = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
         yield
@@ -27,7 +27,7 @@ def restored(model: nn.Module) -> Iterator[None]:
         for module, own in attributes.items():
             vars(module).clear()
             vars(module).update(own)
-        for container, content in held:  # the same ones, as handles of hooks refer to them
+        for container, content in contents:  # the same ones, as handles of hooks refer to them
             container.clear()
             container.update(content)
         for parameter, needs in with_gradient.items():

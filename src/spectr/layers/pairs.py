@@ -81,8 +81,8 @@ class Pairs(NamedTuple):
         whole = _mapped(call, lambda rows_BTX: self._rows(rows_BTX, layer))._replace(observe=None)
         for matrix, rows in self.groups():
             part = _mapped(whole, lambda some, rows=rows: some if some.shape[1] == 1 else some[:, rows])
-            held = (None if held is None else held.of_matrix(matrix) for held in (call.factors, call.shown))
-            yield self.x_SI[rows], rows, part._replace(**dict(zip(("factors", "shown"), held, strict=True)))
+            own = (None if factors is None else factors.of_matrix(matrix) for factors in (call.factors, call.shown))
+            yield self.x_SI[rows], rows, part._replace(**dict(zip(("factors", "shown"), own, strict=True)))
 
     def _rows(self, rows_BTX: Tensor, layer: nn.Module) -> Tensor:
         if rows_BTX.shape[:2] == (1, 1):

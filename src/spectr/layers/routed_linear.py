@@ -67,13 +67,13 @@ class RoutedLinear(nn.Module):
 
     def fill(self, stack: Stack | None) -> None:
         """Replace the experts; without any, the layer is its base layer."""
-        held = None if stack is None else Factors.of(stack, self.router)
-        self._prepared_dtype = None if held is None else held.A_PI.dtype
+        factors = None if stack is None else Factors.of(stack, self.router)
+        self._prepared_dtype = None if factors is None else factors.A_PI.dtype
         self._buffers.clear()
-        tensors = {} if held is None else held.tensors()
+        tensors = {} if factors is None else factors.tensors()
         for name in dict.fromkeys((*_BUFFERS, *tensors)):
             self.register_buffer(name, tensors.get(name), persistent=False)
-        self._keep(held)
+        self._keep(factors)
 
     def _keep(self, factors: Factors | None) -> None:
         if factors is not None:
@@ -111,14 +111,14 @@ class RoutedLinear(nn.Module):
 
     def prepare(self) -> None:
         """Make a new plan: the factors moved or were cast, or the kernels changed."""
-        held = self.call.factors
-        if held is not None:
-            self._keep(held.with_tensors(self._buffers))  # pyright: ignore[reportArgumentType]
+        factors = self.call.factors
+        if factors is not None:
+            self._keep(factors.with_tensors(self._buffers))  # pyright: ignore[reportArgumentType]
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: plans contain memory addresses and are made again."""
-        held = self.call.factors
-        plain = None if held is None else held._replace(plan=None)
+        factors = self.call.factors
+        plain = None if factors is None else factors._replace(plan=None)
         return {**vars(self), "call": LayerCall(plain, plain)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -137,8 +137,8 @@ class RoutedLinear(nn.Module):
     @property
     def experts(self) -> tuple[str, ...]:
         """Names of the experts that it holds."""
-        held = self.call.factors
-        return () if held is None else held.experts
+        factors = self.call.factors
+        return () if factors is None else factors.experts
 
     @property
     def can_share(self) -> bool:
@@ -164,17 +164,17 @@ class RoutedLinear(nn.Module):
 
     def route(self, x: Float[Tensor, "*T I"]) -> Decision:
         """Score the experts for each token and choose. Tokens are all leading axes of ``x``."""
-        h_TP, scores_TE = self._score(x, self._held())
+        h_TP, scores_TE = self._score(x, self._own())
         return Decision(h_TP, scores_TE, self.select(scores_TE))
 
     def scores(self, x: LayerInput) -> Float[Tensor, "*T E"]:
         """Scores of the experts for each token, float32."""
-        held = self._held()
+        factors = self._own()
         if isinstance(x, Pairs):
-            return torch.cat([self._score(x.x_SI[rows], held.of_matrix(j))[1] for j, rows in x.groups()])
+            return torch.cat([self._score(x.x_SI[rows], factors.of_matrix(j))[1] for j, rows in x.groups()])
         if "h" in self.router.reads:
-            return self._score(x, held)[1]
-        return self.router.scores(held, x.to(held.A_PI.device, held.A_PI.dtype), x.new_empty(0), None)
+            return self._score(x, factors)[1]
+        return self.router.scores(factors, x.to(factors.A_PI.device, factors.A_PI.dtype), x.new_empty(0), None)
 
     def explain(self, x: LayerInput, call: LayerCall | None = None) -> Decision:
         """The routing of these tokens: the router's scores, and the chosen or fixed weights.
@@ -197,10 +197,10 @@ class RoutedLinear(nn.Module):
             return Decision(h_TP, scores_TE, torch.zeros_like(scores_TE))
         return Decision(h_TP, scores_TE, self._weights(scores_TE, x, call))
 
-    def _held(self) -> Factors:
-        held = self.call.factors
-        assert held is not None, "the layer holds no expert"
-        return held
+    def _own(self) -> Factors:
+        factors = self.call.factors
+        assert factors is not None, "the layer holds no expert"
+        return factors
 
     def _score(
         self, x: Float[Tensor, "*T I"], factors: Factors, allowed_TE: Tensor | None = None
@@ -267,7 +267,7 @@ class RoutedLinear(nn.Module):
             if not is_compiling():
                 report_once(NOT_PREPARED)
             return None
-        if plan.backend is None or call.among_BTE is not None or (plan.choice is None) is (fixed is None):
+        if plan.backend is None or call.among_BTE is not None or (plan.select is None) is (fixed is None):
             return None
         rows = call.prior_BTE if fixed is None else fixed.weights_BTP
         if rows is not None and not _fits(rows, self, x):
@@ -297,7 +297,7 @@ class RoutedLinear(nn.Module):
         if factors is None or call.observe is not None or call.among_BTE is not None or call.some_base:
             return None  # rows of the base model get what its own layer computes, to the last digit
         plan = factors.plan
-        if plan is None or plan.linear is None or (plan.choice is None) is (fixed is None):
+        if plan is None or plan.linear is None or (plan.select is None) is (fixed is None):
             return None
         rows = call.prior_BTE if fixed is None else fixed.weights_BTP
         return plan.linear(x, rows) if rows is None or _fits(rows, self, x) else None
@@ -339,13 +339,13 @@ class RoutedLinear(nn.Module):
         if factors is None:
             return 0
         plan = factors.plan
-        by_kernels = plan is not None and plan.backend is not None and plan.choice is not None
+        by_kernels = plan is not None and plan.backend is not None and plan.select is not None
         chosen = factors.rows_ER is not None or by_kernels
         return factors.bytes_read(min(1.0, tokens * (self.select.k or 1) / len(factors.experts)) if chosen else 1.0)
 
     def stack(self) -> Stack:
         """Its experts; there must be at least one."""
-        return self._held().stack()
+        return self._own().stack()
 
     @property
     def weight(self) -> Tensor:

@@ -131,36 +131,36 @@ class SavedModule(nn.Module):
 
     def _read(self) -> Any:
         """What has the tensors of the expert that all rows hold."""
-        held = self._held()
-        if isinstance(held, Tensor):
+        chosen = self._chosen()
+        if isinstance(chosen, Tensor):
             raise CompositionError(
                 f"the model uses the weight of a {type(self.base).__name__} without calling it, experts have changed "
                 "it, and rows hold experts of their own",
                 expected="prompts of one expert in a batch",
                 do="run prompts of different experts one at a time",
             )
-        return self._of(held)
+        return self._of(chosen)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module of the expert that each row holds."""
-        held = self._held()
-        if not isinstance(held, Tensor):
-            return self._of(held)(*args, **kwargs)
+        chosen = self._chosen()
+        if not isinstance(chosen, Tensor):
+            return self._of(chosen)(*args, **kwargs)
         x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         if x is None:
             raise self._cannot("is given no tensor")
-        numbers = self._spread(held, x).to(x.device)
+        numbers = self._spread(chosen, x).to(x.device)
         by_row = numbers.numel() == len(numbers) == len(x) and not any(True for _ in self.base.children())
         return self._by_rows(numbers.flatten(), args, kwargs) if by_row else self._by_tokens(numbers, args, kwargs)
 
-    def _spread(self, held_BT: Tensor, x: Tensor) -> Tensor:
+    def _spread(self, chosen_BT: Tensor, x: Tensor) -> Tensor:
         """Rows' numbers so that they broadcast over the module's output."""
-        rows, tokens = held_BT.shape
+        rows, tokens = chosen_BT.shape
         if isinstance(self.base, nn.Embedding) and x.ndim == 2 and len(x) == 1 and rows > tokens == 1:
-            return held_BT.view(rows, 1, 1)  # positions, which all rows share
-        return spread(held_BT[..., None], self, x if x.is_floating_point() else x[..., None])
+            return chosen_BT.view(rows, 1, 1)  # positions, which all rows share
+        return spread(chosen_BT[..., None], self, x if x.is_floating_point() else x[..., None])
 
-    def _held(self) -> str | Int[Tensor, "B T"] | None:
+    def _chosen(self) -> str | Int[Tensor, "B T"] | None:
         """The expert of all rows, ``None`` for the base model's module; or numbers, -1 for that."""
         routing = thread.routing
         if routing is None:
@@ -171,11 +171,11 @@ class SavedModule(nn.Module):
                     do="call the model; or decide yourself: with routed.prompt.using(routed.prompt.decide(...)): ...",
                 )
             return self.only
-        held_BT = routing.held(self.experts)
-        first = int(held_BT.flatten()[0])
-        if bool((held_BT == first).all()):
+        chosen_BT = routing.only_expert(self.experts)
+        first = int(chosen_BT.flatten()[0])
+        if bool((chosen_BT == first).all()):
             return None if first < 0 else self.experts[first]
-        return held_BT
+        return chosen_BT
 
     def _of(self, expert: str | None) -> Callable[..., Any]:
         return self.base if expert is None else self._calls[expert]

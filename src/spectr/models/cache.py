@@ -25,27 +25,27 @@ class Room:
     def __init__(self) -> None:
         self._memory = torch.empty(0)
 
-    def add(self, held: Shaped[Tensor, "B H S D"], more: Shaped[Tensor, "B H T D"]) -> Shaped[Tensor, "B H U D"]:
-        """``held`` followed by ``more``, along the tokens.
+    def add(self, past: Shaped[Tensor, "B H S D"], more: Shaped[Tensor, "B H T D"]) -> Shaped[Tensor, "B H U D"]:
+        """``past`` followed by ``more``, along the tokens.
 
         Args:
-            held: The last result, or a part of it; anything else is copied.
+            past: The last result, or a part of it; anything else is copied.
             more: Numbers of the next tokens.
         """
-        before, after = held.shape[-2], held.shape[-2] + more.shape[-2]
-        if not self._begins_with(held) or after > self._memory.shape[-2]:
+        before, after = past.shape[-2], past.shape[-2] + more.shape[-2]
+        if not self._begins_with(past) or after > self._memory.shape[-2]:
             room = max(_LEAST, after // _SHARE)
             self._memory = more.new_empty(*more.shape[:-2], after + room, more.shape[-1])
-            self._memory[..., :before, :] = held
+            self._memory[..., :before, :] = past
         self._memory[..., before:after, :] = more
         return self._memory[..., :after, :]
 
-    def _begins_with(self, held: Tensor) -> bool:
+    def _begins_with(self, past: Tensor) -> bool:
         memory = self._memory
         if memory.is_inference() and not torch.is_inference_mode_enabled():
             return False  # it can no longer be written
-        alike = held.shape[:-2] == memory.shape[:-2] and held.stride() == memory.stride()
-        return alike and held.data_ptr() == memory.data_ptr()
+        alike = past.shape[:-2] == memory.shape[:-2] and past.stride() == memory.stride()
+        return alike and past.data_ptr() == memory.data_ptr()
 
 
 class GrowingLayer(DynamicLayer):

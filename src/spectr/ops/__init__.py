@@ -7,13 +7,13 @@ kept in the cache folder, and Triton for GPUs. :mod:`spectr.ops.dispatch` select
 reason. Compiled graphs call the operations of :mod:`spectr.ops.registered`.
 """
 
-from spectr.ops.backend import Backend, Choice, FusedLinear
+from spectr.ops.backend import Backend, FusedLinear, Selector
 from spectr.ops.dispatch import (
     NOT_PREPARED,
+    KernelPlan,
     Offer,
-    Plan,
     backend_for,
-    make_plan,
+    make_kernel_plan,
     report_once,
     update_by_kernels,
     without_kernels,
@@ -23,15 +23,15 @@ from spectr.ops.registered import add_update, add_update_, choose
 __all__ = [
     "NOT_PREPARED",
     "Backend",
-    "Choice",
     "FusedLinear",
+    "KernelPlan",
     "Offer",
-    "Plan",
+    "Selector",
     "add_update",
     "add_update_",
     "backend_for",
     "choose",
-    "make_plan",
+    "make_kernel_plan",
     "report_once",
     "update_by_kernels",
     "without_kernels",

@@ -72,7 +72,7 @@ static inline void lay_rows_f32(const float *from, long rows, long columns, int 
 }
 
 /* 4 words of 16 rows, which are `stride` bytes apart, turned. */
-static inline void turn(const void *from, long stride, __m512 turned[4]) {
+static inline void transpose(const void *from, long stride, __m512 turned[4]) {
 #define WORDS(r) _mm_loadu_ps((const float *)((const char *)from + (r) * stride))
   __m512 rows[4], pairs[4];
   for (int r = 0; r < 4; r++) { /* of rows r, r + 4, r + 8 and r + 12 */
@@ -113,8 +113,8 @@ static inline void lay_turned_f32(const float *from, long rows, long columns, in
     fetch_next(from + c, columns * sizeof *from, DEEP * sizeof *from);
     for (int q = 0; q < SIDE; q += 4) {
       __m512 first[4], second[4];
-      turn(at + q, apart * sizeof *at, first);
-      turn(at + SIDE + q, apart * sizeof *at, second);
+      transpose(at + q, apart * sizeof *at, first);
+      transpose(at + SIDE + q, apart * sizeof *at, second);
       for (int r = 0; r < 4; r++)
         for (int p = 0; p < parts; p++)
           _mm512_store_si512(to + p * TILE + (q + r) * DEEP, next_part(first + r, second + r, 0, p == parts - 1));
@@ -147,7 +147,7 @@ static inline void lay_turned_bf16(const uint16_t *from, long rows, long columns
     fetch_next(from + c, columns * sizeof *from, DEEP * sizeof *from);
     for (int q = 0; q < SIDE; q += 4) {
       __m512 turned[4];
-      turn(at + 2 * q, apart * sizeof *at, turned);
+      transpose(at + 2 * q, apart * sizeof *at, turned);
       for (int r = 0; r < 4; r++) _mm512_store_ps(to + (q + r) * DEEP, turned[r]);
     }
   }

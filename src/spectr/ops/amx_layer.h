@@ -39,7 +39,7 @@ static void NAME(score_side)(const struct layer *l, const struct tiles *s, const
   memset(scores, 0, experts * sizeof *scores);
   for (long p = 0, e = 0, r = 0; p < l->rows; p += 4) {
     __m512 turned[4];
-    turn(s->h + t * s->rows + p, s->rows * sizeof *s->h, turned);
+    transpose(s->h + t * s->rows + p, s->rows * sizeof *s->h, turned);
     for (long i = 0; i < 4 && p + i < l->rows; i++) {
       vector scored = turned[i];
       if (l->centers) {

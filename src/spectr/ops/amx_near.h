@@ -14,7 +14,7 @@ static inline void lay_rough(const uint16_t *from, long rows, long columns, uint
     }
     for (int q = 0; q < SIDE; q += 4) {
       __m512 turned[4];
-      turn(pairs + 2 * q, DEEP * sizeof *pairs, turned);
+      transpose(pairs + 2 * q, DEEP * sizeof *pairs, turned);
       for (int r = 0; r < 4; r++) _mm512_store_ps(to + (q + r) * DEEP, turned[r]);
     }
   }

@@ -17,7 +17,7 @@ from torch._C import (
 )
 
 
-class Choice(NamedTuple):
+class Selector(NamedTuple):
     """How a token chooses among experts.
 
     Attributes:
@@ -83,7 +83,7 @@ class Backend(ABC):
         return True
 
     def prepare(
-        self, A_PI: Tensor, Bt_PO: Tensor, centers_P: Tensor | None, choice: Choice | None, linear: FusedLinear | None
+        self, A_PI: Tensor, Bt_PO: Tensor, centers_P: Tensor | None, select: Selector | None, linear: FusedLinear | None
     ) -> str:
         """Compile and time the kernels for calls of this form, so that no call has to.
 
@@ -91,7 +91,7 @@ class Backend(ABC):
             A_PI: See :meth:`fused_linear`.
             Bt_PO: See :meth:`fused_linear`.
             centers_P: See :meth:`fused_linear`.
-            choice: See :meth:`fused_linear`.
+            select: See :meth:`fused_linear`.
             linear: The result of :meth:`fused_linear`.
 
         Returns:
@@ -100,14 +100,14 @@ class Backend(ABC):
         return ""
 
     @abstractmethod
-    def choose(self, h_TP: Tensor, centers_P: Tensor | None, prior_BE: Tensor | None, choice: Choice) -> bool:
+    def choose(self, h_TP: Tensor, centers_P: Tensor | None, prior_BE: Tensor | None, select: Selector) -> bool:
         """Overwrite ``h`` with ``w_t h_t`` for the chosen experts and with zero for the others.
 
         Args:
             h_TP: ``A x`` for all experts, (..., P), contiguous.
             centers_P: Subtracted from ``h`` before scoring, or ``None``.
             prior_BE: Multiplied with the scores, float32, or ``None``.
-            choice: How each token chooses.
+            select: How each token chooses.
 
         Returns:
             Whether it was done; if not, ``h`` is unchanged.
@@ -122,7 +122,7 @@ class Backend(ABC):
         centers_P: Tensor | None,
         prior_BE: Tensor | None,
         out: Tensor,
-        choice: Choice,
+        select: Selector,
     ) -> bool:
         """Add ``sum_t w_t B_t A_t x`` to ``out``, for the experts with the largest ``||A_t x - center_t||``.
 
@@ -133,7 +133,7 @@ class Backend(ABC):
             centers_P: See :meth:`choose`.
             prior_BE: See :meth:`choose`.
             out: The base layer's output, (..., O), contiguous; changed in place.
-            choice: See :meth:`choose`.
+            select: See :meth:`choose`.
 
         Returns:
             Whether it was done; if not, ``out`` is unchanged.
@@ -144,7 +144,7 @@ class Backend(ABC):
         return False
 
     def fused_linear(
-        self, base: nn.Module, A_PI: Tensor, Bt_PO: Tensor, centers_P: Tensor | None, choice: Choice | None
+        self, base: nn.Module, A_PI: Tensor, Bt_PO: Tensor, centers_P: Tensor | None, select: Selector | None
     ) -> FusedLinear | None:
         """Combine a base layer and its experts into one call.
 
@@ -153,7 +153,7 @@ class Backend(ABC):
             A_PI: Input factors; :meth:`know` is true of this tensor and the next.
             Bt_PO: Output factors, transposed.
             centers_P: Subtracted from ``A x`` before scoring, or ``None``.
-            choice: How tokens choose; ``None`` for fixed weights.
+            select: How tokens choose; ``None`` for fixed weights.
 
         Returns:
             The call, or ``None`` if the backend has none for such a layer.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from spectr.ops.backend import Backend, Choice, FusedLinear
+from spectr.ops.backend import Backend, FusedLinear, Selector
 from spectr.ops.compiling import load, machine
 from spectr.ops.fused_linear import Experts, FusedCpuLinear, Layer, Way, place
 from spectr.ops.trials import Trials
@@ -74,9 +74,9 @@ class CpuBackend(Backend):
                     ways[f"float+{name}"] = Way(base=linear_in_float, add=partial(add, linear_in_float))
         return ways
 
-    def choose(self, h_TP: Tensor, centers_P: Tensor | None, prior_BE: Tensor | None, choice: Choice) -> bool:
+    def choose(self, h_TP: Tensor, centers_P: Tensor | None, prior_BE: Tensor | None, select: Selector) -> bool:
         """See :meth:`Backend.choose`."""
-        experts, k, temperature, _ = choice
+        experts, k, temperature, _ = select
         layer = Layer(centers=place(centers_P), rows=h_TP.shape[-1], experts=experts, k=k, temperature=temperature)
         return self._choose(layer, h_TP, prior_BE)
 
@@ -94,11 +94,11 @@ class CpuBackend(Backend):
         centers_P: Tensor | None,
         prior_BE: Tensor | None,
         out: Tensor,
-        choice: Choice,
+        select: Selector,
     ) -> bool:
         """See :meth:`Backend.add_chosen`."""
-        experts = Experts(Layer.of(A_PI, Bt_PO, centers_P, choice), A_PI, Bt_PO, centers_P)
-        return self._add(shape_of(A_PI, Bt_PO, choice), experts, x, prior_BE, out)
+        experts = Experts(Layer.of(A_PI, Bt_PO, centers_P, select), A_PI, Bt_PO, centers_P)
+        return self._add(shape_of(A_PI, Bt_PO, select), experts, x, prior_BE, out)
 
     def add_weighted(self, x: Tensor, A_PI: Tensor, Bt_PO: Tensor, weights_BP: Tensor, out: Tensor) -> bool:
         """See :meth:`Backend.add_weighted`."""
@@ -124,19 +124,19 @@ class CpuBackend(Backend):
         return True
 
     def prepare(
-        self, A_PI: Tensor, Bt_PO: Tensor, centers_P: Tensor | None, choice: Choice | None, linear: FusedLinear | None
+        self, A_PI: Tensor, Bt_PO: Tensor, centers_P: Tensor | None, select: Selector | None, linear: FusedLinear | None
     ) -> str:
         """See :meth:`Backend.prepare`."""
-        return self._trials.reason(shape_of(A_PI, Bt_PO, choice), whole=linear is not None)
+        return self._trials.reason(shape_of(A_PI, Bt_PO, select), whole=linear is not None)
 
     def fused_linear(
-        self, base: nn.Module, A_PI: Tensor, Bt_PO: Tensor, centers_P: Tensor | None, choice: Choice | None
+        self, base: nn.Module, A_PI: Tensor, Bt_PO: Tensor, centers_P: Tensor | None, select: Selector | None
     ) -> FusedLinear | None:
         """See :meth:`Backend.fused_linear`."""
         if type(base) is not nn.Linear:
             return None
-        experts = Experts(Layer.of(A_PI, Bt_PO, centers_P, choice), A_PI, Bt_PO, centers_P)
-        return FusedCpuLinear(base, experts, self._trials.best(shape_of(A_PI, Bt_PO, choice)))
+        experts = Experts(Layer.of(A_PI, Bt_PO, centers_P, select), A_PI, Bt_PO, centers_P)
+        return FusedCpuLinear(base, experts, self._trials.best(shape_of(A_PI, Bt_PO, select)))
 
 
 def _add_at_once(function: Any, experts: Experts, x: Tensor, rows: Tensor | None, out: Tensor) -> bool:
@@ -150,10 +150,10 @@ def linear_in_float(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     return linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
 
-def shape_of(A_PI: Tensor, Bt_PO: Tensor, choice: Choice | None) -> Shape:
+def shape_of(A_PI: Tensor, Bt_PO: Tensor, select: Selector | None) -> Shape:
     """What a layer's time depends on."""
     (rows, inputs), outputs = A_PI.shape, Bt_PO.shape[1]
-    experts, k = (rows, 0) if choice is None else (choice.experts, choice.k)
+    experts, k = (rows, 0) if select is None else (select.experts, select.k)
     return Shape(A_PI.dtype, inputs, outputs, rows // experts, experts, k)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from spectr.ops.backend import Backend, Choice, FusedLinear
+from spectr.ops.backend import Backend, FusedLinear, Selector
 from spectr.ops.ways import switched_off, wanted
 
 _BACKENDS = {"cpu": "spectr.ops.cpu", "cuda": "spectr.ops.gpu"}
@@ -31,7 +31,7 @@ class Offer(NamedTuple):
     reason: str
 
 
-class Plan(NamedTuple):
+class KernelPlan(NamedTuple):
     """How the calls of one routed layer are computed.
 
     Attributes:
@@ -39,7 +39,7 @@ class Plan(NamedTuple):
         reason: Why this backend was selected.
         Bt_PO: Output factors, transposed, as kernels read them.
         centers_P: Subtracted from ``A x`` before scoring, or ``None``.
-        choice: How tokens choose; ``None`` for fixed weights.
+        select: How tokens choose; ``None`` for fixed weights.
         linear: One call for base layer and experts, or ``None``.
     """
 
@@ -47,7 +47,7 @@ class Plan(NamedTuple):
     reason: str
     Bt_PO: Tensor
     centers_P: Tensor | None = None
-    choice: Choice | None = None
+    select: Selector | None = None
     linear: FusedLinear | None = None
 
     @property
@@ -85,14 +85,14 @@ def backend_for(device: str) -> Offer:
     return Offer(backend, f"{backend.name} for {device}")
 
 
-def make_plan(
+def make_kernel_plan(
     base: nn.Module,
     A_PI: Tensor,
     B_OP: Tensor,
     centers_P: Tensor | None = None,
-    choice: Choice | None = None,
+    select: Selector | None = None,
     refusal: str = "",
-) -> Plan:
+) -> KernelPlan:
     """Select a backend for a layer and its experts, and let it compile and time its kernels.
 
     Args:
@@ -100,27 +100,27 @@ def make_plan(
         A_PI: Input factors of all experts.
         B_OP: Output factors of all experts; ``B_OP.mT`` is contiguous.
         centers_P: Subtracted from ``A x`` before scoring, or ``None``.
-        choice: How tokens choose; ``None`` for fixed weights.
+        select: How tokens choose; ``None`` for fixed weights.
         refusal: The reason if no kernel supports this router; empty otherwise.
     """
     Bt_PO = B_OP.mT
     backend, reason = Offer(None, "without kernels") if _without.get() else backend_for(A_PI.device.type)
-    if choice is not None and backend is not None and choice.rule not in backend.rules:
-        refusal = f"no kernel scores by the rule '{choice.rule}'"
+    if select is not None and backend is not None and select.rule not in backend.rules:
+        refusal = f"no kernel scores by the rule '{select.rule}'"
     if backend is not None and not refusal and not backend.know(A_PI, Bt_PO):
         refusal = f"no kernel for these tensors ({str(A_PI.dtype).removeprefix('torch.')}, {A_PI.device.type})"
     if backend is None or refusal:
-        return Plan(None, refusal or reason, Bt_PO, centers_P, choice)
-    linear = backend.fused_linear(base, A_PI, Bt_PO, centers_P, choice)
-    how = backend.prepare(A_PI, Bt_PO, centers_P, choice, linear)
+        return KernelPlan(None, refusal or reason, Bt_PO, centers_P, select)
+    linear = backend.fused_linear(base, A_PI, Bt_PO, centers_P, select)
+    how = backend.prepare(A_PI, Bt_PO, centers_P, select, linear)
     whole = "with" if linear is not None else f"after {type(base).__name__},"
-    work = "fixed weights" if choice is None else f"top {choice.k} of {choice.experts} by {choice.rule}"
+    work = "fixed weights" if select is None else f"top {select.k} of {select.experts} by {select.rule}"
     why = f"{reason}: {work}, {whole} the base layer{how and '; '}{how}"
-    return Plan(backend, why, Bt_PO, centers_P, choice, linear)
+    return KernelPlan(backend, why, Bt_PO, centers_P, select, linear)
 
 
 def update_by_kernels(
-    plan: Plan, out: Tensor, x: Tensor, A_PI: Tensor, rows: Tensor | None, *, in_place: bool
+    plan: KernelPlan, out: Tensor, x: Tensor, A_PI: Tensor, rows: Tensor | None, *, in_place: bool
 ) -> Tensor | None:
     """Add the experts' update to the base layer's output by kernels.
 
@@ -139,24 +139,26 @@ def update_by_kernels(
     Returns:
         The sum, or ``None`` if torch has to compute it.
     """
-    backend, choice = plan.backend, plan.choice
+    backend, select = plan.backend, plan.select
     if backend is None or x.dtype != A_PI.dtype or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return None
     if is_compiling():
         return _in_graph(plan, out, x, A_PI, rows, in_place)
     if not backend.take(x, out):
         return None
-    if choice is None:
+    if select is None:
         assert rows is not None
         return out if in_place and backend.add_weighted(x, A_PI, plan.Bt_PO, rows, out) else None
     target = out if in_place else out.clone()
-    return target if backend.add_chosen(x, A_PI, plan.Bt_PO, plan.centers_P, rows, target, choice) else None
+    return target if backend.add_chosen(x, A_PI, plan.Bt_PO, plan.centers_P, rows, target, select) else None
 
 
-def _in_graph(plan: Plan, out: Tensor, x: Tensor, A_PI: Tensor, rows: Tensor | None, in_place: bool) -> Tensor | None:
+def _in_graph(
+    plan: KernelPlan, out: Tensor, x: Tensor, A_PI: Tensor, rows: Tensor | None, in_place: bool
+) -> Tensor | None:
     if torch.is_grad_enabled() or out.dtype != x.dtype or out.device != x.device:
         return None
-    factors, numbers = (A_PI, plan.Bt_PO, plan.centers_P, rows), plan.choice or Choice(0, 0, 0.0, "")
+    factors, numbers = (A_PI, plan.Bt_PO, plan.centers_P, rows), plan.select or Selector(0, 0, 0.0, "")
     if not in_place:
         return torch.ops.spectr.add_update(out, x, *factors, *numbers)
     torch.ops.spectr.add_update_(out, x, *factors, *numbers)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, get_num_threads, nn
 
 from spectr.ops import screening
-from spectr.ops.backend import Choice, own_numbers, watched
+from spectr.ops.backend import Selector, own_numbers, watched
 from spectr.ops.ways import place_of
 
-_ONE = Choice(1, 1, 0.0)
+_ONE = Selector(1, 1, 0.0)
 
 
 class Layer(ctypes.Structure):
@@ -26,10 +26,10 @@ class Layer(ctypes.Structure):
     )
 
     @staticmethod
-    def of(A_PI: Tensor, Bt_PO: Tensor, centers_P: Tensor | None = None, choice: Choice | None = None) -> Layer:
+    def of(A_PI: Tensor, Bt_PO: Tensor, centers_P: Tensor | None = None, select: Selector | None = None) -> Layer:
         """By the places of tensors, which have to be kept."""
         (rows, inputs), outputs = A_PI.shape, Bt_PO.shape[1]
-        experts, k, temperature, _ = choice or _ONE
+        experts, k, temperature, _ = select or _ONE
         places = (None, None, place(A_PI), place(Bt_PO), place(centers_P))
         return Layer(*places, None, None, None, inputs, outputs, rows, experts, k, outputs, temperature)
 

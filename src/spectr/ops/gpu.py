@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from triton.language import constexpr
 
-from spectr.ops.backend import Backend, Choice, FusedLinear, own_numbers
+from spectr.ops.backend import Backend, FusedLinear, Selector, own_numbers
 
 tl: Any = triton.language  # its meaning inside a kernel differs from its signature
 _BLOCK = 64  # outputs that a program adds to, at most
@@ -156,8 +156,8 @@ class _Form(NamedTuple):
     experts: int
     rank: int
     k: int
-    experts_held: int
-    rank_held: int
+    experts_padded: int
+    rank_padded: int
     centered: bool
     informed: bool
     softmax: bool
@@ -165,7 +165,7 @@ class _Form(NamedTuple):
     @property
     def size(self) -> int:
         """Numbers of one token that a program holds."""
-        return self.experts_held * self.rank_held
+        return self.experts_padded * self.rank_padded
 
 
 class GpuBackend(Backend):
@@ -184,36 +184,36 @@ class GpuBackend(Backend):
         self._prepared: set[tuple[Any, ...]] = set()
 
     def prepare(
-        self, A_PI: Tensor, Bt_PO: Tensor, centers_P: Tensor | None, choice: Choice | None, linear: FusedLinear | None
+        self, A_PI: Tensor, Bt_PO: Tensor, centers_P: Tensor | None, select: Selector | None, linear: FusedLinear | None
     ) -> str:
         """See :meth:`Backend.prepare`: one call of few tokens and one of many, with a prior and without."""
-        key = (Bt_PO.shape, choice, centers_P is None, A_PI.dtype, A_PI.device)
-        if self.device == "cuda" and choice is not None and key not in self._prepared:
+        key = (Bt_PO.shape, select, centers_P is None, A_PI.dtype, A_PI.device)
+        if self.device == "cuda" and select is not None and key not in self._prepared:
             self._prepared.add(key)
-            self.warm_up(A_PI, Bt_PO, centers_P, choice)
+            self.warm_up(A_PI, Bt_PO, centers_P, select)
         return ""
 
     @torch.no_grad()
-    def warm_up(self, A_PI: Tensor, Bt_PO: Tensor, centers_P: Tensor | None, choice: Choice) -> None:
+    def warm_up(self, A_PI: Tensor, Bt_PO: Tensor, centers_P: Tensor | None, select: Selector) -> None:
         """Launch each kernel that calls of this form launch."""
-        size = _form(len(Bt_PO), choice, False, False).size
+        size = _form(len(Bt_PO), select, False, False).size
         for tokens in (1, _FEW // size + 1):
             x, out = A_PI.new_zeros(tokens, A_PI.shape[1]), A_PI.new_zeros(tokens, Bt_PO.shape[1])
-            for prior_BE in (None, torch.ones(1, choice.experts, device=A_PI.device, dtype=torch.float32)):
-                self.add_chosen(x, A_PI, Bt_PO, centers_P, prior_BE, out, choice)
+            for prior_BE in (None, torch.ones(1, select.experts, device=A_PI.device, dtype=torch.float32)):
+                self.add_chosen(x, A_PI, Bt_PO, centers_P, prior_BE, out, select)
 
-    def choose(self, h_TP: Tensor, centers_P: Tensor | None, prior_BE: Tensor | None, choice: Choice) -> bool:
+    def choose(self, h_TP: Tensor, centers_P: Tensor | None, prior_BE: Tensor | None, select: Selector) -> bool:
         """See :meth:`Backend.choose`."""
-        form = _form(h_TP.shape[-1], choice, centers_P is not None, prior_BE is not None)
+        form = _form(h_TP.shape[-1], select, centers_P is not None, prior_BE is not None)
         if form.size <= _MOST_ROWS:
-            self._choose(h_TP, centers_P, prior_BE, choice, form)
+            self._choose(h_TP, centers_P, prior_BE, select, form)
         return form.size <= _MOST_ROWS
 
     def _choose(
-        self, h: Tensor, centers_P: Tensor | None, prior_BE: Tensor | None, choice: Choice, form: _Form
+        self, h: Tensor, centers_P: Tensor | None, prior_BE: Tensor | None, select: Selector, form: _Form
     ) -> None:
         tokens, at_once = h.numel() // h.shape[-1], max(1, _WEIGHED // form.size)
-        read, numbers = _arguments(h, centers_P, prior_BE, choice)
+        read, numbers = _arguments(h, centers_P, prior_BE, select)
         self._run(_weigh, (triton.cdiv(tokens, at_once), 1, 1), read, numbers, (*form, at_once))
 
     def add_chosen(
@@ -224,11 +224,11 @@ class GpuBackend(Backend):
         centers_P: Tensor | None,
         prior_BE: Tensor | None,
         out: Tensor,
-        choice: Choice,
+        select: Selector,
     ) -> bool:
         """See :meth:`Backend.add_chosen`."""
         rows, outputs = Bt_PO.shape
-        form = _form(rows, choice, centers_P is not None, prior_BE is not None)
+        form = _form(rows, select, centers_P is not None, prior_BE is not None)
         if form.size > _MOST_ROWS:
             return False
         h = linear(x, A_PI)
@@ -236,21 +236,21 @@ class GpuBackend(Backend):
         if tokens * form.size <= _FEW and form.size <= _MOST_AT_ONCE:
             block = min(_BLOCK, _BLOCK_ROWS // form.size)
             grid = (triton.cdiv(tokens, _AT_ONCE), triton.cdiv(outputs, block), 1)
-            read, numbers = _arguments(h, centers_P, prior_BE, choice)
+            read, numbers = _arguments(h, centers_P, prior_BE, select)
             self._run(_add_chosen, grid, (*read, Bt_PO, out), numbers, (*form, _AT_ONCE, outputs, block))
             return True
-        self._choose(h, centers_P, prior_BE, choice, form)
+        self._choose(h, centers_P, prior_BE, select, form)
         sums = out.view(tokens, outputs)
         torch.addmm(sums, h.view(tokens, rows), Bt_PO, out=sums)
         return True
 
     def fused_linear(
-        self, base: nn.Module, A_PI: Tensor, Bt_PO: Tensor, centers_P: Tensor | None, choice: Choice | None
+        self, base: nn.Module, A_PI: Tensor, Bt_PO: Tensor, centers_P: Tensor | None, select: Selector | None
     ) -> FusedLinear | None:
         """See :meth:`Backend.fused_linear`."""
-        if type(base) is not nn.Linear or choice is None or _form(len(Bt_PO), choice, False, False).size > _MOST_ROWS:
+        if type(base) is not nn.Linear or select is None or _form(len(Bt_PO), select, False, False).size > _MOST_ROWS:
             return None
-        return _FusedGpuLinear(self, base, (A_PI, Bt_PO, centers_P), choice)
+        return _FusedGpuLinear(self, base, (A_PI, Bt_PO, centers_P), select)
 
     def _run(
         self,
@@ -281,33 +281,33 @@ class _FusedGpuLinear:
     """A :class:`spectr.ops.backend.FusedLinear`."""
 
     def __init__(
-        self, kernels: GpuBackend, base: nn.Linear, factors: tuple[Tensor, Tensor, Tensor | None], choice: Choice
+        self, kernels: GpuBackend, base: nn.Linear, factors: tuple[Tensor, Tensor, Tensor | None], select: Selector
     ):
-        self.kernels, self.base, self.factors, self.choice = kernels, base, factors, choice
+        self.kernels, self.base, self.factors, self.select = kernels, base, factors, select
 
     def __call__(self, x: Tensor, rows: Tensor | None) -> Tensor | None:
         numbers = own_numbers(self.base, x)
         if numbers is None or not self.kernels.take(x, self.factors[0]):
             return None
         out = linear(x, *numbers)
-        return out if self.kernels.add_chosen(x, *self.factors, rows, out, self.choice) else None
+        return out if self.kernels.add_chosen(x, *self.factors, rows, out, self.select) else None
 
 
 @lru_cache(maxsize=4096)
-def _form(rows: int, choice: Choice, centered: bool, informed: bool) -> _Form:
-    rank = rows // choice.experts
-    held = triton.next_power_of_2(rank)
-    experts_held = max(triton.next_power_of_2(choice.experts), 16 // held)  # the smallest size of a product
-    return _Form(choice.experts, rank, choice.k, experts_held, held, centered, informed, choice.temperature > 0)
+def _form(rows: int, select: Selector, centered: bool, informed: bool) -> _Form:
+    rank = rows // select.experts
+    padded = triton.next_power_of_2(rank)
+    experts_padded = max(triton.next_power_of_2(select.experts), 16 // padded)  # the smallest size of a product
+    return _Form(select.experts, rank, select.k, experts_padded, padded, centered, informed, select.temperature > 0)
 
 
 def _arguments(
-    h: Tensor, centers_P: Tensor | None, prior_BE: Tensor | None, choice: Choice
+    h: Tensor, centers_P: Tensor | None, prior_BE: Tensor | None, select: Selector
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, int, float]]:
     """The tensors that every kernel reads, and its numbers."""
     read = (h, h if centers_P is None else centers_P, h if prior_BE is None else prior_BE)
     rows = 1 if prior_BE is None else len(prior_BE)
-    return read, (h.numel() // h.shape[-1], rows, choice.temperature or 1.0)
+    return read, (h.numel() // h.shape[-1], rows, select.temperature or 1.0)
 
 
 def available() -> Backend:
@@ -321,7 +321,7 @@ def available() -> Backend:
         A, Bt = (torch.ones(1, 16, device="cuda", dtype=torch.float32) for _ in range(2))
         for tokens in (1, 1, _FEW, _FEW):  # each twice: the second launch takes a shorter path
             x, out = (torch.ones(tokens, 16, device="cuda", dtype=torch.float32) for _ in range(2))
-            kernels.add_chosen(x, A, Bt, None, None, out, Choice(experts=1, k=1, temperature=0.0))
+            kernels.add_chosen(x, A, Bt, None, None, out, Selector(experts=1, k=1, temperature=0.0))
             if not bool((out == 17).all()):
                 raise RuntimeError("a wrong sum")
     return kernels

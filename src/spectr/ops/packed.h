@@ -1,13 +1,13 @@
 /* Packed layers, as packed.c and tiles.c read them. */
 
 struct module {
-  const void *B, *centers; /* output factors as the function has them, and (ways, rows), taken away before scoring, or none */
-  const float *scales; /* (ways, rows), A x is multiplied by before that, or none; then there are centers, too */
+  const void *B, *centers; /* output factors as the function has them, and (routers, rows), taken away before scoring, or none */
+  const float *scales; /* (routers, rows), A x is multiplied by before that, or none; then there are centers, too */
   long rows, first, begin, length; /* where its A x and its output begin in the layer's */
 };
 
-/* A way to choose. */
-struct way {
+/* How a router selects experts. */
+struct top_k {
   long k; /* experts at most */
   float temperature; /* of the softmax over their scores; 0 weighs them alike */
 };
@@ -19,8 +19,8 @@ struct packed {
   const int32_t *columns; /* of the experts in a token's mask */
   const float *granted; /* masks of the tokens, `apart`: of an expert that may not be used no number; of one that may be chosen
                            what its score is multiplied by, from zero on; else minus the weight that it has unchosen */
-  const struct way *ways;
-  const int32_t *turns; /* which of them is each token's, or none, where there is one */
+  const struct top_k *selects; /* one for each router */
+  const int32_t *routers; /* each token's, or none, where there is one router */
   const int64_t *sampled; /* tokens whose scores and weights, (requests, modules, experts), are kept, or none */
   float *scores, *weights;
   long apart, requests, count, experts, inputs, rows;

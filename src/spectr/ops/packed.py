@@ -27,7 +27,7 @@ class Module(NamedTuple):
 
     Attributes:
         B_OP: Its experts' output factors.
-        centers_WP: For each way to choose taken away before scoring, if anything is.
+        centers_WP: For each router, what is taken away before scoring, if anything is.
         begin: Where its output begins in the layer's.
         scales_WP: What ``A x`` is multiplied by before that, float32, if by anything; then there are centers, too.
     """
@@ -39,7 +39,7 @@ class Module(NamedTuple):
 
 
 class TopKNumbers(NamedTuple):
-    """A way to choose.
+    """How a router selects experts.
 
     Attributes:
         k: Experts at most.
@@ -57,16 +57,16 @@ class Choosing(NamedTuple):
         columns_E: Of these experts in a token's mask.
         granted_TF: Masks of a step's tokens, float32, which may be overwritten: of an expert that may not be used NaN,
             of one that may be chosen what its score is multiplied by, from zero on, else minus the weight that it has.
-        ways: How.
-        turns_T: Which of several ways is a token's, int32, which may be overwritten as well.
+        selects: One for each router.
+        router_T: Each token's router, int32, which may be overwritten as well; ``None`` for a single one.
         most: How many have a weight, chosen or not.
         kept: Which tokens' scores and weights to keep, (N,), and where, (N, S, E); or nothing.
     """
 
     columns_E: Tensor
     granted_TF: Tensor
-    ways: Sequence[TopKNumbers]
-    turns_T: Tensor | None
+    selects: Sequence[TopKNumbers]
+    router_T: Tensor | None
     most: int
     kept: tuple[Tensor, Tensor, Tensor] | None
 
@@ -78,13 +78,13 @@ class _Module(ctypes.Structure):
     )
 
 
-class _Choice(ctypes.Structure):
+class _TopK(ctypes.Structure):
     _fields_ = (("k", ctypes.c_long), ("temperature", ctypes.c_float))
 
 
 class _Layer(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("add", "A", "modules", "columns", "granted", "ways", "turns")),
+        *((name, ctypes.c_void_p) for name in ("add", "A", "modules", "columns", "granted", "selects", "routers")),
         *((name, ctypes.c_void_p) for name in ("sampled", "scores", "weights")),
         *((n, ctypes.c_long) for n in ("apart", "requests", "count", "experts", "inputs", "rows", "most", "parts")),
     )
@@ -132,17 +132,17 @@ class Packed(nn.Module):
             structs.append(_Module(*map(place, parts), rows, first, module.begin, outputs))
             first += rows
         self._module_structs = (_Module * len(structs))(*structs)
-        columns_E, granted_TF, ways, turns_T, most, kept = self.choosing
+        columns_E, granted_TF, selects, router_T, most, kept = self.choosing
         sampled, scores, weights = kept or (None, None, None)
         experts = len(columns_E)
-        self._ways = (_Choice * len(ways))(*((min(k, experts), temperature) for k, temperature in ways))
+        self._selects = (_TopK * len(selects))(*((min(k, experts), temperature) for k, temperature in selects))
         self._layer = _Layer(
             way.add,
             place(self.A),
             ctypes.addressof(self._module_structs),
             *map(place, (columns_E, granted_TF)),
-            ctypes.addressof(self._ways),
-            *map(place, (turns_T, sampled, scores, weights)),
+            ctypes.addressof(self._selects),
+            *map(place, (router_T, sampled, scores, weights)),
             granted_TF.stride(0),
             0 if sampled is None else len(sampled),
             len(structs),

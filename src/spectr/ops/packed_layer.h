@@ -20,10 +20,10 @@ static void NAME(choose_granted)(const struct packed *p, long s, const struct la
   long experts = l->experts, chosen[l->k], count = 0;
   float scores[experts], weights[l->k];
   const float *granted = p->granted + token * p->apart;
-  long turn = p->turns ? p->turns[token] : 0;
-  const struct way *way = p->ways + turn;
+  long router = p->routers ? p->routers[token] : 0;
+  const struct top_k *select = p->selects + router;
   const float *scales = p->modules[s].scales;
-  long own = turn * l->rows, rank = l->rows / experts;
+  long own = router * l->rows, rank = l->rows / experts;
   if (scales)
     NAME(score_scaled)(h, (const TYPE *)l->centers + own, scales + own, scores, experts, rank);
   else
@@ -41,7 +41,7 @@ static void NAME(choose_granted)(const struct packed *p, long s, const struct la
   if (count == 0) {
     for (long e = 0; e < experts; e++)
       if (!(granted[p->columns[e]] >= 0)) scores[e] = -INFINITY;
-    choose(scores, experts, count = way->k, way->temperature, chosen, weights);
+    choose(scores, experts, count = select->k, select->temperature, chosen, weights);
   }
   for (; count < l->k; count++) {
     chosen[count] = 0;

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from spectr.ops.add_outputs import weighted
-from spectr.ops.backend import Choice
+from spectr.ops.backend import Selector
 from spectr.ops.dispatch import backend_for
 from spectr.ops.rules import RULES
 from spectr.selection import TopK
@@ -39,12 +39,12 @@ def choose(
         temperature: Of the softmax over the chosen experts' scores; 0 gives each the weight ``1 / k``.
         rule: Name of the scoring rule, a key of :data:`spectr.ops.rules.RULES`.
     """
-    choice, backend = Choice(experts, k, temperature, rule), backend_for(h.device.type).backend
+    select, backend = Selector(experts, k, temperature, rule), backend_for(h.device.type).backend
     if backend is not None and rule in backend.rules and backend.know(h):
         weighted_TP = h.clone()
-        if backend.choose(weighted_TP, _plain(centers), _plain(prior), choice):
+        if backend.choose(weighted_TP, _plain(centers), _plain(prior), select):
             return weighted_TP
-    return choose_by_torch(h, centers, prior, choice)
+    return choose_by_torch(h, centers, prior, select)
 
 
 def add_update_(
@@ -73,16 +73,16 @@ def add_update_(
         temperature: See :func:`choose`.
         rule: See :func:`choose`; empty for fixed weights.
     """
-    choice, backend = _choice(experts, k, temperature, rule), backend_for(x.device.type).backend
+    select, backend = _selector(experts, k, temperature, rule), backend_for(x.device.type).backend
     x, rows, centers = x.contiguous(), _plain(rows), _plain(centers)
     casts = torch.is_autocast_enabled(x.device.type)  # also of products inside a backend
-    scores = backend is not None and not casts and (choice is None or rule in backend.rules)
+    scores = backend is not None and not casts and (select is None or rule in backend.rules)
     if backend is not None and scores and backend.know(x, out, A, Bt):
-        if choice is not None and backend.add_chosen(x, A, Bt, centers, rows, out, choice):
+        if select is not None and backend.add_chosen(x, A, Bt, centers, rows, out, select):
             return
-        if choice is None and rows is not None and backend.add_weighted(x, A, Bt, rows, out):
+        if select is None and rows is not None and backend.add_weighted(x, A, Bt, rows, out):
             return
-    out.add_(_weighted_products(x, A, centers, rows, choice) @ Bt)
+    out.add_(_weighted_products(x, A, centers, rows, select) @ Bt)
 
 
 def add_update(
@@ -103,14 +103,14 @@ def add_update(
     return target
 
 
-def choose_by_torch(h: Tensor, centers: Tensor | None, prior: Tensor | None, choice: Choice) -> Tensor:
+def choose_by_torch(h: Tensor, centers: Tensor | None, prior: Tensor | None, select: Selector) -> Tensor:
     """:func:`choose`, by torch's operations."""
-    scores = RULES[choice.rule](h, centers, choice.experts)
+    scores = RULES[select.rule](h, centers, select.experts)
     if prior is not None:
         scores = scores * _by_token(prior, h)
-    weighting = "softmax" if choice.temperature else "uniform"
-    weights = TopK(k=choice.k, weighting=weighting, temperature=choice.temperature or 1.0)(scores)
-    return weighted(h, weights, h.shape[-1] // choice.experts)
+    weighting = "softmax" if select.temperature else "uniform"
+    weights = TopK(k=select.k, weighting=weighting, temperature=select.temperature or 1.0)(scores)
+    return weighted(h, weights, h.shape[-1] // select.experts)
 
 
 def add_update_by_torch(
@@ -120,24 +120,24 @@ def add_update_by_torch(
     Bt: Tensor,
     centers: Tensor | None,
     rows: Tensor | None,
-    choice: Choice | None,
+    select: Selector | None,
 ) -> Tensor:
     """:func:`add_update`, by torch's operations."""
-    return out + _weighted_products(x, A, centers, rows, choice) @ Bt
+    return out + _weighted_products(x, A, centers, rows, select) @ Bt
 
 
 def _weighted_products(
-    x: Tensor, A: Tensor, centers: Tensor | None, rows: Tensor | None, choice: Choice | None
+    x: Tensor, A: Tensor, centers: Tensor | None, rows: Tensor | None, select: Selector | None
 ) -> Tensor:
     h = linear(x, A)
-    if choice is not None:
-        return choose_by_torch(h, centers, rows, choice)
+    if select is not None:
+        return choose_by_torch(h, centers, rows, select)
     assert rows is not None
     return h * _by_token(rows, h)
 
 
-def _choice(experts: int, k: int, temperature: float, rule: str) -> Choice | None:
-    return Choice(experts, k, temperature, rule) if experts else None
+def _selector(experts: int, k: int, temperature: float, rule: str) -> Selector | None:
+    return Selector(experts, k, temperature, rule) if experts else None
 
 
 def _plain(tensor: Tensor | None) -> Tensor | None:
@@ -170,13 +170,13 @@ def _register() -> None:
 
 
 def _choose_again(h: Tensor, centers: Tensor | None, prior: Tensor | None, *numbers: Any) -> Tensor:
-    return choose_by_torch(h, centers, prior, Choice(*numbers))
+    return choose_by_torch(h, centers, prior, Selector(*numbers))
 
 
 def _add_again(
     out: Tensor, x: Tensor, A: Tensor, Bt: Tensor, centers: Tensor | None, rows: Tensor | None, *numbers: Any
 ) -> Tensor:
-    return add_update_by_torch(out, x, A, Bt, centers, rows, _choice(*numbers))
+    return add_update_by_torch(out, x, A, Bt, centers, rows, _selector(*numbers))
 
 
 def _gradients(again: Any) -> tuple[Any, Any]:

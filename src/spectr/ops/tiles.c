@@ -91,9 +91,9 @@ static inline void narrow(uint16_t *to, __mmask16 some, __m512 value) {
   _mm256_mask_storeu_epi16(to, some, (__m256i)_mm512_cvtneps_pbh(value));
 }
 
-/* How 16 tokens choose. */
-struct turns {
-  __m512i way, k;
+/* How 16 tokens select experts. */
+struct selecting {
+  __m512i router, k;
   __m512 temperature;
   __mmask16 soft; /* who has a temperature */
 };
@@ -108,11 +108,11 @@ static __m512i apart(long stride, long numbers) {
 /* Up to 16 tokens of one module: scores, the weights that each has been given, or among the experts that it may use, as in a
    library that has no others, and w A x. Tokens are the lanes of vectors. */
 static void decide(const struct packed *l, const struct module *m, const float *h, long h_stride,
-                   const struct turns *turns, struct lanes *lanes, uint16_t *to, long to_stride, long tokens) {
+                   const struct selecting *selecting, struct lanes *lanes, uint16_t *to, long to_stride, long tokens) {
   long experts = l->experts, rank = m->rows / experts;
   const float *centers = m->centers;
   __m512i places = apart(h_stride, tokens), one = _mm512_set1_epi32(1);
-  __m512i own = _mm512_mullo_epi32(turns->way, _mm512_set1_epi32(m->rows));
+  __m512i own = _mm512_mullo_epi32(selecting->router, _mm512_set1_epi32(m->rows));
   __m512 none = _mm512_setzero_ps(), best = _mm512_set1_ps(-INFINITY), total = none;
   for (long e = 0; e < experts; e++) {
     __m512 sum = _mm512_setzero_ps();
@@ -137,10 +137,10 @@ static void decide(const struct packed *l, const struct module *m, const float *
       before = _mm512_mask_add_epi32(before, _mm512_cmp_ps_mask(lanes[f].among, its, _CMP_GE_OQ), before, one);
     for (long f = e + 1; f < experts; f++)
       before = _mm512_mask_add_epi32(before, _mm512_cmp_ps_mask(lanes[f].among, its, _CMP_GT_OQ), before, one);
-    for (long u = 0; u < SIDE && turns->soft; u++)
-      if (turns->soft >> u & 1) weight[u] = expf((its[u] - best[u]) / turns->temperature[u]);
+    for (long u = 0; u < SIDE && selecting->soft; u++)
+      if (selecting->soft >> u & 1) weight[u] = expf((its[u] - best[u]) / selecting->temperature[u]);
     __mmask16 chosen = _mm512_cmp_ps_mask(lanes[e].granted, none, _CMP_GE_OQ);
-    lanes[e].weight = _mm512_maskz_mov_ps(chosen & _mm512_cmplt_epi32_mask(before, turns->k), weight);
+    lanes[e].weight = _mm512_maskz_mov_ps(chosen & _mm512_cmplt_epi32_mask(before, selecting->k), weight);
     total = _mm512_add_ps(total, lanes[e].weight);
   }
   for (long e = 0; e < experts; e++) {
@@ -157,17 +157,17 @@ static void decide(const struct packed *l, const struct module *m, const float *
   }
 }
 
-/* Whose turn it is, of up to 16 tokens from `t` on. */
-static struct turns read_turns(const struct packed *l, long t, long tokens) {
-  struct turns turns = {.soft = 0};
+/* How up to 16 tokens from `t` on select experts. */
+static struct selecting read_selecting(const struct packed *l, long t, long tokens) {
+  struct selecting selecting = {.soft = 0};
   for (long u = 0; u < SIDE; u++) {
-    long way = l->turns ? l->turns[t + (u < tokens ? u : tokens - 1)] : 0;
-    ((int32_t *)&turns.way)[u] = way;
-    ((int32_t *)&turns.k)[u] = l->ways[way].k;
-    turns.temperature[u] = l->ways[way].temperature;
-    turns.soft |= (__mmask16)(l->ways[way].temperature > 0) << u;
+    long router = l->routers ? l->routers[t + (u < tokens ? u : tokens - 1)] : 0;
+    ((int32_t *)&selecting.router)[u] = router;
+    ((int32_t *)&selecting.k)[u] = l->selects[router].k;
+    selecting.temperature[u] = l->selects[router].temperature;
+    selecting.soft |= (__mmask16)(l->selects[router].temperature > 0) << u;
   }
-  return turns;
+  return selecting;
 }
 
 /* The masks of up to 16 tokens. */
@@ -248,13 +248,13 @@ int add(const struct packed *l, const void *tokens_in, void *answer, long stride
       for (long t = 0; t < tokens; t += SIDE) {
         long some = tokens - t < SIDE ? tokens - t : SIDE;
         struct lanes *lanes = memory + THREAD * l->experts;
-        struct turns turns = read_turns(l, t, some);
+        struct selecting selecting = read_selecting(l, t, some);
         read_masks(l, l->granted + t * l->apart, some, lanes);
         uint16_t *to = weighted;
         for (long s = 0; s < l->count; s++) {
           const struct module *m = l->modules + s;
           long room = UP(m->rows, DEEP);
-          decide(l, m, h + t * wide + m->first, wide, &turns, lanes, to + t * room, room, some);
+          decide(l, m, h + t * wide + m->first, wide, &selecting, lanes, to + t * room, room, some);
           to += tokens * room;
           for (long n = 0; l->sampled && n < some * l->experts; n++) {
             long u = n / l->experts, e = n % l->experts, at = (t + u) * each + s * l->experts + e;

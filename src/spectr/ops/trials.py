@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 from spectr.atomic_write import cache_folder
 from spectr.hashing import package_versions
 from spectr.ops.add_outputs import add_masked, gathered_sum, gathering_pays, weighted
-from spectr.ops.backend import Choice
+from spectr.ops.backend import Selector
 from spectr.ops.fused_linear import Experts, FusedCpuLinear, Layer, Way
 from spectr.ops.rules import RULES
 from spectr.ops.timing import REAL, Clock, time_in_turn
@@ -169,18 +169,18 @@ class _Layers:
         count = min(max(_CACHES // (dtype.itemsize * sum(places)), 1), _MOST_LAYERS)
         numbers = self._pattern.repeat(-(-count * sum(places) // _PATTERN))
         parts = iter(numbers[: count * sum(places)].split(places * count))
-        choice = Choice(experts, k, 0.0) if k else None
+        select = Selector(experts, k, 0.0) if k else None
         self._layers = list[FusedCpuLinear]()
         for _ in range(count):
             W, A, Bt = (next(parts)[: a * b].view(a, b) for a, b in sizes)
-            self._layers.append(self._layer(W, A, Bt, choice))
+            self._layers.append(self._layer(W, A, Bt, select))
         self._weights = self._pattern[:rows].view(1, 1, rows).clone()
 
     @staticmethod
-    def _layer(W: Tensor, A: Tensor, Bt: Tensor, choice: Choice | None) -> FusedCpuLinear:
+    def _layer(W: Tensor, A: Tensor, Bt: Tensor, select: Selector | None) -> FusedCpuLinear:
         base = nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta")
         base.weight = nn.Parameter(W, requires_grad=False)
-        return FusedCpuLinear(base, Experts(Layer.of(A, Bt, None, choice), A, Bt, None), ())
+        return FusedCpuLinear(base, Experts(Layer.of(A, Bt, None, select), A, Bt, None), ())
 
     def tokens(self, count: int) -> Tensor:
         """Inputs of this number of tokens."""

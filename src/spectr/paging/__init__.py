@@ -2,16 +2,18 @@
 
 from spectr.lazy import lazy
 from spectr.paging.expert_cache import CacheStatistics, ExpertCache
-from spectr.paging.policies import DEFAULT_POLICY, Lfu, Lru, Polar, Policy, get_policy
+from spectr.paging.policies import DEFAULT_POLICY, EvictionPolicy, Lfu, Lru, Polar, get_policy
 
 __all__ = [
     "DEFAULT_POLICY",
     "CacheStatistics",
+    "EvictionPolicy",
     "ExpertCache",
     "Lfu",
     "Lru",
     "Polar",
-    "Policy",
     "get_policy",
 ]
-__getattr__ = lazy(__name__, {}, renamed={"Shelf": "ExpertCache", "ShelfFigures": "CacheStatistics"})
+__getattr__ = lazy(
+    __name__, {}, renamed={"Policy": "EvictionPolicy", "Shelf": "ExpertCache", "ShelfFigures": "CacheStatistics"}
+)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spectr.paging.policies import Policy
+from spectr.paging.policies import EvictionPolicy
 from spectr.spectral import Share
 
 Shares = Mapping[str, Share]  # one expert's share of each module's stack
@@ -48,7 +48,7 @@ class ExpertCache:
         policy: Picks the expert to remove.
     """
 
-    def __init__(self, load: Callable[[str], Shares], capacity: int, policy: Policy):
+    def __init__(self, load: Callable[[str], Shares], capacity: int, policy: EvictionPolicy):
         self._load, self.capacity, self._policy = load, capacity, policy
         self._there: dict[str, Shares] = {}
         self._bytes: dict[str, int] = {}

@@ -15,7 +15,7 @@ from spectr.registry import Registry, entry
 Context = Float[Tensor, " D"]
 
 
-class Policy(Protocol):
+class EvictionPolicy(Protocol):
     """Records requests, and picks the expert that is least likely to be needed soon."""
 
     def used(self, expert: str, context: Context | None) -> None:
@@ -39,12 +39,12 @@ class Lru:
         self._last: dict[str, int] = {}
 
     def used(self, expert: str, context: Context | None) -> None:
-        """See :class:`Policy`."""
+        """See :class:`EvictionPolicy`."""
         self._clock += 1
         self._last[expert] = self._clock
 
     def victim(self, resident: Collection[str]) -> str:
-        """See :class:`Policy`."""
+        """See :class:`EvictionPolicy`."""
         return min(resident, key=lambda expert: self._last.get(expert, 0))
 
 
@@ -63,7 +63,7 @@ class Lfu:
         self._last: dict[str, int] = {}
 
     def used(self, expert: str, context: Context | None) -> None:
-        """See :class:`Policy`."""
+        """See :class:`EvictionPolicy`."""
         self._clock += 1
         self._weight *= self._growth  # growing weights discount old uses without changing them
         if self._weight > 1e100:
@@ -73,7 +73,7 @@ class Lfu:
         self._last[expert] = self._clock
 
     def victim(self, resident: Collection[str]) -> str:
-        """See :class:`Policy`."""
+        """See :class:`EvictionPolicy`."""
         return min(resident, key=lambda expert: (self._count.get(expert, 0.0), self._last.get(expert, 0)))
 
 
@@ -106,7 +106,7 @@ class Polar:
         self._recent = Lru()
 
     def used(self, expert: str, context: Context | None) -> None:
-        """See :class:`Policy`. Without contexts it learns how often each expert is needed."""
+        """See :class:`EvictionPolicy`. Without contexts it learns how often each expert is needed."""
         z_D = torch.ones(1) if context is None else torch.cat([torch.ones(1), context.float().cpu()])
         z_D = z_D.double() / z_D.norm()
         if self._gram is None or len(self._gram) != len(z_D):
@@ -120,7 +120,7 @@ class Polar:
             self._look_ahead()
 
     def victim(self, resident: Collection[str]) -> str:
-        """See :class:`Policy`."""
+        """See :class:`EvictionPolicy`."""
         known = [expert for expert in resident if expert in self._forecast]
         if len(known) < len(resident):
             return self._recent.victim([expert for expert in resident if expert not in self._forecast])
@@ -141,7 +141,7 @@ class Polar:
 
 DEFAULT_POLICY = "lfu-aging"  # by benchmarks/paging.py: docs/appendix/scale.md has them
 
-POLICIES: Registry[Policy] = Registry(
+POLICIES: Registry[EvictionPolicy] = Registry(
     kind="policy",
     group="spectr.paging_policies",
     error=CompositionError,
@@ -154,7 +154,7 @@ POLICIES: Registry[Policy] = Registry(
 )
 
 
-def get_policy(name: str) -> Policy:
+def get_policy(name: str) -> EvictionPolicy:
     """Get a policy by name: lru, lfu, lfu-aging, polar, or one that a package added.
 
     Raises:

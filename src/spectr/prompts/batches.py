@@ -126,9 +126,9 @@ class Batches:
         name = str(state.request_id).partition("__child#")[0]
         found = self._verdicts.get(manager, {}).get(name)
         if found is None:
-            held = self.calls.prompt.held_BE if self.calls.prompt is not None else None
+            fixed = self.calls.prompt.held_BE if self.calls.prompt is not None else None
             ids = torch.tensor([state.initial_tokens], device=input_device(self.model))
-            found = held[:1] if held is not None else self.calls.decide({"input_ids": ids})
+            found = fixed[:1] if fixed is not None else self.calls.decide({"input_ids": ids})
             self._remember(manager, name, found)
         return found
 

@@ -79,7 +79,7 @@ class CacheRecord:
         mask_BT: Tensor | None,
         tokens: int,
         positions: Tensor | None = None,
-        held: int | None = None,
+        filled: int | None = None,
         *,
         whole: bool = True,
     ) -> None:
@@ -90,16 +90,16 @@ class CacheRecord:
             mask_BT: Mask of these tokens, or of these and earlier ones.
             tokens: Their number.
             positions: Their positions, if given.
-            held: The cache's length now. A model may receive the whole text and add only what is new.
+            filled: The cache's length now. A model may receive the whole text and add only what is new.
             whole: Whether nothing else was read with them.
         """
         self.whole = self.whole and whole
-        if held is not None and mask_BT is not None and mask_BT.ndim == 2 and mask_BT.shape[1] > max(held, tokens):
-            mask_BT = mask_BT[:, :held]  # it has room for tokens to come, as static caches do
-        if held is not None and not self.length:
-            self.before = max(0, held - tokens)
-        elif held is not None and 0 < held - self.before - self.length < tokens:
-            tokens = held - self.before - self.length
+        if filled is not None and mask_BT is not None and mask_BT.ndim == 2 and mask_BT.shape[1] > max(filled, tokens):
+            mask_BT = mask_BT[:, :filled]  # it has room for tokens to come, as static caches do
+        if filled is not None and not self.length:
+            self.before = max(0, filled - tokens)
+        elif filled is not None and 0 < filled - self.before - self.length < tokens:
+            tokens = filled - self.before - self.length
             ids_BT = None if ids_BT is None else ids_BT[:, -tokens:]
             positions = None if positions is None else positions[:, -tokens:]
         known = None if ids_BT is None or self.ids is None else (*self.ids, masked_ids(ids_BT, mask_BT))
@@ -114,7 +114,7 @@ class CacheRecord:
 
         self.ids = None if self.ids is None else tuple(map(pick, self.ids))
         self.positions = tuple(p if p is None or len(p) == 1 else pick(p) for p in self.positions)
-        self.history = tuple((start, None if held is None else pick(held)) for start, held in self.history)
+        self.history = tuple((start, None if verdict is None else pick(verdict)) for start, verdict in self.history)
 
     def have_rows(self, rows: int) -> None:
         """Compare with a cache's number of rows. Others may have dropped some, it is unknown which.
@@ -136,7 +136,7 @@ class CacheRecord:
 
     def repeat(self, times: int) -> None:
         """Repeat each row ``times`` times, adjacently."""
-        first = next((held for _, held in self.history if held is not None), None)
+        first = next((verdict for _, verdict in self.history if verdict is not None), None)
         known = self.ids[0] if self.ids else first
         if known is not None:
             self.rows(torch.arange(len(known)).repeat_interleave(times))
@@ -148,7 +148,7 @@ class CacheRecord:
         ids, positions = self.ids_BT, self.positions_BT
         self.ids = None if self.ids is None else () if ids is None else (ids[:, :tokens],)
         self.positions = () if not self.ids else (None if positions is None else positions[:, :tokens],)
-        self.history = tuple((start, held) for start, held in self.history if start == 0 or start < tokens)
+        self.history = tuple((start, verdict) for start, verdict in self.history if start == 0 or start < tokens)
         self.length = tokens
         if tokens == 0:
             self.ids, self.positions, self.whole = (), (), True

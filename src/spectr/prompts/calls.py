@@ -113,7 +113,7 @@ class Calls:
         self.key, self.exclusion = key or uuid4().hex, exclusion or Exclusion()
         self._routings: OrderedDict[tuple[Any, ...], BatchRouting] = OrderedDict()
         self._layers = [module for module in model.modules() if isinstance(module, RoutedLinear)]
-        self._held: list[LayerCall] = []
+        self._layer_calls: list[LayerCall] = []
         self.layouts = Layouts(m for m in model.modules() if isinstance(m, (RoutedLinear, SavedModule)))
         if prompt is not None:
             prompt.calls = self
@@ -151,12 +151,12 @@ class Calls:
                 if own is not None:
                     setattr(module, name, own)
         Checkpointing(self.model).leave()
-        self._stand_ins, self._layers, self._held, self.closed = [], [], [], True
+        self._stand_ins, self._layers, self._layer_calls, self.closed = [], [], [], True
         self.layouts = Layouts(())
         self._routings.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_routings": OrderedDict(), "_held": []}
+        return {**vars(self), "_routings": OrderedDict(), "_layer_calls": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -247,11 +247,12 @@ class Calls:
         if len(verdict_NE) > 1 and bool((verdict_NE == verdict_NE[:1]).all()):
             verdict_NE = verdict_NE[:1]
         key = (tuple(verdict_NE.shape), verdict_NE.detach().cpu().numpy().tobytes())
-        held = [layer.call for layer in self._layers]
+        calls = [layer.call for layer in self._layers]
         with self.exclusion.lock:
-            if len(held) != len(self._held) or not all(map(is_, held, self._held)):  # moved or cast meanwhile
+            known = self._layer_calls
+            if len(calls) != len(known) or not all(map(is_, calls, known)):  # moved or cast meanwhile
                 self._routings.clear()
-                self._held = held
+                self._layer_calls = calls
             found = self._routings.get(key)
             if found is not None:
                 self._routings.move_to_end(key)
@@ -379,8 +380,8 @@ class Calls:
                 if not tokens.masked and frame is not None:
                     mask = frame.real(tokens.rows, record.length + tokens.count)
                 whole = tokens.whole and (tokens.masked or mask is not None)
-                held = records.length_of(state)
-                record.read(tokens.ids, mask, tokens.count, tokens.positions, held, whole=whole)
+                filled = records.length_of(state)
+                record.read(tokens.ids, mask, tokens.count, tokens.positions, filled, whole=whole)
                 records.attach(state, record)
 
     def _packed(

@@ -189,20 +189,20 @@ def read_tokens(
     tokens, names_of_entry = tokens_of(given, decoder=False), names_of(entry.forward, getattr(entry, "config", None))
     places = places_of(layouts, entry.forward, names_of_entry, given, tokens, entry, positions=counted_BT is not None)
     counted_BT = None if counted_BT is None else counted_BT.cpu()
-    held: dict[str, list[tuple[Any, Tensor]]] = {}
+    found_in: dict[str, list[tuple[Any, Tensor]]] = {}
 
     def observe(module: nn.Module, x: LayerInput) -> None:
         found = places.counted(module, x, counted_BT) if module in names else None
         if found is None or not len(found[1]):
             return
         if isinstance(found[0], Tensor) and (module in layouts.repeated or places.is_followed(module)):
-            held.setdefault(names[module], []).append(found)
+            found_in.setdefault(names[module], []).append(found)
         else:
             see(names[module], *found, tokens.rows)
 
     with eval_mode(entry), _observed(names, observe), followed(layouts, places):
         entry.forward(**given)  # not __call__: hooks on the model must not see this call
-    for name, parts in held.items():
+    for name, parts in found_in.items():
         x_NI, row_N = (torch.cat(some) for some in zip(*parts, strict=True))
         see(name, x_NI, row_N, tokens.rows)
 

@@ -176,10 +176,10 @@ def residents(router: Router, experts: Sequence[str]) -> tuple[str, ...]:
     Raises:
         CompositionError: The router cannot work with these experts.
     """
-    held = tuple(experts)
+    names = tuple(experts)
     for need in router.needs:
-        held = need.resident(held)
-    return held
+        names = need.resident(names)
+    return names
 
 
 def first_lack(router: Router, library: ExpertLibrary, names: Sequence[str]) -> tuple[Need, CompositionError] | None:

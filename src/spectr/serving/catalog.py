@@ -72,7 +72,7 @@ class Key(BaseModel):
         return bytes.fromhex(self.key_sha256) if self.key_sha256 else hashlib.sha256((self.key or "").encode()).digest()
 
 
-class Policy(BaseModel):
+class AccessPolicy(BaseModel):
     """The content of a policy file.
 
     Attributes:
@@ -90,7 +90,7 @@ class Policy(BaseModel):
     exclude: tuple[str, ...] = Field(default=(), alias="except", description="a list of names, such as [sst2, agnews]")
 
     @model_validator(mode="after")
-    def _unique(self) -> Policy:
+    def _unique(self) -> AccessPolicy:
         for what, of in (("name", [key.name for key in self.keys]), ("key", [key.digest for key in self.keys])):
             first = {value: number for number, value in reversed(list(enumerate(of)))}
             if twice := [(first[value], number) for number, value in enumerate(of) if first[value] != number]:
@@ -129,7 +129,7 @@ class Policy(BaseModel):
         )
 
 
-def read_policy(path: Path) -> Policy:
+def read_policy(path: Path) -> AccessPolicy:
     """Read a policy from a YAML or JSON file.
 
     Raises:
@@ -137,9 +137,9 @@ def read_policy(path: Path) -> Policy:
     """
     given = _read(path)
     try:
-        return Policy.model_validate(given)
+        return AccessPolicy.model_validate(given)
     except ValidationError as error:
-        found = faults(Policy, given, error)
+        found = faults(AccessPolicy, given, error)
     problems = [DataError(f"{fault.place or 'the file'} {fault.found}", expected=fault.expected) for fault in found]
     raise DataError(f"{path} is not a policy\n" + "\n".join(f"- {problem}" for problem in problems), do=_SEE)
 
@@ -182,7 +182,7 @@ class Catalog:
         served_name: Name of the composed model; ``served_name/EXPERT`` is a single expert.
     """
 
-    def __init__(self, engine: Engine, policy: Policy | None, served_name: str):
+    def __init__(self, engine: Engine, policy: AccessPolicy | None, served_name: str):
         if served_name == engine.base_model:
             raise SpectrError(f"'{served_name}' is the base model's own name", do="choose another name: --served-name")
         self.engine, self.policy, self.served_name = engine, policy, served_name

@@ -29,7 +29,7 @@ from spectr.serving.asgi import (
     respond,
     rewritten,
 )
-from spectr.serving.catalog import Catalog, Policy
+from spectr.serving.catalog import AccessPolicy, Catalog
 from spectr.serving.engines.engine import Engine, Ticket
 from spectr.serving.metrics import CONTENT_TYPE, Metrics
 
@@ -158,7 +158,7 @@ class Gateway:
         app: ASGIApp,
         engine: Engine,
         *,
-        policy: Policy | None = None,
+        policy: AccessPolicy | None = None,
         served_name: str = "spectr",
         count: bool = True,
         max_body: int = _MAX_BODY,

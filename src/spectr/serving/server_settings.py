@@ -15,7 +15,7 @@ from spectr.errors import LibraryError, SpectrError, page
 from spectr.library import ExpertLibrary
 from spectr.models import HUB_ID
 from spectr.routers import Router, residents
-from spectr.serving.catalog import Policy, read_policy
+from spectr.serving.catalog import AccessPolicy, read_policy
 
 _BACKLOG = 2048  # waiting connections, as in uvicorn
 
@@ -56,7 +56,7 @@ class ServerSettings:
     options: tuple[str, ...] = ()
     remarks: Sequence[str] = ()
 
-    def policy(self) -> Policy | None:
+    def policy(self) -> AccessPolicy | None:
         """The policy, checked against the experts.
 
         Raises:

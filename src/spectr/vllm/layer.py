@@ -91,10 +91,10 @@ def packed_of(experts: Any, A_PI: Tensor, B_SOP: list[Tensor]) -> Packed:
     begins = (begin for begin, _ in experts.places)
     modules = [Module(*one) for one in zip(B_SOP, centers, begins, scales, strict=True)]
     kept = experts.kept() if experts.record else None
-    choices = [_choice(select, group.experts) for select in group.selects]
-    routers = experts.router_T if len(choices) > 1 else None
-    most = max(group.most_fixed, *(choice.k for choice in choices), 1)
-    return Packed(A_PI, modules, Choosing(group.columns_E, experts.routing_TE, choices, routers, most, kept))
+    selects = [_top_k(select, group.experts) for select in group.selects]
+    routers = experts.router_T if len(selects) > 1 else None
+    most = max(group.most_fixed, *(select.k for select in selects), 1)
+    return Packed(A_PI, modules, Choosing(group.columns_E, experts.routing_TE, selects, routers, most, kept))
 
 
 def _simple(experts: Any) -> bool:
@@ -106,7 +106,7 @@ def _simple(experts: Any) -> bool:
     return bool(outputs and isinstance(group.router, LengthRouter) and group.common_rank is not None)
 
 
-def _choice(select: Selection, experts: int) -> TopKNumbers:
+def _top_k(select: Selection, experts: int) -> TopKNumbers:
     if not isinstance(select, TopK):
         return TopKNumbers(experts, 0.0)
     return TopKNumbers(select.k, select.temperature if select.weighting == "softmax" else 0.0)

@@ -74,13 +74,13 @@ def agreement(setup: ExperimentSetup) -> Result:
 
 def _agreeing(setup: ExperimentSetup, router: Router, check: Check) -> dict[str, float]:
     """Shares of tokens and modules for which each of a layer's checks holds."""
-    total, held = 0, Counter[str]()
+    total, agreed = 0, Counter[str]()
     counted = torch.empty(0)
 
     def hook(layer: Any, args: tuple[Tensor, ...]) -> None:
         nonlocal total
         for name, agrees in check(layer, args[0]).items():
-            held[name] += int(agrees[counted].sum())
+            agreed[name] += int(agrees[counted].sum())
         total += int(counted.sum())
 
     with setup.routed(router) as routed:
@@ -91,7 +91,7 @@ def _agreeing(setup: ExperimentSetup, router: Router, check: Check) -> dict[str,
             batch = encode_batch(setup.tokenizer, prompts, limit=limit, device=setup.model.device)
             counted = batch["attention_mask"].bool()
             setup.model(**batch, use_cache=False, logits_to_keep=1)
-    return {name: count / total for name, count in held.items()}
+    return {name: count / total for name, count in agreed.items()}
 
 
 def _shortlisted(layer: RoutedLinear, x: Tensor, sizes: list[int]) -> dict[str, Tensor]:

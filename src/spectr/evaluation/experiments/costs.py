@@ -96,9 +96,9 @@ def costs(setup: ExperimentSetup) -> Result:
     for done, (label, router) in enumerate(setup.routers(ROUTERS), start=1):
         with setup.routed(router) as routed:
             data[label] = row = _measured(routed, ids, base)
-        held, formula, flops, probe = (row[key] / 1e6 for key in ("memory", "formula", "flops", "probe"))
+        memory, formula, flops, probe = (row[key] / 1e6 for key in ("memory", "formula", "flops", "probe"))
         share = row["flops"] * SAMPLE_TOKENS / base
-        cells = [f"{held:.1f}", f"{formula:.2f}", f"{flops:.2f}", f"{share:.1%}", f"{probe:.1f}" if probe else ""]
+        cells = [f"{memory:.1f}", f"{formula:.2f}", f"{flops:.2f}", f"{share:.1%}", f"{probe:.1f}" if probe else ""]
         rows.append([label, *cells])
         setup.progress("costs", done, len(ROUTERS), label)
     counted = by_method(experts)
@@ -167,7 +167,7 @@ _SECTION_5_NOTE = (
 def _measured(routed: Routed, ids: Tensor, base: int) -> dict[str, Any]:
     """Bytes that the layers hold, and operations a token: added, by the formula, and once a prompt."""
     layers, prompt = routed.layers, routed.prompt
-    held = sum(b.numel() * b.element_size() for layer in layers.values() for b in layer.buffers(recurse=False))
+    memory = sum(b.numel() * b.element_size() for layer in layers.values() for b in layer.buffers(recurse=False))
     probe, routing = 0, BatchRouting()
     if prompt:
         prompt.decide(input_ids=ids.roll(1, dims=1))  # the first prompt has work of its own
@@ -176,7 +176,7 @@ def _measured(routed: Routed, ids: Tensor, base: int) -> dict[str, Any]:
     with routed_by(routing):
         added = forward_flops(routed.model, ids) - base
     formula = sum(_formula(layer, routing.of(layer)) for layer in layers.values())
-    return {"memory": held, "flops": added / SAMPLE_TOKENS, "formula": formula, "probe": probe / SAMPLE_TOKENS}
+    return {"memory": memory, "flops": added / SAMPLE_TOKENS, "formula": formula, "probe": probe / SAMPLE_TOKENS}
 
 
 def sample_ids(setup: ExperimentSetup) -> Tensor:

@@ -53,22 +53,22 @@ class StopFilter:
 
     def __init__(self, stops: Sequence[str], hand_on: Callable[[Any], None]):
         self._stops, self._hand_on = stops, hand_on
-        self._held, self._over = "", False
+        self._waiting, self._over = "", False
 
     def __call__(self, item: Any) -> None:
         """Take the next piece, or ``None`` for the end."""
         if type(item) is not str:  # the end, or what transformers' parser found
-            self._pass_on(self._held)
+            self._pass_on(self._waiting)
             self._hand_on(item)
         elif not self._over:
-            self._take(self._held + item)
+            self._take(self._waiting + item)
 
     def _take(self, text: str) -> None:
         kept = before(text, self._stops)
         self._over = len(kept) < len(text)
         waiting = 0 if self._over else self._begun(text)
         self._pass_on(kept[: len(kept) - waiting])
-        self._held = kept[len(kept) - waiting :]
+        self._waiting = kept[len(kept) - waiting :]
 
     def _begun(self, text: str) -> int:
         """How many characters at the end of a text may be the beginning of a stop."""
@@ -77,6 +77,6 @@ class StopFilter:
         return next((size for size in ends if any(stop.startswith(text[-size:]) for stop in self._stops)), 0)
 
     def _pass_on(self, text: str) -> None:
-        self._held = ""
+        self._waiting = ""
         if text:
             self._hand_on(text)
