@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from spectr.paging.expert_cache import ExpertCache, Shares
-from spectr.paging.policies import Policy
+from spectr.paging.policies import EvictionPolicy
 from spectr.spectral import Share
 from workload import Workload
 
@@ -28,7 +28,7 @@ class Simulated:
     added: float
 
 
-def simulate(workload: Workload, policy: Policy, *, room: int, prompts: int, load_ms: float) -> Simulated:
+def simulate(workload: Workload, policy: EvictionPolicy, *, room: int, prompts: int, load_ms: float) -> Simulated:
     """Serve a workload with the real cache and the real policy; only the reading of experts is left out.
 
     Args:
