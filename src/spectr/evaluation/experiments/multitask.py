@@ -10,9 +10,7 @@ from spectr.evaluation.paired_statistics import in_words, mean_share
 from spectr.evaluation.score import Measurement
 from spectr.selection import TopK
 
-_KS = (2, 4, 8)
 _MERGES: list[dict[str, Any]] = [{"combine": "raw-factors"}, {"combine": "factors"}, {}]  # the last: outputs
-_FAMILY = ("spectr", "spectr-paper", "spectr-projection", "spectr-code")
 METHODS: list[tuple[str, dict[str, Any]]] = [
     # The paper's rows: one merge for all methods (section 3.3), weights 1 / k.
     *(("mu", merge) for merge in _MERGES),
@@ -20,11 +18,16 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("spectr", {"combine": "raw-factors", "top_k": 4}),  # the other merges are below
     # Arrow's own weights: a softmax of the scores.
     ("arrow", {"top_k": 4}),
-    # With one expert, weights and combination make no difference.
-    ("spectr", {"top_k": 1}),
+    # By number of experts; with one, weights and combination make no difference.
+    *(("spectr", {"top_k": k}) for k in (1, 2, 4, 8)),
+    *(("spectr-paper", {"top_k": k}) for k in (2, 4, 8)),
+    # The released code's score.
     ("spectr-projection", {"top_k": 1}),
-    *((name, {"top_k": k}) for name in _FAMILY for k in _KS),
-    *((name, {"weights": "softmax", "top_k": k}) for name in _FAMILY for k in _KS),
+    ("spectr-projection", {"top_k": 4}),
+    ("spectr-code", {"top_k": 4}),
+    # The paper's alternative weights.
+    ("spectr", {"weights": "softmax", "top_k": 4}),
+    ("spectr-paper", {"weights": "softmax", "top_k": 4}),
     ("spectr", {"combine": "ties", "top_k": 4}),
     ("lag", {"shortlist": 3, "top_k": 1}),
     ("phatgoose", {}),
