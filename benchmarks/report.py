@@ -3,8 +3,9 @@
     python benchmarks/report.py --work WORK --data-root DATA
 
 First what the repository does not ship: the held-out tasks' rows and 55 experts (all nine tasks at ranks 2 to 64, one
-of four passes). Then every experiment, two at a time with one thread each, the longest first, and the page:
-WORK/report.html. Killed, it goes on where it stopped. Each step's seconds are printed, and those of both parts.
+of four passes). Then every experiment without a result in docs/appendix/results, two at a time with one thread each,
+the longest first, and the page. Killed, it goes on where it stopped; a result that is deleted is made again. Each
+step's seconds are printed, and those of both parts.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import dataclasses
 import functools
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -27,6 +29,7 @@ from rich.table import Table
 
 from spectr.errors import DataError
 
+RESULTS = Path(__file__).resolve().parents[1] / "docs/appendix/results"
 _RECIPE = "--learning-rate 1e-3 --schedule linear --warmup 0.05 --dropout 0 --max-length 192 --data-root data"
 _SEEDS = {
     "cola": 201,
@@ -51,13 +54,13 @@ EXPERTS = {
     },
 }
 EXPERIMENTS = {  # the longest first, so that two workers end together
-    "multitask": "--data-root data --limit 8 --seeds 3",
-    "routing": "--data-root data --limit 20 --seeds 3",
-    "wording": "--data-root data --limit 10 --seeds 3",
-    "heldout": "--data-root heldout --limit 16",
-    "ranks": "--data-root data --limit 8 --ranks ranks",
-    "robustness": "--data-root data --limit 4 --substitute sst2=ranks/sst2-r64 --substitute sst2=sst2-long",
-    "quality": "--data-root data --limit 20",
+    "multitask": "--data-root data --limit 100",
+    "wording": "--data-root data --limit 100",
+    "routing": "--data-root data --limit 100",
+    "heldout": "--data-root heldout --limit 100",
+    "robustness": "--data-root data --limit 20 --substitute sst2=ranks/sst2-r64 --substitute sst2=sst2-long",
+    "ranks": "--data-root data --limit 20 --ranks ranks",
+    "quality": "--data-root data --limit 100",
     "mixed": "--data-root data --limit 4",
     "agreement": "--data-root data --limit 2",
     "tokens": "--data-root data --limit 10",
@@ -85,11 +88,11 @@ def main() -> None:
         return
     dtype = "" if arguments.dtype == "auto" else f"--dtype {arguments.dtype}"
     experiments = [
-        Step(name, spectr(f"evaluate {name} {how} {dtype}"), work / f"out/evaluation/{name}.json")
+        Step(name, spectr(f"evaluate {name} {how} {dtype}"), RESULTS / f"{name}.json", work / f"out/evaluation/{name}.json")
         for name, how in EXPERIMENTS.items()
     ]
     run(experiments, work, "experiments")
-    run([Step("page", spectr("report --page report.html"), None)], work, "page")
+    run([Step("page", spectr(f"report --out {RESULTS} --page {RESULTS.parent / 'report.html'}"), None)], work, "page")
 
 
 def link(data: Path, place: Path) -> None:
@@ -109,11 +112,12 @@ def spectr(command: str) -> list[str]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Step:
-    """A command, and the file that is there once it is done."""
+    """A command, the file that is there once it is done, and where the command writes it, if elsewhere."""
 
     name: str
     command: Sequence[str]
     made: Path | None
+    written: Path | None = None
 
 
 def run(steps: Sequence[Step], work: Path, part: str, workers: int = 2) -> None:
@@ -149,6 +153,8 @@ def call(work: Path, failed: threading.Event, more: Mapping[str, str], step: Ste
     seconds = time.perf_counter() - begin
     print(f"· {step.name}: {f'{seconds:.0f} s' if code == 0 else f'failed ({code}), see {log}'}", flush=True)
     if code == 0:
+        if step.made is not None and step.written is not None:
+            shutil.copy(step.written, step.made)
         return seconds
     failed.set()
     return None
