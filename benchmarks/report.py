@@ -87,8 +87,9 @@ def main() -> None:
     if arguments.inputs:
         return
     dtype = "" if arguments.dtype == "auto" else f"--dtype {arguments.dtype}"
+    written = work / "out/evaluation"
     experiments = [
-        Step(name, spectr(f"evaluate {name} {how} {dtype}"), RESULTS / f"{name}.json", work / f"out/evaluation/{name}.json")
+        Step(name, spectr(f"evaluate {name} {how} {dtype}"), RESULTS / f"{name}.json", written / f"{name}.json")
         for name, how in EXPERIMENTS.items()
     ]
     run(experiments, work, "experiments")
