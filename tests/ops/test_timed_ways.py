@@ -15,7 +15,7 @@ from spectr.ops import Selector, backend_for, make_kernel_plan, reference_ops, t
 from spectr.ops.timing import Clock, LoadWatch, time_in_turn
 from spectr.ops.trials import Trials, measure
 from spectr.ops.way_times import TimedShapes
-from spectr.ops.ways import TOKENS, TORCH, WAYS, Shape, by_rules, described, fastest, place_of, wanted
+from spectr.ops.ways import TOKENS, TORCH, WAYS, Shape, as_wanted, described, fastest, place_of, wanted
 
 SHAPE = Shape(torch.float32, 24, 20, 3, 9, 2)
 
@@ -69,8 +69,8 @@ def test_nothing_is_wanted(monkeypatch, text):
 
 def test_rules_serve_in_their_order(monkeypatch):
     monkeypatch.setenv("SPECTR_KERNELS", "tiles, rows:16,torch+sums:64")
-    assert by_rules(wanted(), ["rows", "torch+sums"]) == ("rows", "rows", "rows", "torch+sums", TORCH)
-    assert by_rules(wanted(), ["rows", "tiles"]) == ("tiles",) * 5
+    assert as_wanted(wanted(), ["rows", "torch+sums"]) == ("rows", "rows", "rows", "torch+sums", TORCH)
+    assert as_wanted(wanted(), ["rows", "tiles"]) == ("tiles",) * 5
 
 
 def test_every_number_of_tokens_goes_by_the_nearest_that_is_timed():

@@ -55,7 +55,7 @@ class TokenTracker(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(
-        self, rows: int, tokens: int, rules: Mapping[str, Rule], *, certain: bool = True, assumed: bool = False
+        self, rows: int, tokens: int, rules: Mapping[str, TrackingRule], *, certain: bool = True, assumed: bool = False
     ):
         super().__init__()
         self.rows, self.tokens, self._rules = rows, tokens, rules
@@ -120,7 +120,7 @@ class TokenTracker(TorchDispatchMode):
                     self._known[_key(tensor)] = marks
         return out
 
-    def _followed(self, rule: Rule, func: Any, args: Any, kwargs: Any, outs: Sequence[Any]) -> Any:
+    def _followed(self, rule: TrackingRule, func: Any, args: Any, kwargs: Any, outs: Sequence[Any]) -> Any:
         given = [*args, *kwargs.values()]
         tensors = [value for value in given if _is_tensor(value)]
         tensors += [value for some in given if isinstance(some, (list, tuple)) for value in some if _is_tensor(value)]
@@ -197,7 +197,9 @@ def check_rows_known() -> None:
         )
 
 
-Rule = Callable[[TokenTracker, Any, Sequence[Any], Mapping[str, Any], Sequence[Any]], "Sequence[Marks | None] | None"]
+TrackingRule = Callable[
+    [TokenTracker, Any, Sequence[Any], Mapping[str, Any], Sequence[Any]], "Sequence[Marks | None] | None"
+]
 
 
 def _is_tensor(value: Any) -> bool:

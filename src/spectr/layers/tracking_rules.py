@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectr.layers.token_tracking import Marks, Rule, TokenTracker
+from spectr.layers.token_tracking import Marks, TokenTracker, TrackingRule
 
 
 def _compact(at: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def _same(tracker: TokenTracker, func: Any, args: Any, kwargs: Any, outs: Any) -
     return [tracker.known(args[0])]  # of the first output alone
 
 
-def _product(first: int) -> Rule:
+def _product(first: int) -> TrackingRule:
     """Of matrices ``args[first] @ args[first + 1]``: rows of the left one have its marks."""
 
     def rule(tracker: TokenTracker, func: Any, args: Any, kwargs: Any, outs: Any) -> Any:
@@ -261,7 +261,7 @@ def _padded(tracker: TokenTracker, func: Any, args: Any, kwargs: Any, outs: Any)
     return [Marks(_compact(at if fill is None else torch.where(at < 0, fill.expand_as(at), at)), marks.by_data)]
 
 
-def _by_name(rules: Mapping[str, Rule]) -> dict[str, Rule]:
+def _by_name(rules: Mapping[str, TrackingRule]) -> dict[str, TrackingRule]:
     return {name: rule for names, rule in rules.items() for name in names.split()}
 
 

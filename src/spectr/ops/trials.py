@@ -22,7 +22,7 @@ from spectr.ops.fused_linear import Experts, FusedCpuLinear, Layer, Way
 from spectr.ops.rules import RULES
 from spectr.ops.timing import REAL, Clock, time_in_turn
 from spectr.ops.way_times import TimedShapes, WayTimes
-from spectr.ops.ways import TOKENS, TORCH, Shape, Table, after_base, by_rules, described, fastest, wanted
+from spectr.ops.ways import TOKENS, TORCH, Shape, Table, after_base, as_wanted, described, fastest, wanted
 from spectr.selection import TopK
 
 _CACHES = 48 << 20  # bytes that a cache of a processor hardly keeps from one call to the next
@@ -49,7 +49,7 @@ class Trials:
     """
 
     def __init__(self, backend: HasWays, source: str):
-        self._backend, self._source, self._rules = backend, source, wanted()
+        self._backend, self._source, self._wishes = backend, source, wanted()
         self._by_threads: dict[int, TimedShapes] = {}
         self._after: dict[Shape, tuple[Way | None, ...]] = {}
 
@@ -63,7 +63,7 @@ class Trials:
         if found is None:
             times = self._shapes().nearest(shape)
             found = self._ways(shape, self._table(shape, times, after_base))
-            if self._rules or times is not None:
+            if self._wishes or times is not None:
                 self._after[shape] = found
         return found
 
@@ -76,8 +76,8 @@ class Trials:
         return f"{shape.inputs} to {shape.outputs}, {described(table)} ({origin})"
 
     def _table(self, shape: Shape, times: WayTimes | None, among: Callable[[str], bool] = bool) -> Table:
-        if self._rules:
-            return by_rules(self._rules, [*filter(among, self._backend.ways(shape.dtype, shape.k > 0))])
+        if self._wishes:
+            return as_wanted(self._wishes, [*filter(among, self._backend.ways(shape.dtype, shape.k > 0))])
         return fastest([{}] * len(TOKENS) if times is None else times.seconds, among)
 
     def _ways(self, shape: Shape, table: Table) -> tuple[Way | None, ...]:
@@ -85,7 +85,7 @@ class Trials:
         return tuple(map(ways.get, table))
 
     def _timed(self, shape: Shape) -> WayTimes | None:
-        if self._rules:
+        if self._wishes:
             return None
         shapes = self._shapes()
         if _len_torch_dispatch_stack():  # a mode records single operations, which kernels do not make

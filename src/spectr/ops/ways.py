@@ -76,7 +76,7 @@ def fastest(times: list[Mapping[str, float]], among: Callable[[str], bool] = boo
     return tuple(min(filter(among, seconds), key=seconds.__getitem__, default=TORCH) for seconds in times)
 
 
-class Rule(NamedTuple):
+class Wanted(NamedTuple):
     """A way that the user wants.
 
     Attributes:
@@ -93,30 +93,30 @@ def switched_off() -> bool:
     return os.environ.get(_SWITCH) == "0"
 
 
-def wanted() -> tuple[Rule, ...]:
+def wanted() -> tuple[Wanted, ...]:
     """What the user wants in place of the fastest: ``SPECTR_KERNELS=rows:16,torch+sums``.
 
     Raises:
         SpectrError: There is no such way.
     """
     text = os.environ.get(_SWITCH, "")
-    rules = []
+    wishes = []
     for part in text.split(",") if text not in ("", "0", "1") else ():
         way, _, most = part.strip().partition(":")
         if way not in (*WAYS, TORCH) or not (most.isdecimal() or not most):
             raise SpectrError(
                 f"{_SWITCH}={text}",
-                expected=f"0, 1, or ways with the most tokens that each serves: rows:16,torch+sums; ways are "
+                expected=f"0, 1, or implementations, each with the most tokens it serves: rows:16,torch+sums; they are "
                 f"{', '.join((*WAYS, TORCH))}",
             )
-        rules.append(Rule(way, int(most) if most else None))
-    return tuple(rules)
+        wishes.append(Wanted(way, int(most) if most else None))
+    return tuple(wishes)
 
 
-def by_rules(rules: tuple[Rule, ...], possible: Container[str]) -> Table:
-    """For each number of tokens the first of the rules that is possible and wanted there; else torch."""
+def as_wanted(wishes: tuple[Wanted, ...], possible: Container[str]) -> Table:
+    """For each number of tokens the first of the wishes that is possible and wanted there; else torch."""
     return tuple(
-        next((way for way, most in rules if way in possible and (most is None or tokens <= most)), TORCH)
+        next((way for way, most in wishes if way in possible and (most is None or tokens <= most)), TORCH)
         for tokens in TOKENS
     )
 
