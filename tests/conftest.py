@@ -12,6 +12,7 @@ os.environ.setdefault(
     "SPECTR_KERNELS", "rows:16,tiles,torch+tiles,torch+sums"
 )  # timing would decide otherwise each time
 
+from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -28,11 +29,11 @@ CHECKED = (
     "spectr.combine",
     "spectr.evaluation",
     "spectr.extraction.svd",
-    *(f"spectr.layers.{name}" for name in ("multi_routed", "routed", "trace")),
+    *(f"spectr.layers.{name}" for name in ("multi_routed", "routed_linear", "trace")),
     "spectr.merging.dare",
     "spectr.merging.lowrank",
     "spectr.merging.ties",
-    *(f"spectr.ops.{name}" for name in ("grouped", "outputs", "reference", "rules")),
+    *(f"spectr.ops.{name}" for name in ("add_outputs", "grouped", "reference_ops", "rules")),
     "spectr.routers",
     "spectr.selection",
     "spectr.spectral",
@@ -53,8 +54,11 @@ CHECKED_IN = (
 )
 
 from adapters_on_disk import tree, write_adapter  # noqa: E402
+from spectr import calibration  # noqa: E402
 from spectr.library import LibraryStore  # noqa: E402
+from spectr.models.samples import null_samples  # noqa: E402
 from text_model import save_experts, save_model  # noqa: E402
+from written_once import null_once  # noqa: E402
 
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it starts in the background ignore Ctrl-C
@@ -65,6 +69,7 @@ def pytest_sessionstart() -> None:
     from peft import PeftModel
 
     PeftModel.create_or_update_model_card = Mock()
+    assert all(map(find_spec, CHECKED)), "a module has a new name"
 
 
 def pytest_collection_finish() -> None:
@@ -80,9 +85,10 @@ def pytest_unconfigure() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item) -> None:
-    """Shapes are checked, or not, from a test's first fixture on."""
+    """Shapes are checked, or not, from a test's first fixture on; ordinary prompts are written once, or each time."""
     place = item.path.relative_to(Path(__file__).parent).as_posix()
     config.update("jaxtyping_disable", not place.startswith(CHECKED_IN))
+    calibration.null_samples = null_samples if place.startswith("routers/calibrated/") else null_once
 
 
 @pytest.fixture

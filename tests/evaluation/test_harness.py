@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -120,24 +121,13 @@ def test_settings_go_to_the_router_and_the_rest_to_the_harness():
     assert given == {"batch_size": 4}
 
 
-@pytest.mark.parametrize("lm_eval", ["there", "missing"])
-def test_as_a_script_it_registers_the_modules_class_or_reports_what_is_missing(lm_eval):
-    script = f"""
-import runpy, sys
-if {lm_eval == "missing"}:
-    sys.modules["lm_eval"] = None
-else:
-    import lm_eval.__main__
-    from lm_eval.api.registry import get_model
-    lm_eval.__main__.cli_evaluate = lambda: print(get_model("spectr").__module__)
-runpy.run_module("spectr.evaluation.harness", run_name="__main__")
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    if lm_eval == "there":
-        assert (done.returncode, done.stdout) == (0, "spectr.evaluation.harness\n")
-    else:
-        assert done.returncode == 2
-        assert done.stderr.startswith("error: lm-evaluation-harness needs the extra 'harness'")
+def test_as_a_script_it_reports_what_is_missing(monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "spectr.evaluation.harness")
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_module("spectr.evaluation.harness", run_name="__main__")
+    assert capsys.readouterr().err.startswith("error: lm-evaluation-harness needs the extra 'harness'")
 
 
 def test_the_entry_point_is_the_model():
@@ -146,7 +136,7 @@ def test_the_entry_point_is_the_model():
 
 
 def test_the_command_evaluates_a_task(world, tmp_path):
-    """A fresh process, as a user starts it, on a task of two rows without a network."""
+    """A fresh process, which registers the module's class and not the script's, on two rows without a network."""
     rows = [{"prompt": "what is it", "label": 0}, {"prompt": "is the grass blue", "label": 1}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     task = {
@@ -160,12 +150,21 @@ def test_the_command_evaluates_a_task(world, tmp_path):
         "doc_to_target": "label",
     }
     (tmp_path / "tiny.yaml").write_text(json.dumps(task), encoding="utf-8")  # YAML takes JSON
-    command = [sys.executable, "-m", "spectr.evaluation.harness", "--model", "spectr", "--tasks", "tiny"]
+    script = """
+import runpy
+import lm_eval.__main__
+from lm_eval.api.registry import get_model
+evaluate = lm_eval.__main__.cli_evaluate
+lm_eval.__main__.cli_evaluate = lambda: (print("class of", get_model("spectr").__module__), evaluate())
+runpy.run_module("spectr.evaluation.harness", run_name="__main__", alter_sys=True)
+"""
+    command = [sys.executable, "-c", script, "--model", "spectr", "--tasks", "tiny"]
     command += ["--model_args", f"base={world / 'model'},library={world / 'experts'},router=calibrated,dtype=float32"]
     command += ["--include_path", str(tmp_path), "--output_path", str(tmp_path / "results.json")]
     alone = {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_DATASETS_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | alone)
     assert done.returncode == 0, done.stderr
+    assert "class of spectr.evaluation.harness\n" in done.stdout
     [found] = tmp_path.glob("results*.json")
     results = json.loads(found.read_text(encoding="utf-8"))
     assert results["config"]["model"] == "spectr"

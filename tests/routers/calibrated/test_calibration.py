@@ -36,7 +36,7 @@ def test_means_and_root_mean_squares_are_those_of_the_dense_updates(root, librar
 @torch.no_grad()
 def test_a_module_that_makes_logits_is_measured_at_every_counted_token(tmp_path):
     peft_adapter(make_model(), tmp_path / "dogs", seed=9, targets=["lm_head", "q_proj"])
-    known = calibrate(make_model(), ExpertLibrary.open(tmp_path), make_tokenizer(), texts=TEXTS)
+    known = calibrate(make_model(), ExpertLibrary.open(tmp_path), make_tokenizer(), texts=TEXTS, null=0)
     seen = {}
     model = make_model()
     model.lm_head.register_forward_pre_hook(lambda _, given: seen.update(x=given[0]))
@@ -50,8 +50,11 @@ def test_a_module_that_makes_logits_is_measured_at_every_counted_token(tmp_path)
 
 def test_self_samples_depend_on_the_seed_alone_and_count_what_the_model_wrote(root):
     plain = ExpertLibrary.open(root)
-    one, same, other = (calibrate(make_model(), plain, make_tokenizer(), seed=seed, samples=3) for seed in (1, 1, 2))
+    one, same, other = (
+        calibrate(make_model(), plain, make_tokenizer(), seed=seed, samples=3, null=2) for seed in (1, 1, 2)
+    )
     assert torch.equal(one.input_ids, same.input_ids)
+    assert one.null == same.null != other.null
     assert one.rms == same.rms
     assert one.input_ids.tolist() != other.input_ids.tolist()
     tokenizer, size = make_tokenizer(), len(one.opening)
@@ -67,7 +70,7 @@ def test_self_samples_depend_on_the_seed_alone_and_count_what_the_model_wrote(ro
 def test_calibrating_leaves_the_model_and_the_random_state_alone(root):
     model, ids = make_model(), ids_of("what is it")
     before, state = logits(model, ids), torch.random.get_rng_state()
-    calibrate(model, ExpertLibrary.open(root), make_tokenizer(), samples=2)
+    calibrate(model, ExpertLibrary.open(root), make_tokenizer(), samples=2, null=2)
     assert torch.equal(logits(model, ids), before)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert not any(module._forward_pre_hooks for module in model.modules())
@@ -91,11 +94,11 @@ def test_a_calibration_is_made_without_dropout(root):
 def test_an_expert_that_is_added_is_measured_alone_on_the_same_texts(root, library, tmp_path):
     peft_adapter(make_model(), tmp_path / "dogs", seed=9, rank=4)
     larger = library.with_expert("dogs", tmp_path / "dogs")
-    grown = calibrate(make_model(), larger, make_tokenizer())
+    grown = calibrate(make_model(), larger, make_tokenizer(), null=0)
     assert torch.equal(grown.input_ids, library.calibration.input_ids)
     for name in RANKS:
         assert grown.rms[name] is library.calibration.rms[name]
-    whole = calibrate(make_model(), larger, make_tokenizer(), texts=TEXTS)
+    whole = calibrate(make_model(), larger, make_tokenizer(), texts=TEXTS, null=0)
     assert grown.rms["dogs"] == pytest.approx(whole.rms["dogs"])
 
 

@@ -49,7 +49,7 @@ def test_a_calibration_names_them_and_keeps_that(library, tmp_path):
     assert set(known.rms["cats"]) == {Q}
     known.save(tmp_path)
     assert Calibration.load(tmp_path).unmeasured == {SPARE}
-    assert calibrate(base(), library, make_tokenizer()).unmeasured == {SPARE}
+    assert calibrate(base(), library, make_tokenizer(), null=4).unmeasured == {SPARE}
 
 
 def test_an_expert_that_adapts_nothing_else_is_reported_and_never_chosen(library, caplog):
