@@ -79,14 +79,6 @@ def test_a_routed_model_of_equal_ranks_and_merged_factors_is_one_graph(tmp_path,
     close(logits(compiled(model), ids), logits(model, ids))
 
 
-def test_a_routed_model_has_no_graph_breaks(library, compiled):
-    model, _ = routed_llama(library)
-    with torch.no_grad():
-        found = torch._dynamo.explain(model)(input_ids=ids)
-    assert found.graph_break_count == 0
-    assert found.graph_count == 1
-
-
 SLOW = pytest.mark.skipif(not os.environ.get("SPECTR_TEST_INDUCTOR"), reason="half a minute of a C++ compiler's time")
 
 
@@ -181,7 +173,9 @@ def test_an_offloaded_model_can_be_restricted_and_traced(library, tmp_path, offl
 
 @pytest.mark.parametrize("offload", OFFLOADS)
 @pytest.mark.parametrize("router", [Calibrated(), Shortlist(size=2)], ids=named)
-def test_an_offloaded_model_decides_for_prompts_as_the_plain_one(library, tmp_path, offload, router):
+def test_an_offloaded_model_decides_for_prompts_as_the_plain_one(library, tmp_path, monkeypatch, offload, router):
+    monkeypatch.setattr("spectr.calibration._NULL_TOKENS", 8)  # each is a step from disk
+
     def indexed(model):
         made = calibrate(model, library, make_tokenizer(), samples=2, tokens=6, null=3)
         return build_index(model, library.with_calibration(made))
