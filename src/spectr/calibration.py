@@ -30,6 +30,7 @@ from spectr.layers.plan import Plan, make_plan
 from spectr.layers.routed_linear import RoutedLinear
 from spectr.layers.token_layout import Layouts
 from spectr.library import Calibration, ExpertLibrary
+from spectr.library.calibration_file import Norm
 from spectr.models.samples import encode_texts, null_samples, self_samples
 from spectr.prompts.probe import Probe
 from spectr.prompts.token_places import read_tokens
@@ -49,6 +50,7 @@ def calibrate(
     tokenizer: Any,
     *,
     texts: Sequence[str] | None = None,
+    own: Mapping[str, Sequence[str]] | None = None,
     samples: int = 24,
     tokens: int = 64,
     null: int = 160,
@@ -58,9 +60,10 @@ def calibrate(
 ) -> Calibration:
     """Measure each module's mean input ``m`` and each expert's ``c_t = sqrt(mean ||A*_t (x - m)||^2)``.
 
-    Needs no labels and no training. Modules that no text reaches, such as a vision tower's, are recorded as
-    unmeasured. If the library is calibrated already, only experts without a calibration are measured, on the same
-    texts; the others keep their values. Fields that an older version did not write are added. The model is unchanged.
+    Also mean and deviation of ``||A*_t x||``, for :class:`SeqrNormalised`. Needs no labels and no training. Modules
+    that no text reaches, such as a vision tower's, are recorded as unmeasured. If the library is calibrated already,
+    only experts without a calibration are measured, on the same texts; the others keep their values. Fields that an
+    older version did not write are added. The model is unchanged.
 
     Args:
         model: The base model, not composed.
@@ -68,6 +71,7 @@ def calibrate(
         tokenizer: The model's tokenizer.
         texts: Unlabelled texts of your own, each as a user would send it. By default the base model writes them: it
             continues the chat template from the start of a user's turn.
+        own: By expert, texts like its training data. Mean and deviation of its ``||A*_t x||`` are measured on them.
         samples: Number of texts that the model writes for means and scales.
         tokens: Maximum number of tokens of each text.
         null: Number of further texts that it writes. They are the ordinary prompts that evidence is compared with (the
@@ -80,13 +84,14 @@ def calibrate(
     Raises:
         CompositionError: The model is composed, has no decoder alone, or an expert does not fit it.
         LibraryError: An expert's weights differ from those in the library.
-        DataError: ``texts`` is empty.
+        DataError: ``texts`` is empty, or an expert's texts in ``own``.
     """
-    _check(model, texts)
+    _check(model, {"texts": texts, **{f"own[{name!r}]": some for name, some in (own or {}).items()}})
+    library.check(*(own or ()))
     library = library.named_for(naming_of(model))
     report_calibration(model, None if fresh or texts is not None else library.calibration)
     with eval_mode(model):
-        return _calibrated(model, library, tokenizer, texts, samples, tokens, null, seed, fresh, progress)
+        return _calibrated(model, library, tokenizer, texts, own or {}, samples, tokens, null, seed, fresh, progress)
 
 
 def _calibrated(
@@ -94,6 +99,7 @@ def _calibrated(
     library: ExpertLibrary,
     tokenizer: Any,
     texts: Sequence[str] | None,
+    own: Mapping[str, Sequence[str]],
     samples: int,
     tokens: int,
     null: int,
@@ -104,11 +110,12 @@ def _calibrated(
     """See :func:`calibrate`; in eval mode."""
     before = known = None if fresh or texts is not None else library.calibration
     new = [name for name in library if known is None or not library.calibrated(name)]
-    experts = {name: library[name] for name in new}
+    measured = [name for name in library if name in new or known is None or name not in known.norms]
+    experts = {name: library[name] for name in (*measured, *own)}
     for expert in experts.values():
         library.check_weights(expert)
     plan = make_plan(model, list(experts.values()), Spectr(top_k=1))
-    total = 4 + -(-len(new) // _AT_ONCE)
+    total = 4 + -(-len(measured) // _AT_ONCE) + len(own)
     known = known or _texts_alone(model, tokenizer, texts, samples, tokens, seed)
     progress(1, total)
     if len(known.null) < null and _writes(model):
@@ -121,12 +128,19 @@ def _calibrated(
     known = replace(known, unmeasured=known.unmeasured | {name for name in missing if name not in means})
     progress(3, total)
     rms: dict[str, dict[str, float]] = {}
+    norms: dict[str, dict[str, Norm]] = {}
     base = ModelLayers(model, library.folder)
-    for done, chunk in enumerate(chunks(new, _AT_ONCE), start=4):
-        rms |= _root_mean_squares(model, base, plan, {name: experts[name] for name in chunk}, means, known)
+    groups = [(known, chunk) for chunk in chunks(measured, _AT_ONCE)]
+    groups += [(_texts_alone(model, tokenizer, some, samples, tokens, seed), [name]) for name, some in own.items()]
+    for done, (read, chunk) in enumerate(groups, start=4):
+        sizes, lengths = _sizes(model, base, plan, {name: experts[name] for name in chunk}, means, read)
+        rms, norms = {**sizes, **rms}, {**norms, **lengths}  # an expert's own texts come last
         progress(done, total)
-    sha256 = {name: known_sha256(expert.weights) for name, expert in experts.items()}
-    known = known.joined(replace(known, means=means, rms=rms, sha256=sha256))
+    given = {name: count for name, count in known.own.items() if name not in measured}
+    sha256 = {name: known_sha256(experts[name].weights) for name in new}
+    rms = {name: rms[name] for name in new}
+    known = known.joined(replace(known, means=means, rms=rms, norms=norms, sha256=sha256))
+    known = replace(known, own={**given, **{name: len(some) for name, some in own.items()}})
     if new or before is None or before.null != known.null or known.null_experts != library.names:
         known = _with_null_numbers(model, library, known)
     progress(total, total)
@@ -148,15 +162,16 @@ def _with_null_numbers(model: Any, library: ExpertLibrary, known: Calibration) -
     return replace(known, null_experts=routed.experts, null_numbers=reader.null_numbers())
 
 
-def _check(model: Any, texts: Sequence[str] | None) -> None:
+def _check(model: Any, given: Mapping[str, Sequence[str] | None]) -> None:
     if any(isinstance(module, RoutedLinear) for module in model.modules()):
         raise CompositionError("the model is composed", do="calibrate the base model: call remove() first")
     if getattr(model.config, "is_encoder_decoder", False):
         raise CompositionError(
             "the model has an encoder and a decoder", expected="a decoder-only language model, which can write texts"
         )
-    if texts is not None and not any(text.strip() for text in texts):
-        raise DataError("texts is empty", do="pass at least one text, or omit texts")
+    for what, texts in given.items():
+        if texts is not None and not any(text.strip() for text in texts):
+            raise DataError(f"{what} is empty", do="pass at least one text, or omit it")
 
 
 def _writes(model: Any) -> bool:
@@ -203,15 +218,17 @@ def _mean_inputs(model: nn.Module, modules: Sequence[str], known: Calibration) -
     return sums
 
 
-def _root_mean_squares(
+def _sizes(
     model: nn.Module,
     base: ModelLayers,
     plan: Plan,
     experts: Mapping[str, Expert],
     means: Mapping[str, Tensor],
     known: Calibration,
-) -> dict[str, dict[str, float]]:
-    found: dict[str, dict[str, float]] = {name: {} for name in experts}
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, Norm]]]:
+    """By expert and module the root mean square of ``||A* (x - m)||``, and mean and deviation of ``||A* x||``."""
+    rms: dict[str, dict[str, float]] = {name: {} for name in experts}
+    norms: dict[str, dict[str, Norm]] = {name: {} for name in experts}
 
     def see(module: str, x: LayerInput) -> None:
         x_TI = x.x_SI if isinstance(x, Pairs) else x
@@ -220,16 +237,19 @@ def _root_mean_squares(
         parts = prepare_module(here, module, Spectr(top_k=1))
         A_SI = torch.cat([part.A for part in parts.values()], dim=-2).to(x_TI.device)  # S: the ranks of all
         h_TS = x._replace(x_SI=centred_TI).products(A_SI) if isinstance(x, Pairs) else centred_TI @ A_SI.mT
+        whole_TS = x._replace(x_SI=x_TI.float()).products(A_SI) if isinstance(x, Pairs) else x.float() @ A_SI.mT
         mean_S = h_TS.square().mean(0, dtype=torch.float64)
         ranks = [part.A.shape[-2] for part in parts.values()]
-        for name, mean_R in zip(parts, mean_S.cpu().split(ranks), strict=True):
-            found[name][module] = mean_R.sum().sqrt().item()
+        for name, mean_R, whole_TR in zip(parts, mean_S.cpu().split(ranks), whole_TS.split(ranks, -1), strict=True):
+            rms[name][module] = mean_R.sum().sqrt().item()
+            norm_T = whole_TR.double().norm(dim=-1)
+            norms[name][module] = Norm(norm_T.mean().item(), norm_T.std(correction=0).item())
 
     with ExitStack() as files:
         readers = {name: files.enter_context(expert.open_on(base)) for name, expert in experts.items()}
         used = [module for module in means if not readers.keys().isdisjoint(plan.modules.get(module, ()))]
         read_inputs(model, used, known, see)
-    return found
+    return rms, norms
 
 
 def read_inputs(model: Any, modules: Sequence[str], known: Calibration, see: Callable[[str, LayerInput], None]) -> None:

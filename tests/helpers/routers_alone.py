@@ -12,7 +12,19 @@ if __name__ == "__main__":
 
 import torch
 
-from spectr.routers import Arrow, Calibrated, Glider, Lag, Oracle, Phatgoose, Seqr, Shortlist, Spectr, Uniform
+from spectr.routers import (
+    Arrow,
+    Calibrated,
+    Glider,
+    Lag,
+    Oracle,
+    Phatgoose,
+    Seqr,
+    SeqrNormalised,
+    Shortlist,
+    Spectr,
+    Uniform,
+)
 from spectr.spectral import AlignedExpert, SideData, reference
 
 INPUTS, OUTPUTS, TOKENS, SCALE = 24, 16, 8, 1.5
@@ -45,6 +57,10 @@ def calibrated(deltas, x, ranks):
     return [reference.calibrated_score(delta, x, list(TEXTS.double())) for delta in deltas.values()]
 
 
+def normalised(deltas, x, ranks):
+    return [reference.normalised_score(delta, x, list(TEXTS.double())) for delta in deltas.values()]
+
+
 def gates(deltas, x, ranks):
     return [reference.gate_score(GATES[name].double(), x) for name in deltas]
 
@@ -55,6 +71,7 @@ METHODS = {
         reference.projection_score(delta, x, rank) for delta, rank in zip(deltas.values(), ranks, strict=True)
     ],
     Seqr(): spectral,
+    SeqrNormalised(): normalised,
     Arrow(): lambda deltas, x, ranks: [reference.arrow_score(delta, x) for delta in deltas.values()],
     Lag(shortlist=2): lambda deltas, x, ranks: reference.shortlisted(list(deltas.values()), x, 2, list(ranks)),
     Calibrated(): calibrated,
@@ -73,7 +90,9 @@ def state_of(router, library):
     shares = {}
     for name, (A, B) in library.items():
         squares = [float((delta_of(A, B) @ (y - mean_I).double()).norm()) ** 2 for y in TEXTS]
-        side = SideData(mean_I, (sum(squares) / len(squares)) ** 0.5, GATES[name])
+        sizes = torch.tensor([(delta_of(A, B) @ y.double()).norm() for y in TEXTS])
+        norm = float(sizes.mean()), float(sizes.std(correction=0))
+        side = SideData(mean_I, (sum(squares) / len(squares)) ** 0.5, GATES[name], norm)
         shares[name] = router.init_expert(AlignedExpert.of(A, B, SCALE), side)
     return router.stack(shares)
 
@@ -118,6 +137,7 @@ def check_all():
         check_lag_among_the_allowed(kind)
         check_the_oracle(kind)
     assert state_of(Seqr(), LIBRARIES["shared"]).A_PI.shape == (5, INPUTS)
+    assert state_of(SeqrNormalised(), LIBRARIES["shared"]).A_PI.shape == (5, INPUTS)
 
 
 if __name__ == "__main__":

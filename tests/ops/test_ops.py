@@ -13,7 +13,7 @@ from torch import nn
 
 from compiled import needs_a_compiler
 from models import peft_library, tiny_llama, tokens, types_unchecked
-from spectr import Arrow, Calibrated, Lag, Seqr, Spectr, Uniform, compose, ops
+from spectr import Arrow, Calibrated, Lag, Seqr, SeqrNormalised, Spectr, Uniform, compose, ops
 from spectr.layers import RoutedLinear
 from spectr.layers.batch_routing import LayerCall
 from spectr.layers.expert_factors import Factors
@@ -22,6 +22,7 @@ from spectr.ops.add_outputs import gathered_sum
 from spectr.ops.grouped import grouped_inputs, grouped_outputs
 from spectr.routers.arrow import Prototypes
 from spectr.routers.calibrated import Centers
+from spectr.routers.seqr_normalised import Norms
 from spectr.spectral import Share, Stack
 
 INPUTS, OUTPUTS = 24, 20
@@ -239,6 +240,7 @@ def test_ahead_of_time_graphs_compute_the_same(graphs):
 
 OWN = dict.fromkeys((Spectr, Seqr, Uniform), lambda *_: ())
 OWN |= {Arrow: lambda row, _: Prototypes(row), Lag: lambda row, _: Prototypes(row), Calibrated: lambda _, c: Centers(c)}
+OWN |= {SeqrNormalised: lambda *_: Norms(torch.zeros(1), torch.ones(1))}
 
 
 def layer_of(router, ranks=(4, 4, 4), base=None, dtype=torch.float32):
@@ -261,6 +263,7 @@ REASONS = [
     (layer_of(Arrow(top_k=2)), "Arrow has no kernel for its scores"),
     (layer_of(Lag(top_k=1)), "Lag has no kernel for its scores"),
     (layer_of(Uniform()), "Uniform has no kernel for its scores"),
+    (layer_of(SeqrNormalised()), "SeqrNormalised has no kernel for its scores"),
     (layer_of(Seqr(), ranks=(4, 3)), "the experts' ranks differ"),
     (layer_of(Spectr(top_k=2), dtype=torch.float64), "no kernel for these tensors (float64, cpu)"),
 ]

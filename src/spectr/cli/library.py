@@ -16,7 +16,7 @@ from spectr.adapters import GATES_FILE
 from spectr.cli.console import bar, out, say
 from spectr.cli.describe import describe
 from spectr.cli.model_loading import open_model
-from spectr.cli.options import BaseOption, DtypeOption, JsonOption, LibraryOption
+from spectr.cli.options import BaseOption, DataRootOption, DtypeOption, JsonOption, LibraryOption
 from spectr.errors import LibraryError, SpectrError, raise_together, some_of
 from spectr.grouping import grouped
 from spectr.library import Entry, ExpertLibrary, LibraryStore
@@ -26,7 +26,8 @@ from spectr.library.index import INDEX_FOLDER
 from spectr.library.manifest import MANIFEST_FILE
 from spectr.library.remarks import added_remarks
 from spectr.shipped import open_library, shipped_experts
-from spectr.tasks.rows import read_lines
+from spectr.tasks.own_rows import read_own_rows
+from spectr.tasks.rows import Source, read_lines
 
 if TYPE_CHECKING:
     from spectr.checkup import Checkup
@@ -203,6 +204,14 @@ def calibrate(
     ] = 160,
     seed: Annotated[int, typer.Option(help="Set the seed of the writing.")] = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure all experts again.")] = False,
+    own_rows: Annotated[
+        int,
+        typer.Option(
+            help='Measure each expert\'s scores on this many of its training rows, for the router "seqr-normalised".',
+            min=0,
+        ),
+    ] = 0,
+    data_root: DataRootOption = None,
     dtype: DtypeOption = "auto",
 ) -> None:
     """Measure each expert's response to texts that the base model writes, for the router "calibrated".
@@ -214,7 +223,8 @@ def calibrate(
     """
     experts = open_library(library)
     lines = read_lines(texts) if texts else None
-    if not fresh and experts.fully_calibrated(null) and lines is None:
+    rows = read_own_rows(experts, experts.names, Source(root=data_root), limit=own_rows) if own_rows else {}
+    if not fresh and experts.fully_calibrated(null) and lines is None and not rows:
         out.print(f"all {len(experts)} experts are calibrated; to measure them again, use --fresh", highlight=False)
         return
     base, tokenizer = open_model(model, dtype)
@@ -227,6 +237,7 @@ def calibrate(
             experts,
             tokenizer,
             texts=lines,
+            own={name: [example.prompt for example in examples] for name, (examples, _) in rows.items()},
             samples=samples,
             tokens=tokens,
             null=null,

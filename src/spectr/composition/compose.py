@@ -13,7 +13,7 @@ from spectr.composition.routed import Guide, Progress, Routed
 from spectr.errors import CompositionError
 from spectr.layers.multi_routed import COMPOSED
 from spectr.library import ExpertLibrary
-from spectr.library.needs import CALIBRATED, DESCRIBED
+from spectr.library.needs import CALIBRATED, DESCRIBED, NORMED
 from spectr.paging import DEFAULT_POLICY, EvictionPolicy, get_policy
 from spectr.routers import Router, Spectr, check_needs, residents
 from spectr.routers.version1 import adapted
@@ -71,7 +71,7 @@ def compose(
     if any(isinstance(module, COMPOSED) for module in model.modules()):
         raise CompositionError("the model is composed already", do="call remove() on its handle first")
     library = library.named_for(naming_of(model))
-    if CALIBRATED in router.needs:
+    if CALIBRATED in router.needs or NORMED in router.needs:
         report_calibration(model, library.calibration)
     if router.policy is not None and router.policy.pages:
         memory = _EXPERT_MEMORY if expert_memory is None else expert_memory

@@ -13,7 +13,7 @@ from spectr.adapters import BaseLayers, Expert, Factors, Update, read_gates
 from spectr.errors import CompositionError
 from spectr.grouping import grouped
 from spectr.library import Calibration, ExpertLibrary
-from spectr.library.needs import CALIBRATED, GATED, some_of
+from spectr.library.needs import CALIBRATED, GATED, NORMED, some_of
 from spectr.ops import report_once
 from spectr.routers import PromptPolicy
 from spectr.routers.evidence import ModuleEvidence
@@ -39,8 +39,8 @@ class SideTable:
 
     def of(self, expert: str, module: str) -> SideData:
         """The data of one expert at one module."""
-        known = (None, None) if self.calibration is None else self.calibration.of(expert, module)
-        return SideData(*known, None if self.gates is None else self.gates[expert][module])
+        mean_I, rms, norm = (None,) * 3 if self.calibration is None else self.calibration.of(expert, module)
+        return SideData(mean_I, rms, None if self.gates is None else self.gates[expert][module], norm)
 
 
 NO_SIDE_DATA = SideTable()
@@ -54,7 +54,7 @@ def side_data(router: Router, library: ExpertLibrary, names: Sequence[str]) -> S
     """
     gated = GATED in router.needs
     return SideTable(
-        library.calibration if CALIBRATED in router.needs else None,
+        library.calibration if CALIBRATED in router.needs or NORMED in router.needs else None,
         {name: read_gates(library[name]) for name in names} if gated else None,
     )
 

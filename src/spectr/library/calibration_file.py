@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import isnan
 from pathlib import Path
@@ -25,6 +25,7 @@ from spectr.library.lock import locked_if_library
 
 CALIBRATION_FILE = "calibration.safetensors"
 _FORMAT = "3"
+_UNKNOWN = float("nan"), float("nan")
 _READ = "2", _FORMAT  # format 2 has no null; format 1 used other kinds of texts
 
 
@@ -38,14 +39,22 @@ def opened(path: Path, *formats: str) -> Iterator[tuple[Any, dict[str, Any]]]:
         yield file, json.loads(metadata["facts"])
 
 
+class Norm(NamedTuple):
+    """Mean and standard deviation of ``||A* x||`` over tokens, for one expert at one module."""
+
+    mean: float
+    deviation: float
+
+
 class Statistics(NamedTuple):
     """One expert at one module: the mean input, and ``sqrt(mean ||A* (x - mean)||^2)`` over the texts' tokens.
 
-    ``None`` for a module that no text reaches.
+    ``None`` for a module that no text reaches. ``norm`` is also ``None`` if an older version calibrated.
     """
 
     mean_I: Float[Tensor, " I"] | None
     rms: float | None
+    norm: Norm | None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -63,6 +72,8 @@ class Calibration:
         null: Ordinary prompts that the base model wrote, apart from the texts: token ids without padding, including the
             chat template's. Evidence is compared with theirs. Empty if an older version calibrated.
         unmeasured: Modules that no text reaches, such as a vision tower's. Evidence for prompts ignores them.
+        norms: By expert and module, mean and deviation of ``||A* x||``. Empty if an older version calibrated.
+        own: The experts whose ``norms`` are of their own texts, with the number of these.
         null_experts: The experts that ``null_numbers`` are of, in alphabetical order.
         null_numbers: What the evidence of ``calibrated`` makes of the null when all of these are allowed, float32,
             (numbers, texts by length, experts). No process has to read the null again for them. ``None`` if that was
@@ -78,6 +89,8 @@ class Calibration:
     settings: Mapping[str, Any]
     null: Sequence[Sequence[int]] = ()
     unmeasured: frozenset[str] = frozenset()
+    norms: Mapping[str, Mapping[str, Norm]] = field(default_factory=dict)
+    own: Mapping[str, int] = field(default_factory=dict)
     null_experts: tuple[str, ...] = ()
     null_numbers: Float[Tensor, "Q K E"] | None = None
 
@@ -123,7 +136,7 @@ class Calibration:
             LibraryError: They were measured with other module names or targets.
         """
         if module in self.unmeasured:
-            return Statistics(None, None)
+            return Statistics(None, None, None)
         if module not in self.rms[expert]:
             raise LibraryError(
                 f"the calibration of '{expert}' does not cover {module}",
@@ -131,7 +144,7 @@ class Calibration:
                 do="calibrate again with this model: spectr library calibrate --fresh, or spectr.calibrate(..., "
                 "fresh=True)",
             )
-        return Statistics(self.means[module], self.rms[expert][module])
+        return Statistics(self.means[module], self.rms[expert][module], self.norms.get(expert, {}).get(module))
 
     def joined(self, other: Calibration) -> Calibration:
         """This calibration plus the experts and modules of another one on the same texts."""
@@ -139,6 +152,7 @@ class Calibration:
             self,
             means={**self.means, **other.means},
             rms={**self.rms, **other.rms},
+            norms={**self.norms, **other.norms},
             sha256={**self.sha256, **other.sha256},
             unmeasured=self.unmeasured | other.unmeasured,
         )
@@ -150,10 +164,14 @@ class Calibration:
         for expert in experts:
             values = [self.rms[expert].get(module, float("nan")) for module in modules]
             tensors[f"rms/{expert}"] = torch.tensor(values, dtype=torch.float32)
+            if expert in self.norms:
+                pairs = [self.norms[expert].get(module, _UNKNOWN) for module in modules]
+                tensors[f"norm/{expert}"] = torch.tensor(pairs, dtype=torch.float32)
         tensors |= {"input_ids": self.input_ids, "counted": self.counted, "real": self.real}
         tensors["null"] = torch.tensor([id for row in self.null for id in row], dtype=torch.int32)
         tensors["null_sizes"] = torch.tensor([len(row) for row in self.null], dtype=torch.int32)
         facts = {"settings": dict(self.settings), "sha256": dict(self.sha256), "unmeasured": sorted(self.unmeasured)}
+        facts["own"] = dict(self.own)
         if self.null_numbers is not None:
             tensors["null_numbers"], facts["null_experts"] = self.null_numbers, list(self.null_experts)
         target = Path(folder) / CALIBRATION_FILE
@@ -183,16 +201,21 @@ class Calibration:
             ) from error
         means = {key.removeprefix("mean/"): tensor for key, tensor in tensors.items() if key.startswith("mean/")}
         modules = sorted(means)
-        rms = {
-            key.removeprefix("rms/"): {
-                module: value for module, value in zip(modules, tensor.tolist(), strict=True) if not isnan(value)
+        rms, pairs = (
+            {
+                key.removeprefix(start): dict(zip(modules, tensor.tolist(), strict=True))
+                for key, tensor in tensors.items()
+                if key.startswith(start)
             }
-            for key, tensor in tensors.items()
-            if key.startswith("rms/")
-        }
+            for start in ("rms/", "norm/")
+        )
         return Calibration(
             means=means,
-            rms=rms,
+            rms={name: {m: value for m, value in each.items() if not isnan(value)} for name, each in rms.items()},
+            norms={
+                name: {m: Norm(*two) for m, two in each.items() if not isnan(two[0])} for name, each in pairs.items()
+            },
+            own=facts.get("own", {}),
             sha256=facts["sha256"],
             input_ids=tensors["input_ids"],
             counted=tensors["counted"],

@@ -227,8 +227,9 @@ class ExpertLibrary:
     def fully_calibrated(self, null: int) -> bool:
         """Whether the calibration covers all experts, and has their evidence of at least ``null`` ordinary prompts."""
         known = self.calibration
-        complete = known is not None and len(known.null) >= null and known.null_experts == self.names
-        return complete and all(map(self.calibrated, self))
+        if known is None or len(known.null) < null or known.null_experts != self.names:
+            return False
+        return all(self.calibrated(name) and name in known.norms for name in self)
 
     def indexed(self, name: str) -> bool:
         """Whether the index covers exactly this expert, by its weights, with the library's calibration."""

@@ -104,6 +104,25 @@ class Calibrated(Need):
 
 
 @dataclass(frozen=True)
+class Normed(Need):
+    """A calibration with means and deviations of the experts' scores."""
+
+    lacking: ClassVar[str] = "means and deviations of scores in its calibration (spectr library calibrate)"
+
+    def check(self, library: ExpertLibrary, names: Sequence[str]) -> None:
+        """See :class:`Need`."""
+        CALIBRATED.check(library, names)
+        norms = {} if library.calibration is None else library.calibration.norms
+        missing = [name for name in names if name not in norms]
+        if missing:
+            raise CompositionError(
+                f"calibrated by an older version, without means and deviations of scores: {some_of(missing, _SHOWN)}",
+                expected="both numbers for each expert and module, which the router seqr-normalised needs",
+                do=f"spectr library calibrate --library {library.origin} adds them",
+            )
+
+
+@dataclass(frozen=True)
 class Described(Need):
     """A description of every expert in the library."""
 
@@ -278,5 +297,5 @@ def _null_of(library: ExpertLibrary) -> Sequence[Sequence[int]]:
     return () if library.calibration is None else library.calibration.null
 
 
-CALIBRATED, DESCRIBED, GATED = Calibrated(), Described(), Gated()
-SIDE_DATA: tuple[Need, ...] = CALIBRATED, GATED  # what a router receives of each expert at each module
+CALIBRATED, DESCRIBED, GATED, NORMED = Calibrated(), Described(), Gated(), Normed()
+SIDE_DATA: tuple[Need, ...] = CALIBRATED, GATED, NORMED  # what a router receives of each expert at each module

@@ -19,6 +19,7 @@ from spectr.routers.policy import PromptPolicy, PromptRouter, token_router
 from spectr.routers.registries import get_router, router_names
 from spectr.routers.router import LengthRouter, Router, ShortlistRouter, check_needs, first_lack, residents
 from spectr.routers.seqr import Seqr
+from spectr.routers.seqr_normalised import SeqrNormalised
 from spectr.routers.shortlist import Shortlist
 from spectr.routers.spectr import Spectr
 from spectr.routers.uniform import Uniform
@@ -46,6 +47,7 @@ __all__ = [
     "Router",
     "ScoreMeans",
     "Seqr",
+    "SeqrNormalised",
     "Shortlist",
     "ShortlistRouter",
     "Spectr",

@@ -48,6 +48,7 @@ ROUTERS: Registry[Router] = Registry(
         "glider-spectr": entry(_GLIDER, token_router=entry(_SPECTR, top_k=1)),
         "lag": "spectr.routers.lag:Lag",
         "seqr": "spectr.routers.seqr:Seqr",
+        "seqr-normalised": "spectr.routers.seqr_normalised:SeqrNormalised",
         "shortlist": "spectr.routers.shortlist:Shortlist",
         "policy": "spectr.routers.policy:PromptPolicy",
         "mu": _UNIFORM,

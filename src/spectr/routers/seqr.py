@@ -33,8 +33,7 @@ class Seqr(LengthRouter):
         temperature: Temperature of the softmax.
         combine: ``"outputs"``, or another name in :data:`spectr.combine.COMBINATIONS`.
 
-    Source: SEQR (Fleshman and Van Durme, 2025), without its normalisation of scores on data. :class:`Calibrated`
-    normalises without data.
+    Source: SEQR (Fleshman and Van Durme, 2025), without its normalisation, which :class:`SeqrNormalised` has.
     """
 
     top_k: int = 1

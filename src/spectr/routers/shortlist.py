@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from spectr.errors import CompositionError
-from spectr.library.needs import GATED, Need, ProductsAlone
+from spectr.library.needs import GATED, NORMED, Need, ProductsAlone
 from spectr.renamed import options_renamed
 from spectr.routers.abstention import check_abstain, nulled
 from spectr.routers.calibrated import Calibrated
@@ -97,5 +97,5 @@ class Shortlist(PromptRouter):
     @property
     def needs(self) -> tuple[Need, ...]:
         """See :class:`Router`: an index, and the needs of the token router."""
-        inner = (need for need in self.token_router.needs if need == GATED or isinstance(need, ProductsAlone))
+        inner = (need for need in self.token_router.needs if need in (GATED, NORMED) or isinstance(need, ProductsAlone))
         return (*self.policy.evidence.needs, *nulled(self.abstain), *inner)

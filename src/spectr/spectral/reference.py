@@ -63,6 +63,13 @@ def calibrated_score(delta: Tensor, x: Tensor, texts: list[Tensor]) -> float:
     return float((delta @ (x - mean)).norm()) / (sum(squares) / len(squares)) ** 0.5
 
 
+def normalised_score(delta: Tensor, x: Tensor, texts: list[Tensor]) -> float:
+    """``||delta x||`` minus its mean over the inputs ``y``, over its standard deviation, SEQR."""
+    sizes = [float((delta @ y).norm()) for y in texts]
+    mean = sum(sizes) / len(sizes)
+    return (float((delta @ x).norm()) - mean) / (sum((size - mean) ** 2 for size in sizes) / len(sizes)) ** 0.5
+
+
 def log_power_mean(values: list[float], power: float) -> float:
     """``log (mean v^p)^(1/p)``."""
     return math.log(sum(value**power for value in values) / len(values)) / power

@@ -42,11 +42,13 @@ class SideData(NamedTuple):
         mean_I: The module's mean input over the calibration's texts.
         rms: Root mean square of ``||A* (x - mean)||`` over these texts.
         gate_I: The expert's trained gate.
+        norm: Mean and standard deviation of ``||A* x||`` over texts.
     """
 
     mean_I: Float[Tensor, " I"] | None = None
     rms: float | None = None
     gate_I: Float[Tensor, " I"] | None = None
+    norm: tuple[float, float] | None = None
 
 
 class Share(NamedTuple):

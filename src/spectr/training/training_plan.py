@@ -13,8 +13,8 @@ from spectr.adapters import Expert, has_gates
 from spectr.errors import DataError, MissingExtraError, some_of
 from spectr.shipped import open_library
 from spectr.tasks import Example, Task, read_examples
-from spectr.tasks.rows import Source, read_expert_rows
-from spectr.training.own_rows import own_rows
+from spectr.tasks.own_rows import read_own_rows
+from spectr.tasks.rows import Source
 from spectr.training.training_settings import GateSettings, TrainingSettings
 
 if TYPE_CHECKING:
@@ -239,21 +239,10 @@ def read_gate_plan(
     experts.check(*names)
     chosen = [name for name in names or experts if fresh or not has_gates(experts[name])]
     made = GateSettings(**settings)
-    found = read_expert_rows(chosen, source)
+    found = read_own_rows(experts, chosen, source, limit=limit)
     return GatePlan(
-        library=library,
-        experts={name: (experts[name], *_own(experts[name], *read, limit)) for name, read in found.items()},
-        settings=made,
+        library=library, experts={name: (experts[name], *rows) for name, rows in found.items()}, settings=made
     )
-
-
-def _own(
-    expert: Expert, rows: list[Example], origin: dict[str, Any], limit: int | None
-) -> tuple[list[Example], dict[str, Any]]:
-    """The expert's own rows, at most ``limit``, and their origin with the numbers of the first and the last."""
-    places = own_rows(expert, origin)
-    own = rows[places or slice(None)][:limit]
-    return own, origin if places is None else {**origin, "rows": [places.start + 1, places.start + len(own)]}
 
 
 def _which(origin: Mapping[str, Any]) -> str:

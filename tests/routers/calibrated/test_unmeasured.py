@@ -45,7 +45,7 @@ def without(library, *names):
 def test_a_calibration_names_them_and_keeps_that(library, tmp_path):
     known = library.calibration
     assert known.unmeasured == {SPARE}
-    assert known.of("cats", SPARE) == (None, None)
+    assert known.of("cats", SPARE) == (None, None, None)
     assert set(known.rms["cats"]) == {Q}
     known.save(tmp_path)
     assert Calibration.load(tmp_path).unmeasured == {SPARE}

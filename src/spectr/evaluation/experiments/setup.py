@@ -23,9 +23,9 @@ from spectr.evaluation.expert_recall import Finding, find_experts, keep_findings
 from spectr.evaluation.score import Measurement, counting, score_examples, score_of, text_metric
 from spectr.folders import with_parents
 from spectr.grouping import grouped
-from spectr.hashing import known_sha256, package_versions
+from spectr.hashing import json_sha256, known_sha256, package_versions
 from spectr.library import Calibration, ExpertLibrary
-from spectr.library.needs import CALIBRATED, DESCRIBED, GATED
+from spectr.library.needs import CALIBRATED, DESCRIBED, GATED, NORMED
 from spectr.models import context_length, opening_length
 from spectr.routers import Oracle, Router, first_lack, get_router
 from spectr.routers.abstention import always_choosing
@@ -278,6 +278,8 @@ class ExperimentSetup(Material):
         if routed and GATED in routed.router.needs:
             files = {name: self.library[name].weights.parent / GATES_FILE for name in routed.experts}
             facts["gates"] = {name: known_sha256(file)[:16] for name, file in files.items()}
+        if routed and NORMED in routed.router.needs and self.library.calibration is not None:
+            facts["norms"] = json_sha256(self.library.calibration.norms)[:16]
         if routed and DESCRIBED in routed.router.needs:
             facts["descriptions"] = dict(self.library.descriptions)
             facts["guide"] = str(routed.guide)
