@@ -15,6 +15,8 @@ from spectr.plots.token_weights import TokenRouting, token_routing
 from spectr.routers import Router
 from spectr.tasks import Task
 
+_ANSWER = 20  # tokens of an answer at most
+
 
 @dataclass(frozen=True, kw_only=True)
 class Demonstration:
@@ -47,21 +49,20 @@ def demonstrate(
     tasks: Sequence[Task],
     *,
     allow: Sequence[str] | None = None,
-    max_new_tokens: int = 20,
     say: Callable[[str], None] = lambda _: None,
 ) -> list[Demonstration]:
     """Answer each task's sample with the base model, then with the routed model. The model is restored afterwards."""
     examples = [task.example(task.sample) for task in tasks if task.sample]
     prompts = [example.prompt for example in examples]
     say(f"the base model answers {len(prompts)} prompts")
-    before = generate_answers(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
+    before = generate_answers(model, tokenizer, prompts, max_new_tokens=_ANSWER)
     say(f"composing the model with {len(library)} experts")
     routed = compose(model, library, router)
     try:
         if allow:
             routed.allow(allow)
         say(f"the routed model answers ({len(routed.layers)} routed layers)")
-        after = generate_answers(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
+        after = generate_answers(model, tokenizer, prompts, max_new_tokens=_ANSWER)
         say("recording the routing of each layer")
         with trace(model) as record:
             model(**encode_batch(tokenizer, prompts), use_cache=False, logits_to_keep=1)

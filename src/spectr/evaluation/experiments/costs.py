@@ -40,19 +40,15 @@ class Count(NamedTuple):
     stored: float
 
 
-def by_method(experts: Sequence[Expert], k: int = 4) -> dict[str, Count]:
-    """Arrow, SpectR and mu, from the sizes of the experts; of unequal ranks their mean.
-
-    Args:
-        experts: The library.
-        k: Experts for each token.
+def by_method(experts: Sequence[Expert]) -> dict[str, Count]:
+    """Arrow and SpectR with four experts a token, and mu, from the sizes of the experts; of unequal ranks their mean.
 
     Source: SpectR (Fleshman and Van Durme, 2025), section 5.
     """
     totals = {name: [0.0] * 4 for name in ("arrow", "spectr", "mu, folded into W", "mu, factors merged")}
     for module in {module for expert in experts for module in expert.shapes}:
         shapes = [expert.shapes[module] for expert in experts if module in expert.shapes]
-        count, taken = len(shapes), min(k, len(shapes))
+        count, taken = len(shapes), min(4, len(shapes))
         rank = sum(shape.rank for shape in shapes) / count
         inputs, outputs = shapes[0].inputs, shapes[0].outputs
         into, out, adapters = 2 * rank * inputs, 2 * rank * outputs, _BYTES * count * rank * (inputs + outputs)
