@@ -22,9 +22,10 @@ help:
 demo: $(VENV)/.demo
 	$(BIN)/spectr demo
 
-# One process a core, each with one thread; a file's tests share what they make.
+# One process a core, each with one thread; a file's tests mostly run in one, and share what they make. At the end, idle
+# processes take over half of what the others still have: by file, a long one would leave a core idle.
 test: $(VENV)/.test lint
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 test-browser: $(VENV)/.test
 	@command -v "$${SPECTR_CHROMIUM:-chromium}" >/dev/null || { echo "no chromium here: apt-get install chromium, or set SPECTR_CHROMIUM to one"; exit 1; }

@@ -46,7 +46,7 @@ CHECKED_IN = (
     "combine/",
     "composition/test_compose.py",
     "extraction/",
-    "layers/",
+    "layers/test_trace.py",
     "merging/",
     "ops/",
     "routers/",
