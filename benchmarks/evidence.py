@@ -31,6 +31,7 @@ from spectr.shipped import shipped_experts
 from spectr.tasks import Example, Task, read_examples, shipped_tasks
 
 HERE = Path(__file__).parent
+PARTS = {"tune": 0.0, "confirm": 0.5, "second": 0.75}  # where in the data their rows begin
 KINDS = ("own words", "other words", "other tasks", "ordinary prompts")
 
 
@@ -56,7 +57,7 @@ def main() -> None:
     parser.add_argument("--collection", type=Path, default=None, help="folder with tasks/*.yaml and their data")
     parser.add_argument("--library", type=Path, default=None, help="calibrated experts; the shipped ones by default")
     parser.add_argument("--router", default="calibrated")
-    parser.add_argument("--part", choices=("tune", "confirm"), default="confirm", help="of rows, words and prompts")
+    parser.add_argument("--part", choices=PARTS, default="confirm", help="of rows, words and prompts")
     parser.add_argument("--rows", type=int, default=8, help="of a task, in each of its wordings")
     parser.add_argument("--picture", type=Path, default=None)
     parser.add_argument("--out", type=Path, default=None, help="file for all that was found, as JSON lines")
@@ -89,30 +90,34 @@ def place(evidence_E: Tensor, experts: Sequence[str], prompt: Prompt) -> int:
 
 def prompts(arguments: argparse.Namespace, library: ExpertLibrary) -> Iterator[Prompt]:
     """All prompts of a part. Each row of data is used once."""
-    confirm = arguments.part == "confirm"
+    part = arguments.part
     fresh = yaml.safe_load((HERE / "evidence_words.yaml").read_text(encoding="utf-8"))
     tuned = yaml.safe_load((HERE / "pooling_words.yaml").read_text(encoding="utf-8"))
     for name, task in shipped_tasks().items():
         if name in library:
-            other = fresh[name] if confirm else [*tuned[name], *task.paraphrases]
-            yield from of_task(task, other, arguments.data_root, name, arguments.rows, confirm)
+            by_part = {
+                "tune": [*tuned[name], *task.paraphrases],
+                "confirm": fresh[name],
+                "second": fresh["second"][name],
+            }
+            yield from of_task(task, by_part[part], arguments.data_root, name, arguments.rows, part)
     for path in sorted((arguments.collection / "tasks").glob("*.yaml")) if arguments.collection else ():
         task = Task.load(path)
         if task.name in library:
-            other = task.paraphrases[1:] if confirm else task.paraphrases[:1]
-            yield from of_task(task, other, arguments.collection, task.name, arguments.rows, confirm)
+            other = task.paraphrases[:1] if part == "tune" else task.paraphrases[1:]
+            yield from of_task(task, other, arguments.collection, task.name, arguments.rows, part)
         else:
-            for prompt in of_task(task, task.paraphrases, arguments.collection, "", 1, confirm):
+            for prompt in of_task(task, task.paraphrases, arguments.collection, "", 1, part):
                 yield prompt._replace(kind="other tasks")
     ordinary = yaml.safe_load((HERE / "ordinary_prompts.yaml").read_text(encoding="utf-8"))
-    yield from (Prompt("ordinary prompts", "", text) for text in ordinary[arguments.part])
+    yield from (Prompt("ordinary prompts", "", text) for text in ordinary["tune" if part == "tune" else "confirm"])
 
 
-def of_task(task: Task, wordings: Sequence[str], root: Path, right: str, count: int, confirm: bool) -> Iterator[Prompt]:
-    """Test rows in the expert's words, then in others; to tune on from the first row, to confirm from the middle."""
+def of_task(task: Task, wordings: Sequence[str], root: Path, right: str, count: int, part: str) -> Iterator[Prompt]:
+    """Test rows in the expert's words, then in others, from the part's first row on."""
     assert task.test is not None
     own = read_examples(task, task.test, root=root)
-    left = iter(range(len(own) // 2 if confirm else 0, len(own)))
+    left = iter(range(int(len(own) * PARTS[part]), len(own)))
     yield from (Prompt("own words", right, own[row].prompt) for row in islice(left, count))
     for wording in wordings:
         other: list[Example] = read_examples(task.model_copy(update={"prompt": wording}), task.test, root=root)
