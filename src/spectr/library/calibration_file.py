@@ -25,6 +25,7 @@ from spectr.library.lock import locked_if_library
 
 CALIBRATION_FILE = "calibration.safetensors"
 _FORMAT = "3"
+_NULL_NUMBERS = "null_numbers_by_weight"  # "null_numbers" were of evidence in which all modules count alike
 _UNKNOWN = float("nan"), float("nan")
 _READ = "2", _FORMAT  # format 2 has no null; format 1 used other kinds of texts
 
@@ -173,7 +174,7 @@ class Calibration:
         facts = {"settings": dict(self.settings), "sha256": dict(self.sha256), "unmeasured": sorted(self.unmeasured)}
         facts["own"] = dict(self.own)
         if self.null_numbers is not None:
-            tensors["null_numbers"], facts["null_experts"] = self.null_numbers, list(self.null_experts)
+            tensors[_NULL_NUMBERS], facts["null_experts"] = self.null_numbers, list(self.null_experts)
         target = Path(folder) / CALIBRATION_FILE
         metadata = {"format": _FORMAT, "facts": json.dumps(facts, sort_keys=True)}
         with locked_if_library(target.parent), replacing(target) as scratch:
@@ -225,6 +226,6 @@ class Calibration:
             null=[row.tolist() for row in tensors["null"].split(tensors["null_sizes"].tolist())]
             if "null" in tensors
             else (),
-            null_experts=tuple(facts.get("null_experts", ())),
-            null_numbers=tensors.get("null_numbers"),
+            null_experts=tuple(facts.get("null_experts", ())) if _NULL_NUMBERS in tensors else (),
+            null_numbers=tensors.get(_NULL_NUMBERS),
         )

@@ -68,8 +68,13 @@ def test_an_experts_size_buys_it_nothing(root, library, tmp_path):
 # The decision
 
 
+def weight(module):
+    """Of a module in the mean over modules."""
+    return 4 if module.endswith(("q_proj", "k_proj", "v_proj")) else 1
+
+
 def slow_reading(root, library, prompt, tokens=None):
-    """Each expert's means over the modules of both numbers, of the tokens between the template's parts."""
+    """Each expert's weighted means over the modules of both numbers, of the tokens between the template's parts."""
     modules = list(dense_deltas(root / "ants"))
     texts = inputs_of_texts(library, modules)
     total = torch.zeros(2, len(RANKS), dtype=torch.float64)
@@ -85,8 +90,9 @@ def slow_reading(root, library, prompt, tokens=None):
         ]
         for number, (rows, power) in enumerate(((scores, 2.25), (map(reference.relative_scores, scores), 5.0))):
             columns = zip(*rows, strict=True)
-            total[number] += torch.tensor([reference.log_power_mean(list(column), power) for column in columns])
-    return total / len(modules)
+            means_E = torch.tensor([reference.log_power_mean(list(column), power) for column in columns])
+            total[number] += weight(module) * means_E
+    return total / sum(map(weight, modules))
 
 
 def slow_evidence(root, library, prompts, texts, tokens=None):
@@ -294,7 +300,7 @@ def test_an_expert_of_few_layers_is_judged_by_these(root, tmp_path):
         for name, x in inputs_of(make_model(), [*routed.layers], ids_of(prompt)).items():
             rows = routed.layers[name].route(x.float()).scores_TE[1:-1].clamp(min=0.05).tolist()
             for expert, column in zip(routed.layers[name].experts, zip(*rows, strict=True), strict=True):
-                own[expert].append(reference.log_power_mean(list(column), 2.25))
+                own[expert] += weight(name) * [reference.log_power_mean(list(column), 2.25)]
             if name in shared:
                 for expert, column in zip(own, zip(*map(reference.relative_scores, rows), strict=True), strict=True):
                     relative[expert].append(reference.log_power_mean(list(column), 5.0))

@@ -17,6 +17,9 @@ from spectr.errors import CompositionError
 from spectr.library.library import ExpertLibrary
 from spectr.library.needs import Need
 
+BEFORE_ATTENTION = frozenset(  # last parts of the names of modules whose outputs attention reads
+    "q_proj k_proj v_proj qkv_proj query_key_value query key value q k v q_lin k_lin v_lin c_attn Wqkv".split()
+)
 Similarity = Callable[..., Float[Tensor, "B E"]]
 
 
@@ -141,11 +144,14 @@ class ModuleEvidence(Evidence):
         probe_tokens: Maximum number of a prompt's tokens that are read.
         modules: Last parts of the names of the modules to use; empty for all.
         module_stride: Use every N-th of these modules.
+        attention_weight: Weight of the modules whose outputs attention reads (queries, keys and values) in the mean
+            over modules. All other modules have the weight 1.
     """
 
     probe_tokens: int = 256
     modules: tuple[str, ...] = ()
     module_stride: int = 1
+    attention_weight: float = 1.0
 
     def reader(self, source: Source, experts: tuple[str, ...]) -> Reader:
         """See :class:`Evidence`."""
@@ -164,7 +170,7 @@ class ModuleEvidence(Evidence):
         holders: Mapping[str, Sequence[str]],
         experts: Sequence[str],
     ) -> Float[Tensor, "Q B E"]:
-        """Each expert's means over the modules where it has a score; NaN if there are none.
+        """Each expert's weighted means over the modules where it has a score; NaN if there are none.
 
         Args:
             found: By module, the result of :meth:`of_module`.
@@ -180,13 +186,14 @@ class ModuleEvidence(Evidence):
             )
         first = next(iter(found.values()))
         total_QBE = first.new_zeros(*first.shape[:2], len(experts))
-        count_QBE = torch.zeros_like(total_QBE)
+        weight_QBE = torch.zeros_like(total_QBE)
         places = {expert: place for place, expert in enumerate(experts)}
         for module, numbers_QBM in found.items():
             columns = [places[expert] for expert in holders[module]]
-            total_QBE[..., columns] += numbers_QBM.nan_to_num()
-            count_QBE[..., columns] += ~numbers_QBM.isnan()
-        return total_QBE / count_QBE
+            weight = self.attention_weight if module.rpartition(".")[2] in BEFORE_ATTENTION else 1.0
+            total_QBE[..., columns] += weight * numbers_QBM.nan_to_num()
+            weight_QBE[..., columns] += weight * ~numbers_QBM.isnan()
+        return total_QBE / weight_QBE
 
     @abstractmethod
     def compare(self, found_QBE: Float[Tensor, "Q B E"], null_QKE: Float[Tensor, "Q K E"], *, ordinary: bool) -> Found:

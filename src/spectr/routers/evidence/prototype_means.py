@@ -24,6 +24,7 @@ class PrototypeMeans(ScoreMeans):
     Attributes:
         power: The exponent of an expert's scores, as in :class:`ScoreMeans`.
         relative_power: The exponent of its relative scores, as in :class:`ScoreMeans`.
+        attention_weight: As in :class:`ScoreMeans`.
         probe_tokens: Maximum number of a prompt's tokens that are read.
         modules: Last parts of the names of the modules to use, such as ``("q_proj", "k_proj")``; other modules'
             prototypes are not in memory. Empty for all.
@@ -38,6 +39,7 @@ class PrototypeMeans(ScoreMeans):
     reads: ClassVar[Literal["scores", "prototypes"]] = "prototypes"
     calibrated_scores: ClassVar[bool] = False  # the index has its own calibration
 
+    attention_weight: float = 1.0
     modules: tuple[str, ...] = ()
     module_stride: int = 1
     bits: int = 8

@@ -29,9 +29,10 @@ class ScoreMeans(ModuleEvidence):
 
     Let ``s_t`` be the scores of expert ``t`` at a module. Each prompt has two numbers:
     ``log (mean_tokens s_t^p)^(1/p)``, and the same of the relative score ``s_t / geomean_u s_u`` with ``q`` for ``p``.
-    Both are averaged over the modules that the expert adapts, and standardised by the mean and standard deviation that
-    the expert has over ordinary prompts, the baseline. The evidence is the mean of the two. Whether any expert stands
-    out is judged by the largest second number, compared with that of each ordinary prompt. The p-value is
+    Both are averaged over the modules that the expert adapts. Those for queries, keys and values have a larger weight:
+    they tell the experts apart best. The two numbers are standardised by the mean and standard deviation that the
+    expert has over ordinary prompts, the baseline. The evidence is the mean of the two. Whether any expert stands out
+    is judged by the largest second number, compared with that of each ordinary prompt. The p-value is
     ``p_B = (1 + #{ordinary prompts with as much}) / (1 + #{ordinary prompts})``.
 
     The first number judges each expert separately, so experts of other ranks, modules or training are compared by their
@@ -43,6 +44,8 @@ class ScoreMeans(ModuleEvidence):
     Attributes:
         power: The exponent ``p`` of an expert's scores, above 0 and at most 5.
         relative_power: The exponent ``q`` of its relative scores, above 0 and at most 5.
+        attention_weight: Weight in the mean over modules of those whose outputs attention reads (queries, keys and
+            values), above 0. All other modules have the weight 1.
         probe_tokens: Maximum number of a prompt's tokens that are read.
 
     Source: ours; see docs/concepts/evidence.md.
@@ -54,12 +57,15 @@ class ScoreMeans(ModuleEvidence):
 
     power: float = 2.25
     relative_power: float = 5.0
+    attention_weight: float = 4.0
     probe_tokens: int = 256
 
     def __post_init__(self) -> None:
         for name in ("power", "relative_power"):
             if not 0 < getattr(self, name) <= 5:  # the fifth power of a score is still a float32
                 raise CompositionError(f"{name}={getattr(self, name)}", expected="a number above 0 and at most 5")
+        if not 0 < self.attention_weight < math.inf:
+            raise CompositionError(f"attention_weight={self.attention_weight}", expected="a number above 0")
         check_counts(probe_tokens=self.probe_tokens)
 
     @property
