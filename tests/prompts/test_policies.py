@@ -188,6 +188,7 @@ def test_unknown_parts_are_named(texts, message):
             "merges with all experts in memory",
         ),
         (lambda: votes(HoldWeights(), Spectr(top_k=1)), "needs calibrated scores"),
+        (lambda: ScoreMeans(attention_weight=0.0), "attention_weight=0.0"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(make, message):

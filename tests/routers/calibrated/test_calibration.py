@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from calibrating import DOWN, RANKS, TEXTS, Q, ids_of, inputs_of_texts, routed_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from models import close, dense_deltas, logits, peft_adapter
@@ -153,6 +154,20 @@ def test_a_calibration_is_saved_and_loaded_as_it_is(library, tmp_path):
     assert loaded.null_experts == known.null_experts == library.names
     assert (loaded.sha256, loaded.settings) == (known.sha256, known.settings)
     assert [path.name for path in tmp_path.iterdir()] == ["calibration.safetensors"]
+
+
+def test_numbers_of_an_older_evidence_are_computed_anew(library, tmp_path):
+    known = calibrate(make_model(), library, make_tokenizer(), null=3)
+    path = known.save(tmp_path)
+    tensors = load_file(path)
+    tensors["null_numbers"] = tensors.pop("null_numbers_by_weight")
+    with safe_open(path, "pt") as file:
+        save_file(tensors, path, metadata=file.metadata())
+    older = Calibration.load(tmp_path)
+    assert (older.null_numbers, older.null_experts) == (None, ())
+    again = calibrate(make_model(), library.with_calibration(older), make_tokenizer(), null=3)
+    assert (again.null, again.null_experts) == (known.null, library.names)
+    close(again.null_numbers, known.null_numbers)
 
 
 def test_a_library_without_calibration_has_none(tmp_path):
