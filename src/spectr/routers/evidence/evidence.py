@@ -17,9 +17,9 @@ from spectr.errors import CompositionError
 from spectr.library.library import ExpertLibrary
 from spectr.library.needs import Need
 
-BEFORE_ATTENTION = frozenset(  # last parts of the names of modules whose outputs attention reads
-    "q_proj k_proj v_proj qkv_proj query_key_value query key value q k v q_lin k_lin v_lin c_attn Wqkv".split()
-)
+_SEPARATE = "q_proj", "k_proj", "v_proj", "query", "key", "value", "q", "k", "v", "q_lin", "k_lin", "v_lin"
+_JOINED = "qkv_proj", "query_key_value", "c_attn", "Wqkv"
+BEFORE_ATTENTION = frozenset((*_SEPARATE, *_JOINED))  # last parts of names of modules whose outputs attention reads
 Similarity = Callable[..., Float[Tensor, "B E"]]
 
 
