@@ -7,6 +7,7 @@ kept in the cache folder, and Triton for GPUs. :mod:`spectr.ops.dispatch` select
 reason. Compiled graphs call the operations of :mod:`spectr.ops.registered`.
 """
 
+from spectr.lazy import lazy
 from spectr.ops.backend import Backend, FusedLinear, Selector
 from spectr.ops.dispatch import (
     NOT_PREPARED,
@@ -36,3 +37,4 @@ __all__ = [
     "update_by_kernels",
     "without_kernels",
 ]
+__getattr__ = lazy(__name__, {}, renamed={"Choice": "Selector", "Kernels": "Backend", "Whole": "FusedLinear"})
