@@ -5,8 +5,8 @@ r"""The paper's experiments on a base model of your choice: nine experts by its 
 Needs a GPU and the Hub (extras "train" and "evaluate"); the paper's other bases go the same way. Experts as in section
 4.1 and Appendix B: rank 8, alpha 16, dropout 0.05, all linear layers, one pass, batches of 8, 1e-4 constant, answers as
 letters, one seed for all nine. With --ranks 2,4,16,32,64 also those of Figure 6, five times as many. Then the
-experiments, and WORK/report.html. Killed, it goes on where it stopped. docs/paper-and-code.md says what differs from
-the paper.
+experiments, and WORK/report.html. Killed, it goes on where it stopped. docs/appendix/paper-and-code.md says what
+differs from the paper.
 
 A rehearsal on a CPU, with the small base, rows on disk and four experts, as four are chosen for a token:
 
