@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 from importlib import import_module
@@ -175,7 +175,10 @@ class Registry(Generic[T]):
 
 def signature(make: Callable[..., Any]) -> inspect.Signature:
     """The signature, read once: composing asks for it at every layer."""
-    return _signature(make) if isinstance(make, Hashable) else inspect.signature(make)
+    try:
+        return _signature(make)
+    except TypeError:  # an object without a hash
+        return inspect.signature(make)
 
 
 _signature = lru_cache(maxsize=256)(inspect.signature)

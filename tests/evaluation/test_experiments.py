@@ -11,7 +11,7 @@ import torch
 
 from models import close, dense_deltas, peft_adapter, peft_library, random_factors, write_adapter
 from questions import CHOICES, EXAMPLES, PROMPTS
-from spectr import Calibrated, ExpertLibrary, Oracle, Spectr, build_index, calibrate, compose, trace
+from spectr import Calibrated, ExpertLibrary, Oracle, Spectr, build_index, calibrate, compose, get_router, trace
 from spectr.errors import DataError
 from spectr.evaluation import choice_logprobs, routed_logprobs
 from spectr.evaluation.experiments import EXPERIMENTS, ExperimentSetup, Result
@@ -296,6 +296,19 @@ def test_records_name_the_router_by_its_config_and_older_ones_are_read(library, 
     routers = [origin["router"] for origin in origins]
     assert {"name": "uniform"} in routers
     assert all(router is None or router["name"] in ("uniform", "oracle") for router in routers)
+
+
+def test_results_name_the_evidence_with_settings_that_no_config_has(library, tasks, tmp_path):
+    bench = ExperimentSetup(
+        model=make_model(), tokenizer=make_tokenizer(), library=library, tasks=tasks, folder=tmp_path
+    )
+    with bench.routed(get_router("calibrated")) as routed:
+        bench.find(routed, "routing: calibrated")
+        before = {path.name: path.read_text() for path in (tmp_path / "records").iterdir()}
+        object.__setattr__(routed.policy.evidence, "attention_weight", 1.0)
+        bench.find(routed, "routing: calibrated")
+    assert len(before) == len(bench.owned)
+    assert all((tmp_path / "records" / name).read_text() != text for name, text in before.items())
 
 
 def test_the_oracle_is_the_measure_of_the_multitask_table(library, tasks, tmp_path):

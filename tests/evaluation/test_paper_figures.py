@@ -45,8 +45,8 @@ def setup(library, tmp_path):
 
 
 def test_a_ratio_is_the_right_experts_score_over_the_largest():
-    scores_TE = torch.tensor([[2.0, 4.0], [3.0, 1.0], [0.0, 0.0], [-1.0, 2.0], [-3.0, -1.0]])
-    assert score_ratios(scores_TE, 0).tolist() == [0.5, 1.0, 1.0, 0.0, 1.0]
+    scores_TE = torch.tensor([[2.0, 4.0], [3.0, 1.0], [0.0, 0.0], [-1.0, 2.0], [-3.0, -1.0], [-1.0, -3.0]])
+    assert score_ratios(scores_TE, 0).tolist() == [0.5, 1.0, 1.0, 0.0, 0.0, 1.0]
 
 
 @pytest.mark.parametrize("router", [Arrow(top_k=1), Spectr(top_k=1)], ids=lambda router: type(router).__name__)

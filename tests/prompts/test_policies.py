@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 
@@ -189,6 +190,8 @@ def test_unknown_parts_are_named(texts, message):
         ),
         (lambda: votes(HoldWeights(), Spectr(top_k=1)), "needs calibrated scores"),
         (lambda: ScoreMeans(attention_weight=0.0), "attention_weight=0.0"),
+        (lambda: ScoreMeans(attention_weight="4"), "attention_weight='4'"),
+        (lambda: ScoreMeans(attention_weight=math.nan), "attention_weight=nan"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(make, message):

@@ -207,7 +207,8 @@ def calibrate(
     own_rows: Annotated[
         int,
         typer.Option(
-            help='Measure each expert\'s scores on this many of its training rows, for the router "seqr-normalised".',
+            help="Measure each expert's scores on this many training rows of the shipped task with its name, for the "
+            'router "seqr-normalised".',
             min=0,
         ),
     ] = 0,

@@ -116,15 +116,16 @@ def find_experts(
 
 
 def score_ratios(scores_TE: Float[Tensor, "T E"], right: int) -> Float[Tensor, " T"]:
-    """Of each token the right expert's score as a share of the largest: 1 where it is the largest, be that zero.
+    """Of each token the right expert's score as a share of the largest: 1 where it is the largest, be that 0 or less.
 
     A score below zero, as trained gates give, counts as zero.
 
     Source: SpectR, Figure 6.
     """
-    scores_TE = scores_TE.double().clamp(min=0)
+    scores_TE = scores_TE.double()
     best_T, own_T = scores_TE.amax(-1), scores_TE[:, right]
-    return torch.where(best_T > 0, own_T / best_T.clamp(min=torch.finfo(torch.float64).tiny), 1.0)
+    share_T = own_T.clamp(min=0) / best_T.clamp(min=torch.finfo(torch.float64).tiny)
+    return torch.where(best_T > 0, share_T, (own_T == best_T).double())
 
 
 def kept_findings(path: Path, *made_of: Mapping[str, Any]) -> list[Finding] | None:

@@ -120,6 +120,14 @@ class Normed(Need):
                 expected="both numbers for each expert and module, which the router seqr-normalised needs",
                 do=f"spectr library calibrate --library {library.origin} adds them",
             )
+        others = [name for name in names if library.calibration is not None and name not in library.calibration.own]
+        if others and len(others) < len(names):
+            raise CompositionError(
+                f"means and deviations are of the base model's texts for {some_of(others, _SHOWN)}, and of their own "
+                "training rows for the other experts",
+                expected="both numbers from texts of one kind, since the router seqr-normalised compares them",
+                do="spectr library calibrate with --own-rows for all experts, or with --fresh for none",
+            )
 
 
 @dataclass(frozen=True)

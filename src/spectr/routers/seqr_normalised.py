@@ -16,6 +16,8 @@ from spectr.selection import TopK, Weighting
 from spectr.spectral import AlignedExpert, InputState, Share, SideData, Stack, State, segment_norms
 
 _SEQR = Seqr()
+_LEAST = 1e-3  # least deviation, as a share of the mean; 0.07 is the least of the shipped experts
+_LAST = 1e4  # deviations below zero of an expert that comes last; a float16 has it
 
 
 class Norms(NamedTuple):
@@ -30,8 +32,8 @@ class SeqrNormalised(Router):
     """``(||delta_t x|| - mean_t) / deviation_t``: the score of :class:`Seqr`, so that an expert's size does not count.
 
     The library's calibration has both numbers for each expert and module. They are of texts that the base model wrote,
-    or of the expert's own training rows, as the authors have them (``spectr library calibrate --own-rows``). Without
-    effect here (the deviation is 0), or at a module that no text reaches, a score is not normalised.
+    or of the expert's own training rows, as the authors have them (``spectr library calibrate --own-rows``). An expert
+    whose score does not vary on them, or at a module that no text reaches, comes last: nothing is known of its size.
 
     Attributes:
         top_k: Experts per token and layer.
@@ -60,7 +62,9 @@ class SeqrNormalised(Router):
     def init_expert(self, expert: AlignedExpert, side: SideData) -> Share:
         """See :class:`Router`: SEQR's share, with mean and deviation."""
         share = _SEQR.init_expert(expert, side)
-        mean, deviation = side.norm if side.norm is not None and side.norm[1] > 0 else (0.0, 1.0)
+        mean, deviation = side.norm or (0.0, 0.0)
+        if deviation <= _LEAST * mean:  # also 0 of 0
+            mean, deviation = _LAST, 1.0
         return share._replace(own=Norms(share.A.new_tensor([mean]), share.A.new_tensor([deviation])))
 
     def stack(self, shares: Mapping[str, Share]) -> Stack:

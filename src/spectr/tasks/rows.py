@@ -281,7 +281,8 @@ def _expert_rows(name: str, source: Source, limit: int | None) -> tuple[list[Exa
     if not source.own and name not in shipped_tasks():
         raise DataError(
             f"no shipped task has the name of the expert '{name}'",
-            do="pass its data: --task FILE, or --data ROWS with --prompt and --choices (or --answer)",
+            do="pass its data: --task FILE, or --data ROWS with --prompt and --choices (or --answer); to calibrate, in "
+            "Python by spectr.calibrate(..., own={name: texts})",
         )
     about = source.read_task(name, None if source.prompt else name)
     rows = source.rows(about, "train")

@@ -89,6 +89,23 @@ def test_a_calibration_of_an_older_version_is_refused_and_completed(library, own
         )
 
 
+def test_statistics_of_two_kinds_of_texts_are_refused(owned):
+    with pytest.raises(CompositionError, match="base model's texts for ants, cats, and of their own"):
+        compose(make_model(), owned, SeqrNormalised())
+    compose(make_model(), owned.without("ants").without("cats"), SeqrNormalised()).remove()
+
+
+def test_an_expert_without_effect_comes_last(library):
+    known = library.calibration
+    still = {name: {**norms, Q: (0.0, 0.0)} if name == "bees" else norms for name, norms in known.norms.items()}
+    model, _ = routed_model(library.with_calibration(replace(known, norms=still)), SeqrNormalised())
+    x_TI = inputs_of(make_model(), [Q], ids_of("what is the film"))[Q]
+    bees = list(RANKS).index("bees")
+    scores_TE = model.get_submodule(Q).route(x_TI.float()).scores_TE
+    assert (scores_TE.argmin(-1) == bees).all()
+    assert scores_TE.min(-1).values.max() < -1000
+
+
 def test_wrong_texts_are_refused(library):
     with pytest.raises(DataError, match=r"own\['bees'\] is empty"):
         calibrate(make_model(), library, make_tokenizer(), own={"bees": [" "]})

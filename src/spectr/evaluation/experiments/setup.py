@@ -275,6 +275,8 @@ class ExperimentSetup(Material):
     def _needed_by(self, routed: Routed | None) -> dict[str, Any]:
         """What a router's results depend on in addition to the experts' weights."""
         facts: dict[str, Any] = {"router": _written(routed.router) if routed else None}
+        if routed and routed.policy is not None:
+            facts["evidence"] = str(routed.policy.evidence)  # with settings that the router's config does not have
         if routed and GATED in routed.router.needs:
             files = {name: self.library[name].weights.parent / GATES_FILE for name in routed.experts}
             facts["gates"] = {name: known_sha256(file)[:16] for name, file in files.items()}

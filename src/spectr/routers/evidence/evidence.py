@@ -17,9 +17,10 @@ from spectr.errors import CompositionError
 from spectr.library.library import ExpertLibrary
 from spectr.library.needs import Need
 
-_SEPARATE = "q_proj", "k_proj", "v_proj", "query", "key", "value", "q", "k", "v", "q_lin", "k_lin", "v_lin"
-_JOINED = "qkv_proj", "query_key_value", "c_attn", "Wqkv"
-BEFORE_ATTENTION = frozenset((*_SEPARATE, *_JOINED))  # last parts of names of modules whose outputs attention reads
+_SEPARATE = "q_proj", "k_proj", "v_proj", "query", "key", "value", "q", "k", "v", "q_lin", "k_lin", "v_lin", "q_attn"
+_JOINED = "qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv", "kv_proj", "query_key"
+_LATENT = "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"  # DeepSeek's attention
+BEFORE_ATTENTION = frozenset((*_SEPARATE, *_JOINED, *_LATENT))  # last parts of names of modules that attention reads
 Similarity = Callable[..., Float[Tensor, "B E"]]
 
 

@@ -64,8 +64,9 @@ class ScoreMeans(ModuleEvidence):
         for name in ("power", "relative_power"):
             if not 0 < getattr(self, name) <= 5:  # the fifth power of a score is still a float32
                 raise CompositionError(f"{name}={getattr(self, name)}", expected="a number above 0 and at most 5")
-        if not 0 < self.attention_weight < math.inf:
-            raise CompositionError(f"attention_weight={self.attention_weight}", expected="a number above 0")
+        if type(self.attention_weight) not in (int, float) or not 0 < self.attention_weight <= CEILING:
+            expected = "a number above 0 and at most 1e6"
+            raise CompositionError(f"attention_weight={self.attention_weight!r}", expected=expected)
         check_counts(probe_tokens=self.probe_tokens)
 
     @property
