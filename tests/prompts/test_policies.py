@@ -11,7 +11,20 @@ import torch
 
 from guided import DESCRIPTIONS, NAMES, embed, library_with_gates
 from models import types_unchecked
-from spectr import Arrow, Calibrated, Glider, Lag, Oracle, PromptPolicy, Shortlist, Spectr, compose, get_router
+from spectr import (
+    Arrow,
+    Calibrated,
+    Glider,
+    Lag,
+    Oracle,
+    Phatgoose,
+    PromptPolicy,
+    SeqrNormalised,
+    Shortlist,
+    Spectr,
+    compose,
+    get_router,
+)
 from spectr.choosing import fit_to
 from spectr.errors import CompositionError, SpectrError
 from spectr.guidance import QueryGuide
@@ -189,6 +202,8 @@ def test_unknown_parts_are_named(texts, message):
             "merges with all experts in memory",
         ),
         (lambda: votes(HoldWeights(), Spectr(top_k=1)), "needs calibrated scores"),
+        (lambda: similar(MultiplyScores(), Phatgoose()), "may be below zero"),
+        (lambda: similar(KeepShortlist(prior=MultiplyScores()), SeqrNormalised()), "may be below zero"),
         (lambda: ScoreMeans(attention_weight=0.0), "attention_weight=0.0"),
         (lambda: ScoreMeans(attention_weight="4"), "attention_weight='4'"),
         (lambda: ScoreMeans(attention_weight=math.nan), "attention_weight=nan"),
@@ -197,6 +212,10 @@ def test_unknown_parts_are_named(texts, message):
 def test_parts_that_do_not_fit_are_refused(make, message):
     with types_unchecked(), pytest.raises(CompositionError, match=message):
         make()
+
+
+def similar(use, router):
+    return PromptPolicy(evidence=DescriptionSimilarity(), use=use, router=router)
 
 
 def votes(use, router):

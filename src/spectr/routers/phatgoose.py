@@ -36,7 +36,7 @@ class Phatgoose(Router):
     Source: PHATGOOSE (Muqeeth et al., 2024), section 3.
     """
 
-    reads = "x"
+    reads, signed = "x", True
 
     top_k: int = 2
     weights: Weighting = "softmax"

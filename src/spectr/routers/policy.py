@@ -134,6 +134,12 @@ class PromptPolicy(PromptRouter):
                 expected="a token router with calibrated scores",
                 do='use router=Calibrated(level="token")',
             )
+        if self.use.multiplies and self.router.signed:
+            raise CompositionError(
+                f"{self.use!r} multiplies scores, but those of {self.router!r} may be below zero",
+                expected="a token router with scores of at least zero, such as Spectr",
+                do="for this router, use AddToScores",
+            )
         router, most = self.router, self.use.most
         if router.policy is not None or any(isinstance(need, OneExpert) for need in router.needs):
             raise CompositionError(

@@ -38,6 +38,7 @@ class Router(ABC):
     Attributes:
         combine: How the chosen experts' updates are combined; see :func:`spectr.combine.get_combination`.
         reads: The inputs of ``scores``: the input ``x``, the products ``h = A* x``, both, or nothing.
+        signed: Whether scores may be below zero.
         rule: The name of ``scores`` in :data:`spectr.ops.rules.RULES`, if it is one of them.
         abstain: For decisions on whole prompts, the share of ordinary prompts that an expert may answer; see
             :class:`spectr.routers.PromptPolicy`. ``"auto"``: as the library allows; ``None``: experts answer all.
@@ -45,6 +46,7 @@ class Router(ABC):
 
     combine: str = "outputs"
     reads: Literal["x", "h", "xh", ""] = "h"
+    signed: bool = False
     rule: str = ""
     abstain: Abstain = None
 

@@ -44,6 +44,8 @@ class SeqrNormalised(Router):
     Source: SEQR (Fleshman and Van Durme, 2025).
     """
 
+    signed = True
+
     top_k: int = 1
     weights: Weighting = "uniform"
     temperature: float = 1.0

@@ -62,6 +62,11 @@ class Use(ABC):
         return self.verdict(evidence_BE)
 
     @property
+    def multiplies(self) -> bool:
+        """Whether scores are multiplied, which turns the evidence around for scores below zero."""
+        return False
+
+    @property
     def wants_threshold(self) -> bool:
         """Whether :meth:`verdict_above` reads the threshold."""
         return False
@@ -100,6 +105,11 @@ class MultiplyScores(Use):
     def __post_init__(self) -> None:
         if not 0 <= self.strength < math.inf:
             raise CompositionError(f"prior_strength={self.strength}", expected="a finite number of at least zero")
+
+    @property
+    def multiplies(self) -> bool:
+        """See :class:`Use`."""
+        return True
 
     def verdict(self, evidence_BE: Float[Tensor, "B E"]) -> Float[Tensor, "B E"]:
         """See :class:`Use`: the prior, above zero, so that a shortlist keeps every expert."""
@@ -242,6 +252,11 @@ class KeepShortlist(Use):
     def most(self) -> int:
         """See :class:`Use`."""
         return self.size
+
+    @property
+    def multiplies(self) -> bool:
+        """See :class:`Use`: as the prior."""
+        return self.prior is not None
 
     def verdict(self, evidence_BE: Float[Tensor, "B E"]) -> Float[Tensor, "B E"]:
         """See :class:`Use`: zero for experts off the shortlist; for the others the prior, or equal numbers."""
